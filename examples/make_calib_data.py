@@ -1,0 +1,211 @@
+"""Build the data folder that ships with the project, each file with a hash, a licence and a source.
+
+    teacher/         the default checkpoint as a whole diffusers pipeline, weights stored in half precision
+    calibration.npz  a class-balanced draw of training images: x uint8 [N, 28, 28], y uint8 [N]
+    reference.npz    the held-out images in feature space: features [N, 64] for the kernel distance, mean m
+                     and covariance S for the Frechet distance |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))
+    MANIFEST.json    {path: {sha256, bytes, licence, source}} of every data file
+
+`features.onnx`, whose features these are, comes from train_features.py and has to be in the folder first.
+The same inputs give the same bytes on the same machine: archives carry no time stamps.
+
+    python examples/make_calib_data.py --teacher TEACHER --images TRAIN.npz --test TEST.npz --out calib_data
+"""
+
+import argparse
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+FASHION = "Fashion-MNIST, Zalando Research"
+MADE_HERE = "made for this project from Fashion-MNIST training images"
+CALIBRATION_IMAGES = 2048
+WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
+CONFIGS = ("unet/config.json", "scheduler/scheduler_config.json")
+
+# Licence and source of each file; sizes and hashes are added once the files are written.
+PROVENANCE = {
+    "teacher/diffpress.json": ("Apache-2.0", MADE_HERE),
+    "teacher/model_index.json": ("Apache-2.0", MADE_HERE),
+    "teacher/unet/config.json": ("Apache-2.0", MADE_HERE),
+    "teacher/unet/diffusion_pytorch_model.safetensors": ("Apache-2.0", MADE_HERE),
+    "teacher/scheduler/scheduler_config.json": ("Apache-2.0", MADE_HERE),
+    "calibration.npz": ("MIT", f"{FASHION}: {CALIBRATION_IMAGES} of the 60,000 training images"),
+    "features.onnx": ("Apache-2.0", MADE_HERE),
+    "reference.npz": ("MIT", f"{FASHION}: the 10,000 test images through features.onnx"),
+}
+
+
+def load_images(path: Path, labels: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
+    """Read `x` uint8 [N, H, W] or [N, H, W, C] and, where there is one, `y` [N] from an npz file.
+
+    Returns x as uint8 [N, C, H, W] and y as int64 [N] or None. SystemExit with one line otherwise.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            x = file["x"]
+            y = file["y"].astype(np.int64) if "y" in file.files else None
+    except (OSError, KeyError, ValueError, AttributeError, zipfile.BadZipFile) as error:
+        raise SystemExit(f"{path}: not an npz file with an image array `x`: {error}") from error
+    if x.dtype != np.uint8 or x.ndim not in (3, 4) or len(x) == 0:
+        found = f"{x.dtype} {list(x.shape)}"
+        raise SystemExit(f"{path}: x must be uint8 [N, H, W] or [N, H, W, C], found {found}")
+    if labels and y is None:
+        raise SystemExit(f"{path}: holds no labels `y`, which this script needs")
+    if y is not None and (y.shape != (len(x),) or y.min() < 0):
+        raise SystemExit(f"{path}: y must be {len(x)} labels of 0 or more, found an array {list(y.shape)}")
+    x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(x), y
+
+
+def save_npz(path: Path, **arrays: np.ndarray) -> None:
+    """np.savez_compressed with a fixed time stamp on each entry, so that equal arrays give equal bytes."""
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, array in arrays.items():
+            entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+            entry.compress_type = zipfile.ZIP_DEFLATED
+            with archive.open(entry, "w") as file:
+                np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
+
+
+def write_json(path: Path, value: dict) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_teacher(source: Path, out: Path) -> None:
+    """Copy a U-Net and its scheduler into a pipeline folder, weights as float16."""
+    try:
+        configs = {name: json.loads((source / name).read_text(encoding="utf-8")) for name in CONFIGS}
+        weights = load_file(source / WEIGHTS)
+    except (OSError, ValueError, SafetensorError) as error:
+        wanted = ", ".join((WEIGHTS, *CONFIGS))
+        raise SystemExit(f"{source}: not a teacher, which has {wanted}: {error}") from error
+    limit = np.finfo(np.float16).max
+    for name, weight in weights.items():
+        if np.abs(weight).max() > limit:
+            raise SystemExit(f"{source / WEIGHTS}: {name} exceeds {limit}, the largest float16")
+    for name, config in configs.items():
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        write_json(out / name, config)
+    # diffusers reads the "format" entry to tell whose tensors these are.
+    halves = {name: weight.astype(np.float16) for name, weight in weights.items()}
+    save_file(halves, out / WEIGHTS, metadata={"format": "pt"})
+    index = {
+        "_class_name": "DDPMPipeline",
+        "_diffusers_version": configs[CONFIGS[0]]["_diffusers_version"],
+        "scheduler": ["diffusers", configs[CONFIGS[1]]["_class_name"]],
+        "unet": ["diffusers", configs[CONFIGS[0]]["_class_name"]],
+    }
+    write_json(out / "model_index.json", index)
+    # diffusers has no field for the null label that classifier-free guidance needs.
+    classes = configs[CONFIGS[0]]["num_class_embeds"] - 1
+    conditioning = {"kind": "class", "classes": classes, "null_label": classes}
+    write_json(out / "diffpress.json", {"conditioning": conditioning})
+
+
+def balanced_draw(y: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Indices of `count` images, every class as often as any other or once more, in mixed order."""
+    rng = np.random.default_rng(seed)
+    classes = np.unique(y)
+    each, extra = divmod(count, len(classes))
+    larger = set(rng.choice(classes, extra, replace=False).tolist())
+    picked = []
+    for label in classes.tolist():
+        (members,) = np.nonzero(y == label)
+        wanted = each + (label in larger)
+        if len(members) < wanted:
+            raise SystemExit(f"class {label} has {len(members)} images, {wanted} are needed")
+        picked.append(rng.choice(members, wanted, replace=False))
+    return rng.permutation(np.concatenate(picked))  # mixed, so that any first part is a fair sample too
+
+
+def extract(network: Path, x: np.ndarray, batch: int = 500) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [N, 1, 28, 28] -> (features float32 [N, 64], the recognised labels int64 [N])."""
+    session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
+    features, labels = [], []
+    for start in range(0, len(x), batch):
+        sample = x[start : start + batch].astype(np.float32) / 127.5 - 1.0
+        feature, logits = session.run(["features", "logits"], {"sample": sample})
+        features.append(feature)
+        labels.append(logits.argmax(1))
+    return np.concatenate(features), np.concatenate(labels)
+
+
+def fingerprint(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def save_reference(network: Path, x: np.ndarray, y: np.ndarray, path: Path) -> float:
+    """Write the statistics of real images in feature space; returns the network's accuracy on them.
+
+    The moments come from the float32 features; the features themselves are kept as float16, enough for a
+    kernel distance, at half the size.
+    """
+    features, recognised = extract(network, x)
+    save_npz(
+        path,
+        features=features.astype(np.float16),
+        labels=y.astype(np.uint8),
+        mean=features.mean(axis=0, dtype=np.float64),
+        covariance=np.cov(features.astype(np.float64), rowvar=False, ddof=1),
+        features_sha256=np.array(fingerprint(network)),
+    )
+    return float((recognised == y).mean())
+
+
+def manifest(folder: Path) -> dict[str, dict[str, str | int]]:
+    return {
+        name: {
+            "sha256": fingerprint(folder / name),
+            "bytes": (folder / name).stat().st_size,
+            "licence": licence,
+            "source": source,
+        }
+        for name, (licence, source) in PROVENANCE.items()
+    }
+
+
+def load_grey(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    x, y = load_images(path, labels=True)
+    if x.shape[1:] != (1, 28, 28) or y.max() > 9:
+        raise SystemExit(f"{path}: needs 28 x 28 grey images with labels 0..9, found {list(x.shape[1:])}")
+    return x, y
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Build the data folder that ships with the project.")
+    parser.add_argument("--teacher", type=Path, required=True, help="folder with unet/ and scheduler/")
+    parser.add_argument("--images", type=Path, required=True, help="npz with the training images")
+    parser.add_argument("--test", type=Path, required=True, help="npz with the held-out images")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="the folder to fill; has features.onnx already"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the calibration draw")
+    args = parser.parse_args(argv)
+    network = args.out / "features.onnx"
+    if not network.is_file():
+        raise SystemExit(f"{network} is missing: make it with examples/train_features.py first")
+    x, y = load_grey(args.images)
+    test_x, test_y = load_grey(args.test)
+
+    save_teacher(args.teacher, args.out / "teacher")
+    drawn = balanced_draw(y, CALIBRATION_IMAGES, args.seed)
+    save_npz(args.out / "calibration.npz", x=x[drawn, 0], y=y[drawn].astype(np.uint8))
+    accuracy = save_reference(network, test_x, test_y, args.out / "reference.npz")
+    entries = manifest(args.out)
+    write_json(args.out / "MANIFEST.json", entries)
+
+    print(f"features.onnx recognises {accuracy:.4f} of {len(test_x):,} held-out images")
+    for name, entry in entries.items():  # the table of the folder's README
+        size, licence, source, sha256 = (entry[key] for key in ("bytes", "licence", "source", "sha256"))
+        print(f"| `{name}` | {size:,} | {licence} | {source} | `{sha256}` |")
+
+
+if __name__ == "__main__":
+    main()

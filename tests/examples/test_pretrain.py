@@ -1,0 +1,140 @@
+"""The trainer of the teacher: a tiny run gives a pipeline that loads, and a stopped run goes on exactly."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMPipeline
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def pretrain():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "examples"))
+        import pretrain
+
+        patch.setattr(pretrain, "GRID_STEPS", 2)  # the sample grid would take longer than the training
+        yield pretrain
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory) -> Path:
+    rng = np.random.default_rng(0)
+    path = tmp_path_factory.mktemp("images") / "images.npz"
+    np.savez(path, x=rng.integers(0, 256, (64, 8, 8), dtype=np.uint8), y=np.arange(64, dtype=np.uint8) % 10)
+    return path
+
+
+@pytest.fixture(scope="module")
+def stopped(pretrain, images, tmp_path_factory) -> Path:
+    """The folder of a run of four steps that was stopped after two."""
+    out = tmp_path_factory.mktemp("stopped")
+    assert not run(pretrain, images, out, "--steps", "4", "--stop-at", "2")
+    return out
+
+
+def run(pretrain, images: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
+    """Run the trainer as the command line would; the weights that it wrote, or none if it stopped early."""
+    pretrain.main(["--images", str(images), "--out", str(out), "--batch", "8", "--device", "cpu", *options])
+    weights = out / "unet" / "diffusion_pytorch_model.safetensors"
+    return load_file(weights) if weights.exists() else {}
+
+
+def test_a_tiny_run_writes_a_pipeline_that_gives_finite_output(pretrain, images, tmp_path):
+    run(pretrain, images, tmp_path, "--steps", "3")
+    pipeline = DDPMPipeline.from_pretrained(tmp_path)
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    sample, t = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.tensor([999, 10])
+    with torch.no_grad():
+        v = pipeline.unet(sample, t, class_labels=torch.tensor([3, 10])).sample  # 10 is the null label
+    assert v.shape == sample.shape
+    assert torch.isfinite(v).all()
+    assert (tmp_path / "samples" / "step_000003.png").stat().st_size > 0
+
+
+def test_a_stopped_and_resumed_run_equals_an_undisturbed_one_bit_for_bit(pretrain, images, stopped, tmp_path):
+    parts = shutil.copytree(stopped, tmp_path / "parts")
+    whole = run(pretrain, images, tmp_path / "whole", "--steps", "4")
+    resumed = run(pretrain, images, parts, "--steps", "4", "--resume")
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    states = [torch.load(tmp_path / name / "training.pt", weights_only=True) for name in ("whole", "parts")]
+    assert all(torch.equal(states[0]["unet"][name], states[1]["unet"][name]) for name in whole)
+    assert any(not torch.equal(whole[name], states[0]["unet"][name]) for name in whole)  # EMA is what is kept
+
+
+def test_color_images_without_labels_train_an_unconditional_network(pretrain, tmp_path):
+    x = np.random.default_rng(0).integers(0, 256, (16, 8, 12, 3), dtype=np.uint8)
+    np.savez(tmp_path / "color.npz", x=x)
+    run(pretrain, tmp_path / "color.npz", tmp_path / "out", "--steps", "1")
+    config = json.loads((tmp_path / "out" / "unet" / "config.json").read_text())
+    assert (config["in_channels"], config["sample_size"], config["num_class_embeds"]) == (3, [8, 12], None)
+
+
+def test_the_network_and_schedule_are_those_of_the_shipped_teacher(pretrain):
+    teacher = ROOT / "calib_data" / "teacher"
+    for built, path in (
+        (pretrain.build_unet((1, 28, 28), 10), "unet/config.json"),
+        (pretrain.build_scheduler(), "scheduler/scheduler_config.json"),
+    ):
+        shipped = json.loads((teacher / path).read_text())
+        ours = json.loads(built.to_json_string())
+        assert {key: ours.get(key) for key in shipped if not key.startswith("_")} == {
+            key: value for key, value in shipped.items() if not key.startswith("_")
+        }
+
+
+def test_loss_weight_is_min_snr_over_snr_plus_one(pretrain):
+    """A network that always answers 0 has the loss E[w |v|^2]; here that is written out with numpy."""
+    scheduler = pretrain.build_scheduler()
+    x = np.full((4, 1, 8, 8), 255, np.uint8)  # x_0 = 1 everywhere
+    unet = pretrain.build_unet((1, 8, 8), None)
+    for parameter in unet.conv_out.parameters():
+        torch.nn.init.zeros_(parameter)
+    settings = pretrain.Settings(steps=1, batch=4, lr=1e-3, seed=5, images_sha256="")
+    rng = np.random.default_rng([5, 1, 0])
+    noise = rng.standard_normal(x.shape, dtype=np.float32).astype(np.float64)
+    alpha = scheduler.alphas_cumprod.double().numpy()[rng.integers(0, 1000, 4)]
+    v = np.sqrt(alpha)[:, None, None, None] * noise - np.sqrt(1 - alpha)[:, None, None, None]
+    snr = alpha / (1 - alpha)
+    expected = (np.minimum(snr, 5) / (snr + 1) * (v**2).mean(axis=(1, 2, 3))).mean()
+    loss = pretrain.loss_of_step(unet, scheduler, x, None, 0, settings)
+    assert loss.item() == pytest.approx(expected, rel=1e-4)  # float32 against float64
+
+
+def test_every_image_is_seen_once_per_epoch(pretrain):
+    epoch = np.concatenate([pretrain.indices(step, 64, 8, seed=0) for step in range(8)])
+    assert sorted(epoch) == list(range(64))
+    assert not np.array_equal(pretrain.indices(0, 64, 8, seed=0), pretrain.indices(8, 64, 8, seed=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "5", "--resume"], "made with other settings"),
+        (["--steps", "1"], "pass --resume"),
+        (["--batch", "65", "--resume"], "more than the 64 images"),
+        (["--steps", "0"], "--steps must be at least 1"),
+    ],
+)
+def test_bad_options_end_with_one_clear_line(pretrain, images, stopped, options, message):
+    with pytest.raises(SystemExit, match=message):
+        run(pretrain, images, stopped, *options)
+
+
+def test_a_file_that_is_no_npz_ends_with_one_clear_line(pretrain, tmp_path):
+    (tmp_path / "text.npz").write_text("no archive")
+    for name in ("text.npz", "missing.npz"):
+        with pytest.raises(SystemExit, match=name):
+            run(pretrain, tmp_path / name, tmp_path / "out", "--steps", "1")
+    with pytest.raises(SystemExit, match="not a checkpoint"):
+        np.savez(tmp_path / "ok.npz", x=np.zeros((8, 8, 8), np.uint8))
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "training.pt").write_bytes(b"broken")
+        run(pretrain, tmp_path / "ok.npz", tmp_path / "out", "--steps", "1", "--resume")

@@ -1,0 +1,136 @@
+"""The data that ships: it is what the manifest says, and it does what its README says."""
+
+import hashlib
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from diffusers import DDPMPipeline
+
+DATA = Path(__file__).parents[1] / "calib_data"
+MANIFEST = json.loads((DATA / "MANIFEST.json").read_text(encoding="utf-8"))
+NULL_LABEL = 10
+
+
+@pytest.fixture(scope="module")
+def calibration() -> dict[str, np.ndarray]:
+    with np.load(DATA / "calibration.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, np.ndarray]:
+    with np.load(DATA / "reference.npz", allow_pickle=False) as file:
+        return dict(file)
+
+
+def run_network(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    session = onnxruntime.InferenceSession(DATA / "features.onnx", providers=["CPUExecutionProvider"])
+    return session.run(["features", "logits"], {"sample": x[:, None].astype(np.float32) / 127.5 - 1.0})
+
+
+def test_manifest_lists_every_data_file_and_no_other():
+    files = {path.relative_to(DATA).as_posix() for path in DATA.rglob("*") if path.is_file()}
+    assert files - {"README.md", "MANIFEST.json"} == set(MANIFEST)
+
+
+@pytest.mark.parametrize("name", MANIFEST)
+def test_file_has_the_size_and_hash_of_the_manifest_and_the_readme(name):
+    content, entry = (DATA / name).read_bytes(), MANIFEST[name]
+    assert len(content) == entry["bytes"]
+    assert hashlib.sha256(content).hexdigest() == entry["sha256"]
+    (row,) = [
+        line for line in (DATA / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")
+    ]
+    assert entry["sha256"] in row and f"{entry['bytes']:,}" in row and entry["licence"] in row
+    assert entry["licence"] in ("MIT", "Apache-2.0") and entry["source"]
+
+
+def test_the_folder_stays_small():
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 25 * 10**6
+
+
+def test_calibration_images_are_balanced_over_the_classes(calibration):
+    x, y = calibration["x"], calibration["y"]
+    assert (x.dtype, x.shape, y.dtype, y.shape) == (np.uint8, (2048, 28, 28), np.uint8, (2048,))
+    assert set(np.bincount(y, minlength=10).tolist()) == {204, 205}
+    assert len({image.tobytes() for image in x}) == 2048
+    assert np.bincount(y[:256], minlength=10).min() >= 10  # mixed: the first part alone has every class
+
+
+def test_teacher_is_a_whole_pipeline_with_finite_output():
+    pipeline = DDPMPipeline.from_pretrained(DATA / "teacher")
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+    assert pipeline.unet.config.num_class_embeds == NULL_LABEL + 1
+    assert sum(p.numel() for p in pipeline.unet.parameters()) == pytest.approx(3.48e6, rel=0.01)
+    sample = torch.randn(2, 1, 28, 28, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        v = pipeline.unet(sample, torch.tensor([999, 500]), class_labels=torch.tensor([0, NULL_LABEL])).sample
+    assert v.shape == sample.shape
+    assert torch.isfinite(v).all()
+
+
+def test_teacher_predicts_the_velocity_of_real_images_by_class(calibration):
+    """At t = 800 the label carries what the noise hides: the right label has to beat a wrong one."""
+    pipeline = DDPMPipeline.from_pretrained(DATA / "teacher")
+    rng = torch.Generator().manual_seed(0)
+    clean = torch.from_numpy(calibration["x"][:64, None]).float() / 127.5 - 1.0
+    y, t = torch.from_numpy(calibration["y"][:64]).long(), torch.full((64,), 800)
+    noise = torch.randn(clean.shape, generator=rng)
+    target = pipeline.scheduler.get_velocity(clean, noise, t)
+    with torch.no_grad():
+        noisy = pipeline.scheduler.add_noise(clean, noise, t)
+        right, wrong = ((pipeline.unet(noisy, t, class_labels=k).sample - target).square().mean()
+                        for k in (y, (y + 5) % 10))  # fmt: skip
+    assert right < 0.5 * wrong
+    assert right < 0.2 * target.square().mean()
+
+
+def test_feature_network_recognises_the_calibration_images(calibration):
+    """Training images, so this tells that the file is whole; the README has the held-out accuracy."""
+    _, logits = run_network(calibration["x"])
+    assert (logits.argmax(1) == calibration["y"]).mean() >= 0.92
+
+
+def test_feature_network_gives_the_same_features_at_any_batch_size(calibration):
+    x = calibration["x"][:7]
+    together, _ = run_network(x)
+    alone = np.concatenate([run_network(image[None])[0] for image in x])
+    assert together.shape == (7, 64)
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+
+
+def test_feature_network_is_one_small_plain_file():
+    model = onnx.load(DATA / "features.onnx", load_external_data=False)
+    assert (DATA / "features.onnx").stat().st_size <= 2 * 10**6
+    assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
+    assert not any(tensor.external_data for tensor in model.graph.initializer)
+    assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
+    assert b".py" not in model.SerializeToString()  # the exporter's notes with local paths are gone
+
+
+def test_reference_moments_are_those_of_its_features(reference):
+    features = reference["features"].astype(np.float64)
+    assert (reference["features"].dtype, features.shape) == (np.float16, (10000, 64))
+    assert np.bincount(reference["labels"]).tolist() == [1000] * 10
+    # float16 keeps 11 bits, so each feature is off by at most 2^-11 of itself, and its sums by no more.
+    np.testing.assert_allclose(reference["mean"], features.mean(axis=0), rtol=2**-11, atol=1e-6)
+    covariance = np.cov(features, rowvar=False, ddof=1)
+    scale = np.sqrt(np.outer(*[(features**2).mean(axis=0)] * 2))
+    assert np.all(np.abs(reference["covariance"] - covariance) <= 2**-9 * scale)
+    assert np.linalg.eigvalsh(reference["covariance"]).min() > 0
+
+
+def test_reference_names_the_network_that_it_was_measured_in(reference):
+    assert str(reference["features_sha256"]) == MANIFEST["features.onnx"]["sha256"]
+
+
+def test_calibration_images_lie_close_to_the_reference_in_feature_space(reference, calibration):
+    """Training and test images of one data set: the means differ by little of the spread between images."""
+    features, _ = run_network(calibration["x"])
+    distance = np.square(features.mean(axis=0) - reference["mean"]).sum()
+    assert distance < 0.01 * np.trace(reference["covariance"])
