@@ -1,0 +1,121 @@
+"""A bundle: one folder with everything a deployment must know, described and sealed by its manifest.json.
+
+    manifest.json   format, name, spec (with the plan), graphs, engines, history, metrics, every file's sha256
+    denoiser.onnx   the portable truth
+    engines/...     caches of it for one device or library
+
+`hash` names the whole bundle: the sha256 of the canonical manifest without that entry. Nothing in a manifest
+depends on the clock, so the same work gives the same hash. A bundle whose files do not match is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from runtime.errors import BadInput
+from runtime.spec import DenoiserSpec
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: its folder, its spec and the manifest as read."""
+
+    path: Path
+    spec: DenoiserSpec
+    manifest: dict[str, Any]
+
+    @property
+    def denoiser(self) -> Path:
+        return self.path / self.manifest["graphs"]["denoiser"]["file"]
+
+    @property
+    def hash(self) -> str:
+        return str(self.manifest["hash"])
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "hash"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write `folder`/manifest.json from `content` plus the sha256 and size of every file; returns the
+    manifest.
+
+    The folder is still the writer's temporary one: it is renamed into place afterwards, so no half bundle is
+    seen.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = {"format": FORMAT, **content, "files": files}
+    manifest["hash"] = manifest_hash(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Open a bundle and verify every file against the manifest; anything off raises BadInput."""
+    folder = Path(path)
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise BadInput(
+            f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'compress')"
+        )
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+        raise BadInput(f"{file}: not readable as JSON ({error}); export the bundle again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise BadInput(
+            f"{file}: bundle format {found!r}, this diffpress reads {FORMAT}; export the bundle again"
+        )
+    if manifest.get("hash") != manifest_hash(manifest):
+        raise BadInput(
+            f"{file}: the manifest does not match its own hash, it was changed; export the bundle again"
+        )
+    _verify_files(folder, manifest)
+    spec = DenoiserSpec.from_json(manifest.get("spec"), f"{file}: spec")
+    return Bundle(folder, spec, manifest)
+
+
+def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
+    listed, graphs = manifest.get("files"), manifest.get("graphs")
+    denoiser = graphs.get("denoiser") if isinstance(graphs, dict) else None
+    if not isinstance(listed, dict) or not isinstance(denoiser, dict):
+        raise BadInput(f"{folder / MANIFEST}: no list of files or no denoiser graph; export the bundle again")
+    if str(denoiser.get("file")) not in listed:
+        raise BadInput(
+            f"{folder / MANIFEST}: the denoiser's file is not among the listed files; export the bundle again"
+        )
+    for name, entry in listed.items():
+        _verify_file(folder, name, entry)
+
+
+def _verify_file(folder: Path, name: str, entry: Any) -> None:
+    path = folder / name
+    if folder.resolve() not in path.resolve().parents:
+        raise BadInput(f"{folder / MANIFEST}: '{name}' points outside the bundle")
+    if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+        raise BadInput(f"{folder / MANIFEST}: '{name}' has no size and sha256; export the bundle again")
+    if not path.is_file():
+        raise BadInput(f"{path}: listed in the manifest but missing; copy the bundle again")
+    if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+        raise BadInput(
+            f"{path}: does not match its sha256 in the manifest, it is damaged; copy the bundle again"
+        )

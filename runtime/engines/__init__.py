@@ -1,0 +1,75 @@
+"""Engines run a bundle's graphs. A backend is one file with the same few functions, and a line in ENGINES.
+
+    EXTRA                                   the extra of diffpress that brings the package (None: always)
+    missing() -> str | None                 the package to install where it is absent, else None
+    load(path, *, threads=None) -> Engine   raises BadInput for a file that the backend cannot read
+
+The backends import their package inside functions: listing them costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Protocol
+
+import numpy as np
+
+from runtime.bundle import Bundle
+from runtime.engines import onnxruntime_engine, openvino_engine
+from runtime.errors import BadInput, MissingExtra, unknown_name
+
+ENGINES: dict[str, ModuleType] = {
+    "openvino": openvino_engine,
+    "onnxruntime": onnxruntime_engine,
+}
+
+
+class Engine(Protocol):
+    """A loaded graph with one output."""
+
+    name: str
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype]:
+        """The graph's inputs by name, with the types they take."""
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """The output for one batch; the array is the caller's own."""
+
+    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
+        """The share of all multiply-accumulates (convolutions, matrix products) that executes on integers."""
+
+    def close(self) -> None:
+        """Release the engine's memory; it cannot run afterwards."""
+
+
+def available() -> list[str]:
+    """The engines whose package is installed, the preferred one first."""
+    return [name for name, backend in ENGINES.items() if backend.missing() is None]
+
+
+def load_engine(path: str | Path, name: str | None = None, threads: int | None = None) -> Engine:
+    """Load one graph file in the engine `name`; None takes openvino where it is installed, else onnxruntime.
+
+    `threads` None leaves the number to the engine. Raises BadInput for an unknown name, a bad number of
+    threads or an unreadable file, and MissingExtra where the package is not installed.
+    """
+    if threads is not None and threads < 1:
+        raise BadInput(f"{threads} threads: at least 1, or leave it out to let the engine choose")
+    if name is None:
+        name = next(iter(available()), "onnxruntime")
+    if name not in ENGINES:
+        raise unknown_name("engine", name, ENGINES)
+    backend = ENGINES[name]
+    package = backend.missing()
+    if package is not None:
+        raise MissingExtra(package, backend.EXTRA, f"engine '{name}'")
+    engine: Engine = backend.load(Path(path), threads=threads)
+    return engine
+
+
+def open_engine(bundle: Bundle, name: str | None = None, threads: int | None = None) -> Engine:
+    """Load a bundle's denoiser; as `load_engine`."""
+    return load_engine(bundle.denoiser, name, threads)

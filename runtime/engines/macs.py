@@ -1,0 +1,43 @@
+"""Multiply-accumulates of the kernels an engine executed, from their real shapes.
+
+convolution             numel(out) * numel(weights) / channels_out        groups are in the weights' shape
+transposed convolution  numel(in) * numel(weights) / channels_in
+matrix product          numel(A) * N             for A [..., M, K], whichever way it is stored
+attention               queries * keys * (width of K + width of V) * heads * batch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+
+Shape = Sequence[int]
+
+
+def convolution(out: Shape, weights: Shape) -> int:
+    """`weights` are [O, I/g, ...] or [g, O/g, I/g, ...]: each output value sees its filter's weights."""
+    spatial = len(out) - 2
+    filters = prod(weights[: len(weights) - spatial - 1])
+    return prod(out) * prod(weights) // filters
+
+
+def transposed_convolution(inputs: Shape, weights: Shape) -> int:
+    """`weights` are [I, O/g, ...] or [g, I/g, O/g, ...]."""
+    spatial = len(inputs) - 2
+    return prod(inputs) * prod(weights) // prod(weights[: len(weights) - spatial - 1])
+
+
+def product(a: Shape, out: Shape) -> int:
+    """A [..., M, K] times B gives `out` [..., M, N]; A is not broadcast over the batch."""
+    return prod(a) * out[-1]
+
+
+def attention(query: Shape, key: Shape, value: Shape) -> int:
+    """Q [..., S, D], K [..., L, D], V [..., L, E], heads among the leading axes or inside D and E."""
+    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+
+
+def integer_share(kernels: Sequence[tuple[int, bool]]) -> float:
+    """The share of (macs, whether on integers) that is integer; 0 where there is nothing to multiply."""
+    total = sum(macs for macs, _ in kernels)
+    return sum(macs for macs, integer in kernels if integer) / total if total else 0.0

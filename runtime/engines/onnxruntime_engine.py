@@ -1,0 +1,140 @@
+"""ONNX Runtime on the CPU: reads denoiser.onnx, optimises the whole graph, runs any batch.
+
+Which kernels really execute is read from a profile of one run, not from the file: ONNX Runtime fuses the Q/DQ
+pairs of a quantized file into QLinearConv, QGemm and the like only where it has such a kernel, and runs the
+rest in float.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.engines import macs
+from runtime.errors import BadInput
+
+EXTRA = None
+
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+
+CONVOLUTIONS = {"Conv", "FusedConv", "NhwcFusedConv", "NhwcConv", "QLinearConv", "ConvInteger"}
+TRANSPOSED = {"ConvTranspose"}
+PRODUCTS = {
+    "MatMul",
+    "Gemm",
+    "FusedMatMul",
+    "FusedGemm",
+    "MatMulNBits",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulInteger",
+}
+PRODUCTS |= {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+ATTENTIONS = {"Attention", "MultiHeadAttention"}
+INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+INTEGER |= {"DynamicQuantizeMatMul"}
+
+
+def missing() -> str | None:
+    return None if importlib.util.find_spec("onnxruntime") else "onnxruntime"
+
+
+def load(path: Path, *, threads: int | None = None) -> OnnxRuntimeEngine:
+    """Load an ONNX file on `threads` cores (None: all); raises BadInput where ONNX Runtime cannot read it."""
+    return OnnxRuntimeEngine(path, threads)
+
+
+class OnnxRuntimeEngine:
+    """One session; see runtime.engines.Engine."""
+
+    name = "onnxruntime"
+
+    def __init__(self, path: Path, threads: int | None) -> None:
+        self._path, self._threads = path, threads
+        self._session = _session(path, _options(threads))
+        self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        # plain run: on the CPU, I/O binding saves no copy of ours
+        try:
+            result: np.ndarray = self._session.run(None, inputs)[0]
+        except Exception as error:
+            raise _refused(self._path, "run", error) from error
+        return result
+
+    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
+        """From the kernels of one profiled run in a second session with the same optimisations."""
+        with tempfile.TemporaryDirectory() as folder:
+            options = _options(self._threads)
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            # prepacked weights vanish from the profile's shapes; which kernel runs does not depend on it
+            options.add_session_config_entry("session.disable_prepacking", "1")
+            session = _session(self._path, options)
+            session.run(None, example_inputs)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        nodes = [event["args"] for event in events if event["name"].endswith("_kernel_time")]
+        return macs.integer_share([(_macs(node), node["op_name"] in INTEGER) for node in nodes])
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _options(threads: int | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4  # its errors come as exceptions; not on stderr as well
+    return options
+
+
+def _session(path: Path, options: Any) -> Any:
+    import onnxruntime
+
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exception classes share no base but Exception
+        raise _refused(path, "load", error) from error
+
+
+def _refused(path: Path, verb: str, error: Exception) -> BadInput:
+    reason = (str(error).splitlines() or ["no reason given"])[0]
+    return BadInput(f"{path}: ONNX Runtime cannot {verb} it ({reason}); export it again")
+
+
+def _numpy_type(name: str, path: Path) -> np.dtype:
+    if name not in TYPES:
+        raise BadInput(f"{path}: an input of type {name} is not supported")
+    return np.dtype(TYPES[name])
+
+
+def _macs(node: dict[str, Any]) -> int:
+    """Multiply-accumulates of one executed kernel; 0 for kernels that are neither convolution nor product."""
+    kind = node["op_name"]
+    shapes = [shape for entry in node["input_type_shape"] for shape in entry.values()]
+    out: list[int] = next((shape for entry in node["output_type_shape"] for shape in entry.values()), [])
+    tensors = [shape for shape in shapes if len(shape) > 1]  # without scales, zero points and biases
+    if kind in CONVOLUTIONS:
+        return macs.convolution(out, tensors[1])
+    if kind in TRANSPOSED:
+        return macs.transposed_convolution(tensors[0], tensors[1])
+    if kind in PRODUCTS:
+        return macs.product(tensors[0], out)
+    if kind in ATTENTIONS:
+        return macs.attention(*tensors[:3])
+    return 0

@@ -1,0 +1,57 @@
+"""One small family of errors: each message says what was wrong, where, and what to do about it.
+
+The command line turns a `DiffpressError` into that one line and its exit code; a traceback means a defect of
+ours.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class DiffpressError(Exception):
+    """Base of all errors that are meant to be read by a person."""
+
+    exit_code = 2
+
+
+class BadInput(DiffpressError):
+    """A file, a flag or a value that cannot be used."""
+
+
+def unknown_name(what: str, name: str, known: Iterable[str]) -> BadInput:
+    """The error for a name that is not in a table: it names the nearest match, or all there is."""
+    names = list(known)
+    near = difflib.get_close_matches(name, names, n=1)
+    hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(names)}"
+    return BadInput(f"unknown {what} '{name}': {hint}")
+
+
+class MissingExtra(DiffpressError):
+    """A package is not installed: one that comes with an extra, or (`extra` None) with diffpress itself."""
+
+    def __init__(self, package: str, extra: str | None, purpose: str) -> None:
+        wanted = f"'diffpress[{extra}]'" if extra else "diffpress"
+        super().__init__(f"{purpose} needs the package '{package}': pip install {wanted}")
+
+
+class GateFailed(DiffpressError):
+    """A gate of the recipe was not passed; the work is kept."""
+
+    exit_code = 1
+
+
+EXTRAS = {
+    "compress": ("torch", "diffusers", "safetensors", "accelerate", "modelopt", "torch_pruning", "onnx", "onnxscript",
+                 "pydantic", "rich", "yaml", "torchmetrics"),
+    "openvino": ("openvino",),
+    "tensorrt": ("tensorrt_rtx",),
+}
+
+
+def extra_for(error: ModuleNotFoundError, purpose: str) -> MissingExtra | None:
+    """The readable form of a failed import, where the package belongs to one of diffpress's extras."""
+    package = (error.name or "").partition(".")[0]
+    extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
+    return MissingExtra(package, extra, purpose) if extra else None

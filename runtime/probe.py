@@ -1,0 +1,104 @@
+"""What loading costs, measured where it is honest: in a fresh process.
+
+    python -m runtime.probe BUNDLE --engine E --batch B     prints {"load_ms": ..., "peak_mib": ...}
+
+`load_ms` runs from the bundle's folder to the first finished call of the network at that batch size:
+importing the engine, verifying hashes, reading, compiling, running. `peak_mib` is the most memory the process
+held while it then sampled one whole batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from runtime.errors import BadInput, DiffpressError
+
+
+class Probe(NamedTuple):
+    """Load time and peak resident memory of one fresh process (None where the system keeps no count)."""
+
+    load_ms: float
+    peak_mib: float | None
+
+
+def probe(bundle: Path, engine: str, batch: int, threads: int | None = None) -> Probe:
+    """Measure a bundle in a fresh Python process; BadInput with that process's last line where it fails."""
+    command = [
+        sys.executable,
+        "-m",
+        "runtime.probe",
+        str(bundle.resolve()),
+        "--engine",
+        engine,
+        "--batch",
+        str(batch),
+    ]
+    if threads is not None:
+        command += ["--threads", str(threads)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
+    if done.returncode != 0:
+        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
+        raise BadInput(f"{bundle}: measuring it in a process of its own failed: {reason}")
+    return Probe(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def measure_here(bundle_path: Path, engine_name: str | None, batch: int, threads: int | None) -> Probe:
+    """The measurement itself, meaningful in a process that has done nothing else."""
+    start = time.perf_counter()
+    from runtime.bundle import load_bundle
+    from runtime.denoise import network_inputs
+    from runtime.engines import open_engine
+    from runtime.sampler import generate
+
+    bundle = load_bundle(bundle_path)
+    with closing(open_engine(bundle, engine_name, threads)) as engine:
+        engine.run(network_inputs(engine, bundle.spec, batch))
+        load_ms = (time.perf_counter() - start) * 1e3
+        generate(engine, bundle.spec, seeds=range(batch), batch=batch)
+    return Probe(load_ms, peak_mib())
+
+
+def peak_mib() -> float | None:
+    """The most memory this process ever held, in MiB.
+
+    Linux's VmHWM belongs to this program alone; getrusage's maximum also counts the parent it was forked
+    from.
+    """
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) / 1024
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**20 if sys.platform == "darwin" else peak / 1024
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m runtime.probe")
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--engine")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    try:
+        found = measure_here(args.bundle, args.engine, args.batch, args.threads)
+    except DiffpressError as error:
+        print(error, file=sys.stderr)
+        return error.exit_code
+    print(json.dumps(found._asdict()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,220 @@
+"""DenoiserSpec: everything a sampler must know about a denoiser, as plain data that travels as JSON.
+
+The forward process is  x_t = alpha_t * x_0 + sigma_t * eps,  given as two tables over the model's integer
+timesteps instead of a scheduler's class name, so variance-preserving and flow-matching models look alike:
+
+    prediction   the network returns                      alpha_t, sigma_t
+    epsilon      eps                                      any
+    v            alpha_t * eps - sigma_t * x_0            any          (Salimans & Ho 2022, appendix D)
+    sample       x_0                                      any
+    flow         eps - x_0                                1 - s, s     (Lipman et al. 2023; rectified flow)
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+
+from runtime.errors import BadInput
+
+PREDICTIONS = ("epsilon", "v", "sample", "flow")
+CONDITIONINGS = ("none", "class", "text")
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """alpha_t and sigma_t at the integer timesteps 0..T-1 (t grows with the noise), float64 [T] each."""
+
+    alphas: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        alphas, sigmas = np.asarray(self.alphas), np.asarray(self.sigmas)
+        if alphas.ndim != 1 or alphas.shape != sigmas.shape or alphas.size < 2:
+            raise BadInput(
+                f"noise schedule: alphas {alphas.shape} and sigmas {sigmas.shape} must be equally long lists"
+            )
+        if not (np.isfinite(alphas).all() and np.isfinite(sigmas).all()):
+            raise BadInput("noise schedule: alphas and sigmas must be finite numbers")
+        if (
+            (alphas < 0).any()
+            or (sigmas < 0).any()
+            or (np.diff(alphas) > 0).any()
+            or (np.diff(sigmas) < 0).any()
+        ):
+            raise BadInput(
+                "noise schedule: with growing t, alphas must fall and sigmas must grow, and none be negative"
+            )
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """What the denoiser is told besides the noisy sample: nothing, a class label, or text."""
+
+    kind: str = "none"
+    classes: int = 0
+    null_label: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in CONDITIONINGS:
+            raise BadInput(f"conditioning kind '{self.kind}' is not one of {', '.join(CONDITIONINGS)}")
+        if self.kind == "class" and self.classes < 1:
+            raise BadInput("class conditioning needs the number of classes (at least 1)")
+        if self.null_label is not None and self.null_label < 0:
+            raise BadInput(f"null label {self.null_label} is negative")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the model is meant to be sampled: a solver's name, the descending timesteps, and the guidance
+    weight.
+
+    `guidance` is the classifier-free guidance weight w of eps_null + w * (eps_label - eps_null); 1 switches
+    it off and costs one call a step instead of two. `eta` is DDIM's noise share. `clip` bounds the predicted
+    x_0 to the data range at each step.
+    """
+
+    solver: str
+    timesteps: tuple[float, ...]
+    guidance: float = 1.0
+    eta: float = 0.0
+    clip: bool = True
+
+    def __post_init__(self) -> None:
+        t = np.asarray(self.timesteps, dtype=float)
+        if t.size < 1 or not np.isfinite(t).all() or (t < 0).any() or (np.diff(t) >= 0).any():
+            raise BadInput(
+                "plan: timesteps must be one or more finite, non-negative, strictly descending numbers"
+            )
+        if not (np.isfinite(self.guidance) and np.isfinite(self.eta) and 0.0 <= self.eta <= 1.0):
+            raise BadInput(f"plan: guidance {self.guidance} must be finite and eta {self.eta} lie in [0, 1]")
+
+    @property
+    def steps(self) -> int:
+        return len(self.timesteps)
+
+
+@dataclass(frozen=True)
+class DenoiserSpec:
+    """One denoiser, completely described for a sampler.
+
+    `sample_shape` is (channels, height, width) of what is denoised; a latent is decoded as
+    latent / latent_scale + latent_shift; `data_range` is what pixel values mean at the end.
+    """
+
+    prediction: str
+    schedule: NoiseSchedule
+    sample_shape: tuple[int, int, int]
+    plan: Plan
+    conditioning: Conditioning = field(default_factory=Conditioning)
+    latent_scale: float = 1.0
+    latent_shift: float = 0.0
+    data_range: tuple[float, float] = (-1.0, 1.0)
+
+    def __post_init__(self) -> None:
+        if self.prediction not in PREDICTIONS:
+            raise BadInput(f"prediction '{self.prediction}' is not one of {', '.join(PREDICTIONS)}")
+        if len(self.sample_shape) != 3 or min(self.sample_shape) < 1:
+            raise BadInput(
+                f"sample shape {self.sample_shape} must be (channels, height, width), each at least 1"
+            )
+        if max(self.plan.timesteps) > len(self.schedule) - 1:
+            raise BadInput(
+                f"plan: timestep {max(self.plan.timesteps):g} lies beyond the last, {len(self.schedule) - 1}"
+            )
+        if not self.data_range[0] < self.data_range[1]:
+            raise BadInput(f"data range {self.data_range} is empty")
+        if not (np.isfinite(self.latent_scale) and np.isfinite(self.latent_shift) and self.latent_scale != 0):
+            raise BadInput(
+                f"latent scale {self.latent_scale}, shift {self.latent_shift}: finite, and the scale not zero"
+            )
+
+    def with_plan(self, plan: Plan) -> DenoiserSpec:
+        return replace(self, plan=plan)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @staticmethod
+    def from_json(data: Any, where: str = "spec") -> DenoiserSpec:
+        """Read a spec back; anything missing, unknown or of the wrong type raises BadInput naming `where`."""
+        raw = _known(DenoiserSpec, data, where)
+        try:
+            return DenoiserSpec(
+                prediction=str(raw["prediction"]),
+                schedule=NoiseSchedule(
+                    **{k: _floats(v) for k, v in _known(NoiseSchedule, raw["schedule"], where).items()}
+                ),
+                sample_shape=_shape(raw["sample_shape"]),
+                plan=plan_from_json(raw["plan"], f"{where}.plan"),
+                conditioning=conditioning_from_json(raw["conditioning"], f"{where}.conditioning"),
+                latent_scale=float(raw["latent_scale"]),
+                latent_shift=float(raw["latent_shift"]),
+                data_range=_range(raw["data_range"]),
+            )
+        except KeyError as error:
+            raise BadInput(f"{where}: the entry {error} is missing") from error
+        except (TypeError, ValueError) as error:
+            raise BadInput(f"{where}: {error}") from error
+
+
+def plan_from_json(data: Any, where: str = "plan") -> Plan:
+    raw = _known(Plan, data, where)
+    try:
+        return Plan(
+            solver=str(raw["solver"]),
+            timesteps=_floats(raw["timesteps"]),
+            guidance=float(raw["guidance"]),
+            eta=float(raw["eta"]),
+            clip=_bool(raw["clip"]),
+        )
+    except KeyError as error:
+        raise BadInput(f"{where}: the entry {error} is missing") from error
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{where}: {error}") from error
+
+
+def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioning:
+    """Read a conditioning back; anything unknown or of the wrong type raises BadInput naming `where`."""
+    raw = _known(Conditioning, data, where)
+    try:
+        null = raw.get("null_label")
+        return Conditioning(
+            str(raw.get("kind", "none")), int(raw.get("classes", 0)), None if null is None else int(null)
+        )
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{where}: {error}") from error
+
+
+def _known(cls: type, data: Any, where: str) -> dict[str, Any]:
+    if not isinstance(data, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(data).__name__}")
+    unknown = sorted(set(data) - {f.name for f in fields(cls)})
+    if unknown:
+        raise BadInput(f"{where}: unknown entry '{unknown[0]}'")
+    return data
+
+
+def _floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)
+
+
+def _bool(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, found {value!r}")
+    return value
+
+
+def _shape(values: Any) -> tuple[int, int, int]:
+    channels, height, width = (int(v) for v in values)
+    return channels, height, width
+
+
+def _range(values: Any) -> tuple[float, float]:
+    low, high = (float(v) for v in values)
+    return low, high

@@ -1,0 +1,116 @@
+"""Oracles: denoisers that are known in closed form, and a network that answers in any prediction."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.schedule import Point, point_at
+from runtime.spec import NoiseSchedule
+
+INT64, FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Data N(mean, deviation^2): the ideal x_0 is linear in x and the probability flow has an exact solution."""
+
+    mean: float = 0.3
+    deviation: float = 0.5
+
+    def denoise(self, x: np.ndarray, point: Point) -> np.ndarray:
+        gain = point.alpha * self.deviation**2 / self._spread(point) ** 2
+        return self.mean + gain * (x - point.alpha * self.mean)
+
+    def flow(self, x: np.ndarray, start: Point, end: Point) -> np.ndarray:
+        """Where the exact probability flow carries x from `start` to `end`."""
+        return end.alpha * self.mean + (x - start.alpha * self.mean) * self._spread(end) / self._spread(start)
+
+    def _spread(self, point: Point) -> float:
+        return math.hypot(point.alpha * self.deviation, point.sigma)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Three narrow Gaussians per pixel: the ideal x_0 is smooth but far from linear in x."""
+
+    means: tuple[float, ...] = (-0.8, -0.1, 0.7)
+    deviation: float = 0.2
+
+    def denoise(self, x: np.ndarray, point: Point) -> np.ndarray:
+        variance = (point.alpha * self.deviation) ** 2 + point.sigma**2
+        away = np.asarray(x, dtype=np.float64)[..., None] - point.alpha * np.asarray(self.means)
+        weights = np.exp(-(away**2 - (away**2).min(axis=-1, keepdims=True)) / (2 * variance))
+        weights /= weights.sum(axis=-1, keepdims=True)
+        guesses = np.asarray(self.means) + point.alpha * self.deviation**2 / variance * away
+        return (weights * guesses).sum(axis=-1)
+
+
+@dataclass
+class FakeNetwork:
+    """A network that answers with `oracle`'s x_0 in the given prediction, float32, and counts its calls.
+
+    A label k adds k / 10 to the answer; timesteps are whole unless `timestep_type` says otherwise.
+    """
+
+    prediction: str
+    schedule: NoiseSchedule
+    oracle: Callable[[np.ndarray, Point], np.ndarray] = field(default=Mixture().denoise)
+    labelled: bool = False
+    timestep_type: np.dtype = INT64
+    calls: list[dict[str, np.ndarray]] = field(default_factory=list)
+
+    @property
+    def inputs(self) -> dict[str, np.dtype]:
+        labels = {"class_labels": INT64} if self.labelled else {}
+        return {"sample": FLOAT32, "timestep": self.timestep_type, **labels}
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        self.calls.append(inputs)
+        x, point = inputs["sample"].astype(np.float64), point_at(self.schedule, float(inputs["timestep"][0]))
+        out = prediction_of(self.prediction, x, self.oracle(x, point), point)
+        if self.labelled:
+            out = out + inputs["class_labels"].reshape(-1, 1, 1, 1) / 10
+        return out.astype(np.float32)
+
+
+def prediction_of(prediction: str, x: np.ndarray, x0: np.ndarray, point: Point) -> np.ndarray:
+    """What a network of that prediction would return for a given x_0, from the definitions in runtime/spec.py."""
+    if prediction == "sample":
+        return x0
+    eps = (x - point.alpha * x0) / point.sigma
+    return {"epsilon": eps, "v": point.alpha * eps - point.sigma * x0, "flow": eps - x0}[prediction]
+
+
+def unit_noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+
+
+@pytest.fixture
+def gaussian() -> Gaussian:
+    return Gaussian()
+
+
+@pytest.fixture
+def mixture() -> Mixture:
+    return Mixture()
+
+
+@pytest.fixture
+def fake_network() -> type[FakeNetwork]:
+    return FakeNetwork
+
+
+@pytest.fixture
+def noise() -> Callable[..., np.ndarray]:
+    return unit_noise
+
+
+@pytest.fixture
+def tiny() -> Path:
+    return Path(__file__).parent / "tiny_bundle"

@@ -1,0 +1,118 @@
+"""runtime/bundle.py: a bundle opens where every byte is as sealed, and is refused otherwise."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from runtime.bundle import MANIFEST, load_bundle, manifest_hash, seal
+from runtime.errors import BadInput
+
+
+@pytest.fixture
+def copy(tiny: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(tiny, tmp_path / "bundle"))
+
+
+def edit(folder: Path, change: Callable[[dict[str, Any]], Any], rehash: bool = True) -> None:
+    """Change the manifest; with `rehash` as one would who knows how the hash is made."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    change(manifest)
+    if rehash:
+        manifest["hash"] = manifest_hash(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def test_a_sound_bundle_opens_wherever_it_was_copied(tiny: Path, copy: Path) -> None:
+    first, second = load_bundle(tiny), load_bundle(str(copy))
+    assert first.spec == second.spec and first.hash == second.hash
+    assert second.denoiser == copy / "denoiser.onnx" and first.spec.conditioning.classes == 3
+
+
+def test_sealing_the_same_files_again_gives_the_same_hash(copy: Path) -> None:
+    before = load_bundle(copy)
+    content = {key: value for key, value in before.manifest.items() if key not in ("format", "files", "hash")}
+    assert seal(copy, content)["hash"] == before.hash
+
+
+def test_a_flipped_byte_is_found(copy: Path) -> None:
+    data = bytearray((copy / "denoiser.onnx").read_bytes())
+    data[len(data) // 2] ^= 1
+    (copy / "denoiser.onnx").write_bytes(data)
+    with pytest.raises(BadInput, match="denoiser.onnx: does not match its sha256"):
+        load_bundle(copy)
+
+
+def test_a_truncated_file_is_found(copy: Path) -> None:
+    (copy / "denoiser.onnx").write_bytes((copy / "denoiser.onnx").read_bytes()[:-1])
+    with pytest.raises(BadInput, match="is damaged"):
+        load_bundle(copy)
+
+
+def test_a_missing_file_is_found(copy: Path) -> None:
+    (copy / "denoiser.onnx").unlink()
+    with pytest.raises(BadInput, match="listed in the manifest but missing"):
+        load_bundle(copy)
+
+
+def test_an_edited_manifest_is_found(copy: Path) -> None:
+    edit(copy, lambda manifest: manifest["spec"]["plan"].update(guidance=3.0), rehash=False)
+    with pytest.raises(BadInput, match="was changed"):
+        load_bundle(copy)
+
+
+def absolute(manifest: dict[str, Any]) -> None:
+    manifest["files"]["/etc/hostname"] = manifest["files"]["denoiser.onnx"]
+
+
+def upwards(manifest: dict[str, Any]) -> None:
+    manifest["files"]["../outside.onnx"] = manifest["files"]["denoiser.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (absolute, "points outside the bundle"),
+        (upwards, "points outside the bundle"),
+        (lambda m: m.update(format=2), "bundle format 2"),
+        (lambda m: m.pop("files"), "no list of files"),
+        (lambda m: m.update(files=[]), "no list of files"),
+        (lambda m: m.update(graphs={}), "no denoiser graph"),
+        (lambda m: m.update(graphs={"denoiser": "denoiser.onnx"}), "no denoiser graph"),
+        (lambda m: m["graphs"]["denoiser"].update(file="other.onnx"), "not among the listed files"),
+        (lambda m: m["graphs"]["denoiser"].update(file=["denoiser.onnx"]), "not among the listed files"),
+        (lambda m: m["files"].update({"denoiser.onnx": None}), "no size and sha256"),
+        (lambda m: m.pop("spec"), "spec: expected a JSON object"),
+        (lambda m: m["spec"].update(prediction="noise"), "prediction 'noise'"),
+    ],
+)
+def test_manifests_that_make_no_sense_are_refused(copy: Path, change: Callable, message: str) -> None:
+    (copy.parent / "outside.onnx").write_bytes((copy / "denoiser.onnx").read_bytes())
+    edit(copy, change)
+    with pytest.raises(BadInput, match=message):
+        load_bundle(copy)
+
+
+def test_a_link_out_of_the_bundle_is_refused(copy: Path) -> None:
+    outside = copy.parent / "outside.onnx"
+    shutil.move(copy / "denoiser.onnx", outside)
+    (copy / "denoiser.onnx").symlink_to(outside)
+    with pytest.raises(BadInput, match="points outside the bundle"):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\xff\xfe\x00"])
+def test_a_manifest_that_is_no_json_object_is_refused(copy: Path, content: bytes) -> None:
+    (copy / MANIFEST).write_bytes(content)
+    with pytest.raises(BadInput, match=MANIFEST):
+        load_bundle(copy)
+
+
+def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="not a bundle"):
+        load_bundle(tmp_path)

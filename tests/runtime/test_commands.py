@@ -1,0 +1,110 @@
+"""`diffpress sample` from its arguments to the grid on disk, and the one line that bad input gets."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.bundle import load_bundle
+from runtime.commands import add_sample_arguments, chosen_plan, sample_command
+from runtime.engines import open_engine
+from runtime.errors import DiffpressError, MissingExtra
+from runtime.images import grid, to_uint8
+from runtime.sampler import generate
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_sample_arguments(parser)
+    return sample_command(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def pixels(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def test_the_grid_is_what_the_python_api_samples(tiny: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "new" / "grid.png"
+    assert run(tiny, "-n", 7, "--seed", 5, "--out", out, "--engine", "onnxruntime", "--batch", 3) == 0
+    bundle = load_bundle(tiny)
+    images = generate(open_engine(bundle, "onnxruntime"), bundle.spec, range(5, 12))
+    assert np.array_equal(pixels(out), grid(to_uint8(images))[:, :, 0])
+    line = capsys.readouterr().out
+    assert re.fullmatch(
+        rf"{re.escape(str(out))}: 7 images, 8 steps of dpmpp_2m in onnxruntime, \d+\.\d ms per image\n", line
+    )
+
+
+def test_the_batch_size_does_not_change_the_grid(tiny: Path, tmp_path: Path) -> None:
+    for batch in (1, 4, 9):
+        run(tiny, "-n", 9, "--batch", batch, "--engine", "onnxruntime", "--out", tmp_path / f"{batch}.png")
+    first, *others = [pixels(tmp_path / f"{batch}.png").astype(int) for batch in (1, 4, 9)]
+    assert all(np.abs(first - other).max() <= 1 for other in others)
+
+
+def test_a_label_makes_all_images_of_that_class(tiny: Path, tmp_path: Path) -> None:
+    run(tiny, "-n", 4, "--label", 2, "--out", tmp_path / "grid.png", "--engine", "onnxruntime")
+    checker = np.where(np.indices((8, 8)).sum(axis=0) % 2 == 0, 0.7, -0.7)
+    corner = pixels(tmp_path / "grid.png")[10:18, 10:18] / 127.5 - 1
+    assert np.abs(corner - checker).max() < 0.3
+
+
+def test_what_is_asked_for_replaces_the_plan_of_the_bundle(tiny: Path) -> None:
+    spec = load_bundle(tiny).spec
+    assert chosen_plan(spec, None, None, None, None) == spec.plan
+    assert chosen_plan(spec, 5, None, None, None).timesteps == (49, 39, 29, 19, 9)
+    assert chosen_plan(spec, 5, None, "leading", None).timesteps == (40, 30, 20, 10, 0)
+    assert chosen_plan(spec, None, None, "linspace", None).steps == spec.plan.steps
+    swapped = chosen_plan(spec, None, "ipndm", None, 3.0)
+    assert (swapped.solver, swapped.guidance, swapped.timesteps) == ("ipndm", 3.0, spec.plan.timesteps)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--solver", "dpmpp2m"], "unknown solver 'dpmpp2m': did you mean 'dpmpp_2m'?"),
+        (["--grid", "karas"], "did you mean 'karras'?"),
+        (["--engine", "openvin"], "did you mean 'openvino'?"),
+        (["--steps", 51], "51 steps: the model has 50 timesteps"),
+        (["--steps", 0], "0 steps"),
+        (["--label", 3], "--label 3: the model knows the classes 0..2"),
+        (["--label", -1], "--label -1"),
+        (["--prompt", "a cat"], "not conditioned on text; use --label 0..2"),
+        (["-n", 0], "at least 1"),
+        (["--batch", 0], "at least 1"),
+        (["--threads", 0], "0 threads"),
+        (["--seed", -1], "--seed -1"),
+        (["--seed", 2**63], "--seed"),
+        (["--guidance", "nan"], "guidance nan must be finite"),
+    ],
+)
+def test_bad_wishes_get_one_clear_line_and_no_file(
+    tiny: Path, tmp_path: Path, arguments, message: str
+) -> None:
+    with pytest.raises(DiffpressError) as caught:
+        run(tiny, "--out", tmp_path / "grid.png", *arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_missing_bundle_and_a_missing_extra_are_named(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(DiffpressError, match="not a bundle"):
+        run(tmp_path / "nowhere")
+    from runtime.engines import ENGINES
+
+    monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
+    with pytest.raises(MissingExtra, match="pip install 'diffpress"):
+        run(tiny, "--engine", "openvino")
+
+
+def test_label_and_prompt_exclude_each_other(tiny: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(tiny, "--label", 1, "--prompt", "a cat")
+    assert "not allowed with" in capsys.readouterr().err

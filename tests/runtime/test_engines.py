@@ -1,0 +1,212 @@
+"""runtime/engines: the backends agree, count the products they execute, and refuse what is broken."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime.bundle import load_bundle
+from runtime.denoise import network_inputs
+from runtime.engines import ENGINES, available, load_engine, macs, open_engine
+from runtime.errors import BadInput, MissingExtra
+
+ENGINE_NAMES = sorted(ENGINES)
+CONV, PRODUCT, GEMM = (
+    2 * 16 * 8 * 8 * 8 * 9,
+    2 * 8 * 8 * 16 * 16,
+    2 * 16 * 4,
+)  # MACs of the graph below, batch of 2
+
+
+@pytest.fixture(params=ENGINE_NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    if request.param not in available():
+        pytest.skip(f"{request.param} is not installed")
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def float_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sample [N, 8, 8, 8] -> Conv 3x3 to 16 channels -> tokens -> MatMul 16x16 -> mean -> Gemm 16x4."""
+    onnx = pytest.importorskip("onnx")
+    helper, rng = onnx.helper, np.random.default_rng(0)
+
+    def weight(name: str, *shape: int) -> object:
+        return onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) * 0.2, name)
+
+    constants = [
+        weight("filters", 16, 8, 3, 3),
+        weight("square", 16, 16),
+        weight("last", 16, 4),
+        onnx.numpy_helper.from_array(np.array([0, 16, 64], np.int64), "tokens"),
+        onnx.numpy_helper.from_array(np.array([1], np.int64), "axis"),
+    ]
+    nodes = [
+        helper.make_node("Conv", ["sample", "filters"], ["c"], pads=[1, 1, 1, 1], name="conv"),
+        helper.make_node("Reshape", ["c", "tokens"], ["r"]),
+        helper.make_node("Transpose", ["r"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["t", "square"], ["m"], name="matmul"),
+        helper.make_node("ReduceMean", ["m", "axis"], ["mean"], keepdims=0),
+        helper.make_node("Gemm", ["mean", "last"], ["out_sample"], name="gemm"),
+    ]
+    value = helper.make_tensor_value_info
+    inputs = [value("sample", onnx.TensorProto.FLOAT, ["batch", 8, 8, 8])]
+    outputs = [value("out_sample", onnx.TensorProto.FLOAT, ["batch", 4])]
+    graph = helper.make_graph(nodes, "small", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    path = tmp_path_factory.mktemp("graphs") / "float.onnx"
+    onnx.save(model, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def quantized_graph(float_graph: Path):
+    """Q/DQ pairs around the operators of the given types, weights in int8."""
+    quantization = pytest.importorskip("onnxruntime.quantization")
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = [sample_inputs(seed) for seed in range(4)]
+
+        def get_next(self):
+            return self.left.pop() if self.left else None
+
+    def quantize(*kinds: str) -> Path:
+        path = float_graph.with_name(f"{'_'.join(kinds)}.onnx")
+        quantization.quantize_static(
+            float_graph, path, Reader(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=list(kinds),
+            per_channel=True, activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
+        )  # fmt: skip
+        return path
+
+    return quantize
+
+
+def sample_inputs(seed: int = 0) -> dict[str, np.ndarray]:
+    return {"sample": np.random.default_rng(seed).standard_normal((2, 8, 8, 8), dtype=np.float32)}
+
+
+def test_a_float_graph_runs_no_products_on_integers(name: str, float_graph: Path) -> None:
+    assert load_engine(float_graph, name).integer_mac_share(sample_inputs()) == 0.0
+
+
+def test_a_quantized_graph_runs_nearly_all_products_on_integers(name: str, quantized_graph) -> None:
+    share = load_engine(quantized_graph("Conv", "MatMul", "Gemm"), name).integer_mac_share(sample_inputs())
+    assert 0.9 < share <= 1.0
+
+
+@pytest.mark.parametrize(
+    ("kinds", "integer"), [(("Conv",), CONV), (("MatMul",), PRODUCT), (("Conv", "MatMul"), CONV + PRODUCT)]
+)
+def test_the_share_is_that_of_the_quantized_layers(name: str, quantized_graph, kinds, integer: int) -> None:
+    share = load_engine(quantized_graph(*kinds), name).integer_mac_share(sample_inputs())
+    assert share == pytest.approx(integer / (CONV + PRODUCT + GEMM), abs=1e-9)
+
+
+def test_the_share_does_not_depend_on_what_ran_before(name: str, quantized_graph) -> None:
+    engine = load_engine(quantized_graph("Conv"), name)
+    shares = [engine.integer_mac_share({"sample": np.zeros((n, 8, 8, 8), np.float32)}) for n in (2, 5, 1, 2)]
+    assert shares == pytest.approx([CONV / (CONV + PRODUCT + GEMM)] * 4, abs=1e-9)
+
+
+def test_reading_the_share_leaves_no_files_and_no_changed_results(
+    name: str, quantized_graph, monkeypatch, tmp_path
+) -> None:
+    engine = load_engine(quantized_graph("Conv"), name)
+    monkeypatch.chdir(tmp_path)
+    before = engine.run(sample_inputs())
+    engine.integer_mac_share(sample_inputs())
+    assert list(tmp_path.iterdir()) == [] and np.array_equal(engine.run(sample_inputs()), before)
+
+
+def test_engines_agree_on_a_float_graph(float_graph: Path) -> None:
+    outputs = [load_engine(float_graph, name).run(sample_inputs()) for name in available()]
+    assert all(np.abs(output - outputs[0]).max() < 1e-5 for output in outputs)
+
+
+def test_any_batch_size_runs(name: str, tiny: Path) -> None:
+    bundle = load_bundle(tiny)
+    engine = open_engine(bundle, name)
+    feeds = {batch: network_inputs(engine, bundle.spec, batch) for batch in (1, 2, 3, 4, 5, 6)}
+    first = {batch: engine.run(feed) for batch, feed in feeds.items()}
+    again = {
+        batch: engine.run({key: value * 1 for key, value in feed.items()}) for batch, feed in feeds.items()
+    }
+    assert all(np.array_equal(first[batch], again[batch]) and len(first[batch]) == batch for batch in feeds)
+    # the same noise leads each batch: the samples they share come out alike
+    assert np.abs(first[6][:3] - first[3]).max() < 1e-5
+
+
+def test_an_output_is_not_overwritten_by_the_next_call(name: str, float_graph: Path) -> None:
+    engine = load_engine(float_graph, name)
+    first = engine.run(sample_inputs(0))
+    kept = first.copy()
+    second = engine.run(sample_inputs(1))
+    assert np.array_equal(first, kept) and not np.array_equal(first, second)
+
+
+def test_inputs_are_named_with_their_types(name: str, tiny: Path) -> None:
+    engine = open_engine(load_bundle(tiny), name, threads=1)
+    assert engine.inputs == {"sample": np.float32, "timestep": np.int64, "class_labels": np.int64}
+    assert engine.name == name
+
+
+def test_the_default_engine_is_the_first_that_is_installed(tiny: Path, monkeypatch) -> None:
+    assert open_engine(load_bundle(tiny)).name == available()[0]
+    monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
+    assert open_engine(load_bundle(tiny)).name == "onnxruntime"
+
+
+def test_a_missing_package_says_which_extra_brings_it(tiny: Path, monkeypatch) -> None:
+    monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
+    with pytest.raises(MissingExtra, match=r"pip install 'diffpress\[openvino\]'"):
+        open_engine(load_bundle(tiny), "openvino")
+    monkeypatch.setattr(ENGINES["onnxruntime"], "missing", lambda: "onnxruntime")
+    with pytest.raises(MissingExtra, match="pip install diffpress$"):
+        open_engine(load_bundle(tiny), "onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"name": "onxruntime"}, "did you mean 'onnxruntime'"), ({"threads": 0}, "0 threads")],
+)
+def test_unknown_engines_and_impossible_threads_are_refused(tiny: Path, options, message: str) -> None:
+    with pytest.raises(BadInput, match=message):
+        open_engine(load_bundle(tiny), **options)
+
+
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a graph", lambda b: b"\x00" * 64]
+)
+def test_a_broken_graph_is_one_clear_line(name: str, tiny: Path, tmp_path: Path, damage, capfd) -> None:
+    path = tmp_path / "broken.onnx"
+    path.write_bytes(damage((tiny / "denoiser.onnx").read_bytes()))
+    with pytest.raises(BadInput) as caught:
+        engine = load_engine(path, name)
+        engine.run(network_inputs(engine, load_bundle(tiny).spec, 1))
+    assert str(path) in str(caught.value) and "export it again" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_graph_that_does_not_fit_its_inputs_is_one_clear_line(name: str, float_graph: Path) -> None:
+    with pytest.raises(BadInput, match="float.onnx") as caught:
+        load_engine(float_graph, name).run({"sample": np.zeros((1, 5, 8, 8), np.float32)})
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_graph_is_named(name: str, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="no such file"):
+        load_engine(tmp_path / "none.onnx", name)
+
+
+def test_macs_follow_the_shapes() -> None:
+    assert macs.convolution([2, 16, 8, 8], [16, 8, 3, 3]) == CONV
+    assert macs.convolution([1, 8, 4, 4], [8, 1, 3, 3]) == 8 * 16 * 9  # depthwise
+    assert macs.convolution([1, 8, 4, 4], [8, 1, 1, 3, 3]) == 8 * 16 * 9  # the same, groups written out
+    assert macs.transposed_convolution([1, 8, 4, 4], [8, 3, 2, 2]) == 8 * 16 * 3 * 4
+    assert macs.product([2, 64, 16], [2, 64, 16]) == PRODUCT
+    assert macs.product([2, 16, 64], [2, 64, 16]) == PRODUCT  # A stored transposed
+    assert macs.attention([1, 4, 49, 32], [1, 4, 49, 32], [1, 4, 49, 32]) == 2 * 4 * 49 * 49 * 32
+    assert macs.attention([1, 49, 128], [1, 49, 128], [1, 49, 128]) == 2 * 4 * 49 * 49 * 32

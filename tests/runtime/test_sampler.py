@@ -1,0 +1,150 @@
+"""runtime/sampler.py: every step is yielded, and an image depends on its seed, label and plan alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from runtime.errors import BadInput
+from runtime.sampler import MAX_SEED, generate, generate_batches, labels_in_turn, noise_for, sample
+from runtime.schedule import betas_schedule, flow_schedule, make_plan
+from runtime.solvers import SOLVERS
+from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule, Plan
+
+COSINE = betas_schedule("squaredcos_cap_v2", 100)
+PLAN = make_plan("dpmpp_2m", 5, COSINE)
+
+
+def spec_of(plan: Plan = PLAN, classes: int = 0) -> DenoiserSpec:
+    conditioning = Conditioning("class", classes, null_label=classes) if classes else Conditioning()
+    return DenoiserSpec("v", COSINE, (2, 4, 4), plan, conditioning)
+
+
+def test_every_step_is_yielded_with_its_timestep_and_its_x0(mixture, noise) -> None:
+    seen = []
+
+    def denoise(x, point):
+        seen.append(x)
+        return mixture.denoise(x, point)
+
+    steps = list(sample(denoise, noise(3, 2, 4, 4), COSINE, PLAN))
+    assert [step.index for step in steps] == [0, 1, 2, 3, 4]
+    assert tuple(step.t for step in steps) == PLAN.timesteps
+    assert all(after is step.x for step, after in zip(steps, seen[1:], strict=False))
+    assert np.abs(steps[-1].x - steps[-1].x0).max() < 1e-12
+
+
+def test_a_step_can_be_taken_without_paying_for_the_rest(mixture, noise) -> None:
+    calls = []
+    steps = sample(lambda x, p: calls.append(p) or mixture.denoise(x, p), noise(1, 2, 4, 4), COSINE, PLAN)
+    next(steps)
+    assert len(calls) == 1
+
+
+def test_the_start_has_the_spread_of_the_schedule(noise) -> None:
+    ratios = tuple(np.linspace(0.01, 80.0, 10))
+    exploding = NoiseSchedule((1.0,) * 10, ratios)
+    seen = []
+    list(sample(lambda x, p: seen.append(x) or x, noise(1, 1, 4, 4), exploding, Plan("ddim", (9.0,))))
+    assert np.allclose(seen[0], noise(1, 1, 4, 4) * np.hypot(1, 80.0))
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.7])
+@pytest.mark.parametrize("solver", SOLVERS)
+def test_an_image_does_not_depend_on_its_batch(fake_network, solver, eta) -> None:
+    network = fake_network("v", COSINE, labelled=True)
+    spec = spec_of(replace(PLAN, solver=solver, eta=eta), classes=3)
+    whole = generate(network, spec, range(7), batch=7)
+    parts = generate(network, spec, range(7), batch=3)
+    alone = generate(network, spec, [5], labels=[2])
+    assert whole.shape == (7, 2, 4, 4) and whole.dtype == np.float32
+    assert np.array_equal(whole, parts) and np.array_equal(whole[5:6], alone)
+
+
+def test_seeds_and_labels_make_the_image(fake_network) -> None:
+    network, spec = fake_network("v", COSINE, labelled=True), spec_of(classes=3)
+    first, again, other_seed = generate(network, spec, [4, 4, 5], labels=[0, 0, 0])
+    other_label = generate(network, spec, [4], labels=[1])[0]
+    assert np.array_equal(first, again)
+    assert np.abs(first - other_seed).max() > 0.1 and np.abs(first - other_label).max() > 0.01
+
+
+def test_eta_changes_the_image_but_not_its_repeatability(fake_network) -> None:
+    network = fake_network("v", COSINE)
+    noisy = spec_of(replace(PLAN, solver="ddim", eta=1.0))
+    assert np.array_equal(generate(network, noisy, [3]), generate(network, noisy, [3]))
+    still = generate(network, spec_of(replace(PLAN, solver="ddim")), [3])
+    assert np.abs(generate(network, noisy, [3]) - still).max() > 0.05
+
+
+def test_eta_without_a_source_of_noise_is_refused(mixture, noise) -> None:
+    with pytest.raises(BadInput, match="pass fresh_noise"):
+        list(sample(mixture.denoise, noise(1, 2, 4, 4), COSINE, replace(PLAN, solver="ddim", eta=0.5)))
+
+
+def test_noise_is_normal_and_streams_are_independent() -> None:
+    start, later = noise_for(range(64), (3, 16, 16)), noise_for(range(64), (3, 16, 16), stream=1)
+    n = start.size
+    assert start.dtype == np.float32
+    # five standard errors of a mean, a variance and a correlation of n independent normals
+    assert abs(start.mean()) < 5 / n**0.5 and abs(start.var() - 1) < 5 * (2 / n) ** 0.5
+    assert abs((start * later).mean()) < 5 / n**0.5
+    assert abs((start[:-1] * start[1:]).mean()) < 5 / n**0.5
+
+
+def test_noise_of_a_seed_is_fixed_for_ever() -> None:
+    """These values are in every published image: a change of generator would change all of them."""
+    remembered = [[0.05991104, 0.01555963], [0.9518664, -1.0147828]]
+    assert np.allclose(noise_for([0, MAX_SEED], (2,)), remembered, atol=1e-6)
+
+
+def test_batches_stream_one_after_the_other(fake_network) -> None:
+    network = fake_network("v", COSINE)
+    batches = generate_batches(network, spec_of(), range(5), batch=2)
+    assert len(next(batches)) == 2 and len(network.calls) == PLAN.steps
+    assert [len(part) for part in batches] == [2, 1]
+
+
+def test_classes_are_taken_in_turn() -> None:
+    turn = labels_in_turn(spec_of(classes=3), 5)
+    assert turn is not None and turn.tolist() == [0, 1, 2, 0, 1]
+    assert labels_in_turn(spec_of(), 5) is None
+
+
+def test_a_given_plan_overrides_the_spec(fake_network) -> None:
+    network = fake_network("v", COSINE)
+    generate(network, spec_of(), [0], plan=make_plan("ddim", 2, COSINE))
+    assert len(network.calls) == 2
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_images_stay_in_the_data_range_where_the_plan_clips(fake_network, clip) -> None:
+    network = fake_network("v", COSINE, oracle=lambda x, point: 3 * np.tanh(x))
+    images = generate(network, spec_of(replace(PLAN, clip=clip)), range(4))
+    assert (np.abs(images).max() <= 1.0) is np.bool_(clip)
+
+
+def test_a_flow_model_samples_from_pure_noise(fake_network) -> None:
+    flow = flow_schedule(100)
+    spec = DenoiserSpec("flow", flow, (1, 4, 4), make_plan("dpmpp_2m", 20, flow))
+    images = generate(fake_network("flow", flow), spec, range(16))
+    distance = np.abs(images[..., None] - np.array([-0.8, -0.1, 0.7])).min(axis=-1)
+    assert distance.mean() < 0.2  # the mixture's modes have a deviation of 0.2
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"seeds": []}, "at least 1"),
+        ({"seeds": [0], "batch": 0}, "at least 1"),
+        ({"seeds": [-1]}, "seed -1"),
+        ({"seeds": [0, 1], "labels": [1]}, "one label per seed"),
+        ({"seeds": [0], "plan": Plan("dim", (50.0,))}, "did you mean 'ddim'"),
+        ({"seeds": [0], "plan": Plan("ddim", (500.0,))}, "timestep 500"),
+    ],
+)
+def test_impossible_samplings_are_refused(fake_network, options, message) -> None:
+    with pytest.raises(BadInput, match=message):
+        generate(fake_network("v", COSINE), spec_of(), **options)

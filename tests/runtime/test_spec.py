@@ -1,0 +1,101 @@
+"""runtime/spec.py: a spec survives JSON, and what is missing, unknown or impossible is refused by name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+
+from runtime.errors import BadInput
+from runtime.schedule import betas_schedule, make_plan
+from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule, Plan, plan_from_json
+
+SCHEDULE = betas_schedule("squaredcos_cap_v2", 20)
+SPEC = DenoiserSpec(
+    prediction="v",
+    schedule=SCHEDULE,
+    sample_shape=(4, 8, 16),
+    plan=make_plan("dpmpp_2m", 5, SCHEDULE, guidance=2.5, clip=False),
+    conditioning=Conditioning("class", 10, null_label=10),
+    latent_scale=0.18215,
+    latent_shift=0.1,
+    data_range=(0.0, 1.0),
+)
+
+
+def test_a_spec_survives_json_bit_for_bit() -> None:
+    assert DenoiserSpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
+
+
+def test_a_plan_survives_json() -> None:
+    assert plan_from_json(json.loads(json.dumps(SPEC.to_json()["plan"]))) == SPEC.plan
+
+
+def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
+    def apply(data: dict[str, Any]) -> None:
+        *parents, last = path.split(".")
+        for parent in parents:
+            data = data[parent]
+        data[last] = value
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda data: data.pop("prediction"), "'prediction' is missing"),
+        (lambda data: data["plan"].pop("solver"), "'solver' is missing"),
+        (change("colour", 1), "unknown entry 'colour'"),
+        (change("plan.colour", 1), "plan: unknown entry 'colour'"),
+        (change("prediction", "noise"), "prediction 'noise'"),
+        (change("sample_shape", [1, 28]), "here: "),
+        (change("sample_shape", [0, 28, 28]), "each at least 1"),
+        (change("schedule.alphas", [0.9, 0.5]), "equally long"),
+        (change("schedule.sigmas", [float("nan")] * 20), "finite"),
+        (change("schedule.alphas", list(SCHEDULE.sigmas)), "alphas must fall"),
+        (change("schedule", "linear"), "expected a JSON object, found str"),
+        (change("plan.timesteps", [5, 7]), "strictly descending"),
+        (change("plan.timesteps", [7, 7]), "strictly descending"),
+        (change("plan.timesteps", []), "strictly descending"),
+        (change("plan.timesteps", [25, 7]), "lies beyond"),
+        (change("plan.guidance", "much"), "could not convert"),
+        (change("plan.guidance", float("inf")), "finite"),
+        (change("plan.eta", 1.5), "eta 1.5"),
+        (change("plan.clip", "false"), "expected true or false"),
+        (change("conditioning.kind", "audio"), "conditioning kind 'audio'"),
+        (change("conditioning.classes", 0), "number of classes"),
+        (change("conditioning.null_label", -1), "negative"),
+        (change("data_range", [1.0, -1.0]), "empty"),
+        (change("latent_scale", 0.0), "latent scale"),
+    ],
+)
+def test_broken_specs_are_refused_by_name(edit: Callable[[dict[str, Any]], Any], message: str) -> None:
+    data = json.loads(json.dumps(SPEC.to_json()))
+    edit(data)
+    with pytest.raises(BadInput, match=message):
+        DenoiserSpec.from_json(data, "here")
+
+
+@pytest.mark.parametrize("data", [None, [], "spec", 3])
+def test_what_is_no_object_is_refused(data: Any) -> None:
+    with pytest.raises(BadInput, match="expected a JSON object"):
+        DenoiserSpec.from_json(data)
+
+
+def test_a_new_plan_makes_a_new_spec() -> None:
+    plan = Plan("ddim", (10.0, 0.0))
+    assert (
+        SPEC.with_plan(plan) == replace(SPEC, plan=plan)
+        and SPEC.plan.solver == "dpmpp_2m"
+        and plan.steps == 2
+    )
+
+
+def test_a_schedule_may_be_flat_but_not_turn_back() -> None:
+    assert len(NoiseSchedule((1.0, 1.0), (0.5, 0.5))) == 2
+    with pytest.raises(BadInput, match="sigmas must grow"):
+        NoiseSchedule((1.0, 0.9), (0.5, 0.4))

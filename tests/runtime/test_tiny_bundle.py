@@ -1,0 +1,91 @@
+"""The committed bundle, from the folder to the pixels, in every engine there is; needs no torch, no onnx."""
+
+from __future__ import annotations
+
+from contextlib import closing
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from runtime import generate, load_bundle, make_plan, open_engine
+from runtime.engines import ENGINES, available
+from runtime.sampler import noise_for
+from runtime.schedule import END, Point, trajectory
+
+HASH = "45e08d5cd1b9fc1a5cf56ff32868a42192a22714f8e14fa0034493e53d96f734"
+DEVIATION = 0.05  # of each class around its image, see make_tiny_bundle.py
+
+# the top left 2 x 3 pixels of seeds 0, 1, 2 with labels 0, 1, 2
+REMEMBERED = [
+    [[-0.799273, -0.571235, -0.356802], [-0.813085, -0.576504, -0.368390]],
+    [[-0.786913, -0.794530, -0.791583], [-0.548328, -0.558739, -0.578369]],
+    [[0.696079, -0.702384, 0.719159], [-0.704696, 0.706918, -0.687103]],
+]
+
+
+@pytest.fixture(params=sorted(ENGINES))
+def engine_name(request: pytest.FixtureRequest) -> str:
+    if request.param not in available():
+        pytest.skip(f"{request.param} is not installed")
+    return str(request.param)
+
+
+def images_of_the_classes() -> np.ndarray:
+    """The three images that the graph was built around, written out again: [3, 8, 8]."""
+    ramp = np.linspace(-0.8, 0.8, 8)
+    rows, columns = np.indices((8, 8))
+    return np.stack([ramp[columns], ramp[rows], np.where((rows + columns) % 2 == 0, 0.7, -0.7)])
+
+
+def test_the_bundle_is_the_one_that_was_committed(tiny: Path) -> None:
+    assert load_bundle(tiny).hash == HASH
+
+
+def test_samples_look_like_their_classes(tiny: Path, engine_name: str) -> None:
+    bundle = load_bundle(tiny)
+    with closing(open_engine(bundle, engine_name)) as engine:
+        samples = generate(engine, bundle.spec, range(30))
+    residual = samples[:, 0] - images_of_the_classes()[np.arange(30) % 3]
+    # eight steps lose most of so small a spread; another class would be off by 0.5 and more
+    assert 0.1 * DEVIATION < residual.std() < 1.2 * DEVIATION and abs(residual.mean()) < 0.01
+
+
+def test_samples_are_those_remembered(tiny: Path, engine_name: str) -> None:
+    bundle = load_bundle(tiny)
+    with closing(open_engine(bundle, engine_name)) as engine:
+        samples = generate(engine, bundle.spec, [0, 1, 2])
+    assert np.abs(samples[:, 0, :2, :3] - REMEMBERED).max() < 1e-5
+
+
+def test_a_fine_plan_follows_the_exact_probability_flow(tiny: Path, engine_name: str) -> None:
+    bundle = load_bundle(tiny)
+    plan = make_plan("dpmpp_2m", 50, bundle.spec.schedule, clip=False)
+    with closing(open_engine(bundle, engine_name)) as engine:
+        samples = generate(engine, bundle.spec, range(6), plan=plan)
+    start = trajectory(bundle.spec.schedule, plan.timesteps)[0]
+    means = images_of_the_classes()[np.arange(6) % 3][:, None]
+
+    def spread(point: Point) -> float:
+        return float(np.hypot(point.alpha * DEVIATION, point.sigma))
+
+    exact = means + (noise_for(range(6), (1, 8, 8)) - start.alpha * means) * spread(END) / spread(start)
+    # the last timestep's noise (sigma 0.03) goes in one first-order step: about half of DEVIATION at worst
+    assert np.abs(samples - exact).max() < DEVIATION
+
+
+def test_guidance_moves_samples_away_from_the_mean_of_all(tiny: Path, engine_name: str) -> None:
+    bundle = load_bundle(tiny)
+    plan = make_plan("dpmpp_2m", 8, bundle.spec.schedule, guidance=1.5, clip=False)
+    with closing(open_engine(bundle, engine_name)) as engine:
+        guided = generate(engine, bundle.spec, range(3), plan=plan)[:, 0]
+    images = images_of_the_classes()
+    away = images - images.mean(axis=0)
+    pushed = ((guided - images.mean(axis=0)) * away).sum() / (away**2).sum()
+    assert 1.3 < pushed < 1.7
+
+
+def test_both_engines_make_the_same_images(tiny: Path) -> None:
+    bundle = load_bundle(tiny)
+    samples = [generate(open_engine(bundle, name), bundle.spec, range(6), batch=4) for name in available()]
+    assert all(np.abs(sample - samples[0]).max() < 1e-5 for sample in samples)
