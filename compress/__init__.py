@@ -1,0 +1,1 @@
+"""Checkpoint in, smaller checkpoint out: schedule, prune, distill, quantize, evaluate. Needs torch."""

@@ -1,0 +1,53 @@
+"""Adapter of diffusers' `UNet2DModel`: pixel or latent U-Nets, unconditional or with class labels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+
+def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    out: torch.Tensor = model(
+        inputs["sample"], inputs["timestep"], class_labels=inputs.get("class_labels"), return_dict=False
+    )[0]
+    return out
+
+
+def blocks(model: nn.Module) -> list[str]:
+    # The last module of each level: its output is what the next level, or a skip, sees.
+    levels = [f"down_blocks.{i}" for i in range(len(model.down_blocks))]
+    levels += ["mid_block"] if model.mid_block is not None else []
+    levels += [f"up_blocks.{i}" for i in range(len(model.up_blocks))]
+    return levels
+
+
+def fragile(model: nn.Module) -> list[str]:
+    names = ["conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "class_embedding"]
+    names += [n for n, _ in model.named_modules() if n.endswith("time_emb_proj")]
+    present = dict(model.named_modules())
+    return [name for name in names if present.get(name) is not None]
+
+
+def first(model: nn.Module) -> str:
+    return "conv_in"
+
+
+def attentions(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, Attention)]
+
+
+def refresh_(model: nn.Module) -> None:
+    # Up- and downsamplers check their input against `channels`; resnets keep their widths for the reader.
+    for module in model.modules():
+        if isinstance(module, (Upsample2D, Downsample2D)) and isinstance(module.conv, nn.Conv2d):
+            module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
+        elif isinstance(module, ResnetBlock2D):
+            module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
+        elif isinstance(module, Attention):
+            module.inner_dim = module.inner_kv_dim = module.to_q.out_features

@@ -1,0 +1,96 @@
+"""`diffpress bench`: a bundle against its baselines, in one run. Torch is imported only for a torch baseline.
+
+    PyTorch eager     the baseline checkpoint as people run it today, DDIM with 50 steps
+    the same engine   the baseline bundle (or the one beside BUNDLE) in fp32
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from runtime.bench import TORCH, Subject, bundle_subject, evaluations, measure, sampler_overhead, table
+from runtime.bundle import MANIFEST, Bundle, load_bundle
+from runtime.engines import available, open_engine
+from runtime.files import write_json
+from runtime.sampler import generate
+from runtime.schedule import make_plan
+
+BASELINE_SOLVER, BASELINE_STEPS = "ddim", 50
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--baseline", metavar="CHECKPOINT_OR_BUNDLE", action="append", default=[],
+                        help="what to compare with: a checkpoint runs in PyTorch with DDIM-50, a bundle in each engine "
+                             "by its own plan; may be given twice")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--engine", nargs="+", help="engines to measure (default: the preferred one; 'all')")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+
+
+def bench_command(args: argparse.Namespace) -> int:
+    bundle = load_bundle(args.bundle)
+    engines = available() if args.engine == ["all"] else args.engine or [available()[0]]
+    with ExitStack() as stack:
+        subjects: list[Subject] = []
+        overheads = {}
+        for baseline in args.baseline:
+            if (Path(baseline) / MANIFEST).is_file():
+                other = load_bundle(baseline)
+                subjects += [_in_engine(stack, other, name, args.batch, args.threads) for name in engines]
+            else:
+                subjects.append(torch_subject(baseline, args.batch, args.threads))
+        for name in engines:
+            subjects.append(_in_engine(stack, bundle, name, args.batch, args.threads))
+            with closing(open_engine(bundle, name, args.threads)) as engine:
+                overheads[name] = sampler_overhead(engine, bundle.spec, max(args.batch))
+        result: dict[str, Any] = measure(subjects, args.batch, args.repeats)
+    result["sampler_overhead"] = overheads
+    print(table(result["rows"]))
+    for name, share in overheads.items():
+        print(f"sampler's own time outside {name}: {share:.2%} of a sampling at batch {max(args.batch)}")
+    if args.json:
+        write_json(args.json, result)
+        print(f"written to {args.json}")
+    return 0
+
+
+def _in_engine(stack: ExitStack, bundle: Bundle, name: str, batches: Sequence[int], threads: int | None) -> Subject:
+    engine = stack.enter_context(closing(open_engine(bundle, name, threads)))
+    return bundle_subject(bundle, engine, batches=batches, threads=threads)
+
+
+def torch_subject(reference: str, batches: Sequence[int], threads: int | None = None) -> Subject:
+    """The checkpoint in PyTorch eager, float32, sampled with DDIM-50: what most people run today."""
+    import torch
+
+    from compress.counts import count
+    from compress.load import load_checkpoint
+    from compress.torch_network import TorchNetwork
+
+    if threads:
+        torch.set_num_threads(threads)
+    checkpoint = load_checkpoint(reference)
+    spec = checkpoint.spec
+    steps = min(BASELINE_STEPS, len(spec.schedule))
+    spec = spec.with_plan(make_plan(BASELINE_SOLVER, steps, spec.schedule, clip=spec.plan.clip))
+    one_step = replace(spec.plan, timesteps=spec.plan.timesteps[:1])
+    network = TorchNetwork(checkpoint.model, spec)
+    return Subject(
+        name=f"{Path(reference).name} (PyTorch eager)",
+        engine=TORCH,
+        precision="fp32",
+        steps=steps,
+        nfe=evaluations(spec.plan),
+        size_mib=count(checkpoint.model, spec).fp32_bytes / 2**20,
+        integer_mac_share=0.0,
+        sample=lambda batch: generate(network, spec, range(batch), batch=batch),
+        step=lambda batch: generate(network, spec, range(batch), plan=one_step, batch=batch),
+    )

@@ -1,0 +1,176 @@
+"""Checkpoint = (model, spec, history), frozen; a stage returns a new one.
+
+On disk it is the diffusers layout plus diffpress.json, which holds what diffusers has no place for:
+
+    unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/...     (or weights.safetensors)
+    quantization.safetensors    scales, if it was quantized
+    diffpress.json              spec, per-layer widths, quantized layers, history
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from compress.widths import Widths, changed_widths
+from runtime.errors import BadInput
+from runtime.spec import DenoiserSpec
+
+FORMAT = 1
+RECORD = "diffpress.json"
+
+
+@dataclass(frozen=True)
+class Record:
+    """What one stage did: enough to repeat it and to see what it gained and cost."""
+
+    stage: str
+    config: dict[str, Any]
+    seed: int
+    changed: dict[str, Any]
+    before: str
+    after: str
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Scales as data: `amax` maps '<layer>.input' (scalar) and '<layer>.weight' ([out]) to the largest magnitude.
+
+    The checkpoint's weights stay in floating point; `compress.quantize.fake_quantized` puts the quantizers in.
+    """
+
+    format: str
+    amax: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> list[str]:
+        return sorted(name.removesuffix(".weight") for name in self.amax if name.endswith(".weight"))
+
+
+@dataclass(frozen=True)
+class Source:
+    """How the unpruned module is built again: a diffusers class and config, or a user's file and weights."""
+
+    kind: str
+    config: dict[str, Any] = field(default_factory=dict)
+    scheduler: dict[str, Any] | None = None
+    folder: str = "unet"
+    file: Path | None = None
+    weights: Path | None = None
+    original: Widths = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    model: nn.Module
+    spec: DenoiserSpec
+    source: Source
+    history: tuple[Record, ...] = ()
+    quantization: Quantization | None = None
+
+    def clone_model(self) -> nn.Module:
+        """A copy that a stage may change: no stage changes its input."""
+        return copy.deepcopy(self.model)
+
+    def evolve(self, **changes: Any) -> Checkpoint:
+        return replace(self, **changes)
+
+    @property
+    def hash(self) -> str:
+        """sha256 over everything that decides what this checkpoint computes and how it is sampled."""
+        digest = hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode())
+        tensors = dict(self.model.state_dict())
+        if self.quantization is not None:
+            tensors.update({f"amax.{name}": value for name, value in self.quantization.amax.items()})
+        for name in sorted(tensors):
+            digest.update(name.encode())
+            digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        return digest.hexdigest()
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "kind": self.source.kind,
+            "config": self.source.config,
+            "widths": changed_widths(self.model, self.source.original),
+            "spec": self.spec.to_json(),
+            "format": self.quantization.format if self.quantization else None,
+        }
+
+
+def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
+    """Write the checkpoint under a temporary name and rename it into place."""
+    write_folder(folder, lambda temporary: _write(checkpoint, temporary))
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Fill a temporary neighbour of `folder`, then put it in place, so that no half-written folder is ever seen."""
+    temporary = folder.with_name(f".{folder.name}.partial")
+    outgoing = folder.with_name(f".{folder.name}.outgoing")
+    try:
+        for leftover in (temporary, outgoing):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        if folder.exists():
+            os.replace(folder, outgoing)
+        os.replace(temporary, folder)
+        shutil.rmtree(outgoing, ignore_errors=True)
+    except OSError as error:
+        raise BadInput(f"{folder}: cannot be written ({error.strerror or error}); choose a folder with space "
+                       "that you may write to") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write(checkpoint: Checkpoint, folder: Path) -> None:
+    source = checkpoint.source
+    state = _unshared(checkpoint.model.state_dict())
+    if source.kind == "custom":
+        save_file(state, folder / "weights.safetensors")
+        if source.weights is not None:
+            shutil.copyfile(source.weights, folder / f"original{source.weights.suffix}")
+    else:
+        parts = folder / source.folder
+        parts.mkdir()
+        (parts / "config.json").write_text(json.dumps(source.config, indent=2, sort_keys=True) + "\n")
+        save_file(state, parts / "diffusion_pytorch_model.safetensors")
+        if source.scheduler is not None:
+            (folder / "scheduler").mkdir()
+            text = json.dumps(source.scheduler, indent=2, sort_keys=True) + "\n"
+            (folder / "scheduler" / "scheduler_config.json").write_text(text)
+    if checkpoint.quantization is not None:
+        save_file(checkpoint.quantization.amax, folder / "quantization.safetensors")
+    facts = {
+        "format": FORMAT,
+        "kind": source.kind,
+        "folder": source.folder,
+        "widths": changed_widths(checkpoint.model, source.original),
+        "quantization": {"format": checkpoint.quantization.format} if checkpoint.quantization else None,
+        "hash": checkpoint.hash,
+        "history": [asdict(record) for record in checkpoint.history],
+        "spec": checkpoint.spec.to_json(),
+    }
+    (folder / RECORD).write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Contiguous CPU tensors, each with storage of its own: safetensors refuses tied weights otherwise."""
+    seen: set[int] = set()
+    result = {}
+    for name, tensor in state.items():
+        own = tensor.detach().cpu().contiguous()
+        result[name] = own.clone() if own.untyped_storage().data_ptr() in seen else own
+        seen.add(own.untyped_storage().data_ptr())
+    return result

@@ -1,0 +1,149 @@
+"""`diffpress plan` and `diffpress evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from compress.builtin import FEATURES, RECIPES, REFERENCE, TEACHER
+from compress.checkpoint import Checkpoint
+from compress.config import EvaluateConfig
+from compress.context import Context, say
+from compress.counts import count
+from compress.evaluate import evaluate, load_features, load_reference, paired
+from compress.load import load_checkpoint
+from compress.prune import prune
+from compress.quantize import choose_layers, fake_quantized
+from compress.recipe import Recipe, read_recipe
+from compress.torch_network import TorchNetwork
+from runtime.bundle import MANIFEST, load_bundle
+from runtime.engines import open_engine
+from runtime.errors import BadInput
+from runtime.files import write_json
+from runtime.spec import DenoiserSpec
+
+DEFAULT_RECIPE = RECIPES / "quick.yaml"
+
+
+def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", nargs="?", default=str(TEACHER), metavar="CHECKPOINT",
+                        help="folder, hub id or file.py:weights (default: the built-in teacher)")
+    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, metavar="R")
+    parser.add_argument("--set", action="append", default=[], metavar="key=value",
+                        help="override one setting of the recipe, like distill.steps=100")
+
+
+# --- plan ------------------------------------------------------------------------------------------------------
+
+
+def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or to the screen")
+
+
+def plan_command(args: argparse.Namespace) -> int:
+    recipe = read_recipe(args.recipe, tuple(args.set))
+    result = planned(load_checkpoint(args.checkpoint), recipe)
+    if args.json == "-":
+        print(json.dumps(result, indent=1))
+        return 0
+    if args.json:
+        write_json(Path(args.json), result)
+    print(f"recipe {args.recipe}, seed {recipe.seed}")
+    for number, stage in enumerate(result["stages"]):
+        settings = ", ".join(f"{k}={v}" for k, v in stage["config"].items())
+        print(f"  {number + 1}. {stage['name']:<9} {settings}")
+        print(f"     -> {stage['after']['parameters']:,} parameters, {stage['after']['macs']:,} MACs, "
+                  f"{stage['after']['bytes'] / 2**20:.2f} MiB of weights")
+    before = result["before"]
+    print(f"before: {before['parameters']:,} parameters, {before['macs']:,} MACs, {before['bytes'] / 2**20:.2f} MiB")
+    return 0
+
+
+def planned(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+    """The resolved recipe, the stage order, and sizes before and, where they can be known, after each stage."""
+    before = sizes = _sizes(checkpoint)
+    stages: list[dict[str, Any]] = []
+    for stage in recipe.stages:
+        if stage.name == "prune":
+            # Widths depend on the ratio alone, so any criterion shows the sizes; this one needs no data.
+            dry = stage.config.model_copy(update={"method": "magnitude"})
+            checkpoint = prune(checkpoint, dry, Context(recipe.seed, Path(), checkpoint))
+            sizes = _sizes(checkpoint)
+        elif stage.name == "quantize":
+            sizes = {**sizes, "bytes": _int8_bytes(checkpoint, stage.config.keep)}
+        stages.append({"name": stage.name, "config": stage.config.model_dump(mode="json"), "after": sizes})
+    return {"recipe": recipe.to_json(), "order": [s.name for s in recipe.stages], "before": before, "stages": stages}
+
+
+def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
+    counts = count(checkpoint.model, checkpoint.spec)
+    return {"parameters": counts.parameters, "macs": counts.macs, "bytes": counts.fp32_bytes}
+
+
+def _int8_bytes(checkpoint: Checkpoint, keep: tuple[str, ...]) -> int:
+    modules = dict(checkpoint.model.named_modules())
+    layers = [modules[name] for names in choose_layers(checkpoint.model, keep) for name in names]
+    saved = sum(3 * layer.weight.numel() - 4 * layer.weight.shape[0] for layer in layers)
+    return count(checkpoint.model, checkpoint.spec).fp32_bytes - saved
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------
+
+
+def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("subject", metavar="BUNDLE_OR_CHECKPOINT")
+    parser.add_argument("--reference", type=Path, default=REFERENCE, metavar="DATA",
+                        help="npz of real images, or of their features (default: Fashion-MNIST's test images)")
+    parser.add_argument("--features", type=Path, default=FEATURES, metavar="NET", help="feature network, ONNX")
+    parser.add_argument("--against", metavar="BUNDLE_OR_CHECKPOINT", help="also PSNR and SSIM to this one, same noise")
+    parser.add_argument("--samples", type=int, default=2000, help="images for each seed (2000)")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--engine")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+
+
+def evaluate_command(args: argparse.Namespace) -> int:
+    for name in ("samples", "seeds", "batch"):
+        if getattr(args, name) < (8 if name == "samples" else 1):
+            raise BadInput(f"--{name} {getattr(args, name)}: too few (samples: at least 8, seeds and batch: 1)")
+    network, spec = open_network(args.subject, args.engine, args.threads)
+    with closing(network):
+        features = load_features(args.features, spec, args.threads)
+        reference = load_reference(args.reference, features, spec)
+        config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=args.batch)
+        result = evaluate(network, spec, config, features, reference)
+        if args.against:
+            other, _ = open_network(args.against, args.engine, args.threads)
+            with closing(other):
+                result["paired"] = paired(network, other, spec, spec.plan, Path(args.against).name, args.batch)
+    print_evaluation(Path(args.subject).name, result)
+    if args.json:
+        write_json(args.json, result)
+    return 0
+
+
+def open_network(reference: str, engine: str | None, threads: int | None) -> tuple[Any, DenoiserSpec]:
+    """A bundle in an engine, or a checkpoint in torch (fake-quantized where it was quantized)."""
+    if (Path(reference) / MANIFEST).is_file():
+        bundle = load_bundle(reference)
+        return open_engine(bundle, engine, threads), bundle.spec
+    checkpoint = load_checkpoint(reference)
+    return TorchNetwork(fake_quantized(checkpoint), checkpoint.spec), checkpoint.spec
+
+
+def print_evaluation(name: str, result: dict[str, Any]) -> None:
+    frechet, kid = result["frechet"], result["kid"]
+    say(f"{name}: Frechet {frechet['mean']:.3f} ± {frechet['sd']:.3f} (real images {frechet['floor']:.3f}), "
+        f"KID {kid['mean']:.4f} ± {kid['sd']:.4f}, {result['seeds']} x {result['samples']} samples, "
+        f"features {result['features']['name']}")
+    if result["label_accuracy"] is not None:
+        say(f"{name}: {result['label_accuracy']:.1%} of the labels recognised")
+    if result["paired"]:
+        say(f"{name}: PSNR {result['paired']['psnr_db']:.1f} dB, SSIM {result['paired']['ssim']:.3f} "
+            f"against {result['paired']['against']}, same noise")

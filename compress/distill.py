@@ -1,0 +1,108 @@
+"""Distillation stages. `recover`: a pruned student learns to answer like the model it was pruned from.
+
+On real images noised to random timesteps, with o the outputs and f the outputs of each block,
+
+    L = w_out |o_s - o_t|^2  +  w_feat * mean_b |f_s^b W_b - f_t^b|^2 / |f_t^b|^2  +  w_task |o_s - target|^2
+
+(output + feature distillation of BK-SDM, Kim et al. 2023, eq. 2-4). Widths differ after pruning, so a feature is
+compared through its energy map, the mean square over channels, as in attention transfer (Zagoruyko & Komodakis
+2017): no projection has to be learned and thrown away. The teacher is the checkpoint the run began with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from compress.adapters import adapter_for
+from compress.checkpoint import Checkpoint
+from compress.config import DistillConfig
+from compress.context import Context
+from compress.losses import add_noise, forward, target_of
+from compress.training import Training, train
+
+Features = dict[str, torch.Tensor]
+
+
+def distill(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Checkpoint:
+    """Train the checkpoint's model; returns it with new weights (the EMA)."""
+    run = Training(
+        config.steps, config.learning_rate, config.warmup, config.ema, ctx.seed, config.save_every, ctx.work,
+        f"distill {config.kind}",
+    )
+    return checkpoint.evolve(model=train(checkpoint.clone_model(), KINDS[config.kind](checkpoint, config, ctx), run))
+
+
+def _recover(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Callable[..., torch.Tensor]:
+    data, spec = ctx.require_data("distill: {kind: recover}"), checkpoint.spec
+    teacher = ctx.teacher.model.eval()
+    # a fixed plan visits few timesteps: with `timesteps: plan` all of the training goes there
+    visited = spec.plan.timesteps if config.timesteps == "plan" else range(len(spec.schedule))
+    timesteps = torch.tensor(list(visited)).round().long()
+    blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
+
+    def loss_of(student: nn.Module, generator: torch.Generator) -> torch.Tensor:
+        x0, conditions = data.batch(config.batch, generator)
+        x0, conditions = drop_labels(x0, conditions, spec.conditioning.null_label, generator)
+        t = timesteps[torch.randint(0, len(timesteps), (config.batch,), generator=generator)]
+        noise = torch.randn(x0.shape, generator=generator)
+        x_t = add_noise(spec, x0, noise, t)
+        with torch.no_grad(), captured(teacher, blocks) as wanted:
+            answer = forward(teacher, x_t, t, conditions)
+        with captured(student, blocks) as found:
+            out = forward(student, x_t, t, conditions)
+        loss = config.output_weight * torch.mean((out - answer) ** 2)
+        if blocks:
+            loss = loss + config.feature_weight * feature_distance(found, wanted)
+        if config.task_weight:
+            loss = loss + config.task_weight * torch.mean((out - target_of(spec, x0, noise, t)) ** 2)
+        return loss
+
+    return loss_of
+
+
+KINDS = {"recover": _recover}
+
+
+def drop_labels(
+    x0: torch.Tensor, conditions: dict[str, torch.Tensor], null_label: int | None, generator: torch.Generator,
+    share: float = 0.1,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Replace a tenth of the labels by the null label, so that guidance keeps working (Ho & Salimans 2022)."""
+    if null_label is None or "class_labels" not in conditions:
+        return x0, conditions
+    labels = conditions["class_labels"]
+    dropped = torch.rand(labels.shape, generator=generator) < share
+    return x0, {**conditions, "class_labels": torch.where(dropped, torch.full_like(labels, null_label), labels)}
+
+
+def feature_distance(found: Features, wanted: Features) -> torch.Tensor:
+    """Mean over blocks of the relative squared distance between energy maps [B, H, W]."""
+    terms = []
+    for name, reference in wanted.items():
+        ours, theirs = found[name].square().mean(1), reference.square().mean(1)
+        terms.append(torch.mean((ours - theirs) ** 2) / torch.mean(theirs**2).clamp_min(1e-12))
+    return torch.stack(terms).mean()
+
+
+@contextmanager
+def captured(model: nn.Module, names: list[str]) -> Iterator[Features]:
+    """Collect the outputs of the named blocks during the forwards inside the context."""
+    features: Features = {}
+    modules = dict(getattr(model, "module", model).named_modules())  # under DDP the model is wrapped
+    with ExitStack() as stack:
+        for name in names:
+            hook = modules[name].register_forward_hook(_keep(features, name))
+            stack.callback(hook.remove)
+        yield features
+
+
+def _keep(features: Features, name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, inputs: object, output: object) -> None:
+        features[name] = output[0] if isinstance(output, tuple) else output  # type: ignore[assignment]
+
+    return hook

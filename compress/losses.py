@@ -1,0 +1,68 @@
+"""Training losses on one noised batch: x_t = alpha_t x_0 + sigma_t eps, and what the network should say about it.
+
+    target      value                        weight of the squared error
+    epsilon     eps = (x_t - alpha x_0)/s    1
+    v           alpha eps - sigma x_0        min(SNR, gamma) / (SNR + 1) * ...   (Hang et al. 2023, min-SNR-gamma)
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from compress.adapters import adapter_for
+from runtime.spec import DenoiserSpec
+
+Tensors = dict[str, torch.Tensor]
+
+
+def coefficients(spec: DenoiserSpec, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """alpha and sigma at integer timesteps `t` [B], shaped [B, 1, 1, 1]."""
+    alphas = torch.tensor(spec.schedule.alphas, dtype=torch.float32)[t]
+    sigmas = torch.tensor(spec.schedule.sigmas, dtype=torch.float32)[t]
+    return alphas.view(-1, 1, 1, 1), sigmas.view(-1, 1, 1, 1)
+
+
+def add_noise(spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    alpha, sigma = coefficients(spec, t)
+    return alpha * x0 + sigma * noise
+
+
+def target_of(spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """What a perfect denoiser of this parameterisation returns for this noised batch."""
+    alpha, sigma = coefficients(spec, t)
+    targets = {"epsilon": noise, "sample": x0, "v": alpha * noise - sigma * x0, "flow": noise - x0}
+    return targets[spec.prediction]
+
+
+def to_epsilon(spec: DenoiserSpec, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The noise that an output of this parameterisation implies."""
+    alpha, sigma = coefficients(spec, t)
+    if spec.prediction == "epsilon":
+        return out
+    if spec.prediction == "v":
+        return alpha * out + sigma * x_t
+    if spec.prediction == "flow":
+        return x_t + alpha * out
+    return (x_t - alpha * out) / sigma.clamp_min(1e-4)
+
+
+def forward(model: nn.Module, x_t: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
+    return adapter_for(model).forward(model, {"sample": x_t, "timestep": t, **conditions})
+
+
+def denoising_loss(
+    model: nn.Module,
+    spec: DenoiserSpec,
+    x0: torch.Tensor,
+    noise: torch.Tensor,
+    t: torch.Tensor,
+    conditions: Tensors,
+    target: str = "own",
+) -> torch.Tensor:
+    """Mean squared error of the prediction; `target` 'epsilon' converts it first (what Diff-Pruning accumulates)."""
+    x_t = add_noise(spec, x0, noise, t)
+    out = forward(model, x_t, t, conditions)
+    if target == "epsilon":
+        return torch.mean((to_epsilon(spec, out, x_t, t) - noise) ** 2)
+    return torch.mean((out - target_of(spec, x0, noise, t)) ** 2)

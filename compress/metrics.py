@@ -1,0 +1,61 @@
+"""Distances between sets of images and between pairs, in plain numpy.
+
+    Frechet   |mu_1 - mu_2|^2 + tr(C_1 + C_2 - 2 (C_1 C_2)^(1/2))            Heusel et al. 2017, eq. 6
+    KID       unbiased MMD^2 with the kernel (x.y / d + 1)^3                 Binkowski et al. 2018, eq. 4
+    PSNR      10 log10(range^2 / MSE), in dB;  SSIM as torchmetrics has it
+    SQNR      10 log10(sum x^2 / sum (x - y)^2), in dB
+
+A Frechet distance is called FID only in InceptionV3's features; ours are the named feature network's.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [D] and covariance [D, D] (ddof 1) of features [N, D], float64."""
+    features = features.astype(np.float64)
+    return features.mean(0), np.cov(features, rowvar=False)
+
+
+def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, cov_2: np.ndarray) -> float:
+    # tr (C1 C2)^(1/2) through the symmetric root of C1: only symmetric eigenproblems, no complex parts.
+    values, vectors = np.linalg.eigh(cov_1)
+    root = (vectors * np.sqrt(values.clip(0))) @ vectors.T
+    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_2 @ root).clip(0)).sum()
+    return float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2.0 * cross)
+
+
+def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
+    """Unbiased KID of features x [N, D] against y [M, D]; about zero, of either sign, for equal distributions."""
+    x, y = x.astype(np.float64), y.astype(np.float64)
+    n, m = len(x), len(y)
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / a.shape[1] + 1.0) ** 3
+
+    within_x = (kernel(x, x).sum() - (((x * x).sum(1) / x.shape[1] + 1.0) ** 3).sum()) / (n * (n - 1))
+    within_y = (kernel(y, y).sum() - (((y * y).sum(1) / y.shape[1] + 1.0) ** 3).sum()) / (m * (m - 1))
+    return float(within_x + within_y - 2.0 * kernel(x, y).mean())
+
+
+def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
+    noise = float(((reference.astype(np.float64) - other) ** 2).sum())
+    return float("inf") if noise == 0.0 else float(10.0 * np.log10((reference.astype(np.float64) ** 2).sum() / noise))
+
+
+def psnr_db(reference: np.ndarray, other: np.ndarray, data_range: float) -> float:
+    """Mean over images [N, C, H, W] of each image's PSNR."""
+    error = ((reference.astype(np.float64) - other) ** 2).mean((1, 2, 3)).clip(1e-12)
+    return float((10.0 * np.log10(data_range**2 / error)).mean())
+
+
+def ssim(reference: np.ndarray, other: np.ndarray, data_range: float) -> float:
+    import torch
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    value = structural_similarity_index_measure(
+        torch.from_numpy(other), torch.from_numpy(reference), data_range=data_range
+    )
+    return float(value)  # type: ignore[arg-type]

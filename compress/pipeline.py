@@ -1,0 +1,126 @@
+"""The whole way, on one screen:  load -> stages -> export -> evaluate -> gates -> report.
+
+Every finished stage is saved in DIR/stages under a key made of its input's hash and its settings, so a run that was
+killed goes on where it stood, and a changed recipe redoes only what changed. Nothing here knows what a stage does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from compress.agreement import agreement_db
+from compress.checkpoint import Checkpoint, Record, save_checkpoint
+from compress.context import Context, say
+from compress.counts import count
+from compress.data import ImageData, load_images
+from compress.distill import distill
+from compress.load import load_checkpoint
+from compress.prune import prune
+from compress.quantize import quantize
+from compress.recipe import Recipe, Stage
+from compress.schedule import schedule
+from runtime.errors import BadInput
+from runtime.files import read_json, write_json
+
+StageFunction = Callable[[Checkpoint, Any, Context], Checkpoint]
+
+STAGES: dict[str, StageFunction] = {
+    "schedule": schedule,
+    "prune": prune,
+    "distill": distill,
+    "quantize": quantize,
+}
+
+
+def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path) -> Checkpoint:
+    """Apply the recipe's stages to the teacher, reusing what `out`/stages already holds."""
+    data = load_images(recipe.data, teacher.spec) if recipe.data else None
+    checkpoint = teacher
+    for number, stage in enumerate(recipe.stages):
+        print(f"[{number + 1}/{len(recipe.stages)}] {stage.name}", flush=True)
+        key = stage_key(checkpoint, teacher, stage, recipe.seed, data)
+        folder = out / "stages" / f"{number:02d}-{stage.name}-{key[:12]}"
+        if folder.is_dir():
+            say(f"done before, read from {folder}")
+            checkpoint = load_checkpoint(reference_to(folder, teacher))
+        else:
+            checkpoint = run_stage(checkpoint, teacher, stage, recipe.seed, data, folder)
+    return checkpoint
+
+
+def run_stage(
+    checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: ImageData | None, folder: Path
+) -> Checkpoint:
+    """Run one stage, append its record to the history, save it, and drop what it kept for resuming."""
+    work = folder.with_name(f".{folder.name}.work")
+    began = time.monotonic()
+    result = STAGES[stage.name](checkpoint, stage.config, Context(seed, work, teacher, data))
+    before, after = count(checkpoint.model, checkpoint.spec), count(result.model, result.spec)
+    changed = {name: [getattr(before, name), getattr(after, name)] for name in ("parameters", "macs")}
+    changed["plan"] = [_plan(checkpoint), _plan(result)]
+    changed["sqnr_db_to_teacher"] = agreement_db(result, teacher, data)
+    say(f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
+        f"SQNR to the teacher {changed['sqnr_db_to_teacher']} dB")
+    record = Record(
+        stage.name, stage.config.model_dump(mode="json"), seed, changed, checkpoint.hash, result.hash,
+        round(time.monotonic() - began, 1),
+    )
+    result = result.evolve(history=(*checkpoint.history, record))
+    save_checkpoint(result, folder)
+    shutil.rmtree(work, ignore_errors=True)
+    return result
+
+
+def stage_key(
+    checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: ImageData | None
+) -> str:
+    facts = [checkpoint.hash, teacher.hash, stage.name, stage.config.model_dump(mode="json"), seed,
+             data.hash if data else None]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def reference_to(folder: Path, teacher: Checkpoint) -> str:
+    """How `load_checkpoint` is told to read a saved stage of this teacher: custom modules need their file again."""
+    return f"{teacher.source.file}:{folder}" if teacher.source.file else str(folder)
+
+
+def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -> None:
+    """Make `out` this run's folder; one that belongs to another run is refused and left as it is."""
+    facts = {"teacher": teacher.hash, **recipe.to_json()}
+    file = out / "recipe.json"
+    if file.is_file() and not update:
+        difference = _first_difference(read_json(file), facts)
+        if difference:
+            raise BadInput(f"{out}: was made by another recipe ({difference}); choose another --out, "
+                           "or pass --update to redo here only what changed")
+    elif not file.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out}: exists and is not a folder of diffpress; choose another --out")
+    write_json(file, facts)
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> str:
+    if type(old) is type(new) and isinstance(new, dict):
+        for key in sorted({*old, *new}):
+            found = _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
+            if found:
+                return found
+        return ""
+    if type(old) is type(new) and isinstance(new, list) and len(old) == len(new):
+        return next(filter(None, (_first_difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(old, new)))), "")
+    return "" if old == new else f"{path}: {_short(old)} there, {_short(new)} here"
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _plan(checkpoint: Checkpoint) -> str:
+    plan = checkpoint.spec.plan
+    return f"{plan.solver}-{plan.steps}"

@@ -1,0 +1,262 @@
+"""Structured channel pruning over torch-pruning's dependency graph, in three steps.
+
+1. importance  I_c of channel c of a coupled group, summed over every weight the channel touches:
+       random      uniform noise
+       magnitude   sum |w|
+       taylor      sum |w * dL/dw|, gradients of the denoising loss accumulated over timesteps from low noise
+                   upward until L_t < T * max L   (Fang et al. 2023, Diff-Pruning, eq. 5-6 and alg. 1)
+2. choice      local: the least important `ratio` of each group; global: `ratio` of all channels, taken where the
+               loss of importance per saved cost is least. Where a GroupNorm reads the group, the same number goes
+               out of each of its normalisation groups (top-k inside each), so the kept widths stay divisible.
+3. removal     the dependency graph carries the choice through residual adds and skip concatenations.
+
+Attention loses whole heads, chosen by the same importance, summed over a head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from compress.adapters import Adapter, adapter_for, example_inputs
+from compress.checkpoint import Checkpoint
+from compress.config import PruneConfig
+from compress.context import Context
+from compress.losses import denoising_loss
+from compress.progress import progress
+from runtime.errors import BadInput
+
+Importance = Callable[[nn.Parameter], torch.Tensor]
+
+LAYERS = (nn.Conv2d, nn.Linear)
+MIN_KEPT = 0.25
+
+
+def prune(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Checkpoint:
+    """Remove the fraction `config.ratio` of channels and heads; returns a smaller checkpoint."""
+    adapter = adapter_for(checkpoint.model)
+    model = checkpoint.clone_model()
+    importance = _importance(model, checkpoint, config, ctx)
+    inputs = example_inputs(checkpoint.spec, 2)
+    _prune_heads_(adapter.attentions(model), config.ratio, importance)
+    removed = _prune_channels_(model, adapter, inputs, config, importance)
+    if removed == 0:
+        raise BadInput(
+            f"prune: ratio {config.ratio:g} with round_to {config.round_to} removes nothing from this model; "
+            "raise ratio or lower round_to"
+        )
+    adapter.refresh_(model)
+    model.zero_grad(set_to_none=True)
+    _check_runs(adapter, model, inputs)
+    return checkpoint.evolve(model=model)
+
+
+# --- importance ------------------------------------------------------------------------------------------------
+
+
+def _importance(model: nn.Module, checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Importance:
+    if config.method == "magnitude":
+        return lambda weight: weight.detach().abs()
+    if config.method == "random":
+        generator = torch.Generator().manual_seed(ctx.seed)
+        return lambda weight: torch.rand(weight.shape, generator=generator)
+    _accumulate_gradients_(model, checkpoint, config, ctx)
+    return lambda weight: (weight * weight.grad).detach().abs() if weight.grad is not None else torch.zeros_like(weight)
+
+
+def _accumulate_gradients_(model: nn.Module, checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> None:
+    data = ctx.require_data("prune: {method: taylor}")
+    generator = torch.Generator().manual_seed(ctx.seed)
+    x0, conditions = data.batch(config.batch, generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    top = len(checkpoint.spec.schedule)
+    timesteps = torch.linspace(0, top - 1, config.timesteps).long()
+    largest = 0.0
+    with progress("taylor importance", len(timesteps)) as advance:
+        for done, t in enumerate(timesteps.tolist()):
+            step = torch.full((len(x0),), t, dtype=torch.long)
+            loss = denoising_loss(model, checkpoint.spec, x0, noise, step, conditions, target="epsilon")
+            largest = max(largest, loss.item())
+            if loss.item() < config.threshold * largest:
+                break  # the high-noise steps that follow say little about content
+            loss.backward()
+            advance(done + 1, f"loss {loss.item():.4f}")
+
+
+# --- choice ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A coupled group of channels: its root layer, how to prune it, a score [C] for each channel, the number of
+    normalisation groups its channels fall into, the unit that it shrinks by, and what one channel costs."""
+
+    root: nn.Module
+    prune_out: Any
+    scores: torch.Tensor
+    norm_groups: int
+    unit: int
+    cost: float
+
+    @property
+    def channels(self) -> int:
+        return len(self.scores)
+
+
+def keep_count(channels: int, ratio: float, unit: int) -> int:
+    """Channels to keep: (1 - ratio) of them, rounded to a multiple of `unit`, at least one unit."""
+    wanted = round(channels * (1.0 - ratio) / unit) * unit
+    return min(channels, max(unit, wanted))
+
+
+def choose_removed(scores: torch.Tensor, keep: int, groups: int) -> list[int]:
+    """Indices [C - keep] of the least important channels, equally many from each of `groups` runs of channels."""
+    per_group = scores.reshape(groups, -1)
+    drop = per_group.shape[1] - keep // groups
+    order = per_group.argsort(dim=1, stable=True)[:, :drop]
+    offsets = torch.arange(groups)[:, None] * per_group.shape[1]
+    return sorted((order + offsets).flatten().tolist())
+
+
+def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
+    """Channels to keep of each candidate, so that `ratio` of all channels go where a cost unit hurts least.
+
+    Units are removed one by one in the order of score lost per cost saved; a group keeps a quarter of itself.
+    """
+    target = ratio * sum(candidate.channels for candidate in candidates)
+    keeps = [candidate.channels for candidate in candidates]
+    removed = 0
+    while removed < target:
+        offers = [
+            (_loss_of_next_unit(c, keep) / (c.unit * c.cost), i)
+            for i, (c, keep) in enumerate(zip(candidates, keeps, strict=True))
+            if keep - c.unit >= max(c.unit, c.channels * MIN_KEPT)
+        ]
+        if not offers:
+            break
+        _, best = min(offers)
+        keeps[best] -= candidates[best].unit
+        removed += candidates[best].unit
+    return keeps
+
+
+def _loss_of_next_unit(candidate: Candidate, keep: int) -> float:
+    now = choose_removed(candidate.scores, keep, candidate.norm_groups)
+    then = choose_removed(candidate.scores, keep - candidate.unit, candidate.norm_groups)
+    return float(candidate.scores[then].sum() - candidate.scores[now].sum())
+
+
+# --- removal ---------------------------------------------------------------------------------------------------
+
+
+def _prune_channels_(
+    model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor], config: PruneConfig, importance: Importance
+) -> int:
+    modules = dict(model.named_modules())
+    fixed = [modules[name] for name in adapter.fragile(model) if name != adapter.first(model)]
+    fixed += [layer for a in adapter.attentions(model) for layer in (a.to_q, a.to_k, a.to_v)]
+    pixels = _output_pixels(model, adapter, inputs)
+    graph = tp.DependencyGraph().build_dependency(
+        model, example_inputs=inputs, forward_fn=lambda m, x: adapter.forward(m, x), verbose=False
+    )
+    candidates = [
+        _candidate(graph, root, prune_out, config, importance, pixels)
+        for root, prune_out in list(_roots(graph, fixed))
+    ]
+    if config.scope == "global":
+        keeps = allocate(candidates, config.ratio)
+    else:
+        keeps = [keep_count(c.channels, config.ratio, c.unit) for c in candidates]
+    removed = 0
+    for candidate, keep in zip(candidates, keeps, strict=True):
+        if keep < candidate.channels:
+            chosen = choose_removed(candidate.scores, keep, candidate.norm_groups)
+            graph.get_pruning_group(candidate.root, candidate.prune_out, idxs=chosen).prune()
+            removed += len(chosen)
+    return removed
+
+
+def _candidate(
+    graph: Any, root: nn.Module, prune_out: Any, config: PruneConfig, importance: Importance, pixels: dict[nn.Module, int]
+) -> Candidate:
+    channels = graph.get_out_channels(root)
+    group = graph.get_pruning_group(root, prune_out, idxs=list(range(channels)))
+    scores, parameters, macs = torch.zeros(channels), 0, 0
+    norms = [1]
+    for dependency, indices in group:
+        layer = dependency.target.module
+        if isinstance(layer, nn.GroupNorm):
+            norms.append(layer.num_groups)
+        if not isinstance(layer, LAYERS) or len(indices) != channels:
+            continue
+        # Dependencies list this group's channels in the root's order, so scores add up element by element.
+        incoming = dependency.handler.__name__ == "prune_in_channels"
+        values = importance(layer.weight)
+        scores += (values[:, indices].transpose(0, 1) if incoming else values[indices]).flatten(1).sum(1)
+        touched = layer.weight.numel() // layer.weight.shape[1 if incoming else 0]
+        parameters, macs = parameters + touched, macs + touched * pixels.get(layer, 1)
+    norm_groups = math.lcm(*norms)
+    norm_groups = norm_groups if channels % norm_groups == 0 else 1
+    unit = math.lcm(config.round_to, *norms)
+    # File size and time count alike: a channel's share of all parameters plus its share of all MACs.
+    total_parameters = sum(p.numel() for p in _weights(pixels))
+    total_macs = sum(layer.weight.numel() * n for layer, n in pixels.items())
+    return Candidate(root, prune_out, scores, norm_groups, unit, parameters / total_parameters + macs / total_macs)
+
+
+def _weights(pixels: dict[Any, int]) -> list[nn.Parameter]:
+    return [layer.weight for layer in pixels]
+
+
+def _output_pixels(model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor]) -> dict[nn.Module, int]:
+    """How often each layer's weight is applied to one sample: output positions of a convolution or linear layer."""
+    found: dict[nn.Module, int] = {}
+
+    def hook(layer: nn.Module, arguments: object, out: torch.Tensor) -> None:
+        channels = out.shape[1] if isinstance(layer, nn.Conv2d) else out.shape[-1]
+        found[layer] = out.numel() // (out.shape[0] * channels)
+
+    handles = [layer.register_forward_hook(hook) for layer in model.modules() if isinstance(layer, LAYERS)]
+    with torch.no_grad():
+        adapter.forward(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _roots(graph: Any, ignored: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
+    for group in graph.get_all_groups(ignored_layers=list(ignored), root_module_types=list(LAYERS)):
+        first = group[0].dep
+        yield first.target.module, first.handler
+
+
+def _prune_heads_(attentions: list[Any], ratio: float, importance: Importance) -> None:
+    for attention in attentions:
+        heads = attention.heads
+        keep = max(1, math.ceil(heads * (1.0 - ratio) - 1e-9))  # a head is large: never more than asked for
+        if keep == heads:
+            continue
+        width = attention.to_q.out_features // heads
+        scores = torch.zeros(heads)
+        for layer in (attention.to_q, attention.to_k, attention.to_v):
+            scores += importance(layer.weight).reshape(heads, -1).sum(1)
+        scores += importance(attention.to_out[0].weight).reshape(-1, heads, width).sum((0, 2))
+        lost = scores.argsort(stable=True)[: heads - keep].tolist()
+        indices = sorted(h * width + i for h in lost for i in range(width))
+        for layer in (attention.to_q, attention.to_k, attention.to_v):
+            tp.prune_linear_out_channels(layer, indices)
+        tp.prune_linear_in_channels(attention.to_out[0], indices)
+        attention.heads = keep
+
+
+def _check_runs(adapter: Adapter, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:
+    with torch.no_grad():
+        out = adapter.forward(model.eval(), inputs)
+    if out.shape != inputs["sample"].shape or not torch.isfinite(out).all():
+        raise BadInput(f"prune: the pruned model gives {list(out.shape)}, not a finite {list(inputs['sample'].shape)}")

@@ -1,0 +1,137 @@
+"""Post-training quantization through nvidia-modelopt's quantizers, calibrated on the model's own trajectory.
+
+    q(x) = clip(round(x / s), -127, 127) * s,    s = amax / 127
+
+Weights take one amax per output channel, activations one per tensor, read from a histogram that is filled while the
+model samples by its own plan: what it will see when deployed, at every timestep it will visit, and memory for the
+histograms only. Fragile layers keep float arithmetic; of these the linear ones (time and class embedding) store
+their weights as int8 all the same, since they weigh much in the file and little in time.
+
+The result is data, not a patched module: the checkpoint keeps its float weights beside the amax of every quantizer,
+and `fake_quantized` puts the quantizers back wherever the quantized model has to be run in torch.
+"""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from compress.adapters import adapter_for
+from compress.checkpoint import Checkpoint, Quantization
+from compress.config import QuantizeConfig
+from compress.context import Context, say
+from compress.progress import progress
+from compress.torch_network import TorchNetwork
+from runtime.errors import BadInput
+from runtime.sampler import labels_in_turn, noise_for, sample
+from runtime.denoise import make_denoiser
+
+LAYERS = (nn.Conv2d, nn.Linear)
+CALIBRATION_SEED = 1_000_000  # far from the seeds that people sample and evaluate with
+
+
+def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
+    """Calibrate; returns the same float model with the scales of every quantized layer."""
+    full, weight_only = choose_layers(checkpoint.model, config.keep)
+    model = _with_quantizers(checkpoint.clone_model(), full, weight_only)
+    _calibrate_(model, checkpoint, config)
+    amax = _collect(model, config)
+    say(f"{len(full)} layers in {config.format}, {len(weight_only)} with {config.format} weights only")
+    return checkpoint.evolve(quantization=Quantization(config.format, amax))
+
+
+def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
+    """The checkpoint's model with modelopt's quantizers in place, in eval mode: what the int8 engine should compute."""
+    if checkpoint.quantization is None:
+        return checkpoint.model
+    amax = checkpoint.quantization.amax
+    full = [name for name in checkpoint.quantization.layers if f"{name}.input" in amax]
+    weight_only = [name for name in checkpoint.quantization.layers if f"{name}.input" not in amax]
+    model = _with_quantizers(checkpoint.clone_model(), full, weight_only)
+    modules = dict(model.named_modules())
+    for key, value in amax.items():
+        layer, what = key.rsplit(".", 1)
+        quantizer: Any = getattr(modules[layer], f"{what}_quantizer")
+        quantizer.amax = _broadcast(value, modules[layer]) if what == "weight" else value
+    return model.eval()
+
+
+def choose_layers(model: nn.Module, keep: tuple[str, ...]) -> tuple[list[str], list[str]]:
+    """Names of the layers quantized in weights and activations, and of those quantized in weights only."""
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
+    unknown = [name for name in keep if not any(layer.startswith(name) for layer in layers)]
+    if unknown:
+        raise BadInput(f"quantize: keep names '{unknown[0]}', and no layer of the model begins so")
+    fragile = set(adapter_for(model).fragile(model))
+    kept = {name for name in layers if any(name.startswith(prefix) for prefix in keep)}
+    full = [n for n in layers if n not in fragile | kept]
+    weight_only = [n for n, module in layers.items() if n in fragile - kept and isinstance(module, nn.Linear)]
+    return full, weight_only
+
+
+def _with_quantizers(model: nn.Module, full: list[str], weight_only: list[str]) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # modelopt warns about optional plugins at import
+        import modelopt.torch.quantization as mtq
+
+        rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+        for name in [*full, *weight_only]:
+            rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}})
+        for name in full:
+            cfg = {"num_bits": 8, "axis": None, "calibrator": "histogram"}
+            rules.append({"quantizer_name": f"{name}.input_quantizer", "cfg": cfg})
+        return mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+
+
+def _calibrate_(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig) -> None:
+    from modelopt.torch.quantization.model_calib import enable_stats_collection
+
+    enable_stats_collection(model)
+    spec, plan = checkpoint.spec, checkpoint.spec.plan
+    network = TorchNetwork(model, spec)
+    labels = labels_in_turn(spec, config.samples)
+    total = -(-config.samples // config.batch) * plan.steps
+    done = 0
+    with progress("calibrate", total) as advance:
+        for start in range(0, config.samples, config.batch):
+            seeds = range(CALIBRATION_SEED + start, CALIBRATION_SEED + min(start + config.batch, config.samples))
+            part = None if labels is None else labels[start : start + config.batch]
+            denoise = make_denoiser(network, spec, labels=part, guidance=plan.guidance, clip=plan.clip)
+            noise = noise_for(seeds, spec.sample_shape)
+            for _ in sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, k)):
+                done += 1
+                advance(done)
+
+
+def _collect(model: nn.Module, config: QuantizeConfig) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        for what in ("weight", "input"):
+            quantizer = getattr(module, f"{what}_quantizer", None)
+            if quantizer is None or not quantizer.is_enabled and not quantizer._if_calib:
+                continue
+            if what == "weight":
+                value = module.weight.detach().flatten(1).abs().amax(1)
+            else:
+                value = _input_amax(quantizer._calibrator, config)
+            if value is None or not torch.isfinite(value).all() or (value <= 0).any():
+                raise BadInput(f"quantize: layer '{name}' has a {what} scale that is zero, infinite or missing; "
+                               f"keep it in float with keep: [{name}]")
+            found[f"{name}.{what}"] = value.float().cpu()
+    return found
+
+
+def _input_amax(calibrator: Any, config: QuantizeConfig) -> torch.Tensor | None:
+    if config.calibration == "max":
+        edges = calibrator._calib_bin_edges
+        return None if edges is None else torch.as_tensor(edges[-1])
+    options = {"percentile": config.percentile} if config.calibration == "percentile" else {}
+    value = calibrator.compute_amax(config.calibration, **options)
+    return None if value is None else torch.as_tensor(value)
+
+
+def _broadcast(amax: torch.Tensor, layer: Any) -> torch.Tensor:
+    return amax.reshape(-1, *[1] * (layer.weight.dim() - 1))

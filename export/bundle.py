@@ -1,0 +1,136 @@
+"""Checkpoint -> bundle: graph, proof, engines, manifest, in a temporary folder that is renamed when it is whole.
+
+    denoiser.onnx (+ .data)   float, or int8 Q/DQ where the checkpoint has scales
+    engines/...               plans that were built ahead of time
+    manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
+
+Nothing that depends on the clock or on a path enters: the same checkpoint, exported again, gives the same bytes (except
+for TensorRT plans, which TensorRT itself does not repeat).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from compress.checkpoint import Checkpoint, write_folder
+from export.openvino_target import prove_openvino
+from export.parity import Parity, check_parity
+from export.qdq import insert_qdq
+from export.tensorrt_plan import build_plan, check_capabilities
+from export.to_onnx import OPSET, save_onnx, to_onnx
+from runtime.bundle import MANIFEST, Bundle, load_bundle, seal
+from runtime.engines import available
+from runtime.errors import BadInput, DiffpressError, MissingExtra, unknown_name
+
+TARGETS = ("onnx", "openvino", "tensorrt")
+GRAPH = "denoiser.onnx"
+
+
+def write_bundle(
+    checkpoint: Checkpoint,
+    folder: Path,
+    targets: Sequence[str] = ("onnx",),
+    *,
+    name: str | None = None,
+    float_graph: onnx.ModelProto | None = None,
+    metrics: dict[str, Any] | None = None,
+    capabilities: Sequence[str] = (),
+    threads: int | None = None,
+) -> Bundle:
+    """Export the checkpoint to a bundle in `folder`, check its parity with torch, and load it back.
+
+    `float_graph` is what `export_float` gave for this checkpoint's network, where it was made already; `name` defaults
+    to the network's class. `capabilities` are the GPUs that target tensorrt builds for, such as '8.9'; `threads` is for
+    the engines that check parity. Raises BadInput for an unknown target or a folder that is something else,
+    MissingExtra for a target whose package is not installed, and GateFailed where an engine's images are not torch's.
+    """
+    for target in targets:
+        if target not in TARGETS:
+            raise unknown_name("export target", target, TARGETS)
+    # what can be refused is refused before the tracing, which may take minutes
+    refuse_foreign(folder)
+    if "openvino" in targets and "openvino" not in available():
+        raise MissingExtra("openvino", "openvino", "target openvino")
+    if "tensorrt" in targets:
+        check_capabilities(capabilities)
+    graph = to_onnx(checkpoint) if float_graph is None else float_graph
+    if checkpoint.quantization is not None:
+        graph = insert_qdq(graph, checkpoint.quantization)
+
+    def fill(temporary: Path) -> None:
+        try:
+            save_onnx(graph, temporary / GRAPH)
+            parity = check_parity(checkpoint, temporary / GRAPH, threads=threads)
+            engines = []
+            if "openvino" in targets:
+                engines.append(prove_openvino(temporary / GRAPH, checkpoint.spec))
+            if "tensorrt" in targets:
+                engines.append(build_plan(temporary / GRAPH, temporary, capabilities))
+            seal(temporary, _content(checkpoint, name, graph, engines, metrics or {}, parity))
+        except DiffpressError:
+            shutil.rmtree(temporary)
+            raise
+
+    write_folder(folder, fill)
+    return load_bundle(folder)
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise BadInput where writing a bundle to `folder` would replace something that is not one."""
+    if (folder / MANIFEST).is_file() or not folder.exists():
+        return
+    if not folder.is_dir() or any(folder.iterdir()):
+        raise BadInput(f"{folder}: exists and is not a bundle; choose another --out, or remove it first")
+
+
+def _content(
+    checkpoint: Checkpoint,
+    name: str | None,
+    graph: onnx.ModelProto,
+    engines: list[dict[str, Any]],
+    metrics: dict[str, Any],
+    parity: Parity,
+) -> dict[str, Any]:
+    quantization = checkpoint.quantization
+    layers = quantization.layers if quantization else []
+    integer = [layer for layer in layers if quantization and f"{layer}.input" in quantization.amax]
+    denoiser = {
+        "file": GRAPH,
+        "inputs": _tensors(graph.graph.input),
+        "outputs": _tensors(graph.graph.output),
+        "opset": OPSET,
+        "precision": quantization.format if quantization else "fp32",
+        "quantized_layers": integer,
+        "weight_only_layers": sorted(set(layers) - set(integer)),
+        "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
+    }
+    return {
+        "name": name or type(checkpoint.model).__name__,
+        "spec": checkpoint.spec.to_json(),
+        "graphs": {"denoiser": denoiser},
+        "engines": engines,
+        "history": [_timeless(asdict(record)) for record in checkpoint.history],
+        "metrics": metrics,
+        "parity": parity,
+    }
+
+
+def _tensors(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Any]:
+    """name -> {dtype as numpy calls it, shape with a name for what is dynamic}."""
+    found = {}
+    for value in values:
+        tensor = value.type.tensor_type
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        shape = [dim.dim_param or dim.dim_value for dim in tensor.shape.dim]
+        found[value.name] = {"dtype": dtype, "shape": shape}
+    return found
+
+
+def _timeless(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key != "seconds"}

@@ -1,0 +1,154 @@
+"""`diffpress compress`: stages, then everything a deployment and a reader want of them.
+
+    DIR/stages/               every finished stage
+    DIR/checkpoint/           the final compressed checkpoint
+    DIR/float/denoiser.onnx   the same network before quantization
+    DIR/baseline/             a bundle of the uncompressed model in fp32
+    DIR/bundle/               what to deploy
+    DIR/comparison.png        teacher above, bundle below, same noise
+    DIR/report.json, .html    what it gained and cost
+
+(`export` may import `compress`, not the other way round: that is why the verb that needs both lives here.)
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+
+from compress.builtin import FEATURES, REFERENCE
+from compress.checkpoint import Checkpoint, save_checkpoint, write_folder
+from compress.commands import add_recipe_arguments, print_evaluation
+from compress.config import EvaluateConfig, GatesConfig
+from compress.context import say
+from compress.counts import count
+from compress.evaluate import evaluate, load_features, load_reference, paired
+from compress.load import load_checkpoint
+from compress.pipeline import claim_folder, run_stages
+from compress.recipe import Recipe, read_recipe
+from compress.report import PICTURE, summary, write_report
+from export.bundle import write_bundle
+from export.to_onnx import export_float
+from runtime.bundle import MANIFEST, Bundle, load_bundle
+from runtime.engines import Engine, open_engine
+from runtime.errors import GateFailed
+from runtime.files import read_json, write_json
+from runtime.images import grid, to_uint8, write_png
+from runtime.sampler import generate
+
+COLUMNS = 10
+
+
+def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
+    add_recipe_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--update", action="store_true", help="redo in DIR what a changed recipe changes")
+
+
+def compress_command(args: argparse.Namespace) -> int:
+    recipe = read_recipe(args.recipe, tuple(args.set))
+    teacher = load_checkpoint(args.checkpoint)
+    claim_folder(args.out, teacher, recipe, args.update)
+    checkpoint = run_stages(teacher, recipe, args.out)
+    deliver(checkpoint, teacher, recipe, args.out)
+    return 0
+
+
+def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Path) -> None:
+    """Export, measure, report and judge; raises GateFailed last, when everything is written."""
+    targets = recipe.export.targets
+    print("[export]", flush=True)
+    save_checkpoint(checkpoint, out / "checkpoint")
+    baseline = _bundle(teacher, out / "baseline", targets, "teacher")
+    bundle = _bundle(checkpoint, out / "bundle", targets, "student", out / "float", teacher)
+    with closing(open_engine(bundle)) as ours, closing(open_engine(baseline)) as theirs:
+        write_comparison(ours, bundle, theirs, baseline, out / PICTURE)
+        if recipe.evaluate is not None:
+            print("[evaluate]", flush=True)
+            write_json(out / "evaluation.json", _evaluated(ours, bundle, theirs, baseline, recipe.evaluate, out))
+    gates = judged(recipe.gates, bundle, read_json(out / "evaluation.json") if recipe.evaluate else None)
+    write_json(out / "gates.json", gates)
+    print(summary(write_report(out)))
+    failed = [f"{g['gate']} is {g['value']:.3f}, the bound is {g['bound']:g}" for g in gates if not g["passed"]]
+    if failed:
+        raise GateFailed(f"{out}: gate failed: {'; '.join(failed)}. The work is kept")
+
+
+def _bundle(
+    checkpoint: Checkpoint,
+    folder: Path,
+    targets: Sequence[str],
+    name: str,
+    float_folder: Path | None = None,
+    teacher: Checkpoint | None = None,
+) -> Bundle:
+    """The checkpoint's bundle; one that is there already, from the same checkpoint for the same targets, is kept."""
+    metrics: dict[str, Any] = {"checkpoint": checkpoint.hash, "targets": list(targets)}
+    if (folder / MANIFEST).is_file() and (float_folder is None or float_folder.is_dir()):
+        found = load_bundle(folder)
+        if metrics.items() <= found.manifest["metrics"].items():
+            say(f"{folder}: done before")
+            return found
+    if teacher is not None:
+        old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
+        metrics |= {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
+    graph = None if float_folder is None else _float_graph(checkpoint, float_folder)
+    bundle = write_bundle(checkpoint, folder, targets, name=name, float_graph=graph, metrics=metrics)
+    for engine, row in bundle.manifest["parity"].items():
+        say(f"{name}: {engine} against torch fp32: SQNR {row['sqnr_db']:.1f} dB, largest difference {row['max_abs']:g}")
+    return bundle
+
+
+def _float_graph(checkpoint: Checkpoint, folder: Path) -> onnx.ModelProto:
+    graphs: list[onnx.ModelProto] = []
+    write_folder(folder, lambda temporary: graphs.append(export_float(checkpoint, temporary / "denoiser.onnx")))
+    return graphs[0]
+
+
+def write_comparison(ours: Engine, bundle: Bundle, theirs: Engine, baseline: Bundle, path: Path) -> None:
+    """Two rows of the teacher's images, then two of the bundle's, each by its own plan from the same noise."""
+    seeds = np.arange(2 * COLUMNS)
+    rows = [
+        to_uint8(generate(engine, b.spec, seeds, batch=COLUMNS), b.spec.data_range)
+        for engine, b in ((theirs, baseline), (ours, bundle))
+    ]
+    write_png(grid(np.concatenate(rows), columns=COLUMNS), path)
+
+
+def _evaluated(
+    ours: Engine, bundle: Bundle, theirs: Engine, baseline: Bundle, config: EvaluateConfig, out: Path
+) -> dict[str, Any]:
+    """Both bundles' scores, each by its own plan; kept from before where nothing changed."""
+    key = {"bundle": bundle.hash, "baseline": baseline.hash, "config": config.model_dump(mode="json")}
+    before = read_json(out / "evaluation.json") if (out / "evaluation.json").is_file() else {}
+    if before.get("key") == key:
+        say("done before")
+        return dict(before)
+    features = load_features(FEATURES, bundle.spec)
+    reference = load_reference(REFERENCE, features, bundle.spec)
+    scores = {}
+    for name, engine, one in (("baseline", theirs, baseline), ("bundle", ours, bundle)):
+        scores[name] = evaluate(engine, one.spec, config, features, reference, what=f"sampling the {name}")
+    plan = bundle.spec.plan
+    scores["bundle"]["paired"] = paired(ours, theirs, bundle.spec, plan, "teacher, same plan", config.batch)
+    for name, score in scores.items():
+        print_evaluation(name, score)
+    return {"key": key, **scores}
+
+
+def judged(gates: GatesConfig, bundle: Bundle, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Each gate of the recipe with its bound, the measured value and whether it was passed."""
+    found = []
+    if gates.frechet_ratio is not None and evaluation is not None:
+        ratio = evaluation["bundle"]["frechet"]["mean"] / evaluation["baseline"]["frechet"]["mean"]
+        found.append(("frechet_ratio", gates.frechet_ratio, ratio, ratio <= gates.frechet_ratio))
+    if gates.parity_sqnr_db is not None:
+        worst = min(row["sqnr_db"] for row in bundle.manifest["parity"].values())
+        found.append(("parity_sqnr_db", gates.parity_sqnr_db, worst, worst >= gates.parity_sqnr_db))
+    return [{"gate": g, "bound": bound, "value": value, "passed": passed} for g, bound, value, passed in found]

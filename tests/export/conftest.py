@@ -1,0 +1,190 @@
+"""Tiny denoisers with random weights, their graphs and scales, and fake quantization in plain torch as the oracle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from diffusers import UNet2DModel
+from torch import nn
+
+from compress.adapters import adapter_for, example_inputs
+from compress.checkpoint import Checkpoint, Quantization, Source
+from compress.widths import widths_of
+from export.to_onnx import to_onnx
+from runtime.schedule import betas_schedule, flow_schedule, make_plan
+from runtime.spec import Conditioning, DenoiserSpec
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Everything(nn.Module):
+    """Every operator that can carry a layer's weight: 2d and 1d convolution, a strided one back up, Gemm and MatMul
+    with and without bias, an embedding; two equal layers, which the exporter merges; a layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(2, 8, 3, padding=1)
+        self.twin_a, self.twin_b = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1)
+        self.twin_b.load_state_dict(self.twin_a.state_dict())
+        self.down, self.up = nn.Conv2d(8, 8, 2, stride=2), nn.ConvTranspose2d(8, 6, 2, stride=2)
+        self.embedding, self.gemm = nn.Embedding(50, 8), nn.Linear(8, 12)
+        self.matmul, self.unbiased = nn.Linear(6, 12), nn.Linear(12, 6, bias=False)
+        self.twice, self.line = nn.Linear(6, 6), nn.Conv1d(6, 6, 1)
+        self.last = nn.Conv2d(6, 2, 1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = self.twin_b(self.twin_a(torch.tanh(self.first(sample))))
+        x = self.up(torch.tanh(self.down(x)))
+        time = self.gemm(self.embedding(timestep))
+        tokens = x.flatten(2).transpose(1, 2)
+        tokens = self.unbiased(torch.tanh(self.matmul(tokens) + time[:, None]))
+        tokens = self.line(self.twice(self.twice(tokens)).transpose(1, 2))
+        return self.last(tokens.reshape(x.shape))
+
+
+class Wide(nn.Module):
+    """Weights heavy enough that the rest of the file does not count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.heavy = nn.Conv2d(1, 160, 3, padding=1), nn.Conv2d(160, 160, 3, padding=1)
+        self.last = nn.Conv2d(160, 1, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.last(self.heavy(self.first(sample))) * timestep[:, None, None, None]
+
+
+def _checkpoint(model: nn.Module, spec: DenoiserSpec, kind: str = "custom", config: dict | None = None) -> Checkpoint:
+    return Checkpoint(model.eval(), spec, Source(kind, config or {}, original=widths_of(model)))
+
+
+@pytest.fixture(scope="session")
+def unet() -> Checkpoint:
+    """A class-conditional UNet2DModel [1, 8, 8] with attention, v-prediction, a plan of four steps."""
+    config = {
+        "_class_name": "UNet2DModel",
+        "sample_size": 8,
+        "in_channels": 1,
+        "out_channels": 1,
+        "block_out_channels": [16, 32],
+        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
+        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "attention_head_dim": 16,
+        "num_class_embeds": 4,
+    }
+    torch.manual_seed(0)
+    schedule = betas_schedule("linear", 100)
+    spec = DenoiserSpec("v", schedule, (1, 8, 8), make_plan("ddim", 4, schedule), Conditioning("class", 4, 3))
+    return _checkpoint(UNet2DModel.from_config(config), spec, "UNet2DModel", config)
+
+
+@pytest.fixture(scope="session")
+def everything() -> Checkpoint:
+    torch.manual_seed(1)
+    schedule = betas_schedule("linear", 50)
+    return _checkpoint(Everything(), DenoiserSpec("epsilon", schedule, (2, 8, 8), make_plan("ddim", 3, schedule)))
+
+
+@pytest.fixture(scope="session")
+def wide() -> Checkpoint:
+    """A flow model: its timesteps are floats."""
+    torch.manual_seed(2)
+    schedule = flow_schedule(20)
+    plan = make_plan("euler", 3, schedule, grid="linspace")
+    return _checkpoint(Wide(), DenoiserSpec("flow", schedule, (1, 8, 8), plan))
+
+
+@pytest.fixture(scope="session")
+def unet_graph(unet: Checkpoint) -> onnx.ModelProto:
+    return to_onnx(unet)
+
+
+@pytest.fixture(scope="session")
+def everything_graph(everything: Checkpoint) -> onnx.ModelProto:
+    return to_onnx(everything)
+
+
+@pytest.fixture(scope="session")
+def wide_graph(wide: Checkpoint) -> onnx.ModelProto:
+    return to_onnx(wide)
+
+
+@pytest.fixture(scope="session")
+def scales() -> Callable[..., Quantization]:
+    return measured_scales
+
+
+@pytest.fixture(scope="session")
+def fake_quant() -> Callable[..., np.ndarray]:
+    return fake_quant_run
+
+
+def measured_scales(
+    checkpoint: Checkpoint, *, weight_only: tuple[str, ...] = (), outputs: bool = False, weight_range: float = 1.0
+) -> Quantization:
+    """The largest magnitudes over one batch of example inputs; weights times `weight_range`; embeddings by row."""
+    amax: dict[str, torch.Tensor] = {}
+    hooks = []
+    for name, layer in _layers(checkpoint.model):
+        weight = layer.weight.detach()
+        flat = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight).flatten(1)
+        amax[f"{name}.weight"] = flat.abs().amax(1) * weight_range
+
+        def remember(layer: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
+            if not isinstance(layer, nn.Embedding) and name not in weight_only:
+                _grow(amax, f"{name}.input", args[0])
+                if outputs and isinstance(layer, CONVOLUTIONS):
+                    _grow(amax, f"{name}.output", out)
+
+        hooks.append(layer.register_forward_hook(remember))
+    with torch.no_grad():
+        adapter_for(checkpoint.model).forward(checkpoint.model, example_inputs(checkpoint.spec, 8))
+    for hook in hooks:
+        hook.remove()
+    return Quantization("int8", amax)
+
+
+def fake_quant_run(checkpoint: Checkpoint, quantization: Quantization, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """The model's output where every tensor with an amax is rounded to s * clip(round(x / s)), s = amax / 127."""
+    model, amax = checkpoint.clone_model(), quantization.amax
+    for name, layer in _layers(model):
+        if f"{name}.weight" in amax:
+            axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
+            shape = [-1 if i == axis else 1 for i in range(layer.weight.dim())]
+            layer.weight.data = _rounded(layer.weight.data, amax[f"{name}.weight"].reshape(shape), low=-127)
+        if f"{name}.input" in amax:
+            layer.register_forward_pre_hook(lambda _, args, a=amax[f"{name}.input"]: (_rounded(args[0], a),))
+        if f"{name}.output" in amax:
+            layer.register_forward_hook(lambda _, args, out, a=amax[f"{name}.output"]: _rounded(out, a))
+    with torch.no_grad():
+        feed = {name: torch.from_numpy(value) for name, value in inputs.items()}
+        return adapter_for(model).forward(model, feed).numpy()
+
+
+def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    kinds = (*CONVOLUTIONS, nn.Linear, nn.Embedding)
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+
+def _grow(amax: dict[str, torch.Tensor], key: str, x: torch.Tensor) -> None:
+    largest = x.detach().abs().max()
+    amax[key] = torch.maximum(amax[key], largest) if key in amax else largest
+
+
+def _rounded(x: torch.Tensor, amax: torch.Tensor, low: int = -128) -> torch.Tensor:
+    scale = amax.float() / 127
+    return torch.round(x / scale).clamp(low, 127) * scale
