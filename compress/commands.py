@@ -10,7 +10,7 @@ from typing import Any
 
 from compress.builtin import FEATURES, RECIPES, REFERENCE, TEACHER
 from compress.checkpoint import Checkpoint
-from compress.config import EvaluateConfig
+from compress.config import EvaluateConfig, QuantizeConfig
 from compress.context import Context, say
 from compress.counts import count
 from compress.evaluate import evaluate, load_features, load_reference, paired
@@ -74,7 +74,7 @@ def planned(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
             checkpoint = prune(checkpoint, dry, Context(recipe.seed, Path(), checkpoint))
             sizes = _sizes(checkpoint)
         elif stage.name == "quantize":
-            sizes = {**sizes, "bytes": _int8_bytes(checkpoint, stage.config.keep)}
+            sizes = {**sizes, "bytes": _int8_bytes(checkpoint, stage.config)}
         stages.append({"name": stage.name, "config": stage.config.model_dump(mode="json"), "after": sizes})
     return {"recipe": recipe.to_json(), "order": [s.name for s in recipe.stages], "before": before, "stages": stages}
 
@@ -84,9 +84,9 @@ def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
     return {"parameters": counts.parameters, "macs": counts.macs, "bytes": counts.fp32_bytes}
 
 
-def _int8_bytes(checkpoint: Checkpoint, keep: tuple[str, ...]) -> int:
+def _int8_bytes(checkpoint: Checkpoint, config: QuantizeConfig) -> int:
     modules = dict(checkpoint.model.named_modules())
-    layers = [modules[name] for names in choose_layers(checkpoint.model, keep) for name in names]
+    layers = [modules[name] for names in choose_layers(checkpoint.model, config) for name in names]
     saved = sum(3 * layer.weight.numel() - 4 * layer.weight.shape[0] for layer in layers)
     return count(checkpoint.model, checkpoint.spec).fp32_bytes - saved
 

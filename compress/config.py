@@ -50,12 +50,18 @@ class DistillConfig(Config):
 
 
 class QuantizeConfig(Config):
-    """int8 weights (per output channel) and activations (per tensor), calibrated on the model's own trajectory."""
+    """int8 weights (per output channel) and activations (per tensor), calibrated on the model's own trajectory.
+
+    `layers` names the kinds that compute in integers; the linear layers of the others store int8 weights only.
+    """
 
     format: Literal["int8"] = "int8"
     mode: Literal["ptq"] = "ptq"
     calibration: Literal["max", "percentile", "mse", "entropy"] = "percentile"
     percentile: float = Field(99.99, gt=50.0, le=100.0)
+    layers: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
+    outputs: bool = True
+    reduce_range: bool = True
     samples: int = Field(32, ge=1)
     batch: int = Field(16, ge=1)
     keep: tuple[str, ...] = ()

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
+HIGHEST_DB = 200.0  # float32 itself ends near 140
+
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Mean [D] and covariance [D, D] (ddof 1) of features [N, D], float64."""
@@ -41,8 +43,14 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 
 
 def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
-    noise = float(((reference.astype(np.float64) - other) ** 2).sum())
-    return float("inf") if noise == 0.0 else float(10.0 * np.log10((reference.astype(np.float64) ** 2).sum() / noise))
+    """At most HIGHEST_DB: equal arrays would have an infinite one, which JSON cannot say."""
+    signal, noise = (float((x.astype(np.float64) ** 2).sum()) for x in (reference, reference - other))
+    return min(HIGHEST_DB, 10.0 * np.log10(signal / noise)) if noise > 0.0 else HIGHEST_DB
+
+
+def mean_sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
+    """Mean over samples [N, ...] of each one's SQNR: one sample that went astray does not decide it alone."""
+    return float(np.mean([sqnr_db(ours, theirs) for ours, theirs in zip(reference, other, strict=True)]))
 
 
 def psnr_db(reference: np.ndarray, other: np.ndarray, data_range: float) -> float:

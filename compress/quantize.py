@@ -2,6 +2,11 @@
 
     q(x) = clip(round(x / s), -127, 127) * s,    s = amax / 127
 
+With `reduce_range` a weight's amax is read as twice what it is, so that its integers stay within -64..64: processors
+without VNNI add two products of a uint8 and an int8 in 16 bits, and 2 * 255 * 64 is the most that fits (onnxruntime's
+and NNCF's documentation name the same remedy). A convolution's output is quantized too: ONNX Runtime only runs it on
+integers where integers also leave it.
+
 Weights take one amax per output channel, activations one per tensor, read from a histogram that is filled while the
 model samples by its own plan: what it will see when deployed, at every timestep it will visit, and memory for the
 histograms only. Fragile layers keep float arithmetic; of these the linear ones (time and class embedding) store
@@ -13,6 +18,8 @@ and `fake_quantized` puts the quantizers back wherever the quantized model has t
 
 from __future__ import annotations
 
+import contextlib
+import io
 import warnings
 from typing import Any
 
@@ -29,14 +36,17 @@ from runtime.errors import BadInput
 from runtime.sampler import labels_in_turn, noise_for, sample
 from runtime.denoise import make_denoiser
 
-LAYERS = (nn.Conv2d, nn.Linear)
+KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
+LEVELS, REDUCED_LEVELS = 127, 64
 CALIBRATION_SEED = 1_000_000  # far from the seeds that people sample and evaluate with
 
 
 def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
     """Calibrate; returns the same float model with the scales of every quantized layer."""
-    full, weight_only = choose_layers(checkpoint.model, config.keep)
-    model = _with_quantizers(checkpoint.clone_model(), full, weight_only)
+    full, weight_only = choose_layers(checkpoint.model, config)
+    modules = dict(checkpoint.model.named_modules())
+    outputs = [name for name in full if isinstance(modules[name], nn.Conv2d)] if config.outputs else []
+    model = _with_quantizers(checkpoint.clone_model(), full, weight_only, outputs)
     _calibrate_(model, checkpoint, config)
     amax = _collect(model, config)
     say(f"{len(full)} layers in {config.format}, {len(weight_only)} with {config.format} weights only")
@@ -47,10 +57,11 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
     """The checkpoint's model with modelopt's quantizers in place, in eval mode: what the int8 engine should compute."""
     if checkpoint.quantization is None:
         return checkpoint.model
-    amax = checkpoint.quantization.amax
-    full = [name for name in checkpoint.quantization.layers if f"{name}.input" in amax]
-    weight_only = [name for name in checkpoint.quantization.layers if f"{name}.input" not in amax]
-    model = _with_quantizers(checkpoint.clone_model(), full, weight_only)
+    amax, layers = checkpoint.quantization.amax, checkpoint.quantization.layers
+    full = [name for name in layers if f"{name}.input" in amax]
+    weight_only = [name for name in layers if f"{name}.input" not in amax]
+    outputs = [name for name in layers if f"{name}.output" in amax]
+    model = _with_quantizers(checkpoint.clone_model(), full, weight_only, outputs)
     modules = dict(model.named_modules())
     for key, value in amax.items():
         layer, what = key.rsplit(".", 1)
@@ -59,30 +70,31 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
     return model.eval()
 
 
-def choose_layers(model: nn.Module, keep: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def choose_layers(model: nn.Module, config: QuantizeConfig) -> tuple[list[str], list[str]]:
     """Names of the layers quantized in weights and activations, and of those quantized in weights only."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, LAYERS)}
-    unknown = [name for name in keep if not any(layer.startswith(name) for layer in layers)]
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, tuple(KINDS.values()))}
+    unknown = [name for name in config.keep if not any(layer.startswith(name) for layer in layers)]
     if unknown:
         raise BadInput(f"quantize: keep names '{unknown[0]}', and no layer of the model begins so")
+    open_to_it = [name for name in layers if not any(name.startswith(prefix) for prefix in config.keep)]
     fragile = set(adapter_for(model).fragile(model))
-    kept = {name for name in layers if any(name.startswith(prefix) for prefix in keep)}
-    full = [n for n in layers if n not in fragile | kept]
-    weight_only = [n for n, module in layers.items() if n in fragile - kept and isinstance(module, nn.Linear)]
+    kinds = tuple(KINDS[kind] for kind in config.layers)
+    full = [name for name in open_to_it if name not in fragile and isinstance(layers[name], kinds)]
+    weight_only = [name for name in open_to_it if name not in full and isinstance(layers[name], nn.Linear)]
     return full, weight_only
 
 
-def _with_quantizers(model: nn.Module, full: list[str], weight_only: list[str]) -> Any:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # modelopt warns about optional plugins at import
+def _with_quantizers(model: nn.Module, full: list[str], weight_only: list[str], outputs: list[str]) -> Any:
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # modelopt warns about optional plugins, and prints how many it inserted
         import modelopt.torch.quantization as mtq
 
         rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
         for name in [*full, *weight_only]:
             rules.append({"quantizer_name": f"{name}.weight_quantizer", "cfg": {"num_bits": 8, "axis": 0}})
-        for name in full:
+        for name in [*(f"{layer}.input" for layer in full), *(f"{layer}.output" for layer in outputs)]:
             cfg = {"num_bits": 8, "axis": None, "calibrator": "histogram"}
-            rules.append({"quantizer_name": f"{name}.input_quantizer", "cfg": cfg})
+            rules.append({"quantizer_name": f"{name}_quantizer", "cfg": cfg})
         return mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
 
 
@@ -109,14 +121,16 @@ def _calibrate_(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig
 def _collect(model: nn.Module, config: QuantizeConfig) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
-        for what in ("weight", "input"):
+        for what in ("weight", "input", "output"):
             quantizer = getattr(module, f"{what}_quantizer", None)
             if quantizer is None or not quantizer.is_enabled and not quantizer._if_calib:
                 continue
             if what == "weight":
-                value = module.weight.detach().flatten(1).abs().amax(1)
+                # only where the engine multiplies integers can their products overflow
+                reduced = config.reduce_range and module.input_quantizer.is_enabled
+                value = module.weight.detach().flatten(1).abs().amax(1) * (LEVELS / REDUCED_LEVELS if reduced else 1.0)
             else:
-                value = _input_amax(quantizer._calibrator, config)
+                value = _activation_amax(quantizer._calibrator, config)
             if value is None or not torch.isfinite(value).all() or (value <= 0).any():
                 raise BadInput(f"quantize: layer '{name}' has a {what} scale that is zero, infinite or missing; "
                                f"keep it in float with keep: [{name}]")
@@ -124,7 +138,7 @@ def _collect(model: nn.Module, config: QuantizeConfig) -> dict[str, torch.Tensor
     return found
 
 
-def _input_amax(calibrator: Any, config: QuantizeConfig) -> torch.Tensor | None:
+def _activation_amax(calibrator: Any, config: QuantizeConfig) -> torch.Tensor | None:
     if config.calibration == "max":
         edges = calibrator._calib_bin_edges
         return None if edges is None else torch.as_tensor(edges[-1])

@@ -30,6 +30,8 @@ WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIGS = ("unet/config.json", "scheduler/scheduler_config.json")
 
 # Licence and source of each file; sizes and hashes are added once the files are written.
+PLAN = {"solver": "dpmpp_2m", "steps": 20, "grid": "logsnr"}
+
 PROVENANCE = {
     "teacher/diffpress.json": ("Apache-2.0", MADE_HERE),
     "teacher/model_index.json": ("Apache-2.0", MADE_HERE),
@@ -103,10 +105,10 @@ def save_teacher(source: Path, out: Path) -> None:
         "unet": ["diffusers", configs[CONFIGS[0]]["_class_name"]],
     }
     write_json(out / "model_index.json", index)
-    # diffusers has no field for the null label that classifier-free guidance needs.
+    # diffusers has no field for the null label that guidance needs, nor for the plan the model does well with.
     classes = configs[CONFIGS[0]]["num_class_embeds"] - 1
     conditioning = {"kind": "class", "classes": classes, "null_label": classes}
-    write_json(out / "diffpress.json", {"conditioning": conditioning})
+    write_json(out / "diffpress.json", {"conditioning": conditioning, "plan": PLAN})
 
 
 def balanced_draw(y: np.ndarray, count: int, seed: int) -> np.ndarray:

@@ -10,7 +10,6 @@ for TensorRT plans, which TensorRT itself does not repeat).
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,7 +25,7 @@ from export.tensorrt_plan import build_plan, check_capabilities
 from export.to_onnx import OPSET, save_onnx, to_onnx
 from runtime.bundle import MANIFEST, Bundle, load_bundle, seal
 from runtime.engines import available
-from runtime.errors import BadInput, DiffpressError, MissingExtra, unknown_name
+from runtime.errors import BadInput, MissingExtra, unknown_name
 
 TARGETS = ("onnx", "openvino", "tensorrt")
 GRAPH = "denoiser.onnx"
@@ -64,18 +63,14 @@ def write_bundle(
         graph = insert_qdq(graph, checkpoint.quantization)
 
     def fill(temporary: Path) -> None:
-        try:
-            save_onnx(graph, temporary / GRAPH)
-            parity = check_parity(checkpoint, temporary / GRAPH, threads=threads)
-            engines = []
-            if "openvino" in targets:
-                engines.append(prove_openvino(temporary / GRAPH, checkpoint.spec))
-            if "tensorrt" in targets:
-                engines.append(build_plan(temporary / GRAPH, temporary, capabilities))
-            seal(temporary, _content(checkpoint, name, graph, engines, metrics or {}, parity))
-        except DiffpressError:
-            shutil.rmtree(temporary)
-            raise
+        save_onnx(graph, temporary / GRAPH)
+        parity = check_parity(checkpoint, temporary / GRAPH, threads=threads)
+        engines = []
+        if "openvino" in targets:
+            engines.append(prove_openvino(temporary / GRAPH, checkpoint.spec))
+        if "tensorrt" in targets:
+            engines.append(build_plan(temporary / GRAPH, temporary, capabilities))
+        seal(temporary, _content(checkpoint, name, graph, engines, metrics or {}, parity))
 
     write_folder(folder, fill)
     return load_bundle(folder)

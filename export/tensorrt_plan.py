@@ -21,7 +21,7 @@ MIN, OPT, MAX = 1, 8, 64
 
 
 def build_plan(graph: Path, folder: Path, capabilities: Sequence[str]) -> dict[str, Any]:
-    """Build `graph` for compute capabilities such as '8.6' and '12.0' into `folder`/engines; returns its manifest entry.
+    """Build `graph` for compute capabilities such as '8.6' into `folder`/engines; returns the manifest entry.
 
     Raises MissingExtra without tensorrt-rtx, and BadInput for no or an unknown capability and for a graph that
     TensorRT cannot parse or build (naming the node).

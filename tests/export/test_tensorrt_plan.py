@@ -15,7 +15,7 @@ needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is 
 
 def test_without_tensorrt_the_extra_is_named_before_any_work(wide, tmp_path, monkeypatch):
     monkeypatch.setattr("export.tensorrt_plan.importlib.util.find_spec", lambda name: None)
-    monkeypatch.setattr("export.bundle.to_onnx", lambda checkpoint: pytest.fail("traced before the targets were checked"))
+    monkeypatch.setattr("export.bundle.to_onnx", lambda checkpoint: pytest.fail("traced before the check"))
     with pytest.raises(MissingExtra, match=r"tensorrt-rtx.*pip install 'diffpress\[tensorrt\]'"):
         write_bundle(wide, tmp_path / "b", ["tensorrt"], capabilities=["8.9"])
     assert list(tmp_path.iterdir()) == []

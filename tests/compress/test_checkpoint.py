@@ -1,0 +1,233 @@
+"""compress/checkpoint.py: what is saved is what is loaded, whole or not at all, and nothing is pickled."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from compress.checkpoint import Quantization, Record, save_checkpoint, write_folder
+from compress.config import PruneConfig
+from compress.load import load_checkpoint
+from compress.prune import prune
+from runtime.errors import BadInput
+
+ROOT = Path(__file__).parents[2]
+KINDS = ["plain", "unet", "pruned", "quantized"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_checkpoint_loads_with_the_same_hash_and_outputs(kind, request, output, tmp_path):
+    checkpoint = request.getfixturevalue(kind)
+    save_checkpoint(checkpoint, tmp_path / "saved")
+    loaded = load_checkpoint(tmp_path / "saved")
+    assert loaded.hash == checkpoint.hash and loaded.spec == checkpoint.spec
+    assert torch.equal(output(loaded), output(checkpoint))
+
+
+def test_a_checkpoint_that_was_loaded_saves_to_the_same_hash_again(quantized, tmp_path):
+    save_checkpoint(quantized, tmp_path / "one")
+    save_checkpoint(load_checkpoint(tmp_path / "one"), tmp_path / "two")
+    assert load_checkpoint(tmp_path / "two").hash == quantized.hash
+    assert (tmp_path / "one" / "diffpress.json").read_text() == (tmp_path / "two" / "diffpress.json").read_text()
+
+
+def test_the_history_travels_with_the_checkpoint(plain, tmp_path):
+    record = Record("prune", {"ratio": 0.3}, 7, {"parameters": [10, 7]}, "a" * 64, "b" * 64, 1.5)
+    save_checkpoint(plain.evolve(history=(record,)), tmp_path / "saved")
+    assert load_checkpoint(tmp_path / "saved").history == (record,)
+
+
+def test_a_pruned_checkpoint_reloads_in_a_fresh_process_without_pickle(quantized, tmp_path):
+    save_checkpoint(quantized, tmp_path / "saved")
+    assert {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()} == {".json", ".safetensors"}
+    program = """
+import pickle, sys, torch
+from compress.load import load_checkpoint
+def refuse(*args, **kwargs): raise AssertionError("something was unpickled")
+pickle.load = pickle.loads = pickle.Unpickler = torch.load = refuse
+print(load_checkpoint(sys.argv[1]).hash)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "saved")], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == quantized.hash, done.stderr
+
+
+def test_the_hash_sees_weights_plan_and_scales_but_not_the_history(quantized):
+    amax = quantized.quantization.amax
+    changed = {name: value * (2 if i == 0 else 1) for i, (name, value) in enumerate(sorted(amax.items()))}
+    moved = quantized.clone_model()
+    with torch.no_grad():
+        moved.conv_in.weight[0, 0, 0, 0] += 1e-6
+    hashes = {
+        quantized.hash,
+        quantized.evolve(model=moved).hash,
+        quantized.evolve(spec=quantized.spec.with_plan(replace(quantized.spec.plan, eta=0.5))).hash,
+        quantized.evolve(quantization=Quantization("int8", changed)).hash,
+        quantized.evolve(quantization=None).hash,
+    }
+    assert len(hashes) == 5
+    assert quantized.evolve(history=(Record("x", {}, 0, {}, "", ""),)).hash == quantized.hash
+
+
+def test_a_checkpoint_is_frozen_and_its_clone_is_a_copy(plain):
+    with pytest.raises(FrozenInstanceError):
+        plain.model = None
+    before = plain.hash
+    nn.init.zeros_(plain.clone_model().conv_in.weight)
+    assert plain.hash == before
+
+
+def test_saving_where_a_checkpoint_is_replaces_it(plain, unet, tmp_path):
+    save_checkpoint(plain, tmp_path / "saved")
+    save_checkpoint(unet, tmp_path / "saved")
+    assert load_checkpoint(tmp_path / "saved").hash == unet.hash
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+
+
+class Tied(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Conv2d(1, 4, 1), nn.Conv2d(1, 4, 1)
+        self.second.weight = self.first.weight
+        self.last = nn.Conv2d(4, 1, 1)
+
+    def forward(self, sample, timestep):
+        return self.last(self.first(sample) + self.second(sample))
+
+
+def test_tied_weights_are_saved(custom, tmp_path):
+    checkpoint = custom(Tied())
+    save_checkpoint(checkpoint, tmp_path / "saved")
+    stored = load_file(tmp_path / "saved" / "weights.safetensors")
+    assert torch.equal(stored["first.weight"], stored["second.weight"])
+
+
+# --- custom modules --------------------------------------------------------------------------------------------
+
+
+def test_a_saved_custom_checkpoint_reopens_with_its_file(custom_files, context, output, tmp_path):
+    file, weights = custom_files("v")
+    loaded = load_checkpoint(f"{file}:{weights}")
+    small = prune(loaded, PruneConfig(ratio=0.5, round_to=4, batch=4, timesteps=2), context(loaded))
+    assert small.hash != loaded.hash
+    save_checkpoint(small, tmp_path / "saved")
+    weights.unlink()  # the saved folder stands alone
+    again = load_checkpoint(f"{file}:{tmp_path / 'saved'}")
+    assert again.hash == small.hash and torch.equal(output(again), output(small))
+    with pytest.raises(BadInput, match=r"custom module; open it as FILE\.py:.*saved"):
+        load_checkpoint(tmp_path / "saved")
+
+
+def test_a_custom_checkpoint_whose_weights_are_a_folder_reopens_too(custom_files, tmp_path):
+    file, weights = custom_files("v")
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    weights.rename(folder / "model.safetensors")
+    file.write_text(file.read_text().replace("load_file(path)", "load_file(path / 'model.safetensors')"))
+    loaded = load_checkpoint(f"{file}:{folder}")
+    save_checkpoint(loaded, tmp_path / "saved")
+    assert load_checkpoint(f"{file}:{tmp_path / 'saved'}").hash == loaded.hash
+
+
+LAYERS_FILE = '''
+import torch
+from torch import nn
+from runtime.schedule import betas_schedule, make_plan
+from runtime.spec import DenoiserSpec
+
+
+class Mixed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.batch = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.down = nn.Conv2d(8, 16, 2, stride=2)
+        self.up, self.tokens = nn.ConvTranspose2d(16, 8, 2, stride=2), nn.Linear(8, 16)
+        self.layer, self.back = nn.LayerNorm(16), nn.Linear(16, 8)
+        self.last = nn.Conv2d(8, 1, 1)
+
+    def forward(self, sample, timestep):
+        x = self.up(torch.tanh(self.down(torch.tanh(self.batch(self.first(sample))))))
+        x = self.back(torch.tanh(self.layer(self.tokens(x.permute(0, 2, 3, 1))))).permute(0, 3, 1, 2)
+        return self.last(x)
+
+
+def load(path):
+    torch.manual_seed(0)
+    schedule = betas_schedule("linear", 50)
+    return Mixed(), DenoiserSpec("epsilon", schedule, (1, 8, 8), make_plan("ddim", 3, schedule))
+'''
+
+
+def test_every_kind_of_layer_that_pruning_narrows_is_built_again_from_its_widths(context, output, tmp_path):
+    (tmp_path / "mixed.py").write_text(LAYERS_FILE)
+    (tmp_path / "weights").write_bytes(b"")
+    loaded = load_checkpoint(f"{tmp_path / 'mixed.py'}:{tmp_path / 'weights'}")
+    small = prune(loaded, PruneConfig(method="magnitude", ratio=0.5, round_to=1), context(loaded))
+    save_checkpoint(small, tmp_path / "saved")
+    again = load_checkpoint(f"{tmp_path / 'mixed.py'}:{tmp_path / 'saved'}")
+    assert again.hash == small.hash and torch.equal(output(again), output(small))
+
+
+# --- whole or not at all ---------------------------------------------------------------------------------------
+
+
+def full_disk(tensors, path, *args, **kwargs):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def full_disk_as_safetensors_says_it(tensors, path, *args, **kwargs):
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.parametrize("failure", [full_disk, full_disk_as_safetensors_says_it])
+def test_a_full_disk_is_one_clear_line_and_leaves_what_was_there(failure, plain, unet, tmp_path, monkeypatch):
+    save_checkpoint(plain, tmp_path / "saved")
+    monkeypatch.setattr("compress.checkpoint.save_file", failure)
+    with pytest.raises(BadInput, match="saved: cannot be written .*No space left"):
+        save_checkpoint(unet, tmp_path / "saved")
+    assert [path.name for path in tmp_path.iterdir()] == ["saved"]
+    assert load_checkpoint(tmp_path / "saved").hash == plain.hash
+
+
+def test_a_read_only_place_is_bad_input(plain, tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("compress.checkpoint.os.replace", refuse)
+    with pytest.raises(BadInput, match="saved: cannot be written .*Read-only"):
+        save_checkpoint(plain, tmp_path / "saved")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_place_below_a_file_is_bad_input(plain, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BadInput, match="saved: cannot be written"):
+        save_checkpoint(plain, tmp_path / "file" / "saved")
+
+
+def test_an_error_while_filling_leaves_no_half_written_folder(tmp_path):
+    def fill(folder: Path) -> None:
+        save_file({"x": torch.zeros(3)}, folder / "x.safetensors")
+        raise BadInput("something else")
+
+    with pytest.raises(BadInput, match="something else"):
+        write_folder(tmp_path / "saved", fill)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_half_written_is_cleared_away(plain, tmp_path):
+    (tmp_path / ".saved.partial").mkdir()
+    (tmp_path / ".saved.partial" / "junk").write_text("junk")
+    save_checkpoint(plain, tmp_path / "saved")
+    assert not (tmp_path / "saved" / "junk").exists() and load_checkpoint(tmp_path / "saved").hash == plain.hash

@@ -1,0 +1,153 @@
+"""compress/distill.py: a pruned student learns to answer like its teacher, and the teacher stays as it was."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+from torch import nn
+
+from compress.adapters import adapter_for
+from compress.agreement import agreement_db
+from compress.config import DistillConfig, PruneConfig
+from compress.distill import captured, distill, drop_labels, feature_distance
+from compress.losses import forward
+from compress.prune import prune
+from compress.widths import widths_of
+from runtime.errors import BadInput
+
+
+def config(**settings) -> DistillConfig:
+    return DistillConfig(**{"steps": 4, "batch": 4, "learning_rate": 2e-3, "warmup": 2, "ema": 0.9, **settings})
+
+
+def test_recovering_brings_the_student_closer_to_its_teacher(unet, pruned, context):
+    ctx = context(unet)
+    recovered = distill(pruned, config(steps=40, batch=8), ctx)
+    assert agreement_db(recovered, unet, ctx.data) > agreement_db(pruned, unet, ctx.data) + 3.0
+    assert widths_of(recovered.model) == widths_of(pruned.model) and recovered.spec == pruned.spec
+
+
+def test_teacher_and_input_are_left_as_they_were(unet, pruned, context):
+    before = unet.hash, pruned.hash
+    recovered = distill(pruned, config(), context(unet))
+    assert (unet.hash, pruned.hash) == before and recovered.hash != pruned.hash
+    assert all(p.grad is None for p in unet.model.parameters())
+
+
+def test_distilling_again_gives_the_same_weights_and_another_seed_others(unet, pruned, context, tmp_path):
+    hashes = [distill(pruned, config(), context(unet, seed=seed)).hash for seed in (1, 1, 2)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_the_task_loss_alone_trains_towards_the_data(plain, context, images):
+    # without a teacher's opinion the loss is the denoising loss itself
+    settings = config(steps=40, batch=16, output_weight=0.0, feature_weight=0.0, task_weight=1.0, learning_rate=5e-3)
+    trained = distill(plain, settings, context(plain))
+    x0, _ = images.batch(32, torch.Generator().manual_seed(7))
+    noise, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(8)), torch.full((32,), 60)
+    alpha, sigma = plain.spec.schedule.alphas[60], plain.spec.schedule.sigmas[60]
+    with torch.no_grad():
+        losses = [((forward(c.model, alpha * x0 + sigma * noise, t, {}) - noise) ** 2).mean() for c in (plain, trained)]
+    assert losses[1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize(("wish", "visited"), [("plan", {99, 74, 49, 24}), ("all", set(range(100)))])
+def test_training_visits_the_timesteps_it_is_told_to(wish, visited, unet, pruned, context, monkeypatch):
+    from compress.losses import add_noise
+
+    seen = set()
+
+    def spy(spec, x0, noise, t):
+        seen.update(t.tolist())
+        return add_noise(spec, x0, noise, t)
+
+    monkeypatch.setattr("compress.distill.add_noise", spy)
+    distill(pruned, config(steps=6, batch=16, feature_weight=0.0, timesteps=wish), context(unet))
+    assert len(seen) > len(visited) * 0.5 and seen <= visited
+    assert wish == "all" or {round(t) for t in unet.spec.plan.timesteps} == visited
+
+
+def test_recovering_without_images_is_refused(unet, pruned, context):
+    with pytest.raises(BadInput, match="distill: {kind: recover} needs images: set 'data"):
+        distill(pruned, config(), context(unet, data=False))
+
+
+# --- the parts of the loss -------------------------------------------------------------------------------------
+
+
+def test_equal_features_have_no_distance_and_others_the_relative_one_of_their_energy():
+    wanted = {"a": torch.full((2, 3, 4, 4), 2.0), "b": torch.full((2, 6, 2, 2), 1.0)}
+    assert feature_distance(dict(wanted), wanted) == 0.0
+    found = {"a": torch.full((2, 5, 4, 4), 1.0), "b": wanted["b"]}  # energies 1 and 4: (4 - 1)^2 / 4^2
+    assert feature_distance(found, wanted).item() == pytest.approx((9 / 16 + 0) / 2)
+
+
+def test_features_are_collected_only_inside_the_context(unet):
+    blocks = adapter_for(unet.model).blocks(unet.model)
+    inputs = torch.randn(2, 1, 8, 8), torch.tensor([1, 50]), {"class_labels": torch.tensor([0, 1])}
+    with torch.no_grad(), captured(unet.model, blocks) as features:
+        forward(unet.model, *inputs)
+    assert set(features) == set(blocks) and all(f.shape[0] == 2 and f.dim() == 4 for f in features.values())
+    kept = dict(features)
+    with torch.no_grad():
+        forward(unet.model, *inputs)
+    assert all(features[name] is kept[name] for name in blocks)
+
+
+def test_a_tenth_of_the_labels_is_replaced_by_the_null_label():
+    labels = torch.arange(20_000) % 3
+    _, dropped = drop_labels(torch.zeros(1), {"class_labels": labels}, 3, torch.Generator().manual_seed(0))
+    share = (dropped["class_labels"] == 3).float().mean().item()
+    assert share == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(dropped["class_labels"][dropped["class_labels"] != 3], labels[dropped["class_labels"] != 3])
+
+
+def test_labels_stay_where_there_is_no_null_label():
+    conditions = {"class_labels": torch.arange(5)}
+    assert drop_labels(torch.zeros(1), conditions, None, torch.Generator())[1] is conditions
+
+
+# --- other networks --------------------------------------------------------------------------------------------
+
+
+class TimeInside(nn.Module):
+    """A flow network of today: its timestep is a float and goes through a linear layer as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.time = nn.Conv2d(1, 8, 3, padding=1), nn.Linear(1, 8)
+        self.inner, self.last = nn.Conv2d(8, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = self.first(sample) + self.time(timestep[:, None])[:, :, None, None]
+        return self.last(torch.tanh(self.inner(torch.tanh(x))))
+
+
+def test_a_flow_network_is_told_float_timesteps_in_training_as_in_sampling(custom, context):
+    checkpoint = custom(TimeInside(), "flow")
+    ctx = context(checkpoint)
+    small = prune(checkpoint, PruneConfig(method="taylor", ratio=0.5, round_to=1, batch=4, timesteps=2), ctx)
+    recovered = distill(small, config(), ctx)
+    assert agreement_db(recovered, checkpoint, ctx.data) < 200.0
+
+
+def test_a_network_wrapped_for_many_devices_is_called_as_the_one_inside(unet):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(unet.clone_model())
+        inputs = torch.randn(2, 1, 8, 8), torch.tensor([1, 50]), {"class_labels": torch.tensor([0, 1])}
+        assert torch.equal(forward(wrapped, *inputs), forward(unet.model, *inputs))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.gpu
+def test_training_on_a_gpu_gives_a_model_on_the_cpu(unet, pruned, context):
+    recovered = distill(pruned, config(), context(unet))
+    assert {p.device.type for p in recovered.model.parameters()} == {"cpu"} and recovered.hash != pruned.hash

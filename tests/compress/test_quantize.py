@@ -1,0 +1,174 @@
+"""compress/quantize.py: scales are the magnitudes that were there, and fake quantization is the formula."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from compress.adapters import adapter_for
+from compress.config import QuantizeConfig
+from compress.load import load_checkpoint
+from compress.metrics import sqnr_db
+from compress.quantize import CALIBRATION_SEED, choose_layers, fake_quantized, quantize
+from compress.torch_network import TorchNetwork
+from runtime.errors import BadInput
+from runtime.sampler import generate
+
+
+def config(**settings) -> QuantizeConfig:
+    return QuantizeConfig(**{"samples": 4, "batch": 4, **settings})
+
+
+@pytest.fixture
+def small(custom_files):
+    """The user's little module: first, time, norm, inner, last; `inner` computes in int8."""
+    file, weights = custom_files("v")
+    return load_checkpoint(f"{file}:{weights}")
+
+
+@pytest.mark.parametrize(("reduced", "factor"), [(True, 127 / 63), (False, 1.0)])
+def test_a_weight_scale_is_the_largest_magnitude_of_its_channel(reduced, factor, unet, context):
+    found = quantize(unet, config(reduce_range=reduced), context(unet)).quantization
+    modules = dict(unet.model.named_modules())
+    assert len(found.layers) > 20
+    for name in found.layers:
+        weight = modules[name].weight.detach().numpy()
+        expected = np.abs(weight.reshape(len(weight), -1)).max(1) * factor
+        np.testing.assert_allclose(found.amax[f"{name}.weight"].numpy(), expected, rtol=1e-6)
+
+
+def test_an_input_scale_is_the_largest_magnitude_on_the_models_own_trajectory(small, context):
+    largest = []
+    model = small.clone_model()
+    model.inner.register_forward_pre_hook(lambda _, args: largest.append(args[0].abs().max().item()))
+    generate(TorchNetwork(model, small.spec), small.spec, range(CALIBRATION_SEED, CALIBRATION_SEED + 6), batch=3)
+    found = quantize(small, config(samples=6, batch=3, calibration="max"), context(small)).quantization
+    # a histogram knows its largest value up to one of its 2048 bins
+    assert found.amax["inner.input"].item() == pytest.approx(max(largest), rel=2e-3)
+
+
+@pytest.mark.parametrize("calibration", ["percentile", "mse", "entropy"])
+def test_every_calibration_stays_below_the_largest_magnitude(calibration, small, context):
+    limits = [quantize(small, config(calibration=c), context(small)).quantization.amax["inner.input"].item()
+              for c in (calibration, "max")]
+    assert 0.1 * limits[1] < limits[0] <= limits[1] * (1 + 1e-6)
+
+
+def test_a_lower_percentile_gives_a_smaller_scale(small, context):
+    limits = [quantize(small, config(percentile=p), context(small)).quantization.amax["inner.input"].item()
+              for p in (90.0, 99.0, 100.0)]
+    assert limits[0] < limits[1] < limits[2]
+
+
+def q(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    scale = amax / 127
+    return torch.clamp(torch.round(x / scale), -127, 127) * scale
+
+
+@pytest.mark.parametrize("reduced", [True, False])
+def test_fake_quantization_is_the_formula(reduced, small, context):
+    checkpoint = quantize(small, config(reduce_range=reduced, percentile=95.0), context(small))
+    model, seen = fake_quantized(checkpoint), {}
+    model.inner.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
+    with torch.no_grad():
+        model(torch.randn(3, 1, 8, 8) * 3, torch.tensor([1, 20, 49]))
+        amax, layer = checkpoint.quantization.amax, small.model.inner
+        assert seen["x"].abs().max() > amax["inner.input"]  # some values are clipped
+        weight = q(layer.weight, amax["inner.weight"].view(-1, 1, 1, 1))
+        expected = F.conv2d(q(seen["x"], amax["inner.input"]), weight, layer.bias, padding=1)
+    torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
+    integers = (weight / amax["inner.weight"].view(-1, 1, 1, 1) * 127).round().abs().max().item()
+    assert integers == (63 if reduced else 127)
+
+
+def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypatch):
+    seen = []
+
+    class Spy(TorchNetwork):
+        def run(self, inputs):
+            seen.append((set(inputs["timestep"].tolist()), len(inputs["sample"]), inputs["class_labels"].tolist()))
+            return super().run(inputs)
+
+    monkeypatch.setattr("compress.quantize.TorchNetwork", Spy)
+    quantize(unet, config(samples=5, batch=3), context(unet))
+    plan = [round(t) for t in unet.spec.plan.timesteps]
+    assert [t for ts, _, _ in seen for t in ts] == plan + plan  # two batches
+    assert [size for _, size, _ in seen] == [3] * 4 + [2] * 4
+    assert seen[0][2] + seen[4][2] == [0, 1, 2, 0, 1]
+
+
+def test_quantizing_again_gives_the_same_hash_and_leaves_the_input_alone(pruned, quantized, context, unet):
+    before = pruned.hash
+    assert quantize(pruned, config(), context(unet)).hash == quantized.hash != before
+    assert pruned.hash == before and pruned.quantization is None
+    assert not any("quantizer" in name for name, _ in quantized.model.named_modules())
+
+
+def test_the_quantized_model_stays_near_the_float_one(quantized, pruned, output):
+    noisy, exact = output(quantized).numpy(), output(pruned).numpy()
+    assert 15.0 < sqnr_db(exact, noisy) < 60.0
+
+
+def test_a_checkpoint_without_scales_is_its_own_fake_quantization(plain):
+    assert fake_quantized(plain) is plain.model
+
+
+# --- which layers ----------------------------------------------------------------------------------------------
+
+
+def test_fragile_layers_compute_in_float_and_only_the_linear_ones_are_stored_as_integers(quantized):
+    amax, fragile = quantized.quantization.amax, adapter_for(quantized.model).fragile(quantized.model)
+    assert not any(f"{name}.input" in amax for name in fragile)
+    assert "time_embedding.linear_1.weight" in amax and "conv_in.weight" not in amax and "conv_out.weight" not in amax
+    assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.attentions.0.to_q.input" in amax
+
+
+def test_kept_layers_have_no_scales(unet, context):
+    keep = ("mid_block.attentions", "time_embedding.linear_1")
+    layers = quantize(unet, config(keep=keep), context(unet)).quantization.layers
+    assert not any(name.startswith(keep) for name in layers)
+    assert "mid_block.resnets.0.conv1" in layers and "time_embedding.linear_2" in layers
+
+
+def test_keeping_what_is_not_there_is_refused(unet, context):
+    with pytest.raises(BadInput, match="keep names 'up_blocks.7', and no layer"):
+        quantize(unet, config(keep=("up_blocks.7",)), context(unet))
+
+
+def test_a_kept_name_means_that_part_and_none_that_only_begins_alike(unet):
+    names = [name for group in choose_layers(unet.model, ("time_embedding.linear_1", "conv_i")) for name in group]
+    assert "conv_in" not in names and "time_embedding.linear_2" in names
+
+
+@pytest.mark.parametrize("cause", ["weight", "input"])
+def test_a_layer_without_a_scale_is_named_with_the_way_out(cause, small, context):
+    model = small.clone_model()
+    with torch.no_grad():
+        if cause == "weight":
+            model.inner.weight[5] = 0.0
+        else:
+            nn.init.zeros_(model.norm.weight)
+            nn.init.zeros_(model.norm.bias)
+    checkpoint = small.evolve(model=model)
+    with pytest.raises(BadInput, match=rf"layer 'inner' has a {cause} scale .* keep: \[inner\]"):
+        quantize(checkpoint, config(), context(small))
+    assert quantize(checkpoint, config(keep=("inner",)), context(small)).quantization.layers == ["time"]
+
+
+class Spare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1)
+        self.spare, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner(self.first(sample)))
+
+
+def test_a_layer_that_sampling_never_reaches_is_named(custom, context):
+    checkpoint = custom(Spare())
+    with pytest.raises(BadInput, match=r"layer 'spare' has a input scale .* keep: \[spare\]"):
+        quantize(checkpoint, config(), context(checkpoint))

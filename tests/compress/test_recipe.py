@@ -1,0 +1,234 @@
+"""compress/recipe.py: what a recipe may say is resolved in full, what it may not is refused before any work."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from compress.builtin import CALIB_DATA, RECIPES
+from compress.commands import add_plan_arguments
+from compress.recipe import read_recipe
+from runtime.errors import BadInput
+
+RECIPE = """
+seed: 3
+stages:
+  - prune: {ratio: 0.25}
+  - distill: {steps: 7}
+  - quantize
+export: {targets: [onnx, openvino]}
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    """Read a recipe from its text."""
+
+    def read(text: str = RECIPE, *overrides: str):
+        (tmp_path / "r.yaml").write_text(text)
+        return read_recipe(tmp_path / "r.yaml", overrides)
+
+    return read
+
+
+@pytest.fixture
+def refused(recipe):
+    def check(text: str, *words: str, overrides: tuple[str, ...] = ()) -> None:
+        with pytest.raises(BadInput) as caught:
+            recipe(text, *overrides)
+        message = str(caught.value)
+        assert "\n" not in message and all(word in message for word in words), message
+
+    return check
+
+
+def test_a_resolved_recipe_writes_out_every_default_as_json(recipe):
+    found = recipe().to_json()
+    assert json.loads(json.dumps(found)) == found
+    assert list(found) == ["seed", "data", "stages", "export", "evaluate", "gates"]
+    assert [list(stage) for stage in found["stages"]] == [["prune"], ["distill"], ["quantize"]]
+    prune = found["stages"][0]["prune"]
+    assert prune["ratio"] == 0.25 and prune["method"] == "taylor" and prune["scope"] == "local"
+    assert found["stages"][1]["distill"]["steps"] == 7 and found["stages"][2]["quantize"]["format"] == "int8"
+    assert found["export"] == {"targets": ["onnx", "openvino"]} and found["evaluate"] is None and found["seed"] == 3
+
+
+def test_a_resolved_recipe_read_again_says_the_same(recipe):
+    found = recipe().to_json()
+    again = recipe(json.dumps({key: value for key, value in found.items() if value is not None}))
+    assert again.to_json() == found
+
+
+def test_an_empty_recipe_only_exports(recipe):
+    found = recipe("{}")
+    assert found.stages == () and found.export.targets == ("onnx",) and found.seed == 0
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
+def test_the_recipes_that_come_with_it_are_valid(path):
+    assert read_recipe(path).stages
+
+
+def test_a_gate_on_the_frechet_distance_brings_the_evaluation_it_needs(recipe):
+    assert recipe("gates: {frechet_ratio: 1.2}").evaluate is not None
+    assert recipe("gates: {parity_sqnr_db: 20}").evaluate is None
+
+
+def test_data_is_found_beside_the_recipe_and_in_the_built_in_folder(recipe, npz):
+    assert recipe(f"data: {npz.name}").data == npz
+    assert recipe("data: calib_data/calibration.npz").data == CALIB_DATA / "calibration.npz"
+
+
+# --- refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "nearest"),
+    [
+        ("sead: 1", "'sead'", "'seed'"),
+        ("stage: []", "'stage'", "'stages'"),
+        ("stages: [{prun: {ratio: 0.2}}]", "'stages[0].prun'", "'prune'"),
+        ("stages: [{prune: {ratoi: 0.2}}]", "'stages[0].prune.ratoi'", "'ratio'"),
+        ("stages: [schedule, {quantize: {formats: int8}}]", "'stages[1].quantize.formats'", "'format'"),
+        ("export: {target: [onnx]}", "'export.target'", "'targets'"),
+        ("evaluate: {sample: 9}", "'evaluate.sample'", "'samples'"),
+        ("gates: {frechet: 1.1}", "'gates.frechet'", "'frechet_ratio'"),
+    ],
+)
+def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_match(text, key, nearest, refused):
+    refused(text, "r.yaml", f"unknown key {key}", f"did you mean {nearest}?")
+
+
+def test_a_key_that_resembles_nothing_gets_the_list(refused):
+    refused("xyzzy: 1", "'xyzzy'", "known are seed, data, stages, export, evaluate, gates")
+
+
+@pytest.mark.parametrize(
+    ("text", "where"),
+    [
+        ("seed: one", "seed: 'one'"),
+        ("seed: -1", "seed: -1"),
+        ("seed: true", "seed: True"),
+        ("seed: 99999999999999999999", "seed"),
+        ("stages: prune", "stages"),
+        ("stages: {prune: {}}", "stages"),
+        ("stages: [[prune]]", "stages[0]"),
+        ("stages: [{prune: {}, distill: {}}]", "stages[0]"),
+        ("stages: [{prune: 0.3}]", "stages[0].prune: "),
+        ("stages: [{prune: {ratio: much}}]", "stages[0].prune.ratio: "),
+        ("stages: [{prune: {ratio: 1.0}}]", "stages[0].prune.ratio: "),
+        ("stages: [{prune: {ratio: .nan}}]", "stages[0].prune.ratio: "),
+        ("stages: [{prune: {method: magic}}]", "stages[0].prune.method: "),
+        ("stages: [{schedule: {steps: 0}}]", "stages[0].schedule.steps: "),
+        ("stages: [{schedule: {solver: magic}}]", "magic"),
+        ("stages: [{schedule: {grid: sideways}}]", "sideways"),
+        ("stages: [prune, {distill: {steps: 1.5}}]", "stages[1].distill.steps: "),
+        ("stages: [{quantize: {format: int3}}]", "stages[0].quantize.format: "),
+        ("export: {targets: [coreml]}", "export.targets.0: "),
+        ("export: [onnx]", "export: "),
+        ("evaluate: {samples: 2}", "evaluate.samples: "),
+        ("gates: {frechet_ratio: -1}", "gates.frechet_ratio: "),
+        ("data: nowhere.npz", "nowhere.npz does not exist"),
+        ("data: [a, b]", "data: "),
+    ],
+)
+def test_a_value_of_the_wrong_kind_is_refused_where_it_stands(text, where, refused):
+    refused(text, "r.yaml", where)
+
+
+@pytest.mark.parametrize("text", ["stages: [", "a: b: c", "\t- x", "!!python/object:os.system {}", "\x00"])
+def test_broken_yaml_is_refused(text, refused):
+    refused(text, "r.yaml", "not valid YAML")
+
+
+@pytest.mark.parametrize("text", ["", "just words", "- prune", "5"])
+def test_a_file_that_is_no_mapping_is_refused(text, refused):
+    refused(text, "r.yaml", "a recipe is a mapping", "stages")
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path):
+    for path in (tmp_path / "nowhere.yaml", tmp_path):
+        with pytest.raises(BadInput, match=f"{path.name}: the recipe cannot be read"):
+            read_recipe(path)
+
+
+def test_a_recipe_that_is_not_text_is_refused(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\xfa")
+    with pytest.raises(BadInput, match="r.yaml: not valid YAML"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+@pytest.mark.parametrize(
+    ("stages", "where", "why"),
+    [
+        ("[quantize, prune]", "stages[1]: prune cannot come after quantize", "one set of channels"),
+        ("[prune, quantize, distill]", "stages[2]: distill cannot come after quantize", "calibrated scales"),
+        ("[quantize, schedule]", "stages[1]: schedule cannot come after quantize", "trajectory"),
+        ("[quantize, quantize]", "stages[1]: quantize cannot come after quantize", "once"),
+        ("[distill]", "stages[0]: distill", "must come after prune"),
+        ("[distill, prune]", "stages[0]: distill", "must come after prune"),
+    ],
+)
+def test_an_impossible_order_is_refused_with_the_reason(stages, where, why, refused):
+    refused(f"stages: {stages}", "r.yaml", where, why)
+
+
+@pytest.mark.parametrize("stages", ["[schedule, prune, distill, quantize]", "[prune, prune, distill, schedule, quantize]"])
+def test_a_possible_order_is_kept(stages, recipe):
+    assert [stage.name for stage in recipe(f"stages: {stages}").stages] == stages.strip("[]").split(", ")
+
+
+# --- overrides -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "override", ["stages.0.prune.ratio=0.4", "stages.prune.ratio=0.4"], ids=["by index", "by the stage's name"]
+)
+def test_a_setting_is_overridden(override, recipe):
+    assert recipe(RECIPE, override).stages[0].config.ratio == 0.4
+
+
+def test_overrides_apply_in_turn_and_reach_every_level(recipe):
+    found = recipe(RECIPE, "seed=5", "stages.distill.steps=9", "stages.distill.steps=11", "evaluate.samples=64",
+                   "export.targets=[onnx]", "gates.parity_sqnr_db=12.5")
+    assert found.seed == 5 and found.stages[1].config.steps == 11 and found.evaluate.samples == 64
+    assert found.export.targets == ("onnx",) and found.gates.parity_sqnr_db == 12.5
+
+
+@pytest.mark.parametrize("text", ["stages: [{prune: {}}]", "stages: [{prune: }]", "stages: [prune]"])
+@pytest.mark.parametrize("override", ["stages.0.prune.ratio=0.4", "stages.prune.ratio=0.4"])
+def test_a_stage_that_was_written_without_settings_takes_one(override, text, recipe):
+    assert recipe(text, override).stages[0].config.ratio == 0.4
+
+
+def test_the_example_that_the_help_gives_works():
+    parser = argparse.ArgumentParser()
+    add_plan_arguments(parser)
+    example = re.search(r"like (\S+=\S+\b)", " ".join(parser.format_help().split()))
+    assert example is not None
+    read_recipe(RECIPES / "quick.yaml", (example[1],))
+
+
+@pytest.mark.parametrize(
+    ("override", "word"),
+    [
+        ("seed", "expected key=value"),
+        ("=5", "expected key=value"),
+        ("stages.prune.ratoi=0.4", "'ratio'"),
+        ("stages.9.prune.ratio=0.4", "'9'"),
+        ("stages.schedule.steps=4", "'schedule'"),
+        ("stages.0=5", "stages.0"),
+        ("seed.x=5", "seed"),
+        ("stages.prune.ratio=[", "stages.prune.ratio=["),
+    ],
+)
+def test_an_override_that_leads_nowhere_is_refused(override, word, refused):
+    refused(RECIPE, word, overrides=(override,))
+
+
+def test_a_name_that_stands_for_two_stages_is_refused(refused):
+    refused("stages: [prune, prune]", "no single 'prune'", overrides=("stages.prune.ratio=0.4",))
