@@ -1,7 +1,7 @@
 """`diffpress bench`: a bundle against its baselines, in one run. Torch is imported only for a torch baseline.
 
-    PyTorch eager     the baseline checkpoint as people run it today, DDIM with 50 steps
-    the same engine   the baseline bundle (or the one beside BUNDLE) in fp32
+PyTorch eager     the baseline checkpoint as people run it today, DDIM with 50 steps
+the same engine   the baseline bundle (or the one beside BUNDLE) in fp32
 """
 
 from __future__ import annotations
@@ -25,9 +25,14 @@ BASELINE_SOLVER, BASELINE_STEPS = "ddim", 50
 
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
-    parser.add_argument("--baseline", metavar="CHECKPOINT_OR_BUNDLE", action="append", default=[],
-                        help="what to compare with: a checkpoint runs in PyTorch with DDIM-50, a bundle in each engine "
-                             "by its own plan; may be given twice")
+    parser.add_argument(
+        "--baseline",
+        metavar="CHECKPOINT_OR_BUNDLE",
+        action="append",
+        default=[],
+        help="what to compare with: a checkpoint runs in PyTorch with DDIM-50, a bundle in each engine "
+        "by its own plan; may be given twice",
+    )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--engine", nargs="+", help="engines to measure (default: the preferred one; 'all')")
     parser.add_argument("--repeats", type=int, default=3)

@@ -128,8 +128,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         os.replace(temporary, folder)
         shutil.rmtree(outgoing, ignore_errors=True)
     except OSError as error:
-        raise BadInput(f"{folder}: cannot be written ({error.strerror or error}); choose a folder with space "
-                       "that you may write to") from error
+        raise BadInput(
+            f"{folder}: cannot be written ({error.strerror or error}); choose a folder with space that you may write to"
+        ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

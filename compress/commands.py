@@ -29,11 +29,21 @@ DEFAULT_RECIPE = RECIPES / "quick.yaml"
 
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("checkpoint", nargs="?", default=str(TEACHER), metavar="CHECKPOINT",
-                        help="folder, hub id or file.py:weights (default: the built-in teacher)")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=str(TEACHER),
+        metavar="CHECKPOINT",
+        help="folder, hub id or file.py:weights (default: the built-in teacher)",
+    )
     parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, metavar="R")
-    parser.add_argument("--set", action="append", default=[], metavar="key=value",
-                        help="override one setting of the recipe, like distill.steps=100")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="key=value",
+        help="override one setting of the recipe, like distill.steps=100",
+    )
 
 
 # --- plan ------------------------------------------------------------------------------------------------------
@@ -56,8 +66,10 @@ def plan_command(args: argparse.Namespace) -> int:
     for number, stage in enumerate(result["stages"]):
         settings = ", ".join(f"{k}={v}" for k, v in stage["config"].items())
         print(f"  {number + 1}. {stage['name']:<9} {settings}")
-        print(f"     -> {stage['after']['parameters']:,} parameters, {stage['after']['macs']:,} MACs, "
-                  f"{stage['after']['bytes'] / 2**20:.2f} MiB of weights")
+        print(
+            f"     -> {stage['after']['parameters']:,} parameters, {stage['after']['macs']:,} MACs, "
+            f"{stage['after']['bytes'] / 2**20:.2f} MiB of weights"
+        )
     before = result["before"]
     print(f"before: {before['parameters']:,} parameters, {before['macs']:,} MACs, {before['bytes'] / 2**20:.2f} MiB")
     return 0
@@ -96,8 +108,13 @@ def _int8_bytes(checkpoint: Checkpoint, config: QuantizeConfig) -> int:
 
 def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("subject", metavar="BUNDLE_OR_CHECKPOINT")
-    parser.add_argument("--reference", type=Path, default=REFERENCE, metavar="DATA",
-                        help="npz of real images, or of their features (default: Fashion-MNIST's test images)")
+    parser.add_argument(
+        "--reference",
+        type=Path,
+        default=REFERENCE,
+        metavar="DATA",
+        help="npz of real images, or of their features (default: Fashion-MNIST's test images)",
+    )
     parser.add_argument("--features", type=Path, default=FEATURES, metavar="NET", help="feature network, ONNX")
     parser.add_argument("--against", metavar="BUNDLE_OR_CHECKPOINT", help="also PSNR and SSIM to this one, same noise")
     parser.add_argument("--samples", type=int, default=2000, help="images for each seed (2000)")
@@ -139,11 +156,15 @@ def open_network(reference: str, engine: str | None, threads: int | None) -> tup
 
 def print_evaluation(name: str, result: dict[str, Any]) -> None:
     frechet, kid = result["frechet"], result["kid"]
-    say(f"{name}: Frechet {frechet['mean']:.3f} ± {frechet['sd']:.3f} (real images {frechet['floor']:.3f}), "
+    say(
+        f"{name}: Frechet {frechet['mean']:.3f} ± {frechet['sd']:.3f} (real images {frechet['floor']:.3f}), "
         f"KID {kid['mean']:.4f} ± {kid['sd']:.4f}, {result['seeds']} x {result['samples']} samples, "
-        f"features {result['features']['name']}")
+        f"features {result['features']['name']}"
+    )
     if result["label_accuracy"] is not None:
         say(f"{name}: {result['label_accuracy']:.1%} of the labels recognised")
     if result["paired"]:
-        say(f"{name}: PSNR {result['paired']['psnr_db']:.1f} dB, SSIM {result['paired']['ssim']:.3f} "
-            f"against {result['paired']['against']}, same noise")
+        say(
+            f"{name}: PSNR {result['paired']['psnr_db']:.1f} dB, SSIM {result['paired']['ssim']:.3f} "
+            f"against {result['paired']['against']}, same noise"
+        )

@@ -11,9 +11,8 @@ compared through its energy map, the mean square over channels, as in attention 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -31,7 +30,13 @@ Features = dict[str, torch.Tensor]
 def distill(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Checkpoint:
     """Train the checkpoint's model; returns it with new weights (the EMA)."""
     run = Training(
-        config.steps, config.learning_rate, config.warmup, config.ema, ctx.seed, config.save_every, ctx.work,
+        config.steps,
+        config.learning_rate,
+        config.warmup,
+        config.ema,
+        ctx.seed,
+        config.save_every,
+        ctx.work,
         f"distill {config.kind}",
     )
     return checkpoint.evolve(model=train(checkpoint.clone_model(), KINDS[config.kind](checkpoint, config, ctx), run))
@@ -69,7 +74,10 @@ KINDS = {"recover": _recover}
 
 
 def drop_labels(
-    x0: torch.Tensor, conditions: dict[str, torch.Tensor], null_label: int | None, generator: torch.Generator,
+    x0: torch.Tensor,
+    conditions: dict[str, torch.Tensor],
+    null_label: int | None,
+    generator: torch.Generator,
     share: float = 0.1,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """Replace a tenth of the labels by the null label, so that guidance keeps working (Ho & Salimans 2022)."""

@@ -80,12 +80,16 @@ def load_reference(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> R
         raise BadInput(f"{path}: not readable as npz ({error})") from error
     if "features" in stored:
         if str(stored.get("features_sha256")) != network.sha256:
-            raise BadInput(f"{path}: its features were made by another network than {network.name}; give images instead")
+            raise BadInput(
+                f"{path}: its features were made by another network than {network.name}; give images instead"
+            )
         features = stored["features"].astype(np.float64)
     else:
         images, _ = read_npz(path)
         low, high = spec.data_range
-        scaled = [images[i : i + 256].astype(np.float32) * ((high - low) / 255.0) + low for i in range(0, len(images), 256)]
+        scaled = [
+            images[i : i + 256].astype(np.float32) * ((high - low) / 255.0) + low for i in range(0, len(images), 256)
+        ]
         features = np.concatenate([network.run(part)[0] for part in scaled]).astype(np.float64)
     return Reference(features, {"file": path.name, "sha256": sha256(path), "images": len(features)})
 
@@ -99,11 +103,13 @@ def evaluate(
     plan: Plan | None = None,
     what: str = "evaluate",
 ) -> dict[str, Any]:
-    """Sample `config.samples` images for each of `config.seeds` seeds and score them; the shape of `evaluate --json`."""
+    """Sample `config.samples` images for each of `config.seeds` seeds and score them, as `evaluate --json` shows it."""
     labels = labels_in_turn(spec, config.samples)
     if config.samples * 2 > len(reference.features):
-        raise BadInput(f"{config.samples} samples need at least {2 * config.samples} reference images, "
-                       f"{reference.source['file']} has {len(reference.features)}")
+        raise BadInput(
+            f"{config.samples} samples need at least {2 * config.samples} reference images, "
+            f"{reference.source['file']} has {len(reference.features)}"
+        )
     real = moments(reference.features)
     distances, kids, hits = [], [], []
     with progress(what, config.seeds * config.samples) as advance:
@@ -133,7 +139,7 @@ def evaluate(
 
 
 def real_floor(features: np.ndarray, samples: int, seeds: int) -> float:
-    """Frechet distance of `samples` real images to the others, mean over `seeds` draws: no model can be told below it."""
+    """Frechet distance of `samples` real images to the others, mean over `seeds` draws: no model is told below it."""
     floors = []
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(features))
@@ -141,7 +147,9 @@ def real_floor(features: np.ndarray, samples: int, seeds: int) -> float:
     return statistics.fmean(floors)
 
 
-def paired(network: Network, other: Network, spec: DenoiserSpec, plan: Plan, against: str, batch: int) -> dict[str, Any]:
+def paired(
+    network: Network, other: Network, spec: DenoiserSpec, plan: Plan, against: str, batch: int
+) -> dict[str, Any]:
     """PSNR and SSIM between the images that two networks make of the same noise, labels and plan."""
     seeds = np.arange(PAIRED_SAMPLES)
     ours, theirs = (generate(n, spec, seeds, None, plan, batch) for n in (network, other))

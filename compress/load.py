@@ -76,7 +76,9 @@ def _download(hub_id: str) -> Path:
 def _load_folder(folder: Path) -> Checkpoint:
     record = _read_json(folder / RECORD) if (folder / RECORD).is_file() else None
     if record is not None and record.get("kind") == "custom":
-        raise BadInput(f"{folder}: made from a custom module; open it as FILE.py:{folder} with the file that defines it")
+        raise BadInput(
+            f"{folder}: made from a custom module; open it as FILE.py:{folder} with the file that defines it"
+        )
     part = _denoiser_folder(folder)
     config = {k: v for k, v in _read_json(part / "config.json").items() if not k.startswith("_name_or_path")}
     kind = str(config.get("_class_name"))
@@ -128,8 +130,8 @@ def _weight_files(part: Path) -> list[Path]:
             f"{part}: has only {pickles[0]}; a pickle can run any code when read, so diffpress does not: "
             "save it as safetensors first (model.save_pretrained)"
         )
-    names = f"several ({', '.join(p.name for p in found)})" if found else "no"
-    raise BadInput(f"{part}: {names} weight files; diffusion_pytorch_model.safetensors is expected")
+    count = f"several ({', '.join(p.name for p in found)})" if found else "no"
+    raise BadInput(f"{part}: {count} weight files; diffusion_pytorch_model.safetensors is expected")
 
 
 def _load_weights_(model: nn.Module, files: list[Path]) -> None:
@@ -149,7 +151,9 @@ def _load_weights_(model: nn.Module, files: list[Path]) -> None:
                             f"the config asks for {list(state[name].shape)}"
                         )
                     if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-                        raise BadInput(f"{file}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken")
+                        raise BadInput(
+                            f"{file}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken"
+                        )
                     state[name].copy_(tensor)
                     missing.discard(name)
         except (SafetensorError, OSError) as error:
@@ -166,8 +170,14 @@ def _amended(spec: DenoiserSpec, record: dict[str, Any], where: str) -> Denoiser
     if wish is None:
         return spec
     try:
-        plan = make_plan(wish["solver"], int(wish["steps"]), spec.schedule, grid=wish.get("grid", "trailing"),
-                         guidance=float(wish.get("guidance", 1.0)), clip=spec.plan.clip)
+        plan = make_plan(
+            wish["solver"],
+            int(wish["steps"]),
+            spec.schedule,
+            grid=wish.get("grid", "trailing"),
+            guidance=float(wish.get("guidance", 1.0)),
+            clip=spec.plan.clip,
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{where}: plan needs solver and steps, and may have grid and guidance ({error!r})") from error
     return spec.with_plan(plan)
@@ -236,8 +246,12 @@ def _call_load(file: Path, weights: Path) -> tuple[nn.Module, DenoiserSpec]:
         result = code.load(weights)
     except Exception as error:  # the user's own code may raise anything
         raise BadInput(f"{file}: load({weights}) failed: {type(error).__name__}: {error}") from error
-    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[0], nn.Module)
-            and isinstance(result[1], DenoiserSpec)):
+    if not (
+        isinstance(result, tuple)
+        and len(result) == 2
+        and isinstance(result[0], nn.Module)
+        and isinstance(result[1], DenoiserSpec)
+    ):
         raise BadInput(f"{file}: load(path) must return (torch.nn.Module, DenoiserSpec)")
     return result[0].float(), result[1]
 
@@ -245,9 +259,7 @@ def _call_load(file: Path, weights: Path) -> tuple[nn.Module, DenoiserSpec]:
 # --- what diffpress.json adds ----------------------------------------------------------------------------------
 
 
-def _history_and_scales(
-    record: dict[str, Any] | None, folder: Path
-) -> tuple[tuple[Record, ...], Quantization | None]:
+def _history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tuple[Record, ...], Quantization | None]:
     if record is None:
         return (), None
     try:

@@ -1,8 +1,8 @@
 """Training losses on one noised batch: x_t = alpha_t x_0 + sigma_t eps, and what the network should say about it.
 
-    target      value                        weight of the squared error
-    epsilon     eps = (x_t - alpha x_0)/s    1
-    v           alpha eps - sigma x_0        min(SNR, gamma) / (SNR + 1) * ...   (Hang et al. 2023, min-SNR-gamma)
+target      value                        weight of the squared error
+epsilon     eps = (x_t - alpha x_0)/s    1
+v           alpha eps - sigma x_0        min(SNR, gamma) / (SNR + 1) * ...   (Hang et al. 2023, min-SNR-gamma)
 """
 
 from __future__ import annotations

@@ -62,13 +62,20 @@ def run_stage(
     began = time.monotonic()
     result = STAGES[stage.name](checkpoint, stage.config, Context(seed, work, teacher, data))
     before, after = count(checkpoint.model, checkpoint.spec), count(result.model, result.spec)
-    changed = {name: [getattr(before, name), getattr(after, name)] for name in ("parameters", "macs")}
+    changed: dict[str, Any] = {name: [getattr(before, name), getattr(after, name)] for name in ("parameters", "macs")}
     changed["plan"] = [_plan(checkpoint), _plan(result)]
     changed["sqnr_db_to_teacher"] = agreement_db(result, teacher, data)
-    say(f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
-        f"SQNR to the teacher {changed['sqnr_db_to_teacher']} dB")
+    say(
+        f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
+        f"SQNR to the teacher {changed['sqnr_db_to_teacher']} dB"
+    )
     record = Record(
-        stage.name, stage.config.model_dump(mode="json"), seed, changed, checkpoint.hash, result.hash,
+        stage.name,
+        stage.config.model_dump(mode="json"),
+        seed,
+        changed,
+        checkpoint.hash,
+        result.hash,
         round(time.monotonic() - began, 1),
     )
     result = result.evolve(history=(*checkpoint.history, record))
@@ -77,11 +84,15 @@ def run_stage(
     return result
 
 
-def stage_key(
-    checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: ImageData | None
-) -> str:
-    facts = [checkpoint.hash, teacher.hash, stage.name, stage.config.model_dump(mode="json"), seed,
-             data.hash if data else None]
+def stage_key(checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: ImageData | None) -> str:
+    facts = [
+        checkpoint.hash,
+        teacher.hash,
+        stage.name,
+        stage.config.model_dump(mode="json"),
+        seed,
+        data.hash if data else None,
+    ]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -97,23 +108,24 @@ def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -
     if file.is_file() and not update:
         difference = _first_difference(read_json(file), facts)
         if difference:
-            raise BadInput(f"{out}: was made by another recipe ({difference}); choose another --out, "
-                           "or pass --update to redo here only what changed")
+            raise BadInput(
+                f"{out}: was made by another recipe ({difference}); choose another --out, "
+                "or pass --update to redo here only what changed"
+            )
     elif not file.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise BadInput(f"{out}: exists and is not a folder of diffpress; choose another --out")
     write_json(file, facts)
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str:
-    if type(old) is type(new) and isinstance(new, dict):
-        for key in sorted({*old, *new}):
-            found = _first_difference(old.get(key), new.get(key), f"{path}.{key}".lstrip("."))
-            if found:
-                return found
-        return ""
-    if type(old) is type(new) and isinstance(new, list) and len(old) == len(new):
-        return next(filter(None, (_first_difference(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(old, new)))), "")
-    return "" if old == new else f"{path}: {_short(old)} there, {_short(new)} here"
+    """Where two JSON values first differ, in words; '' where they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in sorted({*old, *new})]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return "" if old == new else f"{path}: {_short(old)} there, {_short(new)} here"
+    return next(filter(None, (_first_difference(*pair) for pair in pairs)), "")
 
 
 def _short(value: Any) -> str:

@@ -29,8 +29,13 @@ def progress(what: str, total: int, start: int = 0) -> Iterator[Advance]:
 def _bar(what: str, total: int, start: int) -> Iterator[Advance]:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    columns = (TextColumn("  {task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("{task.fields[note]}"))
+    columns = (
+        TextColumn("  {task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
     with Progress(*columns, transient=True) as bar:
         task = bar.add_task(what, total=total, completed=start, note="")
         yield lambda done, note="": bar.update(task, completed=done, note=note)

@@ -32,7 +32,7 @@ from compress.losses import denoising_loss
 from compress.progress import progress
 from runtime.errors import BadInput
 
-Importance = Callable[[nn.Parameter], torch.Tensor]
+Importance = Callable[[torch.Tensor], torch.Tensor]
 
 LAYERS = (nn.Conv2d, nn.Linear)
 MIN_KEPT = 0.25
@@ -110,8 +110,13 @@ class Candidate:
 
 
 def keep_count(channels: int, ratio: float, unit: int) -> int:
-    """Channels to keep: (1 - ratio) of them, rounded to a multiple of `unit`, at least one unit."""
+    """Channels to keep: (1 - ratio) of them, rounded to a multiple of `unit`; BadInput where that is none."""
     wanted = round(channels * (1.0 - ratio) / unit) * unit
+    if wanted == 0 and unit < channels:
+        raise BadInput(
+            f"prune: ratio {ratio:g} leaves nothing of a layer with {channels} channels, which go in units of {unit}; "
+            f"the most is {1 - unit / channels:.2f}"
+        )
     return min(channels, max(unit, wanted))
 
 
@@ -139,7 +144,8 @@ def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
             if keep - c.unit >= max(c.unit, c.channels * MIN_KEPT)
         ]
         if not offers:
-            break
+            possible = removed / max(sum(candidate.channels for candidate in candidates), 1)
+            raise BadInput(f"prune: ratio {ratio:g} leaves too little of some layer; at most {possible:.2f} can go")
         _, best = min(offers)
         keeps[best] -= candidates[best].unit
         removed += candidates[best].unit
@@ -166,8 +172,7 @@ def _prune_channels_(
         model, example_inputs=inputs, forward_fn=lambda m, x: adapter.forward(m, x), verbose=False
     )
     candidates = [
-        _candidate(graph, root, prune_out, config, importance, pixels)
-        for root, prune_out in list(_roots(graph, fixed))
+        _candidate(graph, root, prune_out, config, importance, pixels) for root, prune_out in list(_roots(graph, fixed))
     ]
     if config.scope == "global":
         keeps = allocate(candidates, config.ratio)
@@ -183,14 +188,19 @@ def _prune_channels_(
 
 
 def _candidate(
-    graph: Any, root: nn.Module, prune_out: Any, config: PruneConfig, importance: Importance, pixels: dict[nn.Module, int]
+    graph: Any,
+    root: nn.Module,
+    prune_out: Any,
+    config: PruneConfig,
+    importance: Importance,
+    pixels: dict[Any, int],
 ) -> Candidate:
     channels = graph.get_out_channels(root)
     group = graph.get_pruning_group(root, prune_out, idxs=list(range(channels)))
     scores, parameters, macs = torch.zeros(channels), 0, 0
     norms = [1]
     for dependency, indices in group:
-        layer = dependency.target.module
+        layer: Any = dependency.target.module
         if isinstance(layer, nn.GroupNorm):
             norms.append(layer.num_groups)
         if not isinstance(layer, LAYERS) or len(indices) != channels:
@@ -204,19 +214,15 @@ def _candidate(
     norm_groups = math.lcm(*norms)
     norm_groups = norm_groups if channels % norm_groups == 0 else 1
     unit = math.lcm(config.round_to, *norms)
-    # File size and time count alike: a channel's share of all parameters plus its share of all MACs.
-    total_parameters = sum(p.numel() for p in _weights(pixels))
-    total_macs = sum(layer.weight.numel() * n for layer, n in pixels.items())
-    return Candidate(root, prune_out, scores, norm_groups, unit, parameters / total_parameters + macs / total_macs)
+    # File size and time count alike: a channel's share of all weights plus its share of all MACs.
+    weights = {layer: layer.weight.numel() for layer in pixels}
+    total_macs = sum(size * pixels[layer] for layer, size in weights.items())
+    return Candidate(root, prune_out, scores, norm_groups, unit, parameters / sum(weights.values()) + macs / total_macs)
 
 
-def _weights(pixels: dict[Any, int]) -> list[nn.Parameter]:
-    return [layer.weight for layer in pixels]
-
-
-def _output_pixels(model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor]) -> dict[nn.Module, int]:
+def _output_pixels(model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor]) -> dict[Any, int]:
     """How often each layer's weight is applied to one sample: output positions of a convolution or linear layer."""
-    found: dict[nn.Module, int] = {}
+    found: dict[Any, int] = {}
 
     def hook(layer: nn.Module, arguments: object, out: torch.Tensor) -> None:
         channels = out.shape[1] if isinstance(layer, nn.Conv2d) else out.shape[-1]

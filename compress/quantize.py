@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import warnings
 from typing import Any
 
@@ -33,8 +34,7 @@ from compress.context import Context, say
 from compress.progress import progress
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
-from runtime.sampler import labels_in_turn, noise_for, sample
-from runtime.denoise import make_denoiser
+from runtime.sampler import generate_batches
 
 KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
 LEVELS, REDUCED_LEVELS = 127, 64
@@ -102,20 +102,15 @@ def _calibrate_(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig
     from modelopt.torch.quantization.model_calib import enable_stats_collection
 
     enable_stats_collection(model)
-    spec, plan = checkpoint.spec, checkpoint.spec.plan
-    network = TorchNetwork(model, spec)
-    labels = labels_in_turn(spec, config.samples)
-    total = -(-config.samples // config.batch) * plan.steps
-    done = 0
-    with progress("calibrate", total) as advance:
-        for start in range(0, config.samples, config.batch):
-            seeds = range(CALIBRATION_SEED + start, CALIBRATION_SEED + min(start + config.batch, config.samples))
-            part = None if labels is None else labels[start : start + config.batch]
-            denoise = make_denoiser(network, spec, labels=part, guidance=plan.guidance, clip=plan.clip)
-            noise = noise_for(seeds, spec.sample_shape)
-            for _ in sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, k)):
-                done += 1
-                advance(done)
+    spec = checkpoint.spec
+    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + config.samples)
+    calls = itertools.count(1)
+    with progress("calibrate", -(-config.samples // config.batch) * spec.plan.steps) as advance:
+        # one call a step, guided or not
+        hook = model.register_forward_hook(lambda *_: advance(next(calls)))
+        for _ in generate_batches(TorchNetwork(model, spec), spec, seeds, batch=config.batch):
+            pass
+        hook.remove()
 
 
 def _collect(model: nn.Module, config: QuantizeConfig) -> dict[str, torch.Tensor]:
@@ -132,8 +127,10 @@ def _collect(model: nn.Module, config: QuantizeConfig) -> dict[str, torch.Tensor
             else:
                 value = _activation_amax(quantizer._calibrator, config)
             if value is None or not torch.isfinite(value).all() or (value <= 0).any():
-                raise BadInput(f"quantize: layer '{name}' has a {what} scale that is zero, infinite or missing; "
-                               f"keep it in float with keep: [{name}]")
+                raise BadInput(
+                    f"quantize: layer '{name}' has a {what} scale that is zero, infinite or missing; "
+                    f"keep it in float with keep: [{name}]"
+                )
             found[f"{name}.{what}"] = value.float().cpu()
     return found
 

@@ -109,7 +109,9 @@ def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
     gates, evaluate = sections["gates"] or GatesConfig(), sections["evaluate"]
     if gates.frechet_ratio is not None and evaluate is None:
         evaluate = EvaluateConfig()
-    return Recipe(seed, _data_path(raw.get("data"), path), stages, sections["export"] or ExportConfig(), evaluate, gates)
+    return Recipe(
+        seed, _data_path(raw.get("data"), path), stages, sections["export"] or ExportConfig(), evaluate, gates
+    )
 
 
 def _stage(entry: Any, index: int, path: Path) -> Stage:
@@ -155,7 +157,9 @@ def _check_order(stages: tuple[Stage, ...], path: Path) -> None:
             if earlier.name in banned:
                 raise BadInput(f"{path}: stages[{i}]: {stage.name} cannot come after {earlier.name}: {why}")
         if stage.name == "distill" and not any(s.name == "prune" for s in stages[:i]):
-            raise BadInput(f"{path}: stages[{i}]: distill: {{kind: recover}} must come after prune: nothing was lost yet")
+            raise BadInput(
+                f"{path}: stages[{i}]: distill: {{kind: recover}} must come after prune: nothing was lost yet"
+            )
 
 
 def _data_path(value: Any, path: Path) -> Path | None:

@@ -58,13 +58,25 @@ def summary(facts: dict[str, Any]) -> str:
     """The closing table: the teacher as people run it, against the bundle."""
     bundle, baseline = facts["bundle"], facts["baseline"]
     lines = [("", "teacher", "bundle", "ratio")]
-    lines.append(("denoiser.onnx, MiB", f"{baseline['denoiser_mib']:.2f}", f"{bundle['denoiser_mib']:.2f}",
-                  f"{bundle['size_ratio']:.3f}"))
+    lines.append(
+        (
+            "denoiser.onnx, MiB",
+            f"{baseline['denoiser_mib']:.2f}",
+            f"{bundle['denoiser_mib']:.2f}",
+            f"{bundle['size_ratio']:.3f}",
+        )
+    )
     evaluation = facts["evaluation"]
     if evaluation:
         ours, theirs = evaluation["bundle"], evaluation["baseline"]
-        lines.append((f"Frechet distance ({ours['seeds']} x {ours['samples']})", _spread(theirs["frechet"]),
-                      _spread(ours["frechet"]), f"{ours['frechet']['mean'] / theirs['frechet']['mean']:.3f}"))
+        lines.append(
+            (
+                f"Frechet distance ({ours['seeds']} x {ours['samples']})",
+                _spread(theirs["frechet"]),
+                _spread(ours["frechet"]),
+                f"{ours['frechet']['mean'] / theirs['frechet']['mean']:.3f}",
+            )
+        )
         lines.append(("  real against real", f"{theirs['frechet']['floor']:.3f}", "", ""))
         lines.append(("KID", _spread(theirs["kid"], 4), _spread(ours["kid"], 4), ""))
         if ours["label_accuracy"] is not None:
@@ -74,8 +86,10 @@ def summary(facts: dict[str, Any]) -> str:
     for name, old, new, ratio in _speeds(facts["bench"]):
         lines.append((name, old, new, ratio))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
-    rows = ["  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
-            for line in lines]
+    rows = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
     return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
 
 
@@ -87,9 +101,17 @@ def _speeds(bench: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
         same = [r for r in bench["rows"] if r["batch"] == row["batch"] and r is not row]  # type: ignore[index]
         for other in same:
             if other["engine"] in (TORCH, row["engine"]):
-                label = f"ms an image, batch {row['batch']}: {other['engine']} {other['steps']} steps -> {row['engine']}"
-                found.append((label, f"{other['image_ms']:.1f}", f"{row['image_ms']:.1f}",
-                              f"{other['image_ms'] / row['image_ms']:.1f}x faster"))
+                label = (
+                    f"ms an image, batch {row['batch']}: {other['engine']} {other['steps']} steps -> {row['engine']}"
+                )
+                found.append(
+                    (
+                        label,
+                        f"{other['image_ms']:.1f}",
+                        f"{row['image_ms']:.1f}",
+                        f"{other['image_ms'] / row['image_ms']:.1f}x faster",
+                    )
+                )
     return found
 
 
@@ -102,8 +124,10 @@ def _page(facts: dict[str, Any], folder: Path) -> str:
     image = ""
     if picture.is_file():
         data = base64.b64encode(picture.read_bytes()).decode()
-        image = f'<figure><img src="data:image/png;base64,{data}"><figcaption>above the teacher, below the bundle, from ' \
-                "the same noise</figcaption></figure>"
+        image = (
+            f'<figure><img src="data:image/png;base64,{data}"><figcaption>above the teacher, below the bundle, from '
+            "the same noise</figcaption></figure>"
+        )
     stages = "".join(
         f"<tr><td>{html.escape(r['stage'])}</td><td>{html.escape(_settings(r['config']))}</td>"
         f"<td>{r['changed']['parameters'][1]:,}</td><td>{r['changed']['macs'][1]:,}</td>"

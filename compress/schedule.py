@@ -14,8 +14,13 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
     solver_named(config.solver)
     old = checkpoint.spec.plan
     plan = make_plan(
-        config.solver, config.steps, checkpoint.spec.schedule,
-        grid=config.grid, guidance=config.guidance, eta=config.eta, clip=old.clip,
+        config.solver,
+        config.steps,
+        checkpoint.spec.schedule,
+        grid=config.grid,
+        guidance=config.guidance,
+        eta=config.eta,
+        clip=old.clip,
     )
     say(f"plan {old.solver} {old.steps} steps -> {plan.solver} {plan.steps} steps ({config.grid})")
     return checkpoint.evolve(spec=checkpoint.spec.with_plan(plan))

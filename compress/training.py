@@ -60,7 +60,8 @@ def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
         for step in range(start, run.steps):
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate * learning_rate_factor(step, run.steps, run.warmup)
-            loss = loss_of(model, step_generator(run.seed, step * accelerator.num_processes + accelerator.process_index))
+            batch = step * accelerator.num_processes + accelerator.process_index
+            loss = loss_of(model, step_generator(run.seed, batch))
             if not math.isfinite(loss.item()):
                 raise TrainingDiverged(
                     f"{run.what}: the loss is {loss.item()} at step {step} of {run.steps}; lower learning_rate "

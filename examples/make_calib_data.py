@@ -185,9 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="folder with unet/ and scheduler/")
     parser.add_argument("--images", type=Path, required=True, help="npz with the training images")
     parser.add_argument("--test", type=Path, required=True, help="npz with the held-out images")
-    parser.add_argument(
-        "--out", type=Path, required=True, help="the folder to fill; has features.onnx already"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder to fill; has features.onnx already")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration draw")
     args = parser.parse_args(argv)
     network = args.out / "features.onnx"

@@ -271,9 +271,7 @@ def train_(
             report(training.step, smooth.item())
             if training.step % args.save_every == 0 or training.step == last:
                 if not torch.isfinite(smooth):
-                    raise SystemExit(
-                        f"loss not finite at step {training.step}: start again with a smaller --lr"
-                    )
+                    raise SystemExit(f"loss not finite at step {training.step}: start again with a smaller --lr")
                 save_state(training, settings, state_path)
             if training.step % args.sample_every == 0 or training.step == settings.steps:
                 with averaged_weights(training) as unet:
@@ -288,9 +286,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         required=True,
         help="npz with x uint8 [N,H,W] or [N,H,W,C] and, optionally, y [N]",
     )
-    parser.add_argument(
-        "--out", type=Path, required=True, help="pipeline folder; training.pt is the checkpoint"
-    )
+    parser.add_argument("--out", type=Path, required=True, help="pipeline folder; training.pt is the checkpoint")
     parser.add_argument("--steps", type=int, default=5255)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")

@@ -208,9 +208,7 @@ def _measure_batch(subjects: Sequence[Subject], batch: int, repeats: int) -> lis
     return [_row(subjects, index, batch, step_ms[index], image_ms) for index in range(len(subjects))]
 
 
-def _row(
-    subjects: Sequence[Subject], index: int, batch: int, step_ms: float, image_ms: list[float]
-) -> dict[str, Any]:
+def _row(subjects: Sequence[Subject], index: int, batch: int, step_ms: float, image_ms: list[float]) -> dict[str, Any]:
     subject = subjects[index]
     probed = subject.probes.get(batch)
     torch = _slowest_plan(subjects, [i for i, s in enumerate(subjects) if s.engine == TORCH])

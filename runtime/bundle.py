@@ -73,22 +73,16 @@ def load_bundle(path: str | Path) -> Bundle:
     folder = Path(path)
     file = folder / MANIFEST
     if not file.is_file():
-        raise BadInput(
-            f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'compress')"
-        )
+        raise BadInput(f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'compress')")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
         raise BadInput(f"{file}: not readable as JSON ({error}); export the bundle again") from error
     if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BadInput(
-            f"{file}: bundle format {found!r}, this diffpress reads {FORMAT}; export the bundle again"
-        )
+        raise BadInput(f"{file}: bundle format {found!r}, this diffpress reads {FORMAT}; export the bundle again")
     if manifest.get("hash") != manifest_hash(manifest):
-        raise BadInput(
-            f"{file}: the manifest does not match its own hash, it was changed; export the bundle again"
-        )
+        raise BadInput(f"{file}: the manifest does not match its own hash, it was changed; export the bundle again")
     _verify_files(folder, manifest)
     spec = DenoiserSpec.from_json(manifest.get("spec"), f"{file}: spec")
     return Bundle(folder, spec, manifest)
@@ -116,6 +110,4 @@ def _verify_file(folder: Path, name: str, entry: Any) -> None:
     if not path.is_file():
         raise BadInput(f"{path}: listed in the manifest but missing; copy the bundle again")
     if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-        raise BadInput(
-            f"{path}: does not match its sha256 in the manifest, it is damaged; copy the bundle again"
-        )
+        raise BadInput(f"{path}: does not match its sha256 in the manifest, it is damaged; copy the bundle again")

@@ -37,9 +37,7 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grid", metavar="G", help="spacing of the steps: leading, trailing, linspace, quad, karras, ..."
     )
-    parser.add_argument(
-        "--guidance", type=float, metavar="W", help="classifier-free guidance weight, 1 is off"
-    )
+    parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance weight, 1 is off")
     parser.add_argument("--engine", metavar="E", help="openvino or onnxruntime (the fastest one installed)")
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads (all)")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="images sampled together (8)")
@@ -84,9 +82,7 @@ def chosen_plan(
     return plan if guidance is None else replace(plan, guidance=guidance)
 
 
-def chosen_labels(
-    spec: DenoiserSpec, number: int, label: int | None, prompt: str | None
-) -> np.ndarray | None:
+def chosen_labels(spec: DenoiserSpec, number: int, label: int | None, prompt: str | None) -> np.ndarray | None:
     """`number` labels: all `label`, or the model's classes in turn; None for a model without classes."""
     conditioning = spec.conditioning
     if prompt is not None and conditioning.kind != "text":
@@ -101,8 +97,4 @@ def chosen_labels(
 
 
 def _instead(conditioning: Conditioning) -> str:
-    return (
-        f"use --label 0..{conditioning.classes - 1}"
-        if conditioning.kind == "class"
-        else "leave the prompt out"
-    )
+    return f"use --label 0..{conditioning.classes - 1}" if conditioning.kind == "class" else "leave the prompt out"

@@ -121,15 +121,11 @@ def _class_labels(spec: DenoiserSpec, labels: np.ndarray | None, guided: bool) -
             raise BadInput(f"{wish} was asked for, but the model is not class-conditional")
         return None
     if labels is None:
-        raise BadInput(
-            f"the model is class-conditional: give one label of 0..{conditioning.classes - 1} per sample"
-        )
+        raise BadInput(f"the model is class-conditional: give one label of 0..{conditioning.classes - 1} per sample")
     labels = np.asarray(labels)
     known = (labels >= 0) & (labels < conditioning.classes) | (labels == conditioning.null_label)
     if not np.issubdtype(labels.dtype, np.integer) or not known.all():
-        raise BadInput(
-            f"labels {labels[~known].tolist()[:4] or labels.dtype}: not among 0..{conditioning.classes - 1}"
-        )
+        raise BadInput(f"labels {labels[~known].tolist()[:4] or labels.dtype}: not among 0..{conditioning.classes - 1}")
     if not guided:
         return labels
     if conditioning.null_label is None:
@@ -143,6 +139,4 @@ def _check_inputs(network: Network, spec: DenoiserSpec) -> None:
     wanted = {SAMPLE, TIMESTEP} | ({LABELS} if spec.conditioning.kind == "class" else set())
     if set(network.inputs) != wanted:
         found = ", ".join(sorted(network.inputs))
-        raise BadInput(
-            f"the graph's inputs are {found}; by its spec they should be {', '.join(sorted(wanted))}"
-        )
+        raise BadInput(f"the graph's inputs are {found}; by its spec they should be {', '.join(sorted(wanted))}")

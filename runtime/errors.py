@@ -43,8 +43,20 @@ class GateFailed(DiffpressError):
 
 
 EXTRAS = {
-    "compress": ("torch", "diffusers", "safetensors", "accelerate", "modelopt", "torch_pruning", "onnx", "onnxscript",
-                 "pydantic", "rich", "yaml", "torchmetrics"),
+    "compress": (
+        "torch",
+        "diffusers",
+        "safetensors",
+        "accelerate",
+        "modelopt",
+        "torch_pruning",
+        "onnx",
+        "onnxscript",
+        "pydantic",
+        "rich",
+        "yaml",
+        "torchmetrics",
+    ),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt_rtx",),
 }

@@ -18,9 +18,7 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text)
         os.replace(temporary, path)
     except OSError as error:
-        raise BadInput(
-            f"{path}: cannot be written ({error.strerror or error}); choose another place"
-        ) from error
+        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def write_json(path: Path, value: Any) -> None:

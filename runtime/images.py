@@ -51,16 +51,12 @@ def write_png(pixels: np.ndarray, path: Path) -> None:
             temporary = Path(file.name)
         try:
             image.save(temporary, format="PNG")
-            temporary.chmod(
-                0o666 & ~_umask()
-            )  # a temporary file is private; the grid is as readable as any file
+            temporary.chmod(0o666 & ~_umask())  # a temporary file is private; the grid is as readable as any file
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise BadInput(
-            f"{path}: cannot be written ({error.strerror or error}); choose another place"
-        ) from error
+        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def _umask() -> int:

@@ -126,9 +126,7 @@ def _one_batch(
 ) -> np.ndarray:
     denoise = make_denoiser(network, spec, labels=labels, guidance=plan.guidance, clip=plan.clip)
     noise = noise_for(seeds, spec.sample_shape)
-    steps = sample(
-        denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k)
-    )
+    steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
     return deque(steps, maxlen=1).pop().x
 
 

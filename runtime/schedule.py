@@ -58,9 +58,7 @@ def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0
     if kind not in BETAS:
         raise unknown_name("beta schedule", kind, BETAS)
     if T < 2 or not 0.0 < start <= end < 1.0:
-        raise BadInput(
-            f"beta schedule: {T} timesteps from {start} to {end}; need at least 2 and 0 < start <= end < 1"
-        )
+        raise BadInput(f"beta schedule: {T} timesteps from {start} to {end}; need at least 2 and 0 < start <= end < 1")
     abar = np.cumprod(1.0 - BETAS[kind](T, start, end))
     return NoiseSchedule(_floats(np.sqrt(abar)), _floats(np.sqrt(1.0 - abar)))
 
@@ -104,9 +102,7 @@ def timestep_grid(kind: str, steps: int, schedule: NoiseSchedule, *, whole: bool
     if kind not in GRIDS:
         raise unknown_name("timestep grid", kind, GRIDS)
     if not 1 <= steps <= len(schedule):
-        raise BadInput(
-            f"{steps} steps: the model has {len(schedule)} timesteps, ask for 1 to {len(schedule)}"
-        )
+        raise BadInput(f"{steps} steps: the model has {len(schedule)} timesteps, ask for 1 to {len(schedule)}")
     t = np.clip(GRIDS[kind](steps, schedule), 0, len(schedule) - 1)
     return _floats(_apart(np.round(t), len(schedule) - 1) if whole else t)
 
@@ -200,9 +196,7 @@ def _whole_ends(schedule: NoiseSchedule) -> tuple[float, float]:
     alphas, sigmas = np.asarray(schedule.alphas), np.asarray(schedule.sigmas)
     usable = np.flatnonzero((alphas > 0) & (sigmas > 0))
     if not usable.size:
-        raise BadInput(
-            "noise schedule: at every timestep alpha or sigma is zero, no grid over log-SNR exists"
-        )
+        raise BadInput("noise schedule: at every timestep alpha or sigma is zero, no grid over log-SNR exists")
     first, last = usable[0], usable[-1]
     return math.log(sigmas[first] / alphas[first]), math.log(sigmas[last] / alphas[last])
 

@@ -47,9 +47,7 @@ class Past(NamedTuple):
 
 
 # solver(x, x0, now, next, earlier steps (latest last), fresh unit noise shaped like x, eta) -> next x
-Solver = Callable[
-    [np.ndarray, np.ndarray, Point, Point, Sequence[Past], Callable[[], np.ndarray], float], np.ndarray
-]
+Solver = Callable[[np.ndarray, np.ndarray, Point, Point, Sequence[Past], Callable[[], np.ndarray], float], np.ndarray]
 
 ADAMS_BASHFORTH = (
     (1.0,),

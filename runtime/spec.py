@@ -38,12 +38,7 @@ class NoiseSchedule:
             )
         if not (np.isfinite(alphas).all() and np.isfinite(sigmas).all()):
             raise BadInput("noise schedule: alphas and sigmas must be finite numbers")
-        if (
-            (alphas < 0).any()
-            or (sigmas < 0).any()
-            or (np.diff(alphas) > 0).any()
-            or (np.diff(sigmas) < 0).any()
-        ):
+        if (alphas < 0).any() or (sigmas < 0).any() or (np.diff(alphas) > 0).any() or (np.diff(sigmas) < 0).any():
             raise BadInput(
                 "noise schedule: with growing t, alphas must fall and sigmas must grow, and none be negative"
             )
@@ -88,9 +83,7 @@ class Plan:
     def __post_init__(self) -> None:
         t = np.asarray(self.timesteps, dtype=float)
         if t.size < 1 or not np.isfinite(t).all() or (t < 0).any() or (np.diff(t) >= 0).any():
-            raise BadInput(
-                "plan: timesteps must be one or more finite, non-negative, strictly descending numbers"
-            )
+            raise BadInput("plan: timesteps must be one or more finite, non-negative, strictly descending numbers")
         if not (np.isfinite(self.guidance) and np.isfinite(self.eta) and 0.0 <= self.eta <= 1.0):
             raise BadInput(f"plan: guidance {self.guidance} must be finite and eta {self.eta} lie in [0, 1]")
 
@@ -120,9 +113,7 @@ class DenoiserSpec:
         if self.prediction not in PREDICTIONS:
             raise BadInput(f"prediction '{self.prediction}' is not one of {', '.join(PREDICTIONS)}")
         if len(self.sample_shape) != 3 or min(self.sample_shape) < 1:
-            raise BadInput(
-                f"sample shape {self.sample_shape} must be (channels, height, width), each at least 1"
-            )
+            raise BadInput(f"sample shape {self.sample_shape} must be (channels, height, width), each at least 1")
         if max(self.plan.timesteps) > len(self.schedule) - 1:
             raise BadInput(
                 f"plan: timestep {max(self.plan.timesteps):g} lies beyond the last, {len(self.schedule) - 1}"

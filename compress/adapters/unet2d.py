@@ -19,7 +19,7 @@ def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return out
 
 
-def blocks(model: nn.Module) -> list[str]:
+def blocks(model: Any) -> list[str]:
     # The last module of each level: its output is what the next level, or a skip, sees.
     levels = [f"down_blocks.{i}" for i in range(len(model.down_blocks))]
     levels += ["mid_block"] if model.mid_block is not None else []

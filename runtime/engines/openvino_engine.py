@@ -52,9 +52,7 @@ class OpenVinoEngine:
             self._model = self._core.read_model(path)
         except Exception as error:
             raise _refused(path, "load", error) from error
-        self.inputs = {
-            node.get_any_name(): np.dtype(node.get_element_type().to_dtype()) for node in self._model.inputs
-        }
+        self.inputs = {node.get_any_name(): np.dtype(node.get_element_type().to_dtype()) for node in self._model.inputs}
         self._requests: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -97,12 +95,8 @@ class OpenVinoEngine:
 
 def _refused(path: Path, verb: str, error: Exception) -> BadInput:
     """One line out of OpenVINO's many: the last is the reason, those before say where in its sources."""
-    lines = [
-        line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line
-    ]
-    return BadInput(
-        f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); export it again"
-    )
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
+    return BadInput(f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); export it again")
 
 
 def _operation_macs(operation: Any) -> int:

@@ -12,7 +12,7 @@ from compress.adapters import adapter_for
 from compress.config import QuantizeConfig
 from compress.load import load_checkpoint
 from compress.metrics import sqnr_db
-from compress.quantize import CALIBRATION_SEED, choose_layers, fake_quantized, quantize
+from compress.quantize import CALIBRATION_SEED, fake_quantized, quantize
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
 from runtime.sampler import generate
@@ -29,14 +29,15 @@ def small(custom_files):
     return load_checkpoint(f"{file}:{weights}")
 
 
-@pytest.mark.parametrize(("reduced", "factor"), [(True, 127 / 63), (False, 1.0)])
+@pytest.mark.parametrize(("reduced", "factor"), [(True, 127 / 64), (False, 1.0)])
 def test_a_weight_scale_is_the_largest_magnitude_of_its_channel(reduced, factor, unet, context):
     found = quantize(unet, config(reduce_range=reduced), context(unet)).quantization
     modules = dict(unet.model.named_modules())
     assert len(found.layers) > 20
     for name in found.layers:
         weight = modules[name].weight.detach().numpy()
-        expected = np.abs(weight.reshape(len(weight), -1)).max(1) * factor
+        # only where integers are multiplied is the range reduced
+        expected = np.abs(weight.reshape(len(weight), -1)).max(1) * (factor if f"{name}.input" in found.amax else 1.0)
         np.testing.assert_allclose(found.amax[f"{name}.weight"].numpy(), expected, rtol=1e-6)
 
 
@@ -50,11 +51,10 @@ def test_an_input_scale_is_the_largest_magnitude_on_the_models_own_trajectory(sm
     assert found.amax["inner.input"].item() == pytest.approx(max(largest), rel=2e-3)
 
 
-@pytest.mark.parametrize("calibration", ["percentile", "mse", "entropy"])
-def test_every_calibration_stays_below_the_largest_magnitude(calibration, small, context):
-    limits = [quantize(small, config(calibration=c), context(small)).quantization.amax["inner.input"].item()
-              for c in (calibration, "max")]
-    assert 0.1 * limits[1] < limits[0] <= limits[1] * (1 + 1e-6)
+@pytest.mark.parametrize("calibration", ["percentile", "mse", pytest.param("entropy", marks=pytest.mark.slow)])
+def test_every_calibration_keeps_the_network_near_the_float_one(calibration, small, context, output):
+    checkpoint = quantize(small, config(calibration=calibration), context(small))
+    assert sqnr_db(output(small).numpy(), output(checkpoint).numpy()) > 25.0
 
 
 def test_a_lower_percentile_gives_a_smaller_scale(small, context):
@@ -65,12 +65,13 @@ def test_a_lower_percentile_gives_a_smaller_scale(small, context):
 
 def q(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     scale = amax / 127
-    return torch.clamp(torch.round(x / scale), -127, 127) * scale
+    return torch.clamp(torch.round(x / scale), -128, 127) * scale  # as int8 saturates in every engine
 
 
+@pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("reduced", [True, False])
-def test_fake_quantization_is_the_formula(reduced, small, context):
-    checkpoint = quantize(small, config(reduce_range=reduced, percentile=95.0), context(small))
+def test_fake_quantization_is_the_formula(reduced, outputs, small, context):
+    checkpoint = quantize(small, config(reduce_range=reduced, outputs=outputs, percentile=95.0), context(small))
     model, seen = fake_quantized(checkpoint), {}
     model.inner.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
     with torch.no_grad():
@@ -79,9 +80,12 @@ def test_fake_quantization_is_the_formula(reduced, small, context):
         assert seen["x"].abs().max() > amax["inner.input"]  # some values are clipped
         weight = q(layer.weight, amax["inner.weight"].view(-1, 1, 1, 1))
         expected = F.conv2d(q(seen["x"], amax["inner.input"]), weight, layer.bias, padding=1)
+    assert ("inner.output" in amax) == outputs
+    if outputs:
+        expected = q(expected, amax["inner.output"])
     torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
     integers = (weight / amax["inner.weight"].view(-1, 1, 1, 1) * 127).round().abs().max().item()
-    assert integers == (63 if reduced else 127)
+    assert integers == (64 if reduced else 127)
 
 
 def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypatch):
@@ -126,6 +130,17 @@ def test_fragile_layers_compute_in_float_and_only_the_linear_ones_are_stored_as_
     assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.attentions.0.to_q.input" in amax
 
 
+def test_only_the_kinds_of_layers_asked_for_compute_in_integers(unet, context):
+    amax = quantize(unet, config(layers=("conv",)), context(unet)).quantization.amax
+    assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.resnets.0.conv1.output" in amax
+    assert "mid_block.attentions.0.to_q.weight" in amax and "mid_block.attentions.0.to_q.input" not in amax
+
+
+def test_outputs_of_linear_layers_are_not_quantized(quantized):
+    amax = quantized.quantization.amax
+    assert "mid_block.resnets.0.conv1.output" in amax and "mid_block.attentions.0.to_q.output" not in amax
+
+
 def test_kept_layers_have_no_scales(unet, context):
     keep = ("mid_block.attentions", "time_embedding.linear_1")
     layers = quantize(unet, config(keep=keep), context(unet)).quantization.layers
@@ -136,11 +151,6 @@ def test_kept_layers_have_no_scales(unet, context):
 def test_keeping_what_is_not_there_is_refused(unet, context):
     with pytest.raises(BadInput, match="keep names 'up_blocks.7', and no layer"):
         quantize(unet, config(keep=("up_blocks.7",)), context(unet))
-
-
-def test_a_kept_name_means_that_part_and_none_that_only_begins_alike(unet):
-    names = [name for group in choose_layers(unet.model, ("time_embedding.linear_1", "conv_i")) for name in group]
-    assert "conv_in" not in names and "time_embedding.linear_2" in names
 
 
 @pytest.mark.parametrize("cause", ["weight", "input"])

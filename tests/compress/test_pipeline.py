@@ -1,0 +1,323 @@
+"""compress/pipeline.py: finished stages are reused, changed ones redone, and a killed run ends as an undisturbed one."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import SafetensorError
+
+from compress import pipeline
+from compress.checkpoint import save_checkpoint
+from compress.load import load_checkpoint
+from compress.pipeline import claim_folder, run_stages
+from compress.recipe import read_recipe
+from runtime.errors import BadInput
+
+ROOT = Path(__file__).parents[2]
+STAGES = """
+  - schedule: {solver: ddim, steps: 3}
+  - prune: {method: magnitude, ratio: 0.4, round_to: 4}
+  - distill: {steps: 12, batch: 4, save_every: 5}
+"""
+
+
+@pytest.fixture
+def teacher(unet, tmp_path):
+    save_checkpoint(unet, tmp_path / "teacher")
+    return load_checkpoint(tmp_path / "teacher")
+
+
+@pytest.fixture
+def recipe(npz):
+    """A recipe file for the given stages, read."""
+
+    def make(stages: str = STAGES, *overrides: str, extra: str = ""):
+        file = npz.with_name("r.yaml")
+        file.write_text(f"seed: 2\ndata: {npz.name}\nstages:{stages}{extra}\n")
+        return read_recipe(file, overrides)
+
+    return make
+
+
+@pytest.fixture
+def called(monkeypatch) -> list[str]:
+    """The names of the stage functions that are called from now on."""
+    names: list[str] = []
+    for name, stage in list(pipeline.STAGES.items()):
+        monkeypatch.setitem(pipeline.STAGES, name, lambda *a, n=name, s=stage: names.append(n) or s(*a))
+    return names
+
+
+def files(folder: Path) -> dict[str, int]:
+    return {str(p.relative_to(folder)): p.stat().st_mtime_ns for p in folder.rglob("*") if p.is_file()}
+
+
+# --- stages ----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_saves_every_stage_and_tells_its_history(teacher, recipe, tmp_path):
+    out = tmp_path / "out"
+    result = run_stages(teacher, recipe(), out)
+    names = sorted(path.name for path in (out / "stages").iterdir())
+    assert [name[:-13] for name in names] == ["00-schedule", "01-prune", "02-distill"]  # no leftovers
+    assert [record.stage for record in result.history] == ["schedule", "prune", "distill"]
+    first, second, last = result.history
+    assert (first.before, first.after, second.after) == (teacher.hash, second.before, last.before)
+    assert last.after == result.hash == load_checkpoint(out / "stages" / names[2]).hash
+    assert last.seed == 2 and last.config["steps"] == 12 and first.changed["plan"] == ["ddim-4", "ddim-3"]
+    before, after = second.changed["parameters"]
+    assert after < before and second.changed["macs"][1] < second.changed["macs"][0]
+
+
+def test_the_agreement_with_the_teacher_is_perfect_until_something_is_lost(teacher, recipe, tmp_path):
+    history = run_stages(teacher, recipe(), tmp_path / "out").history
+    agreement = [record.changed["sqnr_db_to_teacher"] for record in history]
+    assert agreement[0] == 200.0 and agreement[1] < agreement[2] < 100.0
+
+
+def test_a_second_run_reuses_every_stage(teacher, recipe, called, tmp_path):
+    one = run_stages(teacher, recipe(), tmp_path / "out")
+    assert called == ["schedule", "prune", "distill"]
+    before = files(tmp_path / "out")
+    two = run_stages(teacher, recipe(), tmp_path / "out")
+    assert called == ["schedule", "prune", "distill"] and two.hash == one.hash and two.history == one.history
+    assert files(tmp_path / "out") == before
+
+
+def test_a_changed_later_stage_redoes_only_itself(teacher, recipe, called, tmp_path):
+    run_stages(teacher, recipe(), tmp_path / "out")
+    called.clear()
+    run_stages(teacher, recipe(STAGES, "stages.distill.steps=3"), tmp_path / "out")
+    assert called == ["distill"]
+
+
+def test_a_changed_earlier_stage_redoes_what_depends_on_it(teacher, recipe, called, tmp_path):
+    run_stages(teacher, recipe(), tmp_path / "out")
+    called.clear()
+    run_stages(teacher, recipe(STAGES, "stages.prune.ratio=0.6"), tmp_path / "out")
+    assert called == ["prune", "distill"]
+
+
+@pytest.mark.parametrize("change", ["seed", "data"])
+def test_another_seed_and_other_images_redo_everything(change, teacher, recipe, called, npz, tmp_path):
+    import numpy as np
+
+    run_stages(teacher, recipe("[schedule]"), tmp_path / "out")
+    overrides = ["seed=3"] if change == "seed" else []
+    if change == "data":
+        with np.load(npz) as stored:
+            np.savez(npz, x=255 - stored["x"], y=stored["y"])
+    run_stages(teacher, recipe("[schedule]", *overrides), tmp_path / "out")
+    assert called == ["schedule", "schedule"]
+
+
+def test_the_order_of_the_same_stages_matters(teacher, recipe, tmp_path):
+    stages = ["  - schedule: {solver: ddim, steps: 3}\n", "  - prune: {method: magnitude, ratio: 0.4, round_to: 4}\n"]
+    hashes = [run_stages(teacher, recipe("\n" + "".join(s)), tmp_path / "out").hash for s in (stages, stages[::-1])]
+    assert hashes[0] == hashes[1]  # these two do commute, and each order was run
+    assert len(list((tmp_path / "out" / "stages").iterdir())) == 4
+
+
+def test_a_custom_module_goes_the_whole_way_and_is_reused(custom_files, recipe, called, tmp_path):
+    file, weights = custom_files("v")
+    teacher = load_checkpoint(f"{file}:{weights}")
+    text = STAGES + "  - quantize: {samples: 2, batch: 2}\n"
+    one = run_stages(teacher, recipe(text), tmp_path / "out")
+    assert called == ["schedule", "prune", "distill", "quantize"] and one.quantization is not None
+    assert run_stages(teacher, recipe(text), tmp_path / "out").hash == one.hash and len(called) == 4
+
+
+def test_images_that_do_not_fit_the_model_are_refused_before_any_work(teacher, recipe, called, npz, tmp_path):
+    import numpy as np
+
+    cases = {
+        "images are": {"x": np.zeros((5, 9, 9), np.uint8), "y": np.zeros(5)},
+        "no labels": {"x": np.zeros((5, 8, 8), np.uint8)},
+        "labels reach 3": {"x": np.zeros((5, 8, 8), np.uint8), "y": np.full(5, 3)},
+        "no array 'x'": {"images": np.zeros(3)},
+        "float64": {"x": np.zeros((5, 8, 8)), "y": np.zeros(5)},
+        "no images": {"x": np.zeros((0, 8, 8), np.uint8), "y": np.zeros(0)},
+        "'y' has shape": {"x": np.zeros((5, 8, 8), np.uint8), "y": np.zeros(4)},
+    }
+    for message, arrays in cases.items():
+        np.savez(npz, **arrays)
+        with pytest.raises(BadInput, match=f"images.npz: .*{message}"):
+            run_stages(teacher, recipe(), tmp_path / "out")
+    for content in (b"PK\x03\x04 cut off", b"", b"text"):
+        npz.write_bytes(content)
+        with pytest.raises(BadInput, match="images.npz: not readable"):
+            run_stages(teacher, recipe(), tmp_path / "out")
+    assert called == []
+
+
+# --- the output folder -----------------------------------------------------------------------------------------
+
+
+def test_a_new_or_empty_folder_is_claimed(teacher, recipe, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new/deeper"):
+        claim_folder(tmp_path / name, teacher, recipe(), update=False)
+        facts = json.loads((tmp_path / name / "recipe.json").read_text())
+        assert facts["teacher"] == teacher.hash and facts["seed"] == 2
+
+
+def test_the_same_recipe_may_come_again(teacher, recipe, tmp_path):
+    claim_folder(tmp_path / "out", teacher, recipe(), update=False)
+    claim_folder(tmp_path / "out", teacher, recipe(), update=False)
+
+
+def test_the_same_recipe_named_from_another_folder_is_the_same(teacher, recipe, npz, tmp_path, monkeypatch):
+    claim_folder(tmp_path / "out", teacher, recipe(), update=False)
+    monkeypatch.chdir(tmp_path)
+    claim_folder(tmp_path / "out", teacher, read_recipe(Path("r.yaml")), update=False)
+
+
+@pytest.mark.parametrize(
+    ("override", "difference"),
+    [
+        ("seed=3", r"seed: 2 there, 3 here"),
+        ("stages.prune.ratio=0.5", r"stages\[1\]\.prune\.ratio: 0\.4 there, 0\.5 here"),
+        ("export.targets=[onnx, openvino]", r"export\.targets: "),
+    ],
+)
+def test_another_recipe_is_refused_with_the_first_difference_and_nothing_changes(
+    override, difference, teacher, recipe, tmp_path
+):
+    claim_folder(tmp_path / "out", teacher, recipe(), update=False)
+    before = files(tmp_path / "out")
+    with pytest.raises(BadInput, match=rf"out: was made by another recipe \({difference}.*--update"):
+        claim_folder(tmp_path / "out", teacher, recipe(STAGES, override), update=False)
+    assert files(tmp_path / "out") == before
+    claim_folder(tmp_path / "out", teacher, recipe(STAGES, override), update=True)
+    assert files(tmp_path / "out") != before
+
+
+def test_one_stage_more_is_another_recipe(teacher, recipe, tmp_path):
+    claim_folder(tmp_path / "out", teacher, recipe(), update=False)
+    with pytest.raises(BadInput, match=r"another recipe \(stages: "):
+        claim_folder(tmp_path / "out", teacher, recipe(STAGES + "  - quantize\n"), update=False)
+
+
+def test_another_teacher_is_refused(teacher, plain, recipe, tmp_path):
+    claim_folder(tmp_path / "out", teacher, recipe(), update=False)
+    with pytest.raises(BadInput, match=r"another recipe \(teacher: "):
+        claim_folder(tmp_path / "out", plain, recipe(), update=False)
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(update, teacher, recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name in ("out", "file"):
+        with pytest.raises(BadInput, match=f"{name}: exists and is not a folder of diffpress"):
+            claim_folder(tmp_path / name, teacher, recipe(), update)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
+
+
+def test_a_recipe_json_that_is_broken_is_refused(teacher, recipe, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "recipe.json").write_text("{")
+    with pytest.raises(BadInput, match="recipe.json: not readable"):
+        claim_folder(tmp_path / "out", teacher, recipe(), update=False)
+
+
+def test_a_read_only_folder_is_refused_before_any_work(teacher, recipe, tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr("runtime.files.os.replace", refuse)
+    with pytest.raises(BadInput, match="recipe.json: cannot be written .*Read-only"):
+        claim_folder(tmp_path / "out", teacher, recipe(), update=False)
+    assert not (tmp_path / "out" / "recipe.json").exists()
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left on device")],
+)
+def test_a_disk_that_fills_up_leaves_no_half_written_stage_and_the_run_goes_on_later(
+    failure, teacher, recipe, called, tmp_path, monkeypatch
+):
+    from compress.checkpoint import save_file
+
+    out, saved = tmp_path / "out", []
+
+    def full(tensors, path, *args, **kwargs):
+        saved.append(path)
+        if len(saved) == 2:
+            raise failure
+        save_file(tensors, path, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.checkpoint.save_file", full)
+        with pytest.raises(BadInput, match="01-prune.*cannot be written .*No space left"):
+            run_stages(teacher, recipe(), out)
+    assert [path.name[:11] for path in (out / "stages").iterdir()] == ["00-schedule"]
+    called.clear()
+    run_stages(teacher, recipe(), out)
+    assert called == ["prune", "distill"]
+
+
+# --- killed ----------------------------------------------------------------------------------------------------
+
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+import torch
+torch.set_num_threads(1)
+from compress import training
+from compress.load import load_checkpoint
+from compress.pipeline import run_stages
+from compress.recipe import read_recipe
+save = training._save
+def save_and_linger(model, optimizer, ema, step, run):  # so that the kill falls into the stage
+    save(model, optimizer, ema, step, run)
+    if step == 10:
+        time.sleep(120)
+training._save = save_and_linger
+run_stages(load_checkpoint(sys.argv[1]), read_recipe(Path(sys.argv[2])), Path(sys.argv[3]))
+"""
+
+
+def test_a_run_that_was_killed_in_the_middle_of_distill_ends_as_an_undisturbed_one(teacher, recipe, called, npz, tmp_path):
+    settings = recipe(STAGES, "stages.distill.steps=12")
+    out = tmp_path / "out"
+    process = subprocess.Popen(
+        [sys.executable, "-c", PROGRAM, str(tmp_path / "teacher"), str(npz.with_name("r.yaml")), str(out)],
+        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )
+    undisturbed = run_stages(teacher, settings, tmp_path / "undisturbed")
+    try:
+        for _ in range(1200):
+            work = list((out / "stages").glob(".02-distill-*.work/training.safetensors")) if out.exists() else []
+            if work and saved_step(work[0]) == "10":
+                break
+            assert process.poll() is None, process.stderr.read().decode()
+            time.sleep(0.1)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process.stderr.close()
+    assert process.returncode == -signal.SIGKILL
+    called.clear()
+    assert run_stages(teacher, settings, out).hash == undisturbed.hash
+    assert called == ["distill"]
+    names = [sorted(path.name for path in (folder / "stages").iterdir()) for folder in (out, tmp_path / "undisturbed")]
+    assert names[0] == names[1]  # nothing is left of the kill
+
+
+def saved_step(file: Path) -> str:
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as opened:
+        return opened.metadata()["step"]
