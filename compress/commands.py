@@ -66,26 +66,25 @@ def plan_command(args: argparse.Namespace) -> int:
     for number, stage in enumerate(result["stages"]):
         settings = ", ".join(f"{k}={v}" for k, v in stage["config"].items())
         print(f"  {number + 1}. {stage['name']:<9} {settings}")
-        print(
-            f"     -> {stage['after']['parameters']:,} parameters, {stage['after']['macs']:,} MACs, "
-            f"{stage['after']['bytes'] / 2**20:.2f} MiB of weights"
-        )
-    before = result["before"]
-    print(f"before: {before['parameters']:,} parameters, {before['macs']:,} MACs, {before['bytes'] / 2**20:.2f} MiB")
+        print(f"     -> {_sizes_in_words(stage['after'])}")
+    print(f"before: {_sizes_in_words(result['before'])}")
     return 0
 
 
 def planned(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     """The resolved recipe, the stage order, and sizes before and, where they can be known, after each stage."""
-    before = sizes = _sizes(checkpoint)
+    before = _sizes(checkpoint)
+    sizes: dict[str, int] | None = before
     stages: list[dict[str, Any]] = []
     for stage in recipe.stages:
-        if stage.name == "prune":
-            # Widths depend on the ratio alone, so any criterion shows the sizes; this one needs no data.
+        if stage.name == "prune" and stage.config.scope == "global":
+            sizes = None  # what goes where depends on the importance, which is measured when it runs
+        elif stage.name == "prune" and sizes:
+            # the widths depend on the ratio alone: any criterion shows the sizes, and this one needs no data
             dry = stage.config.model_copy(update={"method": "magnitude"})
             checkpoint = prune(checkpoint, dry, Context(recipe.seed, Path(), checkpoint))
             sizes = _sizes(checkpoint)
-        elif stage.name == "quantize":
+        elif stage.name == "quantize" and sizes:
             sizes = {**sizes, "bytes": _int8_bytes(checkpoint, stage.config)}
         stages.append({"name": stage.name, "config": stage.config.model_dump(mode="json"), "after": sizes})
     return {"recipe": recipe.to_json(), "order": [s.name for s in recipe.stages], "before": before, "stages": stages}
@@ -94,6 +93,12 @@ def planned(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
 def _sizes(checkpoint: Checkpoint) -> dict[str, int]:
     counts = count(checkpoint.model, checkpoint.spec)
     return {"parameters": counts.parameters, "macs": counts.macs, "bytes": counts.fp32_bytes}
+
+
+def _sizes_in_words(sizes: dict[str, int] | None) -> str:
+    if sizes is None:
+        return "sizes depend on the importance, measured when it runs"
+    return f"{sizes['parameters']:,} parameters, {sizes['macs']:,} MACs, {sizes['bytes'] / 2**20:.2f} MiB of weights"
 
 
 def _int8_bytes(checkpoint: Checkpoint, config: QuantizeConfig) -> int:

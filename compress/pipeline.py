@@ -25,6 +25,7 @@ from compress.prune import prune
 from compress.quantize import quantize
 from compress.recipe import Recipe, Stage
 from compress.schedule import schedule
+from runtime.bundle import sha256
 from runtime.errors import BadInput
 from runtime.files import read_json, write_json
 
@@ -103,7 +104,8 @@ def reference_to(folder: Path, teacher: Checkpoint) -> str:
 
 def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -> None:
     """Make `out` this run's folder; one that belongs to another run is refused and left as it is."""
-    facts = {"teacher": teacher.hash, **recipe.to_json()}
+    # the data by its content: a moved project is the same project
+    facts = {**recipe.to_json(), "teacher": teacher.hash, "data": sha256(recipe.data) if recipe.data else None}
     file = out / "recipe.json"
     if file.is_file() and not update:
         difference = _first_difference(read_json(file), facts)

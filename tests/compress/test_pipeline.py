@@ -39,9 +39,9 @@ def teacher(unet, tmp_path):
 def recipe(npz):
     """A recipe file for the given stages, read."""
 
-    def make(stages: str = STAGES, *overrides: str, extra: str = ""):
+    def make(stages: str = STAGES, *overrides: str):
         file = npz.with_name("r.yaml")
-        file.write_text(f"seed: 2\ndata: {npz.name}\nstages:{stages}{extra}\n")
+        file.write_text(f"seed: 2\ndata: {npz.name}\nstages: {stages}\n")
         return read_recipe(file, overrides)
 
     return make
