@@ -1,11 +1,11 @@
 """Distillation stages. `recover`: a pruned student learns to answer like the model it was pruned from.
 
-On real images noised to random timesteps, with o the outputs and f the outputs of each block,
+On real images noised to timesteps of the whole schedule or of the plan, with o the outputs and e the block energies,
 
-    L = w_out |o_s - o_t|^2  +  w_feat * mean_b |f_s^b W_b - f_t^b|^2 / |f_t^b|^2  +  w_task |o_s - target|^2
+    L = w_out |o_s - o_t|^2  +  w_feat mean_b |e_s^b - e_t^b|^2 / |e_t^b|^2  +  w_task |o_s - target|^2
 
-(output + feature distillation of BK-SDM, Kim et al. 2023, eq. 2-4). Widths differ after pruning, so a feature is
-compared through its energy map, the mean square over channels, as in attention transfer (Zagoruyko & Komodakis
+(output + feature distillation of BK-SDM, Kim et al. 2023, eq. 2-4). Widths differ after pruning, so a feature f is
+compared through its energy map e = mean over channels of f^2, as in attention transfer (Zagoruyko & Komodakis
 2017): no projection has to be learned and thrown away. The teacher is the checkpoint the run began with.
 """
 
@@ -52,9 +52,13 @@ def _recover(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Cal
 
     def loss_of(student: nn.Module, generator: torch.Generator) -> torch.Tensor:
         x0, conditions = data.batch(config.batch, generator)
-        x0, conditions = drop_labels(x0, conditions, spec.conditioning.null_label, generator)
+        conditions = drop_labels(conditions, spec.conditioning.null_label, generator)
         t = timesteps[torch.randint(0, len(timesteps), (config.batch,), generator=generator)]
         noise = torch.randn(x0.shape, generator=generator)
+        device = next(student.parameters()).device
+        teacher.to(device)
+        x0, noise, t = x0.to(device), noise.to(device), t.to(device)
+        conditions = {name: value.to(device) for name, value in conditions.items()}
         x_t = add_noise(spec, x0, noise, t)
         with torch.no_grad(), captured(teacher, blocks) as wanted:
             answer = forward(teacher, x_t, t, conditions)
@@ -74,18 +78,14 @@ KINDS = {"recover": _recover}
 
 
 def drop_labels(
-    x0: torch.Tensor,
-    conditions: dict[str, torch.Tensor],
-    null_label: int | None,
-    generator: torch.Generator,
-    share: float = 0.1,
-) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    conditions: dict[str, torch.Tensor], null_label: int | None, generator: torch.Generator, share: float = 0.1
+) -> dict[str, torch.Tensor]:
     """Replace a tenth of the labels by the null label, so that guidance keeps working (Ho & Salimans 2022)."""
     if null_label is None or "class_labels" not in conditions:
-        return x0, conditions
+        return conditions
     labels = conditions["class_labels"]
     dropped = torch.rand(labels.shape, generator=generator) < share
-    return x0, {**conditions, "class_labels": torch.where(dropped, torch.full_like(labels, null_label), labels)}
+    return {**conditions, "class_labels": torch.where(dropped, torch.full_like(labels, null_label), labels)}
 
 
 def feature_distance(found: Features, wanted: Features) -> torch.Tensor:

@@ -190,7 +190,8 @@ def _spec_of(config: dict[str, Any], scheduler: dict[str, Any] | None, where: Pa
     if not flow and kind not in PREDICTIONS:
         raise BadInput(f"{where}: prediction_type '{kind}' is not one of {', '.join(PREDICTIONS)}")
     steps = int(scheduler.get("num_train_timesteps", 1000))
-    schedule = flow_schedule(steps) if flow else _schedule_of(scheduler, where)
+    # diffusers counts a flow's time in T-ths up to T itself: T + 1 timesteps
+    schedule = flow_schedule(steps + 1) if flow else _schedule_of(scheduler, where)
     classes = int(config.get("num_class_embeds") or 0)
     size = config.get("sample_size") or 32
     height, width = (size, size) if isinstance(size, int) else size

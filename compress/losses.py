@@ -1,8 +1,10 @@
-"""Training losses on one noised batch: x_t = alpha_t x_0 + sigma_t eps, and what the network should say about it.
+"""One noised batch, x_t = alpha_t x_0 + sigma_t eps, and what a network should say of it.
 
-target      value                        weight of the squared error
-epsilon     eps = (x_t - alpha x_0)/s    1
-v           alpha eps - sigma x_0        min(SNR, gamma) / (SNR + 1) * ...   (Hang et al. 2023, min-SNR-gamma)
+prediction   target                     as epsilon
+epsilon      eps                        out
+sample       x_0                        (x_t - alpha out) / sigma
+v            alpha eps - sigma x_0      alpha out + sigma x_t
+flow         eps - x_0                  x_t + alpha out
 """
 
 from __future__ import annotations
@@ -18,8 +20,8 @@ Tensors = dict[str, torch.Tensor]
 
 def coefficients(spec: DenoiserSpec, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha and sigma at integer timesteps `t` [B], shaped [B, 1, 1, 1]."""
-    alphas = torch.tensor(spec.schedule.alphas, dtype=torch.float32)[t]
-    sigmas = torch.tensor(spec.schedule.sigmas, dtype=torch.float32)[t]
+    alphas = torch.tensor(spec.schedule.alphas, dtype=torch.float32, device=t.device)[t]
+    sigmas = torch.tensor(spec.schedule.sigmas, dtype=torch.float32, device=t.device)[t]
     return alphas.view(-1, 1, 1, 1), sigmas.view(-1, 1, 1, 1)
 
 
@@ -51,18 +53,9 @@ def forward(model: nn.Module, x_t: torch.Tensor, t: torch.Tensor, conditions: Te
     return adapter_for(model).forward(model, {"sample": x_t, "timestep": t, **conditions})
 
 
-def denoising_loss(
-    model: nn.Module,
-    spec: DenoiserSpec,
-    x0: torch.Tensor,
-    noise: torch.Tensor,
-    t: torch.Tensor,
-    conditions: Tensors,
-    target: str = "own",
+def epsilon_loss(
+    model: nn.Module, spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, conditions: Tensors
 ) -> torch.Tensor:
-    """Mean squared error of the prediction; `target` 'epsilon' converts it first (what Diff-Pruning accumulates)."""
+    """Mean squared error of the noise that the model's answer implies, whatever it predicts (DDPM's simple loss)."""
     x_t = add_noise(spec, x0, noise, t)
-    out = forward(model, x_t, t, conditions)
-    if target == "epsilon":
-        return torch.mean((to_epsilon(spec, out, x_t, t) - noise) ** 2)
-    return torch.mean((out - target_of(spec, x0, noise, t)) ** 2)
+    return torch.mean((to_epsilon(spec, forward(model, x_t, t, conditions), x_t, t) - noise) ** 2)

@@ -28,7 +28,7 @@ from compress.adapters import Adapter, adapter_for, example_inputs
 from compress.checkpoint import Checkpoint
 from compress.config import PruneConfig
 from compress.context import Context
-from compress.losses import denoising_loss
+from compress.losses import epsilon_loss
 from compress.progress import progress
 from runtime.errors import BadInput
 
@@ -81,7 +81,7 @@ def _accumulate_gradients_(model: nn.Module, checkpoint: Checkpoint, config: Pru
     with progress("taylor importance", len(timesteps)) as advance:
         for done, t in enumerate(timesteps.tolist()):
             step = torch.full((len(x0),), t, dtype=torch.long)
-            loss = denoising_loss(model, checkpoint.spec, x0, noise, step, conditions, target="epsilon")
+            loss = epsilon_loss(model, checkpoint.spec, x0, noise, step, conditions)
             largest = max(largest, loss.item())
             if loss.item() < config.threshold * largest:
                 break  # the high-noise steps that follow say little about content

@@ -16,6 +16,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from compress.adapters import any_module, unet2d
 from runtime.spec import DenoiserSpec
@@ -36,7 +37,8 @@ ADAPTERS: dict[str, Any] = {
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    return cast(Adapter, ADAPTERS.get(type(model).__name__, any_module))
+    bare = getattr(model, "module", model) if isinstance(model, DistributedDataParallel) else model
+    return cast(Adapter, ADAPTERS.get(type(bare).__name__, any_module))
 
 
 def example_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
