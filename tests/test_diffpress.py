@@ -279,7 +279,8 @@ def test_plan_knows_that_quantizing_shrinks_the_bytes_alone(teacher, recipe, cal
     recipe.write_text("stages: [quantize]")
     result = json.loads(call("plan", teacher, "--recipe", recipe, "--json")[1])
     before, after = result["before"], result["stages"][0]["after"]
-    assert after["parameters"] == before["parameters"] and 0.25 * before["bytes"] < after["bytes"] < 0.35 * before["bytes"]
+    assert after["parameters"] == before["parameters"]
+    assert 0.25 * before["bytes"] < after["bytes"] < 0.35 * before["bytes"]
 
 
 def test_plan_works_for_the_built_in_teacher_and_recipe_and_writes_nothing(call, tmp_path, monkeypatch):

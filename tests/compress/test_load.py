@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from compress.adapters import example_inputs
@@ -17,7 +17,6 @@ from compress.load import load_checkpoint
 from compress.losses import forward
 from compress.quantize import fake_quantized
 from runtime.errors import BadInput
-from runtime.schedule import flow_schedule
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -68,8 +67,8 @@ def test_a_class_conditional_network_says_how_many_classes_it_has(unet, tmp_path
 
 def test_a_hand_written_record_adds_null_label_and_plan(unet, tmp_path):
     unet.model.save_pretrained(tmp_path / "unet")
-    wish = {"conditioning": {"kind": "class", "classes": 3, "null_label": 3}, "plan": {"solver": "dpmpp_2m", "steps": 5}}
-    (tmp_path / "diffpress.json").write_text(json.dumps(wish))
+    conditioning, plan = {"kind": "class", "classes": 3, "null_label": 3}, {"solver": "dpmpp_2m", "steps": 5}
+    (tmp_path / "diffpress.json").write_text(json.dumps({"conditioning": conditioning, "plan": plan}))
     spec = load_checkpoint(tmp_path).spec
     assert spec.conditioning.null_label == 3 and (spec.plan.solver, spec.plan.steps) == ("dpmpp_2m", 5)
 
@@ -109,8 +108,11 @@ def test_the_schedule_is_the_one_diffusers_samples_with(kind, pipeline_folder, s
 
 def test_a_flow_matching_scheduler_makes_a_flow_model(pipeline_folder, scheduler):
     scheduler(pipeline_folder, _class_name="FlowMatchEulerDiscreteScheduler")
-    spec = load_checkpoint(pipeline_folder).spec
-    assert spec.prediction == "flow" and spec.schedule == flow_schedule(100)
+    spec, theirs = load_checkpoint(pipeline_folder).spec, FlowMatchEulerDiscreteScheduler(num_train_timesteps=100)
+    assert spec.prediction == "flow"
+    for t, sigma in zip(theirs.timesteps.tolist(), theirs.sigmas.tolist(), strict=False):
+        assert spec.schedule.sigmas[round(t)] == pytest.approx(sigma, abs=1e-6)
+        assert spec.schedule.alphas[round(t)] == pytest.approx(1.0 - sigma, abs=1e-6)
 
 
 def test_samples_are_clipped_where_the_scheduler_says_so(pipeline_folder, scheduler):

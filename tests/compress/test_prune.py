@@ -62,7 +62,7 @@ def test_a_pruned_unet_keeps_its_output_shape_and_is_smaller(kind, method, scope
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("round_to", "groups"), [(4, 4), (8, 4), (4, 8), (3, 4)])
-def test_kept_widths_are_divisible_by_round_to_and_by_the_groups_of_each_norm(scope, round_to, groups, unet_with, context):
+def test_kept_widths_are_divisible_by_round_to_and_the_groups_of_each_norm(scope, round_to, groups, unet_with, context):
     checkpoint = unet_with(norm_num_groups=groups, block_out_channels=[24, 48])
     small = prune(checkpoint, config(ratio=0.5, scope=scope, round_to=round_to), context(checkpoint))
     original, changed = checkpoint.source.original, changed_widths(small.model, checkpoint.source.original)
@@ -203,11 +203,11 @@ def test_taylor_removes_what_weight_times_gradient_says(custom, context):
 def test_taylor_stops_where_the_loss_has_fallen_below_its_share_of_the_largest(custom, context, monkeypatch):
     losses, seen = iter([1.0, 4.0, 0.3, 0.1, 2.0]), []
 
-    def loss_at(model, spec, x0, noise, t, conditions, target):
+    def loss_at(model, spec, x0, noise, t, conditions):
         seen.append(int(t[0]))
         return sum(p.sum() for p in model.parameters()) * 0.0 + next(losses)
 
-    monkeypatch.setattr("compress.prune.denoising_loss", loss_at)
+    monkeypatch.setattr("compress.prune.epsilon_loss", loss_at)
     checkpoint = custom(Chain())
     prune(checkpoint, config("taylor", timesteps=5, threshold=0.05), context(checkpoint))
     assert seen == [0, 12, 24, 36]
@@ -222,7 +222,7 @@ def test_choosing_drops_the_least_of_each_group():
 
 @pytest.mark.parametrize(
     ("channels", "ratio", "unit", "kept"),
-    [(64, 0.25, 8, 48), (64, 0.99, 8, 8), (64, 0.01, 8, 64), (6, 0.5, 8, 6), (64, 0.3, 1, 45)],
+    [(64, 0.25, 8, 48), (64, 0.875, 8, 8), (64, 0.01, 8, 64), (6, 0.5, 8, 6), (8, 0.9, 8, 8), (64, 0.3, 1, 45)],
 )
 def test_how_many_channels_are_kept(channels, ratio, unit, kept):
     assert keep_count(channels, ratio, unit) == kept
@@ -233,7 +233,9 @@ def test_allocation_takes_where_a_saved_cost_loses_least_and_leaves_a_quarter():
     dear = Candidate(None, None, torch.full((16,), 1.0), 1, 4, 1.0)
     assert allocate([cheap, dear], 0.25) == [8, 16]
     assert allocate([cheap, dear], 0.5) == [4, 12]
-    assert allocate([cheap, dear], 0.99) == [4, 4]
+    assert allocate([cheap, dear], 0.75) == [4, 4]
+    with pytest.raises(BadInput, match="ratio 0.99 leaves too little of some layer; at most 0.75 can go"):
+        allocate([cheap, dear], 0.99)
 
 
 # --- nothing else ----------------------------------------------------------------------------------------------
@@ -272,9 +274,15 @@ def test_a_ratio_that_is_no_fraction_is_refused(ratio):
         PruneConfig(ratio=ratio)
 
 
+@pytest.mark.parametrize(("scope", "message"), [("local", "leaves nothing"), ("global", "leaves too little")])
+def test_a_ratio_that_leaves_nothing_is_refused(scope, message, unet, context):
+    with pytest.raises(BadInput, match=f"prune: ratio 0.99 {message} .* most .*0.75"):
+        prune(unet, config(ratio=0.99, scope=scope), context(unet))
+
+
 @pytest.mark.parametrize("scope", SCOPES)
-def test_the_highest_ratio_still_leaves_a_working_model(scope, unet, context, output):
-    small = prune(unet, config(ratio=0.999, scope=scope), context(unet))
+def test_the_most_that_can_go_still_leaves_a_working_model(scope, unet, context, output):
+    small = prune(unet, config(ratio=0.7, scope=scope), context(unet))
     assert torch.isfinite(output(small)).all()
     assert min(min(widths.values()) for widths in widths_of(small.model).values()) >= 1
 

@@ -15,7 +15,7 @@ from compress.metrics import sqnr_db
 from compress.quantize import CALIBRATION_SEED, fake_quantized, quantize
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
-from runtime.sampler import generate
+from runtime.sampler import generate, noise_for
 
 
 def config(**settings) -> QuantizeConfig:
@@ -89,11 +89,12 @@ def test_fake_quantization_is_the_formula(reduced, outputs, small, context):
 
 
 def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypatch):
-    seen = []
+    seen, samples = [], []
 
     class Spy(TorchNetwork):
         def run(self, inputs):
             seen.append((set(inputs["timestep"].tolist()), len(inputs["sample"]), inputs["class_labels"].tolist()))
+            samples.append(inputs["sample"])
             return super().run(inputs)
 
     monkeypatch.setattr("compress.quantize.TorchNetwork", Spy)
@@ -102,6 +103,8 @@ def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypat
     assert [t for ts, _, _ in seen for t in ts] == plan + plan  # two batches
     assert [size for _, size, _ in seen] == [3] * 4 + [2] * 4
     assert seen[0][2] + seen[4][2] == [0, 1, 2, 0, 1]
+    noise = noise_for(range(CALIBRATION_SEED, CALIBRATION_SEED + 5), (1, 8, 8))  # its own, not what people sample with
+    np.testing.assert_allclose(np.concatenate([samples[0], samples[4]]), noise, rtol=1e-5)
 
 
 def test_quantizing_again_gives_the_same_hash_and_leaves_the_input_alone(pruned, quantized, context, unet):

@@ -177,7 +177,9 @@ def test_an_impossible_order_is_refused_with_the_reason(stages, where, why, refu
     refused(f"stages: {stages}", "r.yaml", where, why)
 
 
-@pytest.mark.parametrize("stages", ["[schedule, prune, distill, quantize]", "[prune, prune, distill, schedule, quantize]"])
+@pytest.mark.parametrize(
+    "stages", ["[schedule, prune, distill, quantize]", "[prune, prune, distill, schedule, quantize]"]
+)
 def test_a_possible_order_is_kept(stages, recipe):
     assert [stage.name for stage in recipe(f"stages: {stages}").stages] == stages.strip("[]").split(", ")
 
