@@ -33,6 +33,6 @@ def agreement_db(checkpoint: Checkpoint, teacher: Checkpoint, data: ImageData | 
         for share in SHARES:
             t = torch.full((BATCH,), round(share * (len(spec.schedule) - 1)))
             x_t = add_noise(spec, x0, torch.randn(x0.shape, generator=generator), t)
-            wanted.append(forward(teacher.model, x_t, t, conditions).numpy())
-            found.append(forward(model, x_t, t, conditions).numpy())
+            wanted.append(forward(teacher.model, spec, x_t, t, conditions).numpy())
+            found.append(forward(model, spec, x_t, t, conditions).numpy())
     return round(sqnr_db(np.concatenate(wanted), np.concatenate(found)), 2)

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
@@ -127,9 +128,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             os.replace(folder, outgoing)
         os.replace(temporary, folder)
         shutil.rmtree(outgoing, ignore_errors=True)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a type of its own
+        reason = getattr(error, "strerror", None) or error
         raise BadInput(
-            f"{folder}: cannot be written ({error.strerror or error}); choose a folder with space that you may write to"
+            f"{folder}: cannot be written ({reason}); choose a folder with space that you may write to"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

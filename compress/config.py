@@ -6,6 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from runtime.schedule import GRIDS
+from runtime.solvers import SOLVERS
+
 
 class Config(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -14,9 +17,9 @@ class Config(BaseModel):
 class ScheduleConfig(Config):
     """How the model will be sampled from here on; weights are untouched."""
 
-    solver: str = "dpmpp_2m"
+    solver: Literal[tuple(SOLVERS)] = "dpmpp_2m"  # type: ignore[valid-type]
     steps: int = Field(10, ge=1)
-    grid: str = "trailing"
+    grid: Literal[tuple(GRIDS)] = "trailing"  # type: ignore[valid-type]
     guidance: float = 1.0
     eta: float = Field(0.0, ge=0.0, le=1.0)
 
@@ -57,7 +60,7 @@ class QuantizeConfig(Config):
 
     format: Literal["int8"] = "int8"
     mode: Literal["ptq"] = "ptq"
-    calibration: Literal["max", "percentile", "mse", "entropy"] = "percentile"
+    calibration: Literal["max", "percentile", "entropy"] = "percentile"
     percentile: float = Field(99.99, gt=50.0, le=100.0)
     layers: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
     outputs: bool = True

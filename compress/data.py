@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,7 +55,7 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
             if "x" not in file:
                 raise BadInput(f"{path}: has no array 'x'; expected uint8 images [N, H, W] or [N, H, W, C]")
             x, labels = file["x"], file["y"].astype(np.int64) if "y" in file else None
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path}: not readable as an npz of images ({error})") from error
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise BadInput(f"{path}: 'x' is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W] or [N, H, W, C]")

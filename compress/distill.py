@@ -39,7 +39,9 @@ def distill(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Chec
         ctx.work,
         f"distill {config.kind}",
     )
-    return checkpoint.evolve(model=train(checkpoint.clone_model(), KINDS[config.kind](checkpoint, config, ctx), run))
+    student = train(checkpoint.clone_model(), KINDS[config.kind](checkpoint, config, ctx), run)
+    ctx.teacher.model.to("cpu")  # training took it to the student's device
+    return checkpoint.evolve(model=student)
 
 
 def _recover(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Callable[..., torch.Tensor]:
@@ -61,9 +63,9 @@ def _recover(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Cal
         conditions = {name: value.to(device) for name, value in conditions.items()}
         x_t = add_noise(spec, x0, noise, t)
         with torch.no_grad(), captured(teacher, blocks) as wanted:
-            answer = forward(teacher, x_t, t, conditions)
+            answer = forward(teacher, spec, x_t, t, conditions)
         with captured(student, blocks) as found:
-            out = forward(student, x_t, t, conditions)
+            out = forward(student, spec, x_t, t, conditions)
         loss = config.output_weight * torch.mean((out - answer) ** 2)
         if blocks:
             loss = loss + config.feature_weight * feature_distance(found, wanted)

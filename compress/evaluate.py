@@ -10,6 +10,7 @@ The feature network only ever scores; nothing is trained on it or selected by it
 from __future__ import annotations
 
 import statistics
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ def load_reference(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> R
     try:
         with np.load(path, allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise BadInput(f"{path}: not readable as npz ({error})") from error
     if "features" in stored:
         if str(stored.get("features_sha256")) != network.sha256:
@@ -86,6 +87,8 @@ def load_reference(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> R
         features = stored["features"].astype(np.float64)
     else:
         images, _ = read_npz(path)
+        if images.shape[1:] != tuple(spec.sample_shape):
+            raise BadInput(f"{path}: images are {list(images.shape[1:])}, the model makes {list(spec.sample_shape)}")
         low, high = spec.data_range
         scaled = [
             images[i : i + 256].astype(np.float32) * ((high - low) / 255.0) + low for i in range(0, len(images), 256)

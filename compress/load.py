@@ -25,7 +25,7 @@ from diffusers import DDPMScheduler, UNet2DModel
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from compress.checkpoint import RECORD, Checkpoint, Quantization, Record, Source
+from compress.checkpoint import FORMAT, RECORD, Checkpoint, Quantization, Record, Source
 from compress.widths import apply_widths_, widths_of
 from runtime.errors import BadInput
 from runtime.schedule import flow_schedule, make_plan
@@ -74,7 +74,7 @@ def _download(hub_id: str) -> Path:
 
 
 def _load_folder(folder: Path) -> Checkpoint:
-    record = _read_json(folder / RECORD) if (folder / RECORD).is_file() else None
+    record = _read_record(folder)
     if record is not None and record.get("kind") == "custom":
         raise BadInput(
             f"{folder}: made from a custom module; open it as FILE.py:{folder} with the file that defines it"
@@ -89,8 +89,8 @@ def _load_folder(folder: Path) -> Checkpoint:
         )
     try:
         model: nn.Module = KINDS[kind].from_config(config)
-    except (TypeError, ValueError, KeyError, AttributeError, IndexError) as error:
-        raise BadInput(f"{part / 'config.json'}: {kind} cannot be built from it ({error})") from error
+    except Exception as error:  # torch and diffusers raise many types for settings that make no sense
+        raise BadInput(f"{part / 'config.json'}: {kind} cannot be built from it ({_line(error)})") from error
     scheduler_file = (part.parent if part.name in PARTS else folder) / "scheduler" / "scheduler_config.json"
     scheduler = _read_json(scheduler_file) if scheduler_file.is_file() else None
     source = Source(
@@ -118,8 +118,10 @@ def _denoiser_folder(folder: Path) -> Path:
 def _weight_files(part: Path) -> list[Path]:
     index = part / "diffusion_pytorch_model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(_read_json(index).get("weight_map", {}).values()))
-        return [part / name for name in names]
+        names = _read_json(index).get("weight_map")
+        if not isinstance(names, dict) or not names or not all(isinstance(name, str) for name in names.values()):
+            raise BadInput(f"{index}: has no weight_map of tensor names to files; copy it again")
+        return [part / name for name in sorted(set(names.values()))]
     plain = part / "diffusion_pytorch_model.safetensors"
     found = [plain] if plain.is_file() else sorted(part.glob("*.safetensors"))
     if len(found) == 1:
@@ -189,16 +191,20 @@ def _spec_of(config: dict[str, Any], scheduler: dict[str, Any] | None, where: Pa
     kind = str(scheduler.get("prediction_type", "epsilon"))
     if not flow and kind not in PREDICTIONS:
         raise BadInput(f"{where}: prediction_type '{kind}' is not one of {', '.join(PREDICTIONS)}")
-    steps = int(scheduler.get("num_train_timesteps", 1000))
+    try:
+        steps = int(scheduler.get("num_train_timesteps", 1000))
+        size = config.get("sample_size") or 32
+        height, width = (size, size) if isinstance(size, int) else (int(side) for side in size)
+        classes = int(config.get("num_class_embeds") or 0)
+        channels = int(config.get("in_channels", 3))
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{where.parent.parent}: a size in its configs is not a number ({_line(error)})") from error
     # diffusers counts a flow's time in T-ths up to T itself: T + 1 timesteps
     schedule = flow_schedule(steps + 1) if flow else _schedule_of(scheduler, where)
-    classes = int(config.get("num_class_embeds") or 0)
-    size = config.get("sample_size") or 32
-    height, width = (size, size) if isinstance(size, int) else size
     return DenoiserSpec(
         prediction="flow" if flow else PREDICTIONS[kind],
         schedule=schedule,
-        sample_shape=(int(config["in_channels"]), int(height), int(width)),
+        sample_shape=(channels, height, width),
         plan=make_plan("ddim", min(DEFAULT_STEPS, steps), schedule, clip=bool(scheduler.get("clip_sample", True))),
         conditioning=Conditioning("class", classes) if classes else Conditioning(),
     )
@@ -208,8 +214,8 @@ def _schedule_of(scheduler: dict[str, Any], where: Path) -> NoiseSchedule:
     try:
         # Any scheduler of the beta family is one table; diffusers itself makes it from the config.
         table = DDPMScheduler.from_config(scheduler).alphas_cumprod.double().numpy()
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise BadInput(f"{where}: no noise schedule can be made from it ({error})") from error
+    except Exception as error:  # torch's and diffusers' own types for settings that make no sense
+        raise BadInput(f"{where}: no noise schedule can be made from it ({_line(error)})") from error
     return NoiseSchedule(tuple(np.sqrt(table).tolist()), tuple(np.sqrt(1.0 - table).tolist()))
 
 
@@ -222,7 +228,7 @@ def _load_custom(file: Path, weights: Path) -> Checkpoint:
     if not weights.exists():
         raise BadInput(f"{weights}: no such weights for {file}")
     saved = weights.is_dir() and (weights / RECORD).is_file()
-    record = _read_json(weights / RECORD) if saved else None
+    record = _read_record(weights) if saved else None
     original = next(iter(sorted(weights.glob("original*"))), weights) if saved else weights
     module, spec = _call_load(file, original)
     where = str(weights)
@@ -233,7 +239,7 @@ def _load_custom(file: Path, weights: Path) -> Checkpoint:
     if record is not None:
         apply_widths_(module, record.get("widths", {}), where)
         _load_weights_(module, [weights / "weights.safetensors"])
-        spec = DenoiserSpec.from_json(record["spec"], f"{weights / RECORD}: spec")
+        spec = DenoiserSpec.from_json(record.get("spec"), f"{weights / RECORD}: spec")
     return Checkpoint(module.eval(), spec, source, *_history_and_scales(record, weights))
 
 
@@ -245,7 +251,7 @@ def _call_load(file: Path, weights: Path) -> tuple[nn.Module, DenoiserSpec]:
     try:
         definition.loader.exec_module(code)
         result = code.load(weights)
-    except Exception as error:  # the user's own code may raise anything
+    except (Exception, SystemExit) as error:  # the user's own code may raise anything
         raise BadInput(f"{file}: load({weights}) failed: {type(error).__name__}: {error}") from error
     if not (
         isinstance(result, tuple)
@@ -275,7 +281,25 @@ def _history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tu
             amax = {name: tensors.get_tensor(name) for name in tensors.keys()}
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file}: the scales cannot be read ({error}); quantize again") from error
+    for name, value in amax.items():
+        if not torch.isfinite(value).all() or (value <= 0).any():
+            raise BadInput(f"{file}: scale '{name}' is zero, negative or not finite; quantize again")
     return history, Quantization(str(record["quantization"]["format"]), amax)
+
+
+def _read_record(folder: Path) -> dict[str, Any] | None:
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    record = _read_json(file)
+    if record.get("format", FORMAT) != FORMAT:
+        raise BadInput(f"{file}: checkpoint format {record['format']!r}, this diffpress reads {FORMAT}")
+    return record
+
+
+def _line(error: BaseException) -> str:
+    """The first line of a message: some libraries write pages."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _refresh_(model: nn.Module) -> None:

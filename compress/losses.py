@@ -49,8 +49,12 @@ def to_epsilon(spec: DenoiserSpec, out: torch.Tensor, x_t: torch.Tensor, t: torc
     return (x_t - alpha * out) / sigma.clamp_min(1e-4)
 
 
-def forward(model: nn.Module, x_t: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
-    return adapter_for(model).forward(model, {"sample": x_t, "timestep": t, **conditions})
+def forward(
+    model: nn.Module, spec: DenoiserSpec, x_t: torch.Tensor, t: torch.Tensor, conditions: Tensors
+) -> torch.Tensor:
+    """The network's output for integer timesteps `t` [B]; a flow model is told them as floats, as in sampling."""
+    timestep = t.float() if spec.prediction == "flow" else t
+    return adapter_for(model).forward(model, {"sample": x_t, "timestep": timestep, **conditions})
 
 
 def epsilon_loss(
@@ -58,4 +62,4 @@ def epsilon_loss(
 ) -> torch.Tensor:
     """Mean squared error of the noise that the model's answer implies, whatever it predicts (DDPM's simple loss)."""
     x_t = add_noise(spec, x0, noise, t)
-    return torch.mean((to_epsilon(spec, forward(model, x_t, t, conditions), x_t, t) - noise) ** 2)
+    return torch.mean((to_epsilon(spec, forward(model, spec, x_t, t, conditions), x_t, t) - noise) ** 2)

@@ -45,7 +45,9 @@ def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
 def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
     """At most HIGHEST_DB: equal arrays would have an infinite one, which JSON cannot say."""
     signal, noise = (float((x.astype(np.float64) ** 2).sum()) for x in (reference, reference - other))
-    return min(HIGHEST_DB, 10.0 * np.log10(signal / noise)) if noise > 0.0 else HIGHEST_DB
+    if noise == 0.0:
+        return HIGHEST_DB
+    return float(np.clip(10.0 * np.log10(max(signal, 1e-300) / noise), -HIGHEST_DB, HIGHEST_DB))
 
 
 def mean_sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:

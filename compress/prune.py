@@ -30,6 +30,7 @@ from compress.config import PruneConfig
 from compress.context import Context
 from compress.losses import epsilon_loss
 from compress.progress import progress
+from compress.widths import refuse_unrecorded
 from runtime.errors import BadInput
 
 Importance = Callable[[torch.Tensor], torch.Tensor]
@@ -44,13 +45,14 @@ def prune(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Checkpoi
     model = checkpoint.clone_model()
     importance = _importance(model, checkpoint, config, ctx)
     inputs = example_inputs(checkpoint.spec, 2)
-    _prune_heads_(adapter.attentions(model), config.ratio, importance)
-    removed = _prune_channels_(model, adapter, inputs, config, importance)
+    removed = _prune_heads_(adapter.attentions(model), config.ratio, importance)
+    removed += _prune_channels_(model, adapter, inputs, config, importance)
     if removed == 0:
         raise BadInput(
             f"prune: ratio {config.ratio:g} with round_to {config.round_to} removes nothing from this model; "
             "raise ratio or lower round_to"
         )
+    refuse_unrecorded(model, {name: p.shape for name, p in checkpoint.model.named_parameters()})
     adapter.refresh_(model)
     model.zero_grad(set_to_none=True)
     _check_runs(adapter, model, inputs)
@@ -165,7 +167,7 @@ def _prune_channels_(
     model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor], config: PruneConfig, importance: Importance
 ) -> int:
     modules = dict(model.named_modules())
-    fixed = [modules[name] for name in adapter.fragile(model) if name != adapter.first(model)]
+    fixed = [modules[name] for name in adapter.fixed(model)]
     fixed += [layer for a in adapter.attentions(model) for layer in (a.to_q, a.to_k, a.to_v)]
     pixels = _output_pixels(model, adapter, inputs)
     graph = tp.DependencyGraph().build_dependency(
@@ -242,7 +244,9 @@ def _roots(graph: Any, ignored: Iterable[nn.Module]) -> Iterator[tuple[nn.Module
         yield first.target.module, first.handler
 
 
-def _prune_heads_(attentions: list[Any], ratio: float, importance: Importance) -> None:
+def _prune_heads_(attentions: list[Any], ratio: float, importance: Importance) -> int:
+    """Remove whole heads of each attention; returns how many went."""
+    removed = 0
     for attention in attentions:
         heads = attention.heads
         keep = max(1, math.ceil(heads * (1.0 - ratio) - 1e-9))  # a head is large: never more than asked for
@@ -259,6 +263,8 @@ def _prune_heads_(attentions: list[Any], ratio: float, importance: Importance) -
             tp.prune_linear_out_channels(layer, indices)
         tp.prune_linear_in_channels(attention.to_out[0], indices)
         attention.heads = keep
+        removed += len(lost)
+    return removed
 
 
 def _check_runs(adapter: Adapter, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:

@@ -61,13 +61,24 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
     full = [name for name in layers if f"{name}.input" in amax]
     weight_only = [name for name in layers if f"{name}.input" not in amax]
     outputs = [name for name in layers if f"{name}.output" in amax]
-    model = _with_quantizers(checkpoint.clone_model(), full, weight_only, outputs)
+    model = checkpoint.clone_model()
+    _refuse_foreign(dict(model.named_modules()), amax)
+    model = _with_quantizers(model, full, weight_only, outputs)
     modules = dict(model.named_modules())
     for key, value in amax.items():
         layer, what = key.rsplit(".", 1)
         quantizer: Any = getattr(modules[layer], f"{what}_quantizer")
         quantizer.amax = _broadcast(value, modules[layer]) if what == "weight" else value
     return model.eval()
+
+
+def _refuse_foreign(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor]) -> None:
+    for key, value in amax.items():
+        layer, what = key.rsplit(".", 1)
+        module: Any = modules.get(layer)
+        fits = isinstance(module, tuple(KINDS.values()))
+        if not fits or value.numel() != (module.weight.shape[0] if what == "weight" else 1):
+            raise BadInput(f"scale '{key}' with {value.numel()} values does not fit this model; quantize it again")
 
 
 def choose_layers(model: nn.Module, config: QuantizeConfig) -> tuple[list[str], list[str]]:

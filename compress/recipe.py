@@ -98,8 +98,8 @@ def read_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
 def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
     _refuse_unknown(raw, KEYS, str(path), "")
     seed = raw.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or seed < 0:
-        raise BadInput(f"{path}: seed: {seed!r} must be a whole number, 0 or more")
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise BadInput(f"{path}: seed: {seed!r} must be a whole number from 0 to 2^63 - 1")
     entries = raw.get("stages") or []
     if not isinstance(entries, list):
         raise BadInput(f"{path}: stages: must be a list of stages")
@@ -173,26 +173,32 @@ def _data_path(value: Any, path: Path) -> Path | None:
 
 
 def _override_(raw: dict[str, Any], override: str) -> None:
-    """Apply `stages.1.distill.steps=100`: numbers index lists, a stage's name may stand for its only occurrence."""
+    """Apply `distill.steps=100`, or `stages.1.distill.steps=100` where a stage occurs more than once."""
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise BadInput(f"--set {override}: expected key=value, like stages.0.prune.ratio=0.2")
     *parents, last = key.split(".")
+    if parents and parents[0] in STAGE_CONFIGS:
+        parents = ["stages", *parents]
     node: Any = raw
     for part in parents:
         node = _child(node, part, override)
     if not isinstance(node, dict):
         raise BadInput(f"--set {override}: '{key}' does not lead to a setting of the recipe")
-    node[last] = yaml.safe_load(value)
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--set {override}: '{value}' is not a YAML value") from error
 
 
 def _child(node: Any, part: str, override: str) -> Any:
     if isinstance(node, list) and part.isdigit() and int(part) < len(node):
         return node[int(part)]
     if isinstance(node, list):
-        named = [entry[part] for entry in node if isinstance(entry, dict) and part in entry]
-        if len(named) == 1 and isinstance(named[0], dict):
-            return named[0]
+        node[:] = [{entry: {}} if entry == part else entry for entry in node]  # a bare "- prune"
+        named = [entry for entry in node if isinstance(entry, dict) and part in entry]
+        if len(named) == 1:
+            return _child(named[0], part, override)
     if isinstance(node, dict):
         if node.get(part) is None:
             node[part] = {}

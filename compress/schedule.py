@@ -6,12 +6,10 @@ from compress.checkpoint import Checkpoint
 from compress.config import ScheduleConfig
 from compress.context import Context, say
 from runtime.schedule import make_plan
-from runtime.solvers import solver_named
 
 
 def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Checkpoint:
     """Give the checkpoint's spec a new plan."""
-    solver_named(config.solver)
     old = checkpoint.spec.plan
     plan = make_plan(
         config.solver,

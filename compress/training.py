@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -61,6 +62,7 @@ def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate * learning_rate_factor(step, run.steps, run.warmup)
             batch = step * accelerator.num_processes + accelerator.process_index
+            torch.manual_seed(batch)  # dropout too repeats when a run is resumed
             loss = loss_of(model, step_generator(run.seed, batch))
             if not math.isfinite(loss.item()):
                 raise TrainingDiverged(
@@ -100,25 +102,27 @@ def _save(model: nn.Module, optimizer: Any, ema: EMAModel, step: int, run: Train
     for i, parameter in enumerate(model.parameters()):
         for name, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{i}.{name}"] = value
-    run.work.mkdir(parents=True, exist_ok=True)
     target = run.work / "training.safetensors"
     temporary = target.with_suffix(".partial")
     metadata = {"step": str(step), "ema_step": str(ema.optimization_step), "run": _fingerprint(run)}
-    save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
-    os.replace(temporary, target)
+    try:
+        run.work.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
+        os.replace(temporary, target)
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{target}: the training state cannot be saved ({reason}); make space and run again") from error
 
 
 def _restore_(model: nn.Module, optimizer: Any, ema: EMAModel, run: Training) -> int:
     file = run.work / "training.safetensors"
     if not file.is_file():
         return 0
-    from safetensors import safe_open
-
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata()
         tensors = load_file(file)
-    except Exception as error:
+    except (OSError, SafetensorError) as error:
         raise BadInput(f"{file}: the saved training state cannot be read ({error}); delete it to start over") from error
     if metadata.get("run") != _fingerprint(run):
         return 0

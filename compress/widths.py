@@ -40,6 +40,19 @@ def widths_of(model: nn.Module) -> Widths:
     return {name: widths for name, widths in found.items() if widths is not None}
 
 
+def refuse_unrecorded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
+    """BadInput where a parameter's shape differs from `shapes` in a layer whose widths cannot be recorded."""
+    recorded = tuple(kind for kind, _ in SHAPED)
+    modules = dict(model.named_modules())
+    for name, parameter in model.named_parameters():
+        owner = modules[name.rpartition(".")[0]]
+        if parameter.shape != shapes[name] and not isinstance(owner, recorded):
+            raise BadInput(
+                f"prune: layer '{name.rpartition('.')[0]}' is a {type(owner).__name__}, whose widths diffpress cannot "
+                f"record yet; layers that it can: {', '.join(kind.__name__ for kind in recorded)}"
+            )
+
+
 def changed_widths(model: nn.Module, original: Widths) -> Widths:
     return {name: widths for name, widths in widths_of(model).items() if original.get(name) != widths}
 
@@ -47,13 +60,15 @@ def changed_widths(model: nn.Module, original: Widths) -> Widths:
 def apply_widths_(model: nn.Module, widths: Widths, where: str) -> None:
     """Give the named layers of `model` their widths; parameters are new and uninitialised."""
     modules = dict(model.named_modules())
+    if not isinstance(widths, dict):
+        raise BadInput(f"{where}: widths must be an object of layers")
     for name, wanted in widths.items():
         module = modules.get(name)
         known = layer_widths(module) if module is not None else None
-        if module is None or known is None or set(known) != set(wanted):
+        if module is None or known is None or not isinstance(wanted, dict) or set(known) != set(wanted):
             raise BadInput(f"{where}: widths name a layer '{name}' that this model does not have")
-        if min(wanted.values()) < 1:
-            raise BadInput(f"{where}: layer '{name}' has a width below 1")
+        if not all(isinstance(width, int) and width >= 1 for width in wanted.values()):
+            raise BadInput(f"{where}: layer '{name}' has a width that is not a whole number above 0")
         for attribute, value in wanted.items():
             setattr(module, attribute, value)
         _reshape_parameters_(module)

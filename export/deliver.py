@@ -54,6 +54,8 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
 def compress_command(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe, tuple(args.set))
     teacher = load_checkpoint(args.checkpoint)
+    if recipe.evaluate is not None:
+        load_features(FEATURES, teacher.spec)  # what cannot be scored is refused before the work, not after it
     claim_folder(args.out, teacher, recipe, args.update)
     checkpoint = run_stages(teacher, recipe, args.out)
     deliver(checkpoint, teacher, recipe, args.out)

@@ -27,8 +27,9 @@ def fragile(model: nn.Module) -> list[str]:
     return sorted({*layers[:1], *layers[-1:]})
 
 
-def first(model: nn.Module) -> str:
-    return next((name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))), "")
+def fixed(model: nn.Module) -> list[str]:
+    layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    return layers[-1:]
 
 
 def attentions(model: nn.Module) -> list[Any]:
