@@ -143,7 +143,8 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
     if source.kind == "custom":
         save_file(state, folder / "weights.safetensors")
         if source.weights is not None:
-            shutil.copyfile(source.weights, folder / f"original{source.weights.suffix}")
+            copy_to = folder / f"original{source.weights.suffix}"
+            (shutil.copytree if source.weights.is_dir() else shutil.copyfile)(source.weights, copy_to)
     else:
         parts = folder / source.folder
         parts.mkdir()

@@ -103,7 +103,7 @@ def _load_folder(folder: Path) -> Checkpoint:
     if record is not None and "spec" in record:
         spec = DenoiserSpec.from_json(record["spec"], f"{folder / RECORD}: spec")
     else:
-        spec = _spec_of(config, scheduler, scheduler_file)
+        spec = _spec_of(config, scheduler, scheduler_file, part / "config.json")
         spec = _amended(spec, record or {}, str(folder / RECORD))
     return Checkpoint(model.eval(), spec, source, *_history_and_scales(record, folder))
 
@@ -185,7 +185,7 @@ def _amended(spec: DenoiserSpec, record: dict[str, Any], where: str) -> Denoiser
     return spec.with_plan(plan)
 
 
-def _spec_of(config: dict[str, Any], scheduler: dict[str, Any] | None, where: Path) -> DenoiserSpec:
+def _spec_of(config: dict[str, Any], scheduler: dict[str, Any] | None, where: Path, config_file: Path) -> DenoiserSpec:
     scheduler = scheduler or {}
     flow = "FlowMatch" in str(scheduler.get("_class_name", ""))
     kind = str(scheduler.get("prediction_type", "epsilon"))
@@ -198,7 +198,7 @@ def _spec_of(config: dict[str, Any], scheduler: dict[str, Any] | None, where: Pa
         classes = int(config.get("num_class_embeds") or 0)
         channels = int(config.get("in_channels", 3))
     except (TypeError, ValueError) as error:
-        raise BadInput(f"{where.parent.parent}: a size in its configs is not a number ({_line(error)})") from error
+        raise BadInput(f"{config_file}, {where}: a size in them is not a whole number ({_line(error)})") from error
     # diffusers counts a flow's time in T-ths up to T itself: T + 1 timesteps
     schedule = flow_schedule(steps + 1) if flow else _schedule_of(scheduler, where)
     return DenoiserSpec(
@@ -235,7 +235,7 @@ def _load_custom(file: Path, weights: Path) -> Checkpoint:
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise BadInput(f"{original}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken")
-    source = Source("custom", file=file, weights=original if original.is_file() else None, original=widths_of(module))
+    source = Source("custom", file=file, weights=original, original=widths_of(module))
     if record is not None:
         apply_widths_(module, record.get("widths", {}), where)
         _load_weights_(module, [weights / "weights.safetensors"])

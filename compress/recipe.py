@@ -192,10 +192,11 @@ def _override_(raw: dict[str, Any], override: str) -> None:
 
 
 def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        node[:] = [{entry: {}} if isinstance(entry, str) else entry for entry in node]  # a bare "- prune"
     if isinstance(node, list) and part.isdigit() and int(part) < len(node):
         return node[int(part)]
     if isinstance(node, list):
-        node[:] = [{entry: {}} if entry == part else entry for entry in node]  # a bare "- prune"
         named = [entry for entry in node if isinstance(entry, dict) and part in entry]
         if len(named) == 1:
             return _child(named[0], part, override)

@@ -43,9 +43,7 @@ def test_file_has_the_size_and_hash_of_the_manifest_and_the_readme(name):
     content, entry = (DATA / name).read_bytes(), MANIFEST[name]
     assert len(content) == entry["bytes"]
     assert hashlib.sha256(content).hexdigest() == entry["sha256"]
-    (row,) = [
-        line for line in (DATA / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")
-    ]
+    (row,) = [line for line in (DATA / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
     assert entry["sha256"] in row and f"{entry['bytes']:,}" in row and entry["licence"] in row
     assert entry["licence"] in ("MIT", "Apache-2.0") and entry["source"]
 

@@ -196,8 +196,12 @@ def test_a_missing_bundle_is_refused_by_every_verb_that_reads_one(refused, tmp_p
 
 @pytest.mark.parametrize(
     ("text", "word"),
-    [("stages: [{prun: {}}]", "did you mean 'prune'?"), ("stages: [", "not valid YAML"), ("stages: [distill]", "prune"),
-     ("stages: [{prune: {ratio: 1.0}}]", "stages[0].prune.ratio")],
+    [
+        ("stages: [{prun: {}}]", "did you mean 'prune'?"),
+        ("stages: [", "not valid YAML"),
+        ("stages: [distill]", "prune"),
+        ("stages: [{prune: {ratio: 1.0}}]", "stages[0].prune.ratio"),
+    ],
 )
 def test_a_bad_recipe_is_refused_before_any_work(text, word, teacher, recipe, refused, tmp_path):
     recipe.write_text(text)

@@ -38,7 +38,7 @@ UNET = {
     "attention_head_dim": 8,
 }
 
-MODULE = '''
+MODULE = """
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -64,7 +64,7 @@ def load(path):
     model.load_state_dict(load_file(path))
     schedule = flow_schedule(50) if "PREDICTION" == "flow" else betas_schedule("linear", 50)
     return model, DenoiserSpec("PREDICTION", schedule, (1, 8, 8), make_plan("euler", 3, schedule))
-'''
+"""
 
 
 @pytest.fixture(autouse=True, scope="session")

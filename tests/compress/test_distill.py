@@ -49,7 +49,10 @@ def test_the_task_loss_alone_trains_towards_the_data(plain, context, images):
     noise, t = torch.randn(x0.shape, generator=torch.Generator().manual_seed(8)), torch.full((32,), 60)
     alpha, sigma = plain.spec.schedule.alphas[60], plain.spec.schedule.sigmas[60]
     with torch.no_grad():
-        losses = [((forward(c.model, alpha * x0 + sigma * noise, t, {}) - noise) ** 2).mean() for c in (plain, trained)]
+        losses = [
+            ((forward(c.model, c.spec, alpha * x0 + sigma * noise, t, {}) - noise) ** 2).mean()
+            for c in (plain, trained)
+        ]
     assert losses[1] < 0.8 * losses[0]
 
 
@@ -88,11 +91,11 @@ def test_features_are_collected_only_inside_the_context(unet):
     blocks = adapter_for(unet.model).blocks(unet.model)
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([1, 50]), {"class_labels": torch.tensor([0, 1])}
     with torch.no_grad(), captured(unet.model, blocks) as features:
-        forward(unet.model, *inputs)
+        forward(unet.model, unet.spec, *inputs)
     assert set(features) == set(blocks) and all(f.shape[0] == 2 and f.dim() == 4 for f in features.values())
     kept = dict(features)
     with torch.no_grad():
-        forward(unet.model, *inputs)
+        forward(unet.model, unet.spec, *inputs)
     assert all(features[name] is kept[name] for name in blocks)
 
 
@@ -142,7 +145,7 @@ def test_a_network_wrapped_for_many_devices_is_called_as_the_one_inside(unet):
     try:
         wrapped = nn.parallel.DistributedDataParallel(unet.clone_model())
         inputs = torch.randn(2, 1, 8, 8), torch.tensor([1, 50]), {"class_labels": torch.tensor([0, 1])}
-        assert torch.equal(forward(wrapped, *inputs), forward(unet.model, *inputs))
+        assert torch.equal(forward(wrapped, unet.spec, *inputs), forward(unet.model, unet.spec, *inputs))
     finally:
         torch.distributed.destroy_process_group()
 

@@ -88,9 +88,7 @@ def test_a_checkpoint_in_half_precision_and_in_shards_is_read_as_float32(pipelin
     assert all(torch.equal(model.state_dict()[name], state[name].float()) for name in names)
 
 
-@pytest.mark.parametrize(
-    ("said", "understood"), [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")]
-)
+@pytest.mark.parametrize(("said", "understood"), [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")])
 def test_every_prediction_type_is_understood(said, understood, pipeline_folder, scheduler):
     scheduler(pipeline_folder, prediction_type=said)
     assert load_checkpoint(pipeline_folder).spec.prediction == understood
@@ -130,7 +128,7 @@ def test_a_custom_module_of_every_prediction_is_read(prediction, custom_files):
     assert loaded.spec.prediction == prediction and not loaded.model.training
     assert torch.equal(loaded.model.first.weight, load_file(weights)["first.weight"])
     inputs = example_inputs(loaded.spec, 2)
-    assert forward(loaded.model, inputs["sample"], inputs["timestep"], {}).shape == (2, 1, 8, 8)
+    assert forward(loaded.model, loaded.spec, inputs["sample"], inputs["timestep"], {}).shape == (2, 1, 8, 8)
 
 
 def test_a_hub_id_is_passed_to_diffusers(pipeline_folder, monkeypatch):
@@ -279,8 +277,14 @@ def test_a_config_that_builds_nothing_is_refused(change, pipeline_folder):
 
 
 def test_a_config_that_leaves_the_channels_to_the_default_is_read(tmp_path):
-    UNet2DModel(block_out_channels=(16, 32), down_block_types=("DownBlock2D",) * 2, up_block_types=("UpBlock2D",) * 2,
-                norm_num_groups=4, layers_per_block=1, sample_size=8).save_pretrained(tmp_path / "unet")
+    UNet2DModel(
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=8,
+    ).save_pretrained(tmp_path / "unet")
     file = tmp_path / "unet" / "config.json"
     config = json.loads(file.read_text())
     for key in ("in_channels", "out_channels"):

@@ -294,7 +294,9 @@ def test_a_run_killed_in_the_middle_of_distill_ends_as_an_undisturbed_one(teache
     out = tmp_path / "out"
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, str(tmp_path / "teacher"), str(npz.with_name("r.yaml")), str(out)],
-        cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )
     undisturbed = run_stages(teacher, settings, tmp_path / "undisturbed")
     try:

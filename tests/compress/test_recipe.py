@@ -195,8 +195,15 @@ def test_a_setting_is_overridden(override, recipe):
 
 
 def test_overrides_apply_in_turn_and_reach_every_level(recipe):
-    found = recipe(RECIPE, "seed=5", "stages.distill.steps=9", "stages.distill.steps=11", "evaluate.samples=64",
-                   "export.targets=[onnx]", "gates.parity_sqnr_db=12.5")
+    found = recipe(
+        RECIPE,
+        "seed=5",
+        "stages.distill.steps=9",
+        "stages.distill.steps=11",
+        "evaluate.samples=64",
+        "export.targets=[onnx]",
+        "gates.parity_sqnr_db=12.5",
+    )
     assert found.seed == 5 and found.stages[1].config.steps == 11 and found.evaluate.samples == 64
     assert found.export.targets == ("onnx",) and found.gates.parity_sqnr_db == 12.5
 

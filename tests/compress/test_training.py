@@ -19,8 +19,16 @@ from runtime.errors import BadInput
 
 @pytest.fixture
 def run(tmp_path: Path) -> Training:
-    return Training(steps=10, learning_rate=0.05, warmup=3, ema=0.9, seed=1, save_every=3, work=tmp_path / "work",
-                    what="distill recover")
+    return Training(
+        steps=10,
+        learning_rate=0.05,
+        warmup=3,
+        ema=0.9,
+        seed=1,
+        save_every=3,
+        work=tmp_path / "work",
+        what="distill recover",
+    )
 
 
 def student() -> nn.Module:

@@ -37,7 +37,7 @@ def test_layers_that_pruning_left_alone_are_not_listed(pruned):
     [
         ({"nowhere": {"in_channels": 1, "out_channels": 8, "groups": 1}}, "here: .*'nowhere'"),
         ({"conv_in": {"in_features": 1, "out_features": 8}}, "here: .*'conv_in'"),
-        ({"conv_in": {"in_channels": 1, "out_channels": 0, "groups": 1}}, "here: .*'conv_in' .*below 1"),
+        ({"conv_in": {"in_channels": 1, "out_channels": 0, "groups": 1}}, "here: .*'conv_in' .*above 0"),
         ({"conv_in": {"in_channels": 1, "out_channels": "8", "groups": 1}}, "here: .*'conv_in'"),
         ({"conv_in": [1, 8, 1]}, "here: .*'conv_in'"),
     ],

@@ -147,8 +147,10 @@ def test_a_scale_that_is_no_scale_is_refused_by_layer(kind, value, unet, unet_gr
         ({"conv_in.weight": torch.ones(5)}, "layer 'conv_in': 5 weight scales for 16 channels"),
         ({"conv_in.input": torch.ones(3)}, "layer 'conv_in'.*3 values, one is expected"),
         ({"elsewhere.weight": torch.ones(3)}, "layer 'elsewhere': the graph has no node"),
-        ({"time_embedding.linear_1.weight": torch.ones(64), "time_embedding.linear_1.output": torch.ones(())},
-         "layer 'time_embedding.linear_1': only convolutions"),
+        (
+            {"time_embedding.linear_1.weight": torch.ones(64), "time_embedding.linear_1.output": torch.ones(())},
+            "layer 'time_embedding.linear_1': only convolutions",
+        ),
     ],
 )
 def test_scales_that_do_not_fit_the_graph_are_refused_by_layer(change, message, unet, unet_graph, scales):

@@ -22,8 +22,10 @@ from runtime.errors import BadInput
 from runtime.sampler import generate
 
 ROOT = Path(__file__).parents[2]
-EXPORT = "import sys; from pathlib import Path; from compress.load import load_checkpoint as load; " \
+EXPORT = (
+    "import sys; from pathlib import Path; from compress.load import load_checkpoint as load; "
     "from export.to_onnx import export_float as export; export(load(sys.argv[1]), Path(sys.argv[2]))"
+)
 
 
 @pytest.mark.parametrize("batch", [1, 3])

@@ -38,9 +38,7 @@ def ours_and_network(fake_network, kind, prediction, plan_of, noise, fresh=None)
     plan = plan_of(schedule)
     network = fake_network(prediction, schedule)
     spec = DenoiserSpec(prediction, schedule, (1, 4, 4), plan)
-    steps = sample(
-        make_denoiser(network, spec, clip=plan.clip), noise, schedule, plan, *([fresh] if fresh else [])
-    )
+    steps = sample(make_denoiser(network, spec, clip=plan.clip), noise, schedule, plan, *([fresh] if fresh else []))
     return [step.x for step in steps], plan, network
 
 
@@ -59,9 +57,7 @@ def test_ddim_follows_diffusers(fake_network, noise, kind, prediction, grid, eta
     def plan_of(schedule):
         return make_plan("ddim", 10, schedule, grid=grid, eta=eta, clip=clip)
 
-    ours, plan, network = ours_and_network(
-        fake_network, kind, prediction, plan_of, start, lambda k: fresh[k - 1]
-    )
+    ours, plan, network = ours_and_network(fake_network, kind, prediction, plan_of, start, lambda k: fresh[k - 1])
     low, high = KINDS[kind]
     scheduler = diffusers.DDIMScheduler(
         1000, low, high, kind, clip_sample=clip, prediction_type=NAMES[prediction], timestep_spacing=grid
@@ -114,9 +110,7 @@ def test_dpm_solver_follows_diffusers(fake_network, noise, kind, prediction, gri
         fake_network, kind, prediction, lambda s: make_plan("dpmpp_2m", 10, s, grid=grid, clip=False), start
     )
     low, high = KINDS[kind]
-    scheduler = diffusers.DPMSolverMultistepScheduler(
-        1000, low, high, kind, prediction_type=NAMES[prediction]
-    )
+    scheduler = diffusers.DPMSolverMultistepScheduler(1000, low, high, kind, prediction_type=NAMES[prediction])
     scheduler.set_timesteps(timesteps=[int(t) for t in plan.timesteps])
     x = torch.from_numpy(start)
     for k, t in enumerate(scheduler.timesteps):

@@ -85,9 +85,7 @@ def test_what_is_asked_for_replaces_the_plan_of_the_bundle(tiny: Path) -> None:
         (["--guidance", "nan"], "guidance nan must be finite"),
     ],
 )
-def test_bad_wishes_get_one_clear_line_and_no_file(
-    tiny: Path, tmp_path: Path, arguments, message: str
-) -> None:
+def test_bad_wishes_get_one_clear_line_and_no_file(tiny: Path, tmp_path: Path, arguments, message: str) -> None:
     with pytest.raises(DiffpressError) as caught:
         run(tiny, "--out", tmp_path / "grid.png", *arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2

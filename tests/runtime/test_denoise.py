@@ -87,9 +87,7 @@ def test_guidance_equals_two_separate_calls(fake_network, noise, prediction) -> 
 def test_guidance_one_costs_one_half(fake_network, noise) -> None:
     network = fake_network("v", COSINE, labelled=True)
     labels = np.array([1, 2, 3])
-    make_denoiser(network, spec_of("v", conditioning=CLASSES), labels=labels)(
-        noise(3, 1, 4, 4), point_at(COSINE, 40)
-    )
+    make_denoiser(network, spec_of("v", conditioning=CLASSES), labels=labels)(noise(3, 1, 4, 4), point_at(COSINE, 40))
     assert len(network.calls[0]["sample"]) == 3
 
 
@@ -125,9 +123,7 @@ def test_example_inputs_are_those_of_the_first_call(fake_network) -> None:
         (CLASSES, False, {"labels": np.array([1])}, "by its spec they should be class_labels"),
     ],
 )
-def test_wishes_that_do_not_fit_the_model_are_refused(
-    fake_network, conditioning, labelled, options, message
-) -> None:
+def test_wishes_that_do_not_fit_the_model_are_refused(fake_network, conditioning, labelled, options, message) -> None:
     network = fake_network("v", COSINE, labelled=labelled)
     with pytest.raises(BadInput, match=message):
         make_denoiser(network, spec_of("v", conditioning=conditioning), **options)

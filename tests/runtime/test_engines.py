@@ -131,9 +131,7 @@ def test_any_batch_size_runs(name: str, tiny: Path) -> None:
     engine = open_engine(bundle, name)
     feeds = {batch: network_inputs(engine, bundle.spec, batch) for batch in (1, 2, 3, 4, 5, 6)}
     first = {batch: engine.run(feed) for batch, feed in feeds.items()}
-    again = {
-        batch: engine.run({key: value * 1 for key, value in feed.items()}) for batch, feed in feeds.items()
-    }
+    again = {batch: engine.run({key: value * 1 for key, value in feed.items()}) for batch, feed in feeds.items()}
     assert all(np.array_equal(first[batch], again[batch]) and len(first[batch]) == batch for batch in feeds)
     # the same noise leads each batch: the samples they share come out alike
     assert np.abs(first[6][:3] - first[3]).max() < 1e-5

@@ -32,19 +32,13 @@ def test_channels_move_last() -> None:
     images = np.zeros((2, 3, 4, 5), np.float32)
     images[1, 2] = 1.0
     pixels = to_uint8(images)
-    assert (
-        pixels.shape == (2, 4, 5, 3)
-        and (pixels[1, :, :, 2] == 255).all()
-        and (pixels[1, :, :, 0] == 128).all()
-    )
+    assert pixels.shape == (2, 4, 5, 3) and (pixels[1, :, :, 2] == 255).all() and (pixels[1, :, :, 0] == 128).all()
 
 
 @pytest.mark.parametrize(
     ("count", "columns", "size"), [(5, None, (8, 13)), (1, None, (3, 3)), (4, 4, (3, 18)), (3, 9, (3, 13))]
 )
-def test_a_grid_holds_every_image_in_reading_order(
-    count: int, columns: int | None, size: tuple[int, int]
-) -> None:
+def test_a_grid_holds_every_image_in_reading_order(count: int, columns: int | None, size: tuple[int, int]) -> None:
     pixels = np.arange(1, count + 1, dtype=np.uint8)[:, None, None, None] * np.ones((1, 3, 3, 1), np.uint8)
     whole = grid(pixels, columns, gap=2)
     assert whole.shape == (*size, 1)
@@ -67,9 +61,7 @@ def test_a_png_reads_back_as_it_was_written(tmp_path: Path, channels: int) -> No
         assert np.array_equal(np.asarray(image).reshape(pixels.shape), pixels) and image.format == "PNG"
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_scraps(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_write_leaves_the_old_file_and_no_scraps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from PIL import Image
 
     path = tmp_path / "grid.png"

@@ -20,12 +20,8 @@ MODULES = sorted(
 
 def loaded(code: str) -> set[str]:
     """The top-level modules in a fresh interpreter after running `code`."""
-    program = (
-        f"{code}\nimport sys, json; print(json.dumps(sorted(set(n.split('.')[0] for n in sys.modules))))"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    program = f"{code}\nimport sys, json; print(json.dumps(sorted(set(n.split('.')[0] for n in sys.modules))))"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -61,10 +57,7 @@ r"{tmp_path / "g.png"}"]))
 
 def test_importing_runtime_takes_less_than_a_third_of_a_second() -> None:
     code = "import time; a = time.perf_counter(); import runtime; print(time.perf_counter() - a)"
-    runs = [
-        subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-        for _ in range(3)
-    ]
+    runs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True) for _ in range(3)]
     assert min(float(run.stdout) for run in runs) < 0.3
 
 

@@ -62,17 +62,9 @@ def test_sigma_grids_visit_the_noise_levels_of_diffusers(kind: str, option: str)
 @pytest.mark.parametrize("kind", GRIDS)
 @pytest.mark.parametrize("steps", [1, 2, 5, 37, 999, 1000])
 @pytest.mark.parametrize("schedule", [COSINE, LINEAR, flow_schedule(1000)], ids=["cosine", "linear", "flow"])
-def test_every_grid_gives_that_many_whole_descending_timesteps(
-    kind: str, steps: int, schedule: NoiseSchedule
-) -> None:
+def test_every_grid_gives_that_many_whole_descending_timesteps(kind: str, steps: int, schedule: NoiseSchedule) -> None:
     t = np.array(timestep_grid(kind, steps, schedule))
-    assert (
-        len(t) == steps
-        and (np.diff(t) <= -1).all()
-        and t[0] <= 999
-        and t[-1] >= 0
-        and (t == np.round(t)).all()
-    )
+    assert len(t) == steps and (np.diff(t) <= -1).all() and t[0] <= 999 and t[-1] >= 0 and (t == np.round(t)).all()
 
 
 @pytest.mark.parametrize("kind", sorted(set(GRIDS) - {"leading"}))

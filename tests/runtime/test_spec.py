@@ -88,11 +88,7 @@ def test_what_is_no_object_is_refused(data: Any) -> None:
 
 def test_a_new_plan_makes_a_new_spec() -> None:
     plan = Plan("ddim", (10.0, 0.0))
-    assert (
-        SPEC.with_plan(plan) == replace(SPEC, plan=plan)
-        and SPEC.plan.solver == "dpmpp_2m"
-        and plan.steps == 2
-    )
+    assert SPEC.with_plan(plan) == replace(SPEC, plan=plan) and SPEC.plan.solver == "dpmpp_2m" and plan.steps == 2
 
 
 def test_a_schedule_may_be_flat_but_not_turn_back() -> None:
