@@ -143,7 +143,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
         if args.against:
             other, _ = open_network(args.against, args.engine, args.threads)
             with closing(other):
-                result["paired"] = paired(network, other, spec, spec.plan, Path(args.against).name, args.batch)
+                result["paired"] = paired(network, other, spec, config, Path(args.against).name)
     print_evaluation(Path(args.subject).name, result)
     if args.json:
         write_json(args.json, result)

@@ -29,7 +29,6 @@ from runtime.sampler import generate, generate_batches, labels_in_turn
 from runtime.spec import DenoiserSpec, Plan
 
 SEED_STRIDE = 10_000_000  # sample i of seed s starts from the noise of seed s * stride + i
-PAIRED_SAMPLES = 64
 
 
 @dataclass(frozen=True)
@@ -151,11 +150,11 @@ def real_floor(features: np.ndarray, samples: int, seeds: int) -> float:
 
 
 def paired(
-    network: Network, other: Network, spec: DenoiserSpec, plan: Plan, against: str, batch: int
+    network: Network, other: Network, spec: DenoiserSpec, config: EvaluateConfig, against: str
 ) -> dict[str, Any]:
-    """PSNR and SSIM between the images that two networks make of the same noise, labels and plan."""
-    seeds = np.arange(PAIRED_SAMPLES)
-    ours, theirs = (generate(n, spec, seeds, None, plan, batch) for n in (network, other))
+    """PSNR and SSIM between the images that two networks make of the same noise and labels by the spec's plan."""
+    seeds = np.arange(config.samples)
+    ours, theirs = (generate(n, spec, seeds, batch=config.batch) for n in (network, other))
     span = spec.data_range[1] - spec.data_range[0]
     return {"against": against, "psnr_db": psnr_db(theirs, ours, span), "ssim": ssim(theirs, ours, span)}
 

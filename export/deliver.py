@@ -117,7 +117,7 @@ def write_comparison(ours: Engine, bundle: Bundle, theirs: Engine, baseline: Bun
     """Two rows of the teacher's images, then two of the bundle's, each by its own plan from the same noise."""
     seeds = np.arange(2 * COLUMNS)
     rows = [
-        to_uint8(generate(engine, b.spec, seeds, batch=COLUMNS), b.spec.data_range)
+        to_uint8(generate(engine, b.spec, seeds, batch=len(seeds)), b.spec.data_range)
         for engine, b in ((theirs, baseline), (ours, bundle))
     ]
     write_png(grid(np.concatenate(rows), columns=COLUMNS), path)
@@ -137,8 +137,7 @@ def _evaluated(
     scores = {}
     for name, engine, one in (("baseline", theirs, baseline), ("bundle", ours, bundle)):
         scores[name] = evaluate(engine, one.spec, config, features, reference, what=f"sampling the {name}")
-    plan = bundle.spec.plan
-    scores["bundle"]["paired"] = paired(ours, theirs, bundle.spec, plan, "teacher, same plan", config.batch)
+    scores["bundle"]["paired"] = paired(ours, theirs, bundle.spec, config, "teacher, same plan")
     for name, score in scores.items():
         print_evaluation(name, score)
     return {"key": key, **scores}
