@@ -74,8 +74,8 @@ def test_too_few_reference_images_are_refused(unet, reference):
 
 def test_paired_figures_compare_the_same_noise(unet, quantized):
     ours, theirs = (TorchNetwork(c.model, c.spec) for c in (quantized, unet))
-    same = paired(theirs, theirs, unet.spec, unet.spec.plan, "itself", 16)
-    other = paired(ours, theirs, unet.spec, unet.spec.plan, "teacher", 16)
+    same = paired(theirs, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "itself")
+    other = paired(ours, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "teacher")
     assert same["against"] == "itself" and same["ssim"] == pytest.approx(1.0, abs=1e-5)
     assert same["psnr_db"] > 100 > other["psnr_db"]
 
