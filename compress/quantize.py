@@ -75,9 +75,8 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
 def _refuse_foreign(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor]) -> None:
     for key, value in amax.items():
         layer, what = key.rsplit(".", 1)
-        module: Any = modules.get(layer)
-        fits = isinstance(module, tuple(KINDS.values()))
-        if not fits or value.numel() != (module.weight.shape[0] if what == "weight" else 1):
+        weight = getattr(modules.get(layer), "weight", None)
+        if weight is None or value.numel() != (weight.shape[0] if what == "weight" else 1):
             raise BadInput(f"scale '{key}' with {value.numel()} values does not fit this model; quantize it again")
 
 
