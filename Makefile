@@ -19,7 +19,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/diffpress compress --recipe compress/recipes/quick.yaml --out $(DEMO)
 	$(BIN)/diffpress sample $(DEMO)/bundle -n 16 --seed 0 --out $(DEMO)/samples.png
-	$(BIN)/diffpress bench $(DEMO)/bundle --baseline calib_data/teacher --baseline $(DEMO)/baseline --batch 8 --repeats 3 --json $(DEMO)/bench.json
+	$(BIN)/diffpress bench $(DEMO)/bundle --baseline calib_data/teacher --baseline $(DEMO)/baseline --batch 8 --repeats 2 --json $(DEMO)/bench.json
 	$(BIN)/diffpress report $(DEMO)
 
 test: install
