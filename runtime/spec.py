@@ -12,6 +12,7 @@ timesteps instead of a scheduler's class name, so variance-preserving and flow-m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
@@ -48,12 +49,50 @@ class NoiseSchedule:
 
 
 @dataclass(frozen=True)
+class TextEncoder:
+    """One text encoder: its graph's name in the bundle (`text_encoder_2`), the folder of its tokenizer, and how
+    prompts become ids: `length` tokens, cut or filled with `pad`; `lower` for models taught lower case only."""
+
+    graph: str
+    tokenizer: str
+    length: int
+    pad: int = 0
+    lower: bool = False
+
+    def __post_init__(self) -> None:
+        if self.length < 1 or self.pad < 0:
+            raise BadInput(f"{self.graph}: {self.length} tokens filled with {self.pad} make no sense")
+
+
+@dataclass(frozen=True)
+class TextInput:
+    """One input of the denoiser that is made of encoded text: `shape` of one sample, and where it comes from.
+
+    `rows` follow each other along the sequence, the pieces of a row lie side by side along the features, and
+    narrow rows are filled with zeros up to `shape[-1]`. A piece is an encoder's output ('text_encoder.pooler_output',
+    'text_encoder.attention_mask'), 'size' (height and width of the image in pixels) or 'corner' (0, 0); a row that is
+    a number stands for that many rows of zeros. An input without a sequence has one row.
+    """
+
+    shape: tuple[int, ...]
+    rows: tuple[tuple[str, ...] | int, ...]
+
+
+@dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told besides the noisy sample: nothing, a class label, or text."""
+    """What the denoiser is told besides the noisy sample: nothing, a class label, or text.
+
+    `zero_negative`: no negative prompt means inputs of zeros, instead of the encoding of the empty text (SDXL).
+    `guidance_input`: the guidance weight is an input of the network, and one call does for two (LCM, Flux).
+    """
 
     kind: str = "none"
     classes: int = 0
     null_label: int | None = None
+    encoders: tuple[TextEncoder, ...] = ()
+    inputs: Mapping[str, TextInput] = field(default_factory=dict)
+    zero_negative: bool = False
+    guidance_input: bool = False
 
     def __post_init__(self) -> None:
         if self.kind not in CONDITIONINGS:
@@ -71,7 +110,8 @@ class Plan:
 
     `guidance` is the classifier-free guidance weight w of eps_null + w * (eps_label - eps_null); 1 switches
     it off and costs one call a step instead of two. `eta` is DDIM's noise share. `clip` bounds the predicted
-    x_0 to the data range at each step.
+    x_0 to the data range at each step. `end` is the timestep at whose noise the last step stops, None for clean
+    data (some checkpoints end at timestep 0, diffusers' `set_alpha_to_one: false`).
     """
 
     solver: str
@@ -79,6 +119,7 @@ class Plan:
     guidance: float = 1.0
     eta: float = 0.0
     clip: bool = True
+    end: float | None = None
 
     def __post_init__(self) -> None:
         t = np.asarray(self.timesteps, dtype=float)
@@ -87,17 +128,44 @@ class Plan:
         if not (np.isfinite(self.guidance) and np.isfinite(self.eta) and 0.0 <= self.eta <= 1.0):
             raise BadInput(f"plan: guidance {self.guidance} must be finite and eta {self.eta} lie in [0, 1]")
 
+        if self.end is not None and not 0.0 <= self.end < t[-1]:
+            raise BadInput(f"plan: end {self.end} must be a timestep below the last one, {t[-1]:g}")
+
     @property
     def steps(self) -> int:
         return len(self.timesteps)
 
 
 @dataclass(frozen=True)
+class Spacing:
+    """How a model's timesteps are laid out for any number of steps and any image size.
+
+    `grid` is a name of runtime.schedule.GRIDS, `offset` is added to its timesteps ('leading' grids of latent
+    diffusion start at 1), `whole` rounds them. Flow models then move s = t / (T - 1) towards the noise,
+    s' = k s / (1 + (k - 1) s), with k = `shift`, or, where `dynamic` is given as (shift at the fewest tokens, shift
+    at the most, fewest, most), k = exp(m) with m on the line through these for the image's number of tokens
+    (Esser et al. 2024, section 5.3.2; Flux).
+    """
+
+    grid: str = "trailing"
+    offset: int = 0
+    whole: bool = True
+    shift: float = 1.0
+    dynamic: tuple[float, float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.offset < 0 or not (np.isfinite(self.shift) and self.shift > 0):
+            raise BadInput(f"spacing: offset {self.offset} must not be negative and shift {self.shift} be above 0")
+
+
+@dataclass(frozen=True)
 class DenoiserSpec:
     """One denoiser, completely described for a sampler.
 
-    `sample_shape` is (channels, height, width) of what is denoised; a latent is decoded as
-    latent / latent_scale + latent_shift; `data_range` is what pixel values mean at the end.
+    `sample_shape` is (channels, height, width) of what is denoised by default; a latent is decoded from
+    latent / latent_scale + latent_shift, each cell to `latent_factor` pixels a side. Other sizes must have sides that
+    are multiples of `size_multiple` cells. `data_range` is what pixel values mean at the end, `spacing` lays out the
+    timesteps of plans with other numbers of steps.
     """
 
     prediction: str
@@ -108,6 +176,9 @@ class DenoiserSpec:
     latent_scale: float = 1.0
     latent_shift: float = 0.0
     data_range: tuple[float, float] = (-1.0, 1.0)
+    latent_factor: int = 1
+    size_multiple: int = 1
+    spacing: Spacing = field(default_factory=Spacing)
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -124,6 +195,16 @@ class DenoiserSpec:
             raise BadInput(
                 f"latent scale {self.latent_scale}, shift {self.latent_shift}: finite, and the scale not zero"
             )
+
+        if self.latent_factor < 1 or self.size_multiple < 1:
+            raise BadInput(
+                f"latent factor {self.latent_factor} and size multiple {self.size_multiple} must be at least 1"
+            )
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the final image, in pixels."""
+        return self.sample_shape[1] * self.latent_factor, self.sample_shape[2] * self.latent_factor
 
     def with_plan(self, plan: Plan) -> DenoiserSpec:
         return replace(self, plan=plan)
@@ -147,6 +228,9 @@ class DenoiserSpec:
                 latent_scale=float(raw["latent_scale"]),
                 latent_shift=float(raw["latent_shift"]),
                 data_range=_range(raw["data_range"]),
+                latent_factor=int(raw.get("latent_factor", 1)),
+                size_multiple=int(raw.get("size_multiple", 1)),
+                spacing=spacing_from_json(raw.get("spacing", {}), f"{where}.spacing"),
             )
         except KeyError as error:
             raise BadInput(f"{where}: the entry {error} is missing") from error
@@ -163,6 +247,7 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
             guidance=float(raw["guidance"]),
             eta=float(raw["eta"]),
             clip=_bool(raw["clip"]),
+            end=None if raw.get("end") is None else float(raw["end"]),
         )
     except KeyError as error:
         raise BadInput(f"{where}: the entry {error} is missing") from error
@@ -176,10 +261,40 @@ def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioni
     try:
         null = raw.get("null_label")
         return Conditioning(
-            str(raw.get("kind", "none")), int(raw.get("classes", 0)), None if null is None else int(null)
+            kind=str(raw.get("kind", "none")),
+            classes=int(raw.get("classes", 0)),
+            null_label=None if null is None else int(null),
+            encoders=tuple(TextEncoder(**_known(TextEncoder, entry, where)) for entry in raw.get("encoders", ())),
+            inputs={str(name): _text_input(entry, where) for name, entry in raw.get("inputs", {}).items()},
+            zero_negative=_bool(raw.get("zero_negative", False)),
+            guidance_input=_bool(raw.get("guidance_input", False)),
+        )
+    except KeyError as error:
+        raise BadInput(f"{where}: the entry {error} is missing") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise BadInput(f"{where}: {error}") from error
+
+
+def spacing_from_json(data: Any, where: str = "spacing") -> Spacing:
+    """Read a spacing back; anything unknown or of the wrong type raises BadInput naming `where`."""
+    raw = _known(Spacing, data, where)
+    try:
+        dynamic = raw.get("dynamic")
+        return Spacing(
+            grid=str(raw.get("grid", "trailing")),
+            offset=int(raw.get("offset", 0)),
+            whole=_bool(raw.get("whole", True)),
+            shift=float(raw.get("shift", 1.0)),
+            dynamic=None if dynamic is None else _four(dynamic),
         )
     except (TypeError, ValueError) as error:
         raise BadInput(f"{where}: {error}") from error
+
+
+def _text_input(data: Any, where: str) -> TextInput:
+    raw = _known(TextInput, data, where)
+    rows = tuple(row if isinstance(row, int) else tuple(str(piece) for piece in row) for row in raw["rows"])
+    return TextInput(tuple(int(side) for side in raw["shape"]), rows)
 
 
 def _known(cls: type, data: Any, where: str) -> dict[str, Any]:
@@ -209,3 +324,8 @@ def _shape(values: Any) -> tuple[int, int, int]:
 def _range(values: Any) -> tuple[float, float]:
     low, high = (float(v) for v in values)
     return low, high
+
+
+def _four(values: Any) -> tuple[float, float, float, float]:
+    first, second, third, fourth = (float(v) for v in values)
+    return first, second, third, fourth
