@@ -6,7 +6,8 @@
                      and covariance S for the Frechet distance |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))
     MANIFEST.json    {path: {sha256, bytes, licence, source}} of every data file
 
-`features.onnx`, whose features these are, comes from train_features.py and has to be in the folder first.
+`features.onnx`, whose features these are, comes from train_features.py and has to be in the folder first, as has
+`prompts.txt`, which no script makes.
 The same inputs give the same bytes on the same machine: archives carry no time stamps.
 
     python examples/make_calib_data.py --teacher TEACHER --images TRAIN.npz --test TEST.npz --out calib_data
@@ -41,6 +42,7 @@ PROVENANCE = {
     "calibration.npz": ("MIT", f"{FASHION}: {CALIBRATION_IMAGES} of the 60,000 training images"),
     "features.onnx": ("Apache-2.0", MADE_HERE),
     "reference.npz": ("MIT", f"{FASHION}: the 10,000 test images through features.onnx"),
+    "prompts.txt": ("Apache-2.0", "written for this project"),
 }
 
 
@@ -185,12 +187,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--teacher", type=Path, required=True, help="folder with unet/ and scheduler/")
     parser.add_argument("--images", type=Path, required=True, help="npz with the training images")
     parser.add_argument("--test", type=Path, required=True, help="npz with the held-out images")
-    parser.add_argument("--out", type=Path, required=True, help="the folder to fill; has features.onnx already")
+    parser.add_argument("--out", type=Path, required=True, help="folder to fill; has features.onnx and prompts.txt")
     parser.add_argument("--seed", type=int, default=0, help="of the calibration draw")
     args = parser.parse_args(argv)
     network = args.out / "features.onnx"
     if not network.is_file():
         raise SystemExit(f"{network} is missing: make it with examples/train_features.py first")
+    if not (args.out / "prompts.txt").is_file():
+        raise SystemExit(f"{args.out / 'prompts.txt'} is missing: copy it from calib_data, no script makes it")
     x, y = load_grey(args.images)
     test_x, test_y = load_grey(args.test)
 

@@ -60,6 +60,14 @@ def test_calibration_images_are_balanced_over_the_classes(calibration):
     assert np.bincount(y[:256], minlength=10).min() >= 10  # mixed: the first part alone has every class
 
 
+def test_prompts_are_200_different_lines_of_2_to_60_words():
+    prompts = (DATA / "prompts.txt").read_text(encoding="utf-8").splitlines()
+    assert len(prompts) == len(set(prompts)) == 200
+    assert all(prompt and prompt == " ".join(prompt.split()) for prompt in prompts)
+    lengths = [len(prompt.split()) for prompt in prompts if prompt.isascii()]
+    assert min(lengths) == 2 and 50 <= max(lengths) <= 60
+
+
 def test_teacher_is_a_whole_pipeline_with_finite_output():
     pipeline = DDPMPipeline.from_pretrained(DATA / "teacher")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
