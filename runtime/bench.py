@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.denoise import evaluations_per_step, network_inputs
+from runtime.denoise import Network, evaluations_per_step, network_inputs, stand_in_conditions
 from runtime.engines import Engine, available
 from runtime.errors import BadInput
 from runtime.probe import Probe, probe
@@ -129,29 +129,34 @@ def bundle_subject(
         engine=engine.name,
         precision="int8" if share > 0.5 else FLOAT,
         steps=spec.plan.steps,
-        nfe=evaluations(spec.plan),
+        nfe=evaluations(spec),
         size_mib=sum(entry["bytes"] for entry in bundle.manifest["files"].values()) / 2**20,
         integer_mac_share=share,
-        sample=lambda batch: generate(engine, spec, range(batch), batch=batch),
-        step=lambda batch: generate(engine, spec, range(batch), plan=one_step, batch=batch),
+        sample=lambda batch: sample_once(engine, spec, batch),
+        step=lambda batch: sample_once(engine, spec.with_plan(one_step), batch),
         probes={batch: probe(bundle.path, engine.name, batch, threads) for batch in batches},
     )
 
 
-def evaluations(plan: Plan) -> int:
-    """Network evaluations per image."""
-    return plan.steps * evaluations_per_step(plan)
+def sample_once(network: Network, spec: DenoiserSpec, batch: int) -> np.ndarray:
+    """One batch by the spec's plan under stand-in conditions, to be timed."""
+    return generate(network, spec, range(batch), batch=batch, conditions=stand_in_conditions(spec, batch))
+
+
+def evaluations(spec: DenoiserSpec) -> int:
+    """Network evaluations per image by the spec's plan."""
+    return spec.plan.steps * evaluations_per_step(spec)
 
 
 def sampler_overhead(engine: Engine, spec: DenoiserSpec, batch: int = 8, repeats: int = 3) -> float:
     """The share of a sampling's time that is spent outside engine.run, the median of `repeats` samplings."""
     timed = _Timed(engine)
-    generate(timed, spec, range(batch), batch=batch)
+    sample_once(timed, spec, batch)
     shares = []
     for _ in range(repeats):
         timed.seconds = 0.0
         start = time.perf_counter()
-        generate(timed, spec, range(batch), batch=batch)
+        sample_once(timed, spec, batch)
         shares.append(1.0 - timed.seconds / (time.perf_counter() - start))
     return statistics.median(shares)
 

@@ -2,7 +2,9 @@
 
     manifest.json   format, name, spec (with the plan), graphs, engines, history, metrics, every file's sha256
     denoiser.onnx   the portable truth
+    text_encoder*.onnx, vae_decoder.onnx, tokenizer*/      where the model has them
     engines/...     caches of it for one device or library
+    unet/, ... , model_index.json      the same graphs where the ONNX pipelines of optimum look for them
 
 `hash` names the whole bundle: the sha256 of the canonical manifest without that entry. Nothing in a manifest
 depends on the clock, so the same work gives the same hash. A bundle whose files do not match is refused.
@@ -33,7 +35,14 @@ class Bundle:
 
     @property
     def denoiser(self) -> Path:
-        return self.path / self.manifest["graphs"]["denoiser"]["file"]
+        return self.graph("denoiser")
+
+    def graph(self, name: str) -> Path:
+        """The file of a graph: 'denoiser', and where the model has them 'text_encoder', 'vae_decoder' and so on."""
+        graphs = self.manifest["graphs"]
+        if name not in graphs:
+            raise BadInput(f"{self.path}: has no {name} (it has {', '.join(graphs)}); export the whole pipeline")
+        return self.path / graphs[name]["file"]
 
     @property
     def hash(self) -> str:
@@ -90,13 +99,13 @@ def load_bundle(path: str | Path) -> Bundle:
 
 def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
     listed, graphs = manifest.get("files"), manifest.get("graphs")
-    denoiser = graphs.get("denoiser") if isinstance(graphs, dict) else None
-    if not isinstance(listed, dict) or not isinstance(denoiser, dict):
+    if not isinstance(listed, dict) or not isinstance(graphs, dict) or not isinstance(graphs.get("denoiser"), dict):
         raise BadInput(f"{folder / MANIFEST}: no list of files or no denoiser graph; export the bundle again")
-    if str(denoiser.get("file")) not in listed:
-        raise BadInput(
-            f"{folder / MANIFEST}: the denoiser's file is not among the listed files; export the bundle again"
-        )
+    for name, graph in graphs.items():
+        if not isinstance(graph, dict) or str(graph.get("file")) not in listed:
+            raise BadInput(
+                f"{folder / MANIFEST}: the {name}'s file is not among the listed files; export the bundle again"
+            )
     for name, entry in listed.items():
         _verify_file(folder, name, entry)
 

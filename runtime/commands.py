@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import re
+import sys
 import time
 from contextlib import closing
 from dataclasses import replace
@@ -12,12 +14,12 @@ import numpy as np
 
 from runtime.bundle import load_bundle
 from runtime.denoise import network_inputs
-from runtime.engines import open_engine
 from runtime.errors import BadInput
 from runtime.images import grid, to_uint8, write_png
-from runtime.sampler import MAX_SEED, generate, labels_in_turn
-from runtime.schedule import timestep_grid
-from runtime.solvers import solver_named
+from runtime.pipeline import Pipeline, has_fixed_size, resized
+from runtime.sampler import MAX_SEED
+from runtime.schedule import spaced_timesteps, timestep_grid
+from runtime.solvers import SOLVERS, solver_named
 from runtime.spec import Conditioning, DenoiserSpec, Plan
 
 
@@ -32,8 +34,10 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     wish = parser.add_mutually_exclusive_group()
     wish.add_argument("--label", type=int, metavar="K", help="class of all images (all classes in turn)")
     wish.add_argument("--prompt", metavar="TEXT", help="text, for a model conditioned on text")
+    parser.add_argument("--negative", metavar="TEXT", help="what the image should not show; needs guidance above 1")
+    parser.add_argument("--size", metavar="HxW", help="height and width in pixels, where the model allows others")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
-    parser.add_argument("--solver", metavar="S", help="ddim, euler, dpmpp_2m or ipndm")
+    parser.add_argument("--solver", metavar="S", help=", ".join(SOLVERS))
     parser.add_argument(
         "--grid", metavar="G", help="spacing of the steps: leading, trailing, linspace, quad, karras, ..."
     )
@@ -51,50 +55,75 @@ def sample_command(args: argparse.Namespace) -> int:
         raise BadInput(f"--seed {args.seed}: must lie in 0..{MAX_SEED - args.number}")
     bundle = load_bundle(args.bundle)
     spec = bundle.spec
-    plan = chosen_plan(spec, args.steps, args.solver, args.grid, args.guidance)
-    labels = chosen_labels(spec, args.number, args.label, args.prompt)
-    seeds = np.arange(args.seed, args.seed + args.number)
-    with closing(open_engine(bundle, args.engine, args.threads)) as engine:
+    if args.size is not None:
+        spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
+    spec = spec.with_plan(chosen_plan(spec, args.steps, args.solver, args.grid, args.guidance))
+    _check_wishes(spec.conditioning, args.label, args.prompt, args.negative)
+    with closing(Pipeline(bundle, args.engine, args.threads)) as pipeline:
+        conditions = pipeline.conditions(
+            args.number,
+            spec,
+            labels=None if args.label is None else np.full(args.number, args.label),
+            prompts=None if args.prompt is None else [args.prompt] * args.number,
+            negatives=None if args.negative is None else [args.negative] * args.number,
+            warn=_warn,
+        )
         # compiling for this batch size belongs to loading, not to the time per image
-        engine.run(network_inputs(engine, spec.with_plan(plan), min(args.batch, args.number)))
+        pipeline.denoiser.run(network_inputs(pipeline.denoiser, spec, min(args.batch, args.number)))
         start = time.perf_counter()
-        images = generate(engine, spec, seeds, labels, plan, args.batch)
+        seeds = np.arange(args.seed, args.seed + args.number)
+        images = np.concatenate(list(pipeline.images(seeds, conditions, spec, args.batch)))
         image_ms = (time.perf_counter() - start) * 1e3 / args.number
+        engine = pipeline.denoiser.name
     write_png(grid(to_uint8(images, spec.data_range)), args.out)
-    print(
-        f"{args.out}: {args.number} images, {plan.steps} steps of {plan.solver} in {engine.name}, "
-        f"{image_ms:.1f} ms per image"
-    )
+    steps = f"{spec.plan.steps} steps of {spec.plan.solver}"
+    print(f"{args.out}: {args.number} images, {steps} in {engine}, {image_ms:.1f} ms per image")
     return 0
+
+
+def parsed_size(text: str) -> tuple[int, int]:
+    """'512x768' -> (512, 768), height first."""
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise BadInput(f"--size {text}: give height and width in pixels, as in 512x768")
+    return int(match[1]), int(match[2])
 
 
 def chosen_plan(
     spec: DenoiserSpec, steps: int | None, solver: str | None, grid: str | None, guidance: float | None
 ) -> Plan:
-    """The spec's plan with what was asked for in its place; new timesteps are `trailing` by default."""
+    """The spec's plan with what was asked for in its place; new timesteps lie as the model's spacing has them."""
     plan = spec.plan
     if steps is not None or grid is not None:
         count = plan.steps if steps is None else steps
-        plan = replace(plan, timesteps=timestep_grid(grid or "trailing", count, spec.schedule))
-    if solver is not None:
+        if grid is not None:
+            timesteps = timestep_grid(grid, count, spec.schedule)
+        else:
+            timesteps = spaced_timesteps(spec.spacing, count, spec.schedule, spec.tokens(spec.sample_shape))
+        plan = replace(plan, timesteps=timesteps)
+    if solver is not None and solver != plan.solver:
         solver_named(solver)
-        plan = replace(plan, solver=solver)
+        # where to end belongs to the solver the checkpoint came with
+        plan = replace(plan, solver=solver, end=None)
     return plan if guidance is None else replace(plan, guidance=guidance)
 
 
-def chosen_labels(spec: DenoiserSpec, number: int, label: int | None, prompt: str | None) -> np.ndarray | None:
-    """`number` labels: all `label`, or the model's classes in turn; None for a model without classes."""
-    conditioning = spec.conditioning
-    if prompt is not None and conditioning.kind != "text":
-        raise BadInput(f"--prompt: the model is not conditioned on text; {_instead(conditioning)}")
-    if label is None:
-        return labels_in_turn(spec, number)
-    if conditioning.kind != "class":
+def _check_wishes(conditioning: Conditioning, label: int | None, prompt: str | None, negative: str | None) -> None:
+    """BadInput for a label or a prompt that this kind of model does not take, or the lack of one that it needs."""
+    if conditioning.kind != "text" and (prompt is not None or negative is not None):
+        flag = "--prompt" if prompt is not None else "--negative"
+        raise BadInput(f"{flag}: the model is not conditioned on text; {_instead(conditioning)}")
+    if conditioning.kind == "text" and prompt is None:
+        raise BadInput("the model is conditioned on text: say what to show with --prompt TEXT")
+    if label is not None and conditioning.kind != "class":
         raise BadInput("--label: the model is not class-conditional; leave the label out")
-    if not 0 <= label < conditioning.classes:
+    if label is not None and not 0 <= label < conditioning.classes:
         raise BadInput(f"--label {label}: the model knows the classes 0..{conditioning.classes - 1}")
-    return np.full(number, label)
 
 
 def _instead(conditioning: Conditioning) -> str:
-    return f"use --label 0..{conditioning.classes - 1}" if conditioning.kind == "class" else "leave the prompt out"
+    return f"use --label 0..{conditioning.classes - 1}" if conditioning.kind == "class" else "leave it out"
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)

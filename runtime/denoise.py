@@ -14,15 +14,16 @@ half go through the network in one call.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
 
 from runtime.errors import BadInput
 from runtime.schedule import Point
-from runtime.spec import DenoiserSpec, Plan
+from runtime.spec import DenoiserSpec
 
-SAMPLE, TIMESTEP, LABELS = "sample", "timestep", "class_labels"
+SAMPLE, TIMESTEP, LABELS, GUIDANCE = "sample", "timestep", "class_labels", "guidance"
 
 Denoise = Callable[[np.ndarray, Point], np.ndarray]
 
@@ -38,27 +39,40 @@ class Network(Protocol):
         """The network's output for one batch, shaped like `sample`."""
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What N samples are told: graph inputs [N, ...] by name, and the same for guidance's unconditional half."""
+
+    given: Mapping[str, np.ndarray] = field(default_factory=dict)
+    null: Mapping[str, np.ndarray] | None = None
+
+    def part(self, members: slice) -> Conditions:
+        null = None if self.null is None else {name: array[members] for name, array in self.null.items()}
+        return Conditions({name: array[members] for name, array in self.given.items()}, null)
+
+
 def make_denoiser(
     network: Network,
     spec: DenoiserSpec,
     *,
-    labels: np.ndarray | None = None,
+    conditions: Conditions | None = None,
     guidance: float = 1.0,
     clip: bool = True,
 ) -> Denoise:
-    """The function (x float32 [N, C, H, W], point) -> x_0 of the same shape, for these N `labels` (integers).
+    """The function (x float32 [N, C, H, W], point) -> x_0 of the same shape, for N samples under these conditions.
 
-    `clip` bounds x_0 to the data range, `guidance` 1 makes one network evaluation a step and any other weight
-    two. Raises BadInput where the labels, the guidance or the graph's inputs do not fit the spec.
+    `clip` bounds x_0 to the data range. A `guidance` of 1, or one that the network takes as an input, makes one
+    network evaluation a step; any other weight makes two. Raises BadInput where the conditions, the guidance or the
+    graph's inputs do not fit the spec.
     """
     _check_inputs(network, spec)
-    guided = guidance != 1.0  # the weight 1 leaves the label half alone
-    classes = _class_labels(spec, labels, guided)
+    guided = is_guided(spec, guidance)
+    told = _told(spec, conditions or Conditions(), guided)
     low, high = spec.data_range
 
     def denoise(x: np.ndarray, point: Point) -> np.ndarray:
         doubled = np.concatenate([x, x]) if guided else x
-        out = network.run(_feed(network, doubled, point.t, classes))
+        out = network.run(_feed(network, spec, doubled, point.t, told, guidance))
         if guided:
             label, null = np.split(out, 2)
             out = null + guidance * (label - null)
@@ -85,21 +99,62 @@ def to_x0(prediction: str, x: np.ndarray, out: np.ndarray, point: Point) -> np.n
     return (x - sigma * out) / alpha
 
 
-def evaluations_per_step(plan: Plan) -> int:
-    """Network evaluations for one step of one sample: two under guidance."""
-    return 1 if plan.guidance == 1.0 else 2
+def is_guided(spec: DenoiserSpec, guidance: float) -> bool:
+    """Whether this weight takes two network evaluations: 1 leaves the given half alone."""
+    return guidance != 1.0 and not spec.conditioning.guidance_input
+
+
+def evaluations_per_step(spec: DenoiserSpec) -> int:
+    """Network evaluations for one step of one sample by the spec's plan: two under guidance."""
+    return 2 if is_guided(spec, spec.plan.guidance) else 1
+
+
+def class_conditions(spec: DenoiserSpec, labels: np.ndarray | None) -> Conditions:
+    """Conditions of class labels, integers [N]; empty for None. Raises BadInput for labels the model does not know."""
+    if labels is None:
+        return Conditions()
+    conditioning = spec.conditioning
+    if conditioning.kind != "class":
+        raise BadInput("a label was asked for, but the model is not class-conditional")
+    labels = np.asarray(labels)
+    known = (labels >= 0) & (labels < conditioning.classes) | (labels == conditioning.null_label)
+    if not np.issubdtype(labels.dtype, np.integer) or not known.all():
+        raise BadInput(f"labels {labels[~known].tolist()[:4] or labels.dtype}: not among 0..{conditioning.classes - 1}")
+    null = conditioning.null_label
+    return Conditions({LABELS: labels}, None if null is None else {LABELS: np.full_like(labels, null)})
+
+
+def stand_in_conditions(spec: DenoiserSpec, count: int) -> Conditions:
+    """Conditions for measuring and comparing networks: the classes in turn, or noise in place of encoded text."""
+    if spec.conditioning.kind == "class":
+        return class_conditions(spec, np.arange(count) % spec.conditioning.classes)
+    noise = np.random.Generator(np.random.Philox(1))
+    given = {
+        # sizes and masks are no features: ones are as good a size as any, and a mask that lets everything be seen
+        name: np.ones((count, *entry.shape), np.float32)
+        if entry.is_plain
+        else noise.standard_normal((count, *entry.shape), dtype=np.float32)
+        for name, entry in spec.conditioning.inputs.items()
+    }
+    null = {
+        name: array if spec.conditioning.inputs[name].is_plain else np.zeros_like(array)
+        for name, array in given.items()
+    }
+    return Conditions(given, null)
 
 
 def network_inputs(network: Network, spec: DenoiserSpec, batch: int) -> dict[str, np.ndarray]:
-    """Inputs of the first call of sampling `batch` images by the spec's plan: noise, and labels in turn."""
-    count = batch * evaluations_per_step(spec.plan)
+    """Inputs of the first call of sampling `batch` images by the spec's plan: noise under stand-in conditions."""
+    count = batch * evaluations_per_step(spec)
     noise = np.random.Generator(np.random.Philox(0))
     x = noise.standard_normal((count, *spec.sample_shape), dtype=np.float32)
-    labels = np.arange(count) % spec.conditioning.classes if spec.conditioning.kind == "class" else None
-    return _feed(network, x, spec.plan.timesteps[0], labels)
+    told = stand_in_conditions(spec, count).given
+    return _feed(network, spec, x, spec.plan.timesteps[0], told, spec.plan.guidance)
 
 
-def _feed(network: Network, x: np.ndarray, t: float, labels: np.ndarray | None) -> dict[str, np.ndarray]:
+def _feed(
+    network: Network, spec: DenoiserSpec, x: np.ndarray, t: float, told: Mapping[str, np.ndarray], guidance: float
+) -> dict[str, np.ndarray]:
     """One call's inputs in the graph's own types; a graph with whole timesteps is told the nearest one."""
     types = network.inputs
     whole = np.issubdtype(types[TIMESTEP], np.integer)
@@ -107,36 +162,37 @@ def _feed(network: Network, x: np.ndarray, t: float, labels: np.ndarray | None) 
         SAMPLE: x.astype(types[SAMPLE], copy=False),
         TIMESTEP: np.full(len(x), round(t) if whole else t, dtype=types[TIMESTEP]),
     }
-    if labels is not None:
-        feed[LABELS] = labels.astype(types[LABELS], copy=False)
-    return feed
+    if spec.conditioning.guidance_input:
+        feed[GUIDANCE] = np.full(len(x), guidance, dtype=types[GUIDANCE])
+    return feed | {name: array.astype(types[name], copy=False) for name, array in told.items()}
 
 
-def _class_labels(spec: DenoiserSpec, labels: np.ndarray | None, guided: bool) -> np.ndarray | None:
-    """The labels of one call: none, the given ones, or the given ones followed by as many null labels."""
+def _told(spec: DenoiserSpec, conditions: Conditions, guided: bool) -> dict[str, np.ndarray]:
+    """The conditions of one call: the given ones, followed by the null ones under guidance."""
     conditioning = spec.conditioning
-    if conditioning.kind != "class":
-        if labels is not None or guided:
-            wish = "a label" if labels is not None else "guidance"
-            raise BadInput(f"{wish} was asked for, but the model is not class-conditional")
-        return None
-    if labels is None:
-        raise BadInput(f"the model is class-conditional: give one label of 0..{conditioning.classes - 1} per sample")
-    labels = np.asarray(labels)
-    known = (labels >= 0) & (labels < conditioning.classes) | (labels == conditioning.null_label)
-    if not np.issubdtype(labels.dtype, np.integer) or not known.all():
-        raise BadInput(f"labels {labels[~known].tolist()[:4] or labels.dtype}: not among 0..{conditioning.classes - 1}")
+    wanted = {LABELS} if conditioning.kind == "class" else set(conditioning.inputs)
+    if set(conditions.given) != wanted:
+        if conditioning.kind == "class":
+            raise BadInput(
+                f"the model is class-conditional: give one label of 0..{conditioning.classes - 1} per sample"
+            )
+        found = ", ".join(sorted(conditions.given)) or "nothing"
+        raise BadInput(f"the model is told {', '.join(sorted(wanted)) or 'nothing'}, and {found} was given")
     if not guided:
-        return labels
-    if conditioning.null_label is None:
-        raise BadInput("guidance needs a null label, and the model was not trained with one; use guidance 1")
-    return np.concatenate([labels, np.full_like(labels, conditioning.null_label)])
+        return dict(conditions.given)
+    if conditioning.kind == "none":
+        raise BadInput("guidance was asked for, but the model is not conditional; use guidance 1")
+    if conditions.null is None:
+        what = "a null label" if conditioning.kind == "class" else "an encoded negative prompt"
+        raise BadInput(f"guidance needs {what}, and there is none; use guidance 1")
+    return {name: np.concatenate([array, conditions.null[name]]) for name, array in conditions.given.items()}
 
 
 def _check_inputs(network: Network, spec: DenoiserSpec) -> None:
-    if spec.conditioning.kind == "text":
-        raise BadInput("the model is conditioned on text, which this runtime does not encode")
-    wanted = {SAMPLE, TIMESTEP} | ({LABELS} if spec.conditioning.kind == "class" else set())
+    conditioning = spec.conditioning
+    wanted = {SAMPLE, TIMESTEP, *conditioning.inputs}
+    wanted |= {LABELS} if conditioning.kind == "class" else set()
+    wanted |= {GUIDANCE} if conditioning.guidance_input else set()
     if set(network.inputs) != wanted:
         found = ", ".join(sorted(network.inputs))
         raise BadInput(f"the graph's inputs are {found}; by its spec they should be {', '.join(sorted(wanted))}")

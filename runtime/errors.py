@@ -59,6 +59,7 @@ EXTRAS = {
     ),
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt_rtx",),
+    "text": ("tokenizers",),
 }
 
 

@@ -53,7 +53,7 @@ def measure_here(bundle_path: Path, engine_name: str | None, batch: int, threads
     """The measurement itself, meaningful in a process that has done nothing else."""
     start = time.perf_counter()
     from runtime.bundle import load_bundle
-    from runtime.denoise import network_inputs
+    from runtime.denoise import network_inputs, stand_in_conditions
     from runtime.engines import open_engine
     from runtime.sampler import generate
 
@@ -61,7 +61,8 @@ def measure_here(bundle_path: Path, engine_name: str | None, batch: int, threads
     with closing(open_engine(bundle, engine_name, threads)) as engine:
         engine.run(network_inputs(engine, bundle.spec, batch))
         load_ms = (time.perf_counter() - start) * 1e3
-        generate(engine, bundle.spec, seeds=range(batch), batch=batch)
+        told = stand_in_conditions(bundle.spec, batch)
+        generate(engine, bundle.spec, seeds=range(batch), batch=batch, conditions=told)
     return Probe(load_ms, peak_mib())
 
 

@@ -4,7 +4,7 @@
 
 Noise comes from one counter-based generator per sample (Philox, Salmon et al. 2011), keyed by that sample's
 seed: an image depends on its seed, its label and the plan, and on nothing else in its batch. Stream 0 is the
-starting noise, stream k the noise that step k adds where eta > 0.
+starting noise, stream k the noise that step k adds where eta > 0 or the solver is lcm.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.denoise import Denoise, Network, make_denoiser
+from runtime.denoise import Conditions, Denoise, Network, class_conditions, make_denoiser
 from runtime.errors import BadInput
 from runtime.schedule import trajectory
-from runtime.solvers import MEMORY, Past, solver_named
+from runtime.solvers import MEMORY, WARM_UP, Past, solver_named
 from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
 
 MAX_SEED = 2**63 - 1
+FEW_STEPS = 15  # below it diffusers' DPM-Solver ends with a first-order step (`lower_order_final`)
 
 
 class Step(NamedTuple):
@@ -35,7 +36,7 @@ class Step(NamedTuple):
 
 
 def _no_noise(k: int) -> np.ndarray:
-    raise BadInput("a plan with eta above 0 adds noise at every step: pass fresh_noise")
+    raise BadInput("the solver lcm, and any plan with eta above 0, adds noise at every step: pass fresh_noise")
 
 
 def sample(
@@ -48,17 +49,22 @@ def sample(
     """Walk the plan from unit `noise` (float32 [N, C, H, W]); the last step's x is the result.
 
     `denoise(x, point) -> x_0` is the model (it applies guidance and clipping), `fresh_noise(k)` gives unit
-    noise like x for step k = 1, 2, ... and is needed where plan.eta > 0. Raises BadInput for an unknown
-    solver.
+    noise like x for step k = 1, 2, ... and is needed where plan.eta > 0 and by the solver lcm. Raises BadInput for
+    an unknown solver.
     """
     solver = solver_named(plan.solver)
-    points = trajectory(schedule, plan.timesteps)
+    points = trajectory(schedule, plan.timesteps, plan.end)
     # the standard deviation of x there for data of unit variance: 1 for variance-preserving schedules
     x = np.float32(np.hypot(points[0].alpha, points[0].sigma)) * noise
     history: deque[Past] = deque(maxlen=MEMORY)
+    few = plan.solver == "dpmpp_2m" and plan.steps < FEW_STEPS
     for index, (now, after) in enumerate(zip(points, points[1:], strict=False)):
+        if few and after is points[-1]:
+            history.clear()  # the last step is then too long in log-SNR to extrapolate over: first order
         x0 = denoise(x, now)
         moved = solver(x, x0, now, after, history, partial(fresh_noise, index + 1), plan.eta)
+        if index == 0 and plan.solver in WARM_UP and plan.steps > 1:
+            moved = WARM_UP[plan.solver](x, x0, now, after, Past(after, moved, denoise(moved, after)))
         history.append(Past(now, x, x0))
         x = moved
         yield Step(index, now.t, x, x0)
@@ -76,14 +82,16 @@ def generate(
     labels: Sequence[int] | np.ndarray | None = None,
     plan: Plan | None = None,
     batch: int = 8,
+    conditions: Conditions | None = None,
 ) -> np.ndarray:
-    """Images float32 [N, C, H, W] in the data range, one per seed, sampled `batch` at a time (the last may be
-    smaller).
+    """Samples float32 [N, C, H, W], one per seed, made `batch` at a time (the last may be smaller): images in the data
+    range, or latents for `runtime.pipeline.decode`.
 
-    `labels` are N class labels; None takes the classes in turn where the model has them. `plan` defaults to
-    the spec's. Raises BadInput where any of these do not fit.
+    `labels` are N class labels; None takes the classes in turn where the model has them. A model of text takes
+    `conditions` instead (runtime.pipeline). `plan` defaults to the spec's. Raises BadInput where any of these do not
+    fit.
     """
-    return np.concatenate(list(generate_batches(network, spec, seeds, labels, plan, batch)))
+    return np.concatenate(list(generate_batches(network, spec, seeds, labels, plan, batch, conditions)))
 
 
 def generate_batches(
@@ -93,21 +101,21 @@ def generate_batches(
     labels: Sequence[int] | np.ndarray | None = None,
     plan: Plan | None = None,
     batch: int = 8,
+    conditions: Conditions | None = None,
 ) -> Iterator[np.ndarray]:
-    """As `generate`, but yields the images of one batch after the other."""
+    """As `generate`, but yields the samples of one batch after the other."""
     plan = plan or spec.plan
     if batch < 1 or len(seeds) < 1:
         raise BadInput(f"{len(seeds)} samples in batches of {batch}: both must be at least 1")
-    if labels is None:
-        classes = labels_in_turn(spec, len(seeds))
-    else:
-        classes = np.asarray(labels)
-    if classes is not None and classes.shape != (len(seeds),):
-        raise BadInput(f"{classes.size} labels for {len(seeds)} seeds: give one label per seed")
+    if conditions is None:
+        classes = labels_in_turn(spec, len(seeds)) if labels is None else np.asarray(labels)
+        if classes is not None and classes.shape != (len(seeds),):
+            raise BadInput(f"{classes.size} labels for {len(seeds)} seeds: give one label per seed")
+        conditions = class_conditions(spec, classes)
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        images = _one_batch(network, spec, plan, seeds[part], None if classes is None else classes[part])
-        yield np.clip(images, *spec.data_range) if plan.clip else images
+        samples = _one_batch(network, spec, plan, seeds[part], conditions.part(part))
+        yield np.clip(samples, *spec.data_range) if plan.clip else samples
 
 
 def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
@@ -122,9 +130,9 @@ def _one_batch(
     spec: DenoiserSpec,
     plan: Plan,
     seeds: Sequence[int] | np.ndarray,
-    labels: np.ndarray | None,
+    conditions: Conditions,
 ) -> np.ndarray:
-    denoise = make_denoiser(network, spec, labels=labels, guidance=plan.guidance, clip=plan.clip)
+    denoise = make_denoiser(network, spec, conditions=conditions, guidance=plan.guidance, clip=plan.clip)
     noise = noise_for(seeds, spec.sample_shape)
     steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
     return deque(steps, maxlen=1).pop().x

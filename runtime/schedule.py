@@ -5,8 +5,8 @@ A variance-preserving schedule is made from betas:   abar_t = prod_{s<=t} (1 - b
 A flow-matching schedule is a straight line:         alpha_t = 1 - s,  sigma_t = s,  s = t / (T - 1)
 
 A grid picks N descending timesteps out of 0..T-1; a trajectory is these points and then the clean end,
-alpha = 1, sigma = 0 (diffusers' `set_alpha_to_one`, `final_sigmas_type="zero"`). With i = 0..N-1,
-w = 1 - i / (N - 1) and r = sigma / alpha:
+alpha = 1, sigma = 0 (diffusers' `set_alpha_to_one`, `final_sigmas_type="zero"`), or the point the plan ends at. With
+i = 0..N-1, w = 1 - i / (N - 1) and r = sigma / alpha:
 
     leading      (T // N) * (N - 1 - i)                                  Lin et al. 2024, table 2
     trailing     round(T - i * T / N) - 1                                the same
@@ -15,6 +15,17 @@ w = 1 - i / (N - 1) and r = sigma / alpha:
     karras       r^(1/7) = r_min^(1/7) + w * (r_max^(1/7) - r_min^(1/7)) Karras et al. 2022, eq. 5
     exponential  log r = log r_min + w * (log r_max - log r_min)         over the whole table
     logsnr       the same line, for -2 log r is the log-SNR              Lu et al. 2022, section 3.3
+
+and those that some schedulers of diffusers have of their own. Flow tables have T + 1 entries here, t = 0..T:
+
+    dpm_leading    (T // (N + 1)) * (N - i)                              DPM-Solver's family: one point more, and
+    dpm_linspace   round((T - 1) * (N - i) / N)                          the last, t = 0, left out
+    dpm_flow       (T - 1) * (N - i) / N                                 the same with `use_flow_sigmas`
+    flow_trailing  T * (N - i) / N                                       the pipelines of Flux and its kin
+    flow_linspace  1 + (T - 1) * w                                       FlowMatchEulerDiscreteScheduler by itself (SD3)
+    lcm            (T // 50) * (50 - floor(50 i / N)) - 1                Luo et al. 2023; taught on 50 timesteps
+
+Flow models then shift the grid, s' = k s / (1 + (k - 1) s) with s = t / T (Esser et al. 2024, section 5.3.2).
 
 Karras and logsnr stay between LOG_RATIO_MIN and LOG_RATIO_MAX: a cosine table ends at r = 20000 and a flow at
 infinity, where no image is left to be seen and steps are spent in vain.
@@ -29,12 +40,13 @@ from typing import NamedTuple
 import numpy as np
 
 from runtime.errors import BadInput, unknown_name
-from runtime.spec import NoiseSchedule, Plan
+from runtime.spec import NoiseSchedule, Plan, Spacing
 
 LOG_RATIO_MIN = -6.2  # r = 0.002, EDM's sigma_min
 LOG_RATIO_MAX = 5.1  # r = 164, where DPM-Solver++ clips the cosine schedule too
 KARRAS_RHO = 7.0
 MAX_BETA = 0.999  # what diffusers caps a cosine beta at
+LCM_TIMESTEPS = 50  # `original_inference_steps` of every published latent consistency model
 
 
 class Point(NamedTuple):
@@ -87,13 +99,17 @@ def point_at(schedule: NoiseSchedule, t: float) -> Point:
     return Point(float(t), float(alpha), float(sigma))
 
 
-def trajectory(schedule: NoiseSchedule, timesteps: tuple[float, ...]) -> tuple[Point, ...]:
-    """The points at `timesteps`, and the clean end: one more point than steps."""
-    return (*(point_at(schedule, t) for t in timesteps), END)
+def trajectory(
+    schedule: NoiseSchedule, timesteps: tuple[float, ...], end: float | None = None
+) -> tuple[Point, ...]:
+    """The points at `timesteps`, and the clean end or that at the timestep `end`: one more point than steps."""
+    return (*(point_at(schedule, t) for t in timesteps), END if end is None else point_at(schedule, end))
 
 
-def timestep_grid(kind: str, steps: int, schedule: NoiseSchedule, *, whole: bool = True) -> tuple[float, ...]:
-    """`steps` strictly descending timesteps of the grid `kind` (see the top of this file).
+def timestep_grid(
+    kind: str, steps: int, schedule: NoiseSchedule, *, whole: bool = True, offset: int = 0
+) -> tuple[float, ...]:
+    """`steps` strictly descending timesteps of the grid `kind` (see the top of this file), `offset` above it.
 
     `whole` rounds them to the integer timesteps a discrete-time network was trained on; where two would fall
     together the noisier one moves up. Raises BadInput for an unknown kind, no steps, or more steps than
@@ -103,8 +119,33 @@ def timestep_grid(kind: str, steps: int, schedule: NoiseSchedule, *, whole: bool
         raise unknown_name("timestep grid", kind, GRIDS)
     if not 1 <= steps <= len(schedule):
         raise BadInput(f"{steps} steps: the model has {len(schedule)} timesteps, ask for 1 to {len(schedule)}")
-    t = np.clip(GRIDS[kind](steps, schedule), 0, len(schedule) - 1)
+    t = np.clip(GRIDS[kind](steps, schedule) + offset, 0, len(schedule) - 1)
     return _floats(_apart(np.round(t), len(schedule) - 1) if whole else t)
+
+
+def spaced_timesteps(
+    spacing: Spacing, steps: int, schedule: NoiseSchedule, tokens: int | None = None
+) -> tuple[float, ...]:
+    """`steps` timesteps laid out by a model's spacing; `tokens` is the image's number of tokens, for dynamic shifts.
+
+    Raises BadInput as `timestep_grid` does, and for a dynamic spacing without `tokens`.
+    """
+    t = np.asarray(timestep_grid(spacing.grid, steps, schedule, whole=spacing.whole, offset=spacing.offset))
+    k, last = _shift_factor(spacing, tokens), len(schedule) - 1
+    if spacing.grid == "flow_linspace" and spacing.dynamic is None:
+        # diffusers draws the line down to its least sigma, which is shifted already, and then shifts the line
+        t = np.interp(t, (1.0, last), (float(_shifted(np.ones(()), k, last)), last))
+    return _floats(_shifted(t, k, last))
+
+
+def reshifted(
+    timesteps: tuple[float, ...], spacing: Spacing, old_tokens: int, new_tokens: int, schedule: NoiseSchedule
+) -> tuple[float, ...]:
+    """The same plan for an image of another size: shifts compose by multiplying their k, so k_new / k_old does it."""
+    if spacing.dynamic is None:
+        return timesteps
+    k = _shift_factor(spacing, new_tokens) / _shift_factor(spacing, old_tokens)
+    return _floats(_shifted(np.asarray(timesteps), k, len(schedule) - 1))
 
 
 def make_plan(
@@ -116,9 +157,10 @@ def make_plan(
     guidance: float = 1.0,
     eta: float = 0.0,
     clip: bool = True,
+    end: float | None = None,
 ) -> Plan:
     """A plan that visits `steps` timesteps of `grid`; raises BadInput as `timestep_grid` and `Plan` do."""
-    return Plan(solver, timestep_grid(grid, steps, schedule), guidance=guidance, eta=eta, clip=clip)
+    return Plan(solver, timestep_grid(grid, steps, schedule), guidance=guidance, eta=eta, clip=clip, end=end)
 
 
 def _linear(T: int, start: float, end: float) -> np.ndarray:
@@ -170,6 +212,30 @@ def _logsnr(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     return _log_spaced(steps, schedule, _sane_ends(schedule))
 
 
+def _dpm_leading(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.arange(steps, 0, -1) * (len(schedule) // (steps + 1))
+
+
+def _dpm_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.linspace(len(schedule) - 1, 0, steps + 1)[:-1]
+
+
+def _dpm_flow(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.linspace(len(schedule) - 2, 0, steps + 1)[:-1]
+
+
+def _flow_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.linspace(len(schedule) - 1, 1, steps)
+
+
+def _lcm(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    taught = min(LCM_TIMESTEPS, len(schedule))
+    if steps > taught:
+        raise BadInput(f"{steps} steps: a latent consistency model was taught {taught} timesteps, ask for no more")
+    places = taught - np.floor(np.linspace(0, taught, steps, endpoint=False))
+    return places * (len(schedule) // taught) - 1
+
+
 GRIDS: dict[str, Callable[[int, NoiseSchedule], np.ndarray]] = {
     "leading": _leading,
     "trailing": _trailing,
@@ -178,7 +244,30 @@ GRIDS: dict[str, Callable[[int, NoiseSchedule], np.ndarray]] = {
     "karras": _karras,
     "exponential": _exponential,
     "logsnr": _logsnr,
+    "dpm_leading": _dpm_leading,
+    "dpm_linspace": _dpm_linspace,
+    "dpm_flow": _dpm_flow,
+    "flow_trailing": _dpm_linspace,  # one line, rounded there and not here
+    "flow_linspace": _flow_linspace,
+    "lcm": _lcm,
 }
+
+
+def _shift_factor(spacing: Spacing, tokens: int | None) -> float:
+    """k of the shift: constant, or exp(m) with m on the line through the spacing's two image sizes."""
+    if spacing.dynamic is None:
+        return spacing.shift
+    low, high, fewest, most = spacing.dynamic
+    if tokens is None or fewest == most:
+        raise BadInput(f"spacing: the shift {spacing.dynamic} needs two image sizes and the number of image tokens")
+    return math.exp(low + (high - low) * (tokens - fewest) / (most - fewest))
+
+
+def _shifted(t: np.ndarray, k: float, last: int) -> np.ndarray:
+    if k == 1.0:
+        return t  # whole timesteps stay whole to the last bit
+    s = t / last
+    return last * k * s / (1.0 + (k - 1.0) * s)
 
 
 def _ramp(steps: int) -> np.ndarray:

@@ -22,6 +22,15 @@ dpmpp_2m  With h = lambda' - lambda a step is x' = (sigma' / sigma) x - alpha' (
 ipndm     Adams-Bashforth on dX/dr = eps (Zhang & Chen 2023). Replacing eps by eps + d adds
           (sigma' - alpha' r) d to the transfer. Lower orders warm it up; the last step is first order and
           lands on x_0 itself.
+plms      Adams-Bashforth on eps as the pseudo multi-step method has it (Liu et al. 2022, PNDM, eq. 9 and 12): x_0 is
+          read off the mixed eps, in the last step too. Its first step is taken twice (`WARM_UP`), which costs one
+          more call of the network: to x' with eps, and again from x with (eps + eps') / 2, eps' the one seen at x'.
+plms_v    The same with v in the place of eps, as diffusers' PNDMScheduler does for models that predict v. Since v
+          turns along the way, which eps does not, this is of first order only: `plms` is better for them too.
+lcm       A consistency function made of x_0 (Luo et al. 2023), and fresh noise on top of it:
+              x' = alpha' D + sigma' z,   D = c_skip x + c_out x_0,   u = 10 t
+              c_skip = s^2 / (u^2 + s^2),   c_out = u / sqrt(u^2 + s^2),   s = 0.5
+          The last step lands on D itself.
 
 Nothing is divided by an alpha that may be zero: pure noise (alpha = 0) is a fine start.
 """
@@ -30,12 +39,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
+from runtime.denoise import to_x0
 from runtime.errors import unknown_name
-from runtime.schedule import Point
+from runtime.schedule import LOG_RATIO_MAX, Point
 
 
 class Past(NamedTuple):
@@ -48,6 +59,8 @@ class Past(NamedTuple):
 
 # solver(x, x0, now, next, earlier steps (latest last), fresh unit noise shaped like x, eta) -> next x
 Solver = Callable[[np.ndarray, np.ndarray, Point, Point, Sequence[Past], Callable[[], np.ndarray], float], np.ndarray]
+# warm_up(x, x0, now, next, what is seen where the solver's own first step ends) -> next x
+WarmUp = Callable[[np.ndarray, np.ndarray, Point, Point, Past], np.ndarray]
 
 ADAMS_BASHFORTH = (
     (1.0,),
@@ -55,6 +68,7 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
+LCM_TIME_SCALE, LCM_SIGMA_DATA = 10.0, 0.5  # diffusers' `timestep_scaling` and `sigma_data`
 MEMORY = len(ADAMS_BASHFORTH) - 1  # how many earlier steps any solver looks back
 
 
@@ -138,7 +152,58 @@ def ipndm(
     return plain + (next.sigma - next.alpha * now.sigma / now.alpha) * change
 
 
-SOLVERS: dict[str, Solver] = {"ddim": ddim, "euler": euler, "dpmpp_2m": dpmpp_2m, "ipndm": ipndm}
+def _plms(
+    prediction: str,
+    x: np.ndarray,
+    x0: np.ndarray,
+    now: Point,
+    next: Point,
+    history: Sequence[Past],
+    noise: Callable[[], np.ndarray],
+    eta: float,
+) -> np.ndarray:
+    """Adams-Bashforth up to fourth order on what a network of that prediction returns."""
+    past = [before for before in reversed(history) if not _is_all_noise(before.point)]
+    if not past or now.sigma == 0.0:
+        return transfer(x, x0, now, next)
+    return _mixed_transfer(prediction, [Past(now, x, x0), *past], ADAMS_BASHFORTH[min(len(past), MEMORY)], next)
+
+
+def _improved_euler(prediction: str, x: np.ndarray, x0: np.ndarray, now: Point, next: Point, ahead: Past) -> np.ndarray:
+    """A first step with the mean of the outputs at both its ends: second order where multi-step has no past yet."""
+    if _is_all_noise(now) or ahead.point.sigma == 0.0:  # at one end or the other no output can be read off
+        return transfer(x, x0, now, next)
+    return _mixed_transfer(prediction, [Past(now, x, x0), ahead], (1 / 2, 1 / 2), next)
+
+
+def lcm(
+    x: np.ndarray,
+    x0: np.ndarray,
+    now: Point,
+    next: Point,
+    history: Sequence[Past],
+    noise: Callable[[], np.ndarray],
+    eta: float,
+) -> np.ndarray:
+    """Multistep sampling of a latent consistency model: to a clean sample, and back to the next noise level."""
+    u = LCM_TIME_SCALE * now.t
+    length = math.hypot(u, LCM_SIGMA_DATA)
+    clean = (LCM_SIGMA_DATA / length) ** 2 * x + u / length * x0
+    return clean if next.sigma == 0.0 else next.alpha * clean + next.sigma * noise()
+
+
+SOLVERS: dict[str, Solver] = {
+    "ddim": ddim,
+    "euler": euler,
+    "dpmpp_2m": dpmpp_2m,
+    "ipndm": ipndm,
+    "plms": partial(_plms, "epsilon"),
+    "plms_v": partial(_plms, "v"),
+    "lcm": lcm,
+}
+
+# solvers whose first step, where others follow, is taken again after one more look at the network
+WARM_UP: dict[str, WarmUp] = {"plms": partial(_improved_euler, "epsilon"), "plms_v": partial(_improved_euler, "v")}
 
 
 def solver_named(name: str) -> Solver:
@@ -148,11 +213,34 @@ def solver_named(name: str) -> Solver:
     return SOLVERS[name]
 
 
+def network_calls(solver: str, steps: int) -> int:
+    """How often that solver asks the network on a plan of so many steps: once a step, and once more to warm up."""
+    return steps + 1 if solver in WARM_UP and steps > 1 else steps
+
+
+def _mixed_transfer(prediction: str, seen: Sequence[Past], weights: Sequence[float], next: Point) -> np.ndarray:
+    """The transfer from the first of `seen`, with x_0 read off the weighted sum of the outputs at all of them."""
+    now, x, _ = seen[0]
+    out = sum(w * _output(prediction, *place) for w, place in zip(weights, seen, strict=False))
+    return transfer(x, to_x0(prediction, x, np.asarray(out), now), now, next)
+
+
+def _output(prediction: str, point: Point, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
+    """What a network of that prediction, epsilon or v, returned where x_0 is its guess."""
+    eps = _noise_in(x, x0, point)
+    return eps if prediction == "epsilon" else point.alpha * eps - point.sigma * x0
+
+
 def _half_log_snr(point: Point) -> float:
     """lambda = log(alpha / sigma), minus infinity at pure noise and plus infinity at a clean sample."""
     if point.sigma == 0.0:
         return math.inf
     return math.log(point.alpha / point.sigma) if point.alpha > 0 else -math.inf
+
+
+def _is_all_noise(point: Point) -> bool:
+    """Whether r is infinite or so high that no slope in r means anything: the end of a cosine table."""
+    return point.sigma > math.exp(LOG_RATIO_MAX) * point.alpha
 
 
 def _noise_in(x: np.ndarray, x0: np.ndarray, point: Point) -> np.ndarray:

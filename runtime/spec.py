@@ -77,6 +77,12 @@ class TextInput:
     shape: tuple[int, ...]
     rows: tuple[tuple[str, ...] | int, ...]
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether it holds sizes or a mask instead of features."""
+        pieces = [piece for row in self.rows if not isinstance(row, int) for piece in row]
+        return bool(pieces) and all(p in ("size", "corner") or p.endswith(".attention_mask") for p in pieces)
+
 
 @dataclass(frozen=True)
 class Conditioning:
@@ -128,8 +134,8 @@ class Plan:
         if not (np.isfinite(self.guidance) and np.isfinite(self.eta) and 0.0 <= self.eta <= 1.0):
             raise BadInput(f"plan: guidance {self.guidance} must be finite and eta {self.eta} lie in [0, 1]")
 
-        if self.end is not None and not 0.0 <= self.end < t[-1]:
-            raise BadInput(f"plan: end {self.end} must be a timestep below the last one, {t[-1]:g}")
+        if self.end is not None and not 0.0 <= self.end <= t[-1]:
+            raise BadInput(f"plan: end {self.end} must be a timestep not above the last one, {t[-1]:g}")
 
     @property
     def steps(self) -> int:
@@ -205,6 +211,10 @@ class DenoiserSpec:
     def image_size(self) -> tuple[int, int]:
         """Height and width of the final image, in pixels."""
         return self.sample_shape[1] * self.latent_factor, self.sample_shape[2] * self.latent_factor
+
+    def tokens(self, shape: tuple[int, int, int]) -> int:
+        """Image tokens of a sample of this shape, which dynamic shifts count: cells of `size_multiple` a side."""
+        return (shape[1] // self.size_multiple) * (shape[2] // self.size_multiple)
 
     def with_plan(self, plan: Plan) -> DenoiserSpec:
         return replace(self, plan=plan)

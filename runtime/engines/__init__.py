@@ -36,7 +36,10 @@ class Engine(Protocol):
         """The graph's inputs by name, with the types they take."""
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """The output for one batch; the array is the caller's own."""
+        """The first output for one batch; the array is the caller's own."""
+
+    def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Every output by name, for graphs with several."""
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
         """The share of all multiply-accumulates (convolutions, matrix products) that executes on integers."""
@@ -70,6 +73,8 @@ def load_engine(path: str | Path, name: str | None = None, threads: int | None =
     return engine
 
 
-def open_engine(bundle: Bundle, name: str | None = None, threads: int | None = None) -> Engine:
-    """Load a bundle's denoiser; as `load_engine`."""
-    return load_engine(bundle.denoiser, name, threads)
+def open_engine(
+    bundle: Bundle, name: str | None = None, threads: int | None = None, graph: str = "denoiser"
+) -> Engine:
+    """Load a bundle's denoiser, or another of its graphs; as `load_engine`."""
+    return load_engine(bundle.graph(graph), name, threads)

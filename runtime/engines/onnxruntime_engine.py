@@ -64,14 +64,17 @@ class OnnxRuntimeEngine:
         self._path, self._threads = path, threads
         self._session = _session(path, _options(threads))
         self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
+        self._outputs = [node.name for node in self._session.get_outputs()]
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return next(iter(self.run_all(inputs).values()))
+
+    def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         # plain run: on the CPU, I/O binding saves no copy of ours
         try:
-            result: np.ndarray = self._session.run(None, inputs)[0]
+            return dict(zip(self._outputs, self._session.run(None, inputs), strict=True))
         except Exception as error:
             raise _refused(self._path, "run", error) from error
-        return result
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
         """From the kernels of one profiled run in a second session with the same optimisations."""

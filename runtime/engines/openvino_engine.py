@@ -53,17 +53,20 @@ class OpenVinoEngine:
         except Exception as error:
             raise _refused(path, "load", error) from error
         self.inputs = {node.get_any_name(): np.dtype(node.get_element_type().to_dtype()) for node in self._model.inputs}
+        self._outputs = [node.get_any_name() for node in self._model.outputs]
         self._requests: dict[tuple[tuple[str, tuple[int, ...]], ...], Any] = {}
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return next(iter(self.run_all(inputs).values()))
+
+    def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         request = self._request(inputs)
         try:
             request.infer(inputs, share_inputs=True)
         except Exception as error:
             raise _refused(self._path, "run", error) from error
-        # a copy: the request's own output is overwritten by the next call
-        result: np.ndarray = request.get_output_tensor(0).data.copy()
-        return result
+        # copies: the request's own outputs are overwritten by the next call
+        return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
         """From the layers of the model compiled for these shapes; products inside a subgraph run in float."""

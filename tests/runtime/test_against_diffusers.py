@@ -14,6 +14,7 @@ diffusers = pytest.importorskip("diffusers")
 from runtime.denoise import make_denoiser  # noqa: E402
 from runtime.sampler import sample  # noqa: E402
 from runtime.schedule import betas_schedule, flow_schedule, make_plan, point_at, timestep_grid  # noqa: E402
+from runtime.solvers import network_calls  # noqa: E402
 from runtime.spec import DenoiserSpec, Plan  # noqa: E402
 
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
@@ -116,6 +117,37 @@ def test_dpm_solver_follows_diffusers(fake_network, noise, kind, prediction, gri
     for k, t in enumerate(scheduler.timesteps):
         x = scheduler.step(answer(network, x, t), t, x).prev_sample
         assert close(ours[k], x), f"step {k}"
+
+
+PLMS = [(kind, prediction) for kind in KINDS for prediction in ("epsilon", "v")]
+
+
+@pytest.mark.parametrize(("kind", "prediction"), PLMS)
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("clean", [True, False])
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 20, 50])
+def test_plms_follows_diffusers(fake_network, noise, kind, prediction, offset, clean, steps) -> None:
+    """diffusers' first two calls are our first step, and its second timestep comes twice."""
+    start = noise(3, 1, 4, 4)
+    solver = {"epsilon": "plms", "v": "plms_v"}[prediction]
+
+    def plan_of(schedule):
+        timesteps = timestep_grid("leading", steps, schedule, offset=offset)
+        return Plan(solver, timesteps, clip=False, end=None if clean else 0.0)
+
+    ours, _, network = ours_and_network(fake_network, kind, prediction, plan_of, start)
+    low, high = KINDS[kind]
+    options = {"skip_prk_steps": True, "set_alpha_to_one": clean, "steps_offset": offset}
+    scheduler = diffusers.PNDMScheduler(1000, low, high, kind, prediction_type=NAMES[prediction], **options)
+    scheduler.set_timesteps(steps)
+    assert len(scheduler.timesteps) == network_calls(solver, steps) == len(network.calls)
+    x, theirs = torch.from_numpy(start), []
+    for t in scheduler.timesteps:
+        x = scheduler.step(answer(network, x, t), t, x).prev_sample
+        theirs.append(x)
+    assert [call["timestep"][0] for call in network.calls[: len(theirs)]] == scheduler.timesteps.tolist()
+    for k, other in enumerate(theirs[1:] if steps > 1 else theirs):
+        assert close(ours[k], other), f"step {k}"
 
 
 def test_flow_follows_diffusers_at_fractional_timesteps(fake_network, noise) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -12,13 +14,16 @@ from runtime.schedule import (
     flow_schedule,
     make_plan,
     point_at,
+    reshifted,
+    spaced_timesteps,
     timestep_grid,
     trajectory,
 )
-from runtime.spec import NoiseSchedule
+from runtime.spec import NoiseSchedule, Spacing
 
 COSINE = betas_schedule("squaredcos_cap_v2", 1000)
 LINEAR = betas_schedule("linear", 1000)
+FLOW = flow_schedule(1001)
 BETAS = [
     ("linear", 1000, 1e-4, 0.02),
     ("linear", 50, 1e-3, 0.3),
@@ -59,7 +64,7 @@ def test_sigma_grids_visit_the_noise_levels_of_diffusers(kind: str, option: str)
     assert np.allclose(ratios, scheduler.sigmas.numpy()[:-1], rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", GRIDS)
+@pytest.mark.parametrize("kind", sorted(set(GRIDS) - {"lcm"}))  # which has 50 timesteps
 @pytest.mark.parametrize("steps", [1, 2, 5, 37, 999, 1000])
 @pytest.mark.parametrize("schedule", [COSINE, LINEAR, flow_schedule(1000)], ids=["cosine", "linear", "flow"])
 def test_every_grid_gives_that_many_whole_descending_timesteps(kind: str, steps: int, schedule: NoiseSchedule) -> None:
@@ -67,7 +72,7 @@ def test_every_grid_gives_that_many_whole_descending_timesteps(kind: str, steps:
     assert len(t) == steps and (np.diff(t) <= -1).all() and t[0] <= 999 and t[-1] >= 0 and (t == np.round(t)).all()
 
 
-@pytest.mark.parametrize("kind", sorted(set(GRIDS) - {"leading"}))
+@pytest.mark.parametrize("kind", sorted(set(GRIDS) - {"leading", "dpm_leading"}))
 def test_a_single_step_starts_at_the_noisy_end(kind: str) -> None:
     assert timestep_grid(kind, 1, COSINE)[0] >= 990
 
@@ -105,6 +110,47 @@ def test_a_trajectory_ends_clean() -> None:
 def test_a_flow_runs_from_data_to_pure_noise() -> None:
     flow = flow_schedule(1000)
     assert (flow.alphas[0], flow.sigmas[0], flow.alphas[-1], flow.sigmas[-1]) == (1.0, 0.0, 0.0, 1.0)
+
+
+def test_a_trajectory_may_end_at_the_noise_of_a_timestep() -> None:
+    assert trajectory(COSINE, (999.0, 500.0), end=0.0)[-1] == point_at(COSINE, 0.0)
+
+
+@pytest.mark.parametrize("steps", [1, 4, 50])
+def test_the_lcm_grid_is_a_part_of_the_50_timesteps_taught(steps: int) -> None:
+    assert {t % 20 for t in timestep_grid("lcm", steps, LINEAR)} == {19.0}
+
+
+def test_more_steps_than_a_consistency_model_was_taught_are_refused() -> None:
+    with pytest.raises(BadInput, match="51 steps: .* taught 50 timesteps"):
+        timestep_grid("lcm", 51, LINEAR)
+
+
+def test_a_spacing_adds_its_offset_and_rounds_where_it_says_so() -> None:
+    assert spaced_timesteps(Spacing("leading", offset=1), 4, LINEAR) == (751.0, 501.0, 251.0, 1.0)
+    assert spaced_timesteps(Spacing("linspace"), 3, LINEAR) == (999.0, 500.0, 0.0)
+    assert spaced_timesteps(Spacing("linspace", whole=False), 3, LINEAR) == (999.0, 499.5, 0.0)
+
+
+def test_a_shift_moves_a_flow_towards_the_noise() -> None:
+    plain = Spacing("flow_trailing", whole=False)
+    assert spaced_timesteps(plain, 4, FLOW) == (1000.0, 750.0, 500.0, 250.0)
+    shifted = spaced_timesteps(replace(plain, shift=3.0), 4, FLOW)
+    assert shifted == pytest.approx((1000.0, 900.0, 750.0, 500.0))  # 3 s / (1 + 2 s)
+
+
+def test_a_dynamic_shift_is_read_off_the_line_between_two_sizes() -> None:
+    spacing = Spacing("flow_trailing", whole=False, dynamic=(0.0, np.log(9.0), 100, 300))
+    at = [spaced_timesteps(spacing, 4, FLOW, tokens)[2] for tokens in (100, 200, 300)]
+    assert at == pytest.approx([500.0, 750.0, 900.0])  # k = 1, 3, 9
+    assert reshifted((500.0,), spacing, 100, 300, FLOW) == pytest.approx((900.0,))
+    assert reshifted(reshifted((321.0,), spacing, 100, 300, FLOW), spacing, 300, 100, FLOW) == pytest.approx((321.0,))
+
+
+@pytest.mark.parametrize(("dynamic", "tokens"), [((0.5, 1.15, 256, 4096), None), ((0.5, 1.15, 256, 256), 256)])
+def test_a_dynamic_shift_without_its_sizes_is_refused(dynamic, tokens) -> None:
+    with pytest.raises(BadInput, match="number of image tokens"):
+        spaced_timesteps(Spacing("flow_trailing", whole=False, dynamic=dynamic), 4, FLOW, tokens)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

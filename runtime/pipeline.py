@@ -1,0 +1,152 @@
+"""A whole bundle at work: labels or prompts in, images out, without torch.
+
+    prompt -> text encoders -> conditions;   noise -> denoiser, step by step -> latent;   latent -> decoder -> image
+
+An engine is opened when its turn comes. Encoders and decoder are closed again at once, so that beside the denoiser only
+one other network is ever in memory.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+import numpy as np
+
+from runtime.bundle import Bundle
+from runtime.denoise import Conditions, class_conditions, is_guided
+from runtime.engines import Engine, open_engine
+from runtime.errors import BadInput
+from runtime.sampler import generate_batches, labels_in_turn
+from runtime.schedule import reshifted
+from runtime.spec import DenoiserSpec
+from runtime.text import Warn, encode, open_tokenizer, unconditional
+
+DECODER = "vae_decoder"
+
+
+class Pipeline:
+    """An open bundle; `spec` says what it samples by default. Raises BadInput and MissingExtra as its parts do."""
+
+    def __init__(self, bundle: Bundle, engine: str | None = None, threads: int | None = None) -> None:
+        self.bundle, self.spec = bundle, bundle.spec
+        self._threads = threads
+        self.denoiser = open_engine(bundle, engine, threads)
+
+    def images(
+        self,
+        seeds: Sequence[int] | np.ndarray,
+        conditions: Conditions,
+        spec: DenoiserSpec | None = None,
+        batch: int = 8,
+    ) -> Iterator[np.ndarray]:
+        """Images float32 [B, C, H, W] in the data range, batch by batch, one for each seed.
+
+        `spec` is the bundle's own or one with another plan or size (`resized`).
+        """
+        spec = spec or self.spec
+        for samples in generate_batches(self.denoiser, spec, seeds, batch=batch, conditions=conditions):
+            yield self.decode(samples, spec)
+
+    def conditions(
+        self,
+        count: int,
+        spec: DenoiserSpec | None = None,
+        *,
+        labels: Sequence[int] | np.ndarray | None = None,
+        prompts: Sequence[str] | None = None,
+        negatives: Sequence[str] | None = None,
+        warn: Warn = warnings.warn,
+    ) -> Conditions:
+        """What `count` samples are told: `labels` (None: the classes in turn) or `prompts`, one for each sample."""
+        spec = spec or self.spec
+        if spec.conditioning.kind != "text":
+            classes = labels_in_turn(spec, count) if labels is None else np.asarray(labels)
+            return class_conditions(spec, classes)
+        if prompts is None:
+            raise BadInput("the model is conditioned on text: give a prompt")
+        guided = is_guided(spec, spec.plan.guidance)
+        if negatives is not None and not guided:
+            raise BadInput("a negative prompt needs guidance above 1, which this model or plan does without")
+        text = _Text(self.bundle, self.denoiser.name, self._threads)
+        conditioning, size = spec.conditioning, spec.image_size
+        given = encode(prompts, conditioning, text.encoders, text.tokenizers, size, warn)
+        if not guided:
+            return Conditions(given)
+        null = unconditional(negatives, count, conditioning, text.encoders, text.tokenizers, size, warn)
+        return Conditions(given, null)
+
+    def decode(self, samples: np.ndarray, spec: DenoiserSpec | None = None) -> np.ndarray:
+        """Images of latents, one at a time: a decoder's memory grows with the batch. Pixels are images already."""
+        spec = spec or self.spec
+        if spec.latent_factor == 1:
+            return samples
+        latents = samples / np.float32(spec.latent_scale) + np.float32(spec.latent_shift)
+        with closing(open_engine(self.bundle, self.denoiser.name, self._threads, DECODER)) as decoder:
+            (name,) = decoder.inputs
+            pictures = [decoder.run({name: latent[None].astype(decoder.inputs[name])}) for latent in latents]
+        return np.clip(np.concatenate(pictures), *spec.data_range)
+
+    def close(self) -> None:
+        """Release the denoiser's engine."""
+        self.denoiser.close()
+
+
+def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> DenoiserSpec:
+    """The spec for images of `size` (height, width) in pixels, its plan shifted as the model wants it for that size.
+
+    Raises BadInput for a size that the model cannot make; `fixed` says that its graph is made for one size.
+    """
+    factor, unit = spec.latent_factor, spec.latent_factor * spec.size_multiple
+    if size == spec.image_size:
+        return spec
+    if fixed:
+        raise BadInput(f"size {_by(size)}: this bundle's graph makes {_by(spec.image_size)} images only")
+    if min(size) < unit or size[0] % unit or size[1] % unit:
+        near = _by(tuple(max(unit, round(side / unit) * unit) for side in size))
+        raise BadInput(f"size {_by(size)}: sides must be multiples of {unit} for this model; the nearest is {near}")
+    shape = (spec.sample_shape[0], size[0] // factor, size[1] // factor)
+    timesteps = reshifted(
+        spec.plan.timesteps, spec.spacing, spec.tokens(spec.sample_shape), spec.tokens(shape), spec.schedule
+    )
+    return replace(spec, sample_shape=shape, plan=replace(spec.plan, timesteps=timesteps))
+
+
+def has_fixed_size(bundle: Bundle) -> bool:
+    """Whether the denoiser's graph was made for one height and width."""
+    shape = bundle.manifest["graphs"]["denoiser"]["inputs"]["sample"]["shape"]
+    return isinstance(shape[2], int) and isinstance(shape[3], int)
+
+
+class _Text:
+    """A bundle's text encoders and tokenizers by name, opened when they are asked for."""
+
+    def __init__(self, bundle: Bundle, engine: str, threads: int | None) -> None:
+        encoders = bundle.spec.conditioning.encoders
+        if not encoders:
+            raise BadInput(
+                f"{bundle.path}: the model is conditioned on text and its bundle has no text encoder; "
+                "export the whole pipeline's folder, not its denoiser alone"
+            )
+        self.tokenizers = {e.tokenizer: open_tokenizer(bundle.path / e.tokenizer / "tokenizer.json") for e in encoders}
+        self.encoders = {e.graph: _OnDemand(bundle, engine, threads, e.graph) for e in encoders}
+
+
+class _OnDemand:
+    """A network that is opened for each run and closed after it."""
+
+    def __init__(self, bundle: Bundle, engine: str, threads: int | None, graph: str) -> None:
+        self._open = lambda: open_engine(bundle, engine, threads, graph)
+        entries = bundle.manifest["graphs"][graph]["inputs"]
+        self.inputs: Mapping[str, np.dtype] = {name: np.dtype(entry["dtype"]) for name, entry in entries.items()}
+
+    def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        engine: Engine
+        with closing(self._open()) as engine:
+            return engine.run_all(inputs)
+
+
+def _by(size: tuple[int, ...]) -> str:
+    return "x".join(str(side) for side in size)
