@@ -9,29 +9,38 @@ from __future__ import annotations
 import numpy as np
 import torch
 
+from compress.adapters import example_inputs
 from compress.checkpoint import Checkpoint
+from compress.context import Data
 from compress.data import ImageData
 from compress.losses import add_noise, forward
 from compress.metrics import sqnr_db
 from compress.quantize import fake_quantized
+from runtime.denoise import SAMPLE, TIMESTEP
 
 BATCH = 16
+LARGE_BATCH = 2  # for models whose one call takes seconds
+LARGE = 100_000_000  # parameters
 SHARES = (0.1, 0.4, 0.7, 0.95)  # of the way to pure noise
 
 
-def agreement_db(checkpoint: Checkpoint, teacher: Checkpoint, data: ImageData | None) -> float:
-    """SQNR of `checkpoint`'s output against `teacher`'s, in dB; quantized checkpoints answer through fake-quant."""
+def agreement_db(checkpoint: Checkpoint, teacher: Checkpoint, data: Data | None) -> float:
+    """SQNR of `checkpoint`'s output against `teacher`'s, in dB; quantized checkpoints answer through fake-quant.
+
+    On real images where there are some, else on noise alone under stand-in conditions: having the teacher make samples
+    for this figure would cost more than the stage it judges.
+    """
     spec, generator = teacher.spec, torch.Generator().manual_seed(0)
-    if data is not None:
-        x0, conditions = data.batch(BATCH, generator)
+    batch = BATCH if sum(p.numel() for p in teacher.model.parameters()) < LARGE else LARGE_BATCH
+    if isinstance(data, ImageData):
+        x0, conditions = data.batch(batch, generator)
     else:
-        x0 = torch.zeros(BATCH, *spec.sample_shape)
-        labels = torch.arange(BATCH) % max(spec.conditioning.classes, 1)
-        conditions = {"class_labels": labels} if spec.conditioning.kind == "class" else {}
+        x0, inputs = torch.zeros(batch, *spec.sample_shape), example_inputs(spec, batch)
+        conditions = {name: value for name, value in inputs.items() if name not in (SAMPLE, TIMESTEP)}
     model, wanted, found = fake_quantized(checkpoint), [], []
     with torch.no_grad():
         for share in SHARES:
-            t = torch.full((BATCH,), round(share * (len(spec.schedule) - 1)))
+            t = torch.full((batch,), round(share * (len(spec.schedule) - 1)))
             x_t = add_noise(spec, x0, torch.randn(x0.shape, generator=generator), t)
             wanted.append(forward(teacher.model, spec, x_t, t, conditions).numpy())
             found.append(forward(model, spec, x_t, t, conditions).numpy())

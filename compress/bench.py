@@ -1,6 +1,6 @@
 """`diffpress bench`: a bundle against its baselines, in one run. Torch is imported only for a torch baseline.
 
-PyTorch eager     the baseline checkpoint as people run it today, DDIM with 50 steps
+PyTorch eager     the baseline checkpoint as people run it today: DDIM with 50 steps, or as its pipeline does
 the same engine   the baseline bundle (or the one beside BUNDLE) in fp32
 """
 
@@ -13,11 +13,19 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from runtime.bench import TORCH, Subject, bundle_subject, evaluations, measure, sampler_overhead, table
+from runtime.bench import (
+    TORCH,
+    Subject,
+    bundle_subject,
+    evaluations,
+    measure,
+    sample_once,
+    sampler_overhead,
+    table,
+)
 from runtime.bundle import MANIFEST, Bundle, load_bundle
 from runtime.engines import available, open_engine
 from runtime.files import write_json
-from runtime.sampler import generate
 from runtime.schedule import make_plan
 
 BASELINE_SOLVER, BASELINE_STEPS = "ddim", 50
@@ -73,7 +81,8 @@ def _in_engine(stack: ExitStack, bundle: Bundle, name: str, batches: Sequence[in
 
 
 def torch_subject(reference: str, batches: Sequence[int], threads: int | None = None) -> Subject:
-    """The checkpoint in PyTorch eager, float32, sampled with DDIM-50: what most people run today."""
+    """The checkpoint in PyTorch eager, float32: models of pixels sampled with DDIM-50, what most people run today, and
+    those of latents by the plan their pipeline has."""
     import torch
 
     from compress.counts import count
@@ -84,18 +93,19 @@ def torch_subject(reference: str, batches: Sequence[int], threads: int | None = 
         torch.set_num_threads(threads)
     checkpoint = load_checkpoint(reference)
     spec = checkpoint.spec
-    steps = min(BASELINE_STEPS, len(spec.schedule))
-    spec = spec.with_plan(make_plan(BASELINE_SOLVER, steps, spec.schedule, clip=spec.plan.clip))
+    if spec.latent_factor == 1:
+        steps = min(BASELINE_STEPS, len(spec.schedule))
+        spec = spec.with_plan(make_plan(BASELINE_SOLVER, steps, spec.schedule, clip=spec.plan.clip))
     one_step = replace(spec.plan, timesteps=spec.plan.timesteps[:1])
     network = TorchNetwork(checkpoint.model, spec)
     return Subject(
         name=f"{Path(reference).name} (PyTorch eager)",
         engine=TORCH,
         precision="fp32",
-        steps=steps,
-        nfe=evaluations(spec.plan),
+        steps=spec.plan.steps,
+        nfe=evaluations(spec),
         size_mib=count(checkpoint.model, spec).fp32_bytes / 2**20,
         integer_mac_share=0.0,
-        sample=lambda batch: generate(network, spec, range(batch), batch=batch),
-        step=lambda batch: generate(network, spec, range(batch), plan=one_step, batch=batch),
+        sample=lambda batch: sample_once(network, spec, batch),
+        step=lambda batch: sample_once(network, spec.with_plan(one_step), batch),
     )

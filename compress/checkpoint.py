@@ -3,6 +3,7 @@
 On disk it is the diffusers layout plus diffpress.json, which holds what diffusers has no place for:
 
     unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/...     (or weights.safetensors)
+    vae/, text_encoder/, tokenizer/ ...     the pipeline's other parts, unchanged: hard links where the disk allows
     quantization.safetensors    scales, if it was quantized
     diffpress.json              spec, per-layer widths, quantized layers, history
 """
@@ -16,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from compress.layout import link_parts
 from compress.widths import Widths, changed_widths
 from runtime.errors import BadInput
 from runtime.spec import DenoiserSpec
@@ -62,7 +65,10 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Source:
-    """How the unpruned module is built again: a diffusers class and config, or a user's file and weights."""
+    """How the unpruned module is built again: a diffusers class and config, or a user's file and weights.
+
+    `parts` is the pipeline folder that holds what the denoiser needs around it: text encoders, tokenizers, decoder.
+    """
 
     kind: str
     config: dict[str, Any] = field(default_factory=dict)
@@ -70,6 +76,7 @@ class Source:
     folder: str = "unet"
     file: Path | None = None
     weights: Path | None = None
+    parts: Path | None = None
     original: Widths = field(default_factory=dict)
 
 
@@ -85,10 +92,15 @@ class Checkpoint:
         """A copy that a stage may change: no stage changes its input."""
         return copy.deepcopy(self.model)
 
+    def shared_model(self) -> nn.Module:
+        """A copy with modules of its own and this one's tensors: for hooks and quantizers, not for training."""
+        tensors = [*self.model.parameters(), *self.model.buffers()]
+        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+
     def evolve(self, **changes: Any) -> Checkpoint:
         return replace(self, **changes)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """sha256 over everything that decides what this checkpoint computes and how it is sampled."""
         digest = hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode())
@@ -150,7 +162,9 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         parts.mkdir()
         (parts / "config.json").write_text(json.dumps(source.config, indent=2, sort_keys=True) + "\n")
         save_file(state, parts / "diffusion_pytorch_model.safetensors")
-        if source.scheduler is not None:
+        if source.parts is not None:
+            link_parts(source.parts, folder, skip=(source.folder,))
+        elif source.scheduler is not None:
             (folder / "scheduler").mkdir()
             text = json.dumps(source.scheduler, indent=2, sort_keys=True) + "\n"
             (folder / "scheduler" / "scheduler_config.json").write_text(text)

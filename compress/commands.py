@@ -8,6 +8,8 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compress.builtin import FEATURES, RECIPES, REFERENCE, TEACHER
 from compress.checkpoint import Checkpoint
 from compress.config import EvaluateConfig, QuantizeConfig
@@ -28,14 +30,29 @@ from runtime.spec import DenoiserSpec
 DEFAULT_RECIPE = RECIPES / "quick.yaml"
 
 
+def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
+    """How the positional CHECKPOINT is to be read."""
+    parser.add_argument(
+        "--lora", action="append", default=[], metavar="PATH[:SCALE]", help="fuse a LoRA into it; may be repeated"
+    )
+    parser.add_argument(
+        "--config", metavar="FOLDER", help="pipeline folder or hub id that says how a single .safetensors file is built"
+    )
+
+def loaded(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Checkpoint:
+    """The checkpoint that the arguments name."""
+    return load_checkpoint(args.checkpoint, loras=args.lora, config=args.config, dtype=dtype)
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
         nargs="?",
         default=str(TEACHER),
         metavar="CHECKPOINT",
-        help="folder, hub id or file.py:weights (default: the built-in teacher)",
+        help="folder, hub id, .safetensors or file.py:weights (default: the built-in teacher)",
     )
+    add_checkpoint_arguments(parser)
     parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, metavar="R")
     parser.add_argument(
         "--set",
@@ -56,7 +73,7 @@ def add_plan_arguments(parser: argparse.ArgumentParser) -> None:
 
 def plan_command(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe, tuple(args.set))
-    result = planned(load_checkpoint(args.checkpoint), recipe)
+    result = planned(loaded(args), recipe)
     if args.json == "-":
         print(json.dumps(result, indent=1))
         return 0

@@ -6,6 +6,7 @@ are counted from the executed matmuls' shapes (torch's own flop counter, halved)
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -25,9 +26,21 @@ class Counts:
     fp32_bytes: int
 
 
+LARGE = 100_000_000  # parameters
+
+
 def count(model: nn.Module, spec: DenoiserSpec) -> Counts:
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, inputs = sum(p.numel() for p in model.parameters()), example_inputs(spec, 1)
+    if parameters > LARGE:  # a call would take many seconds: on the meta device only the shapes are worked out
+        tensors = [*model.parameters(), *model.buffers()]
+        model = copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
+        inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), counter:
-        adapter_for(model).forward(model, example_inputs(spec, 1))
+        adapter_for(model).forward(model, inputs)
     return Counts(parameters, counter.get_total_flops() // 2, 4 * parameters)
+
+
+def _on_meta(tensor: torch.Tensor) -> torch.Tensor:
+    meta = tensor.detach().to("meta", torch.float32 if tensor.is_floating_point() else tensor.dtype)
+    return nn.Parameter(meta, requires_grad=False) if isinstance(tensor, nn.Parameter) else meta

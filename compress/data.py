@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from runtime.denoise import Conditions, stand_in_conditions
 from runtime.errors import BadInput
 from runtime.spec import DenoiserSpec
 
@@ -20,8 +21,8 @@ class ImageData:
 
     x: np.ndarray
     labels: np.ndarray | None
-    data_range: tuple[float, float]
     hash: str
+    spec: DenoiserSpec
 
     def __len__(self) -> int:
         return len(self.x)
@@ -29,9 +30,19 @@ class ImageData:
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """A random batch: float32 [B, C, H, W] in the data range, and {'class_labels': int64 [B]} if labelled."""
         picks = torch.randint(0, len(self.x), (size,), generator=generator).numpy()
-        low, high = self.data_range
+        low, high = self.spec.data_range
         x = torch.from_numpy(self.x[picks].astype(np.float32)) * ((high - low) / 255.0) + low
         return x, {} if self.labels is None else {"class_labels": torch.from_numpy(self.labels[picks])}
+
+    @property
+    def null(self) -> dict[str, torch.Tensor]:
+        """The conditions that stand for none, [1]; empty where the model knows no such label."""
+        label = self.spec.conditioning.null_label
+        return {} if self.labels is None or label is None else {"class_labels": torch.tensor([label])}
+
+    def conditions(self, count: int) -> Conditions:
+        """What `count` samples are told: the classes in turn, or nothing."""
+        return stand_in_conditions(self.spec, count)
 
 
 def load_images(path: Path, spec: DenoiserSpec) -> ImageData:
@@ -45,7 +56,7 @@ def load_images(path: Path, spec: DenoiserSpec) -> ImageData:
             raise BadInput(f"{path}: labels reach {labels.max()}, the model has {spec.conditioning.classes} classes")
     else:
         labels = None
-    return ImageData(x, labels, spec.data_range, hashlib.sha256(path.read_bytes()).hexdigest())
+    return ImageData(x, labels, hashlib.sha256(path.read_bytes()).hexdigest(), spec)
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:

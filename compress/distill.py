@@ -54,7 +54,7 @@ def _recover(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Cal
 
     def loss_of(student: nn.Module, generator: torch.Generator) -> torch.Tensor:
         x0, conditions = data.batch(config.batch, generator)
-        conditions = drop_labels(conditions, spec.conditioning.null_label, generator)
+        conditions = drop_conditions(conditions, data.null, generator)
         t = timesteps[torch.randint(0, len(timesteps), (config.batch,), generator=generator)]
         noise = torch.randn(x0.shape, generator=generator)
         device = next(student.parameters()).device
@@ -79,22 +79,30 @@ def _recover(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Cal
 KINDS = {"recover": _recover}
 
 
-def drop_labels(
-    conditions: dict[str, torch.Tensor], null_label: int | None, generator: torch.Generator, share: float = 0.1
+def drop_conditions(
+    conditions: dict[str, torch.Tensor],
+    null: dict[str, torch.Tensor],
+    generator: torch.Generator,
+    share: float = 0.1,
 ) -> dict[str, torch.Tensor]:
-    """Replace a tenth of the labels by the null label, so that guidance keeps working (Ho & Salimans 2022)."""
-    if null_label is None or "class_labels" not in conditions:
+    """Tell a tenth of the batch nothing, `null` [1, ...], so that guidance keeps working (Ho & Salimans 2022)."""
+    if not null:
         return conditions
-    labels = conditions["class_labels"]
-    dropped = torch.rand(labels.shape, generator=generator) < share
-    return {**conditions, "class_labels": torch.where(dropped, torch.full_like(labels, null_label), labels)}
+    batch = len(next(iter(conditions.values())))
+    dropped = torch.rand((batch,), generator=generator) < share
+    kept = {name: value for name, value in conditions.items() if name not in null}
+    return kept | {
+        name: torch.where(dropped.view(-1, *[1] * (conditions[name].dim() - 1)), nothing, conditions[name])
+        for name, nothing in null.items()
+    }
 
 
 def feature_distance(found: Features, wanted: Features) -> torch.Tensor:
-    """Mean over blocks of the relative squared distance between energy maps [B, H, W]."""
+    """Mean over blocks of the relative squared distance between energy maps: [B, H, W], or [B, tokens]."""
     terms = []
     for name, reference in wanted.items():
-        ours, theirs = found[name].square().mean(1), reference.square().mean(1)
+        channels = 1 if reference.dim() == 4 else -1
+        ours, theirs = found[name].square().mean(channels), reference.square().mean(channels)
         terms.append(torch.mean((ours - theirs) ** 2) / torch.mean(theirs**2).clamp_min(1e-12))
     return torch.stack(terms).mean()
 
@@ -113,6 +121,8 @@ def captured(model: nn.Module, names: list[str]) -> Iterator[Features]:
 
 def _keep(features: Features, name: str) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: object, output: object) -> None:
-        features[name] = output[0] if isinstance(output, tuple) else output  # type: ignore[assignment]
+        # U-Net blocks give (stream, skips), joint transformer blocks (text, stream): the stream is the last tensor
+        streams = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else [output]
+        features[name] = streams[-1]  # type: ignore[assignment]
 
     return hook

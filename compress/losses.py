@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from compress.adapters import adapter_for
+from compress.adapters import adapter_for, timestep_dtype
 from runtime.spec import DenoiserSpec
 
 Tensors = dict[str, torch.Tensor]
@@ -52,9 +52,9 @@ def to_epsilon(spec: DenoiserSpec, out: torch.Tensor, x_t: torch.Tensor, t: torc
 def forward(
     model: nn.Module, spec: DenoiserSpec, x_t: torch.Tensor, t: torch.Tensor, conditions: Tensors
 ) -> torch.Tensor:
-    """The network's output for integer timesteps `t` [B]; a flow model is told them as floats, as in sampling."""
-    timestep = t.float() if spec.prediction == "flow" else t
-    return adapter_for(model).forward(model, {"sample": x_t, "timestep": timestep, **conditions})
+    """The network's output for integer timesteps `t` [B], told in the type that sampling uses."""
+    inputs = {"sample": x_t, "timestep": t.to(timestep_dtype(spec)), **conditions}
+    return adapter_for(model).forward(model, inputs)
 
 
 def epsilon_loss(

@@ -16,15 +16,16 @@ from typing import Any
 
 from compress.agreement import agreement_db
 from compress.checkpoint import Checkpoint, Record, save_checkpoint
-from compress.context import Context, say
+from compress.context import Context, Data, say
 from compress.counts import count
-from compress.data import ImageData, load_images
+from compress.data import load_images
 from compress.distill import distill
 from compress.load import load_checkpoint
 from compress.prune import prune
 from compress.quantize import quantize
 from compress.recipe import Recipe, Stage
 from compress.schedule import schedule
+from compress.teacher_data import TeacherData, read_prompts
 from runtime.bundle import sha256
 from runtime.errors import BadInput
 from runtime.files import read_json, write_json
@@ -41,7 +42,7 @@ STAGES: dict[str, StageFunction] = {
 
 def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path) -> Checkpoint:
     """Apply the recipe's stages to the teacher, reusing what `out`/stages already holds."""
-    data = load_images(recipe.data, teacher.spec) if recipe.data else None
+    data = open_data(teacher, recipe, out)
     checkpoint = teacher
     for number, stage in enumerate(recipe.stages):
         print(f"[{number + 1}/{len(recipe.stages)}] {stage.name}", flush=True)
@@ -55,8 +56,22 @@ def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path) -> Checkpoint:
     return checkpoint
 
 
+def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
+    """The recipe's images; for models of latents or text what the teacher makes, under the recipe's prompts."""
+    spec = teacher.spec
+    if spec.latent_factor == 1 and spec.conditioning.kind != "text":
+        return load_images(recipe.data, spec) if recipe.data else None
+    if spec.conditioning.kind == "text":
+        prompts = read_prompts(recipe.data)
+    elif recipe.data is None:
+        prompts = ()
+    else:
+        raise BadInput(f"{recipe.data}: a model of latents learns from what its teacher makes; leave 'data' out")
+    return TeacherData(teacher, recipe.teacher_samples, out / "stages", prompts)
+
+
 def run_stage(
-    checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: ImageData | None, folder: Path
+    checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: Data | None, folder: Path
 ) -> Checkpoint:
     """Run one stage, append its record to the history, save it, and drop what it kept for resuming."""
     work = folder.with_name(f".{folder.name}.work")
@@ -85,7 +100,7 @@ def run_stage(
     return result
 
 
-def stage_key(checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: ImageData | None) -> str:
+def stage_key(checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: Data | None) -> str:
     facts = [
         checkpoint.hash,
         teacher.hash,

@@ -1,4 +1,4 @@
-"""Structured channel pruning over torch-pruning's dependency graph, in three steps.
+"""Structured channel pruning over coupled groups, in three steps.
 
 1. importance  I_c of channel c of a coupled group, summed over every weight the channel touches:
        random      uniform noise
@@ -8,16 +8,21 @@
 2. choice      local: the least important `ratio` of each group; global: `ratio` of all channels, taken where the
                loss of importance per saved cost is least. Where a GroupNorm reads the group, the same number goes
                out of each of its normalisation groups (top-k inside each), so the kept widths stay divisible.
-3. removal     the dependency graph carries the choice through residual adds and skip concatenations.
+3. removal     every layer that writes or reads a channel of the group loses it.
 
-Attention loses whole heads, chosen by the same importance, summed over a head.
+Which channels are coupled, the family's adapter says (`coupled`); where it does not, torch-pruning's dependency graph
+finds it out, through residual adds and skip concatenations. Attention loses whole heads, chosen by the same
+importance, summed over a head.
 """
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -25,6 +30,7 @@ import torch_pruning as tp
 from torch import nn
 
 from compress.adapters import Adapter, adapter_for, example_inputs
+from compress.adapters.diffusers_blocks import Coupled, Member
 from compress.checkpoint import Checkpoint
 from compress.config import PruneConfig
 from compress.context import Context
@@ -96,15 +102,14 @@ def _accumulate_gradients_(model: nn.Module, checkpoint: Checkpoint, config: Pru
 
 @dataclass(frozen=True)
 class Candidate:
-    """A coupled group of channels: its root layer, how to prune it, a score [C] for each channel, the number of
-    normalisation groups its channels fall into, the unit that it shrinks by, and what one channel costs."""
+    """A coupled group of channels: a score [C] for each channel, the number of normalisation groups its channels
+    fall into, the unit that it shrinks by, what one channel costs, and how channels are removed, by their indices."""
 
-    root: nn.Module
-    prune_out: Any
     scores: torch.Tensor
     norm_groups: int
     unit: int
     cost: float
+    remove: Callable[[list[int]], None]
 
     @property
     def channels(self) -> int:
@@ -124,11 +129,14 @@ def keep_count(channels: int, ratio: float, unit: int) -> int:
 
 def choose_removed(scores: torch.Tensor, keep: int, groups: int) -> list[int]:
     """Indices [C - keep] of the least important channels, equally many from each of `groups` runs of channels."""
-    per_group = scores.reshape(groups, -1)
-    drop = per_group.shape[1] - keep // groups
-    order = per_group.argsort(dim=1, stable=True)[:, :drop]
-    offsets = torch.arange(groups)[:, None] * per_group.shape[1]
-    return sorted((order + offsets).flatten().tolist())
+    order = _least_first(scores, groups)
+    return sorted(order[:, : order.shape[1] - keep // groups].flatten().tolist())
+
+
+def _least_first(scores: torch.Tensor, groups: int) -> torch.Tensor:
+    """Indices [groups, C / groups] of each of `groups` runs of channels, the least important first."""
+    order = scores.reshape(groups, -1).argsort(dim=1, stable=True)
+    return order + torch.arange(groups)[:, None] * order.shape[1]
 
 
 def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
@@ -136,71 +144,66 @@ def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
 
     Units are removed one by one in the order of score lost per cost saved; a group keeps a quarter of itself.
     """
-    target = ratio * sum(candidate.channels for candidate in candidates)
+    channels = sum(candidate.channels for candidate in candidates)
     keeps = [candidate.channels for candidate in candidates]
+    prices = [_prices(candidate) for candidate in candidates]
+    offers = [(price, i) for i, further in enumerate(prices) for price in islice(further, 1)]
+    heapq.heapify(offers)
     removed = 0
-    while removed < target:
-        offers = [
-            (_loss_of_next_unit(c, keep) / (c.unit * c.cost), i)
-            for i, (c, keep) in enumerate(zip(candidates, keeps, strict=True))
-            if keep - c.unit >= max(c.unit, c.channels * MIN_KEPT)
-        ]
+    while removed < ratio * channels:
         if not offers:
-            possible = removed / max(sum(candidate.channels for candidate in candidates), 1)
+            possible = removed / max(channels, 1)
             raise BadInput(f"prune: ratio {ratio:g} leaves too little of some layer; at most {possible:.2f} can go")
-        _, best = min(offers)
+        _, best = heapq.heappop(offers)
         keeps[best] -= candidates[best].unit
         removed += candidates[best].unit
+        for price in islice(prices[best], 1):
+            heapq.heappush(offers, (price, best))
     return keeps
 
 
-def _loss_of_next_unit(candidate: Candidate, keep: int) -> float:
-    now = choose_removed(candidate.scores, keep, candidate.norm_groups)
-    then = choose_removed(candidate.scores, keep - candidate.unit, candidate.norm_groups)
-    return float(candidate.scores[then].sum() - candidate.scores[now].sum())
+def _prices(candidate: Candidate) -> Iterator[float]:
+    """Score lost per cost saved by each further unit, down to the quarter that stays."""
+    scores, gone = candidate.scores, torch.zeros(candidate.channels, dtype=torch.bool)
+    order, lost = _least_first(scores, candidate.norm_groups), torch.zeros(())
+    for keep in range(candidate.channels - candidate.unit, -1, -candidate.unit):
+        if keep < max(candidate.unit, candidate.channels * MIN_KEPT):
+            return
+        gone[order[:, : order.shape[1] - keep // candidate.norm_groups]] = True
+        before, lost = lost, scores[gone].sum()
+        yield float(lost - before) / (candidate.unit * candidate.cost)
 
 
-# --- removal ---------------------------------------------------------------------------------------------------
+# --- candidates ------------------------------------------------------------------------------------------------
 
 
-def _prune_channels_(
+def _graph_candidates(
     model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor], config: PruneConfig, importance: Importance
-) -> int:
+) -> list[Candidate]:
+    """Every coupled group that torch-pruning's dependency graph finds, outside fixed layers and attention."""
     modules = dict(model.named_modules())
     fixed = [modules[name] for name in adapter.fixed(model)]
-    fixed += [layer for a in adapter.attentions(model) for layer in (a.to_q, a.to_k, a.to_v)]
+    fixed += [member.layer for heads in adapter.attentions(model) for member in heads.members if member.side == "out"]
     pixels = _output_pixels(model, adapter, inputs)
     graph = tp.DependencyGraph().build_dependency(
         model, example_inputs=inputs, forward_fn=lambda m, x: adapter.forward(m, x), verbose=False
     )
-    candidates = [
-        _candidate(graph, root, prune_out, config, importance, pixels) for root, prune_out in list(_roots(graph, fixed))
-    ]
-    if config.scope == "global":
-        keeps = allocate(candidates, config.ratio)
-    else:
-        keeps = [keep_count(c.channels, config.ratio, c.unit) for c in candidates]
-    removed = 0
-    for candidate, keep in zip(candidates, keeps, strict=True):
-        if keep < candidate.channels:
-            chosen = choose_removed(candidate.scores, keep, candidate.norm_groups)
-            graph.get_pruning_group(candidate.root, candidate.prune_out, idxs=chosen).prune()
-            removed += len(chosen)
-    return removed
+    roots = list(_roots(graph, fixed))
+    return [_graph_candidate(graph, root, prune_out, config, importance, pixels) for root, prune_out in roots]
 
 
-def _candidate(
-    graph: Any,
-    root: nn.Module,
-    prune_out: Any,
-    config: PruneConfig,
-    importance: Importance,
-    pixels: dict[Any, int],
+def _roots(graph: Any, ignored: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
+    for group in graph.get_all_groups(ignored_layers=list(ignored), root_module_types=list(LAYERS)):
+        first = group[0].dep
+        yield first.target.module, first.handler
+
+
+def _graph_candidate(
+    graph: Any, root: nn.Module, prune_out: Any, config: PruneConfig, importance: Importance, pixels: dict[Any, int]
 ) -> Candidate:
     channels = graph.get_out_channels(root)
     group = graph.get_pruning_group(root, prune_out, idxs=list(range(channels)))
-    scores, parameters, macs = torch.zeros(channels), 0, 0
-    norms = [1]
+    scores, touched, norms = torch.zeros(channels), [], [1]
     for dependency, indices in group:
         layer: Any = dependency.target.module
         if isinstance(layer, nn.GroupNorm):
@@ -211,15 +214,50 @@ def _candidate(
         incoming = dependency.handler.__name__ == "prune_in_channels"
         values = importance(layer.weight)
         scores += (values[:, indices].transpose(0, 1) if incoming else values[indices]).flatten(1).sum(1)
-        touched = layer.weight.numel() // layer.weight.shape[1 if incoming else 0]
-        parameters, macs = parameters + touched, macs + touched * pixels.get(layer, 1)
-    norm_groups = math.lcm(*norms)
-    norm_groups = norm_groups if channels % norm_groups == 0 else 1
-    unit = math.lcm(config.round_to, *norms)
+        touched.append((layer, layer.weight.numel() // layer.weight.shape[1 if incoming else 0]))
+
+    def remove(chosen: list[int]) -> None:
+        graph.get_pruning_group(root, prune_out, idxs=chosen).prune()
+
+    return _candidate(scores, math.lcm(*norms), touched, config, pixels, remove)
+
+
+def _coupled_candidates(
+    groups: list[Coupled], config: PruneConfig, importance: Importance, pixels: dict[Any, int]
+) -> list[Candidate]:
+    return [
+        _candidate(
+            _scores(group, importance),
+            group.norm_groups,
+            [(m.layer, _weights_touched(m)) for m in group.members if m.side in ("out", "in")],
+            config,
+            pixels,
+            partial(_remove_, group),
+        )
+        for group in groups
+    ]
+
+
+def _candidate(
+    scores: torch.Tensor,
+    norm_groups: int,
+    touched: list[tuple[Any, int]],
+    config: PruneConfig,
+    pixels: dict[Any, int],
+    remove: Callable[[list[int]], None],
+) -> Candidate:
+    """`touched`: the layers a channel has weights in, and how many."""
     # File size and time count alike: a channel's share of all weights plus its share of all MACs.
     weights = {layer: layer.weight.numel() for layer in pixels}
+    parameters, macs = sum(n for _, n in touched), sum(n * pixels.get(layer, 1) for layer, n in touched)
     total_macs = sum(size * pixels[layer] for layer, size in weights.items())
-    return Candidate(root, prune_out, scores, norm_groups, unit, parameters / sum(weights.values()) + macs / total_macs)
+    return Candidate(
+        scores,
+        norm_groups if len(scores) % norm_groups == 0 else 1,
+        math.lcm(config.round_to, norm_groups),
+        parameters / sum(weights.values()) + macs / total_macs,
+        remove,
+    )
 
 
 def _output_pixels(model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor]) -> dict[Any, int]:
@@ -238,33 +276,77 @@ def _output_pixels(model: nn.Module, adapter: Adapter, inputs: dict[str, torch.T
     return found
 
 
-def _roots(graph: Any, ignored: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
-    for group in graph.get_all_groups(ignored_layers=list(ignored), root_module_types=list(LAYERS)):
-        first = group[0].dep
-        yield first.target.module, first.handler
+def _scores(group: Coupled, importance: Importance) -> torch.Tensor:
+    """I_c [C]: importance of every weight that the members hold for index c."""
+    scores = torch.zeros(group.channels)
+    for m in group.members:
+        if m.side in ("out", "in"):
+            values, positions = importance(m.layer.weight), slice(m.offset, m.offset + group.channels * m.width)
+            if m.side == "out":
+                scores += values[positions].reshape(group.channels, -1).sum(1)
+            else:
+                scores += values[:, positions].reshape(len(values), group.channels, -1).sum((0, 2))
+    return scores
 
 
-def _prune_heads_(attentions: list[Any], ratio: float, importance: Importance) -> int:
+def _weights_touched(member: Member) -> int:
+    weight = member.layer.weight
+    return weight.numel() // weight.shape[0 if member.side == "out" else 1] * member.width
+
+
+# --- removal ---------------------------------------------------------------------------------------------------
+
+
+def _prune_channels_(
+    model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor], config: PruneConfig, importance: Importance
+) -> int:
+    groups = adapter.coupled(model)
+    if groups is None:
+        candidates = _graph_candidates(model, adapter, inputs, config, importance)
+    else:
+        candidates = _coupled_candidates(groups, config, importance, _output_pixels(model, adapter, inputs))
+    if config.scope == "global":
+        keeps = allocate(candidates, config.ratio)
+    else:
+        keeps = [keep_count(c.channels, config.ratio, c.unit) for c in candidates]
+    removed = 0
+    for candidate, keep in zip(candidates, keeps, strict=True):
+        if keep < candidate.channels:
+            chosen = choose_removed(candidate.scores, keep, candidate.norm_groups)
+            candidate.remove(chosen)
+            removed += len(chosen)
+    return removed
+
+
+def _prune_heads_(attentions: list[Coupled], ratio: float, importance: Importance) -> int:
     """Remove whole heads of each attention; returns how many went."""
     removed = 0
-    for attention in attentions:
-        heads = attention.heads
+    for group in attentions:
+        heads = group.channels
         keep = max(1, math.ceil(heads * (1.0 - ratio) - 1e-9))  # a head is large: never more than asked for
-        if keep == heads:
-            continue
-        width = attention.to_q.out_features // heads
-        scores = torch.zeros(heads)
-        for layer in (attention.to_q, attention.to_k, attention.to_v):
-            scores += importance(layer.weight).reshape(heads, -1).sum(1)
-        scores += importance(attention.to_out[0].weight).reshape(-1, heads, width).sum((0, 2))
-        lost = scores.argsort(stable=True)[: heads - keep].tolist()
-        indices = sorted(h * width + i for h in lost for i in range(width))
-        for layer in (attention.to_q, attention.to_k, attention.to_v):
-            tp.prune_linear_out_channels(layer, indices)
-        tp.prune_linear_in_channels(attention.to_out[0], indices)
-        attention.heads = keep
-        removed += len(lost)
+        if keep < heads:
+            lost = _scores(group, importance).argsort(stable=True)[: heads - keep].tolist()
+            _remove_(group, lost)
+            removed += len(lost)
     return removed
+
+
+def _remove_(group: Coupled, indices: list[int]) -> None:
+    """Take `indices` of a coupled group out of each of its layers."""
+    positions: dict[tuple[Any, str], list[int]] = {}
+    for m in group.members:
+        lost = [m.offset + i * m.width + j for i in indices for j in range(m.width)]
+        # Two halves of one layer go in one cut: the first would move the second's positions.
+        positions.setdefault((m.layer, m.side), []).extend(lost)
+    for (layer, side), lost in positions.items():
+        if side == "heads":
+            layer.heads -= len(lost)
+        elif side == "norm":
+            tp.prune_groupnorm_out_channels(layer, lost)
+        elif isinstance(layer, nn.Conv2d):
+            (tp.prune_conv_out_channels if side == "out" else tp.prune_conv_in_channels)(layer, lost)
+        else:
+            (tp.prune_linear_out_channels if side == "out" else tp.prune_linear_in_channels)(layer, lost)
 
 
 def _check_runs(adapter: Adapter, model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:

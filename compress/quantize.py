@@ -46,8 +46,8 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     full, weight_only = choose_layers(checkpoint.model, config)
     modules = dict(checkpoint.model.named_modules())
     outputs = [name for name in full if isinstance(modules[name], nn.Conv2d)] if config.outputs else []
-    model = _with_quantizers(checkpoint.clone_model(), full, weight_only, outputs)
-    _calibrate_(model, checkpoint, config)
+    model = _with_quantizers(checkpoint.shared_model(), full, weight_only, outputs)
+    _calibrate_(model, checkpoint, config, ctx)
     amax = _collect(model, config)
     say(f"{len(full)} layers in {config.format}, {len(weight_only)} with {config.format} weights only")
     return checkpoint.evolve(quantization=Quantization(config.format, amax))
@@ -61,7 +61,7 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
     full = [name for name in layers if f"{name}.input" in amax]
     weight_only = [name for name in layers if f"{name}.input" not in amax]
     outputs = [name for name in layers if f"{name}.output" in amax]
-    model = checkpoint.clone_model()
+    model = checkpoint.shared_model()
     _refuse_foreign(dict(model.named_modules()), amax)
     model = _with_quantizers(model, full, weight_only, outputs)
     modules = dict(model.named_modules())
@@ -108,7 +108,7 @@ def _with_quantizers(model: nn.Module, full: list[str], weight_only: list[str], 
         return mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
 
 
-def _calibrate_(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig) -> None:
+def _calibrate_(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> None:
     from modelopt.torch.quantization.model_calib import enable_stats_collection
 
     enable_stats_collection(model)
@@ -118,7 +118,8 @@ def _calibrate_(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig
     with progress("calibrate", -(-config.samples // config.batch) * spec.plan.steps) as advance:
         # one call a step, guided or not
         hook = model.register_forward_hook(lambda *_: advance(next(calls)))
-        for _ in generate_batches(TorchNetwork(model, spec), spec, seeds, batch=config.batch):
+        told = ctx.conditions(config.samples)
+        for _ in generate_batches(TorchNetwork(model, spec), spec, seeds, batch=config.batch, conditions=told):
             pass
         hook.remove()
 

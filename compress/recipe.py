@@ -1,7 +1,8 @@
 """A recipe: one YAML file that says everything a run does. Read, checked and ordered before any work begins.
 
     seed: 0
-    data: images.npz
+    data: images.npz            # prompts.txt for a model of text
+    teacher_samples: 64         # what models of latents learn from: the teacher's own samples
     stages:
       - prune: {method: taylor, ratio: 0.3}
       - distill: {kind: recover, steps: 2000}
@@ -43,7 +44,9 @@ STAGE_CONFIGS: dict[str, type[Config]] = {
     "quantize": QuantizeConfig,
 }
 SECTIONS: dict[str, type[Config]] = {"export": ExportConfig, "evaluate": EvaluateConfig, "gates": GatesConfig}
-KEYS = ("seed", "data", "stages", *SECTIONS)
+KEYS = ("seed", "data", "teacher_samples", "stages", *SECTIONS)
+
+TEACHER_SAMPLES = 64
 
 # stage -> the stages that may not come before it, and why
 ORDER: dict[str, tuple[tuple[str, ...], str]] = {
@@ -63,6 +66,7 @@ class Stage(NamedTuple):
 class Recipe:
     seed: int
     data: Path | None
+    teacher_samples: int
     stages: tuple[Stage, ...]
     export: ExportConfig
     evaluate: EvaluateConfig | None
@@ -73,6 +77,7 @@ class Recipe:
         return {
             "seed": self.seed,
             "data": str(self.data) if self.data else None,
+            "teacher_samples": self.teacher_samples,
             "stages": [{stage.name: stage.config.model_dump(mode="json")} for stage in self.stages],
             "export": self.export.model_dump(mode="json"),
             "evaluate": self.evaluate.model_dump(mode="json") if self.evaluate else None,
@@ -109,9 +114,11 @@ def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
     gates, evaluate = sections["gates"] or GatesConfig(), sections["evaluate"]
     if gates.frechet_ratio is not None and evaluate is None:
         evaluate = EvaluateConfig()
-    return Recipe(
-        seed, _data_path(raw.get("data"), path), stages, sections["export"] or ExportConfig(), evaluate, gates
-    )
+    made = raw.get("teacher_samples", TEACHER_SAMPLES)
+    if not isinstance(made, int) or isinstance(made, bool) or made < 1:
+        raise BadInput(f"{path}: teacher_samples: {made!r} must be a whole number from 1")
+    data = _data_path(raw.get("data"), path)
+    return Recipe(seed, data, made, stages, sections["export"] or ExportConfig(), evaluate, gates)
 
 
 def _stage(entry: Any, index: int, path: Path) -> Stage:

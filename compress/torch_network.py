@@ -27,14 +27,15 @@ class TorchNetwork:
     def __init__(self, model: nn.Module, spec: DenoiserSpec) -> None:
         self._model, self._forward = model, adapter_for(model).forward
         # without parameters: a custom module may have none
-        self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        first = next(model.parameters(), torch.empty(0))
+        self._device, self._dtype = first.device, first.dtype
         self.inputs: Mapping[str, np.dtype] = {
             name: tensor.numpy().dtype for name, tensor in example_inputs(spec, 1).items()
         }
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """The network's output, float32 [B, C, H, W], for inputs of the names and types in `inputs`."""
-        feed = {name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for name, array in inputs.items()}
+        feed = {name: self._tensor(array) for name, array in inputs.items()}
         training = self._model.training
         self._model.eval()
         try:
@@ -44,6 +45,10 @@ class TorchNetwork:
             self._model.train(training)
         result: np.ndarray = out.float().cpu().numpy()
         return result
+
+    def _tensor(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(self._device)
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
     def close(self) -> None:
         """Nothing to release; here so that it can stand where an engine does."""

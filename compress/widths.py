@@ -88,4 +88,4 @@ def _reshape_parameters_(module: Any) -> None:
     for name, shape in shapes.items():
         old = getattr(module, name)
         if old is not None and tuple(old.shape) != shape:
-            setattr(module, name, nn.Parameter(torch.empty(shape, dtype=old.dtype)))
+            setattr(module, name, nn.Parameter(torch.empty(shape, dtype=old.dtype, device=old.device)))

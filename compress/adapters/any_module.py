@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
+RESIZABLE = False
+
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     conditions = [inputs["class_labels"]] if "class_labels" in inputs else []
@@ -20,6 +22,14 @@ def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def blocks(model: nn.Module) -> list[str]:
     return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+
+
+def skip_joins(model: nn.Module) -> list[str]:
+    return []
+
+
+def cache_cuts(model: nn.Module) -> list[str]:
+    return []
 
 
 def fragile(model: nn.Module) -> list[str]:
@@ -34,6 +44,10 @@ def fixed(model: nn.Module) -> list[str]:
 
 def attentions(model: nn.Module) -> list[Any]:
     return []
+
+
+def coupled(model: nn.Module) -> None:
+    return None
 
 
 def refresh_(model: nn.Module) -> None:

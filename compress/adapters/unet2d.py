@@ -11,6 +11,23 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
+from compress.adapters import diffusers_blocks
+from compress.adapters.description import Description, square
+from compress.layout import Layout
+from runtime.spec import Conditioning
+
+RESIZABLE = False  # a fixed size makes the simpler, faster graph, and these models are trained for one
+
+
+def describe(layout: Layout) -> Description:
+    config = layout.config
+    classes = int(config.get("num_class_embeds") or 0)
+    conditioning = Conditioning("class", classes) if classes else Conditioning()
+    levels = len(config.get("block_out_channels", ()))
+    return Description(
+        square(config.get("in_channels", 3), config.get("sample_size") or 32), conditioning, 2 ** max(levels - 1, 0)
+    )
+
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     out: torch.Tensor = model(
@@ -25,6 +42,16 @@ def blocks(model: Any) -> list[str]:
     levels += ["mid_block"] if model.mid_block is not None else []
     levels += [f"up_blocks.{i}" for i in range(len(model.up_blocks))]
     return levels
+
+
+def skip_joins(model: Any) -> list[str]:
+    # every resnet on the way up reads the stream and a skip, concatenated
+    return [f"up_blocks.{i}.resnets.{j}" for i, up in enumerate(model.up_blocks) for j in range(len(up.resnets))]
+
+
+def cache_cuts(model: Any) -> list[str]:
+    # what the deeper levels gave may be kept where the next shallower one reads it (DeepCache, Ma et al. 2024)
+    return [f"up_blocks.{i}" for i in range(len(model.up_blocks) - 1)]
 
 
 def fragile(model: nn.Module) -> list[str]:
@@ -44,7 +71,11 @@ def fixed(model: nn.Module) -> list[str]:
 
 
 def attentions(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, Attention)]
+    return diffusers_blocks.attentions(model)
+
+
+def coupled(model: nn.Module) -> None:
+    return None
 
 
 def refresh_(model: nn.Module) -> None:

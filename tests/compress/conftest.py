@@ -137,10 +137,10 @@ def quantized(pruned: Checkpoint, unet: Checkpoint) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def images() -> ImageData:
+def images(unet: Checkpoint) -> ImageData:
     """Stripes and checkerboards of three classes, uint8 [48, 1, 8, 8]."""
     x, labels = picture_arrays()
-    return ImageData(x[:, None], labels, (-1.0, 1.0), "images")
+    return ImageData(x[:, None], labels, "images", unet.spec)
 
 
 @pytest.fixture
@@ -162,7 +162,7 @@ def picture_arrays() -> tuple[np.ndarray, np.ndarray]:
 def context(images: ImageData, tmp_path: Path) -> Callable[..., Context]:
     def make(teacher: Checkpoint, seed: int = 0, data: bool = True) -> Context:
         labels = images.labels if teacher.spec.conditioning.kind == "class" else None
-        found = ImageData(images.x, labels, images.data_range, images.hash) if data else None
+        found = ImageData(images.x, labels, images.hash, teacher.spec) if data else None
         return Context(seed, tmp_path / "work", teacher, found)
 
     return make

@@ -11,7 +11,7 @@ from torch import nn
 from compress.adapters import adapter_for
 from compress.agreement import agreement_db
 from compress.config import DistillConfig, PruneConfig
-from compress.distill import captured, distill, drop_labels, feature_distance
+from compress.distill import captured, distill, drop_conditions, feature_distance
 from compress.losses import forward
 from compress.prune import prune
 from compress.widths import widths_of
@@ -101,7 +101,8 @@ def test_features_are_collected_only_inside_the_context(unet):
 
 def test_a_tenth_of_the_labels_is_replaced_by_the_null_label():
     labels = torch.arange(20_000) % 3
-    dropped = drop_labels({"class_labels": labels}, 3, torch.Generator().manual_seed(0))
+    null = {"class_labels": torch.tensor([3])}
+    dropped = drop_conditions({"class_labels": labels}, null, torch.Generator().manual_seed(0))
     share = (dropped["class_labels"] == 3).float().mean().item()
     assert share == pytest.approx(0.1, abs=0.01)
     assert torch.equal(dropped["class_labels"][dropped["class_labels"] != 3], labels[dropped["class_labels"] != 3])
@@ -109,7 +110,7 @@ def test_a_tenth_of_the_labels_is_replaced_by_the_null_label():
 
 def test_labels_stay_where_there_is_no_null_label():
     conditions = {"class_labels": torch.arange(5)}
-    assert drop_labels(conditions, None, torch.Generator()) is conditions
+    assert drop_conditions(conditions, {}, torch.Generator()) is conditions
 
 
 # --- other networks --------------------------------------------------------------------------------------------

@@ -229,8 +229,8 @@ def test_how_many_channels_are_kept(channels, ratio, unit, kept):
 
 
 def test_allocation_takes_where_a_saved_cost_loses_least_and_leaves_a_quarter():
-    cheap = Candidate(None, None, torch.full((16,), 1.0), 1, 4, 10.0)
-    dear = Candidate(None, None, torch.full((16,), 1.0), 1, 4, 1.0)
+    cheap = Candidate(torch.full((16,), 1.0), 1, 4, 10.0, print)
+    dear = Candidate(torch.full((16,), 1.0), 1, 4, 1.0, print)
     assert allocate([cheap, dear], 0.25) == [8, 16]
     assert allocate([cheap, dear], 0.5) == [4, 12]
     assert allocate([cheap, dear], 0.75) == [4, 4]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import torch
 from diffusers import UNet2DModel
 
 from compress.widths import apply_widths_, changed_widths, widths_of
@@ -45,3 +46,11 @@ def test_layers_that_pruning_left_alone_are_not_listed(pruned):
 def test_widths_that_do_not_fit_the_module_are_bad_input(widths, message, plain):
     with pytest.raises(BadInput, match=message):
         apply_widths_(plain.clone_model(), widths, "here")
+
+
+def test_a_module_without_weights_stays_without(pruned):
+    with torch.device("meta"):
+        fresh = UNet2DModel.from_config(pruned.source.config)
+    apply_widths_(fresh, changed_widths(pruned.model, pruned.source.original), "here")
+    assert shapes(fresh) == shapes(pruned.model)
+    assert {parameter.device.type for parameter in fresh.parameters()} == {"meta"}

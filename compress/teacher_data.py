@@ -1,0 +1,127 @@
+"""Training data for models of latents and of text, made by the teacher itself: no images, no captions needed.
+
+    sample i = what the teacher makes by its own plan under prompt i (class i, ...) from seed i
+
+Prompts come from the recipe's `data: FILE.txt`, one a line, else from calib_data/prompts.txt. Nothing is sampled before
+a stage asks for a batch, and what was sampled is kept in the run's folder: a run that was killed does not sample again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from compress.builtin import PROMPTS
+from compress.checkpoint import Checkpoint
+from compress.context import say
+from compress.parts import encoded_prompts
+from compress.progress import progress
+from compress.torch_network import TorchNetwork
+from runtime.denoise import GUIDANCE, Conditions, is_guided, stand_in_conditions
+from runtime.errors import BadInput
+from runtime.sampler import generate_batches
+
+SEED = 2_000_000  # far from the seeds that people sample, calibrate and evaluate with
+BATCH = 4
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TeacherData:
+    """`count` samples of the teacher, float32 [N, C, H, W], with what the teacher was told; kept in `cache`."""
+
+    teacher: Checkpoint
+    count: int
+    cache: Path
+    prompts: tuple[str, ...] = ()
+
+    @cached_property
+    def hash(self) -> str:
+        facts = [self.teacher.hash, self.count, SEED, list(self.prompts)]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
+        """A random batch: float32 [B, C, H, W], and the conditions [B, ...] by input name."""
+        picks = torch.randint(0, self.count, (size,), generator=generator).numpy()
+        told = {name: torch.from_numpy(array[picks]) for name, array in self._told.given.items()}
+        if self.teacher.spec.conditioning.guidance_input:
+            told[GUIDANCE] = torch.full((size,), self.teacher.spec.plan.guidance)
+        return torch.from_numpy(self._samples[picks]), told
+
+    @cached_property
+    def null(self) -> Tensors:
+        """The conditions of the unconditional half, [1, ...] by input name; empty where there is none."""
+        null = self._told.null or {}
+        return {name: torch.from_numpy(array[:1]) for name, array in null.items()}
+
+    def conditions(self, count: int) -> Conditions:
+        """What `count` samples are told: the prompts in turn, the classes in turn, or nothing."""
+        spec = self.teacher.spec
+        if spec.conditioning.kind != "text":
+            return stand_in_conditions(spec, count)
+        if not spec.conditioning.encoders:
+            say("the model came without its text encoders: noise stands in for encoded prompts")
+            return stand_in_conditions(spec, count)
+        prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
+        given = encoded_prompts(self.teacher, prompts, warn=say)
+        if not is_guided(spec, spec.plan.guidance):
+            return Conditions(given)
+        null = encoded_prompts(self.teacher, None, warn=say)
+        return Conditions(given, {name: np.repeat(array, count, axis=0) for name, array in null.items()})
+
+    @cached_property
+    def _told(self) -> Conditions:
+        return self.conditions(self.count)
+
+    @cached_property
+    def _samples(self) -> np.ndarray:
+        file = self.cache / f"teacher-samples-{self.hash[:12]}.safetensors"
+        if file.is_file():
+            try:
+                return load_file(file)["samples"]
+            except (SafetensorError, OSError, KeyError) as error:
+                raise BadInput(f"{file}: cannot be read ({error}); delete it, and it is made again") from error
+        samples = self._sampled()
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"samples": samples}, file.with_suffix(".partial"))
+            os.replace(file.with_suffix(".partial"), file)
+        except (OSError, SafetensorError) as error:
+            raise BadInput(f"{file}: cannot be written ({error}); make space and run again") from error
+        return samples
+
+    def _sampled(self) -> np.ndarray:
+        spec, model = self.teacher.spec, self.teacher.model
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        found: list[np.ndarray] = []
+        with progress("samples of the teacher", self.count) as advance:
+            network = TorchNetwork(model.to(device), spec)
+            seeds = range(SEED, SEED + self.count)
+            for samples in generate_batches(network, spec, seeds, batch=BATCH, conditions=self._told):
+                found.append(samples)
+                advance(sum(map(len, found)))
+        model.to("cpu")
+        return np.concatenate(found)
+
+
+def read_prompts(path: Path | None) -> tuple[str, ...]:
+    """The prompts of a text file, one a line; None takes the built-in ones."""
+    file = path or PROMPTS
+    try:
+        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{file}: not readable as a text file of prompts ({error})") from error
+    prompts = tuple(line for line in lines if line)
+    if not prompts:
+        raise BadInput(f"{file}: holds no prompts; write one a line")
+    return prompts
