@@ -1,6 +1,7 @@
 """Checkpoint -> bundle: graph, proof, engines, manifest, in a temporary folder that is renamed when it is whole.
 
     denoiser.onnx (+ .data)   float, or int8 Q/DQ where the checkpoint has scales
+    text_encoder*.onnx, vae_decoder.onnx, tokenizer*/ and more     of a pipeline (see export/pipeline_files.py)
     engines/...               plans that were built ahead of time
     manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
 
@@ -18,11 +19,16 @@ from typing import Any
 import onnx
 
 from compress.checkpoint import Checkpoint, write_folder
+from compress.layout import read_layout
+from compress.parts import load_part, part_names
+from export.graph import Graph, save_graph
 from export.openvino_target import prove_openvino
-from export.parity import Parity, check_parity
+from export.parity import Parity, check_parity, check_part, trial_of
+from export.pipeline_files import write_graph, write_pipeline_files
 from export.qdq import insert_qdq
 from export.tensorrt_plan import build_plan, check_capabilities
-from export.to_onnx import OPSET, save_onnx, to_onnx
+from export.to_onnx import to_onnx
+from export.trace import OPSET, trace
 from runtime.bundle import MANIFEST, Bundle, load_bundle, seal
 from runtime.engines import available
 from runtime.errors import BadInput, MissingExtra, unknown_name
@@ -37,17 +43,19 @@ def write_bundle(
     targets: Sequence[str] = ("onnx",),
     *,
     name: str | None = None,
-    float_graph: onnx.ModelProto | None = None,
+    float_graph: Graph | None = None,
     metrics: dict[str, Any] | None = None,
     capabilities: Sequence[str] = (),
     threads: int | None = None,
+    fixed_size: bool = False,
 ) -> Bundle:
     """Export the checkpoint to a bundle in `folder`, check its parity with torch, and load it back.
 
     `float_graph` is what `export_float` gave for this checkpoint's network, where it was made already; `name` defaults
     to the network's class. `capabilities` are the GPUs that target tensorrt builds for, such as '8.9'; `threads` is for
-    the engines that check parity. Raises BadInput for an unknown target or a folder that is something else,
-    MissingExtra for a target whose package is not installed, and GateFailed where an engine's images are not torch's.
+    the engines that check parity; `fixed_size` makes the denoiser's graph for the spec's height and width alone. Raises
+    BadInput for an unknown target or a folder that is something else, MissingExtra for a target whose package is not
+    installed, and GateFailed where an engine's images are not torch's.
     """
     for target in targets:
         if target not in TARGETS:
@@ -58,22 +66,51 @@ def write_bundle(
         raise MissingExtra("openvino", "openvino", "target openvino")
     if "tensorrt" in targets:
         check_capabilities(capabilities)
-    graph = to_onnx(checkpoint) if float_graph is None else float_graph
+    graph = to_onnx(checkpoint, fixed_size) if float_graph is None else float_graph
     if checkpoint.quantization is not None:
         graph = insert_qdq(graph, checkpoint.quantization)
 
     def fill(temporary: Path) -> None:
-        save_onnx(graph, temporary / GRAPH)
-        parity = check_parity(checkpoint, temporary / GRAPH, threads=threads)
+        _write_denoiser(checkpoint, graph, temporary)
+        parts = {part: _write_part(checkpoint, part, temporary, threads) for part in part_names(checkpoint)}
+        trial = trial_of(checkpoint, fixed_size)
+        parity = check_parity(checkpoint, temporary / GRAPH, trial, threads=threads)
         engines = []
         if "openvino" in targets:
-            engines.append(prove_openvino(temporary / GRAPH, checkpoint.spec))
+            engines.append(prove_openvino(temporary / GRAPH, trial.spec))
         if "tensorrt" in targets:
-            engines.append(build_plan(temporary / GRAPH, temporary, capabilities))
-        seal(temporary, _content(checkpoint, name, graph, engines, metrics or {}, parity))
+            engines.append(build_plan(temporary / GRAPH, temporary, capabilities, checkpoint.spec))
+        content = _content(checkpoint, name, graph, engines, metrics or {}, parity)
+        content["graphs"] |= parts
+        seal(temporary, content)
 
     write_folder(folder, fill)
     return load_bundle(folder)
+
+
+def _write_denoiser(checkpoint: Checkpoint, graph: Graph, folder: Path) -> None:
+    source = checkpoint.source
+    if source.parts is None:
+        save_graph(graph, folder / GRAPH)
+        return
+    write_graph(graph, folder, Path(GRAPH).stem, source.folder, source.config)
+    write_pipeline_files(read_layout(source.parts), folder)
+
+
+def _write_part(checkpoint: Checkpoint, name: str, folder: Path, threads: int | None) -> dict[str, Any]:
+    """Export one of the parts around the denoiser, in float32; returns its manifest entry."""
+    part = load_part(checkpoint, name)
+    graph = trace(part.module, part.forward, part.examples, part.outputs, part.axes)
+    write_graph(graph, folder, part.name, part.name, part.config)
+    return {
+        "file": f"{part.name}.onnx",
+        "inputs": _tensors(graph.proto.graph.input),
+        "outputs": _tensors(graph.proto.graph.output),
+        "opset": OPSET,
+        "precision": "fp32",
+        "parameters": sum(parameter.numel() for parameter in part.module.parameters()),
+        "parity": check_part(part, folder / f"{part.name}.onnx", threads=threads),
+    }
 
 
 def refuse_foreign(folder: Path) -> None:
@@ -87,7 +124,7 @@ def refuse_foreign(folder: Path) -> None:
 def _content(
     checkpoint: Checkpoint,
     name: str | None,
-    graph: onnx.ModelProto,
+    graph: Graph,
     engines: list[dict[str, Any]],
     metrics: dict[str, Any],
     parity: Parity,
@@ -97,8 +134,8 @@ def _content(
     integer = [layer for layer in layers if quantization and f"{layer}.input" in quantization.amax]
     denoiser = {
         "file": GRAPH,
-        "inputs": _tensors(graph.graph.input),
-        "outputs": _tensors(graph.graph.output),
+        "inputs": _tensors(graph.proto.graph.input),
+        "outputs": _tensors(graph.proto.graph.output),
         "opset": OPSET,
         "precision": quantization.format if quantization else "fp32",
         "quantized_layers": integer,

@@ -5,14 +5,21 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from compress.load import load_checkpoint
+import torch
+
+from compress.commands import add_checkpoint_arguments, loaded
 from export.bundle import TARGETS, refuse_foreign, write_bundle
 from runtime.bundle import Bundle
+from runtime.commands import parsed_size
+from runtime.pipeline import resized
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `diffpress export`."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, hub id, or file.py:weights")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, hub id, .safetensors or file.py:weights")
+    add_checkpoint_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write the bundle to")
     parser.add_argument(
         "--targets", nargs="+", choices=TARGETS, default=["onnx"], help="engines to build or prove it for (onnx)"
@@ -24,15 +31,26 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="CC",
         help="GPUs to build TensorRT plans for, as 8.9 (needed for target tensorrt)",
     )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="fp32", help="how weights are held while exporting (fp32)"
+    )
+    parser.add_argument("--size", metavar="HxW", help="fix height and width of the image, in pixels")
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
 
 
 def export_command(args: argparse.Namespace) -> int:
     """Export and say what was written; raises DiffpressError for bad input and for a parity gate that fails."""
     refuse_foreign(args.out)  # before the checkpoint is read, which may take minutes
-    checkpoint = load_checkpoint(args.checkpoint)
+    checkpoint = loaded(args, DTYPES[args.dtype])
+    if args.size is not None:
+        checkpoint = checkpoint.evolve(spec=resized(checkpoint.spec, parsed_size(args.size)))
     bundle = write_bundle(
-        checkpoint, args.out, args.targets, capabilities=args.compute_capability, threads=args.threads
+        checkpoint,
+        args.out,
+        args.targets,
+        capabilities=args.compute_capability,
+        threads=args.threads,
+        fixed_size=args.size is not None,
     )
     for line in summary(bundle):
         print(line)
@@ -51,5 +69,11 @@ def summary(bundle: Bundle) -> list[str]:
     for entry in manifest["engines"]:
         lines.append("  " + ", ".join(f"{key} {value}" for key, value in entry.items() if key != "graph_sha256"))
     for engine, row in manifest["parity"].items():
-        lines.append(f"  parity {engine}: largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB")
+        size = f"{row['samples']} samples, {row['steps']} steps"
+        lines.append(
+            f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB"
+        )
+    for name, graph in manifest["graphs"].items():
+        for engine, sqnr_db in graph.get("parity", {}).items():
+            lines.append(f"  parity {engine}: {name}, SQNR {sqnr_db:.1f} dB")
     return lines

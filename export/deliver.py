@@ -20,29 +20,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 
 from compress.builtin import FEATURES, REFERENCE
 from compress.checkpoint import Checkpoint, save_checkpoint, write_folder
-from compress.commands import add_recipe_arguments, print_evaluation
+from compress.commands import add_recipe_arguments, loaded, print_evaluation
 from compress.config import EvaluateConfig, GatesConfig
 from compress.context import say
 from compress.counts import count
 from compress.evaluate import evaluate, load_features, load_reference, paired
-from compress.load import load_checkpoint
 from compress.pipeline import claim_folder, run_stages
 from compress.recipe import Recipe, read_recipe
 from compress.report import PICTURE, summary, write_report
+from compress.teacher_data import read_prompts
 from export.bundle import write_bundle
+from export.graph import Graph
 from export.to_onnx import export_float
 from runtime.bundle import MANIFEST, Bundle, load_bundle
-from runtime.engines import Engine, open_engine
+from runtime.denoise import Conditions, stand_in_conditions
+from runtime.engines import Engine
 from runtime.errors import GateFailed
 from runtime.files import read_json, write_json
 from runtime.images import grid, to_uint8, write_png
-from runtime.sampler import generate
+from runtime.pipeline import Pipeline
 
-COLUMNS = 10
+COLUMNS, LATENT_COLUMNS = 10, 4
 
 
 def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +54,7 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
 
 def compress_command(args: argparse.Namespace) -> int:
     recipe = read_recipe(args.recipe, tuple(args.set))
-    teacher = load_checkpoint(args.checkpoint)
+    teacher = loaded(args)
     if recipe.evaluate is not None:
         load_features(FEATURES, teacher.spec)  # what cannot be scored is refused before the work, not after it
     claim_folder(args.out, teacher, recipe, args.update)
@@ -69,11 +70,12 @@ def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Pa
     save_checkpoint(checkpoint, out / "checkpoint")
     baseline = _bundle(teacher, out / "baseline", targets, "teacher")
     bundle = _bundle(checkpoint, out / "bundle", targets, "student", out / "float", teacher)
-    with closing(open_engine(bundle)) as ours, closing(open_engine(baseline)) as theirs:
-        write_comparison(ours, bundle, theirs, baseline, out / PICTURE)
+    with closing(Pipeline(bundle)) as ours, closing(Pipeline(baseline)) as theirs:
+        write_comparison(ours, theirs, out / PICTURE)
         if recipe.evaluate is not None:
             print("[evaluate]", flush=True)
-            write_json(out / "evaluation.json", _evaluated(ours, bundle, theirs, baseline, recipe.evaluate, out))
+            scores = _evaluated(ours.denoiser, bundle, theirs.denoiser, baseline, recipe.evaluate, out)
+            write_json(out / "evaluation.json", scores)
     gates = judged(recipe.gates, bundle, read_json(out / "evaluation.json") if recipe.evaluate else None)
     write_json(out / "gates.json", gates)
     print(summary(write_report(out)))
@@ -107,20 +109,35 @@ def _bundle(
     return bundle
 
 
-def _float_graph(checkpoint: Checkpoint, folder: Path) -> onnx.ModelProto:
-    graphs: list[onnx.ModelProto] = []
+def _float_graph(checkpoint: Checkpoint, folder: Path) -> Graph:
+    graphs: list[Graph] = []
     write_folder(folder, lambda temporary: graphs.append(export_float(checkpoint, temporary / "denoiser.onnx")))
     return graphs[0]
 
 
-def write_comparison(ours: Engine, bundle: Bundle, theirs: Engine, baseline: Bundle, path: Path) -> None:
-    """Two rows of the teacher's images, then two of the bundle's, each by its own plan from the same noise."""
-    seeds = np.arange(2 * COLUMNS)
-    rows = [
-        to_uint8(generate(engine, b.spec, seeds, batch=len(seeds)), b.spec.data_range)
-        for engine, b in ((theirs, baseline), (ours, bundle))
-    ]
-    write_png(grid(np.concatenate(rows), columns=COLUMNS), path)
+def write_comparison(ours: Pipeline, theirs: Pipeline, path: Path) -> None:
+    """The teacher's images above, the bundle's below, each by its own plan from the same noise and words.
+
+    Two rows of each, and one short row from models of latents, which may take minutes an image.
+    """
+    latent = theirs.spec.latent_factor > 1
+    columns = LATENT_COLUMNS if latent else COLUMNS
+    count = columns if latent else 2 * columns
+    rows = []
+    for pipeline in (theirs, ours):
+        told = _told(pipeline, count)
+        images = np.concatenate(list(pipeline.images(range(count), told, batch=count)))
+        rows.append(to_uint8(images, pipeline.spec.data_range))
+    write_png(grid(np.concatenate(rows), columns=columns), path)
+
+
+def _told(pipeline: Pipeline, count: int) -> Conditions:
+    """The first built-in prompts, or the classes in turn; stand-ins for a denoiser without its text encoders."""
+    conditioning = pipeline.spec.conditioning
+    if conditioning.kind == "text" and not conditioning.encoders:
+        return stand_in_conditions(pipeline.spec, count)
+    prompts = list(read_prompts(None)[:count]) if conditioning.kind == "text" else None
+    return pipeline.conditions(count, prompts=prompts, warn=say)
 
 
 def _evaluated(

@@ -1,25 +1,32 @@
-"""Parity: one whole trajectory through torch and through every engine, on the same noise, labels and plan.
+"""Parity: one whole trajectory through torch and through every engine, on the same noise, conditions and plan.
 
-    max_abs   max |engine - torch|  over the final images
-    sqnr_db   10 log10(sum torch^2 / sum (engine - torch)^2)  of each final image, the mean over images
+    max_abs   max |engine - torch|  over the final samples
+    sqnr_db   10 log10(sum torch^2 / sum (engine - torch)^2)  of each final sample, the mean over samples
 
-against the float torch model in both cases. A float graph must stay within MAX_ABS of it. A quantized graph is held to
-what torch's own fake quantization loses: its SQNR may be at most WITHIN_DB lower. One forward would not do: rounding
-that a single step hides is fed back into the next.
+against the float torch model in both cases. A float graph must stay within MAX_ABS of it, relative to the largest
+value where that is above 1. A quantized graph is held to what torch's own fake quantization loses: its SQNR may be at
+most WITHIN_DB lower. One forward would not do: rounding that a single step hides is fed back into the next.
+
+A model of pixels is tried by its own plan. One of latents may weigh gigabytes and take a minute a call: it is tried on
+fewer and smaller samples, over as many steps as show the feedback, and the manifest says how many.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
+from compress.adapters import adapter_for
 from compress.checkpoint import Checkpoint
 from compress.metrics import mean_sqnr_db
+from compress.parts import Part
 from compress.quantize import fake_quantized
 from compress.torch_network import TorchNetwork
-from runtime.denoise import Network
+from runtime.denoise import Network, stand_in_conditions
 from runtime.engines import available, load_engine
 from runtime.errors import GateFailed
 from runtime.sampler import generate
@@ -28,65 +35,120 @@ from runtime.spec import DenoiserSpec
 SAMPLES = 16  # the SQNR of four strays by a decibel from draw to draw
 MAX_ABS = 1e-3
 WITHIN_DB = 1.0
+PART_SQNR_DB = 60.0
+
+# of latent models
+LATENT_SAMPLES, LATENT_STEPS, LATENT_SIDE = 2, 4, 16
+LATENT_WITHIN_DB = 3.0  # two samples stray further than sixteen
 
 FAKE_QUANT = "torch_fake_quant"
 
 Parity = dict[str, dict[str, float]]
 
 
+@dataclass(frozen=True)
+class Trial:
+    """What parity is checked on: `samples` samples by the spec's plan at the spec's size."""
+
+    spec: DenoiserSpec
+    samples: int
+    within_db: float
+
+
+def trial_of(checkpoint: Checkpoint, fixed_size: bool = False) -> Trial:
+    """The trial that suits the checkpoint (see the top of this file)."""
+    spec = checkpoint.spec
+    if spec.latent_factor == 1:
+        return Trial(spec, SAMPLES, WITHIN_DB)
+    if adapter_for(checkpoint.model).RESIZABLE and not fixed_size:
+        side = max(2, LATENT_SIDE // spec.size_multiple) * spec.size_multiple
+        channels, height, width = spec.sample_shape
+        spec = replace(spec, sample_shape=(channels, min(side, height), min(side, width)))
+    stride = -(-spec.plan.steps // LATENT_STEPS)
+    plan = replace(spec.plan, timesteps=spec.plan.timesteps[::stride])
+    return Trial(spec.with_plan(plan), LATENT_SAMPLES, LATENT_WITHIN_DB)
+
+
 def check_parity(
     checkpoint: Checkpoint,
     graph: Path,
+    trial: Trial,
     *,
     engines: list[str] | None = None,
-    samples: int = SAMPLES,
     threads: int | None = None,
 ) -> Parity:
-    """{engine: {max_abs, sqnr_db}} of `graph`, the checkpoint's, against its float torch model.
+    """{engine: {max_abs, sqnr_db, samples, steps}} of `graph`, the checkpoint's, against its float torch model.
 
     `engines` None takes all that are installed. A quantized checkpoint adds the row 'torch_fake_quant'. Raises
     GateFailed where an engine strays further than the bounds above.
     """
-    measured = measure_parity(checkpoint, graph, engines=engines, samples=samples, threads=threads)
+    reference = _samples(TorchNetwork(checkpoint.model, trial.spec), trial)
+    measured = _measured(checkpoint, graph, trial, reference, engines, threads)
+    allowed = MAX_ABS * max(1.0, float(np.abs(reference).max()))
     for name, row in measured.items():
-        if FAKE_QUANT not in measured and not row["max_abs"] <= MAX_ABS:
+        if FAKE_QUANT not in measured and not row["max_abs"] <= allowed:
             raise GateFailed(
-                f"{graph.name} in {name}: images differ from torch's by {row['max_abs']:.2g} at most "
-                f"({row['sqnr_db']:.1f} dB), {MAX_ABS:g} is allowed"
+                f"{graph.name} in {name}: samples differ from torch's by {row['max_abs']:.2g} at most "
+                f"({row['sqnr_db']:.1f} dB), {allowed:.2g} is allowed"
             )
-        if FAKE_QUANT in measured and not row["sqnr_db"] >= measured[FAKE_QUANT]["sqnr_db"] - WITHIN_DB:
+        if FAKE_QUANT in measured and not row["sqnr_db"] >= measured[FAKE_QUANT]["sqnr_db"] - trial.within_db:
             raise GateFailed(
                 f"{graph.name} in {name}: {row['sqnr_db']:.1f} dB SQNR to the float model (largest difference "
                 f"{row['max_abs']:.2g}), torch's fake quantization has {measured[FAKE_QUANT]['sqnr_db']:.1f} dB and "
-                f"{WITHIN_DB:g} dB less is allowed"
+                f"{trial.within_db:g} dB less is allowed"
             )
     return measured
 
 
-def measure_parity(
-    checkpoint: Checkpoint,
-    graph: Path,
-    *,
-    engines: list[str] | None = None,
-    samples: int = SAMPLES,
-    threads: int | None = None,
-) -> Parity:
-    """As `check_parity`, without bounds. Figures are rounded, so that they repeat."""
-    spec = checkpoint.spec
-    reference = _images(TorchNetwork(checkpoint.model, spec), spec, samples)
-    found = {}
-    if checkpoint.quantization is not None:
-        found[FAKE_QUANT] = _images(TorchNetwork(fake_quantized(checkpoint), spec), spec, samples)
+def check_part(
+    part: Part, graph: Path, *, engines: list[str] | None = None, threads: int | None = None
+) -> dict[str, float]:
+    """{engine: SQNR in dB} of the least faithful output of a part's graph; GateFailed below PART_SQNR_DB."""
+    inputs = {name: tensor.numpy() for name, tensor in part.examples.items()}
+    wanted, found = part.run_all(inputs), {}
     for name in available() if engines is None else engines:
         with closing(load_engine(graph, name, threads)) as engine:
-            found[name] = _images(engine, spec, samples)
-    return {name: _compared(reference, images) for name, images in found.items()}
+            outputs = engine.run_all(inputs)
+        found[name] = round(min(mean_sqnr_db(wanted[key], outputs[key]) for key in wanted), 1)
+        if not found[name] >= PART_SQNR_DB:
+            raise GateFailed(
+                f"{graph.name} in {name}: {found[name]:.1f} dB SQNR to torch, {PART_SQNR_DB:g} dB are asked for"
+            )
+    return found
 
 
-def _images(network: Network, spec: DenoiserSpec, samples: int) -> np.ndarray:
-    return generate(network, spec, seeds=range(samples), batch=samples)
+def _measured(
+    checkpoint: Checkpoint,
+    graph: Path,
+    trial: Trial,
+    reference: np.ndarray,
+    engines: list[str] | None,
+    threads: int | None,
+) -> Parity:
+    """The figures, rounded so that they repeat."""
+    found: dict[str, Callable[[], np.ndarray]] = {}
+    if checkpoint.quantization is not None:
+        found[FAKE_QUANT] = lambda: _samples(TorchNetwork(fake_quantized(checkpoint), trial.spec), trial)
+    for name in available() if engines is None else engines:
+        found[name] = lambda name=name: _in_engine(graph, name, trial, threads)  # type: ignore[misc]
+    return {name: _compared(reference, samples(), trial) for name, samples in found.items()}
 
 
-def _compared(reference: np.ndarray, images: np.ndarray) -> dict[str, float]:
-    largest = float(np.abs(images - reference).max())
-    return {"max_abs": float(f"{largest:.1e}"), "sqnr_db": round(mean_sqnr_db(reference, images), 1)}
+def _in_engine(graph: Path, name: str, trial: Trial, threads: int | None) -> np.ndarray:
+    with closing(load_engine(graph, name, threads)) as engine:
+        return _samples(engine, trial)
+
+
+def _samples(network: Network, trial: Trial) -> np.ndarray:
+    told = stand_in_conditions(trial.spec, trial.samples)
+    return generate(network, trial.spec, range(trial.samples), batch=trial.samples, conditions=told)
+
+
+def _compared(reference: np.ndarray, samples: np.ndarray, trial: Trial) -> dict[str, float]:
+    largest = float(np.abs(samples - reference).max())
+    return {
+        "max_abs": float(f"{largest:.1e}"),
+        "sqnr_db": round(mean_sqnr_db(reference, samples), 1),
+        "samples": trial.samples,
+        "steps": trial.spec.plan.steps,
+    }

@@ -12,20 +12,22 @@ thread, AVX2). OpenVINO needs none.
 Processors without VNNI add pairs of 8-bit products in 16 bits, which saturate where weights use their whole range: on
 such a machine OpenVINO's result fell from 32 to 24 dB. An amax of 127/64 times the largest weight rules this out.
 
-A layer is found by the names that `export.to_onnx` gives to nodes. One Q/DQ pair serves all readers of a tensor that
-share a scale, such as to_q, to_k and to_v.
+A layer is found by the names that `export.trace` gives to nodes, and its weight is quantized when it is written. One
+Q/DQ pair serves all readers of a tensor that share a scale, such as to_q, to_k and to_v.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from compress.checkpoint import Quantization
-from export.to_onnx import WEIGHT_INPUT
+from export.graph import Graph, Weight, stub, weight_of
+from export.trace import WEIGHT_INPUT
 from runtime.errors import BadInput
 
 FORMATS = ("int8",)
@@ -41,7 +43,9 @@ Scales = dict[str, np.ndarray]
 class _Rewrite:
     """The graph being written: initializers by name, nodes in order, and what is already quantized."""
 
+    source: Graph
     initializers: dict[str, TensorProto]
+    weights: dict[str, Weight]
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     done: dict[tuple[str, bytes], str] = field(default_factory=dict)
 
@@ -49,9 +53,13 @@ class _Rewrite:
         self.initializers[name] = numpy_helper.from_array(value, name)
         return name
 
+    def add_weight(self, name: str, weight: Weight) -> str:
+        self.initializers[name], self.weights[name] = stub(name, weight), weight
+        return name
 
-def insert_qdq(model: onnx.ModelProto, quantization: Quantization) -> onnx.ModelProto:
-    """A copy of `model` (made by `export.to_onnx`) that computes in int8 where `quantization` has scales.
+
+def insert_qdq(graph: Graph, quantization: Quantization) -> Graph:
+    """`graph` (made by `export.to_onnx`), itself left as it is, computing in int8 where `quantization` has scales.
 
     Raises BadInput, naming the layer, for a scale that is not positive and finite or does not fit the layer's weight,
     and for a layer the graph does not have.
@@ -59,10 +67,11 @@ def insert_qdq(model: onnx.ModelProto, quantization: Quantization) -> onnx.Model
     if quantization.format not in FORMATS:
         raise BadInput(f"quantization format '{quantization.format}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
     weights, inputs, outputs = (_scales(quantization, kind) for kind in KINDS)
-    _check_layers(model.graph, weights, inputs, outputs)
-    rewrite = _Rewrite({tensor.name: tensor for tensor in model.graph.initializer})
+    old = graph.proto.graph
+    _check_layers(old, weights, inputs, outputs)
+    rewrite = _Rewrite(graph, {tensor.name: tensor for tensor in old.initializer}, dict(graph.weights))
     rewrite.add(ZERO, np.zeros((), np.int8))
-    for original in model.graph.node:
+    for original in old.node:
         node = onnx.NodeProto()
         node.CopyFrom(original)
         layer = layer_of(node)
@@ -74,7 +83,7 @@ def insert_qdq(model: onnx.ModelProto, quantization: Quantization) -> onnx.Model
         rewrite.nodes.append(node)
         if layer in outputs:
             _quantize_output_(rewrite, node, outputs[layer])
-    return _assembled(model, rewrite)
+    return _assembled(rewrite)
 
 
 def layer_of(node: onnx.NodeProto) -> str:
@@ -151,17 +160,17 @@ def _quantize_weight(rewrite: _Rewrite, node: onnx.NodeProto, scale: np.ndarray)
     name = node.input[WEIGHT_INPUT[node.op_type]]
     key = (name, scale.tobytes())
     if key not in rewrite.done:
-        weight = numpy_helper.to_array(rewrite.initializers[name])
+        weight = weight_of(rewrite.source, name)
         axis, prefix = _channel_axis(node), f"{node.name}.weight"
         if scale.size != weight.shape[axis]:
             raise BadInput(
                 f"layer '{layer_of(node)}': {scale.size} weight scales for {weight.shape[axis]} channels; was it "
                 "pruned after it was quantized? quantize again"
             )
-        shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
-        integers = np.clip(np.rint(weight / scale.reshape(shape)), -LEVELS, LEVELS).astype(np.int8)
+        divisor = scale.reshape([-1 if i == axis else 1 for i in range(len(weight.shape))])
+        integers = Weight(np.dtype(np.int8), weight.shape, partial(_integers, weight, divisor))
         inputs = [
-            rewrite.add(f"{prefix}_int8", integers),
+            rewrite.add_weight(f"{prefix}_int8", integers),
             rewrite.add(f"{prefix}_scale", scale),
             rewrite.add(f"{prefix}_zero", np.zeros(scale.size, np.int8)),
         ]
@@ -171,6 +180,13 @@ def _quantize_weight(rewrite: _Rewrite, node: onnx.NodeProto, scale: np.ndarray)
     return rewrite.done[key]
 
 
+def _integers(weight: Weight, scale: np.ndarray) -> np.ndarray:
+    """clip(round(w / s), -127, 127) as int8, with one float copy of the weight at a time."""
+    levels = weight.read() / scale
+    np.rint(levels, out=levels)
+    return np.clip(levels, -LEVELS, LEVELS, out=levels).astype(np.int8)
+
+
 def _channel_axis(node: onnx.NodeProto) -> int:
     """Where a weight keeps its output channels (an embedding: its rows)."""
     if node.op_type == "Gemm":
@@ -178,15 +194,17 @@ def _channel_axis(node: onnx.NodeProto) -> int:
     return 1 if node.op_type in ("MatMul", "ConvTranspose") else 0
 
 
-def _assembled(model: onnx.ModelProto, rewrite: _Rewrite) -> onnx.ModelProto:
+def _assembled(rewrite: _Rewrite) -> Graph:
     used = {name for node in rewrite.nodes for name in node.input}
+    model = rewrite.source.proto
     old = model.graph
     graph = onnx.GraphProto(name=old.name, node=rewrite.nodes, input=old.input, output=old.output)
     graph.initializer.extend(tensor for name, tensor in rewrite.initializers.items() if name in used)
-    return onnx.ModelProto(
+    proto = onnx.ModelProto(
         ir_version=model.ir_version,
         producer_name=model.producer_name,
         producer_version=model.producer_version,
         opset_import=model.opset_import,
         graph=graph,
     )
+    return Graph(proto, {name: weight for name, weight in rewrite.weights.items() if name in used})

@@ -14,20 +14,22 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.adapters import example_inputs
 from runtime.bundle import sha256
 from runtime.errors import BadInput, MissingExtra, unknown_name
+from runtime.spec import DenoiserSpec
 
 MIN, OPT, MAX = 1, 8, 64
 
 
-def build_plan(graph: Path, folder: Path, capabilities: Sequence[str]) -> dict[str, Any]:
+def build_plan(graph: Path, folder: Path, capabilities: Sequence[str], spec: DenoiserSpec) -> dict[str, Any]:
     """Build `graph` for compute capabilities such as '8.6' into `folder`/engines; returns the manifest entry.
 
     Raises MissingExtra without tensorrt-rtx, and BadInput for no or an unknown capability and for a graph that
     TensorRT cannot parse or build (naming the node).
     """
     trt, targets = check_capabilities(capabilities)
-    plan = _build(trt, graph, targets)
+    plan = _build(trt, graph, targets, spec)
     name = "_".join(["denoiser", *(target.name.lower() for target in targets)])
     path = folder / "engines" / "tensorrt" / f"{name}.plan"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,7 +72,7 @@ def _capability(trt: Any, text: str) -> Any:
     return known[text]
 
 
-def _build(trt: Any, graph: Path, targets: list[Any]) -> Any:
+def _build(trt: Any, graph: Path, targets: list[Any], spec: DenoiserSpec) -> Any:
     logger = _logger(trt)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -80,9 +82,11 @@ def _build(trt: Any, graph: Path, targets: list[Any]) -> Any:
         where = f"node '{error.node_name()}' ({error.node_operator()})"
         raise BadInput(f"{graph.name}: TensorRT cannot parse {where}: {_one_line(error.desc())}")
     config, profile = builder.create_builder_config(), builder.create_optimization_profile()
+    # height, width and the text's length are those the spec has: one profile, for the batch
+    shapes = {name: tuple(example.shape[1:]) for name, example in example_inputs(spec, 1).items()}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        rest = tuple(tensor.shape)[1:]
+        rest = shapes[tensor.name]
         profile.set_shape(tensor.name, (MIN, *rest), (OPT, *rest), (MAX, *rest))
     config.add_optimization_profile(profile)
     config.num_compute_capabilities = len(targets)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from diffusers import UNet2DModel
@@ -14,6 +13,7 @@ from torch import nn
 from compress.adapters import adapter_for, example_inputs
 from compress.checkpoint import Checkpoint, Quantization, Source
 from compress.widths import widths_of
+from export.graph import Graph
 from export.to_onnx import to_onnx
 from runtime.schedule import betas_schedule, flow_schedule, make_plan
 from runtime.spec import Conditioning, DenoiserSpec
@@ -31,7 +31,7 @@ def _one_thread() -> Iterator[None]:
 
 class Everything(nn.Module):
     """Every operator that can carry a layer's weight: 2d and 1d convolution, a strided one back up, Gemm and MatMul
-    with and without bias, an embedding; two equal layers, which the exporter merges; a layer that is called twice."""
+    with and without bias, an embedding; two equal layers; a layer that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,17 +109,17 @@ def wide() -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def unet_graph(unet: Checkpoint) -> onnx.ModelProto:
+def unet_graph(unet: Checkpoint) -> Graph:
     return to_onnx(unet)
 
 
 @pytest.fixture(scope="session")
-def everything_graph(everything: Checkpoint) -> onnx.ModelProto:
+def everything_graph(everything: Checkpoint) -> Graph:
     return to_onnx(everything)
 
 
 @pytest.fixture(scope="session")
-def wide_graph(wide: Checkpoint) -> onnx.ModelProto:
+def wide_graph(wide: Checkpoint) -> Graph:
     return to_onnx(wide)
 
 

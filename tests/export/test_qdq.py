@@ -1,7 +1,6 @@
 from collections import Counter
 
 import numpy as np
-import onnx
 import onnxruntime
 import pytest
 import torch
@@ -11,20 +10,21 @@ from compress.adapters import example_inputs
 from compress.checkpoint import Quantization
 from compress.metrics import sqnr_db
 from compress.torch_network import TorchNetwork
+from export.graph import Graph, load_all, save_graph
 from export.qdq import insert_qdq
-from export.to_onnx import save_onnx
 from runtime.engines import available, load_engine
 from runtime.errors import BadInput
 
 LEVELS = onnxruntime.GraphOptimizationLevel
 
 
-def run_exactly(graph: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
+def run_exactly(graph: Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """ONNX Runtime without optimisation: it executes Q and DQ as they are written, in float."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = LEVELS.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(graph.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    model = load_all(graph).SerializeToString()
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return session.run(None, inputs)[0]
 
 
@@ -69,7 +69,7 @@ def test_engines_keep_what_fake_quantization_keeps(engine, outputs, unet, unet_g
     # weights within 7 bits: processors without VNNI saturate otherwise
     quantization, inputs = scales(unet, outputs=outputs, weight_range=127 / 64), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
-    save_onnx(insert_qdq(unet_graph, quantization), tmp_path / "q.onnx")
+    save_graph(insert_qdq(unet_graph, quantization), tmp_path / "q.onnx")
     found = load_engine(tmp_path / "q.onnx", engine, threads=1).run(inputs)
     assert sqnr_db(plain, found) > sqnr_db(plain, fake_quant(unet, quantization, inputs)) - 1.0
 
@@ -77,19 +77,19 @@ def test_engines_keep_what_fake_quantization_keeps(engine, outputs, unet, unet_g
 def test_output_scales_let_onnxruntime_compute_on_integers(unet, unet_graph, scales, tmp_path):
     shares = {}
     for outputs in (False, True):
-        save_onnx(insert_qdq(unet_graph, scales(unet, outputs=outputs)), tmp_path / "q.onnx")
+        save_graph(insert_qdq(unet_graph, scales(unet, outputs=outputs)), tmp_path / "q.onnx")
         shares[outputs] = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).integer_mac_share(inputs_for(unet))
     assert shares[False] < 0.2 and shares[True] > 0.9
 
 
 def test_the_file_shrinks_to_about_a_quarter(wide, wide_graph, scales, tmp_path):
-    save_onnx(wide_graph, tmp_path / "f.onnx")
-    save_onnx(insert_qdq(wide_graph, scales(wide)), tmp_path / "q.onnx")
+    save_graph(wide_graph, tmp_path / "f.onnx")
+    save_graph(insert_qdq(wide_graph, scales(wide)), tmp_path / "q.onnx")
     assert (tmp_path / "q.onnx").stat().st_size < 0.28 * (tmp_path / "f.onnx").stat().st_size
 
 
 def test_weights_are_stored_as_int8_and_no_float_copy_is_left(everything, everything_graph, scales):
-    graph = insert_qdq(everything_graph, scales(everything)).graph
+    graph = load_all(insert_qdq(everything_graph, scales(everything))).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     weight = numpy_helper.to_array(stored["first.weight_int8"])
     assert weight.dtype == np.int8 and weight.shape == (8, 2, 3, 3) and np.abs(weight).max() == 127
@@ -99,21 +99,43 @@ def test_weights_are_stored_as_int8_and_no_float_copy_is_left(everything, everyt
 
 
 def test_the_float_graph_is_left_as_it_was(everything_graph, everything, scales):
-    before = everything_graph.SerializeToString(deterministic=True)
+    def written(graph: Graph) -> bytes:
+        return load_all(graph).SerializeToString(deterministic=True)
+
+    before = written(everything_graph)
     first = insert_qdq(everything_graph, scales(everything))
-    assert everything_graph.SerializeToString(deterministic=True) == before
-    again = insert_qdq(everything_graph, scales(everything))
-    assert first.SerializeToString(deterministic=True) == again.SerializeToString(deterministic=True)
+    assert written(everything_graph) == before
+    assert written(insert_qdq(everything_graph, scales(everything))) == written(first)
+
+
+def test_a_weight_becomes_int8_when_it_is_written_and_not_before(everything, everything_graph, scales):
+    reads = []
+    watched = {
+        name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
+        for name, weight in everything_graph.weights.items()
+    }
+    quantization = scales(everything)
+    graph = insert_qdq(Graph(everything_graph.proto, watched), quantization)
+    assert reads == [] and set(graph.weights) == {f"{layer}.weight_int8" for layer in quantization.layers}
+    for layer, axis in (("first", 0), ("up", 1), ("embedding", 0), ("gemm", 0), ("matmul", 1)):
+        stored, module = graph.weights[f"{layer}.weight_int8"], everything.model.get_submodule(layer)
+        weight = module.weight.detach().numpy() if layer != "matmul" else module.weight.detach().numpy().T
+        scale = quantization.amax[f"{layer}.weight"].numpy() / np.float32(127)
+        shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
+        wanted = np.clip(np.rint(weight / scale.reshape(shape)), -127, 127)
+        assert stored.dtype == np.int8 and stored.shape == weight.shape
+        np.testing.assert_array_equal(stored.read(), wanted)
+    assert len(reads) == 5
 
 
 def test_readers_of_one_tensor_with_one_scale_share_a_pair(unet, unet_graph, scales):
     quantization = scales(unet)
     names = [f"mid_block.attentions.0.{part}" for part in ("to_q", "to_k", "to_v")]
     few = {f"{name}.{kind}": quantization.amax[f"{name}.{kind}"] for name in names for kind in ("weight", "input")}
-    graph = insert_qdq(unet_graph, Quantization("int8", few)).graph
+    graph = insert_qdq(unet_graph, Quantization("int8", few)).proto.graph
     assert Counter(node.op_type for node in graph.node)["QuantizeLinear"] == 1
     few[f"{names[0]}.input"] = few[f"{names[0]}.input"] * 2
-    graph = insert_qdq(unet_graph, Quantization("int8", few)).graph
+    graph = insert_qdq(unet_graph, Quantization("int8", few)).proto.graph
     assert Counter(node.op_type for node in graph.node)["QuantizeLinear"] == 2
 
 
@@ -121,7 +143,7 @@ def test_a_layer_without_input_scale_computes_in_float(unet, unet_graph, scales,
     name = "time_embedding.linear_1"
     quantization = only(scales(unet, weight_only=(name,)), name)
     graph = insert_qdq(unet_graph, quantization)
-    assert not any(node.op_type == "QuantizeLinear" for node in graph.graph.node)
+    assert not any(node.op_type == "QuantizeLinear" for node in graph.proto.graph.node)
     inputs = inputs_for(unet)
     np.testing.assert_allclose(run_exactly(graph, inputs), fake_quant(unet, quantization, inputs), atol=2e-5)
 
