@@ -41,7 +41,7 @@ PROMPTS = ["a photo of a cat", "red dog"]
 NEGATIVES = ["dog", "a photo"]
 STEPS = 3
 # guidance, and whether optimum binds buffers by the graphs' dimension names, which it does on CUDA. Bound, it is wrong
-# without guidance, on its own exports too: the denoiser's output overwrites the latents.
+# without guidance, whatever the graph: the denoiser's output is written over the latents.
 ROWS = ((1.0, False), (7.5, False), (7.5, True))
 ENOUGH_DB = 60.0  # float32 on both sides gives above 100; without guidance other prompts still score 42
 

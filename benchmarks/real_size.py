@@ -59,7 +59,8 @@ def write_unet(name: str, folder: Path) -> None:
             weight = torch.ones(tensor.shape) if key.endswith("weight") else torch.zeros(tensor.shape)
         state[key] = weight.to(getattr(torch, dtype))
     (folder / "unet").mkdir(parents=True)
-    (folder / "unet" / "config.json").write_text(json.dumps(dict(model.config) | {"_class_name": "UNet2DConditionModel"}))
+    text = json.dumps(dict(model.config) | {"_class_name": "UNet2DConditionModel"})
+    (folder / "unet" / "config.json").write_text(text)
     save_file(state, folder / "unet" / "diffusion_pytorch_model.safetensors")
 
 
@@ -90,7 +91,8 @@ def timed(what: str, work: Callable[[], Any]) -> Any:
 
     start = time.perf_counter()
     result = work()
-    print(json.dumps({"step": what, "seconds": round(time.perf_counter() - start, 1), "peak_mib": peak_mib()}), flush=True)
+    seconds = round(time.perf_counter() - start, 1)
+    print(json.dumps({"step": what, "seconds": seconds, "peak_mib": peak_mib()}), flush=True)
     return result
 
 

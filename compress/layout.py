@@ -162,7 +162,8 @@ def load_weights_(model: nn.Module, files: list[Path], dtype: torch.dtype = torc
                     f"the config asks for {list(state[name].shape)}"
                 )
             if tensor.is_floating_point():
-                if not torch.isfinite(tensor).all():
+                # a NaN is both ends of its tensor: this needs no second tensor of the same size
+                if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
                     raise BadInput(f"{file}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken")
                 tensor = tensor.to(dtype)
             _put_(model, name, tensor)
@@ -202,12 +203,13 @@ def link_parts(source: Path, target: Path, skip: tuple[str, ...]) -> None:
         if entry.name in skip or entry.name not in (*USED, INDEX):
             continue
         if entry.is_dir():
-            shutil.copytree(entry, target / entry.name, copy_function=_link_or_copy)
+            shutil.copytree(entry, target / entry.name, copy_function=link_or_copy)
         else:
-            _link_or_copy(str(entry), str(target / entry.name))
+            link_or_copy(str(entry), str(target / entry.name))
 
 
-def _link_or_copy(source: str, target: str) -> None:
+def link_or_copy(source: str, target: str) -> None:
+    """A hard link to `source` at `target`, a copy where the disk has none."""
     try:
         os.link(os.path.realpath(source), target)  # hub caches hold symlinks
     except OSError:

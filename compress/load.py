@@ -33,7 +33,16 @@ from torch import nn
 from compress.adapters import ADAPTERS, adapter_for
 from compress.checkpoint import FORMAT, RECORD, Checkpoint, Quantization, Record, Source
 from compress.context import say
-from compress.layout import DENOISERS, PICKLES, Layout, first_line, load_weights_, read_json, read_layout, weight_files
+from compress.layout import (
+    DENOISERS,
+    PICKLES,
+    Layout,
+    first_line,
+    load_weights_,
+    read_json,
+    read_layout,
+    weight_files,
+)
 from compress.pipelines import downloaded, from_single_file, fused
 from compress.scheduler import read_scheduler
 from compress.widths import apply_widths_, widths_of

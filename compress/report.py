@@ -38,7 +38,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     if not (folder / "recipe.json").is_file():
         raise BadInput(f"{folder}: not the folder of a compress run, it has no recipe.json")
     bundle, baseline = load_bundle(folder / "bundle"), load_bundle(folder / "baseline")
-    onnx_mib, baseline_mib = (b.denoiser.stat().st_size / 2**20 for b in (bundle, baseline))
+    onnx_mib, baseline_mib = (b.manifest["graphs"]["denoiser"]["bytes"] / 2**20 for b in (bundle, baseline))
     facts: dict[str, Any] = {
         "bundle": {"hash": bundle.hash, "denoiser_mib": onnx_mib, "size_ratio": onnx_mib / baseline_mib},
         "baseline": {"hash": baseline.hash, "denoiser_mib": baseline_mib},

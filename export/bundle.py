@@ -24,7 +24,7 @@ from compress.parts import load_part, part_names
 from export.graph import Graph, save_graph
 from export.openvino_target import prove_openvino
 from export.parity import Parity, check_parity, check_part, trial_of
-from export.pipeline_files import write_graph, write_pipeline_files
+from export.pipeline_files import link_graph, write_graph, write_pipeline_files
 from export.qdq import insert_qdq
 from export.tensorrt_plan import build_plan, check_capabilities
 from export.to_onnx import to_onnx
@@ -48,14 +48,16 @@ def write_bundle(
     capabilities: Sequence[str] = (),
     threads: int | None = None,
     fixed_size: bool = False,
+    parts_from: Bundle | None = None,
 ) -> Bundle:
     """Export the checkpoint to a bundle in `folder`, check its parity with torch, and load it back.
 
     `float_graph` is what `export_float` gave for this checkpoint's network, where it was made already; `name` defaults
     to the network's class. `capabilities` are the GPUs that target tensorrt builds for, such as '8.9'; `threads` is for
-    the engines that check parity; `fixed_size` makes the denoiser's graph for the spec's height and width alone. Raises
-    BadInput for an unknown target or a folder that is something else, MissingExtra for a target whose package is not
-    installed, and GateFailed where an engine's images are not torch's.
+    the engines that check parity; `fixed_size` makes the denoiser's graph for the spec's height and width alone;
+    `parts_from` is a bundle of the same pipeline whose text encoders and decoder are taken over. Raises BadInput for an
+    unknown target or a folder that is something else, MissingExtra for a target whose package is not installed, and
+    GateFailed where an engine's images are not torch's.
     """
     for target in targets:
         if target not in TARGETS:
@@ -71,8 +73,14 @@ def write_bundle(
         graph = insert_qdq(graph, checkpoint.quantization)
 
     def fill(temporary: Path) -> None:
-        _write_denoiser(checkpoint, graph, temporary)
-        parts = {part: _write_part(checkpoint, part, temporary, threads) for part in part_names(checkpoint)}
+        size = _write_denoiser(checkpoint, graph, temporary)
+        parts = {}
+        for part in part_names(checkpoint):
+            if parts_from is None:
+                parts[part] = _write_part(checkpoint, part, temporary, threads)
+            else:
+                link_graph(parts_from.path, temporary, part)
+                parts[part] = parts_from.manifest["graphs"][part]
         trial = trial_of(checkpoint, fixed_size)
         parity = check_parity(checkpoint, temporary / GRAPH, trial, threads=threads)
         engines = []
@@ -81,6 +89,7 @@ def write_bundle(
         if "tensorrt" in targets:
             engines.append(build_plan(temporary / GRAPH, temporary, capabilities, checkpoint.spec))
         content = _content(checkpoint, name, graph, engines, metrics or {}, parity)
+        content["graphs"]["denoiser"]["bytes"] = size
         content["graphs"] |= parts
         seal(temporary, content)
 
@@ -88,26 +97,26 @@ def write_bundle(
     return load_bundle(folder)
 
 
-def _write_denoiser(checkpoint: Checkpoint, graph: Graph, folder: Path) -> None:
+def _write_denoiser(checkpoint: Checkpoint, graph: Graph, folder: Path) -> int:
     source = checkpoint.source
     if source.parts is None:
-        save_graph(graph, folder / GRAPH)
-        return
-    write_graph(graph, folder, Path(GRAPH).stem, source.folder, source.config)
+        return save_graph(graph, folder / GRAPH)
     write_pipeline_files(read_layout(source.parts), folder)
+    return write_graph(graph, folder, Path(GRAPH).stem, source.folder, source.config)
 
 
 def _write_part(checkpoint: Checkpoint, name: str, folder: Path, threads: int | None) -> dict[str, Any]:
     """Export one of the parts around the denoiser, in float32; returns its manifest entry."""
     part = load_part(checkpoint, name)
     graph = trace(part.module, part.forward, part.examples, part.outputs, part.axes)
-    write_graph(graph, folder, part.name, part.name, part.config)
+    size = write_graph(graph, folder, part.name, part.name, part.config)
     return {
         "file": f"{part.name}.onnx",
         "inputs": _tensors(graph.proto.graph.input),
         "outputs": _tensors(graph.proto.graph.output),
         "opset": OPSET,
         "precision": "fp32",
+        "bytes": size,
         "parameters": sum(parameter.numel() for parameter in part.module.parameters()),
         "parity": check_part(part, folder / f"{part.name}.onnx", threads=threads),
     }

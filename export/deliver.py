@@ -69,7 +69,7 @@ def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Pa
     print("[export]", flush=True)
     save_checkpoint(checkpoint, out / "checkpoint")
     baseline = _bundle(teacher, out / "baseline", targets, "teacher")
-    bundle = _bundle(checkpoint, out / "bundle", targets, "student", out / "float", teacher)
+    bundle = _bundle(checkpoint, out / "bundle", targets, "student", out / "float", teacher, baseline)
     with closing(Pipeline(bundle)) as ours, closing(Pipeline(baseline)) as theirs:
         write_comparison(ours, theirs, out / PICTURE)
         if recipe.evaluate is not None:
@@ -91,6 +91,7 @@ def _bundle(
     name: str,
     float_folder: Path | None = None,
     teacher: Checkpoint | None = None,
+    parts_from: Bundle | None = None,
 ) -> Bundle:
     """The checkpoint's bundle; one that is there already, from the same checkpoint for the same targets, is kept."""
     metrics: dict[str, Any] = {"checkpoint": checkpoint.hash, "targets": list(targets)}
@@ -103,7 +104,9 @@ def _bundle(
         old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
         metrics |= {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
     graph = None if float_folder is None else _float_graph(checkpoint, float_folder)
-    bundle = write_bundle(checkpoint, folder, targets, name=name, float_graph=graph, metrics=metrics)
+    bundle = write_bundle(
+        checkpoint, folder, targets, name=name, float_graph=graph, metrics=metrics, parts_from=parts_from
+    )
     for engine, row in bundle.manifest["parity"].items():
         say(f"{name}: {engine} against torch fp32: SQNR {row['sqnr_db']:.1f} dB, largest difference {row['max_abs']:g}")
     return bundle

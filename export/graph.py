@@ -88,8 +88,8 @@ def load_all(graph: Graph) -> onnx.ModelProto:
     return proto
 
 
-def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> None:
-    """Check the graph and write it to `path`, reading one weight at a time.
+def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> int:
+    """Check the graph and write it to `path`, reading one weight at a time; returns the bytes written.
 
     Weights go into the same file; into `data`, relative to the folder of `path` ('unet/model.onnx_data'), where it is
     given; and into `path`.data where one protobuf file cannot hold them. The same graph gives the same bytes. Raises
@@ -99,8 +99,10 @@ def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> None:
     if data is None and _inline_bytes(graph) <= MAX_INLINE_BYTES:
         with path.open("wb") as file:
             _write_inline(graph, file)
-    else:
-        _write_external(graph, path, data or f"{path.name}.data")
+        return path.stat().st_size
+    data = data or f"{path.name}.data"
+    _write_external(graph, path, data)
+    return path.stat().st_size + (path.parent / data).stat().st_size
 
 
 def write_view(path: Path, view: Path) -> None:

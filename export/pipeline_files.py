@@ -14,19 +14,29 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from compress.layout import INDEX, USED, Layout
+from compress.layout import INDEX, USED, Layout, link_or_copy
 from export.graph import Graph, save_graph, write_view
 
 VIEW, DATA = "model.onnx", "model.onnx_data"
 
 
-def write_graph(graph: Graph, folder: Path, name: str, part: str, config: dict[str, Any]) -> None:
-    """Write `folder`/<name>.onnx, and `folder`/<part>/model.onnx with its config over the same weights."""
+def write_graph(graph: Graph, folder: Path, name: str, part: str, config: dict[str, Any]) -> int:
+    """Write `folder`/<name>.onnx, and `folder`/<part>/model.onnx with its config over the same weights.
+
+    Returns the bytes of graph and weights.
+    """
     home = folder / part
     home.mkdir(exist_ok=True)
-    save_graph(graph, folder / f"{name}.onnx", data=f"{part}/{DATA}")
+    size = save_graph(graph, folder / f"{name}.onnx", data=f"{part}/{DATA}")
     write_view(folder / f"{name}.onnx", home / VIEW)
     (home / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+    return size
+
+
+def link_graph(source: Path, folder: Path, name: str) -> None:
+    """Give `folder` the files that `write_graph` made for a part of another bundle, as hard links where possible."""
+    link_or_copy(str(source / f"{name}.onnx"), str(folder / f"{name}.onnx"))
+    shutil.copytree(source / name, folder / name, copy_function=link_or_copy)
 
 
 def write_pipeline_files(layout: Layout, folder: Path) -> None:

@@ -15,7 +15,7 @@ from runtime.solvers import ADAMS_BASHFORTH, MEMORY, SOLVERS, WARM_UP, Past, net
 from runtime.spec import Plan
 
 ODE_SOLVERS = sorted(set(SOLVERS) - {"lcm"})  # which jumps to a clean guess and noises it again
-# which keep their order to the end: others take a last step of first order, and land on x_0 itself
+# whose last step is of first order and lands on x_0 itself; the others mix outputs to the end
 LANDING = sorted(set(SOLVERS) - set(WARM_UP))
 NOW, NEXT = Point(500.0, 0.6, 0.8), Point(250.0, 0.8, 0.6)
 
