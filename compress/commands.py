@@ -44,6 +44,12 @@ def loaded(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Chec
     return load_checkpoint(args.checkpoint, loras=args.lora, config=args.config, dtype=dtype)
 
 
+def recipe_path(text: str) -> Path:
+    """A recipe's file; a bare name that is no file here means a built-in recipe."""
+    built_in = RECIPES / f"{text}.yaml"
+    return built_in if not Path(text).exists() and built_in.is_file() else Path(text)
+
+
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "checkpoint",
@@ -53,7 +59,13 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder, hub id, .safetensors or file.py:weights (default: the built-in teacher)",
     )
     add_checkpoint_arguments(parser)
-    parser.add_argument("--recipe", type=Path, default=DEFAULT_RECIPE, metavar="R")
+    parser.add_argument(
+        "--recipe",
+        type=recipe_path,
+        default=DEFAULT_RECIPE,
+        metavar="R",
+        help=f"a YAML file, or the name of a built-in one: {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}",
+    )
     parser.add_argument(
         "--set",
         action="append",

@@ -15,12 +15,15 @@ class Config(BaseModel):
 
 
 class ScheduleConfig(Config):
-    """How the model will be sampled from here on; weights are untouched."""
+    """How the model will be sampled from here on; weights are untouched.
+
+    `grid` and `guidance` None keep what the model came with.
+    """
 
     solver: Literal[tuple(SOLVERS)] = "dpmpp_2m"  # type: ignore[valid-type]
     steps: int = Field(10, ge=1)
-    grid: Literal[tuple(GRIDS)] = "trailing"  # type: ignore[valid-type]
-    guidance: float = 1.0
+    grid: Literal[tuple(GRIDS)] | None = None  # type: ignore[valid-type]
+    guidance: float | None = None
     eta: float = Field(0.0, ge=0.0, le=1.0)
 
 

@@ -57,6 +57,10 @@ def load_features(path: Path, spec: DenoiserSpec, threads: int | None = None) ->
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's error types are private
         raise BadInput(f"{path}: not readable as a feature network ({str(error).splitlines()[0]})") from error
+    if spec.latent_factor > 1:
+        raise BadInput(
+            "evaluate scores models of pixels; sample the bundle of a model of latents, and score the images elsewhere"
+        )
     shape = tuple(session.get_inputs()[0].shape[1:])
     if shape != tuple(spec.sample_shape):
         raise BadInput(

@@ -35,6 +35,7 @@ from compress.progress import progress
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
 from runtime.sampler import generate_batches
+from runtime.solvers import network_calls
 
 KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
 LEVELS, REDUCED_LEVELS = 127, 64
@@ -115,8 +116,9 @@ def _calibrate_(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig
     spec = checkpoint.spec
     seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + config.samples)
     calls = itertools.count(1)
-    with progress("calibrate", -(-config.samples // config.batch) * spec.plan.steps) as advance:
-        # one call a step, guided or not
+    batches = -(-config.samples // config.batch)
+    with progress("calibrate", batches * network_calls(spec.plan.solver, spec.plan.steps)) as advance:
+        # guided or not, one call for both halves
         hook = model.register_forward_hook(lambda *_: advance(next(calls)))
         told = ctx.conditions(config.samples)
         for _ in generate_batches(TorchNetwork(model, spec), spec, seeds, batch=config.batch, conditions=told):

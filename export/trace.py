@@ -235,7 +235,7 @@ def _layer(node: onnx.NodeProto) -> str:
 
 
 def _name_axes_(graph: onnx.GraphProto, axes: dict[str, dict[int, str]]) -> None:
-    """Name the inputs' dynamic dimensions as `axes` does, and the outputs' by what they follow from ('8*height')."""
+    """Name the inputs' dynamic dimensions as `axes` does, and the outputs' by what they follow from ('8 * height')."""
     names: dict[str, str] = {}
     for value in graph.input:
         for dim, name in axes.get(value.name, {}).items():
@@ -245,7 +245,9 @@ def _name_axes_(graph: onnx.GraphProto, axes: dict[str, dict[int, str]]) -> None
     for value in graph.output:
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
-                size.dim_param = re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), size.dim_param)
+                named = re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), size.dim_param)
+                # optimum evaluates these, and takes what stands between spaces for a name, a number or an operator
+                size.dim_param = " ".join(re.findall(r"\w+|//|[^\w\s]", named))
 
 
 def _strip_(model: onnx.ModelProto) -> None:

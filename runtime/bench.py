@@ -30,6 +30,7 @@ from runtime.engines import Engine, available
 from runtime.errors import BadInput
 from runtime.probe import Probe, probe
 from runtime.sampler import generate
+from runtime.solvers import network_calls
 from runtime.spec import DenoiserSpec, Plan
 
 TORCH, FLOAT = "torch", "fp32"
@@ -145,7 +146,7 @@ def sample_once(network: Network, spec: DenoiserSpec, batch: int) -> np.ndarray:
 
 def evaluations(spec: DenoiserSpec) -> int:
     """Network evaluations per image by the spec's plan."""
-    return spec.plan.steps * evaluations_per_step(spec)
+    return network_calls(spec.plan.solver, spec.plan.steps) * evaluations_per_step(spec)
 
 
 def sampler_overhead(engine: Engine, spec: DenoiserSpec, batch: int = 8, repeats: int = 3) -> float:

@@ -18,7 +18,7 @@ from runtime.errors import BadInput
 from runtime.images import grid, to_uint8, write_png
 from runtime.pipeline import Pipeline, has_fixed_size, resized
 from runtime.sampler import MAX_SEED
-from runtime.schedule import spaced_timesteps, timestep_grid
+from runtime.schedule import spaced_timesteps
 from runtime.solvers import SOLVERS, solver_named
 from runtime.spec import Conditioning, DenoiserSpec, Plan
 
@@ -96,10 +96,8 @@ def chosen_plan(
     plan = spec.plan
     if steps is not None or grid is not None:
         count = plan.steps if steps is None else steps
-        if grid is not None:
-            timesteps = timestep_grid(grid, count, spec.schedule)
-        else:
-            timesteps = spaced_timesteps(spec.spacing, count, spec.schedule, spec.tokens(spec.sample_shape))
+        spacing = spec.spacing if grid is None else replace(spec.spacing, grid=grid, offset=0)
+        timesteps = spaced_timesteps(spacing, count, spec.schedule, spec.tokens(spec.sample_shape))
         plan = replace(plan, timesteps=timesteps)
     if solver is not None and solver != plan.solver:
         solver_named(solver)

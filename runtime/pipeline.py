@@ -115,9 +115,9 @@ def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> D
 
 
 def has_fixed_size(bundle: Bundle) -> bool:
-    """Whether the denoiser's graph was made for one height and width."""
-    shape = bundle.manifest["graphs"]["denoiser"]["inputs"]["sample"]["shape"]
-    return isinstance(shape[2], int) and isinstance(shape[3], int)
+    """Whether the denoiser's graph was made for one height and width, or does not say for which."""
+    sample = bundle.manifest["graphs"]["denoiser"].get("inputs", {}).get("sample", {})
+    return all(isinstance(side, int) for side in sample.get("shape", ())[2:])
 
 
 class _Text:

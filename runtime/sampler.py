@@ -112,6 +112,11 @@ def generate_batches(
         if classes is not None and classes.shape != (len(seeds),):
             raise BadInput(f"{classes.size} labels for {len(seeds)} seeds: give one label per seed")
         conditions = class_conditions(spec, classes)
+    elif labels is not None:
+        raise BadInput("give labels or conditions, not both")
+    counts = {len(array) for array in (*conditions.given.values(), *(conditions.null or {}).values())}
+    if not counts <= {len(seeds)}:
+        raise BadInput(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one each")
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
         samples = _one_batch(network, spec, plan, seeds[part], conditions.part(part))

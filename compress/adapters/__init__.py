@@ -92,6 +92,9 @@ def example_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, t
 def dynamic_axes(model: nn.Module, spec: DenoiserSpec, fixed_size: bool = False) -> dict[str, dict[int, str]]:
     """The dimensions of every input that may change from call to call, by name: batch, height, width, sequence."""
     axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in example_inputs(spec, 1)}
+    if spec.conditioning.kind == "text":
+        # pipelines of diffusers' making pass one timestep for a batch: the graph spreads it, if the names differ
+        axes["timestep"] = {0: "steps"}
     if adapter_for(model).RESIZABLE and not fixed_size:
         axes["sample"] |= {2: "height", 3: "width"}
     for name, entry in spec.conditioning.inputs.items():

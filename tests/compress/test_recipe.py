@@ -49,7 +49,7 @@ def refused(recipe):
 def test_a_resolved_recipe_writes_out_every_default_as_json(recipe):
     found = recipe().to_json()
     assert json.loads(json.dumps(found)) == found
-    assert list(found) == ["seed", "data", "stages", "export", "evaluate", "gates"]
+    assert list(found) == ["seed", "data", "teacher_samples", "stages", "export", "evaluate", "gates"]
     assert [list(stage) for stage in found["stages"]] == [["prune"], ["distill"], ["quantize"]]
     prune = found["stages"][0]["prune"]
     assert prune["ratio"] == 0.25 and prune["method"] == "taylor" and prune["scope"] == "local"
@@ -104,7 +104,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_match(text, key
 
 
 def test_a_key_that_resembles_nothing_gets_the_list(refused):
-    refused("xyzzy: 1", "'xyzzy'", "known are seed, data, stages, export, evaluate, gates")
+    refused("xyzzy: 1", "'xyzzy'", "known are seed, data, teacher_samples, stages, export, evaluate, gates")
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,7 @@ def test_axes_have_their_names_and_outputs_say_what_they_follow_from(graph):
     shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
     assert shapes["pixels"] == ["batch", 4, "height", "width"]
     assert shapes["text"] == ["batch", "sequence", 24]
-    assert shapes["images"] == ["batch", 4, "2*height", "2*width"]
+    assert shapes["images"] == ["batch", 4, "2 * height", "2 * width"]
     assert shapes["features"][0] == "batch" and shapes["features"][2] == 16
 
 

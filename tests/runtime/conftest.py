@@ -55,7 +55,8 @@ class Mixture:
 class FakeNetwork:
     """A network that answers with `oracle`'s x_0 in the given prediction, float32, and counts its calls.
 
-    A label k adds k / 10 to the answer; timesteps are whole unless `timestep_type` says otherwise.
+    A label k adds k / 10 to the answer, and each input of `told` a tenth of the mean of its values; timesteps are
+    whole unless `timestep_type` says otherwise.
     """
 
     prediction: str
@@ -63,12 +64,13 @@ class FakeNetwork:
     oracle: Callable[[np.ndarray, Point], np.ndarray] = field(default=Mixture().denoise)
     labelled: bool = False
     timestep_type: np.dtype = INT64
+    told: tuple[str, ...] = ()
     calls: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     @property
     def inputs(self) -> dict[str, np.dtype]:
         labels = {"class_labels": INT64} if self.labelled else {}
-        return {"sample": FLOAT32, "timestep": self.timestep_type, **labels}
+        return {"sample": FLOAT32, "timestep": self.timestep_type, **labels, **dict.fromkeys(self.told, FLOAT32)}
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         self.calls.append(inputs)
@@ -76,6 +78,8 @@ class FakeNetwork:
         out = prediction_of(self.prediction, x, self.oracle(x, point), point)
         if self.labelled:
             out = out + inputs["class_labels"].reshape(-1, 1, 1, 1) / 10
+        for name in self.told:
+            out = out + inputs[name].reshape(len(x), -1).mean(axis=1).reshape(-1, 1, 1, 1) / 10
         return out.astype(np.float32)
 
 

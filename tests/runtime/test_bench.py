@@ -146,6 +146,14 @@ def test_a_bundle_is_a_subject(tiny: Path) -> None:
     assert 0 < row["step_ms"] and 0 < row["image_ms"]
 
 
+def test_evaluations_count_both_halves_of_guidance_unless_the_weight_is_an_input(tiny: Path) -> None:
+    spec = load_bundle(tiny).spec
+    assert bench.evaluations(spec) == 8
+    guided = spec.with_plan(replace(spec.plan, guidance=2.0))
+    assert bench.evaluations(guided) == 16
+    assert bench.evaluations(replace(guided, conditioning=replace(spec.conditioning, guidance_input=True))) == 8
+
+
 def test_overhead_is_the_time_outside_the_engine(tiny: Path, monkeypatch) -> None:
     bundle = load_bundle(tiny)
     real = open_engine(bundle, "onnxruntime", threads=1)

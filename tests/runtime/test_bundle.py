@@ -34,6 +34,14 @@ def test_a_sound_bundle_opens_wherever_it_was_copied(tiny: Path, copy: Path) -> 
     assert second.denoiser == copy / "denoiser.onnx" and first.spec.conditioning.classes == 3
 
 
+def test_every_graph_is_found_by_its_name(copy: Path) -> None:
+    edit(copy, lambda manifest: manifest["graphs"].update(vae_decoder={"file": "denoiser.onnx"}))
+    bundle = load_bundle(copy)
+    assert bundle.graph("denoiser") == bundle.graph("vae_decoder") == bundle.denoiser == copy / "denoiser.onnx"
+    with pytest.raises(BadInput, match=r"has no text_encoder \(it has denoiser, vae_decoder\)"):
+        bundle.graph("text_encoder")
+
+
 def test_sealing_the_same_files_again_gives_the_same_hash(copy: Path) -> None:
     before = load_bundle(copy)
     content = {key: value for key, value in before.manifest.items() if key not in ("format", "files", "hash")}
@@ -86,6 +94,8 @@ def upwards(manifest: dict[str, Any]) -> None:
         (lambda m: m.update(graphs={"denoiser": "denoiser.onnx"}), "no denoiser graph"),
         (lambda m: m["graphs"]["denoiser"].update(file="other.onnx"), "not among the listed files"),
         (lambda m: m["graphs"]["denoiser"].update(file=["denoiser.onnx"]), "not among the listed files"),
+        (lambda m: m["graphs"].update(vae_decoder={"file": "other.onnx"}), "the vae_decoder's file is not among"),
+        (lambda m: m["graphs"].update(vae_decoder="denoiser.onnx"), "the vae_decoder's file is not among"),
         (lambda m: m["files"].update({"denoiser.onnx": None}), "no size and sha256"),
         (lambda m: m.pop("spec"), "spec: expected a JSON object"),
         (lambda m: m["spec"].update(prediction="noise"), "prediction 'noise'"),

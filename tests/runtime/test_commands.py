@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from runtime.engines import open_engine
 from runtime.errors import DiffpressError, MissingExtra
 from runtime.images import grid, to_uint8
 from runtime.sampler import generate
+from runtime.spec import Spacing
 
 
 def run(*arguments: object) -> int:
@@ -56,6 +58,12 @@ def test_a_label_makes_all_images_of_that_class(tiny: Path, tmp_path: Path) -> N
     assert np.abs(corner - checker).max() < 0.3
 
 
+def test_the_size_that_the_bundle_makes_may_be_asked_for(tiny: Path, tmp_path: Path) -> None:
+    for name, words in (("plain", ()), ("sized", ("--size", "8x8"))):
+        run(tiny, "-n", 2, "--engine", "onnxruntime", "--out", tmp_path / f"{name}.png", *words)
+    assert (tmp_path / "sized.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
 def test_what_is_asked_for_replaces_the_plan_of_the_bundle(tiny: Path) -> None:
     spec = load_bundle(tiny).spec
     assert chosen_plan(spec, None, None, None, None) == spec.plan
@@ -64,6 +72,20 @@ def test_what_is_asked_for_replaces_the_plan_of_the_bundle(tiny: Path) -> None:
     assert chosen_plan(spec, None, None, "linspace", None).steps == spec.plan.steps
     swapped = chosen_plan(spec, None, "ipndm", None, 3.0)
     assert (swapped.solver, swapped.guidance, swapped.timesteps) == ("ipndm", 3.0, spec.plan.timesteps)
+
+
+def test_new_steps_lie_as_the_models_spacing_has_them(tiny: Path) -> None:
+    spec = replace(load_bundle(tiny).spec, spacing=Spacing("leading", offset=1))
+    assert chosen_plan(spec, 5, None, None, None).timesteps == (41, 31, 21, 11, 1)
+    assert chosen_plan(spec, 5, None, "trailing", None).timesteps == (49, 39, 29, 19, 9)
+
+
+def test_where_to_end_goes_with_the_solver_that_it_came_with(tiny: Path) -> None:
+    spec = load_bundle(tiny).spec
+    spec = spec.with_plan(replace(spec.plan, end=0.0))
+    assert chosen_plan(spec, 5, None, None, None).end == 0.0
+    assert chosen_plan(spec, None, spec.plan.solver, None, None).end == 0.0
+    assert chosen_plan(spec, None, "ipndm", None, None).end is None
 
 
 @pytest.mark.parametrize(
@@ -76,7 +98,11 @@ def test_what_is_asked_for_replaces_the_plan_of_the_bundle(tiny: Path) -> None:
         (["--steps", 0], "0 steps"),
         (["--label", 3], "--label 3: the model knows the classes 0..2"),
         (["--label", -1], "--label -1"),
-        (["--prompt", "a cat"], "not conditioned on text; use --label 0..2"),
+        (["--prompt", "a cat"], "--prompt: the model is not conditioned on text; use --label 0..2"),
+        (["--negative", "a cat"], "--negative: the model is not conditioned on text; use --label 0..2"),
+        (["--size", "16"], "--size 16: give height and width in pixels, as in 512x768"),
+        (["--size", "16 x 16"], "--size 16 x 16: give height and width"),
+        (["--size", "16x16"], "size 16x16: this bundle's graph makes 8x8 images only"),
         (["-n", 0], "at least 1"),
         (["--batch", 0], "at least 1"),
         (["--threads", 0], "0 threads"),

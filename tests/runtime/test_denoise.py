@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 
-from runtime.denoise import make_denoiser, network_inputs, to_x0
+from runtime.denoise import (
+    Conditions,
+    Denoise,
+    Network,
+    class_conditions,
+    evaluations_per_step,
+    make_denoiser,
+    network_inputs,
+    stand_in_conditions,
+    to_x0,
+)
 from runtime.errors import BadInput
 from runtime.schedule import Point, betas_schedule, flow_schedule, make_plan, point_at
-from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule
+from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule, TextInput
 
 COSINE = betas_schedule("squaredcos_cap_v2", 100)
 CLASSES = Conditioning("class", classes=10, null_label=10)
+WORDS = {
+    "encoder_hidden_states": TextInput((5, 6), (("text_encoder.last_hidden_state",),)),
+    "encoder_attention_mask": TextInput((5,), (("text_encoder.attention_mask",),)),
+    "time_ids": TextInput((4,), (("size", "corner"),)),
+}
+TEXT = Conditioning("text", inputs=WORDS)
 
 
 def spec_of(
@@ -21,6 +38,17 @@ def spec_of(
 ) -> DenoiserSpec:
     plan = make_plan("ddim", 4, schedule)
     return DenoiserSpec(prediction, schedule, (1, 4, 4), plan, conditioning or Conditioning())
+
+
+def labelled_denoiser(network: Network, spec: DenoiserSpec, labels: np.ndarray | None, **options: Any) -> Denoise:
+    return make_denoiser(network, spec, conditions=class_conditions(spec, labels), **options)
+
+
+def words(*samples: float) -> dict[str, np.ndarray]:
+    """Text inputs of one sample each, full of that number."""
+    return {
+        name: np.stack([np.full(form.shape, value, np.float32) for value in samples]) for name, form in WORDS.items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -73,12 +101,12 @@ def test_guidance_equals_two_separate_calls(fake_network, noise, prediction) -> 
     network = fake_network(prediction, COSINE, labelled=True)
 
     def alone(these: np.ndarray) -> np.ndarray:
-        return make_denoiser(network, spec, labels=these, clip=False)(x, point)
+        return labelled_denoiser(network, spec, these, clip=False)(x, point)
 
     null = alone(np.full(3, 10))
     expected = null + 2.5 * (alone(labels) - null)
     guided_network = fake_network(prediction, COSINE, labelled=True)
-    guided = make_denoiser(guided_network, spec, labels=labels, guidance=2.5, clip=False)(x, point)
+    guided = labelled_denoiser(guided_network, spec, labels, guidance=2.5, clip=False)(x, point)
     assert np.abs(guided - expected).max() < 1e-5
     assert len(guided_network.calls) == 1
     assert guided_network.calls[0]["class_labels"].tolist() == [1, 7, 4, 10, 10, 10]
@@ -86,9 +114,64 @@ def test_guidance_equals_two_separate_calls(fake_network, noise, prediction) -> 
 
 def test_guidance_one_costs_one_half(fake_network, noise) -> None:
     network = fake_network("v", COSINE, labelled=True)
-    labels = np.array([1, 2, 3])
-    make_denoiser(network, spec_of("v", conditioning=CLASSES), labels=labels)(noise(3, 1, 4, 4), point_at(COSINE, 40))
-    assert len(network.calls[0]["sample"]) == 3
+    spec = spec_of("v", conditioning=CLASSES)
+    labelled_denoiser(network, spec, np.array([1, 2, 3]))(noise(3, 1, 4, 4), point_at(COSINE, 40))
+    assert len(network.calls) == 1 and len(network.calls[0]["sample"]) == 3
+    assert evaluations_per_step(spec) == 1
+    assert evaluations_per_step(spec.with_plan(replace(spec.plan, guidance=2.5))) == 2
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "flow"])
+def test_guidance_by_text_equals_two_separate_calls(fake_network, noise, prediction) -> None:
+    spec = spec_of(prediction, conditioning=TEXT)
+    x, point, given, null = noise(2, 1, 4, 4), point_at(COSINE, 40), words(1.0, 2.0), words(-3.0, -3.0)
+    network = fake_network(prediction, COSINE, told=tuple(WORDS))
+
+    def alone(these: dict[str, np.ndarray]) -> np.ndarray:
+        return make_denoiser(network, spec, conditions=Conditions(these), clip=False)(x, point)
+
+    expected = alone(null) + 2.5 * (alone(given) - alone(null))
+    guided_network = fake_network(prediction, COSINE, told=tuple(WORDS))
+    told = Conditions(given, null)
+    guided = make_denoiser(guided_network, spec, conditions=told, guidance=2.5, clip=False)(x, point)
+    assert np.abs(guided - expected).max() < 1e-5
+    (call,) = guided_network.calls
+    assert all(np.array_equal(call[name], np.concatenate([given[name], null[name]])) for name in WORDS)
+
+
+def test_a_guidance_that_is_an_input_costs_one_call_and_is_told(fake_network, noise) -> None:
+    spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
+    network = fake_network("v", COSINE, told=(*WORDS, "guidance"))
+    told = Conditions(words(1.0, 2.0))
+    make_denoiser(network, spec, conditions=told, guidance=3.5)(noise(2, 1, 4, 4), point_at(COSINE, 40))
+    (call,) = network.calls
+    assert call["guidance"].tolist() == [3.5, 3.5] and call["guidance"].dtype == np.float32
+    assert len(call["sample"]) == 2
+    assert evaluations_per_step(spec.with_plan(replace(spec.plan, guidance=3.5))) == 1
+
+
+def test_a_part_of_the_conditions_is_what_those_samples_are_told() -> None:
+    told = Conditions(words(1.0, 2.0, 3.0), words(4.0, 5.0, 6.0)).part(slice(1, 3))
+    assert told.null is not None
+    assert all(np.array_equal(told.given[name], words(2.0, 3.0)[name]) for name in WORDS)
+    assert all(np.array_equal(told.null[name], words(5.0, 6.0)[name]) for name in WORDS)
+    assert Conditions(words(1.0)).part(slice(1)).null is None
+
+
+def test_stand_ins_are_classes_in_turn_or_noise_and_always_the_same() -> None:
+    labels = stand_in_conditions(spec_of("v", conditioning=CLASSES), 12)
+    assert labels.given["class_labels"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert labels.null is not None and set(labels.null["class_labels"].tolist()) == {10}
+    spec = spec_of("v", conditioning=TEXT)
+    first, again = stand_in_conditions(spec, 3), stand_in_conditions(spec, 3)
+    assert {name: array.shape[1:] for name, array in first.given.items()} == {n: f.shape for n, f in WORDS.items()}
+    assert all(np.array_equal(first.given[name], again.given[name]) for name in WORDS)
+    assert np.std(first.given["encoder_hidden_states"]) > 0.5
+    # nobody's features are in sizes and masks
+    assert (first.given["encoder_attention_mask"] == 1).all() and (first.given["time_ids"] == 1).all()
+    assert first.null is not None and (first.null["encoder_attention_mask"] == 1).all()
+    assert (first.null["encoder_hidden_states"] == 0).all()
+    assert stand_in_conditions(spec_of("v"), 3).given == {}
 
 
 @pytest.mark.parametrize(("kind", "told"), [(np.int64, 50), (np.float32, 50.4)])
@@ -117,8 +200,9 @@ def test_example_inputs_are_those_of_the_first_call(fake_network) -> None:
         (CLASSES, True, {"labels": np.array([1.5])}, "float64"),
         (Conditioning("class", 10), True, {"labels": np.array([1]), "guidance": 2.0}, "needs a null label"),
         (Conditioning(), False, {"labels": np.array([1])}, "not class-conditional"),
-        (Conditioning(), False, {"guidance": 2.0}, "not class-conditional"),
-        (Conditioning("text"), False, {}, "text"),
+        (Conditioning(), False, {"guidance": 2.0}, "not conditional; use guidance 1"),
+        (TEXT, False, {}, "by its spec they should be encoder_attention_mask, encoder_hidden_states, sample, time"),
+        (TEXT, False, {"labels": np.array([1])}, "not class-conditional"),
         (Conditioning(), True, {}, "inputs are class_labels, sample, timestep; by its spec"),
         (CLASSES, False, {"labels": np.array([1])}, "by its spec they should be class_labels"),
     ],
@@ -126,4 +210,24 @@ def test_example_inputs_are_those_of_the_first_call(fake_network) -> None:
 def test_wishes_that_do_not_fit_the_model_are_refused(fake_network, conditioning, labelled, options, message) -> None:
     network = fake_network("v", COSINE, labelled=labelled)
     with pytest.raises(BadInput, match=message):
-        make_denoiser(network, spec_of("v", conditioning=conditioning), **options)
+        labelled_denoiser(network, spec_of("v", conditioning=conditioning), **{"labels": None, **options})
+
+
+@pytest.mark.parametrize(
+    ("conditions", "guidance", "message"),
+    [
+        (None, 1.0, "is told encoder_attention_mask, encoder_hidden_states, time_ids, and nothing was given"),
+        (Conditions({"time_ids": words(1.0)["time_ids"]}), 1.0, "and time_ids was given"),
+        (Conditions(words(1.0) | {"class_labels": np.array([1])}), 1.0, "and class_labels, encoder_attention_mask"),
+        (Conditions(words(1.0)), 2.0, "guidance needs an encoded negative prompt"),
+    ],
+)
+def test_words_that_do_not_fit_the_model_are_refused(fake_network, conditions, guidance, message) -> None:
+    network = fake_network("v", COSINE, told=tuple(WORDS))
+    with pytest.raises(BadInput, match=message):
+        make_denoiser(network, spec_of("v", conditioning=TEXT), conditions=conditions, guidance=guidance)
+
+
+def test_conditions_for_a_model_that_is_told_nothing_are_refused(fake_network) -> None:
+    with pytest.raises(BadInput, match="is told nothing, and class_labels was given"):
+        make_denoiser(fake_network("v", COSINE), spec_of("v"), conditions=Conditions({"class_labels": np.array([1])}))

@@ -145,6 +145,23 @@ def test_an_output_is_not_overwritten_by_the_next_call(name: str, float_graph: P
     assert np.array_equal(first, kept) and not np.array_equal(first, second)
 
 
+def test_every_output_is_had_by_its_name_and_run_gives_the_first(name: str, tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    helper, kind = onnx.helper, onnx.TensorProto.FLOAT
+    nodes = [helper.make_node("Neg", ["x"], ["z_first"]), helper.make_node("Abs", ["x"], ["a_second"])]
+    outputs = [helper.make_tensor_value_info(out, kind, ["batch", 3]) for out in ("z_first", "a_second")]
+    graph = helper.make_graph(nodes, "two", [helper.make_tensor_value_info("x", kind, ["batch", 3])], outputs)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "two.onnx")
+    engine = load_engine(tmp_path / "two.onnx", name)
+    x = np.array([[1, -2, 3], [-4, 5, -6]], np.float32)
+    found = engine.run_all({"x": x})
+    assert list(found) == ["z_first", "a_second"]
+    engine.run_all({"x": 9 * x})  # overwrites nothing
+    assert np.array_equal(found["z_first"], -x) and np.array_equal(found["a_second"], np.abs(x))
+    assert np.array_equal(engine.run({"x": x}), -x)
+
+
 def test_inputs_are_named_with_their_types(name: str, tiny: Path) -> None:
     engine = open_engine(load_bundle(tiny), name, threads=1)
     assert engine.inputs == {"sample": np.float32, "timestep": np.int64, "class_labels": np.int64}

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from runtime.denoise import Conditions
 from runtime.errors import BadInput
 from runtime.sampler import MAX_SEED, generate, generate_batches, labels_in_turn, noise_for, sample
 from runtime.schedule import betas_schedule, flow_schedule, make_plan
@@ -142,6 +143,11 @@ def test_a_flow_model_samples_from_pure_noise(fake_network) -> None:
         ({"seeds": [0], "batch": 0}, "at least 1"),
         ({"seeds": [-1]}, "seed -1"),
         ({"seeds": [0, 1], "labels": [1]}, "one label per seed"),
+        (
+            {"seeds": [0, 1], "conditions": Conditions({"class_labels": np.array([1])})},
+            "conditions of 1 samples for 2 seeds",
+        ),
+        ({"seeds": [0], "labels": [1], "conditions": Conditions()}, "labels or conditions"),
         ({"seeds": [0], "plan": Plan("dim", (50.0,))}, "did you mean 'ddim'"),
         ({"seeds": [0], "plan": Plan("ddim", (500.0,))}, "timestep 500"),
     ],

@@ -11,7 +11,16 @@ import pytest
 
 from runtime.errors import BadInput
 from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule, Plan, plan_from_json
+from runtime.spec import (
+    Conditioning,
+    DenoiserSpec,
+    NoiseSchedule,
+    Plan,
+    Spacing,
+    TextEncoder,
+    TextInput,
+    plan_from_json,
+)
 
 SCHEDULE = betas_schedule("squaredcos_cap_v2", 20)
 SPEC = DenoiserSpec(
@@ -26,8 +35,51 @@ SPEC = DenoiserSpec(
 )
 
 
-def test_a_spec_survives_json_bit_for_bit() -> None:
-    assert DenoiserSpec.from_json(json.loads(json.dumps(SPEC.to_json()))) == SPEC
+TEXT = replace(
+    SPEC,
+    plan=replace(SPEC.plan, end=0.0),
+    conditioning=Conditioning(
+        "text",
+        encoders=(
+            TextEncoder("text_encoder", "tokenizer", 77, pad=49407),
+            TextEncoder("t5", "t5_words", 8, lower=True),
+        ),
+        inputs={
+            "encoder_hidden_states": TextInput((10, 12), (("text_encoder.a", "t5.b"), 2)),
+            "time_ids": TextInput((4,), (("size", "corner"),)),
+        },
+        zero_negative=True,
+        guidance_input=True,
+    ),
+    latent_factor=8,
+    size_multiple=2,
+    spacing=Spacing("linspace", offset=1, whole=False, shift=3.0, dynamic=(0.5, 1.15, 256.0, 4096.0)),
+)
+
+
+@pytest.mark.parametrize("spec", [SPEC, TEXT], ids=["classes", "text"])
+def test_a_spec_survives_json_bit_for_bit(spec: DenoiserSpec) -> None:
+    assert DenoiserSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_a_spec_written_before_there_was_text_reads_as_one_without() -> None:
+    data = json.loads(json.dumps(SPEC.to_json()))
+    for entry in ("latent_factor", "size_multiple", "spacing"):
+        del data[entry]
+    del data["plan"]["end"]
+    data["conditioning"] = {"kind": "class", "classes": 10, "null_label": 10}
+    assert DenoiserSpec.from_json(data) == SPEC
+
+
+def test_sizes_and_tokens_follow_from_the_latent() -> None:
+    assert TEXT.image_size == (64, 128) and SPEC.image_size == (8, 16)
+    assert TEXT.tokens(TEXT.sample_shape) == 4 * 8 and TEXT.tokens((4, 16, 16)) == 64
+
+
+def test_sizes_and_masks_are_told_from_features() -> None:
+    inputs = TEXT.conditioning.inputs
+    assert inputs["time_ids"].is_plain and not inputs["encoder_hidden_states"].is_plain
+    assert TextInput((7,), (("t5.attention_mask",),)).is_plain and not TextInput((7, 3), (7,)).is_plain
 
 
 def test_a_plan_survives_json() -> None:
@@ -67,14 +119,29 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("plan.eta", 1.5), "eta 1.5"),
         (change("plan.clip", "false"), "expected true or false"),
         (change("conditioning.kind", "audio"), "conditioning kind 'audio'"),
-        (change("conditioning.classes", 0), "number of classes"),
+        (lambda data: data["conditioning"].update(kind="class", classes=0), "number of classes"),
         (change("conditioning.null_label", -1), "negative"),
         (change("data_range", [1.0, -1.0]), "empty"),
         (change("latent_scale", 0.0), "latent scale"),
+        (change("latent_factor", 0), "latent factor 0"),
+        (change("size_multiple", 0), "size multiple 0"),
+        (change("plan.end", 50.0), "end 50.0 must be a timestep not above the last one"),
+        (change("plan.end", -1.0), "end -1.0"),
+        (change("plan.end", "soon"), "plan: could not convert"),
+        (change("spacing.shift", 0.0), "spacing: offset 1 must not be negative and shift 0.0"),
+        (change("spacing.offset", -1), "spacing: offset -1"),
+        (change("spacing.dynamic", [0.5, 1.15, 256]), "spacing: "),
+        (change("spacing.colour", 1), "spacing: unknown entry 'colour'"),
+        (change("conditioning.encoders", [{"graph": "t5", "tokenizer": "t5_words"}]), "conditioning: .*length"),
+        (change("conditioning.encoders", [{"graph": "t5", "colour": 1}]), "unknown entry 'colour'"),
+        (lambda data: data["conditioning"]["encoders"][0].update(length=0), "text_encoder: 0 tokens"),
+        (change("conditioning.inputs", [1]), "conditioning: "),
+        (change("conditioning.inputs", {"time_ids": {"shape": [4]}}), "conditioning: the entry 'rows' is missing"),
+        (change("conditioning.zero_negative", "no"), "conditioning: expected true or false"),
     ],
 )
 def test_broken_specs_are_refused_by_name(edit: Callable[[dict[str, Any]], Any], message: str) -> None:
-    data = json.loads(json.dumps(SPEC.to_json()))
+    data = json.loads(json.dumps(TEXT.to_json()))
     edit(data)
     with pytest.raises(BadInput, match=message):
         DenoiserSpec.from_json(data, "here")
