@@ -46,6 +46,9 @@ EXTRAS = {
     "compress": (
         "torch",
         "diffusers",
+        "transformers",
+        "peft",
+        "sentencepiece",
         "safetensors",
         "accelerate",
         "modelopt",
