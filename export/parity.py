@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import onnx
 
 from compress.adapters import adapter_for
 from compress.checkpoint import Checkpoint
@@ -27,7 +28,7 @@ from compress.parts import Part
 from compress.quantize import fake_quantized
 from compress.torch_network import TorchNetwork
 from runtime.denoise import Network, stand_in_conditions
-from runtime.engines import available, load_engine
+from runtime.engines import available, load_engine, onnxruntime_engine
 from runtime.errors import GateFailed
 from runtime.sampler import generate
 from runtime.spec import DenoiserSpec
@@ -36,6 +37,9 @@ SAMPLES = 16  # the SQNR of four strays by a decibel from draw to draw
 MAX_ABS = 1e-3
 WITHIN_DB = 1.0
 PART_SQNR_DB = 60.0
+
+# above this, one engine is tried, and its weights stay in the file: a second packed copy might not fit
+LARGE_BYTES = 4 * 2**30
 
 # of latent models
 LATENT_SAMPLES, LATENT_STEPS, LATENT_SIDE = 2, 4, 16
@@ -129,14 +133,25 @@ def _measured(
     found: dict[str, Callable[[], np.ndarray]] = {}
     if checkpoint.quantization is not None:
         found[FAKE_QUANT] = lambda: _samples(TorchNetwork(fake_quantized(checkpoint), trial.spec), trial)
-    for name in available() if engines is None else engines:
+    if engines is None:
+        engines = available() if _bytes(graph) < LARGE_BYTES else [onnxruntime_engine.NAME]
+    for name in engines:
         found[name] = lambda name=name: _in_engine(graph, name, trial, threads)  # type: ignore[misc]
     return {name: _compared(reference, samples(), trial) for name, samples in found.items()}
 
 
 def _in_engine(graph: Path, name: str, trial: Trial, threads: int | None) -> np.ndarray:
-    with closing(load_engine(graph, name, threads)) as engine:
+    large = _bytes(graph) >= LARGE_BYTES and name == onnxruntime_engine.NAME
+    engine = onnxruntime_engine.load(graph, threads=threads, lean=True) if large else load_engine(graph, name, threads)
+    with closing(engine):
         return _samples(engine, trial)
+
+
+def _bytes(graph: Path) -> int:
+    """Of a graph with its weights, wherever they lie."""
+    proto = onnx.load(graph, load_external_data=False)
+    places = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
+    return sum(path.stat().st_size for path in (graph, *(graph.parent / place for place in places)))
 
 
 def _samples(network: Network, trial: Trial) -> np.ndarray:

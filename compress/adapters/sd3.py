@@ -29,10 +29,10 @@ def describe(layout: Layout) -> Description:
     length = clips[0].length if clips else 77
     t5 = [text_encoder(layout, part, T5_LENGTH) for part, _ in layout.encoders if part == "text_encoder_3"]
     hidden = tuple(penultimate(layout, encoder.graph) for encoder in clips)
-    # without its T5 the pipeline puts as many rows of zeros there as the CLIPs have
-    last: tuple[str, ...] | int = ("text_encoder_3.last_hidden_state",) if t5 else length
+    # without its T5 the pipeline puts as many rows of zeros there (since diffusers 0.36; before, as the CLIPs have)
+    last: tuple[str, ...] | int = ("text_encoder_3.last_hidden_state",) if t5 else T5_LENGTH
     inputs = {
-        "encoder_hidden_states": TextInput((length + (T5_LENGTH if t5 else length), width), (hidden, last)),
+        "encoder_hidden_states": TextInput((length + T5_LENGTH, width), (hidden, last)),
         "pooled_projections": TextInput(
             (int(config["pooled_projection_dim"]),), (tuple(f"{encoder.graph}.text_embeds" for encoder in clips),)
         ),

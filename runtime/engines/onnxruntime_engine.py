@@ -18,6 +18,7 @@ import numpy as np
 from runtime.engines import macs
 from runtime.errors import BadInput
 
+NAME = "onnxruntime"
 EXTRA = None
 
 TYPES = {
@@ -50,19 +51,22 @@ def missing() -> str | None:
     return None if importlib.util.find_spec("onnxruntime") else "onnxruntime"
 
 
-def load(path: Path, *, threads: int | None = None) -> OnnxRuntimeEngine:
-    """Load an ONNX file on `threads` cores (None: all); raises BadInput where ONNX Runtime cannot read it."""
-    return OnnxRuntimeEngine(path, threads)
+def load(path: Path, *, threads: int | None = None, lean: bool = False) -> OnnxRuntimeEngine:
+    """Load an ONNX file on `threads` cores (None: all); raises BadInput where ONNX Runtime cannot read it.
+
+    `lean` leaves large weights in their mapped file, instead of packing a second copy that runs faster.
+    """
+    return OnnxRuntimeEngine(path, threads, lean)
 
 
 class OnnxRuntimeEngine:
     """One session; see runtime.engines.Engine."""
 
-    name = "onnxruntime"
+    name = NAME
 
-    def __init__(self, path: Path, threads: int | None) -> None:
+    def __init__(self, path: Path, threads: int | None, lean: bool = False) -> None:
         self._path, self._threads = path, threads
-        self._session = _session(path, _options(threads))
+        self._session = _session(path, _lean(threads) if lean else _options(threads))
         self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
 
@@ -101,6 +105,15 @@ def _options(threads: int | None) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4  # its errors come as exceptions; not on stderr as well
+    return options
+
+
+def _lean(threads: int | None) -> Any:
+    import onnxruntime
+
+    options = _options(threads)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 
 

@@ -85,7 +85,26 @@ def test_a_checkpoint_is_frozen_and_its_clone_is_a_copy(plain):
         plain.model = None
     before = plain.hash
     nn.init.zeros_(plain.clone_model().conv_in.weight)
-    assert plain.hash == before
+    assert plain.evolve().hash == before  # evolve: a hash is kept once it was made
+
+
+def test_what_evolves_from_a_checkpoint_has_a_hash_of_its_own(plain):
+    model = plain.clone_model()
+    checkpoint = plain.evolve(model=model)
+    assert checkpoint.hash == plain.hash
+    nn.init.zeros_(model.conv_in.weight)
+    assert checkpoint.evolve().hash != plain.hash == plain.evolve().hash
+
+
+def test_a_shared_model_has_the_same_tensors_in_modules_of_its_own(plain):
+    shared = plain.shared_model()
+    assert not {id(module) for module in shared.modules()} & {id(module) for module in plain.model.modules()}
+    ours, theirs = plain.model.state_dict(keep_vars=True), shared.state_dict(keep_vars=True)
+    assert list(ours) == list(theirs) and all(theirs[name] is ours[name] for name in ours)
+    shared.conv_in.register_forward_hook(lambda *_: pytest.fail("a hook on the copy was called"))
+    shared.conv_out = nn.Identity()
+    with torch.no_grad():
+        assert plain.model(torch.zeros(1, 1, 8, 8), torch.tensor([1])).sample.shape == (1, 1, 8, 8)
 
 
 def test_saving_where_a_checkpoint_is_replaces_it(plain, unet, tmp_path):

@@ -32,7 +32,8 @@ def test_recovering_brings_the_student_closer_to_its_teacher(unet, pruned, conte
 def test_teacher_and_input_are_left_as_they_were(unet, pruned, context):
     before = unet.hash, pruned.hash
     recovered = distill(pruned, config(), context(unet))
-    assert (unet.hash, pruned.hash) == before and recovered.hash != pruned.hash
+    # evolve: a hash is kept once it was made
+    assert (unet.evolve().hash, pruned.evolve().hash) == before and recovered.hash != pruned.hash
     assert all(p.grad is None for p in unet.model.parameters())
 
 
@@ -87,6 +88,31 @@ def test_equal_features_have_no_distance_and_others_the_relative_one_of_their_en
     assert feature_distance(found, wanted).item() == pytest.approx((9 / 16 + 0) / 2)
 
 
+def test_features_of_tokens_have_their_energy_along_the_last_axis():
+    wanted, found = {"a": torch.full((2, 5, 3), 2.0)}, {"a": torch.full((2, 5, 7), 1.0)}  # widths differ, tokens do not
+    assert feature_distance(found, wanted).item() == pytest.approx(9 / 16)
+
+
+class Joint(nn.Module):
+    """Answers as a joint transformer block: (text, stream); or as a U-Net block: (stream, skips)."""
+
+    def __init__(self, answer: object) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self) -> object:
+        return self.answer
+
+
+def test_the_feature_of_a_block_is_its_stream():
+    stream, text = torch.ones(1, 4, 3), torch.zeros(1, 2, 3)
+    for answer in (stream, (stream, (text, text)), (text, stream), (None, stream)):
+        model = nn.Sequential(Joint(answer))
+        with captured(model, ["0"]) as features:
+            model[0]()
+        assert features["0"] is stream
+
+
 def test_features_are_collected_only_inside_the_context(unet):
     blocks = adapter_for(unet.model).blocks(unet.model)
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([1, 50]), {"class_labels": torch.tensor([0, 1])}
@@ -106,6 +132,18 @@ def test_a_tenth_of_the_labels_is_replaced_by_the_null_label():
     share = (dropped["class_labels"] == 3).float().mean().item()
     assert share == pytest.approx(0.1, abs=0.01)
     assert torch.equal(dropped["class_labels"][dropped["class_labels"] != 3], labels[dropped["class_labels"] != 3])
+
+
+def test_a_tenth_of_the_samples_is_told_nothing_in_every_text_input_and_guidance_stays():
+    given = {"words": torch.ones(20_000, 2, 3), "pooled": torch.full((20_000, 4), 2.0), "guidance": torch.ones(20_000)}
+    null = {"words": torch.full((1, 2, 3), -1.0), "pooled": torch.full((1, 4), -2.0)}
+    dropped = drop_conditions(given, null, torch.Generator().manual_seed(0))
+    untold = dropped["pooled"][:, 0] == -2.0
+    assert untold.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert dropped["guidance"] is given["guidance"] and set(dropped) == set(given)
+    for name in null:
+        assert torch.equal(dropped[name][untold], null[name].expand(int(untold.sum()), *null[name].shape[1:]))
+        assert torch.equal(dropped[name][~untold], given[name][~untold])
 
 
 def test_labels_stay_where_there_is_no_null_label():

@@ -45,10 +45,14 @@ def test_a_pipeline_folder_gives_the_model_that_diffusers_saved(pipeline_folder,
     assert len(loaded.spec.schedule) == 100 and not loaded.model.training
 
 
-def test_a_bare_unet_folder_finds_the_scheduler_beside_it(pipeline_folder, scheduler):
+@pytest.mark.parametrize("name", ["unet", "transformer"])
+def test_a_bare_denoiser_folder_finds_the_scheduler_beside_it(name, pipeline_folder, scheduler, tmp_path):
     scheduler(pipeline_folder, prediction_type="v_prediction")
-    whole, bare = load_checkpoint(pipeline_folder), load_checkpoint(str(pipeline_folder / "unet"))
+    (pipeline_folder / "unet").rename(pipeline_folder / name)
+    whole, bare = load_checkpoint(pipeline_folder), load_checkpoint(str(pipeline_folder / name))
     assert bare.hash == whole.hash and bare.spec.prediction == "v"
+    save_checkpoint(bare, tmp_path / "saved")
+    assert (tmp_path / "saved" / name / WEIGHTS).is_file()
 
 
 def test_a_folder_of_another_name_that_holds_only_the_network_is_read(plain, tmp_path):

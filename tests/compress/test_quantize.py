@@ -112,7 +112,11 @@ def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypat
 def test_quantizing_again_gives_the_same_hash_and_leaves_the_input_alone(pruned, quantized, context, unet):
     before = pruned.hash
     assert quantize(pruned, config(), context(unet)).hash == quantized.hash != before
-    assert pruned.hash == before and pruned.quantization is None
+    assert pruned.evolve().hash == before  # evolve: a hash is kept once it was made
+    assert pruned.quantization is None
+    fake_quantized(quantized)
+    assert quantized.evolve().hash == quantized.hash
+    assert not any("quantizer" in name for name, _ in pruned.model.named_modules())
     assert not any("quantizer" in name for name, _ in quantized.model.named_modules())
 
 

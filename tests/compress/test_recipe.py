@@ -73,6 +73,12 @@ def test_the_recipes_that_come_with_it_are_valid(path):
     assert read_recipe(path).stages
 
 
+def test_the_number_of_teacher_samples_is_read(recipe, refused):
+    assert recipe("{}").teacher_samples == 64 and recipe("teacher_samples: 5").teacher_samples == 5
+    for value in ("0", "-3", "2.5", "many", "true", "[4]"):
+        refused(f"teacher_samples: {value}", "r.yaml", "teacher_samples", "a whole number from 1")
+
+
 def test_a_gate_on_the_frechet_distance_brings_the_evaluation_it_needs(recipe):
     assert recipe("gates: {frechet_ratio: 1.2}").evaluate is not None
     assert recipe("gates: {parity_sqnr_db: 20}").evaluate is None

@@ -6,8 +6,8 @@ import pytest
 
 from compress.checkpoint import Record
 from export.bundle import write_bundle
+from export.graph import save_graph
 from export.qdq import insert_qdq
-from export.to_onnx import save_onnx
 from runtime.bundle import load_bundle, sha256
 from runtime.engines import open_engine
 from runtime.errors import BadInput, GateFailed
@@ -66,7 +66,7 @@ def test_no_path_of_this_machine_is_in_a_bundle(bundle):
 
 
 def test_the_stored_graph_is_the_quantized_one(bundle, quantized, unet_graph, tmp_path):
-    save_onnx(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
+    save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
     assert sha256(bundle.denoiser) == sha256(tmp_path / "q.onnx")
 
 
@@ -98,7 +98,7 @@ def test_an_unknown_target_is_refused_with_the_nearest(unet, unet_graph, tmp_pat
 def test_a_graph_of_another_model_fails_its_parity_and_leaves_nothing(unet, unet_graph, tmp_path):
     other = unet.evolve(model=unet.clone_model())
     other.model.conv_out.bias.data += 0.1
-    with pytest.raises(GateFailed, match="images differ"):
+    with pytest.raises(GateFailed, match="samples differ"):
         write_bundle(other, tmp_path / "b", float_graph=unet_graph, threads=1)
     assert list(tmp_path.iterdir()) == []
 
