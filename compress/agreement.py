@@ -12,6 +12,7 @@ import torch
 from compress.adapters import example_inputs
 from compress.checkpoint import Checkpoint
 from compress.context import Data
+from compress.counts import is_large
 from compress.data import ImageData
 from compress.losses import add_noise, forward
 from compress.metrics import sqnr_db
@@ -20,7 +21,6 @@ from runtime.denoise import SAMPLE, TIMESTEP
 
 BATCH = 16
 LARGE_BATCH = 2  # for models whose one call takes seconds
-LARGE = 100_000_000  # parameters
 SHARES = (0.1, 0.4, 0.7, 0.95)  # of the way to pure noise
 
 
@@ -31,7 +31,7 @@ def agreement_db(checkpoint: Checkpoint, teacher: Checkpoint, data: Data | None)
     for this figure would cost more than the stage it judges.
     """
     spec, generator = teacher.spec, torch.Generator().manual_seed(0)
-    batch = BATCH if sum(p.numel() for p in teacher.model.parameters()) < LARGE else LARGE_BATCH
+    batch = LARGE_BATCH if is_large(teacher.model) else BATCH
     if isinstance(data, ImageData):
         x0, conditions = data.batch(batch, generator)
     else:

@@ -93,7 +93,7 @@ def torch_subject(reference: str, batches: Sequence[int], threads: int | None = 
         torch.set_num_threads(threads)
     checkpoint = load_checkpoint(reference)
     spec = checkpoint.spec
-    if spec.latent_factor == 1:
+    if spec.is_pixel_space:
         steps = min(BASELINE_STEPS, len(spec.schedule))
         spec = spec.with_plan(make_plan(BASELINE_SOLVER, steps, spec.schedule, clip=spec.plan.clip))
     one_step = replace(spec.plan, timesteps=spec.plan.timesteps[:1])

@@ -29,9 +29,14 @@ class Counts:
 LARGE = 100_000_000  # parameters
 
 
+def is_large(model: nn.Module) -> bool:
+    """Whether one call of it takes seconds on a processor, and its weights count against the machine's memory."""
+    return sum(p.numel() for p in model.parameters()) > LARGE
+
+
 def count(model: nn.Module, spec: DenoiserSpec) -> Counts:
     parameters, inputs = sum(p.numel() for p in model.parameters()), example_inputs(spec, 1)
-    if parameters > LARGE:  # a call would take many seconds: on the meta device only the shapes are worked out
+    if is_large(model):  # a call would take many seconds: on the meta device only the shapes are worked out
         tensors = [*model.parameters(), *model.buffers()]
         model = copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
         inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}

@@ -57,7 +57,7 @@ def load_features(path: Path, spec: DenoiserSpec, threads: int | None = None) ->
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's error types are private
         raise BadInput(f"{path}: not readable as a feature network ({str(error).splitlines()[0]})") from error
-    if spec.latent_factor > 1:
+    if not spec.is_pixel_space:
         raise BadInput(
             "evaluate scores models of pixels; sample the bundle of a model of latents, and score the images elsewhere"
         )

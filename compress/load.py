@@ -179,7 +179,7 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
         spaced_timesteps(facts.spacing, steps, facts.schedule, spec.tokens(spec.sample_shape)),
         guidance=found.guidance,
         eta=facts.eta,
-        clip=facts.clip and not latent,
+        clip=facts.clip and spec.is_pixel_space,
         end=facts.end,
     )
     return spec.with_plan(plan)

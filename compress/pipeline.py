@@ -59,7 +59,7 @@ def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path) -> Checkpoint:
 def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
     """The recipe's images; for models of latents or text what the teacher makes, under the recipe's prompts."""
     spec = teacher.spec
-    if spec.latent_factor == 1 and spec.conditioning.kind != "text":
+    if spec.is_pixel_space:
         return load_images(recipe.data, spec) if recipe.data else None
     if spec.conditioning.kind == "text":
         prompts = read_prompts(recipe.data)

@@ -123,9 +123,9 @@ def write_comparison(ours: Pipeline, theirs: Pipeline, path: Path) -> None:
 
     Two rows of each, and one short row from models of latents, which may take minutes an image.
     """
-    latent = theirs.spec.latent_factor > 1
-    columns = LATENT_COLUMNS if latent else COLUMNS
-    count = columns if latent else 2 * columns
+    pixels = theirs.spec.is_pixel_space
+    columns = COLUMNS if pixels else LATENT_COLUMNS
+    count = 2 * columns if pixels else columns
     rows = []
     for pipeline in (theirs, ours):
         told = _told(pipeline, count)

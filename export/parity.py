@@ -7,8 +7,8 @@ against the float torch model in both cases. A float graph must stay within MAX_
 value where that is above 1. A quantized graph is held to what torch's own fake quantization loses: its SQNR may be at
 most WITHIN_DB lower. One forward would not do: rounding that a single step hides is fed back into the next.
 
-A model of pixels is tried by its own plan. One of latents may weigh gigabytes and take a minute a call: it is tried on
-fewer and smaller samples, over as many steps as show the feedback, and the manifest says how many.
+A small model of pixels is tried by its own plan. One of latents may weigh gigabytes and take a minute a call: it is tried
+on fewer and smaller samples, over as many steps as show the feedback, and the manifest says how many.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import onnx
 
 from compress.adapters import adapter_for
 from compress.checkpoint import Checkpoint
+from compress.counts import is_large
 from compress.metrics import mean_sqnr_db
 from compress.parts import Part
 from compress.quantize import fake_quantized
@@ -62,7 +63,7 @@ class Trial:
 def trial_of(checkpoint: Checkpoint, fixed_size: bool = False) -> Trial:
     """The trial that suits the checkpoint (see the top of this file)."""
     spec = checkpoint.spec
-    if spec.latent_factor == 1:
+    if spec.is_pixel_space and not is_large(checkpoint.model):
         return Trial(spec, SAMPLES, WITHIN_DB)
     if adapter_for(checkpoint.model).RESIZABLE and not fixed_size:
         side = max(2, LATENT_SIDE // spec.size_multiple) * spec.size_multiple

@@ -212,6 +212,11 @@ class DenoiserSpec:
         """Height and width of the final image, in pixels."""
         return self.sample_shape[1] * self.latent_factor, self.sample_shape[2] * self.latent_factor
 
+    @property
+    def is_pixel_space(self) -> bool:
+        """Whether samples are images already; a denoiser of text that came without its decoder works on latents too."""
+        return self.latent_factor == 1 and self.conditioning.kind != "text"
+
     def tokens(self, shape: tuple[int, int, int]) -> int:
         """Image tokens of a sample of this shape, which dynamic shifts count: cells of `size_multiple` a side."""
         return (shape[1] // self.size_multiple) * (shape[2] // self.size_multiple)

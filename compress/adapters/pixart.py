@@ -40,6 +40,9 @@ def describe(layout: Layout) -> Description:
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    # all of one batch in so many words: tracing cannot see otherwise that the reshapes inside fit each other
+    batch = inputs["sample"].shape[0]
+    inputs = {name: value.expand(batch, *value.shape[1:]) for name, value in inputs.items()}
     sample, size = inputs["sample"], inputs.get("resolution")
     micro = {"resolution": size, "aspect_ratio": None if size is None else size[:, :1] / size[:, 1:]}
     out: torch.Tensor = model(

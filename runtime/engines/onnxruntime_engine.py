@@ -105,6 +105,8 @@ def _options(threads: int | None) -> Any:
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 4  # its errors come as exceptions; not on stderr as well
+    # layers that only store int8 weights compute in float32; by default it would round their inputs to int8 as well
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options
 
 
