@@ -121,8 +121,9 @@ def captured(model: nn.Module, names: list[str]) -> Iterator[Features]:
 
 def _keep(features: Features, name: str) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: object, output: object) -> None:
-        # U-Net blocks give (stream, skips), joint transformer blocks (text, stream): the stream is the last tensor
-        streams = [part for part in output if isinstance(part, torch.Tensor)] if isinstance(output, tuple) else [output]
-        features[name] = streams[-1]  # type: ignore[assignment]
+        if isinstance(output, tuple):
+            # U-Net blocks give (stream, (skip, ...), ...), joint transformer blocks (text, stream)
+            output = output[0] if isinstance(output[-1], tuple) or len(output) > 2 else output[-1]
+        features[name] = output  # type: ignore[assignment]
 
     return hook

@@ -7,8 +7,8 @@ against the float torch model in both cases. A float graph must stay within MAX_
 value where that is above 1. A quantized graph is held to what torch's own fake quantization loses: its SQNR may be at
 most WITHIN_DB lower. One forward would not do: rounding that a single step hides is fed back into the next.
 
-A small model of pixels is tried by its own plan. One of latents may weigh gigabytes and take a minute a call: it is tried
-on fewer and smaller samples, over as many steps as show the feedback, and the manifest says how many.
+A small model of pixels is tried by its own plan. One of latents may weigh gigabytes and take a minute a call: it is
+tried on fewer and smaller samples, over as many steps as show the feedback, and the manifest says how many.
 """
 
 from __future__ import annotations

@@ -21,11 +21,13 @@ import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_ir
 import torch
+from onnxscript import opset18 as op
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -126,9 +128,19 @@ def _exported(
         dynamic_shapes={"tensors": dynamic},
         optimize=False,
         verbose=False,
+        custom_translation_table={torch.ops.aten.squeeze.dim: _squeezed},
     )
     assert program is not None  # None only where a file was asked for
     return program
+
+
+def _squeezed(tensor: Any, dim: int) -> Any:
+    """torch leaves an axis alone that is longer than 1 (PixArt's last `squeeze`); ONNX's Squeeze refuses it."""
+    shape = tensor.shape or ()
+    if not shape or (isinstance(shape[dim], int) and shape[dim] != 1):
+        return op.Identity(tensor)
+    axes: Any = op.Constant(value_ints=[dim])
+    return op.Squeeze(tensor, axes)
 
 
 def _take_weights_(graph: onnx_ir.Graph, tensors: dict[str, Tensor]) -> dict[onnx_ir.Value, Weight]:

@@ -2,8 +2,8 @@
 
     prompt -> text encoders -> conditions;   noise -> denoiser, step by step -> latent;   latent -> decoder -> image
 
-An engine is opened when its turn comes. Encoders and decoder are closed again at once, so that beside the denoiser only
-one other network is ever in memory.
+Engines beside the denoiser's are opened when their turn comes. Text encoders may be larger than all the rest: each is
+closed again at once. The decoder stays open for the next batch.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ class Pipeline:
 
     def __init__(self, bundle: Bundle, engine: str | None = None, threads: int | None = None) -> None:
         self.bundle, self.spec = bundle, bundle.spec
+        for graph in (e.graph for e in self.spec.conditioning.encoders):
+            bundle.graph(graph)  # what is missing is said before the work, not after it
+        if self.spec.latent_factor > 1:
+            bundle.graph(DECODER)
         self._threads = threads
         self.denoiser = open_engine(bundle, engine, threads)
+        self._decoder: Engine | None = None
 
     def images(
         self,
@@ -84,14 +89,17 @@ class Pipeline:
         if spec.latent_factor == 1:
             return samples
         latents = samples / np.float32(spec.latent_scale) + np.float32(spec.latent_shift)
-        with closing(open_engine(self.bundle, self.denoiser.name, self._threads, DECODER)) as decoder:
-            (name,) = decoder.inputs
-            pictures = [decoder.run({name: latent[None].astype(decoder.inputs[name])}) for latent in latents]
+        if self._decoder is None:
+            self._decoder = open_engine(self.bundle, self.denoiser.name, self._threads, DECODER)
+        decoder, (name,) = self._decoder, self._decoder.inputs
+        pictures = [decoder.run({name: latent[None].astype(decoder.inputs[name])}) for latent in latents]
         return np.clip(np.concatenate(pictures), *spec.data_range)
 
     def close(self) -> None:
-        """Release the denoiser's engine."""
+        """Release the engines."""
         self.denoiser.close()
+        if self._decoder is not None:
+            self._decoder.close()
 
 
 def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> DenoiserSpec:
