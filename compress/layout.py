@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ RENAMED = {
 }
 VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")  # without one transformers knows no word, and is silent
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
+VARIANT = re.compile(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors$")
 
 
 @dataclass(frozen=True)
@@ -123,8 +125,9 @@ def _denoiser_folder(folder: Path, index: dict[str, Any]) -> Path:
 
 def weight_files(part: Path) -> list[Path]:
     """The safetensors files of one part; BadInput where there are none, several without an index, or pickles only."""
+    variant = variant_of(part)
     for name in WEIGHTS:
-        index = part / f"{name}.index.json"
+        index = part / (f"{name}.index.{variant}.json" if variant else f"{name}.index.json")
         if index.is_file():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
@@ -229,3 +232,11 @@ def read_json(path: Path) -> dict[str, Any]:
 def first_line(error: BaseException) -> str:
     """The first line of a message: some libraries write pages."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+
+
+def variant_of(part: Path) -> str | None:
+    """'fp16' where a part is stored as model.fp16.safetensors (or in pieces) alone, None for the plain names."""
+    if any((part / name).is_file() or (part / f"{name}.index.json").is_file() for name in WEIGHTS):
+        return None
+    found = [VARIANT.search(file.name) for file in sorted(part.glob("*.safetensors"))]
+    return next((match[1] for match in found if match), None)

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from compress.checkpoint import Checkpoint
-from compress.layout import TEXT_ENCODERS, first_line, read_layout
+from compress.layout import TEXT_ENCODERS, first_line, read_layout, variant_of
 from runtime.errors import BadInput
 from runtime.spec import DenoiserSpec
 from runtime.text import MASK, encode, unconditional
@@ -162,7 +162,7 @@ def _refuse_unknown(folder: Path, kind: str, known: tuple[str, ...]) -> None:
 def _from_pretrained(library: str, kind: str, folder: Path, **options: Any) -> nn.Module:
     try:
         module: nn.Module = getattr(importlib.import_module(library), kind).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, **options
+            folder, use_safetensors=True, local_files_only=True, variant=variant_of(folder), **options
         )
     except Exception as error:  # both libraries raise many types
         raise BadInput(f"{folder}: {kind} cannot be read ({first_line(error)}); copy it again") from error

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 import math
 import re
 import shutil
@@ -25,11 +24,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compress.checkpoint import RECORD, write_folder
+from compress.layout import INDEX, PICKLES, first_line, read_json
 from runtime.errors import BadInput, MissingExtra
 
-INDEX = "model_index.json"
 LORA_FILE = "pytorch_lora_weights.safetensors"
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 # The first of each pair of low-rank factors, as diffusers, peft, kohya and XLabs name it.
 LORA_PAIR = re.compile(r"lora\d?(_A|_down|\.down|_linear_layer\.down)\b")
@@ -42,7 +40,7 @@ def downloaded(hub_id: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except Exception as error:  # the hub client raises dozens of unrelated types
-        raise BadInput(f"{hub_id}: no such folder here, and the hub did not give it ({_line(error)})") from error
+        raise BadInput(f"{hub_id}: no such folder here, and the hub did not give it ({first_line(error)})") from error
 
 
 # --- LoRA ------------------------------------------------------------------------------------------------------
@@ -57,7 +55,9 @@ def fused(folder: Path, loras: Sequence[str], into: Path) -> Path:
     wanted = [parse_lora(text) for text in loras]
     if importlib.util.find_spec("peft") is None:
         raise MissingExtra("peft", "compress", "--lora")
-    index = _read_index(folder)
+    if not (folder / INDEX).is_file():
+        raise BadInput(f"{folder}: has no {INDEX}; --lora needs a whole pipeline folder")
+    index = read_json(folder / INDEX)
     pipe, parts = _lora_parts(folder, index)
     names = [f"lora_{number}" for number in range(len(wanted))]
     for name, (file, _) in zip(names, wanted, strict=True):
@@ -116,7 +116,7 @@ def _lora_parts(folder: Path, index: dict[str, Any]) -> tuple[Any, dict[str, nn.
         )
         pipe.to(torch.float32)
     except Exception as error:  # torch, transformers and diffusers raise many types for a folder that does not fit
-        raise BadInput(f"{folder}: diffusers cannot load this {kind} ({_line(error)})") from error
+        raise BadInput(f"{folder}: diffusers cannot load this {kind} ({first_line(error)})") from error
     parts = {name: getattr(pipe, name, None) for name in loadable}
     return pipe, {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
@@ -130,7 +130,7 @@ def _add_lora_(pipe: Any, parts: dict[str, nn.Module], file: Path, name: str) ->
             pipe.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name, use_safetensors=True)
     except Exception as error:  # diffusers, peft and torch each have their own
         raise BadInput(
-            f"{file}: does not fit {type(pipe).__name__}, a LoRA of another model? ({_line(error)})"
+            f"{file}: does not fit {type(pipe).__name__}, a LoRA of another model? ({first_line(error)})"
         ) from error
     # diffusers only logs what it leaves out; it may split a pair (fused q, k, v), so there can be more but never fewer
     layers = sum(_layers(model, name) for model in parts.values())
@@ -185,7 +185,7 @@ def from_single_file(file: Path, into: Path, config: str | None = None) -> Path:
         name = str(diffusers.DiffusionPipeline.load_config(source, local_files_only=local)["_class_name"])
     except Exception as error:  # the hub client raises dozens of unrelated types
         raise BadInput(
-            f"{file}: a model of type '{kind}', whose configs {source} did not give ({_line(error)}); "
+            f"{file}: a model of type '{kind}', whose configs {source} did not give ({first_line(error)}); "
             "--config FOLDER, a diffusers pipeline folder of the same family, needs no hub"
         ) from error
     pipeline: Any = getattr(diffusers, name, None)
@@ -195,7 +195,7 @@ def from_single_file(file: Path, into: Path, config: str | None = None) -> Path:
         pipe = pipeline.from_single_file(str(file), config=source, local_files_only=local)
     except Exception as error:  # torch, transformers and diffusers raise many types for a file that does not fit
         raise BadInput(
-            f"{file}: diffusers makes no {name} from it with the configs of {source} ({_line(error)}); "
+            f"{file}: diffusers makes no {name} from it with the configs of {source} ({first_line(error)}); "
             "a part that the file lacks is read from --config FOLDER, where that has it"
         ) from error
     for part, model in pipe.components.items():
@@ -215,18 +215,3 @@ def _shapes(file: Path) -> dict[str, list[int]]:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file}: not readable as safetensors ({error}); truncated? copy it again") from error
-
-
-def _read_index(folder: Path) -> dict[str, Any]:
-    try:
-        index = json.loads((folder / INDEX).read_text())
-    except (OSError, ValueError) as error:
-        raise BadInput(f"{folder / INDEX}: cannot be read ({error}); --lora needs a whole pipeline folder") from error
-    if not isinstance(index, dict):
-        raise BadInput(f"{folder / INDEX}: is not an object; --lora needs a whole pipeline folder")
-    return index
-
-
-def _line(error: BaseException) -> str:
-    """A message on one line: some libraries write pages."""
-    return (" ".join(str(error).split()) or type(error).__name__)[:200]

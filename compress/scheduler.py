@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import diffusers
 import numpy as np
 
+from compress.layout import first_line
 from runtime.errors import BadInput
 from runtime.schedule import LCM_TIMESTEPS, flow_schedule
 from runtime.spec import NoiseSchedule, Spacing
@@ -123,7 +124,7 @@ def read_scheduler(
     except BadInput as error:
         raise BadInput(f"{where}: {error}") from error
     except Exception as error:  # torch's and diffusers' own types for settings that make no sense
-        raise BadInput(f"{where}: no noise schedule can be made from it ({_line(error)})") from error
+        raise BadInput(f"{where}: no noise schedule can be made from it ({first_line(error)})") from error
 
 
 def _pixel_facts(config: dict[str, Any], flow: bool, kind: str) -> SchedulerFacts:
@@ -225,8 +226,3 @@ def _note(name: str, way: Way, settings: dict[str, Any]) -> str | None:
     told = [way.note] if way.note else []
     told += [] if way.note is STAND_IN else [f"not followed exactly: {', '.join(odd)}"] * bool(odd)
     return f"{name or 'no scheduler class'}: {'; '.join(told)}" if told else None
-
-
-def _line(error: BaseException) -> str:
-    """The first line of a message: some libraries write pages."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

@@ -11,7 +11,7 @@ diffusers class.
     cache_cuts(model)      -> names of the modules whose output can be kept for later steps, skipping what made it
     attentions(model)      -> the heads of each attention, which pruning removes whole
     coupled(model)         -> inner widths that pruning may shrink, or None: the dependency graph finds them, and then
-    fixed(model)           -> names of layers whose output widths are never pruned
+    fixed(model)           -> names of layers whose output widths are never pruned (only asked for in that case)
     refresh_(model)        -> bring stored static attributes in line with the layers' widths
     RESIZABLE              whether height and width may change from call to call
 """
