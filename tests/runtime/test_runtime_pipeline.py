@@ -172,12 +172,12 @@ def test_pixels_need_no_decoder(desk: Desk) -> None:
     assert Pipeline(make_bundle(spec)).decode(pixels) is pixels and desk.opened == ["denoiser"]
 
 
-def test_images_come_batch_by_batch_and_beside_the_denoiser_one_engine_is_open(desk: Desk, letters: None) -> None:
+def test_images_come_batch_by_batch_and_only_the_decoder_stays_open_beside_the_denoiser(desk: Desk, letters: None) -> None:
     pipeline = Pipeline(make_bundle(make_spec(TEXT)))
     told = pipeline.conditions(3, prompts=["a", "b", "c"])
     assert desk.running == ["denoiser"] and set(desk.opened) == {"denoiser", "text_encoder"}
     found = [len(images) for images in pipeline.images([0, 1, 2], told, batch=2)]
-    assert found == [2, 1] and desk.running == ["denoiser"]
+    assert found == [2, 1] and desk.running == ["denoiser", "vae_decoder"] and desk.opened.count("vae_decoder") == 1
     # guidance makes two of each, two steps a batch
     assert [size for graph, size in desk.batches if graph == "denoiser"] == [4, 4, 2, 2]
     pipeline.close()
