@@ -172,7 +172,7 @@ def test_pixels_need_no_decoder(desk: Desk) -> None:
     assert Pipeline(make_bundle(spec)).decode(pixels) is pixels and desk.opened == ["denoiser"]
 
 
-def test_images_come_batch_by_batch_and_only_the_decoder_stays_open_beside_the_denoiser(desk: Desk, letters: None) -> None:
+def test_images_come_batch_by_batch_and_only_the_decoder_stays_open_beside_it(desk: Desk, letters: None) -> None:
     pipeline = Pipeline(make_bundle(make_spec(TEXT)))
     told = pipeline.conditions(3, prompts=["a", "b", "c"])
     assert desk.running == ["denoiser"] and set(desk.opened) == {"denoiser", "text_encoder"}
