@@ -45,6 +45,7 @@ def write_report(folder: Path) -> dict[str, Any]:
         "recipe": _read(folder / "recipe.json"),
         "history": bundle.manifest["history"],
         "parity": bundle.manifest["parity"],
+        "engines": bundle.manifest["engines"],
         "evaluation": _read(folder / "evaluation.json"),
         "gates": _read(folder / "gates.json"),
         "bench": _read(folder / "bench.json"),
@@ -66,6 +67,11 @@ def summary(facts: dict[str, Any]) -> str:
             f"{bundle['size_ratio']:.3f}",
         )
     )
+    for entry in facts["engines"]:
+        if entry.get("integer_mac_share") is not None:
+            lines.append((f"integer MACs, {entry['engine']}", "", f"{100 * entry['integer_mac_share']:.1f} %", ""))
+        if entry.get("fallbacks"):
+            lines.append(("  promised layers that ran in float", "", str(len(entry["fallbacks"])), ""))
     evaluation = facts["evaluation"]
     if evaluation:
         ours, theirs = evaluation["bundle"], evaluation["baseline"]

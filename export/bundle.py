@@ -18,13 +18,13 @@ from typing import Any
 
 import onnx
 
-from compress.checkpoint import Checkpoint, write_folder
+from compress.checkpoint import Checkpoint, Quantization, write_folder
 from compress.layout import read_layout
 from compress.parts import load_part, part_names
 from export.graph import Graph, save_graph
-from export.openvino_target import prove_openvino
 from export.parity import Parity, check_parity, check_part, trial_of
 from export.pipeline_files import link_graph, write_graph, write_pipeline_files
+from export.prove import prove_engine
 from export.qdq import insert_qdq
 from export.tensorrt_plan import build_plan, check_capabilities
 from export.to_onnx import to_onnx
@@ -83,9 +83,11 @@ def write_bundle(
                 parts[part] = parts_from.manifest["graphs"][part]
         trial = trial_of(checkpoint, fixed_size)
         parity = check_parity(checkpoint, temporary / GRAPH, trial, threads=threads)
-        engines = []
-        if "openvino" in targets:
-            engines.append(prove_openvino(temporary / GRAPH, trial.spec))
+        promised = _integer_layers(checkpoint.quantization)
+        proven = ["openvino"] if "openvino" in targets else []
+        if checkpoint.quantization is not None:
+            proven.append("onnxruntime")  # every bundle runs there, and parity has shown it: this is for the account
+        engines = [prove_engine(engine, temporary / GRAPH, trial.spec, size, promised) for engine in proven]
         if "tensorrt" in targets:
             engines.append(build_plan(temporary / GRAPH, temporary, capabilities, checkpoint.spec))
         content = _content(checkpoint, name, graph, engines, metrics or {}, parity)
@@ -140,7 +142,7 @@ def _content(
 ) -> dict[str, Any]:
     quantization = checkpoint.quantization
     layers = quantization.layers if quantization else []
-    integer = [layer for layer in layers if quantization and f"{layer}.input" in quantization.amax]
+    integer = _integer_layers(quantization)
     denoiser = {
         "file": GRAPH,
         "inputs": _tensors(graph.proto.graph.input),
@@ -150,6 +152,7 @@ def _content(
         "quantized_layers": integer,
         "weight_only_layers": sorted(set(layers) - set(integer)),
         "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
+        "bytes_by_precision": _bytes_by_precision(graph),
     }
     return {
         "name": name or type(checkpoint.model).__name__,
@@ -160,6 +163,24 @@ def _content(
         "metrics": metrics,
         "parity": parity,
     }
+
+
+def _integer_layers(quantization: Quantization | None) -> list[str]:
+    """The layers that the graph promises on integers: with a scale for their input, not for their weight alone."""
+    if quantization is None:
+        return []
+    return [layer for layer in quantization.layers if f"{layer}.input" in quantization.amax]
+
+
+def _bytes_by_precision(graph: Graph) -> dict[str, int]:
+    """dtype as numpy calls it -> bytes of all initializers in it, wherever they are stored; the largest first."""
+    found: dict[str, int] = {}
+    for tensor in graph.proto.graph.initializer:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+        weight = graph.weights.get(tensor.name)
+        size = onnx.numpy_helper.to_array(tensor).nbytes if weight is None else weight.nbytes
+        found[dtype] = found.get(dtype, 0) + size
+    return dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def _tensors(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Any]:

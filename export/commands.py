@@ -9,6 +9,7 @@ import torch
 
 from compress.commands import add_checkpoint_arguments, loaded
 from export.bundle import TARGETS, refuse_foreign, write_bundle
+from export.prove import proof_line
 from runtime.bundle import Bundle
 from runtime.commands import parsed_size
 from runtime.pipeline import resized
@@ -66,8 +67,11 @@ def summary(bundle: Bundle) -> list[str]:
     if denoiser["quantized_layers"] or denoiser["weight_only_layers"]:
         integer, stored = len(denoiser["quantized_layers"]), len(denoiser["weight_only_layers"])
         lines.append(f"  {integer} layers compute in {denoiser['precision']}, {stored} more store their weights in it")
+    weights = ", ".join(f"{dtype} {size / 2**20:.2f} MiB" for dtype, size in denoiser["bytes_by_precision"].items())
+    lines.append(f"  weights: {weights}")
     for entry in manifest["engines"]:
-        lines.append("  " + ", ".join(f"{key} {value}" for key, value in entry.items() if key != "graph_sha256"))
+        built = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "graph_sha256")
+        lines.append("  " + (proof_line(entry) if "integer_mac_share" in entry else built))
     for engine, row in manifest["parity"].items():
         size = f"{row['samples']} samples, {row['steps']} steps"
         lines.append(

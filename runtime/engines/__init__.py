@@ -9,7 +9,7 @@ The backends import their package inside functions: listing them costs nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
@@ -18,6 +18,7 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.engines import onnxruntime_engine, openvino_engine
+from runtime.engines.account import Account
 from runtime.errors import BadInput, MissingExtra, unknown_name
 
 ENGINES: dict[str, ModuleType] = {
@@ -41,8 +42,14 @@ class Engine(Protocol):
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name, for graphs with several."""
 
+    def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
+        """Which convolutions and matrix products execute on integers, for inputs of these shapes.
+
+        `promised` are the layers that should: a manifest's `quantized_layers`.
+        """
+
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
-        """The share of all multiply-accumulates (convolutions, matrix products) that executes on integers."""
+        """The account's share of all multiply-accumulates that executes on integers."""
 
     def close(self) -> None:
         """Release the engine's memory; it cannot run afterwards."""

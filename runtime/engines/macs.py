@@ -35,9 +35,3 @@ def product(a: Shape, out: Shape) -> int:
 def attention(query: Shape, key: Shape, value: Shape) -> int:
     """Q [..., S, D], K [..., L, D], V [..., L, E], heads among the leading axes or inside D and E."""
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
-
-
-def integer_share(kernels: Sequence[tuple[int, bool]]) -> float:
-    """The share of (macs, whether on integers) that is integer; 0 where there is nothing to multiply."""
-    total = sum(macs for macs, _ in kernels)
-    return sum(macs for macs, integer in kernels if integer) / total if total else 0.0

@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtime.engines import macs
+from runtime.engines.account import UNMATCHED, Account, Product, accounted
 from runtime.errors import BadInput
 
 NAME = "onnxruntime"
@@ -45,6 +48,10 @@ PRODUCTS |= {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
 ATTENTIONS = {"Attention", "MultiHeadAttention"}
 INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
 INTEGER |= {"DynamicQuantizeMatMul"}
+
+KERNEL = "_kernel_time"
+# what its optimisations put behind the names of the nodes they replace: 'conv_token_31', 'proj/MatMulAddFusion'
+REWRITTEN = re.compile(r"(_token_\d+|/\w+Fusion/?)+$")
 
 
 def missing() -> str | None:
@@ -80,19 +87,23 @@ class OnnxRuntimeEngine:
         except Exception as error:
             raise _refused(self._path, "run", error) from error
 
-    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
-        """From the kernels of one profiled run in a second session with the same optimisations."""
+    def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
+        """From the kernels of one profiled run in a second session, whose integer kernels are the same."""
         with tempfile.TemporaryDirectory() as folder:
             options = _options(self._threads)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
             # prepacked weights vanish from the profile's shapes; which kernel runs does not depend on it
             options.add_session_config_entry("session.disable_prepacking", "1")
-            session = _session(self._path, options)
+            # blocked float convolutions lose their nodes' names; they come after the integer ones are chosen
+            session = _session(self._path, options, without=["NchwcTransformer"])
             session.run(None, example_inputs)
             events = json.loads(Path(session.end_profiling()).read_text())
-        nodes = [event["args"] for event in events if event["name"].endswith("_kernel_time")]
-        return macs.integer_share([(_macs(node), node["op_name"] in INTEGER) for node in nodes])
+        nodes = {event["name"].removesuffix(KERNEL): event["args"] for event in events if "op_name" in event["args"]}
+        return accounted([_product(name, node, nodes) for name, node in nodes.items()], promised)
+
+    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
+        return self.account(example_inputs).integer_mac_share
 
     def close(self) -> None:
         self._session = None
@@ -119,13 +130,15 @@ def _lean(threads: int | None) -> Any:
     return options
 
 
-def _session(path: Path, options: Any) -> Any:
+def _session(path: Path, options: Any, without: list[str] | None = None) -> Any:
     import onnxruntime
 
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
+        )
     except Exception as error:  # its exception classes share no base but Exception
         raise _refused(path, "load", error) from error
 
@@ -139,6 +152,16 @@ def _numpy_type(name: str, path: Path) -> np.dtype:
     if name not in TYPES:
         raise BadInput(f"{path}: an input of type {name} is not supported")
     return np.dtype(TYPES[name])
+
+
+def _product(name: str, node: dict[str, Any], nodes: Collection[str]) -> Product:
+    """One executed kernel of those in `nodes`; a float one says why."""
+    kind, reason = node["op_name"], UNMATCHED
+    if kind in TRANSPOSED:
+        reason = "no integer kernel for transposed convolutions"
+    elif kind in CONVOLUTIONS and f"{name}.output/Q" not in nodes:
+        reason = "no integer convolution with a float result"
+    return Product(REWRITTEN.sub("", name), _macs(node), kind in INTEGER, reason)
 
 
 def _macs(node: dict[str, Any]) -> int:

@@ -9,12 +9,15 @@ bf16; the Q/DQ parts of a quantized graph run on integers, and which ones did is
 from __future__ import annotations
 
 import importlib.util
+import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from runtime.engines import macs
+from runtime.engines.account import UNMATCHED, Account, Product, accounted
 from runtime.errors import BadInput
 
 EXTRA = "openvino"
@@ -23,6 +26,13 @@ KEPT_SHAPES = 4
 CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 TRANSPOSED = {"ConvolutionBackpropData", "GroupConvolutionBackpropData"}
 INTEGERS = {"i8", "u8"}
+
+# types of executed layers
+KERNELS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
+SUBGRAPH = "Subgraph"
+# what its transformations put behind the name of an operation
+RESCALED = "/DequantizationMultiply"
+WITHOUT_BIAS = "/WithoutBiases"
 
 
 def missing() -> str | None:
@@ -68,14 +78,24 @@ class OpenVinoEngine:
         # copies: the request's own outputs are overwritten by the next call
         return {name: request.get_output_tensor(i).data.copy() for i, name in enumerate(self._outputs)}
 
-    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
+    def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
         """From the layers of the model compiled for these shapes; products inside a subgraph run in float."""
         layers = self._request(example_inputs).get_compiled_model().get_runtime_model().get_ops()
         # the model as read keeps the shapes of whatever was compiled last
         self._model.reshape({name: array.shape for name, array in example_inputs.items()})
-        integer = sum(_layer_macs(layer) for layer in layers if _info(layer, "runtimePrecision") in INTEGERS)
-        total = sum(_operation_macs(operation) for operation in self._model.get_ops())
-        return integer / total if total else 0.0
+        ran: dict[str, tuple[bool, str]] = {}  # operation -> whether on integers, else why not
+        for layer in sorted(layers, key=_is_integer):  # an operation that is in several is where the integers are
+            reason = "fused into a float subgraph" if _info(layer, "layerType") == SUBGRAPH else UNMATCHED
+            for name in _info(layer, "originalLayersNames").split(","):
+                ran[name.removesuffix(RESCALED)] = _is_integer(layer), reason
+        products = []
+        for operation in self._model.get_ops():
+            integer, reason = ran.get(operation.get_friendly_name(), (False, UNMATCHED))
+            products.append(Product(_named(operation), _operation_macs(operation), integer, reason))
+        return accounted(products, promised)
+
+    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
+        return self.account(example_inputs).integer_mac_share
 
     def close(self) -> None:
         self._requests.clear()
@@ -116,18 +136,20 @@ def _operation_macs(operation: Any) -> int:
     return 0
 
 
-def _layer_macs(layer: Any) -> int:
-    """The same for one executed layer."""
-    kind = _info(layer, "layerType")
-    if kind == "Convolution":
-        return macs.convolution(_out(layer), _in(layer, 1))
-    if kind == "Deconvolution":
-        return macs.transposed_convolution(_in(layer, 0), _in(layer, 1))
-    if kind in ("FullyConnected", "MatMul"):
-        return macs.product(_in(layer, 0), _out(layer))
-    if kind == "ScaledDotProductAttention":
-        return macs.attention(_in(layer, 0), _in(layer, 1), _in(layer, 2))
-    return 0
+def _is_integer(layer: Any) -> bool:
+    return _info(layer, "layerType") in KERNELS and _info(layer, "runtimePrecision") in INTEGERS
+
+
+def _named(operation: Any) -> str:
+    """Its ONNX node's name; where OpenVINO gave that to the addition of the bias, and it a number, the addition's.
+
+    Lost for a product that is itself an output of the graph, which has the output's name.
+    """
+    name = str(operation.get_friendly_name()).removesuffix(WITHOUT_BIAS)
+    if not re.fullmatch(rf"{operation.get_type_name()}_\d+", name):
+        return name
+    readers = [target.get_node() for target in operation.output(0).get_target_inputs()]
+    return next((str(node.get_friendly_name()) for node in readers if node.get_type_name() == "Add"), name)
 
 
 def _info(layer: Any, key: str) -> str:

@@ -2,11 +2,15 @@ import importlib.util
 import json
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
 from compress.checkpoint import Record
 from export.bundle import write_bundle
+from export.commands import summary
 from export.graph import save_graph
+from export.prove import proof_line, prove_engine
 from export.qdq import insert_qdq
 from runtime.bundle import load_bundle, sha256
 from runtime.engines import open_engine
@@ -45,9 +49,32 @@ def test_the_manifest_says_what_the_graph_is(bundle, quantized):
     assert (denoiser["precision"], denoiser["opset"]) == ("int8", 18)
     assert "conv_in" in denoiser["quantized_layers"] and denoiser["weight_only_layers"] == ["class_embedding"]
     assert denoiser["parameters"] == sum(p.numel() for p in quantized.model.parameters())
+    stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(bundle.denoiser).graph.initializer]
+    sizes = {dtype: sum(a.nbytes for a in stored if a.dtype == dtype) for dtype in ("int8", "float32", "int64")}
+    assert denoiser["bytes_by_precision"] == sizes and list(denoiser["bytes_by_precision"])[0] == "int8"
     assert set(manifest["parity"]) >= {"torch_fake_quant", "onnxruntime"}
     assert [record["stage"] for record in manifest["history"]] == ["quantize"]
     assert "seconds" not in manifest["history"][0]
+
+
+def test_the_manifest_counts_what_onnxruntime_ran_in_float(bundle, quantized):
+    """The scales have no outputs, without which ONNX Runtime has no integer convolution."""
+    (entry,) = bundle.manifest["engines"]
+    promised = bundle.manifest["graphs"]["denoiser"]["quantized_layers"]
+    convolutions = {n for n, layer in quantized.model.named_modules() if isinstance(layer, torch.nn.Conv2d)}
+    reasons = {found["layer"]: found["reason"] for found in entry["fallbacks"]}
+    assert entry["engine"] == "onnxruntime" and entry["integer_mac_share"] < 0.2
+    assert convolutions <= reasons.keys() <= set(promised) and len(reasons) <= entry["float_layers"]
+    assert {reasons[name] for name in convolutions} == {"no integer convolution with a float result"}
+    said = next(line for line in summary(bundle) if "onnxruntime 1" in line)
+    assert f"{len(reasons)} of the promised fell back: " in said and said.endswith(f"{len(reasons) - 3} more")
+
+
+def test_a_large_graph_is_not_run_again_for_its_account(bundle):
+    entry = prove_engine("onnxruntime", bundle.denoiser, bundle.spec, 2**30 + 1)
+    assert entry["graph_sha256"] == sha256(bundle.denoiser)
+    assert [entry[key] for key in ("integer_mac_share", "float_layers", "fallbacks")] == [None, None, None]
+    assert proof_line(entry).endswith("integer MACs not counted")
 
 
 def test_the_same_checkpoint_gives_the_same_bytes_wherever_it_is_written(bundle, quantized, unet_graph, tmp_path):
@@ -107,8 +134,10 @@ def test_a_graph_of_another_model_fails_its_parity_and_leaves_nothing(unet, unet
 def test_target_openvino_leaves_a_fingerprint_and_no_second_copy(wide, wide_graph, scales, tmp_path):
     checkpoint = wide.evolve(quantization=scales(wide, weight_range=SAFE))
     bundle = write_bundle(checkpoint, tmp_path / "b", ["onnx", "openvino"], float_graph=wide_graph, threads=1)
-    (entry,) = bundle.manifest["engines"]
+    entry, other = bundle.manifest["engines"]
     assert entry["engine"] == "openvino" and entry["graph_sha256"] == sha256(bundle.denoiser)
-    assert entry["integer_mac_share"] > 0.9
+    assert (entry["integer_mac_share"], entry["float_layers"], entry["fallbacks"]) == (1.0, 0, [])
+    assert proof_line(entry).endswith("integer MACs 100.0 %, 0 layers in float")
+    assert other["engine"] == "onnxruntime"
     assert list(bundle.manifest["files"]) == ["denoiser.onnx"]
-    assert json.loads((bundle.path / "manifest.json").read_text())["engines"] == [entry]
+    assert json.loads((bundle.path / "manifest.json").read_text())["engines"] == [entry, other]

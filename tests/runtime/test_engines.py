@@ -10,6 +10,7 @@ import pytest
 from runtime.bundle import load_bundle
 from runtime.denoise import network_inputs
 from runtime.engines import ENGINES, available, load_engine, macs, open_engine
+from runtime.engines.account import Product, accounted
 from runtime.errors import BadInput, MissingExtra
 
 ENGINE_NAMES = sorted(ENGINES)
@@ -119,6 +120,112 @@ def test_reading_the_share_leaves_no_files_and_no_changed_results(
     before = engine.run(sample_inputs())
     engine.integer_mac_share(sample_inputs())
     assert list(tmp_path.iterdir()) == [] and np.array_equal(engine.run(sample_inputs()), before)
+
+
+@pytest.fixture(scope="module")
+def mixed_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """sample [N, 8, 8, 8] -> conv a, b, c, transposed convolution d, product e; all but b read Q/DQ pairs."""
+    onnx = pytest.importorskip("onnx")
+    helper, rng = onnx.helper, np.random.default_rng(0)
+    constants: list[object] = []
+    nodes: list[object] = []
+
+    def constant(name: str, value: np.ndarray) -> str:
+        constants.append(onnx.numpy_helper.from_array(value, name))
+        return name
+
+    def node(kind: str, name: str, *inputs: str, **attributes: object) -> str:
+        nodes.append(helper.make_node(kind, inputs, [f"{name}_out"], name, **attributes))
+        return f"{name}_out"
+
+    scale, zero = constant("scale", np.float32(0.05).reshape(())), constant("zero", np.zeros((), np.int8))
+
+    def pair(tensor: str, name: str) -> str:
+        rounded = node("QuantizeLinear", f"{name}/Q", tensor, scale, zero)
+        return node("DequantizeLinear", f"{name}/DQ", rounded, scale, zero)
+
+    def integers(name: str, *shape: int) -> str:
+        stored = constant(name, rng.integers(-60, 60, shape, np.int8))
+        return node("DequantizeLinear", f"{name}/DQ", stored, scale, zero)
+
+    bias = constant("bias", np.ones(16, np.float32))
+    x = node("Conv", "net.a", pair("sample", "net.a.input"), integers("wa", 16, 8, 3, 3), bias, pads=[1] * 4)
+    filters = constant("wb", rng.standard_normal((16, 16, 3, 3), np.float32))
+    x = node("Tanh", "rounded", node("Conv", "net.b", pair(x, "net.a.output"), filters, bias, pads=[1] * 4))
+    x = node("Conv", "net.c", pair(x, "net.c.input"), integers("wc", 16, 16, 1, 1), bias)
+    x = pair(x, "net.c.output")
+    x = node("Tanh", "tanh", node("ConvTranspose", "net.d", x, integers("wd", 16, 16, 2, 2), bias, strides=[2, 2]))
+    node("Tanh", "last", node("MatMul", "net.e", pair(x, "net.e.input"), integers("we", 16, 4)))
+    nodes[-1].output[0] = "out_sample"
+    value = helper.make_tensor_value_info
+    inputs = [value("sample", onnx.TensorProto.FLOAT, ["batch", 8, 8, 8])]
+    outputs = [value("out_sample", onnx.TensorProto.FLOAT, ["batch", 16, 16, 4])]
+    graph = helper.make_graph(nodes, "mixed", inputs, outputs, constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    path = tmp_path_factory.mktemp("graphs") / "mixed.onnx"
+    onnx.save(model, path)
+    return path
+
+
+# its MACs: 2 * 8 * 8 pixels, then four times as many; e multiplies rows of 16 columns, a pixel each
+B, D = 128 * 16 * 16 * 9, 128 * 16 * 16 * 4
+MIXED = 128 * 16 * 8 * 9 + B + 128 * 16 * 16 + D + 2 * 16 * 16 * 16 * 4
+
+
+def test_the_account_names_the_layer_left_in_float_and_what_fell_back(name: str, mixed_graph: Path) -> None:
+    account = load_engine(mixed_graph, name).account(sample_inputs(), promised=["net.a", "net.c", "net.d", "net.e"])
+    in_float = {"net.b": B / MIXED}
+    if name == "onnxruntime":  # it has no integer kernel for d; OpenVINO has
+        in_float |= {"net.d": D / MIXED}
+        assert account.fallbacks == {"net.d": "no integer kernel for transposed convolutions"}
+    else:
+        assert account.fallbacks == {}
+    assert account.float_layers == pytest.approx(in_float) and list(account.float_layers) == list(in_float)
+    assert account.integer_mac_share == pytest.approx(1 - sum(in_float.values()))
+
+
+def test_a_promise_that_was_not_kept_is_named(name: str, mixed_graph: Path) -> None:
+    account = load_engine(mixed_graph, name).account(sample_inputs(), promised=["net.b", "net.c", "net.f"])
+    reason = {"onnxruntime": "no integer convolution with a float result", "openvino": "no integer kernel matched"}
+    assert account.fallbacks == {"net.b": reason[name], "net.f": "not among the layers that ran"}
+
+
+def test_attention_inside_a_float_subgraph_is_said_to_be(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    pytest.importorskip("openvino")
+    helper = onnx.helper
+    nodes = [
+        helper.make_node("MatMul", ["q", "k"], ["scores"], "scores"),
+        helper.make_node("Softmax", ["scores"], ["weights"], "softmax", axis=-1),
+        helper.make_node("MatMul", ["weights", "v"], ["attended"], "mixed"),
+        helper.make_node("Transpose", ["attended"], ["out"], "heads", perm=[0, 2, 1, 3]),
+    ]
+    shapes = {"q": [1, 2, 32, 8], "k": [1, 2, 8, 32], "v": [1, 2, 32, 8], "out": [1, 32, 2, 8]}
+    values = [helper.make_tensor_value_info(key, onnx.TensorProto.FLOAT, shape) for key, shape in shapes.items()]
+    graph = helper.make_graph(nodes, "attention", values[:3], values[3:])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    onnx.save(model, tmp_path / "attention.onnx")
+    inputs = {key: np.ones(shapes[key], np.float32) for key in ("q", "k", "v")}
+    account = load_engine(tmp_path / "attention.onnx", "openvino").account(inputs, promised=["scores", "mixed"])
+    assert account.fallbacks == dict.fromkeys(["mixed", "scores"], "fused into a float subgraph")
+    assert account.float_layers == {"mixed": 0.5, "scores": 0.5}
+
+
+def test_the_account_of_products_by_hand() -> None:
+    """A layer called twice is one; it fell back where one call did; what multiplies nothing is no layer."""
+    products = [
+        Product("proj", 30, True),
+        Product("proj#2", 20, False, "why"),
+        Product("big", 40, False),
+        Product("q", 10, True),
+        Product("relu", 0, False),
+    ]
+    account = accounted(products, promised=["q", "proj", "gone", "big"])
+    assert account.integer_mac_share == pytest.approx(0.4)
+    assert list(account.float_layers.items()) == [("big", 0.4), ("proj", 0.2)]
+    assert list(account.fallbacks) == ["big", "proj", "gone"]
+    assert (account.fallbacks["proj"], account.fallbacks["gone"]) == ("why", "not among the layers that ran")
+    assert accounted([], []) == (0.0, {}, {})
 
 
 def test_engines_agree_on_a_float_graph(float_graph: Path) -> None:
