@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from runtime.schedule import GRIDS
 from runtime.solvers import SOLVERS
@@ -55,14 +55,18 @@ class DistillConfig(Config):
     save_every: int = Field(100, ge=1)
 
 
+QAT_SETTINGS = ("steps", "learning_rate", "warmup", "feature_weight", "trajectories", "ema", "save_every")
+
+
 class QuantizeConfig(Config):
     """int8 weights (per output channel) and activations (per tensor), calibrated on the model's own trajectory.
 
-    `layers` names the kinds that compute in integers; the linear layers of the others store int8 weights only.
+    `layers` names the kinds that compute in integers; the linear layers of the others store int8 weights only. From
+    `steps` on the settings are those of mode qat, which trains `batch` states a step, of `trajectories` samples.
     """
 
     format: Literal["int8"] = "int8"
-    mode: Literal["ptq"] = "ptq"
+    mode: Literal["ptq", "qat"] = "ptq"
     calibration: Literal["max", "percentile", "entropy"] = "percentile"
     percentile: float = Field(99.99, gt=50.0, le=100.0)
     layers: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
@@ -71,6 +75,21 @@ class QuantizeConfig(Config):
     samples: int = Field(32, ge=1)
     batch: int = Field(16, ge=1)
     keep: tuple[str, ...] = ()
+    steps: int = Field(200, ge=1)
+    learning_rate: float = Field(1e-5, gt=0.0)
+    warmup: int = Field(10, ge=0)
+    feature_weight: float = Field(0.1, ge=0.0)
+    trajectories: int = Field(64, ge=1)
+    ema: float = Field(0.99, ge=0.0, lt=1.0)
+    save_every: int = Field(50, ge=1)
+
+    @model_validator(mode="after")
+    def _training_is_qat(self) -> QuantizeConfig:
+        fields = type(self).model_fields
+        idle = [name for name in QAT_SETTINGS if getattr(self, name) != fields[name].default]
+        if self.mode == "ptq" and idle:
+            raise ValueError(f"{idle[0]} is a setting of mode qat, and mode ptq trains nothing")
+        return self
 
 
 class ExportConfig(Config):

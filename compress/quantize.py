@@ -1,4 +1,4 @@
-"""Post-training quantization through nvidia-modelopt's quantizers, calibrated on the model's own trajectory.
+"""Quantization through nvidia-modelopt's quantizers, calibrated on the model's own trajectory.
 
     q(x) = clip(round(x / s), -127, 127) * s,    s = amax / 127
 
@@ -32,6 +32,7 @@ from compress.checkpoint import Checkpoint, Quantization
 from compress.config import QuantizeConfig
 from compress.context import Context, say
 from compress.progress import progress
+from compress.qat import qat
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
 from runtime.sampler import generate_batches
@@ -43,7 +44,7 @@ CALIBRATION_SEED = 1_000_000  # far from the seeds that people sample and evalua
 
 
 def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
-    """Calibrate; returns the same float model with the scales of every quantized layer."""
+    """Calibrate; returns the same float model with the scales of every quantized layer. Mode qat then trains it."""
     full, weight_only = choose_layers(checkpoint.model, config)
     modules = dict(checkpoint.model.named_modules())
     outputs = [name for name in full if isinstance(modules[name], nn.Conv2d)] if config.outputs else []
@@ -51,7 +52,11 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     _calibrate_(model, checkpoint, config, ctx)
     amax = _collect(model, config)
     say(f"{len(full)} layers in {config.format}, {len(weight_only)} with {config.format} weights only")
-    return checkpoint.evolve(quantization=Quantization(config.format, amax))
+    scales = Quantization(config.format, amax)
+    if config.mode == "ptq":
+        return checkpoint.evolve(quantization=scales)
+    student = fake_quantized(checkpoint.evolve(model=checkpoint.clone_model().float(), quantization=scales))
+    return qat(checkpoint, scales, student, config, ctx)
 
 
 def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
@@ -99,6 +104,7 @@ def _with_quantizers(model: nn.Module, full: list[str], weight_only: list[str], 
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # modelopt warns about optional plugins, and prints how many it inserted
         import modelopt.torch.quantization as mtq
+        from modelopt.torch.opt.dynamic import DynamicModule
 
         rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
         for name in [*full, *weight_only]:
@@ -106,7 +112,13 @@ def _with_quantizers(model: nn.Module, full: list[str], weight_only: list[str], 
         for name in [*(f"{layer}.input" for layer in full), *(f"{layer}.output" for layer in outputs)]:
             cfg = {"num_bits": 8, "axis": None, "calibrator": "histogram"}
             rules.append({"quantizer_name": f"{name}_quantizer", "cfg": cfg})
-        return mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+        quantized = mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+    scaled = {*full, *weight_only}
+    for name, module in list(quantized.named_modules()):
+        # what has no scales becomes again what it was: modelopt's attention, for one, knows no gradient
+        if isinstance(module, DynamicModule) and name not in scaled:
+            module.export()
+    return quantized
 
 
 def _calibrate_(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> None:

@@ -145,8 +145,8 @@ def _config(kind: type[Config], settings: Any, path: Path, where: str) -> Config
         return kind(**settings)
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise BadInput(f"{path}: {where}.{key}: {first['msg']}, found {first['input']!r}") from error
+        key = ".".join(map(str, (where, *first["loc"])))  # a rule between two keys has no place of its own
+        raise BadInput(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from error
 
 
 def _refuse_unknown(found: dict[Any, Any], known: tuple[str, ...], path: str, where: str) -> None:
