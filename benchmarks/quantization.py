@@ -1,0 +1,330 @@
+"""int8 against fp32 in each engine, and against OpenVINO with NNCF's own post-training quantization: one run, in turns.
+
+    python benchmarks/quantization.py [teacher|cifar|dit ...] [--threads 2] [--repeats 15] [--batch 8] [--json FILE]
+
+    teacher   the built-in teacher, by its own plan
+    cifar     a U-Net of the shape of DDPM's for CIFAR-10 (Ho et al. 2020), 35.7M, random weights
+    dit       a class-conditional DiT of about DiT-S/2's shape (Peebles & Xie 2023), 35M, random weights
+
+From one fp32 ONNX file come diffpress's int8 file and NNCF's int8 model, calibrated on the same inputs: those of the
+calls that diffpress's own calibration made, recorded and handed to NNCF. Both hold weights to 7 bits on processors
+without integer dot products, as NNCF's documentation advises too. NNCF's model runs through our OpenVINO engine, so
+shapes, threads and precision hints are the same.
+
+    step ms   one step of the plan at the batch size: median over rounds in which every subject takes its turn
+    PSNR      final samples against OpenVINO's in fp32, from the same noise, in the data range; the mean over samples
+    int MACs  share of all multiply-accumulates, those of the layers kept in float too, that the engine ran on integers
+    file      bytes relative to the fp32 ONNX file
+
+Random networks are sampled as if they predicted v, which keeps their trajectory bounded; their PSNR compares two
+quantizations of one network and says nothing about images. Needs diffpress[compress,openvino], and `pip install nncf`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from unittest import mock
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from compress.checkpoint import Checkpoint
+    from runtime.engines import Engine
+    from runtime.engines.account import Account
+    from runtime.spec import DenoiserSpec
+
+CIFAR: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (128, 256, 256, 256),
+    "down_block_types": ("DownBlock2D", "AttnDownBlock2D", "DownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 2,
+    "attention_head_dim": None,
+    "downsample_padding": 0,
+    "flip_sin_to_cos": False,
+    "freq_shift": 1,
+    "norm_eps": 1e-6,
+}
+DIT: dict[str, Any] = {
+    "sample_size": 32,
+    "in_channels": 4,
+    "out_channels": 8,  # the learned variance too
+    "patch_size": 2,
+    "num_layers": 12,
+    "num_attention_heads": 6,
+    "attention_head_dim": 64,
+    "num_embeds_ada_norm": 10,
+}
+RANDOM = {"cifar": ("UNet2DModel", "unet", CIFAR), "dit": ("DiTTransformer2DModel", "transformer", DIT)}
+MODELS = ("teacher", *RANDOM)
+TRANSFORMERS = ("dit",)
+SCHEDULER = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
+
+# of random networks: steps of the plan, and samples that calibrate
+RANDOM_STEPS, RANDOM_SAMPLES = 8, 8
+PSNR_SAMPLES = {"teacher": 64, "cifar": 8, "dit": 8}
+SEED = 7_000_000  # far from calibration's
+
+DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
+Key = tuple[str, str]  # engine, model
+Engines = dict[Key, "Engine"]
+FLOAT, OURS, PEER = "fp32", "diffpress int8", "NNCF int8"
+ENGINES = {"openvino": (FLOAT, OURS, PEER), "onnxruntime": (FLOAT, OURS)}
+REFERENCE: Key = ("openvino", FLOAT)
+OPENVINO_RATIO, ONNXRUNTIME_RATIO, INTEGER_SHARE, FILE_RATIO = 0.45, 0.70, 0.95, 0.28
+
+
+def load_model(name: str, folder: Path) -> Checkpoint:
+    from compress.builtin import TEACHER
+    from compress.load import load_checkpoint
+    from runtime.schedule import make_plan
+
+    if name == "teacher":
+        return load_checkpoint(TEACHER)
+    checkpoint = load_checkpoint(write_random(name, folder))
+    plan = make_plan("ddim", RANDOM_STEPS, checkpoint.spec.schedule, clip=True)
+    return checkpoint.evolve(spec=checkpoint.spec.with_plan(plan))
+
+
+def write_random(name: str, folder: Path) -> Path:
+    """Write a diffusers folder with the network in weights that keep the variance, none of its layers at zero."""
+    import diffusers
+    import torch
+
+    kind, part, config = RANDOM[name]
+    model, generator = getattr(diffusers, kind)(**config), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, tensor in model.named_parameters():
+            if tensor.dim() > 1:
+                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
+            else:
+                tensor.fill_(float(key.endswith("weight")))  # norms start at identity
+    model.save_pretrained(folder / part)
+    (folder / "scheduler").mkdir(exist_ok=True)
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
+    return folder
+
+
+def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
+    """Write the fp32 ONNX file, diffpress's int8 file and NNCF's int8 IR; returns their paths by precision."""
+    from compress.config import QuantizeConfig
+    from compress.context import Context
+    from compress.quantize import quantize
+    from export.graph import save_graph
+    from export.qdq import insert_qdq
+    from export.to_onnx import export_float
+
+    files = {FLOAT: folder / "fp32.onnx", OURS: folder / "int8.onnx", PEER: folder / "nncf.xml"}
+    graph = export_float(checkpoint, files[FLOAT])
+    samples = {} if name == "teacher" else {"samples": RANDOM_SAMPLES, "batch": RANDOM_SAMPLES}
+    config = QuantizeConfig(reduce_range=not has_dot_products(), **samples)
+    with recorded_calls() as calls:
+        quantized = quantize(checkpoint, config, Context(0, folder / "work", checkpoint))
+    save_graph(insert_qdq(graph, quantized.quantization), files[OURS])
+    quantize_with_nncf(files[FLOAT], calls, name in TRANSFORMERS, files[PEER])
+    return files
+
+
+@contextlib.contextmanager
+def recorded_calls() -> Iterator[list[dict[str, np.ndarray]]]:
+    """Inside, the list that comes gathers the inputs of every call of a torch network."""
+    from compress.torch_network import TorchNetwork
+
+    calls: list[dict[str, np.ndarray]] = []
+    run = TorchNetwork.run
+
+    def recording(network: TorchNetwork, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        calls.append(inputs)
+        return run(network, inputs)
+
+    with mock.patch.object(TorchNetwork, "run", recording):
+        yield calls
+
+
+def quantize_with_nncf(graph: Path, calls: Sequence[dict[str, np.ndarray]], transformer: bool, out: Path) -> None:
+    """NNCF's post-training quantization of `graph`, saved as an OpenVINO IR.
+
+    Presets are NNCF's own for the kind of model. On the teacher `mixed`, advised for activations other than ReLU, lost
+    3 dB to it; calls split into single samples lost as much again, for NNCF's ranges are means of what a call holds.
+    """
+    import nncf
+    import openvino
+
+    fix = nncf.OverflowFix.FIRST_LAYER if has_dot_products() else nncf.OverflowFix.ENABLE
+    with contextlib.redirect_stdout(sys.stderr):
+        model = nncf.quantize(
+            openvino.Core().read_model(graph),
+            nncf.Dataset(calls),
+            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+            subset_size=len(calls),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
+        )
+    openvino.save_model(model, out, compress_to_fp16=False)
+
+
+def has_dot_products() -> bool:
+    """Whether this processor multiplies 8-bit integers without an intermediate sum of 16 bits, which may overflow."""
+    from runtime.bench import machine
+
+    return not DOT_PRODUCTS.isdisjoint(machine()["instruction_sets"])
+
+
+def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> dict[str, Any]:
+    """Make the three files in `work` and measure them in both engines; returns what `--json` prints of one model."""
+    from compress.adapters import adapter_for
+    from runtime.denoise import network_inputs
+    from runtime.engines import load_engine
+
+    checkpoint = load_model(name, work / "model")
+    files = make_files(name, checkpoint, work)
+    with contextlib.ExitStack() as stack:
+        engines: Engines = {}
+        for engine, precisions in ENGINES.items():
+            for precision in precisions:
+                opened = load_engine(files[precision], engine, threads)
+                engines[engine, precision] = stack.enter_context(contextlib.closing(opened))
+        step_ms = medians(engines, checkpoint.spec, batch, repeats)
+        psnr = paired_psnr(engines, checkpoint.spec, PSNR_SAMPLES[name], batch)
+        inputs = network_inputs(engines[REFERENCE], checkpoint.spec, batch)
+        accounts = {key: opened.account(inputs) for key, opened in engines.items()}
+    kept = adapter_for(checkpoint.model).fragile(checkpoint.model)
+    rows = [
+        {
+            "engine": key[0],
+            "precision": key[1],
+            "step_ms": step_ms[key],
+            "ratio": step_ms[key] / step_ms[key[0], FLOAT],
+            "psnr_db": psnr.get(key),
+            "integer_mac_share": accounts[key].integer_mac_share,
+            "integer_outside_kept": outside(accounts[key], kept),
+            "file_ratio": size(files[key[1]]) / size(files[FLOAT]),
+        }
+        for key in engines
+    ]
+    parameters = sum(parameter.numel() for parameter in checkpoint.model.parameters())
+    return {"model": name, "parameters": parameters, "batch": batch, "rows": rows, "verdicts": verdicts(rows)}
+
+
+def medians(engines: Engines, spec: DenoiserSpec, batch: int, repeats: int) -> dict[Key, float]:
+    """Median milliseconds of the plan's first step in each engine; they take turns, and the first round warms up."""
+    from runtime.bench import sample_once
+
+    first = spec.with_plan(replace(spec.plan, timesteps=spec.plan.timesteps[:1]))
+    times: dict[Key, list[float]] = {key: [] for key in engines}
+    for _ in range(repeats + 1):
+        for key, engine in engines.items():
+            start = time.perf_counter()
+            sample_once(engine, first, batch)
+            times[key].append((time.perf_counter() - start) * 1e3)
+    return {key: statistics.median(found[1:]) for key, found in times.items()}
+
+
+def paired_psnr(engines: Engines, spec: DenoiserSpec, samples: int, batch: int) -> dict[Key, float]:
+    """PSNR of every other engine's final samples against REFERENCE's, which start from the same noise and labels."""
+    from compress.metrics import psnr_db
+    from runtime.sampler import generate
+
+    seeds, span = range(SEED, SEED + samples), spec.data_range[1] - spec.data_range[0]
+    made = {key: generate(engine, spec, seeds, batch=batch) for key, engine in engines.items()}
+    return {key: psnr_db(made[REFERENCE], ours, span) for key, ours in made.items() if key != REFERENCE}
+
+
+def outside(account: Account, kept: Sequence[str]) -> float:
+    """The integer share among the products of all but the `kept` layers, which diffpress leaves in float by default."""
+    return account.integer_mac_share / (1.0 - sum(account.float_layers.get(layer, 0.0) for layer in kept))
+
+
+def size(path: Path) -> int:
+    """Bytes of a model: an IR keeps its weights beside its graph."""
+    return sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
+
+
+def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What is asked for: {"what", "value", "bound", "passed"}, each value to be below or above its bound."""
+    table = {(row["engine"], row["precision"]): row for row in rows}
+    ours, theirs, other = table["openvino", OURS], table["openvino", PEER], table["onnxruntime", OURS]
+    asked = [
+        ("OpenVINO int8 / fp32", ours["ratio"], "<=", OPENVINO_RATIO),
+        ("ONNX Runtime int8 / fp32", other["ratio"], "<=", ONNXRUNTIME_RATIO),
+        ("integer MACs outside the kept layers, OpenVINO", ours["integer_outside_kept"], ">=", INTEGER_SHARE),
+        ("integer MACs outside the kept layers, ONNX Runtime", other["integer_outside_kept"], ">=", INTEGER_SHARE),
+        ("file / fp32 file", ours["file_ratio"], "<=", FILE_RATIO),
+        ("step / NNCF's, OpenVINO", ours["step_ms"] / theirs["step_ms"], "<=", 1.0),
+        ("PSNR and NNCF's, OpenVINO, dB", ours["psnr_db"], ">=", theirs["psnr_db"]),
+    ]
+    return [
+        {"what": what, "value": value, "bound": f"{sign} {bound:.4g}", "passed": _holds(value, sign, bound)}
+        for what, value, sign, bound in asked
+    ]
+
+
+def _holds(value: float, sign: str, bound: float) -> bool:
+    return value <= bound if sign == "<=" else value >= bound
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """Print one model's table in markdown, and a line for each verdict."""
+    print(f"\n**{result['model']}**, {result['parameters'] / 1e6:.1f}M parameters, batch {result['batch']}\n")
+    print("| engine | model | step ms | / fp32 | PSNR dB | int MACs | file |\n|---|---|---|---|---|---|---|")
+    for row in result["rows"]:
+        psnr = "-" if row["psnr_db"] is None else f"{row['psnr_db']:.2f}"
+        print(
+            f"| {row['engine']} | {row['precision']} | {row['step_ms']:.1f} | {row['ratio']:.2f} | {psnr} "
+            f"| {row['integer_mac_share']:.3f} | {row['file_ratio']:.3f} |"
+        )
+    print()
+    for verdict in result["verdicts"]:
+        word = "pass" if verdict["passed"] else "FAIL"
+        print(f"- {word}: {verdict['what']} {verdict['value']:.4g} ({verdict['bound']})")
+    sys.stdout.flush()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"{', '.join(MODELS)} (default: all)")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--work", type=Path, help="folder to keep the models in (default: a temporary one)")
+    args = parser.parse_args()
+    unknown = [name for name in args.models if name not in MODELS]
+    if unknown:
+        parser.error(f"unknown model '{unknown[0]}': choose from {', '.join(MODELS)}")
+    if min(args.threads, args.repeats, args.batch) < 1:
+        parser.error("--threads, --repeats and --batch must be at least 1")
+    if importlib.util.find_spec("nncf") is None:
+        parser.error("NNCF, which this compares with, is not installed: pip install nncf")
+    import torch
+
+    from runtime.bench import machine
+
+    torch.set_num_threads(args.threads)
+    report: dict[str, Any] = {"machine": machine(), "threads": args.threads, "repeats": args.repeats, "models": []}
+    for name in args.models or MODELS:
+        with tempfile.TemporaryDirectory() as temporary:
+            work = (args.work or Path(temporary)) / name
+            work.mkdir(parents=True, exist_ok=True)
+            result = compare(name, args.threads, args.repeats, args.batch, work)
+        show(result)
+        report["models"].append(result)
+    print("\n" + json.dumps({key: report[key] for key in ("machine", "threads", "repeats")}))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.exit(main())
