@@ -160,6 +160,8 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
         raise BadInput(f"{where}: an entry in it is missing or makes no sense ({first_line(error)})") from error
     # a whole pipeline says how it wants to be sampled; a bare denoiser gets what suits it
     follow = bool(latent) or found.conditioning.kind == "text"
+    # a DDIMPipeline too; a DDPMPipeline would take a thousand random steps
+    follow |= bool(layout.index) and (scheduler or {}).get("_class_name") == "DDIMScheduler"
     facts = read_scheduler(scheduler, scheduler_file, follow, found.own_sigmas)
     if facts.note:
         say(f"{scheduler_file}: {facts.note}")

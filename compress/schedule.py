@@ -8,6 +8,7 @@ from compress.checkpoint import Checkpoint
 from compress.config import ScheduleConfig
 from compress.context import Context, say
 from runtime.schedule import spaced_timesteps
+from runtime.solvers import CLIPPING
 from runtime.spec import Plan
 
 
@@ -20,7 +21,7 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
         spaced_timesteps(spacing, config.steps, spec.schedule, spec.tokens(spec.sample_shape)),
         guidance=old.guidance if config.guidance is None else config.guidance,
         eta=config.eta,
-        clip=old.clip,
+        clip=(old.clip or old.solver == CLIPPING) and config.solver != CLIPPING,
         # where to end belongs to the solver the checkpoint came with
         end=old.end if config.solver == old.solver else None,
     )

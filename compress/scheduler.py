@@ -19,6 +19,7 @@ import numpy as np
 from compress.layout import first_line
 from runtime.errors import BadInput
 from runtime.schedule import LCM_TIMESTEPS, flow_schedule
+from runtime.solvers import CLIPPING
 from runtime.spec import NoiseSchedule, Spacing
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
@@ -60,7 +61,7 @@ STAND_IN = "another solver stands in for it, so images differ from those of its 
 OWN_NOISE = "the noise it adds at each step is drawn by diffpress's own generator"
 
 WAYS = {
-    "DDIMScheduler": Way("ddim", PLAIN, followed=STEPPED | {"clip_sample": (False,)}),  # it keeps eps when it clips x_0
+    "DDIMScheduler": Way("ddim", PLAIN, followed=STEPPED),
     "DDPMScheduler": Way("ddim", PLAIN, eta=1.0),
     "EulerDiscreteScheduler": Way("euler", EULER),
     "EulerAncestralDiscreteScheduler": Way("ddim", EULER, eta=1.0, note=OWN_NOISE),
@@ -141,6 +142,8 @@ def _facts(config: dict[str, Any], name: str, kind: str) -> SchedulerFacts:
     scheduler, settings = _built(name if name in WAYS else "DDPMScheduler", config)
     if settings.get("solver_order") == 1:  # DPM-Solver++ of first order is DDIM
         way, settings = way._replace(solver="ddim"), settings | {"solver_order": 2}
+    if name == "DDIMScheduler" and settings["clip_sample"]:  # it keeps eps when it clips x_0
+        way, settings = way._replace(solver=CLIPPING), settings | {"clip_sample": False}
     if settings.get("skip_prk_steps"):  # PNDM without its Runge-Kutta steps, which mixes what the network returns
         way = way._replace(solver="plms_v" if kind == "v_prediction" else "plms", note=None)
     if _has_flow_sigmas(config, name):

@@ -19,7 +19,7 @@ from runtime.images import grid, to_uint8, write_png
 from runtime.pipeline import Pipeline, has_fixed_size, resized
 from runtime.sampler import MAX_SEED
 from runtime.schedule import spaced_timesteps
-from runtime.solvers import SOLVERS, solver_named
+from runtime.solvers import CLIPPING, SOLVERS, solver_named
 from runtime.spec import Conditioning, DenoiserSpec, Plan
 
 
@@ -102,7 +102,8 @@ def chosen_plan(
     if solver is not None and solver != plan.solver:
         solver_named(solver)
         # where to end belongs to the solver the checkpoint came with
-        plan = replace(plan, solver=solver, end=None)
+        clip = (plan.clip or plan.solver == CLIPPING) and solver != CLIPPING
+        plan = replace(plan, solver=solver, end=None, clip=clip)
     return plan if guidance is None else replace(plan, guidance=guidance)
 
 

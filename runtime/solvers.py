@@ -10,6 +10,8 @@ with another guess put in, or with noise added. With r = sigma / alpha and lambd
 ddim      keeps only part of eps and adds c of fresh noise,
               c = eta (sigma' / sigma) sqrt(sigma^2 - (alpha sigma' / alpha')^2)
           which for alpha^2 + sigma^2 = 1 is eq. 16 of the paper.
+ddim_clip The same with x_0 bounded to -1..1 where it is added and eps left as it was: diffusers' `clip_sample`.
+          (A plan's own `clip` bounds x_0 before eps is read off it.)
 euler     With X = x / alpha the ODE is dX/dr = (X - x_0) / r (Karras et al. 2022, eq. 1), and one step is
               X' = X + (r' - r) (X - x_0) / r = x_0 + (r' / r) (X - x_0)
           Times alpha' this is `transfer`: in exact arithmetic Euler is DDIM with eta = 0 for every
@@ -68,6 +70,7 @@ ADAMS_BASHFORTH = (
     (23 / 12, -16 / 12, 5 / 12),
     (55 / 24, -59 / 24, 37 / 24, -9 / 24),
 )
+CLIPPING = "ddim_clip"  # the one solver that bounds x_0 itself
 LCM_TIME_SCALE, LCM_SIGMA_DATA = 10.0, 0.5  # diffusers' `timestep_scaling` and `sigma_data`
 MEMORY = len(ADAMS_BASHFORTH) - 1  # how many earlier steps any solver looks back
 
@@ -94,6 +97,19 @@ def ddim(
     fresh = eta * next.sigma / now.sigma * math.sqrt(max(removed, 0.0))
     kept = math.sqrt(max(next.sigma**2 - fresh**2, 0.0))
     return transfer(x, x0, now, next._replace(sigma=kept)) + fresh * noise()
+
+
+def ddim_clip(
+    x: np.ndarray,
+    x0: np.ndarray,
+    now: Point,
+    next: Point,
+    history: Sequence[Past],
+    noise: Callable[[], np.ndarray],
+    eta: float,
+) -> np.ndarray:
+    """DDIM that bounds x_0 and not the eps read off with it; for plans that do not clip by themselves."""
+    return ddim(x, x0, now, next, history, noise, eta) + next.alpha * (np.clip(x0, -1.0, 1.0) - x0)
 
 
 def euler(
@@ -194,6 +210,7 @@ def lcm(
 
 SOLVERS: dict[str, Solver] = {
     "ddim": ddim,
+    CLIPPING: ddim_clip,
     "euler": euler,
     "dpmpp_2m": dpmpp_2m,
     "ipndm": ipndm,

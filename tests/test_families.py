@@ -23,7 +23,13 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("diffusers")
 
-from diffusers import DiffusionPipeline, EulerDiscreteScheduler  # noqa: E402
+from diffusers import (  # noqa: E402
+    DDIMPipeline,
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    UNet2DModel,
+)
 from PIL import Image  # noqa: E402
 
 import diffpress  # noqa: E402
@@ -143,6 +149,22 @@ def test_a_consistency_model_adds_the_noise_that_it_is_given(steps, tiny_folder)
     checkpoint = brought_down(load_checkpoint(tiny_folder("lcm")), steps)
     assert checkpoint.spec.plan.solver == "lcm"
     assert psnr_db(in_torch(checkpoint), by_diffusers(tiny_folder("lcm"), checkpoint)) >= 60
+
+
+@pytest.mark.parametrize("settings", [{}, {"clip_sample": False, "timestep_spacing": "trailing"}])
+def test_a_pipeline_of_pixels_makes_the_images_of_its_own_ddim(settings, tmp_path):
+    torch.manual_seed(0)
+    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 8}
+    model = UNet2DModel(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, **blocks)
+    pipe = DDIMPipeline(model, DDIMScheduler(**settings))
+    pipe.save_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    checkpoint = brought_down(load_checkpoint(tmp_path), steps=10)
+    noise = torch.from_numpy(noise_for(SEEDS, checkpoint.spec.sample_shape))
+    with mock.patch("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *_, **__: noise.clone()):
+        theirs = pipe(batch_size=2, num_inference_steps=10, output_type="np").images.transpose(0, 3, 1, 2)
+    ours = generate(TorchNetwork(checkpoint.model, checkpoint.spec), checkpoint.spec, SEEDS)
+    assert psnr_db(np.clip(ours, -1, 1) / 2 + 0.5, theirs) >= 60
 
 
 # --- compression -----------------------------------------------------------------------------------------------
