@@ -48,6 +48,7 @@ from compress.scheduler import read_scheduler
 from compress.widths import apply_widths_, widths_of
 from runtime.errors import BadInput
 from runtime.schedule import make_plan, spaced_timesteps
+from runtime.solvers import with_solver
 from runtime.spec import DenoiserSpec, Plan, conditioning_from_json
 
 
@@ -219,7 +220,7 @@ def _amended(spec: DenoiserSpec, record: dict[str, Any], where: str) -> Denoiser
             spec.schedule,
             grid=wish.get("grid", "trailing"),
             guidance=float(wish.get("guidance", 1.0)),
-            clip=spec.plan.clip,
+            clip=with_solver(spec.plan, wish["solver"]).clip,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise BadInput(f"{where}: plan needs solver and steps, and may have grid and guidance ({error!r})") from error

@@ -19,7 +19,7 @@ from runtime.images import grid, to_uint8, write_png
 from runtime.pipeline import Pipeline, has_fixed_size, resized
 from runtime.sampler import MAX_SEED
 from runtime.schedule import spaced_timesteps
-from runtime.solvers import CLIPPING, SOLVERS, solver_named
+from runtime.solvers import SOLVERS, with_solver
 from runtime.spec import Conditioning, DenoiserSpec, Plan
 
 
@@ -99,11 +99,8 @@ def chosen_plan(
         spacing = spec.spacing if grid is None else replace(spec.spacing, grid=grid, offset=0)
         timesteps = spaced_timesteps(spacing, count, spec.schedule, spec.tokens(spec.sample_shape))
         plan = replace(plan, timesteps=timesteps)
-    if solver is not None and solver != plan.solver:
-        solver_named(solver)
-        # where to end belongs to the solver the checkpoint came with
-        clip = (plan.clip or plan.solver == CLIPPING) and solver != CLIPPING
-        plan = replace(plan, solver=solver, end=None, clip=clip)
+    if solver is not None:
+        plan = with_solver(plan, solver)
     return plan if guidance is None else replace(plan, guidance=guidance)
 
 

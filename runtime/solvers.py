@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
@@ -49,6 +50,7 @@ import numpy as np
 from runtime.denoise import to_x0
 from runtime.errors import unknown_name
 from runtime.schedule import LOG_RATIO_MAX, Point
+from runtime.spec import Plan
 
 
 class Past(NamedTuple):
@@ -228,6 +230,18 @@ def solver_named(name: str) -> Solver:
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
     return SOLVERS[name]
+
+
+def with_solver(plan: Plan, name: str) -> Plan:
+    """The plan walked by another solver; raises BadInput for an unknown one.
+
+    Where to end belongs to the solver the checkpoint came with. The plan bounds x_0, or its solver does: never both.
+    """
+    solver_named(name)
+    if name == plan.solver:
+        return plan
+    clip = (plan.clip or plan.solver == CLIPPING) and name != CLIPPING
+    return replace(plan, solver=name, end=None, clip=clip)
 
 
 def network_calls(solver: str, steps: int) -> int:
