@@ -134,16 +134,17 @@ def _measured(
     found: dict[str, Callable[[], np.ndarray]] = {}
     if checkpoint.quantization is not None:
         found[FAKE_QUANT] = lambda: _samples(TorchNetwork(fake_quantized(checkpoint), trial.spec), trial)
+    large = _bytes(graph) >= LARGE_BYTES
     if engines is None:
-        engines = available() if _bytes(graph) < LARGE_BYTES else [onnxruntime_engine.NAME]
+        engines = [onnxruntime_engine.NAME] if large else available()
     for name in engines:
-        found[name] = lambda name=name: _in_engine(graph, name, trial, threads)  # type: ignore[misc]
+        found[name] = lambda name=name: _in_engine(graph, name, trial, threads, large)  # type: ignore[misc]
     return {name: _compared(reference, samples(), trial) for name, samples in found.items()}
 
 
-def _in_engine(graph: Path, name: str, trial: Trial, threads: int | None) -> np.ndarray:
-    large = _bytes(graph) >= LARGE_BYTES and name == onnxruntime_engine.NAME
-    engine = onnxruntime_engine.load(graph, threads=threads, lean=True) if large else load_engine(graph, name, threads)
+def _in_engine(graph: Path, name: str, trial: Trial, threads: int | None, large: bool) -> np.ndarray:
+    lean = large and name == onnxruntime_engine.NAME
+    engine = onnxruntime_engine.load(graph, threads=threads, lean=True) if lean else load_engine(graph, name, threads)
     with closing(engine):
         return _samples(engine, trial)
 
