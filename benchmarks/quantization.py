@@ -120,7 +120,7 @@ def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> dict[str, Pat
     """Write the fp32 ONNX file, diffpress's int8 file and NNCF's int8 IR; returns their paths by precision."""
     from compress.config import QuantizeConfig
     from compress.context import Context
-    from compress.quantize import quantize
+    from compress.quantization.stage import quantize
     from export.graph import save_graph
     from export.qdq import insert_qdq
     from export.to_onnx import export_float

@@ -71,7 +71,7 @@ def compress(name: str, folder: Path, out: Path) -> None:
     from compress.config import QuantizeConfig
     from compress.context import Context
     from compress.load import load_checkpoint
-    from compress.quantize import quantize
+    from compress.quantization.stage import quantize
     from export.bundle import write_bundle
     from runtime.schedule import make_plan
 

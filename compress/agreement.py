@@ -16,7 +16,7 @@ from compress.counts import is_large
 from compress.data import ImageData
 from compress.losses import add_noise, forward
 from compress.metrics import sqnr_db
-from compress.quantize import fake_quantized
+from compress.quantization.quantizers import fake_quantized
 from runtime.denoise import SAMPLE, TIMESTEP
 
 BATCH = 16

@@ -33,6 +33,7 @@ from runtime.spec import DenoiserSpec
 
 FORMAT = 1
 RECORD = "diffpress.json"
+TENSOR_KINDS = ("amax", "smooth")  # of a Quantization, each a field of it
 
 
 @dataclass(frozen=True)
@@ -50,17 +51,34 @@ class Record:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Scales as data: `amax` maps '<layer>.input' (scalar) and '<layer>.weight' ([out]) to the largest magnitude.
+    """Formats and scales as data. The checkpoint's weights stay in floating point; `fake_quantized` puts quantizers in.
 
-    The checkpoint's weights stay in floating point; `compress.quantize.fake_quantized` puts the quantizers in.
+    `amax` maps '<layer>.weight' ([out]), '<layer>.input' and '<layer>.output' (scalars) to the largest magnitude that
+    is not clipped. A layer is in `format` unless `formats` says otherwise (compress/quantization/formats.py). Where
+    `smooth` has a layer ([in], positive), its activations are divided by it before they are rounded and its weight is
+    multiplied by it, which changes nothing but what is rounded (SmoothQuant, Xiao et al. 2023); amax is of the results.
     """
 
     format: str
     amax: dict[str, torch.Tensor] = field(default_factory=dict)
+    formats: dict[str, str] = field(default_factory=dict)
+    smooth: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All of them by the name under which a file stores them: 'amax.<layer>.input', 'smooth.<layer>'."""
+        return {f"{kind}.{name}": value for kind in TENSOR_KINDS for name, value in getattr(self, kind).items()}
 
     @property
     def layers(self) -> list[str]:
         return sorted(name.removesuffix(".weight") for name in self.amax if name.endswith(".weight"))
+
+    def format_of(self, layer: str) -> str:
+        """The name of the layer's format; what has no scale for its input is stored in it and no more."""
+        return self.formats.get(layer, self.format)
+
+    def facts(self) -> dict[str, Any]:
+        return {"format": self.format, "formats": self.formats}
 
 
 @dataclass(frozen=True)
@@ -106,7 +124,7 @@ class Checkpoint:
         digest = hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode())
         tensors = dict(self.model.state_dict())
         if self.quantization is not None:
-            tensors.update({f"amax.{name}": value for name, value in self.quantization.amax.items()})
+            tensors.update({f"quantization.{name}": value for name, value in self.quantization.tensors.items()})
         for name in sorted(tensors):
             digest.update(name.encode())
             digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -118,7 +136,7 @@ class Checkpoint:
             "config": self.source.config,
             "widths": changed_widths(self.model, self.source.original),
             "spec": self.spec.to_json(),
-            "format": self.quantization.format if self.quantization else None,
+            "quantization": self.quantization.facts() if self.quantization else None,
         }
 
 
@@ -169,13 +187,13 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
             text = json.dumps(source.scheduler, indent=2, sort_keys=True) + "\n"
             (folder / "scheduler" / "scheduler_config.json").write_text(text)
     if checkpoint.quantization is not None:
-        save_file(checkpoint.quantization.amax, folder / "quantization.safetensors")
+        save_file(checkpoint.quantization.tensors, folder / "quantization.safetensors")
     facts = {
         "format": FORMAT,
         "kind": source.kind,
         "folder": source.folder,
         "widths": changed_widths(checkpoint.model, source.original),
-        "quantization": {"format": checkpoint.quantization.format} if checkpoint.quantization else None,
+        "quantization": checkpoint.quantization.facts() if checkpoint.quantization else None,
         "hash": checkpoint.hash,
         "history": [asdict(record) for record in checkpoint.history],
         "spec": checkpoint.spec.to_json(),

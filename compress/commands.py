@@ -18,7 +18,8 @@ from compress.counts import count
 from compress.evaluate import evaluate, load_features, load_reference, paired
 from compress.load import load_checkpoint
 from compress.prune import prune
-from compress.quantize import choose_layers, fake_quantized
+from compress.quantization.layers import choose_formats
+from compress.quantization.quantizers import fake_quantized
 from compress.recipe import Recipe, read_recipe
 from compress.torch_network import TorchNetwork
 from runtime.bundle import MANIFEST, load_bundle
@@ -38,6 +39,7 @@ def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="FOLDER", help="pipeline folder or hub id that says how a single .safetensors file is built"
     )
+
 
 def loaded(args: argparse.Namespace, dtype: torch.dtype = torch.float32) -> Checkpoint:
     """The checkpoint that the arguments name."""
@@ -132,7 +134,7 @@ def _sizes_in_words(sizes: dict[str, int] | None) -> str:
 
 def _int8_bytes(checkpoint: Checkpoint, config: QuantizeConfig) -> int:
     modules = dict(checkpoint.model.named_modules())
-    layers = [modules[name] for names in choose_layers(checkpoint.model, config) for name in names]
+    layers = [modules[name] for name in choose_formats(checkpoint.model, config)]
     saved = sum(3 * layer.weight.numel() - 4 * layer.weight.shape[0] for layer in layers)
     return count(checkpoint.model, checkpoint.spec).fp32_bytes - saved
 

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from compress.adapters import ADAPTERS, adapter_for
-from compress.checkpoint import FORMAT, RECORD, Checkpoint, Quantization, Record, Source
+from compress.checkpoint import FORMAT, RECORD, TENSOR_KINDS, Checkpoint, Quantization, Record, Source
 from compress.context import say
 from compress.layout import (
     DENOISERS,
@@ -286,13 +286,21 @@ def _history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tu
     file = folder / "quantization.safetensors"
     try:
         with safe_open(file, framework="pt") as tensors:
-            amax = {name: tensors.get_tensor(name) for name in tensors.keys()}
+            found = {name: tensors.get_tensor(name) for name in tensors.keys()}
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file}: the scales cannot be read ({error}); quantize again") from error
-    for name, value in amax.items():
+    for name, value in found.items():
         if not torch.isfinite(value).all() or (value <= 0).any():
             raise BadInput(f"{file}: scale '{name}' is zero, negative or not finite; quantize again")
-    return history, Quantization(str(record["quantization"]["format"]), amax)
+        if name.partition(".")[0] not in TENSOR_KINDS:
+            raise BadInput(f"{file}: '{name}' is no scale of this diffpress; quantize again")
+    facts = record["quantization"]
+    kinds = {kind: _under(found, kind) for kind in TENSOR_KINDS}
+    return history, Quantization(str(facts["format"]), formats=dict(facts.get("formats", {})), **kinds)
+
+
+def _under(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{kind}."): value for name, value in tensors.items() if name.startswith(f"{kind}.")}
 
 
 def _read_record(folder: Path) -> dict[str, Any] | None:

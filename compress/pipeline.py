@@ -22,7 +22,7 @@ from compress.data import load_images
 from compress.distill import distill
 from compress.load import load_checkpoint
 from compress.prune import prune
-from compress.quantize import quantize
+from compress.quantization.stage import quantize
 from compress.recipe import Recipe, Stage
 from compress.schedule import schedule
 from compress.teacher_data import TeacherData, read_prompts

@@ -26,7 +26,7 @@ from compress.checkpoint import Checkpoint
 from compress.counts import is_large
 from compress.metrics import mean_sqnr_db
 from compress.parts import Part
-from compress.quantize import fake_quantized
+from compress.quantization.quantizers import fake_quantized
 from compress.torch_network import TorchNetwork
 from runtime.denoise import Network, stand_in_conditions
 from runtime.engines import available, load_engine, onnxruntime_engine

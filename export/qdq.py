@@ -18,44 +18,23 @@ Q/DQ pair serves all readers of a tensor that share a scale, such as to_q, to_k 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import partial
-
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
 from compress.checkpoint import Quantization
-from export.graph import Graph, Weight, stub, weight_of
+from export.graph import Graph
+from export.quantized_weights import LEVELS, layer_of, quantize_weight
+from export.rewrite import Rewrite
 from export.trace import WEIGHT_INPUT
 from runtime.errors import BadInput
 
 FORMATS = ("int8",)
 KINDS = (".weight", ".input", ".output")
 CONVOLUTIONS = ("Conv", "ConvTranspose")
-LEVELS = 127
 ZERO = "int8_zero"
 
 Scales = dict[str, np.ndarray]
-
-
-@dataclass
-class _Rewrite:
-    """The graph being written: initializers by name, nodes in order, and what is already quantized."""
-
-    source: Graph
-    initializers: dict[str, TensorProto]
-    weights: dict[str, Weight]
-    nodes: list[onnx.NodeProto] = field(default_factory=list)
-    done: dict[tuple[str, bytes], str] = field(default_factory=dict)
-
-    def add(self, name: str, value: np.ndarray) -> str:
-        self.initializers[name] = numpy_helper.from_array(value, name)
-        return name
-
-    def add_weight(self, name: str, weight: Weight) -> str:
-        self.initializers[name], self.weights[name] = stub(name, weight), weight
-        return name
 
 
 def insert_qdq(graph: Graph, quantization: Quantization) -> Graph:
@@ -69,7 +48,7 @@ def insert_qdq(graph: Graph, quantization: Quantization) -> Graph:
     weights, inputs, outputs = (_scales(quantization, kind) for kind in KINDS)
     old = graph.proto.graph
     _check_layers(old, weights, inputs, outputs)
-    rewrite = _Rewrite(graph, {tensor.name: tensor for tensor in old.initializer}, dict(graph.weights))
+    rewrite = Rewrite(graph, {tensor.name: tensor for tensor in old.initializer}, dict(graph.weights))
     rewrite.add(ZERO, np.zeros((), np.int8))
     for original in old.node:
         node = onnx.NodeProto()
@@ -79,16 +58,11 @@ def insert_qdq(graph: Graph, quantization: Quantization) -> Graph:
             index = WEIGHT_INPUT[node.op_type]
             if layer in inputs:
                 node.input[1 - index] = _quantize_input(rewrite, node, inputs[layer])
-            node.input[index] = _quantize_weight(rewrite, node, weights[layer])
+            node.input[index] = quantize_weight(rewrite, node, weights[layer])
         rewrite.nodes.append(node)
         if layer in outputs:
             _quantize_output_(rewrite, node, outputs[layer])
-    return _assembled(rewrite)
-
-
-def layer_of(node: onnx.NodeProto) -> str:
-    """The torch layer whose weight this node applies, '' where it is none."""
-    return node.name.partition("#")[0] if node.op_type in WEIGHT_INPUT else ""
+    return rewrite.graph()
 
 
 def _scales(quantization: Quantization, kind: str) -> Scales:
@@ -131,7 +105,7 @@ def _check_layers(graph: onnx.GraphProto, weights: Scales, inputs: Scales, outpu
             raise BadInput(f"layer '{layer}': only convolutions take an output amax, this is a {operators[layer]}")
 
 
-def _quantize_input(rewrite: _Rewrite, node: onnx.NodeProto, scale: np.ndarray) -> str:
+def _quantize_input(rewrite: Rewrite, node: onnx.NodeProto, scale: np.ndarray) -> str:
     """The name of the node's activation after its Q/DQ pair."""
     tensor = node.input[1 - WEIGHT_INPUT[node.op_type]]
     key = (tensor, scale.tobytes())
@@ -140,71 +114,16 @@ def _quantize_input(rewrite: _Rewrite, node: onnx.NodeProto, scale: np.ndarray) 
     return rewrite.done[key]
 
 
-def _quantize_output_(rewrite: _Rewrite, node: onnx.NodeProto, scale: np.ndarray) -> None:
+def _quantize_output_(rewrite: Rewrite, node: onnx.NodeProto, scale: np.ndarray) -> None:
     """Put a Q/DQ pair between the node and the tensor it wrote, whose name its readers keep."""
     tensor = node.output[0]
     node.output[0] = f"{node.name}.output_float"
     _add_pair(rewrite, node.output[0], f"{node.name}.output", scale, tensor)
 
 
-def _add_pair(rewrite: _Rewrite, tensor: str, prefix: str, scale: np.ndarray, out: str) -> str:
+def _add_pair(rewrite: Rewrite, tensor: str, prefix: str, scale: np.ndarray, out: str) -> str:
     parameters = [rewrite.add(f"{prefix}_scale", scale.reshape(())), ZERO]
     integers = f"{prefix}_int8"
     rewrite.nodes.append(helper.make_node("QuantizeLinear", [tensor, *parameters], [integers], f"{prefix}/Q"))
     rewrite.nodes.append(helper.make_node("DequantizeLinear", [integers, *parameters], [out], f"{prefix}/DQ"))
     return out
-
-
-def _quantize_weight(rewrite: _Rewrite, node: onnx.NodeProto, scale: np.ndarray) -> str:
-    """The name of the node's weight after its DequantizeLinear."""
-    name = node.input[WEIGHT_INPUT[node.op_type]]
-    key = (name, scale.tobytes())
-    if key not in rewrite.done:
-        weight = weight_of(rewrite.source, name)
-        axis, prefix = _channel_axis(node), f"{node.name}.weight"
-        if scale.size != weight.shape[axis]:
-            raise BadInput(
-                f"layer '{layer_of(node)}': {scale.size} weight scales for {weight.shape[axis]} channels; was it "
-                "pruned after it was quantized? quantize again"
-            )
-        divisor = scale.reshape([-1 if i == axis else 1 for i in range(len(weight.shape))])
-        integers = Weight(np.dtype(np.int8), weight.shape, partial(_integers, weight, divisor))
-        inputs = [
-            rewrite.add_weight(f"{prefix}_int8", integers),
-            rewrite.add(f"{prefix}_scale", scale),
-            rewrite.add(f"{prefix}_zero", np.zeros(scale.size, np.int8)),
-        ]
-        out = f"{prefix}_dequantized"
-        rewrite.nodes.append(helper.make_node("DequantizeLinear", inputs, [out], f"{prefix}/DQ", axis=axis))
-        rewrite.done[key] = out
-    return rewrite.done[key]
-
-
-def _integers(weight: Weight, scale: np.ndarray) -> np.ndarray:
-    """clip(round(w / s), -127, 127) as int8, with one float copy of the weight at a time."""
-    levels = weight.read() / scale
-    np.rint(levels, out=levels)
-    return np.clip(levels, -LEVELS, LEVELS, out=levels).astype(np.int8)
-
-
-def _channel_axis(node: onnx.NodeProto) -> int:
-    """Where a weight keeps its output channels (an embedding: its rows)."""
-    if node.op_type == "Gemm":
-        return 0 if any(entry.name == "transB" and entry.i for entry in node.attribute) else 1
-    return 1 if node.op_type in ("MatMul", "ConvTranspose") else 0
-
-
-def _assembled(rewrite: _Rewrite) -> Graph:
-    used = {name for node in rewrite.nodes for name in node.input}
-    model = rewrite.source.proto
-    old = model.graph
-    graph = onnx.GraphProto(name=old.name, node=rewrite.nodes, input=old.input, output=old.output)
-    graph.initializer.extend(tensor for name, tensor in rewrite.initializers.items() if name in used)
-    proto = onnx.ModelProto(
-        ir_version=model.ir_version,
-        producer_name=model.producer_name,
-        producer_version=model.producer_version,
-        opset_import=model.opset_import,
-        graph=graph,
-    )
-    return Graph(proto, {name: weight for name, weight in rewrite.weights.items() if name in used})

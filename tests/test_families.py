@@ -39,7 +39,7 @@ from compress.counts import count  # noqa: E402
 from compress.load import load_checkpoint  # noqa: E402
 from compress.parts import encoded_prompts, load_part, part_names  # noqa: E402
 from compress.pipeline import run_stages  # noqa: E402
-from compress.quantize import fake_quantized  # noqa: E402
+from compress.quantization.quantizers import fake_quantized  # noqa: E402
 from compress.recipe import read_recipe  # noqa: E402
 from compress.torch_network import TorchNetwork  # noqa: E402
 from runtime.commands import chosen_plan  # noqa: E402

@@ -20,7 +20,8 @@ from compress.context import Context
 from compress.data import ImageData
 from compress.load import load_checkpoint
 from compress.prune import prune
-from compress.quantize import fake_quantized, quantize
+from compress.quantization.quantizers import fake_quantized
+from compress.quantization.stage import quantize
 from compress.widths import widths_of
 from runtime.schedule import betas_schedule, make_plan
 from runtime.spec import Conditioning, DenoiserSpec

@@ -15,7 +15,7 @@ from compress.adapters import example_inputs
 from compress.checkpoint import save_checkpoint
 from compress.load import load_checkpoint
 from compress.losses import forward
-from compress.quantize import fake_quantized
+from compress.quantization.quantizers import fake_quantized
 from runtime.errors import BadInput
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -349,9 +349,10 @@ def test_a_damaged_record_is_refused(change, pruned, tmp_path):
 @pytest.mark.parametrize(
     "scales",
     [
-        {"no_such_layer.weight": torch.ones(3)},
-        {"conv_out.weight": torch.ones(3)},
-        {"mid_block.resnets.0.conv1.input": torch.tensor(float("nan"))},
+        {"amax.no_such_layer.weight": torch.ones(3)},
+        {"amax.conv_out.weight": torch.ones(3)},
+        {"amax.mid_block.resnets.0.conv1.input": torch.tensor(float("nan"))},
+        {"mid_block.resnets.0.conv1.input": torch.tensor(1.0)},
     ],
 )
 def test_scales_of_another_model_are_refused(scales, quantized, tmp_path):

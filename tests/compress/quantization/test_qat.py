@@ -1,4 +1,4 @@
-"""compress/qat.py: training through the quantizers wins back what rounding cost, and leaves the same kind of data."""
+"""compress/quantization/qat.py: training wins back what rounding cost, and leaves the same kind of data."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from compress.context import Context
 from compress.distill import distill
 from compress.load import load_checkpoint
 from compress.metrics import sqnr_db
-from compress.qat import draw, follow_, visited_states
-from compress.quantize import fake_quantized, quantize
+from compress.quantization.qat import draw, follow_, visited_states
+from compress.quantization.quantizers import fake_quantized
+from compress.quantization.stage import quantize
 from compress.recipe import read_recipe
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
@@ -109,11 +110,11 @@ def test_a_killed_run_goes_on_from_its_last_save_and_ends_bit_for_bit_as_an_undi
         drawn.append(1)
         return draw(calls, size, generator)
 
-    monkeypatch.setattr("compress.qat.draw", killing)
+    monkeypatch.setattr("compress.quantization.qat.draw", killing)
     with pytest.raises(Killed):
         quantize(small, config(), context(small))
     drawn.clear()
-    monkeypatch.setattr("compress.qat.draw", lambda *arguments: drawn.append(1) or draw(*arguments))
+    monkeypatch.setattr("compress.quantization.qat.draw", lambda *arguments: drawn.append(1) or draw(*arguments))
     assert quantize(small, config(), context(small)).hash == undisturbed.hash
     # those steps that were not saved, and one draw to measure before and one after
     assert len(drawn) == 5 - (step // 2) * 2 + 2
@@ -215,7 +216,7 @@ def test_quantizers_follow_the_weights_at_every_step_of_training(small, context,
         follow_(model, proportions)
         seen.append(model.inner.weight_quantizer.amax.clone())
 
-    monkeypatch.setattr("compress.qat.follow_", spy)
+    monkeypatch.setattr("compress.quantization.qat.follow_", spy)
     quantize(small, config(), context(small))
     # five steps, and once for the averaged weights at the end
     assert len(seen) == 6 and not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))

@@ -1,4 +1,4 @@
-"""compress/quantize.py: scales are the magnitudes that were there, and fake quantization is the formula."""
+"""compress/quantization/stage.py: scales are the magnitudes that were there, and fake quantization is the formula."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from compress.adapters import adapter_for
 from compress.config import QuantizeConfig
 from compress.load import load_checkpoint
 from compress.metrics import sqnr_db
-from compress.quantize import CALIBRATION_SEED, fake_quantized, quantize
+from compress.quantization.calibration import CALIBRATION_SEED
+from compress.quantization.quantizers import fake_quantized
+from compress.quantization.stage import quantize
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
 from runtime.sampler import generate, noise_for
@@ -99,7 +101,7 @@ def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypat
             samples.append(inputs["sample"])
             return super().run(inputs)
 
-    monkeypatch.setattr("compress.quantize.TorchNetwork", Spy)
+    monkeypatch.setattr("compress.quantization.calibration.TorchNetwork", Spy)
     quantize(unet, config(samples=5, batch=3), context(unet))
     plan = [round(t) for t in unet.spec.plan.timesteps]
     assert [t for ts, _, _ in seen for t in ts] == plan + plan  # two batches
