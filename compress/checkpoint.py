@@ -33,7 +33,7 @@ from runtime.spec import DenoiserSpec
 
 FORMAT = 1
 RECORD = "diffpress.json"
-TENSOR_KINDS = ("amax", "smooth")  # of a Quantization, each a field of it
+TENSOR_KINDS = ("amax", "smooth", "branch")  # of a Quantization, each a field of it
 
 
 @dataclass(frozen=True)
@@ -53,16 +53,19 @@ class Record:
 class Quantization:
     """Formats and scales as data. The checkpoint's weights stay in floating point; `fake_quantized` puts quantizers in.
 
-    `amax` maps '<layer>.weight' ([out]), '<layer>.input' and '<layer>.output' (scalars) to the largest magnitude that
+    `amax` maps '<layer>.weight' ([out]), '<layer>.input' and '<module>.output' (scalars) to the largest magnitude that
     is not clipped. A layer is in `format` unless `formats` says otherwise (compress/quantization/formats.py). Where
     `smooth` has a layer ([in], positive), its activations are divided by it before they are rounded and its weight is
     multiplied by it, which changes nothing but what is rounded (SmoothQuant, Xiao et al. 2023); amax is of the results.
+    `branch` maps '<layer>.down' ([rank, in]) and '<layer>.up' ([out, rank]) to factors whose product is taken from the
+    weight before it is rounded, and computed in floating point beside the layer (compress/quantization/low_rank.py).
     """
 
     format: str
     amax: dict[str, torch.Tensor] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     smooth: dict[str, torch.Tensor] = field(default_factory=dict)
+    branch: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -187,7 +190,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
             text = json.dumps(source.scheduler, indent=2, sort_keys=True) + "\n"
             (folder / "scheduler" / "scheduler_config.json").write_text(text)
     if checkpoint.quantization is not None:
-        save_file(checkpoint.quantization.tensors, folder / "quantization.safetensors")
+        save_file(_unshared(checkpoint.quantization.tensors), folder / "quantization.safetensors")
     facts = {
         "format": FORMAT,
         "kind": source.kind,

@@ -18,6 +18,7 @@ from compress.counts import count
 from compress.evaluate import evaluate, load_features, load_reference, paired
 from compress.load import load_checkpoint
 from compress.prune import prune
+from compress.quantization.formats import FORMATS, stored_bytes
 from compress.quantization.layers import choose_formats
 from compress.quantization.quantizers import fake_quantized
 from compress.recipe import Recipe, read_recipe
@@ -116,7 +117,7 @@ def planned(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
             checkpoint = prune(checkpoint, dry, Context(recipe.seed, Path(), checkpoint))
             sizes = _sizes(checkpoint)
         elif stage.name == "quantize" and sizes:
-            sizes = {**sizes, "bytes": _int8_bytes(checkpoint, stage.config)}
+            sizes = {**sizes, "bytes": _quantized_bytes(checkpoint, stage.config)}
         stages.append({"name": stage.name, "config": stage.config.model_dump(mode="json"), "after": sizes})
     return {"recipe": recipe.to_json(), "order": [s.name for s in recipe.stages], "before": before, "stages": stages}
 
@@ -132,11 +133,12 @@ def _sizes_in_words(sizes: dict[str, int] | None) -> str:
     return f"{sizes['parameters']:,} parameters, {sizes['macs']:,} MACs, {sizes['bytes'] / 2**20:.2f} MiB of weights"
 
 
-def _int8_bytes(checkpoint: Checkpoint, config: QuantizeConfig) -> int:
-    modules = dict(checkpoint.model.named_modules())
-    layers = [modules[name] for name in choose_formats(checkpoint.model, config)]
-    saved = sum(3 * layer.weight.numel() - 4 * layer.weight.shape[0] for layer in layers)
-    return count(checkpoint.model, checkpoint.spec).fp32_bytes - saved
+def _quantized_bytes(checkpoint: Checkpoint, config: QuantizeConfig) -> int:
+    total = count(checkpoint.model, checkpoint.spec).fp32_bytes
+    for name, kind in choose_formats(checkpoint.model, config).items():
+        weight: torch.Tensor = checkpoint.model.get_submodule(name).weight  # type: ignore[assignment]
+        total += stored_bytes(FORMATS[kind], weight.shape) - 4 * weight.numel()
+    return total
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------
@@ -185,7 +187,8 @@ def open_network(reference: str, engine: str | None, threads: int | None) -> tup
     """A bundle in an engine, or a checkpoint in torch (fake-quantized where it was quantized)."""
     if (Path(reference) / MANIFEST).is_file():
         bundle = load_bundle(reference)
-        return open_engine(bundle, engine, threads), bundle.spec
+        opened = open_engine(bundle, engine, threads)
+        return opened, bundle.spec_for(opened.name)
     checkpoint = load_checkpoint(reference)
     return TorchNetwork(fake_quantized(checkpoint), checkpoint.spec), checkpoint.spec
 

@@ -55,27 +55,76 @@ class DistillConfig(Config):
     save_every: int = Field(100, ge=1)
 
 
-QAT_SETTINGS = ("steps", "learning_rate", "warmup", "feature_weight", "trajectories", "ema", "save_every")
+FormatName = Literal["int8", "int8_weight_only", "fp8", "int4", "w4a8", "nvfp4"]
+
+QAT_SETTINGS = (
+    *("steps", "updates", "rank", "learning_rate", "warmup"),
+    *("feature_weight", "trajectories", "ema", "save_every"),
+)
+
+
+class BoundsConfig(Config):
+    """What a quantized model must keep, against the float model it was made from; layers go back to float for it.
+
+    The SQNR of its output on states of its trajectory, the Fréchet distance of its samples, one step in the target
+    engine, and its file.
+    """
+
+    min_sqnr_db: float | None = None
+    max_frechet_ratio: float | None = Field(None, gt=0.0)
+    max_latency_ratio: float | None = Field(None, gt=0.0)
+    max_size_mib: float | None = Field(None, gt=0.0)
+
+    @model_validator(mode="after")
+    def _something_is_bound(self) -> BoundsConfig:
+        if all(value is None for value in self.model_dump().values()):
+            raise ValueError(f"give at least one of {', '.join(type(self).model_fields)}")
+        return self
 
 
 class QuantizeConfig(Config):
-    """int8 weights (per output channel) and activations (per tensor), calibrated on the model's own trajectory.
+    """Weights and activations in `format` (compress/quantization/formats.py), calibrated on the model's own trajectory.
 
-    `layers` names the kinds that compute in integers; the linear layers of the others store int8 weights only. From
-    `steps` on the settings are those of mode qat, which trains `batch` states a step, of `trajectories` samples.
+    `calibration` says how an activation's scale is read from what was seen (compress/quantization/amax.py); `smooth`
+    moves unevenness from the inputs of linear layers into their weights (SmoothQuant's alpha, 0 for none), and
+    `split_joins` gives stream and skip factors of their own where they are joined; both sample twice.
+    `layers` names the kinds that take the format; the linear layers of the others store int8 weights only. `outputs`
+    rounds what convolutions write too and, in U-Nets, the sums of blocks (compress/quantization/trunk.py). `mixture`
+    gives layers by the beginning of their names another format, or float; the longest that fits wins, and `keep` is
+    short for float. `keep_fragile` false quantizes fragile layers (first and last, embeddings) like the rest.
+    `bounds` returns layers to float until they are kept, by what each is worth in the engine `target`.
+    `correct` measures what rounding does to the output on the average at each step, for the sampler to take off; mode
+    qat trains that away instead. `awq` scales the inputs of linear layers with 4-bit weights, `rounding` adaround takes
+    weights up or down by what that does to outputs; both look at `rounding_states` states of the trajectory. Linear
+    layers keep the `branch_rank` largest singular values of their weights in float, beside what is rounded. From
+    `steps` on the settings are those of mode qat, which trains `batch` states a step, of `trajectories` samples, in
+    full or (`updates` low_rank) through factors of `rank`.
     """
 
-    format: Literal["int8"] = "int8"
+    format: FormatName = "int8"
     mode: Literal["ptq", "qat"] = "ptq"
-    calibration: Literal["max", "percentile", "entropy"] = "percentile"
+    calibration: Literal["max", "percentile", "mse", "entropy", "step_means"] = "percentile"
     percentile: float = Field(99.99, gt=50.0, le=100.0)
+    smooth: float = Field(0.0, ge=0.0, le=1.0)
+    split_joins: bool = False
     layers: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
     outputs: bool = True
     reduce_range: bool = True
     samples: int = Field(32, ge=1)
     batch: int = Field(16, ge=1)
     keep: tuple[str, ...] = ()
+    keep_fragile: bool = True
+    bounds: BoundsConfig | None = None
+    target: Literal["onnxruntime", "openvino"] = "onnxruntime"
+    mixture: dict[str, FormatName | Literal["float"]] = {}
+    correct: bool = True
+    awq: bool = False
+    branch_rank: int = Field(0, ge=0)
+    rounding: Literal["nearest", "adaround"] = "nearest"
+    rounding_states: int = Field(64, ge=1)
     steps: int = Field(200, ge=1)
+    updates: Literal["full", "low_rank"] = "full"
+    rank: int = Field(16, ge=1)
     learning_rate: float = Field(1e-5, gt=0.0)
     warmup: int = Field(10, ge=0)
     feature_weight: float = Field(0.1, ge=0.0)
@@ -91,9 +140,35 @@ class QuantizeConfig(Config):
             raise ValueError(f"{idle[0]} is a setting of mode qat, and mode ptq trains nothing")
         return self
 
+    @model_validator(mode="after")
+    def _weights_fit_their_rounding(self) -> QuantizeConfig:
+        if self.awq and not {"int4", "w4a8"} & {self.format, *self.mixture.values()}:
+            raise ValueError("awq is for 4-bit weights: take format int4 or w4a8")
+        if self.awq and (self.smooth or self.split_joins):
+            raise ValueError("awq and smooth or split_joins would both scale inputs; leave one of them out")
+        if self.branch_rank and self.mode == "qat":
+            raise ValueError("branch_rank is for mode ptq: training would change what the branch was cut from")
+        if self.rounding == "adaround" and self.format in ("fp8", "nvfp4"):
+            raise ValueError(f"adaround rounds to integers, and {self.format} has none; leave rounding out")
+        return self
+
+    @model_validator(mode="after")
+    def _kept_is_float(self) -> QuantizeConfig:
+        for prefix in self.keep:
+            if self.mixture.get(prefix, "float") != "float":
+                raise ValueError(f"keep and mixture both name '{prefix}'; leave it in one of them")
+        return self
+
 
 class ExportConfig(Config):
+    """`revert_slower`: engines that the quantized graph slows down, on the machine of the run, take the float graph.
+
+    `fixed_plan`: time embeddings become constants, and the bundle knows the timesteps of its own plan alone.
+    """
+
     targets: tuple[Literal["onnx", "openvino", "tensorrt"], ...] = ("onnx",)
+    revert_slower: bool = False
+    fixed_plan: bool = False
 
 
 class GatesConfig(Config):

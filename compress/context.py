@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
-from compress.checkpoint import Checkpoint
-from runtime.denoise import Conditions, stand_in_conditions
+from compress.checkpoint import Checkpoint, Quantization
+from runtime.denoise import Conditions, Network, stand_in_conditions
 from runtime.errors import BadInput
 
 
@@ -27,14 +29,39 @@ class Data(Protocol):
     def conditions(self, count: int) -> Conditions: ...
 
 
+class EngineCosts(Protocol):
+    """What quantizing one checkpoint costs and gains in an engine, measured there (export/cost.py)."""
+
+    def gains_ms(self, quantization: Quantization) -> dict[str, float]:
+        """Module with scales -> its milliseconds in the float graph less those in the quantized graph."""
+
+    def latency_ratio(self, quantization: Quantization) -> float:
+        """One step of the quantized graph against one of the float graph."""
+
+    def size_mib(self, quantization: Quantization) -> float:
+        """Of the quantized graph's file."""
+
+    def network(self, quantization: Quantization | None) -> AbstractContextManager[Network]:
+        """The graph in the engine; None for the float one."""
+
+
+# (float checkpoint, name of an engine); `export` knows engines, and what runs a recipe passes this in
+CostsIn = Callable[[Checkpoint, str], AbstractContextManager[EngineCosts]]
+
+
 @dataclass(frozen=True)
 class Context:
-    """`teacher` is the checkpoint the run began with; `work` keeps what a killed stage needs to go on."""
+    """`teacher` is the checkpoint the run began with; `work` keeps what a killed stage needs to go on.
+
+    `costs_in` measures in an engine, where the run has one; what a stage puts into `notes` stands in its record.
+    """
 
     seed: int
     work: Path
     teacher: Checkpoint
     data: Data | None = None
+    costs_in: CostsIn | None = None
+    notes: dict[str, Any] = field(default_factory=dict)
 
     def require_data(self, purpose: str) -> Data:
         if self.data is None:

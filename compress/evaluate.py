@@ -156,9 +156,13 @@ def real_floor(features: np.ndarray, samples: int, seeds: int) -> float:
 def paired(
     network: Network, other: Network, spec: DenoiserSpec, config: EvaluateConfig, against: str
 ) -> dict[str, Any]:
-    """PSNR and SSIM between the images that two networks make of the same noise and labels by the spec's plan."""
+    """PSNR and SSIM between the images that two networks make of the same noise and labels by the spec's plan.
+
+    Corrections in the plan are those of `network`.
+    """
     seeds = np.arange(config.samples)
-    ours, theirs = (generate(n, spec, seeds, batch=config.batch) for n in (network, other))
+    ours = generate(network, spec, seeds, batch=config.batch)
+    theirs = generate(other, spec, seeds, plan=spec.plan.uncorrected, batch=config.batch)
     span = spec.data_range[1] - spec.data_range[0]
     return {"against": against, "psnr_db": psnr_db(theirs, ours, span), "ssim": ssim(theirs, ours, span)}
 

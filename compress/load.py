@@ -290,7 +290,8 @@ def _history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tu
     except (SafetensorError, OSError) as error:
         raise BadInput(f"{file}: the scales cannot be read ({error}); quantize again") from error
     for name, value in found.items():
-        if not torch.isfinite(value).all() or (value <= 0).any():
+        signed = name.startswith("branch.")
+        if not torch.isfinite(value).all() or (not signed and (value <= 0).any()):
             raise BadInput(f"{file}: scale '{name}' is zero, negative or not finite; quantize again")
         if name.partition(".")[0] not in TENSOR_KINDS:
             raise BadInput(f"{file}: '{name}' is no scale of this diffpress; quantize again")

@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.agreement import agreement_db
 from compress.checkpoint import Checkpoint, Record, save_checkpoint
-from compress.context import Context, Data, say
+from compress.context import Context, CostsIn, Data, say
 from compress.counts import count
 from compress.data import load_images
 from compress.distill import distill
@@ -40,8 +40,11 @@ STAGES: dict[str, StageFunction] = {
 }
 
 
-def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path) -> Checkpoint:
-    """Apply the recipe's stages to the teacher, reusing what `out`/stages already holds."""
+def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path, costs_in: CostsIn | None = None) -> Checkpoint:
+    """Apply the recipe's stages to the teacher, reusing what `out`/stages already holds.
+
+    `costs_in` is for stages that weigh what they do against its cost in an engine (export/cost.py has one).
+    """
     data = open_data(teacher, recipe, out)
     checkpoint = teacher
     for number, stage in enumerate(recipe.stages):
@@ -52,7 +55,8 @@ def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path) -> Checkpoint:
             say(f"done before, read from {folder}")
             checkpoint = load_checkpoint(reference_to(folder, teacher))
         else:
-            checkpoint = run_stage(checkpoint, teacher, stage, recipe.seed, data, folder)
+            ctx = Context(recipe.seed, _work(folder), teacher, data, costs_in)
+            checkpoint = run_stage(checkpoint, stage, folder, ctx)
     return checkpoint
 
 
@@ -70,17 +74,15 @@ def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
     return TeacherData(teacher, recipe.teacher_samples, out / "stages", prompts)
 
 
-def run_stage(
-    checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: Data | None, folder: Path
-) -> Checkpoint:
+def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) -> Checkpoint:
     """Run one stage, append its record to the history, save it, and drop what it kept for resuming."""
-    work = folder.with_name(f".{folder.name}.work")
     began = time.monotonic()
-    result = STAGES[stage.name](checkpoint, stage.config, Context(seed, work, teacher, data))
+    result = STAGES[stage.name](checkpoint, stage.config, ctx)
     before, after = count(checkpoint.model, checkpoint.spec), count(result.model, result.spec)
     changed: dict[str, Any] = {name: [getattr(before, name), getattr(after, name)] for name in ("parameters", "macs")}
     changed["plan"] = [_plan(checkpoint), _plan(result)]
-    changed["sqnr_db_to_teacher"] = agreement_db(result, teacher, data)
+    changed["sqnr_db_to_teacher"] = agreement_db(result, ctx.teacher, ctx.data)
+    changed |= ctx.notes
     say(
         f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
         f"SQNR to the teacher {changed['sqnr_db_to_teacher']} dB"
@@ -88,7 +90,7 @@ def run_stage(
     record = Record(
         stage.name,
         stage.config.model_dump(mode="json"),
-        seed,
+        ctx.seed,
         changed,
         checkpoint.hash,
         result.hash,
@@ -96,8 +98,13 @@ def run_stage(
     )
     result = result.evolve(history=(*checkpoint.history, record))
     save_checkpoint(result, folder)
-    shutil.rmtree(work, ignore_errors=True)
+    shutil.rmtree(ctx.work, ignore_errors=True)
     return result
+
+
+def _work(folder: Path) -> Path:
+    """Where a stage that is saved in `folder` keeps what it needs to go on after a kill."""
+    return folder.with_name(f".{folder.name}.work")
 
 
 def stage_key(checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: Data | None) -> str:

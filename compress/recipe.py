@@ -19,7 +19,7 @@ from __future__ import annotations
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -141,12 +141,22 @@ def _config(kind: type[Config], settings: Any, path: Path, where: str) -> Config
     if not isinstance(settings, dict):
         raise BadInput(f"{path}: {where}: expected settings like {{key: value}}, found {settings!r}")
     _refuse_unknown(settings, tuple(kind.model_fields), str(path), where)
+    for key, value in settings.items():
+        inner = _config_in(kind.model_fields[key].annotation)
+        if inner is not None and isinstance(value, dict):
+            _refuse_unknown(value, tuple(inner.model_fields), str(path), f"{where}.{key}")
     try:
         return kind(**settings)
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, (where, *first["loc"])))  # a rule between two keys has no place of its own
         raise BadInput(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from error
+
+
+def _config_in(annotation: Any) -> type[Config] | None:
+    """The settings that a field holds, as `BoundsConfig | None` does."""
+    kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, Config)), None)
 
 
 def _refuse_unknown(found: dict[Any, Any], known: tuple[str, ...], path: str, where: str) -> None:

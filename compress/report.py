@@ -1,6 +1,7 @@
 """`diffpress report`: what a run did and measured, gathered into report.json and a report.html that needs no network.
 
-It only reads what the run left in DIR: the history in the bundle, evaluation.json, bench.json, samples.png.
+It only reads what the run left in DIR: the history in the bundle, evaluation.json, latency.json, bench.json, and the
+picture.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from runtime.bundle import load_bundle
 from runtime.errors import BadInput
 from runtime.files import read_json, write_json, write_text
 
-PICTURE = "comparison.png"
+PICTURE, LATENCY = "comparison.png", "latency.json"
+SHOWN_PLACES = 10
 
 
 def add_report_arguments(parser: argparse.ArgumentParser) -> None:
@@ -46,8 +48,10 @@ def write_report(folder: Path) -> dict[str, Any]:
         "history": bundle.manifest["history"],
         "parity": bundle.manifest["parity"],
         "engines": bundle.manifest["engines"],
+        "variants": bundle.manifest["graphs"]["denoiser"].get("variants", {}),
         "evaluation": _read(folder / "evaluation.json"),
         "gates": _read(folder / "gates.json"),
+        "latency": _read(folder / LATENCY),
         "bench": _read(folder / "bench.json"),
     }
     write_json(folder / "report.json", facts)
@@ -72,6 +76,15 @@ def summary(facts: dict[str, Any]) -> str:
             lines.append((f"integer MACs, {entry['engine']}", "", f"{100 * entry['integer_mac_share']:.1f} %", ""))
         if entry.get("fallbacks"):
             lines.append(("  promised layers that ran in float", "", str(len(entry["fallbacks"])), ""))
+    for mixed in _mixed(facts):
+        back = f"{len(mixed['in_float'])} of {len(mixed['places'])}"
+        lines.append(("back in float, to keep the bounds", "", back, ""))
+    for row in (facts["latency"] or {}).get("engines", []):
+        label = f"ms a step before and after quantization, {row['engine']}"
+        ratio = f"{row['latency_ratio']:.2f}" + (", slower" if row["slower"] else "")
+        lines.append((label, f"{row['float_ms']:.1f}", f"{row['quantized_ms']:.1f}", ratio))
+    for engine, entry in facts["variants"].items():
+        lines.append((f"  {engine} takes {entry['file']}, MiB", "", f"{entry['bytes'] / 2**20:.2f}", ""))
     evaluation = facts["evaluation"]
     if evaluation:
         ours, theirs = evaluation["bundle"], evaluation["baseline"]
@@ -152,11 +165,35 @@ pre{{overflow-x:auto;background:#f5f5f5;padding:1rem}}</style>
 <h2>Stages</h2>
 <table><tr><th>stage</th><th>settings</th><th>parameters</th><th>MACs</th><th>plan</th><th>SQNR to teacher, dB</th></tr>
 {stages}</table>
+{"".join(map(_sensitivity, _mixed(facts)))}
 {bench}
 <h2>Everything</h2>
 <details><summary>report.json</summary><pre>{html.escape(json.dumps(facts, indent=1))}</pre></details>
 </html>
 """
+
+
+def _mixed(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What quantize stages under bounds measured and chose (compress/quantization/mixed.py)."""
+    return [record["changed"]["mixed"] for record in facts["history"] if "mixed" in record["changed"]]
+
+
+def _sensitivity(mixed: dict[str, Any]) -> str:
+    """The places that rounding hurts most, with what quantizing each gains."""
+    names = list(mixed["places"])[:SHOWN_PLACES]
+    heads = list(mixed["places"][names[0]])
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{mixed['places'][name][head]}</td>" for head in heads)
+        + f"<td>{'float' if name in mixed['in_float'] else ''}</td></tr>"
+        for name in names
+    )
+    figures = "; ".join(f"{what}: {_settings(mixed[what])}" for what in ("all_quantized", "chosen"))
+    titles = "".join(f"<th>{head}</th>" for head in ("place", *heads, "kept in"))
+    return (
+        f"<h2>Where rounding hurts most</h2><p>Output SQNR with this place alone rounded, target {mixed['target']}. "
+        f"{html.escape(figures)}</p><table><tr>{titles}</tr>{rows}</table>"
+    )
 
 
 def _settings(config: dict[str, Any]) -> str:

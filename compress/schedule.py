@@ -16,7 +16,7 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
     spec, old = checkpoint.spec, checkpoint.spec.plan
     spacing = spec.spacing if config.grid is None else replace(spec.spacing, grid=config.grid, offset=0)
     plan = replace(
-        with_solver(old, config.solver),
+        with_solver(old.uncorrected, config.solver),
         timesteps=spaced_timesteps(spacing, config.steps, spec.schedule, spec.tokens(spec.sample_shape)),
         guidance=old.guidance if config.guidance is None else config.guidance,
         eta=config.eta,

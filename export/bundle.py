@@ -1,6 +1,7 @@
 """Checkpoint -> bundle: graph, proof, engines, manifest, in a temporary folder that is renamed when it is whole.
 
-    denoiser.onnx (+ .data)   float, or int8 Q/DQ where the checkpoint has scales
+    denoiser.onnx (+ .data)   float, or with Q/DQ where the checkpoint has scales
+    denoiser.*.onnx           other forms of it, for engines that run those better (export/variants.py) or no other
     text_encoder*.onnx, vae_decoder.onnx, tokenizer*/ and more     of a pipeline (see export/pipeline_files.py)
     engines/...               plans that were built ahead of time
     manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
@@ -11,6 +12,7 @@ for TensorRT plans, which TensorRT itself does not repeat).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,23 +20,28 @@ from typing import Any
 
 import onnx
 
-from compress.checkpoint import Checkpoint, Quantization, write_folder
+from compress.checkpoint import Checkpoint, write_folder
 from compress.layout import read_layout
 from compress.parts import load_part, part_names
+from export.capability import check_runs, emulated, promised
 from export.graph import Graph, save_graph
+from export.opsets import opset_of
 from export.parity import Parity, check_parity, check_part, trial_of
 from export.pipeline_files import link_graph, write_graph, write_pipeline_files
+from export.precision import computing_layers, layer_formats, precision_of
 from export.prove import prove_engine
 from export.qdq import insert_qdq
 from export.tensorrt_plan import build_plan, check_capabilities
 from export.to_onnx import to_onnx
 from export.trace import OPSET, trace
+from export.variants import Variant, bytes_by_precision, check_variants, write_variants
 from runtime.bundle import MANIFEST, Bundle, load_bundle, seal
 from runtime.engines import available
 from runtime.errors import BadInput, MissingExtra, unknown_name
 
 TARGETS = ("onnx", "openvino", "tensorrt")
 GRAPH = "denoiser.onnx"
+TENSORRT_GRAPH = "denoiser.tensorrt.onnx"
 
 
 def write_bundle(
@@ -44,6 +51,7 @@ def write_bundle(
     *,
     name: str | None = None,
     float_graph: Graph | None = None,
+    variants: Sequence[Variant] = (),
     metrics: dict[str, Any] | None = None,
     capabilities: Sequence[str] = (),
     threads: int | None = None,
@@ -53,24 +61,21 @@ def write_bundle(
     """Export the checkpoint to a bundle in `folder`, check its parity with torch, and load it back.
 
     `float_graph` is what `export_float` gave for this checkpoint's network, where it was made already; `name` defaults
-    to the network's class. `capabilities` are the GPUs that target tensorrt builds for, such as '8.9'; `threads` is for
-    the engines that check parity; `fixed_size` makes the denoiser's graph for the spec's height and width alone;
-    `parts_from` is a bundle of the same pipeline whose text encoders and decoder are taken over. Raises BadInput for an
-    unknown target or a folder that is something else, MissingExtra for a target whose package is not installed, and
-    GateFailed where an engine's images are not torch's.
+    to the network's class. `variants` are for engines that shall not run denoiser.onnx itself. `capabilities` are the
+    GPUs that target tensorrt builds for, such as '8.9'; `threads` is for the engines that check parity; `fixed_size`
+    makes the denoiser's graph for the spec's height and width alone; `parts_from` is a bundle of the same pipeline
+    whose text encoders and decoder are taken over. Raises BadInput for an unknown target or a folder that is something
+    else, MissingExtra for a target whose package is not installed, and GateFailed where an engine's images are not
+    torch's.
     """
-    for target in targets:
-        if target not in TARGETS:
-            raise unknown_name("export target", target, TARGETS)
     # what can be refused is refused before the tracing, which may take minutes
     refuse_foreign(folder)
-    if "openvino" in targets and "openvino" not in available():
-        raise MissingExtra("openvino", "openvino", "target openvino")
+    check_targets(targets, capabilities)
+    check_variants(variants)
     if "tensorrt" in targets:
-        check_capabilities(capabilities)
-    graph = to_onnx(checkpoint, fixed_size) if float_graph is None else float_graph
-    if checkpoint.quantization is not None:
-        graph = insert_qdq(graph, checkpoint.quantization)
+        check_runs(layer_formats(checkpoint.quantization).values(), capabilities)
+    exact = to_onnx(checkpoint, fixed_size) if float_graph is None else float_graph
+    graph = exact if checkpoint.quantization is None else insert_qdq(exact, checkpoint.quantization)
 
     def fill(temporary: Path) -> None:
         size = _write_denoiser(checkpoint, graph, temporary)
@@ -83,20 +88,45 @@ def write_bundle(
                 parts[part] = parts_from.manifest["graphs"][part]
         trial = trial_of(checkpoint, fixed_size)
         parity = check_parity(checkpoint, temporary / GRAPH, trial, threads=threads)
-        promised = _integer_layers(checkpoint.quantization)
-        proven = ["openvino"] if "openvino" in targets else []
-        if checkpoint.quantization is not None:
-            proven.append("onnxruntime")  # every bundle runs there, and parity has shown it: this is for the account
-        engines = [prove_engine(engine, temporary / GRAPH, trial.spec, size, promised) for engine in proven]
+        taken = write_variants(checkpoint, variants, temporary, trial, threads)
+        computed = {engine: variant.quantization for variant in variants for engine in variant.engines}
+        engines = []
+        for engine in proven_engines(checkpoint.quantization is not None, targets):
+            entry = taken.get(engine, {"file": GRAPH, "bytes": size})
+            quantization = computed.get(engine, checkpoint.quantization)
+            proof = prove_engine(engine, temporary / entry["file"], trial.spec, entry["bytes"], promised(quantization))
+            engines.append(proof | {"emulated": emulated(layer_formats(quantization).values())})
         if "tensorrt" in targets:
-            engines.append(build_plan(temporary / GRAPH, temporary, capabilities, checkpoint.spec))
+            path = temporary / GRAPH
+            if checkpoint.quantization is not None:
+                path = temporary / TENSORRT_GRAPH
+                save_graph(insert_qdq(exact, checkpoint.quantization, tensorrt=True), path)
+            engines.append(build_plan(path, temporary, capabilities, checkpoint.spec))
         content = _content(checkpoint, name, graph, engines, metrics or {}, parity)
-        content["graphs"]["denoiser"]["bytes"] = size
+        content["graphs"]["denoiser"] |= {"bytes": size, "variants": taken}
         content["graphs"] |= parts
         seal(temporary, content)
 
     write_folder(folder, fill)
     return load_bundle(folder)
+
+
+def check_targets(targets: Sequence[str], capabilities: Sequence[str] = ()) -> None:
+    """Raise BadInput for an unknown target or GPU, and MissingExtra for a target whose package is not installed."""
+    for target in targets:
+        if target not in TARGETS:
+            raise unknown_name("export target", target, TARGETS)
+    if "openvino" in targets and "openvino" not in available():
+        raise MissingExtra("openvino", "openvino", "target openvino")
+    if "tensorrt" in targets:
+        check_capabilities(capabilities)
+
+
+def proven_engines(quantized: bool, targets: Sequence[str]) -> list[str]:
+    """The engines that are run for the manifest's account of a bundle for these targets."""
+    proven = ["openvino"] if "openvino" in targets else []
+    # every bundle runs in ONNX Runtime, and parity has shown it: there it is the account of the integers
+    return [*proven, "onnxruntime"] if quantized else proven
 
 
 def _write_denoiser(checkpoint: Checkpoint, graph: Graph, folder: Path) -> int:
@@ -142,18 +172,21 @@ def _content(
 ) -> dict[str, Any]:
     quantization = checkpoint.quantization
     layers = quantization.layers if quantization else []
-    integer = _integer_layers(quantization)
+    integer = computing_layers(quantization)
     denoiser = {
         "file": GRAPH,
         "inputs": _tensors(graph.proto.graph.input),
         "outputs": _tensors(graph.proto.graph.output),
-        "opset": OPSET,
-        "precision": quantization.format if quantization else "fp32",
+        "opset": opset_of(graph),
+        "precision": precision_of(quantization),
+        "formats": dict(Counter(layer_formats(quantization).values())),
         "quantized_layers": integer,
         "weight_only_layers": sorted(set(layers) - set(integer)),
         "parameters": sum(parameter.numel() for parameter in checkpoint.model.parameters()),
-        "bytes_by_precision": _bytes_by_precision(graph),
+        "bytes_by_precision": bytes_by_precision(graph),
     }
+    if checkpoint.spec.fixed_timesteps:
+        denoiser["timesteps"] = list(checkpoint.spec.fixed_timesteps)
     return {
         "name": name or type(checkpoint.model).__name__,
         "spec": checkpoint.spec.to_json(),
@@ -163,24 +196,6 @@ def _content(
         "metrics": metrics,
         "parity": parity,
     }
-
-
-def _integer_layers(quantization: Quantization | None) -> list[str]:
-    """The layers that the graph promises on integers: with a scale for their input, not for their weight alone."""
-    if quantization is None:
-        return []
-    return [layer for layer in quantization.layers if f"{layer}.input" in quantization.amax]
-
-
-def _bytes_by_precision(graph: Graph) -> dict[str, int]:
-    """dtype as numpy calls it -> bytes of all initializers in it, wherever they are stored; the largest first."""
-    found: dict[str, int] = {}
-    for tensor in graph.proto.graph.initializer:
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name
-        weight = graph.weights.get(tensor.name)
-        size = onnx.numpy_helper.to_array(tensor).nbytes if weight is None else weight.nbytes
-        found[dtype] = found.get(dtype, 0) + size
-    return dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
 def _tensors(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Any]:

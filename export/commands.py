@@ -8,8 +8,13 @@ from pathlib import Path
 import torch
 
 from compress.commands import add_checkpoint_arguments, loaded
-from export.bundle import TARGETS, refuse_foreign, write_bundle
+from compress.context import say
+from export.bake_time import fix_plan
+from export.bundle import TARGETS, check_targets, proven_engines, refuse_foreign, write_bundle
+from export.latency import float_variants, measure_latency
 from export.prove import proof_line
+from export.qdq import insert_qdq
+from export.to_onnx import to_onnx
 from runtime.bundle import Bundle
 from runtime.commands import parsed_size
 from runtime.pipeline import resized
@@ -37,6 +42,12 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", metavar="HxW", help="fix height and width of the image, in pixels")
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
+    parser.add_argument(
+        "--fixed-plan", action="store_true", help="for the plan's own timesteps alone: time embeddings become constants"
+    )
+    parser.add_argument(
+        "--revert-slower", action="store_true", help="engines that int8 slows down on this machine take the float graph"
+    )
 
 
 def export_command(args: argparse.Namespace) -> int:
@@ -45,13 +56,27 @@ def export_command(args: argparse.Namespace) -> int:
     checkpoint = loaded(args, DTYPES[args.dtype])
     if args.size is not None:
         checkpoint = checkpoint.evolve(spec=resized(checkpoint.spec, parsed_size(args.size)))
+    fixed_size, graph, variants = args.size is not None, None, []
+    check_targets(args.targets, args.compute_capability)
+    if args.fixed_plan:
+        checkpoint, graph = fix_plan(checkpoint, to_onnx(checkpoint, fixed_size))
+    if checkpoint.quantization is not None:
+        graph = graph or to_onnx(checkpoint, fixed_size)
+        rounded = insert_qdq(graph, checkpoint.quantization)
+        engines = dict.fromkeys(proven_engines(True, args.targets), rounded)
+        latencies = measure_latency(checkpoint, graph, engines, args.threads, fixed_size)
+        for latency in latencies:
+            say(str(latency))
+        variants = float_variants(graph, latencies) if args.revert_slower else []
     bundle = write_bundle(
         checkpoint,
         args.out,
         args.targets,
+        float_graph=graph,
+        variants=variants,
         capabilities=args.compute_capability,
         threads=args.threads,
-        fixed_size=args.size is not None,
+        fixed_size=fixed_size,
     )
     for line in summary(bundle):
         print(line)
@@ -64,9 +89,8 @@ def summary(bundle: Bundle) -> list[str]:
     denoiser = manifest["graphs"]["denoiser"]
     lines = [f"{bundle.path}: {manifest['name']}, {denoiser['parameters']:,} parameters, {denoiser['precision']}"]
     lines += [f"  {name}  {entry['bytes'] / 2**20:.2f} MiB" for name, entry in manifest["files"].items()]
-    if denoiser["quantized_layers"] or denoiser["weight_only_layers"]:
-        integer, stored = len(denoiser["quantized_layers"]), len(denoiser["weight_only_layers"])
-        lines.append(f"  {integer} layers compute in {denoiser['precision']}, {stored} more store their weights in it")
+    if denoiser["formats"]:
+        lines.append("  layers: " + ", ".join(f"{count} in {kind}" for kind, count in denoiser["formats"].items()))
     weights = ", ".join(f"{dtype} {size / 2**20:.2f} MiB" for dtype, size in denoiser["bytes_by_precision"].items())
     lines.append(f"  weights: {weights}")
     for entry in manifest["engines"]:
@@ -77,6 +101,9 @@ def summary(bundle: Bundle) -> list[str]:
         lines.append(
             f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB"
         )
+    for engine, entry in denoiser["variants"].items():
+        sqnr_db = entry["parity"]["sqnr_db"]
+        lines.append(f"  {engine} takes {entry['file']}, {entry['precision']}: parity SQNR {sqnr_db:.1f} dB")
     for name, graph in manifest["graphs"].items():
         for engine, sqnr_db in graph.get("parity", {}).items():
             lines.append(f"  parity {engine}: {name}, SQNR {sqnr_db:.1f} dB")

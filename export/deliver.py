@@ -5,6 +5,7 @@
     DIR/float/denoiser.onnx   the same network before quantization
     DIR/baseline/             a bundle of the uncompressed model in fp32
     DIR/bundle/               what to deploy
+    DIR/latency.json          one step of the quantized graph against the float one in each engine, on this machine
     DIR/comparison.png        teacher above, bundle below, same noise
     DIR/report.json, .html    what it gained and cost
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +26,21 @@ import numpy as np
 from compress.builtin import FEATURES, REFERENCE
 from compress.checkpoint import Checkpoint, save_checkpoint, write_folder
 from compress.commands import add_recipe_arguments, loaded, print_evaluation
-from compress.config import EvaluateConfig, GatesConfig
+from compress.config import EvaluateConfig, ExportConfig, GatesConfig
 from compress.context import say
 from compress.counts import count
 from compress.evaluate import evaluate, load_features, load_reference, paired
 from compress.pipeline import claim_folder, run_stages
+from compress.quantization.mixed import check_bounds
 from compress.recipe import Recipe, read_recipe
-from compress.report import PICTURE, summary, write_report
+from compress.report import LATENCY, PICTURE, summary, write_report
 from compress.teacher_data import read_prompts
-from export.bundle import write_bundle
+from export.bake_time import fix_plan
+from export.bundle import proven_engines, write_bundle
+from export.cost import costs_in
 from export.graph import Graph
+from export.latency import BATCH, Latency, float_variants, measure_latency
+from export.qdq import insert_qdq
 from export.to_onnx import export_float
 from runtime.bundle import MANIFEST, Bundle, load_bundle
 from runtime.denoise import Conditions, stand_in_conditions
@@ -57,8 +64,11 @@ def compress_command(args: argparse.Namespace) -> int:
     teacher = loaded(args)
     if recipe.evaluate is not None:
         load_features(FEATURES, teacher.spec)  # what cannot be scored is refused before the work, not after it
+    for stage in recipe.stages:
+        if stage.name == "quantize":
+            check_bounds(stage.config, teacher.spec, has_engines=True)
     claim_folder(args.out, teacher, recipe, args.update)
-    checkpoint = run_stages(teacher, recipe, args.out)
+    checkpoint = run_stages(teacher, recipe, args.out, costs_in)
     deliver(checkpoint, teacher, recipe, args.out)
     return 0
 
@@ -68,8 +78,11 @@ def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Pa
     targets = recipe.export.targets
     print("[export]", flush=True)
     save_checkpoint(checkpoint, out / "checkpoint")
-    baseline = _bundle(teacher, out / "baseline", targets, "teacher")
-    bundle = _bundle(checkpoint, out / "bundle", targets, "student", out / "float", teacher, baseline)
+    metrics = _metrics(teacher, targets)
+    baseline = _done_before(out / "baseline", metrics) or _written(
+        teacher, out / "baseline", targets, "teacher", metrics
+    )
+    bundle = _student(checkpoint, teacher, recipe.export, out, baseline)
     with closing(Pipeline(bundle)) as ours, closing(Pipeline(baseline)) as theirs:
         write_comparison(ours, theirs, out / PICTURE)
         if recipe.evaluate is not None:
@@ -84,32 +97,91 @@ def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Pa
         raise GateFailed(f"{out}: gate failed: {'; '.join(failed)}. The work is kept")
 
 
-def _bundle(
-    checkpoint: Checkpoint,
-    folder: Path,
-    targets: Sequence[str],
-    name: str,
-    float_folder: Path | None = None,
-    teacher: Checkpoint | None = None,
-    parts_from: Bundle | None = None,
-) -> Bundle:
-    """The checkpoint's bundle; one that is there already, from the same checkpoint for the same targets, is kept."""
-    metrics: dict[str, Any] = {"checkpoint": checkpoint.hash, "targets": list(targets)}
-    if (folder / MANIFEST).is_file() and (float_folder is None or float_folder.is_dir()):
-        found = load_bundle(folder)
-        if metrics.items() <= found.manifest["metrics"].items():
-            say(f"{folder}: done before")
+def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, out: Path, baseline: Bundle) -> Bundle:
+    """The bundle to deploy, and beside it the float graph and what int8 gains in each engine."""
+    if checkpoint.quantization is None:
+        (out / LATENCY).unlink(missing_ok=True)
+    latencies = _stored_latencies(checkpoint, config, out)
+    if latencies is not None and (out / "float").is_dir():
+        found = _done_before(out / "bundle", _student_metrics(checkpoint, config, latencies))
+        if found is not None:
             return found
-    if teacher is not None:
-        old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
-        metrics |= {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
-    graph = None if float_folder is None else _float_graph(checkpoint, float_folder)
-    bundle = write_bundle(
-        checkpoint, folder, targets, name=name, float_graph=graph, metrics=metrics, parts_from=parts_from
-    )
-    for engine, row in bundle.manifest["parity"].items():
+    graph, original = _float_graph(checkpoint, out / "float"), checkpoint
+    if config.fixed_plan:
+        checkpoint, graph = fix_plan(checkpoint, graph)
+    if latencies is None:
+        latencies = _measured_latencies(checkpoint, graph, config)
+        _store_latencies(latencies, original, config, out)
+    for latency in latencies:
+        say(str(latency))
+    old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
+    metrics = _student_metrics(original, config, latencies)
+    metrics |= {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
+    variants = float_variants(graph, latencies) if config.revert_slower else []
+    options = {"float_graph": graph, "variants": variants, "parts_from": baseline}
+    return _written(checkpoint, out / "bundle", config.targets, "student", metrics, **options)
+
+
+def _stored_latencies(checkpoint: Checkpoint, config: ExportConfig, out: Path) -> list[Latency] | None:
+    """What a run before measured of this very checkpoint: measured again it would be another figure, and perhaps
+    another bundle."""
+    if checkpoint.quantization is None:
+        return []
+    stored = read_json(out / LATENCY) if (out / LATENCY).is_file() else {}
+    if not _graph_metrics(checkpoint, config).items() <= stored.items():
+        return None
+    return [Latency(row["engine"], row["precision"], row["float_ms"], row["quantized_ms"]) for row in stored["engines"]]
+
+
+def _measured_latencies(checkpoint: Checkpoint, graph: Graph, config: ExportConfig) -> list[Latency]:
+    assert checkpoint.quantization is not None
+    rounded = insert_qdq(graph, checkpoint.quantization)
+    return measure_latency(checkpoint, graph, dict.fromkeys(proven_engines(True, config.targets), rounded))
+
+
+def _store_latencies(latencies: Sequence[Latency], checkpoint: Checkpoint, config: ExportConfig, out: Path) -> None:
+    judged = ("latency_ratio", "slower")
+    rows = [asdict(latency) | {key: getattr(latency, key) for key in judged} for latency in latencies]
+    write_json(out / LATENCY, {**_graph_metrics(checkpoint, config), "batch": BATCH, "engines": rows})
+
+
+def _metrics(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, Any]:
+    return {"checkpoint": checkpoint.hash, "targets": list(targets)}
+
+
+def _graph_metrics(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
+    return _metrics(checkpoint, config.targets) | {"fixed_plan": config.fixed_plan}
+
+
+def _student_metrics(checkpoint: Checkpoint, config: ExportConfig, latencies: Sequence[Latency]) -> dict[str, Any]:
+    reverted = [latency.engine for latency in latencies if latency.slower and config.revert_slower]
+    return _graph_metrics(checkpoint, config) | {"reverted": reverted}
+
+
+def _done_before(folder: Path, metrics: dict[str, Any]) -> Bundle | None:
+    """The bundle that is there already, if it was made with these metrics."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    found = load_bundle(folder)
+    if not metrics.items() <= found.manifest["metrics"].items():
+        return None
+    say(f"{folder}: done before")
+    return found
+
+
+def _written(
+    checkpoint: Checkpoint, folder: Path, targets: Sequence[str], name: str, metrics: dict[str, Any], **options: Any
+) -> Bundle:
+    bundle = write_bundle(checkpoint, folder, targets, name=name, metrics=metrics, **options)
+    for engine, row in running_parity(bundle).items():
         say(f"{name}: {engine} against torch fp32: SQNR {row['sqnr_db']:.1f} dB, largest difference {row['max_abs']:g}")
     return bundle
+
+
+def running_parity(bundle: Bundle) -> dict[str, dict[str, float]]:
+    """engine -> parity of the graph that it takes."""
+    variants = bundle.manifest["graphs"]["denoiser"]["variants"]
+    return bundle.manifest["parity"] | {engine: entry["parity"] for engine, entry in variants.items()}
 
 
 def _float_graph(checkpoint: Checkpoint, folder: Path) -> Graph:
@@ -156,8 +228,9 @@ def _evaluated(
     reference = load_reference(REFERENCE, features, bundle.spec)
     scores = {}
     for name, engine, one in (("baseline", theirs, baseline), ("bundle", ours, bundle)):
-        scores[name] = evaluate(engine, one.spec, config, features, reference, what=f"sampling the {name}")
-    scores["bundle"]["paired"] = paired(ours, theirs, bundle.spec, config, "teacher, same plan")
+        spec, what = one.spec_for(engine.name), f"sampling the {name}"
+        scores[name] = evaluate(engine, spec, config, features, reference, what=what)
+    scores["bundle"]["paired"] = paired(ours, theirs, bundle.spec_for(ours.name), config, "teacher, same plan")
     for name, score in scores.items():
         print_evaluation(name, score)
     return {"key": key, **scores}
@@ -170,6 +243,6 @@ def judged(gates: GatesConfig, bundle: Bundle, evaluation: dict[str, Any] | None
         ratio = evaluation["bundle"]["frechet"]["mean"] / evaluation["baseline"]["frechet"]["mean"]
         found.append(("frechet_ratio", gates.frechet_ratio, ratio, ratio <= gates.frechet_ratio))
     if gates.parity_sqnr_db is not None:
-        worst = min(row["sqnr_db"] for row in bundle.manifest["parity"].values())
+        worst = min(row["sqnr_db"] for row in running_parity(bundle).values())
         found.append(("parity_sqnr_db", gates.parity_sqnr_db, worst, worst >= gates.parity_sqnr_db))
     return [{"gate": g, "bound": bound, "value": value, "passed": passed} for g, bound, value, passed in found]

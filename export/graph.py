@@ -34,6 +34,9 @@ PAGE = 4096
 GRAPH_FIELD, INITIALIZER_FIELD, RAW_DATA_FIELD = 7, 5, 9
 LENGTH_DELIMITED = 2
 
+# types that ml_dtypes keeps in a byte each
+FOUR_BITS = ("int4", "uint4", "float4_e2m1fn")
+
 
 class Weight(NamedTuple):
     """A tensor that is made when it is asked for.
@@ -47,7 +50,9 @@ class Weight(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        """As a file stores it: two 4-bit numbers take a byte."""
+        count = int(np.prod(self.shape, dtype=np.int64))
+        return -(-count // 2) if self.dtype.name in FOUR_BITS else count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -195,7 +200,14 @@ def _fill_(tensor: TensorProto, weight: Weight) -> None:
 
 def _bytes(name: str, weight: Weight) -> memoryview:
     # viewed as bytes, for ml_dtypes' arrays have no buffer; a transposed array is copied here
-    return np.ascontiguousarray(_array(name, weight)).reshape(-1).view(np.uint8).data
+    stored = np.ascontiguousarray(_array(name, weight)).reshape(-1).view(np.uint8)
+    return (_packed(stored) if weight.dtype.name in FOUR_BITS else stored).data
+
+
+def _packed(numbers: np.ndarray) -> np.ndarray:
+    """uint8 [N], of which the lower 4 bits count -> uint8 [ceil(N / 2)], the first of two in the lower half."""
+    pairs = np.pad(numbers, (0, numbers.size % 2)).reshape(-1, 2) & 0x0F
+    return pairs[:, 0] | pairs[:, 1] << 4
 
 
 def _array(name: str, weight: Weight) -> np.ndarray:

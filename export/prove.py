@@ -1,6 +1,6 @@
 """Prove that an engine compiles and runs the bundle's graph, and leave a fingerprint of what it really executed.
 
-    {engine, version of the library, sha256 of the graph,
+    {engine, version of the library, the graph it takes and its sha256,
      integer_mac_share: of all multiply-accumulates, float_layers: how many, fallbacks: [{layer, reason}]}
 
 `fallbacks` are layers that the graph promises on integers and the engine ran in float (see runtime.engines.account).
@@ -38,7 +38,8 @@ def prove_engine(
     `promised` are the layers that should run on integers. Raises MissingExtra where the engine is not installed and
     BadInput where it does not take the graph.
     """
-    entry = {"engine": name, "version": importlib.metadata.version(name), "graph_sha256": sha256(graph)}
+    entry = {"engine": name, "version": importlib.metadata.version(name), "graph": graph.name}
+    entry["graph_sha256"] = sha256(graph)
     if name == "onnxruntime" and size > MAX_ONNXRUNTIME_BYTES:
         return entry | dict.fromkeys(("integer_mac_share", "float_layers", "fallbacks"))
     with closing(load_engine(graph, name)) as engine:
@@ -58,6 +59,8 @@ def proof_line(entry: dict[str, Any], shown: int = 3) -> str:
     if entry["integer_mac_share"] is None:
         return f"{head}: too large to be run again, integer MACs not counted"
     line = f"{head}: integer MACs {100 * entry['integer_mac_share']:.1f} %, {entry['float_layers']} layers in float"
+    if entry.get("emulated"):
+        line += f" (it computes {' and '.join(entry['emulated'])} in float, no faster than fp32)"
     fallbacks = entry["fallbacks"]
     if not fallbacks:
         return line

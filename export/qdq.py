@@ -1,129 +1,144 @@
-"""Float graph + scales -> int8 Q/DQ graph, whose integers are the engine's and whose algebra is the fake-quant model's.
+"""Float graph + scales -> Q/DQ graph, whose numbers are the engine's and whose algebra is the fake-quant model's.
 
-    activation   x -> QuantizeLinear -> DequantizeLinear     q = clip(round(x / s), -128, 127),  s = amax / 127
-    weight       int8 initializer    -> DequantizeLinear     q = clip(round(w / s), -127, 127),  s = amax[channel] / 127
+    activation   x -> QuantizeLinear -> DequantizeLinear     export/placement.py says where and why there
+    weight       initializer         -> DequantizeLinear     export/quantized_weights.py
 
-Rounding is half to even and every zero point is 0. A layer's '.weight' scales store it as int8 and drop the float copy,
-so the file shrinks to about a quarter; without an '.input' scale the layer computes in float from those integers. An
-'.output' scale, for convolutions, is what makes ONNX Runtime run them on integers at all, for it has no integer
-convolution with a float result: on the default teacher 75 ms a step instead of 170, where fp32 takes 118 (batch 8, one
-thread, AVX2). OpenVINO needs none.
+A layer's '.weight' scales store it in few bits and drop the float copy, so the file shrinks to about a quarter; without
+an '.input' scale the layer computes in float from what is stored. An '.output' scale rounds what a layer, or the sum
+that a block ends in, writes.
 
 Processors without VNNI add pairs of 8-bit products in 16 bits, which saturate where weights use their whole range: on
 such a machine OpenVINO's result fell from 32 to 24 dB. An amax of 127/64 times the largest weight rules this out.
 
-A layer is found by the names that `export.trace` gives to nodes, and its weight is quantized when it is written. One
-Q/DQ pair serves all readers of a tensor that share a scale, such as to_q, to_k and to_v.
+A layer is found by the names that `export.trace` gives to nodes, and its weight is quantized when it is written.
 """
 
 from __future__ import annotations
 
 import numpy as np
 import onnx
-from onnx import helper
 
 from compress.checkpoint import Quantization
+from compress.quantization.formats import FORMATS, FP4, INT8
+from export.branch import branched
+from export.dynamic_fp4 import quantize_dynamically_
 from export.graph import Graph
-from export.quantized_weights import LEVELS, layer_of, quantize_weight
+from export.opsets import needed_opset, opset_of, raised
+from export.placement import Placement
+from export.pointwise import as_convolutions, bias_additions, entered
+from export.quantized_weights import layer_of, quantize_weight
 from export.rewrite import Rewrite
-from export.trace import WEIGHT_INPUT
+from export.smoothing import smoothed
+from export.trace import SUMS, WEIGHT_INPUT
 from runtime.errors import BadInput
 
-FORMATS = ("int8",)
 KINDS = (".weight", ".input", ".output")
-CONVOLUTIONS = ("Conv", "ConvTranspose")
-ZERO = "int8_zero"
+# what takes an output scale: layers, and the sums that blocks end in
+ROUNDED = ("Conv", "ConvTranspose", "Gemm", "MatMul", *SUMS)
 
 Scales = dict[str, np.ndarray]
 
 
-def insert_qdq(graph: Graph, quantization: Quantization) -> Graph:
-    """`graph` (made by `export.to_onnx`), itself left as it is, computing in int8 where `quantization` has scales.
+def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False) -> Graph:
+    """`graph` (made by `export.to_onnx`), itself left as it is, computing in few bits where `quantization` has scales.
 
-    Raises BadInput, naming the layer, for a scale that is not positive and finite or does not fit the layer's weight,
-    and for a layer the graph does not have.
+    `tensorrt` writes it as TensorRT takes it, where that is another way than that of the engines on the CPU. Raises
+    BadInput, naming the layer, for a scale that is not positive and finite or does not fit the layer's weight, and for
+    a layer the graph does not have.
     """
-    if quantization.format not in FORMATS:
-        raise BadInput(f"quantization format '{quantization.format}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
+    formats = _formats(quantization)
+    graph = smoothed(branched(graph, quantization.branch), quantization.smooth)
+    if not tensorrt:
+        graph = as_convolutions(graph, [name for name, kind in formats.items() if FORMATS[kind].activations is INT8])
+    opset = max(opset_of(graph), needed_opset(formats.values()))
     weights, inputs, outputs = (_scales(quantization, kind) for kind in KINDS)
     old = graph.proto.graph
     _check_layers(old, weights, inputs, outputs)
     rewrite = Rewrite(graph, {tensor.name: tensor for tensor in old.initializer}, dict(graph.weights))
-    rewrite.add(ZERO, np.zeros((), np.int8))
+    placement = Placement(rewrite, tensorrt)
+    biases = {bias.name: product for product, bias in bias_additions(old).items()}
+    ends: dict[str, str] = {}  # product without its bias -> the layer, whose output comes after the bias
     for original in old.node:
         node = onnx.NodeProto()
         node.CopyFrom(original)
-        layer = layer_of(node)
+        layer, form = layer_of(node), None
+        if entered(node) in inputs:
+            placement.round_entry_(node, inputs[entered(node)])
         if layer in weights:
-            index = WEIGHT_INPUT[node.op_type]
-            if layer in inputs:
-                node.input[1 - index] = _quantize_input(rewrite, node, inputs[layer])
-            node.input[index] = quantize_weight(rewrite, node, weights[layer])
+            form = FORMATS[formats[layer]]
+            if layer in inputs and form.activations is FP4:
+                if tensorrt:
+                    quantize_dynamically_(rewrite, node, inputs[layer])
+            elif layer in inputs and form.activations:
+                placement.round_input_(node, inputs[layer], form.activations)
+            node.input[WEIGHT_INPUT[node.op_type]] = quantize_weight(rewrite, node, weights[layer], form, tensorrt)
         rewrite.nodes.append(node)
-        if layer in outputs:
-            _quantize_output_(rewrite, node, outputs[layer])
-    return rewrite.graph()
+        ended = ends.pop(biases.get(node.name, ""), _module_of(node))
+        if ended in outputs and node.op_type == "MatMul" and node.output[0] in biases.values():
+            ends[node.output[0]] = ended
+        elif ended in outputs:
+            number = form.activations if form else None
+            placement.round_output_(node, outputs[ended], number or INT8)
+        else:
+            placement.pass_on_(node)
+    return raised(rewrite.graph(), opset)
+
+
+def _formats(quantization: Quantization) -> dict[str, str]:
+    found = {layer: quantization.format_of(layer) for layer in quantization.layers}
+    for kind in (quantization.format, *found.values()):
+        if kind not in FORMATS:
+            raise BadInput(f"quantization format '{kind}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
+    return found
+
+
+def _module_of(node: onnx.NodeProto) -> str:
+    """The torch module after which the node is named: the layer whose weight it applies, or the block that it ends."""
+    return node.name.partition("#")[0]
 
 
 def _scales(quantization: Quantization, kind: str) -> Scales:
-    """Layer -> float32 scale(s), amax / 127."""
+    """Layer -> float32 scale(s), amax over the largest number of the layer's format."""
     found = {}
     for key, amax in quantization.amax.items():
         if not key.endswith(kind):
             continue
-        scale = amax.detach().cpu().numpy().astype(np.float32).reshape(-1) / np.float32(LEVELS)
         layer = key.removesuffix(kind)
+        form = FORMATS[quantization.format_of(layer)]
+        largest = (form.weights if kind == ".weight" else form.activations or INT8).largest
+        scale = np.atleast_1d(amax.detach().cpu().numpy().astype(np.float32)) / np.float32(largest)
         if scale.size == 0 or not (np.isfinite(scale).all() and (scale > 0).all()):
             raise BadInput(
-                f"layer '{layer}': its {kind[1:]} amax must be positive and finite ({_worst(scale)} found); "
+                f"layer '{layer}': its {kind[1:]} amax must be positive and finite ({_worst(scale, largest)} found); "
                 "quantize again with other calibration data, or keep this layer in float"
             )
         found[layer] = scale
     return found
 
 
-def _worst(scale: np.ndarray) -> str:
+def _worst(scale: np.ndarray, largest: float) -> str:
     bad = scale[~(np.isfinite(scale) & (scale > 0))]
-    return f"{float(bad[0]) * LEVELS:g}" if bad.size else "nothing"
+    return f"{float(bad[0]) * largest:g}" if bad.size else "nothing"
 
 
 def _check_layers(graph: onnx.GraphProto, weights: Scales, inputs: Scales, outputs: Scales) -> None:
-    operators = {layer_of(node): node.op_type for node in graph.node}
+    layers = {layer_of(node) for node in graph.node}
     for layer in weights:
-        if layer not in operators:
+        if layer not in layers:
             raise BadInput(
                 f"layer '{layer}': the graph has no node that applies its weight; was it exported from another model?"
             )
+    for layer in inputs:
+        if layer not in weights:
+            raise BadInput(f"layer '{layer}': it has an input amax but no weight amax; quantize again")
+    operators = {_module_of(node): node.op_type for node in graph.node}
+    for name in outputs:
+        if operators.get(name) not in ROUNDED:
+            raise BadInput(
+                f"layer '{name}': only layers and the sums of blocks take an output amax, this is a "
+                f"{operators.get(name, 'module that the graph does not know')}"
+            )
     for kind, scales in (("input", inputs), ("output", outputs)):
-        for layer, scale in scales.items():
-            if layer not in weights:
-                raise BadInput(f"layer '{layer}': it has an {kind} amax but no weight amax; quantize again")
+        for name, scale in scales.items():
             if scale.size != 1:
-                raise BadInput(f"layer '{layer}': its {kind} amax has {scale.size} values, one is expected")
-    for layer in outputs:
-        if operators[layer] not in CONVOLUTIONS:
-            raise BadInput(f"layer '{layer}': only convolutions take an output amax, this is a {operators[layer]}")
-
-
-def _quantize_input(rewrite: Rewrite, node: onnx.NodeProto, scale: np.ndarray) -> str:
-    """The name of the node's activation after its Q/DQ pair."""
-    tensor = node.input[1 - WEIGHT_INPUT[node.op_type]]
-    key = (tensor, scale.tobytes())
-    if key not in rewrite.done:
-        rewrite.done[key] = _add_pair(rewrite, tensor, f"{node.name}.input", scale, f"{node.name}.input_dequantized")
-    return rewrite.done[key]
-
-
-def _quantize_output_(rewrite: Rewrite, node: onnx.NodeProto, scale: np.ndarray) -> None:
-    """Put a Q/DQ pair between the node and the tensor it wrote, whose name its readers keep."""
-    tensor = node.output[0]
-    node.output[0] = f"{node.name}.output_float"
-    _add_pair(rewrite, node.output[0], f"{node.name}.output", scale, tensor)
-
-
-def _add_pair(rewrite: Rewrite, tensor: str, prefix: str, scale: np.ndarray, out: str) -> str:
-    parameters = [rewrite.add(f"{prefix}_scale", scale.reshape(())), ZERO]
-    integers = f"{prefix}_int8"
-    rewrite.nodes.append(helper.make_node("QuantizeLinear", [tensor, *parameters], [integers], f"{prefix}/Q"))
-    rewrite.nodes.append(helper.make_node("DequantizeLinear", [integers, *parameters], [out], f"{prefix}/DQ"))
-    return out
+                raise BadInput(f"layer '{name}': its {kind} amax has {scale.size} values, one is expected")

@@ -37,6 +37,7 @@ def build_plan(graph: Path, folder: Path, capabilities: Sequence[str], spec: Den
     return {
         "engine": "tensorrt-rtx",
         "version": trt.__version__,
+        "graph": graph.name,
         "graph_sha256": sha256(graph),
         "file": path.relative_to(folder).as_posix(),
         "compute_capabilities": list(capabilities),

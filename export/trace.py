@@ -7,7 +7,8 @@
 The exporter puts a linear layer's weight behind a Transpose, and would fold it into a second copy of the weight: here
 the Transpose moves into `Weight.read`. The graph depends on the network alone: no traces, paths or times. A node that
 applies a layer's weight is named after that layer ('mid_block.resnets.0.conv1'; '#2' and so on where it is called
-again), and this is how quantization finds it.
+again), and the sum in which a module ends after the module ('mid_block.resnets.0'): this is how quantization finds
+them.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ OPSET = 18
 
 # operator -> which of its inputs is the layer's weight
 WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
+
+# what a residual block ends in: the sum, or the division of it by a constant
+SUMS = ("Add", "Div")
 
 # What is larger is no constant to the optimizer, nor is a layer's weight of any size; biases and norms are folded.
 FOLDED_BYTES = 2**16
@@ -89,6 +93,7 @@ def trace(
         ) from error
     graph = _assembled(program.model, weights)
     _name_layers_(graph.proto.graph, module)
+    _name_sums_(graph.proto.graph, module)
     _name_axes_(graph.proto.graph, axes)
     _strip_(graph.proto)
     return graph
@@ -237,6 +242,27 @@ def _name_layers_(graph: onnx.GraphProto, module: nn.Module) -> None:
         if index is not None and layer in layers and node.input[index] in stored:
             calls[layer] = calls.get(layer, 0) + 1
             node.name = layer if calls[layer] == 1 else f"{layer}#{calls[layer]}"
+
+
+def _name_sums_(graph: onnx.GraphProto, module: nn.Module) -> None:
+    """Name the sum in which a module without a weight of its own ends after the module.
+
+    It is made in the module itself and read outside; where there are two, as in a module called twice, none is named.
+    """
+    modules = {name for name, child in module.named_modules() if name and not hasattr(child, "weight")}
+    readers: dict[str, list[str]] = {value.name: [""] for value in graph.output}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, []).append(_layer(node))
+    ends: dict[str, list[onnx.NodeProto]] = {}
+    for node in graph.node:
+        name = _layer(node)
+        outside = any(not f"{reader}.".startswith(f"{name}.") for reader in readers[node.output[0]])
+        if name in modules and node.op_type in SUMS and outside:
+            ends.setdefault(name, []).append(node)
+    for name, found in ends.items():
+        if len(found) == 1:
+            found[0].name = name
 
 
 def _layer(node: onnx.NodeProto) -> str:

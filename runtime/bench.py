@@ -18,7 +18,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +122,9 @@ def bundle_subject(
     `batches` are the batch sizes to probe in fresh processes. `precision` is int8 where the engine runs most
     products on integers, else fp32: it says what is executed, not what the file promises.
     """
-    spec = bundle.spec if plan is None else bundle.spec.with_plan(plan)
-    one_step = replace(spec.plan, timesteps=spec.plan.timesteps[:1])
+    spec = bundle.spec_for(engine.name)
+    spec = spec if plan is None else spec.with_plan(plan)
+    one_step = spec.plan.over(spec.plan.timesteps[:1])
     share = engine.integer_mac_share(network_inputs(engine, spec, batch=max(batches, default=1)))
     return Subject(
         name=name or str(bundle.manifest.get("name") or bundle.path.name),

@@ -2,6 +2,7 @@
 
     manifest.json   format, name, spec (with the plan), graphs, engines, history, metrics, every file's sha256
     denoiser.onnx   the portable truth
+    denoiser.*.onnx     the same network in a form that serves one engine better; the manifest says which takes which
     text_encoder*.onnx, vae_decoder.onnx, tokenizer*/      where the model has them
     engines/...     caches of it for one device or library
     unet/, ... , model_index.json      the same graphs where the ONNX pipelines of optimum look for them
@@ -37,12 +38,23 @@ class Bundle:
     def denoiser(self) -> Path:
         return self.graph("denoiser")
 
-    def graph(self, name: str) -> Path:
-        """The file of a graph: 'denoiser', and where the model has them 'text_encoder', 'vae_decoder' and so on."""
+    def graph(self, name: str, engine: str | None = None) -> Path:
+        """The file of a graph: 'denoiser', and where the model has them 'text_encoder', 'vae_decoder' and so on.
+
+        `engine` gets the variant that was made for it, where there is one.
+        """
         graphs = self.manifest["graphs"]
         if name not in graphs:
             raise BadInput(f"{self.path}: has no {name} (it has {', '.join(graphs)}); export the whole pipeline")
-        return self.path / graphs[name]["file"]
+        entry = graphs[name]
+        return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
+
+    def spec_for(self, engine: str) -> DenoiserSpec:
+        """The spec as this engine's graph wants it: what corrects rounding in the plan is not for a float variant."""
+        variant = self.manifest["graphs"]["denoiser"].get("variants", {}).get(engine)
+        if variant is None or variant["precision"] != "fp32":
+            return self.spec
+        return self.spec.with_plan(self.spec.plan.uncorrected)
 
     @property
     def hash(self) -> str:
@@ -102,7 +114,9 @@ def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
     if not isinstance(listed, dict) or not isinstance(graphs, dict) or not isinstance(graphs.get("denoiser"), dict):
         raise BadInput(f"{folder / MANIFEST}: no list of files or no denoiser graph; export the bundle again")
     for name, graph in graphs.items():
-        if not isinstance(graph, dict) or str(graph.get("file")) not in listed:
+        variants = graph.get("variants", {}) if isinstance(graph, dict) else None
+        entries = [graph, *variants.values()] if isinstance(variants, dict) else [None]
+        if not all(isinstance(entry, dict) and str(entry.get("file")) in listed for entry in entries):
             raise BadInput(
                 f"{folder / MANIFEST}: the {name}'s file is not among the listed files; export the bundle again"
             )

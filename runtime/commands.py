@@ -14,6 +14,7 @@ import numpy as np
 
 from runtime.bundle import load_bundle
 from runtime.denoise import network_inputs
+from runtime.engines import preferred
 from runtime.errors import BadInput
 from runtime.images import grid, to_uint8, write_png
 from runtime.pipeline import Pipeline, has_fixed_size, resized
@@ -54,10 +55,12 @@ def sample_command(args: argparse.Namespace) -> int:
     if not 0 <= args.seed <= MAX_SEED - args.number:
         raise BadInput(f"--seed {args.seed}: must lie in 0..{MAX_SEED - args.number}")
     bundle = load_bundle(args.bundle)
-    spec = bundle.spec
+    spec = own = bundle.spec_for(preferred() if args.engine is None else args.engine)
     if args.size is not None:
         spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
     spec = spec.with_plan(chosen_plan(spec, args.steps, args.solver, args.grid, args.guidance))
+    if own.plan.corrections and not spec.plan.corrections:
+        _warn("this plan is not the bundle's own: the corrections of rounding that were measured for that are left out")
     _check_wishes(spec.conditioning, args.label, args.prompt, args.negative)
     with closing(Pipeline(bundle, args.engine, args.threads)) as pipeline:
         conditions = pipeline.conditions(
@@ -92,16 +95,21 @@ def parsed_size(text: str) -> tuple[int, int]:
 def chosen_plan(
     spec: DenoiserSpec, steps: int | None, solver: str | None, grid: str | None, guidance: float | None
 ) -> Plan:
-    """The spec's plan with what was asked for in its place; new timesteps lie as the model's spacing has them."""
-    plan = spec.plan
+    """The spec's plan with what was asked for in its place; new timesteps lie as the model's spacing has them.
+
+    A plan that differs from the spec's in anything is left without its corrections.
+    """
+    plan = spec.plan.uncorrected
     if steps is not None or grid is not None:
         count = plan.steps if steps is None else steps
         spacing = spec.spacing if grid is None else replace(spec.spacing, grid=grid, offset=0)
         timesteps = spaced_timesteps(spacing, count, spec.schedule, spec.tokens(spec.sample_shape))
-        plan = replace(plan, timesteps=timesteps)
+        plan = plan.over(timesteps)
     if solver is not None:
         plan = with_solver(plan, solver)
-    return plan if guidance is None else replace(plan, guidance=guidance)
+    if guidance is not None:
+        plan = replace(plan, guidance=guidance)
+    return spec.plan if plan == spec.plan.uncorrected else plan
 
 
 def _check_wishes(conditioning: Conditioning, label: int | None, prompt: str | None, negative: str | None) -> None:

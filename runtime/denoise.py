@@ -8,12 +8,13 @@ With x = alpha x_0 + sigma eps, each prediction is one linear map away from x_0 
     flow      x_0 = (x - sigma out) / (alpha + sigma)                  from out = eps - x_0
 
 Classifier-free guidance (Ho & Salimans 2022) mixes out = null + w (label - null); the label half and the null
-half go through the network in one call.
+half go through the network in one call. What rounding does to a quantized network on the average is taken off then,
+(out - bias[channel]) / (1 + slope), each timestep's own (runtime.spec.Correction).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -21,11 +22,12 @@ import numpy as np
 
 from runtime.errors import BadInput
 from runtime.schedule import Point
-from runtime.spec import DenoiserSpec
+from runtime.spec import Correction, DenoiserSpec
 
 SAMPLE, TIMESTEP, LABELS, GUIDANCE = "sample", "timestep", "class_labels", "guidance"
 
 Denoise = Callable[[np.ndarray, Point], np.ndarray]
+Predict = Callable[[np.ndarray, Point], np.ndarray]
 
 
 class Network(Protocol):
@@ -58,28 +60,59 @@ def make_denoiser(
     conditions: Conditions | None = None,
     guidance: float = 1.0,
     clip: bool = True,
+    corrections: Mapping[float, Correction] | None = None,
 ) -> Denoise:
     """The function (x float32 [N, C, H, W], point) -> x_0 of the same shape, for N samples under these conditions.
 
-    `clip` bounds x_0 to the data range. A `guidance` of 1, or one that the network takes as an input, makes one
-    network evaluation a step; any other weight makes two. Raises BadInput where the conditions, the guidance or the
-    graph's inputs do not fit the spec.
+    `clip` bounds x_0 to the data range; `corrections` go by timestep. A `guidance` of 1, or one that the network takes
+    as an input, makes one network evaluation a step; any other weight makes two. Raises BadInput where the conditions,
+    the guidance or the graph's inputs do not fit the spec.
     """
+    predict = make_predictor(network, spec, conditions=conditions, guidance=guidance)
+    return denoiser_of(predict, spec, clip=clip, corrections=corrections)
+
+
+def make_predictor(
+    network: Network, spec: DenoiserSpec, *, conditions: Conditions | None = None, guidance: float = 1.0
+) -> Predict:
+    """The function (x, point) -> the network's output after guidance; as `make_denoiser`, of which it is the half."""
     _check_inputs(network, spec)
     guided = is_guided(spec, guidance)
     told = _told(spec, conditions or Conditions(), guided)
-    low, high = spec.data_range
 
-    def denoise(x: np.ndarray, point: Point) -> np.ndarray:
+    def predict(x: np.ndarray, point: Point) -> np.ndarray:
         doubled = np.concatenate([x, x]) if guided else x
         out = network.run(_feed(network, spec, doubled, point.t, told, guidance))
-        if guided:
-            label, null = np.split(out, 2)
-            out = null + guidance * (label - null)
+        if not guided:
+            return out
+        label, null = np.split(out, 2)
+        return null + guidance * (label - null)
+
+    return predict
+
+
+def denoiser_of(
+    predict: Predict, spec: DenoiserSpec, *, clip: bool = True, corrections: Mapping[float, Correction] | None = None
+) -> Denoise:
+    """The other half: x_0 read off what `predict` returns, after the timestep's correction where it has one."""
+    low, high = spec.data_range
+    known = {} if corrections is None else corrections
+
+    def denoise(x: np.ndarray, point: Point) -> np.ndarray:
+        out = predict(x, point)
+        if point.t in known:
+            out = corrected(out, known[point.t])
         x0 = to_x0(spec.prediction, x, out, point)
         return np.clip(x0, low, high) if clip else x0
 
     return denoise
+
+
+def corrected(out: np.ndarray, correction: Correction) -> np.ndarray:
+    """(out - bias) / (1 + slope) of outputs [N, C, H, W], float32."""
+    bias = np.asarray(correction.bias, np.float32)[:, None, None]
+    result: np.ndarray = (out - bias) * np.float32(1.0 / (1.0 + correction.slope))
+    return result
 
 
 def to_x0(prediction: str, x: np.ndarray, out: np.ndarray, point: Point) -> np.ndarray:
@@ -155,16 +188,21 @@ def network_inputs(network: Network, spec: DenoiserSpec, batch: int) -> dict[str
 def _feed(
     network: Network, spec: DenoiserSpec, x: np.ndarray, t: float, told: Mapping[str, np.ndarray], guidance: float
 ) -> dict[str, np.ndarray]:
-    """One call's inputs in the graph's own types; a graph with whole timesteps is told the nearest one."""
+    """One call's inputs in the graph's own types."""
     types = network.inputs
-    whole = np.issubdtype(types[TIMESTEP], np.integer)
     feed = {
         SAMPLE: x.astype(types[SAMPLE], copy=False),
-        TIMESTEP: np.full(len(x), round(t) if whole else t, dtype=types[TIMESTEP]),
+        TIMESTEP: told_timesteps([t] * len(x), types[TIMESTEP]),
     }
     if spec.conditioning.guidance_input:
         feed[GUIDANCE] = np.full(len(x), guidance, dtype=types[GUIDANCE])
     return feed | {name: array.astype(types[name], copy=False) for name, array in told.items()}
+
+
+def told_timesteps(timesteps: Sequence[float], dtype: np.dtype) -> np.ndarray:
+    """Timesteps as a graph is told them that takes this type: one that takes whole numbers, the nearest."""
+    whole = np.issubdtype(dtype, np.integer)
+    return np.array([round(t) if whole else t for t in timesteps], dtype)
 
 
 def _told(spec: DenoiserSpec, conditions: Conditions, guided: bool) -> dict[str, np.ndarray]:

@@ -17,7 +17,7 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.denoise import Conditions, class_conditions, is_guided
-from runtime.engines import Engine, open_engine
+from runtime.engines import Engine, open_engine, preferred
 from runtime.errors import BadInput
 from runtime.sampler import generate_batches, labels_in_turn
 from runtime.schedule import reshifted
@@ -31,7 +31,8 @@ class Pipeline:
     """An open bundle; `spec` says what it samples by default. Raises BadInput and MissingExtra as its parts do."""
 
     def __init__(self, bundle: Bundle, engine: str | None = None, threads: int | None = None) -> None:
-        self.bundle, self.spec = bundle, bundle.spec
+        self.bundle = bundle
+        self.spec = bundle.spec_for(preferred() if engine is None else engine)
         for graph in (e.graph for e in self.spec.conditioning.encoders):
             bundle.graph(graph)  # what is missing is said before the work, not after it
         if self.spec.latent_factor > 1:
@@ -119,7 +120,7 @@ def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> D
     timesteps = reshifted(
         spec.plan.timesteps, spec.spacing, spec.tokens(spec.sample_shape), spec.tokens(shape), spec.schedule
     )
-    return replace(spec, sample_shape=shape, plan=replace(spec.plan, timesteps=timesteps))
+    return replace(spec, sample_shape=shape, plan=spec.plan.over(timesteps))
 
 
 def has_fixed_size(bundle: Bundle) -> bool:

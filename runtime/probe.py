@@ -59,10 +59,11 @@ def measure_here(bundle_path: Path, engine_name: str | None, batch: int, threads
 
     bundle = load_bundle(bundle_path)
     with closing(open_engine(bundle, engine_name, threads)) as engine:
-        engine.run(network_inputs(engine, bundle.spec, batch))
+        spec = bundle.spec_for(engine.name)
+        engine.run(network_inputs(engine, spec, batch))
         load_ms = (time.perf_counter() - start) * 1e3
-        told = stand_in_conditions(bundle.spec, batch)
-        generate(engine, bundle.spec, seeds=range(batch), batch=batch, conditions=told)
+        told = stand_in_conditions(spec, batch)
+        generate(engine, spec, seeds=range(batch), batch=batch, conditions=told)
     return Probe(load_ms, peak_mib())
 
 

@@ -104,7 +104,8 @@ def generate_batches(
     conditions: Conditions | None = None,
 ) -> Iterator[np.ndarray]:
     """As `generate`, but yields the samples of one batch after the other."""
-    plan = plan or spec.plan
+    if plan is not None:
+        spec = spec.with_plan(plan)
     if batch < 1 or len(seeds) < 1:
         raise BadInput(f"{len(seeds)} samples in batches of {batch}: both must be at least 1")
     if conditions is None:
@@ -119,8 +120,8 @@ def generate_batches(
         raise BadInput(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one each")
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        samples = _one_batch(network, spec, plan, seeds[part], conditions.part(part))
-        yield np.clip(samples, *spec.data_range) if plan.clip else samples
+        samples = _one_batch(network, spec, seeds[part], conditions.part(part))
+        yield np.clip(samples, *spec.data_range) if spec.plan.clip else samples
 
 
 def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
@@ -133,11 +134,14 @@ def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
 def _one_batch(
     network: Network,
     spec: DenoiserSpec,
-    plan: Plan,
     seeds: Sequence[int] | np.ndarray,
     conditions: Conditions,
 ) -> np.ndarray:
-    denoise = make_denoiser(network, spec, conditions=conditions, guidance=plan.guidance, clip=plan.clip)
+    plan = spec.plan
+    corrections = dict(zip(plan.timesteps, plan.corrections, strict=False))  # one for each, or none
+    denoise = make_denoiser(
+        network, spec, conditions=conditions, guidance=plan.guidance, clip=plan.clip, corrections=corrections
+    )
     noise = noise_for(seeds, spec.sample_shape)
     steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
     return deque(steps, maxlen=1).pop().x

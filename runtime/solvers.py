@@ -235,13 +235,14 @@ def solver_named(name: str) -> Solver:
 def with_solver(plan: Plan, name: str) -> Plan:
     """The plan walked by another solver; raises BadInput for an unknown one.
 
-    Where to end belongs to the solver the checkpoint came with. The plan bounds x_0, or its solver does: never both.
+    Where to end belongs to the solver the checkpoint came with, corrections to the one they were measured with. The
+    plan bounds x_0, or its solver does: never both.
     """
     solver_named(name)
     if name == plan.solver:
         return plan
     clip = (plan.clip or plan.solver == CLIPPING) and name != CLIPPING
-    return replace(plan, solver=name, end=None, clip=clip)
+    return replace(plan, solver=name, end=None, clip=clip, corrections=())
 
 
 def network_calls(solver: str, steps: int) -> int:

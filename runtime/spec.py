@@ -110,6 +110,18 @@ class Conditioning:
 
 
 @dataclass(frozen=True)
+class Correction:
+    """What takes off what rounding does to a network's output on the average: (out - bias[channel]) / (1 + slope)."""
+
+    slope: float
+    bias: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        if not (np.isfinite(self.slope) and self.slope > -1.0 and np.isfinite(self.bias).all()):
+            raise BadInput(f"plan: a correction's slope {self.slope:g} must lie above -1, and slope and bias be finite")
+
+
+@dataclass(frozen=True)
 class Plan:
     """How the model is meant to be sampled: a solver's name, the descending timesteps, and the guidance
     weight.
@@ -117,7 +129,8 @@ class Plan:
     `guidance` is the classifier-free guidance weight w of eps_null + w * (eps_label - eps_null); 1 switches
     it off and costs one call a step instead of two. `eta` is DDIM's noise share. `clip` bounds the predicted
     x_0 to the data range at each step. `end` is the timestep at whose noise the last step stops, None for clean
-    data (some checkpoints end at timestep 0, diffusers' `set_alpha_to_one: false`).
+    data (some checkpoints end at timestep 0, diffusers' `set_alpha_to_one: false`). `corrections` take off a quantized
+    network's output what rounding does to it on the average, one for each timestep, or none (PTQD, He et al. 2023).
     """
 
     solver: str
@@ -126,6 +139,7 @@ class Plan:
     eta: float = 0.0
     clip: bool = True
     end: float | None = None
+    corrections: tuple[Correction, ...] = ()
 
     def __post_init__(self) -> None:
         t = np.asarray(self.timesteps, dtype=float)
@@ -136,10 +150,21 @@ class Plan:
 
         if self.end is not None and not 0.0 <= self.end <= t[-1]:
             raise BadInput(f"plan: end {self.end} must be a timestep not above the last one, {t[-1]:g}")
+        if self.corrections and len(self.corrections) != t.size:
+            raise BadInput(f"plan: {len(self.corrections)} corrections for {t.size} timesteps; one each, or none")
 
     @property
     def steps(self) -> int:
         return len(self.timesteps)
+
+    @property
+    def uncorrected(self) -> Plan:
+        """The plan for another network than the one that the corrections were measured on."""
+        return replace(self, corrections=())
+
+    def over(self, timesteps: tuple[float, ...]) -> Plan:
+        """The plan over these timesteps; corrections hold for those alone that they were measured at."""
+        return self if timesteps == self.timesteps else replace(self, timesteps=timesteps, corrections=())
 
 
 @dataclass(frozen=True)
@@ -171,7 +196,8 @@ class DenoiserSpec:
     `sample_shape` is (channels, height, width) of what is denoised by default; a latent is decoded from
     latent / latent_scale + latent_shift, each cell to `latent_factor` pixels a side. Other sizes must have sides that
     are multiples of `size_multiple` cells. `data_range` is what pixel values mean at the end, `spacing` lays out the
-    timesteps of plans with other numbers of steps.
+    timesteps of plans with other numbers of steps. `fixed_timesteps` are those that the network knows, where it was
+    exported for one plan (export/bake_time.py); none means all.
     """
 
     prediction: str
@@ -185,6 +211,7 @@ class DenoiserSpec:
     latent_factor: int = 1
     size_multiple: int = 1
     spacing: Spacing = field(default_factory=Spacing)
+    fixed_timesteps: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -195,6 +222,14 @@ class DenoiserSpec:
             raise BadInput(
                 f"plan: timestep {max(self.plan.timesteps):g} lies beyond the last, {len(self.schedule) - 1}"
             )
+        foreign = [t for t in self.plan.timesteps if self.fixed_timesteps and t not in self.fixed_timesteps]
+        if foreign:
+            raise BadInput(
+                f"plan: timestep {foreign[0]:g} is not one of the {len(self.fixed_timesteps)} that this network was "
+                "exported for; keep its own steps, or export again without --fixed-plan"
+            )
+        if any(len(correction.bias) != self.sample_shape[0] for correction in self.plan.corrections):
+            raise BadInput(f"plan: each correction needs a bias for each of {self.sample_shape[0]} channels")
         if not self.data_range[0] < self.data_range[1]:
             raise BadInput(f"data range {self.data_range} is empty")
         if not (np.isfinite(self.latent_scale) and np.isfinite(self.latent_shift) and self.latent_scale != 0):
@@ -246,6 +281,7 @@ class DenoiserSpec:
                 latent_factor=int(raw.get("latent_factor", 1)),
                 size_multiple=int(raw.get("size_multiple", 1)),
                 spacing=spacing_from_json(raw.get("spacing", {}), f"{where}.spacing"),
+                fixed_timesteps=_floats(raw.get("fixed_timesteps", ())),
             )
         except KeyError as error:
             raise BadInput(f"{where}: the entry {error} is missing") from error
@@ -263,6 +299,7 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
             eta=float(raw["eta"]),
             clip=_bool(raw["clip"]),
             end=None if raw.get("end") is None else float(raw["end"]),
+            corrections=tuple(_correction(entry, where) for entry in raw.get("corrections", ())),
         )
     except KeyError as error:
         raise BadInput(f"{where}: the entry {error} is missing") from error
@@ -310,6 +347,11 @@ def _text_input(data: Any, where: str) -> TextInput:
     raw = _known(TextInput, data, where)
     rows = tuple(row if isinstance(row, int) else tuple(str(piece) for piece in row) for row in raw["rows"])
     return TextInput(tuple(int(side) for side in raw["shape"]), rows)
+
+
+def _correction(data: Any, where: str) -> Correction:
+    raw = _known(Correction, data, where)
+    return Correction(float(raw["slope"]), _floats(raw["bias"]))
 
 
 def _known(cls: type, data: Any, where: str) -> dict[str, Any]:

@@ -28,6 +28,10 @@ def skip_joins(model: nn.Module) -> list[str]:
     return []
 
 
+def trunk(model: nn.Module) -> list[str]:
+    return []
+
+
 def cache_cuts(model: nn.Module) -> list[str]:
     return []
 

@@ -19,6 +19,7 @@ from typing import Any, Literal, cast
 from diffusers.models.attention import FeedForward
 from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock
 from torch import nn
 
@@ -58,6 +59,19 @@ def attentions(model: nn.Module) -> list[Coupled]:
         elif isinstance(module, (Attention, FluxAttention)) and _has_whole_heads(module):
             found.append(_heads(module, _readers(module)))
     return found
+
+
+def trunk(model: nn.Module) -> list[str]:
+    """What writes a U-Net's stream and its skips, beside the convolutions that change the resolution: the first
+    convolution, and the blocks that add their branch to their input."""
+    sums = (ResnetBlock2D, Transformer2DModel)
+    return [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, sums)
+        or name == "conv_in"
+        or (isinstance(module, Attention) and module.residual_connection)
+    ]
 
 
 def coupled(model: nn.Module) -> list[Coupled]:

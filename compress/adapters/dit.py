@@ -15,6 +15,7 @@ from compress.adapters.transformer import blocks as blocks
 from compress.adapters.transformer import cache_cuts as cache_cuts
 from compress.adapters.transformer import layers_named
 from compress.adapters.transformer import skip_joins as skip_joins
+from compress.adapters.transformer import trunk as trunk
 from compress.layout import Layout
 from runtime.spec import Conditioning
 

@@ -18,6 +18,7 @@ from compress.adapters.diffusers_blocks import refresh_ as refresh_
 from compress.adapters.transformer import cache_cuts as cache_cuts
 from compress.adapters.transformer import layers_named
 from compress.adapters.transformer import skip_joins as skip_joins
+from compress.adapters.transformer import trunk as trunk
 from compress.layout import Layout
 from runtime.spec import TextInput
 

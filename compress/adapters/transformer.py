@@ -15,6 +15,10 @@ def skip_joins(model: Any) -> list[str]:
     return []
 
 
+def trunk(model: Any) -> list[str]:
+    return []
+
+
 def cache_cuts(model: Any) -> list[str]:
     # the stream may be kept after any block: they all have its width
     return blocks(model)[:-1]

@@ -74,6 +74,10 @@ def attentions(model: nn.Module) -> list[Any]:
     return diffusers_blocks.attentions(model)
 
 
+def trunk(model: nn.Module) -> list[str]:
+    return diffusers_blocks.trunk(model)
+
+
 def coupled(model: nn.Module) -> None:
     return None
 

@@ -12,6 +12,7 @@ from compress.adapters.description import Description, penultimate, square, text
 from compress.adapters.diffusers_blocks import attentions as attentions
 from compress.adapters.diffusers_blocks import coupled as coupled
 from compress.adapters.diffusers_blocks import refresh_ as refresh_
+from compress.adapters.diffusers_blocks import trunk as trunk
 from compress.adapters.unet2d import blocks as blocks
 from compress.adapters.unet2d import cache_cuts as cache_cuts
 from compress.adapters.unet2d import skip_joins as skip_joins

@@ -1,7 +1,8 @@
 """Activation and weight scales, gathered while the model samples by its own plan.
 
-Weights take one amax per output channel, activations one per tensor, read from a histogram that is filled while the
-model samples: what it will see when deployed, at every timestep it will visit, and memory for the histograms only.
+Weights take one amax per output channel or block, activations one per tensor, read from statistics that are filled
+while the model samples: what it will see when deployed, at every timestep it will visit, and memory for the statistics
+only. Where inputs are smoothed the model samples twice: by what (smooth.py) is known before the result is counted.
 
 With `reduce_range` a weight's amax is read as twice what it is, so that its integers stay within -64..64: processors
 without VNNI add two products of a uint8 and an int8 in 16 bits, and 2 * 255 * 64 is the most that fits (onnxruntime's
@@ -10,79 +11,84 @@ and NNCF's documentation name the same remedy).
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from compress.checkpoint import Checkpoint
 from compress.config import QuantizeConfig
 from compress.context import Context
-from compress.progress import progress
-from compress.torch_network import TorchNetwork
+from compress.quantization.amax import amax_of
+from compress.quantization.awq import activation_aware
+from compress.quantization.formats import FORMATS, INT8
+from compress.quantization.smooth import along, smoothing
+from compress.quantization.statistics import Statistics, no_statistics, observe_
+from compress.quantization.trajectory import Watch, calls_per_batch, watch_trajectory
+from compress.quantization.weight_scales import weight_amax
 from runtime.errors import BadInput
-from runtime.sampler import generate_batches
-from runtime.solvers import network_calls
 
 LEVELS, REDUCED_LEVELS = 127, 64
-CALIBRATION_SEED = 1_000_000  # far from the seeds that people sample and evaluate with
 
-Scales = dict[str, torch.Tensor]
+Tensors = dict[str, torch.Tensor]
 
 
-def calibrate(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Scales:
-    """'<layer>.<weight|input|output>' -> amax of every quantizer in `model`, the checkpoint's with quantizers in place.
+def calibrate(
+    checkpoint: Checkpoint, formats: Mapping[str, str], outputs: Iterable[str], config: QuantizeConfig, ctx: Context
+) -> tuple[Tensors, Tensors]:
+    """The amax of every quantizer, '<layer>.<weight|input|output>' -> float32 tensor, and what smooths which layer.
 
-    Raises BadInput, naming the layer, for a scale that is zero, infinite or missing.
+    `formats` are the layers' and `outputs` the modules whose results are rounded too (compress/quantization/layers.py).
+    Where no activation is rounded the model is not run. Raises BadInput, naming the layer, for a scale that is zero,
+    infinite or missing, and for a value that is not finite.
     """
-    _observe_(model, checkpoint, config, ctx)
-    return _collect(model, config)
+    modules = dict(checkpoint.model.named_modules())
+    numbers = {name: number for name, kind in formats.items() if (number := FORMATS[kind].activations)}
+    floats = [name for name, number in numbers.items() if not number.is_integer]
+    if config.calibration == "entropy" and floats:
+        raise BadInput(
+            f"quantize: calibration entropy weighs integers, and layer '{floats[0]}' is in {formats[floats[0]]}; take "
+            "mse, percentile or max"
+        )
+    smooth = smoothing(checkpoint, numbers, config, ctx) | activation_aware(checkpoint, formats, config, ctx)
+    keys = [f"{name}.input" for name in numbers] + [f"{name}.output" for name in outputs]
+    statistics = no_statistics(keys, calls_per_batch(checkpoint))
+    watches: dict[str, Watch] = {key: partial(observe_, statistics, i) for i, key in enumerate(keys)}
+    for name, s in smooth.items():
+        if name in numbers:
+            watches[f"{name}.input"] = partial(_smoothed, watches[f"{name}.input"], 1 / along(s, modules[name]))
+    if keys:
+        watch_trajectory(checkpoint, watches, statistics.tensors, "calibrate", config, ctx)
+    return _amax(checkpoint, formats, statistics, smooth, config), smooth
 
 
-def _observe_(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> None:
-    from modelopt.torch.quantization.model_calib import enable_stats_collection
-
-    enable_stats_collection(model)
-    spec = checkpoint.spec
-    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + config.samples)
-    calls = itertools.count(1)
-    batches = -(-config.samples // config.batch)
-    with progress("calibrate", batches * network_calls(spec.plan.solver, spec.plan.steps)) as advance:
-        # guided or not, one call for both halves
-        hook = model.register_forward_hook(lambda *_: advance(next(calls)))
-        told = ctx.conditions(config.samples)
-        for _ in generate_batches(TorchNetwork(model, spec), spec, seeds, batch=config.batch, conditions=told):
-            pass
-        hook.remove()
+def _smoothed(watch: Watch, factor: torch.Tensor, x: torch.Tensor, call: int, samples: int) -> None:
+    watch(x * factor.to(x.device), call, samples)
 
 
-def _collect(model: nn.Module, config: QuantizeConfig) -> Scales:
-    found: Scales = {}
-    for name, module in model.named_modules():
-        for what in ("weight", "input", "output"):
-            quantizer = getattr(module, f"{what}_quantizer", None)
-            if quantizer is None or not quantizer.is_enabled and not quantizer._if_calib:
-                continue
-            if what == "weight":
-                # only where the engine multiplies integers can their products overflow
-                reduced = config.reduce_range and module.input_quantizer.is_enabled
-                value = module.weight.detach().flatten(1).abs().amax(1) * (LEVELS / REDUCED_LEVELS if reduced else 1.0)
-            else:
-                value = _activation_amax(quantizer._calibrator, config)
-            if value is None or not torch.isfinite(value).all() or (value <= 0).any():
-                raise BadInput(
-                    f"quantize: layer '{name}' has a {what} scale that is zero, infinite or missing; "
-                    f"keep it in float with keep: [{name}]"
-                )
-            found[f"{name}.{what}"] = value.float().cpu()
+def _amax(
+    checkpoint: Checkpoint, formats: Mapping[str, str], statistics: Statistics, smooth: Tensors, config: QuantizeConfig
+) -> Tensors:
+    modules: dict[str, Any] = dict(checkpoint.model.named_modules())
+    found: Tensors = {}
+    for name, kind in formats.items():
+        layer, form = modules[name], FORMATS[kind]
+        weight = layer.weight.detach().float().cpu()
+        if name in smooth:
+            weight = weight * along(smooth[name], layer)
+        # only where the engine multiplies integers can their products overflow
+        reduced = config.reduce_range and form.weights is INT8 and form.activations is INT8
+        found[f"{name}.weight"] = weight_amax(weight, form) * (LEVELS / REDUCED_LEVELS if reduced else 1.0)
+    for i, key in enumerate(statistics.names):
+        name = key.rpartition(".")[0]
+        number = (FORMATS[formats[name]].activations if name in formats else None) or INT8
+        found[key] = torch.tensor(amax_of(statistics, i, config.calibration, number, config.percentile))
+    for key, value in found.items():
+        if not (torch.isfinite(value).all() and (value > 0).all()):
+            name, _, what = key.rpartition(".")
+            raise BadInput(
+                f"quantize: layer '{name}' has a {what} scale that is zero, infinite or missing; "
+                f"keep it in float with keep: [{name}]"
+            )
     return found
-
-
-def _activation_amax(calibrator: Any, config: QuantizeConfig) -> torch.Tensor | None:
-    if config.calibration == "max":
-        edges = calibrator._calib_bin_edges
-        return None if edges is None else torch.as_tensor(edges[-1])
-    options = {"percentile": config.percentile} if config.calibration == "percentile" else {}
-    value = calibrator.compute_amax(config.calibration, **options)
-    return None if value is None else torch.as_tensor(value)

@@ -1,6 +1,9 @@
 """Quantizers put into a model, from nvidia-modelopt: what the quantized engine should compute, in torch.
 
-q(x) = clip(round(x / s), -127, 127) * s,    s = amax / 127
+    integers    q(x) = clip(round(x / s), -m, m) * s,     s = amax / m,      m = 127 or 7 (activations: from -128)
+    floats      q(x) = E4M3(clip(x / s, -448, 448)) * s,  s = amax / 448,    rounded to the nearest, ties to even
+
+and nvfp4.py for 4-bit floats.
 """
 
 from __future__ import annotations
@@ -15,7 +18,11 @@ import torch
 from torch import nn
 
 from compress.checkpoint import Checkpoint
-from compress.quantization.formats import FORMATS
+from compress.quantization.formats import FORMATS, FP4, FP8, INT8, Format, scale_shape
+from compress.quantization.low_rank import attach_branches_
+from compress.quantization.nvfp4 import BACKEND, BLOCK, fake_nvfp4
+from compress.quantization.smooth import along
+from compress.quantization.weight_scales import spread
 from runtime.errors import BadInput
 
 KINDS = ("weight", "input", "output")
@@ -28,51 +35,105 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
     quantization = checkpoint.quantization
     amax, formats = quantization.amax, {name: quantization.format_of(name) for name in quantization.layers}
     model = checkpoint.shared_model()
-    _refuse_foreign(dict(model.named_modules()), amax)
-    model = with_quantizers(model, formats, [name for name in formats if f"{name}.output" in amax])
+    _refuse_foreign(dict(model.named_modules()), amax, formats)
+    outputs = [key.removesuffix(".output") for key in amax if key.endswith(".output")]
+    model = with_quantizers(model, formats, outputs)
     modules = dict(model.named_modules())
     for key, value in amax.items():
         layer, what = key.rsplit(".", 1)
         quantizer: Any = getattr(modules[layer], f"{what}_quantizer")
-        quantizer.amax = _broadcast(value, modules[layer]) if what == "weight" else value
+        quantizer.amax = quantizer_amax(value, modules[layer]) if what == "weight" else value
+    for layer, vector in quantization.smooth.items():
+        factor = along(vector, modules[layer])
+        modules[layer].weight_quantizer.pre_quant_scale = factor
+        modules[layer].input_quantizer.pre_quant_scale = 1 / factor
+    attach_branches_(model, quantization)
     return model.eval()
 
 
-def _refuse_foreign(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor]) -> None:
+def _refuse_foreign(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor], formats: dict[str, str]) -> None:
     for key, value in amax.items():
         layer, what = key.rsplit(".", 1)
         weight = getattr(modules.get(layer), "weight", None)
-        if weight is None or value.numel() != (weight.shape[0] if what == "weight" else 1):
+        fits = (weight is not None and layer in formats) or (what == "output" and layer in modules)
+        if what == "weight" and weight is not None and fits:
+            fits = tuple(value.shape) == scale_shape(FORMATS[formats[layer]], weight.shape)
+        if not fits or (what != "weight" and value.numel() != 1):
             raise BadInput(f"scale '{key}' with {value.numel()} values does not fit this model; quantize it again")
 
 
 def with_quantizers(model: nn.Module, formats: Mapping[str, str], outputs: Iterable[str]) -> Any:
-    """`model` changed in place: every layer of `formats` with quantizers, those of `outputs` behind the layer too."""
+    """`model` changed in place: every layer of `formats` with quantizers, and one behind each module of `outputs`."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # modelopt warns about optional plugins, and prints how many it inserted
         import modelopt.torch.quantization as mtq
         from modelopt.torch.opt.dynamic import DynamicModule
 
         rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+        behind = set(outputs)
         for name, kind in formats.items():
             form = FORMATS[kind]
-            rules.append(_rule(f"{name}.weight", {"num_bits": form.weights.bits, "axis": 0}))
-            rounded = [f"{name}.input"] if form.activations else []
-            rounded += [f"{name}.output"] if name in set(outputs) else []
-            for key in rounded:
-                assert form.activations is not None
-                rules.append(_rule(key, {"num_bits": form.activations.bits, "axis": None, "calibrator": "histogram"}))
+            rules.append(_rule(f"{name}.weight", _weight_settings(form, model.get_submodule(name))))
+            if form.activations:
+                rules.append(_rule(f"{name}.input", _activation_settings(form)))
+            if name in behind:
+                rules.append(_rule(f"{name}.output", _activation_settings(form)))
         quantized = mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
     for name, module in list(quantized.named_modules()):
         # what has no scales becomes again what it was: modelopt's attention, for one, knows no gradient
         if isinstance(module, DynamicModule) and name not in formats:
             module.export()
+    for name in behind - set(formats):
+        _round_output_(quantized.get_submodule(name))
     return quantized
+
+
+def _round_output_(module: nn.Module) -> None:
+    """Put an int8 quantizer behind a module that is no quantized layer; of a tuple it rounds the first."""
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    module.output_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=8, axis=None, calibrator="histogram"))
+    module.register_forward_hook(_rounded)
+
+
+def _rounded(module: Any, _: Any, out: Any) -> Any:
+    return (module.output_quantizer(out[0]), *out[1:]) if isinstance(out, tuple) else module.output_quantizer(out)
 
 
 def _rule(key: str, cfg: dict[str, Any]) -> dict[str, Any]:
     return {"quantizer_name": f"{key}_quantizer", "cfg": cfg}
 
 
-def _broadcast(amax: torch.Tensor, layer: Any) -> torch.Tensor:
-    return amax.reshape(-1, *[1] * (layer.weight.dim() - 1))
+def _activation_settings(form: Format) -> dict[str, Any]:
+    if form.activations is FP4:
+        return _nvfp4_settings()
+    return {"num_bits": (form.activations or INT8).bits, "axis": None, "calibrator": "histogram"}
+
+
+def _nvfp4_settings() -> dict[str, Any]:
+    from modelopt.torch.quantization.nn import is_registered_quant_backend, register_quant_backend
+
+    if not is_registered_quant_backend(BACKEND):
+        register_quant_backend(BACKEND, fake_nvfp4)
+    blocks = {-1: BLOCK, "type": "dynamic", "scale_bits": FP8.bits}
+    return {"num_bits": FP4.bits, "block_sizes": blocks, "backend": BACKEND}
+
+
+def _weight_settings(form: Format, layer: Any) -> dict[str, Any]:
+    if form.weights is FP4:
+        return _nvfp4_settings()
+    # -128 and -8 are never stored, so that a weight and its opposite round alike
+    settings: dict[str, Any] = {"num_bits": form.weights.bits, "narrow_range": form.weights.is_integer}
+    shape = scale_shape(form, layer.weight.shape)
+    if len(shape) == 1:
+        return settings | {"axis": 0}
+    if layer.weight.dim() == 2:
+        return settings | {"block_sizes": {-1: layer.weight.shape[1] // shape[1]}}
+    return settings | {"axis": None}  # blocks over a kernel modelopt does not know: an amax for every weight
+
+
+def quantizer_amax(amax: torch.Tensor, layer: Any) -> torch.Tensor:
+    """A weight's `amax` [out] or [out, blocks] in the shape in which modelopt's quantizer of `layer` keeps it."""
+    blocks_of_matrix = amax.dim() == 2 == layer.weight.dim()
+    return amax.reshape(-1, 1) if blocks_of_matrix else spread(amax, layer.weight)

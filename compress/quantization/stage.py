@@ -1,7 +1,8 @@
 """The quantize stage: choose formats, calibrate on the model's own trajectory, and train if asked to.
 
 The result is data, not a patched module: the checkpoint keeps its float weights beside the amax of every quantizer,
-and `fake_quantized` puts the quantizers back wherever the quantized model has to be run in torch.
+and `fake_quantized` puts the quantizers back wherever the quantized model has to be run in torch. What rounding does to
+the output on the average goes into the plan, and the sampler takes it off (compress/quantization/correction.py).
 """
 
 from __future__ import annotations
@@ -10,23 +11,39 @@ from compress.checkpoint import Checkpoint, Quantization
 from compress.config import QuantizeConfig
 from compress.context import Context, say
 from compress.quantization.calibration import calibrate
+from compress.quantization.correction import correct
 from compress.quantization.formats import FORMATS
 from compress.quantization.layers import choose_formats, rounded_outputs
+from compress.quantization.low_rank import with_branches
+from compress.quantization.mixed import check_bounds, mix
 from compress.quantization.qat import qat
-from compress.quantization.quantizers import fake_quantized, with_quantizers
+from compress.quantization.quantizers import fake_quantized
+from compress.quantization.rounding import round_weights
+from compress.quantization.trunk import share_scales
 
 
 def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
     """Calibrate; returns the same float model with the scales of every quantized layer. Mode qat then trains it."""
+    check_bounds(config, checkpoint.spec, ctx.costs_in is not None)
     formats = choose_formats(checkpoint.model, config)
-    outputs = rounded_outputs(checkpoint.model, formats, config)
-    amax = calibrate(with_quantizers(checkpoint.shared_model(), formats, outputs), checkpoint, config, ctx)
-    scales = Quantization(config.format, amax, {n: kind for n, kind in formats.items() if kind != config.format})
+    outputs = rounded_outputs(checkpoint, formats, config)
+    amax, smooth = calibrate(checkpoint, formats, outputs, config, ctx)
+    # a smoothed layer reads another tensor than the one that is joined
+    amax |= share_scales(checkpoint, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
+    others = {name: kind for name, kind in formats.items() if kind != config.format}
+    scales = Quantization(config.format, amax, others, smooth)
     say(_counted(formats))
-    if config.mode == "ptq":
-        return checkpoint.evolve(quantization=scales)
-    student = fake_quantized(checkpoint.evolve(model=checkpoint.clone_model().float(), quantization=scales))
-    return qat(checkpoint, scales, student, config, ctx)
+    if config.bounds is not None:
+        scales = mix(checkpoint, scales, config, ctx)
+    if config.branch_rank:
+        scales = with_branches(checkpoint, scales, config.branch_rank)
+    quantized = checkpoint.evolve(quantization=scales)
+    if config.rounding == "adaround":
+        quantized = round_weights(quantized, config, ctx)
+    if config.mode == "qat":
+        student = fake_quantized(quantized.evolve(model=quantized.clone_model().float()))
+        return qat(checkpoint, scales, student, config, ctx)
+    return correct(quantized, checkpoint.model, config, ctx) if config.correct else quantized
 
 
 def _counted(formats: dict[str, str]) -> str:

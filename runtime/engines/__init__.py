@@ -18,7 +18,7 @@ import numpy as np
 
 from runtime.bundle import Bundle
 from runtime.engines import onnxruntime_engine, openvino_engine
-from runtime.engines.account import Account
+from runtime.engines.account import Account, Kernel
 from runtime.errors import BadInput, MissingExtra, unknown_name
 
 ENGINES: dict[str, ModuleType] = {
@@ -48,6 +48,9 @@ class Engine(Protocol):
         `promised` are the layers that should: a manifest's `quantized_layers`.
         """
 
+    def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
+        """Everything it executes for inputs of these shapes, and the median of `runs` runs, after one that warms up."""
+
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
         """The account's share of all multiply-accumulates that executes on integers."""
 
@@ -60,6 +63,11 @@ def available() -> list[str]:
     return [name for name, backend in ENGINES.items() if backend.missing() is None]
 
 
+def preferred() -> str:
+    """The engine that is taken where none is asked for."""
+    return next(iter(available()), "onnxruntime")
+
+
 def load_engine(path: str | Path, name: str | None = None, threads: int | None = None) -> Engine:
     """Load one graph file in the engine `name`; None takes openvino where it is installed, else onnxruntime.
 
@@ -68,8 +76,7 @@ def load_engine(path: str | Path, name: str | None = None, threads: int | None =
     """
     if threads is not None and threads < 1:
         raise BadInput(f"{threads} threads: at least 1, or leave it out to let the engine choose")
-    if name is None:
-        name = next(iter(available()), "onnxruntime")
+    name = preferred() if name is None else name
     if name not in ENGINES:
         raise unknown_name("engine", name, ENGINES)
     backend = ENGINES[name]
@@ -83,5 +90,6 @@ def load_engine(path: str | Path, name: str | None = None, threads: int | None =
 def open_engine(
     bundle: Bundle, name: str | None = None, threads: int | None = None, graph: str = "denoiser"
 ) -> Engine:
-    """Load a bundle's denoiser, or another of its graphs; as `load_engine`."""
-    return load_engine(bundle.graph(graph), name, threads)
+    """Load a bundle's denoiser, or another of its graphs, in the form made for this engine; as `load_engine`."""
+    name = preferred() if name is None else name
+    return load_engine(bundle.graph(graph, name), name, threads)

@@ -27,6 +27,13 @@ class Product(NamedTuple):
     reason: str = UNMATCHED
 
 
+class Kernel(NamedTuple):
+    """What an engine executed at once: the ONNX nodes (or tensors they write) it stands for, and its median time."""
+
+    names: tuple[str, ...]
+    ms: float
+
+
 class Account(NamedTuple):
     """See the top of this file."""
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import statistics
 import tempfile
 from collections.abc import Collection
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from runtime.engines import macs
-from runtime.engines.account import UNMATCHED, Account, Product, accounted
+from runtime.engines.account import UNMATCHED, Account, Kernel, Product, accounted
 from runtime.errors import BadInput
 
 NAME = "onnxruntime"
@@ -51,6 +52,7 @@ INTEGER |= {"DynamicQuantizeMatMul"}
 
 KERNEL = "_kernel_time"
 # what its optimisations put behind the names of the nodes they replace: 'conv_token_31', 'proj/MatMulAddFusion'
+BLOCKED = "_nchwc"
 REWRITTEN = re.compile(r"(_token_\d+|/\w+Fusion/?)+$")
 
 
@@ -89,18 +91,36 @@ class OnnxRuntimeEngine:
 
     def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
         """From the kernels of one profiled run in a second session, whose integer kernels are the same."""
+        options = _options(self._threads)
+        # prepacked weights vanish from the profile's shapes; which kernel runs does not depend on it
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # blocked float convolutions lose their nodes' names; they come after the integer ones are chosen
+        events = self._profiled(options, example_inputs, runs=1, without=["NchwcTransformer"])
+        nodes = {event["name"].removesuffix(KERNEL): event["args"] for event in events}
+        return accounted([_product(name, node, nodes) for name, node in nodes.items()], promised)
+
+    def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
+        """From the profile of a second session; a blocked convolution is found by the tensor it writes."""
+        times: dict[str, list[float]] = {}
+        for event in self._profiled(_options(self._threads), example_inputs, runs + 1):
+            times.setdefault(event["name"].removesuffix(KERNEL), []).append(event["dur"] / 1e3)
+        return [
+            Kernel((REWRITTEN.sub("", name).removesuffix(BLOCKED),), statistics.median(found[1:]))
+            for name, found in times.items()
+        ]
+
+    def _profiled(
+        self, options: Any, inputs: dict[str, np.ndarray], runs: int, without: list[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The kernels' events of a session that is made for it, in the order in which they ran."""
         with tempfile.TemporaryDirectory() as folder:
-            options = _options(self._threads)
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            # prepacked weights vanish from the profile's shapes; which kernel runs does not depend on it
-            options.add_session_config_entry("session.disable_prepacking", "1")
-            # blocked float convolutions lose their nodes' names; they come after the integer ones are chosen
-            session = _session(self._path, options, without=["NchwcTransformer"])
-            session.run(None, example_inputs)
+            session = _session(self._path, options, without)
+            for _ in range(runs):
+                session.run(None, inputs)
             events = json.loads(Path(session.end_profiling()).read_text())
-        nodes = {event["name"].removesuffix(KERNEL): event["args"] for event in events if "op_name" in event["args"]}
-        return accounted([_product(name, node, nodes) for name, node in nodes.items()], promised)
+        return [event for event in events if "op_name" in event["args"]]
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
         return self.account(example_inputs).integer_mac_share

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import statistics
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from runtime.engines import macs
-from runtime.engines.account import UNMATCHED, Account, Product, accounted
+from runtime.engines.account import UNMATCHED, Account, Kernel, Product, accounted
 from runtime.errors import BadInput
 
 EXTRA = "openvino"
@@ -94,6 +95,23 @@ class OpenVinoEngine:
             products.append(Product(_named(operation), _operation_macs(operation), integer, reason))
         return accounted(products, promised)
 
+    def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
+        """From the performance counters of a second compiled model."""
+        self._model.reshape({name: array.shape for name, array in example_inputs.items()})
+        compiled = self._core.compile_model(self._model, "CPU", self._options | {"PERF_COUNT": True})
+        names = {
+            layer.get_friendly_name(): [layer.get_friendly_name(), *_info(layer, "originalLayersNames").split(",")]
+            for layer in compiled.get_runtime_model().get_ops()
+        }
+        request, times = compiled.create_infer_request(), dict[str, list[float]]()
+        for _ in range(runs + 1):
+            request.infer(example_inputs, share_inputs=True)
+            for entry in request.profiling_info:
+                times.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e3)
+        return [
+            Kernel(_plain(names.get(name, [name])), statistics.median(found[1:])) for name, found in times.items()
+        ]
+
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
         return self.account(example_inputs).integer_mac_share
 
@@ -150,6 +168,11 @@ def _named(operation: Any) -> str:
         return name
     readers = [target.get_node() for target in operation.output(0).get_target_inputs()]
     return next((str(node.get_friendly_name()) for node in readers if node.get_type_name() == "Add"), name)
+
+
+def _plain(names: list[str]) -> tuple[str, ...]:
+    """Each of the names once, as they were before the transformations."""
+    return tuple(dict.fromkeys(name.removesuffix(RESCALED).removesuffix(WITHOUT_BIAS) for name in names if name))
 
 
 def _info(layer: Any, key: str) -> str:

@@ -46,7 +46,7 @@ def checkpoint(tiny_folder):
 @pytest.mark.parametrize("name", [*ADAPTERS, "any"])
 def test_an_adapter_has_every_function_with_the_arguments_that_are_given(name):
     adapter = ADAPTERS.get(name, any_module)
-    assert len(FUNCTIONS) == 10 and isinstance(adapter.RESIZABLE, bool)
+    assert len(FUNCTIONS) == 11 and isinstance(adapter.RESIZABLE, bool)
     for function in FUNCTIONS:
         if function == "describe" and name == "any":
             continue  # a custom module brings its own spec

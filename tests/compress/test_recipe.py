@@ -54,7 +54,8 @@ def test_a_resolved_recipe_writes_out_every_default_as_json(recipe):
     prune = found["stages"][0]["prune"]
     assert prune["ratio"] == 0.25 and prune["method"] == "taylor" and prune["scope"] == "local"
     assert found["stages"][1]["distill"]["steps"] == 7 and found["stages"][2]["quantize"]["format"] == "int8"
-    assert found["export"] == {"targets": ["onnx", "openvino"]} and found["evaluate"] is None and found["seed"] == 3
+    assert found["export"]["targets"] == ["onnx", "openvino"] and found["export"]["revert_slower"] is False
+    assert found["evaluate"] is None and found["seed"] == 3
 
 
 def test_a_resolved_recipe_read_again_says_the_same(recipe):
@@ -247,3 +248,13 @@ def test_an_override_that_leads_nowhere_is_refused(override, word, refused):
 
 def test_a_name_that_stands_for_two_stages_is_refused(refused):
     refused("stages: [prune, prune]", "no single 'prune'", overrides=("stages.prune.ratio=0.4",))
+
+
+def test_bounds_of_a_quantization_are_read_and_a_wrong_one_is_named_with_its_path(recipe, refused):
+    found = recipe("stages: [{quantize: {bounds: {min_sqnr_db: 30, max_size_mib: 4}, target: openvino}}]").stages[0]
+    assert found.config.bounds.min_sqnr_db == 30 and found.config.bounds.max_latency_ratio is None
+    assert found.config.target == "openvino"
+    wrong = "stages: [{quantize: {bounds: {%s}}}]"
+    refused(wrong % "min_sqnr: 30", "stages[0].quantize.bounds.min_sqnr", "did you mean 'min_sqnr_db'?")
+    refused(wrong % "", "stages[0].quantize.bounds", "give at least one of min_sqnr_db, ")
+    refused(wrong % "max_size_mib: 0", "stages[0].quantize.bounds.max_size_mib", "greater than 0")

@@ -12,6 +12,7 @@ from torch import nn
 
 from compress.adapters import adapter_for, example_inputs
 from compress.checkpoint import Checkpoint, Quantization, Source
+from compress.quantization.trunk import share_scales
 from compress.widths import widths_of
 from export.graph import Graph
 from export.to_onnx import to_onnx
@@ -134,9 +135,15 @@ def fake_quant() -> Callable[..., np.ndarray]:
 
 
 def measured_scales(
-    checkpoint: Checkpoint, *, weight_only: tuple[str, ...] = (), outputs: bool = False, weight_range: float = 1.0
+    checkpoint: Checkpoint,
+    *,
+    weight_only: tuple[str, ...] = (),
+    outputs: bool = False,
+    trunk: bool = False,
+    weight_range: float = 1.0,
 ) -> Quantization:
-    """The largest magnitudes over one batch of example inputs; weights times `weight_range`; embeddings by row."""
+    """The largest magnitudes over one batch of example inputs; weights times `weight_range`; embeddings by row. `trunk`
+    adds the sums of blocks, with the scales that are shared."""
     amax: dict[str, torch.Tensor] = {}
     hooks = []
     for name, layer in _layers(checkpoint.model):
@@ -147,15 +154,21 @@ def measured_scales(
         def remember(layer: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
             if not isinstance(layer, nn.Embedding) and name not in weight_only:
                 _grow(amax, f"{name}.input", args[0])
-                if outputs and isinstance(layer, CONVOLUTIONS):
+                if outputs and (isinstance(layer, CONVOLUTIONS) or args[0].dim() == 3):
                     _grow(amax, f"{name}.output", out)
 
         hooks.append(layer.register_forward_hook(remember))
+    for name in adapter_for(checkpoint.model).trunk(checkpoint.model) if trunk else []:
+
+        def remember_sum(block: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
+            _grow(amax, f"{name}.output", out)
+
+        hooks.append(checkpoint.model.get_submodule(name).register_forward_hook(remember_sum))
     with torch.no_grad():
         adapter_for(checkpoint.model).forward(checkpoint.model, example_inputs(checkpoint.spec, 8))
     for hook in hooks:
         hook.remove()
-    return Quantization("int8", amax)
+    return Quantization("int8", share_scales(checkpoint, amax) if trunk else amax)
 
 
 def fake_quant_run(checkpoint: Checkpoint, quantization: Quantization, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -170,6 +183,10 @@ def fake_quant_run(checkpoint: Checkpoint, quantization: Quantization, inputs: d
             layer.register_forward_pre_hook(lambda _, args, a=amax[f"{name}.input"]: (_rounded(args[0], a),))
         if f"{name}.output" in amax:
             layer.register_forward_hook(lambda _, args, out, a=amax[f"{name}.output"]: _rounded(out, a))
+    layers = {name for name, _ in _layers(model)}
+    for name, block in model.named_modules():
+        if name not in layers and f"{name}.output" in amax:
+            block.register_forward_hook(lambda _, args, out, a=amax[f"{name}.output"]: _rounded(out, a))
     with torch.no_grad():
         feed = {name: torch.from_numpy(value) for name, value in inputs.items()}
         return adapter_for(model).forward(model, feed).numpy()

@@ -10,7 +10,8 @@ from export.graph import PAGE, Graph, Weight, load_all, save_graph, stub, weight
 from export.qdq import insert_qdq
 from runtime.engines import available, load_engine
 
-DTYPES = [np.float32, np.float16, np.float64, np.int64, np.int8, np.bool_, ml_dtypes.bfloat16]
+DTYPES = [np.float32, np.float16, np.float64, np.int64, np.int8, np.bool_, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
+DTYPES += [ml_dtypes.int4, ml_dtypes.float4_e2m1fn]
 
 
 def inputs_for(checkpoint, batch=3):
@@ -33,7 +34,7 @@ def graph_of(arrays: dict[str, np.ndarray], reads: list[str] | None = None) -> G
     nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in arrays]
     outputs = [helper.make_tensor_value_info(f"{n}_out", t.data_type, t.dims) for n, (t, _) in tensors.items()]
     proto = helper.make_graph(nodes, "g", [], outputs, [tensor for tensor, _ in tensors.values()])
-    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    model = helper.make_model(proto, opset_imports=[helper.make_opsetid("", 23)], ir_version=11)
     return Graph(model, {name: weight for name, (_, weight) in tensors.items()})
 
 

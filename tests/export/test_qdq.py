@@ -53,9 +53,11 @@ def test_a_quantized_layer_computes_what_torch_fake_quantization_does(
     assert sqnr_db(plain, wanted) < 95
 
 
-@pytest.mark.parametrize("outputs", [False, True])
-def test_a_quantized_unet_computes_what_torch_fake_quantization_does(outputs, unet, unet_graph, scales, fake_quant):
-    quantization, inputs = scales(unet, outputs=outputs), inputs_for(unet)
+@pytest.mark.parametrize(("outputs", "trunk"), [(False, False), (True, False), (True, True)])
+def test_a_quantized_unet_computes_what_torch_fake_quantization_does(
+    outputs, trunk, unet, unet_graph, scales, fake_quant
+):
+    quantization, inputs = scales(unet, outputs=outputs, trunk=trunk), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     wanted = fake_quant(unet, quantization, inputs)
     found = run_exactly(insert_qdq(unet_graph, quantization), inputs)
@@ -64,10 +66,13 @@ def test_a_quantized_unet_computes_what_torch_fake_quantization_does(outputs, un
 
 
 @pytest.mark.parametrize("engine", available())
+@pytest.mark.parametrize("trunk", [False, True])
 @pytest.mark.parametrize("outputs", [False, True])
-def test_engines_keep_what_fake_quantization_keeps(engine, outputs, unet, unet_graph, scales, fake_quant, tmp_path):
+def test_engines_keep_what_fake_quantization_keeps(
+    engine, outputs, trunk, unet, unet_graph, scales, fake_quant, tmp_path
+):
     # weights within 7 bits: processors without VNNI saturate otherwise
-    quantization, inputs = scales(unet, outputs=outputs, weight_range=127 / 64), inputs_for(unet)
+    quantization, inputs = scales(unet, outputs=outputs, trunk=trunk, weight_range=127 / 64), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     save_graph(insert_qdq(unet_graph, quantization), tmp_path / "q.onnx")
     found = load_engine(tmp_path / "q.onnx", engine, threads=1).run(inputs)
@@ -117,9 +122,10 @@ def test_a_weight_becomes_int8_when_it_is_written_and_not_before(everything, eve
     quantization = scales(everything)
     graph = insert_qdq(Graph(everything_graph.proto, watched), quantization)
     assert reads == [] and set(graph.weights) == {f"{layer}.weight_int8" for layer in quantization.layers}
-    for layer, axis in (("first", 0), ("up", 1), ("embedding", 0), ("gemm", 0), ("matmul", 1)):
+    for layer, axis in (("first", 0), ("up", 1), ("embedding", 0), ("gemm", 0), ("matmul", 0)):
         stored, module = graph.weights[f"{layer}.weight_int8"], everything.model.get_submodule(layer)
-        weight = module.weight.detach().numpy() if layer != "matmul" else module.weight.detach().numpy().T
+        weight = module.weight.detach().numpy()
+        weight = weight[:, :, None, None] if layer == "matmul" else weight  # written as a convolution
         scale = quantization.amax[f"{layer}.weight"].numpy() / np.float32(127)
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
         wanted = np.clip(np.rint(weight / scale.reshape(shape)), -127, 127)
@@ -170,8 +176,8 @@ def test_a_scale_that_is_no_scale_is_refused_by_layer(kind, value, unet, unet_gr
         ({"conv_in.input": torch.ones(3)}, "layer 'conv_in'.*3 values, one is expected"),
         ({"elsewhere.weight": torch.ones(3)}, "layer 'elsewhere': the graph has no node"),
         (
-            {"time_embedding.linear_1.weight": torch.ones(64), "time_embedding.linear_1.output": torch.ones(())},
-            "layer 'time_embedding.linear_1': only convolutions",
+            {"class_embedding.weight": torch.ones(4), "class_embedding.output": torch.ones(())},
+            "layer 'class_embedding': only layers and the sums of blocks",
         ),
     ],
 )

@@ -176,3 +176,36 @@ def test_a_module_that_cannot_be_traced_is_named_in_one_line():
     with pytest.raises(BadInput, match="Branching: cannot be traced") as caught:
         trace(Branching(), lambda m, given: m(given["x"]), {"x": torch.ones(2)}, ["y"], {})
     assert "\n" not in str(caught.value)
+
+
+class Sums(nn.Module):
+    """Blocks that end in a sum, in a divided one, in something else, and one that is called twice."""
+
+    class Block(nn.Module):
+        def __init__(self, end: str) -> None:
+            super().__init__()
+            self.conv, self.end = nn.Conv2d(4, 4, 1), end
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x + self.conv(torch.tanh(x + 1.0))  # the inner sum is read inside
+            return {"sum": x, "divided": x / 1.5, "product": x * torch.sigmoid(x)}[self.end]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sum, self.divided, self.product = Sums.Block("sum"), Sums.Block("divided"), Sums.Block("product")
+        self.twice, self.last = Sums.Block("sum"), Sums.Block("sum")
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.product(self.divided(self.sum(x)))
+        return self.last(self.twice(torch.tanh(self.twice(x))) + 2.0)
+
+
+def test_the_sum_in_which_a_module_ends_has_the_modules_name():
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(2, 4, 3, 3)}
+    graph = trace(Sums().eval(), lambda model, given: model(given["x"]), inputs, ["y"], {"x": {0: "batch"}}).proto.graph
+    named = {node.name: node for node in graph.node}
+    assert named["sum"].op_type == "Add" and named["divided"].op_type == "Div" and named["last"].op_type == "Add"
+    assert named["last"].output[0] == "y" and "product" not in named and "twice" not in named
+    readers = [node.op_type for node in graph.node if named["sum"].output[0] in node.input]
+    assert set(readers) == {"Add"}  # the next block's two

@@ -83,6 +83,23 @@ class FakeNetwork:
         return out.astype(np.float32)
 
 
+@dataclass
+class Distorted:
+    """Another network's answers with a known error: (1 + slope) out + bias[channel], by timestep."""
+
+    network: FakeNetwork
+    errors: dict[float, tuple[float, tuple[float, ...]]]
+
+    @property
+    def inputs(self) -> dict[str, np.dtype]:
+        return self.network.inputs
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        slope, bias = self.errors[float(inputs["timestep"][0])]
+        out = (1 + slope) * self.network.run(inputs) + np.asarray(bias)[:, None, None]
+        return out.astype(np.float32)
+
+
 def prediction_of(prediction: str, x: np.ndarray, x0: np.ndarray, point: Point) -> np.ndarray:
     """What a network of that prediction would return for a given x_0, from the definitions in runtime/spec.py."""
     if prediction == "sample":
@@ -108,6 +125,11 @@ def mixture() -> Mixture:
 @pytest.fixture
 def fake_network() -> type[FakeNetwork]:
     return FakeNetwork
+
+
+@pytest.fixture
+def distorted() -> type[Distorted]:
+    return Distorted
 
 
 @pytest.fixture

@@ -42,6 +42,17 @@ def test_every_graph_is_found_by_its_name(copy: Path) -> None:
         bundle.graph("text_encoder")
 
 
+def test_an_engine_gets_its_variant_and_all_others_the_graph_itself(copy: Path) -> None:
+    shutil.copy(copy / "denoiser.onnx", copy / "denoiser.float.onnx")
+    content = {k: v for k, v in load_bundle(copy).manifest.items() if k not in ("format", "files", "hash")}
+    content["graphs"]["denoiser"]["variants"] = {"openvino": {"file": "denoiser.float.onnx", "precision": "fp32"}}
+    seal(copy, content)
+    bundle = load_bundle(copy)
+    assert bundle.graph("denoiser", "openvino") == copy / "denoiser.float.onnx"
+    assert bundle.graph("denoiser", "onnxruntime") == bundle.graph("denoiser") == bundle.denoiser
+    assert bundle.spec_for("openvino") == bundle.spec_for("onnxruntime") == bundle.spec  # nothing to correct
+
+
 def test_sealing_the_same_files_again_gives_the_same_hash(copy: Path) -> None:
     before = load_bundle(copy)
     content = {key: value for key, value in before.manifest.items() if key not in ("format", "files", "hash")}
@@ -94,6 +105,8 @@ def upwards(manifest: dict[str, Any]) -> None:
         (lambda m: m.update(graphs={"denoiser": "denoiser.onnx"}), "no denoiser graph"),
         (lambda m: m["graphs"]["denoiser"].update(file="other.onnx"), "not among the listed files"),
         (lambda m: m["graphs"]["denoiser"].update(file=["denoiser.onnx"]), "not among the listed files"),
+        (lambda m: m["graphs"]["denoiser"].update(variants={"openvino": {"file": "x.onnx"}}), "not among the listed"),
+        (lambda m: m["graphs"]["denoiser"].update(variants=["openvino"]), "not among the listed files"),
         (lambda m: m["graphs"].update(vae_decoder={"file": "other.onnx"}), "the vae_decoder's file is not among"),
         (lambda m: m["graphs"].update(vae_decoder="denoiser.onnx"), "the vae_decoder's file is not among"),
         (lambda m: m["files"].update({"denoiser.onnx": None}), "no size and sha256"),

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from runtime.bundle import load_bundle
+from runtime.bundle import MANIFEST, load_bundle, manifest_hash
 from runtime.commands import add_sample_arguments, chosen_plan, sample_command
 from runtime.engines import open_engine
 from runtime.errors import DiffpressError, MissingExtra
 from runtime.images import grid, to_uint8
 from runtime.sampler import generate
-from runtime.spec import Spacing
+from runtime.solvers import with_solver
+from runtime.spec import Correction, DenoiserSpec, Spacing
 
 
 def run(*arguments: object) -> int:
@@ -30,6 +33,14 @@ def pixels(path: Path) -> np.ndarray:
 
     with Image.open(path) as image:
         return np.asarray(image)
+
+
+def with_spec(bundle: Path, spec: DenoiserSpec, folder: Path) -> Path:
+    """A copy of the bundle with another spec in its manifest."""
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((bundle / MANIFEST).read_text()) | {"spec": spec.to_json()}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"hash": manifest_hash(manifest)}))
+    return folder
 
 
 def test_the_grid_is_what_the_python_api_samples(tiny: Path, tmp_path: Path, capsys) -> None:
@@ -86,6 +97,39 @@ def test_where_to_end_goes_with_the_solver_that_it_came_with(tiny: Path) -> None
     assert chosen_plan(spec, 5, None, None, None).end == 0.0
     assert chosen_plan(spec, None, spec.plan.solver, None, None).end == 0.0
     assert chosen_plan(spec, None, "ipndm", None, None).end is None
+
+
+def test_corrections_serve_the_bundles_own_plan_and_others_are_warned(tiny: Path, tmp_path: Path, capsys) -> None:
+    spec = load_bundle(tiny).spec
+    plan = replace(spec.plan, corrections=(Correction(0.1, (0.2,)),) * 8)
+    bundle = with_spec(tiny, spec.with_plan(plan), tmp_path / "corrected")
+    made = {}
+    for name, folder, words in (
+        ("plain", tiny, ()),
+        ("corrected", bundle, ()),
+        ("the same words", bundle, ("--steps", 8, "--solver", plan.solver, "--guidance", 1)),
+        ("fewer", bundle, ("--steps", 5)),
+        ("plainly fewer", tiny, ("--steps", 5)),
+    ):
+        run(folder, "-n", 2, "--engine", "onnxruntime", "--out", tmp_path / f"{name}.png", *words)
+        made[name] = pixels(tmp_path / f"{name}.png"), capsys.readouterr().err
+    assert (made["corrected"][0] != made["plain"][0]).any() and not made["corrected"][1]
+    assert (made["corrected"][0] == made["the same words"][0]).all() and not made["the same words"][1]
+    assert (made["fewer"][0] == made["plainly fewer"][0]).all()
+    assert made["fewer"][1].startswith("warning: this plan is not the bundle's own") and not made["plainly fewer"][1]
+    for change in ((5, None, None, None), (None, "ipndm", None, None), (None, None, None, 2.0)):
+        assert not chosen_plan(spec.with_plan(plan), *change).corrections
+    assert not with_solver(plan, "ipndm").corrections and with_solver(plan, plan.solver) == plan
+
+
+@pytest.mark.parametrize("arguments", [["--steps", 5], ["--grid", "karras"], ["--steps", 7, "--solver", "plms"]])
+def test_a_bundle_for_one_plan_refuses_other_timesteps_with_one_line(tiny: Path, tmp_path: Path, arguments) -> None:
+    spec = load_bundle(tiny).spec
+    bundle = with_spec(tiny, replace(spec, fixed_timesteps=spec.plan.timesteps), tmp_path / "fixed")
+    assert run(bundle, "-n", 1, "--solver", "plms", "--out", tmp_path / "grid.png") == 0  # the same timesteps
+    with pytest.raises(DiffpressError, match="is not one of the 8 that this network was exported for") as caught:
+        run(bundle, "--out", tmp_path / "other.png", *arguments)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2 and not (tmp_path / "other.png").exists()
 
 
 @pytest.mark.parametrize(

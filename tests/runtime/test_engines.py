@@ -332,3 +332,11 @@ def test_macs_follow_the_shapes() -> None:
     assert macs.product([2, 16, 64], [2, 64, 16]) == PRODUCT  # A stored transposed
     assert macs.attention([1, 4, 49, 32], [1, 4, 49, 32], [1, 4, 49, 32]) == 2 * 4 * 49 * 49 * 32
     assert macs.attention([1, 49, 128], [1, 49, 128], [1, 49, 128]) == 2 * 4 * 49 * 49 * 32
+
+
+def test_every_kernel_has_a_time_and_the_name_of_its_node_or_tensor(name, float_graph):
+    engine = load_engine(float_graph, name, 1)
+    kernels = engine.kernel_times(sample_inputs(0), runs=2)
+    found = {part for kernel in kernels for part in kernel.names}
+    assert found & {"conv", "c"} and found & {"matmul", "m"} and found & {"gemm", "out_sample"}
+    assert all(kernel.ms >= 0 for kernel in kernels) and 0 < sum(kernel.ms for kernel in kernels) < 1000

@@ -12,7 +12,7 @@ from runtime.errors import BadInput
 from runtime.sampler import MAX_SEED, generate, generate_batches, labels_in_turn, noise_for, sample
 from runtime.schedule import betas_schedule, flow_schedule, make_plan
 from runtime.solvers import SOLVERS
-from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule, Plan
+from runtime.spec import Conditioning, Correction, DenoiserSpec, NoiseSchedule, Plan
 
 COSINE = betas_schedule("squaredcos_cap_v2", 100)
 PLAN = make_plan("dpmpp_2m", 5, COSINE)
@@ -155,3 +155,17 @@ def test_a_flow_model_samples_from_pure_noise(fake_network) -> None:
 def test_impossible_samplings_are_refused(fake_network, options, message) -> None:
     with pytest.raises(BadInput, match=message):
         generate(fake_network("v", COSINE), spec_of(), **options)
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "plms"])  # plms asks a second time at one timestep
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_corrected_plan_undoes_a_known_error_of_the_network(solver, guidance, fake_network, distorted) -> None:
+    errors = {t: (0.1 * k - 0.2, (0.3 - 0.1 * k, 0.05 * k)) for k, t in enumerate(PLAN.timesteps)}
+    plan = replace(PLAN, solver=solver, guidance=guidance)
+    wrong = distorted(fake_network("v", COSINE, labelled=True), errors)
+    exact = generate(wrong.network, spec_of(plan, classes=4), range(3))
+    corrections = tuple(Correction(*errors[t]) for t in plan.timesteps)
+    uncorrected = generate(wrong, spec_of(plan, classes=4), range(3))
+    right = generate(wrong, spec_of(replace(plan, corrections=corrections), classes=4), range(3))
+    assert np.abs(uncorrected - exact).max() > 0.1 and right.dtype == np.float32
+    np.testing.assert_allclose(right, exact, atol=1e-4)

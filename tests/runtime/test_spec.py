@@ -13,6 +13,7 @@ from runtime.errors import BadInput
 from runtime.schedule import betas_schedule, make_plan
 from runtime.spec import (
     Conditioning,
+    Correction,
     DenoiserSpec,
     NoiseSchedule,
     Plan,
@@ -37,7 +38,8 @@ SPEC = DenoiserSpec(
 
 TEXT = replace(
     SPEC,
-    plan=replace(SPEC.plan, end=0.0),
+    fixed_timesteps=(*SPEC.plan.timesteps, 1.0),
+    plan=replace(SPEC.plan, end=0.0, corrections=tuple(Correction(k / 10, (0.1, k / 3, 0.0, -1.0)) for k in range(5))),
     conditioning=Conditioning(
         "text",
         encoders=(
@@ -64,9 +66,9 @@ def test_a_spec_survives_json_bit_for_bit(spec: DenoiserSpec) -> None:
 
 def test_a_spec_written_before_there_was_text_reads_as_one_without() -> None:
     data = json.loads(json.dumps(SPEC.to_json()))
-    for entry in ("latent_factor", "size_multiple", "spacing"):
+    for entry in ("latent_factor", "size_multiple", "spacing", "fixed_timesteps"):
         del data[entry]
-    del data["plan"]["end"]
+    del data["plan"]["end"], data["plan"]["corrections"]
     data["conditioning"] = {"kind": "class", "classes": 10, "null_label": 10}
     assert DenoiserSpec.from_json(data) == SPEC
 
@@ -113,7 +115,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("plan.timesteps", [5, 7]), "strictly descending"),
         (change("plan.timesteps", [7, 7]), "strictly descending"),
         (change("plan.timesteps", []), "strictly descending"),
-        (change("plan.timesteps", [25, 7]), "lies beyond"),
+        (change("plan.timesteps", [25, 7, 5, 3, 2]), "lies beyond"),
         (change("plan.guidance", "much"), "could not convert"),
         (change("plan.guidance", float("inf")), "finite"),
         (change("plan.eta", 1.5), "eta 1.5"),
@@ -128,6 +130,17 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("plan.end", 50.0), "end 50.0 must be a timestep not above the last one"),
         (change("plan.end", -1.0), "end -1.0"),
         (change("plan.end", "soon"), "plan: could not convert"),
+        (lambda data: data["plan"]["corrections"].pop(), "plan: 4 corrections for 5 timesteps; one each, or none"),
+        (lambda data: data["plan"]["corrections"][2].update(slope=-1.0), "slope -1 must lie above -1"),
+        (lambda data: data["plan"]["corrections"][2].update(slope=float("nan")), "be finite"),
+        (lambda data: data["plan"]["corrections"][2].update(slope="steep"), "plan: could not convert"),
+        (lambda data: data["plan"]["corrections"][2].update(bias=[0.0, float("inf"), 0.0, 0.0]), "be finite"),
+        (lambda data: data["plan"]["corrections"][2].update(bias=[0.0] * 3), "a bias for each of 4 channels"),
+        (lambda data: data["plan"]["corrections"][2].pop("bias"), "plan: the entry 'bias' is missing"),
+        (lambda data: data["plan"]["corrections"][2].update(colour=1), "plan: unknown entry 'colour'"),
+        (change("plan.corrections", 3), "plan: .*int"),
+        (change("fixed_timesteps", [19.0, 14.0]), "timestep 15 is not one of the 2 that this network was exported for"),
+        (change("fixed_timesteps", 3), "here: .*int"),
         (change("spacing.shift", 0.0), "spacing: offset 1 must not be negative and shift 0.0"),
         (change("spacing.offset", -1), "spacing: offset -1"),
         (change("spacing.dynamic", [0.5, 1.15, 256]), "spacing: "),
@@ -156,6 +169,20 @@ def test_what_is_no_object_is_refused(data: Any) -> None:
 def test_a_new_plan_makes_a_new_spec() -> None:
     plan = Plan("ddim", (10.0, 0.0))
     assert SPEC.with_plan(plan) == replace(SPEC, plan=plan) and SPEC.plan.solver == "dpmpp_2m" and plan.steps == 2
+
+
+def test_corrections_stay_with_the_timesteps_they_were_measured_at() -> None:
+    plan = TEXT.plan
+    assert plan.over(plan.timesteps) == plan and len(plan.corrections) == plan.steps == 5
+    fewer = plan.over(plan.timesteps[:2])
+    assert fewer == replace(plan.uncorrected, timesteps=plan.timesteps[:2]) and fewer.corrections == ()
+
+
+def test_a_network_for_one_plan_takes_no_other_timesteps() -> None:
+    fixed = replace(SPEC, fixed_timesteps=SPEC.plan.timesteps)
+    assert fixed.with_plan(SPEC.plan.over(SPEC.plan.timesteps[1:3])).plan.steps == 2
+    with pytest.raises(BadInput, match="timestep 4 is not one of the 5 .* without --fixed-plan"):
+        fixed.with_plan(SPEC.plan.over((*SPEC.plan.timesteps[:2], 4.0)))
 
 
 def test_a_schedule_may_be_flat_but_not_turn_back() -> None:

@@ -5,22 +5,23 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
-import modelopt.torch.quantization as mtq
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from safetensors import safe_open
 
 from compress.adapters import example_inputs
 from compress.checkpoint import Checkpoint, save_checkpoint
-from compress.config import DistillConfig, QuantizeConfig
+from compress.config import QAT_SETTINGS, DistillConfig, QuantizeConfig
 from compress.context import Context
 from compress.distill import distill
 from compress.load import load_checkpoint
 from compress.metrics import sqnr_db
-from compress.quantization.qat import draw, follow_, visited_states
 from compress.quantization.quantizers import fake_quantized
 from compress.quantization.stage import quantize
+from compress.quantization.states import draw, visited_states
+from compress.quantization.updates import follow_, scalings, weights_of
 from compress.recipe import read_recipe
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
@@ -58,30 +59,26 @@ def samples(checkpoint: Checkpoint) -> np.ndarray:
     return generate(network, checkpoint.spec, range(16), batch=16)
 
 
-def narrow_weights(monkeypatch) -> None:
-    """Let modelopt round weights to 4 bits: what no format of ours does yet."""
-    original = mtq.quantize
-
-    def narrowed(model, settings):
-        for rule in settings["quant_cfg"]:
-            if rule["quantizer_name"].endswith("weight_quantizer"):
-                rule["cfg"]["num_bits"] = 4
-        return original(model, settings)
-
-    monkeypatch.setattr(mtq, "quantize", narrowed)
+COARSE = {
+    "clipped activations": {"percentile": 95.0},
+    "w4a8": {"format": "w4a8"},
+    "w4a8 by factors": {"format": "w4a8", "updates": "low_rank", "rank": 4, "learning_rate": 1e-3},
+    "int4": {"format": "int4"},
+    "fp8": {"format": "fp8", "percentile": 95.0},
+    "everything in int8": {"keep_fragile": False, "percentile": 99.0},
+}
 
 
-@pytest.mark.parametrize("coarse", ["4-bit weights", pytest.param("clipped activations", marks=pytest.mark.slow)])
-def test_training_through_the_quantizers_brings_the_samples_back_to_the_float_models(
-    coarse, trained, context, monkeypatch
-):
-    settings = {"percentile": 95.0} if coarse == "clipped activations" else {}
-    if coarse == "4-bit weights":
-        narrow_weights(monkeypatch)
+@pytest.mark.parametrize(
+    "coarse", [pytest.param(name, marks=[] if "w4a8" in name else pytest.mark.slow) for name in COARSE]
+)
+def test_training_through_the_quantizers_brings_the_samples_back_to_the_float_models(coarse, trained, context):
+    settings = {"correct": False, **COARSE[coarse]}
     exact, ctx = samples(trained), context(trained)
-    before = sqnr_db(exact, samples(quantize(trained, QuantizeConfig(**PTQ, **settings), ctx)))
+    untrained = {name: value for name, value in settings.items() if name not in QAT_SETTINGS}
+    before = sqnr_db(exact, samples(quantize(trained, QuantizeConfig(**PTQ, **untrained), ctx)))
     more = {"steps": 40, "batch": 8, "trajectories": 16, "learning_rate": 3e-4, "save_every": 1000}
-    after = sqnr_db(exact, samples(quantize(trained, config(**settings, **more), ctx)))
+    after = sqnr_db(exact, samples(quantize(trained, config(**{**more, **settings}), ctx)))
     assert after > before + 1.5  # from seeds that calibration and training never saw
 
 
@@ -97,11 +94,12 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("step", [1, 3])
+@pytest.mark.parametrize(("step", "updates"), [(1, "full"), (3, "full"), (3, "low_rank")])
 def test_a_killed_run_goes_on_from_its_last_save_and_ends_bit_for_bit_as_an_undisturbed_one(
-    step, small, context, tmp_path, monkeypatch
+    step, updates, small, context, tmp_path, monkeypatch
 ):
-    undisturbed = quantize(small, config(), replace(context(small), work=tmp_path / "other"))
+    settings = config(updates=updates)
+    undisturbed = quantize(small, settings, replace(context(small), work=tmp_path / "other"))
     drawn = []
 
     def killing(calls, size, generator):
@@ -112,10 +110,10 @@ def test_a_killed_run_goes_on_from_its_last_save_and_ends_bit_for_bit_as_an_undi
 
     monkeypatch.setattr("compress.quantization.qat.draw", killing)
     with pytest.raises(Killed):
-        quantize(small, config(), context(small))
+        quantize(small, settings, context(small))
     drawn.clear()
     monkeypatch.setattr("compress.quantization.qat.draw", lambda *arguments: drawn.append(1) or draw(*arguments))
-    assert quantize(small, config(), context(small)).hash == undisturbed.hash
+    assert quantize(small, settings, context(small)).hash == undisturbed.hash
     # those steps that were not saved, and one draw to measure before and one after
     assert len(drawn) == 5 - (step // 2) * 2 + 2
 
@@ -199,27 +197,78 @@ def test_a_batch_is_drawn_evenly_from_all_rows_of_all_calls():
 BOUNDS = list(enumerate([(0, 3), (3, 4), (4, 6)]))
 
 
-def test_quantizers_follow_weights_that_moved(small, context):
-    found = quantize(small, QuantizeConfig(**PTQ), context(small))
-    model = fake_quantized(found.evolve(model=found.clone_model()))
-    with torch.no_grad():
-        model.inner.weight *= 3.0
-    follow_(model, {"inner": torch.full((16, 1, 1, 1), 1.5)})
-    largest = small.model.inner.weight.detach().flatten(1).abs().amax(1)
-    torch.testing.assert_close(model.inner.weight_quantizer.amax.flatten(), largest * 4.5)
+@pytest.mark.parametrize(
+    ("settings", "proportion"), [({}, 127 / 64), ({"smooth": 0.5}, 127 / 64), ({"format": "int4"}, 1.0)]
+)
+def test_quantizers_follow_weights_that_moved(settings, proportion, unet, context):
+    found = quantize(unet, QuantizeConfig(**PTQ, **settings), context(unet))
+    layer, model = "mid_block.attentions.0.to_q", fake_quantized(found.evolve(model=found.clone_model()))
+    scaling = scalings(model, found.quantization)
+    torch.manual_seed(0)
+    weight = torch.randn(32, 32)
+    follow_(model, {layer: scaling[layer]}, {layer: weight})
+    smooth = found.quantization.smooth.get(layer, torch.ones(32))
+    blocks = (weight * smooth).abs().unflatten(1, (1, 32)).amax(2)  # one block of 32 is the whole row
+    torch.testing.assert_close(model.get_submodule(layer).weight_quantizer.amax.flatten(), blocks[:, 0] * proportion)
 
 
-def test_quantizers_follow_the_weights_at_every_step_of_training(small, context, monkeypatch):
+@pytest.mark.parametrize("updates", ["full", "low_rank"])
+def test_quantizers_follow_the_weights_at_every_step_of_training(updates, small, context, monkeypatch):
     seen = []
 
-    def spy(model, proportions):
-        follow_(model, proportions)
-        seen.append(model.inner.weight_quantizer.amax.clone())
+    def spy(model, scaling, weights):
+        follow_(model, scaling, weights)
+        seen.append((weights["inner"].detach().clone(), model.inner.weight_quantizer.amax.flatten().clone()))
 
-    monkeypatch.setattr("compress.quantization.qat.follow_", spy)
-    quantize(small, config(), context(small))
+    monkeypatch.setattr("compress.quantization.updates.follow_", spy)
+    quantize(small, config(updates=updates), context(small))
     # five steps, and once for the averaged weights at the end
-    assert len(seen) == 6 and not any(torch.equal(a, b) for a, b in itertools.pairwise(seen))
+    assert len(seen) == 6 and not any(torch.equal(a[1], b[1]) for a, b in itertools.pairwise(seen))
+    for weight, amax in seen:
+        torch.testing.assert_close(amax, weight.flatten(1).abs().amax(1) * 127 / 64)
+
+
+# --- low rank --------------------------------------------------------------------------------------------------
+
+
+def test_updates_of_low_rank_have_that_rank_and_leave_the_rest_alone(unet, context):
+    found = quantize(unet, config(updates="low_rank", rank=2, steps=3, layers=("conv",)), context(unet))
+    changed = 0
+    for name, old in unet.model.state_dict().items():
+        difference = (found.model.state_dict()[name] - old).flatten(1) if old.dim() > 1 else None
+        if name.removesuffix(".weight") in found.quantization.layers:
+            sizes = torch.linalg.svdvals(difference.double())
+            assert sizes[1] > 1e-7 and sizes[2:].max() < 1e-6  # float32 of the sum ends about there
+            changed += 1
+        else:
+            assert torch.equal(found.model.state_dict()[name], old)
+    assert changed == len(found.quantization.layers) > 20
+
+
+def test_only_the_factors_are_kept_for_resuming(small, context, tmp_path, monkeypatch):
+    monkeypatch.setattr("compress.quantization.qat._sqnr_db", lambda *_: 0.0)
+    quantize(small, config(updates="low_rank", rank=2, steps=4), context(small))
+    with safe_open(context(small).work / "training.safetensors", framework="pt") as saved:
+        shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+    model = {name: shape for name, shape in shapes.items() if name.startswith("model.")}
+    # of inner [16, 16, 3, 3] and of time [16, 1], which has no second rank
+    assert sorted(model.values()) == [(1, 1), (2, 144), (16, 1), (16, 2)]
+    assert all(sum(shape) <= 146 for shape in shapes.values())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adaround"])
+def test_training_starts_from_what_rounding_gave(rounding, small, context, monkeypatch):
+    started = {}
+
+    def spy(model, scales):
+        started.update({name: weight.detach().clone() for name, weight in weights_of(model, {"inner": None}).items()})
+        return scalings(model, scales)
+
+    monkeypatch.setattr("compress.quantization.qat.scalings", spy)
+    found = quantize(small, config(rounding=rounding, format="w4a8", reduce_range=False), context(small))
+    assert torch.equal(started["inner"], small.model.inner.weight) == (rounding == "nearest")
+    largest = found.model.inner.weight.detach().flatten(1).abs().amax(1)
+    assert (found.quantization.amax["inner.weight"] / largest).min() >= 1.0 - 1e-6  # nothing is clipped
 
 
 def test_gradients_pass_through_quantizers_and_attention(unet, context):

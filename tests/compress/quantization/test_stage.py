@@ -12,9 +12,9 @@ from compress.adapters import adapter_for
 from compress.config import QuantizeConfig
 from compress.load import load_checkpoint
 from compress.metrics import sqnr_db
-from compress.quantization.calibration import CALIBRATION_SEED
 from compress.quantization.quantizers import fake_quantized
 from compress.quantization.stage import quantize
+from compress.quantization.trajectory import CALIBRATION_SEED
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
 from runtime.sampler import generate, noise_for
@@ -49,14 +49,14 @@ def test_an_input_scale_is_the_largest_magnitude_on_the_models_own_trajectory(sm
     model.inner.register_forward_pre_hook(lambda _, args: largest.append(args[0].abs().max().item()))
     generate(TorchNetwork(model, small.spec), small.spec, range(CALIBRATION_SEED, CALIBRATION_SEED + 6), batch=3)
     found = quantize(small, config(samples=6, batch=3, calibration="max"), context(small)).quantization
-    # a histogram knows its largest value up to one of its 2048 bins
-    assert found.amax["inner.input"].item() == pytest.approx(max(largest), rel=2e-3)
+    assert found.amax["inner.input"].item() == max(largest)
 
 
-@pytest.mark.parametrize("calibration", ["max", "percentile", pytest.param("entropy", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("calibration", ["max", "percentile", "mse", "entropy", "step_means"])
 def test_every_calibration_keeps_the_network_near_the_float_one(calibration, small, context, output):
     checkpoint = quantize(small, config(calibration=calibration), context(small))
-    assert sqnr_db(output(small).numpy(), output(checkpoint).numpy()) > 25.0
+    # the least of the steps' means clips the other steps
+    assert sqnr_db(output(small).numpy(), output(checkpoint).numpy()) > (15.0 if calibration == "step_means" else 25.0)
 
 
 def test_a_lower_percentile_gives_a_smaller_scale(small, context):
@@ -101,7 +101,7 @@ def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypat
             samples.append(inputs["sample"])
             return super().run(inputs)
 
-    monkeypatch.setattr("compress.quantization.calibration.TorchNetwork", Spy)
+    monkeypatch.setattr("compress.quantization.trajectory.TorchNetwork", Spy)
     quantize(unet, config(samples=5, batch=3), context(unet))
     plan = [round(t) for t in unet.spec.plan.timesteps]
     assert [t for ts, _, _ in seen for t in ts] == plan + plan  # two batches
@@ -147,9 +147,10 @@ def test_only_the_kinds_of_layers_asked_for_compute_in_integers(unet, context):
     assert "mid_block.attentions.0.to_q.weight" in amax and "mid_block.attentions.0.to_q.input" not in amax
 
 
-def test_outputs_of_linear_layers_are_not_quantized(quantized):
+def test_outputs_of_layers_that_only_store_integers_are_not_quantized(quantized):
     amax = quantized.quantization.amax
-    assert "mid_block.resnets.0.conv1.output" in amax and "mid_block.attentions.0.to_q.output" not in amax
+    assert "mid_block.resnets.0.conv1.output" in amax and "mid_block.attentions.0.to_q.output" in amax
+    assert "time_embedding.linear_1.weight" in amax and "time_embedding.linear_1.output" not in amax
 
 
 def test_kept_layers_have_no_scales(unet, context):

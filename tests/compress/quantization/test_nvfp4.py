@@ -1,0 +1,85 @@
+"""compress/quantization/nvfp4.py against ml_dtypes' 4-bit floats and the formula in numpy."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from compress.checkpoint import save_checkpoint
+from compress.config import QuantizeConfig
+from compress.metrics import sqnr_db
+from compress.quantization.formats import FORMATS
+from compress.quantization.layers import choose_formats
+from compress.quantization.nvfp4 import e2m1
+from compress.quantization.quantizers import fake_quantized, quantizer_amax, with_quantizers
+from compress.quantization.stage import quantize
+from compress.quantization.weight_scales import weight_amax
+
+FOUR, EIGHT = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
+
+
+def by_formula(x: np.ndarray) -> np.ndarray:
+    """Blocks of 16 along the last axis, with ml_dtypes' own rounding of numbers and scales."""
+    blocks = x.reshape(-1, 16)
+    top = np.float32(np.abs(x).max() / (6 * 448))
+    scales = np.maximum(np.abs(blocks).max(1, keepdims=True) / 6 / top, 2.0**-9).astype(EIGHT).astype(np.float32) * top
+    return (np.clip(blocks / scales, -6, 6).astype(FOUR).astype(np.float32) * scales).reshape(x.shape)
+
+
+def test_every_number_goes_to_the_nearest_of_fifteen_and_ties_to_the_even_mantissa():
+    x = torch.cat([torch.linspace(-7, 7, 28001), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])])
+    np.testing.assert_array_equal(e2m1(x).numpy(), np.clip(x.numpy(), -6, 6).astype(FOUR).astype(np.float32))
+
+
+@pytest.fixture
+def layer() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 24))
+    with torch.no_grad():
+        model[0].weight[3, 16:32] = 0.0  # a block of nothing
+        model[0].weight[5] *= 1e-4  # and one whose scale is among the smallest
+    return model
+
+
+def test_weights_and_activations_are_the_formula(layer):
+    exact = layer[0].weight.detach().clone()
+    with_quantizers(layer, {"0": "nvfp4"}, [])
+    layer[0].weight_quantizer.amax = quantizer_amax(weight_amax(exact, FORMATS["nvfp4"]), layer[0])
+    x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(1))
+    layer[0].input_quantizer.amax = x.abs().max()
+    # the zeroed block has the scale of its channel, and is zero all the same
+    np.testing.assert_allclose(layer[0].weight_quantizer(exact).numpy(), by_formula(exact.numpy()), atol=1e-7)
+    np.testing.assert_allclose(layer[0].input_quantizer(x).numpy(), by_formula(x.numpy()), atol=1e-6)
+
+
+def test_gradients_pass_straight_through(layer):
+    with_quantizers(layer, {"0": "nvfp4"}, [])
+    layer[0].weight_quantizer.amax = quantizer_amax(weight_amax(layer[0].weight, FORMATS["nvfp4"]), layer[0])
+    layer[0].input_quantizer.amax = torch.tensor(3.0)
+    x = torch.randn(2, 64, requires_grad=True)
+    layer(x).sum().backward()
+    rounded = layer[0].weight_quantizer(layer[0].weight).detach()
+    torch.testing.assert_close(x.grad, rounded.sum(0).expand_as(x))
+    assert layer[0].weight.grad.abs().sum() > 0
+
+
+def test_what_it_does_not_suit_takes_fp8(unet):
+    chosen = choose_formats(unet.model, QuantizeConfig(format="nvfp4"))
+    assert chosen["mid_block.attentions.0.to_q"] == "nvfp4" and chosen["mid_block.resnets.0.conv1"] == "fp8"
+    assert chosen["time_embedding.linear_1"] == "int8_weight_only"
+    widths = nn.Sequential(nn.Linear(24, 8), nn.Linear(32, 8), nn.Linear(8, 8))
+    bare = QuantizeConfig(format="nvfp4", keep_fragile=False)
+    assert choose_formats(widths, bare) == {"0": "fp8", "1": "nvfp4", "2": "fp8"}
+
+
+def test_a_checkpoint_in_nvfp4_is_reloaded_as_it_was(unet, context, output, tmp_path, reopened):
+    checkpoint = quantize(unet, QuantizeConfig(format="nvfp4", samples=2, batch=2, correct=False), context(unet))
+    save_checkpoint(checkpoint, tmp_path / "c")
+    again = reopened(str(tmp_path / "c"))
+    assert again.hash == checkpoint.hash
+    torch.testing.assert_close(output(again), output(checkpoint), rtol=0, atol=0)
+    assert 10 < sqnr_db(output(unet).numpy(), output(checkpoint).numpy()) < 40
+    assert fake_quantized(again) is not again.model

@@ -1,0 +1,160 @@
+"""export/placement.py: where pairs stand, in which type, and what the engines make of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+
+from compress.adapters import adapter_for, example_inputs
+from compress.checkpoint import Quantization
+from export.graph import Graph, load_all, save_graph
+from export.placement import Placement
+from export.qdq import insert_qdq
+from export.rewrite import Rewrite
+from runtime.engines import available, load_engine
+
+# concatenations of the little U-Net's stream with its skips
+JOINS = 4
+
+
+def inputs_for(checkpoint, batch=4):
+    return {name: value.numpy() for name, value in example_inputs(checkpoint.spec, batch, seed=5).items()}
+
+
+def pairs(graph: onnx.GraphProto) -> list[str]:
+    return [node.name for node in graph.node if node.op_type == "QuantizeLinear"]
+
+
+def run_exactly(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return session.run(None, inputs)[0]
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+def test_onnxruntime_computes_every_layer_that_is_not_kept_on_integers(trunk, unet, unet_graph, scales, tmp_path):
+    kept = adapter_for(unet.model).fragile(unet.model)
+    quantization = scales(unet, outputs=True, trunk=trunk)
+    amax = {k: v for k, v in quantization.amax.items() if k.rsplit(".", 1)[0] not in kept or k == "conv_in.output"}
+    if not trunk:
+        amax.pop("conv_in.output")
+    save_graph(insert_qdq(unet_graph, Quantization("int8", amax)), tmp_path / "q.onnx")
+    account = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).account(inputs_for(unet))
+    modules = dict(unet.model.named_modules())
+    assert {layer for layer in account.float_layers if layer in modules} == set(kept) - {"class_embedding"}
+
+
+def test_concatenations_of_the_trunk_copy_integers_in_onnxruntime(unet, unet_graph, scales, tmp_path):
+    found = {}
+    for trunk in (False, True):
+        save_graph(insert_qdq(unet_graph, scales(unet, outputs=True, trunk=trunk)), tmp_path / "q.onnx")
+        options = onnxruntime.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+        onnxruntime.InferenceSession(str(tmp_path / "q.onnx"), options, providers=["CPUExecutionProvider"])
+        optimized = onnx.load(tmp_path / "optimized.onnx").graph
+        found[trunk] = Counter(node.op_type for node in optimized.node)
+    assert found[False]["QLinearConcat"] == 0 and found[True]["QLinearConcat"] == JOINS
+    assert found[True]["QLinearAdd"] >= 8 > found[False]["QLinearAdd"]  # the sums of resnets
+
+
+@pytest.mark.skipif("openvino" not in available(), reason="needs openvino")
+def test_concatenations_of_the_trunk_copy_integers_in_openvino(unet, unet_graph, scales, tmp_path):
+    import openvino
+
+    copied, reordered = {}, {}
+    for trunk in (False, True):
+        save_graph(insert_qdq(unet_graph, scales(unet, outputs=True, trunk=trunk)), tmp_path / "q.onnx")
+        core = openvino.Core()
+        model = core.read_model(tmp_path / "q.onnx")
+        model.reshape({name: array.shape for name, array in inputs_for(unet).items()})
+        compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        layers = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+        kinds = Counter((str(i["layerType"].astype(str)), str(i["outputPrecisions"].astype(str))) for i in layers)
+        copied[trunk] = kinds["Concatenation", "u8"] + kinds["Concatenation", "i8"]
+        reordered[trunk] = kinds["Reorder", "f32"]
+    assert copied[True] == copied[False] + JOINS
+    assert reordered[True] < reordered[False]
+
+
+def test_integers_are_stored_for_cpus_with_a_shifted_zero_and_for_tensorrt_with_none(unet, unet_graph, scales):
+    quantization, answers = scales(unet, outputs=True, trunk=True), []
+    for tensorrt, zero in ((False, np.uint8(128)), (True, np.int8(0))):
+        model = load_all(insert_qdq(unet_graph, quantization, tensorrt=tensorrt))
+        stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+        for node in model.graph.node:
+            if node.op_type == "QuantizeLinear":
+                assert stored[node.input[2]].dtype == zero.dtype and stored[node.input[2]] == zero
+            if node.op_type == "DequantizeLinear" and node.input[0] in stored:  # a weight
+                channels = stored[node.input[0]].shape[node.attribute[0].i]
+                assert stored[node.input[2]].dtype == np.int8 and not stored[node.input[2]].any()
+                assert stored[node.input[1]].shape == stored[node.input[2]].shape == (channels,)
+        answers.append(run_exactly(model, inputs_for(unet)))
+    np.testing.assert_array_equal(*answers)
+
+
+def test_a_sum_is_rounded_once_for_all_that_read_it(unet, unet_graph, scales):
+    placed = pairs(insert_qdq(unet_graph, scales(unet, outputs=True, trunk=True)).proto.graph)
+    assert len(set(placed)) == len(placed)
+    # read at the scale of what it comes from: a sum, a concatenation, an upsampling
+    readers = ["down_blocks.0.downsamplers.0.conv", "up_blocks.0.resnets.0.conv_shortcut"]
+    readers += ["up_blocks.0.upsamplers.0.conv"]
+    assert not {f"{layer}.input/Q" for layer in readers} & set(placed)
+    assert "mid_block.resnets.0.conv1.input/Q" in placed and "mid_block.resnets.0.output/Q" in placed
+    assert not any("nonlinearity" in name or "norm" in name for name in placed)
+
+
+def test_a_sum_with_another_scale_than_its_reader_is_rounded_again(unet, unet_graph, scales):
+    quantization = scales(unet, outputs=True, trunk=True)
+    quantization.amax["up_blocks.0.upsamplers.0.conv.input"] = torch.tensor(0.5)
+    placed = pairs(insert_qdq(unet_graph, quantization).proto.graph)
+    assert "up_blocks.0.upsamplers.0.conv.input/Q" in placed
+
+
+def pairs_behind(node: onnx.NodeProto, scales: dict[str, float], stored: dict[str, np.ndarray]) -> int:
+    """How many pairs stand behind one node whose inputs have these scales."""
+    graph = Graph(onnx.ModelProto(graph=onnx.GraphProto(name="one")))
+    rewrite = Rewrite(graph, {name: numpy_helper.from_array(value, name) for name, value in stored.items()}, {})
+    placement = Placement(rewrite, False, {name: np.float32([scale]) for name, scale in scales.items()})
+    rewrite.nodes.append(node)
+    placement.pass_on_(node)
+    return sum(entry.op_type == "QuantizeLinear" for entry in rewrite.nodes)
+
+
+@pytest.mark.parametrize(
+    ("operator", "inputs", "scales", "settings", "count"),
+    [
+        ("Concat", ["a", "b"], {"a": 0.5, "b": 0.5}, {"axis": 1}, 1),
+        ("Concat", ["a", "b"], {"a": 0.5, "b": 0.25}, {"axis": 1}, 0),
+        ("Concat", ["a", "b"], {"a": 0.5}, {"axis": 1}, 0),
+        ("Concat", ["b", "a"], {"a": 0.5}, {"axis": 1}, 0),
+        ("Resize", ["a", "", "two"], {"a": 0.5}, {"mode": "nearest"}, 1),
+        ("Resize", ["a", "", "two"], {"a": 0.5}, {"mode": "linear"}, 0),
+        ("Pad", ["a", "ends"], {"a": 0.5}, {}, 1),
+        ("Pad", ["a", "ends", "zero"], {"a": 0.5}, {"mode": "constant"}, 1),
+        ("Pad", ["a", "ends", "two"], {"a": 0.5}, {"mode": "constant"}, 0),
+        ("Pad", ["a", "ends", "unknown"], {"a": 0.5}, {}, 0),
+        ("Pad", ["a", "ends"], {"a": 0.5}, {"mode": "edge"}, 0),
+        ("Add", ["a", "b"], {"a": 0.5, "b": 0.5}, {}, 0),
+        ("Sigmoid", ["a"], {"a": 0.5}, {}, 0),
+    ],
+)
+def test_a_pair_follows_what_only_copies_tensors_of_one_scale(operator, inputs, scales, settings, count):
+    stored = {"two": np.float32([2]).reshape(()), "zero": np.zeros((), np.float32), "ends": np.int64([0, 1])}
+    node = helper.make_node(operator, inputs, ["out"], "node", **settings)
+    assert pairs_behind(node, scales, stored) == count
+
+
+def test_a_graph_output_that_is_a_sum_keeps_its_name():
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
+    graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"], "block")], "g", [x], [y])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+    placed = load_all(insert_qdq(Graph(model), Quantization("int8", {"block.output": torch.tensor(127.0)})))
+    assert [value.name for value in placed.graph.output] == ["y"]
+    np.testing.assert_array_equal(run_exactly(placed, {"x": np.float32([0.4, 100])}), [1, 127])
