@@ -116,24 +116,30 @@ def write_random(name: str, folder: Path) -> Path:
     return folder
 
 
-def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> dict[str, Path]:
-    """Write the fp32 ONNX file, diffpress's int8 file and NNCF's int8 IR; returns their paths by precision."""
+def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[str, Path], DenoiserSpec]:
+    """Write the fp32 ONNX file, diffpress's int8 file and NNCF's int8 IR: their paths by precision, and the spec of
+    diffpress's, whose plan takes off what rounding does on the average."""
     from compress.config import QuantizeConfig
     from compress.context import Context
     from compress.quantization.stage import quantize
     from export.graph import save_graph
     from export.qdq import insert_qdq
     from export.to_onnx import export_float
+    from runtime.solvers import network_calls
 
     files = {FLOAT: folder / "fp32.onnx", OURS: folder / "int8.onnx", PEER: folder / "nncf.xml"}
     graph = export_float(checkpoint, files[FLOAT])
     samples = {} if name == "teacher" else {"samples": RANDOM_SAMPLES, "batch": RANDOM_SAMPLES}
     config = QuantizeConfig(reduce_range=not has_dot_products(), **samples)
+    plan = checkpoint.spec.plan
+    calibrating = config.samples // config.batch * network_calls(plan.solver, plan.steps)
     with recorded_calls() as calls:
         quantized = quantize(checkpoint, config, Context(0, folder / "work", checkpoint))
     save_graph(insert_qdq(graph, quantized.quantization), files[OURS])
-    quantize_with_nncf(files[FLOAT], calls, name in TRANSFORMERS, files[PEER])
-    return files
+    # beside them are single samples, which show how the network is wired, and later ones, for the corrections
+    whole = [call for call in calls if len(call["sample"]) == config.batch]
+    quantize_with_nncf(files[FLOAT], whole[:calibrating], name in TRANSFORMERS, files[PEER])
+    return files, quantized.spec
 
 
 @contextlib.contextmanager
@@ -187,7 +193,7 @@ def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> di
     from runtime.engines import load_engine
 
     checkpoint = load_model(name, work / "model")
-    files = make_files(name, checkpoint, work)
+    files, corrected = make_files(name, checkpoint, work)
     with contextlib.ExitStack() as stack:
         engines: Engines = {}
         for engine, precisions in ENGINES.items():
@@ -195,7 +201,8 @@ def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> di
                 opened = load_engine(files[precision], engine, threads)
                 engines[engine, precision] = stack.enter_context(contextlib.closing(opened))
         step_ms = medians(engines, checkpoint.spec, batch, repeats)
-        psnr = paired_psnr(engines, checkpoint.spec, PSNR_SAMPLES[name], batch)
+        specs = {FLOAT: checkpoint.spec, OURS: corrected, PEER: checkpoint.spec}
+        psnr = paired_psnr(engines, specs, PSNR_SAMPLES[name], batch)
         inputs = network_inputs(engines[REFERENCE], checkpoint.spec, batch)
         accounts = {key: opened.account(inputs) for key, opened in engines.items()}
     kept = adapter_for(checkpoint.model).fragile(checkpoint.model)
@@ -230,14 +237,14 @@ def medians(engines: Engines, spec: DenoiserSpec, batch: int, repeats: int) -> d
     return {key: statistics.median(found[1:]) for key, found in times.items()}
 
 
-def paired_psnr(engines: Engines, spec: DenoiserSpec, samples: int, batch: int) -> dict[Key, float]:
+def paired_psnr(engines: Engines, specs: dict[str, DenoiserSpec], samples: int, batch: int) -> dict[Key, float]:
     """PSNR of every other engine's final samples against REFERENCE's, which start from the same noise and labels."""
     from compress.metrics import psnr_db
     from runtime.sampler import generate
 
-    seeds, span = range(SEED, SEED + samples), spec.data_range[1] - spec.data_range[0]
-    made = {key: generate(engine, spec, seeds, batch=batch) for key, engine in engines.items()}
-    return {key: psnr_db(made[REFERENCE], ours, span) for key, ours in made.items() if key != REFERENCE}
+    seeds, (low, high) = range(SEED, SEED + samples), specs[FLOAT].data_range
+    made = {key: generate(engine, specs[key[1]], seeds, batch=batch) for key, engine in engines.items()}
+    return {key: psnr_db(made[REFERENCE], ours, high - low) for key, ours in made.items() if key != REFERENCE}
 
 
 def outside(account: Account, kept: Sequence[str]) -> float:

@@ -5,6 +5,7 @@
 with q rounding to the nearest, over rows x of states of the model's own trajectory. Layers that read one tensor share
 one s and its a, so that the tensor is divided once. All are searched in one forward of the float model; in memory are
 that batch, and a few thousand rows of one layer's x. The common factor of s is free: its geometric mean is 1.
+modelopt's awq_lite gives every layer a vector of its own, and came no nearer on a linear layer (error 0.128 to 0.122).
 """
 
 from __future__ import annotations

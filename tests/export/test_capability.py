@@ -43,7 +43,7 @@ def calibrated(checkpoint, kind, fragile="int8_weight_only", weight_range=1.0):
 
         def remember(layer, args, out, name=name, form=form):
             for what, x in (("input", args[0]), ("output", out)):
-                integers = form.activations is INT8 and isinstance(layer, nn.Conv2d)
+                integers = form.activations is INT8 and (isinstance(layer, nn.Conv2d) or x.dim() == 3)
                 rounds = form.activations and (what == "input" or integers)
                 if rounds:
                     key = f"{name}.{what}"

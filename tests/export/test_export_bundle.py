@@ -50,7 +50,8 @@ def test_the_manifest_says_what_the_graph_is(bundle, quantized):
     assert "conv_in" in denoiser["quantized_layers"] and denoiser["weight_only_layers"] == ["class_embedding"]
     assert denoiser["parameters"] == sum(p.numel() for p in quantized.model.parameters())
     stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(bundle.denoiser).graph.initializer]
-    sizes = {dtype: sum(a.nbytes for a in stored if a.dtype == dtype) for dtype in ("int8", "float32", "int64", "uint8")}
+    kinds = ("int8", "float32", "int64", "uint8")
+    sizes = {kind: sum(a.nbytes for a in stored if a.dtype == kind) for kind in kinds}
     assert denoiser["bytes_by_precision"] == sizes and list(denoiser["bytes_by_precision"])[0] == "int8"
     assert set(manifest["parity"]) >= {"torch_fake_quant", "onnxruntime"}
     assert [record["stage"] for record in manifest["history"]] == ["quantize"]
