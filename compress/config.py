@@ -89,7 +89,7 @@ class QuantizeConfig(Config):
     moves unevenness from the inputs of linear layers into their weights (SmoothQuant's alpha, 0 for none), and
     `split_joins` gives stream and skip factors of their own where they are joined; both sample twice.
     `layers` names the kinds that take the format; the linear layers of the others store int8 weights only. `outputs`
-    rounds what convolutions write too and, in U-Nets, the sums of blocks (compress/quantization/trunk.py). `mixture`
+    rounds what these layers write too and, in U-Nets, the sums of blocks (compress/quantization/trunk.py). `mixture`
     gives layers by the beginning of their names another format, or float; the longest that fits wins, and `keep` is
     short for float. `keep_fragile` false quantizes fragile layers (first and last, embeddings) like the rest.
     `bounds` returns layers to float until they are kept, by what each is worth in the engine `target`.

@@ -5,7 +5,7 @@
 
     bundle = load_bundle("bundle")
     with closing(open_engine(bundle)) as engine:
-        images = generate(engine, bundle.spec, seeds=range(16))
+        images = generate(engine, bundle.spec_for(engine.name), seeds=range(16))
 
 Names are imported on first use: `import runtime` itself loads nothing.
 """

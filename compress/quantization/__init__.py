@@ -11,8 +11,11 @@ trajectory    the model samples by its own plan and is watched; resumable
 statistics    what is remembered of a tensor that streams by
 amax          max, percentile, mse, entropy, step_means: a limit read from that
 smooth        magnitude moved from activations into weights, by channel or by the halves of a join
+trunk         the sums that blocks end in on integers, and one scale for what is joined
 wiring        which layers read the same tensor, and which a concatenation
 correction    what rounding does to the output on the average, step by step
+sensitivity   what rounding each place costs in output SQNR
+mixed         places returned to float until the stage's bounds are kept
 states        states of a trajectory, to learn from
 layer_rows    what one layer multiplies, as rows of a matrix
 rounding      every weight up or down, by what that does to the layer's output

@@ -85,7 +85,8 @@ def rounded_outputs(checkpoint: Checkpoint, formats: dict[str, str], config: Qua
     rounded = [name for name in integer if name not in left]
     # what was told to be in another format takes its sums along
     apart = (*config.keep, *(name for name, kind in config.mixture.items() if kind != config.format))
-    trunk = [name for name in adapter_for(model).trunk(model) if rounded and not name.startswith(apart)]
+    convolutions = set(rounded) - linear
+    trunk = [name for name in adapter_for(model).trunk(model) if convolutions and not name.startswith(apart)]
     return [*rounded, *(name for name in trunk if name not in rounded)]
 
 
