@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -76,9 +76,24 @@ class Quantization:
     def layers(self) -> list[str]:
         return sorted(name.removesuffix(".weight") for name in self.amax if name.endswith(".weight"))
 
+    @property
+    def layer_formats(self) -> dict[str, str]:
+        """Layer -> name of its format, for every layer."""
+        return {layer: self.format_of(layer) for layer in self.layers}
+
     def format_of(self, layer: str) -> str:
         """The name of the layer's format; what has no scale for its input is stored in it and no more."""
         return self.formats.get(layer, self.format)
+
+    def without(self, places: Collection[str]) -> Quantization:
+        """The same with these layers, and modules whose outputs are rounded, in float."""
+        amax, branch = (
+            {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in places}
+            for tensors in (self.amax, self.branch)
+        )
+        formats = {layer: kind for layer, kind in self.formats.items() if layer not in places}
+        smooth = {layer: vector for layer, vector in self.smooth.items() if layer not in places}
+        return replace(self, amax=amax, formats=formats, smooth=smooth, branch=branch)
 
     def facts(self) -> dict[str, Any]:
         return {"format": self.format, "formats": self.formats}

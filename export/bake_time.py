@@ -17,17 +17,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from compress.checkpoint import Checkpoint, Quantization
+from compress.checkpoint import Checkpoint
 from compress.context import say
 from export.graph import Graph, load_all
 from export.quantized_weights import layer_of
-from export.rewrite import Rewrite
+from export.rewrite import Rewrite, ancestors, copies
 from runtime.denoise import TIMESTEP, told_timesteps
 
 # a table up to this size needs no weights to make up for it
@@ -58,7 +57,7 @@ def fix_plan(checkpoint: Checkpoint, graph: Graph) -> tuple[Checkpoint, Graph]:
         return checkpoint, graph
     say(f"fixed plan: {len(gone)} layers became tables of {checkpoint.spec.plan.steps} timesteps")
     spec = replace(checkpoint.spec, fixed_timesteps=checkpoint.spec.plan.timesteps)
-    quantization = checkpoint.quantization and _without(checkpoint.quantization, gone)
+    quantization = checkpoint.quantization and checkpoint.quantization.without(gone)
     return checkpoint.evolve(spec=spec, quantization=quantization), baked
 
 
@@ -96,7 +95,7 @@ def _rows(graph: Graph, kinds: Mapping[str, int], known: np.ndarray) -> Tables:
     """Tensor -> its values [S, ...] at the known timesteps; without those of which one row is not one sample's."""
     old = graph.proto.graph
     names = [name for node in old.node for name in node.output if kinds[name] == TIME and name]
-    nodes = _ancestors(old, names)
+    nodes = ancestors(old.node, names)
     used = {name for node in nodes for name in node.input}
     inputs = [value for value in old.input if value.name in used]
     part = onnx.ModelProto(ir_version=graph.proto.ir_version, opset_import=graph.proto.opset_import)
@@ -167,15 +166,13 @@ def _behind(graph: onnx.GraphProto, makers: Mapping[str, int], inside: set[int],
 
 def _rewritten(graph: Graph, inside: set[int], tables: Tables, known: np.ndarray) -> Graph:
     old = graph.proto.graph
-    rewrite = Rewrite(graph, {tensor.name: tensor for tensor in old.initializer}, dict(graph.weights))
+    rewrite = Rewrite(graph)
     index = _add_index(rewrite, known)
     for name, table in tables.items():
         _add_gather(rewrite, name, np.concatenate([np.zeros_like(table[:1]), table]), index)
     outputs = {value.name: value for value in old.output}
-    kept = _ancestors(old, outputs, set(range(len(old.node))) - inside)
-    for original in kept:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
+    kept = [node for index, node in enumerate(old.node) if index not in inside]
+    for node in copies(ancestors(kept, outputs)):
         for names in (node.input, node.output):
             names[:] = [_unchecked(name) if name in outputs else name for name in names]
         rewrite.nodes.append(node)
@@ -212,31 +209,8 @@ def _unchecked(name: str) -> str:
     return f"{name}.unchecked"
 
 
-def _ancestors(
-    graph: onnx.GraphProto, names: Iterable[str], among: set[int] | None = None
-) -> list[onnx.NodeProto]:
-    """The nodes that make these tensors, of those `among`, in the graph's order."""
-    wanted, found = set(names), []
-    for index, node in reversed(list(enumerate(graph.node))):
-        if (among is None or index in among) and not wanted.isdisjoint(node.output):
-            wanted.update(node.input)
-            found.append(node)
-    return found[::-1]
-
-
 def _layers(graph: Graph) -> set[str]:
     return {layer_of(node) for node in graph.proto.graph.node} - {""}
-
-
-def _without(quantization: Quantization, layers: set[str]) -> Quantization:
-    """The same without what belongs to these layers, under '<layer>' or '<layer>.<what>'."""
-
-    def kept(entries: Mapping[str, object]) -> dict[str, object]:
-        return {k: v for k, v in entries.items() if k not in layers and k.rpartition(".")[0] not in layers}
-
-    held = vars(quantization).items()
-    tables: dict[str, Any] = {name: kept(value) for name, value in held if isinstance(value, dict)}
-    return replace(quantization, **tables)
 
 
 def _dtype(value: onnx.ValueInfoProto) -> np.dtype:

@@ -17,7 +17,7 @@ from onnx import helper
 
 from export.graph import Graph, Weight, weight_of
 from export.quantized_weights import channel_axis, layer_of
-from export.rewrite import Rewrite
+from export.rewrite import Rewrite, copies
 from export.trace import WEIGHT_INPUT
 from runtime.errors import BadInput
 
@@ -30,11 +30,8 @@ def branched(graph: Graph, branch: Mapping[str, torch.Tensor]) -> Graph:
     missing = {key.rpartition(".")[0] for key in branch}
     if not missing:
         return graph
-    old = graph.proto.graph
-    rewrite = Rewrite(graph, {tensor.name: tensor for tensor in old.initializer}, dict(graph.weights))
-    for original in old.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
+    rewrite = Rewrite(graph)
+    for node in copies(graph.proto.graph.node):
         layer = layer_of(node)
         rewrite.nodes.append(node)
         if f"{layer}.up" in branch:

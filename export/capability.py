@@ -25,10 +25,10 @@ from runtime.errors import BadInput
 
 @dataclass(frozen=True)
 class Support:
-    """`emulated`: engines on the CPU round like it and compute in float; `on_gpu`: least compute capability."""
+    """`on_gpu`: least compute capability; `on_cpu`: what engines on the CPU do with it, if not compute in it."""
 
     on_gpu: tuple[int, int]
-    emulated: bool = False
+    on_cpu: str = ""
 
 
 SUPPORT: dict[str, Support] = {
@@ -36,8 +36,8 @@ SUPPORT: dict[str, Support] = {
     "w4a8": Support((7, 5)),
     "int8_weight_only": Support((7, 5)),
     "int4": Support((7, 5)),
-    "fp8": Support((8, 9), emulated=True),
-    "nvfp4": Support((12, 0), emulated=True),
+    "fp8": Support((8, 9), "round to it"),
+    "nvfp4": Support((12, 0), "read weights from 4 bits"),
 }
 
 
@@ -56,13 +56,22 @@ def check_runs(formats: Iterable[str], capabilities: Sequence[str]) -> None:
 
 def emulated(formats: Iterable[str]) -> list[str]:
     """Those of the formats that engines on the CPU compute in float."""
-    return sorted(kind for kind in set(formats) if SUPPORT[kind].emulated)
+    return sorted(kind for kind in set(formats) if SUPPORT[kind].on_cpu)
+
+
+def emulation(formats: Iterable[str]) -> str:
+    """What becomes of formats that engines on the CPU compute in float, in a line; '' where there are none."""
+    return "; ".join(
+        f"{kind}: engines on the CPU {SUPPORT[kind].on_cpu} and compute in float, no faster than fp32; TensorRT "
+        f"multiplies in it from compute capability {'.'.join(map(str, SUPPORT[kind].on_gpu))} on"
+        for kind in emulated(formats)
+    )
 
 
 def promised(quantization: Quantization | None) -> list[str]:
     """The layers that engines on the CPU should run on integers."""
     formats = layer_formats(quantization)
-    return [name for name in computing_layers(quantization) if not SUPPORT[formats[name]].emulated]
+    return [name for name in computing_layers(quantization) if not SUPPORT[formats[name]].on_cpu]
 
 
 def _version(capability: str) -> tuple[int, int]:

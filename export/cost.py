@@ -19,7 +19,6 @@ import onnx
 
 from compress.checkpoint import Checkpoint, Quantization
 from compress.context import EngineCosts
-from compress.quantization.mixed import without
 from compress.quantization.sensitivity import places
 from export.graph import Graph, save_graph
 from export.latency import BATCH, alternated
@@ -32,6 +31,7 @@ from runtime.engines import Engine, load_engine
 from runtime.engines.account import Kernel
 
 PROFILED_RUNS = 9
+QUANTIZED, WITHOUT_SUMS = "quantized.onnx", "without_sums.onnx"
 
 
 @contextmanager
@@ -49,7 +49,7 @@ class _Costs:
     """See compress.context.EngineCosts."""
 
     def __init__(self, checkpoint: Checkpoint, graph: Graph, folder: Path, exact: Engine) -> None:
-        self._graph, self._exact, self._file = graph, exact, folder / "quantized.onnx"
+        self._graph, self._exact, self._folder = graph, exact, folder
         self._inputs = network_inputs(exact, trial_of(checkpoint).spec, BATCH)
 
     def gains_ms(self, quantization: Quantization) -> dict[str, float]:
@@ -57,22 +57,17 @@ class _Costs:
         before = layer_times(self._exact.kernel_times(self._inputs, PROFILED_RUNS), self._graph)
         with self._opened() as rounded:
             after = layer_times(rounded.kernel_times(self._inputs, PROFILED_RUNS), quantized)
-        gains = {layer: before.get(layer, 0.0) - after.get(layer, 0.0) for layer in quantization.layers}
-        return gains | self._gains_of_sums(quantization)
+            of_sums = self._gains_of_sums(quantization, rounded)
+        return {layer: before.get(layer, 0.0) - after.get(layer, 0.0) for layer in quantization.layers} | of_sums
 
-    def _gains_of_sums(self, quantization: Quantization) -> dict[str, float]:
+    def _gains_of_sums(self, quantization: Quantization, rounded: Engine) -> dict[str, float]:
         """What it is worth to round sums between layers, by the clock and in equal parts."""
         sums = [place for place in places(quantization) if place not in quantization.layers]
         if not sums:
             return {}
-        rounded, unrounded = self._file, self._file.with_name("without_sums.onnx")
-        save_graph(insert_qdq(self._graph, quantization), rounded)
-        save_graph(insert_qdq(self._graph, without(quantization, sums)), unrounded)
-        with (
-            closing(load_engine(rounded, self._exact.name)) as one,
-            closing(load_engine(unrounded, self._exact.name)) as other,
-        ):
-            with_ms, without_ms = alternated((one, other), self._inputs)
+        self._written(quantization.without(sums), WITHOUT_SUMS)
+        with self._opened(WITHOUT_SUMS) as unrounded:
+            with_ms, without_ms = alternated((rounded, unrounded), self._inputs)
         return dict.fromkeys(sums, (without_ms - with_ms) / len(sums))
 
     def latency_ratio(self, quantization: Quantization) -> float:
@@ -93,12 +88,12 @@ class _Costs:
         with self._opened() as rounded:
             yield rounded
 
-    def _written(self, quantization: Quantization) -> tuple[Graph, int]:
+    def _written(self, quantization: Quantization, file: str = QUANTIZED) -> tuple[Graph, int]:
         graph = insert_qdq(self._graph, quantization)
-        return graph, save_graph(graph, self._file)
+        return graph, save_graph(graph, self._folder / file)
 
-    def _opened(self) -> AbstractContextManager[Engine]:
-        return closing(load_engine(self._file, self._exact.name))
+    def _opened(self, file: str = QUANTIZED) -> AbstractContextManager[Engine]:
+        return closing(load_engine(self._folder / file, self._exact.name))
 
 
 def _owners(graph: onnx.GraphProto) -> dict[str, str]:

@@ -31,7 +31,7 @@ def as_convolutions(graph: Graph, layers: Collection[str]) -> Graph:
     """`graph` (of `export.to_onnx`), itself left as it is, with those of `layers` that are MatMuls over [B, L, I] as
     convolutions of the same names; their bias moves in. Layers over other shapes stay as they are."""
     old, ranks, biases = graph.proto.graph, _ranks(graph.proto), bias_additions(graph.proto.graph)
-    rewrite = Rewrite(graph, {tensor.name: tensor for tensor in old.initializer}, dict(graph.weights))
+    rewrite = Rewrite(graph)
     rewrite.add(AXIS, np.array([2], np.int64))
     merged: set[str] = set()
     for node in old.node:

@@ -27,7 +27,7 @@ from export.opsets import needed_opset, opset_of, raised
 from export.placement import Placement
 from export.pointwise import as_convolutions, bias_additions, entered
 from export.quantized_weights import layer_of, quantize_weight
-from export.rewrite import Rewrite
+from export.rewrite import Rewrite, copies
 from export.smoothing import smoothed
 from export.trace import SUMS, WEIGHT_INPUT
 from runtime.errors import BadInput
@@ -46,7 +46,10 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
     BadInput, naming the layer, for a scale that is not positive and finite or does not fit the layer's weight, and for
     a layer the graph does not have.
     """
-    formats = _formats(quantization)
+    formats = quantization.layer_formats
+    for kind in (quantization.format, *formats.values()):
+        if kind not in FORMATS:
+            raise BadInput(f"quantization format '{kind}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
     graph = smoothed(branched(graph, quantization.branch), quantization.smooth)
     if not tensorrt:
         graph = as_convolutions(graph, [name for name, kind in formats.items() if FORMATS[kind].activations is INT8])
@@ -54,13 +57,11 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
     weights, inputs, outputs = (_scales(quantization, kind) for kind in KINDS)
     old = graph.proto.graph
     _check_layers(old, weights, inputs, outputs)
-    rewrite = Rewrite(graph, {tensor.name: tensor for tensor in old.initializer}, dict(graph.weights))
+    rewrite = Rewrite(graph)
     placement = Placement(rewrite, tensorrt)
     biases = {bias.name: product for product, bias in bias_additions(old).items()}
     ends: dict[str, str] = {}  # product without its bias -> the layer, whose output comes after the bias
-    for original in old.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
+    for node in copies(old.node):
         layer, form = layer_of(node), None
         if entered(node) in inputs:
             placement.round_entry_(node, inputs[entered(node)])
@@ -72,6 +73,8 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
             elif layer in inputs and form.activations:
                 placement.round_input_(node, inputs[layer], form.activations)
             node.input[WEIGHT_INPUT[node.op_type]] = quantize_weight(rewrite, node, weights[layer], form, tensorrt)
+        else:
+            placement.round_product_(node)
         rewrite.nodes.append(node)
         ended = ends.pop(biases.get(node.name, ""), _module_of(node))
         if ended in outputs and node.op_type == "MatMul" and node.output[0] in biases.values():
@@ -82,14 +85,6 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
         else:
             placement.pass_on_(node)
     return raised(rewrite.graph(), opset)
-
-
-def _formats(quantization: Quantization) -> dict[str, str]:
-    found = {layer: quantization.format_of(layer) for layer in quantization.layers}
-    for kind in (quantization.format, *found.values()):
-        if kind not in FORMATS:
-            raise BadInput(f"quantization format '{kind}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
-    return found
 
 
 def _module_of(node: onnx.NodeProto) -> str:

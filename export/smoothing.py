@@ -18,7 +18,7 @@ from onnx import helper
 
 from export.graph import Graph, Weight, weight_of
 from export.quantized_weights import channel_axis, layer_of
-from export.rewrite import Rewrite
+from export.rewrite import Rewrite, copies
 from export.trace import WEIGHT_INPUT
 from runtime.errors import BadInput
 
@@ -33,12 +33,9 @@ def smoothed(graph: Graph, smooth: Mapping[str, torch.Tensor]) -> Graph:
     """
     if not smooth:
         return graph
-    old = graph.proto.graph
-    rewrite = Rewrite(graph, {tensor.name: tensor for tensor in old.initializer}, dict(graph.weights))
+    rewrite = Rewrite(graph)
     missing = set(smooth)
-    for original in old.node:
-        node = onnx.NodeProto()
-        node.CopyFrom(original)
+    for node in copies(graph.proto.graph.node):
         layer = layer_of(node)
         if layer in smooth:
             missing.discard(layer)

@@ -20,7 +20,7 @@ from compress.checkpoint import Checkpoint
 from compress.config import QuantizeConfig
 from compress.context import Context, say
 from compress.quantization.formats import FORMATS, INT4, Format
-from compress.quantization.layer_rows import rows_of, visit_layers
+from compress.quantization.layer_rows import quadratic, rows_of, visit_layers
 from compress.quantization.states import draw, visited_states
 from compress.quantization.weight_scales import spread, weight_amax
 from compress.quantization.wiring import wiring_of
@@ -43,8 +43,7 @@ def activation_aware(
         return {}
     model = checkpoint.clone_model().float().eval()
     copies: dict[str, Any] = dict(model.named_modules())
-    few = config.model_copy(update={"trajectories": config.samples})
-    calls = visited_states(model, checkpoint, few, ctx)
+    calls = visited_states(model, checkpoint, config.samples, config.batch, ctx)
     group = {name: members for members in wiring_of(checkpoint, able).groups for name in members}
     found: Vectors = {}
     gains: list[float] = []
@@ -73,7 +72,7 @@ def best_vector(x: torch.Tensor, weights: list[tuple[torch.Tensor, Format]]) -> 
         s = mean**exponent
         s = s / s.log().mean().exp()
         off = [weight - nearest(weight * s, form) / s for weight, form in weights]
-        errors.append(sum(float(((error @ products) * error).sum()) for error in off))
+        errors.append(sum(quadratic(error, products) for error in off))
         vectors.append(s)
     best = min(range(len(errors)), key=errors.__getitem__)
     return vectors[best], errors[best] / errors[0] if errors[0] else 1.0

@@ -66,14 +66,14 @@ def measured(
 
         def predict(x: np.ndarray, point: Point) -> np.ndarray:
             out_q = ask(x, point)
-            # a timestep that is asked twice (runtime.solvers.WARM_UP) has one correction, for both
+            # a timestep that is asked twice (by plms, say) has one correction, for both
             sums[point.t] = sums.get(point.t, 0.0) + moments(ask_reference(x, point), out_q)
             fits[point.t] = fitted(sums[point.t], point.t)
             advance(next(calls))
             return out_q
 
         # what `predict` has just measured is taken off at once
-        denoise = denoiser_of(predict, spec, clip=plan.clip, corrections=fits)
+        denoise = denoiser_of(predict, spec, clip=plan.clip, corrections=fits, threshold=plan.threshold)
         noise = noise_for(seeds, spec.sample_shape)
         for _ in sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k)):
             pass
@@ -102,6 +102,16 @@ def fitted(sums: np.ndarray, t: float) -> Correction:
 def _in_parts(network: Network, spec: DenoiserSpec, count: int, batch: int, conditions: Conditions) -> Predict:
     """The network's guided output for all samples, asked `batch` at a time."""
     parts = [slice(start, start + batch) for start in range(0, count, batch)]
-    guidance = spec.plan.guidance
-    asks = [make_predictor(network, spec, conditions=conditions.part(part), guidance=guidance) for part in parts]
+    plan = spec.plan
+    asks = [
+        make_predictor(
+            network,
+            spec,
+            conditions=conditions.part(part),
+            guidance=plan.guidance,
+            interval=plan.guidance_interval,
+            rescale=plan.guidance_rescale,
+        )
+        for part in parts
+    ]
     return lambda x, point: np.concatenate([ask(x[part], point) for ask, part in zip(asks, parts, strict=True)])

@@ -48,6 +48,11 @@ def rows_of(layer: Any, x: torch.Tensor, count: int, generator: torch.Generator)
     return rows.unflatten(1, (layer.groups, -1)).transpose(0, 1)
 
 
+def quadratic(error: torch.Tensor, products: torch.Tensor) -> float:
+    """What errors [out, K] of a weight do to its layer's output: the sum over rows e of e^T H e, H = x^T x [K, K]."""
+    return float(((error @ products) * error).sum())
+
+
 def _patches(layer: nn.Conv2d, state: torch.Tensor) -> torch.Tensor:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(state[None], layer._reversed_padding_repeated_twice, mode)

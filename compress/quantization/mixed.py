@@ -18,9 +18,8 @@ qat trains what was chosen so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -111,14 +110,6 @@ def mix(checkpoint: Checkpoint, scales: Quantization, config: QuantizeConfig, ct
     return trial.scales(k)
 
 
-def without(quantization: Quantization, gone: Collection[str]) -> Quantization:
-    """The quantization with these places in float."""
-    amax = {key: value for key, value in quantization.amax.items() if key.rpartition(".")[0] not in gone}
-    formats = {layer: kind for layer, kind in quantization.formats.items() if layer not in gone}
-    smooth = {layer: value for layer, value in quantization.smooth.items() if layer not in gone}
-    return replace(quantization, amax=amax, formats=formats, smooth=smooth)
-
-
 class _Trial:
     """What is measured with the first k places of `order` in float, each k once."""
 
@@ -141,7 +132,7 @@ class _Trial:
 
     def scales(self, k: int) -> Quantization:
         assert self._quantized.quantization is not None
-        return without(self._quantized.quantization, self.order[:k])
+        return self._quantized.quantization.without(self.order[:k])
 
     def figures(self, k: int) -> dict[str, float]:
         return {name: round(measure(k), 4) for name, measure in self.measures.items()}

@@ -3,7 +3,7 @@
 Through modelopt's fake quantizers q, starting from the scales of post-training quantization, with o the outputs, e the
 block energies, and w the weights of the quantized student against w_0, the full-precision model it was made from,
 
-    L = |o(q(w)) - o(w_0)|^2  +  w_feat mean_b |e_s^b - e_t^b|^2 / |e_t^b|^2     (energies as in compress/distill.py)
+    L = |o(q(w)) - o(w_0)|^2  +  w_feat mean_b |e_s^b - e_t^b|^2 / |e_t^b|^2        (energies: distillation/features.py)
     dq(x)/dx = 1 where |x| <= amax, else 0                (the straight-through estimator, Bengio et al. 2013)
 
 Inputs are states of the full-precision model's own trajectory (states.py). Activation scales and smoothing stay as
@@ -25,7 +25,7 @@ from compress.adapters import adapter_for
 from compress.checkpoint import Checkpoint, Quantization
 from compress.config import QuantizeConfig
 from compress.context import Context, say
-from compress.distill import captured, feature_distance
+from compress.distillation.features import captured, feature_distance
 from compress.metrics import sqnr_db
 from compress.quantization.states import Calls, draw, visited_states
 from compress.quantization.updates import Full, LowRank, scalings, weights_of
@@ -43,7 +43,7 @@ def qat(
     """
     device = Accelerator().device
     teacher = checkpoint.clone_model().float().eval().to(device)
-    calls = visited_states(teacher, checkpoint, config, ctx)
+    calls = visited_states(teacher, checkpoint, config.trajectories, config.batch, ctx)
     before = _sqnr_db(student.to(device), teacher, calls)
     run = Training(
         config.steps, config.learning_rate, config.warmup, config.ema, ctx.seed, config.save_every, ctx.work, "qat"
@@ -80,7 +80,7 @@ def _loss(teacher: nn.Module, calls: Calls, config: QuantizeConfig) -> LossOf:
     device = next(teacher.parameters()).device
     blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
 
-    def loss_of(student: nn.Module, generator: torch.Generator) -> torch.Tensor:
+    def loss_of(student: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
         inputs = {name: value.to(device) for name, value in draw(calls, config.batch, generator).items()}
         with torch.no_grad(), captured(teacher, blocks) as wanted:
             answer = adapter_for(teacher).forward(teacher, inputs)

@@ -25,15 +25,13 @@ from compress.quantization.smooth import along
 from compress.quantization.weight_scales import spread
 from runtime.errors import BadInput
 
-KINDS = ("weight", "input", "output")
-
 
 def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
     """The checkpoint's model with modelopt's quantizers in place, in eval mode: what the int8 engine should compute."""
     if checkpoint.quantization is None:
         return checkpoint.model
     quantization = checkpoint.quantization
-    amax, formats = quantization.amax, {name: quantization.format_of(name) for name in quantization.layers}
+    amax, formats = quantization.amax, quantization.layer_formats
     model = checkpoint.shared_model()
     _refuse_foreign(dict(model.named_modules()), amax, formats)
     outputs = [key.removesuffix(".output") for key in amax if key.endswith(".output")]
@@ -93,7 +91,7 @@ def _round_output_(module: nn.Module) -> None:
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
-    module.output_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=8, axis=None, calibrator="histogram"))
+    module.output_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=8, axis=None))
     module.register_forward_hook(_rounded)
 
 
@@ -108,7 +106,7 @@ def _rule(key: str, cfg: dict[str, Any]) -> dict[str, Any]:
 def _activation_settings(form: Format) -> dict[str, Any]:
     if form.activations is FP4:
         return _nvfp4_settings()
-    return {"num_bits": (form.activations or INT8).bits, "axis": None, "calibrator": "histogram"}
+    return {"num_bits": (form.activations or INT8).bits, "axis": None}
 
 
 def _nvfp4_settings() -> dict[str, Any]:

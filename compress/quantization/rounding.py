@@ -21,33 +21,31 @@ the nearest, as fake quantization and export do, gives q.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 
 from compress.checkpoint import Checkpoint, Quantization
 from compress.config import QuantizeConfig
 from compress.context import Context, say
 from compress.progress import progress
 from compress.quantization.formats import FORMATS
-from compress.quantization.layer_rows import rows_of, visit_layers
+from compress.quantization.layer_rows import quadratic, rows_of, visit_layers
 from compress.quantization.low_rank import product
 from compress.quantization.quantizers import fake_quantized
 from compress.quantization.smooth import along
 from compress.quantization.states import draw, visited_states
 from compress.quantization.weight_scales import spread
-from runtime.errors import BadInput
+from compress.saved_state import read_state, write_state
 
 ROWS = 4096
 DAMPING = 0.01  # of the mean of H's diagonal, for directions that the rows hardly show
 COLUMNS = 4608  # longer rows of weights are rounded in pieces, for H has the square of this
 PANEL = 128  # columns after which the error is carried beyond them
+WHAT = "state of rounding"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -88,8 +86,7 @@ def grid(scales: Quantization, name: str, layer: Any) -> torch.Tensor:
 
 
 def _states(student: Any, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Tensors:
-    few = config.model_copy(update={"trajectories": config.samples})
-    calls = visited_states(student, checkpoint, few, ctx)
+    calls = visited_states(student, checkpoint, config.samples, config.batch, ctx)
     return draw(calls, config.rounding_states, torch.Generator().manual_seed(ctx.seed))
 
 
@@ -109,11 +106,6 @@ def _rounded(layer: Any, x: torch.Tensor, scale: torch.Tensor, smooth: torch.Ten
             nearest += quadratic((levels[part] - levels[part].round()) * scale[part], products)
     rounded = (integers * scale).reshape(weight.shape) / factor
     return {"weight": rounded, "error": torch.tensor(error / nearest if nearest else 1.0)}
-
-
-def quadratic(error: torch.Tensor, products: torch.Tensor) -> float:
-    """The sum over rows e of `error` [out, K] of e^T H e."""
-    return float(((error @ products) * error).sum())
 
 
 def solve(levels: torch.Tensor, scale: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
@@ -140,17 +132,9 @@ def solve(levels: torch.Tensor, scale: torch.Tensor, products: torch.Tensor) -> 
 
 def _kept(file: Path, run: str, make: Callable[[], Tensors]) -> Tensors:
     """The tensors that this `run` left in `file`, or else those of `make`, which are then left there."""
-    try:
-        if file.is_file():
-            with safe_open(file, framework="pt") as opened:
-                if (opened.metadata() or {}).get("run") == run:
-                    return load_file(file)
-        tensors = {name: value.contiguous() for name, value in make().items()}
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = file.with_suffix(".partial")
-        save_file(tensors, temporary, metadata={"run": run})
-        os.replace(temporary, file)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{file}: cannot be read or written ({reason}); delete it, make space and run again") from error
+    saved = read_state(file, WHAT)
+    if saved is not None and saved[1].get("run") == run:
+        return saved[0]
+    tensors = make()
+    write_state(file, tensors, {"run": run}, WHAT)
     return tensors

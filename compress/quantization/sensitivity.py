@@ -37,8 +37,7 @@ class States:
 
     def __init__(self, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> None:
         rows = ROWS_OF_LARGE if is_large(checkpoint.model) else ROWS
-        few = config.model_copy(update={"trajectories": min(rows, config.samples)})
-        calls = visited_states(checkpoint.model, checkpoint, few, ctx)
+        calls = visited_states(checkpoint.model, checkpoint, min(rows, config.samples), config.batch, ctx)
         drawn = draw(calls, rows, torch.Generator().manual_seed(ctx.seed))
         parts = [slice(start, start + config.batch) for start in range(0, rows, config.batch)]
         self._spec = checkpoint.spec

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from compress.checkpoint import Checkpoint
-from compress.config import QuantizeConfig
 from compress.context import Context
 from compress.progress import progress
 from compress.torch_network import TorchNetwork
@@ -34,14 +33,14 @@ class _Recorder(TorchNetwork):
         return super().run(inputs)
 
 
-def visited_states(model: nn.Module, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Calls:
-    """The inputs of every call while `model` makes `config.trajectories` samples by the checkpoint's own plan."""
+def visited_states(model: nn.Module, checkpoint: Checkpoint, count: int, batch: int, ctx: Context) -> Calls:
+    """The inputs of every call while `model` makes `count` samples by the checkpoint's own plan, `batch` at a time."""
     calls: Calls = []
-    network, count = _Recorder(model, checkpoint, calls), config.trajectories
+    network = _Recorder(model, checkpoint, calls)
     seeds, told = range(TRAJECTORY_SEED, TRAJECTORY_SEED + count), ctx.conditions(count)
     with progress("trajectories", count) as advance:
         done = 0
-        for samples in generate_batches(network, checkpoint.spec, seeds, batch=config.batch, conditions=told):
+        for samples in generate_batches(network, checkpoint.spec, seeds, batch=batch, conditions=told):
             done += len(samples)
             advance(done)
     return calls

@@ -10,7 +10,7 @@ them stand the largest magnitude, and for each call of the plan the sum over sam
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -54,12 +54,6 @@ def no_statistics(names: Iterable[str], calls: int) -> Statistics:
         torch.zeros(len(names), calls, dtype=real),
         torch.zeros(len(names), calls, dtype=whole),
     )
-
-
-def restored(statistics: Statistics, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Overwrite with what a file has stored."""
-    for name, own in statistics.tensors.items():
-        own.copy_(tensors[name])
 
 
 def observe_(statistics: Statistics, index: int, x: torch.Tensor, call: int, samples: int) -> None:

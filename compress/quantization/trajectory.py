@@ -8,7 +8,6 @@ was without asking the network. A value that is not finite ends the run at once,
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,14 +17,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compress.checkpoint import Checkpoint
 from compress.config import QuantizeConfig
 from compress.context import Context
 from compress.progress import Advance, progress
+from compress.saved_state import read_state, write_state
 from compress.torch_network import TorchNetwork
 from runtime.errors import BadInput
 from runtime.sampler import generate_batches
@@ -33,6 +31,7 @@ from runtime.solvers import network_calls
 
 CALIBRATION_SEED = 1_000_000  # far from the seeds that people sample and evaluate with
 SAVE_EVERY = 8  # calls
+WHAT = "state of calibration"
 
 # (tensor, number of the call within its batch, samples in the call); raises NotFinite for a tensor that is not
 Watch = Callable[[torch.Tensor, int, int], None]
@@ -168,31 +167,14 @@ class _Saved:
     def save(self, done: int, answers: list[np.ndarray]) -> None:
         tensors = {f"gathered.{name}": tensor for name, tensor in self.gathered.items()}
         tensors |= {f"answer.{i}": torch.from_numpy(np.ascontiguousarray(out)) for i, out in enumerate(answers)}
-        temporary = self.file.with_suffix(".partial")
-        try:
-            self.file.parent.mkdir(parents=True, exist_ok=True)
-            save_file(tensors, temporary, metadata={"done": str(done), "run": self.run})
-            os.replace(temporary, self.file)
-        except (OSError, SafetensorError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise BadInput(
-                f"{self.file}: the state of calibration cannot be saved ({reason}); make space and run again"
-            ) from error
+        write_state(self.file, tensors, {"done": str(done), "run": self.run}, WHAT)
 
     def restore(self) -> tuple[int, list[np.ndarray]]:
         """How many calls were done, and the answers to those of the unfinished batch."""
-        if not self.file.is_file():
+        saved = read_state(self.file, WHAT)
+        if saved is None or saved[1].get("run") != self.run:
             return 0, []
-        try:
-            with safe_open(self.file, framework="pt") as opened:
-                metadata = opened.metadata() or {}
-            tensors = load_file(self.file)
-        except (OSError, SafetensorError) as error:
-            raise BadInput(
-                f"{self.file}: the saved state of calibration cannot be read ({error}); delete it to start over"
-            ) from error
-        if metadata.get("run") != self.run:
-            return 0, []
+        tensors, metadata = saved
         for name, own in self.gathered.items():
             own.copy_(tensors[f"gathered.{name}"])
         answers = [name for name in tensors if name.startswith("answer.")]

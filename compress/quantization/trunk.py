@@ -21,12 +21,11 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from compress.adapters import example_inputs
 from compress.checkpoint import Checkpoint
+from compress.quantization.wiring import JOINS, joined
 from compress.torch_network import TorchNetwork
 
-# what gives out the values that it gets, and zeros; parameters by position
-JOINS = {torch.cat: ("tensors",), torch.concat: ("tensors",)}
+# what gives out the values that it gets, and zeros, beside concatenations; parameters by position
 PARAMETERS: dict[Any, tuple[str, ...]] = {
-    **JOINS,
     F.interpolate: ("input", "size", "scale_factor", "mode"),
     F.pad: ("input", "pad", "mode", "value"),
 }
@@ -82,13 +81,13 @@ class _Flow(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in PARAMETERS:
+        if func in JOINS:
+            self._joins(joined(*args, **(kwargs or {}))[0], out)
+        elif func in PARAMETERS:
             told = dict(zip(PARAMETERS[func], args, strict=False)) | (kwargs or {})
             zeros = told.get("mode", "constant") == "constant" and not told.get("value")
             if func is F.interpolate and told.get("mode", "nearest") == "nearest" or func is F.pad and zeros:
                 self._joins([told["input"]], out)
-            elif func in JOINS:
-                self._joins(told["tensors"], out)
         return out
 
     def _writes(self, out: Any, name: str) -> None:

@@ -80,7 +80,7 @@ class _Watch(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         if func in JOINS:
-            tensors, axis = _joined(*args, **(kwargs or {}))
+            tensors, axis = joined(*args, **(kwargs or {}))
             axis %= out.dim()
             self.joined[out] = axis, tuple(tensor.shape[axis] for tensor in tensors)
         elif func in CHANNEL_WISE and args[0] in self.joined:
@@ -88,5 +88,6 @@ class _Watch(TorchFunctionMode):
         return out
 
 
-def _joined(tensors: Any, dim: int = 0, *, axis: int | None = None, out: None = None) -> tuple[Any, int]:
+def joined(tensors: Any, dim: int = 0, *, axis: int | None = None, out: None = None) -> tuple[Any, int]:
+    """The tensors and the axis of one of JOINS, from its arguments."""
     return tensors, dim if axis is None else axis

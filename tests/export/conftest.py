@@ -10,16 +10,14 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from compress.adapters import adapter_for, example_inputs
+from compress.adapters import adapter_for
 from compress.checkpoint import Checkpoint, Quantization, Source
-from compress.quantization.trunk import share_scales
 from compress.widths import widths_of
 from export.graph import Graph
 from export.to_onnx import to_onnx
 from runtime.schedule import betas_schedule, flow_schedule, make_plan
 from runtime.spec import Conditioning, DenoiserSpec
-
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+from tests.export.oracle import layers_of, measured_scales
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -71,9 +69,8 @@ def _checkpoint(model: nn.Module, spec: DenoiserSpec, kind: str = "custom", conf
     return Checkpoint(model.eval(), spec, Source(kind, config or {}, original=widths_of(model)))
 
 
-@pytest.fixture(scope="session")
-def unet() -> Checkpoint:
-    """A class-conditional UNet2DModel [1, 8, 8] with attention, v-prediction, a plan of four steps."""
+def _unet(conditioning: Conditioning, **settings: int) -> Checkpoint:
+    """A UNet2DModel [1, 8, 8] with attention, v-prediction, a plan of four steps."""
     config = {
         "_class_name": "UNet2DModel",
         "sample_size": 8,
@@ -85,12 +82,24 @@ def unet() -> Checkpoint:
         "layers_per_block": 1,
         "norm_num_groups": 4,
         "attention_head_dim": 16,
-        "num_class_embeds": 4,
+        **settings,
     }
     torch.manual_seed(0)
     schedule = betas_schedule("linear", 100)
-    spec = DenoiserSpec("v", schedule, (1, 8, 8), make_plan("ddim", 4, schedule), Conditioning("class", 4, 3))
+    spec = DenoiserSpec("v", schedule, (1, 8, 8), make_plan("ddim", 4, schedule), conditioning)
     return _checkpoint(UNet2DModel.from_config(config), spec, "UNet2DModel", config)
+
+
+@pytest.fixture(scope="session")
+def unet() -> Checkpoint:
+    """Class-conditional."""
+    return _unet(Conditioning("class", 4, 3), num_class_embeds=4)
+
+
+@pytest.fixture(scope="session")
+def plain() -> Checkpoint:
+    """Without classes: the timestep alone reaches the projections of every block."""
+    return _unet(Conditioning())
 
 
 @pytest.fixture(scope="session")
@@ -134,47 +143,10 @@ def fake_quant() -> Callable[..., np.ndarray]:
     return fake_quant_run
 
 
-def measured_scales(
-    checkpoint: Checkpoint,
-    *,
-    weight_only: tuple[str, ...] = (),
-    outputs: bool = False,
-    trunk: bool = False,
-    weight_range: float = 1.0,
-) -> Quantization:
-    """The largest magnitudes over one batch of example inputs; weights times `weight_range`; embeddings by row. `trunk`
-    adds the sums of blocks, with the scales that are shared."""
-    amax: dict[str, torch.Tensor] = {}
-    hooks = []
-    for name, layer in _layers(checkpoint.model):
-        weight = layer.weight.detach()
-        flat = (weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight).flatten(1)
-        amax[f"{name}.weight"] = flat.abs().amax(1) * weight_range
-
-        def remember(layer: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
-            if not isinstance(layer, nn.Embedding) and name not in weight_only:
-                _grow(amax, f"{name}.input", args[0])
-                if outputs and (isinstance(layer, CONVOLUTIONS) or args[0].dim() == 3):
-                    _grow(amax, f"{name}.output", out)
-
-        hooks.append(layer.register_forward_hook(remember))
-    for name in adapter_for(checkpoint.model).trunk(checkpoint.model) if trunk else []:
-
-        def remember_sum(block: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
-            _grow(amax, f"{name}.output", out)
-
-        hooks.append(checkpoint.model.get_submodule(name).register_forward_hook(remember_sum))
-    with torch.no_grad():
-        adapter_for(checkpoint.model).forward(checkpoint.model, example_inputs(checkpoint.spec, 8))
-    for hook in hooks:
-        hook.remove()
-    return Quantization("int8", share_scales(checkpoint, amax) if trunk else amax)
-
-
 def fake_quant_run(checkpoint: Checkpoint, quantization: Quantization, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """The model's output where every tensor with an amax is rounded to s * clip(round(x / s)), s = amax / 127."""
     model, amax = checkpoint.clone_model(), quantization.amax
-    for name, layer in _layers(model):
+    for name, layer in layers_of(model):
         if f"{name}.weight" in amax:
             axis = 1 if isinstance(layer, nn.ConvTranspose2d) else 0
             shape = [-1 if i == axis else 1 for i in range(layer.weight.dim())]
@@ -183,23 +155,13 @@ def fake_quant_run(checkpoint: Checkpoint, quantization: Quantization, inputs: d
             layer.register_forward_pre_hook(lambda _, args, a=amax[f"{name}.input"]: (_rounded(args[0], a),))
         if f"{name}.output" in amax:
             layer.register_forward_hook(lambda _, args, out, a=amax[f"{name}.output"]: _rounded(out, a))
-    layers = {name for name, _ in _layers(model)}
+    layers = {name for name, _ in layers_of(model)}
     for name, block in model.named_modules():
         if name not in layers and f"{name}.output" in amax:
             block.register_forward_hook(lambda _, args, out, a=amax[f"{name}.output"]: _rounded(out, a))
     with torch.no_grad():
         feed = {name: torch.from_numpy(value) for name, value in inputs.items()}
         return adapter_for(model).forward(model, feed).numpy()
-
-
-def _layers(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    kinds = (*CONVOLUTIONS, nn.Linear, nn.Embedding)
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
-
-
-def _grow(amax: dict[str, torch.Tensor], key: str, x: torch.Tensor) -> None:
-    largest = x.detach().abs().max()
-    amax[key] = torch.maximum(amax[key], largest) if key in amax else largest
 
 
 def _rounded(x: torch.Tensor, amax: torch.Tensor, low: int = -128) -> torch.Tensor:

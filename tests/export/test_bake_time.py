@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import UNet2DModel
 from torch import nn
 
 from compress.checkpoint import Checkpoint, Source
@@ -27,26 +26,6 @@ from runtime.schedule import betas_schedule, make_plan
 from runtime.spec import DenoiserSpec
 
 SCHEDULE = betas_schedule("linear", 100)
-
-
-@pytest.fixture(scope="module")
-def plain() -> Checkpoint:
-    """A UNet2DModel without classes: the timestep alone reaches the projections of every block."""
-    config = {
-        "sample_size": 8,
-        "in_channels": 1,
-        "out_channels": 1,
-        "block_out_channels": [16, 32],
-        "down_block_types": ["DownBlock2D", "AttnDownBlock2D"],
-        "up_block_types": ["AttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 1,
-        "norm_num_groups": 4,
-        "attention_head_dim": 16,
-    }
-    torch.manual_seed(0)
-    model = UNet2DModel.from_config(config).eval()
-    spec = DenoiserSpec("v", SCHEDULE, (1, 8, 8), make_plan("ddim", 4, SCHEDULE))
-    return Checkpoint(model, spec, Source("UNet2DModel", config, original=widths_of(model)))
 
 
 @pytest.fixture(scope="module")

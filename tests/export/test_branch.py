@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
-from compress.adapters import example_inputs
 from compress.checkpoint import Checkpoint
 from compress.config import QuantizeConfig
 from compress.context import Context
@@ -21,21 +19,9 @@ from export.branch import branched
 from export.graph import Graph, load_all
 from export.qdq import insert_qdq
 from runtime.errors import BadInput
+from tests.export.oracle import inputs_for, run_exactly
 
 LINEAR = ["gemm", "matmul"]
-
-
-def run(graph: Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """ONNX Runtime without optimisation: nodes as they are written."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    model = load_all(graph).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
-
-
-def inputs_for(checkpoint: Checkpoint) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in example_inputs(checkpoint.spec, 4, seed=5).items()}
 
 
 def factors(checkpoint: Checkpoint, layer: str, rank: int = 3) -> dict[str, torch.Tensor]:
@@ -49,7 +35,7 @@ def factors(checkpoint: Checkpoint, layer: str, rank: int = 3) -> dict[str, torc
 def test_a_layer_with_a_branch_computes_the_same_function(layer, everything, everything_graph):
     graph, inputs = branched(everything_graph, factors(everything, layer)), inputs_for(everything)
     assert len(graph.proto.graph.node) == len(everything_graph.proto.graph.node) + 3
-    np.testing.assert_allclose(run(graph, inputs), run(everything_graph, inputs), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(run_exactly(graph, inputs), run_exactly(everything_graph, inputs), rtol=1e-3, atol=1e-4)
 
 
 SETTINGS = [{"format": "int8", "smooth": 0.5}, {"format": "int4"}, {"format": "w4a8"}]
@@ -62,7 +48,7 @@ def test_the_quantized_graph_computes_what_torch_fake_quantization_does(settings
     assert quantized.quantization.branch
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     wanted = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
-    found = run(insert_qdq(unet_graph, quantized.quantization), inputs)
+    found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
     assert sqnr_db(wanted, found) > sqnr_db(plain, wanted) + 6
 
 

@@ -6,13 +6,11 @@ import importlib.util
 
 import onnx
 import pytest
-import torch
 from torch import nn
 
-from compress.adapters import adapter_for, example_inputs
+from compress.adapters import adapter_for
 from compress.checkpoint import Quantization
-from compress.quantization.formats import FORMATS, INT8
-from compress.quantization.weight_scales import weight_amax
+from compress.quantization.formats import FORMATS
 from export.bundle import write_bundle
 from export.capability import SUPPORT, check_runs, emulated, promised
 from export.commands import summary
@@ -22,6 +20,7 @@ from export.qdq import insert_qdq
 from export.tensorrt_plan import build_plan
 from runtime.bundle import sha256
 from runtime.errors import BadInput
+from tests.export.oracle import measured_scales
 
 needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
 
@@ -29,32 +28,16 @@ ABLE = [("int8", "8.6"), ("int8", "8.9"), ("int8", "12.0"), ("fp8", "8.9"), ("fp
 ABLE += [("w4a8", "8.6"), ("int4", "8.6"), ("int4", "12.0"), ("nvfp4", "12.0")]
 
 
-def calibrated(checkpoint, kind, fragile="int8_weight_only", weight_range=1.0):
-    """Scales of every layer in `kind`, and of fragile linear layers in what they are stored in."""
-    amax, formats, hooks = {}, {}, []
+def calibrated(checkpoint, kind, weight_range=1.0):
+    """Scales of every layer in `kind`, and of fragile linear layers as int8 weights."""
+    formats = {}
     kept = set(adapter_for(checkpoint.model).fragile(checkpoint.model))
     for name, layer in checkpoint.model.named_modules():
-        if not isinstance(layer, nn.Conv2d | nn.Linear) or (name in kept and isinstance(layer, nn.Conv2d)):
-            continue
-        fits = kind != "nvfp4" or isinstance(layer, nn.Linear)
-        formats[name] = fragile if name in kept else kind if fits else "fp8"
-        form = FORMATS[formats[name]]
-        amax[f"{name}.weight"] = weight_amax(layer.weight, form) * (weight_range if form.activations else 1)
-
-        def remember(layer, args, out, name=name, form=form):
-            for what, x in (("input", args[0]), ("output", out)):
-                integers = form.activations is INT8 and (isinstance(layer, nn.Conv2d) or x.dim() == 3)
-                rounds = form.activations and (what == "input" or integers)
-                if rounds:
-                    key = f"{name}.{what}"
-                    amax[key] = torch.maximum(x.abs().max(), amax.get(key, torch.zeros(())))
-
-        hooks.append(layer.register_forward_hook(remember))
-    with torch.no_grad():
-        adapter_for(checkpoint.model).forward(checkpoint.model, example_inputs(checkpoint.spec, 8))
-    for hook in hooks:
-        hook.remove()
-    return Quantization(kind, amax, {name: own for name, own in formats.items() if own != kind})
+        if isinstance(layer, nn.Linear):
+            formats[name] = "int8_weight_only" if name in kept else kind
+        elif isinstance(layer, nn.Conv2d) and name not in kept:
+            formats[name] = "fp8" if kind == "nvfp4" else kind
+    return measured_scales(checkpoint, kind=kind, formats=formats, outputs=True, weight_range=weight_range)
 
 
 def test_the_table_knows_every_format():
@@ -80,7 +63,7 @@ def test_what_a_processor_only_imitates_is_not_promised():
 
 
 def test_fp8_on_a_gpu_without_it_is_refused_before_any_work(unet, tmp_path, monkeypatch):
-    monkeypatch.setattr("export.bundle.check_capabilities", lambda *_: None)
+    monkeypatch.setattr("export.bundle.check_build", lambda *_: None)
     monkeypatch.setattr("export.bundle.to_onnx", lambda *_: pytest.fail("traced before the check"))
     checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
     with pytest.raises(BadInput, match="8.6 does not run format fp8"):
@@ -88,9 +71,11 @@ def test_fp8_on_a_gpu_without_it_is_refused_before_any_work(unet, tmp_path, monk
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_in_fp8_says_what_runs_in_float(unet, unet_graph, tmp_path):
+def test_a_bundle_in_fp8_says_what_runs_in_float(unet, unet_graph, tmp_path, capsys):
     checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
     bundle = write_bundle(checkpoint, tmp_path / "b", float_graph=unet_graph, threads=1)
+    said = "fp8: engines on the CPU round to it and compute in float, no faster than fp32; TensorRT multiplies in it"
+    assert capsys.readouterr().out.count(said) == 1
     denoiser = bundle.manifest["graphs"]["denoiser"]
     assert (denoiser["precision"], denoiser["opset"]) == ("fp8", 19) and denoiser["formats"]["fp8"] > 20
     (entry,) = bundle.manifest["engines"]
@@ -98,11 +83,21 @@ def test_a_bundle_in_fp8_says_what_runs_in_float(unet, unet_graph, tmp_path):
     assert any("computes fp8 in float, no faster than fp32" in line for line in summary(bundle))
 
 
-def test_a_bundle_in_four_bits_runs_on_integers(unet, unet_graph, tmp_path):
+def test_a_bundle_in_four_bit_floats_says_that_its_weights_alone_have_them(unet, unet_graph, tmp_path, capsys):
+    quantization = calibrated(unet, "nvfp4")
+    bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "nvfp4" in line]
+    assert "nvfp4: engines on the CPU read weights from 4 bits and compute in float" in told and "from compute" in told
+    (entry,) = bundle.manifest["engines"]
+    assert entry["emulated"] == ["fp8", "nvfp4"] and entry["integer_mac_share"] == 0 == len(entry["fallbacks"])
+
+
+def test_a_bundle_in_four_bits_runs_on_integers(unet, unet_graph, tmp_path, capsys):
     quantization = calibrated(unet, "w4a8")
     bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
     denoiser, (entry,) = bundle.manifest["graphs"]["denoiser"], bundle.manifest["engines"]
     assert denoiser["precision"] == "w4a8" and entry["emulated"] == [] and entry["integer_mac_share"] > 0.9
+    assert "in float" not in capsys.readouterr().out
     assert denoiser["bytes_by_precision"]["int4"] > denoiser["bytes_by_precision"]["int8"]
     assert entry["fallbacks"] == []
 
@@ -142,7 +137,7 @@ def test_the_bundle_holds_the_graph_its_plan_was_built_from(unet, unet_graph, tm
         float_graph=unet_graph,
         threads=1,
     )
-    entry = next(entry for entry in bundle.manifest["engines"] if entry["engine"] == "tensorrt-rtx")
+    entry = next(entry for entry in bundle.manifest["engines"] if entry["engine"] == "tensorrt")
     assert entry["graph"] == "denoiser.tensorrt.onnx" and entry["graph_sha256"] == sha256(bundle.path / entry["graph"])
     zeros = {t.name for t in onnx.load(bundle.path / entry["graph"]).graph.initializer}
     assert "int8_zero" in zeros and "uint8_zero" not in zeros

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from compress.quantization.mixed import without
 from export.cost import costs_in, layer_times
 from export.graph import save_graph
 from export.qdq import insert_qdq
@@ -47,7 +46,7 @@ def test_costs_are_of_the_very_quantization_that_is_asked_about(wide, scales):
     with costs_in(wide, "onnxruntime") as costs:
         gains = costs.gains_ms(quantization)
         assert set(gains) == set(quantization.layers) and gains["heavy"] != 0.0
-        whole, part = costs.size_mib(quantization), costs.size_mib(without(quantization, ["heavy"]))
+        whole, part = costs.size_mib(quantization), costs.size_mib(quantization.without(["heavy"]))
         assert part - whole == pytest.approx(160 * 160 * 9 * 3 / 2**20, rel=0.02)
         assert 0.02 < costs.latency_ratio(quantization) < 20
         with costs.network(None) as exact, costs.network(quantization) as rounded:

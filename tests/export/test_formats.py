@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import torch
 from torch import nn
 
-from compress.adapters import adapter_for, example_inputs
+from compress.adapters import adapter_for
 from compress.checkpoint import Checkpoint, Quantization
 from compress.commands import planned
 from compress.context import Context
@@ -32,6 +32,7 @@ from export.trace import trace
 from export.variants import bytes_by_precision
 from runtime.engines import available, load_engine
 from runtime.errors import BadInput
+from tests.export.oracle import inputs_for, measured_scales, run_exactly
 
 ON_CPU = ("int8", "fp8", "int4", "w4a8")
 OPSETS = {"int8": 18, "fp8": 19, "int4": 21, "w4a8": 21}
@@ -41,24 +42,12 @@ def calibrated(
     checkpoint: Checkpoint, kind: str, layers: Callable[[str], bool] = lambda name: True, weight_range: float = 1.0
 ) -> Quantization:
     """Scales in `kind` for every convolution and linear layer of `layers`; outputs of integer convolutions too."""
-    form, amax, hooks = FORMATS[kind], {}, []
-    for name, layer in checkpoint.model.named_modules():
-        if isinstance(layer, nn.Conv2d | nn.Linear) and layers(name):
-            amax[f"{name}.weight"] = weight_amax(layer.weight, form) * weight_range
-
-            def remember(layer: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
-                seen = {"input": args[0]} if form.activations else {}
-                seen |= {"output": out} if form.activations and isinstance(layer, nn.Conv2d) and kind != "fp8" else {}
-                for what, x in seen.items():
-                    key = f"{name}.{what}"
-                    amax[key] = torch.maximum(x.abs().max(), amax.get(key, torch.zeros(())))
-
-            hooks.append(layer.register_forward_hook(remember))
-    with torch.no_grad():
-        adapter_for(checkpoint.model).forward(checkpoint.model, example_inputs(checkpoint.spec, 8))
-    for hook in hooks:
-        hook.remove()
-    return Quantization(kind, amax)
+    chosen = {name: layer for name, layer in checkpoint.model.named_modules() if layers(name)}
+    chosen = {name: layer for name, layer in chosen.items() if isinstance(layer, nn.Conv2d | nn.Linear)}
+    formats = dict.fromkeys(chosen, kind)
+    found = measured_scales(checkpoint, kind=kind, formats=formats, outputs=True, weight_range=weight_range)
+    linear = {f"{name}.output" for name, layer in chosen.items() if isinstance(layer, nn.Linear)}
+    return replace(found, amax={key: value for key, value in found.amax.items() if key not in linear})
 
 
 def rounded(x: torch.Tensor, amax: torch.Tensor, number: str, lowest: int | None = None) -> torch.Tensor:
@@ -89,19 +78,6 @@ def by_formula(checkpoint: Checkpoint, quantization: Quantization, inputs: dict[
     with torch.no_grad():
         feed = {name: torch.from_numpy(value) for name, value in inputs.items()}
         return adapter_for(model).forward(model, feed).numpy()
-
-
-def run_exactly(graph: Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """ONNX Runtime without optimisation computes every node as it is written."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    model = load_all(graph).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
-
-
-def inputs_for(checkpoint: Checkpoint, batch: int = 4) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in example_inputs(checkpoint.spec, batch, seed=5).items()}
 
 
 @pytest.mark.parametrize("kind", ON_CPU)

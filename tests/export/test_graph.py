@@ -5,17 +5,13 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import export.graph
-from compress.adapters import example_inputs
 from export.graph import PAGE, Graph, Weight, load_all, save_graph, stub, weight_of, write_view
 from export.qdq import insert_qdq
 from runtime.engines import available, load_engine
+from tests.export.oracle import inputs_for
 
 DTYPES = [np.float32, np.float16, np.float64, np.int64, np.int8, np.bool_, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
 DTYPES += [ml_dtypes.int4, ml_dtypes.float4_e2m1fn]
-
-
-def inputs_for(checkpoint, batch=3):
-    return {name: value.numpy() for name, value in example_inputs(checkpoint.spec, batch, seed=5).items()}
 
 
 def lazy(name: str, array: np.ndarray, reads: list[str] | None = None) -> tuple[TensorProto, Weight]:

@@ -11,31 +11,21 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from compress.adapters import adapter_for, example_inputs
+from compress.adapters import adapter_for
 from compress.checkpoint import Quantization
 from export.graph import Graph, load_all, save_graph
 from export.placement import Placement
 from export.qdq import insert_qdq
 from export.rewrite import Rewrite
 from runtime.engines import available, load_engine
+from tests.export.oracle import inputs_for, run_exactly
 
 # concatenations of the little U-Net's stream with its skips
 JOINS = 4
 
 
-def inputs_for(checkpoint, batch=4):
-    return {name: value.numpy() for name, value in example_inputs(checkpoint.spec, batch, seed=5).items()}
-
-
 def pairs(graph: onnx.GraphProto) -> list[str]:
     return [node.name for node in graph.node if node.op_type == "QuantizeLinear"]
-
-
-def run_exactly(model: onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)[0]
 
 
 @pytest.mark.parametrize("trunk", [False, True])
@@ -119,8 +109,9 @@ def test_a_sum_with_another_scale_than_its_reader_is_rounded_again(unet, unet_gr
 
 def pairs_behind(node: onnx.NodeProto, scales: dict[str, float], stored: dict[str, np.ndarray]) -> int:
     """How many pairs stand behind one node whose inputs have these scales."""
-    graph = Graph(onnx.ModelProto(graph=onnx.GraphProto(name="one")))
-    rewrite = Rewrite(graph, {name: numpy_helper.from_array(value, name) for name, value in stored.items()}, {})
+    rewrite = Rewrite(Graph(onnx.ModelProto(graph=onnx.GraphProto(name="one"))))
+    for name, value in stored.items():
+        rewrite.add(name, value)
     placement = Placement(rewrite, False, {name: np.float32([scale]) for name, scale in scales.items()})
     rewrite.nodes.append(node)
     placement.pass_on_(node)
@@ -149,6 +140,73 @@ def test_a_pair_follows_what_only_copies_tensors_of_one_scale(operator, inputs, 
     stored = {"two": np.float32([2]).reshape(()), "zero": np.zeros((), np.float32), "ends": np.int64([0, 1])}
     node = helper.make_node(operator, inputs, ["out"], "node", **settings)
     assert pairs_behind(node, scales, stored) == count
+
+
+def product_of(left: list[onnx.NodeProto], stored: dict[str, np.ndarray]) -> onnx.ModelProto:
+    """The product of `left`, made from the sum "a", and of the sum "b", moved."""
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in "xy")
+    nodes = [helper.make_node("Add", [name] * 2, [name * 2], block) for name, block in (("x", "a"), ("y", "b"))]
+    nodes += [*left, helper.make_node("Reshape", ["yy", "shape"], ["right"], "moved")]
+    nodes.append(helper.make_node("MatMul", ["left", "right"], ["z"], "product"))
+    out = helper.make_tensor_value_info("z", TensorProto.FLOAT, [4, 4])
+    stored = {"shape": np.int64([4, 4]), **stored}
+    constants = [numpy_helper.from_array(value, name) for name, value in stored.items()]
+    graph = helper.make_graph(nodes, "g", [x, y], [out], constants)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
+
+
+MOVED = helper.make_node("Transpose", ["xx"], ["moved_left"], "turn", perm=[1, 0])
+TIMES = helper.make_node("Mul", ["factor", "moved_left"], ["left"], "times")
+SUMS = Quantization("int8", {"a.output": torch.tensor(127 / 8), "b.output": torch.tensor(127 / 4)})
+
+
+@pytest.mark.parametrize("factor", [np.float32(0.25), np.float32([0.25])])
+def test_a_product_of_moved_and_scaled_integers_reads_them(factor):
+    model = product_of([MOVED, TIMES], {"factor": factor})
+    placed = load_all(insert_qdq(Graph(model), SUMS))
+    makers = {name: node for node in placed.graph.node for name in node.output}
+    product = makers["z"]
+    assert [makers[name].op_type for name in product.input] == ["DequantizeLinear"] * 2
+    assert "Mul" not in {node.op_type for node in placed.graph.node}  # the pair has its factor
+    x, y = np.random.default_rng(0).uniform(-4, 4, (2, 4, 4)).astype(np.float32)
+    a, b = np.round(16 * x) / 8, np.round(8 * y) / 4
+    # all of it is exact in float32: steps and factor are powers of two
+    np.testing.assert_array_equal(run_exactly(placed, {"x": x, "y": y}), a.T / 4 @ b)
+
+
+def test_what_is_scaled_before_it_is_moved_keeps_its_factor():
+    left = [helper.make_node("Mul", ["xx", "factor"], ["times"], "times")]
+    left.append(helper.make_node("Transpose", ["times"], ["left"], "turn", perm=[1, 0]))
+    placed = load_all(insert_qdq(Graph(product_of(left, {"factor": np.float32(0.25)})), SUMS))
+    x, y = np.random.default_rng(0).uniform(-4, 4, (2, 4, 4)).astype(np.float32)
+    a, b = np.round(16 * x) / 8, np.round(8 * y) / 4
+    np.testing.assert_array_equal(run_exactly(placed, {"x": x, "y": y}), a.T / 4 @ b)
+
+
+@pytest.mark.parametrize(
+    ("operator", "inputs", "stored", "quantization", "tensorrt"),
+    [
+        ("Mul", ["xx", "factor"], {"factor": np.float32(-0.25)}, SUMS, False),
+        ("Mul", ["xx", "factor"], {"factor": np.ones(4, np.float32)}, SUMS, False),
+        ("Mul", ["xx", "yy"], {}, SUMS, False),
+        ("Softmax", ["xx"], {}, SUMS, False),
+        ("Transpose", ["xx"], {}, Quantization("int8", {"b.output": torch.tensor(127.0)}), False),
+        ("Transpose", ["xx"], {}, SUMS, True),
+    ],
+)
+def test_a_product_with_a_factor_off_the_grid_stays_in_float(operator, inputs, stored, quantization, tensorrt):
+    model = product_of([helper.make_node(operator, inputs, ["left"], "between")], stored)
+    placed = insert_qdq(Graph(model), quantization, tensorrt).proto.graph
+    assert {"left", "right"} == set(placed.node[-1].input)
+
+
+def test_onnxruntime_computes_the_scores_of_attention_on_integers(unet, unet_graph, scales, tmp_path):
+    graph = insert_qdq(unet_graph, scales(unet, outputs=True))
+    save_graph(graph, tmp_path / "q.onnx")
+    softmaxed = {node.input[0] for node in graph.proto.graph.node if node.op_type == "Softmax"}
+    scores = {node.name for node in graph.proto.graph.node if softmaxed.intersection(node.output)}
+    floats = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).account(inputs_for(unet)).float_layers
+    assert len(scores) == 4 and not scores & set(floats)
 
 
 def test_a_graph_output_that_is_a_sum_keeps_its_name():

@@ -6,7 +6,6 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from compress.adapters import example_inputs
 from compress.checkpoint import Quantization
 from compress.metrics import sqnr_db
 from compress.torch_network import TorchNetwork
@@ -14,22 +13,9 @@ from export.graph import Graph, load_all, save_graph
 from export.qdq import insert_qdq
 from runtime.engines import available, load_engine
 from runtime.errors import BadInput
+from tests.export.oracle import inputs_for, run_exactly
 
 LEVELS = onnxruntime.GraphOptimizationLevel
-
-
-def run_exactly(graph: Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """ONNX Runtime without optimisation: it executes Q and DQ as they are written, in float."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = LEVELS.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    model = load_all(graph).SerializeToString()
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return session.run(None, inputs)[0]
-
-
-def inputs_for(checkpoint, batch=4):
-    return {name: value.numpy() for name, value in example_inputs(checkpoint.spec, batch, seed=5).items()}
 
 
 def only(quantization: Quantization, layer: str) -> Quantization:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import onnxruntime
 import pytest
 import torch
 
-from compress.adapters import example_inputs
 from compress.checkpoint import Checkpoint, Quantization
 from compress.config import QuantizeConfig
 from compress.context import Context
@@ -23,21 +21,9 @@ from export.qdq import insert_qdq
 from export.smoothing import smoothed
 from runtime.engines import available, load_engine
 from runtime.errors import BadInput
+from tests.export.oracle import inputs_for, run_exactly
 
 SMOOTHED = ["twin_a", "down", "up", "gemm", "matmul", "unbiased", "twice"]
-
-
-def run_exactly(graph: Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """ONNX Runtime without optimisation: nodes as they are written."""
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    model = load_all(graph).SerializeToString()
-    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
-
-
-def inputs_for(checkpoint: Checkpoint, batch: int = 4) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in example_inputs(checkpoint.spec, batch, seed=5).items()}
 
 
 def vectors(checkpoint: Checkpoint, layers: list[str]) -> dict[str, torch.Tensor]:

@@ -14,7 +14,7 @@ from compress.config import BoundsConfig, QuantizeConfig
 from compress.load import load_checkpoint
 from compress.metrics import sqnr_db
 from compress.pipeline import run_stage
-from compress.quantization.mixed import _ordered, smallest, without
+from compress.quantization.mixed import _ordered, smallest
 from compress.quantization.quantizers import fake_quantized
 from compress.quantization.sensitivity import States, decibels, noise_by_place, places
 from compress.quantization.stage import quantize
@@ -81,14 +81,14 @@ def equal(quantized, known) -> Costs:
 
 def test_a_places_noise_is_that_of_the_model_with_this_place_alone_quantized(unet, quantized, noise, context):
     ctx = context(unet, data=False)
-    few = config().model_copy(update={"trajectories": 4})
-    drawn = draw(visited_states(unet.model, unet, few, ctx), 64, torch.Generator().manual_seed(0))
+    calls = visited_states(unet.model, unet, 4, config().batch, ctx)
+    drawn = draw(calls, 64, torch.Generator().manual_seed(0))
     inputs = {name: value.numpy() for name, value in drawn.items()}
     exact = TorchNetwork(unet.model, unet.spec).run(inputs)
     names = places(quantized.quantization)
     assert list(noise) == names and set(names) > set(quantized.quantization.layers)  # sums of blocks are among them
     for name in (names[0], names[-1], "mid_block.resnets.0", "down_blocks.0.resnets.0.conv1"):
-        alone = without(quantized.quantization, [other for other in names if other != name])
+        alone = quantized.quantization.without([other for other in names if other != name])
         model = fake_quantized(unet.evolve(quantization=alone))
         found = TorchNetwork(model, unet.spec).run(inputs)
         assert decibels(noise[name]) == pytest.approx(sqnr_db(exact, found), abs=0.01), name
@@ -149,7 +149,7 @@ def test_the_noisiest_layers_go_back_until_the_sqnr_is_measured_to_be_there(unet
     states = States(unet, config(), ctx)
     least = decibels(sum(noise.values())) + 6.0
     assert decibels(states.noise(fake_quantized(found))) >= least
-    one_less = unet.evolve(quantization=without(quantized.quantization, names[: k - 1]))
+    one_less = unet.evolve(quantization=quantized.quantization.without(names[: k - 1]))
     assert decibels(states.noise(fake_quantized(one_less))) < least
     assert mixed["chosen"]["sqnr_db"] >= least > mixed["all_quantized"]["sqnr_db"]
 
@@ -245,10 +245,11 @@ def test_images_that_cannot_be_scored_are_refused_at_once(unet, context, monkeyp
 def test_places_in_float_take_all_their_data_along_and_no_others(quantized):
     amax = {"a.weight": 1, "a.input": 1, "a": 1, "a.b.input": 1, "ab.weight": 1}
     tensors = {key: torch.ones(()) for key in amax}
-    whole = replace(quantized.quantization, amax=tensors, formats={"a": "fp8", "ab": "fp8"}, smooth={"a": tensors["a"]})
-    found = without(whole, ["a"])
-    assert set(found.amax) == {"a", "a.b.input", "ab.weight"}
-    assert found.formats == {"ab": "fp8"} and found.smooth == {}
+    formats, branch = dict.fromkeys(("a", "a.b", "ab"), "fp8"), dict.fromkeys(("a.up", "a.down", "ab.up"), tensors["a"])
+    smooth = dict.fromkeys(("a", "a.b"), tensors["a"])
+    found = replace(quantized.quantization, amax=tensors, formats=formats, smooth=smooth, branch=branch).without(["a"])
+    assert set(found.amax) == {"a", "a.b.input", "ab.weight"} and set(found.branch) == {"ab.up"}
+    assert set(found.formats) == {"a.b", "ab"} and set(found.smooth) == {"a.b"}
 
 
 def test_a_mixture_is_recorded_saved_and_read_again(unet, noise, context, tmp_path, output):

@@ -13,9 +13,10 @@ from safetensors import safe_open
 
 from compress.adapters import example_inputs
 from compress.checkpoint import Checkpoint, save_checkpoint
-from compress.config import QAT_SETTINGS, DistillConfig, QuantizeConfig
+from compress.config import QAT_SETTINGS, QuantizeConfig
 from compress.context import Context
-from compress.distill import distill
+from compress.distillation.config import RecoverConfig
+from compress.distillation.stage import distill
 from compress.load import load_checkpoint
 from compress.metrics import sqnr_db
 from compress.quantization.quantizers import fake_quantized
@@ -48,7 +49,7 @@ def small(custom_files) -> Checkpoint:
 @pytest.fixture(scope="module")
 def trained(unet, images, tmp_path_factory) -> Checkpoint:
     """The tiny U-Net after a little training on stripes and checkerboards, so that its samples mean something."""
-    task = DistillConfig(
+    task = RecoverConfig(
         steps=60, batch=16, learning_rate=3e-3, output_weight=0.0, feature_weight=0.0, task_weight=1.0, save_every=1000
     )
     return distill(unet, task, Context(0, tmp_path_factory.mktemp("work"), unet, images))
@@ -175,7 +176,7 @@ def test_post_training_quantization_leaves_the_weights_alone(small, context):
 def test_states_are_those_of_the_models_own_trajectory_under_guidance(unet, context):
     plan = replace(unet.spec.plan, guidance=2.0)
     guided = unet.evolve(spec=replace(unet.spec, plan=plan))
-    calls = visited_states(unet.model, guided, config(trajectories=5, batch=3), context(unet))
+    calls = visited_states(unet.model, guided, 5, 3, context(unet))
     timesteps = [round(t) for t in plan.timesteps]
     assert [set(call["timestep"].tolist()) for call in calls] == [{t} for t in timesteps + timesteps]
     assert [len(call["sample"]) for call in calls] == [6] * 4 + [4] * 4  # with label and without

@@ -16,9 +16,9 @@ from compress.load import load_checkpoint
 from compress.metrics import sqnr_db
 from compress.quantization import rounding
 from compress.quantization.formats import FORMATS
-from compress.quantization.layer_rows import rows_of
+from compress.quantization.layer_rows import quadratic, rows_of
 from compress.quantization.quantizers import fake_quantized
-from compress.quantization.rounding import quadratic, round_weights, solve
+from compress.quantization.rounding import round_weights, solve
 from compress.quantization.smooth import along
 from compress.quantization.stage import quantize
 from compress.quantization.weight_scales import spread
@@ -228,7 +228,7 @@ def test_a_file_that_cannot_be_read_is_named(small, context):
     ctx = context(small)
     pair(small, context, format="w4a8")
     (ctx.work / "rounding" / "inner.safetensors").write_bytes(b"not at all")
-    with pytest.raises(BadInput, match=r"inner\.safetensors: cannot be read or written .*; delete it"):
+    with pytest.raises(BadInput, match=r"inner\.safetensors: the saved state of rounding cannot be read .*; delete it"):
         quantize(small, QuantizeConfig(**PTQ, format="w4a8", rounding="adaround"), ctx)
 
 

@@ -1,0 +1,92 @@
+"""What tests of the graph compare with: nodes executed as they are written, and scales read from one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx
+import onnxruntime
+import torch
+from torch import nn
+
+from compress.adapters import adapter_for, example_inputs
+from compress.checkpoint import Checkpoint, Quantization
+from compress.quantization.formats import FORMATS, INT8
+from compress.quantization.trunk import share_scales
+from compress.quantization.weight_scales import weight_amax
+from export.graph import Graph, load_all
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+
+
+def run_exactly(graph: Graph | onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
+    """The first output in ONNX Runtime without optimisation: it executes Q and DQ as they are written, in float."""
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    model = (load_all(graph) if isinstance(graph, Graph) else graph).SerializeToString()
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"]).run(None, inputs)[0]
+
+
+def inputs_for(checkpoint: Checkpoint, batch: int = 4) -> dict[str, np.ndarray]:
+    return {name: value.numpy() for name, value in example_inputs(checkpoint.spec, batch, seed=5).items()}
+
+
+def measured_scales(
+    checkpoint: Checkpoint,
+    *,
+    kind: str = "int8",
+    formats: Mapping[str, str] | None = None,
+    weight_only: tuple[str, ...] = (),
+    outputs: bool = False,
+    trunk: bool = False,
+    weight_range: float = 1.0,
+) -> Quantization:
+    """The largest magnitudes over one batch of example inputs; weights times `weight_range`; embeddings by row.
+
+    `formats` has the layers, by default all of them in `kind`. `outputs` adds those of layers on integers, `trunk` the
+    sums of blocks, with the scales that are shared.
+    """
+    amax: dict[str, torch.Tensor] = {}
+    hooks = []
+    formats = {name: kind for name, _ in layers_of(checkpoint.model)} if formats is None else formats
+    for name, layer in layers_of(checkpoint.model):
+        if name not in formats:
+            continue
+        weight, number = layer.weight.detach(), FORMATS[formats[name]].activations
+        by_row = weight.transpose(0, 1) if isinstance(layer, nn.ConvTranspose2d) else weight
+        amax[f"{name}.weight"] = weight_amax(by_row, FORMATS[formats[name]]) * weight_range
+        if number is None or isinstance(layer, nn.Embedding) or name in weight_only:
+            continue
+        rounds = outputs and number is INT8
+
+        def remember(layer: nn.Module, args: tuple, out: torch.Tensor, name: str = name, rounds: bool = rounds) -> None:
+            _grow(amax, f"{name}.input", args[0])
+            if rounds and (isinstance(layer, CONVOLUTIONS) or args[0].dim() == 3):
+                _grow(amax, f"{name}.output", out)
+
+        hooks.append(layer.register_forward_hook(remember))
+    for name in adapter_for(checkpoint.model).trunk(checkpoint.model) if trunk else []:
+
+        def remember_sum(block: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
+            _grow(amax, f"{name}.output", out)
+
+        hooks.append(checkpoint.model.get_submodule(name).register_forward_hook(remember_sum))
+    with torch.no_grad():
+        adapter_for(checkpoint.model).forward(checkpoint.model, example_inputs(checkpoint.spec, 8))
+    for hook in hooks:
+        hook.remove()
+    others = {name: own for name, own in formats.items() if own != kind}
+    return Quantization(kind, share_scales(checkpoint, amax) if trunk else amax, others)
+
+
+def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What has a weight that a scale can belong to, by name."""
+    kinds = (*CONVOLUTIONS, nn.Linear, nn.Embedding)
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+
+
+def _grow(amax: dict[str, torch.Tensor], key: str, x: torch.Tensor) -> None:
+    largest = x.detach().abs().max()
+    amax[key] = torch.maximum(amax[key], largest) if key in amax else largest
