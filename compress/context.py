@@ -63,6 +63,11 @@ class Context:
     costs_in: CostsIn | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def logs(self) -> Path:
+        """Where the run keeps what is to be looked at: DIR/logs/STAGE for what works in DIR/stages/.STAGE.work."""
+        return self.work.parent.parent / "logs" / self.work.name.removeprefix(".").removesuffix(".work")
+
     def require_data(self, purpose: str) -> Data:
         if self.data is None:
             raise BadInput(f"{purpose} needs images: set 'data: FILE.npz' in the recipe")

@@ -19,7 +19,7 @@ from compress.checkpoint import Checkpoint, Record, save_checkpoint
 from compress.context import Context, CostsIn, Data, say
 from compress.counts import count
 from compress.data import load_images
-from compress.distill import distill
+from compress.distillation.stage import distill
 from compress.load import load_checkpoint
 from compress.prune import prune
 from compress.quantization.stage import quantize

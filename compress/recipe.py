@@ -27,7 +27,6 @@ from pydantic import ValidationError
 from compress.builtin import CALIB_DATA
 from compress.config import (
     Config,
-    DistillConfig,
     EvaluateConfig,
     ExportConfig,
     GatesConfig,
@@ -35,12 +34,13 @@ from compress.config import (
     QuantizeConfig,
     ScheduleConfig,
 )
-from runtime.errors import BadInput
+from compress.distillation.config import KINDS as DISTILL_CONFIGS
+from runtime.errors import BadInput, unknown_name
 
 STAGE_CONFIGS: dict[str, type[Config]] = {
     "schedule": ScheduleConfig,
     "prune": PruneConfig,
-    "distill": DistillConfig,
+    "distill": DISTILL_CONFIGS["recover"],
     "quantize": QuantizeConfig,
 }
 SECTIONS: dict[str, type[Config]] = {"export": ExportConfig, "evaluate": EvaluateConfig, "gates": GatesConfig}
@@ -129,7 +129,12 @@ def _stage(entry: Any, index: int, path: Path) -> Stage:
         raise BadInput(f"{path}: {where}: a stage is one name with its settings, like  - prune: {{ratio: 0.3}}")
     name, settings = next(iter(entry.items()))
     _refuse_unknown({name: None}, tuple(STAGE_CONFIGS), str(path), where)
-    return Stage(str(name), _config(STAGE_CONFIGS[name], settings, path, f"{where}.{name}"))
+    config = STAGE_CONFIGS[name]
+    if name == "distill" and isinstance(settings, dict) and "kind" in settings:
+        if settings["kind"] not in DISTILL_CONFIGS:
+            raise unknown_name(f"{path}: {where}.{name}: kind", str(settings["kind"]), DISTILL_CONFIGS)
+        config = DISTILL_CONFIGS[settings["kind"]]
+    return Stage(str(name), _config(config, settings, path, f"{where}.{name}"))
 
 
 def _section(raw: dict[str, Any], name: str, kind: type[Config], path: Path) -> Any:
@@ -173,7 +178,8 @@ def _check_order(stages: tuple[Stage, ...], path: Path) -> None:
         for earlier in stages[:i]:
             if earlier.name in banned:
                 raise BadInput(f"{path}: stages[{i}]: {stage.name} cannot come after {earlier.name}: {why}")
-        if stage.name == "distill" and not any(s.name == "prune" for s in stages[:i]):
+        recovers = stage.name == "distill" and stage.config.kind == "recover"
+        if recovers and not any(s.name == "prune" for s in stages[:i]):
             raise BadInput(
                 f"{path}: stages[{i}]: distill: {{kind: recover}} must come after prune: nothing was lost yet"
             )

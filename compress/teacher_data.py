@@ -1,4 +1,4 @@
-"""Training data for models of latents and of text, made by the teacher itself: no images, no captions needed.
+"""Training data made by the teacher itself, for models of latents and of text, and where there are no images.
 
     sample i = what the teacher makes by its own plan under prompt i (class i, ...) from seed i
 
@@ -10,35 +10,29 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from compress.builtin import PROMPTS
 from compress.checkpoint import Checkpoint
-from compress.context import say
+from compress.context import Context, Data, say
 from compress.parts import encoded_prompts
-from compress.progress import progress
-from compress.torch_network import TorchNetwork
+from compress.teacher_paths import TeacherPaths
 from runtime.denoise import GUIDANCE, Conditions, is_guided, stand_in_conditions
 from runtime.errors import BadInput
-from runtime.sampler import generate_batches
 
 SEED = 2_000_000  # far from the seeds that people sample, calibrate and evaluate with
-BATCH = 4
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class TeacherData:
-    """`count` samples of the teacher, float32 [N, C, H, W], with what the teacher was told; kept in `cache`."""
+    """`count` samples of the teacher, with what it was told; kept in `cache` and read from there batch by batch."""
 
     teacher: Checkpoint
     count: int
@@ -52,11 +46,10 @@ class TeacherData:
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
         """A random batch: float32 [B, C, H, W], and the conditions [B, ...] by input name."""
-        picks = torch.randint(0, self.count, (size,), generator=generator).numpy()
-        told = {name: torch.from_numpy(array[picks]) for name, array in self._told.given.items()}
+        states, told = self._paths.batch(size, generator)
         if self.teacher.spec.conditioning.guidance_input:
             told[GUIDANCE] = torch.full((size,), self.teacher.spec.plan.guidance)
-        return torch.from_numpy(self._samples[picks]), told
+        return states[:, -1], told
 
     @cached_property
     def null(self) -> Tensors:
@@ -84,34 +77,16 @@ class TeacherData:
         return self.conditions(self.count)
 
     @cached_property
-    def _samples(self) -> np.ndarray:
-        file = self.cache / f"teacher-samples-{self.hash[:12]}.safetensors"
-        if file.is_file():
-            try:
-                return load_file(file)["samples"]
-            except (SafetensorError, OSError, KeyError) as error:
-                raise BadInput(f"{file}: cannot be read ({error}); delete it, and it is made again") from error
-        samples = self._sampled()
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"samples": samples}, file.with_suffix(".partial"))
-            os.replace(file.with_suffix(".partial"), file)
-        except (OSError, SafetensorError) as error:
-            raise BadInput(f"{file}: cannot be written ({error}); make space and run again") from error
-        return samples
+    def _paths(self) -> TeacherPaths:
+        return TeacherPaths(self.teacher, self.teacher.spec.plan, (), self.count, self._told, SEED, self.cache)
 
-    def _sampled(self) -> np.ndarray:
-        spec, model = self.teacher.spec, self.teacher.model
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        found: list[np.ndarray] = []
-        with progress("samples of the teacher", self.count) as advance:
-            network = TorchNetwork(model.to(device), spec)
-            seeds = range(SEED, SEED + self.count)
-            for samples in generate_batches(network, spec, seeds, batch=BATCH, conditions=self._told):
-                found.append(samples)
-                advance(sum(map(len, found)))
-        model.to("cpu")
-        return np.concatenate(found)
+
+def data_for(ctx: Context, count: int) -> Data:
+    """What the run learns from; where it was given nothing, `count` samples of its teacher."""
+    if ctx.data is not None:
+        return ctx.data
+    prompts = read_prompts(None) if ctx.teacher.spec.conditioning.kind == "text" else ()
+    return TeacherData(ctx.teacher, count, ctx.work.parent, prompts)
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:

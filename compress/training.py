@@ -1,6 +1,6 @@
 """The one training loop that every training stage shares.
 
-    for step in steps:   loss = loss_of(student, batch of this step)   ->  AdamW  ->  EMA
+    for step in steps:   loss = loss_of(student, draws of this step, step / steps)   ->  AdamW  ->  EMA
 
 `accelerate` places the model and averages gradients over devices, so `accelerate launch` runs it unchanged. The
 batch of step k is drawn from a generator seeded by (seed, k): a run that was killed goes on from its last save and
@@ -9,31 +9,36 @@ ends bit for bit as an undisturbed one. The EMA weights are the result.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedDataParallelKwargs
 from diffusers.training_utils import EMAModel
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import nn
 
 from compress.progress import progress
-from runtime.errors import BadInput, DiffpressError
+from compress.saved_state import read_state, write_state
+from runtime.errors import DiffpressError, MissingExtra
 
-LossOf = Callable[[nn.Module, torch.Generator], torch.Tensor]
+# (the model, what the step draws from, the share of the training that is behind)
+LossOf = Callable[[nn.Module, torch.Generator, float], torch.Tensor]
 GRADIENT_CLIP = 1.0
+STATE = "training.safetensors"
 
 
 @dataclass(frozen=True)
 class Training:
-    """`ema` is the decay the moving average settles at; `save_every` is in steps."""
+    """`ema` is the decay the moving average settles at; `save_every` and `preview_every` are in steps.
+
+    `precision` bf16 computes losses under autocast; `partial` allows steps that leave parameters out. Into `logs` go
+    the loss, where `tensorboard` is asked for, and what `preview(model with the EMA weights, file)` draws.
+    """
 
     steps: int
     learning_rate: float
@@ -43,6 +48,12 @@ class Training:
     save_every: int
     work: Path
     what: str
+    precision: str = "fp32"
+    partial: bool = False
+    logs: Path | None = None
+    tensorboard: bool = False
+    preview_every: int = 0
+    preview: Callable[[nn.Module, Path], None] | None = None
 
 
 class TrainingDiverged(DiffpressError):
@@ -51,7 +62,7 @@ class TrainingDiverged(DiffpressError):
 
 def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
     """Train `student` in place and load the EMA weights into it at the end; resumes from `run.work`."""
-    accelerator = Accelerator()
+    accelerator = _accelerator(run)
     optimizer = torch.optim.AdamW(student.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     ema = EMAModel(student.parameters(), decay=run.ema, min_decay=0.0, use_ema_warmup=True, power=3 / 4)
     start = _restore_(student, optimizer, ema, run)
@@ -63,7 +74,8 @@ def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
                 group["lr"] = run.learning_rate * learning_rate_factor(step, run.steps, run.warmup)
             batch = step * accelerator.num_processes + accelerator.process_index
             torch.manual_seed(batch)  # dropout too repeats when a run is resumed
-            loss = loss_of(model, step_generator(run.seed, batch))
+            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                loss = loss_of(model, step_generator(run.seed, batch), step / run.steps)
             if not math.isfinite(loss.item()):
                 raise TrainingDiverged(
                     f"{run.what}: the loss is {loss.item()} at step {step} of {run.steps}; lower learning_rate "
@@ -75,12 +87,42 @@ def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
             optimizer.step()
             ema.step(model.parameters())
             advance(step + 1, f"loss {loss.item():.4f}")
-            if (step + 1) % run.save_every == 0 and step + 1 < run.steps and accelerator.is_main_process:
+            if run.tensorboard:
+                accelerator.log({"loss": loss.item()}, step=step + 1)
+            if not accelerator.is_main_process:
+                continue
+            if run.preview_every and (step + 1) % run.preview_every == 0:
+                _preview(accelerator.unwrap_model(model), ema, step + 1, run)
+            if (step + 1) % run.save_every == 0 and step + 1 < run.steps:
                 _save(accelerator.unwrap_model(model), optimizer, ema, step + 1, run)
+    if run.tensorboard:
+        accelerator.end_training()
     student = accelerator.unwrap_model(model).to("cpu")
     ema.to("cpu")
     ema.copy_to(student.parameters())
     return student.eval()
+
+
+def _accelerator(run: Training) -> Accelerator:
+    """Places the model, and writes the loss for TensorBoard; raises MissingExtra where that is wanted and not there."""
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=run.partial)]
+    if not run.tensorboard:
+        return Accelerator(kwargs_handlers=handlers)
+    if importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtra("tensorboard", "tensorboard", f"{run.what}: 'tensorboard: true'")
+    accelerator = Accelerator(kwargs_handlers=handlers, log_with="tensorboard", project_dir=run.logs)
+    accelerator.init_trackers(run.what.replace(" ", "-"))
+    return accelerator
+
+
+def _preview(model: nn.Module, ema: EMAModel, step: int, run: Training) -> None:
+    """Draw what the average makes now; the weights in training are put back."""
+    if run.preview is None or run.logs is None:
+        return
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    run.preview(model, run.logs / f"step-{step:06d}.png")
+    ema.restore(model.parameters())
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
@@ -102,28 +144,15 @@ def _save(model: nn.Module, optimizer: Any, ema: EMAModel, step: int, run: Train
     for i, parameter in enumerate(model.parameters()):
         for name, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{i}.{name}"] = value
-    target = run.work / "training.safetensors"
-    temporary = target.with_suffix(".partial")
     metadata = {"step": str(step), "ema_step": str(ema.optimization_step), "run": _fingerprint(run)}
-    try:
-        run.work.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().cpu().clone().contiguous() for k, v in tensors.items()}, temporary, metadata=metadata)
-        os.replace(temporary, target)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{target}: the training state cannot be saved ({reason}); make space and run again") from error
+    write_state(run.work / STATE, tensors, metadata, "training state")
 
 
 def _restore_(model: nn.Module, optimizer: Any, ema: EMAModel, run: Training) -> int:
-    file = run.work / "training.safetensors"
-    if not file.is_file():
+    saved = read_state(run.work / STATE, "training state")
+    if saved is None:
         return 0
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = opened.metadata()
-        tensors = load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise BadInput(f"{file}: the saved training state cannot be read ({error}); delete it to start over") from error
+    tensors, metadata = saved
     if metadata.get("run") != _fingerprint(run):
         return 0
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
@@ -138,4 +167,4 @@ def _restore_(model: nn.Module, optimizer: Any, ema: EMAModel, run: Training) ->
 
 
 def _fingerprint(run: Training) -> str:
-    return json.dumps([run.steps, run.learning_rate, run.warmup, run.ema, run.seed])
+    return json.dumps([run.steps, run.learning_rate, run.warmup, run.ema, run.seed, run.precision])

@@ -14,6 +14,7 @@ diffusers class.
     coupled(model)         -> inner widths that pruning may shrink, or None: the dependency graph finds them, and then
     fixed(model)           -> names of layers whose output widths are never pruned (only asked for in that case)
     refresh_(model)        -> bring stored static attributes in line with the layers' widths
+    add_guidance_input_(model) -> the settings that changed; only where the kind has room for the weight as an input
     RESIZABLE              whether height and width may change from call to call
 """
 

@@ -22,6 +22,7 @@ from runtime.spec import TextInput
 
 RESIZABLE = True
 TIME_IDS = 6  # original size, crop corner, target size
+GUIDANCE_WIDTH = 256  # as published latent consistency models have it
 CLIP_LENGTH = 77  # of a denoiser that came without its text encoder
 
 
@@ -71,6 +72,16 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         return_dict=False,
     )[0]
     return out
+
+
+def add_guidance_input_(model: Any) -> dict[str, Any]:
+    """Give the time embedding a layer for the guidance weight, zero at first; returns the changed settings."""
+    first = model.time_embedding.linear_1
+    layer = nn.Linear(GUIDANCE_WIDTH, first.in_features, bias=False).to(first.weight)
+    nn.init.zeros_(layer.weight)
+    model.time_embedding.cond_proj = layer
+    model.register_to_config(time_cond_proj_dim=GUIDANCE_WIDTH)
+    return {"time_cond_proj_dim": GUIDANCE_WIDTH}
 
 
 def guidance_embedding(weight: torch.Tensor, width: int) -> torch.Tensor:

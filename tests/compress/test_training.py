@@ -36,7 +36,7 @@ def student() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
-def loss_of(model: nn.Module, generator: torch.Generator) -> torch.Tensor:
+def loss_of(model: nn.Module, generator: torch.Generator, share: float = 0.0) -> torch.Tensor:
     x = torch.randn(16, 4, generator=generator)
     return ((model(x) - x[:, :2] * 3.0) ** 2).mean()
 
@@ -49,7 +49,7 @@ def killed_at(step: int):
     """The loss of a run that is killed when it has done `step` steps."""
     calls = iter(range(10_000))
 
-    def loss(model, generator):
+    def loss(model, generator, share):
         if next(calls) == step:
             raise Killed
         return loss_of(model, generator)
@@ -83,7 +83,7 @@ def test_a_killed_run_goes_on_from_its_last_save(run):
     with pytest.raises(Killed):
         train(student(), killed_at(8), run)
     done = []
-    train(student(), lambda model, g: done.append(1) or loss_of(model, g), run)
+    train(student(), lambda model, g, share: done.append(1) or loss_of(model, g), run)
     assert len(done) == 10 - 6
 
 
@@ -147,14 +147,14 @@ def test_every_step_draws_its_own_noise():
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_state(value, run):
     calls = iter(range(100))
 
-    def loss(model, generator):
+    def loss(model, generator, share):
         return loss_of(model, generator) * (value if next(calls) == 7 else 1.0)
 
     with pytest.raises(TrainingDiverged, match="distill recover: the loss is .* at step 7 of 10; lower learning_rate"):
         train(student(), loss, run)
     assert TrainingDiverged.exit_code == 2
     done = []
-    train(student(), lambda model, g: done.append(1) or loss_of(model, g), run)
+    train(student(), lambda model, g, share: done.append(1) or loss_of(model, g), run)
     assert len(done) == 10 - 6  # goes on from the last save, which is good
 
 
@@ -180,7 +180,7 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_state_before(failure, run, 
 
     before = (run.work / "training.safetensors").read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr("compress.training.save_file", full)
+        patch.setattr("compress.saved_state.save_file", full)
         with pytest.raises(BadInput, match="training.*No space left"):
             train(student(), loss_of, run)
     assert (run.work / "training.safetensors").read_bytes() == before

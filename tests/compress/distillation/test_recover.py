@@ -1,4 +1,4 @@
-"""compress/distill.py: a pruned student learns to answer like its teacher, and the teacher stays as it was."""
+"""compress/distillation/recover.py: a pruned student learns to answer like its teacher, which stays as it was."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from torch import nn
 
 from compress.adapters import adapter_for
 from compress.agreement import agreement_db
-from compress.config import DistillConfig, PruneConfig
-from compress.distill import captured, distill, drop_conditions, feature_distance
+from compress.config import PruneConfig
+from compress.distillation.conditions import drop_conditions
+from compress.distillation.config import RecoverConfig
+from compress.distillation.features import captured, feature_distance
+from compress.distillation.stage import distill
 from compress.losses import forward
 from compress.prune import prune
 from compress.widths import widths_of
-from runtime.errors import BadInput
 
 
-def config(**settings) -> DistillConfig:
-    return DistillConfig(**{"steps": 4, "batch": 4, "learning_rate": 2e-3, "warmup": 2, "ema": 0.9, **settings})
+def config(**settings) -> RecoverConfig:
+    return RecoverConfig(**{"steps": 4, "batch": 4, "learning_rate": 2e-3, "warmup": 2, "ema": 0.9, **settings})
 
 
 def test_recovering_brings_the_student_closer_to_its_teacher(unet, pruned, context):
@@ -67,15 +69,17 @@ def test_training_visits_the_timesteps_it_is_told_to(wish, visited, unet, pruned
         seen.update(t.tolist())
         return add_noise(spec, x0, noise, t)
 
-    monkeypatch.setattr("compress.distill.add_noise", spy)
+    monkeypatch.setattr("compress.distillation.recover.add_noise", spy)
     distill(pruned, config(steps=6, batch=16, feature_weight=0.0, timesteps=wish), context(unet))
     assert len(seen) > len(visited) * 0.5 and seen <= visited
     assert wish == "all" or {round(t) for t in unet.spec.plan.timesteps} == visited
 
 
-def test_recovering_without_images_is_refused(unet, pruned, context):
-    with pytest.raises(BadInput, match="distill: {kind: recover} needs images: set 'data"):
-        distill(pruned, config(), context(unet, data=False))
+def test_recovering_without_images_learns_from_what_the_teacher_makes(unet, pruned, context):
+    ctx = context(unet, data=False)
+    recovered = distill(pruned, config(steps=40, batch=8, samples=24), ctx)
+    assert agreement_db(recovered, unet, None) > agreement_db(pruned, unet, None) + 3.0
+    assert [path.suffix for path in ctx.work.parent.iterdir()] == [".npy"]
 
 
 # --- the parts of the loss -------------------------------------------------------------------------------------

@@ -1,0 +1,112 @@
+"""What students of few steps share: where they step, and one step of theirs as torch computes it.
+
+    x_0 = what the output implies at x = alpha x_0 + sigma eps     (runtime.denoise.to_x0)
+    x'  = alpha' x_0 + (sigma' / sigma) (x - alpha x_0)            (runtime.solvers.transfer: deterministic DDIM)
+
+The timesteps of N steps are the first N of N + 1 on Karras' ramp: the last step goes from far above the least noise
+straight to the image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from compress.losses import Tensors, forward
+from runtime.schedule import Point, timestep_grid
+from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
+
+
+def few_timesteps(steps: int, schedule: NoiseSchedule) -> tuple[float, ...]:
+    """`steps` whole timesteps for a student: see the top of this file."""
+    return timestep_grid("karras", steps + 1, schedule)[:-1]
+
+
+def student_spec(spec: DenoiserSpec, kind: str, solver: str, timesteps: tuple[float, ...]) -> DenoiserSpec:
+    """The spec of a student that `kind` taught to sample by this plan alone: one call a step, without guidance."""
+    plan = Plan(solver, timesteps, clip=spec.plan.clip, start=spec.plan.start)
+    return replace(spec, plan=plan, distilled=kind)
+
+
+def refined(
+    plan: Plan, timesteps: tuple[float, ...], steps: int, schedule: NoiseSchedule
+) -> tuple[Plan, tuple[int, ...]]:
+    """`plan` over some `steps` timesteps, even in log-SNR between `timesteps`, and at which of its steps those are.
+
+    Whole timesteps: where there are not so many between two, there are fewer steps.
+    """
+    ratios = log_ratios(schedule)
+    each = -(-steps // len(timesteps))
+    found: list[float] = []
+    kept = []
+    for start, stop in zip(timesteps, (*timesteps[1:], -1.0), strict=True):
+        last = ratios[round(stop)] if stop >= 0 else ratios[0]
+        # the way to the clean end stops at the least noisy timestep and goes on from there; the others stop short
+        ramp = np.linspace(ratios[round(start)], last, each if stop < 0 else each + 1)
+        inner = {round(float(t)) for t in np.interp(ramp, ratios, np.arange(len(schedule)))}
+        kept.append(len(found))
+        found += [float(t) for t in sorted(inner | {round(start)}, reverse=True) if stop < t <= start]
+    return replace(plan.uncorrected, timesteps=tuple(found), eta=0.0), tuple(kept)
+
+
+def log_ratios(schedule: NoiseSchedule) -> np.ndarray:
+    """log(sigma / alpha) of every timestep, finite and rising."""
+    alphas, sigmas = np.asarray(schedule.alphas), np.asarray(schedule.sigmas)
+    return np.log(np.maximum(sigmas, 1e-8)) - np.log(np.maximum(alphas, 1e-8))
+
+
+class Places(NamedTuple):
+    """Where each sample of a batch is: timesteps int64 [B]; alpha and sigma float32 [B, 1, 1, 1]."""
+
+    t: torch.Tensor
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+
+
+def places(points: Sequence[Point], index: torch.Tensor) -> Places:
+    """The points of those numbers, int64 [B], on their device."""
+    t, alpha, sigma = torch.tensor(points, dtype=torch.float32, device=index.device)[index].unbind(1)
+    return Places(t.round().long(), alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1))
+
+
+def x0_of(
+    spec: DenoiserSpec, out: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
+) -> torch.Tensor:
+    """x_0 from the output [B, C, H, W] at x; `alpha` and `sigma` broadcast to it."""
+    if spec.prediction == "sample":
+        return out
+    if spec.prediction == "v":
+        return (alpha * x - sigma * out) / (alpha**2 + sigma**2)
+    if spec.prediction == "flow":
+        return (x - sigma * out) / (alpha + sigma)
+    return (x - sigma * out) / alpha.clamp_min(1e-4)
+
+
+def clipped(spec: DenoiserSpec, x0: torch.Tensor) -> torch.Tensor:
+    """x_0 within the data range where the plan clips, with the gradient it would have had outside."""
+    if not spec.plan.clip:
+        return x0
+    return x0 + (x0.clamp(*spec.data_range) - x0).detach()
+
+
+def predicted_x0(model: nn.Module, spec: DenoiserSpec, x: torch.Tensor, here: Places, told: Tensors) -> torch.Tensor:
+    """The model's x_0, [B, C, H, W], clipped as the plan says."""
+    out = forward(model, spec, x, here.t, told)
+    return clipped(spec, x0_of(spec, out, x, here.alpha, here.sigma))
+
+
+def transfer(x: torch.Tensor, x0: torch.Tensor, here: Places, there: Places) -> torch.Tensor:
+    """The deterministic step along the line that x_0 defines."""
+    kept = there.sigma / here.sigma
+    return (there.alpha - kept * here.alpha) * x0 + kept * x
+
+
+def implied_x0(x: torch.Tensor, moved: torch.Tensor, here: Places, there: Places) -> torch.Tensor:
+    """The x_0 with which `transfer` leads from x to `moved`."""
+    kept = there.sigma / here.sigma
+    return (moved - kept * x) / (there.alpha - kept * here.alpha)

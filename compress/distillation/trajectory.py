@@ -1,0 +1,66 @@
+"""`trajectory`: the student's own few steps learn to keep to the teacher's fine trajectory (SFD, Zhou et al. 2024).
+
+With t_0 > ... > t_N = clean the student's timesteps, y_i the teacher's states there, made by a fine solver from the
+same noise, and x_i the student's own states, x_0 = y_0 and x_i+1 = step(x_i) (few_steps.py),
+
+    L = |step(x_j) - y_j+1|_1 / (alpha' - alpha sigma' / sigma)       at a step j drawn anew each time
+
+Since the student is trained from where its own steps led it, it learns to mend what they did wrong. The divisor is what
+an error of x_0 is multiplied with in the step, so that all steps count alike. Guidance of the plan is in the teacher's
+paths: the student needs none. No images are used.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from compress.checkpoint import Checkpoint
+from compress.context import Context
+from compress.distillation.config import TrajectoryConfig
+from compress.distillation.few_steps import (
+    few_timesteps,
+    implied_x0,
+    places,
+    predicted_x0,
+    refined,
+    student_spec,
+    transfer,
+)
+from compress.distillation.student import trained
+from compress.teacher_paths import TeacherPaths
+from runtime.schedule import trajectory as points_of
+
+SEED = 4_000_000  # far from the seeds that people sample, calibrate and evaluate with
+
+
+def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -> Checkpoint:
+    """Train the checkpoint's model to sample in `config.sample_steps` steps of Euler; returns it with that plan."""
+    spec = checkpoint.spec
+    timesteps = few_timesteps(config.sample_steps, spec.schedule)
+    fine, kept = refined(ctx.teacher.spec.plan, timesteps, config.path_steps, spec.schedule)
+    fine = replace(fine, guidance=spec.plan.guidance)
+    paths = TeacherPaths(ctx.teacher, fine, kept, config.paths, ctx.conditions(config.paths), SEED, ctx.work.parent)
+    paths.make()
+    spec = student_spec(spec, config.kind, "euler", timesteps)
+    points = points_of(spec.schedule, timesteps)
+
+    def loss_of(student: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+        states, told = paths.batch(config.batch, generator)
+        chosen = int(torch.randint(0, config.sample_steps, (), generator=generator))
+        device = next(student.parameters()).device
+        states, told = states.to(device), {name: value.to(device) for name, value in told.items()}
+        stops = [places(points, torch.full((config.batch,), i, device=device)) for i in range(chosen + 2)]
+        x = states[:, 0]
+        with torch.no_grad():
+            for here, there in zip(stops[:chosen], stops[1:], strict=False):
+                x = transfer(x, predicted_x0(student, spec, x, here, told), here, there)
+        here, there = stops[chosen:]
+        # one step leads from x to both: their distance is that of the images they imply
+        wanted = implied_x0(x, states[:, chosen + 1], here, there)
+        return torch.mean(torch.abs(predicted_x0(student, spec, x, here, told) - wanted))
+
+    student = trained(checkpoint.evolve(spec=spec), loss_of, config, ctx)
+    return checkpoint.evolve(model=student, spec=spec)

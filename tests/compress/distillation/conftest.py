@@ -1,0 +1,47 @@
+"""An ideal denoiser: of data that is one image per class it knows everything, so every student of it can be perfect."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from compress.checkpoint import Checkpoint, Source
+from compress.widths import widths_of
+from runtime.schedule import betas_schedule, flow_schedule, make_plan
+from runtime.spec import DenoiserSpec
+
+
+class OneImage(nn.Module):
+    """Answers in its parameterisation that x_0 is `image`, which is its one parameter, whatever it is shown."""
+
+    def __init__(self, prediction: str, schedule, image: torch.Tensor) -> None:
+        super().__init__()
+        self.prediction, self.image = prediction, nn.Parameter(image)
+        self.register_buffer("alphas", torch.tensor(schedule.alphas, dtype=torch.float32))
+        self.register_buffer("sigmas", torch.tensor(schedule.sigmas, dtype=torch.float32))
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        t = timestep.long()
+        alpha, sigma = self.alphas[t].view(-1, 1, 1, 1), self.sigmas[t].view(-1, 1, 1, 1).clamp_min(1e-6)
+        eps = (sample - alpha * self.image) / sigma
+        image = self.image.expand_as(sample)
+        return {"epsilon": eps, "v": alpha * eps - sigma * image, "flow": eps - image, "sample": image}[self.prediction]
+
+
+@pytest.fixture
+def one_image() -> Callable[..., Checkpoint]:
+    """A checkpoint [1, 8, 8] that makes `image` (by default stripes) of any noise."""
+
+    def make(prediction: str = "v", image: torch.Tensor | None = None) -> Checkpoint:
+        schedule = flow_schedule(100) if prediction == "flow" else betas_schedule("linear", 100, 1e-3, 0.12)
+        stripes = torch.linspace(-0.8, 0.8, 8).expand(1, 1, 8, 8).clone()
+        model = OneImage(prediction, schedule, stripes if image is None else image).eval()
+        plan = make_plan("ddim", 4, schedule, clip=False)
+        return Checkpoint(
+            model, DenoiserSpec(prediction, schedule, (1, 8, 8), plan), Source("custom", original=widths_of(model))
+        )
+
+    return make

@@ -1,0 +1,66 @@
+"""compress/distillation/few_steps.py: one step in torch is the runtime's, and fine plans pass the student's points."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from compress.distillation.few_steps import clipped, few_timesteps, implied_x0, places, refined, transfer, x0_of
+from runtime.denoise import to_x0
+from runtime.sampler import sample
+from runtime.schedule import betas_schedule, make_plan, point_at, trajectory
+
+
+@pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_timesteps_descend_and_leave_the_last_step_a_long_way(kind, steps):
+    schedule = betas_schedule(kind)
+    found = few_timesteps(steps, schedule)
+    assert len(found) == steps and list(found) == sorted(set(found), reverse=True)
+    assert found[0] > 0.9 * len(schedule) and found[-1] > 150 / steps
+
+
+def test_halving_keeps_to_the_same_timesteps():
+    schedule = betas_schedule("squaredcos_cap_v2")
+    np.testing.assert_allclose(few_timesteps(8, schedule)[::2], few_timesteps(4, schedule), atol=1.0)
+
+
+@pytest.mark.parametrize(("steps", "fine"), [(1, 8), (2, 8), (3, 10), (4, 4)])
+def test_a_fine_plan_passes_through_every_point_of_the_student(steps, fine):
+    schedule = betas_schedule("squaredcos_cap_v2")
+    timesteps = few_timesteps(steps, schedule)
+    plan, kept = refined(make_plan("dpmpp_2m", 5, schedule), timesteps, fine, schedule)
+    assert tuple(plan.timesteps[i] for i in kept) == timesteps and plan.solver == "dpmpp_2m"
+    assert fine <= plan.steps <= fine + steps and list(plan.timesteps) == sorted(set(plan.timesteps), reverse=True)
+    ratios = [point.sigma / point.alpha for point in trajectory(schedule, plan.timesteps)[:-1]]
+    inner = np.diff(np.log(ratios[kept[-1] :]))
+    if len(inner) > 2:
+        assert inner.min() > 2.0 * inner.max()  # both below zero: even in log-SNR but for whole timesteps
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
+def test_x0_and_the_step_are_those_of_the_runtime(prediction, one_image):
+    spec = one_image(prediction).spec
+    rng = np.random.default_rng(0)
+    x, out = rng.standard_normal((2, 3, 1, 8, 8), dtype=np.float32)
+    now, after = point_at(spec.schedule, 70), point_at(spec.schedule, 30)
+    here, there = (places([now, after], torch.full((3,), i)) for i in range(2))
+    x0 = x0_of(spec, torch.from_numpy(out), torch.from_numpy(x), here.alpha, here.sigma)
+    np.testing.assert_allclose(x0.numpy(), to_x0(prediction, x, out, now), rtol=1e-4, atol=1e-5)
+    moved = transfer(torch.from_numpy(x), x0, here, there)
+    plan = make_plan("euler", 2, spec.schedule)
+    scale = np.hypot(now.alpha, now.sigma)
+    expected = next(iter(sample(lambda *_: x0.numpy(), x / scale, spec.schedule, plan.over((70.0, 30.0))))).x
+    np.testing.assert_allclose(moved.numpy(), expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(implied_x0(torch.from_numpy(x), moved, here, there).numpy(), x0.numpy(), atol=1e-3)
+
+
+def test_clipping_bounds_the_image_and_lets_the_gradient_through(one_image):
+    spec = one_image().spec
+    x0 = torch.tensor([[-3.0, 0.5, 2.0]], requires_grad=True)
+    assert clipped(spec, x0) is x0  # its plan does not clip
+    bounded = clipped(spec.with_plan(make_plan("ddim", 4, spec.schedule, clip=True)), x0)
+    assert bounded.tolist() == [[-1.0, 0.5, 1.0]]
+    bounded.sum().backward()
+    assert x0.grad.tolist() == [[1.0, 1.0, 1.0]]

@@ -1,0 +1,90 @@
+"""compress/distillation/guidance.py: one call answers as guidance's two did, with a weight baked in or told."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from compress.adapters import adapter_for
+from compress.checkpoint import save_checkpoint
+from compress.context import Context
+from compress.distillation.conditions import guided
+from compress.distillation.config import GuidanceConfig
+from compress.distillation.guidance import with_guidance_input
+from compress.distillation.stage import distill
+from compress.load import load_checkpoint
+from compress.torch_network import TorchNetwork
+from runtime.denoise import class_conditions, evaluations_per_step, make_predictor
+from runtime.errors import BadInput
+from runtime.schedule import point_at
+
+
+def config(**settings) -> GuidanceConfig:
+    shared = {"steps": 4, "batch": 8, "learning_rate": 2e-3, "warmup": 1, "ema": 0.5, "samples": 8}
+    return GuidanceConfig(**{"kind": "guidance", **shared, **settings})
+
+
+def answers(checkpoint, weight: float) -> np.ndarray:
+    """What a sampler under this weight is told at one point."""
+    x = np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32)
+    network, told = TorchNetwork(checkpoint.model, checkpoint.spec), class_conditions(checkpoint.spec, np.arange(6) % 3)
+    predict = make_predictor(network, checkpoint.spec, conditions=told, guidance=weight)
+    return predict(x, point_at(checkpoint.spec.schedule, 50))
+
+
+def test_the_guided_answer_is_that_of_the_sampler(unet):
+    x = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32))
+    told, null = {"class_labels": torch.arange(6) % 3}, {"class_labels": torch.tensor([3])}
+    for weight in (1.0, 2.5):
+        found = guided(unet.model, unet.spec, x, torch.full((6,), 50), told, null, torch.full((6,), weight))
+        np.testing.assert_allclose(found.numpy(), answers(unet, weight), atol=1e-5)
+
+
+def test_a_student_answers_in_one_call_as_guidance_did_in_two(unet, context):
+    student = distill(unet, config(weight=4.0, steps=40), context(unet))
+    assert student.spec.plan.guidance == 1.0 and evaluations_per_step(student.spec) == 1
+    wanted = answers(unet, 4.0)
+    before, after = (np.square(answers(c, 1.0) - wanted).mean() for c in (unet, student))
+    assert after < 0.8 * before
+
+
+def test_the_weight_is_that_of_the_plan_where_none_is_given(unet, context):
+    weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
+    hashes = [distill(c, s, context(unet)).hash for c, s in ((weighted, config()), (unet, config(weight=3.0)))]
+    assert hashes[0] == hashes[1]
+
+
+def test_a_model_without_a_null_label_is_refused_and_so_is_weight_one(unet, plain, context):
+    with pytest.raises(BadInput, match="no null label"):
+        distill(plain, config(weight=2.0), context(plain))
+    with pytest.raises(BadInput, match="weight 1 is no guidance"):
+        distill(unet, config(), context(unet))
+    with pytest.raises(BadInput, match="a UNet2DModel has no input for the guidance weight"):
+        distill(unet, config(weights=(1.0, 4.0)), context(unet))
+
+
+def test_a_weight_told_as_an_input_starts_as_the_teacher_reloads_and_needs_one_call(tiny_folder, tmp_path):
+    teacher = load_checkpoint(tiny_folder("sd"))
+    start = with_guidance_input(teacher)
+    inputs = {
+        "sample": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
+        "timestep": torch.tensor([500.0, 500.0]),
+        "encoder_hidden_states": torch.randn(2, 77, teacher.model.config.cross_attention_dim),
+    }
+    with torch.no_grad():
+        plain = adapter_for(teacher.model).forward(teacher.model, inputs)
+        told = adapter_for(start.model).forward(start.model, inputs | {"guidance": torch.tensor([2.0, 7.0])})
+    torch.testing.assert_close(told, plain)
+    ctx = Context(0, tmp_path / "stages" / ".work", teacher)
+    student = distill(teacher, config(weights=(2.0, 8.0), batch=2, steps=2, samples=2), ctx)
+    assert student.spec.conditioning.guidance_input and evaluations_per_step(student.spec) == 1
+    assert student.spec.plan.guidance == teacher.spec.plan.guidance
+    save_checkpoint(student, tmp_path / "saved")
+    again = load_checkpoint(str(tmp_path / "saved"))
+    assert again.spec == student.spec and again.hash == student.hash
+    forward = adapter_for(again.model).forward
+    told = [forward(again.model, inputs | {"guidance": torch.full((2,), weight)}) for weight in (2.0, 8.0)]
+    assert not torch.equal(*told)

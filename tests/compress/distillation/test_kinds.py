@@ -1,0 +1,175 @@
+"""Each kind of distillation against an ideal denoiser, whose students can be perfect, and on a small U-Net."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from compress.checkpoint import save_checkpoint
+from compress.context import Context
+from compress.distillation.config import KINDS
+from compress.distillation.progressive import in_v
+from compress.distillation.stage import distill
+from compress.distillation.student import trained
+from compress.torch_network import TorchNetwork
+from runtime.denoise import class_conditions, make_predictor
+from runtime.errors import BadInput
+from runtime.sampler import generate
+from runtime.schedule import point_at
+
+FEW = ["progressive", "trajectory", "consistency", "score"]
+
+
+def config(kind: str, **settings):
+    own = {
+        "progressive": {"start_steps": 4, "sample_steps": 2},
+        "trajectory": {"sample_steps": 2, "paths": 32, "path_steps": 4},
+        "consistency": {"sample_steps": 2, "stages": 2},
+        "score": {"sample_steps": 2, "score_steps": 1},
+    }
+    shared = {"steps": 3, "batch": 4, "learning_rate": 1e-3, "warmup": 1, "ema": 0.5, "samples": 16}
+    return KINDS[kind](**{"kind": kind, **shared, **own.get(kind, {}), **settings})
+
+
+def images_of(checkpoint, count: int = 6) -> np.ndarray:
+    labels = np.arange(count) % 3 if checkpoint.spec.conditioning.kind == "class" else None
+    return generate(TorchNetwork(checkpoint.model, checkpoint.spec), checkpoint.spec, range(count), labels)
+
+
+# progressive distillation makes a v network of an epsilon one, which this module does not learn
+PERFECT = [(kind, p) for kind in FEW for p in ("epsilon", "v", "flow") if (kind, p) != ("progressive", "epsilon")]
+
+
+@pytest.mark.parametrize(("kind", "prediction"), PERFECT)
+def test_a_perfect_student_has_nothing_to_learn_and_samples_in_few_steps(kind, prediction, one_image, tmp_path):
+    teacher = one_image(prediction)
+    ctx = Context(0, tmp_path / "stages" / ".work", teacher)
+    student = distill(teacher, config(kind), ctx)
+    assert student.spec.plan.steps == 2 and student.spec.prediction == prediction
+    expected = teacher.model.image.detach().numpy()[0]
+    near = 0.02 if kind == "score" else 1e-3  # whose critic is not perfect after its first step
+    np.testing.assert_allclose(student.model.image.detach().numpy()[0], expected, atol=near)
+    for image in images_of(student):
+        np.testing.assert_allclose(image, expected, atol=near)
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_a_student_that_knows_another_image_learns_its_teachers(kind, one_image, tmp_path):
+    teacher = one_image("v")
+    student = one_image("v", image=torch.zeros(1, 1, 8, 8))
+    # two that learn from each other circle their goal unless one is faster
+    game = {"steps": 600, "learning_rate": 0.02, "sample_steps": 1, "score_steps": 4} if kind == "score" else {}
+    settings = config(kind, **{"steps": 60, "learning_rate": 0.05, "ema": 0.8, **game})
+    found = distill(student, settings, Context(0, tmp_path / "stages" / ".work", teacher))
+    wanted = teacher.model.image.detach()
+    before, after = ((c.model.image.detach() - wanted).abs().mean().item() for c in (student, found))
+    assert after < 0.25 * before
+    assert student.model.image.abs().sum() == 0.0  # its input is left as it was
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_a_pruned_student_of_a_class_conditional_model_trains_saves_and_reloads(kind, unet, pruned, context, reopened):
+    ctx = context(unet)
+    student = distill(pruned, config(kind), ctx)
+    assert student.spec.plan.steps == 2 and student.spec.plan.guidance == 1.0 and student.hash != pruned.hash
+    save_checkpoint(student, ctx.work.parent / "saved")
+    again = reopened(str(ctx.work.parent / "saved"))
+    assert again.spec == student.spec
+    np.testing.assert_array_equal(images_of(again), images_of(student))
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_without_images_the_teacher_makes_what_is_learned_from(kind, unet, context):
+    ctx = context(unet, data=False)
+    assert distill(unet, config(kind), ctx).hash != unet.hash
+    files = list(ctx.work.parent.glob("paths-*.npy"))
+    assert len(files) == (0 if kind == "score" else 1)  # which needs no images at all
+
+
+@pytest.mark.parametrize("kind", FEW)
+def test_the_same_seed_gives_the_same_student(kind, unet, context):
+    hashes = [distill(unet, config(kind), context(unet, seed=seed)).hash for seed in (1, 1, 2)]
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+def test_an_epsilon_network_is_made_one_of_v(plain, context, reopened):
+    ctx = context(plain)
+    student = distill(plain, config("progressive"), ctx)
+    save_checkpoint(student, ctx.work.parent / "saved")
+    again = reopened(str(ctx.work.parent / "saved"))
+    assert (plain.spec.prediction, student.spec.prediction, again.spec.prediction) == ("epsilon", "v", "v")
+
+
+def test_an_epsilon_network_learns_the_v_of_its_own_answers(plain, context):
+    ctx = context(plain)
+    start = plain.evolve(spec=replace(plain.spec, prediction="v"))
+    loss = in_v(plain.model, plain.spec, ctx.data, 8)
+    settings = config("progressive", steps=150, batch=8, learning_rate=5e-3, ema=0.9)
+    student = start.evolve(model=trained(start, loss, settings, ctx))
+    point = point_at(plain.spec.schedule, 50)
+    x0, _ = ctx.data.batch(16, torch.Generator().manual_seed(9))
+    noise = np.random.default_rng(0).standard_normal(x0.shape, dtype=np.float32)
+    x = np.float32(point.alpha) * x0.numpy() + np.float32(point.sigma) * noise
+    eps, v = (make_predictor(TorchNetwork(c.model, c.spec), c.spec)(x, point) for c in (plain, student))
+    untaught = make_predictor(TorchNetwork(plain.model, plain.spec), student.spec)(x, point)
+    image = np.clip((x - point.sigma * eps) / point.alpha, -1, 1)
+    wanted = (point.alpha * x - image) / point.sigma  # from x_0 = alpha x - sigma v
+    assert np.square(v - wanted).mean() < 0.75 * np.square(untaught - wanted).mean()
+
+
+def test_halvings_that_were_finished_are_not_done_again(unet, context, monkeypatch):
+    import compress.distillation.student as student_module
+
+    settings, ctx = config("progressive", start_steps=8), context(unet)
+    undisturbed = distill(unet, settings, replace(ctx, work=ctx.work.with_name("other")))
+    train, phases = student_module.train, []
+
+    def killed(student, loss_of, run):
+        if len(phases) == 1:
+            raise KeyboardInterrupt
+        phases.append(run.what)
+        return train(student, loss_of, run)
+
+    monkeypatch.setattr(student_module, "train", killed)
+    with pytest.raises(KeyboardInterrupt):
+        distill(unet, settings, ctx)
+    monkeypatch.setattr(student_module, "train", lambda s, f, run: phases.append(run.what) or train(s, f, run))
+    assert distill(unet, settings, ctx).hash == undisturbed.hash
+    assert phases == ["distill progressive 8 to 4 steps", "distill progressive 4 to 2 steps"]
+
+
+def test_guidance_of_the_plan_is_in_what_the_student_learns(unet, context):
+    weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
+    plain, guided = (distill(c, config("trajectory"), context(unet, data=False)) for c in (unet, weighted))
+    assert plain.hash != guided.hash and guided.spec.plan.guidance == 1.0
+
+
+def test_score_refuses_a_student_that_predicts_something_else(plain, unet, context):
+    with pytest.raises(BadInput, match="the teacher predicts v, the student epsilon"):
+        distill(plain, config("score"), context(unet))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "word"),
+    [
+        ("progressive", {"start_steps": 6, "sample_steps": 2}, "halving 6 steps does not lead to 2"),
+        ("progressive", {"start_steps": 2, "sample_steps": 2}, "halving"),
+        ("trajectory", {"sample_steps": 8, "path_steps": 4}, "fewer than"),
+        ("guidance", {"weight": 2.0, "weights": (1.0, 3.0)}, "one of them"),
+        ("guidance", {"weights": (3.0, 1.0)}, "least"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(kind, settings, word):
+    with pytest.raises(ValueError, match=word):
+        config(kind, **settings)
+
+
+def test_labels_are_told_to_the_student(unet, context):
+    ctx = context(unet, data=False)
+    student = distill(unet, config("trajectory"), ctx)
+    network = TorchNetwork(student.model, student.spec)
+    a, b = (generate(network, student.spec, [0], np.array([label])) for label in (0, 2))
+    assert not np.array_equal(a, b) and class_conditions(student.spec, np.array([0])).null is not None
