@@ -181,9 +181,10 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
         facts.solver,
         spaced_timesteps(facts.spacing, steps, facts.schedule, spec.tokens(spec.sample_shape)),
         guidance=found.guidance,
-        eta=facts.eta,
         clip=facts.clip and spec.is_pixel_space,
         end=facts.end,
+        start=facts.start,
+        threshold=facts.threshold,
     )
     return spec.with_plan(plan)
 

@@ -7,19 +7,41 @@ from dataclasses import replace
 from compress.checkpoint import Checkpoint
 from compress.config import ScheduleConfig
 from compress.context import Context, say
+from compress.schedule_search import search
+from compress.torch_network import TorchNetwork
 from runtime.schedule import spaced_timesteps
 from runtime.solvers import with_solver
+from runtime.spec import Plan, Threshold
 
 
 def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Checkpoint:
     """Give the checkpoint's spec a new plan; a grid keeps the shift that a flow model came with."""
     spec, old = checkpoint.spec, checkpoint.spec.plan
     spacing = spec.spacing if config.grid is None else replace(spec.spacing, grid=config.grid, offset=0)
-    plan = replace(
-        with_solver(old.uncorrected, config.solver),
-        timesteps=spaced_timesteps(spacing, config.steps, spec.schedule, spec.tokens(spec.sample_shape)),
-        guidance=old.guidance if config.guidance is None else config.guidance,
-        eta=config.eta,
-    )
-    say(f"plan {old.solver} {old.steps} steps -> {plan.solver} {plan.steps} steps ({spacing.grid})")
-    return checkpoint.evolve(spec=replace(spec, plan=plan, spacing=spacing))
+    timesteps = config.timesteps
+    if timesteps is None:
+        timesteps = spaced_timesteps(spacing, config.steps, spec.schedule, spec.tokens(spec.sample_shape))
+    plan = replace(_wishes(old, config), timesteps=timesteps)
+    result = checkpoint.evolve(spec=replace(spec, plan=plan, spacing=spacing))
+    how = "given" if config.timesteps else spacing.grid
+    if config.search is not None:
+        network = TorchNetwork(checkpoint.model, spec)
+        found, ctx.notes["search"] = search(network, result.spec, config, ctx.conditions(config.samples))
+        result, how = result.evolve(spec=result.spec.with_plan(plan.over(found))), f"searched from {spacing.grid}"
+    plan = result.spec.plan
+    say(f"plan {old.solver} {old.steps} steps -> {plan.solver} {plan.steps} steps ({how})")
+    return result
+
+
+def _wishes(old: Plan, config: ScheduleConfig) -> Plan:
+    """The old plan with the solver and the options that are asked for, over the old timesteps."""
+    plan = replace(with_solver(old.uncorrected, config.solver), eta=config.eta)
+    if config.guidance is not None:
+        plan = replace(plan, guidance=config.guidance)
+    if config.guidance_interval is not None:
+        plan = replace(plan, guidance_interval=config.guidance_interval)
+    if config.guidance_rescale is not None:
+        plan = replace(plan, guidance_rescale=config.guidance_rescale)
+    if config.threshold is not None:
+        plan = replace(plan, threshold=Threshold(config.threshold))
+    return plan

@@ -18,9 +18,10 @@ import numpy as np
 
 from compress.layout import first_line
 from runtime.errors import BadInput
-from runtime.schedule import LCM_TIMESTEPS, flow_schedule
+from runtime.grids import LCM_TIMESTEPS
+from runtime.schedule import flow_schedule
 from runtime.solvers import CLIPPING
-from runtime.spec import NoiseSchedule, Spacing
+from runtime.spec import NoiseSchedule, Plan, Spacing, Threshold
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
@@ -29,8 +30,8 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 class SchedulerFacts:
     """What a scheduler's config says of a model: its network's prediction, its noise, and how it is sampled.
 
-    `end` and `eta` are those of runtime.spec.Plan, `clip` whether x_0 is bounded at each step, `note` what of the
-    config is not followed to the letter.
+    `start`, `end` and `threshold` are those of runtime.spec.Plan, `clip` whether x_0 is bounded at each step, `note`
+    what of the config is not followed to the letter.
     """
 
     prediction: str
@@ -39,7 +40,8 @@ class SchedulerFacts:
     solver: str
     clip: bool
     end: float | None = None
-    eta: float = 0.0
+    start: str = Plan.start
+    threshold: Threshold | None = None
     note: str | None = None
 
 
@@ -48,7 +50,6 @@ class Way(NamedTuple):
 
     solver: str
     grids: Mapping[str, str]
-    eta: float = 0.0
     note: str | None = None
     followed: Mapping[str, tuple[Any, ...]] = {}  # as FOLLOWED, for this class alone
 
@@ -57,42 +58,53 @@ PLAIN = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
 EULER = dict(PLAIN)  # the same grids, but linspace is not rounded
 DPM = {"leading": "dpm_leading", "trailing": "trailing", "linspace": "dpm_linspace"}
 STEPPED = {"timestep_spacing": ("leading", "trailing")}  # they step by T // N, which is not where linspace goes on
+UNIPC = {"solver_type": ("bh2",), "predict_x0": (True,), "disable_corrector": ([],), "solver_p": (None,)}
 STAND_IN = "another solver stands in for it, so images differ from those of its pipeline"
 OWN_NOISE = "the noise it adds at each step is drawn by diffpress's own generator"
 
 WAYS = {
-    "DDIMScheduler": Way("ddim", PLAIN, followed=STEPPED),
-    "DDPMScheduler": Way("ddim", PLAIN, eta=1.0),
+    # it keeps eps when it bounds x_0, by whatever rule
+    "DDIMScheduler": Way("ddim", PLAIN, followed={**STEPPED, "thresholding": (False,)}),
+    "DDPMScheduler": Way("ddpm", PLAIN),
     "EulerDiscreteScheduler": Way("euler", EULER),
-    "EulerAncestralDiscreteScheduler": Way("ddim", EULER, eta=1.0, note=OWN_NOISE),
+    "EulerAncestralDiscreteScheduler": Way("euler_ancestral", EULER, note=OWN_NOISE),
+    "HeunDiscreteScheduler": Way("heun", EULER, followed={"clip_sample": (False,)}),
     "DPMSolverMultistepScheduler": Way("dpmpp_2m", DPM),
+    "DPMSolverSDEScheduler": Way("dpmpp_sde", EULER, note=OWN_NOISE),
+    "DEISMultistepScheduler": Way("deis_2", DPM, followed={"solver_type": ("logrho",), "use_flow_sigmas": (False,)}),
+    "UniPCMultistepScheduler": Way("unipc_2", DPM, followed=UNIPC),
     "LCMScheduler": Way("lcm", dict.fromkeys(PLAIN, "lcm")),
     "PNDMScheduler": Way("ipndm", PLAIN, note="its Runge-Kutta warm-up is replaced by plain steps", followed=STEPPED),
     "DPMSolverSinglestepScheduler": Way("dpmpp_2m", DPM, note=STAND_IN),
-    "DPMSolverSDEScheduler": Way("dpmpp_2m", EULER, note=STAND_IN),
-    "DEISMultistepScheduler": Way("dpmpp_2m", DPM, note=STAND_IN),
-    "UniPCMultistepScheduler": Way("dpmpp_2m", DPM, note=STAND_IN),
     "LMSDiscreteScheduler": Way("dpmpp_2m", EULER, note=STAND_IN),
-    "HeunDiscreteScheduler": Way("dpmpp_2m", EULER, note=STAND_IN),
     "KDPM2DiscreteScheduler": Way("dpmpp_2m", EULER, note=STAND_IN),
     "KDPM2AncestralDiscreteScheduler": Way("dpmpp_2m", EULER, note=STAND_IN),
 }
-NO_SIGMAS = {"use_karras_sigmas": (False,), "use_exponential_sigmas": (False,)}
-FLOW = Way("euler", {}, followed=NO_SIGMAS)
+# solver_order of a class (and algorithm_type, where it has several) -> our solver
+ORDERS: dict[tuple[str, str | None], tuple[str, ...]] = {
+    ("DPMSolverMultistepScheduler", "dpmsolver++"): ("ddim", "dpmpp_2m", "dpmpp_3m"),
+    ("DPMSolverMultistepScheduler", "sde-dpmsolver++"): ("ddpm", "dpmpp_2m_sde"),
+    ("DEISMultistepScheduler", "deis"): ("ddim", "deis_2", "deis_3"),
+    ("UniPCMultistepScheduler", None): ("unipc_1", "unipc_2", "unipc_3"),
+}
+NO_SIGMAS = {"use_karras_sigmas": (False,), "use_exponential_sigmas": (False,), "use_beta_sigmas": (False, None)}
+FLOWS = {
+    "FlowMatchEulerDiscreteScheduler": Way("euler", {}, followed=NO_SIGMAS),
+    "FlowMatchHeunDiscreteScheduler": Way("heun_flow", {}),
+}
 UNKNOWN = Way("ddim", PLAIN, note="it is not known, and deterministic DDIM stands in for it")
 
 # The values our solvers walk by, of any class that has such a setting.
 FOLLOWED: dict[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++",),
+    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
     "solver_type": ("midpoint",),
-    "solver_order": (2,),
+    "solver_order": (1, 2, 3),
+    "lower_order_final": (True,),
     "variance_type": (None, "fixed_small", "fixed_small_log"),
     "lambda_min_clipped": (-float("inf"),),
-    "thresholding": (False,),
     "clip_sample_range": (1.0,),
     "interpolation_type": ("linear",),
     "timestep_type": ("discrete",),
-    "use_beta_sigmas": (False, None),
     "original_inference_steps": (LCM_TIMESTEPS,),
     "timestep_scaling": (10.0,),
     "time_shift_type": ("exponential",),
@@ -138,42 +150,69 @@ def _pixel_facts(config: dict[str, Any], flow: bool, kind: str) -> SchedulerFact
 
 
 def _facts(config: dict[str, Any], name: str, kind: str) -> SchedulerFacts:
-    way = WAYS.get(name, UNKNOWN)
     scheduler, settings = _built(name if name in WAYS else "DDPMScheduler", config)
-    if settings.get("solver_order") == 1:  # DPM-Solver++ of first order is DDIM
-        way, settings = way._replace(solver="ddim"), settings | {"solver_order": 2}
-    if name == "DDIMScheduler" and settings["clip_sample"]:  # it keeps eps when it clips x_0
-        way, settings = way._replace(solver=CLIPPING), settings | {"clip_sample": False}
-    if settings.get("skip_prk_steps"):  # PNDM without its Runge-Kutta steps, which mixes what the network returns
-        way = way._replace(solver="plms_v" if kind == "v_prediction" else "plms", note=None)
+    way, settings = _way(name, kind, settings)
+    start = Plan.start
     if _has_flow_sigmas(config, name):
         schedule = flow_schedule(int(config.get("num_train_timesteps", 1000)) + 1)
-        spacing = Spacing("dpm_flow", whole=False, shift=float(settings["flow_shift"]))
+        grid = "unipc_flow" if name == "UniPCMultistepScheduler" else "dpm_flow"
+        spacing, start = Spacing(grid, whole=False, shift=float(settings["flow_shift"])), "unit"
     else:
         schedule, spacing = _table(scheduler), _spacing(settings, way)
+        if way.grids is EULER and settings.get("timestep_spacing") != "leading":
+            start = "noise"
     # a consistency model ends at its clean guess whatever the config says
     noisy = settings.get("set_alpha_to_one") is False or settings.get("final_sigmas_type") == "sigma_min"
+    noisy |= name == "DEISMultistepScheduler"
+    threshold = None
+    if settings.get("thresholding"):
+        threshold = Threshold(float(settings["dynamic_thresholding_ratio"]), float(settings["sample_max_value"]))
     return SchedulerFacts(
         prediction="flow" if kind == "flow_prediction" else PREDICTIONS[kind],
         schedule=schedule,
         spacing=spacing,
         solver=way.solver,
-        clip=bool(settings.get("clip_sample", False)),
+        clip=bool(settings.get("clip_sample", False)) and threshold is None,
         end=0.0 if noisy and way.solver != "lcm" else None,
-        eta=way.eta,
+        start=start,
+        threshold=threshold,
         note=_note(name, way, settings),
     )
 
 
+def _way(name: str, kind: str, settings: dict[str, Any]) -> tuple[Way, dict[str, Any]]:
+    """How that class walks with these settings, and the settings without those that this has taken care of."""
+    way = WAYS.get(name, UNKNOWN)
+    orders = ORDERS.get((name, settings.get("algorithm_type")))
+    if orders is not None:
+        order = int(settings["solver_order"])
+        if 1 <= order <= len(orders):
+            way = way._replace(solver=orders[order - 1])
+        else:
+            way = way._replace(followed={**way.followed, "solver_order": tuple(range(1, len(orders) + 1))})
+        if settings.get("algorithm_type") == "sde-dpmsolver++":
+            way = way._replace(solver=orders[min(order, len(orders)) - 1], note=OWN_NOISE)
+    if name == "DDIMScheduler" and settings["clip_sample"]:  # it keeps eps when it clips x_0
+        return way._replace(solver=CLIPPING), settings | {"clip_sample": False}
+    if name == "DDPMScheduler" and settings["variance_type"] == "fixed_large":
+        # on other grids theirs adds noise to the clean sample that it ends at
+        exact = settings["timestep_spacing"] == "leading" and settings["steps_offset"] == 0
+        return way._replace(solver="ddpm_large"), settings | ({"variance_type": None} if exact else {})
+    if settings.get("skip_prk_steps"):  # PNDM without its Runge-Kutta steps, which mixes what the network returns
+        return way._replace(solver="plms_v" if kind == "v_prediction" else "plms", note=None), settings
+    return way, settings
+
+
 def _flow_facts(config: dict[str, Any], name: str, pipeline_sigmas: bool | None) -> SchedulerFacts:
-    _, settings = _built("FlowMatchEulerDiscreteScheduler", config)
+    way = FLOWS.get(name, FLOWS["FlowMatchEulerDiscreteScheduler"]._replace(note=STAND_IN))
+    _, settings = _built(name if name in FLOWS else "FlowMatchEulerDiscreteScheduler", config)
     shift = float(settings["shift"])
     dynamic = None
-    if settings["use_dynamic_shifting"]:
+    if settings.get("use_dynamic_shifting"):
         low, high = float(settings["base_shift"]), float(settings["max_shift"])
         dynamic = low, high, float(settings["base_image_seq_len"]), float(settings["max_image_seq_len"])
     own = (dynamic is not None or shift == 1.0) if pipeline_sigmas is None else pipeline_sigmas
-    way = FLOW if name == "FlowMatchEulerDiscreteScheduler" else FLOW._replace(note=STAND_IN)
+    own &= way.solver == "euler"  # no pipeline lays them out for Heun
     return SchedulerFacts(
         prediction="flow",
         # diffusers counts a flow's time in T-ths up to T itself: T + 1 timesteps
@@ -188,8 +227,8 @@ def _flow_facts(config: dict[str, Any], name: str, pipeline_sigmas: bool | None)
 def _built(name: str, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """diffusers' scheduler, and its own settings: files carry along those of the class they once were of."""
     cls = getattr(diffusers, name)
-    if hasattr(cls, "_backends"):  # an empty shell, where a package it needs is not installed
-        cls = diffusers.DDPMScheduler
+    if hasattr(cls, "_backends"):  # an empty shell, where a package it needs is not installed: one with its settings
+        cls = diffusers.EulerDiscreteScheduler
     scheduler = cls.from_config(config)
     own = inspect.signature(cls.__init__).parameters
     return scheduler, {key: value for key, value in scheduler.config.items() if key in own}
@@ -214,6 +253,8 @@ def _spacing(settings: dict[str, Any], way: Way) -> Spacing:
         return Spacing("karras", whole=False)
     if settings.get("use_exponential_sigmas") or settings.get("use_lu_lambdas"):
         return Spacing("exponential", whole=False)
+    if settings.get("use_beta_sigmas"):
+        return Spacing("beta", whole=False)
     grid = way.grids[kind]
     # diffusers adds the offset to leading grids alone
     offset = int(settings["steps_offset"]) if grid.endswith("leading") else 0

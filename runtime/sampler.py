@@ -4,26 +4,26 @@
 
 Noise comes from one counter-based generator per sample (Philox, Salmon et al. 2011), keyed by that sample's
 seed: an image depends on its seed, its label and the plan, and on nothing else in its batch. Stream 0 is the
-starting noise, stream k the noise that step k adds where eta > 0 or the solver is lcm.
+starting noise, stream k the noise that step k adds where eta > 0 or the solver is a noisy one; a second noise in one
+step is stream k + N.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
-from runtime.denoise import Conditions, Denoise, Network, class_conditions, make_denoiser
+from runtime.denoise import Conditions, Denoise, Network, class_conditions, evaluations_at, plan_denoiser
 from runtime.errors import BadInput
-from runtime.schedule import trajectory
-from runtime.solvers import MEMORY, WARM_UP, Past, solver_named
+from runtime.schedule import Point, trajectory
+from runtime.solvers import solver_named
+from runtime.solvers.contract import MEMORY, Past, Stride
 from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
 
 MAX_SEED = 2**63 - 1
-FEW_STEPS = 15  # below it diffusers' DPM-Solver ends with a first-order step (`lower_order_final`)
 
 
 class Step(NamedTuple):
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 
 def _no_noise(k: int) -> np.ndarray:
-    raise BadInput("the solver lcm, and any plan with eta above 0, adds noise at every step: pass fresh_noise")
+    raise BadInput("a noisy solver, and any plan with eta above 0, adds noise at every step: pass fresh_noise")
 
 
 def sample(
@@ -49,25 +49,43 @@ def sample(
     """Walk the plan from unit `noise` (float32 [N, C, H, W]); the last step's x is the result.
 
     `denoise(x, point) -> x_0` is the model (it applies guidance and clipping), `fresh_noise(k)` gives unit
-    noise like x for step k = 1, 2, ... and is needed where plan.eta > 0 and by the solver lcm. Raises BadInput for
-    an unknown solver.
+    noise like x for step k = 1, 2, ... (and for k + N where a step needs two) and is needed where plan.eta > 0 and by
+    noisy solvers. Raises BadInput for an unknown solver.
     """
     solver = solver_named(plan.solver)
     points = trajectory(schedule, plan.timesteps, plan.end)
-    # the standard deviation of x there for data of unit variance: 1 for variance-preserving schedules
-    x = np.float32(np.hypot(points[0].alpha, points[0].sigma)) * noise
-    history: deque[Past] = deque(maxlen=MEMORY)
-    few = plan.solver == "dpmpp_2m" and plan.steps < FEW_STEPS
+    x = np.float32(start_spread(points[0], plan.start)) * noise
+    past: deque[Past] = deque(maxlen=MEMORY)
     for index, (now, after) in enumerate(zip(points, points[1:], strict=False)):
-        if few and after is points[-1]:
-            history.clear()  # the last step is then too long in log-SNR to extrapolate over: first order
         x0 = denoise(x, now)
-        moved = solver(x, x0, now, after, history, partial(fresh_noise, index + 1), plan.eta)
-        if index == 0 and plan.solver in WARM_UP and plan.steps > 1:
-            moved = WARM_UP[plan.solver](x, x0, now, after, Past(after, moved, denoise(moved, after)))
-        history.append(Past(now, x, x0))
-        x = moved
+
+        def fresh(k: int, stream: int = index + 1) -> np.ndarray:
+            return fresh_noise(stream + k * plan.steps)
+
+        step = Stride(x, x0, now, after, tuple(past), index, plan.steps, denoise, fresh, plan.eta, schedule)
+        if solver.correct is not None:
+            step = step._replace(x=solver.correct(step))
+        x = solver.move(step)
+        past.append(Past(now, step.x, x0))
         yield Step(index, now.t, x, x0)
+
+
+def start_spread(point: Point, start: str) -> float:
+    """The standard deviation of the noise to start from; 'marginal' is that of noised data of unit variance."""
+    return {"marginal": float(np.hypot(point.alpha, point.sigma)), "noise": point.sigma, "unit": 1.0}[start]
+
+
+def network_evaluations(spec: DenoiserSpec) -> int:
+    """Network evaluations for one image by the spec's plan, both halves under guidance: counted on an empty batch."""
+    counts: list[int] = []
+    nothing = np.zeros((0, *spec.sample_shape), np.float32)
+
+    def denoise(x: np.ndarray, point: Point) -> np.ndarray:
+        counts.append(evaluations_at(spec, point))
+        return x
+
+    deque(sample(denoise, nothing, spec.schedule, spec.plan, lambda k: nothing), maxlen=0)
+    return sum(counts)
 
 
 def noise_for(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...], stream: int = 0) -> np.ndarray:
@@ -138,10 +156,7 @@ def _one_batch(
     conditions: Conditions,
 ) -> np.ndarray:
     plan = spec.plan
-    corrections = dict(zip(plan.timesteps, plan.corrections, strict=False))  # one for each, or none
-    denoise = make_denoiser(
-        network, spec, conditions=conditions, guidance=plan.guidance, clip=plan.clip, corrections=corrections
-    )
+    denoise = plan_denoiser(network, spec, conditions)
     noise = noise_for(seeds, spec.sample_shape)
     steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
     return deque(steps, maxlen=1).pop().x

@@ -12,6 +12,7 @@ timesteps instead of a scheduler's class name, so variance-preserving and flow-m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
@@ -21,7 +22,9 @@ import numpy as np
 from runtime.errors import BadInput
 
 PREDICTIONS = ("epsilon", "v", "sample", "flow")
+LARGEST = 2**31 - 1
 CONDITIONINGS = ("none", "class", "text")
+STARTS = ("marginal", "noise", "unit")
 
 
 @dataclass(frozen=True)
@@ -103,10 +106,10 @@ class Conditioning:
     def __post_init__(self) -> None:
         if self.kind not in CONDITIONINGS:
             raise BadInput(f"conditioning kind '{self.kind}' is not one of {', '.join(CONDITIONINGS)}")
-        if self.kind == "class" and self.classes < 1:
-            raise BadInput("class conditioning needs the number of classes (at least 1)")
-        if self.null_label is not None and self.null_label < 0:
-            raise BadInput(f"null label {self.null_label} is negative")
+        if self.kind == "class" and not 1 <= self.classes <= LARGEST:
+            raise BadInput(f"class conditioning needs the number of classes (1 to {LARGEST})")
+        if self.null_label is not None and not 0 <= self.null_label <= LARGEST:
+            raise BadInput(f"null label {self.null_label} is negative or above {LARGEST}")
 
 
 @dataclass(frozen=True)
@@ -122,15 +125,35 @@ class Correction:
 
 
 @dataclass(frozen=True)
+class Threshold:
+    """Dynamic thresholding (Saharia et al. 2022, Imagen, section 2.3): x_0 is bounded to -s..s and divided by s.
+
+    s is each sample's `ratio` quantile of |x_0|, at least 1 and at most `most` (None: no bound), on data in -1..1.
+    """
+
+    ratio: float = 0.995
+    most: float | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.ratio <= 1.0 or not (self.most is None or (np.isfinite(self.most) and self.most >= 1.0)):
+            raise BadInput(f"threshold: ratio {self.ratio:g} must lie in (0, 1], and most {self.most} be at least 1")
+
+
+@dataclass(frozen=True)
 class Plan:
     """How the model is meant to be sampled: a solver's name, the descending timesteps, and the guidance
     weight.
 
     `guidance` is the classifier-free guidance weight w of eps_null + w * (eps_label - eps_null); 1 switches
-    it off and costs one call a step instead of two. `eta` is DDIM's noise share. `clip` bounds the predicted
-    x_0 to the data range at each step. `end` is the timestep at whose noise the last step stops, None for clean
-    data (some checkpoints end at timestep 0, diffusers' `set_alpha_to_one: false`). `corrections` take off a quantized
-    network's output what rounding does to it on the average, one for each timestep, or none (PTQD, He et al. 2023).
+    it off and costs one call a step instead of two. It acts where low < sigma / alpha <= high for
+    `guidance_interval` (low, high; None: without end), and elsewhere a step costs one call (Kynkaanniemi et al. 2024);
+    `guidance_rescale` is phi of Lin et al. 2024, eq. 15-16: how far the guided output gets back the spread of the
+    given half's. `eta` is DDIM's noise share. `clip` bounds the predicted x_0 to the data range at each step,
+    `threshold` in its place by each sample's own values. `start` is the spread of the noise to start from: 'marginal'
+    that of noised data, 'noise' sigma alone, 'unit' 1; they differ by parts in a thousand. `end` is the timestep at
+    whose noise the last step stops, None for clean data (some checkpoints end at timestep 0, diffusers'
+    `set_alpha_to_one: false`). `corrections` take off a quantized network's output what rounding does to it on the
+    average, one for each timestep, or none (PTQD, He et al. 2023).
     """
 
     solver: str
@@ -140,6 +163,10 @@ class Plan:
     clip: bool = True
     end: float | None = None
     corrections: tuple[Correction, ...] = ()
+    start: str = STARTS[0]
+    threshold: Threshold | None = None
+    guidance_interval: tuple[float, float | None] | None = None
+    guidance_rescale: float = 0.0
 
     def __post_init__(self) -> None:
         t = np.asarray(self.timesteps, dtype=float)
@@ -147,7 +174,17 @@ class Plan:
             raise BadInput("plan: timesteps must be one or more finite, non-negative, strictly descending numbers")
         if not (np.isfinite(self.guidance) and np.isfinite(self.eta) and 0.0 <= self.eta <= 1.0):
             raise BadInput(f"plan: guidance {self.guidance} must be finite and eta {self.eta} lie in [0, 1]")
-
+        if not 0.0 <= self.guidance_rescale <= 1.0:
+            raise BadInput(f"plan: guidance_rescale {self.guidance_rescale} must lie in [0, 1]")
+        if self.guidance_interval is not None:
+            low, high = self.guidance_interval
+            if not (np.isfinite(low) and low >= 0.0 and (high is None or (np.isfinite(high) and high > low))):
+                raise BadInput(
+                    f"plan: guidance_interval ({low}, {high}) must be two values of sigma / alpha, 0 <= low < high, "
+                    "or null for no upper end"
+                )
+        if self.start not in STARTS:
+            raise BadInput(f"plan: start '{self.start}' is not one of {', '.join(STARTS)}")
         if self.end is not None and not 0.0 <= self.end <= t[-1]:
             raise BadInput(f"plan: end {self.end} must be a timestep not above the last one, {t[-1]:g}")
         if self.corrections and len(self.corrections) != t.size:
@@ -197,7 +234,8 @@ class DenoiserSpec:
     latent / latent_scale + latent_shift, each cell to `latent_factor` pixels a side. Other sizes must have sides that
     are multiples of `size_multiple` cells. `data_range` is what pixel values mean at the end, `spacing` lays out the
     timesteps of plans with other numbers of steps. `fixed_timesteps` are those that the network knows, where it was
-    exported for one plan (export/bake_time.py); none means all.
+    exported for one plan (export/bake_time.py); none means all. `distilled` is the kind of distillation that taught the
+    network to sample by this plan's few steps alone; '' for a network that any plan fits.
     """
 
     prediction: str
@@ -212,12 +250,16 @@ class DenoiserSpec:
     size_multiple: int = 1
     spacing: Spacing = field(default_factory=Spacing)
     fixed_timesteps: tuple[float, ...] = ()
+    distilled: str = ""
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise BadInput(f"prediction '{self.prediction}' is not one of {', '.join(PREDICTIONS)}")
-        if len(self.sample_shape) != 3 or min(self.sample_shape) < 1:
-            raise BadInput(f"sample shape {self.sample_shape} must be (channels, height, width), each at least 1")
+        if len(self.sample_shape) != 3 or min(self.sample_shape) < 1 or math.prod(self.sample_shape) > LARGEST:
+            raise BadInput(
+                f"sample shape {self.sample_shape} must be (channels, height, width), each at least 1, and together at "
+                f"most {LARGEST} values"
+            )
         if max(self.plan.timesteps) > len(self.schedule) - 1:
             raise BadInput(
                 f"plan: timestep {max(self.plan.timesteps):g} lies beyond the last, {len(self.schedule) - 1}"
@@ -282,10 +324,11 @@ class DenoiserSpec:
                 size_multiple=int(raw.get("size_multiple", 1)),
                 spacing=spacing_from_json(raw.get("spacing", {}), f"{where}.spacing"),
                 fixed_timesteps=_floats(raw.get("fixed_timesteps", ())),
+                distilled=str(raw.get("distilled", "")),
             )
         except KeyError as error:
             raise BadInput(f"{where}: the entry {error} is missing") from error
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise BadInput(f"{where}: {error}") from error
 
 
@@ -300,10 +343,14 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
             clip=_bool(raw["clip"]),
             end=None if raw.get("end") is None else float(raw["end"]),
             corrections=tuple(_correction(entry, where) for entry in raw.get("corrections", ())),
+            start=str(raw.get("start", STARTS[0])),
+            threshold=None if raw.get("threshold") is None else _threshold(raw["threshold"], where),
+            guidance_interval=None if raw.get("guidance_interval") is None else _interval(raw["guidance_interval"]),
+            guidance_rescale=float(raw.get("guidance_rescale", 0.0)),
         )
     except KeyError as error:
         raise BadInput(f"{where}: the entry {error} is missing") from error
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BadInput(f"{where}: {error}") from error
 
 
@@ -323,7 +370,7 @@ def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioni
         )
     except KeyError as error:
         raise BadInput(f"{where}: the entry {error} is missing") from error
-    except (TypeError, ValueError, AttributeError) as error:
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
         raise BadInput(f"{where}: {error}") from error
 
 
@@ -339,7 +386,7 @@ def spacing_from_json(data: Any, where: str = "spacing") -> Spacing:
             shift=float(raw.get("shift", 1.0)),
             dynamic=None if dynamic is None else _four(dynamic),
         )
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         raise BadInput(f"{where}: {error}") from error
 
 
@@ -352,6 +399,17 @@ def _text_input(data: Any, where: str) -> TextInput:
 def _correction(data: Any, where: str) -> Correction:
     raw = _known(Correction, data, where)
     return Correction(float(raw["slope"]), _floats(raw["bias"]))
+
+
+def _threshold(data: Any, where: str) -> Threshold:
+    raw = _known(Threshold, data, where)
+    most = raw.get("most")
+    return Threshold(float(raw["ratio"]), None if most is None else float(most))
+
+
+def _interval(values: Any) -> tuple[float, float | None]:
+    low, high = values
+    return float(low), None if high is None else float(high)
 
 
 def _known(cls: type, data: Any, where: str) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from compress.scheduler import SchedulerFacts, read_scheduler
-from runtime.denoise import to_x0
+from runtime.denoise import thresholded, to_x0
 from runtime.errors import BadInput
 from runtime.sampler import sample
 from runtime.schedule import betas_schedule, flow_schedule, point_at, reshifted, spaced_timesteps
@@ -56,28 +56,25 @@ def network_of(facts: SchedulerFacts):
 
 def our_result(facts: SchedulerFacts, steps: int, noise: list[np.ndarray], tokens=None, told=float) -> np.ndarray:
     timesteps = spaced_timesteps(facts.spacing, steps, facts.schedule, tokens)
-    plan = Plan(facts.solver, timesteps, eta=facts.eta, clip=facts.clip, end=facts.end)
+    plan = Plan(facts.solver, timesteps, clip=facts.clip, end=facts.end, start=facts.start)
     network = network_of(facts)
 
     def denoise(x, point):
         x0 = to_x0(facts.prediction, x, network(x, told(point.t)), point)
+        if facts.threshold is not None:
+            return thresholded(x0, facts.threshold, (-1.0, 1.0))
         return np.clip(x0, -1, 1) if facts.clip else x0
 
     return list(sample(denoise, noise[0], facts.schedule, plan, lambda k: noise[k]))[-1].x
 
 
 def their_result(scheduler, facts: SchedulerFacts, noise: list[np.ndarray], monkeypatch) -> np.ndarray:
-    """The loop of every pipeline; the scheduler draws the same noise, and starts with the same spread as ours."""
+    """The loop of every pipeline; the scheduler draws the same noise."""
     fresh = iter(noise[1:])
     module = sys.modules[type(scheduler).__module__]
     if hasattr(module, "randn_tensor"):
         monkeypatch.setattr(module, "randn_tensor", lambda *args, **kwargs: torch.from_numpy(next(fresh)))
-    network, x = network_of(facts), torch.from_numpy(noise[0])
-    if "Euler" in type(scheduler).__name__ and facts.prediction != "flow":
-        # the class itself starts at sigma where its spacing is not leading: 0.2 % less, which is not followed
-        x = x * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
-    if facts.spacing.grid == "dpm_flow":  # starts below t = T, with noise as if it were there: 0.03 % more
-        x = x * float(np.hypot(scheduler.sigmas[0], 1 - scheduler.sigmas[0]))
+    network, x = network_of(facts), torch.from_numpy(noise[0]) * getattr(scheduler, "init_noise_sigma", 1.0)
     for t in scheduler.timesteps:
         scaled = scheduler.scale_model_input(x, t) if hasattr(scheduler, "scale_model_input") else x
         x = scheduler.step(torch.from_numpy(network(scaled.numpy(), float(t))), t, x).prev_sample
@@ -99,13 +96,17 @@ WALKS = [
         "EulerDiscreteScheduler",
         "EulerAncestralDiscreteScheduler",
         "DPMSolverMultistepScheduler",
+        "UniPCMultistepScheduler",
+        "DEISMultistepScheduler",
+        "HeunDiscreteScheduler",
         "LCMScheduler",
     )
     for prediction in ("epsilon", "v", "sample")
     for spacing in ("leading", "trailing", "linspace")
-    # DDIM goes on at t - T // N, which linspace does not; the ancestral class knows no sample prediction
+    # DDIM goes on at t - T // N, which linspace does not; two classes know no sample prediction
     if (name, spacing) != ("DDIMScheduler", "linspace")
-    and (name, prediction) != ("EulerAncestralDiscreteScheduler", "sample")
+    and (name, prediction)
+    not in [("EulerAncestralDiscreteScheduler", "sample"), ("HeunDiscreteScheduler", "sample")]
 ]
 
 
@@ -119,19 +120,22 @@ def settings_of(name: str, prediction: str, spacing: str) -> dict:
 @pytest.mark.parametrize(("name", "prediction", "spacing"), WALKS)
 def test_trajectories_end_where_those_of_diffusers_do(name, prediction, spacing, steps, monkeypatch) -> None:
     scheduler, facts = made(name, **settings_of(name, prediction, spacing))
-    assert distance(scheduler, facts, steps, monkeypatch) <= TOLERANCE
+    # where Heun goes all the way in one step, x passes through 70 and is as much less exact in theirs
+    near = TOLERANCE if (name, steps) != ("HeunDiscreteScheduler", 2) else 1e-3
+    assert distance(scheduler, facts, steps, monkeypatch) <= near
 
 
 @pytest.mark.parametrize("steps", COUNTS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", sorted({name for name, *_ in WALKS}))
 def test_timesteps_are_those_of_diffusers(name, spacing, steps) -> None:
-    if steps == 1 and spacing == "linspace" and name not in ("DPMSolverMultistepScheduler", "LCMScheduler"):
+    if steps == 1 and spacing == "linspace" and "Multistep" not in name and name != "LCMScheduler":
         pytest.skip("one step of their linspace starts at t = 0, where nothing is left to do; ours at the noisy end")
     scheduler, facts = made(name, **settings_of(name, "epsilon", spacing))
     scheduler.set_timesteps(steps)
     ours = spaced_timesteps(facts.spacing, steps, facts.schedule)
-    assert np.allclose(ours, scheduler.timesteps.numpy(), rtol=0, atol=1e-4)  # float32, where they are fractional
+    theirs = list(dict.fromkeys(scheduler.timesteps.tolist()))  # Heun's come twice
+    assert np.allclose(ours, theirs, rtol=0, atol=1e-4)  # float32, where they are fractional
 
 
 @pytest.mark.parametrize("steps", [4, 20])
@@ -168,25 +172,62 @@ def test_zero_terminal_snr_is_honoured(name, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
-@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas"])
+@pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
 def test_sigma_grids_come_near(name, option, monkeypatch) -> None:
     """The noise levels are theirs; between two timesteps the network's is interpolated in another way, by 0.05 at most
-    in Euler. DPM-Solver tells the network whole timesteps, rounded for Karras and cut off for exponential."""
+    in Euler. DPM-Solver tells the network whole timesteps, rounded for Karras and cut off for the others."""
     pytest.importorskip("scipy")
     scheduler, facts = made(name, timestep_spacing="linspace", **{option: True}, **LATENT)
-    told = {"use_karras_sigmas": round, "use_exponential_sigmas": np.floor}[option] if "DPM" in name else float
-    assert facts.note is None and distance(scheduler, facts, 12, monkeypatch, told) <= TOLERANCE
-    assert distance(scheduler, facts, 12, monkeypatch) <= 3e-3
+    told = (round if "karras" in option else np.floor) if "DPM" in name else float
+    assert facts.note is None and distance(scheduler, facts, 12, monkeypatch, told) <= 2 * TOLERANCE
+    assert distance(scheduler, facts, 12, monkeypatch) <= (3e-3 if option != "use_beta_sigmas" else 2e-2)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
 def test_flow_sigmas_of_dpm_solver(name, monkeypatch) -> None:
     scheduler, facts = made(name, use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
-    assert facts.prediction == "flow" and facts.solver == "dpmpp_2m" and facts.spacing.shift == 3.0
-    if name.startswith("DPM"):
-        # it tells whole timesteps, cut off
-        assert distance(scheduler, facts, 10, monkeypatch, np.floor) <= TOLERANCE
-        assert distance(scheduler, facts, 10, monkeypatch) <= 5e-3
+    solver = {"D": "dpmpp_2m", "U": "unipc_2"}[name[0]]
+    assert facts.prediction == "flow" and facts.solver == solver and facts.spacing.shift == 3.0
+    # they tell whole timesteps, cut off, UniPC's first a millionth below pure noise
+    told = np.floor if name.startswith("DPM") else lambda t: np.floor(t - 1e-3)
+    assert distance(scheduler, facts, 10, monkeypatch, told) <= TOLERANCE
+    assert distance(scheduler, facts, 10, monkeypatch) <= 5e-3
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "solver"),
+    [
+        ("DPMSolverMultistepScheduler", {"solver_order": 1}, "ddim"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3}, "dpmpp_3m"),
+        ("DPMSolverMultistepScheduler", {"solver_order": 1, "algorithm_type": "sde-dpmsolver++"}, "ddpm"),
+        ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}, "dpmpp_2m_sde"),
+        ("UniPCMultistepScheduler", {"solver_order": 1}, "unipc_1"),
+        ("UniPCMultistepScheduler", {"solver_order": 3}, "unipc_3"),
+        ("DEISMultistepScheduler", {"solver_order": 1}, "ddim"),
+        ("DEISMultistepScheduler", {"solver_order": 3}, "deis_3"),
+        ("DDPMScheduler", {"variance_type": "fixed_large", "clip_sample": False}, "ddpm_large"),
+        ("DPMSolverMultistepScheduler", {"thresholding": True, "sample_max_value": 1.4}, "dpmpp_2m"),
+        ("UniPCMultistepScheduler", {"thresholding": True, "sample_max_value": 1.2}, "unipc_2"),
+        ("DEISMultistepScheduler", {"thresholding": True, "dynamic_thresholding_ratio": 0.8}, "deis_2"),
+        ("DDPMScheduler", {"thresholding": True, "sample_max_value": 2.0}, "ddpm"),
+        ("FlowMatchHeunDiscreteScheduler", {"shift": 3.0}, "heun_flow"),
+    ],
+)
+@pytest.mark.parametrize("steps", [2, 7, 20])
+def test_settings_choose_the_solver_that_walks_as_they_do(name, settings, solver, steps, monkeypatch) -> None:
+    scheduler, facts = made(name, **settings, **({} if "Flow" in name else LATENT))
+    assert facts.solver == solver and ("sde" in str(settings)) is (facts.note is not None)
+    # theirs takes differences of large integrals in float32; with its coefficients in float64 it is 3e-6
+    near = TOLERANCE if (solver, steps) != ("deis_3", 20) else 1e-3
+    assert distance(scheduler, facts, steps, monkeypatch) <= near
+
+
+def test_the_sde_solver_of_dpm_is_read_whether_or_not_its_noise_can_be_drawn_here() -> None:
+    """Its trajectories: tests/runtime/test_solvers_against_diffusers.py."""
+    config = LATENT | {"_class_name": "DPMSolverSDEScheduler", "timestep_spacing": "linspace"}
+    facts = read_scheduler(config | {"use_karras_sigmas": True}, WHERE, True)
+    assert (facts.solver, facts.spacing, facts.start) == ("dpmpp_sde", Spacing("karras", whole=False), "noise")
+    assert "own generator" in str(facts.note) and "stands in" not in str(facts.note)
 
 
 @pytest.mark.parametrize("steps", COUNTS)
@@ -235,7 +276,7 @@ def test_stable_diffusion_1_is_read_as_its_pipeline_walks() -> None:
         "trained_betas": None,
     }
     facts = read_scheduler(config, WHERE, True)
-    assert (facts.solver, facts.end, facts.clip, facts.eta) == ("plms", 0.0, False, 0.0)
+    assert (facts.solver, facts.end, facts.clip, facts.start) == ("plms", 0.0, False, "marginal")
     assert facts.spacing == Spacing("leading", offset=1) and facts.note is None
     assert np.allclose(facts.schedule.alphas, betas_schedule("scaled_linear", 1000, 0.00085, 0.012).alphas, atol=1e-6)
 
@@ -261,9 +302,13 @@ def test_trained_betas_make_the_table() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["HeunDiscreteScheduler", "LMSDiscreteScheduler", "UniPCMultistepScheduler", "DEISMultistepScheduler",
-     "KDPM2DiscreteScheduler", "DPMSolverSinglestepScheduler", "DPMSolverSDEScheduler"],
-)  # fmt: skip
+    [
+        "LMSDiscreteScheduler",
+        "KDPM2DiscreteScheduler",
+        "KDPM2AncestralDiscreteScheduler",
+        "DPMSolverSinglestepScheduler",
+    ],
+)
 def test_a_stand_in_is_told(name) -> None:
     facts = read_scheduler({"_class_name": name}, WHERE, True)
     assert facts.solver == "dpmpp_2m" and str(facts.note).startswith(name) and "stands in" in str(facts.note)
@@ -274,10 +319,21 @@ def test_a_stand_in_is_told(name) -> None:
     [
         ({"_class_name": "TCDScheduler"}, "TCDScheduler: it is not known"),
         ({}, "no scheduler class: it is not known"),
-        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "stands in"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "stands in"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}, "shift_terminal 0.1"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "sde-dpmsolver++"),
-        ({"_class_name": "DPMSolverMultistepScheduler", "solver_order": 3}, "solver_order 3"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "own generator"),
+        (
+            {"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            "solver_order 3",
+        ),
+        ({"_class_name": "DPMSolverMultistepScheduler", "lower_order_final": False}, "lower_order_final False"),
+        ({"_class_name": "UniPCMultistepScheduler", "solver_type": "bh1"}, "solver_type bh1"),
+        ({"_class_name": "UniPCMultistepScheduler", "predict_x0": False}, "predict_x0 False"),
+        ({"_class_name": "UniPCMultistepScheduler", "disable_corrector": [0]}, "disable_corrector [0]"),
+        ({"_class_name": "DEISMultistepScheduler", "use_flow_sigmas": True}, "use_flow_sigmas True"),
+        ({"_class_name": "DDPMScheduler", "variance_type": "fixed_large", "steps_offset": 1}, "fixed_large"),
+        ({"_class_name": "DDIMScheduler", "thresholding": True}, "thresholding True"),
+        ({"_class_name": "EulerDiscreteScheduler", "timestep_spacing": "leading", "use_beta_sigmas": True}, "use_beta"),
         ({"_class_name": "PNDMScheduler"}, "its Runge-Kutta warm-up is replaced"),
         ({"_class_name": "PNDMScheduler", "skip_prk_steps": True, "timestep_spacing": "linspace"}, "spacing linspace"),
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "clip_sample": False}, "linspace"),
@@ -319,8 +375,8 @@ def test_models_of_pixels_are_sampled_alike_whatever_the_class(name) -> None:
     facts = read_scheduler(config, WHERE, False)
     table = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double().numpy()
     assert np.array_equal(facts.schedule.alphas, np.sqrt(table))
-    expected = ("epsilon", Spacing(), "ddim", True, None, 0.0, None)
-    assert (facts.prediction, facts.spacing, facts.solver, facts.clip, facts.end, facts.eta, facts.note) == expected
+    expected = ("epsilon", Spacing(), "ddim", True, None, "marginal", None)
+    assert (facts.prediction, facts.spacing, facts.solver, facts.clip, facts.end, facts.start, facts.note) == expected
 
 
 def test_pixel_flows_and_missing_configs_keep_their_defaults() -> None:

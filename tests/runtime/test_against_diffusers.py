@@ -12,8 +12,9 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from runtime.denoise import make_denoiser  # noqa: E402
+from runtime.grids import timestep_grid  # noqa: E402
 from runtime.sampler import sample  # noqa: E402
-from runtime.schedule import betas_schedule, flow_schedule, make_plan, point_at, timestep_grid  # noqa: E402
+from runtime.schedule import betas_schedule, flow_schedule, make_plan, point_at  # noqa: E402
 from runtime.solvers import network_calls  # noqa: E402
 from runtime.spec import DenoiserSpec, Plan  # noqa: E402
 

@@ -13,15 +13,19 @@ from runtime.denoise import (
     Denoise,
     Network,
     class_conditions,
+    evaluations_at,
     evaluations_per_step,
     make_denoiser,
     network_inputs,
+    plan_denoiser,
+    rescaled,
     stand_in_conditions,
+    thresholded,
     to_x0,
 )
 from runtime.errors import BadInput
 from runtime.schedule import Point, betas_schedule, flow_schedule, make_plan, point_at
-from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule, TextInput
+from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule, TextInput, Threshold
 
 COSINE = betas_schedule("squaredcos_cap_v2", 100)
 CLASSES = Conditioning("class", classes=10, null_label=10)
@@ -110,6 +114,68 @@ def test_guidance_equals_two_separate_calls(fake_network, noise, prediction) -> 
     assert np.abs(guided - expected).max() < 1e-5
     assert len(guided_network.calls) == 1
     assert guided_network.calls[0]["class_labels"].tolist() == [1, 7, 4, 10, 10, 10]
+
+
+@pytest.mark.parametrize(("interval", "acts"), [((0.5, 2.0), True), ((2.0, None), False), ((0.1, 0.9), False)])
+def test_outside_of_its_interval_guidance_is_one_call_of_the_given_half(fake_network, noise, interval, acts) -> None:
+    spec, labels, x = spec_of("v", conditioning=CLASSES), np.array([1, 7, 4]), noise(3, 1, 4, 4)
+    point = Point(50.0, 0.7, 0.7)  # sigma / alpha = 1
+    network = fake_network("v", COSINE, labelled=True)
+    found = labelled_denoiser(network, spec, labels, guidance=2.5, clip=False, interval=interval)(x, point)
+    alone = labelled_denoiser(fake_network("v", COSINE, labelled=True), spec, labels, clip=False)(x, point)
+    guided = labelled_denoiser(network, spec, labels, guidance=2.5, clip=False)(x, point)
+    assert np.array_equal(found, guided if acts else alone)
+    assert len(network.calls) == 2 and len(network.calls[0]["sample"]) == (6 if acts else 3)
+    plan = replace(spec.plan, guidance=2.5, guidance_interval=interval)
+    assert evaluations_at(spec.with_plan(plan), point) == (2 if acts else 1)
+
+
+def test_a_weight_that_is_an_input_is_one_outside_of_its_interval(fake_network, noise) -> None:
+    spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
+    network = fake_network("v", COSINE, told=(*WORDS, "guidance"))
+    denoise = make_denoiser(network, spec, conditions=Conditions(words(1.0)), guidance=3.5, interval=(0.5, 2.0))
+    for sigma in (0.7, 0.1):
+        denoise(noise(1, 1, 4, 4), Point(50.0, 0.7, sigma))
+    assert [call["guidance"].tolist() for call in network.calls] == [[3.5], [1.0]]
+
+
+def test_guidance_is_rescaled_as_diffusers_does(noise) -> None:
+    torch = pytest.importorskip("torch")
+    pipeline = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
+    label = noise(3, 4, 8, 8)
+    mixed = 3 * label + noise(6, 4, 8, 8)[3:]
+    for phi in (0.0, 0.7, 1.0):
+        theirs = pipeline.rescale_noise_cfg(torch.from_numpy(mixed), torch.from_numpy(label), guidance_rescale=phi)
+        assert np.abs(rescaled(mixed, label, phi) - theirs.numpy()).max() < 1e-5
+
+
+def test_rescaled_guidance_is_in_the_denoiser(fake_network, noise) -> None:
+    spec, labels, point = spec_of("sample", conditioning=CLASSES), np.array([1, 7]), point_at(COSINE, 40)
+    network, x = fake_network("sample", COSINE, labelled=True), noise(2, 1, 4, 4)
+    plan = replace(spec.plan, guidance=4.0, guidance_rescale=1.0, clip=False)
+    told = class_conditions(spec, labels)
+    found = plan_denoiser(network, spec.with_plan(plan), told)(x, point)
+    alone = plan_denoiser(network, spec.with_plan(replace(plan, guidance=1.0)), told)(x, point)
+    assert np.allclose(found.std(axis=(1, 2, 3)), alone.std(axis=(1, 2, 3)), rtol=1e-5)
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0)])
+def test_dynamic_thresholding_keeps_the_data_range(noise, low, high) -> None:
+    x0 = (high - low) / 2 * 3 * noise(4, 2, 8, 8) + (low + high) / 2
+    bounded = thresholded(x0, Threshold(0.9), (low, high))
+    assert bounded.dtype == np.float32 and bounded.min() >= low - 1e-6 and bounded.max() <= high + 1e-6
+    # a tenth of all values lie at the ends, in each sample
+    ends = (np.abs(bounded - (low + high) / 2) > (high - low) / 2 - 1e-6).mean(axis=(1, 2, 3))
+    assert np.abs(ends - 0.1).max() < 0.02
+    small = (high - low) / 2 * 0.2 * np.tanh(noise(4, 2, 8, 8)) + (low + high) / 2
+    assert np.abs(thresholded(small, Threshold(0.9), (low, high)) - small).max() < 1e-6
+
+
+def test_a_solver_that_asks_at_another_timestep_than_the_graph_knows_is_refused(fake_network, noise) -> None:
+    spec = spec_of("v")
+    spec = replace(spec, fixed_timesteps=spec.plan.timesteps)
+    with pytest.raises(BadInput, match="timestep 41.5 is not one of the 4 .* take another solver"):
+        make_denoiser(fake_network("v", COSINE), spec)(noise(1, 1, 4, 4), point_at(COSINE, 41.5))
 
 
 def test_guidance_one_costs_one_half(fake_network, noise) -> None:

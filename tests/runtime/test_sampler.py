@@ -80,7 +80,7 @@ def test_eta_changes_the_image_but_not_its_repeatability(fake_network) -> None:
     assert np.abs(generate(network, noisy, [3]) - still).max() > 0.05
 
 
-@pytest.mark.parametrize(("solver", "eta", "named"), [("ddim", 0.5, "eta above 0"), ("lcm", 0.0, "solver lcm")])
+@pytest.mark.parametrize(("solver", "eta", "named"), [("ddim", 0.5, "eta above 0"), ("lcm", 0.0, "noisy solver")])
 def test_fresh_noise_without_a_source_is_refused(mixture, noise, solver, eta, named) -> None:
     with pytest.raises(BadInput, match=f"{named}.*pass fresh_noise"):
         list(sample(mixture.denoise, noise(1, 2, 4, 4), COSINE, replace(PLAN, solver=solver, eta=eta)))

@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 
 from runtime.errors import BadInput
+from runtime.grids import timestep_grid
 from runtime.schedule import (
-    GRIDS,
     betas_schedule,
     flow_schedule,
     make_plan,
     point_at,
+    point_at_ratio,
     reshifted,
     spaced_timesteps,
-    timestep_grid,
     trajectory,
+    zero_terminal_snr,
 )
-from runtime.spec import NoiseSchedule, Spacing
+from runtime.spec import Spacing
 
 COSINE = betas_schedule("squaredcos_cap_v2", 1000)
 LINEAR = betas_schedule("linear", 1000)
@@ -42,64 +43,28 @@ def test_alphas_and_sigmas_equal_those_of_diffusers(kind: str, T: int, start: fl
     assert np.abs(np.square(ours.sigmas) - (1 - reference.numpy())).max() < 1e-6
 
 
-@pytest.mark.parametrize("kind", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("steps", [2, 3, 7, 16, 50, 999, 1000])
-def test_plain_grids_equal_those_of_diffusers(kind: str, steps: int) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    scheduler = diffusers.DDIMScheduler(1000, timestep_spacing=kind, steps_offset=0)
-    scheduler.set_timesteps(steps)
-    assert timestep_grid(kind, steps, LINEAR) == tuple(scheduler.timesteps.tolist())
-
-
-@pytest.mark.parametrize(
-    ("kind", "option"), [("karras", "use_karras_sigmas"), ("exponential", "use_exponential_sigmas")]
-)
-def test_sigma_grids_visit_the_noise_levels_of_diffusers(kind: str, option: str) -> None:
-    diffusers = pytest.importorskip("diffusers")
-    pytest.importorskip("scipy")
-    scheduler = diffusers.EulerDiscreteScheduler(1000, timestep_spacing="linspace", **{option: True})
-    scheduler.set_timesteps(12)
-    points = [point_at(LINEAR, t) for t in timestep_grid(kind, 12, LINEAR, whole=False)]
-    ratios = np.array([point.sigma / point.alpha for point in points])
-    assert np.allclose(ratios, scheduler.sigmas.numpy()[:-1], rtol=1e-4)
-
-
-@pytest.mark.parametrize("kind", sorted(set(GRIDS) - {"lcm"}))  # which has 50 timesteps
-@pytest.mark.parametrize("steps", [1, 2, 5, 37, 999, 1000])
-@pytest.mark.parametrize("schedule", [COSINE, LINEAR, flow_schedule(1000)], ids=["cosine", "linear", "flow"])
-def test_every_grid_gives_that_many_whole_descending_timesteps(kind: str, steps: int, schedule: NoiseSchedule) -> None:
-    t = np.array(timestep_grid(kind, steps, schedule))
-    assert len(t) == steps and (np.diff(t) <= -1).all() and t[0] <= 999 and t[-1] >= 0 and (t == np.round(t)).all()
-
-
-@pytest.mark.parametrize("kind", sorted(set(GRIDS) - {"leading", "dpm_leading"}))
-def test_a_single_step_starts_at_the_noisy_end(kind: str) -> None:
-    assert timestep_grid(kind, 1, COSINE)[0] >= 990
-
-
-def test_quad_grid_follows_its_formula() -> None:
-    assert timestep_grid("quad", 4, LINEAR) == (999.0, 444.0, 111.0, 0.0)
-
-
-def test_logsnr_grid_is_uniform_in_log_snr() -> None:
-    points = [point_at(COSINE, t) for t in timestep_grid("logsnr", 9, COSINE, whole=False)]
-    steps = np.diff([np.log(point.alpha / point.sigma) for point in points])
-    assert np.allclose(steps, steps[0], rtol=1e-9)
-
-
-@pytest.mark.parametrize("kind", ["karras", "logsnr"])
-@pytest.mark.parametrize("schedule", [COSINE, flow_schedule(1000)], ids=["cosine", "flow"])
-def test_ratio_grids_leave_out_where_no_image_is_left(kind: str, schedule: NoiseSchedule) -> None:
-    first = point_at(schedule, timestep_grid(kind, 8, schedule, whole=False)[0])
-    assert first.sigma / first.alpha == pytest.approx(np.exp(5.1), rel=1e-6)
-
-
 def test_points_between_timesteps_are_interpolated() -> None:
     flow = point_at(flow_schedule(11), 2.5)
     assert flow == pytest.approx((2.5, 0.75, 0.25))
     between = point_at(LINEAR, 500.5)
     assert LINEAR.sigmas[500] < between.sigma < LINEAR.sigmas[501]
     assert between.alpha**2 + between.sigma**2 == pytest.approx(1.0, abs=2e-5)
+
+
+@pytest.mark.parametrize("ratio", [0.02, 1.0, 77.0])
+def test_a_point_is_found_by_its_noise(ratio: float) -> None:
+    point = point_at_ratio(LINEAR, ratio)
+    assert point.sigma / point.alpha == pytest.approx(ratio, rel=1e-9) and point_at(LINEAR, point.t) == point
+    assert point_at_ratio(LINEAR, 1e6).t == 999.0 and point_at_ratio(LINEAR, 0.0).t == 0.0
+
+
+@pytest.mark.parametrize(("kind", "start", "end"), [("linear", 1e-4, 0.02), ("scaled_linear", 0.00085, 0.012)])
+def test_a_schedule_stretched_to_pure_noise_is_that_of_diffusers(kind: str, start: float, end: float) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    theirs = diffusers.DDIMScheduler(1000, start, end, kind, rescale_betas_zero_snr=True).alphas_cumprod.numpy()
+    ours = zero_terminal_snr(betas_schedule(kind, 1000, start, end))
+    assert ours.alphas[-1] == 0.0 and ours.sigmas[-1] == 1.0
+    assert np.abs(np.square(ours.alphas) - theirs).max() < 1e-6
 
 
 def test_a_trajectory_ends_clean() -> None:
@@ -114,16 +79,6 @@ def test_a_flow_runs_from_data_to_pure_noise() -> None:
 
 def test_a_trajectory_may_end_at_the_noise_of_a_timestep() -> None:
     assert trajectory(COSINE, (999.0, 500.0), end=0.0)[-1] == point_at(COSINE, 0.0)
-
-
-@pytest.mark.parametrize("steps", [1, 4, 50])
-def test_the_lcm_grid_is_a_part_of_the_50_timesteps_taught(steps: int) -> None:
-    assert {t % 20 for t in timestep_grid("lcm", steps, LINEAR)} == {19.0}
-
-
-def test_more_steps_than_a_consistency_model_was_taught_are_refused() -> None:
-    with pytest.raises(BadInput, match="51 steps: .* taught 50 timesteps"):
-        timestep_grid("lcm", 51, LINEAR)
 
 
 def test_a_spacing_adds_its_offset_and_rounds_where_it_says_so() -> None:

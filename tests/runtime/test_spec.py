@@ -20,6 +20,7 @@ from runtime.spec import (
     Spacing,
     TextEncoder,
     TextInput,
+    Threshold,
     plan_from_json,
 )
 
@@ -39,7 +40,15 @@ SPEC = DenoiserSpec(
 TEXT = replace(
     SPEC,
     fixed_timesteps=(*SPEC.plan.timesteps, 1.0),
-    plan=replace(SPEC.plan, end=0.0, corrections=tuple(Correction(k / 10, (0.1, k / 3, 0.0, -1.0)) for k in range(5))),
+    plan=replace(
+        SPEC.plan,
+        end=0.0,
+        corrections=tuple(Correction(k / 10, (0.1, k / 3, 0.0, -1.0)) for k in range(5)),
+        start="noise",
+        threshold=Threshold(0.99, 3.5),
+        guidance_interval=(0.1 + 0.2, None),
+        guidance_rescale=0.7,
+    ),
     conditioning=Conditioning(
         "text",
         encoders=(
@@ -68,7 +77,8 @@ def test_a_spec_written_before_there_was_text_reads_as_one_without() -> None:
     data = json.loads(json.dumps(SPEC.to_json()))
     for entry in ("latent_factor", "size_multiple", "spacing", "fixed_timesteps"):
         del data[entry]
-    del data["plan"]["end"], data["plan"]["corrections"]
+    for entry in ("end", "corrections", "start", "threshold", "guidance_interval", "guidance_rescale"):
+        del data["plan"][entry]
     data["conditioning"] = {"kind": "class", "classes": 10, "null_label": 10}
     assert DenoiserSpec.from_json(data) == SPEC
 
@@ -106,6 +116,14 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("colour", 1), "unknown entry 'colour'"),
         (change("plan.colour", 1), "plan: unknown entry 'colour'"),
         (change("prediction", "noise"), "prediction 'noise'"),
+        (change("plan.start", "loud"), "start 'loud' is not one of marginal, noise, unit"),
+        (change("plan.threshold", {"ratio": 0.0}), "ratio 0 must lie in"),
+        (change("plan.threshold", {"ratio": 0.9, "most": 0.5}), "most 0.5 be at least 1"),
+        (change("plan.threshold", {"ratio": 0.9, "least": 1}), "unknown entry 'least'"),
+        (change("plan.guidance_interval", [2.0, 1.0]), "0 <= low < high"),
+        (change("plan.guidance_interval", [-1.0, None]), "0 <= low < high"),
+        (change("plan.guidance_interval", [1.0]), "here.plan: "),
+        (change("plan.guidance_rescale", 1.5), "guidance_rescale 1.5"),
         (change("sample_shape", [1, 28]), "here: "),
         (change("sample_shape", [0, 28, 28]), "each at least 1"),
         (change("schedule.alphas", [0.9, 0.5]), "equally long"),

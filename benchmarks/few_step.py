@@ -1,0 +1,149 @@
+"""Few steps: Frechet distance of every solver, grid and searched schedule at 3 to 10 calls, on the built-in teacher.
+
+    python benchmarks/few_step.py solvers [--steps 3 4 5 6 8 10] [--only TEXT ...] [--samples 2000] [--seeds 3]
+                                          [--refine 6] [--work DIR] [--json FILE]
+
+    calls     passes through the network for one image
+    Frechet   distance of the samples to Fashion-MNIST's test images in the built-in features: mean and sd over seeds
+
+Sampled through the fastest engine installed. Each row is written to --json as soon as it is done, and a row that stands
+there is not made again: a run that was killed goes on, and rows can be added. Needs diffpress[compress].
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from runtime.denoise import Network
+    from runtime.spec import DenoiserSpec, Plan
+
+SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis_2", "deis_3", "ipndm", "plms", "heun")
+GRIDS = ("trailing", "logsnr", "karras")
+SEARCHED, START = "searched", "trailing"  # where a search begins
+SEARCH = {"search": "gits", "samples": 64, "fine": 60, "batch": 64}
+BATCH = 50
+Row = dict[str, Any]
+
+
+def rows_of(steps: list[int], only: list[str] | None) -> Iterator[tuple[str, str, int]]:
+    """(solver, grid, calls) of all rows asked for."""
+    for calls in steps:
+        for solver in SOLVERS:
+            for grid in (*GRIDS, SEARCHED):
+                if not only or any(text in f"{solver} {grid} {calls}" for text in only):
+                    yield solver, grid, calls
+
+
+def steps_for(solver: str, calls: int) -> int:
+    """The most steps that this solver walks with so many calls; 0 for none."""
+    from runtime.solvers import network_calls
+
+    return max((n for n in range(1, calls + 1) if network_calls(solver, n) <= calls), default=0)
+
+
+def planned(engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: int, refine: int) -> tuple[Plan, Row]:
+    """The plan of a row, and for a searched one what the search (through the engine) measured and took."""
+    from compress.config import ScheduleConfig
+    from compress.schedule_search import search
+    from runtime.denoise import stand_in_conditions
+    from runtime.grids import timestep_grid
+    from runtime.solvers import with_solver
+
+    timesteps = timestep_grid(START if grid == SEARCHED else grid, steps, spec.schedule)
+    plan = replace(with_solver(spec.plan, solver), timesteps=timesteps)
+    if grid != SEARCHED:
+        return plan, {}
+    config = ScheduleConfig.model_validate({"solver": solver, "steps": steps, "refine": refine, **SEARCH})
+    began = time.monotonic()
+    found, told = search(engine, spec.with_plan(plan), config, stand_in_conditions(spec, config.samples))
+    return plan.over(found), {"search_s": round(time.monotonic() - began, 1), **told}
+
+
+def solvers(args: argparse.Namespace) -> list[Row]:
+    from compress.builtin import FEATURES, REFERENCE, TEACHER
+    from compress.config import EvaluateConfig
+    from compress.evaluate import evaluate, load_features, load_reference
+    from compress.load import load_checkpoint
+    from export.bundle import write_bundle
+    from runtime.bundle import load_bundle
+    from runtime.engines import available, load_engine
+    from runtime.files import write_json
+    from runtime.solvers import network_calls
+
+    teacher = load_checkpoint(str(TEACHER))
+    folder, name = args.work / "teacher", available()[-1]
+    bundle = load_bundle(folder) if (folder / "manifest.json").is_file() else write_bundle(teacher, folder)
+    features = load_features(FEATURES, bundle.spec)
+    reference = load_reference(REFERENCE, features, bundle.spec)
+    config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=BATCH)
+    rows: dict[str, Row] = json.loads(args.json.read_text()) if args.json.is_file() else {}
+    with closing(load_engine(bundle.graph("denoiser"), name)) as engine:
+        for solver, grid, calls in rows_of(args.steps, args.only):
+            steps = steps_for(solver, calls)
+            key = f"{solver} {grid} {calls} calls, {args.samples} x {args.seeds}" + (
+                f", refine {args.refine}" if grid == SEARCHED else ""
+            )
+            if key in rows or network_calls(solver, steps) != calls:
+                continue
+            plan, took = planned(engine, bundle.spec, solver, grid, steps, args.refine)
+            began = time.monotonic()
+            scores = evaluate(engine, replace(bundle.spec, plan=plan), config, features, reference, what=key)
+            rows[key] = {
+                "solver": solver,
+                "grid": grid,
+                "calls": calls,
+                "steps": steps,
+                "samples": args.samples,
+                "seeds": args.seeds,
+                "frechet": scores["frechet"],
+                "label_accuracy": scores["label_accuracy"],
+                "timesteps": list(plan.timesteps),
+                "engine": name,
+                "evaluate_s": round(time.monotonic() - began, 1),
+                **({"search": took} if took else {}),
+            }
+            write_json(args.json, rows)
+            show({key: rows[key]})
+    return list(rows.values())
+
+
+def show(rows: Mapping[str, Row]) -> None:
+    print("\n| solver | grid | calls | Frechet | labels | search |\n|---|---|---|---|---|---|")
+    for row in sorted(rows.values(), key=lambda r: (r["calls"], r["frechet"]["mean"])):
+        search = f"{row['search']['search_s']:.0f} s" if "search" in row else "-"
+        print(
+            f"| {row['solver']} | {row['grid']} | {row['calls']} | {row['frechet']['mean']:.3f} ± "
+            f"{row['frechet']['sd']:.3f} | {row['label_accuracy']:.3f} | {search} |",
+            flush=True,
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["solvers"])
+    parser.add_argument("--steps", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10], metavar="CALLS")
+    parser.add_argument("--only", nargs="*", metavar="TEXT", help="only rows 'SOLVER GRID CALLS' with one of these")
+    parser.add_argument("--samples", type=int, default=2000)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--refine", type=int, default=6, help="rounds of the search")
+    parser.add_argument("--work", type=Path, default=Path("build/few_step"), help="folder of the teacher's bundle")
+    parser.add_argument("--json", type=Path, default=Path("build/few_step/solvers.json"), metavar="FILE")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    solvers(args)
+    show(json.loads(args.json.read_text()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+    sys.exit(main())
