@@ -17,15 +17,18 @@ from runtime.bench import (
     TORCH,
     Subject,
     bundle_subject,
-    evaluations,
     measure,
     sample_once,
     sampler_overhead,
     table,
 )
 from runtime.bundle import MANIFEST, Bundle, load_bundle
-from runtime.engines import available, open_engine
+from runtime.commands import add_engine_arguments, chosen_engine, engine_options, ran_in
+from runtime.engines import Engine, installed, open_engine
+from runtime.engines.cache import Cache, cache_folder
+from runtime.errors import DiffpressError, plain_warnings
 from runtime.files import write_json
+from runtime.sampler import network_evaluations
 from runtime.schedule import make_plan
 
 BASELINE_SOLVER, BASELINE_STEPS = "ddim", 50
@@ -42,42 +45,58 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
         "by its own plan; may be given twice",
     )
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--engine", nargs="+", help="engines to measure (default: the preferred one; 'all')")
+    parser.add_argument(
+        "--engine", nargs="+", help="engines to measure, or 'all' that are installed (default: the preferred one)"
+    )
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int)
+    add_engine_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE")
 
 
 def bench_command(args: argparse.Namespace) -> int:
     bundle = load_bundle(args.bundle)
-    engines = available() if args.engine == ["all"] else args.engine or [available()[0]]
-    with ExitStack() as stack:
+    # `load_ms` is that of a first load; only a plan that has to be built is taken from where it was kept
+    options = engine_options(args, Cache(cache_folder()) if args.rebuild else None)
+    every = args.engine == ["all"]
+    engines: list[str | None] = [*(installed() if every else args.engine or [chosen_engine(args)])]
+    left_out: dict[str, str] = {}
+    with plain_warnings(), ExitStack() as stack:
         subjects: list[Subject] = []
         overheads = {}
+
+        def add(of: Bundle, name: str | None) -> Engine | None:
+            try:
+                engine = stack.enter_context(closing(open_engine(of, name, options=options)))
+                subjects.append(bundle_subject(of, engine, batches=args.batch, options=options))
+            except DiffpressError as error:
+                if not every:  # it was asked for by name
+                    raise
+                left_out[f"{of.path.name} in {name}"] = str(error)
+                return None
+            return engine
+
         for baseline in args.baseline:
             if (Path(baseline) / MANIFEST).is_file():
                 other = load_bundle(baseline)
-                subjects += [_in_engine(stack, other, name, args.batch, args.threads) for name in engines]
+                for name in engines:
+                    add(other, name)
             else:
                 subjects.append(torch_subject(baseline, args.batch, args.threads))
         for name in engines:
-            subjects.append(_in_engine(stack, bundle, name, args.batch, args.threads))
-            with closing(open_engine(bundle, name, args.threads)) as engine:
-                overheads[name] = sampler_overhead(engine, bundle.spec, max(args.batch))
+            engine = add(bundle, name)
+            if engine is not None:
+                overheads[ran_in(engine)] = sampler_overhead(engine, bundle.spec, min(args.batch))
+        for what, reason in left_out.items():
+            print(f"left out: {what}: {reason}")
         result: dict[str, Any] = measure(subjects, args.batch, args.repeats)
-    result["sampler_overhead"] = overheads
+    result |= {"sampler_overhead": overheads, "left_out": left_out}
     print(table(result["rows"]))
     for name, share in overheads.items():
-        print(f"sampler's own time outside {name}: {share:.2%} of a sampling at batch {max(args.batch)}")
+        print(f"sampler's own time outside {name}: {share:.2%} of a sampling at batch {min(args.batch)}")
     if args.json:
         write_json(args.json, result)
         print(f"written to {args.json}")
     return 0
-
-
-def _in_engine(stack: ExitStack, bundle: Bundle, name: str, batches: Sequence[int], threads: int | None) -> Subject:
-    engine = stack.enter_context(closing(open_engine(bundle, name, threads)))
-    return bundle_subject(bundle, engine, batches=batches, threads=threads)
 
 
 def torch_subject(reference: str, batches: Sequence[int], threads: int | None = None) -> Subject:
@@ -103,7 +122,7 @@ def torch_subject(reference: str, batches: Sequence[int], threads: int | None = 
         engine=TORCH,
         precision="fp32",
         steps=spec.plan.steps,
-        nfe=evaluations(spec),
+        nfe=network_evaluations(spec),
         size_mib=count(checkpoint.model, spec).fp32_bytes / 2**20,
         integer_mac_share=0.0,
         sample=lambda batch: sample_once(network, spec, batch),

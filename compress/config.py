@@ -6,7 +6,9 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from runtime.schedule import GRIDS
+from runtime.engines.trt.options import BuildOptions
+from runtime.errors import BadInput
+from runtime.grids import GRIDS
 from runtime.solvers import SOLVERS
 
 
@@ -17,14 +19,41 @@ class Config(BaseModel):
 class ScheduleConfig(Config):
     """How the model will be sampled from here on; weights are untouched.
 
-    `grid` and `guidance` None keep what the model came with.
+    `grid`, `timesteps` and those of guidance None keep what the model came with; `threshold` is the ratio of dynamic
+    thresholding. A `search` chooses the timesteps (compress/schedule_search.py) on `samples` trajectories of `fine`
+    steps, and moves them for `refine` rounds.
     """
 
     solver: Literal[tuple(SOLVERS)] = "dpmpp_2m"  # type: ignore[valid-type]
     steps: int = Field(10, ge=1)
     grid: Literal[tuple(GRIDS)] | None = None  # type: ignore[valid-type]
+    timesteps: tuple[float, ...] | None = None
     guidance: float | None = None
+    guidance_interval: tuple[float, float | None] | None = None
+    guidance_rescale: float | None = Field(None, ge=0.0, le=1.0)
+    threshold: float | None = Field(None, gt=0.0, le=1.0)
     eta: float = Field(0.0, ge=0.0, le=1.0)
+    search: Literal["gits"] | None = None
+    refine: int = Field(0, ge=0)
+    samples: int = Field(64, ge=2)
+    fine: int = Field(60, ge=4)
+    batch: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _one_way_to_timesteps(self) -> ScheduleConfig:
+        if self.timesteps is not None:
+            taken = {"steps", "grid", "search"} & self.model_fields_set
+            if taken:
+                raise ValueError(f"timesteps are given: leave out {', '.join(sorted(taken))}")
+        if self.search is None:
+            idle = {"refine", "samples", "fine", "batch"} & self.model_fields_set
+            if idle:
+                raise ValueError(f"{', '.join(sorted(idle))}: for a search alone; set search: gits")
+        elif SOLVERS[self.solver].noisy or self.eta > 0:
+            raise ValueError(f"search: {self.solver} with eta {self.eta:g} adds noise; take one that does not")
+        elif self.fine <= self.steps:
+            raise ValueError(f"search: fine {self.fine} must be more than the {self.steps} steps")
+        return self
 
 
 class PruneConfig(Config):
@@ -37,22 +66,6 @@ class PruneConfig(Config):
     batch: int = Field(32, ge=1)
     timesteps: int = Field(24, ge=1)
     threshold: float = Field(0.05, ge=0.0, le=1.0)
-
-
-class DistillConfig(Config):
-    """`recover` trains the pruned student to answer like the model it was pruned from."""
-
-    kind: Literal["recover"] = "recover"
-    steps: int = Field(1000, ge=1)
-    batch: int = Field(32, ge=1)
-    learning_rate: float = Field(5e-4, gt=0.0)
-    warmup: int = Field(20, ge=0)
-    output_weight: float = Field(1.0, ge=0.0)
-    feature_weight: float = Field(0.1, ge=0.0)
-    task_weight: float = Field(0.0, ge=0.0)
-    timesteps: Literal["all", "plan"] = "all"
-    ema: float = Field(0.99, ge=0.0, lt=1.0)
-    save_every: int = Field(100, ge=1)
 
 
 FormatName = Literal["int8", "int8_weight_only", "fp8", "int4", "w4a8", "nvfp4"]
@@ -160,15 +173,46 @@ class QuantizeConfig(Config):
         return self
 
 
+class TensorRTConfig(Config):
+    """Plans of target tensorrt: the GPUs they are for, and runtime.engines.trt.options.BuildOptions."""
+
+    compute_capabilities: tuple[str, ...] = ()
+    batch: tuple[int, int, int] = (1, 8, 64)
+    sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
+    optimization_level: int = 3
+    workspace_mib: int | None = None
+    tf32: bool = False
+    sparse_weights: bool = False
+    stream_weights: bool = False
+    strip_weights: bool = False
+    version_compatible: bool = False
+    hardware_compatible: str = "none"
+
+    @property
+    def options(self) -> BuildOptions:
+        return BuildOptions(**self.model_dump(exclude={"compute_capabilities"}))
+
+    @model_validator(mode="after")
+    def _can_be_built(self) -> TensorRTConfig:
+        try:
+            _ = self.options
+        except BadInput as error:
+            raise ValueError(str(error)) from error
+        return self
+
+
 class ExportConfig(Config):
     """`revert_slower`: engines that the quantized graph slows down, on the machine of the run, take the float graph.
 
     `fixed_plan`: time embeddings become constants, and the bundle knows the timesteps of its own plan alone.
+    `precision`: of the float graphs of the result; the baseline stays fp32. `tensorrt`: of that target alone.
     """
 
     targets: tuple[Literal["onnx", "openvino", "tensorrt"], ...] = ("onnx",)
     revert_slower: bool = False
     fixed_plan: bool = False
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    tensorrt: TensorRTConfig = TensorRTConfig()
 
 
 class GatesConfig(Config):

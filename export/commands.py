@@ -10,10 +10,12 @@ import torch
 from compress.commands import add_checkpoint_arguments, loaded
 from compress.context import say
 from export.bake_time import fix_plan
-from export.bundle import TARGETS, check_targets, proven_engines, refuse_foreign, write_bundle
+from export.bundle import TARGETS, check_precision, check_targets, proven_engines, refuse_foreign, write_bundle
+from export.half import FLOAT, PRECISIONS
 from export.latency import float_variants, measure_latency
 from export.prove import proof_line
 from export.qdq import insert_qdq
+from export.tensorrt_plan import add_tensorrt_arguments, build_options, plan_line
 from export.to_onnx import to_onnx
 from runtime.bundle import Bundle
 from runtime.commands import parsed_size
@@ -31,14 +33,13 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
         "--targets", nargs="+", choices=TARGETS, default=["onnx"], help="engines to build or prove it for (onnx)"
     )
     parser.add_argument(
-        "--compute-capability",
-        nargs="+",
-        default=[],
-        metavar="CC",
-        help="GPUs to build TensorRT plans for, as 8.9 (needed for target tensorrt)",
+        "--dtype", choices=tuple(DTYPES), default="fp32", help="how weights are held while exporting (fp32)"
     )
     parser.add_argument(
-        "--dtype", choices=tuple(DTYPES), default="fp32", help="how weights are held while exporting (fp32)"
+        "--precision",
+        choices=PRECISIONS,
+        default=FLOAT,
+        help="what the graphs store and compute in; norms, softmax and decoders stay fp32 (fp32)",
     )
     parser.add_argument("--size", metavar="HxW", help="fix height and width of the image, in pixels")
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
@@ -48,6 +49,7 @@ def add_export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--revert-slower", action="store_true", help="engines that int8 slows down on this machine take the float graph"
     )
+    add_tensorrt_arguments(parser)
 
 
 def export_command(args: argparse.Namespace) -> int:
@@ -57,7 +59,9 @@ def export_command(args: argparse.Namespace) -> int:
     if args.size is not None:
         checkpoint = checkpoint.evolve(spec=resized(checkpoint.spec, parsed_size(args.size)))
     fixed_size, graph, variants = args.size is not None, None, []
-    check_targets(args.targets, args.compute_capability)
+    build = build_options(args)
+    check_targets(args.targets, args.compute_capability, build)
+    check_precision(args.precision, checkpoint.quantization is not None, args.targets)
     if args.fixed_plan:
         checkpoint, graph = fix_plan(checkpoint, to_onnx(checkpoint, fixed_size))
     if checkpoint.quantization is not None:
@@ -77,6 +81,8 @@ def export_command(args: argparse.Namespace) -> int:
         capabilities=args.compute_capability,
         threads=args.threads,
         fixed_size=fixed_size,
+        precision=args.precision,
+        build=build,
     )
     for line in summary(bundle):
         print(line)
@@ -94,16 +100,15 @@ def summary(bundle: Bundle) -> list[str]:
     weights = ", ".join(f"{dtype} {size / 2**20:.2f} MiB" for dtype, size in denoiser["bytes_by_precision"].items())
     lines.append(f"  weights: {weights}")
     for entry in manifest["engines"]:
-        built = ", ".join(f"{key} {value}" for key, value in entry.items() if key != "graph_sha256")
-        lines.append("  " + (proof_line(entry) if "integer_mac_share" in entry else built))
+        lines.append("  " + (proof_line(entry) if "integer_mac_share" in entry else plan_line(entry)))
     for engine, row in manifest["parity"].items():
         size = f"{row['samples']} samples, {row['steps']} steps"
         lines.append(
             f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB"
         )
     for engine, entry in denoiser["variants"].items():
-        sqnr_db = entry["parity"]["sqnr_db"]
-        lines.append(f"  {engine} takes {entry['file']}, {entry['precision']}: parity SQNR {sqnr_db:.1f} dB")
+        proof = f": parity SQNR {entry['parity']['sqnr_db']:.1f} dB" if "parity" in entry else ""
+        lines.append(f"  {engine} takes {entry['file']}, {entry['precision']}{proof}")
     for name, graph in manifest["graphs"].items():
         for engine, sqnr_db in graph.get("parity", {}).items():
             lines.append(f"  parity {engine}: {name}, SQNR {sqnr_db:.1f} dB")

@@ -36,7 +36,7 @@ from compress.recipe import Recipe, read_recipe
 from compress.report import LATENCY, PICTURE, summary, write_report
 from compress.teacher_data import read_prompts
 from export.bake_time import fix_plan
-from export.bundle import proven_engines, write_bundle
+from export.bundle import check_precision, check_targets, proven_engines, write_bundle
 from export.cost import costs_in
 from export.graph import Graph
 from export.latency import BATCH, Latency, float_variants, measure_latency
@@ -67,6 +67,10 @@ def compress_command(args: argparse.Namespace) -> int:
     for stage in recipe.stages:
         if stage.name == "quantize":
             check_bounds(stage.config, teacher.spec, has_engines=True)
+    quantized = any(stage.name == "quantize" for stage in recipe.stages)
+    check_precision(recipe.export.precision, quantized, recipe.export.targets)
+    # what would be refused at the end is refused at the beginning
+    check_targets(recipe.export.targets, recipe.export.tensorrt.compute_capabilities, recipe.export.tensorrt.options)
     claim_folder(args.out, teacher, recipe, args.update)
     checkpoint = run_stages(teacher, recipe, args.out, costs_in)
     deliver(checkpoint, teacher, recipe, args.out)
@@ -78,9 +82,9 @@ def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Pa
     targets = recipe.export.targets
     print("[export]", flush=True)
     save_checkpoint(checkpoint, out / "checkpoint")
-    metrics = _metrics(teacher, targets)
+    metrics, plans = _metrics(teacher, recipe.export), _plan_options(recipe.export)
     baseline = _done_before(out / "baseline", metrics) or _written(
-        teacher, out / "baseline", targets, "teacher", metrics
+        teacher, out / "baseline", targets, "teacher", metrics, **plans
     )
     bundle = _student(checkpoint, teacher, recipe.export, out, baseline)
     with closing(Pipeline(bundle)) as ours, closing(Pipeline(baseline)) as theirs:
@@ -118,8 +122,8 @@ def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, 
     metrics = _student_metrics(original, config, latencies)
     metrics |= {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
     variants = float_variants(graph, latencies) if config.revert_slower else []
-    options = {"float_graph": graph, "variants": variants, "parts_from": baseline}
-    return _written(checkpoint, out / "bundle", config.targets, "student", metrics, **options)
+    options = {"float_graph": graph, "variants": variants, "parts_from": baseline, "precision": config.precision}
+    return _written(checkpoint, out / "bundle", config.targets, "student", metrics, **options, **_plan_options(config))
 
 
 def _stored_latencies(checkpoint: Checkpoint, config: ExportConfig, out: Path) -> list[Latency] | None:
@@ -145,12 +149,19 @@ def _store_latencies(latencies: Sequence[Latency], checkpoint: Checkpoint, confi
     write_json(out / LATENCY, {**_graph_metrics(checkpoint, config), "batch": BATCH, "engines": rows})
 
 
-def _metrics(checkpoint: Checkpoint, targets: Sequence[str]) -> dict[str, Any]:
-    return {"checkpoint": checkpoint.hash, "targets": list(targets)}
+def _metrics(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
+    plans = {"tensorrt": config.tensorrt.model_dump(mode="json")} if "tensorrt" in config.targets else {}
+    return {"checkpoint": checkpoint.hash, "targets": list(config.targets), **plans}
+
+
+def _plan_options(config: ExportConfig) -> dict[str, Any]:
+    """How TensorRT plans are built, as `write_bundle` takes it."""
+    return {"capabilities": config.tensorrt.compute_capabilities, "build": config.tensorrt.options}
 
 
 def _graph_metrics(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
-    return _metrics(checkpoint, config.targets) | {"fixed_plan": config.fixed_plan}
+    settings = {"fixed_plan": config.fixed_plan, "precision": config.precision}
+    return _metrics(checkpoint, config) | settings
 
 
 def _student_metrics(checkpoint: Checkpoint, config: ExportConfig, latencies: Sequence[Latency]) -> dict[str, Any]:
@@ -181,7 +192,7 @@ def _written(
 def running_parity(bundle: Bundle) -> dict[str, dict[str, float]]:
     """engine -> parity of the graph that it takes."""
     variants = bundle.manifest["graphs"]["denoiser"]["variants"]
-    return bundle.manifest["parity"] | {engine: entry["parity"] for engine, entry in variants.items()}
+    return bundle.manifest["parity"] | {e: entry["parity"] for e, entry in variants.items() if "parity" in entry}
 
 
 def _float_graph(checkpoint: Checkpoint, folder: Path) -> Graph:

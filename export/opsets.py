@@ -17,7 +17,7 @@ from runtime.errors import BadInput
 
 # type -> the opset in which QuantizeLinear and DequantizeLinear take it; opset -> the IR version that goes with it
 TYPE_OPSETS = {"float8_e4m3fn": 19, "int4": 21, "float4_e2m1fn": 23}
-IR_VERSIONS = {19: 9, 21: 10, 23: 11}
+IR_VERSIONS = {19: 9, 21: 10, 22: 10, 23: 11}
 
 # operator -> the first opset in which it means something else
 REDEFINED = {"GroupNormalization": 21}

@@ -11,7 +11,7 @@ STORED = "int8_weight_only"
 
 def layer_formats(quantization: Quantization | None) -> dict[str, str]:
     """Layer -> name of its format (compress/quantization/formats.py)."""
-    return {name: quantization.format_of(name) for name in quantization.layers} if quantization else {}
+    return quantization.layer_formats if quantization else {}
 
 
 def computing_layers(quantization: Quantization | None) -> list[str]:
@@ -19,8 +19,8 @@ def computing_layers(quantization: Quantization | None) -> list[str]:
     return [name for name in layer_formats(quantization) if quantization and f"{name}.input" in quantization.amax]
 
 
-def precision_of(quantization: Quantization | None) -> str:
-    """'int8', or 'int8+w4a8' with the format of most layers first; fp32 where nothing is quantized."""
+def precision_of(quantization: Quantization | None, rest: str = "fp32") -> str:
+    """'int8', or 'int8+w4a8' with the format of most layers first; `rest` where nothing is quantized."""
     counts = Counter(layer_formats(quantization).values())
     named = [kind for kind, _ in counts.most_common() if kind != STORED]
-    return "+".join(named or counts) or "fp32"
+    return "+".join(named or counts) or rest

@@ -1,119 +1,170 @@
-"""Target `tensorrt`: one TensorRT-RTX plan, built ahead of time for the GPUs that were named, on a machine without any.
+"""Target `tensorrt`: plans of all of a bundle's graphs, for the GPUs that were named, on a machine without any.
 
     engines/tensorrt/denoiser_sm86_sm89.plan      batch MIN..MAX, tuned for OPT
+    engines/tensorrt/vae_decoder_sm86_sm89.plan   ... and the text encoders, where the model has them
 
 One plan serves several compute capabilities at the size of one, since they share the weights. It runs on those alone,
-and only in the library version it was built with: the manifest keeps both, with the hash of the graph. A plan's bytes
-are not the same from build to build, so a bundle with this target is the one kind whose hash does not repeat.
+and only in the library version it was built with: the manifest keeps both, with the hash of the graph, the shapes and
+the options it was built with and the seconds that took. (A plan's bytes are not the same from build to build, so a
+bundle with this target is the one kind whose hash does not repeat anyway.) The builder is the runtime's own, which can
+build again what does not fit: runtime/engines/trt/builder.py.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Sequence
+import argparse
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.adapters import example_inputs
-from runtime.bundle import sha256
-from runtime.errors import BadInput, MissingExtra, unknown_name
+from runtime.bundle import Bundle
+from runtime.engines.trt.builder import build, choose, graph_sha256, refuse_unsupported
+from runtime.engines.trt.options import HARDWARE, BuildOptions
+from runtime.errors import BadInput
+from runtime.files import write_bytes
 from runtime.spec import DenoiserSpec
 
-MIN, OPT, MAX = 1, 8, 64
+ENGINE = "tensorrt"
+DEFAULTS = BuildOptions()
+SWITCHES = {
+    "tf32": "round the factors of float32 products to TF32",
+    "sparse_weights": "use kernels for weights that are 2:4 sparse",
+    "stream_weights": "keep in main memory what does not fit into the GPU's",
+    "strip_weights": "leave the weights out of the plan, to be read from the graph (builds on a GPU alone)",
+    "version_compatible": "run in later versions too (tensorrt alone, not tensorrt-rtx)",
+}
 
 
-def build_plan(graph: Path, folder: Path, capabilities: Sequence[str], spec: DenoiserSpec) -> dict[str, Any]:
+def build_plan(
+    graph: Path,
+    folder: Path,
+    capabilities: Sequence[str],
+    spec: DenoiserSpec,
+    options: BuildOptions = DEFAULTS,
+    *,
+    part: str = "denoiser",
+    precision: str = "fp32",
+) -> dict[str, Any]:
     """Build `graph` for compute capabilities such as '8.6' into `folder`/engines; returns the manifest entry.
 
-    Raises MissingExtra without tensorrt-rtx, and BadInput for no or an unknown capability and for a graph that
-    TensorRT cannot parse or build (naming the node).
+    `part` is its name among the bundle's graphs and `precision` what it computes in. Raises MissingExtra without a
+    library, and BadInput for no or an unknown capability and for a graph that cannot be parsed or built (naming the
+    node).
     """
-    trt, targets = check_capabilities(capabilities)
-    plan = _build(trt, graph, targets, spec)
-    name = "_".join(["denoiser", *(target.name.lower() for target in targets)])
-    path = folder / "engines" / "tensorrt" / f"{name}.plan"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(plan)
+    made = build(graph, spec, options, capabilities, part=part)
+    targets = "_".join("sm" + one.replace(".", "") for one in made.entry["compute_capabilities"])
+    path = folder / "engines" / ENGINE / f"{part}_{targets}.plan"
+    write_bytes(path, made.data)
     return {
-        "engine": "tensorrt-rtx",
-        "version": trt.__version__,
-        "graph": graph.name,
-        "graph_sha256": sha256(graph),
+        "engine": ENGINE,
         "file": path.relative_to(folder).as_posix(),
-        "compute_capabilities": list(capabilities),
-        "batch": {"min": MIN, "opt": OPT, "max": MAX},
+        "precision": precision,
+        **made.entry,
     }
 
 
-def check_capabilities(capabilities: Sequence[str]) -> tuple[Any, list[Any]]:
-    """The library and its names for `capabilities`; raises as `build_plan` does where either is missing or unknown."""
-    trt = _library()
-    if not capabilities:
-        raise BadInput("target tensorrt: name the GPUs to build for, as in --compute-capability 8.6 8.9 12.0")
-    return trt, [_capability(trt, text) for text in capabilities]
+def build_plans(
+    folder: Path,
+    graphs: Mapping[str, tuple[Path, str]],
+    capabilities: Sequence[str],
+    spec: DenoiserSpec,
+    options: BuildOptions = DEFAULTS,
+    made_before: Bundle | None = None,
+) -> list[dict[str, Any]]:
+    """`build_plan` for each of a bundle's graphs, name -> (file, precision); returns their manifest entries.
+
+    A plan that `made_before` holds of the very same graph, built in the same way, is taken over: parts of a pipeline
+    stay what they are when its denoiser is compressed.
+    """
+    entries = []
+    for part, (graph, precision) in graphs.items():
+        entry = None if made_before is None else _taken_over(made_before, part, graph, capabilities, options, folder)
+        entries.append(
+            entry or build_plan(graph, folder, capabilities, spec, options, part=part, precision=precision)
+        )
+    return entries
 
 
-def _library() -> Any:
-    if importlib.util.find_spec("tensorrt_rtx") is None:
-        raise MissingExtra("tensorrt-rtx", "tensorrt", "target tensorrt")
-    import tensorrt_rtx
-
-    return tensorrt_rtx
-
-
-def _capability(trt: Any, text: str) -> Any:
-    """'8.9' -> trt.ComputeCapability.SM89."""
-    known = {
-        f"{name[2:-1]}.{name[-1]}": value
-        for name, value in trt.ComputeCapability.__members__.items()
-        if name.startswith("SM")
-    }
-    if text not in known:
-        raise unknown_name("compute capability", text, known)
-    return known[text]
+def _taken_over(
+    bundle: Bundle, part: str, graph: Path, capabilities: Sequence[str], options: BuildOptions, folder: Path
+) -> dict[str, Any] | None:
+    for file, entry in bundle.built(part, ENGINE):
+        same = entry["compute_capabilities"] == list(capabilities) and entry["graph_sha256"] == graph_sha256(graph)
+        if same and BuildOptions.from_json(entry["options"], str(file)) == options:
+            path = folder / entry["file"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.hardlink_to(file)
+            return entry
+    return None
 
 
-def _build(trt: Any, graph: Path, targets: list[Any], spec: DenoiserSpec) -> Any:
-    logger = _logger(trt)
-    builder = trt.Builder(logger)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, logger)
-    if not parser.parse_from_file(str(graph)):
-        error = parser.get_error(0)
-        where = f"node '{error.node_name()}' ({error.node_operator()})"
-        raise BadInput(f"{graph.name}: TensorRT cannot parse {where}: {_one_line(error.desc())}")
-    config, profile = builder.create_builder_config(), builder.create_optimization_profile()
-    # height, width and the text's length are those the spec has: one profile, for the batch
-    shapes = {name: tuple(example.shape[1:]) for name, example in example_inputs(spec, 1).items()}
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        rest = shapes[tensor.name]
-        profile.set_shape(tensor.name, (MIN, *rest), (OPT, *rest), (MAX, *rest))
-    config.add_optimization_profile(profile)
-    config.num_compute_capabilities = len(targets)
-    for index, target in enumerate(targets):
-        config.set_compute_capability(target, index)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        reason = _one_line(logger.errors[0] if logger.errors else "")
-        raise BadInput(f"{graph.name}: TensorRT cannot build it: {reason}")
-    return plan
+def check_build(capabilities: Sequence[str], options: BuildOptions = DEFAULTS) -> None:
+    """Raise, as `build_plan` would, for what can be refused before any work."""
+    library, _ = choose(capabilities)
+    refuse_unsupported(library, options)
 
 
-def _logger(trt: Any) -> Any:
-    class Collector(trt.ILogger):  # type: ignore[misc]
-        """Keeps what would go to stderr, to be said in one line."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR):
-                self.errors.append(message)
-
-    return Collector()
+def plan_line(entry: Mapping[str, Any]) -> str:
+    """One line on a plan, from its manifest entry."""
+    low, usual, high = entry["options"]["batch"]
+    targets = ", ".join(entry["compute_capabilities"])
+    return (
+        f"{entry['library']} {entry['version']}: {entry['file']} {entry['bytes'] / 2**20:.2f} MiB, "
+        f"{entry['precision']} for compute capability {targets}, batch {low} to {high} (tuned for {usual}), "
+        f"built in {entry['build_seconds']:.1f} s, not run"
+    )
 
 
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300] or "no reason given"
+def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
+    """How `diffpress export` builds plans; what is left out is as BuildOptions has it."""
+    group = parser.add_argument_group("target tensorrt")
+    group.add_argument(
+        "--compute-capability",
+        nargs="+",
+        default=[],
+        metavar="CC",
+        help="GPUs to build for, as 8.9 (without one: that of this machine)",
+    )
+    group.add_argument(
+        "--batch",
+        nargs=3,
+        type=int,
+        default=DEFAULTS.batch,
+        metavar=("MIN", "OPT", "MAX"),
+        help=f"samples in one call ({' '.join(map(str, DEFAULTS.batch))})",
+    )
+    group.add_argument(
+        "--sizes", nargs=2, metavar="HxW", help="smallest and largest image in pixels (the model's own size alone)"
+    )
+    group.add_argument(
+        "--optimization-level", type=int, default=DEFAULTS.optimization_level, metavar="L", help="0 to 5 (3)"
+    )
+    group.add_argument("--workspace-mib", type=int, metavar="M", help="memory that kernels may take (all)")
+    group.add_argument(
+        "--hardware-compatible",
+        choices=HARDWARE,
+        default=DEFAULTS.hardware_compatible,
+        help="other GPUs to run on (tensorrt alone, not tensorrt-rtx)",
+    )
+    for name, what in SWITCHES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=what)
+
+
+def build_options(args: argparse.Namespace) -> BuildOptions:
+    """What the arguments of `add_tensorrt_arguments` say; raises BadInput for what makes no sense."""
+    return BuildOptions(
+        batch=tuple(args.batch),
+        sizes=None if args.sizes is None else (_size(args.sizes[0]), _size(args.sizes[1])),
+        optimization_level=args.optimization_level,
+        workspace_mib=args.workspace_mib,
+        hardware_compatible=args.hardware_compatible,
+        **{name: getattr(args, name) for name in SWITCHES},
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise BadInput(f"--sizes {text}: give height and width in pixels, as in 512x768")
+    return int(match[1]), int(match[2])

@@ -1,6 +1,6 @@
 """Speed as ratios measured in one run: all subjects take turns, and the medians are compared.
 
-    image_ms               median time of sampling one whole batch / images in it
+    image_ms               median time of sampling one whole batch (one for each stream) / images in it
     step_ms                median time of one step: the network (both guidance halves) and the solver
     speedup_vs_torch       image_ms of the torch subject with the most steps / this image_ms, same batch size
     speedup_vs_same_engine image_ms of this engine's fp32 subject with the most steps / this image_ms
@@ -25,15 +25,16 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Bundle
-from runtime.denoise import Network, evaluations_per_step, network_inputs, stand_in_conditions
+from runtime.denoise import Network, network_inputs, stand_in_conditions
 from runtime.engines import Engine, available
+from runtime.engines.options import EngineOptions
 from runtime.errors import BadInput
+from runtime.pipeline import in_streams
 from runtime.probe import Probe, probe
-from runtime.sampler import generate
-from runtime.solvers import network_calls
+from runtime.sampler import network_evaluations
 from runtime.spec import DenoiserSpec, Plan
 
-TORCH, FLOAT = "torch", "fp32"
+TORCH, FLOAT, HALVES = "torch", "fp32", ("fp16", "bf16")
 INSTRUCTION_SETS = (
     "avx2",
     "avx512f",
@@ -69,8 +70,9 @@ COLUMNS = {
 class Subject:
     """One thing to measure: `sample(batch)` makes that many images, `step(batch)` runs one step of it.
 
-    `nfe` counts network evaluations per image, two a step under guidance. `probes` holds, by batch size, what
-    loading took in a fresh process; where a batch size is missing, its row says null.
+    With `streams`, both run so many batches at the same time. `nfe` counts network evaluations per image, two a step
+    under guidance. `probes` holds, by batch size, what loading took in a fresh process; where a batch size is missing,
+    its row says null.
     """
 
     name: str
@@ -79,10 +81,11 @@ class Subject:
     steps: int
     nfe: int
     size_mib: float
-    integer_mac_share: float
+    integer_mac_share: float | None
     sample: Callable[[int], object]
     step: Callable[[int], object]
     probes: Mapping[int, Probe] = field(default_factory=dict)
+    streams: int = 1
 
 
 def measure(
@@ -115,39 +118,50 @@ def bundle_subject(
     name: str | None = None,
     plan: Plan | None = None,
     batches: Sequence[int] = (),
-    threads: int | None = None,
+    options: EngineOptions | None = None,
 ) -> Subject:
     """The subject of a bundle in an open engine, sampled with `plan` (the bundle's own by default).
 
-    `batches` are the batch sizes to probe in fresh processes. `precision` is int8 where the engine runs most
-    products on integers, else fp32: it says what is executed, not what the file promises.
+    `batches` are the batch sizes to probe in fresh processes, `options` those that the engine has. `precision` is int8
+    where the engine runs most products on integers, else the float type that it computes in: it says what is executed,
+    not what the file promises, unless the engine does not tell.
     """
     spec = bundle.spec_for(engine.name)
     spec = spec if plan is None else spec.with_plan(plan)
     one_step = spec.plan.over(spec.plan.timesteps[:1])
+    options = options or EngineOptions()
     share = engine.integer_mac_share(network_inputs(engine, spec, batch=max(batches, default=1)))
     return Subject(
         name=name or str(bundle.manifest.get("name") or bundle.path.name),
         engine=engine.name,
-        precision="int8" if share > 0.5 else FLOAT,
+        precision="int8" if (share or 0.0) > 0.5 else FLOAT if options.precision == "f32" else options.precision,
         steps=spec.plan.steps,
-        nfe=evaluations(spec),
+        nfe=network_evaluations(spec),
         size_mib=sum(entry["bytes"] for entry in bundle.manifest["files"].values()) / 2**20,
         integer_mac_share=share,
-        sample=lambda batch: sample_once(engine, spec, batch),
-        step=lambda batch: sample_once(engine, spec.with_plan(one_step), batch),
-        probes={batch: probe(bundle.path, engine.name, batch, threads) for batch in batches},
+        sample=lambda batch: sample_once(engine, spec, batch, options.streams),
+        step=lambda batch: sample_once(engine, spec.with_plan(one_step), batch, options.streams),
+        probes={batch: probe(bundle.path, engine.name, batch, options) for batch in batches},
+        streams=options.streams,
     )
 
 
-def sample_once(network: Network, spec: DenoiserSpec, batch: int) -> np.ndarray:
-    """One batch by the spec's plan under stand-in conditions, to be timed."""
-    return generate(network, spec, range(batch), batch=batch, conditions=stand_in_conditions(spec, batch))
+def _executed(bundle: Bundle, engine: str, integer_mac_share: float | None, options: EngineOptions) -> str:
+    graph = bundle.manifest["graphs"]["denoiser"]
+    promised = str(graph.get("variants", {}).get(engine, graph).get("precision", FLOAT))
+    if integer_mac_share is None or promised in HALVES:
+        return promised
+    if integer_mac_share > 0.5:
+        return "int8"
+    return FLOAT if options.precision == "f32" else options.precision
 
 
-def evaluations(spec: DenoiserSpec) -> int:
-    """Network evaluations per image by the spec's plan."""
-    return network_calls(spec.plan.solver, spec.plan.steps) * evaluations_per_step(spec)
+def sample_once(network: Network, spec: DenoiserSpec, batch: int, streams: int = 1) -> np.ndarray:
+    """One batch for each stream by the spec's plan under stand-in conditions, to be timed."""
+    count = batch * streams
+    return np.concatenate(
+        list(in_streams(network, spec, range(count), stand_in_conditions(spec, count), batch, streams))
+    )
 
 
 def sampler_overhead(engine: Engine, spec: DenoiserSpec, batch: int = 8, repeats: int = 3) -> float:
@@ -210,7 +224,10 @@ def _measure_batch(subjects: Sequence[Subject], batch: int, repeats: int) -> lis
             samples.append(_milliseconds(subject.sample, batch))
             # after its own sampling: a first step finds the caches full of the subject before it
             steps.append(_milliseconds(subject.step, batch))
-    image_ms = [statistics.median(samples) / batch for _, samples in times]
+    image_ms = [
+        statistics.median(samples) / (batch * subject.streams)
+        for subject, (_, samples) in zip(subjects, times, strict=True)
+    ]
     step_ms = [statistics.median(steps) for steps, _ in times]
     return [_row(subjects, index, batch, step_ms[index], image_ms) for index in range(len(subjects))]
 

@@ -8,7 +8,8 @@
     unet/, ... , model_index.json      the same graphs where the ONNX pipelines of optimum look for them
 
 `hash` names the whole bundle: the sha256 of the canonical manifest without that entry. Nothing in a manifest
-depends on the clock, so the same work gives the same hash. A bundle whose files do not match is refused.
+depends on the clock, so the same work gives the same hash (but for TensorRT plans, whose bytes differ each time they
+are built). A bundle whose files do not match is refused.
 """
 
 from __future__ import annotations
@@ -17,13 +18,20 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from runtime.errors import BadInput
 from runtime.spec import DenoiserSpec
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+
+
+class Built(NamedTuple):
+    """A file that was built for one engine ahead of time, and its entry in the manifest's `engines`."""
+
+    file: Path
+    entry: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -49,12 +57,25 @@ class Bundle:
         entry = graphs[name]
         return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
 
-    def spec_for(self, engine: str) -> DenoiserSpec:
-        """The spec as this engine's graph wants it: what corrects rounding in the plan is not for a float variant."""
+    def built(self, graph: str, engine: str) -> tuple[Built, ...]:
+        """The files that were built ahead of time for this engine, from the form of the graph that it takes."""
+        source = self.graph(graph, engine).relative_to(self.path).as_posix()
+        return tuple(
+            Built(self.path / entry["file"], entry)
+            for entry in self.manifest["engines"]
+            if entry["engine"] == engine and "file" in entry and entry["graph"] == source
+        )
+
+    def spec_for(self, engine: str, spec: DenoiserSpec | None = None) -> DenoiserSpec:
+        """The spec as this engine's graph wants it: what corrects rounding in the plan is not for a float variant.
+
+        `spec` is the bundle's own or one with another plan.
+        """
+        spec = spec or self.spec
         variant = self.manifest["graphs"]["denoiser"].get("variants", {}).get(engine)
         if variant is None or variant["precision"] != "fp32":
-            return self.spec
-        return self.spec.with_plan(self.spec.plan.uncorrected)
+            return spec
+        return spec.with_plan(spec.plan.uncorrected)
 
     @property
     def hash(self) -> str:
@@ -120,8 +141,20 @@ def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
             raise BadInput(
                 f"{folder / MANIFEST}: the {name}'s file is not among the listed files; export the bundle again"
             )
+    engines = manifest.get("engines")
+    if not isinstance(engines, list) or not all(_is_engine(entry, listed) for entry in engines):
+        raise BadInput(
+            f"{folder / MANIFEST}: an entry of 'engines' names no engine, no graph or a file that is not listed; "
+            "export the bundle again"
+        )
     for name, entry in listed.items():
         _verify_file(folder, name, entry)
+
+
+def _is_engine(entry: Any, listed: dict[str, Any]) -> bool:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("engine", "graph")):
+        return False
+    return "file" not in entry or str(entry["file"]) in listed
 
 
 def _verify_file(folder: Path, name: str, entry: Any) -> None:

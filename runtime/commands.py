@@ -14,8 +14,11 @@ import numpy as np
 
 from runtime.bundle import load_bundle
 from runtime.denoise import network_inputs
-from runtime.engines import preferred
-from runtime.errors import BadInput
+from runtime.engines import ENGINES, Engine
+from runtime.engines.cache import Cache, cache_folder
+from runtime.engines.options import PRECISIONS, EngineOptions
+from runtime.engines.providers import CPU, PROVIDERS
+from runtime.errors import BadInput, plain_warnings
 from runtime.images import grid, to_uint8, write_png
 from runtime.pipeline import Pipeline, has_fixed_size, resized
 from runtime.sampler import MAX_SEED
@@ -23,6 +26,7 @@ from runtime.schedule import spaced_timesteps
 from runtime.solvers import SOLVERS, with_solver
 from runtime.spec import Conditioning, DenoiserSpec, Plan
 
+ALIKE = {"ddim", "euler"}  # without fresh noise the same step
 
 def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of `diffpress sample`; what is left out follows the bundle's own plan."""
@@ -43,9 +47,45 @@ def add_sample_arguments(parser: argparse.ArgumentParser) -> None:
         "--grid", metavar="G", help="spacing of the steps: leading, trailing, linspace, quad, karras, ..."
     )
     parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance weight, 1 is off")
-    parser.add_argument("--engine", metavar="E", help="openvino or onnxruntime (the fastest one installed)")
-    parser.add_argument("--threads", type=int, metavar="T", help="processor threads (all)")
+    parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="images sampled together (8)")
+    add_engine_arguments(parser)
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help=f"keep nothing of what was compiled (else in {cache_folder()}, or where DIFFPRESS_CACHE says)",
+    )
+
+
+def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments that become EngineOptions; an engine refuses those that it does not know."""
+    parser.add_argument("--threads", type=int, metavar="T", help="processor threads (all)")
+    parser.add_argument("--streams", type=int, default=1, metavar="S", help="batches run at the same time (1)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="f32", help="what float layers may compute in, where it can (f32)"
+    )
+    parser.add_argument(
+        "--providers", nargs="+", default=[], metavar="P", help=f"for onnxruntime, in order: {', '.join(PROVIDERS)}"
+    )
+    parser.add_argument(
+        "--rebuild", action="store_true", help="for tensorrt: build a plan for this GPU where the bundle has none"
+    )
+
+
+def engine_options(args: argparse.Namespace, cache: Cache | None) -> EngineOptions:
+    return EngineOptions(
+        threads=args.threads,
+        streams=args.streams,
+        precision=args.precision,
+        providers=tuple(args.providers),
+        rebuild=args.rebuild,
+        cache=cache,
+    )
+
+
+def chosen_engine(args: argparse.Namespace) -> str | None:
+    """The engine that was named; None leaves it to what can run here. Only tensorrt builds anything again."""
+    return args.engine or ("tensorrt" if args.rebuild else None)
 
 
 def sample_command(args: argparse.Namespace) -> int:
@@ -54,15 +94,20 @@ def sample_command(args: argparse.Namespace) -> int:
         raise BadInput(f"-n {args.number} --batch {args.batch}: both must be at least 1")
     if not 0 <= args.seed <= MAX_SEED - args.number:
         raise BadInput(f"--seed {args.seed}: must lie in 0..{MAX_SEED - args.number}")
+    options = engine_options(args, None if args.no_cache else Cache(cache_folder()))
     bundle = load_bundle(args.bundle)
-    spec = own = bundle.spec_for(preferred() if args.engine is None else args.engine)
+    spec = bundle.spec
     if args.size is not None:
         spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
-    spec = spec.with_plan(chosen_plan(spec, args.steps, args.solver, args.grid, args.guidance))
-    if own.plan.corrections and not spec.plan.corrections:
-        _warn("this plan is not the bundle's own: the corrections of rounding that were measured for that are left out")
+    plan = chosen_plan(spec, args.steps, args.solver, args.grid, args.guidance)
+    if spec.distilled and plan != spec.plan:
+        _warn(f"this network was distilled for its own plan, {own_plan(spec)}; the quality of others is not promised")
+    spec = spec.with_plan(plan)
     _check_wishes(spec.conditioning, args.label, args.prompt, args.negative)
-    with closing(Pipeline(bundle, args.engine, args.threads)) as pipeline:
+    with plain_warnings(), closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
+        spec = bundle.spec_for(pipeline.denoiser.name, spec)
+        if pipeline.spec.plan.corrections and not spec.plan.corrections:
+            _warn("this plan is not the bundle's own: the corrections of rounding measured for that are left out")
         conditions = pipeline.conditions(
             args.number,
             spec,
@@ -77,11 +122,15 @@ def sample_command(args: argparse.Namespace) -> int:
         seeds = np.arange(args.seed, args.seed + args.number)
         images = np.concatenate(list(pipeline.images(seeds, conditions, spec, args.batch)))
         image_ms = (time.perf_counter() - start) * 1e3 / args.number
-        engine = pipeline.denoiser.name
+        engine = ran_in(pipeline.denoiser)
     write_png(grid(to_uint8(images, spec.data_range)), args.out)
-    steps = f"{spec.plan.steps} steps of {spec.plan.solver}"
-    print(f"{args.out}: {args.number} images, {steps} in {engine}, {image_ms:.1f} ms per image")
+    print(f"{args.out}: {args.number} images, {own_plan(spec)} in {engine}, {image_ms:.1f} ms per image")
     return 0
+
+
+def ran_in(engine: Engine) -> str:
+    """The engine's name, and what it ran on where that is not the processor."""
+    return engine.name if engine.device == CPU else f"{engine.name} ({engine.device})"
 
 
 def parsed_size(text: str) -> tuple[int, int]:
@@ -97,7 +146,8 @@ def chosen_plan(
 ) -> Plan:
     """The spec's plan with what was asked for in its place; new timesteps lie as the model's spacing has them.
 
-    A plan that differs from the spec's in anything is left without its corrections.
+    A plan that differs from the spec's in anything is left without its corrections. Raises BadInput for a solver that
+    does not fit a distilled network.
     """
     plan = spec.plan.uncorrected
     if steps is not None or grid is not None:
@@ -107,9 +157,18 @@ def chosen_plan(
         plan = plan.over(timesteps)
     if solver is not None:
         plan = with_solver(plan, solver)
+        if spec.distilled and not {solver, spec.plan.solver} <= ALIKE and solver != spec.plan.solver:
+            raise BadInput(
+                f"--solver {solver}: this network was distilled ({spec.distilled}) for {own_plan(spec)}, and other "
+                "solvers do not fit it; leave the solver out"
+            )
     if guidance is not None:
         plan = replace(plan, guidance=guidance)
     return spec.plan if plan == spec.plan.uncorrected else plan
+
+
+def own_plan(spec: DenoiserSpec) -> str:
+    return f"{spec.plan.steps} {'step' if spec.plan.steps == 1 else 'steps'} of {spec.plan.solver}"
 
 
 def _check_wishes(conditioning: Conditioning, label: int | None, prompt: str | None, negative: str | None) -> None:

@@ -7,7 +7,10 @@ ours.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import sys
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class DiffpressError(Exception):
@@ -18,6 +21,10 @@ class DiffpressError(Exception):
 
 class BadInput(DiffpressError):
     """A file, a flag or a value that cannot be used."""
+
+
+class Unfit(BadInput):
+    """An engine cannot run this on this machine, in this version or with these options; another one may."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> BadInput:
@@ -61,7 +68,7 @@ EXTRAS = {
         "torchmetrics",
     ),
     "openvino": ("openvino",),
-    "tensorrt": ("tensorrt_rtx",),
+    "tensorrt": ("tensorrt_rtx", "tensorrt", "cuda"),
     "text": ("tokenizers",),
 }
 
@@ -71,3 +78,20 @@ def extra_for(error: ModuleNotFoundError, purpose: str) -> MissingExtra | None:
     package = (error.name or "").partition(".")[0]
     extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
     return MissingExtra(package, extra, purpose) if extra else None
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Warnings of ours as one line each on stderr, for the command line: without their place in the sources."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: object) -> None:
+            if category is UserWarning:
+                print(f"warning: {message}", file=sys.stderr)
+            else:
+                usual(message, category, *place)  # type: ignore[arg-type]
+
+        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.simplefilter("always", UserWarning)
+        yield

@@ -12,10 +12,15 @@ from runtime.errors import BadInput
 
 def write_text(path: Path, text: str) -> None:
     """Write text atomically; BadInput where the place cannot be written."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: Any) -> None:
+    """Write bytes, or what holds some, atomically; BadInput where the place cannot be written."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
+        temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
         raise BadInput(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error

@@ -1,6 +1,6 @@
 """What loading costs, measured where it is honest: in a fresh process.
 
-    python -m runtime.probe BUNDLE --engine E --batch B     prints {"load_ms": ..., "peak_mib": ...}
+    python -m runtime.probe BUNDLE --engine E --batch B --options JSON     prints {"load_ms": ..., "peak_mib": ...}
 
 `load_ms` runs from the bundle's folder to the first finished call of the network at that batch size:
 importing the engine, verifying hashes, reading, compiling, running. `peak_mib` is the most memory the process
@@ -16,9 +16,12 @@ import sys
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from runtime.errors import BadInput, DiffpressError
+
+if TYPE_CHECKING:
+    from runtime.engines.options import EngineOptions
 
 
 class Probe(NamedTuple):
@@ -28,7 +31,7 @@ class Probe(NamedTuple):
     peak_mib: float | None
 
 
-def probe(bundle: Path, engine: str, batch: int, threads: int | None = None) -> Probe:
+def probe(bundle: Path, engine: str, batch: int, options: EngineOptions | None = None) -> Probe:
     """Measure a bundle in a fresh Python process; BadInput with that process's last line where it fails."""
     command = [
         sys.executable,
@@ -40,8 +43,8 @@ def probe(bundle: Path, engine: str, batch: int, threads: int | None = None) -> 
         "--batch",
         str(batch),
     ]
-    if threads is not None:
-        command += ["--threads", str(threads)]
+    if options is not None:
+        command += ["--options", json.dumps(options.to_json())]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent.parent)
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
@@ -49,16 +52,17 @@ def probe(bundle: Path, engine: str, batch: int, threads: int | None = None) -> 
     return Probe(**json.loads(done.stdout.splitlines()[-1]))
 
 
-def measure_here(bundle_path: Path, engine_name: str | None, batch: int, threads: int | None) -> Probe:
+def measure_here(bundle_path: Path, engine_name: str | None, batch: int, options: dict[str, Any]) -> Probe:
     """The measurement itself, meaningful in a process that has done nothing else."""
     start = time.perf_counter()
     from runtime.bundle import load_bundle
     from runtime.denoise import network_inputs, stand_in_conditions
     from runtime.engines import open_engine
+    from runtime.engines.options import EngineOptions
     from runtime.sampler import generate
 
     bundle = load_bundle(bundle_path)
-    with closing(open_engine(bundle, engine_name, threads)) as engine:
+    with closing(open_engine(bundle, engine_name, options=EngineOptions.from_json(options))) as engine:
         spec = bundle.spec_for(engine.name)
         engine.run(network_inputs(engine, spec, batch))
         load_ms = (time.perf_counter() - start) * 1e3
@@ -91,10 +95,10 @@ def main() -> int:
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--engine")
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int)
+    parser.add_argument("--options", type=json.loads, default={})
     args = parser.parse_args()
     try:
-        found = measure_here(args.bundle, args.engine, args.batch, args.threads)
+        found = measure_here(args.bundle, args.engine, args.batch, args.options)
     except DiffpressError as error:
         print(error, file=sys.stderr)
         return error.exit_code

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -353,3 +354,13 @@ def test_a_report_is_made_again_from_what_a_run_left(run, call, tmp_path):
 def test_the_run_ends_with_a_bundle_that_samples_without_torch(run, tmp_path):
     done = alone("sample", run[1] / "out" / "bundle", "-n", 2, "--out", tmp_path / "grid.png", blocked="torch")
     assert done.returncode == 0 and (tmp_path / "grid.png").stat().st_size > 0, done.stderr
+
+
+def test_every_package_of_the_tree_is_installed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    found = {
+        path.parent.relative_to(ROOT).as_posix().replace("/", ".")
+        for top in ("compress", "export", "runtime")
+        for path in (ROOT / top).rglob("*.py")
+    }
+    assert found <= set(listed)

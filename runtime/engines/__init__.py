@@ -1,36 +1,48 @@
-"""Engines run a bundle's graphs. A backend is one file with the same few functions, and a line in ENGINES.
+"""Engines run a bundle's graphs. A backend is one file with the same few names, and a line in ENGINES.
 
-    EXTRA                                   the extra of diffpress that brings the package (None: always)
-    missing() -> str | None                 the package to install where it is absent, else None
-    load(path, *, threads=None) -> Engine   raises BadInput for a file that the backend cannot read
+    EXTRA                       the extra of diffpress that brings its package (None: always there)
+    OPTIONS                     the fields of EngineOptions that it knows; others are refused before it is asked
+    missing() -> str | None     the package to install where that is absent, else None
+    unusable() -> str | None    why this machine cannot run it although the package is there, in plain words, else None
+    load(path, options, built) -> Engine
+                                `path` is the ONNX graph, `built` are the files that the bundle holds for this engine
+                                and graph, with their manifest entries. Raises Unfit for what this machine, library
+                                version or graph does not allow, where another engine may do, and BadInput for a file
+                                that cannot be read or run, each in one line.
 
-The backends import their package inside functions: listing them costs nothing.
+The backends import their package inside functions: listing them costs nothing. The sampler sees an `Engine` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import warnings
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Protocol
 
 import numpy as np
 
-from runtime.bundle import Bundle
+from runtime.bundle import Built, Bundle
 from runtime.engines import onnxruntime_engine, openvino_engine
 from runtime.engines.account import Account, Kernel
-from runtime.errors import BadInput, MissingExtra, unknown_name
+from runtime.engines.options import EngineOptions, check_options
+from runtime.engines.trt import engine as tensorrt_engine
+from runtime.errors import MissingExtra, Unfit, unknown_name
 
+# the preferred one first
 ENGINES: dict[str, ModuleType] = {
+    "tensorrt": tensorrt_engine,
     "openvino": openvino_engine,
     "onnxruntime": onnxruntime_engine,
 }
 
-
 class Engine(Protocol):
-    """A loaded graph with one output."""
+    """A loaded graph. It may be called from as many threads at once as its options have streams."""
 
     name: str
+    device: str  # what it runs on: 'cpu', 'cuda', ...
 
     @property
     def inputs(self) -> Mapping[str, np.dtype]:
@@ -51,45 +63,86 @@ class Engine(Protocol):
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
         """Everything it executes for inputs of these shapes, and the median of `runs` runs, after one that warms up."""
 
-    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
-        """The account's share of all multiply-accumulates that executes on integers."""
+    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float | None:
+        """The account's share of all multiply-accumulates that executes on integers; None where it has no account."""
 
     def close(self) -> None:
         """Release the engine's memory; it cannot run afterwards."""
 
 
-def available() -> list[str]:
+def installed() -> list[str]:
     """The engines whose package is installed, the preferred one first."""
     return [name for name, backend in ENGINES.items() if backend.missing() is None]
 
 
+def available() -> list[str]:
+    """The engines that are installed and that this machine can run, the preferred one first."""
+    return [name for name in installed() if ENGINES[name].unusable() is None]
+
+
 def preferred() -> str:
-    """The engine that is taken where none is asked for."""
+    """The engine that is tried first where none is asked for."""
     return next(iter(available()), "onnxruntime")
 
 
-def load_engine(path: str | Path, name: str | None = None, threads: int | None = None) -> Engine:
-    """Load one graph file in the engine `name`; None takes openvino where it is installed, else onnxruntime.
+def load_engine(
+    path: str | Path,
+    name: str | None = None,
+    threads: int | None = None,
+    *,
+    options: EngineOptions | None = None,
+    built: Sequence[Built] = (),
+) -> Engine:
+    """Load one graph file in the engine `name`; None takes the preferred one of those that can run here.
 
-    `threads` None leaves the number to the engine. Raises BadInput for an unknown name, a bad number of
-    threads or an unreadable file, and MissingExtra where the package is not installed.
+    `threads` goes before that of `options`. Raises BadInput for an unknown name, for options that make no sense or
+    that the engine does not have, and for an unreadable file; Unfit where the engine cannot run this here; and
+    MissingExtra where its package is not installed.
     """
-    if threads is not None and threads < 1:
-        raise BadInput(f"{threads} threads: at least 1, or leave it out to let the engine choose")
     name = preferred() if name is None else name
     if name not in ENGINES:
         raise unknown_name("engine", name, ENGINES)
     backend = ENGINES[name]
+    options = (options or EngineOptions()).with_threads(threads)
     package = backend.missing()
     if package is not None:
         raise MissingExtra(package, backend.EXTRA, f"engine '{name}'")
-    engine: Engine = backend.load(Path(path), threads=threads)
+    reason = backend.unusable()
+    if reason is not None:
+        raise Unfit(f"engine '{name}' cannot run here: {reason}")
+    check_options(name, options, backend.OPTIONS)
+    engine: Engine = backend.load(Path(path), options, built)
     return engine
 
 
 def open_engine(
-    bundle: Bundle, name: str | None = None, threads: int | None = None, graph: str = "denoiser"
+    bundle: Bundle,
+    name: str | None = None,
+    threads: int | None = None,
+    graph: str = "denoiser",
+    *,
+    options: EngineOptions | None = None,
 ) -> Engine:
-    """Load a bundle's denoiser, or another of its graphs, in the form made for this engine; as `load_engine`."""
-    name = preferred() if name is None else name
-    return load_engine(bundle.graph(graph, name), name, threads)
+    """Load a bundle's denoiser, or another of its graphs, in the form made for this engine; as `load_engine`.
+
+    Where no engine is named and the preferred one does not fit, the next is taken, with a warning that says why.
+    """
+    names = [name] if name is not None else available() or [preferred()]
+    options = options or EngineOptions()
+    for candidate in names:
+        path = bundle.graph(graph, candidate)
+        # the bundle's hash covers every file of it
+        cache = options.cache and options.cache.of(f"{bundle.hash} {path.relative_to(bundle.path).as_posix()}")
+        try:
+            return load_engine(
+                path,
+                candidate,
+                threads,
+                options=replace(options, cache=cache),
+                built=bundle.built(graph, candidate),
+            )
+        except Unfit as error:
+            if candidate == names[-1]:
+                raise
+            warnings.warn(f"{error}; the next engine is tried", stacklevel=2)
+    raise AssertionError("unreachable: there is at least one name")

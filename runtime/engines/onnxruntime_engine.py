@@ -1,4 +1,8 @@
-"""ONNX Runtime on the CPU: reads denoiser.onnx, optimises the whole graph, runs any batch.
+"""ONNX Runtime: reads denoiser.onnx, optimises the whole graph, runs any batch.
+
+It runs on the first of its execution providers that works (runtime.engines.providers), which with the plain package is
+the processor. Inputs and outputs are not bound: on the processor that is no faster (medians in alternation, batch 1 and
+8), and nowhere else was it measured.
 
 Which kernels really execute is read from a profile of one run, not from the file: ONNX Runtime fuses the Q/DQ
 pairs of a quantized file into QLinearConv, QGemm and the like only where it has such a kernel, and runs the
@@ -9,21 +13,27 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import statistics
 import tempfile
-from collections.abc import Collection
+import warnings
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from runtime.bundle import Built
 from runtime.engines import macs
 from runtime.engines.account import UNMATCHED, Account, Kernel, Product, accounted
+from runtime.engines.options import EngineOptions
+from runtime.engines.providers import CPU, PROVIDERS, in_order
 from runtime.errors import BadInput
 
 NAME = "onnxruntime"
 EXTRA = None
+OPTIONS = {"threads", "streams", "providers", "lean"}
 
 TYPES = {
     "tensor(float)": np.float32,
@@ -60,12 +70,13 @@ def missing() -> str | None:
     return None if importlib.util.find_spec("onnxruntime") else "onnxruntime"
 
 
-def load(path: Path, *, threads: int | None = None, lean: bool = False) -> OnnxRuntimeEngine:
-    """Load an ONNX file on `threads` cores (None: all); raises BadInput where ONNX Runtime cannot read it.
+def unusable() -> None:
+    """It runs wherever it can be installed."""
 
-    `lean` leaves large weights in their mapped file, instead of packing a second copy that runs faster.
-    """
-    return OnnxRuntimeEngine(path, threads, lean)
+
+def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> OnnxRuntimeEngine:
+    """Load an ONNX file; raises BadInput where ONNX Runtime cannot read it."""
+    return OnnxRuntimeEngine(path, options)
 
 
 class OnnxRuntimeEngine:
@@ -73,9 +84,10 @@ class OnnxRuntimeEngine:
 
     name = NAME
 
-    def __init__(self, path: Path, threads: int | None, lean: bool = False) -> None:
-        self._path, self._threads = path, threads
-        self._session = _session(path, _lean(threads) if lean else _options(threads))
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        self._path, self._threads = path, _threads(options)
+        made = _lean(self._threads) if options.lean else _options(self._threads)
+        self._session, self.device = _first_session(path, made, options.providers)
         self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
 
@@ -83,7 +95,6 @@ class OnnxRuntimeEngine:
         return next(iter(self.run_all(inputs).values()))
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        # plain run: on the CPU, I/O binding saves no copy of ours
         try:
             return dict(zip(self._outputs, self._session.run(None, inputs), strict=True))
         except Exception as error:
@@ -116,7 +127,7 @@ class OnnxRuntimeEngine:
         with tempfile.TemporaryDirectory() as folder:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
-            session = _session(self._path, options, without)
+            session = _session(self._path, options, self.device, without)
             for _ in range(runs):
                 session.run(None, inputs)
             events = json.loads(Path(session.end_profiling()).read_text())
@@ -150,14 +161,40 @@ def _lean(threads: int | None) -> Any:
     return options
 
 
-def _session(path: Path, options: Any, without: list[str] | None = None) -> Any:
+def _threads(options: EngineOptions) -> int | None:
+    """Threads of one call: streams share them, and each call brings the first of its own."""
+    if options.streams == 1:
+        return options.threads
+    return max(1, (options.threads or os.cpu_count() or 1) // options.streams)
+
+
+def _first_session(path: Path, options: Any, asked: Sequence[str]) -> tuple[Any, str]:
+    """A session on the first provider that works, and that provider's name; warns of each that was passed over."""
+    import onnxruntime
+
+    names, absent = in_order(asked, onnxruntime.get_available_providers())
+    for name in absent:
+        warnings.warn(f"onnxruntime: this package has no provider '{name}'; trying {names[0]}", stacklevel=2)
+    for name, following in zip(names, names[1:], strict=False):
+        try:
+            session, reason = _session(path, options, name), "it did not start"
+            if PROVIDERS[name] in session.get_providers():  # ONNX Runtime drops some that fail without a word
+                return session, name
+        except BadInput as error:
+            reason = str(error)
+        warnings.warn(f"onnxruntime: provider '{name}' fails, trying {following}: {reason}", stacklevel=2)
+    return _session(path, options, CPU), CPU
+
+
+def _session(path: Path, options: Any, provider: str, without: list[str] | None = None) -> Any:
     import onnxruntime
 
     if not path.is_file():
         raise BadInput(f"{path}: no such file")
+    providers = [PROVIDERS[name] for name in dict.fromkeys([provider, CPU])]  # what it cannot run, the processor does
     try:
         return onnxruntime.InferenceSession(
-            str(path), options, providers=["CPUExecutionProvider"], disabled_optimizers=without
+            str(path), options, providers=providers, disabled_optimizers=without, enable_fallback=0
         )
     except Exception as error:  # its exception classes share no base but Exception
         raise _refused(path, "load", error) from error

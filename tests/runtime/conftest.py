@@ -12,6 +12,7 @@ import pytest
 
 from runtime.schedule import Point, point_at
 from runtime.spec import NoiseSchedule
+from tests.runtime.small_graphs import write_float_graph, write_quantized_graph
 
 INT64, FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
 
@@ -140,3 +141,30 @@ def noise() -> Callable[..., np.ndarray]:
 @pytest.fixture
 def tiny() -> Path:
     return Path(__file__).parent / "tiny_bundle"
+
+
+@pytest.fixture(scope="session")
+def float_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("graphs") / "float.onnx"
+    write_float_graph(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def quantized_graph(float_graph: Path) -> Callable[..., Path]:
+    """The small graph with operators of these kinds quantized."""
+
+    def quantized(*kinds: str) -> Path:
+        path = float_graph.with_name(f"{'_'.join(kinds)}.onnx")
+        write_quantized_graph(float_graph, path, kinds)
+        return path
+
+    return quantized
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Whatever is cached while a test runs lies in a new folder."""
+    folder = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("DIFFPRESS_CACHE", str(folder))
+    return folder

@@ -75,7 +75,7 @@ def main() -> None:
     onnx.checker.check_model(model)
     (FOLDER / "denoiser.onnx").write_bytes(model.SerializeToString())
     content = {"name": "tiny", "spec": spec().to_json(), "graphs": {"denoiser": {"file": "denoiser.onnx"}}}
-    manifest = seal(FOLDER, {**content, "engines": {}, "history": [], "metrics": {}})
+    manifest = seal(FOLDER, {**content, "engines": [], "history": [], "metrics": {}})
     print(f"{FOLDER}: {manifest['hash']}")
 
 

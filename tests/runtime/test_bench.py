@@ -14,6 +14,7 @@ import pytest
 from runtime import bench
 from runtime.bundle import load_bundle
 from runtime.engines import open_engine
+from runtime.engines.options import EngineOptions
 from runtime.errors import BadInput
 from runtime.probe import Probe, peak_mib, probe
 
@@ -146,12 +147,29 @@ def test_a_bundle_is_a_subject(tiny: Path) -> None:
     assert 0 < row["step_ms"] and 0 < row["image_ms"]
 
 
+@pytest.mark.parametrize(
+    ("promised", "share", "asked", "said"),
+    [
+        ("int8", 0.9, "f32", "int8"),
+        ("int8", 0.1, "f32", "fp32"),  # what was quantized ran in float
+        ("fp32", 0.0, "bf16", "bf16"),
+        ("fp16", 0.0, "f32", "fp16"),
+        ("fp8", None, "f32", "fp8"),  # the engine does not tell
+    ],
+)
+def test_the_precision_is_what_was_executed(tiny: Path, promised, share, asked, said) -> None:
+    bundle = load_bundle(tiny)
+    manifest = {"graphs": {"denoiser": bundle.manifest["graphs"]["denoiser"] | {"precision": promised}}}
+    options = EngineOptions(precision=asked)
+    assert bench._executed(replace(bundle, manifest=manifest), "onnxruntime", share, options) == said
+
+
 def test_evaluations_count_both_halves_of_guidance_unless_the_weight_is_an_input(tiny: Path) -> None:
     spec = load_bundle(tiny).spec
-    assert bench.evaluations(spec) == 8
+    assert bench.network_evaluations(spec) == 8
     guided = spec.with_plan(replace(spec.plan, guidance=2.0))
-    assert bench.evaluations(guided) == 16
-    assert bench.evaluations(replace(guided, conditioning=replace(spec.conditioning, guidance_input=True))) == 8
+    assert bench.network_evaluations(guided) == 16
+    assert bench.network_evaluations(replace(guided, conditioning=replace(spec.conditioning, guidance_input=True))) == 8
 
 
 def test_overhead_is_the_time_outside_the_engine(tiny: Path, monkeypatch) -> None:
@@ -167,18 +185,17 @@ def test_overhead_is_the_time_outside_the_engine(tiny: Path, monkeypatch) -> Non
             now[0] += 0.099
             return real.run(inputs)
 
-    def generate(*arguments, **options):
-        images = original(*arguments, **options)
+    def in_streams(*arguments, **options):
+        yield from original(*arguments, **options)
         now[0] += 0.001 * bundle.spec.plan.steps
-        return images
 
-    original = bench.generate
-    monkeypatch.setattr(bench, "generate", generate)
+    original = bench.in_streams
+    monkeypatch.setattr(bench, "in_streams", in_streams)
     assert bench.sampler_overhead(Slow(), bundle.spec, batch=2) == pytest.approx(0.01)  # type: ignore[arg-type]
 
 
 def test_a_fresh_process_measures_loading_and_memory(tiny: Path) -> None:
-    found = probe(tiny, "onnxruntime", batch=2, threads=1)
+    found = probe(tiny, "onnxruntime", batch=2, options=EngineOptions(threads=1))
     assert 1 < found.load_ms < 60_000
     # an interpreter with numpy and an engine, and far from one with torch
     assert found.peak_mib is None or 20 < found.peak_mib < 400

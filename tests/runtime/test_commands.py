@@ -14,7 +14,7 @@ import pytest
 
 from runtime.bundle import MANIFEST, load_bundle, manifest_hash
 from runtime.commands import add_sample_arguments, chosen_plan, sample_command
-from runtime.engines import open_engine
+from runtime.engines import available, open_engine
 from runtime.errors import DiffpressError, MissingExtra
 from runtime.images import grid, to_uint8
 from runtime.sampler import generate
@@ -53,6 +53,19 @@ def test_the_grid_is_what_the_python_api_samples(tiny: Path, tmp_path: Path, cap
     assert re.fullmatch(
         rf"{re.escape(str(out))}: 7 images, 8 steps of dpmpp_2m in onnxruntime, \d+\.\d ms per image\n", line
     )
+
+
+def test_streams_and_the_cache_do_not_change_the_grid(tiny: Path, tmp_path: Path, no_cache_of_the_user: Path) -> None:
+    if "openvino" not in available():
+        pytest.skip("openvino is not installed")
+    usual = (tiny, "-n", 7, "--engine", "openvino", "--batch", 2, "--threads", 2)
+    run(*usual, "--no-cache", "--out", tmp_path / "0.png")
+    assert list(no_cache_of_the_user.iterdir()) == []
+    run(*usual, "--out", tmp_path / "1.png")
+    assert len(list(no_cache_of_the_user.iterdir())) == 3  # what the graph is like, and it compiled for 2 and for 1
+    run(*usual, "--out", tmp_path / "2.png")
+    run(*usual, "--streams", 3, "--out", tmp_path / "3.png")
+    assert len({pixels(tmp_path / f"{i}.png").tobytes() for i in range(4)}) == 1
 
 
 def test_the_batch_size_does_not_change_the_grid(tiny: Path, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from runtime.denoise import network_inputs
 from runtime.engines import ENGINES, available, load_engine, macs, open_engine
 from runtime.engines.account import Product, accounted
 from runtime.errors import BadInput, MissingExtra
+from tests.runtime.small_graphs import sample_inputs
 
 ENGINE_NAMES = sorted(ENGINES)
 CONV, PRODUCT, GEMM = (
@@ -24,69 +25,8 @@ CONV, PRODUCT, GEMM = (
 @pytest.fixture(params=ENGINE_NAMES)
 def name(request: pytest.FixtureRequest) -> str:
     if request.param not in available():
-        pytest.skip(f"{request.param} is not installed")
+        pytest.skip(f"{request.param} cannot run on this machine")
     return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def float_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sample [N, 8, 8, 8] -> Conv 3x3 to 16 channels -> tokens -> MatMul 16x16 -> mean -> Gemm 16x4."""
-    onnx = pytest.importorskip("onnx")
-    helper, rng = onnx.helper, np.random.default_rng(0)
-
-    def weight(name: str, *shape: int) -> object:
-        return onnx.numpy_helper.from_array(rng.standard_normal(shape).astype(np.float32) * 0.2, name)
-
-    constants = [
-        weight("filters", 16, 8, 3, 3),
-        weight("square", 16, 16),
-        weight("last", 16, 4),
-        onnx.numpy_helper.from_array(np.array([0, 16, 64], np.int64), "tokens"),
-        onnx.numpy_helper.from_array(np.array([1], np.int64), "axis"),
-    ]
-    nodes = [
-        helper.make_node("Conv", ["sample", "filters"], ["c"], pads=[1, 1, 1, 1], name="conv"),
-        helper.make_node("Reshape", ["c", "tokens"], ["r"]),
-        helper.make_node("Transpose", ["r"], ["t"], perm=[0, 2, 1]),
-        helper.make_node("MatMul", ["t", "square"], ["m"], name="matmul"),
-        helper.make_node("ReduceMean", ["m", "axis"], ["mean"], keepdims=0),
-        helper.make_node("Gemm", ["mean", "last"], ["out_sample"], name="gemm"),
-    ]
-    value = helper.make_tensor_value_info
-    inputs = [value("sample", onnx.TensorProto.FLOAT, ["batch", 8, 8, 8])]
-    outputs = [value("out_sample", onnx.TensorProto.FLOAT, ["batch", 4])]
-    graph = helper.make_graph(nodes, "small", inputs, outputs, constants)
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
-    path = tmp_path_factory.mktemp("graphs") / "float.onnx"
-    onnx.save(model, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def quantized_graph(float_graph: Path):
-    """Q/DQ pairs around the operators of the given types, weights in int8."""
-    quantization = pytest.importorskip("onnxruntime.quantization")
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.left = [sample_inputs(seed) for seed in range(4)]
-
-        def get_next(self):
-            return self.left.pop() if self.left else None
-
-    def quantize(*kinds: str) -> Path:
-        path = float_graph.with_name(f"{'_'.join(kinds)}.onnx")
-        quantization.quantize_static(
-            float_graph, path, Reader(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=list(kinds),
-            per_channel=True, activation_type=quantization.QuantType.QUInt8, weight_type=quantization.QuantType.QInt8,
-        )  # fmt: skip
-        return path
-
-    return quantize
-
-
-def sample_inputs(seed: int = 0) -> dict[str, np.ndarray]:
-    return {"sample": np.random.default_rng(seed).standard_normal((2, 8, 8, 8), dtype=np.float32)}
 
 
 def test_a_float_graph_runs_no_products_on_integers(name: str, float_graph: Path) -> None:

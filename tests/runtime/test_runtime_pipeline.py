@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import numpy as np
 import pytest
 
 import runtime.pipeline
-from runtime.bundle import Bundle
+from runtime.bundle import Bundle, load_bundle
 from runtime.denoise import Conditions
+from runtime.engines.options import EngineOptions
 from runtime.errors import BadInput
 from runtime.pipeline import Pipeline, has_fixed_size, resized
 from runtime.schedule import flow_schedule, make_plan, spaced_timesteps
@@ -50,7 +52,7 @@ class Desk:
     running: list[str] = field(default_factory=list)
     batches: list[tuple[str, int]] = field(default_factory=list)
 
-    def open(self, bundle: Bundle, name: str | None, threads: int | None, graph: str = "denoiser") -> Any:
+    def open(self, bundle: Bundle, name: str | None, graph: str = "denoiser", options: Any = None) -> Any:
         self.opened.append(graph)
         self.running.append(graph)
         told = dict.fromkeys(bundle.spec.conditioning.inputs, FLOAT32)
@@ -189,6 +191,18 @@ def test_an_image_does_not_depend_on_its_batch(desk: Desk) -> None:
     three = np.concatenate(list(pipeline.images([5, 6, 7], Conditions(), batch=3)))
     (one,) = pipeline.images([7], Conditions())
     np.testing.assert_array_equal(three[2:], one)
+
+
+@pytest.mark.parametrize("streams", [2, 5])
+def test_streams_change_neither_the_images_nor_their_order(tiny: Path, streams: int) -> None:
+    bundle, seeds = load_bundle(tiny), range(7, 20)
+
+    def images(count: int) -> np.ndarray:
+        options = EngineOptions(threads=count, streams=count)
+        with closing(Pipeline(bundle, "onnxruntime", options=options)) as pipeline:
+            return np.concatenate(list(pipeline.images(seeds, pipeline.conditions(13), batch=3)))
+
+    np.testing.assert_array_equal(images(streams), images(1))
 
 
 # --- words -----------------------------------------------------------------------------------------------------

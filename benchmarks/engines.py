@@ -1,0 +1,190 @@
+"""Engines and their options on one bundle: threads, streams, the cache, what the sampler adds, what imports take.
+
+    python benchmarks/engines.py BUNDLE [--batch 1 8] [--rounds 5] [--json FILE]
+
+Every figure is the median of rounds in which all subjects take their turns. Steps and loads are measured apart:
+
+    step        one sampling of a whole batch, divided by steps and images; one batch for each stream
+    load        a fresh process from the bundle's folder to the first answer, with an empty cache and with a full one
+    overhead    the share of a sampling at batch 1 that is spent outside the engine, and the sampler's own work a step,
+                measured with a network that answers at once
+    imports     a fresh interpreter
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from contextlib import ExitStack, closing
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from runtime.bench import machine, sample_once, sampler_overhead  # noqa: E402
+from runtime.bundle import Bundle, load_bundle  # noqa: E402
+from runtime.engines import available, installed, open_engine  # noqa: E402
+from runtime.engines.cache import Cache  # noqa: E402
+from runtime.engines.options import EngineOptions  # noqa: E402
+from runtime.errors import DiffpressError  # noqa: E402
+from runtime.spec import DenoiserSpec  # noqa: E402
+
+OPTIONS = {
+    "1 thread": EngineOptions(threads=1),
+    "2 threads": EngineOptions(threads=2),
+    "2 threads, 2 streams": EngineOptions(threads=2, streams=2),
+    "2 threads, bf16": EngineOptions(threads=2, precision="bf16"),
+    "2 threads, f16": EngineOptions(threads=2, precision="f16"),
+}
+IMPORTS = {
+    "import runtime": "import runtime",
+    "from runtime import generate, load_bundle, open_engine": "from runtime import generate, load_bundle, open_engine",
+}
+
+
+def steps(bundle: Bundle, batches: list[int], rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Rows of {engine, options, batch, step_ms}, and the reasons of what could not be opened."""
+    rows, refused = [], dict[str, str]()
+    with ExitStack() as stack:
+        subjects = []
+        for name in installed():
+            for label, options in OPTIONS.items():
+                try:
+                    engine = stack.enter_context(closing(open_engine(bundle, name, options=options)))
+                except DiffpressError as error:
+                    refused[f"{name}, {label}"] = str(error)
+                    continue
+                subjects.append((name, label, engine, options.streams, bundle.spec_for(name)))
+        for batch in batches:
+            times: list[list[float]] = [[] for _ in subjects]
+            for turn in range(rounds + 1):  # the first warms up
+                for (_, _, engine, streams, spec), measured in zip(subjects, times, strict=True):
+                    start = time.perf_counter()
+                    sample_once(engine, spec, batch, streams)
+                    if turn:
+                        measured.append((time.perf_counter() - start) * 1e3 / (batch * streams * spec.plan.steps))
+            for (name, label, *_), measured in zip(subjects, times, strict=True):
+                row = {"engine": name, "options": label, "batch": batch, "step_ms": statistics.median(measured)}
+                rows.append(row | {"least_ms": min(measured)})
+    return rows, refused
+
+
+LOAD = """
+import json, sys, time
+start = time.perf_counter()
+from runtime.bundle import load_bundle
+from runtime.denoise import network_inputs
+from runtime.engines import open_engine
+from runtime.engines.options import EngineOptions
+bundle = load_bundle(sys.argv[1])
+__import__(sys.argv[2])
+opening = time.perf_counter()
+engine = open_engine(bundle, sys.argv[2], options=EngineOptions.from_json(json.loads(sys.argv[4])))
+engine.run(network_inputs(engine, bundle.spec_for(engine.name), int(sys.argv[3])))
+end = time.perf_counter()
+print(json.dumps([(end - start) * 1e3, (end - opening) * 1e3, time.process_time() * 1e3]))
+"""
+
+
+def loads(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
+    """Milliseconds of a load without the cache, of the first with it and of the second, in turns: of the whole process
+    up to the first answer, of opening the engine and that answer alone, and of processor time."""
+    rows = []
+    for name in available():
+        times: dict[str, list[list[float]]] = {"no cache": [], "first": [], "second": []}
+        for _ in range(rounds):
+            with TemporaryDirectory() as folder:
+                for label, measured in times.items():
+                    options = EngineOptions(cache=None if label == "no cache" else Cache(Path(folder)))
+                    told = [str(bundle.path.resolve()), name, str(batch), json.dumps(options.to_json())]
+                    run = [sys.executable, "-c", LOAD, *told]
+                    done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
+                    measured.append(json.loads(done.stdout))
+        for label, measured in times.items():
+            whole, opened, cpu = (statistics.median(column) for column in zip(*measured, strict=True))
+            rows.append({"engine": name, "load": label, "whole_ms": whole, "engine_ms": opened, "cpu_ms": cpu})
+    return rows
+
+
+def sampler_us(spec: DenoiserSpec, inputs: dict[str, np.dtype], rounds: int = 100) -> float:
+    """Microseconds of the sampler's own work a step at batch 1."""
+
+    class Instant:
+        """Answers at once."""
+
+        def __init__(self) -> None:
+            self.inputs, self._out = inputs, np.zeros((1, *spec.sample_shape), np.float32)
+
+        def run(self, _: dict[str, np.ndarray]) -> np.ndarray:
+            return self._out
+
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        sample_once(Instant(), spec, 1)
+        times.append((time.perf_counter() - start) * 1e6 / spec.plan.steps)
+    return statistics.median(times)
+
+
+def overheads(bundle: Bundle) -> list[dict[str, Any]]:
+    rows = []
+    for name in available():
+        with closing(open_engine(bundle, name)) as engine:
+            share = sampler_overhead(engine, bundle.spec_for(name), batch=1, repeats=9)
+            rows.append({"engine": name, "share": share, "us": sampler_us(bundle.spec_for(name), dict(engine.inputs))})
+    return rows
+
+
+def imports(rounds: int) -> dict[str, float]:
+    """Milliseconds, the time of the interpreter itself left out."""
+    found: dict[str, list[float]] = {label: [] for label in IMPORTS}
+    for _ in range(rounds):
+        for label, code in IMPORTS.items():
+            timed = f"import time; a = time.perf_counter(); {code}; print(time.perf_counter() - a)"
+            done = subprocess.run([sys.executable, "-c", timed], cwd=ROOT, capture_output=True, text=True, check=True)
+            found[label].append(float(done.stdout) * 1e3)
+    return {label: statistics.median(times) for label, times in found.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("bundle", type=Path)
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    bundle = load_bundle(args.bundle)
+    rows, refused = steps(bundle, args.batch, args.rounds)
+    result = {
+        "machine": machine(),
+        "steps": rows,
+        "refused": refused,
+        "loads": loads(bundle, max(args.batch), args.rounds),
+        "overheads": overheads(bundle),
+        "imports": imports(args.rounds),
+    }
+    for row in rows:
+        print(f"{row['engine']}, {row['options']}, batch {row['batch']}: {row['step_ms']:.2f} ms a step and image")
+    for what, reason in refused.items():
+        print(f"refused: {what}: {reason}")
+    for row in result["loads"]:
+        print(f"{row['engine']}, load, {row['load']}: {row['whole_ms']:.0f} ms, of them the engine ", end="")
+        print(f"{row['engine_ms']:.0f}; processor {row['cpu_ms']:.0f} ms")
+    for row in result["overheads"]:
+        print(f"sampler outside {row['engine']}, batch 1: {row['share']:.2%}; its own work {row['us']:.0f} us a step")
+    for label, ms in result["imports"].items():
+        print(f"{label}: {ms:.0f} ms")
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

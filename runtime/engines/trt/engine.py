@@ -1,0 +1,195 @@
+"""TensorRT on an NVIDIA GPU: runs a plan that was built ahead of time, or builds one from the ONNX graph (--rebuild).
+
+A plan is used where it fits (fit.py): library, version, GPU, graph and its own sha256 are checked before any
+of it is deserialized. What was rebuilt is kept in the user's cache and found again. Batches above the plan's largest
+run in several parts.
+
+Which of its kernels compute on integers TensorRT does not tell: the account is refused, not guessed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from runtime.bundle import Built
+from runtime.engines.account import Account, Kernel
+from runtime.engines.options import EngineOptions
+from runtime.engines.trt import library as libraries
+from runtime.engines.trt.binding import Binding
+from runtime.engines.trt.fit import uncovered
+from runtime.engines.trt.messages import one_line
+from runtime.engines.trt.plans import plan_for
+from runtime.errors import Unfit
+
+NAME = "tensorrt"
+EXTRA = libraries.EXTRA
+OPTIONS = {"threads", "rebuild"}
+KEPT_SHAPES = 4
+
+TYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "BOOL": "bool", "UINT8": "uint8"}
+
+Inputs = dict[str, np.ndarray]
+
+
+def missing() -> str | None:
+    """The package to install, None where all that it needs is there."""
+    if not libraries.installed():
+        return libraries.RTX
+    return libraries.CUDA_PACKAGE if libraries.cuda_missing() else None
+
+
+def unusable() -> str | None:
+    """Why this machine cannot run it: there is no GPU."""
+    try:
+        libraries.gpu_capability(libraries.cuda_runtime())
+    except Unfit as error:
+        return str(error)
+    return None
+
+
+def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> TensorRtEngine:
+    """The plan of this graph that fits this machine, or with `options.rebuild` a new one; Unfit where there is none."""
+    plan, entry = plan_for(path, options, built, libraries.device_here())
+    return TensorRtEngine(path, plan, entry, options)
+
+
+class TensorRtEngine:
+    """One deserialized plan and its bindings by input shapes; see runtime.engines.Engine."""
+
+    name, device = NAME, "cuda"
+
+    def __init__(self, path: Path, plan: Any, entry: dict[str, Any], options: EngineOptions) -> None:
+        self._path, self._profile = path, entry["profile"]
+        self._largest = min(high[0] for _, _, high in self._profile.values())
+        self._cuda, self._trt = libraries.cuda_runtime(), libraries.library(entry["library"])
+        self._logger = libraries.collector(self._trt)
+        self._runtime = self._trt.Runtime(self._logger)
+        if options.threads is not None:
+            self._runtime.max_threads = options.threads  # those that load and compile
+        self._engine = self._deserialized(plan, entry["options"])
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self._types = {name: self._type(name) for name in names}
+        is_input = self._trt.TensorIOMode.INPUT
+        self.inputs = {n: self._types[n] for n in names if self._engine.get_tensor_mode(n) == is_input}
+        self._stream = libraries.call(self._cuda, "cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        self._bindings: dict[tuple[tuple[str, tuple[int, ...]], ...], Binding] = {}
+        self._cache, self._compiled = options.cache, f"kernels of {entry['sha256']}"
+        self._config = self._runtime_config()
+
+    def run(self, inputs: Inputs) -> np.ndarray:
+        return next(iter(self.run_all(inputs).values()))
+
+    def run_all(self, inputs: Inputs) -> Inputs:
+        parts = [self._binding(part).run(part) for part in parted(inputs, self._largest)]
+        return parts[0] if len(parts) == 1 else {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
+
+    def account(self, example_inputs: Inputs, promised: Collection[str] = ()) -> Account:
+        raise Unfit(f"{self._path}: TensorRT does not tell which of its kernels compute on integers")
+
+    def integer_mac_share(self, example_inputs: Inputs) -> None:
+        """Not known: see the top of this file."""
+
+    def kernel_times(self, example_inputs: Inputs, runs: int = 3) -> list[Kernel]:
+        """From TensorRT's profiler, which sees its layers, several nodes fused in each."""
+        times: dict[str, list[float]] = {}
+
+        class Profiler(self._trt.IProfiler):  # type: ignore[misc, name-defined]
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times.setdefault(layer_name, []).append(ms)
+
+        profiler = Profiler()
+        binding = self._bound(example_inputs, profiler)
+        try:
+            for _ in range(runs + 1):
+                binding.run(example_inputs)
+        finally:
+            binding.close()
+        return [Kernel((name,), statistics.median(found[1:])) for name, found in times.items()]
+
+    def close(self) -> None:
+        """Release bindings, stream and engine."""
+        for key in list(self._bindings):
+            self._drop(key)
+        if self._stream is not None:
+            libraries.call(self._cuda, "cudaStreamDestroy", self._stream)
+        self._stream = self._config = self._engine = self._runtime = None
+
+    def _binding(self, inputs: Inputs) -> Binding:
+        shapes = {name: tuple(array.shape) for name, array in inputs.items()}
+        key = tuple(sorted(shapes.items()))
+        if key not in self._bindings:
+            reason = uncovered(self._profile, shapes)
+            if reason is not None:
+                raise Unfit(f"{self._path.name}: the TensorRT plan does not cover this: {reason}; export with --sizes")
+            if len(self._bindings) == KEPT_SHAPES:
+                self._drop(next(iter(self._bindings)))
+            self._bindings[key] = self._bound(inputs)
+        return self._bindings[key]
+
+    def _bound(self, inputs: Inputs, profiler: Any = None) -> Binding:
+        make = self._engine.create_execution_context
+        context = make() if self._config is None else make(runtime_config=self._config)
+        if context is None:
+            raise self._failed("make an execution context")
+        if profiler is not None:
+            context.profiler = profiler
+        shapes = {name: tuple(array.shape) for name, array in inputs.items()}
+        return Binding(self._cuda, context, self._stream, shapes, self._types, replay=profiler is None)
+
+    def _drop(self, key: Any) -> None:
+        self._bindings.pop(key).close()
+        self._keep_compiled()
+
+    def _deserialized(self, plan: Any, options: dict[str, Any]) -> Any:
+        if hasattr(self._runtime, "get_engine_validity"):  # TensorRT-RTX, which reads the header alone
+            validity, _ = self._runtime.get_engine_validity(bytes(plan[: self._runtime.engine_header_size]))
+            if validity == self._trt.EngineValidity.INVALID:
+                raise self._failed("use the plan here")
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self._failed("read the plan")
+        if options.get("strip_weights"):
+            refitter = self._trt.OnnxParserRefitter(self._trt.Refitter(engine, self._logger), self._logger)
+            if not refitter.refit_from_file(str(self._path)):
+                raise self._failed("put the weights of the graph into the plan")
+        if options.get("stream_weights"):
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        return engine
+
+    def _runtime_config(self) -> Any:
+        """With the kernels that an earlier run compiled, where the library compiles them (TensorRT-RTX)."""
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return None
+        config = self._engine.create_runtime_config()
+        kernels = config.create_runtime_cache()
+        compiled = None if self._cache is None else self._cache.read(self._compiled)
+        if compiled is not None:
+            kernels.deserialize(compiled)  # looks at GPU and driver, and stays empty where they are others
+        config.set_runtime_cache(kernels)
+        return config
+
+    def _keep_compiled(self) -> None:
+        if self._config is not None and self._cache is not None:
+            self._cache.write(self._compiled, bytes(self._config.get_runtime_cache().serialize()))
+
+    def _type(self, name: str) -> np.dtype:
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in TYPES:
+            raise Unfit(f"{self._path}: '{name}' is of type {kind}, which numpy has not; export it with float inputs")
+        return np.dtype(TYPES[kind])
+
+    def _failed(self, verb: str) -> Unfit:
+        said = one_line(self._logger.errors[0] if self._logger.errors else "")
+        return Unfit(f"{self._path}: TensorRT cannot {verb} ({said}); build another with --rebuild")
+
+
+def parted(inputs: Inputs, largest: int) -> Iterator[Inputs]:
+    """The batch in parts of at most `largest`, in order."""
+    count = max(len(array) for array in inputs.values())
+    for start in range(0, count, largest):
+        yield {name: array[start : start + largest] for name, array in inputs.items()}

@@ -1,0 +1,170 @@
+"""Bundles in half precision: what is in the manifest, what parity holds them to, and what is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import numpy as np
+import onnx
+import pytest
+
+from compress.load import load_checkpoint
+from export.bundle import check_precision, write_bundle
+from export.graph import Graph, load_all, save_graph
+from export.half import to_half
+from export.parity import HALF_SQNR_DB, PART_SQNR_DB, check_parity, runs, trial_of
+from runtime import generate, open_engine
+from runtime.bundle import load_bundle
+from runtime.engines import available
+from runtime.errors import BadInput, GateFailed
+from tests.export.oracle import measured_scales
+from tests.export.test_half import both
+
+needs_openvino = pytest.mark.skipif("openvino" not in available(), reason="needs openvino, which alone runs bf16")
+needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
+
+
+@pytest.fixture(scope="module")
+def bundles(unet, unet_graph, tmp_path_factory):
+    made = {}
+
+    def bundle(precision):
+        if precision not in made:
+            folder = tmp_path_factory.mktemp("half") / precision
+            made[precision] = write_bundle(unet, folder, float_graph=unet_graph, threads=1, precision=precision)
+        return made[precision]
+
+    return bundle
+
+
+@both
+@needs_openvino
+def test_the_manifest_says_what_the_graph_is_and_its_surface_is_float32(precision, bundles):
+    half, whole = bundles(precision).manifest["graphs"]["denoiser"], bundles("fp32").manifest["graphs"]["denoiser"]
+    assert (half["precision"], whole["precision"]) == (precision, "fp32")
+    assert (half["inputs"], half["outputs"]) == (whole["inputs"], whole["outputs"])
+    assert {entry["dtype"] for entry in half["outputs"].values()} == {"float32"}
+    sizes = half["bytes_by_precision"]
+    name = {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    assert sizes[name] == pytest.approx(whole["bytes_by_precision"]["float32"] / 2, rel=0.02)
+    assert sizes["float32"] < 0.02 * sizes[name] and half["bytes"] < 0.62 * whole["bytes"]
+
+
+@both
+@needs_openvino
+def test_parity_is_of_whole_trajectories_in_the_engines_that_run_it(precision, bundles):
+    found = bundles(precision).manifest["parity"]
+    assert set(found) == set(runs(precision)) == set(available()) - ({"onnxruntime"} if precision == "bf16" else set())
+    assert all(row["steps"] == 4 and HALF_SQNR_DB[precision] < row["sqnr_db"] < 100 for row in found.values())
+
+
+@needs_openvino
+def test_the_same_runtime_samples_it(bundles):
+    images = {}
+    for precision in ("fp32", "fp16", "bf16"):
+        engine = open_engine(bundles(precision), "openvino", threads=1)
+        images[precision] = generate(engine, bundles(precision).spec, seeds=range(2))
+    apart = {name: np.abs(image - images["fp32"]).max() for name, image in images.items()}
+    assert 0 == apart["fp32"] < apart["fp16"] < apart["bf16"] < 0.2
+
+
+@needs_openvino
+def test_onnxruntime_refuses_bf16_in_one_line(bundles):
+    with pytest.raises(BadInput, match="denoiser.onnx: ONNX Runtime cannot load it") as caught:
+        open_engine(bundles("bf16"), "onnxruntime", threads=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_half_graph_that_strays_fails(unet, unet_graph, tmp_path):
+    half, _ = to_half(unet_graph, "fp16")
+    proto = load_all(half)
+    bias = next(tensor for tensor in proto.graph.initializer if tensor.name.startswith("conv_out.bias"))
+    bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(0.05), bias.name))
+    save_graph(Graph(proto), tmp_path / "g.onnx")
+    with pytest.raises(GateFailed, match=r"g.onnx in onnxruntime: .* dB SQNR to torch, 40 dB are asked for"):
+        check_parity(unet, tmp_path / "g.onnx", trial_of(unet), engines=["onnxruntime"], threads=1, precision="fp16")
+    assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantized", "targets", "message"),
+    [
+        ("fp8", False, ["onnx"], "unknown precision 'fp8': choose from fp32, fp16, bf16"),
+        ("fp16", True, ["onnx", "openvino"], "stays fp32 in engines on the CPU.* add target tensorrt"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(precision, quantized, targets, message):
+    with pytest.raises(BadInput, match=message) as caught:
+        check_precision(precision, quantized, targets)
+    assert "\n" not in str(caught.value)
+    check_precision("fp16", True, ["tensorrt"])
+    check_precision("fp32", True, ["onnx"])
+
+
+def test_bf16_needs_an_engine_that_runs_it(monkeypatch):
+    monkeypatch.setattr("export.parity.available", lambda: ["onnxruntime"])
+    with pytest.raises(BadInput, match="precision bf16: ONNX Runtime cannot run it.* install openvino, or take fp16"):
+        check_precision("bf16", False, ["onnx"])
+    check_precision("fp16", False, ["onnx"])
+
+
+# --- a pipeline ------------------------------------------------------------------------------------------------
+
+
+@both
+@needs_openvino
+def test_a_pipelines_text_encoder_is_halved_and_its_decoder_is_not(precision, tiny_folder, tmp_path):
+    bundle = write_bundle(load_checkpoint(str(tiny_folder("sd"))), tmp_path / "b", threads=1, precision=precision)
+    graphs = bundle.manifest["graphs"]
+    kinds = {name: entry["precision"] for name, entry in graphs.items()}
+    assert kinds == {"denoiser": precision, "text_encoder": precision, "vae_decoder": "fp32"}
+    for name, entry in graphs.items():
+        proto = onnx.load(bundle.path / entry["file"])
+        onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
+        assert {value.type.tensor_type.elem_type for value in proto.graph.output} == {onnx.TensorProto.FLOAT}
+        if name != "denoiser":
+            assert all(sqnr > PART_SQNR_DB[kinds[name]] for sqnr in entry["parity"].values())
+    config = json.loads((bundle.path / "unet" / "config.json").read_text())
+    assert config["_class_name"] == "UNet2DConditionModel"
+    assert load_bundle(bundle.path).hash == bundle.hash
+
+
+@pytest.mark.slow
+@needs_openvino
+def test_parts_of_another_bundle_are_taken_over_where_they_are_the_same(tiny_folder, tmp_path):
+    checkpoint = load_checkpoint(str(tiny_folder("sd")))
+    whole = write_bundle(checkpoint, tmp_path / "whole", threads=1)
+    half = write_bundle(checkpoint, tmp_path / "half", threads=1, parts_from=whole, precision="fp16")
+    data = "model.onnx_data"
+    shared = {
+        part: (half.path / part / data).stat().st_ino == (whole.path / part / data).stat().st_ino
+        for part in ("text_encoder", "vae_decoder")
+    }
+    assert shared == {"text_encoder": False, "vae_decoder": True}
+    assert half.manifest["graphs"]["text_encoder"]["precision"] == "fp16"
+
+
+# --- TensorRT --------------------------------------------------------------------------------------------------
+
+
+@both
+@needs_tensorrt
+def test_tensorrt_builds_it_strongly_typed(precision, unet, unet_graph, tmp_path):
+    options = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6", "12.0"]}
+    bundle = write_bundle(unet, tmp_path / "b", ["tensorrt"], precision=precision, **options)
+    plan = next(entry for entry in bundle.manifest["engines"] if "compute_capabilities" in entry)
+    assert (bundle.path / plan["file"]).stat().st_size > 100_000
+
+
+@both
+@needs_tensorrt
+def test_tensorrt_builds_int8_with_the_rest_in_half_precision(precision, unet, unet_graph, tmp_path):
+    quantized = unet.evolve(quantization=measured_scales(unet, weight_range=127 / 64))
+    options = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6"]}
+    bundle = write_bundle(quantized, tmp_path / "b", ["tensorrt"], precision=precision, **options)
+    types = {tensor.data_type for tensor in onnx.load(bundle.path / "denoiser.tensorrt.onnx").graph.initializer}
+    half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
+    assert {onnx.TensorProto.INT8, half} <= types
+    assert bundle.manifest["graphs"]["denoiser"]["precision"] == "int8"
+    assert onnx.TensorProto.FLOAT16 not in {t.data_type for t in onnx.load(bundle.denoiser).graph.initializer}
