@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from compress.checkpoint import Checkpoint, Quantization
+from compress.processes import is_main
 from runtime.denoise import Conditions, Network, stand_in_conditions
 from runtime.errors import BadInput
 
@@ -79,4 +80,5 @@ class Context:
 
 
 def say(text: str) -> None:
-    print(f"  {text}", flush=True)
+    if is_main():
+        print(f"  {text}", flush=True)

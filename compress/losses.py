@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from compress.adapters import adapter_for, timestep_dtype
+from runtime.denoise import GUIDANCE, SAMPLE, TIMESTEP
 from runtime.spec import DenoiserSpec
 
 Tensors = dict[str, torch.Tensor]
@@ -52,8 +53,13 @@ def to_epsilon(spec: DenoiserSpec, out: torch.Tensor, x_t: torch.Tensor, t: torc
 def forward(
     model: nn.Module, spec: DenoiserSpec, x_t: torch.Tensor, t: torch.Tensor, conditions: Tensors
 ) -> torch.Tensor:
-    """The network's output for integer timesteps `t` [B], told in the type that sampling uses."""
-    inputs = {"sample": x_t, "timestep": t.to(timestep_dtype(spec)), **conditions}
+    """The network's output for integer timesteps `t` [B], told in the type that sampling uses.
+
+    Where guidance is an input, the weight is that of the plan unless `conditions` have one.
+    """
+    inputs = {SAMPLE: x_t, TIMESTEP: t.to(timestep_dtype(spec)), **conditions}
+    if spec.conditioning.guidance_input and GUIDANCE not in inputs:
+        inputs[GUIDANCE] = torch.full((len(x_t),), spec.plan.guidance, device=x_t.device)
     return adapter_for(model).forward(model, inputs)
 
 

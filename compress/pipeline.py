@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compress import processes
 from compress.agreement import agreement_db
 from compress.checkpoint import Checkpoint, Record, save_checkpoint
 from compress.context import Context, CostsIn, Data, say
@@ -43,21 +44,32 @@ STAGES: dict[str, StageFunction] = {
 def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path, costs_in: CostsIn | None = None) -> Checkpoint:
     """Apply the recipe's stages to the teacher, reusing what `out`/stages already holds.
 
+    Of several processes all train, and the main one does the rest; what it saves is what the others go on with.
     `costs_in` is for stages that weigh what they do against its cost in an engine (export/cost.py has one).
     """
     data = open_data(teacher, recipe, out)
     checkpoint = teacher
     for number, stage in enumerate(recipe.stages):
-        print(f"[{number + 1}/{len(recipe.stages)}] {stage.name}", flush=True)
+        if processes.is_main():
+            print(f"[{number + 1}/{len(recipe.stages)}] {stage.name}", flush=True)
         key = stage_key(checkpoint, teacher, stage, recipe.seed, data)
         folder = out / "stages" / f"{number:02d}-{stage.name}-{key[:12]}"
-        if folder.is_dir():
+        done = folder.is_dir()
+        processes.wait()  # all have looked before one writes
+        if done:
             say(f"done before, read from {folder}")
-            checkpoint = load_checkpoint(reference_to(folder, teacher))
-        else:
+        elif processes.is_main() or trains(stage):
             ctx = Context(recipe.seed, _work(folder), teacher, data, costs_in)
             checkpoint = run_stage(checkpoint, stage, folder, ctx)
+        processes.wait()
+        if done or not processes.is_main():
+            checkpoint = load_checkpoint(reference_to(folder, teacher))
     return checkpoint
+
+
+def trains(stage: Stage) -> bool:
+    """Does the stage run the training loop, in which processes share the work?"""
+    return stage.name == "distill" or (stage.name == "quantize" and stage.config.mode == "qat")
 
 
 def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
@@ -75,14 +87,18 @@ def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
 
 
 def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) -> Checkpoint:
-    """Run one stage, append its record to the history, save it, and drop what it kept for resuming."""
+    """Run one stage; the main process appends its record to the history, saves it, and drops what was for resuming."""
     began = time.monotonic()
     result = STAGES[stage.name](checkpoint, stage.config, ctx)
+    if not processes.is_main():
+        return result
     before, after = count(checkpoint.model, checkpoint.spec), count(result.model, result.spec)
     changed: dict[str, Any] = {name: [getattr(before, name), getattr(after, name)] for name in ("parameters", "macs")}
     changed["plan"] = [_plan(checkpoint), _plan(result)]
     changed["sqnr_db_to_teacher"] = agreement_db(result, ctx.teacher, ctx.data)
     changed |= ctx.notes
+    if trains(stage) and processes.count() > 1:
+        changed["processes"] = processes.count()  # each of which took batches of the config's size
     say(
         f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
         f"SQNR to the teacher {changed['sqnr_db_to_teacher']} dB"

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+from compress.processes import is_main
+
 PLAIN_EVERY_S = 10.0
 
 
@@ -18,7 +20,9 @@ class Advance(Protocol):
 @contextmanager
 def progress(what: str, total: int, start: int = 0) -> Iterator[Advance]:
     """Yield `advance(done, note)`; `done` counts from 0 to `total`, `note` is a figure to show (a loss, say)."""
-    if sys.stdout.isatty():
+    if not is_main():
+        yield lambda done, note="": None
+    elif sys.stdout.isatty():
         with _bar(what, total, start) as advance:
             yield advance
     else:

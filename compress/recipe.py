@@ -34,6 +34,7 @@ from compress.config import (
     QuantizeConfig,
     ScheduleConfig,
 )
+from compress.distillation.config import FEW_STEP_KINDS
 from compress.distillation.config import KINDS as DISTILL_CONFIGS
 from runtime.errors import BadInput, unknown_name
 
@@ -178,6 +179,12 @@ def _check_order(stages: tuple[Stage, ...], path: Path) -> None:
         for earlier in stages[:i]:
             if earlier.name in banned:
                 raise BadInput(f"{path}: stages[{i}]: {stage.name} cannot come after {earlier.name}: {why}")
+        few = next((s.config.kind for s in stages[:i] if s.name == "distill" and s.config.kind in FEW_STEP_KINDS), None)
+        if few and (stage.name in ("prune", "schedule") or getattr(stage.config, "kind", None) == "recover"):
+            raise BadInput(
+                f"{path}: stages[{i}]: {stage.name} cannot come after distill: {{kind: {few}}}, "
+                "which is for one network and one plan"
+            )
         recovers = stage.name == "distill" and stage.config.kind == "recover"
         if recovers and not any(s.name == "prune" for s in stages[:i]):
             raise BadInput(

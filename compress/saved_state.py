@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from compress.processes import is_main
 from runtime.errors import BadInput
 
 Tensors = dict[str, torch.Tensor]
@@ -18,8 +19,12 @@ Tensors = dict[str, torch.Tensor]
 def write_state(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], what: str) -> None:
     """Write `path`, and its folder where there is none; tensors of any layout, on any device.
 
+    Only the main process writes.
+
     Raises BadInput, calling it `what` ('state of calibration'), where the disk does not take it.
     """
+    if not is_main():
+        return
     # clones, for safetensors refuses tensors that share storage, as tied weights do
     stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     temporary = path.with_suffix(".partial")

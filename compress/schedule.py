@@ -9,14 +9,23 @@ from compress.config import ScheduleConfig
 from compress.context import Context, say
 from compress.schedule_search import search
 from compress.torch_network import TorchNetwork
+from runtime.errors import BadInput
 from runtime.schedule import spaced_timesteps
 from runtime.solvers import with_solver
 from runtime.spec import Plan, Threshold
 
 
 def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Checkpoint:
-    """Give the checkpoint's spec a new plan; a grid keeps the shift that a flow model came with."""
+    """Give the checkpoint's spec a new plan; a grid keeps the shift that a flow model came with.
+
+    Raises BadInput for a network that was distilled for its own plan alone.
+    """
     spec, old = checkpoint.spec, checkpoint.spec.plan
+    if spec.distilled:
+        raise BadInput(
+            f"schedule: this network was distilled ({spec.distilled}) for {old.steps} steps of {old.solver}, and no "
+            "other plan fits it; leave the stage out"
+        )
     spacing = spec.spacing if config.grid is None else replace(spec.spacing, grid=config.grid, offset=0)
     timesteps = config.timesteps
     if timesteps is None:

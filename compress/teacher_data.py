@@ -22,7 +22,7 @@ from compress.checkpoint import Checkpoint
 from compress.context import Context, Data, say
 from compress.parts import encoded_prompts
 from compress.teacher_paths import TeacherPaths
-from runtime.denoise import GUIDANCE, Conditions, is_guided, stand_in_conditions
+from runtime.denoise import Conditions, is_guided, stand_in_conditions
 from runtime.errors import BadInput
 
 SEED = 2_000_000  # far from the seeds that people sample, calibrate and evaluate with
@@ -44,11 +44,13 @@ class TeacherData:
         facts = [self.teacher.hash, self.count, SEED, list(self.prompts)]
         return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
+    def make(self) -> None:
+        """Sample now what was not sampled before, several processes together."""
+        self._paths.make()
+
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
         """A random batch: float32 [B, C, H, W], and the conditions [B, ...] by input name."""
         states, told = self._paths.batch(size, generator)
-        if self.teacher.spec.conditioning.guidance_input:
-            told[GUIDANCE] = torch.full((size,), self.teacher.spec.plan.guidance)
         return states[:, -1], told
 
     @cached_property
@@ -82,11 +84,14 @@ class TeacherData:
 
 
 def data_for(ctx: Context, count: int) -> Data:
-    """What the run learns from; where it was given nothing, `count` samples of its teacher."""
-    if ctx.data is not None:
-        return ctx.data
-    prompts = read_prompts(None) if ctx.teacher.spec.conditioning.kind == "text" else ()
-    return TeacherData(ctx.teacher, count, ctx.work.parent, prompts)
+    """What the run learns from, made where it has to be; where it was given nothing, `count` samples of its teacher."""
+    data = ctx.data
+    if data is None:
+        prompts = read_prompts(None) if ctx.teacher.spec.conditioning.kind == "text" else ()
+        data = TeacherData(ctx.teacher, count, ctx.work.parent, prompts)
+    if isinstance(data, TeacherData):
+        data.make()
+    return data
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from compress import processes
 from compress.checkpoint import Checkpoint
 from compress.progress import progress
 from compress.torch_network import TorchNetwork
@@ -49,7 +50,9 @@ class TeacherPaths:
     folder: Path
 
     def make(self) -> None:
-        """Make what is missing now and not at the first batch."""
+        """Make what is missing now and not at the first batch; of several processes each makes its share."""
+        self._make_missing(list(self._spans)[processes.index() :: processes.count()])
+        processes.wait()
         len(self._files)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
@@ -62,18 +65,25 @@ class TeacherPaths:
     @cached_property
     def _files(self) -> list[np.ndarray]:
         """The rows of every file, mapped and not read; made here where they are missing."""
-        spans = [range(start, min(start + ROWS, self.count)) for start in range(0, self.count, ROWS)]
-        paths = [self.folder / self._name(span) for span in spans]
-        missing = {path: span for path, span in zip(paths, spans, strict=True) if not path.is_file()}
-        if missing:
-            self._make(missing)
-        return [_mapped(path) for path in paths]
+        self._make_missing(self._spans)
+        return [_mapped(path) for path in self._spans]
+
+    @cached_property
+    def _spans(self) -> dict[Path, range]:
+        """Which paths every file holds."""
+        spans = (range(start, min(start + ROWS, self.count)) for start in range(0, self.count, ROWS))
+        return {self.folder / self._name(span): span for span in spans}
 
     def _name(self, span: range) -> str:
         told = self.conditions.part(slice(span.start, span.stop)).given
         digests = [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in told.values()]
         facts = [self.teacher.hash, asdict(self.plan), self.kept, self.seed, span.start, span.stop, digests]
         return f"paths-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.npy"
+
+    def _make_missing(self, wanted: Iterable[Path]) -> None:
+        missing = {path: self._spans[path] for path in wanted if not path.is_file()}
+        if missing:
+            self._make(missing)
 
     def _make(self, missing: Mapping[Path, range]) -> None:
         spec = self.teacher.spec.with_plan(self.plan)

@@ -2,9 +2,9 @@
 
     for step in steps:   loss = loss_of(student, draws of this step, step / steps)   ->  AdamW  ->  EMA
 
-`accelerate` places the model and averages gradients over devices, so `accelerate launch` runs it unchanged. The
-batch of step k is drawn from a generator seeded by (seed, k): a run that was killed goes on from its last save and
-ends bit for bit as an undisturbed one. The EMA weights are the result.
+`accelerate` places the model and averages gradients over processes, so `accelerate launch` runs it unchanged. Batch k,
+step * processes + process, is drawn from a generator seeded by (seed, k): a run that was killed goes on from its last
+save and ends bit for bit as an undisturbed one of as many processes. The EMA weights are the result.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +67,9 @@ def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
     optimizer = torch.optim.AdamW(student.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     ema = EMAModel(student.parameters(), decay=run.ema, min_decay=0.0, use_ema_warmup=True, power=3 / 4)
     start = _restore_(student, optimizer, ema, run)
-    model, optimizer = accelerator.prepare(student.train(), optimizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch has renamed what accelerate calls broadcast_buffers
+        model, optimizer = accelerator.prepare(student.train(), optimizer)
     ema.to(accelerator.device)
     with progress(run.what, run.steps, start) as advance:
         for step in range(start, run.steps):
@@ -76,9 +79,10 @@ def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
             torch.manual_seed(batch)  # dropout too repeats when a run is resumed
             with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
                 loss = loss_of(model, step_generator(run.seed, batch), step / run.steps)
-            if not math.isfinite(loss.item()):
+            value = accelerator.reduce(loss.detach(), reduction="mean").item()  # a NaN in one process is one in all
+            if not math.isfinite(value):
                 raise TrainingDiverged(
-                    f"{run.what}: the loss is {loss.item()} at step {step} of {run.steps}; lower learning_rate "
+                    f"{run.what}: the loss is {value} at step {step} of {run.steps}; lower learning_rate "
                     f"(now {run.learning_rate:g}). The last good state is kept in {run.work}"
                 )
             optimizer.zero_grad()
@@ -86,17 +90,17 @@ def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
             accelerator.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
             optimizer.step()
             ema.step(model.parameters())
-            advance(step + 1, f"loss {loss.item():.4f}")
+            advance(step + 1, f"loss {value:.4f}")
             if run.tensorboard:
-                accelerator.log({"loss": loss.item()}, step=step + 1)
+                accelerator.log({"loss": value}, step=step + 1)
             if not accelerator.is_main_process:
                 continue
             if run.preview_every and (step + 1) % run.preview_every == 0:
                 _preview(accelerator.unwrap_model(model), ema, step + 1, run)
             if (step + 1) % run.save_every == 0 and step + 1 < run.steps:
                 _save(accelerator.unwrap_model(model), optimizer, ema, step + 1, run)
-    if run.tensorboard:
-        accelerator.end_training()
+    for tracker in accelerator.trackers:
+        tracker.finish()
     student = accelerator.unwrap_model(model).to("cpu")
     ema.to("cpu")
     ema.copy_to(student.parameters())
@@ -105,12 +109,15 @@ def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
 
 def _accelerator(run: Training) -> Accelerator:
     """Places the model, and writes the loss for TensorBoard; raises MissingExtra where that is wanted and not there."""
-    handlers = [DistributedDataParallelKwargs(find_unused_parameters=run.partial)]
+    # buffers are tables that training leaves alone; sent about in every call they would break a second one
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=run.partial, broadcast_buffers=False)]
+    # the recipe says how to compute, not the launcher
+    settings: dict[str, Any] = {"kwargs_handlers": handlers, "mixed_precision": "no"}
     if not run.tensorboard:
-        return Accelerator(kwargs_handlers=handlers)
+        return Accelerator(**settings)
     if importlib.util.find_spec("tensorboard") is None:
         raise MissingExtra("tensorboard", "tensorboard", f"{run.what}: 'tensorboard: true'")
-    accelerator = Accelerator(kwargs_handlers=handlers, log_with="tensorboard", project_dir=run.logs)
+    accelerator = Accelerator(**settings, log_with="tensorboard", project_dir=run.logs)
     accelerator.init_trackers(run.what.replace(" ", "-"))
     return accelerator
 

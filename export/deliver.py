@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from compress import processes
 from compress.builtin import FEATURES, REFERENCE
 from compress.checkpoint import Checkpoint, save_checkpoint, write_folder
 from compress.commands import add_recipe_arguments, loaded, print_evaluation
@@ -30,7 +31,7 @@ from compress.config import EvaluateConfig, ExportConfig, GatesConfig
 from compress.context import say
 from compress.counts import count
 from compress.evaluate import evaluate, load_features, load_reference, paired
-from compress.pipeline import claim_folder, run_stages
+from compress.pipeline import claim_folder, run_stages, trains
 from compress.quantization.mixed import check_bounds
 from compress.recipe import Recipe, read_recipe
 from compress.report import LATENCY, PICTURE, summary, write_report
@@ -45,7 +46,7 @@ from export.to_onnx import export_float
 from runtime.bundle import MANIFEST, Bundle, load_bundle
 from runtime.denoise import Conditions, stand_in_conditions
 from runtime.engines import Engine
-from runtime.errors import GateFailed
+from runtime.errors import BadInput, GateFailed
 from runtime.files import read_json, write_json
 from runtime.images import grid, to_uint8, write_png
 from runtime.pipeline import Pipeline
@@ -60,21 +61,35 @@ def add_compress_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def compress_command(args: argparse.Namespace) -> int:
+    with processes.together():
+        with processes.main_first():
+            teacher, recipe = _opened(args)
+        checkpoint = run_stages(teacher, recipe, args.out, costs_in)
+    if processes.is_main():
+        deliver(checkpoint, teacher, recipe, args.out)
+    return 0
+
+
+def _opened(args: argparse.Namespace) -> tuple[Checkpoint, Recipe]:
+    """What the run works on; what would be refused at the end is refused here. The folder is claimed."""
     recipe = read_recipe(args.recipe, tuple(args.set))
     teacher = loaded(args)
     if recipe.evaluate is not None:
-        load_features(FEATURES, teacher.spec)  # what cannot be scored is refused before the work, not after it
-    for stage in recipe.stages:
+        load_features(FEATURES, teacher.spec)
+    for number, stage in enumerate(recipe.stages):
         if stage.name == "quantize":
             check_bounds(stage.config, teacher.spec, has_engines=True)
+            if trains(stage) and stage.config.bounds and processes.count() > 1:
+                raise BadInput(
+                    f"{args.recipe}: stages[{number}]: quantize: mode qat with bounds goes by times that differ from "
+                    "process to process; run it with one process, which keeps the stages that several have finished"
+                )
     quantized = any(stage.name == "quantize" for stage in recipe.stages)
     check_precision(recipe.export.precision, quantized, recipe.export.targets)
-    # what would be refused at the end is refused at the beginning
     check_targets(recipe.export.targets, recipe.export.tensorrt.compute_capabilities, recipe.export.tensorrt.options)
-    claim_folder(args.out, teacher, recipe, args.update)
-    checkpoint = run_stages(teacher, recipe, args.out, costs_in)
-    deliver(checkpoint, teacher, recipe, args.out)
-    return 0
+    if processes.is_main():
+        claim_folder(args.out, teacher, recipe, args.update)
+    return teacher, recipe
 
 
 def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Path) -> None:

@@ -62,7 +62,8 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
     embedding = None
     if "guidance" in inputs:
-        embedding = guidance_embedding(inputs["guidance"] - 1.0, model.config.time_cond_proj_dim)
+        config = getattr(model, "module", model).config  # under DDP the model is wrapped
+        embedding = guidance_embedding(inputs["guidance"] - 1.0, config.time_cond_proj_dim)
     out: torch.Tensor = model(
         inputs["sample"],
         inputs["timestep"],

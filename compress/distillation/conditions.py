@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from compress.checkpoint import Checkpoint
 from compress.losses import Tensors, forward
+from runtime.denoise import GUIDANCE
 from runtime.spec import DenoiserSpec
 
 
@@ -27,6 +29,13 @@ def drop_conditions(
     }
 
 
+def guidance_in(checkpoint: Checkpoint) -> float:
+    """The weight of the guidance in its answers: its plan's, or what an earlier stage has put into its weights."""
+    taught = [record.changed["guidance"] for record in checkpoint.history if "guidance" in record.changed]
+    own = checkpoint.spec.plan.guidance
+    return float(taught[-1]) if taught and own == 1.0 else own
+
+
 def guided(
     teacher: nn.Module,
     spec: DenoiserSpec,
@@ -38,8 +47,11 @@ def guided(
 ) -> torch.Tensor:
     """The teacher's answer under guidance `weight` [B], without gradients; the null half is told `null` [1, ...].
 
-    One call where every weight is 1.
+    One call where every weight is 1 or the weight is an input.
     """
+    if spec.conditioning.guidance_input:
+        told = told | {GUIDANCE: weight}
+        weight = torch.ones_like(weight)
     if bool((weight == 1.0).all()):
         with torch.no_grad():
             return forward(teacher, spec, x_t, t, told)

@@ -136,3 +136,5 @@ KINDS: dict[str, type[DistillConfig]] = {
     "consistency": ConsistencyConfig,
     "score": ScoreConfig,
 }
+# those whose students sample by the plan that they were taught alone
+FEW_STEP_KINDS = ("progressive", "trajectory", "consistency", "score")

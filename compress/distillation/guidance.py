@@ -42,6 +42,8 @@ def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Ch
         raise BadInput("distill: {kind: guidance}: weight 1 is no guidance; set weight to more")
     student = with_guidance_input(checkpoint) if config.weights else checkpoint
     plan = spec.plan if config.weights else replace(spec.plan, guidance=1.0)
+    if not config.weights:
+        ctx.notes["guidance"] = low
     student = student.evolve(spec=student.spec.with_plan(plan))
     teacher = ctx.teacher.model.eval()
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from compress.checkpoint import Checkpoint
 from compress.context import Context, Data
-from compress.distillation.conditions import guided
+from compress.distillation.conditions import guidance_in, guided
 from compress.distillation.config import ProgressiveConfig
 from compress.distillation.few_steps import (
     Places,
@@ -42,7 +42,7 @@ from runtime.spec import DenoiserSpec
 def progressive(checkpoint: Checkpoint, config: ProgressiveConfig, ctx: Context) -> Checkpoint:
     """Train the checkpoint's model until it samples in `config.sample_steps` steps; returns it with that plan."""
     data, schedule = data_for(ctx, config.samples), checkpoint.spec.schedule
-    weight = checkpoint.spec.plan.guidance
+    weight = ctx.notes["guidance"] = guidance_in(checkpoint)
     timesteps = few_timesteps(config.start_steps, schedule)
     student = checkpoint.evolve(spec=student_spec(checkpoint.spec, config.kind, "ddim", timesteps))
     teacher, spec = ctx.teacher.model.eval(), ctx.teacher.spec
@@ -55,7 +55,7 @@ def progressive(checkpoint: Checkpoint, config: ProgressiveConfig, ctx: Context)
         student = student.evolve(spec=student.spec.with_plan(student.spec.plan.over(timesteps)))
         loss = _halving(teacher, spec, data, fine, student.spec, weight, config.batch)
         student = student.evolve(model=trained(student, loss, config, ctx, f"{len(fine)} to {len(timesteps)} steps"))
-        teacher, spec, weight = student.model, student.spec, 1.0
+        teacher, spec, weight = student.model, student.spec, student.spec.plan.guidance
     return student
 
 
@@ -115,8 +115,9 @@ def in_v(teacher: nn.Module, spec: DenoiserSpec, data: Data, batch: int) -> Loss
         x_t, (alpha, sigma) = add_noise(spec, x0, noise, t), coefficients(spec, t)
         with torch.no_grad():
             eps = forward(teacher, spec, x_t, t, told)
-        # bounded, since at pure noise the least error of epsilon is a large one of the image
-        image = x0_of(spec, eps, x_t, alpha, sigma).clamp(*spec.data_range)
+        # bounded, since at pure noise the least error of epsilon is a large one of the image; latents by those at hand
+        bounds = spec.data_range if spec.is_pixel_space else (x0.min().item(), x0.max().item())
+        image = x0_of(spec, eps, x_t, alpha, sigma).clamp(*bounds)
         wanted = alpha * (x_t - alpha * image) / sigma.clamp_min(1e-4) - sigma * image
         return torch.mean((forward(student, own, x_t, t, told) - wanted) ** 2)
 

@@ -17,11 +17,12 @@ from torch import nn
 
 from compress.checkpoint import Checkpoint
 from compress.context import Context
-from compress.distillation.conditions import guided
+from compress.distillation.conditions import guidance_in, guided
 from compress.distillation.config import ScoreConfig
 from compress.distillation.few_steps import few_timesteps, places, student_spec, x0_of
 from compress.distillation.student import trained
 from compress.losses import Tensors, coefficients, forward
+from compress.processes import agreed
 from runtime.denoise import Conditions
 from runtime.errors import BadInput
 from runtime.sampler import start_spread
@@ -57,14 +58,15 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
     points = trajectory(spec.schedule, few_timesteps(config.sample_steps, spec.schedule))
     spec = student_spec(spec, config.kind, "consistency", tuple(point.t for point in points[:-1]))
     teacher, told_pool = ctx.teacher.model.eval(), ctx.conditions(POOL)
-    weight = config.guidance or checkpoint.spec.plan.guidance
+    weight = ctx.notes["guidance"] = config.guidance or guidance_in(checkpoint)
     first, last = (round(share * (len(spec.schedule) - 1)) for share in SHARES)
 
     def loss_of(pair: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
         device = next(pair.parameters()).device
         teacher.to(device)
         told, null = drawn(told_pool, config.batch, generator, device)
-        moves = int(torch.randint(0, config.score_steps + 1, (), generator=generator)) == 0
+        # one of the two in all processes, whose gradients are averaged
+        moves = agreed(int(torch.randint(0, config.score_steps + 1, (), generator=generator))) == 0
         with torch.set_grad_enabled(moves):
             x = generated(pair, spec, points, told, generator, config.batch, device)
         t = torch.randint(first, last + 1, (config.batch,), generator=generator).to(device)

@@ -19,6 +19,7 @@ from torch import nn
 
 from compress.checkpoint import Checkpoint
 from compress.context import Context
+from compress.distillation.conditions import guidance_in
 from compress.distillation.config import TrajectoryConfig
 from compress.distillation.few_steps import (
     few_timesteps,
@@ -41,7 +42,8 @@ def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -
     spec = checkpoint.spec
     timesteps = few_timesteps(config.sample_steps, spec.schedule)
     fine, kept = refined(ctx.teacher.spec.plan, timesteps, config.path_steps, spec.schedule)
-    fine = replace(fine, guidance=spec.plan.guidance)
+    fine = replace(fine, guidance=guidance_in(checkpoint))
+    ctx.notes["guidance"] = fine.guidance
     paths = TeacherPaths(ctx.teacher, fine, kept, config.paths, ctx.conditions(config.paths), SEED, ctx.work.parent)
     paths.make()
     spec = student_spec(spec, config.kind, "euler", timesteps)

@@ -41,7 +41,7 @@ def qat(
 
     Returns the checkpoint with the trained weights and their scales; of what it is given only `student` changes.
     """
-    device = Accelerator().device
+    device = Accelerator(mixed_precision="no").device
     teacher = checkpoint.clone_model().float().eval().to(device)
     calls = visited_states(teacher, checkpoint, config.trajectories, config.batch, ctx)
     before = _sqnr_db(student.to(device), teacher, calls)

@@ -69,6 +69,9 @@ def test_an_empty_recipe_only_exports(recipe):
     assert found.stages == () and found.export.targets == ("onnx",) and found.seed == 0
 
 
+TWO_STEPS = "[{distill: {kind: trajectory, sample_steps: 2}}, "
+
+
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_recipes_that_come_with_it_are_valid(path):
     assert read_recipe(path).stages
@@ -176,6 +179,8 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path):
         ("[prune, quantize, distill]", "stages[2]: distill cannot come after quantize", "calibrated scales"),
         ("[quantize, schedule]", "stages[1]: schedule cannot come after quantize", "trajectory"),
         ("[quantize, quantize]", "stages[1]: quantize cannot come after quantize", "once"),
+        (TWO_STEPS + "schedule]", "stages[1]: schedule cannot come after distill: {kind: trajectory}", "one plan"),
+        (TWO_STEPS + "prune]", "stages[1]: prune cannot come after distill: {kind: trajectory}", "one network"),
         ("[distill]", "stages[0]: distill", "must come after prune"),
         ("[distill, prune]", "stages[0]: distill", "must come after prune"),
     ],
@@ -189,6 +194,13 @@ def test_an_impossible_order_is_refused_with_the_reason(stages, where, why, refu
 )
 def test_a_possible_order_is_kept(stages, recipe):
     assert [stage.name for stage in recipe(f"stages: {stages}").stages] == stages.strip("[]").split(", ")
+
+
+def test_a_kind_of_distillation_takes_its_own_settings_alone(refused, recipe):
+    stages = recipe("stages: [{distill: {kind: trajectory, sample_steps: 3}}]").stages
+    assert (stages[0].config.kind, stages[0].config.sample_steps, stages[0].config.paths) == ("trajectory", 3, 4096)
+    refused("stages: [{distill: {kind: trajektory}}]", "stages[0].distill: kind", "did you mean 'trajectory'?")
+    refused("stages: [{distill: {kind: trajectory, task_weight: 1}}]", "unknown key 'stages[0].distill.task_weight'")
 
 
 # --- overrides -------------------------------------------------------------------------------------------------

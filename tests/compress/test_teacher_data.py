@@ -117,11 +117,6 @@ def test_a_model_that_is_told_nothing_gets_nothing(teacher, tmp_path):
     assert samples.shape == (8, 3, 8, 8) and samples.isfinite().all() and given == {}
 
 
-def test_a_guidance_input_is_told_the_weight_of_the_plan(teacher, tmp_path):
-    _, given = drawn(TeacherData(teacher("lcm"), 2, tmp_path, PROMPTS), size=3)
-    assert given["guidance"].tolist() == [8.5] * 3
-
-
 def test_noise_stands_in_for_words_where_there_is_no_text_encoder(tiny_folder, tmp_path, capsys):
     bare = load_checkpoint(tiny_folder("sd") / "unet")
     told = TeacherData(bare, 2, tmp_path, PROMPTS).conditions(2)

@@ -73,3 +73,16 @@ def test_other_points_are_other_files_and_a_broken_one_is_named(paths_in):
     with pytest.raises(BadInput, match=f"{file.name}: cannot be read .* delete it") as refusal:
         drawn(paths_in()), drawn(paths_in(kept=()))
     assert "\n" not in str(refusal.value)
+
+
+def test_several_processes_make_a_share_each_and_miss_nothing(paths_in, monkeypatch):
+    asked = []
+    walked = TeacherPaths._walked
+    monkeypatch.setattr(TeacherPaths, "_walked", lambda self, n, span: asked.append(span) or walked(self, n, span))
+    monkeypatch.setattr(compress.teacher_paths.processes, "count", lambda: 2)
+    monkeypatch.setattr(compress.teacher_paths.processes, "index", lambda: 1)
+    arrived = []
+    monkeypatch.setattr(compress.teacher_paths.processes, "wait", lambda: arrived.append(len(asked)))
+    paths_in(count=10).make()
+    assert asked[: arrived[0]] == [range(4, 8)]  # the second of three files, before the other process is met
+    assert set(asked[1:]) == {range(0, 4), range(8, 10)}  # that one made nothing here, so a batch would lack them

@@ -135,6 +135,24 @@ def test_corrections_serve_the_bundles_own_plan_and_others_are_warned(tiny: Path
     assert not with_solver(plan, "ipndm").corrections and with_solver(plan, plan.solver) == plan
 
 
+def test_a_distilled_network_keeps_its_solver_and_promises_nothing_for_other_steps(tiny, tmp_path, capsys) -> None:
+    spec = load_bundle(tiny).spec
+    plan = replace(spec.plan, solver="euler")
+    bundle = with_spec(tiny, replace(spec, plan=plan, distilled="trajectory"), tmp_path / "distilled")
+    for words in ((), ("--solver", "euler"), ("--steps", 8)):
+        run(bundle, "-n", 1, "--out", tmp_path / "own.png", *words)
+        assert not capsys.readouterr().err
+    for words in (("--steps", 3), ("--solver", "ddim"), ("--grid", "karras")):
+        run(bundle, "-n", 1, "--out", tmp_path / "other.png", *words)
+        assert capsys.readouterr().err == (
+            "warning: this network was distilled for its own plan, 8 steps of euler; the quality of others is not "
+            "promised\n"
+        )
+    with pytest.raises(DiffpressError, match="distilled \\(trajectory\\) for 8 steps of euler") as caught:
+        run(bundle, "--solver", "dpmpp_2m", "--out", tmp_path / "refused.png")
+    assert caught.value.exit_code == 2 and not (tmp_path / "refused.png").exists()
+
+
 @pytest.mark.parametrize("arguments", [["--steps", 5], ["--grid", "karras"], ["--steps", 7, "--solver", "plms"]])
 def test_a_bundle_for_one_plan_refuses_other_timesteps_with_one_line(tiny: Path, tmp_path: Path, arguments) -> None:
     spec = load_bundle(tiny).spec

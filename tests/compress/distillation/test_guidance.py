@@ -9,13 +9,15 @@ import pytest
 import torch
 
 from compress.adapters import adapter_for
-from compress.checkpoint import save_checkpoint
+from compress.checkpoint import Record, save_checkpoint
 from compress.context import Context
-from compress.distillation.conditions import guided
+from compress.distillation.conditions import guidance_in, guided
 from compress.distillation.config import GuidanceConfig
+from compress.distillation.few_steps import student_spec
 from compress.distillation.guidance import with_guidance_input
 from compress.distillation.stage import distill
 from compress.load import load_checkpoint
+from compress.losses import forward
 from compress.torch_network import TorchNetwork
 from runtime.denoise import class_conditions, evaluations_per_step, make_predictor
 from runtime.errors import BadInput
@@ -88,3 +90,33 @@ def test_a_weight_told_as_an_input_starts_as_the_teacher_reloads_and_needs_one_c
     forward = adapter_for(again.model).forward
     told = [forward(again.model, inputs | {"guidance": torch.full((2,), weight)}) for weight in (2.0, 8.0)]
     assert not torch.equal(*told)
+
+
+def test_a_kind_after_guidance_learns_from_a_teacher_that_is_guided_still(unet, context):
+    def taught(*changes: dict) -> float:
+        history = tuple(Record("distill", {}, 0, changed, "", "") for changed in changes)
+        return guidance_in(unet.evolve(history=history))
+
+    weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
+    assert (taught(), taught({"guidance": 4.0}, {}), guidance_in(weighted)) == (1.0, 4.0, 3.0)
+    ctx = context(unet)
+    distill(unet, config(weight=4.0), ctx)
+    assert ctx.notes == {"guidance": 4.0}
+
+
+def test_a_weight_that_is_an_input_is_told_by_the_plan_and_never_mixed(tiny_folder):
+    checkpoint = load_checkpoint(tiny_folder("lcm"))
+    spec, model = checkpoint.spec, checkpoint.model
+    generator = torch.Generator().manual_seed(0)
+    x, t = torch.randn(2, *spec.sample_shape, generator=generator), torch.tensor([500, 900])
+    told = {name: torch.randn(2, *e.shape, generator=generator) for name, e in spec.conditioning.inputs.items()}
+    with torch.no_grad():
+        by_plan, by_hand, other = (
+            forward(model, spec, x, t, told | extra)
+            for extra in ({}, {"guidance": torch.full((2,), spec.plan.guidance)}, {"guidance": torch.ones(2)})
+        )
+    assert torch.equal(by_plan, by_hand) and not torch.allclose(by_plan, other)
+    weight = torch.full((2,), spec.plan.guidance)
+    assert torch.equal(guided(model, spec, x, t, told, {}, weight), by_hand)
+    few = student_spec(spec, "trajectory", "euler", (900.0,))
+    assert few.plan.guidance == spec.plan.guidance != 1.0

@@ -1,0 +1,121 @@
+"""`accelerate launch` with two processes on the CPU: gradients are averaged, one writes, and what ends one ends all."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("accelerate")
+
+from safetensors.torch import load_file  # noqa: E402
+
+from compress.load import load_checkpoint  # noqa: E402
+from compress.training import step_generator, train  # noqa: E402
+from runtime.bundle import load_bundle  # noqa: E402
+from tests.together import SEED, Two, chosen, loss_on, run_in, together  # noqa: E402
+
+ROOT = Path(__file__).parents[1]
+LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m")
+
+RECIPE = ROOT / "examples" / "distill_sd.yaml"
+SMALL = (
+    *("teacher_samples=4", "quantize.samples=1"),
+    *("stages.0.distill.steps=2", "stages.0.distill.batch=2", "stages.1.distill.steps=2", "stages.1.distill.batch=2"),
+    *("stages.1.distill.paths=4", "stages.1.distill.path_steps=4"),
+)
+
+
+def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
+    """Run a module in two processes."""
+    offline = {"HF_HUB_OFFLINE": "1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *LAUNCH, *map(str, words)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=900)
+
+
+def trained(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Both processes' weights after a training in `folder`."""
+    done = launched("tests.together", "try", "train", folder)
+    assert done.returncode == 0, done.stderr
+    return [load_file(folder / f"process-{i}.safetensors") for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
+    return trained(tmp_path_factory.mktemp("undisturbed"))
+
+
+def test_gradients_are_averaged_over_processes(undisturbed, tmp_path):
+    one, other = undisturbed
+    steps = itertools.count()
+
+    def both_batches(model, generator, share):
+        step = next(steps)
+        first, second = (step_generator(SEED, 2 * step + i) for i in range(2))
+        which = chosen(first)
+        chosen(second)
+        return 0.5 * (loss_on(model, which, first) + loss_on(model, which, second))
+
+    expected = train(Two(), both_batches, run_in(tmp_path / "both")).state_dict()
+    alone = train(Two(), together, run_in(tmp_path / "alone")).state_dict()
+    for name in expected:
+        assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one[name], expected[name], atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(one["a.weight"], alone["a.weight"], atol=1e-3)
+
+
+def test_a_killed_training_ends_as_an_undisturbed_one(undisturbed, tmp_path):
+    killed = launched("tests.together", "try", "train", tmp_path, "8")
+    assert killed.returncode != 0 and [path.name for path in tmp_path.iterdir()] == ["work"]
+    for found, expected in zip(trained(tmp_path), undisturbed, strict=True):
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (("refuse", "0"), "bad input of process 0"),
+        (("refuse", "1"), "bad input of process 1"),
+        (("diverge", "."), "distill test: the loss is nan at step 7 of 12"),
+    ],
+)
+def test_what_goes_wrong_in_one_process_ends_both_with_one_line_and_code_2(words, line, tmp_path):
+    what, where = words
+    done = launched("tests.together", "try", what, tmp_path if where == "." else where)
+    ours = [entry for entry in done.stderr.splitlines() if entry.startswith("diffpress: ")]
+    assert len(ours) == 1 and line in ours[0], done.stderr
+    # the launcher's own account: it ends with a traceback of its own, and names the code of the first that failed
+    assert done.stderr.count("Traceback") == 1 and "ChildFailedError" in done.stderr
+    assert re.search(r"exitcode\s*: 2\b", done.stderr)
+    assert done.stdout.splitlines() == ["  here"]
+
+
+def test_the_stages_of_a_recipe_are_walked_by_both_and_written_by_one(tiny_folder, tmp_path):
+    done = launched("tests.together", "try", "stages", tiny_folder("sd"), RECIPE, tmp_path, *SMALL)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if line[0] == "["] == ["[1/3] distill", "[2/3] distill", "[3/3] quantize"]
+    assert sum(line.startswith("  distill trajectory: 2/2") for line in lines) == 1
+    stages = sorted((tmp_path / "stages").iterdir())
+    kept = [re.sub("[0-9a-f]{12,16}", "", path.name) for path in stages]
+    assert kept == ["00-distill-", "01-distill-", "02-quantize-", *["paths-.npy"] * 2]  # and nothing is left over
+    student = load_checkpoint(stages[2])
+    assert student.quantization is not None
+    assert [record.changed.get("processes") for record in student.history] == [2, 2, None]
+    assert [record.changed.get("guidance") for record in student.history] == [7.5, 7.5, None]
+
+
+@pytest.mark.slow
+def test_a_stable_diffusion_is_distilled_by_two_processes_into_one_bundle(tiny_folder, tmp_path):
+    words = ["--recipe", RECIPE, *(word for setting in SMALL for word in ("--set", setting)), "--out", tmp_path / "out"]
+    done = launched("diffpress", "compress", tiny_folder("sd"), *words)
+    assert done.returncode == 0, done.stderr
+    plan = load_bundle(tmp_path / "out" / "bundle").spec.plan
+    assert (plan.solver, plan.steps, plan.guidance) == ("euler", 4, 1.0)
+    assert [line for line in done.stdout.splitlines() if line.startswith("[export]")] == ["[export]"]

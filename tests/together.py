@@ -1,0 +1,98 @@
+"""What every process of tests/test_accelerate.py runs, as a verb of diffpress: a tiny training, or an end that fails.
+
+    accelerate launch ... -m tests.together try train FOLDER [STEP]     killed at STEP, if one is given
+    accelerate launch ... -m tests.together try stages CHECKPOINT RECIPE OUT [key=value ...]     a recipe, no export
+    accelerate launch ... -m tests.together try refuse PROCESS          that process alone finds bad input
+    accelerate launch ... -m tests.together try diverge FOLDER          the loss of process 1 is no number
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import diffpress
+from compress import processes
+from compress.context import say
+from compress.load import load_checkpoint
+from compress.pipeline import run_stages
+from compress.recipe import read_recipe
+from compress.training import Training, train
+from runtime.errors import BadInput
+
+STEPS, SEED = 12, 3
+
+
+class Two(nn.Module):
+    """Two layers of which a step trains one, as `score` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, which: str, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = getattr(self, which)(x)
+        return out
+
+
+def run_in(folder: Path) -> Training:
+    return Training(STEPS, 0.05, 2, 0.8, SEED, 3, folder / "work", "distill test", partial=True)
+
+
+def chosen(generator: torch.Generator) -> int:
+    return int(torch.randint(0, 2, (), generator=generator))
+
+
+def loss_on(model: nn.Module, which: int, generator: torch.Generator) -> torch.Tensor:
+    x = torch.randn(16, 4, generator=generator)
+    return torch.mean((model("ab"[which], x) - x.flip(1)) ** 2)
+
+
+def together(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+    return loss_on(model, processes.agreed(chosen(generator)), generator)
+
+
+def add_try_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("words", nargs="+")
+
+
+def try_command(args: argparse.Namespace) -> int:
+    what, where, *rest = args.words
+    with processes.together():
+        say("here")
+        if what == "refuse":
+            with processes.main_first():
+                if processes.index() == int(where):
+                    raise BadInput(f"bad input of process {where}")
+            processes.wait()
+        elif what == "stages":
+            recipe, out, *settings = rest
+            run_stages(load_checkpoint(where), read_recipe(Path(recipe), tuple(settings)), Path(out))
+        else:
+            _train(what, Path(where), int(rest[0]) if rest else STEPS)
+    return 0
+
+
+def _train(what: str, folder: Path, last: int) -> None:
+    def loss_of(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+        if round(share * STEPS) == last and processes.index() == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        bad = what == "diverge" and share > 0.5 and processes.index() == 1
+        return together(model, generator, share) * (float("nan") if bad else 1.0)
+
+    found = train(Two(), loss_of, run_in(folder))
+    save_file(found.state_dict(), folder / f"process-{processes.index()}.safetensors")
+
+
+if __name__ == "__main__":
+    diffpress.VERBS["try"] = ("tests.together", "what a test asks for")
+    sys.exit(diffpress.main())
