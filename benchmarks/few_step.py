@@ -75,12 +75,12 @@ def solvers(args: argparse.Namespace) -> list[Row]:
     from compress.load import load_checkpoint
     from export.bundle import write_bundle
     from runtime.bundle import load_bundle
-    from runtime.engines import available, load_engine
+    from runtime.engines import load_engine, preferred
     from runtime.files import write_json
     from runtime.solvers import network_calls
 
     teacher = load_checkpoint(str(TEACHER))
-    folder, name = args.work / "teacher", available()[-1]
+    folder, name = args.work / "teacher", preferred()
     bundle = load_bundle(folder) if (folder / "manifest.json").is_file() else write_bundle(teacher, folder)
     features = load_features(FEATURES, bundle.spec)
     reference = load_reference(REFERENCE, features, bundle.spec)
