@@ -112,7 +112,7 @@ def test_bf16_needs_an_engine_that_runs_it(monkeypatch):
 # --- a pipeline ------------------------------------------------------------------------------------------------
 
 
-@both
+@pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 @needs_openvino
 def test_a_pipelines_text_encoder_is_halved_and_its_decoder_is_not(precision, tiny_folder, tmp_path):
     bundle = write_bundle(load_checkpoint(str(tiny_folder("sd"))), tmp_path / "b", threads=1, precision=precision)
