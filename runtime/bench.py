@@ -123,8 +123,8 @@ def bundle_subject(
     """The subject of a bundle in an open engine, sampled with `plan` (the bundle's own by default).
 
     `batches` are the batch sizes to probe in fresh processes, `options` those that the engine has. `precision` is int8
-    where the engine runs most products on integers, else the float type that it computes in: it says what is executed,
-    not what the file promises, unless the engine does not tell.
+    where the engine runs most products on integers, else the float type of the graph, or of `options` for a float32
+    one; where the engine does not tell, what the file promises.
     """
     spec = bundle.spec_for(engine.name)
     spec = spec if plan is None else spec.with_plan(plan)
@@ -134,7 +134,7 @@ def bundle_subject(
     return Subject(
         name=name or str(bundle.manifest.get("name") or bundle.path.name),
         engine=engine.name,
-        precision="int8" if (share or 0.0) > 0.5 else FLOAT if options.precision == "f32" else options.precision,
+        precision=_executed(bundle, engine.name, share, options),
         steps=spec.plan.steps,
         nfe=network_evaluations(spec),
         size_mib=sum(entry["bytes"] for entry in bundle.manifest["files"].values()) / 2**20,
