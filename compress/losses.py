@@ -9,21 +9,29 @@ flow         eps - x_0                  x_t + alpha out
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import nn
 
 from compress.adapters import adapter_for, timestep_dtype
 from runtime.denoise import GUIDANCE, SAMPLE, TIMESTEP
-from runtime.spec import DenoiserSpec
+from runtime.spec import DenoiserSpec, NoiseSchedule
 
 Tensors = dict[str, torch.Tensor]
 
 
 def coefficients(spec: DenoiserSpec, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """alpha and sigma at integer timesteps `t` [B], shaped [B, 1, 1, 1]."""
-    alphas = torch.tensor(spec.schedule.alphas, dtype=torch.float32, device=t.device)[t]
-    sigmas = torch.tensor(spec.schedule.sigmas, dtype=torch.float32, device=t.device)[t]
-    return alphas.view(-1, 1, 1, 1), sigmas.view(-1, 1, 1, 1)
+    alphas, sigmas = _tables(spec.schedule, t.device)
+    return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
+
+
+@lru_cache(maxsize=8)
+def _tables(schedule: NoiseSchedule, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """float32 [T] each; moved to the device once, which a step that is captured cannot do."""
+    alphas, sigmas = (torch.tensor(table, dtype=torch.float32) for table in (schedule.alphas, schedule.sigmas))
+    return alphas.to(device), sigmas.to(device)
 
 
 def add_noise(spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

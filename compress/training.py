@@ -1,10 +1,13 @@
 """The one training loop that every training stage shares.
 
-    for step in steps:   loss = loss_of(student, draws of this step, step / steps)   ->  AdamW  ->  EMA
+    for step in steps:   loss(student, *draw(generator of this step, step / steps))   ->  AdamW  ->  EMA
 
 `accelerate` places the model and averages gradients over processes, so `accelerate launch` runs it unchanged. Batch k,
 step * processes + process, is drawn from a generator seeded by (seed, k): a run that was killed goes on from its last
 save and ends bit for bit as an undisturbed one of as many processes. The EMA weights are the result.
+
+What a step draws is drawn on the processor and moved by the loop; what it computes is computed on the device alone,
+without asking it for a number on the way. So loss and gradients may be replayed as one CUDA graph (replay.py).
 """
 
 from __future__ import annotations
@@ -16,21 +19,33 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device
 from diffusers.training_utils import EMAModel
 from torch import nn
 
 from compress.progress import progress
+from compress.replay import Replayed, refuse_replay
 from compress.saved_state import read_state, write_state
 from runtime.errors import DiffpressError, MissingExtra
 
-# (the model, what the step draws from, the share of the training that is behind)
-LossOf = Callable[[nn.Module, torch.Generator, float], torch.Tensor]
 GRADIENT_CLIP = 1.0
 STATE = "training.safetensors"
+
+
+class Objective(NamedTuple):
+    """What a training minimises.
+
+    `draw(generator, share of the training that is behind)` gives everything of a step that is random or read from
+    memory: tensors, and lists and dicts of them, which the loop moves to the device, and plain values as they are.
+    `loss(model, *drawn)` is a scalar, computed on the device of what it is given.
+    """
+
+    draw: Callable[[torch.Generator, float], tuple[Any, ...]]
+    loss: Callable[..., torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -39,6 +54,7 @@ class Training:
 
     `precision` bf16 computes losses under autocast; `partial` allows steps that leave parameters out. Into `logs` go
     the loss, where `tensorboard` is asked for, and what `preview(model with the EMA weights, file)` draws.
+    `cuda_graphs` replays steps on a GPU.
     """
 
     steps: int
@@ -50,6 +66,7 @@ class Training:
     work: Path
     what: str
     precision: str = "fp32"
+    cuda_graphs: bool = False
     partial: bool = False
     logs: Path | None = None
     tensorboard: bool = False
@@ -61,9 +78,14 @@ class TrainingDiverged(DiffpressError):
     """The loss is not a number any more; the last good state is kept."""
 
 
-def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
-    """Train `student` in place and load the EMA weights into it at the end; resumes from `run.work`."""
+def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
+    """Train `student` in place and load the EMA weights into it at the end; resumes from `run.work`.
+
+    Raises BadInput where `run.cuda_graphs` cannot be had, and TrainingDiverged where the loss is no number.
+    """
     accelerator = _accelerator(run)
+    if run.cuda_graphs:
+        refuse_replay(student, run.what)
     optimizer = torch.optim.AdamW(student.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     # foreach: one kernel for many tensors, where small networks spend their time launching
     ema = EMAModel(student.parameters(), decay=run.ema, min_decay=0.0, use_ema_warmup=True, power=3 / 4, foreach=True)
@@ -72,22 +94,30 @@ def train(student: nn.Module, loss_of: LossOf, run: Training) -> nn.Module:
         warnings.simplefilter("ignore", FutureWarning)  # torch has renamed what accelerate calls broadcast_buffers
         model, optimizer = accelerator.prepare(student.train(), optimizer)
     ema.to(accelerator.device)
+    device = accelerator.device
+
+    def gradients_of(*drawn: Any) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            loss = objective.loss(model, *drawn)
+        accelerator.backward(loss)
+        return loss.detach()
+
+    step_of = Replayed(gradients_of, model) if run.cuda_graphs and device.type == "cuda" else gradients_of
     with progress(run.what, run.steps, start) as advance:
         for step in range(start, run.steps):
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate * learning_rate_factor(step, run.steps, run.warmup)
             batch = step * accelerator.num_processes + accelerator.process_index
             torch.manual_seed(batch)  # dropout too repeats when a run is resumed
-            with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-                loss = loss_of(model, step_generator(run.seed, batch), step / run.steps)
-            value = accelerator.reduce(loss.detach(), reduction="mean").item()  # a NaN in one process is one in all
+            drawn = objective.draw(step_generator(run.seed, batch), step / run.steps)
+            optimizer.zero_grad()
+            loss = step_of(*send_to_device(drawn, device))
+            value = accelerator.reduce(loss, reduction="mean").item()  # a NaN in one process is one in all
             if not math.isfinite(value):
                 raise TrainingDiverged(
                     f"{run.what}: the loss is {value} at step {step} of {run.steps}; lower learning_rate "
                     f"(now {run.learning_rate:g}). The last good state is kept in {run.work}"
                 )
-            optimizer.zero_grad()
-            accelerator.backward(loss)
             accelerator.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
             optimizer.step()
             ema.step(model.parameters())

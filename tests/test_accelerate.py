@@ -19,7 +19,7 @@ from safetensors.torch import load_file  # noqa: E402
 from compress.load import load_checkpoint  # noqa: E402
 from compress.training import step_generator, train  # noqa: E402
 from runtime.bundle import load_bundle  # noqa: E402
-from tests.together import SEED, Two, chosen, loss_on, run_in, together  # noqa: E402
+from tests.together import SEED, Two, chosen, drawing_late, loss_on, run_in, together  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m")
@@ -62,8 +62,8 @@ def test_gradients_are_averaged_over_processes(undisturbed, tmp_path):
         chosen(second)
         return 0.5 * (loss_on(model, which, first) + loss_on(model, which, second))
 
-    expected = train(Two(), both_batches, run_in(tmp_path / "both")).state_dict()
-    alone = train(Two(), together, run_in(tmp_path / "alone")).state_dict()
+    expected = train(Two(), drawing_late(both_batches), run_in(tmp_path / "both")).state_dict()
+    alone = train(Two(), drawing_late(together), run_in(tmp_path / "alone")).state_dict()
     for name in expected:
         assert torch.equal(one[name], other[name])
         torch.testing.assert_close(one[name], expected[name], atol=1e-6, rtol=1e-5)

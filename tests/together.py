@@ -12,6 +12,7 @@ import argparse
 import os
 import signal
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from compress.context import say
 from compress.load import load_checkpoint
 from compress.pipeline import run_stages
 from compress.recipe import read_recipe
-from compress.training import Training, train
+from compress.training import Objective, Training, train
 from runtime.errors import BadInput
 
 STEPS, SEED = 12, 3
@@ -61,6 +62,11 @@ def together(model: nn.Module, generator: torch.Generator, share: float) -> torc
     return loss_on(model, processes.agreed(chosen(generator)), generator)
 
 
+def drawing_late(loss_of: Callable[[nn.Module, torch.Generator, float], torch.Tensor]) -> Objective:
+    """An objective whose loss draws for itself, which on one device it may."""
+    return Objective(lambda generator, share: (generator, share), loss_of)
+
+
 def add_try_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+")
 
@@ -89,7 +95,7 @@ def _train(what: str, folder: Path, last: int) -> None:
         bad = what == "diverge" and share > 0.5 and processes.index() == 1
         return together(model, generator, share) * (float("nan") if bad else 1.0)
 
-    found = train(Two(), loss_of, run_in(folder))
+    found = train(Two(), drawing_late(loss_of), run_in(folder))
     save_file(found.state_dict(), folder / f"process-{processes.index()}.safetensors")
 
 

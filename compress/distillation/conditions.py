@@ -43,22 +43,21 @@ def guided(
     t: torch.Tensor,
     told: Tensors,
     null: Tensors,
-    weight: torch.Tensor,
+    weight: torch.Tensor | float,
 ) -> torch.Tensor:
-    """The teacher's answer under guidance `weight` [B], without gradients; the null half is told `null` [1, ...].
+    """The teacher's answer under guidance `weight`, one or [B], without gradients; the null half is told `null`
+    [1, ...].
 
-    One call where every weight is 1 or the weight is an input.
+    One call where the one weight is 1 or the weight is an input.
     """
     if spec.conditioning.guidance_input:
-        told = told | {GUIDANCE: weight}
-        weight = torch.ones_like(weight)
-    if bool((weight == 1.0).all()):
+        weights = torch.full((len(x_t),), weight, device=x_t.device) if isinstance(weight, float) else weight
+        told, weight = told | {GUIDANCE: weights}, 1.0
+    if isinstance(weight, float) and weight == 1.0:
         with torch.no_grad():
             return forward(teacher, spec, x_t, t, told)
-    nothing = {
-        name: null[name].to(value.device).expand_as(value) if name in null else value for name, value in told.items()
-    }
+    nothing = {name: null[name].expand_as(value) if name in null else value for name, value in told.items()}
     both = {name: torch.cat([value, nothing[name]]) for name, value in told.items()}
     with torch.no_grad():
         given, free = forward(teacher, spec, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-    return free + weight.view(-1, 1, 1, 1) * (given - free)
+    return free + (weight if isinstance(weight, float) else weight.view(-1, 1, 1, 1)) * (given - free)

@@ -12,9 +12,10 @@ from compress.config import Config
 class DistillConfig(Config):
     """What every kind takes: how the one training loop runs (compress/training.py).
 
-    `precision` bf16 computes under autocast, the weights stay float32. `preview_every` steps (0: never) a grid of
-    samples is drawn into the run's `logs/`, where `tensorboard` writes the loss too. Where the recipe has no data, the
-    kinds that learn from images take `samples` of the teacher's, made once.
+    `precision` bf16 computes under autocast, the weights stay float32. `cuda_graphs` replays steps on a GPU: several
+    times faster for small networks, for one process and networks without dropout. `preview_every` steps (0: never) a
+    grid of samples is drawn into the run's `logs/`, where `tensorboard` writes the loss too. Where the recipe has no
+    data, the kinds that learn from images take `samples` of the teacher's, made once.
     """
 
     kind: str
@@ -25,6 +26,7 @@ class DistillConfig(Config):
     ema: float = Field(0.99, ge=0.0, lt=1.0)
     save_every: int = Field(100, ge=1)
     precision: Literal["fp32", "bf16"] = "fp32"
+    cuda_graphs: bool = False
     preview_every: int = Field(0, ge=0)
     tensorboard: bool = False
     samples: int = Field(2048, ge=1)

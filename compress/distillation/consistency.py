@@ -28,6 +28,7 @@ from compress.distillation.few_steps import few_timesteps, log_ratios, student_s
 from compress.distillation.student import trained
 from compress.losses import Tensors, add_noise, coefficients, forward
 from compress.teacher_data import data_for
+from compress.training import Objective
 from runtime.spec import DenoiserSpec, NoiseSchedule
 
 GAP, HUBER = 8.0, 0.00054
@@ -39,24 +40,39 @@ def consistency(checkpoint: Checkpoint, config: ConsistencyConfig, ctx: Context)
     timesteps = few_timesteps(config.sample_steps, schedule)
     spec = student_spec(checkpoint.spec, config.kind, "consistency", timesteps)
 
-    def loss_of(student: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+    drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in checkpoint.model.modules())
+
+    def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors | int | None, ...]:
         x0, told = data.batch(config.batch, generator)
         t, s = pairs(schedule, config, share, generator)
         noise = torch.randn(x0.shape, generator=generator)
-        dropout = int(torch.randint(0, 2**31, (), generator=generator))
-        device = next(student.parameters()).device
-        x0, noise, t, s = x0.to(device), noise.to(device), t.to(device), s.to(device)
-        told = {name: value.to(device) for name, value in told.items()}
-        torch.manual_seed(dropout)
+        return x0, noise, t, s, told, int(torch.randint(0, 2**31, (), generator=generator)) if drops else None
+
+    def loss(
+        student: nn.Module,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        s: torch.Tensor,
+        told: Tensors,
+        dropout: int | None,
+    ) -> torch.Tensor:
+        _reseed(dropout)
         found = image_at(student, spec, x0, noise, t, told)
-        torch.manual_seed(dropout)
+        _reseed(dropout)
         with torch.no_grad():
             near = image_at(student, spec, x0, noise, s.clamp_min(0), told)
         clean = (s < 0).view(-1, 1, 1, 1)
         gap = levels(spec, t) - torch.where(clean, 0.0, levels(spec, s.clamp_min(0)))
         return torch.mean(pseudo_huber(found - torch.where(clean, x0, near)) / gap.flatten())
 
-    return checkpoint.evolve(model=trained(checkpoint.evolve(spec=spec), loss_of, config, ctx), spec=spec)
+    student = trained(checkpoint.evolve(spec=spec), Objective(draw, loss), config, ctx)
+    return checkpoint.evolve(model=student, spec=spec)
+
+
+def _reseed(dropout: int | None) -> None:
+    if dropout is not None:
+        torch.manual_seed(dropout)
 
 
 def pairs(

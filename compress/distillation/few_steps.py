@@ -9,8 +9,8 @@ straight to the image.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -72,10 +72,21 @@ class Places(NamedTuple):
     sigma: torch.Tensor
 
 
-def places(points: Sequence[Point], index: torch.Tensor) -> Places:
+def places(points: tuple[Point, ...], index: torch.Tensor) -> Places:
     """The points of those numbers, int64 [B], on their device."""
-    t, alpha, sigma = torch.tensor(points, dtype=torch.float32, device=index.device)[index].unbind(1)
+    t, alpha, sigma = _table(points, index.device)[index].unbind(1)
     return Places(t.round().long(), alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1))
+
+
+def place(points: tuple[Point, ...], number: int, x: torch.Tensor) -> Places:
+    """One of the points for all of a batch, on the device of `x` [B, ...]."""
+    return places(points, torch.full((len(x),), number, device=x.device))
+
+
+@lru_cache(maxsize=32)
+def _table(points: tuple[Point, ...], device: torch.device) -> torch.Tensor:
+    """float32 [P, 3]; moved to the device once, which a step that is captured cannot do."""
+    return torch.tensor(points, dtype=torch.float32).to(device)
 
 
 def x0_of(

@@ -20,8 +20,9 @@ from compress.context import Context
 from compress.distillation.conditions import guided
 from compress.distillation.config import GuidanceConfig
 from compress.distillation.student import trained
-from compress.losses import add_noise, forward
+from compress.losses import Tensors, add_noise, forward
 from compress.teacher_data import data_for
+from compress.training import Objective
 from compress.widths import widths_of
 from runtime.denoise import GUIDANCE
 from runtime.errors import BadInput
@@ -47,21 +48,29 @@ def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Ch
     student = student.evolve(spec=student.spec.with_plan(plan))
     teacher = ctx.teacher.model.eval()
 
-    def loss_of(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+    def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
         x0, told = data.batch(config.batch, generator)
         t = torch.randint(0, len(spec.schedule), (config.batch,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         weight = low + (high - low) * torch.rand((config.batch,), generator=generator)
-        device = next(model.parameters()).device
-        teacher.to(device)
-        x0, noise, t, weight = x0.to(device), noise.to(device), t.to(device), weight.to(device)
-        told = {name: value.to(device) for name, value in told.items()}
+        return x0, noise, t, weight, told, data.null
+
+    def loss(
+        model: nn.Module,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        weight: torch.Tensor,
+        told: Tensors,
+        null: Tensors,
+    ) -> torch.Tensor:
+        teacher.to(x0.device)
         x_t = add_noise(spec, x0, noise, t)
-        wanted = guided(teacher, spec, x_t, t, told, data.null, weight)
+        wanted = guided(teacher, spec, x_t, t, told, null, weight)
         told |= {GUIDANCE: weight} if config.weights else {}
         return torch.mean((forward(model, student.spec, x_t, t, told) - wanted) ** 2)
 
-    return student.evolve(model=trained(student, loss_of, config, ctx))
+    return student.evolve(model=trained(student, Objective(draw, loss), config, ctx))
 
 
 def with_guidance_input(checkpoint: Checkpoint) -> Checkpoint:

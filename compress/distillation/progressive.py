@@ -34,7 +34,7 @@ from compress.distillation.few_steps import (
 from compress.distillation.student import trained
 from compress.losses import Tensors, add_noise, coefficients, forward
 from compress.teacher_data import data_for
-from compress.training import LossOf
+from compress.training import Objective
 from runtime.schedule import trajectory
 from runtime.spec import DenoiserSpec
 
@@ -67,58 +67,60 @@ def _halving(
     own: DenoiserSpec,
     weight: float,
     batch: int,
-) -> LossOf:
+) -> Objective:
     """`spec` and `fine` are the teacher's, `own` is the student's, which takes two of the fine steps at once."""
     points = trajectory(spec.schedule, fine)
 
-    def loss_of(student: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+    def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
         x0, told = data.batch(batch, generator)
         index = 2 * torch.randint(0, len(fine) // 2, (batch,), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        device = next(student.parameters()).device
-        teacher.to(device)
-        x0, noise, index = x0.to(device), noise.to(device), index.to(device)
-        told = {name: value.to(device) for name, value in told.items()}
+        return x0, torch.randn(x0.shape, generator=generator), index, told, data.null
+
+    def loss(
+        student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, index: torch.Tensor, told: Tensors, null: Tensors
+    ) -> torch.Tensor:
+        teacher.to(x0.device)
         here, middle, there = (places(points, index + i) for i in range(3))
         x = here.alpha * x0 + here.sigma * noise
         with torch.no_grad():
             moved = x
             for a, b in ((here, middle), (middle, there)):
-                moved = transfer(moved, _guided_x0(teacher, spec, moved, a, told, data.null, weight), a, b)
+                moved = transfer(moved, _guided_x0(teacher, spec, moved, a, told, null, weight), a, b)
         out = forward(student, own, x, here.t, told)
         found = x0_of(own, out, x, here.alpha, here.sigma)
         snr = (here.alpha / here.sigma) ** 2
         return torch.mean(snr.clamp_min(1.0) * (found - implied_x0(x, moved, here, there)) ** 2)
 
-    return loss_of
+    return Objective(draw, loss)
 
 
 def _guided_x0(
     teacher: nn.Module, spec: DenoiserSpec, x: torch.Tensor, here: Places, told: Tensors, null: Tensors, weight: float
 ) -> torch.Tensor:
-    out = guided(teacher, spec, x, here.t, told, null, torch.full((len(x),), weight, device=x.device))
+    out = guided(teacher, spec, x, here.t, told, null, weight)
     return clipped(spec, x0_of(spec, out, x, here.alpha, here.sigma))
 
 
-def in_v(teacher: nn.Module, spec: DenoiserSpec, data: Data, batch: int) -> LossOf:
+def in_v(teacher: nn.Module, spec: DenoiserSpec, data: Data, batch: int) -> Objective:
     """A student that predicts v learns the v of a teacher that predicts epsilon, at all timesteps."""
     own = replace(spec, prediction="v")
 
-    def loss_of(student: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+    def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
         x0, told = data.batch(batch, generator)
         t = torch.randint(0, len(spec.schedule), (batch,), generator=generator)
-        noise = torch.randn(x0.shape, generator=generator)
-        device = next(student.parameters()).device
-        teacher.to(device)
-        x0, noise, t = x0.to(device), noise.to(device), t.to(device)
-        told = {name: value.to(device) for name, value in told.items()}
+        return x0, torch.randn(x0.shape, generator=generator), t, told
+
+    def loss(
+        student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, told: Tensors
+    ) -> torch.Tensor:
+        teacher.to(x0.device)
         x_t, (alpha, sigma) = add_noise(spec, x0, noise, t), coefficients(spec, t)
         with torch.no_grad():
             eps = forward(teacher, spec, x_t, t, told)
         # bounded, since at pure noise the least error of epsilon is a large one of the image; latents by those at hand
-        bounds = spec.data_range if spec.is_pixel_space else (x0.min().item(), x0.max().item())
-        image = x0_of(spec, eps, x_t, alpha, sigma).clamp(*bounds)
+        image = x0_of(spec, eps, x_t, alpha, sigma)
+        image = image.clamp(*spec.data_range) if spec.is_pixel_space else image.clamp(x0.min(), x0.max())
         wanted = alpha * (x_t - alpha * image) / sigma.clamp_min(1e-4) - sigma * image
         return torch.mean((forward(student, own, x_t, t, told) - wanted) ** 2)
 
-    return loss_of
+    return Objective(draw, loss)

@@ -20,8 +20,9 @@ from compress.distillation.conditions import drop_conditions
 from compress.distillation.config import RecoverConfig
 from compress.distillation.features import captured, feature_distance
 from compress.distillation.student import trained
-from compress.losses import add_noise, forward, target_of
+from compress.losses import Tensors, add_noise, forward, target_of
 from compress.teacher_data import data_for
+from compress.training import Objective
 
 
 def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Checkpoint:
@@ -33,25 +34,26 @@ def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Chec
     timesteps = torch.tensor(list(visited)).round().long()
     blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
 
-    def loss_of(student: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+    def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
         x0, conditions = data.batch(config.batch, generator)
         conditions = drop_conditions(conditions, data.null, generator)
         t = timesteps[torch.randint(0, len(timesteps), (config.batch,), generator=generator)]
-        noise = torch.randn(x0.shape, generator=generator)
-        device = next(student.parameters()).device
-        teacher.to(device)
-        x0, noise, t = x0.to(device), noise.to(device), t.to(device)
-        conditions = {name: value.to(device) for name, value in conditions.items()}
+        return x0, torch.randn(x0.shape, generator=generator), t, conditions
+
+    def loss(
+        student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, conditions: Tensors
+    ) -> torch.Tensor:
+        teacher.to(x0.device)
         x_t = add_noise(spec, x0, noise, t)
         with torch.no_grad(), captured(teacher, blocks) as wanted:
             answer = forward(teacher, spec, x_t, t, conditions)
         with captured(student, blocks) as found:
             out = forward(student, spec, x_t, t, conditions)
-        loss = config.output_weight * torch.mean((out - answer) ** 2)
+        total = config.output_weight * torch.mean((out - answer) ** 2)
         if blocks:
-            loss = loss + config.feature_weight * feature_distance(found, wanted)
+            total = total + config.feature_weight * feature_distance(found, wanted)
         if config.task_weight:
-            loss = loss + config.task_weight * torch.mean((out - target_of(spec, x0, noise, t)) ** 2)
-        return loss
+            total = total + config.task_weight * torch.mean((out - target_of(spec, x0, noise, t)) ** 2)
+        return total
 
-    return checkpoint.evolve(model=trained(checkpoint, loss_of, config, ctx))
+    return checkpoint.evolve(model=trained(checkpoint, Objective(draw, loss), config, ctx))

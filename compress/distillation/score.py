@@ -12,6 +12,8 @@ No images and no pairs are needed. The teacher may be guided; the generator then
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -19,10 +21,11 @@ from compress.checkpoint import Checkpoint
 from compress.context import Context
 from compress.distillation.conditions import guidance_in, guided
 from compress.distillation.config import ScoreConfig
-from compress.distillation.few_steps import few_timesteps, places, student_spec, x0_of
+from compress.distillation.few_steps import few_timesteps, place, student_spec, x0_of
 from compress.distillation.student import trained
 from compress.losses import Tensors, coefficients, forward
 from compress.processes import agreed
+from compress.training import Objective
 from runtime.denoise import Conditions
 from runtime.errors import BadInput
 from runtime.sampler import start_spread
@@ -61,22 +64,29 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
     weight = ctx.notes["guidance"] = config.guidance or guidance_in(checkpoint)
     first, last = (round(share * (len(spec.schedule) - 1)) for share in SHARES)
 
-    def loss_of(pair: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
-        device = next(pair.parameters()).device
-        teacher.to(device)
-        told, null = drawn(told_pool, config.batch, generator, device)
+    def draw(generator: torch.Generator, share: float) -> tuple[Any, ...]:
+        told, null = drawn(told_pool, config.batch, generator)
         # one of the two in all processes, whose gradients are averaged
         moves = agreed(int(torch.randint(0, config.score_steps + 1, (), generator=generator))) == 0
+        chosen = int(torch.randint(0, len(points) - 1, (), generator=generator))
+        t = torch.randint(first, last + 1, (config.batch,), generator=generator)
+        # what the generator starts from, what is added before each further step, and what hides its image
+        noise = [torch.randn((config.batch, *spec.sample_shape), generator=generator) for _ in range(chosen + 2)]
+        return told, null, moves, t, noise
+
+    def loss(
+        pair: nn.Module, told: Tensors, null: Tensors, moves: bool, t: torch.Tensor, noise: list[torch.Tensor]
+    ) -> torch.Tensor:
+        teacher.to(t.device)
         with torch.set_grad_enabled(moves):
-            x = generated(pair, spec, points, told, generator, config.batch, device)
-        t = torch.randint(first, last + 1, (config.batch,), generator=generator).to(device)
+            x = generated(pair, spec, points, told, noise[:-1])
         alpha, sigma = coefficients(spec, t)
-        x_t = alpha * x.detach() + sigma * torch.randn(x.shape, generator=generator).to(device)
+        x_t = alpha * x.detach() + sigma * noise[-1]
         if not moves:
             found = x0_of(spec, pair("critic", x_t, t, told), x_t, alpha, sigma)
             return torch.mean(((alpha / sigma) ** 2).clamp(*SNR_BOUNDS) * (found - x.detach()) ** 2)
         with torch.no_grad():
-            answer = guided(teacher, spec, x_t, t, told, null, torch.full((config.batch,), weight, device=device))
+            answer = guided(teacher, spec, x_t, t, told, null, weight)
             real = x0_of(spec, answer, x_t, alpha, sigma)
             fake = x0_of(spec, pair("critic", x_t, t, told), x_t, alpha, sigma)
             scale = (x - real).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-4)
@@ -84,7 +94,7 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
         return 0.5 * torch.mean((x - wanted) ** 2)
 
     pair = Pair(checkpoint.clone_model(), ctx.teacher.clone_model(), spec)
-    pair = trained(checkpoint.evolve(spec=spec), loss_of, config, ctx, student=pair, partial=True)
+    pair = trained(checkpoint.evolve(spec=spec), Objective(draw, loss), config, ctx, student=pair, partial=True)
     return checkpoint.evolve(model=pair.generator, spec=spec)
 
 
@@ -93,26 +103,24 @@ def generated(
     spec: DenoiserSpec,
     points: tuple[Point, ...],
     told: Tensors,
-    generator: torch.Generator,
-    batch: int,
-    device: torch.device,
+    noise: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Images [B, C, H, W] as the generator sees them at one of its steps, drawn anew; gradients through that step."""
-    chosen = int(torch.randint(0, len(points) - 1, (), generator=generator))
-    x = torch.randn((batch, *spec.sample_shape), generator=generator).to(device)
-    x = x * start_spread(points[0], spec.plan.start)
-    for step in range(chosen + 1):
-        here = places(points, torch.full((batch,), step, device=device))
-        with torch.set_grad_enabled(torch.is_grad_enabled() and step == chosen):
+    """Images [B, C, H, W] as the generator sees them at the step that the last of `noise` leads to; gradients through
+    that step alone."""
+    first, *fresh = noise
+    x = first * start_spread(points[0], spec.plan.start)
+    for step in range(len(noise)):
+        here = place(points, step, x)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and step == len(fresh)):
             image = x0_of(spec, pair("generator", x, here.t, told), x, here.alpha, here.sigma)
-        after = points[step + 1]
-        x = after.alpha * image + after.sigma * torch.randn(x.shape, generator=generator).to(device)
+        if step < len(fresh):
+            x = points[step + 1].alpha * image + points[step + 1].sigma * fresh[step]
     return image
 
 
-def drawn(pool: Conditions, batch: int, generator: torch.Generator, device: torch.device) -> tuple[Tensors, Tensors]:
+def drawn(pool: Conditions, batch: int, generator: torch.Generator) -> tuple[Tensors, Tensors]:
     """Random members of the pool, [B, ...] by input name, and what stands for none, [1, ...]."""
     count = len(next(iter(pool.given.values()), ()))
     picks = torch.randint(0, count or 1, (batch,), generator=generator).numpy()
-    told = {name: torch.from_numpy(array[picks]).to(device) for name, array in pool.given.items()}
+    told = {name: torch.from_numpy(array[picks]) for name, array in pool.given.items()}
     return told, {name: torch.from_numpy(array[:1]) for name, array in (pool.null or {}).items()}

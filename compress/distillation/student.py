@@ -12,7 +12,7 @@ from compress.context import Context
 from compress.distillation.config import DistillConfig
 from compress.saved_state import read_state, write_state
 from compress.torch_network import TorchNetwork
-from compress.training import LossOf, Training, train
+from compress.training import Objective, Training, train
 from runtime.denoise import stand_in_conditions
 from runtime.images import grid, to_uint8, write_png
 from runtime.sampler import generate
@@ -23,7 +23,7 @@ PREVIEWED = 16
 
 def trained(
     checkpoint: Checkpoint,
-    loss_of: LossOf,
+    objective: Objective,
     config: DistillConfig,
     ctx: Context,
     phase: str = "",
@@ -53,13 +53,14 @@ def trained(
         folder,
         " ".join(filter(None, ("distill", config.kind, phase))),
         precision=config.precision,
+        cuda_graphs=config.cuda_graphs,
         partial=partial,
         logs=ctx.logs / phase.replace(" ", "-"),
         tensorboard=config.tensorboard,
         preview_every=config.preview_every,
         preview=lambda model, file: draw_samples(getattr(model, "generator", model), checkpoint.spec, file),
     )
-    student = train(student, loss_of, run)
+    student = train(student, objective, run)
     if phase:
         write_state(finished, student.state_dict(), facts, "result of training")
     return student

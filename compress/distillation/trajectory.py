@@ -24,14 +24,16 @@ from compress.distillation.config import TrajectoryConfig
 from compress.distillation.few_steps import (
     few_timesteps,
     implied_x0,
-    places,
+    place,
     predicted_x0,
     refined,
     student_spec,
     transfer,
 )
 from compress.distillation.student import trained
+from compress.losses import Tensors
 from compress.teacher_paths import TeacherPaths
+from compress.training import Objective
 from runtime.schedule import trajectory as points_of
 
 SEED = 4_000_000  # far from the seeds that people sample, calibrate and evaluate with
@@ -49,13 +51,13 @@ def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -
     spec = student_spec(spec, config.kind, "euler", timesteps)
     points = points_of(spec.schedule, timesteps)
 
-    def loss_of(student: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+    def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor, Tensors, int]:
         states, told = paths.batch(config.batch, generator)
-        chosen = int(torch.randint(0, config.sample_steps, (), generator=generator))
-        device = next(student.parameters()).device
-        states, told = states.to(device), {name: value.to(device) for name, value in told.items()}
-        stops = [places(points, torch.full((config.batch,), i, device=device)) for i in range(chosen + 2)]
+        return states, told, int(torch.randint(0, config.sample_steps, (), generator=generator))
+
+    def loss(student: nn.Module, states: torch.Tensor, told: Tensors, chosen: int) -> torch.Tensor:
         x = states[:, 0]
+        stops = [place(points, i, x) for i in range(chosen + 2)]
         with torch.no_grad():
             for here, there in zip(stops[:chosen], stops[1:], strict=False):
                 x = transfer(x, predicted_x0(student, spec, x, here, told), here, there)
@@ -64,5 +66,5 @@ def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -
         wanted = implied_x0(x, states[:, chosen + 1], here, there)
         return torch.mean(torch.abs(predicted_x0(student, spec, x, here, told) - wanted))
 
-    student = trained(checkpoint.evolve(spec=spec), loss_of, config, ctx)
+    student = trained(checkpoint.evolve(spec=spec), Objective(draw, loss), config, ctx)
     return checkpoint.evolve(model=student, spec=spec)

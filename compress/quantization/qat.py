@@ -26,10 +26,11 @@ from compress.checkpoint import Checkpoint, Quantization
 from compress.config import QuantizeConfig
 from compress.context import Context, say
 from compress.distillation.features import captured, feature_distance
+from compress.losses import Tensors
 from compress.metrics import sqnr_db
 from compress.quantization.states import Calls, draw, visited_states
 from compress.quantization.updates import Full, LowRank, scalings, weights_of
-from compress.training import LossOf, Training, train
+from compress.training import Objective, Training, train
 
 CHECKED_STATES = 32
 
@@ -76,18 +77,16 @@ def _sqnr_db(model: nn.Module, teacher: nn.Module, calls: Calls) -> float:
     return sqnr_db(wanted, found)
 
 
-def _loss(teacher: nn.Module, calls: Calls, config: QuantizeConfig) -> LossOf:
-    device = next(teacher.parameters()).device
+def _loss(teacher: nn.Module, calls: Calls, config: QuantizeConfig) -> Objective:
     blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
 
-    def loss_of(student: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
-        inputs = {name: value.to(device) for name, value in draw(calls, config.batch, generator).items()}
+    def loss(student: nn.Module, inputs: Tensors) -> torch.Tensor:
         with torch.no_grad(), captured(teacher, blocks) as wanted:
             answer = adapter_for(teacher).forward(teacher, inputs)
         trainee: Any = getattr(student, "module", student)  # under DDP it is wrapped
         with captured(trainee.base, blocks) as found:
             out = student(inputs)
-        loss = torch.mean((out - answer) ** 2)
-        return loss + config.feature_weight * feature_distance(found, wanted) if blocks else loss
+        apart = torch.mean((out - answer) ** 2)
+        return apart + config.feature_weight * feature_distance(found, wanted) if blocks else apart
 
-    return loss_of
+    return Objective(lambda generator, share: (draw(calls, config.batch, generator),), loss)

@@ -13,7 +13,15 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from compress.training import GRADIENT_CLIP, Training, TrainingDiverged, learning_rate_factor, step_generator, train
+from compress.training import (
+    GRADIENT_CLIP,
+    Objective,
+    Training,
+    TrainingDiverged,
+    learning_rate_factor,
+    step_generator,
+    train,
+)
 from runtime.errors import BadInput
 
 
@@ -36,9 +44,19 @@ def student() -> nn.Module:
     return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
 
 
-def loss_of(model: nn.Module, generator: torch.Generator, share: float = 0.0) -> torch.Tensor:
-    x = torch.randn(16, 4, generator=generator)
+def draw(generator: torch.Generator, share: float = 0.0) -> tuple[torch.Tensor]:
+    return (torch.randn(16, 4, generator=generator),)
+
+
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return ((model(x) - x[:, :2] * 3.0) ** 2).mean()
+
+
+OBJECTIVE = Objective(draw, loss_of)
+
+
+def counting(done: list[int]) -> Objective:
+    return Objective(lambda generator, share: done.append(1) or draw(generator), loss_of)
 
 
 class Killed(Exception):
@@ -46,15 +64,15 @@ class Killed(Exception):
 
 
 def killed_at(step: int):
-    """The loss of a run that is killed when it has done `step` steps."""
+    """The objective of a run that is killed when it has done `step` steps."""
     calls = iter(range(10_000))
 
-    def loss(model, generator, share):
+    def loss(model, x):
         if next(calls) == step:
             raise Killed
-        return loss_of(model, generator)
+        return loss_of(model, x)
 
-    return loss
+    return Objective(draw, loss)
 
 
 def states_equal(a: nn.Module, b: nn.Module) -> bool:
@@ -63,27 +81,27 @@ def states_equal(a: nn.Module, b: nn.Module) -> bool:
 
 def held_out_loss(model: nn.Module) -> float:
     with torch.no_grad():
-        return loss_of(model, torch.Generator().manual_seed(99)).item()
+        return loss_of(model, *draw(torch.Generator().manual_seed(99))).item()
 
 
 def test_the_loss_falls(run):
-    trained = train(student(), loss_of, replace(run, steps=150))
+    trained = train(student(), OBJECTIVE, replace(run, steps=150))
     assert held_out_loss(trained) < 0.5 * held_out_loss(student()) and not trained.training
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 5, 9])
 def test_a_run_that_was_killed_ends_bit_for_bit_as_an_undisturbed_one(step, run, tmp_path):
-    undisturbed = train(student(), loss_of, replace(run, work=tmp_path / "other"))
+    undisturbed = train(student(), OBJECTIVE, replace(run, work=tmp_path / "other"))
     with pytest.raises(Killed):
         train(student(), killed_at(step), run)
-    assert states_equal(train(student(), loss_of, run), undisturbed)
+    assert states_equal(train(student(), OBJECTIVE, run), undisturbed)
 
 
 def test_a_killed_run_goes_on_from_its_last_save(run):
     with pytest.raises(Killed):
         train(student(), killed_at(8), run)
     done = []
-    train(student(), lambda model, g, share: done.append(1) or loss_of(model, g), run)
+    train(student(), counting(done), run)
     assert len(done) == 10 - 6
 
 
@@ -97,22 +115,22 @@ class Dropout(nn.Module):
 
 
 def test_a_network_with_dropout_resumes_bit_for_bit_too(run, tmp_path):
-    undisturbed = train(Dropout(), loss_of, replace(run, work=tmp_path / "other"))
+    undisturbed = train(Dropout(), OBJECTIVE, replace(run, work=tmp_path / "other"))
     with pytest.raises(Killed):
         train(Dropout(), killed_at(5), run)
-    assert states_equal(train(Dropout(), loss_of, run), undisturbed)
+    assert states_equal(train(Dropout(), OBJECTIVE, run), undisturbed)
 
 
 def test_what_a_run_with_other_settings_left_is_not_taken_over(run, tmp_path):
     with pytest.raises(Killed):
         train(student(), killed_at(8), run)
     changed = replace(run, learning_rate=0.01)
-    fresh = train(student(), loss_of, replace(changed, work=tmp_path / "other"))
-    assert states_equal(train(student(), loss_of, changed), fresh)
+    fresh = train(student(), OBJECTIVE, replace(changed, work=tmp_path / "other"))
+    assert states_equal(train(student(), OBJECTIVE, changed), fresh)
 
 
 def test_the_result_is_adamw_with_a_hand_computed_average(run):
-    found = train(student(), loss_of, run)
+    found = train(student(), OBJECTIVE, run)
 
     model = student().train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
@@ -121,7 +139,7 @@ def test_the_result_is_adamw_with_a_hand_computed_average(run):
         for group in optimizer.param_groups:
             group["lr"] = run.learning_rate * learning_rate_factor(step, run.steps, run.warmup)
         optimizer.zero_grad()
-        loss_of(model, step_generator(run.seed, step)).backward()
+        loss_of(model, *draw(step_generator(run.seed, step))).backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
         optimizer.step()
         decay = min(run.ema, 1.0 - (1.0 + step) ** -0.75)  # grows from 0, so that the start is forgotten
@@ -147,14 +165,14 @@ def test_every_step_draws_its_own_noise():
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_state(value, run):
     calls = iter(range(100))
 
-    def loss(model, generator, share):
-        return loss_of(model, generator) * (value if next(calls) == 7 else 1.0)
+    def loss(model, x):
+        return loss_of(model, x) * (value if next(calls) == 7 else 1.0)
 
     with pytest.raises(TrainingDiverged, match="distill recover: the loss is .* at step 7 of 10; lower learning_rate"):
-        train(student(), loss, run)
+        train(student(), Objective(draw, loss), run)
     assert TrainingDiverged.exit_code == 2
     done = []
-    train(student(), lambda model, g, share: done.append(1) or loss_of(model, g), run)
+    train(student(), counting(done), run)
     assert len(done) == 10 - 6  # goes on from the last save, which is good
 
 
@@ -164,7 +182,7 @@ def test_a_damaged_training_state_is_named(run):
     file = run.work / "training.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(BadInput, match=r"training\.safetensors: .*delete it to start over"):
-        train(student(), loss_of, run)
+        train(student(), OBJECTIVE, run)
 
 
 @pytest.mark.parametrize(
@@ -182,5 +200,5 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_state_before(failure, run, 
     with monkeypatch.context() as patch:
         patch.setattr("compress.saved_state.save_file", full)
         with pytest.raises(BadInput, match="training.*No space left"):
-            train(student(), loss_of, run)
+            train(student(), OBJECTIVE, run)
     assert (run.work / "training.safetensors").read_bytes() == before

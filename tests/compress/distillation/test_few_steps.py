@@ -45,7 +45,7 @@ def test_x0_and_the_step_are_those_of_the_runtime(prediction, one_image):
     rng = np.random.default_rng(0)
     x, out = rng.standard_normal((2, 3, 1, 8, 8), dtype=np.float32)
     now, after = point_at(spec.schedule, 70), point_at(spec.schedule, 30)
-    here, there = (places([now, after], torch.full((3,), i)) for i in range(2))
+    here, there = (places((now, after), torch.full((3,), i)) for i in range(2))
     x0 = x0_of(spec, torch.from_numpy(out), torch.from_numpy(x), here.alpha, here.sigma)
     np.testing.assert_allclose(x0.numpy(), to_x0(prediction, x, out, now), rtol=1e-4, atol=1e-5)
     moved = transfer(torch.from_numpy(x), x0, here, there)

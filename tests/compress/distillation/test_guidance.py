@@ -41,8 +41,9 @@ def test_the_guided_answer_is_that_of_the_sampler(unet):
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32))
     told, null = {"class_labels": torch.arange(6) % 3}, {"class_labels": torch.tensor([3])}
     for weight in (1.0, 2.5):
-        found = guided(unet.model, unet.spec, x, torch.full((6,), 50), told, null, torch.full((6,), weight))
-        np.testing.assert_allclose(found.numpy(), answers(unet, weight), atol=1e-5)
+        for given in (weight, torch.full((6,), weight)):
+            found = guided(unet.model, unet.spec, x, torch.full((6,), 50), told, null, given)
+            np.testing.assert_allclose(found.numpy(), answers(unet, weight), atol=1e-5)
 
 
 def test_a_student_answers_in_one_call_as_guidance_did_in_two(unet, context):
@@ -116,7 +117,7 @@ def test_a_weight_that_is_an_input_is_told_by_the_plan_and_never_mixed(tiny_fold
             for extra in ({}, {"guidance": torch.full((2,), spec.plan.guidance)}, {"guidance": torch.ones(2)})
         )
     assert torch.equal(by_plan, by_hand) and not torch.allclose(by_plan, other)
-    weight = torch.full((2,), spec.plan.guidance)
-    assert torch.equal(guided(model, spec, x, t, told, {}, weight), by_hand)
+    for weight in (spec.plan.guidance, torch.full((2,), spec.plan.guidance)):
+        assert torch.equal(guided(model, spec, x, t, told, {}, weight), by_hand)
     few = student_spec(spec, "trajectory", "euler", (900.0,))
     assert few.plan.guidance == spec.plan.guidance != 1.0

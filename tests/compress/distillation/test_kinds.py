@@ -127,11 +127,11 @@ def test_halvings_that_were_finished_are_not_done_again(unet, context, monkeypat
     undisturbed = distill(unet, settings, replace(ctx, work=ctx.work.with_name("other")))
     train, phases = student_module.train, []
 
-    def killed(student, loss_of, run):
+    def killed(student, objective, run):
         if len(phases) == 1:
             raise KeyboardInterrupt
         phases.append(run.what)
-        return train(student, loss_of, run)
+        return train(student, objective, run)
 
     monkeypatch.setattr(student_module, "train", killed)
     with pytest.raises(KeyboardInterrupt):
