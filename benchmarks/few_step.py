@@ -1,13 +1,14 @@
 """Few steps: Frechet distance of every solver, grid and searched schedule at 3 to 10 calls, on the built-in teacher.
 
     python benchmarks/few_step.py solvers [--steps 3 4 5 6 8 10] [--only TEXT ...] [--samples 2000] [--seeds 3]
-                                          [--refine 6] [--work DIR] [--json FILE]
+                                          [--refine 6] [--engine E] [--work DIR] [--json FILE]
 
     calls     passes through the network for one image
     Frechet   distance of the samples to Fashion-MNIST's test images in the built-in features: mean and sd over seeds
 
-Sampled through the fastest engine installed. Each row is written to --json as soon as it is done, and a row that stands
-there is not made again: a run that was killed goes on, and rows can be added. Needs diffpress[compress].
+Sampled through the fastest engine installed, or with `--engine torch` in PyTorch, on a GPU where there is one. Each row
+is written to --json as soon as it is done, and a row that stands there is not made again: a run that was killed goes
+on, and rows can be added. Needs diffpress[compress].
 """
 
 from __future__ import annotations
@@ -30,7 +31,6 @@ SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis_2", "deis
 GRIDS = ("trailing", "logsnr", "karras")
 SEARCHED, START = "searched", "trailing"  # where a search begins
 SEARCH = {"search": "gits", "samples": 64, "fine": 60, "batch": 64}
-BATCH = 50
 Row = dict[str, Any]
 
 
@@ -70,23 +70,24 @@ def planned(engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: 
 
 def solvers(args: argparse.Namespace) -> list[Row]:
     from compress.builtin import FEATURES, REFERENCE, TEACHER
+    from compress.commands import open_network
     from compress.config import EvaluateConfig
     from compress.evaluate import evaluate, load_features, load_reference
     from compress.load import load_checkpoint
     from export.bundle import write_bundle
-    from runtime.bundle import load_bundle
-    from runtime.engines import load_engine, preferred
+    from runtime.engines import preferred
     from runtime.files import write_json
     from runtime.solvers import network_calls
 
-    teacher = load_checkpoint(str(TEACHER))
-    folder, name = args.work / "teacher", preferred()
-    bundle = load_bundle(folder) if (folder / "manifest.json").is_file() else write_bundle(teacher, folder)
-    features = load_features(FEATURES, bundle.spec)
-    reference = load_reference(REFERENCE, features, bundle.spec)
-    config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=BATCH)
+    folder, name = args.work / "teacher", args.engine or preferred()
+    if name != "torch" and not (folder / "manifest.json").is_file():
+        write_bundle(load_checkpoint(str(TEACHER)), folder)
+    engine, spec = open_network(str(TEACHER if name == "torch" else folder), name, args.threads)
+    features = load_features(FEATURES, spec, args.threads)
+    reference = load_reference(REFERENCE, features, spec)
+    config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=args.batch)
     rows: dict[str, Row] = json.loads(args.json.read_text()) if args.json.is_file() else {}
-    with closing(load_engine(bundle.graph("denoiser"), name)) as engine:
+    with closing(engine):
         for solver, grid, calls in rows_of(args.steps, args.only):
             steps = steps_for(solver, calls)
             key = f"{solver} {grid} {calls} calls, {args.samples} x {args.seeds}" + (
@@ -94,9 +95,9 @@ def solvers(args: argparse.Namespace) -> list[Row]:
             )
             if key in rows or network_calls(solver, steps) != calls:
                 continue
-            plan, took = planned(engine, bundle.spec, solver, grid, steps, args.refine)
+            plan, took = planned(engine, spec, solver, grid, steps, args.refine)
             began = time.monotonic()
-            scores = evaluate(engine, replace(bundle.spec, plan=plan), config, features, reference, what=key)
+            scores = evaluate(engine, replace(spec, plan=plan), config, features, reference, what=key)
             rows[key] = {
                 "solver": solver,
                 "grid": grid,
@@ -134,6 +135,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", metavar="TEXT", help="only rows 'SOLVER GRID CALLS' with one of these")
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--engine", help="openvino, onnxruntime, tensorrt or torch (default: the fastest installed)")
+    parser.add_argument("--threads", type=int)
     parser.add_argument("--refine", type=int, default=6, help="rounds of the search")
     parser.add_argument("--work", type=Path, default=Path("build/few_step"), help="folder of the teacher's bundle")
     parser.add_argument("--json", type=Path, default=Path("build/few_step/solvers.json"), metavar="FILE")

@@ -190,7 +190,8 @@ def open_network(reference: str, engine: str | None, threads: int | None) -> tup
         opened = open_engine(bundle, engine, threads)
         return opened, bundle.spec_for(opened.name)
     checkpoint = load_checkpoint(reference)
-    return TorchNetwork(fake_quantized(checkpoint), checkpoint.spec), checkpoint.spec
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return TorchNetwork(fake_quantized(checkpoint).to(device), checkpoint.spec), checkpoint.spec
 
 
 def print_evaluation(name: str, result: dict[str, Any]) -> None:

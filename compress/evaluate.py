@@ -13,6 +13,7 @@ import statistics
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 
 from compress.config import EvaluateConfig
 from compress.data import read_npz
-from compress.metrics import frechet_distance, kernel_distance, moments, psnr_db, ssim
+from compress.metrics import frechet_distance, kernel_distance, kernel_within, moments, psnr_db, ssim
 from compress.progress import progress
 from runtime.bundle import sha256
 from runtime.denoise import Network
@@ -37,6 +38,11 @@ class Reference:
 
     features: np.ndarray
     source: dict[str, Any]
+
+    @cached_property
+    def kernel_within(self) -> float:
+        """The part of a KID that is the reference's alone."""
+        return kernel_within(self.features)
 
 
 @dataclass(frozen=True)
@@ -129,7 +135,7 @@ def evaluate(
                 advance(seed * config.samples + sum(map(len, found)))
             sampled = np.concatenate(found)
             distances.append(frechet_distance(*moments(sampled), *real))
-            kids.append(kernel_distance(sampled, reference.features))
+            kids.append(kernel_distance(sampled, reference.features, reference.kernel_within))
             if labels is not None:
                 hits.append(float((np.concatenate(guessed) == labels).mean()))
     return {

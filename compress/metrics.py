@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 
 HIGHEST_DB = 200.0  # float32 itself ends near 140
+ROWS = 1024  # of a kernel matrix at a time
 
 
 def moments(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -29,17 +30,28 @@ def frechet_distance(mean_1: np.ndarray, cov_1: np.ndarray, mean_2: np.ndarray, 
     return float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1) + np.trace(cov_2) - 2.0 * cross)
 
 
-def kernel_distance(x: np.ndarray, y: np.ndarray) -> float:
-    """Unbiased KID of features x [N, D] against y [M, D]; about zero, of either sign, for equal distributions."""
-    x, y = x.astype(np.float64), y.astype(np.float64)
-    n, m = len(x), len(y)
+def kernel_distance(x: np.ndarray, y: np.ndarray, within_y: float | None = None) -> float:
+    """Unbiased KID of features x [N, D] against y [M, D]; about zero, of either sign, for equal distributions.
 
-    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return (a @ b.T / a.shape[1] + 1.0) ** 3
+    `within_y` is `kernel_within(y)` where it is known already: most of the work where y is a large reference.
+    """
+    within_y = kernel_within(y) if within_y is None else within_y
+    return kernel_within(x) + within_y - 2.0 * _kernel_sum(x, y) / (len(x) * len(y))
 
-    within_x = (kernel(x, x).sum() - (((x * x).sum(1) / x.shape[1] + 1.0) ** 3).sum()) / (n * (n - 1))
-    within_y = (kernel(y, y).sum() - (((y * y).sum(1) / y.shape[1] + 1.0) ** 3).sum()) / (m * (m - 1))
-    return float(within_x + within_y - 2.0 * kernel(x, y).mean())
+
+def kernel_within(x: np.ndarray) -> float:
+    """Mean of the kernel over all pairs of different rows of x [N, D]."""
+    own = ((x.astype(np.float64) ** 2).sum(1) / x.shape[1] + 1.0) ** 3
+    return (_kernel_sum(x, x) - float(own.sum())) / (len(x) * (len(x) - 1))
+
+
+def _kernel_sum(x: np.ndarray, y: np.ndarray) -> float:
+    """Over all pairs of rows, a strip of the matrix at a time; a product of three is far faster than a power."""
+    x, y, total = x.astype(np.float64), y.astype(np.float64), 0.0
+    for start in range(0, len(x), ROWS):
+        kernel = x[start : start + ROWS] @ y.T / x.shape[1] + 1.0
+        total += float((kernel * kernel * kernel).sum())
+    return total
 
 
 def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:

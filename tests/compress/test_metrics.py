@@ -5,7 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from compress.metrics import HIGHEST_DB, frechet_distance, kernel_distance, moments, psnr_db, sqnr_db, ssim
+from compress.metrics import (
+    HIGHEST_DB,
+    frechet_distance,
+    kernel_distance,
+    kernel_within,
+    moments,
+    psnr_db,
+    sqnr_db,
+    ssim,
+)
 
 
 def features(seed: int, count: int = 300, width: int = 6) -> np.ndarray:
@@ -42,7 +51,7 @@ def test_equal_gaussians_have_no_distance_even_where_they_are_flat():
     assert abs(frechet_distance(mean, covariance, mean, covariance)) < 1e-7 * np.trace(covariance)
 
 
-def test_the_kernel_distance_is_the_naive_double_loop():
+def test_the_kernel_distance_is_the_naive_double_loop(monkeypatch):
     x, y = features(4, 7).astype(np.float64), features(5, 9).astype(np.float64)
 
     def k(a, b):
@@ -52,6 +61,10 @@ def test_the_kernel_distance_is_the_naive_double_loop():
     expected += sum(k(a, b) for i, a in enumerate(y) for j, b in enumerate(y) if i != j) / (9 * 8)
     expected -= 2 * sum(k(a, b) for a in x for b in y) / (7 * 9)
     assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-9)
+    assert kernel_distance(x, y, kernel_within(y)) == kernel_distance(x, y)
+    with monkeypatch.context() as patch:
+        patch.setattr("compress.metrics.ROWS", 3)
+        assert kernel_distance(x, y) == pytest.approx(expected, rel=1e-9)
 
 
 def test_equal_distributions_have_a_kernel_distance_about_zero_of_either_sign():
