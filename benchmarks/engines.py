@@ -5,6 +5,7 @@
 Every figure is the median of rounds in which all subjects take their turns. Steps and loads are measured apart:
 
     step        one sampling of a whole batch, divided by steps and images; one batch for each stream
+    psnr        of its 16 images to those of the same engine with the first options, from the same noise
     load        a fresh process from the bundle's folder to the first answer, with an empty cache and with a full one
     overhead    the share of a sampling at batch 1 that is spent outside the engine, and the sampler's own work a step,
                 measured with a network that answers at once
@@ -29,6 +30,7 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+from compress.metrics import psnr_db  # noqa: E402
 from runtime.bench import machine, sample_once, sampler_overhead  # noqa: E402
 from runtime.bundle import Bundle, load_bundle  # noqa: E402
 from runtime.engines import available, installed, open_engine  # noqa: E402
@@ -44,6 +46,7 @@ OPTIONS = {
     "2 threads, bf16": EngineOptions(threads=2, precision="bf16"),
     "2 threads, f16": EngineOptions(threads=2, precision="f16"),
 }
+PAIRED = 16
 IMPORTS = {
     "import runtime": "import runtime",
     "from runtime import generate, load_bundle, open_engine": "from runtime import generate, load_bundle, open_engine",
@@ -51,7 +54,7 @@ IMPORTS = {
 
 
 def steps(bundle: Bundle, batches: list[int], rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows of {engine, options, batch, step_ms}, and the reasons of what could not be opened."""
+    """Rows of {engine, options, batch, step_ms, psnr_db}, and the reasons of what could not be opened."""
     rows, refused = [], dict[str, str]()
     with ExitStack() as stack:
         subjects = []
@@ -63,6 +66,9 @@ def steps(bundle: Bundle, batches: list[int], rounds: int) -> tuple[list[dict[st
                     refused[f"{name}, {label}"] = str(error)
                     continue
                 subjects.append((name, label, engine, options.streams, bundle.spec_for(name)))
+        images = {(name, label): sample_once(engine, spec, PAIRED) for name, label, engine, _, spec in subjects}
+        plain = next(iter(OPTIONS))
+        low, high = bundle.spec.data_range
         for batch in batches:
             times: list[list[float]] = [[] for _ in subjects]
             for turn in range(rounds + 1):  # the first warms up
@@ -73,7 +79,8 @@ def steps(bundle: Bundle, batches: list[int], rounds: int) -> tuple[list[dict[st
                         measured.append((time.perf_counter() - start) * 1e3 / (batch * streams * spec.plan.steps))
             for (name, label, *_), measured in zip(subjects, times, strict=True):
                 row = {"engine": name, "options": label, "batch": batch, "step_ms": statistics.median(measured)}
-                rows.append(row | {"least_ms": min(measured)})
+                psnr = psnr_db(images[name, plain], images[name, label], high - low)
+                rows.append(row | {"least_ms": min(measured), "psnr_db": psnr})
     return rows, refused
 
 
@@ -172,7 +179,8 @@ def main() -> None:
         "imports": imports(args.rounds),
     }
     for row in rows:
-        print(f"{row['engine']}, {row['options']}, batch {row['batch']}: {row['step_ms']:.2f} ms a step and image")
+        print(f"{row['engine']}, {row['options']}, batch {row['batch']}: ", end="")
+        print(f"{row['step_ms']:.2f} ms a step and image, {row['psnr_db']:.1f} dB")
     for what, reason in refused.items():
         print(f"refused: {what}: {reason}")
     for row in result["loads"]:
