@@ -16,7 +16,8 @@ from runtime.engines import load_engine
 from runtime.engines.cache import Cache
 from runtime.engines.options import EngineOptions
 from runtime.engines.trt import engine as tensorrt_engine
-from runtime.engines.trt.builder import graph_sha256
+from runtime.engines.trt import library as libraries
+from runtime.engines.trt.builder import choose, graph_sha256
 from runtime.engines.trt.fit import misfit, uncovered
 from runtime.engines.trt.library import Device
 from runtime.engines.trt.options import BuildOptions
@@ -191,9 +192,29 @@ def test_rebuilding_builds_for_this_gpu_and_finds_it_again(tmp_path, graph, bund
     assert entry["compute_capabilities"] == ["8.9"] and entry["options"]["batch"] == (1, 2, 4)
     assert misfit({**json.loads(json.dumps(entry)), "file": "x"}, device, graph_sha256(graph)) is None
     again, _ = plan_for(graph, EngineOptions(cache=cache), [old], device)
-    assert again == bytes(plan)
+    assert again == bytes(plan) and bytes(plan[:8]) == again[:8]  # sliced by the engine, which reads the header first
     with pytest.raises(Unfit):
         plan_for(graph, EngineOptions(cache=cache), [old], Device("8.6", device.libraries))
+
+
+@pytest.mark.parametrize(
+    ("there", "asked", "library"),
+    [
+        (["tensorrt-rtx"], [], "tensorrt-rtx"),
+        (["tensorrt-rtx"], ["9.0"], "tensorrt-rtx"),
+        (["tensorrt-rtx", "tensorrt"], ["9.0"], "tensorrt"),
+    ],
+)
+def test_a_gpu_without_a_name_of_its_own_is_built_for_where_it_is(there, asked, library, monkeypatch):
+    monkeypatch.setattr(libraries, "installed", lambda: there)
+    monkeypatch.setattr(libraries, "library", lambda name: None)
+    monkeypatch.setattr(libraries, "targets", lambda trt: {"8.6": 1, "8.9": 2})
+    monkeypatch.setattr(libraries, "cuda_runtime", lambda: None)
+    monkeypatch.setattr(libraries, "gpu_capability", lambda cuda: "9.0")
+    assert choose(asked) == (library, ["9.0"])
+    with pytest.raises(Unfit, match="cannot build for compute capability 10.0 on a GPU of 9.0"):
+        choose(["10.0"])
+    assert choose(["8.6"]) == ("tensorrt-rtx", ["8.6"])
 
 
 def test_the_profile_follows_the_names_of_dimensions(bundle):

@@ -32,7 +32,7 @@ DATA_FILE = re.compile(rb"\n\x08location\x12([\x01-\x7f])")
 class Plan(NamedTuple):
     """The bytes of a plan, and what the manifest keeps of how it was made (all but file, engine and precision)."""
 
-    data: Any
+    data: memoryview
     entry: dict[str, Any]
 
 
@@ -73,19 +73,21 @@ def build(
         raise build_error(graph.name, name, logger.errors, options)
     if timing is not None:
         write_bytes(timing, bytes(config.get_timing_cache().serialize()))
+    # TensorRT's own memory, which cannot be sliced, seen as bytes and not copied
+    data = memoryview(plan).cast("B")
     entry = {
         "library": name,
         "version": str(trt.__version__),
         "graph": graph.name,
         "graph_sha256": graph_sha256(graph),
-        "sha256": hashlib.sha256(plan).hexdigest(),
-        "bytes": plan.nbytes,
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "bytes": data.nbytes,
         "compute_capabilities": list(capabilities),
         "profile": {name: [list(shape) for shape in entry] for name, entry in shapes.items()},
         "options": options.to_json(),
         "build_seconds": round(time.monotonic() - began, 1),
     }
-    return Plan(plan, entry)
+    return Plan(data, entry)
 
 
 def choose(capabilities: Sequence[str]) -> tuple[str, list[str]]:
@@ -110,8 +112,9 @@ def choose(capabilities: Sequence[str]) -> tuple[str, list[str]]:
         raise unknown_name("compute capability", next(o for o in capabilities if o not in ahead), ahead) from error
     if not capabilities and here in ahead:
         return libraries.RTX, [here]
-    if libraries.CLASSIC in found and set(capabilities) <= {here}:
-        return libraries.CLASSIC, [here]
+    if set(capabilities) <= {here}:
+        # TensorRT-RTX builds for the GPU that is here where it has no name for it (9.0 for one, which was seen)
+        return (libraries.CLASSIC if libraries.CLASSIC in found else libraries.RTX), [here]
     raise Unfit(
         f"{' and '.join(found)} cannot build for compute capability {', '.join(capabilities) or here} on a GPU of "
         f"{here}; choose from {', '.join(ahead) or here}"
@@ -186,7 +189,7 @@ def _configured(
         known = libraries.targets(trt)
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
-            config.set_compute_capability(known[capability], index)
+            config.set_compute_capability(known.get(capability, trt.ComputeCapability.CURRENT), index)
     elif options.hardware_compatible != "none":
         levels = trt.HardwareCompatibilityLevel.__members__
         level = options.hardware_compatible.upper()
