@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
+from runtime.conditioning import Conditioning
 from runtime.errors import BadInput
 from runtime.grids import timestep_grid
 from runtime.sampler import network_evaluations, sample
@@ -15,7 +16,7 @@ from runtime.schedule import END, Point, betas_schedule, flow_schedule, make_pla
 from runtime.solvers import SOLVERS, network_calls, solver_named
 from runtime.solvers.adams import ADAMS_BASHFORTH
 from runtime.solvers.contract import MEMORY, Past, Stride
-from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule, Plan
+from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
 
 ODE_SOLVERS = sorted(name for name, solver in SOLVERS.items() if not solver.noisy)
 # whose last step is of first order and lands on x_0 itself; the others mix outputs to the end
