@@ -1,8 +1,9 @@
 """What every process of tests/test_accelerate.py runs, as a verb of diffpress: a tiny training, or an end that fails.
 
-    accelerate launch ... -m tests.together try train FOLDER [STEP]     killed at STEP, if one is given
+    accelerate launch ... -m tests.together try train FOLDER ...        a training in each folder
+    accelerate launch ... -m tests.together try kill FOLDER             one that is killed on its way
     accelerate launch ... -m tests.together try stages CHECKPOINT RECIPE OUT [key=value ...]     a recipe, no export
-    accelerate launch ... -m tests.together try refuse PROCESS          that process alone finds bad input
+    accelerate launch ... -m tests.together try refuse PROCESS [GRACE_S]     that process alone finds bad input
     accelerate launch ... -m tests.together try diverge FOLDER          the loss of process 1 is no number
 """
 
@@ -28,6 +29,7 @@ from compress.training import Training, train
 from runtime.errors import BadInput
 
 STEPS, SEED = 12, 3
+KILLED_AT = 8
 
 
 class Two(nn.Module):
@@ -72,19 +74,21 @@ def try_command(args: argparse.Namespace) -> int:
         if what == "refuse":
             with processes.main_first():
                 if processes.index() == int(where):
+                    processes.GRACE_S = float(rest[0]) if rest else processes.GRACE_S
                     raise BadInput(f"bad input of process {where}")
             processes.wait()
         elif what == "stages":
             recipe, out, *settings = rest
             run_stages(load_checkpoint(where), read_recipe(Path(recipe), tuple(settings)), Path(out))
         else:
-            _train(what, Path(where), int(rest[0]) if rest else STEPS)
+            for folder in (where, *rest):
+                _train(what, Path(folder))
     return 0
 
 
-def _train(what: str, folder: Path, last: int) -> None:
+def _train(what: str, folder: Path) -> None:
     def loss_of(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
-        if round(share * STEPS) == last and processes.index() == 1:
+        if what == "kill" and round(share * STEPS) == KILLED_AT and processes.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         bad = what == "diverge" and share > 0.5 and processes.index() == 1
         return together(model, generator, share) * (float("nan") if bad else 1.0)
