@@ -5,6 +5,8 @@
     accelerate launch ... -m tests.together try stages CHECKPOINT RECIPE OUT [key=value ...]     a recipe, no export
     accelerate launch ... -m tests.together try refuse PROCESS [GRACE_S]     that process alone finds bad input
     accelerate launch ... -m tests.together try diverge FOLDER          the loss of process 1 is no number
+
+Training and stages are imported where they are asked for: diffusers takes seconds to load, and bad input needs none.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -22,11 +25,10 @@ from torch import nn
 import diffpress
 from compress import processes
 from compress.context import say
-from compress.load import load_checkpoint
-from compress.pipeline import run_stages
-from compress.recipe import read_recipe
-from compress.training import Training, train
 from runtime.errors import BadInput
+
+if TYPE_CHECKING:
+    from compress.training import Training
 
 STEPS, SEED = 12, 3
 KILLED_AT = 8
@@ -47,6 +49,8 @@ class Two(nn.Module):
 
 
 def run_in(folder: Path) -> Training:
+    from compress.training import Training
+
     return Training(STEPS, 0.05, 2, 0.8, SEED, 3, folder / "work", "distill test", partial=True)
 
 
@@ -78,15 +82,24 @@ def try_command(args: argparse.Namespace) -> int:
                     raise BadInput(f"bad input of process {where}")
             processes.wait()
         elif what == "stages":
-            recipe, out, *settings = rest
-            run_stages(load_checkpoint(where), read_recipe(Path(recipe), tuple(settings)), Path(out))
+            _walk(where, *rest)
         else:
             for folder in (where, *rest):
                 _train(what, Path(folder))
     return 0
 
 
+def _walk(checkpoint: str, recipe: str, out: str, *settings: str) -> None:
+    from compress.load import load_checkpoint
+    from compress.pipeline import run_stages
+    from compress.recipe import read_recipe
+
+    run_stages(load_checkpoint(checkpoint), read_recipe(Path(recipe), settings), Path(out))
+
+
 def _train(what: str, folder: Path) -> None:
+    from compress.training import train
+
     def loss_of(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
         if what == "kill" and round(share * STEPS) == KILLED_AT and processes.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
