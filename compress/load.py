@@ -46,10 +46,11 @@ from compress.layout import (
 from compress.pipelines import downloaded, from_single_file, fused
 from compress.scheduler import read_scheduler
 from compress.widths import apply_widths_, widths_of
+from runtime.conditioning import conditioning_from_json
 from runtime.errors import BadInput
 from runtime.schedule import make_plan, spaced_timesteps
 from runtime.solvers import with_solver
-from runtime.spec import DenoiserSpec, Plan, conditioning_from_json
+from runtime.spec import DenoiserSpec, Plan
 
 
 def load_checkpoint(

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from runtime.bundle import load_bundle
+from runtime.conditioning import Conditioning
 from runtime.denoise import network_inputs
 from runtime.engines import ENGINES, Engine
 from runtime.engines.cache import Cache, cache_folder
@@ -24,7 +25,7 @@ from runtime.pipeline import Pipeline, has_fixed_size, resized
 from runtime.sampler import MAX_SEED
 from runtime.schedule import spaced_timesteps
 from runtime.solvers import SOLVERS, with_solver
-from runtime.spec import Conditioning, DenoiserSpec, Plan
+from runtime.spec import DenoiserSpec, Plan
 
 ALIKE = {"ddim", "euler"}  # without fresh noise the same step
 

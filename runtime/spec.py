@@ -13,17 +13,16 @@ timesteps instead of a scheduler's class name, so variance-preserving and flow-m
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from runtime.conditioning import Conditioning, conditioning_from_json
 from runtime.errors import BadInput
+from runtime.fields import LARGEST, boolean, floats, known, reading
 
 PREDICTIONS = ("epsilon", "v", "sample", "flow")
-LARGEST = 2**31 - 1
-CONDITIONINGS = ("none", "class", "text")
 STARTS = ("marginal", "noise", "unit")
 
 
@@ -49,67 +48,6 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.alphas)
-
-
-@dataclass(frozen=True)
-class TextEncoder:
-    """One text encoder: its graph's name in the bundle (`text_encoder_2`), the folder of its tokenizer, and how
-    prompts become ids: `length` tokens, cut or filled with `pad`; `lower` for models taught lower case only."""
-
-    graph: str
-    tokenizer: str
-    length: int
-    pad: int = 0
-    lower: bool = False
-
-    def __post_init__(self) -> None:
-        if self.length < 1 or self.pad < 0:
-            raise BadInput(f"{self.graph}: {self.length} tokens filled with {self.pad} make no sense")
-
-
-@dataclass(frozen=True)
-class TextInput:
-    """One input of the denoiser that is made of encoded text: `shape` of one sample, and where it comes from.
-
-    `rows` follow each other along the sequence, the pieces of a row lie side by side along the features, and
-    narrow rows are filled with zeros up to `shape[-1]`. A piece is an encoder's output ('text_encoder.pooler_output',
-    'text_encoder.attention_mask'), 'size' (height and width of the image in pixels) or 'corner' (0, 0); a row that is
-    a number stands for that many rows of zeros. An input without a sequence has one row.
-    """
-
-    shape: tuple[int, ...]
-    rows: tuple[tuple[str, ...] | int, ...]
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether it holds sizes or a mask instead of features."""
-        pieces = [piece for row in self.rows if not isinstance(row, int) for piece in row]
-        return bool(pieces) and all(p in ("size", "corner") or p.endswith(".attention_mask") for p in pieces)
-
-
-@dataclass(frozen=True)
-class Conditioning:
-    """What the denoiser is told besides the noisy sample: nothing, a class label, or text.
-
-    `zero_negative`: no negative prompt means inputs of zeros, instead of the encoding of the empty text (SDXL).
-    `guidance_input`: the guidance weight is an input of the network, and one call does for two (LCM, Flux).
-    """
-
-    kind: str = "none"
-    classes: int = 0
-    null_label: int | None = None
-    encoders: tuple[TextEncoder, ...] = ()
-    inputs: Mapping[str, TextInput] = field(default_factory=dict)
-    zero_negative: bool = False
-    guidance_input: bool = False
-
-    def __post_init__(self) -> None:
-        if self.kind not in CONDITIONINGS:
-            raise BadInput(f"conditioning kind '{self.kind}' is not one of {', '.join(CONDITIONINGS)}")
-        if self.kind == "class" and not 1 <= self.classes <= LARGEST:
-            raise BadInput(f"class conditioning needs the number of classes (1 to {LARGEST})")
-        if self.null_label is not None and not 0 <= self.null_label <= LARGEST:
-            raise BadInput(f"null label {self.null_label} is negative or above {LARGEST}")
 
 
 @dataclass(frozen=True)
@@ -307,12 +245,12 @@ class DenoiserSpec:
     @staticmethod
     def from_json(data: Any, where: str = "spec") -> DenoiserSpec:
         """Read a spec back; anything missing, unknown or of the wrong type raises BadInput naming `where`."""
-        raw = _known(DenoiserSpec, data, where)
-        try:
+        raw = known(DenoiserSpec, data, where)
+        with reading(where):
             return DenoiserSpec(
                 prediction=str(raw["prediction"]),
                 schedule=NoiseSchedule(
-                    **{k: _floats(v) for k, v in _known(NoiseSchedule, raw["schedule"], where).items()}
+                    **{k: floats(v) for k, v in known(NoiseSchedule, raw["schedule"], where).items()}
                 ),
                 sample_shape=_shape(raw["sample_shape"]),
                 plan=plan_from_json(raw["plan"], f"{where}.plan"),
@@ -323,24 +261,20 @@ class DenoiserSpec:
                 latent_factor=int(raw.get("latent_factor", 1)),
                 size_multiple=int(raw.get("size_multiple", 1)),
                 spacing=spacing_from_json(raw.get("spacing", {}), f"{where}.spacing"),
-                fixed_timesteps=_floats(raw.get("fixed_timesteps", ())),
+                fixed_timesteps=floats(raw.get("fixed_timesteps", ())),
                 distilled=str(raw.get("distilled", "")),
             )
-        except KeyError as error:
-            raise BadInput(f"{where}: the entry {error} is missing") from error
-        except (TypeError, ValueError, OverflowError) as error:
-            raise BadInput(f"{where}: {error}") from error
 
 
 def plan_from_json(data: Any, where: str = "plan") -> Plan:
-    raw = _known(Plan, data, where)
-    try:
+    raw = known(Plan, data, where)
+    with reading(where):
         return Plan(
             solver=str(raw["solver"]),
-            timesteps=_floats(raw["timesteps"]),
+            timesteps=floats(raw["timesteps"]),
             guidance=float(raw["guidance"]),
             eta=float(raw["eta"]),
-            clip=_bool(raw["clip"]),
+            clip=boolean(raw["clip"]),
             end=None if raw.get("end") is None else float(raw["end"]),
             corrections=tuple(_correction(entry, where) for entry in raw.get("corrections", ())),
             start=str(raw.get("start", STARTS[0])),
@@ -348,61 +282,29 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
             guidance_interval=None if raw.get("guidance_interval") is None else _interval(raw["guidance_interval"]),
             guidance_rescale=float(raw.get("guidance_rescale", 0.0)),
         )
-    except KeyError as error:
-        raise BadInput(f"{where}: the entry {error} is missing") from error
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadInput(f"{where}: {error}") from error
-
-
-def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioning:
-    """Read a conditioning back; anything unknown or of the wrong type raises BadInput naming `where`."""
-    raw = _known(Conditioning, data, where)
-    try:
-        null = raw.get("null_label")
-        return Conditioning(
-            kind=str(raw.get("kind", "none")),
-            classes=int(raw.get("classes", 0)),
-            null_label=None if null is None else int(null),
-            encoders=tuple(TextEncoder(**_known(TextEncoder, entry, where)) for entry in raw.get("encoders", ())),
-            inputs={str(name): _text_input(entry, where) for name, entry in raw.get("inputs", {}).items()},
-            zero_negative=_bool(raw.get("zero_negative", False)),
-            guidance_input=_bool(raw.get("guidance_input", False)),
-        )
-    except KeyError as error:
-        raise BadInput(f"{where}: the entry {error} is missing") from error
-    except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise BadInput(f"{where}: {error}") from error
 
 
 def spacing_from_json(data: Any, where: str = "spacing") -> Spacing:
     """Read a spacing back; anything unknown or of the wrong type raises BadInput naming `where`."""
-    raw = _known(Spacing, data, where)
-    try:
+    raw = known(Spacing, data, where)
+    with reading(where):
         dynamic = raw.get("dynamic")
         return Spacing(
             grid=str(raw.get("grid", "trailing")),
             offset=int(raw.get("offset", 0)),
-            whole=_bool(raw.get("whole", True)),
+            whole=boolean(raw.get("whole", True)),
             shift=float(raw.get("shift", 1.0)),
             dynamic=None if dynamic is None else _four(dynamic),
         )
-    except (TypeError, ValueError, OverflowError) as error:
-        raise BadInput(f"{where}: {error}") from error
-
-
-def _text_input(data: Any, where: str) -> TextInput:
-    raw = _known(TextInput, data, where)
-    rows = tuple(row if isinstance(row, int) else tuple(str(piece) for piece in row) for row in raw["rows"])
-    return TextInput(tuple(int(side) for side in raw["shape"]), rows)
 
 
 def _correction(data: Any, where: str) -> Correction:
-    raw = _known(Correction, data, where)
-    return Correction(float(raw["slope"]), _floats(raw["bias"]))
+    raw = known(Correction, data, where)
+    return Correction(float(raw["slope"]), floats(raw["bias"]))
 
 
 def _threshold(data: Any, where: str) -> Threshold:
-    raw = _known(Threshold, data, where)
+    raw = known(Threshold, data, where)
     most = raw.get("most")
     return Threshold(float(raw["ratio"]), None if most is None else float(most))
 
@@ -410,25 +312,6 @@ def _threshold(data: Any, where: str) -> Threshold:
 def _interval(values: Any) -> tuple[float, float | None]:
     low, high = values
     return float(low), None if high is None else float(high)
-
-
-def _known(cls: type, data: Any, where: str) -> dict[str, Any]:
-    if not isinstance(data, dict):
-        raise BadInput(f"{where}: expected a JSON object, found {type(data).__name__}")
-    unknown = sorted(set(data) - {f.name for f in fields(cls)})
-    if unknown:
-        raise BadInput(f"{where}: unknown entry '{unknown[0]}'")
-    return data
-
-
-def _floats(values: Any) -> tuple[float, ...]:
-    return tuple(float(v) for v in values)
-
-
-def _bool(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"expected true or false, found {value!r}")
-    return value
 
 
 def _shape(values: Any) -> tuple[int, int, int]:

@@ -2,7 +2,7 @@
 
     prompt --tokenizer--> ids, mask [N, L] --text encoder--> hidden states [N, L, D], pooled [N, D] --rows--> inputs
 
-Which encoders there are and how their outputs are laid side by side is data (runtime.spec.Conditioning), so one
+Which encoders there are and how their outputs are laid side by side is data (runtime.conditioning.Conditioning), so one
 assembly serves them all; with | side by side along the features, and / below each other along the sequence:
 
     SD 1.x, PixArt   encoder_hidden_states = hidden
@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
+from runtime.conditioning import Conditioning, TextEncoder, TextInput
 from runtime.errors import BadInput, MissingExtra, unknown_name
-from runtime.spec import Conditioning, TextEncoder, TextInput
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -162,7 +162,7 @@ def unconditional(
 def assemble(
     conditioning: Conditioning, outputs: Mapping[str, np.ndarray], count: int, size: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """Lay the encoders' outputs out as runtime.spec.TextInput says: `{name: float32 [N, *shape]}`, N = `count`.
+    """Lay the encoders' outputs out as runtime.conditioning.TextInput says: `{name: float32 [N, *shape]}`, N = `count`.
 
     `outputs` has arrays [N, ...] by 'graph.output'; `size` is the image's (height, width) in pixels. Raises BadInput
     naming the input whose parts are missing or do not give its declared shape.

@@ -39,20 +39,24 @@ def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=900)
 
 
-def trained(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Both processes' weights after a training in `folder`."""
-    done = launched("tests.together", "try", "train", folder)
-    assert done.returncode == 0, done.stderr
+def weights_of(folder: Path) -> list[dict[str, torch.Tensor]]:
+    """Both processes' after a training in `folder`."""
     return [load_file(folder / f"process-{i}.safetensors") for i in range(2)]
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory) -> list[dict[str, torch.Tensor]]:
-    return trained(tmp_path_factory.mktemp("undisturbed"))
+def trained(tmp_path_factory) -> tuple[Path, Path]:
+    """The folders of an undisturbed training, and of one that was killed and then went on."""
+    undisturbed, killed = (tmp_path_factory.mktemp(name) for name in ("undisturbed", "killed"))
+    done = launched("tests.together", "try", "kill", killed)
+    assert done.returncode != 0 and [path.name for path in killed.iterdir()] == ["work"]
+    done = launched("tests.together", "try", "train", undisturbed, killed)
+    assert done.returncode == 0, done.stderr
+    return undisturbed, killed
 
 
-def test_gradients_are_averaged_over_processes(undisturbed, tmp_path):
-    one, other = undisturbed
+def test_gradients_are_averaged_over_processes(trained, tmp_path):
+    one, other = weights_of(trained[0])
     steps = itertools.count()
 
     def both_batches(model, generator, share):
@@ -70,10 +74,9 @@ def test_gradients_are_averaged_over_processes(undisturbed, tmp_path):
     assert not torch.allclose(one["a.weight"], alone["a.weight"], atol=1e-3)
 
 
-def test_a_killed_training_ends_as_an_undisturbed_one(undisturbed, tmp_path):
-    killed = launched("tests.together", "try", "train", tmp_path, "8")
-    assert killed.returncode != 0 and [path.name for path in tmp_path.iterdir()] == ["work"]
-    for found, expected in zip(trained(tmp_path), undisturbed, strict=True):
+def test_a_killed_training_ends_as_an_undisturbed_one(trained):
+    undisturbed, killed = map(weights_of, trained)
+    for found, expected in zip(killed, undisturbed, strict=True):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -81,13 +84,13 @@ def test_a_killed_training_ends_as_an_undisturbed_one(undisturbed, tmp_path):
     ("words", "line"),
     [
         (("refuse", "0"), "bad input of process 0"),
-        (("refuse", "1"), "bad input of process 1"),
+        # nobody else has failed: in the time that it gives the launcher nothing happens
+        (("refuse", "1", "1"), "bad input of process 1"),
         (("diverge", "."), "distill test: the loss is nan at step 7 of 12"),
     ],
 )
 def test_what_goes_wrong_in_one_process_ends_both_with_one_line_and_code_2(words, line, tmp_path):
-    what, where = words
-    done = launched("tests.together", "try", what, tmp_path if where == "." else where)
+    done = launched("tests.together", "try", *(tmp_path if word == "." else word for word in words))
     ours = [entry for entry in done.stderr.splitlines() if entry.startswith("diffpress: ")]
     assert len(ours) == 1 and line in ours[0], done.stderr
     # the launcher's own account: it ends with a traceback of its own, and names the code of the first that failed

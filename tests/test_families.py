@@ -46,7 +46,7 @@ from runtime.commands import chosen_plan  # noqa: E402
 from runtime.denoise import Conditions, class_conditions  # noqa: E402
 from runtime.pipeline import DECODER, resized  # noqa: E402
 from runtime.sampler import generate, noise_for  # noqa: E402
-from tests.pipelines import CLIP_TOKENS, KINDS, sampled  # noqa: E402
+from tests.pipelines import CLIP_TOKENS, KINDS, sampled, unet  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 PROMPTS, LABELS, SEEDS = ["a photo of a cat", "Red dog!"], [3, 7], [0, 1]
@@ -188,12 +188,13 @@ def recipe(tmp_path) -> Callable[[str], Path]:
     return write
 
 
-FAMILIES = ("ldm", "sd", "sdxl", "lcm", "dit", "pixart-alpha", "sd3", "flux")
+# sdxl and lcm are the network of sd, and pixart's is made of dit's blocks
+FAMILIES = {"ldm": "magnitude", "sd": "taylor", "sdxl": "magnitude", "lcm": "magnitude", "dit": "taylor"}
+FAMILIES |= dict.fromkeys(("pixart-alpha", "sd3", "flux"), "magnitude")
+BOTH = [pytest.param(kind, "magnitude", marks=pytest.mark.slow) for kind in ("sd", "dit")]
 
 
-@pytest.mark.parametrize(
-    ("kind", "method"), [*((kind, "magnitude") for kind in FAMILIES), ("sd", "taylor"), ("dit", "taylor")]
-)
+@pytest.mark.parametrize(("kind", "method"), [*FAMILIES.items(), *BOTH])
 def test_every_family_is_pruned_distilled_and_quantized(kind, method, tiny_folder, recipe, tmp_path):
     teacher = brought_down(load_checkpoint(tiny_folder(kind)), steps=2)
     result = run_stages(teacher, read_recipe(recipe(method)), tmp_path / "run")
@@ -233,27 +234,19 @@ def picture(file: Path) -> np.ndarray:
     return np.asarray(Image.open(file).convert("RGB"), np.float32).transpose(2, 0, 1)[None] / 255
 
 
-@pytest.fixture(scope="module")
-def bundle(tiny_folder, tmp_path_factory) -> Path:
-    """Stable Diffusion for both engines, its height and width open."""
-    out = tmp_path_factory.mktemp("exported") / "sd"
-    assert run("export", tiny_folder("sd"), "--out", out, "--targets", "onnx", "openvino", "--threads", 1) == 0
-    return out
-
-
 @pytest.fixture
-def drawn(bundle, tmp_path) -> Callable[..., np.ndarray]:
+def drawn(sd_bundle, tmp_path) -> Callable[..., np.ndarray]:
     """One image of the bundle by the command line."""
     file = tmp_path / "image.png"
 
     def draw(*wishes: object, prompt: str = PROMPTS[0]) -> np.ndarray:
-        assert run("sample", bundle, "-n", 1, "--out", file, "--threads", 1, "--prompt", prompt, *wishes) == 0
+        assert run("sample", sd_bundle, "-n", 1, "--out", file, "--threads", 1, "--prompt", prompt, *wishes) == 0
         return picture(file)
 
     return draw
 
 
-def test_a_bundle_draws_from_the_command_line_what_diffusers_draws(bundle, tiny_folder, drawn, capsys):
+def test_a_bundle_draws_from_the_command_line_what_diffusers_draws(tiny_folder, drawn, capsys):
     wishes = ("--negative", "dog", "--steps", 4, "--guidance", 3, "--engine", "onnxruntime")
     checkpoint = brought_down(load_checkpoint(tiny_folder("sd")), steps=4)
     told = {"guidance_scale": 3.0, "negative_prompt": ["dog"]}
@@ -298,9 +291,9 @@ sys.exit(diffpress.main(sys.argv[1:]))
 """
 
 
-def test_a_prompt_becomes_an_image_without_torch_transformers_and_diffusers(bundle, drawn, tmp_path):
+def test_a_prompt_becomes_an_image_without_torch_transformers_and_diffusers(sd_bundle, drawn, tmp_path):
     wishes = ["-n", "1", "--prompt", PROMPTS[0], "--steps", "2", "--engine", "onnxruntime", "--threads", "1"]
-    command = [sys.executable, "-c", ALONE, "sample", str(bundle), "--out", str(tmp_path / "alone.png"), *wishes]
+    command = [sys.executable, "-c", ALONE, "sample", str(sd_bundle), "--out", str(tmp_path / "alone.png"), *wishes]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert np.array_equal(picture(tmp_path / "alone.png"), drawn("--steps", 2, "--engine", "onnxruntime"))
@@ -378,24 +371,27 @@ def test_an_unknown_class_is_named_with_the_way_around(copied, refused, tmp_path
     refused(("export", folder, "--out", tmp_path / "out"), *words)
 
 
-def test_a_size_that_cannot_be_made_names_the_nearest(bundle, refused, tiny_folder, tmp_path):
-    for command in (("sample", bundle, "--prompt", "a cat"), ("export", tiny_folder("sd"), "--out", tmp_path / "out")):
+def test_a_size_that_cannot_be_made_names_the_nearest(sd_bundle, refused, tiny_folder, tmp_path):
+    export = ("export", tiny_folder("sd"), "--out", tmp_path / "out")
+    for command in (("sample", sd_bundle, "--prompt", "a cat"), export):
         refused((*command, "--size", "30x18"), "30x18", "multiples of 4", "32x16")
         refused((*command, "--size", "large"), "--size large", "512x768")
 
 
-def test_a_denoiser_exported_alone_takes_no_prompt_and_no_other_size(tiny_folder, refused, tmp_path):
+def test_a_denoiser_exported_alone_takes_no_prompt_and_no_other_size(refused, tmp_path):
     out, image = tmp_path / "bare", tmp_path / "image.png"
-    assert run("export", tiny_folder("sd") / "unet", "--out", out, "--size", "8x8", "--threads", 1) == 0
+    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    unet(block_out_channels=[16], mid_block_type=None, **blocks).save_pretrained(tmp_path / "sd" / "unet")
+    assert run("export", tmp_path / "sd" / "unet", "--out", out, "--size", "8x8", "--threads", 1) == 0
     sample = ("sample", out, "-n", 1, "--out", image, "--prompt", "a cat")
     refused(sample, str(out), "text encoder", "whole pipeline")
     refused((*sample, "--size", "16x16"), "16x16", "8x8")
     assert not image.exists()
 
 
-def test_words_that_a_model_does_not_take_are_refused(bundle, refused):
-    refused(("sample", bundle), "--prompt")
-    refused(("sample", bundle, "--prompt", "a cat", "--negative", "dog", "--guidance", 1), "negative", "guidance")
+def test_words_that_a_model_does_not_take_are_refused(sd_bundle, refused):
+    refused(("sample", sd_bundle), "--prompt")
+    refused(("sample", sd_bundle, "--prompt", "a cat", "--negative", "dog", "--guidance", 1), "negative", "guidance")
 
 
 # --- everything, of every kind ---------------------------------------------------------------------------------

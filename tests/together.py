@@ -1,9 +1,12 @@
 """What every process of tests/test_accelerate.py runs, as a verb of diffpress: a tiny training, or an end that fails.
 
-    accelerate launch ... -m tests.together try train FOLDER [STEP]     killed at STEP, if one is given
+    accelerate launch ... -m tests.together try train FOLDER ...        a training in each folder
+    accelerate launch ... -m tests.together try kill FOLDER             one that is killed on its way
     accelerate launch ... -m tests.together try stages CHECKPOINT RECIPE OUT [key=value ...]     a recipe, no export
-    accelerate launch ... -m tests.together try refuse PROCESS          that process alone finds bad input
+    accelerate launch ... -m tests.together try refuse PROCESS [GRACE_S]     that process alone finds bad input
     accelerate launch ... -m tests.together try diverge FOLDER          the loss of process 1 is no number
+
+Training and stages are imported where they are asked for: diffusers takes seconds to load, and bad input needs none.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import save_file
@@ -22,13 +26,13 @@ from torch import nn
 import diffpress
 from compress import processes
 from compress.context import say
-from compress.load import load_checkpoint
-from compress.pipeline import run_stages
-from compress.recipe import read_recipe
-from compress.training import Objective, Training, train
 from runtime.errors import BadInput
 
+if TYPE_CHECKING:
+    from compress.training import Objective, Training
+
 STEPS, SEED = 12, 3
+KILLED_AT = 8
 
 
 class Two(nn.Module):
@@ -46,6 +50,8 @@ class Two(nn.Module):
 
 
 def run_in(folder: Path) -> Training:
+    from compress.training import Training
+
     return Training(STEPS, 0.05, 2, 0.8, SEED, 3, folder / "work", "distill test", partial=True)
 
 
@@ -64,6 +70,8 @@ def together(model: nn.Module, generator: torch.Generator, share: float) -> torc
 
 def drawing_late(loss_of: Callable[[nn.Module, torch.Generator, float], torch.Tensor]) -> Objective:
     """An objective whose loss draws for itself, which on one device it may."""
+    from compress.training import Objective
+
     return Objective(lambda generator, share: (generator, share), loss_of)
 
 
@@ -78,19 +86,30 @@ def try_command(args: argparse.Namespace) -> int:
         if what == "refuse":
             with processes.main_first():
                 if processes.index() == int(where):
+                    processes.GRACE_S = float(rest[0]) if rest else processes.GRACE_S
                     raise BadInput(f"bad input of process {where}")
             processes.wait()
         elif what == "stages":
-            recipe, out, *settings = rest
-            run_stages(load_checkpoint(where), read_recipe(Path(recipe), tuple(settings)), Path(out))
+            _walk(where, *rest)
         else:
-            _train(what, Path(where), int(rest[0]) if rest else STEPS)
+            for folder in (where, *rest):
+                _train(what, Path(folder))
     return 0
 
 
-def _train(what: str, folder: Path, last: int) -> None:
+def _walk(checkpoint: str, recipe: str, out: str, *settings: str) -> None:
+    from compress.load import load_checkpoint
+    from compress.pipeline import run_stages
+    from compress.recipe import read_recipe
+
+    run_stages(load_checkpoint(checkpoint), read_recipe(Path(recipe), settings), Path(out))
+
+
+def _train(what: str, folder: Path) -> None:
+    from compress.training import train
+
     def loss_of(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
-        if round(share * STEPS) == last and processes.index() == 1:
+        if what == "kill" and round(share * STEPS) == KILLED_AT and processes.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         bad = what == "diverge" and share > 0.5 and processes.index() == 1
         return together(model, generator, share) * (float("nan") if bad else 1.0)

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from compress.layout import Layout
+from runtime.conditioning import Conditioning, TextEncoder, TextInput
 from runtime.errors import BadInput
-from runtime.spec import Conditioning, TextEncoder, TextInput
 
 
 @dataclass(frozen=True)

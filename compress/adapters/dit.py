@@ -17,7 +17,7 @@ from compress.adapters.transformer import layers_named
 from compress.adapters.transformer import skip_joins as skip_joins
 from compress.adapters.transformer import trunk as trunk
 from compress.layout import Layout
-from runtime.spec import Conditioning
+from runtime.conditioning import Conditioning
 
 RESIZABLE = False  # its position embedding is a table for one size
 

@@ -17,7 +17,7 @@ from compress.adapters.transformer import layers_named
 from compress.adapters.transformer import skip_joins as skip_joins
 from compress.adapters.transformer import trunk as trunk
 from compress.layout import Layout
-from runtime.spec import TextInput
+from runtime.conditioning import TextInput
 
 RESIZABLE = False  # its position embedding is computed for one size
 LENGTHS = {"PixArtSigmaPipeline": 300}

@@ -14,7 +14,7 @@ from torch import nn
 from compress.adapters import diffusers_blocks
 from compress.adapters.description import Description, square
 from compress.layout import Layout
-from runtime.spec import Conditioning
+from runtime.conditioning import Conditioning
 
 RESIZABLE = False  # a fixed size makes the simpler, faster graph, and these models are trained for one
 

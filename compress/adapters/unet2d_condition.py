@@ -17,8 +17,8 @@ from compress.adapters.unet2d import blocks as blocks
 from compress.adapters.unet2d import cache_cuts as cache_cuts
 from compress.adapters.unet2d import skip_joins as skip_joins
 from compress.layout import Layout
+from runtime.conditioning import TextInput
 from runtime.errors import BadInput
-from runtime.spec import TextInput
 
 RESIZABLE = True
 TIME_IDS = 6  # original size, crop corner, target size

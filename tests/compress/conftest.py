@@ -23,8 +23,9 @@ from compress.prune import prune
 from compress.quantization.quantizers import fake_quantized
 from compress.quantization.stage import quantize
 from compress.widths import widths_of
+from runtime.conditioning import Conditioning
 from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import Conditioning, DenoiserSpec
+from runtime.spec import DenoiserSpec
 
 UNET = {
     "_class_name": "UNet2DModel",

@@ -27,8 +27,9 @@ from compress.checkpoint import Checkpoint, Source
 from compress.config import PruneConfig
 from compress.prune import prune
 from compress.widths import apply_widths_, changed_widths, widths_of
+from runtime.conditioning import Conditioning, TextInput
 from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import Conditioning, DenoiserSpec, TextInput
+from runtime.spec import DenoiserSpec
 
 UNET: dict[str, Any] = {
     "sample_size": 8,

@@ -15,8 +15,9 @@ from compress.checkpoint import Checkpoint, Quantization, Source
 from compress.widths import widths_of
 from export.graph import Graph
 from export.to_onnx import to_onnx
+from runtime.conditioning import Conditioning
 from runtime.schedule import betas_schedule, flow_schedule, make_plan
-from runtime.spec import Conditioning, DenoiserSpec
+from runtime.spec import DenoiserSpec
 from tests.export.oracle import layers_of, measured_scales
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 from dataclasses import fields, replace
+from typing import get_type_hints
 
 import onnx
 import pytest
@@ -259,7 +260,10 @@ def test_a_recipe_says_how_plans_are_built(tmp_path):
     assert config.compute_capabilities == ("8.6", "8.9")
     assert config.options == BuildOptions(batch=(1, 2, 4), tf32=True)
     assert TensorRTConfig().options == BuildOptions()
+    # a recipe's keys are the options, of the same types and with the same defaults
     assert set(TensorRTConfig.model_fields) - {"compute_capabilities"} == {f.name for f in fields(BuildOptions)}
+    types = get_type_hints(BuildOptions)
+    assert {name: get_type_hints(TensorRTConfig)[name] for name in types} == types
 
 
 @pytest.mark.parametrize(

@@ -118,7 +118,7 @@ def gaussian() -> Gaussian:
     return Gaussian()
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def mixture() -> Mixture:
     return Mixture()
 

@@ -20,8 +20,9 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from runtime.bundle import seal
+from runtime.conditioning import Conditioning
 from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import Conditioning, DenoiserSpec
+from runtime.spec import DenoiserSpec
 
 FOLDER = Path(__file__).parent / "tiny_bundle"
 TIMESTEPS, SIZE, CLASSES, DEVIATION = 50, 8, 3, 0.05

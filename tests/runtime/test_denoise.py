@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.conditioning import Conditioning, TextInput
 from runtime.denoise import (
     Conditions,
     Denoise,
@@ -25,7 +26,7 @@ from runtime.denoise import (
 )
 from runtime.errors import BadInput
 from runtime.schedule import Point, betas_schedule, flow_schedule, make_plan, point_at
-from runtime.spec import Conditioning, DenoiserSpec, NoiseSchedule, TextInput, Threshold
+from runtime.spec import DenoiserSpec, NoiseSchedule, Threshold
 
 COSINE = betas_schedule("squaredcos_cap_v2", 100)
 CLASSES = Conditioning("class", classes=10, null_label=10)

@@ -14,12 +14,13 @@ import pytest
 
 import runtime.pipeline
 from runtime.bundle import Bundle, load_bundle
+from runtime.conditioning import Conditioning, TextEncoder, TextInput
 from runtime.denoise import Conditions
 from runtime.engines.options import EngineOptions
 from runtime.errors import BadInput
 from runtime.pipeline import Pipeline, has_fixed_size, resized
 from runtime.schedule import flow_schedule, make_plan, spaced_timesteps
-from runtime.spec import Conditioning, DenoiserSpec, Plan, Spacing, TextEncoder, TextInput
+from runtime.spec import DenoiserSpec, Plan, Spacing
 
 FLOAT32, INT64 = np.dtype(np.float32), np.dtype(np.int64)
 SCHEDULE = flow_schedule(1000)

@@ -7,12 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from runtime.conditioning import Conditioning
 from runtime.denoise import Conditions
 from runtime.errors import BadInput
 from runtime.sampler import MAX_SEED, generate, generate_batches, labels_in_turn, noise_for, sample
 from runtime.schedule import betas_schedule, flow_schedule, make_plan
 from runtime.solvers import SOLVERS
-from runtime.spec import Conditioning, Correction, DenoiserSpec, NoiseSchedule, Plan
+from runtime.spec import Correction, DenoiserSpec, NoiseSchedule, Plan
 
 COSINE = betas_schedule("squaredcos_cap_v2", 100)
 PLAN = make_plan("dpmpp_2m", 5, COSINE)

@@ -9,20 +9,10 @@ from typing import Any
 
 import pytest
 
+from runtime.conditioning import Conditioning, TextEncoder, TextInput
 from runtime.errors import BadInput
 from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import (
-    Conditioning,
-    Correction,
-    DenoiserSpec,
-    NoiseSchedule,
-    Plan,
-    Spacing,
-    TextEncoder,
-    TextInput,
-    Threshold,
-    plan_from_json,
-)
+from runtime.spec import Correction, DenoiserSpec, NoiseSchedule, Plan, Spacing, Threshold, plan_from_json
 
 SCHEDULE = betas_schedule("squaredcos_cap_v2", 20)
 SPEC = DenoiserSpec(
@@ -88,12 +78,6 @@ def test_sizes_and_tokens_follow_from_the_latent() -> None:
     assert TEXT.tokens(TEXT.sample_shape) == 4 * 8 and TEXT.tokens((4, 16, 16)) == 64
 
 
-def test_sizes_and_masks_are_told_from_features() -> None:
-    inputs = TEXT.conditioning.inputs
-    assert inputs["time_ids"].is_plain and not inputs["encoder_hidden_states"].is_plain
-    assert TextInput((7,), (("t5.attention_mask",),)).is_plain and not TextInput((7, 3), (7,)).is_plain
-
-
 def test_a_plan_survives_json() -> None:
     assert plan_from_json(json.loads(json.dumps(SPEC.to_json()["plan"]))) == SPEC.plan
 
@@ -138,9 +122,6 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("plan.guidance", float("inf")), "finite"),
         (change("plan.eta", 1.5), "eta 1.5"),
         (change("plan.clip", "false"), "expected true or false"),
-        (change("conditioning.kind", "audio"), "conditioning kind 'audio'"),
-        (lambda data: data["conditioning"].update(kind="class", classes=0), "number of classes"),
-        (change("conditioning.null_label", -1), "negative"),
         (change("data_range", [1.0, -1.0]), "empty"),
         (change("latent_scale", 0.0), "latent scale"),
         (change("latent_factor", 0), "latent factor 0"),
@@ -163,11 +144,6 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("spacing.offset", -1), "spacing: offset -1"),
         (change("spacing.dynamic", [0.5, 1.15, 256]), "spacing: "),
         (change("spacing.colour", 1), "spacing: unknown entry 'colour'"),
-        (change("conditioning.encoders", [{"graph": "t5", "tokenizer": "t5_words"}]), "conditioning: .*length"),
-        (change("conditioning.encoders", [{"graph": "t5", "colour": 1}]), "unknown entry 'colour'"),
-        (lambda data: data["conditioning"]["encoders"][0].update(length=0), "text_encoder: 0 tokens"),
-        (change("conditioning.inputs", [1]), "conditioning: "),
-        (change("conditioning.inputs", {"time_ids": {"shape": [4]}}), "conditioning: the entry 'rows' is missing"),
         (change("conditioning.zero_negative", "no"), "conditioning: expected true or false"),
     ],
 )

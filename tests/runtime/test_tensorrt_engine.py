@@ -184,10 +184,6 @@ def used(variable):
     return found
 
 
-# what only one of the libraries has, and the code asks for first
-OPTIONAL = {"ComputeCapability", "IRuntimeCache", "EngineValidity.INVALID", "EngineValidity"}
-
-
 @pytest.mark.parametrize(("variable", "module"), [("cuda", "cuda.bindings.runtime"), ("trt", "tensorrt_rtx")])
 def test_the_real_library_has_every_name_that_is_used(variable, module):
     try:

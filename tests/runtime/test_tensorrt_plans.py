@@ -12,6 +12,7 @@ from dataclasses import replace
 import pytest
 
 from runtime.bundle import Built, load_bundle
+from runtime.conditioning import Conditioning, TextEncoder, TextInput
 from runtime.engines import load_engine
 from runtime.engines.cache import Cache
 from runtime.engines.options import EngineOptions
@@ -24,7 +25,6 @@ from runtime.engines.trt.options import BuildOptions
 from runtime.engines.trt.plans import plan_for
 from runtime.engines.trt.profile import profile_shapes
 from runtime.errors import BadInput, MissingExtra, Unfit
-from runtime.spec import Conditioning, TextEncoder, TextInput
 
 needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed: no plan was built here"

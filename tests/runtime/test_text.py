@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from runtime.conditioning import Conditioning, TextEncoder, TextInput
 from runtime.errors import BadInput, MissingExtra
-from runtime.spec import Conditioning, TextEncoder, TextInput
 from runtime.text import assemble, encode, open_tokenizer, tokenize, unconditional
 
 ROOT = Path(__file__).parents[2]

@@ -14,11 +14,12 @@ from compress.quantization.correction import CORRECTION_SEED, fitted, measured, 
 from compress.quantization.quantizers import fake_quantized
 from compress.quantization.stage import quantize
 from compress.torch_network import TorchNetwork
+from runtime.conditioning import Conditioning
 from runtime.denoise import Conditions, corrected, stand_in_conditions
 from runtime.errors import BadInput
 from runtime.sampler import generate
 from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import Conditioning, DenoiserSpec
+from runtime.spec import DenoiserSpec
 
 SCHEDULE = betas_schedule("linear", 100)
 PLAN = make_plan("dpmpp_2m", 5, SCHEDULE)
