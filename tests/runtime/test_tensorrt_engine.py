@@ -22,7 +22,7 @@ from runtime.engines.trt.monitor import Phases, monitor
 from runtime.engines.trt.options import BuildOptions
 from runtime.errors import Unfit
 
-FOLDER = Path("runtime/engines")
+FOLDER = Path("runtime/engines/trt")
 TYPES = {"x": np.dtype(np.float32), "t": np.dtype(np.int64), "out": np.dtype(np.float32)}
 
 
@@ -171,7 +171,7 @@ def test_what_cuda_says_is_one_line():
 def used(variable):
     """variable.A.B -> 'A.B', and 'A' of call(variable, "A") and getattr(variable.B, ...) in the files of this room."""
     found = set()
-    for file in FOLDER.glob("tensorrt*.py"):
+    for file in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute):
                 text = ast.unparse(node).replace("self._", "")
