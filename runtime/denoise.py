@@ -270,9 +270,25 @@ def _feed(
         SAMPLE: x.astype(types[SAMPLE], copy=False),
         TIMESTEP: told_timesteps([t] * len(x), types[TIMESTEP]),
     }
-    if spec.conditioning.guidance_input:
-        feed[GUIDANCE] = np.full(len(x), guidance, dtype=types[GUIDANCE])
-    return feed | {name: array.astype(types[name], copy=False) for name, array in told.items()}
+    return feed | _typed(network, spec, len(x), told, guidance)
+
+
+def told_throughout(
+    network: Network, spec: DenoiserSpec, conditions: Conditions, count: int
+) -> dict[str, np.ndarray]:
+    """The graph's inputs besides sample and timestep in every call for `count` samples by the spec's plan, as it takes
+    them; under guidance both halves, the given one first. Raises BadInput as `make_predictor` does."""
+    told = _told(spec, conditions, is_guided(spec, spec.plan.guidance))
+    return _typed(network, spec, count * evaluations_per_step(spec), told, spec.plan.guidance)
+
+
+def _typed(
+    network: Network, spec: DenoiserSpec, count: int, told: Mapping[str, np.ndarray], guidance: float
+) -> dict[str, np.ndarray]:
+    """What `count` samples are told, and the weight of guidance where that is an input, in the graph's own types."""
+    types = network.inputs
+    weight = {GUIDANCE: np.full(count, guidance, types[GUIDANCE])} if spec.conditioning.guidance_input else {}
+    return weight | {name: array.astype(types[name], copy=False) for name, array in told.items()}
 
 
 def told_timesteps(timesteps: Sequence[float], dtype: np.dtype) -> np.ndarray:

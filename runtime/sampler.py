@@ -6,6 +6,9 @@ Noise comes from one counter-based generator per sample (Philox, Salmon et al. 2
 seed: an image depends on its seed, its label and the plan, and on nothing else in its batch. Stream 0 is the
 starting noise, stream k the noise that step k adds where eta > 0 or the solver is a noisy one; a second noise in one
 step is stream k + N.
+
+A network that can walk by itself, without handing out every step, is given the whole of it where its numbers are known
+ahead (runtime.linear_walk); whatever it cannot walk comes back to the loop.
 """
 
 from __future__ import annotations
@@ -16,9 +19,18 @@ from typing import NamedTuple
 
 import numpy as np
 
-from runtime.denoise import Conditions, Denoise, Network, class_conditions, evaluations_at, plan_denoiser
+from runtime.denoise import (
+    Conditions,
+    Denoise,
+    Network,
+    class_conditions,
+    evaluations_at,
+    plan_denoiser,
+    told_throughout,
+)
 from runtime.errors import BadInput
-from runtime.schedule import Point, trajectory
+from runtime.linear_walk import Program, Walker, linear_walk
+from runtime.schedule import Point, point_at, trajectory
 from runtime.solvers import solver_named
 from runtime.solvers.contract import MEMORY, Past, Stride
 from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
@@ -54,7 +66,7 @@ def sample(
     """
     solver = solver_named(plan.solver)
     points = trajectory(schedule, plan.timesteps, plan.end)
-    x = np.float32(start_spread(points[0], plan.start)) * noise
+    x = _started(noise, points[0], plan)
     past: deque[Past] = deque(maxlen=MEMORY)
     for index, (now, after) in enumerate(zip(points, points[1:], strict=False)):
         x0 = denoise(x, now)
@@ -73,6 +85,11 @@ def sample(
 def start_spread(point: Point, start: str) -> float:
     """The standard deviation of the noise to start from; 'marginal' is that of noised data of unit variance."""
     return {"marginal": float(np.hypot(point.alpha, point.sigma)), "noise": point.sigma, "unit": 1.0}[start]
+
+
+def _started(noise: np.ndarray, point: Point, plan: Plan) -> np.ndarray:
+    started: np.ndarray = np.float32(start_spread(point, plan.start)) * noise
+    return started
 
 
 def network_evaluations(spec: DenoiserSpec) -> int:
@@ -136,9 +153,10 @@ def generate_batches(
     counts = {len(array) for array in (*conditions.given.values(), *(conditions.null or {}).values())}
     if not counts <= {len(seeds)}:
         raise BadInput(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one each")
+    program = linear_walk(spec) if isinstance(network, Walker) else None
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        samples = _one_batch(network, spec, seeds[part], conditions.part(part))
+        samples = _one_batch(network, spec, seeds[part], conditions.part(part), program)
         yield np.clip(samples, *spec.data_range) if spec.plan.clip else samples
 
 
@@ -154,10 +172,16 @@ def _one_batch(
     spec: DenoiserSpec,
     seeds: Sequence[int] | np.ndarray,
     conditions: Conditions,
+    program: Program | None,
 ) -> np.ndarray:
     plan = spec.plan
     denoise = plan_denoiser(network, spec, conditions)
     noise = noise_for(seeds, spec.sample_shape)
+    if program is not None and isinstance(network, Walker):
+        started = _started(noise, point_at(spec.schedule, plan.timesteps[0]), plan)
+        walked = network.walk(program, told_throughout(network, spec, conditions, len(seeds)), started)
+        if walked is not None:
+            return walked
     steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
     return deque(steps, maxlen=1).pop().x
 

@@ -2,7 +2,7 @@
 
 The network is strongly typed: every tensor has the type that it has in the graph (float32, float16, bfloat16, and int8,
 fp8 or fp4 between Q and DQ), and float32 products are not rounded to TF32 unless that is asked for. TensorRT-RTX builds
-for the GPUs that are named, on any machine; TensorRT for the GPU that is here.
+for the GPUs that are named, on any machine, and like TensorRT for the GPU that is here, whether it has a name or not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ DATA_FILE = re.compile(rb"\n\x08location\x12([\x01-\x7f])")
 class Plan(NamedTuple):
     """The bytes of a plan, and what the manifest keeps of how it was made (all but file, engine and precision)."""
 
-    data: memoryview
+    data: bytes
     entry: dict[str, Any]
 
 
@@ -73,15 +73,14 @@ def build(
         raise build_error(graph.name, name, logger.errors, options)
     if timing is not None:
         write_bytes(timing, bytes(config.get_timing_cache().serialize()))
-    # TensorRT's own memory, which cannot be sliced, seen as bytes and not copied
-    data = memoryview(plan).cast("B")
+    data = bytes(plan)  # what the builder gives can be read, but not sliced
     entry = {
         "library": name,
         "version": str(trt.__version__),
         "graph": graph.name,
         "graph_sha256": graph_sha256(graph),
         "sha256": hashlib.sha256(data).hexdigest(),
-        "bytes": data.nbytes,
+        "bytes": len(data),
         "compute_capabilities": list(capabilities),
         "profile": {name: [list(shape) for shape in entry] for name, entry in shapes.items()},
         "options": options.to_json(),
@@ -113,8 +112,10 @@ def choose(capabilities: Sequence[str]) -> tuple[str, list[str]]:
     if not capabilities and here in ahead:
         return libraries.RTX, [here]
     if set(capabilities) <= {here}:
-        # TensorRT-RTX builds for the GPU that is here where it has no name for it (9.0 for one, which was seen)
-        return (libraries.CLASSIC if libraries.CLASSIC in found else libraries.RTX), [here]
+        if libraries.CLASSIC in found:
+            return libraries.CLASSIC, [here]
+        if libraries.current_target(libraries.library(libraries.RTX)) is not None:
+            return libraries.RTX, [here]
     raise Unfit(
         f"{' and '.join(found)} cannot build for compute capability {', '.join(capabilities) or here} on a GPU of "
         f"{here}; choose from {', '.join(ahead) or here}"
@@ -189,7 +190,8 @@ def _configured(
         known = libraries.targets(trt)
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
-            config.set_compute_capability(known.get(capability, trt.ComputeCapability.CURRENT), index)
+            # one without a name can only be that of the GPU that is here, by `choose`
+            config.set_compute_capability(known.get(capability, libraries.current_target(trt)), index)
     elif options.hardware_compatible != "none":
         levels = trt.HardwareCompatibilityLevel.__members__
         level = options.hardware_compatible.upper()

@@ -63,7 +63,7 @@ class TensorRtEngine:
 
     name, device = NAME, "cuda"
 
-    def __init__(self, path: Path, plan: Any, entry: dict[str, Any], options: EngineOptions) -> None:
+    def __init__(self, path: Path, plan: bytes, entry: dict[str, Any], options: EngineOptions) -> None:
         self._path, self._profile = path, entry["profile"]
         self._largest = min(high[0] for _, _, high in self._profile.values())
         self._cuda, self._trt = libraries.cuda_runtime(), libraries.library(entry["library"])
@@ -145,9 +145,9 @@ class TensorRtEngine:
         self._bindings.pop(key).close()
         self._keep_compiled()
 
-    def _deserialized(self, plan: Any, options: dict[str, Any]) -> Any:
+    def _deserialized(self, plan: bytes, options: dict[str, Any]) -> Any:
         if hasattr(self._runtime, "get_engine_validity"):  # TensorRT-RTX, which reads the header alone
-            validity, _ = self._runtime.get_engine_validity(bytes(plan[: self._runtime.engine_header_size]))
+            validity, _ = self._runtime.get_engine_validity(plan[: self._runtime.engine_header_size])
             if validity == self._trt.EngineValidity.INVALID:
                 raise self._failed("use the plan here")
         engine = self._runtime.deserialize_cuda_engine(plan)

@@ -20,7 +20,9 @@ from runtime.files import read_json
 from runtime.spec import DenoiserSpec
 
 
-def plan_for(path: Path, options: EngineOptions, built: Sequence[Built], device: Device) -> tuple[Any, dict[str, Any]]:
+def plan_for(
+    path: Path, options: EngineOptions, built: Sequence[Built], device: Device
+) -> tuple[bytes, dict[str, Any]]:
     """Bytes and manifest entry of the first plan that fits `device`, of those built ahead and then those rebuilt.
 
     None that fits raises Unfit with the reason of each, or builds one (`options.rebuild`) and keeps it in the cache.
@@ -44,7 +46,7 @@ def plan_for(path: Path, options: EngineOptions, built: Sequence[Built], device:
     made = build(path, _spec_beside(path), settings, [device.capability], part=_part_of(path))
     if options.cache is not None:
         key = _key(settings, made.entry["library"], made.entry["version"], device.capability)
-        options.cache.write(f"{key} plan", bytes(made.data))
+        options.cache.write(f"{key} plan", made.data)
         options.cache.write(f"{key} entry", json.dumps(made.entry).encode())
     return made.data, made.entry
 

@@ -1,0 +1,66 @@
+"""PyTorch on a GPU as one would use it: model, samples and solver stay there from the noise to the image.
+
+    eager      as PyTorch comes, in float32, with TF32 in convolutions
+    bf16       the same under autocast to bfloat16
+    compiled   torch.compile(mode="reduce-overhead"), which replays CUDA graphs
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from compress.adapters import adapter_for  # noqa: E402
+from compress.checkpoint import Checkpoint  # noqa: E402
+from compress.torch_network import TorchNetwork  # noqa: E402
+from runtime.denoise import told_timesteps  # noqa: E402
+from runtime.errors import Unfit  # noqa: E402
+from runtime.linear_walk import FIRST_PAST, Program  # noqa: E402
+
+KINDS = ("eager", "bf16", "compiled")
+
+
+class TorchWalk:
+    """A checkpoint's model as runtime.linear_walk.Walker; `kind` is one of KINDS."""
+
+    def __init__(self, checkpoint: Checkpoint, kind: str, device: str = "cuda") -> None:
+        self._device, model = device, checkpoint.model.to(device).eval()
+        self._bf16, self._forward = kind == "bf16", adapter_for(model).forward
+        self._model = torch.compile(model, mode="reduce-overhead") if kind == "compiled" else model
+        self.inputs = TorchNetwork(model, checkpoint.spec).inputs
+
+    def run(self, _: dict[str, np.ndarray]) -> np.ndarray:
+        raise Unfit("this plan is no walk of sums: see runtime/linear_walk.py")
+
+    def walk(self, program: Program, told: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
+        rows = program.halves * len(start)
+        feed = {name: torch.from_numpy(array).to(self._device) for name, array in told.items()}
+        times = [told_timesteps([t] * rows, self.inputs["timestep"]) for t in program.timesteps]
+        times, offsets = (torch.from_numpy(np.stack(a)).to(self._device) for a in (times, program.offsets))
+        x, past = torch.from_numpy(start).to(self._device), []
+        for step in range(program.steps):
+            torch.compiler.cudagraph_mark_step_begin()
+            with torch.no_grad(), torch.autocast(self._device, torch.bfloat16, enabled=self._bf16):
+                sample = torch.cat([x] * program.halves)
+                out = self._forward(self._model, {"sample": sample, "timestep": times[step], **feed}).float()
+            if program.halves == 2:
+                given, null = out.chunk(2)
+                out = null + program.guidance * (given - null)
+            a, b = program.reads[step].tolist()
+            x0 = a * x + b * out + offsets[step, :, None, None]
+            x0 = x0 if program.bounds is None else x0.clamp(*program.bounds)
+            terms = [x, x0, x0.clamp(-1.0, 1.0), *past]
+            kept, x = (self._sum(row[step], terms) for row in (program.kept, program.moved))
+            past = [kept, x0, *past][: program.kept.shape[1] - FIRST_PAST]
+        return x.cpu().numpy()
+
+    def _sum(self, weights: np.ndarray, terms: list[Any]) -> Any:
+        found = [(w, term) for w, term in zip(weights.tolist(), terms, strict=False) if w]
+        return sum((w * term for w, term in found[1:]), start=found[0][0] * found[0][1])
