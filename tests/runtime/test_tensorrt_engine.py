@@ -21,66 +21,10 @@ from runtime.engines.trt.messages import build_error, one_line
 from runtime.engines.trt.monitor import Phases, monitor
 from runtime.engines.trt.options import BuildOptions
 from runtime.errors import Unfit
+from tests.runtime.fake_cuda import Cuda
 
 FOLDER = Path("runtime/engines/trt")
 TYPES = {"x": np.dtype(np.float32), "t": np.dtype(np.int64), "out": np.dtype(np.float32)}
-
-
-class Cuda:
-    """cuda.bindings.runtime on main memory: 'device' addresses are buffers of ctypes, a graph is a list of calls."""
-
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
-
-    def __init__(self):
-        self.memory, self.recorded, self.log = {}, None, []
-
-    def do(self, work):
-        self.recorded.append(work) if self.recorded is not None else work()
-
-    def cudaMalloc(self, size):
-        buffer = ctypes.create_string_buffer(size)
-        self.memory[ctypes.addressof(buffer)] = buffer
-        return 0, ctypes.addressof(buffer)
-
-    cudaMallocHost = cudaMalloc
-
-    def cudaFree(self, address):
-        del self.memory[address]
-        return (0,)
-
-    cudaFreeHost = cudaFree
-
-    def cudaMemcpyAsync(self, to, origin, size, kind, stream):
-        self.do(lambda: ctypes.memmove(to, origin, size))
-        return (0,)
-
-    def cudaStreamSynchronize(self, stream):
-        return (0,)
-
-    def cudaStreamBeginCapture(self, stream, mode):
-        self.recorded = []
-        return (0,)
-
-    def cudaStreamEndCapture(self, stream):
-        recorded, self.recorded = self.recorded, None
-        return 0, recorded
-
-    def cudaGraphInstantiate(self, graph, flags):
-        return 0, graph
-
-    def cudaGraphDestroy(self, graph):
-        return (0,)
-
-    def cudaGraphExecDestroy(self, graph):
-        self.log.append("destroyed")
-        return (0,)
-
-    def cudaGraphLaunch(self, graph, stream):
-        self.log.append("launched")
-        for work in graph:
-            work()
-        return (0,)
 
 
 class Context:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from runtime.bundle import Built
+from runtime.denoise import SAMPLE, TIMESTEP, told_timesteps
 from runtime.engines.account import Account, Kernel
 from runtime.engines.options import EngineOptions
 from runtime.engines.trt import library as libraries
@@ -24,7 +25,9 @@ from runtime.engines.trt.binding import Binding
 from runtime.engines.trt.fit import uncovered
 from runtime.engines.trt.messages import one_line
 from runtime.engines.trt.plans import plan_for
+from runtime.engines.trt.walk import Kernels, Walk
 from runtime.errors import Unfit
+from runtime.linear_walk import Program
 
 NAME = "tensorrt"
 EXTRA = libraries.EXTRA
@@ -78,6 +81,8 @@ class TensorRtEngine:
         self.inputs = {n: self._types[n] for n in names if self._engine.get_tensor_mode(n) == is_input}
         self._stream = libraries.call(self._cuda, "cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self._bindings: dict[tuple[tuple[str, tuple[int, ...]], ...], Binding] = {}
+        self._walks: dict[Binding, Walk] = {}
+        self._walking: tuple[Kernels, ...] | None = None  # None: not tried, empty: not to be had
         self._cache, self._compiled = options.cache, f"kernels of {entry['sha256']}"
         self._config = self._runtime_config()
 
@@ -87,6 +92,26 @@ class TensorRtEngine:
     def run_all(self, inputs: Inputs) -> Inputs:
         parts = [self._binding(part).run(part) for part in parted(inputs, self._largest)]
         return parts[0] if len(parts) == 1 else {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
+
+    def walk(self, program: Program, told: Inputs, start: np.ndarray) -> np.ndarray | None:
+        """As runtime.linear_walk.Walker; None where NVRTC is missing, and for graphs that do not speak float32."""
+        each, out = self._largest // program.halves, next(n for n in self._types if n not in self.inputs)
+        kernels = self._kernels()
+        if kernels is None or each < 1 or {self._types[SAMPLE], self._types[out]} != {np.dtype(np.float32)}:
+            return None
+        walked = []
+        for first in range(0, len(start), each):
+            # what samples are told goes by halves: all of the given one, then all of the null one
+            rows = [half * len(start) + i for half in range(program.halves) for i in range(len(start))[first:][:each]]
+            part = start[first : first + each]
+            times = told_timesteps([program.timesteps[0]] * len(rows), self._types[TIMESTEP])
+            feed = {name: array[rows] for name, array in told.items()}
+            feed |= {SAMPLE: np.concatenate([part] * program.halves), TIMESTEP: times}
+            binding = self._binding(feed)
+            if binding not in self._walks:
+                self._walks[binding] = Walk(self._cuda, kernels, binding, self._stream)
+            walked.append(self._walks[binding].run(program, feed, part))
+        return np.concatenate(walked)
 
     def account(self, example_inputs: Inputs, promised: Collection[str] = ()) -> Account:
         raise Unfit(f"{self._path}: TensorRT does not tell which of its kernels compute on integers")
@@ -119,6 +144,15 @@ class TensorRtEngine:
             libraries.call(self._cuda, "cudaStreamDestroy", self._stream)
         self._stream = self._config = self._engine = self._runtime = None
 
+    def _kernels(self) -> Kernels | None:
+        """What walks on the GPU, compiled when it is first asked for."""
+        if self._walking is None:
+            try:
+                self._walking = (Kernels(libraries.gpu_capability(self._cuda)),)
+            except Unfit:
+                self._walking = ()
+        return next(iter(self._walking), None)
+
     def _binding(self, inputs: Inputs) -> Binding:
         shapes = {name: tuple(array.shape) for name, array in inputs.items()}
         key = tuple(sorted(shapes.items()))
@@ -142,7 +176,10 @@ class TensorRtEngine:
         return Binding(self._cuda, context, self._stream, shapes, self._types, replay=profiler is None)
 
     def _drop(self, key: Any) -> None:
-        self._bindings.pop(key).close()
+        binding = self._bindings.pop(key)
+        if binding in self._walks:
+            self._walks.pop(binding).close()
+        binding.close()
         self._keep_compiled()
 
     def _deserialized(self, plan: bytes, options: dict[str, Any]) -> Any:
