@@ -133,6 +133,8 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
     for tracker in accelerator.trackers:
         tracker.finish()
     student = accelerator.unwrap_model(model).to("cpu")
+    # accelerate's mark: a copy that has it is left where it is, on the processor, by the next stage's training
+    vars(student).pop("_is_accelerate_prepared", None)
     ema.to("cpu")
     ema.copy_to(student.parameters())
     return student.eval()

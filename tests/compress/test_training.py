@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import SafetensorError
 from torch import nn
 
@@ -146,6 +147,21 @@ def test_the_result_is_adamw_with_a_hand_computed_average(run):
         average = [decay * a + (1.0 - decay) * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
     for parameter, expected in zip(found.parameters(), average, strict=True):
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_what_was_trained_is_placed_anew_by_the_next_training(run, tmp_path, monkeypatch):
+    placed = []
+    place = Accelerator.prepare_model
+    monkeypatch.setattr(
+        Accelerator,
+        "prepare_model",
+        lambda self, model, **how: (
+            placed.append(getattr(model, "_is_accelerate_prepared", False)) or place(self, model, **how)
+        ),
+    )
+    first = train(student(), OBJECTIVE, run)
+    train(copy.deepcopy(first), OBJECTIVE, replace(run, work=tmp_path / "next"))
+    assert placed == [False, False]  # a model with that mark stays on the processor, whatever the device
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
