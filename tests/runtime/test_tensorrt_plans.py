@@ -9,7 +9,6 @@ import json
 import random
 from dataclasses import replace
 from types import SimpleNamespace
-from unittest.mock import MagicMock
 
 import pytest
 
@@ -19,7 +18,8 @@ from runtime.engines import load_engine
 from runtime.engines.cache import Cache
 from runtime.engines.options import EngineOptions
 from runtime.engines.trt import engine as tensorrt_engine
-from runtime.engines.trt.builder import _configured, choose, graph_sha256
+from runtime.engines.trt.builder import choose, graph_sha256
+from runtime.engines.trt.engine import reasons
 from runtime.engines.trt.fit import misfit, uncovered
 from runtime.engines.trt.library import Device
 from runtime.engines.trt.options import BuildOptions
@@ -211,9 +211,19 @@ def test_a_rebuilt_plan_is_bytes_whose_header_the_library_reads(tmp_path, graph)
     assert runtime.get_engine_validity(header)[0] in tensorrt_rtx.EngineValidity.__members__.values()
 
 
-def machine_with(monkeypatch, capability, named, current=True, classic=False):
+@needs_tensorrt
+def test_what_is_wrong_with_an_invalid_plan_is_said_in_the_librarys_own_words():
+    import tensorrt_rtx
+
+    runtime = tensorrt_rtx.Runtime(tensorrt_rtx.Logger())
+    _, flags = runtime.get_engine_validity(b"x" * runtime.engine_header_size)
+    assert reasons(tensorrt_rtx, flags) == "malformed engine"
+    assert reasons(tensorrt_rtx, 3) == "version mismatch, unsupported cc"
+
+
+def machine_with(monkeypatch, capability, named, classic=False):
     """Of this GPU, and a TensorRT-RTX that has these names of compute capabilities."""
-    members = {f"SM{one.replace('.', '')}": one for one in named} | ({"CURRENT": "current"} if current else {})
+    members = {f"SM{one.replace('.', '')}": one for one in named}
     trt = SimpleNamespace(ComputeCapability=SimpleNamespace(__members__=members))
     both = ["tensorrt-rtx", "tensorrt"] if classic else ["tensorrt-rtx"]
     monkeypatch.setattr("runtime.engines.trt.library.installed", lambda: both)
@@ -223,27 +233,15 @@ def machine_with(monkeypatch, capability, named, current=True, classic=False):
     return trt
 
 
-@pytest.mark.parametrize("asked", [[], ["9.0"]])
-def test_a_gpu_without_a_name_of_its_own_is_built_for_as_the_one_that_is_here(asked, monkeypatch):
-    trt = machine_with(monkeypatch, "9.0", ["8.9", "12.0"])
-    assert choose(asked) == ("tensorrt-rtx", ["9.0"])
-    assert choose(["8.9"]) == ("tensorrt-rtx", ["8.9"])
-    config = MagicMock()
-    builder = MagicMock(create_builder_config=lambda: config)
-    trt.MemoryPoolType = trt.BuilderFlag = MagicMock()
-    for capability, target in {"9.0": "current", "8.9": "8.9"}.items():
-        _configured(trt, builder, "tensorrt-rtx", BuildOptions(), [capability], {})
-        config.set_compute_capability.assert_called_with(target, 0)
-
-
 def test_where_tensorrt_is_there_too_it_builds_for_such_a_gpu(monkeypatch):
     machine_with(monkeypatch, "9.0", ["8.9"], classic=True)
     assert choose([]) == ("tensorrt", ["9.0"])
 
 
-@pytest.mark.parametrize(("asked", "current"), [(["8.9", "9.0"], True), (["7.0"], True), ([], False)])
-def test_a_gpu_that_neither_has_a_name_nor_is_here_is_refused(asked, current, monkeypatch):
-    machine_with(monkeypatch, "9.0", ["8.9"], current)
+@pytest.mark.parametrize("asked", [["8.9", "9.0"], ["7.0"], ["9.0"], []])
+def test_a_gpu_that_tensorrt_rtx_has_no_name_for_is_refused_before_building(asked, monkeypatch):
+    machine_with(monkeypatch, "9.0", ["8.9"])
+    assert choose(["8.9"]) == ("tensorrt-rtx", ["8.9"])
     with pytest.raises(Unfit, match="tensorrt-rtx cannot build for compute capability .* on a GPU of 9.0"):
         choose(asked)
 

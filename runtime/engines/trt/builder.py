@@ -2,7 +2,7 @@
 
 The network is strongly typed: every tensor has the type that it has in the graph (float32, float16, bfloat16, and int8,
 fp8 or fp4 between Q and DQ), and float32 products are not rounded to TF32 unless that is asked for. TensorRT-RTX builds
-for the GPUs that are named, on any machine, and like TensorRT for the GPU that is here, whether it has a name or not.
+for the GPUs that are named, on any machine; TensorRT for the GPU that is here.
 """
 
 from __future__ import annotations
@@ -111,11 +111,9 @@ def choose(capabilities: Sequence[str]) -> tuple[str, list[str]]:
         raise unknown_name("compute capability", next(o for o in capabilities if o not in ahead), ahead) from error
     if not capabilities and here in ahead:
         return libraries.RTX, [here]
-    if set(capabilities) <= {here}:
-        if libraries.CLASSIC in found:
-            return libraries.CLASSIC, [here]
-        if libraries.current_target(libraries.library(libraries.RTX)) is not None:
-            return libraries.RTX, [here]
+    # TensorRT-RTX's CURRENT is no way out for a GPU without a name: on 9.0 it built a plan that it then called invalid
+    if libraries.CLASSIC in found and set(capabilities) <= {here}:
+        return libraries.CLASSIC, [here]
     raise Unfit(
         f"{' and '.join(found)} cannot build for compute capability {', '.join(capabilities) or here} on a GPU of "
         f"{here}; choose from {', '.join(ahead) or here}"
@@ -190,8 +188,7 @@ def _configured(
         known = libraries.targets(trt)
         config.num_compute_capabilities = len(capabilities)
         for index, capability in enumerate(capabilities):
-            # one without a name can only be that of the GPU that is here, by `choose`
-            config.set_compute_capability(known.get(capability, libraries.current_target(trt)), index)
+            config.set_compute_capability(known[capability], index)
     elif options.hardware_compatible != "none":
         levels = trt.HardwareCompatibilityLevel.__members__
         level = options.hardware_compatible.upper()

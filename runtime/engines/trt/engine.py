@@ -184,9 +184,9 @@ class TensorRtEngine:
 
     def _deserialized(self, plan: bytes, options: dict[str, Any]) -> Any:
         if hasattr(self._runtime, "get_engine_validity"):  # TensorRT-RTX, which reads the header alone
-            validity, _ = self._runtime.get_engine_validity(plan[: self._runtime.engine_header_size])
+            validity, flags = self._runtime.get_engine_validity(plan[: self._runtime.engine_header_size])
             if validity == self._trt.EngineValidity.INVALID:
-                raise self._failed("use the plan here")
+                raise self._failed("use the plan here", reasons(self._trt, flags))
         engine = self._runtime.deserialize_cuda_engine(plan)
         if engine is None:
             raise self._failed("read the plan")
@@ -220,9 +220,15 @@ class TensorRtEngine:
             raise Unfit(f"{self._path}: '{name}' is of type {kind}, which numpy has not; export it with float inputs")
         return np.dtype(TYPES[kind])
 
-    def _failed(self, verb: str) -> Unfit:
-        said = one_line(self._logger.errors[0] if self._logger.errors else "")
+    def _failed(self, verb: str, known: str = "") -> Unfit:
+        said = known or one_line(self._logger.errors[0] if self._logger.errors else "")
         return Unfit(f"{self._path}: TensorRT cannot {verb} ({said}); build another with --rebuild")
+
+
+def reasons(trt: Any, flags: int) -> str:
+    """What TensorRT-RTX's diagnostics of an invalid plan stand for, in its own words: 'unsupported cc, ...'."""
+    members = trt.EngineInvalidityDiagnostics.__members__.items()
+    return ", ".join(name.lower().replace("_", " ") for name, flag in members if int(flags) & int(flag))
 
 
 def parted(inputs: Inputs, largest: int) -> Iterator[Inputs]:

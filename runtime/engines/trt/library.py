@@ -89,11 +89,6 @@ def targets(trt: Any) -> dict[str, Any]:
     return {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name.startswith("SM")}
 
 
-def current_target(trt: Any) -> Any | None:
-    """What stands for the GPU that is here, for one that `targets` has no name for; None where there is no such."""
-    return getattr(getattr(trt, "ComputeCapability", None), "__members__", {}).get("CURRENT")
-
-
 def collector(trt: Any) -> Any:
     """A logger that keeps what the library says as errors, in place of printing it; see `reason`."""
 
