@@ -1,6 +1,7 @@
 """Build the data folder that ships with the project, each file with a hash, a licence and a source.
 
     teacher/         the default checkpoint as a whole diffusers pipeline, weights stored in half precision
+    student/         a small student of it as diffpress saves one, weights stored in half precision
     calibration.npz  a class-balanced draw of training images: x uint8 [N, 28, 28], y uint8 [N]
     reference.npz    the held-out images in feature space: features [N, 64] for the kernel distance, mean m
                      and covariance S for the Frechet distance |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))
@@ -10,7 +11,8 @@
 `prompts.txt`, which no script makes.
 The same inputs give the same bytes on the same machine: archives carry no time stamps.
 
-    python examples/make_calib_data.py --teacher TEACHER --images TRAIN.npz --test TEST.npz --out calib_data
+    python examples/make_calib_data.py --teacher TEACHER --student STAGE --images TRAIN.npz --test TEST.npz \\
+        --out calib_data
 """
 
 import argparse
@@ -39,6 +41,10 @@ PROVENANCE = {
     "teacher/unet/config.json": ("Apache-2.0", MADE_HERE),
     "teacher/unet/diffusion_pytorch_model.safetensors": ("Apache-2.0", MADE_HERE),
     "teacher/scheduler/scheduler_config.json": ("Apache-2.0", MADE_HERE),
+    "student/diffpress.json": ("Apache-2.0", MADE_HERE),
+    "student/unet/config.json": ("Apache-2.0", MADE_HERE),
+    "student/unet/diffusion_pytorch_model.safetensors": ("Apache-2.0", MADE_HERE),
+    "student/scheduler/scheduler_config.json": ("Apache-2.0", MADE_HERE),
     "calibration.npz": ("MIT", f"{FASHION}: {CALIBRATION_IMAGES} of the 60,000 training images"),
     "features.onnx": ("Apache-2.0", MADE_HERE),
     "reference.npz": ("MIT", f"{FASHION}: the 10,000 test images through features.onnx"),
@@ -82,14 +88,14 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_teacher(source: Path, out: Path) -> None:
-    """Copy a U-Net and its scheduler into a pipeline folder, weights as float16."""
+def save_halved(source: Path, out: Path) -> dict[str, dict]:
+    """Copy a U-Net and its scheduler, weights as float16; returns the two configs."""
     try:
         configs = {name: json.loads((source / name).read_text(encoding="utf-8")) for name in CONFIGS}
         weights = load_file(source / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
         wanted = ", ".join((WEIGHTS, *CONFIGS))
-        raise SystemExit(f"{source}: not a teacher, which has {wanted}: {error}") from error
+        raise SystemExit(f"{source}: not a checkpoint, which has {wanted}: {error}") from error
     limit = np.finfo(np.float16).max
     for name, weight in weights.items():
         if np.abs(weight).max() > limit:
@@ -100,6 +106,21 @@ def save_teacher(source: Path, out: Path) -> None:
     # diffusers reads the "format" entry to tell whose tensors these are.
     halves = {name: weight.astype(np.float16) for name, weight in weights.items()}
     save_file(halves, out / WEIGHTS, metadata={"format": "pt"})
+    return configs
+
+
+def save_student(source: Path, out: Path) -> None:
+    """Copy a checkpoint that diffpress saved: its plan, widths and history beside the halved weights."""
+    save_halved(source, out)
+    try:
+        write_json(out / "diffpress.json", json.loads((source / "diffpress.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{source}: not a checkpoint of diffpress: {error}") from error
+
+
+def save_teacher(source: Path, out: Path) -> None:
+    """Copy a U-Net and its scheduler into a pipeline folder, weights as float16."""
+    configs = save_halved(source, out)
     index = {
         "_class_name": "DDPMPipeline",
         "_diffusers_version": configs[CONFIGS[0]]["_diffusers_version"],
@@ -185,6 +206,7 @@ def load_grey(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Build the data folder that ships with the project.")
     parser.add_argument("--teacher", type=Path, required=True, help="folder with unet/ and scheduler/")
+    parser.add_argument("--student", type=Path, required=True, help="a stage that compress left, such as stages/02-...")
     parser.add_argument("--images", type=Path, required=True, help="npz with the training images")
     parser.add_argument("--test", type=Path, required=True, help="npz with the held-out images")
     parser.add_argument("--out", type=Path, required=True, help="folder to fill; has features.onnx and prompts.txt")
@@ -199,6 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     test_x, test_y = load_grey(args.test)
 
     save_teacher(args.teacher, args.out / "teacher")
+    save_student(args.student, args.out / "student")
     drawn = balanced_draw(y, CALIBRATION_IMAGES, args.seed)
     save_npz(args.out / "calibration.npz", x=x[drawn, 0], y=y[drawn].astype(np.uint8))
     accuracy = save_reference(network, test_x, test_y, args.out / "reference.npz")

@@ -28,6 +28,8 @@ from export.graph import Graph, load_all
 from export.quantized_weights import layer_of
 from export.rewrite import Rewrite, ancestors, copies
 from runtime.denoise import TIMESTEP, told_timesteps
+from runtime.errors import BadInput
+from runtime.sampler import asked_points
 
 # a table up to this size needs no weights to make up for it
 SMALL_TABLE = 2**16
@@ -45,12 +47,20 @@ Tables = dict[str, np.ndarray]
 
 
 def fix_plan(checkpoint: Checkpoint, graph: Graph) -> tuple[Checkpoint, Graph]:
-    """The checkpoint and its float `graph` for the timesteps of its plan alone; both are left as they are.
+    """The checkpoint and its float `graph` for the timesteps of its plan alone; both are left as they are. Raises
+    BadInput for a solver that asks between them.
 
     What the layers in the tables were quantized to goes: fake quantization of the new checkpoint is what the new graph
     with Q/DQ computes. Where no layer depends on the timestep alone, both come back unchanged.
     """
-    baked = bake_time(graph, checkpoint.spec.plan.timesteps)
+    plan = checkpoint.spec.plan
+    between = {point.t for point in asked_points(checkpoint.spec)} - set(plan.timesteps)
+    if between:
+        raise BadInput(
+            f"fixed plan: solver {plan.solver} asks the network between the plan's timesteps too (at {max(between):g}); "
+            "take a solver that does not, or leave the fixed plan out"
+        )
+    baked = bake_time(graph, plan.timesteps)
     gone = _layers(graph) - _layers(baked)
     if not gone:
         say("fixed plan: no layer depends on the timestep alone, the graph takes any")

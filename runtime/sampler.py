@@ -93,16 +93,21 @@ def _started(noise: np.ndarray, point: Point, plan: Plan) -> np.ndarray:
 
 
 def network_evaluations(spec: DenoiserSpec) -> int:
-    """Network evaluations for one image by the spec's plan, both halves under guidance: counted on an empty batch."""
-    counts: list[int] = []
+    """Network evaluations for one image by the spec's plan, both halves under guidance."""
+    return sum(evaluations_at(spec, point) for point in asked_points(spec))
+
+
+def asked_points(spec: DenoiserSpec) -> list[Point]:
+    """Where the spec's plan asks the network, call by call: found out on an empty batch."""
+    points: list[Point] = []
     nothing = np.zeros((0, *spec.sample_shape), np.float32)
 
     def denoise(x: np.ndarray, point: Point) -> np.ndarray:
-        counts.append(evaluations_at(spec, point))
+        points.append(point)
         return x
 
     deque(sample(denoise, nothing, spec.schedule, spec.plan, lambda k: nothing), maxlen=0)
-    return sum(counts)
+    return points
 
 
 def noise_for(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...], stream: int = 0) -> np.ndarray:

@@ -183,3 +183,12 @@ def test_a_bundle_for_one_plan_samples_it_and_refuses_any_other(plain, plain_gra
     assert "\n" not in str(caught.value)
     with pytest.raises(BadInput, match="not one of the 4"):
         bundle.spec.with_plan(other)
+
+
+def test_a_solver_that_asks_between_the_timesteps_is_refused_before_any_work(plain, plain_graph):
+    spec = plain.spec
+    between = plain.evolve(spec=spec.with_plan(make_plan("dpmpp_sde", 4, spec.schedule)))
+    with pytest.raises(BadInput, match="solver dpmpp_sde asks the network between the plan's timesteps"):
+        fix_plan(between, plain_graph)
+    heun = plain.evolve(spec=spec.with_plan(make_plan("heun", 4, spec.schedule)))  # twice, but at its timesteps
+    assert fix_plan(heun, plain_graph)[0].spec.fixed_timesteps == heun.spec.plan.timesteps
