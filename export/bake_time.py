@@ -57,8 +57,8 @@ def fix_plan(checkpoint: Checkpoint, graph: Graph) -> tuple[Checkpoint, Graph]:
     between = {point.t for point in asked_points(checkpoint.spec)} - set(plan.timesteps)
     if between:
         raise BadInput(
-            f"fixed plan: solver {plan.solver} asks the network between the plan's timesteps too (at {max(between):g}); "
-            "take a solver that does not, or leave the fixed plan out"
+            f"fixed plan: solver {plan.solver} asks the network between the plan's timesteps too, as at "
+            f"{max(between):g}; take a solver that does not, or leave the fixed plan out"
         )
     baked = bake_time(graph, plan.timesteps)
     gone = _layers(graph) - _layers(baked)
