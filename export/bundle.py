@@ -29,7 +29,7 @@ from export.capability import check_runs, emulated, emulation, promised
 from export.graph import Graph, save_graph
 from export.half import FLOAT, PRECISIONS, kept_modules, to_half
 from export.opsets import opset_of
-from export.parity import Parity, check_parity, check_part, runs, trial_of
+from export.parity import Parity, Trial, check_parity, check_part, runs, trial_of
 from export.pipeline_files import link_graph, write_graph, write_pipeline_files
 from export.precision import computing_layers, layer_formats, precision_of
 from export.prove import prove_engine
@@ -39,6 +39,7 @@ from export.tensorrt_plan import ENGINE as TENSORRT
 from export.to_onnx import to_onnx
 from export.trace import trace
 from export.variants import Variant, bytes_by_precision, check_variants, write_variants
+from export.widen import widened
 from runtime.bundle import MANIFEST, Bundle, load_bundle, seal
 from runtime.engines import available
 from runtime.engines.trt.options import BuildOptions
@@ -121,8 +122,7 @@ def write_bundle(
                 for_tensorrt = _rounded(rounded, checkpoint.model, precision, what)
                 save_graph(for_tensorrt, path)
                 if precision != FLOAT:  # no engine on the CPU takes this graph otherwise
-                    able = runs(precision)[-1:]
-                    check_parity(checkpoint, path, trial, engines=able, threads=threads, precision=precision)
+                    _check_rounded(checkpoint, for_tensorrt, path, trial, threads, precision)
                 taken[TENSORRT] = {
                     "file": path.name,
                     "precision": in_plan,
@@ -188,6 +188,20 @@ def _rounded(graph: Graph, module: nn.Module, precision: str, what: str) -> Grap
     found, lost = to_half(graph, precision, kept_modules(module, precision))
     say(f"{what} in {precision}: {lost}")
     return found
+
+
+def _check_rounded(
+    checkpoint: Checkpoint, graph: Graph, path: Path, trial: Trial, threads: int | None, precision: str
+) -> None:
+    """Parity of the quantized graph in half precision that lies at `path`."""
+    if precision != "bf16":
+        check_parity(checkpoint, path, trial, engines=runs(precision)[-1:], threads=threads, precision=precision)
+        return
+    wide = path.with_name(f"{path.name}.{FLOAT}")
+    save_graph(widened(graph), wide)
+    check_parity(checkpoint, wide, trial, engines=runs(FLOAT)[-1:], threads=threads)
+    for file in path.parent.glob(f"{wide.name}*"):
+        file.unlink()
 
 
 def _write_part(
