@@ -112,7 +112,18 @@ def asked_points(spec: DenoiserSpec) -> list[Point]:
 
 def noise_for(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...], stream: int = 0) -> np.ndarray:
     """Unit normal noise, float32 [len(seeds), *shape]; one generator per seed (0 to 2^63 - 1) and stream."""
-    return np.stack([_philox(int(seed), stream).standard_normal(shape, dtype=np.float32) for seed in seeds])
+    noise = np.empty((len(seeds), *shape), np.float32)
+    philox = np.random.Philox(key=0)
+    generator, start = np.random.Generator(philox), philox.state
+    # the highest word of the 256-bit counter: no stream ever runs into the next
+    start["state"]["counter"][3] = stream
+    for row, seed in zip(noise, seeds, strict=True):
+        if not 0 <= seed <= MAX_SEED:
+            raise BadInput(f"seed {seed}: must lie in 0..{MAX_SEED}")
+        start["state"]["key"][0] = int(seed)
+        philox.state = start  # half the time of a new generator, which asks the system for entropy that it then drops
+        generator.standard_normal(out=row, dtype=np.float32)
+    return noise
 
 
 def generate(
@@ -189,10 +200,3 @@ def _one_batch(
             return walked
     steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
     return deque(steps, maxlen=1).pop().x
-
-
-def _philox(seed: int, stream: int) -> np.random.Generator:
-    if not 0 <= seed <= MAX_SEED:
-        raise BadInput(f"seed {seed}: must lie in 0..{MAX_SEED}")
-    # the highest word of the 256-bit counter: no stream ever runs into the next
-    return np.random.Generator(np.random.Philox(key=seed, counter=[0, 0, 0, stream]))
