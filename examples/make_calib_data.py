@@ -110,12 +110,16 @@ def save_halved(source: Path, out: Path) -> dict[str, dict]:
 
 
 def save_student(source: Path, out: Path) -> None:
-    """Copy a checkpoint that diffpress saved: its plan, widths and history beside the halved weights."""
+    """Copy a checkpoint that diffpress saved: its plan, widths and history beside the halved weights, and their hash."""
+    from compress.load import load_checkpoint
+
     save_halved(source, out)
     try:
-        write_json(out / "diffpress.json", json.loads((source / "diffpress.json").read_text(encoding="utf-8")))
+        facts = json.loads((source / "diffpress.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise SystemExit(f"{source}: not a checkpoint of diffpress: {error}") from error
+    write_json(out / "diffpress.json", facts)
+    write_json(out / "diffpress.json", facts | {"hash": load_checkpoint(str(out)).hash})
 
 
 def save_teacher(source: Path, out: Path) -> None:

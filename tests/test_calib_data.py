@@ -11,6 +11,10 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
+from compress.load import load_checkpoint
+from compress.torch_network import TorchNetwork
+from runtime.sampler import generate
+
 DATA = Path(__file__).parents[1] / "calib_data"
 MANIFEST = json.loads((DATA / "MANIFEST.json").read_text(encoding="utf-8"))
 NULL_LABEL = 10
@@ -94,6 +98,18 @@ def test_teacher_predicts_the_velocity_of_real_images_by_class(calibration):
                         for k in (y, (y + 5) % 10))  # fmt: skip
     assert right < 0.5 * wrong
     assert right < 0.2 * target.square().mean()
+
+
+def test_student_is_smaller_and_draws_the_class_asked_for_in_two_calls():
+    student = load_checkpoint(str(DATA / "student"))
+    assert (student.spec.plan.solver, student.spec.plan.steps) == ("consistency", 2)
+    assert sum(p.numel() for p in student.model.parameters()) < 1.4e6
+    assert {record.stage for record in student.history} == {"prune", "distill"}
+    labels = np.arange(100) % NULL_LABEL
+    network = TorchNetwork(student.model, student.spec)
+    images = generate(network, student.spec, range(100), labels)
+    _, logits = run_network((images[:, 0] + 1.0) * 127.5)
+    assert (logits.argmax(1) == labels).mean() >= 0.75
 
 
 def test_feature_network_recognises_the_calibration_images(calibration):
