@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -29,13 +30,15 @@ from runtime.denoise import (
     told_throughout,
 )
 from runtime.errors import BadInput
-from runtime.linear_walk import Program, Walker, linear_walk
+from runtime.linear_walk import Walker, linear_walk
 from runtime.schedule import Point, point_at, trajectory
 from runtime.solvers import solver_named
 from runtime.solvers.contract import MEMORY, Past, Stride
 from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
 
 MAX_SEED = 2**63 - 1
+
+Walk = Callable[[dict[str, np.ndarray], np.ndarray], np.ndarray | None]
 
 
 class Step(NamedTuple):
@@ -169,10 +172,12 @@ def generate_batches(
     counts = {len(array) for array in (*conditions.given.values(), *(conditions.null or {}).values())}
     if not counts <= {len(seeds)}:
         raise BadInput(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one each")
-    program = linear_walk(spec) if isinstance(network, Walker) else None
+    walk: Walk | None = None
+    if isinstance(network, Walker) and (program := linear_walk(spec)) is not None:
+        walk = partial(network.walk, program)
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        samples = _one_batch(network, spec, seeds[part], conditions.part(part), program)
+        samples = _one_batch(network, spec, seeds[part], conditions.part(part), walk)
         yield np.clip(samples, *spec.data_range) if spec.plan.clip else samples
 
 
@@ -188,14 +193,14 @@ def _one_batch(
     spec: DenoiserSpec,
     seeds: Sequence[int] | np.ndarray,
     conditions: Conditions,
-    program: Program | None,
+    walk: Walk | None,
 ) -> np.ndarray:
     plan = spec.plan
     denoise = plan_denoiser(network, spec, conditions)
     noise = noise_for(seeds, spec.sample_shape)
-    if program is not None and isinstance(network, Walker):
+    if walk is not None:
         started = _started(noise, point_at(spec.schedule, plan.timesteps[0]), plan)
-        walked = network.walk(program, told_throughout(network, spec, conditions, len(seeds)), started)
+        walked = walk(told_throughout(network, spec, conditions, len(seeds)), started)
         if walked is not None:
             return walked
     steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))

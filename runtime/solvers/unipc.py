@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -36,7 +37,7 @@ def predict(order: int, step: Stride) -> np.ndarray:
         return plain
     ratios, slopes = _slopes(past, Past(step.now, step.x, step.x0), h)
     # diffusers' and the authors' shortcut for second order
-    rhos = [0.5] if len(ratios) == 1 else _rhos(ratios, h)
+    rhos = (0.5,) if len(ratios) == 1 else _rhos(ratios, h)
     return plain - step.next.alpha * math.expm1(-h) * _mix(rhos, slopes)
 
 
@@ -50,7 +51,7 @@ def correct(order: int, step: Stride) -> np.ndarray:
         return step.x
     past = _reach(earlier, min(order, step.steps - step.index + 1))
     ratios, slopes = _slopes(past, last, h)
-    rhos = _rhos([*ratios, 1.0], h) if ratios else [0.5]
+    rhos = _rhos((*ratios, 1.0), h) if ratios else (0.5,)
     mended = transfer(last.x, last.x0, last.point, step.now)
     return mended - step.now.alpha * math.expm1(-h) * _mix(rhos, [*slopes, step.x0 - last.x0])
 
@@ -60,12 +61,13 @@ def _reach(past: Sequence[Past], order: int) -> Sequence[Past]:
     return list(reversed(past))[: order - 1]
 
 
-def _slopes(past: Sequence[Past], base: Past, h: float) -> tuple[list[float], list[np.ndarray]]:
-    ratios = [(_lambda(before.point) - _lambda(base.point)) / h for before in past]
+def _slopes(past: Sequence[Past], base: Past, h: float) -> tuple[tuple[float, ...], list[np.ndarray]]:
+    ratios = tuple((_lambda(before.point) - _lambda(base.point)) / h for before in past)
     return ratios, [(before.x0 - base.x0) / r for before, r in zip(past, ratios, strict=True)]
 
 
-def _rhos(ratios: Sequence[float], h: float) -> list[float]:
+@lru_cache(maxsize=1024)  # a plan is walked again and again, and solving takes longer than the rest of the step
+def _rhos(ratios: tuple[float, ...], h: float) -> tuple[float, ...]:
     """The weights of as many conditions as there are places."""
     rows, wanted = [], []
     phi = math.expm1(-h) / -h - 1.0
@@ -73,7 +75,7 @@ def _rhos(ratios: Sequence[float], h: float) -> list[float]:
         rows.append(np.power(ratios, i - 1))
         wanted.append(phi * math.factorial(i) / math.expm1(-h))
         phi = phi / -h - 1.0 / math.factorial(i + 1)
-    return [float(rho) for rho in np.linalg.solve(np.stack(rows), wanted)]
+    return tuple(float(rho) for rho in np.linalg.solve(np.stack(rows), wanted))
 
 
 def _mix(weights: Sequence[float], slopes: Sequence[np.ndarray]) -> np.ndarray:
