@@ -6,8 +6,8 @@
     PSNR      of the samples to the same subject's in fp32, from the same noise (256 samples)
     within    whether the mean is within the spread (the larger sd of the two) of the subject's in fp32, or below it
 
-Subjects are the built-in teacher by its own plan, a student pruned and recovered as in compress/recipes/quick.yaml,
-and that student in two steps. Stages are kept in --work: a run that was killed goes on. The int8 student is also read
+Subjects are the built-in teacher by its own plan, a student of eight steps pruned and recovered as in
+compress/recipes/quick.yaml, and that student in two steps. Stages are kept in --work: a run that was killed goes on. The int8 student is also read
 in a fresh process, sampled and exported again: bundle and figures must be the same. Needs diffpress[compress].
 """
 
@@ -30,6 +30,7 @@ Stages = list[dict[str, Any]]
 
 QUICK = "quick.yaml"
 TEACHER: Stages = []
+EIGHT_STEPS: Stages = [{"schedule": {"solver": "dpmpp_2m", "steps": 8, "grid": "logsnr"}}]
 TWO_STEPS: Stages = [{"schedule": {"solver": "dpmpp_2m", "steps": 2, "grid": "logsnr"}}]
 FLOAT = "fp32"
 TRAINING = {"mode": "qat", "steps": 300, "batch": 16, "warmup": 20}
@@ -56,8 +57,9 @@ def subjects() -> dict[str, Stages]:
 
     from compress.builtin import RECIPES
 
-    quick = [stage for stage in yaml.safe_load((RECIPES / QUICK).read_text())["stages"] if "quantize" not in stage]
-    return {"teacher": TEACHER, "student, 8 steps": quick, "student, 2 steps": quick + TWO_STEPS}
+    stages = yaml.safe_load((RECIPES / QUICK).read_text())["stages"]
+    student = EIGHT_STEPS + [stage for stage in stages if not stage.keys() & {"schedule", "quantize"}]
+    return {"teacher": TEACHER, "student, 8 steps": student, "student, 2 steps": student + TWO_STEPS}
 
 
 def made(stages: Stages, work: Path) -> Checkpoint:
