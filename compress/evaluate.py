@@ -1,7 +1,8 @@
 """How good are the samples: two kinds of figures, never one alone.
 
 distributional   Frechet distance and KID of N samples to the reference, in a named feature network, for each of K
-                 seeds, and the floor: the same distance for N real images against the others
+                 seeds, and the floor: the same distance for N real images against the others, for half of
+                 them where N is more
 paired           the same noise and labels through this model and another: PSNR and SSIM of the images
 
 The feature network only ever scores; nothing is trained on it or selected by it.
@@ -117,9 +118,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Sample `config.samples` images for each of `config.seeds` seeds and score them, as `evaluate --json` shows it."""
     labels = labels_in_turn(spec, config.samples)
-    if config.samples * 2 > len(reference.features):
+    if config.samples > len(reference.features):
         raise BadInput(
-            f"{config.samples} samples need at least {2 * config.samples} reference images, "
+            f"{config.samples} samples need at least as many reference images, "
             f"{reference.source['file']} has {len(reference.features)}"
         )
     real = moments(reference.features)
@@ -151,8 +152,11 @@ def evaluate(
 
 
 def real_floor(features: np.ndarray, samples: int, seeds: int) -> float:
-    """Frechet distance of `samples` real images to the others, mean over `seeds` draws: no model is told below it."""
-    floors = []
+    """Frechet distance of `samples` real images, half of them at most, to the others, mean over `seeds` draws.
+
+    No model is told below it.
+    """
+    floors, samples = [], min(samples, len(features) // 2)
     for seed in range(seeds):
         order = np.random.default_rng(seed).permutation(len(features))
         floors.append(frechet_distance(*moments(features[order[:samples]]), *moments(features[order[samples:]])))

@@ -68,8 +68,12 @@ def test_the_floor_is_positive_and_falls_with_the_number_of_samples(reference):
 
 
 def test_too_few_reference_images_are_refused(unet, reference):
-    with pytest.raises(BadInput, match="41 samples need at least 82 reference images, real.npz has 80"):
-        scored(unet, reference, samples=41)
+    with pytest.raises(BadInput, match="81 samples need at least as many reference images, real.npz has 80"):
+        scored(unet, reference, samples=81)
+
+
+def test_beyond_half_of_the_reference_the_floor_is_that_of_half(unet, reference):
+    assert scored(unet, reference, samples=80)["frechet"]["floor"] == real_floor(reference.features, 40, 3)
 
 
 def test_paired_figures_compare_the_same_noise(unet, quantized):
