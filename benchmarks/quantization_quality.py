@@ -7,8 +7,9 @@
     within    whether the mean is within the spread (the larger sd of the two) of the subject's in fp32, or below it
 
 Subjects are the built-in teacher by its own plan, a student of eight steps pruned and recovered as in
-compress/recipes/quick.yaml, and that student in two steps. Stages are kept in --work: a run that was killed goes on. The int8 student is also read
-in a fresh process, sampled and exported again: bundle and figures must be the same. Needs diffpress[compress].
+compress/recipes/quick.yaml, and that student in two steps. Stages are kept in --work: a run that was killed goes on.
+The int8 student is also read in a fresh process, sampled and exported again: bundle and figures must be the same.
+Needs diffpress[compress].
 """
 
 from __future__ import annotations
