@@ -38,7 +38,10 @@ TENSOR_KINDS = ("amax", "smooth", "branch")  # of a Quantization, each a field o
 
 @dataclass(frozen=True)
 class Record:
-    """What one stage did: enough to repeat it and to see what it gained and cost."""
+    """What one stage did: enough to repeat it and to see what it gained and cost.
+
+    `seconds` are those of the process that finished it: a run that was killed and went on took longer.
+    """
 
     stage: str
     config: dict[str, Any]
