@@ -2,8 +2,8 @@
 
 ONNX Runtime has no bfloat16 kernels on the CPU. OpenVINO has, and runs them right in a float graph; between Q/DQ it
 does not on processors with AVX512-BF16 (2026.4.1: one call of a U-Net comes out with an SQNR of -0.5 dB, 24.6 where the
-same graph is computed in float32). So what a quantized bfloat16 graph says is checked this way; that activations are rounded as well
-costs what bfloat16 costs a float graph.
+same graph is computed in float32). So what a quantized bfloat16 graph says is checked this way; that activations are
+rounded as well costs what bfloat16 costs a float graph.
 """
 
 from __future__ import annotations
