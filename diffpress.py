@@ -7,7 +7,7 @@ import importlib
 import os
 import sys
 
-from runtime.errors import DiffpressError, extra_for
+from runtime.errors import DiffpressError, extra_for, told
 
 VERBS = {
     "plan": ("compress.commands", "show what a recipe would do to a checkpoint, without doing it"),
@@ -33,22 +33,17 @@ def main(argv: list[str] | None = None) -> int:
         getattr(module, f"add_{verb}_arguments")(parser)
         return int(getattr(module, f"{verb}_command")(parser.parse_args(words[1:])))
     except DiffpressError as error:
-        return _fail(str(error), error.exit_code)
+        return told(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         extra = extra_for(error, f"diffpress {verb}")
         if extra is None:
             raise
-        return _fail(str(extra), extra.exit_code)
+        return told(str(extra), extra.exit_code)
     except KeyboardInterrupt:
-        return _fail("interrupted; the same command goes on where it stood", 130)
+        return told("interrupted; the same command goes on where it stood", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
         return 0
-
-
-def _fail(message: str, code: int) -> int:
-    print(f"diffpress: {message}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

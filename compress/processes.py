@@ -8,16 +8,19 @@ folders. Without a launcher there is one process, the main one, and nothing here
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from typing import NoReturn
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, get_int_from_env, parse_flag_from_env
 
-from runtime.errors import BadInput, DiffpressError
+from runtime.errors import BadInput, DiffpressError, told
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # what launchers tell
 PATIENCE = timedelta(days=30)  # torch's own, minutes, is less than a stage of the main process may take
@@ -85,10 +88,20 @@ def together() -> Iterator[None]:
     except KeyboardInterrupt:
         raise (KeyboardInterrupt if is_main() else SystemExit(130)) from None
     except Exception as error:
-        if count() > 1 and not (is_main() and isinstance(error, DiffpressError)):
-            time.sleep(GRACE_S)
+        if count() > 1:
+            if not (is_main() and isinstance(error, DiffpressError)):
+                time.sleep(GRACE_S)
+            if isinstance(error, DiffpressError):
+                _leave(told(str(error), error.exit_code))
         raise
     state = _state()
     if state is not None:
         state.wait_for_everyone()
         state.destroy_process_group()
+
+
+def _leave(code: int) -> NoReturn:
+    """End here and now: threads of gloo, which the others have not let go, abort an interpreter that takes its time."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

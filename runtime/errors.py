@@ -49,6 +49,12 @@ class GateFailed(DiffpressError):
     exit_code = 1
 
 
+def told(message: str, code: int) -> int:
+    """Say it on stderr, as the command line does, and give the exit code back."""
+    print(f"diffpress: {message}", file=sys.stderr)
+    return code
+
+
 EXTRAS = {
     "compress": (
         "torch",
