@@ -1,12 +1,13 @@
 """Few steps: Frechet distance of every solver, grid and searched schedule at 3 to 10 calls, on the built-in teacher.
 
     python benchmarks/few_step.py solvers [--steps 3 4 5 6 8 10] [--only TEXT ...] [--samples 2000] [--seeds 3]
-                                          [--refine 6] [--engine E] [--work DIR] [--json FILE]
+                                          [--refine 6] [--engine E] [--precision bf16] [--work DIR] [--json FILE]
 
     calls     passes through the network for one image
     Frechet   distance of the samples to Fashion-MNIST's test images in the built-in features: mean and sd over seeds
 
-Sampled through the fastest engine installed, or with `--engine torch` in PyTorch, on a GPU where there is one. Each row
+A schedule is searched for solvers that draw no noise. Sampled through the fastest engine installed, or with `--engine
+torch` in PyTorch, on a GPU where there is one. Each row
 is written to --json as soon as it is done, and a row that stands there is not made again: a run that was killed goes
 on, and rows can be added. Needs diffpress[compress].
 """
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from runtime.spec import DenoiserSpec, Plan
 
 SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis_2", "deis_3", "ipndm", "plms", "heun")
+NOISY = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm")
 GRIDS = ("trailing", "logsnr", "karras")
 SEARCHED, START = "searched", "trailing"  # where a search begins
 SEARCH = {"search": "gits", "samples": 64, "fine": 60, "batch": 64}
@@ -37,8 +39,8 @@ Row = dict[str, Any]
 def rows_of(steps: list[int], only: list[str] | None) -> Iterator[tuple[str, str, int]]:
     """(solver, grid, calls) of all rows asked for."""
     for calls in steps:
-        for solver in SOLVERS:
-            for grid in (*GRIDS, SEARCHED):
+        for solver in (*SOLVERS, *NOISY):
+            for grid in GRIDS if solver in NOISY else (*GRIDS, SEARCHED):
                 if not only or any(text in f"{solver} {grid} {calls}" for text in only):
                     yield solver, grid, calls
 
@@ -68,21 +70,29 @@ def planned(engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: 
     return plan.over(found), {"search_s": round(time.monotonic() - began, 1), **told}
 
 
-def solvers(args: argparse.Namespace) -> list[Row]:
+def solvers(args: argparse.Namespace) -> None:
     from compress.builtin import FEATURES, REFERENCE, TEACHER
     from compress.commands import open_network
     from compress.config import EvaluateConfig
     from compress.evaluate import evaluate, load_features, load_reference
     from compress.load import load_checkpoint
     from export.bundle import write_bundle
-    from runtime.engines import preferred
+    from runtime.bundle import load_bundle
+    from runtime.engines import open_engine, preferred
+    from runtime.engines.options import EngineOptions
     from runtime.files import write_json
     from runtime.solvers import network_calls
 
     folder, name = args.work / "teacher", args.engine or preferred()
-    if name != "torch" and not (folder / "manifest.json").is_file():
-        write_bundle(load_checkpoint(str(TEACHER)), folder)
-    engine, spec = open_network(str(TEACHER if name == "torch" else folder), name, args.threads)
+    engine: Any
+    if name == "torch":
+        engine, spec = open_network(str(TEACHER), name, args.threads)
+    else:
+        if not (folder / "manifest.json").is_file():
+            write_bundle(load_checkpoint(str(TEACHER)), folder)
+        bundle = load_bundle(folder)
+        engine = open_engine(bundle, name, options=EngineOptions(args.threads, args.precision))
+        spec = bundle.spec_for(name)
     features = load_features(FEATURES, spec, args.threads)
     reference = load_reference(REFERENCE, features, spec)
     config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=args.batch)
@@ -108,24 +118,34 @@ def solvers(args: argparse.Namespace) -> list[Row]:
                 "frechet": scores["frechet"],
                 "label_accuracy": scores["label_accuracy"],
                 "timesteps": list(plan.timesteps),
-                "engine": name,
+                "engine": name if name == "torch" else f"{name} {args.precision}",
                 "evaluate_s": round(time.monotonic() - began, 1),
                 **({"search": took} if took else {}),
             }
             write_json(args.json, rows)
-            show({key: rows[key]})
-    return list(rows.values())
+            print(f"{key}: {_cell(scores['frechet'], 0.0)}, in {rows[key]['engine']}", flush=True)
 
 
 def show(rows: Mapping[str, Row]) -> None:
-    print("\n| solver | grid | calls | Frechet | labels | search |\n|---|---|---|---|---|---|")
-    for row in sorted(rows.values(), key=lambda r: (r["calls"], r["frechet"]["mean"])):
-        search = f"{row['search']['search_s']:.0f} s" if "search" in row else "-"
-        print(
-            f"| {row['solver']} | {row['grid']} | {row['calls']} | {row['frechet']['mean']:.3f} ± "
-            f"{row['frechet']['sd']:.3f} | {row['label_accuracy']:.3f} | {search} |",
-            flush=True,
-        )
+    """One line a solver and grid, one column a number of calls; the best of a column in bold."""
+    cells = {(row["solver"], row["grid"], row["calls"]): row["frechet"] for row in rows.values()}
+    columns = sorted({calls for *_, calls in cells})
+    best = {column: min(cell["mean"] for (*_, calls), cell in cells.items() if calls == column) for column in columns}
+    print(f"\n| solver | grid | {' | '.join(f'{column} calls' for column in columns)} |")
+    print("|---" * (2 + len(columns)) + "|")
+    for solver in (*SOLVERS, *NOISY):
+        for grid in (*GRIDS, SEARCHED):
+            found = [cells.get((solver, grid, column)) for column in columns]
+            texts = [_cell(cell, best[column]) for cell, column in zip(found, columns, strict=True)]
+            if any(found):
+                print(f"| {solver} | {grid} | {' | '.join(texts)} |", flush=True)
+
+
+def _cell(frechet: Mapping[str, float] | None, best: float) -> str:
+    if frechet is None:
+        return " "
+    text = f"{frechet['mean']:.3f} ± {frechet['sd']:.3f}"
+    return f"**{text}**" if round(frechet["mean"], 3) <= round(best, 3) else text
 
 
 def main() -> int:
@@ -137,6 +157,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--engine", help="openvino, onnxruntime, tensorrt or torch (default: the fastest installed)")
+    parser.add_argument("--precision", default="f32", help="what the engine computes in: f32, bf16 or f16")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--refine", type=int, default=6, help="rounds of the search")
     parser.add_argument("--work", type=Path, default=Path("build/few_step"), help="folder of the teacher's bundle")
@@ -144,7 +165,8 @@ def main() -> int:
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
     solvers(args)
-    show(json.loads(args.json.read_text()))
+    rows = json.loads(args.json.read_text())
+    show({key: row for key, row in rows.items() if (row["samples"], row["seeds"]) == (args.samples, args.seeds)})
     return 0
 
 
