@@ -101,8 +101,8 @@ def sample_command(args: argparse.Namespace) -> int:
     if args.size is not None:
         spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
     plan = chosen_plan(spec, args.steps, args.solver, args.grid, args.guidance)
-    if spec.distilled and plan != spec.plan:
-        _warn(f"this network was distilled for its own plan, {own_plan(spec)}; the quality of others is not promised")
+    if spec.distilled and not _is_taught(spec, plan):
+        _warn(f"this network was distilled for {_taught(spec)}; the quality of other plans is not promised")
     spec = spec.with_plan(plan)
     _check_wishes(spec.conditioning, args.label, args.prompt, args.negative)
     with plain_warnings(), closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
@@ -145,7 +145,8 @@ def parsed_size(text: str) -> tuple[int, int]:
 def chosen_plan(
     spec: DenoiserSpec, steps: int | None, solver: str | None, grid: str | None, guidance: float | None
 ) -> Plan:
-    """The spec's plan with what was asked for in its place; new timesteps lie as the model's spacing has them.
+    """The spec's plan with what was asked for in its place; new timesteps lie as the model's spacing has them, or as a
+    distilled network was taught so many.
 
     A plan that differs from the spec's in anything is left without its corrections. Raises BadInput for a solver that
     does not fit a distilled network.
@@ -154,13 +155,16 @@ def chosen_plan(
     if steps is not None or grid is not None:
         count = plan.steps if steps is None else steps
         spacing = spec.spacing if grid is None else replace(spec.spacing, grid=grid, offset=0)
-        timesteps = spaced_timesteps(spacing, count, spec.schedule, spec.tokens(spec.sample_shape))
+        taught = (spec.plan.timesteps, *spec.distilled_also) if spec.distilled and grid is None else ()
+        timesteps = next((known for known in taught if len(known) == count), None)
+        if timesteps is None:
+            timesteps = spaced_timesteps(spacing, count, spec.schedule, spec.tokens(spec.sample_shape))
         plan = plan.over(timesteps)
     if solver is not None:
         plan = with_solver(plan, solver)
         if spec.distilled and not {solver, spec.plan.solver} <= ALIKE and solver != spec.plan.solver:
             raise BadInput(
-                f"--solver {solver}: this network was distilled ({spec.distilled}) for {own_plan(spec)}, and other "
+                f"--solver {solver}: this network was distilled ({spec.distilled}) for {_taught(spec)}, and other "
                 "solvers do not fit it; leave the solver out"
             )
     if guidance is not None:
@@ -170,6 +174,16 @@ def chosen_plan(
 
 def own_plan(spec: DenoiserSpec) -> str:
     return f"{spec.plan.steps} {'step' if spec.plan.steps == 1 else 'steps'} of {spec.plan.solver}"
+
+
+def _taught(spec: DenoiserSpec) -> str:
+    others = "".join(f" or {len(timesteps)}" for timesteps in spec.distilled_also)
+    return f"its own plan, {own_plan(spec)}{others and f' ({others[1:]})'}"
+
+
+def _is_taught(spec: DenoiserSpec, plan: Plan) -> bool:
+    """Whether a distilled network was taught this plan: its own, or it over other timesteps that it knows."""
+    return plan == spec.plan or any(plan == spec.plan.uncorrected.over(other) for other in spec.distilled_also)
 
 
 def _check_wishes(conditioning: Conditioning, label: int | None, prompt: str | None, negative: str | None) -> None:

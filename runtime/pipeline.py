@@ -152,10 +152,11 @@ def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> D
         near = _by(tuple(max(unit, round(side / unit) * unit) for side in size))
         raise BadInput(f"size {_by(size)}: sides must be multiples of {unit} for this model; the nearest is {near}")
     shape = (spec.sample_shape[0], size[0] // factor, size[1] // factor)
-    timesteps = reshifted(
-        spec.plan.timesteps, spec.spacing, spec.tokens(spec.sample_shape), spec.tokens(shape), spec.schedule
+    own, *others = (
+        reshifted(timesteps, spec.spacing, spec.tokens(spec.sample_shape), spec.tokens(shape), spec.schedule)
+        for timesteps in (spec.plan.timesteps, *spec.distilled_also)
     )
-    return replace(spec, sample_shape=shape, plan=spec.plan.over(timesteps))
+    return replace(spec, sample_shape=shape, plan=spec.plan.over(own), distilled_also=tuple(others))
 
 
 def has_fixed_size(bundle: Bundle) -> bool:

@@ -173,7 +173,8 @@ class DenoiserSpec:
     are multiples of `size_multiple` cells. `data_range` is what pixel values mean at the end, `spacing` lays out the
     timesteps of plans with other numbers of steps. `fixed_timesteps` are those that the network knows, where it was
     exported for one plan (export/bake_time.py); none means all. `distilled` is the kind of distillation that taught the
-    network to sample by this plan's few steps alone; '' for a network that any plan fits.
+    network to sample by this plan's few steps alone; '' for a network that any plan fits. `distilled_also` are the
+    timesteps of other plans that it was taught, the solver being the same.
     """
 
     prediction: str
@@ -189,6 +190,7 @@ class DenoiserSpec:
     spacing: Spacing = field(default_factory=Spacing)
     fixed_timesteps: tuple[float, ...] = ()
     distilled: str = ""
+    distilled_also: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -263,6 +265,7 @@ class DenoiserSpec:
                 spacing=spacing_from_json(raw.get("spacing", {}), f"{where}.spacing"),
                 fixed_timesteps=floats(raw.get("fixed_timesteps", ())),
                 distilled=str(raw.get("distilled", "")),
+                distilled_also=tuple(floats(timesteps) for timesteps in raw.get("distilled_also", ())),
             )
 
 

@@ -37,8 +37,9 @@ GAP, HUBER = 8.0, 0.00054
 def consistency(checkpoint: Checkpoint, config: ConsistencyConfig, ctx: Context) -> Checkpoint:
     """Tune the checkpoint's model into a consistency function; returns it with a plan of so many calls."""
     data, schedule = data_for(ctx, config.samples), checkpoint.spec.schedule
-    timesteps = few_timesteps(config.sample_steps, schedule)
-    spec = student_spec(checkpoint.spec, config.kind, "consistency", timesteps)
+    # it learns every level, and so one and two calls alike
+    own, *others = (few_timesteps(n, schedule) for n in dict.fromkeys((config.sample_steps, 1, 2)))
+    spec = student_spec(checkpoint.spec, config.kind, "consistency", own, tuple(others))
 
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in checkpoint.model.modules())
 

@@ -32,14 +32,20 @@ def few_timesteps(steps: int, schedule: NoiseSchedule) -> tuple[float, ...]:
     return (first if many else min(first, seen), *rest)
 
 
-def student_spec(spec: DenoiserSpec, kind: str, solver: str, timesteps: tuple[float, ...]) -> DenoiserSpec:
+def student_spec(
+    spec: DenoiserSpec,
+    kind: str,
+    solver: str,
+    timesteps: tuple[float, ...],
+    others: tuple[tuple[float, ...], ...] = (),
+) -> DenoiserSpec:
     """The spec of a student that `kind` taught to sample by this plan alone: one call a step, without guidance.
 
-    A weight that is an input stays as it was.
+    `others` are the timesteps of further plans that it was taught. A weight that is an input stays as it was.
     """
     weight = spec.plan.guidance if spec.conditioning.guidance_input else 1.0
     plan = Plan(solver, timesteps, guidance=weight, clip=spec.plan.clip, start=spec.plan.start)
-    return replace(spec, plan=plan, distilled=kind)
+    return replace(spec, plan=plan, distilled=kind, distilled_also=others)
 
 
 def refined(

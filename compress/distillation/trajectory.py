@@ -7,7 +7,8 @@ same noise, and x_i the student's own states, x_0 = y_0 and x_i+1 = step(x_i) (f
 
 Since the student is trained from where its own steps led it, it learns to mend what they did wrong. The divisor is what
 an error of x_0 is multiplied with in the step, so that all steps count alike. Guidance of the plan is in the teacher's
-paths: the student needs none. No images are used.
+paths: the student needs none. No images are used. One student may learn several N: each batch is of
+one step of one of them.
 """
 
 from __future__ import annotations
@@ -42,28 +43,32 @@ SEED = 4_000_000  # far from the seeds that people sample, calibrate and evaluat
 def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -> Checkpoint:
     """Train the checkpoint's model to sample in `config.sample_steps` steps of Euler; returns it with that plan."""
     spec = checkpoint.spec
-    timesteps = few_timesteps(config.sample_steps, spec.schedule)
-    fine, kept = refined(ctx.teacher.spec.plan, timesteps, config.path_steps, spec.schedule)
+    own, *others = (few_timesteps(n, spec.schedule) for n in (config.sample_steps, *config.other_steps))
+    stops = tuple(sorted({t for timesteps in (own, *others) for t in timesteps}, reverse=True))
+    fine, kept = refined(ctx.teacher.spec.plan, stops, config.path_steps, spec.schedule)
     fine = replace(fine, guidance=guidance_in(checkpoint))
     ctx.notes["guidance"] = fine.guidance
     paths = TeacherPaths(ctx.teacher, fine, kept, config.paths, ctx.conditions(config.paths), SEED, ctx.work.parent)
     paths.make()
-    spec = student_spec(spec, config.kind, "euler", timesteps)
-    points = points_of(spec.schedule, timesteps)
+    spec = student_spec(spec, config.kind, "euler", own, tuple(others))
+    points = points_of(spec.schedule, stops)
+    # where each plan stops, as numbers of `points` and of a path's states; and every step of it with those before
+    routes = [(*(stops.index(t) for t in timesteps), len(stops)) for timesteps in (own, *others)]
+    ways = [route[: end + 1] for route in routes for end in range(1, len(route))]
 
-    def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor, Tensors, int]:
+    def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor, Tensors, tuple[int, ...]]:
         states, told = paths.batch(config.batch, generator)
-        return states, told, int(torch.randint(0, config.sample_steps, (), generator=generator))
+        return states, told, ways[int(torch.randint(0, len(ways), (), generator=generator))]
 
-    def loss(student: nn.Module, states: torch.Tensor, told: Tensors, chosen: int) -> torch.Tensor:
-        x = states[:, 0]
-        stops = [place(points, i, x) for i in range(chosen + 2)]
+    def loss(student: nn.Module, states: torch.Tensor, told: Tensors, way: tuple[int, ...]) -> torch.Tensor:
+        x = states[:, way[0]]
+        places = [place(points, number, x) for number in way]
         with torch.no_grad():
-            for here, there in zip(stops[:chosen], stops[1:], strict=False):
+            for here, there in zip(places[:-2], places[1:], strict=False):
                 x = transfer(x, predicted_x0(student, spec, x, here, told), here, there)
-        here, there = stops[chosen:]
+        here, there = places[-2:]
         # one step leads from x to both: their distance is that of the images they imply
-        wanted = implied_x0(x, states[:, chosen + 1], here, there)
+        wanted = implied_x0(x, states[:, way[-1]], here, there)
         return torch.mean(torch.abs(predicted_x0(student, spec, x, here, told) - wanted))
 
     student = trained(checkpoint.evolve(spec=spec), Objective(draw, loss), config, ctx)

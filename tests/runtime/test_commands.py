@@ -145,12 +145,29 @@ def test_a_distilled_network_keeps_its_solver_and_promises_nothing_for_other_ste
     for words in (("--steps", 3), ("--solver", "ddim"), ("--grid", "karras")):
         run(bundle, "-n", 1, "--out", tmp_path / "other.png", *words)
         assert capsys.readouterr().err == (
-            "warning: this network was distilled for its own plan, 8 steps of euler; the quality of others is not "
+            "warning: this network was distilled for its own plan, 8 steps of euler; the quality of other plans is not "
             "promised\n"
         )
-    with pytest.raises(DiffpressError, match="distilled \\(trajectory\\) for 8 steps of euler") as caught:
+    with pytest.raises(DiffpressError, match="distilled \\(trajectory\\) for its own plan, 8 steps of euler") as caught:
         run(bundle, "--solver", "dpmpp_2m", "--out", tmp_path / "refused.png")
     assert caught.value.exit_code == 2 and not (tmp_path / "refused.png").exists()
+
+
+def test_a_distilled_network_takes_the_other_plans_that_it_was_taught(tiny, tmp_path, capsys) -> None:
+    spec = load_bundle(tiny).spec
+    taught = replace(
+        spec, plan=replace(spec.plan, solver="euler"), distilled="trajectory", distilled_also=((45.0,), (47.0, 20.0))
+    )
+    for count, timesteps in ((1, (45.0,)), (2, (47.0, 20.0)), (8, spec.plan.timesteps)):
+        assert chosen_plan(taught, count, None, None, None) == taught.plan.over(timesteps)
+    assert chosen_plan(taught, 2, None, "trailing", None).timesteps != (47.0, 20.0)
+    bundle = with_spec(tiny, taught, tmp_path / "distilled")
+    assert load_bundle(bundle).spec == taught
+    run(bundle, "-n", 1, "--steps", 2, "--out", tmp_path / "taught.png")
+    assert not capsys.readouterr().err
+    for words in (("--steps", 3), ("--steps", 2, "--solver", "ddim")):
+        run(bundle, "-n", 1, "--out", tmp_path / "other.png", *words)
+        assert "for its own plan, 8 steps of euler (or 1 or 2); the quality" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--steps", 5], ["--grid", "karras"], ["--steps", 7, "--solver", "plms"]])

@@ -11,6 +11,7 @@ import torch
 from compress.checkpoint import save_checkpoint
 from compress.context import Context
 from compress.distillation.config import KINDS
+from compress.distillation.few_steps import few_timesteps
 from compress.distillation.progressive import in_v
 from compress.distillation.stage import distill
 from compress.distillation.student import trained
@@ -54,6 +55,37 @@ def test_a_perfect_student_has_nothing_to_learn_and_samples_in_few_steps(kind, p
     np.testing.assert_allclose(student.model.image.detach().numpy()[0], expected, atol=near)
     for image in images_of(student):
         np.testing.assert_allclose(image, expected, atol=near)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
+def test_one_student_learns_several_numbers_of_steps(prediction, one_image, tmp_path):
+    teacher = one_image(prediction)
+    ctx = Context(0, tmp_path / "stages" / ".work", teacher)
+    student = distill(teacher, config("trajectory", other_steps=(4, 1), steps=12), ctx)
+    assert [len(timesteps) for timesteps in student.spec.distilled_also] == [4, 1] and student.spec.plan.steps == 2
+    expected = teacher.model.image.detach().numpy()[0]
+    for timesteps in student.spec.distilled_also:
+        for image in images_of(student.evolve(spec=student.spec.with_plan(student.spec.plan.over(timesteps)))):
+            np.testing.assert_allclose(image, expected, atol=1e-3)
+
+
+def test_other_steps_bring_a_student_nearer_to_its_teacher_in_those_steps(unet, context):
+    ctx = context(unet, data=False)
+    wanted = images_of(unet)
+
+    def error_in_four(**settings) -> float:
+        found = distill(unet, config("trajectory", steps=80, batch=8, paths=64, ema=0.9, **settings), ctx)
+        four = few_timesteps(4, found.spec.schedule)
+        images = images_of(found.evolve(spec=found.spec.with_plan(found.spec.plan.over(four))))
+        return float(np.abs(images - wanted).mean())
+
+    assert error_in_four(sample_steps=1, other_steps=(4,)) < 0.9 * error_in_four(sample_steps=1)
+
+
+def test_a_consistency_student_knows_one_and_two_calls(unet, context):
+    for own, also in ((1, [2]), (2, [1]), (4, [1, 2])):
+        spec = distill(unet, config("consistency", sample_steps=own, steps=1), context(unet)).spec
+        assert spec.plan.steps == own and [len(timesteps) for timesteps in spec.distilled_also] == also
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -158,6 +190,9 @@ def test_score_refuses_a_student_that_predicts_something_else(plain, unet, conte
         ("progressive", {"start_steps": 6, "sample_steps": 2}, "halving 6 steps does not lead to 2"),
         ("progressive", {"start_steps": 2, "sample_steps": 2}, "halving"),
         ("trajectory", {"sample_steps": 8, "path_steps": 4}, "fewer than"),
+        ("trajectory", {"other_steps": (8,), "path_steps": 4}, "fewer than the student's 8"),
+        ("trajectory", {"other_steps": (1, 2)}, "twice"),
+        ("trajectory", {"other_steps": (0,)}, "greater than or equal to 1"),
         ("guidance", {"weight": 2.0, "weights": (1.0, 3.0)}, "one of them"),
         ("guidance", {"weights": (3.0, 1.0)}, "least"),
     ],
