@@ -24,6 +24,7 @@ from compress.quantization.quantizers import fake_quantized
 from compress.recipe import Recipe, read_recipe
 from compress.torch_network import TorchNetwork
 from runtime.bundle import MANIFEST, load_bundle
+from runtime.commands import asked_spec
 from runtime.engines import open_engine
 from runtime.errors import BadInput
 from runtime.files import write_json
@@ -158,6 +159,7 @@ def add_evaluate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=2000, help="images for each seed (2000)")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, metavar="N", help="another number of steps than its plan's")
     parser.add_argument("--engine")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--json", type=Path, metavar="FILE")
@@ -169,6 +171,7 @@ def evaluate_command(args: argparse.Namespace) -> int:
             raise BadInput(f"--{name} {getattr(args, name)}: too few (samples: at least 8, seeds and batch: 1)")
     network, spec = open_network(args.subject, args.engine, args.threads)
     with closing(network):
+        spec = asked_spec(spec, args.steps)
         features = load_features(args.features, spec, args.threads)
         reference = load_reference(args.reference, features, spec)
         config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=args.batch)

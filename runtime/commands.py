@@ -100,10 +100,7 @@ def sample_command(args: argparse.Namespace) -> int:
     spec = bundle.spec
     if args.size is not None:
         spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
-    plan = chosen_plan(spec, args.steps, args.solver, args.grid, args.guidance)
-    if spec.distilled and not _is_taught(spec, plan):
-        _warn(f"this network was distilled for {_taught(spec)}; the quality of other plans is not promised")
-    spec = spec.with_plan(plan)
+    spec = asked_spec(spec, args.steps, args.solver, args.grid, args.guidance)
     _check_wishes(spec.conditioning, args.label, args.prompt, args.negative)
     with plain_warnings(), closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
         spec = bundle.spec_for(pipeline.denoiser.name, spec)
@@ -140,6 +137,20 @@ def parsed_size(text: str) -> tuple[int, int]:
     if match is None:
         raise BadInput(f"--size {text}: give height and width in pixels, as in 512x768")
     return int(match[1]), int(match[2])
+
+
+def asked_spec(
+    spec: DenoiserSpec,
+    steps: int | None,
+    solver: str | None = None,
+    grid: str | None = None,
+    guidance: float | None = None,
+) -> DenoiserSpec:
+    """The spec with the plan that was asked for (chosen_plan); says so where a distilled network was not taught it."""
+    plan = chosen_plan(spec, steps, solver, grid, guidance)
+    if spec.distilled and not _is_taught(spec, plan):
+        _warn(f"this network was distilled for {_taught(spec)}; the quality of other plans is not promised")
+    return spec.with_plan(plan)
 
 
 def chosen_plan(

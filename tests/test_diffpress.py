@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import diffpress
+from runtime.errors import BadInput
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "runtime" / "tiny_bundle"
@@ -230,6 +231,20 @@ def test_a_report_on_a_folder_that_is_no_run_is_refused(refused, tmp_path):
 @pytest.mark.parametrize("flag", [("--samples", 4), ("--seeds", 0), ("--batch", 0)])
 def test_too_little_to_evaluate_is_refused(flag, teacher, refused):
     refused(("evaluate", teacher, *flag), flag[0], "too few")
+
+
+def test_a_student_is_evaluated_in_other_steps_with_a_warning(call, monkeypatch):
+    import compress.commands
+
+    def evaluate(network, spec, *rest):
+        raise BadInput(f"{spec.plan.steps} steps")
+
+    monkeypatch.setattr(compress.commands, "evaluate", evaluate)
+    student = ROOT / "calib_data" / "student"
+    assert call("evaluate", student) == (2, "", "diffpress: 2 steps\n")
+    code, _, error = call("evaluate", student, "--steps", 3)
+    assert code == 2 and error.startswith("warning: this network was distilled for its own plan, 2 steps")
+    assert error.endswith("diffpress: 3 steps\n")
 
 
 def test_images_that_the_feature_network_does_not_know_are_refused(teacher, refused):
