@@ -7,8 +7,8 @@ same noise, and x_i the student's own states, x_0 = y_0 and x_i+1 = step(x_i) (f
 
 Since the student is trained from where its own steps led it, it learns to mend what they did wrong. The divisor is what
 an error of x_0 is multiplied with in the step, so that all steps count alike. Guidance of the plan is in the teacher's
-paths: the student needs none. No images are used. One student may learn several N: each batch is of
-one step of one of them.
+paths: the student needs none. No images are used. One student may learn several N: each batch is of one step of one
+of them.
 """
 
 from __future__ import annotations
