@@ -77,22 +77,16 @@ def solvers(args: argparse.Namespace) -> None:
     from compress.evaluate import evaluate, load_features, load_reference
     from compress.load import load_checkpoint
     from export.bundle import write_bundle
-    from runtime.bundle import load_bundle
-    from runtime.engines import open_engine, preferred
+    from runtime.engines import preferred
     from runtime.engines.options import EngineOptions
     from runtime.files import write_json
     from runtime.solvers import network_calls
 
     folder, name = args.work / "teacher", args.engine or preferred()
-    engine: Any
-    if name == "torch":
-        engine, spec = open_network(str(TEACHER), name, args.threads)
-    else:
-        if not (folder / "manifest.json").is_file():
-            write_bundle(load_checkpoint(str(TEACHER)), folder)
-        bundle = load_bundle(folder)
-        engine = open_engine(bundle, name, options=EngineOptions(args.threads, args.precision))
-        spec = bundle.spec_for(name)
+    if name != "torch" and not (folder / "manifest.json").is_file():
+        write_bundle(load_checkpoint(str(TEACHER)), folder)
+    options = EngineOptions(precision=args.precision)
+    engine, spec = open_network(str(TEACHER if name == "torch" else folder), name, args.threads, options)
     features = load_features(FEATURES, spec, args.threads)
     reference = load_reference(REFERENCE, features, spec)
     config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=args.batch)

@@ -26,6 +26,7 @@ from compress.torch_network import TorchNetwork
 from runtime.bundle import MANIFEST, load_bundle
 from runtime.commands import asked_spec
 from runtime.engines import open_engine
+from runtime.engines.options import EngineOptions
 from runtime.errors import BadInput
 from runtime.files import write_json
 from runtime.spec import DenoiserSpec
@@ -186,11 +187,13 @@ def evaluate_command(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_network(reference: str, engine: str | None, threads: int | None) -> tuple[Any, DenoiserSpec]:
+def open_network(
+    reference: str, engine: str | None, threads: int | None, options: EngineOptions | None = None
+) -> tuple[Any, DenoiserSpec]:
     """A bundle in an engine, or a checkpoint in torch (fake-quantized where it was quantized)."""
     if (Path(reference) / MANIFEST).is_file():
         bundle = load_bundle(reference)
-        opened = open_engine(bundle, engine, threads)
+        opened = open_engine(bundle, engine, threads, options=options)
         return opened, bundle.spec_for(opened.name)
     checkpoint = load_checkpoint(reference)
     device = "cuda" if torch.cuda.is_available() else "cpu"
