@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NoReturn, Protocol, runtime_checkable
 
 import numpy as np
@@ -23,7 +24,7 @@ from runtime.denoise import corrected, is_guided, to_x0
 from runtime.schedule import Point, trajectory
 from runtime.solvers import solver_named
 from runtime.solvers.contract import MEMORY, Past, Solver, Stride
-from runtime.spec import DenoiserSpec
+from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
 
 SAMPLE_TERM, GUESS, BOUNDED = 0, 1, 2
 FIRST_PAST = 3
@@ -71,22 +72,35 @@ class _NotLinear(Exception):
 def linear_walk(spec: DenoiserSpec) -> Program | None:
     """The spec's plan as a program; None where it is none, and only the sampler itself can walk it.
 
-    Raises BadInput as the sampler does, for an unknown solver and for an epsilon prediction at pure noise.
+    The same program for the same plan: it is made once. Raises BadInput as the sampler does, for an unknown solver and
+    for an epsilon prediction at pure noise.
     """
-    plan = spec.plan
+    guided = is_guided(spec, spec.plan.guidance)
+    return _program(spec.prediction, spec.schedule, spec.sample_shape[0], spec.data_range, guided, spec.plan)
+
+
+@lru_cache(maxsize=64)  # on a GPU one image of a small model takes no longer than its table
+def _program(
+    prediction: str,
+    schedule: NoiseSchedule,
+    channels: int,
+    data_range: tuple[float, float],
+    guided: bool,
+    plan: Plan,
+) -> Program | None:
     if plan.threshold is not None or plan.guidance_rescale > 0 or plan.guidance_interval is not None:
         return None
-    solver, points = solver_named(plan.solver), trajectory(spec.schedule, plan.timesteps, plan.end)
+    solver, points = solver_named(plan.solver), trajectory(schedule, plan.timesteps, plan.end)
     try:
-        sums = [_sums(solver, spec, points, index) for index in range(plan.steps)]
+        sums = [_sums(solver, schedule, plan, points, index) for index in range(plan.steps)]
     except _NotLinear:
         return None
-    reads = [_read(spec, index, point) for index, point in enumerate(points[:-1])]
+    reads = [_read(prediction, channels, plan, index, point) for index, point in enumerate(points[:-1])]
     return Program(
         timesteps=plan.timesteps,
-        halves=2 if is_guided(spec, plan.guidance) else 1,
+        halves=2 if guided else 1,
         guidance=plan.guidance,
-        bounds=spec.data_range if plan.clip else None,
+        bounds=data_range if plan.clip else None,
         reads=np.array([[a, b] for a, b, _ in reads], np.float32),
         offsets=np.array([offset for _, _, offset in reads], np.float32),
         kept=np.array([kept for kept, _ in sums], np.float32),
@@ -94,23 +108,27 @@ def linear_walk(spec: DenoiserSpec) -> Program | None:
     )
 
 
-def _read(spec: DenoiserSpec, index: int, point: Point) -> tuple[float, float, np.ndarray]:
+def _read(
+    prediction: str, channels: int, plan: Plan, index: int, point: Point
+) -> tuple[float, float, np.ndarray]:
     """a, b and offset: what reading x_0 off, after the step's correction, makes of x = 1 and of out = 1."""
-    a, b = to_x0(spec.prediction, np.array([1.0, 0.0]), np.array([0.0, 1.0]), point)
-    nothing = np.zeros((1, spec.sample_shape[0], 1, 1))
-    if not spec.plan.corrections:
+    a, b = to_x0(prediction, np.array([1.0, 0.0]), np.array([0.0, 1.0]), point)
+    nothing = np.zeros((1, channels, 1, 1))
+    if not plan.corrections:
         return a, b, nothing.ravel()
-    correction = spec.plan.corrections[index]
+    correction = plan.corrections[index]
     offset = corrected(nothing, correction)
     gain = (corrected(nothing + 1.0, correction) - offset).ravel()[0]
     return a, b * gain, b * offset.ravel()
 
 
-def _sums(solver: Solver, spec: DenoiserSpec, points: tuple[Point, ...], index: int) -> tuple[np.ndarray, np.ndarray]:
+def _sums(
+    solver: Solver, schedule: NoiseSchedule, plan: Plan, points: tuple[Point, ...], index: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The weights of all terms in `kept` and in x', float64 [TERMS] each."""
 
     def step(terms: np.ndarray) -> np.ndarray:
-        return np.stack(_step(solver, spec, points, index, terms))
+        return np.stack(_step(solver, schedule, plan, points, index, terms))
 
     unit = np.eye(TERMS)
     unit[BOUNDED] = 0.0
@@ -131,15 +149,14 @@ def _sums(solver: Solver, spec: DenoiserSpec, points: tuple[Point, ...], index: 
 
 
 def _step(
-    solver: Solver, spec: DenoiserSpec, points: tuple[Point, ...], index: int, terms: np.ndarray
+    solver: Solver, schedule: NoiseSchedule, plan: Plan, points: tuple[Point, ...], index: int, terms: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """One step of the solver on `terms` [TERMS, n] in the place of samples: `kept` and x'."""
-    plan = spec.plan
     pairs = terms[FIRST_PAST:].reshape(MEMORY, 2, -1)[: min(index, MEMORY)]
     past = tuple(Past(points[index - 1 - back], x, x0) for back, (x, x0) in enumerate(pairs))[::-1]
     x, x0 = terms[SAMPLE_TERM], terms[GUESS]
     step = Stride(
-        x, x0, points[index], points[index + 1], past, index, plan.steps, _again, _noise, plan.eta, spec.schedule
+        x, x0, points[index], points[index + 1], past, index, plan.steps, _again, _noise, plan.eta, schedule
     )
     if solver.correct is not None:
         step = step._replace(x=solver.correct(step))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,14 @@ class NoiseSchedule:
 
     def __len__(self) -> int:
         return len(self.alphas)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Of two long tables, which every batch would walk through again to find its program."""
+        return hash((self.alphas, self.sigmas))
 
 
 @dataclass(frozen=True)

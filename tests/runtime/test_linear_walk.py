@@ -151,3 +151,19 @@ def test_a_step_counts_no_terms_from_before_the_first():
         for index in range(MEMORY):
             assert not table[index, FIRST_PAST + 2 * index :].any()
     assert program.moved[4, FIRST_PAST:].any() and program.moved.dtype == np.float32
+
+
+def test_a_program_is_made_once_a_plan():
+    schedule = betas_schedule("linear", 100, 1e-4, 0.02)
+    spec = replace(spec_of("unipc_2"), schedule=schedule, plan=make_plan("unipc_2", 5, schedule))
+    again = replace(spec, schedule=replace(schedule), plan=replace(spec.plan))
+    assert linear_walk(again) is linear_walk(spec) and hash(again.schedule) == hash(schedule)
+    corrected = replace(spec.plan, corrections=(Correction(0.1, (0.0, 0.0)),) * 5)
+    for other in (
+        replace(spec, plan=corrected),
+        replace(spec, plan=replace(spec.plan, clip=False)),
+        replace(spec, data_range=(0.0, 1.0)),
+        replace(spec, prediction="v"),
+        replace(spec, schedule=betas_schedule("linear", 100, 1e-4, 0.03)),
+    ):
+        assert linear_walk(other) is not linear_walk(spec)
