@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from runtime.denoise import Network
     from runtime.spec import DenoiserSpec, Plan
 
-SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_2", "unipc_3", "deis_2", "deis_3", "ipndm", "plms", "heun")
+SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_1", "unipc_2", "unipc_3", "deis_2", "deis_3", "ipndm", "plms", "heun")
 NOISY = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm")
 GRIDS = ("trailing", "logsnr", "karras")
 SEARCHED, START = "searched", "trailing"  # where a search begins
