@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NoReturn, Protocol, runtime_checkable
+from typing import NoReturn, Protocol
 
 import numpy as np
 
@@ -54,7 +54,6 @@ class Program:
         return len(self.timesteps)
 
 
-@runtime_checkable
 class Walker(Protocol):
     """A network that can walk a whole program by itself (runtime.denoise.Network is its other half)."""
 
