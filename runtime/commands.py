@@ -122,7 +122,8 @@ def sample_command(args: argparse.Namespace) -> int:
         image_ms = (time.perf_counter() - start) * 1e3 / args.number
         engine = ran_in(pipeline.denoiser)
     write_png(grid(to_uint8(images, spec.data_range)), args.out)
-    print(f"{args.out}: {args.number} images, {own_plan(spec)} in {engine}, {image_ms:.1f} ms per image")
+    made = "1 image" if args.number == 1 else f"{args.number} images"
+    print(f"{args.out}: {made}, {own_plan(spec)} in {engine}, {image_ms:.1f} ms per image")
     return 0
 
 
