@@ -11,6 +11,8 @@ Stable Diffusion's, where there is still something to be decided. Grids even in 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -20,8 +22,11 @@ import torch
 from torch import nn
 
 from compress.losses import Tensors, forward
+from runtime.grids import LOG_RATIO_MAX, LOG_RATIO_MIN
 from runtime.schedule import Point, timestep_grid
 from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
+
+TELLING = 125  # the share of all timesteps by which two plans must differ for a network to tell them apart
 
 
 def few_timesteps(steps: int, schedule: NoiseSchedule) -> tuple[float, ...]:
@@ -30,6 +35,25 @@ def few_timesteps(steps: int, schedule: NoiseSchedule) -> tuple[float, ...]:
     (seen,) = timestep_grid("karras", 1, schedule)  # which begins at the noise where solvers do (LOG_RATIO_MAX)
     many = bool(rest) and rest[0] >= seen
     return (first if many else min(first, seen), *rest)
+
+
+def plans_apart(counts: Sequence[int], schedule: NoiseSchedule) -> list[tuple[float, ...]]:
+    """`few_timesteps` of several numbers of steps for one student, no timestep in two of them.
+
+    From the same noise long and short steps need other images, and the timestep is all that tells the network which
+    plan it walks (SFD-v gives it an input of its own for that). Later plans give way, downwards.
+    """
+    taken: set[float] = set()
+    plans = []
+    for count in counts:
+        timesteps = []
+        for t in few_timesteps(count, schedule):
+            while t in taken:
+                t -= max(1, len(schedule) // TELLING)
+            timesteps.append(t)
+        taken.update(timesteps)
+        plans.append(tuple(timesteps))
+    return plans
 
 
 def student_spec(
@@ -53,16 +77,18 @@ def refined(
 ) -> tuple[Plan, tuple[int, ...]]:
     """`plan` over some `steps` timesteps, even in log-SNR between `timesteps`, and at which of its steps those are.
 
-    Whole timesteps: where there are not so many between two, there are fewer steps.
+    Each way between two gets its share of the steps, by its length in log-SNR, one at least. Whole timesteps: where
+    there are not so many between two, there are fewer steps.
     """
-    ratios = log_ratios(schedule)
-    each = -(-steps // len(timesteps))
+    ratios = np.clip(log_ratios(schedule), LOG_RATIO_MIN, LOG_RATIO_MAX)
+    stops = [*(ratios[round(t)] for t in timesteps), ratios[0]]
     found: list[float] = []
     kept = []
-    for start, stop in zip(timesteps, (*timesteps[1:], -1.0), strict=True):
-        last = ratios[round(stop)] if stop >= 0 else ratios[0]
+    for number, (start, stop) in enumerate(zip(timesteps, (*timesteps[1:], -1.0), strict=True)):
+        span = (stops[number] - stops[number + 1]) / (stops[0] - stops[-1])
+        each = max(1, math.ceil(steps * span - 1e-9))
         # the way to the clean end stops at the least noisy timestep and goes on from there; the others stop short
-        ramp = np.linspace(ratios[round(start)], last, each if stop < 0 else each + 1)
+        ramp = np.linspace(stops[number], stops[number + 1], each if stop < 0 else each + 1)
         inner = {round(float(t)) for t in np.interp(ramp, ratios, np.arange(len(schedule)))}
         kept.append(len(found))
         found += [float(t) for t in sorted(inner | {round(start)}, reverse=True) if stop < t <= start]

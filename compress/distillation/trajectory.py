@@ -8,7 +8,7 @@ same noise, and x_i the student's own states, x_0 = y_0 and x_i+1 = step(x_i) (f
 Since the student is trained from where its own steps led it, it learns to mend what they did wrong. The divisor is what
 an error of x_0 is multiplied with in the step, so that all steps count alike. Guidance of the plan is in the teacher's
 paths: the student needs none. No images are used. One student may learn several N: each batch is of one step of one
-of them.
+of them, and no two share a timestep (few_steps.plans_apart).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from compress.context import Context
 from compress.distillation.conditions import guidance_in
 from compress.distillation.config import TrajectoryConfig
 from compress.distillation.few_steps import (
-    few_timesteps,
     implied_x0,
     place,
+    plans_apart,
     predicted_x0,
     refined,
     student_spec,
@@ -43,7 +43,7 @@ SEED = 4_000_000  # far from the seeds that people sample, calibrate and evaluat
 def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -> Checkpoint:
     """Train the checkpoint's model to sample in `config.sample_steps` steps of Euler; returns it with that plan."""
     spec = checkpoint.spec
-    own, *others = (few_timesteps(n, spec.schedule) for n in (config.sample_steps, *config.other_steps))
+    own, *others = plans_apart((config.sample_steps, *config.other_steps), spec.schedule)
     stops = tuple(sorted({t for timesteps in (own, *others) for t in timesteps}, reverse=True))
     fine, kept = refined(ctx.teacher.spec.plan, stops, config.path_steps, spec.schedule)
     fine = replace(fine, guidance=guidance_in(checkpoint))

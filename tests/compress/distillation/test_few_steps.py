@@ -6,10 +6,19 @@ import numpy as np
 import pytest
 import torch
 
-from compress.distillation.few_steps import clipped, few_timesteps, implied_x0, places, refined, transfer, x0_of
+from compress.distillation.few_steps import (
+    clipped,
+    few_timesteps,
+    implied_x0,
+    places,
+    plans_apart,
+    refined,
+    transfer,
+    x0_of,
+)
 from runtime.denoise import to_x0
 from runtime.sampler import sample
-from runtime.schedule import betas_schedule, make_plan, point_at, trajectory
+from runtime.schedule import betas_schedule, flow_schedule, make_plan, point_at, trajectory
 
 
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
@@ -33,6 +42,19 @@ def test_halving_keeps_to_the_same_timesteps():
     np.testing.assert_allclose(few_timesteps(8, schedule)[::2], few_timesteps(4, schedule), atol=1.0)
 
 
+def test_no_timestep_is_in_two_plans_of_one_student():
+    schedule = betas_schedule("squaredcos_cap_v2")
+    plans = plans_apart((4, 2, 1), schedule)
+    assert plans[0] == few_timesteps(4, schedule) and [len(plan) for plan in plans] == [4, 2, 1]
+    everything = [t for plan in plans for t in plan]
+    assert len(set(everything)) == len(everything)
+    gaps = -np.diff(sorted(everything, reverse=True))
+    assert gaps.min() >= 8
+    for plan in plans[1:]:
+        # as near as that to where the steps of that many belong
+        np.testing.assert_allclose(plan, few_timesteps(len(plan), schedule), atol=16)
+
+
 @pytest.mark.parametrize(("steps", "fine"), [(1, 8), (2, 8), (3, 10), (4, 4)])
 def test_a_fine_plan_passes_through_every_point_of_the_student(steps, fine):
     schedule = betas_schedule("squaredcos_cap_v2")
@@ -44,6 +66,17 @@ def test_a_fine_plan_passes_through_every_point_of_the_student(steps, fine):
     inner = np.diff(np.log(ratios[kept[-1] :]))
     if len(inner) > 2:
         assert inner.min() > 2.0 * inner.max()  # both below zero: even in log-SNR but for whole timesteps
+
+
+@pytest.mark.parametrize("schedule", [betas_schedule("squaredcos_cap_v2"), flow_schedule(1000)], ids=["cosine", "flow"])
+@pytest.mark.parametrize("counts", [(2,), (4,), (4, 2, 1)])
+def test_fine_steps_are_shared_out_by_the_length_of_the_way(schedule, counts):
+    stops = tuple(sorted({t for plan in plans_apart(counts, schedule) for t in plan}, reverse=True))
+    plan, _ = refined(make_plan("dpmpp_2m", 5, schedule), stops, 20, schedule)
+    points = [point for point in trajectory(schedule, plan.timesteps)[:-1] if point.t > 10]
+    steps = -np.diff([np.log(point.sigma / point.alpha) for point in points])
+    # 20 steps over a way of some 11: none of them is much longer than its share
+    assert steps.max() < 0.8
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
