@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from compress.losses import Tensors, forward
+from runtime.errors import BadInput
 from runtime.grids import LOG_RATIO_MAX, LOG_RATIO_MIN
 from runtime.schedule import Point, timestep_grid
 from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
@@ -41,7 +42,8 @@ def plans_apart(counts: Sequence[int], schedule: NoiseSchedule) -> list[tuple[fl
     """`few_timesteps` of several numbers of steps for one student, no timestep in two of them.
 
     From the same noise long and short steps need other images, and the timestep is all that tells the network which
-    plan it walks (SFD-v gives it an input of its own for that). Later plans give way, downwards.
+    plan it walks (SFD-v gives it an input of its own for that). Later plans give way, downwards. Raises BadInput where
+    the schedule has no room for that.
     """
     taken: set[float] = set()
     plans = []
@@ -51,6 +53,11 @@ def plans_apart(counts: Sequence[int], schedule: NoiseSchedule) -> list[tuple[fl
             while t in taken:
                 t -= max(1, len(schedule) // TELLING)
             timesteps.append(t)
+        if timesteps != sorted(set(timesteps), reverse=True) or timesteps[-1] < 0:
+            others = ", ".join(str(other) for other in counts if other != count)
+            raise BadInput(
+                f"other_steps: {count} steps find no place beside {others} among {len(schedule)} timesteps"
+            )
         taken.update(timesteps)
         plans.append(tuple(timesteps))
     return plans

@@ -17,6 +17,7 @@ from compress.distillation.few_steps import (
     x0_of,
 )
 from runtime.denoise import to_x0
+from runtime.errors import BadInput
 from runtime.sampler import sample
 from runtime.schedule import betas_schedule, flow_schedule, make_plan, point_at, trajectory
 
@@ -53,6 +54,11 @@ def test_no_timestep_is_in_two_plans_of_one_student():
     for plan in plans[1:]:
         # as near as that to where the steps of that many belong
         np.testing.assert_allclose(plan, few_timesteps(len(plan), schedule), atol=16)
+
+
+def test_plans_that_have_no_room_beside_each_other_are_refused():
+    with pytest.raises(BadInput, match="19 steps find no place beside 20 among 20 timesteps"):
+        plans_apart((20, 19), betas_schedule("linear", 20))
 
 
 @pytest.mark.parametrize(("steps", "fine"), [(1, 8), (2, 8), (3, 10), (4, 4)])
