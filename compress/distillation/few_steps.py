@@ -15,6 +15,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -88,14 +89,13 @@ def refined(
     there are not so many between two, there are fewer steps.
     """
     ratios = np.clip(log_ratios(schedule), LOG_RATIO_MIN, LOG_RATIO_MAX)
-    stops = [*(ratios[round(t)] for t in timesteps), ratios[0]]
+    marks = [*(float(ratios[round(t)]) for t in timesteps), float(ratios[0])]
     found: list[float] = []
     kept = []
-    for number, (start, stop) in enumerate(zip(timesteps, (*timesteps[1:], -1.0), strict=True)):
-        span = (stops[number] - stops[number + 1]) / (stops[0] - stops[-1])
-        each = max(1, math.ceil(steps * span - 1e-9))
+    for start, stop, (high, low) in zip(timesteps, (*timesteps[1:], -1.0), pairwise(marks), strict=True):
+        each = max(1, math.ceil(steps * (high - low) / (marks[0] - marks[-1]) - 1e-9))
         # the way to the clean end stops at the least noisy timestep and goes on from there; the others stop short
-        ramp = np.linspace(stops[number], stops[number + 1], each if stop < 0 else each + 1)
+        ramp = np.linspace(high, low, each if stop < 0 else each + 1)
         inner = {round(float(t)) for t in np.interp(ramp, ratios, np.arange(len(schedule)))}
         kept.append(len(found))
         found += [float(t) for t in sorted(inner | {round(start)}, reverse=True) if stop < t <= start]
