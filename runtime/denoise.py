@@ -225,11 +225,11 @@ def class_conditions(spec: DenoiserSpec, labels: np.ndarray | None) -> Condition
     conditioning = spec.conditioning
     if conditioning.kind != "class":
         raise BadInput("a label was asked for, but the model is not class-conditional")
-    labels = np.asarray(labels)
-    known = (labels >= 0) & (labels < conditioning.classes) | (labels == conditioning.null_label)
-    if not np.issubdtype(labels.dtype, np.integer) or not known.all():
-        raise BadInput(f"labels {labels[~known].tolist()[:4] or labels.dtype}: not among 0..{conditioning.classes - 1}")
-    null = conditioning.null_label
+    labels, null = np.asarray(labels), conditioning.null_label
+    whole, known = labels.dtype.kind in "iu", range(conditioning.classes)
+    unknown = [label for label in labels.ravel().tolist() if label not in known and label != null] if whole else []
+    if not whole or unknown:
+        raise BadInput(f"labels {unknown[:4] or labels.dtype}: not among 0..{conditioning.classes - 1}")
     return Conditions({LABELS: labels}, None if null is None else {LABELS: np.full_like(labels, null)})
 
 
