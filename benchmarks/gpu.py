@@ -181,7 +181,7 @@ def main() -> int:
                 stack.enter_context(closing(engine))
                 spec = bundle.spec_for(TENSORRT)
                 subjects += [Subject(str(path), way.__name__, way(engine), spec) for way in (host, device)]
-                share = sampler_overhead(engine, spec, batch=1, repeats=3)
+                share = sampler_overhead(host(engine), spec, batch=1, repeats=3)
                 result["loads"].append({"name": str(path), **row, "outside_engine": share})
                 result["compared"] += compared(bundle, engine, left_out)
             with tried(f"{path}, onnxruntime with cuda", left_out):

@@ -172,7 +172,7 @@ def test_evaluations_count_both_halves_of_guidance_unless_the_weight_is_an_input
     assert bench.network_evaluations(replace(guided, conditioning=replace(spec.conditioning, guidance_input=True))) == 8
 
 
-def test_overhead_is_the_time_outside_the_engine(tiny: Path, monkeypatch) -> None:
+def test_overhead_is_the_time_beyond_the_engines_calls(tiny: Path, monkeypatch) -> None:
     bundle = load_bundle(tiny)
     real = open_engine(bundle, "onnxruntime", threads=1)
     now = [0.0]
@@ -191,7 +191,15 @@ def test_overhead_is_the_time_outside_the_engine(tiny: Path, monkeypatch) -> Non
 
     original = bench.in_streams
     monkeypatch.setattr(bench, "in_streams", in_streams)
-    assert bench.sampler_overhead(Slow(), bundle.spec, batch=2) == pytest.approx(0.01)  # type: ignore[arg-type]
+    assert bench.sampler_overhead(Slow(), bundle.spec, batch=2) == pytest.approx(0.01)
+
+    class Walks(Slow):
+        def walk(self, program, told, start):
+            now[0] += 0.109 * program.steps
+            return start
+
+    # 0.11 s a step, of which a call alone takes 0.099
+    assert bench.sampler_overhead(Walks(), bundle.spec, batch=2) == pytest.approx(0.1)
 
 
 def test_a_fresh_process_measures_loading_and_memory(tiny: Path) -> None:
