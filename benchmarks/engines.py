@@ -7,8 +7,8 @@ Every figure is the median of rounds in which all subjects take their turns. Ste
     step        one sampling of a whole batch, divided by steps and images; one batch for each stream
     psnr        of its 16 images to those of the same engine with the first options, from the same noise
     load        a fresh process from the bundle's folder to the first answer, with an empty cache and with a full one
-    overhead    the share of a sampling at batch 1 that is spent outside the engine, and the sampler's own work a step,
-                measured with a network that answers at once
+    overhead    the share of a sampling at batch 1 that goes beyond the engine's calls, by the bundle's plan and by one
+                of 50 steps, where what begins and ends a sampling counts little
     imports     a fresh interpreter
 """
 
@@ -25,8 +25,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -37,7 +35,7 @@ from runtime.engines import available, installed, open_engine  # noqa: E402
 from runtime.engines.cache import Cache  # noqa: E402
 from runtime.engines.options import EngineOptions  # noqa: E402
 from runtime.errors import DiffpressError  # noqa: E402
-from runtime.spec import DenoiserSpec  # noqa: E402
+from runtime.schedule import make_plan  # noqa: E402
 
 OPTIONS = {
     "1 thread": EngineOptions(threads=1),
@@ -47,6 +45,7 @@ OPTIONS = {
     "2 threads, f16": EngineOptions(threads=2, precision="f16"),
 }
 PAIRED = 16
+MANY_STEPS = 50  # so many that what begins and ends a sampling is little of it
 IMPORTS = {
     "import runtime": "import runtime",
     "from runtime import generate, load_bundle, open_engine": "from runtime import generate, load_bundle, open_engine",
@@ -88,14 +87,14 @@ LOAD = """
 import json, sys, time
 start = time.perf_counter()
 from runtime.bundle import load_bundle
-from runtime.denoise import network_inputs
 from runtime.engines import open_engine
 from runtime.engines.options import EngineOptions
+from runtime.sampler import warm_up
 bundle = load_bundle(sys.argv[1])
 __import__(sys.argv[2])
 opening = time.perf_counter()
 engine = open_engine(bundle, sys.argv[2], options=EngineOptions.from_json(json.loads(sys.argv[4])))
-engine.run(network_inputs(engine, bundle.spec_for(engine.name), int(sys.argv[3])))
+warm_up(engine, bundle.spec_for(engine.name), int(sys.argv[3]))
 end = time.perf_counter()
 print(json.dumps([(end - start) * 1e3, (end - opening) * 1e3, time.process_time() * 1e3]))
 """
@@ -121,32 +120,18 @@ def loads(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
     return rows
 
 
-def sampler_us(spec: DenoiserSpec, inputs: dict[str, np.dtype], rounds: int = 100) -> float:
-    """Microseconds of the sampler's own work a step at batch 1."""
-
-    class Instant:
-        """Answers at once."""
-
-        def __init__(self) -> None:
-            self.inputs, self._out = inputs, np.zeros((1, *spec.sample_shape), np.float32)
-
-        def run(self, _: dict[str, np.ndarray]) -> np.ndarray:
-            return self._out
-
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        sample_once(Instant(), spec, 1)
-        times.append((time.perf_counter() - start) * 1e6 / spec.plan.steps)
-    return statistics.median(times)
-
-
-def overheads(bundle: Bundle) -> list[dict[str, Any]]:
+def overheads(bundle: Bundle, rounds: int) -> list[dict[str, Any]]:
+    """Rows of {engine, steps, share}: by the bundle's plan and, where it can walk others, by a long one."""
     rows = []
     for name in available():
+        spec = bundle.spec_for(name)
+        specs = [spec]
+        if not spec.fixed_timesteps:
+            specs.append(spec.with_plan(make_plan("dpmpp_2m", MANY_STEPS, spec.schedule, clip=spec.plan.clip)))
         with closing(open_engine(bundle, name)) as engine:
-            share = sampler_overhead(engine, bundle.spec_for(name), batch=1, repeats=9)
-            rows.append({"engine": name, "share": share, "us": sampler_us(bundle.spec_for(name), dict(engine.inputs))})
+            for spec in specs:
+                share = sampler_overhead(engine, spec, batch=1, repeats=rounds)
+                rows.append({"engine": name, "steps": spec.plan.steps, "share": share})
     return rows
 
 
@@ -175,7 +160,7 @@ def main() -> None:
         "steps": rows,
         "refused": refused,
         "loads": loads(bundle, max(args.batch), args.rounds),
-        "overheads": overheads(bundle),
+        "overheads": overheads(bundle, max(args.rounds, 25)),
         "imports": imports(args.rounds),
     }
     for row in rows:
@@ -187,7 +172,7 @@ def main() -> None:
         print(f"{row['engine']}, load, {row['load']}: {row['whole_ms']:.0f} ms, of them the engine ", end="")
         print(f"{row['engine_ms']:.0f}; processor {row['cpu_ms']:.0f} ms")
     for row in result["overheads"]:
-        print(f"sampler outside {row['engine']}, batch 1: {row['share']:.2%}; its own work {row['us']:.0f} us a step")
+        print(f"sampler outside {row['engine']}, batch 1, {row['steps']} steps: {row['share']:.2%} of the sampling")
     for label, ms in result["imports"].items():
         print(f"{label}: {ms:.0f} ms")
     if args.json:

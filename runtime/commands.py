@@ -14,7 +14,6 @@ import numpy as np
 
 from runtime.bundle import load_bundle
 from runtime.conditioning import Conditioning
-from runtime.denoise import network_inputs
 from runtime.engines import ENGINES, Engine
 from runtime.engines.cache import Cache, cache_folder
 from runtime.engines.options import PRECISIONS, EngineOptions
@@ -22,7 +21,7 @@ from runtime.engines.providers import CPU, PROVIDERS
 from runtime.errors import BadInput, plain_warnings
 from runtime.images import grid, to_uint8, write_png
 from runtime.pipeline import Pipeline, has_fixed_size, resized
-from runtime.sampler import MAX_SEED
+from runtime.sampler import MAX_SEED, warm_up
 from runtime.schedule import spaced_timesteps
 from runtime.solvers import SOLVERS, with_solver
 from runtime.spec import DenoiserSpec, Plan
@@ -115,7 +114,7 @@ def sample_command(args: argparse.Namespace) -> int:
             warn=_warn,
         )
         # compiling for this batch size belongs to loading, not to the time per image
-        pipeline.denoiser.run(network_inputs(pipeline.denoiser, spec, min(args.batch, args.number)))
+        warm_up(pipeline.denoiser, spec, min(args.batch, args.number))
         start = time.perf_counter()
         seeds = np.arange(args.seed, args.seed + args.number)
         images = np.concatenate(list(pipeline.images(seeds, conditions, spec, args.batch)))

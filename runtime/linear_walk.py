@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import NoReturn, Protocol
 
 import numpy as np
@@ -29,6 +29,7 @@ from runtime.spec import DenoiserSpec, NoiseSchedule, Plan
 SAMPLE_TERM, GUESS, BOUNDED = 0, 1, 2
 FIRST_PAST = 3
 TERMS = FIRST_PAST + 2 * MEMORY
+COLUMNS = 2 + 2 * TERMS  # of a program's table
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +53,11 @@ class Program:
     @property
     def steps(self) -> int:
         return len(self.timesteps)
+
+    @cached_property
+    def table(self) -> np.ndarray:
+        """`reads`, `kept` and `moved` side by side, float32 [steps, COLUMNS]."""
+        return np.concatenate([self.reads, self.kept, self.moved], axis=1)
 
 
 class Walker(Protocol):

@@ -56,15 +56,15 @@ def measure_here(bundle_path: Path, engine_name: str | None, batch: int, options
     """The measurement itself, meaningful in a process that has done nothing else."""
     start = time.perf_counter()
     from runtime.bundle import load_bundle
-    from runtime.denoise import network_inputs, stand_in_conditions
+    from runtime.denoise import stand_in_conditions
     from runtime.engines import open_engine
     from runtime.engines.options import EngineOptions
-    from runtime.sampler import generate
+    from runtime.sampler import generate, warm_up
 
     bundle = load_bundle(bundle_path)
     with closing(open_engine(bundle, engine_name, options=EngineOptions.from_json(options))) as engine:
         spec = bundle.spec_for(engine.name)
-        engine.run(network_inputs(engine, spec, batch))
+        warm_up(engine, spec, batch)
         load_ms = (time.perf_counter() - start) * 1e3
         told = stand_in_conditions(spec, batch)
         generate(engine, spec, seeds=range(batch), batch=batch, conditions=told)

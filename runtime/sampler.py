@@ -27,7 +27,9 @@ from runtime.denoise import (
     Network,
     class_conditions,
     evaluations_at,
+    network_inputs,
     plan_denoiser,
+    stand_in_conditions,
     told_throughout,
 )
 from runtime.errors import BadInput
@@ -183,14 +185,20 @@ def generate_batches(
     counts = {len(array) for array in (*conditions.given.values(), *(conditions.null or {}).values())}
     if not counts <= {len(seeds)}:
         raise BadInput(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one each")
-    walk: Walk | None = None
-    walks = getattr(network, "walk", None)  # isinstance(network, Walker) takes as long as a step's arithmetic
-    if walks is not None and (program := linear_walk(spec)) is not None:
-        walk = partial(walks, program)
+    walk = _walk_of(network, spec)
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
         samples = _one_batch(network, spec, seeds[part], conditions.part(part), walk)
         yield np.clip(samples, *spec.data_range) if spec.plan.clip else samples
+
+
+def warm_up(network: Network, spec: DenoiserSpec, batch: int) -> None:
+    """One step of a batch of this size, for an engine that compiles what it is first asked to run."""
+    if _walk_of(network, spec) is None:
+        network.run(network_inputs(network, spec, batch))
+        return
+    first = spec.with_plan(spec.plan.over(spec.plan.timesteps[:1]))
+    generate(network, first, range(batch), batch=batch, conditions=stand_in_conditions(spec, batch))
 
 
 def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
@@ -198,6 +206,13 @@ def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
     if spec.conditioning.kind != "class":
         return None
     return np.arange(count) % spec.conditioning.classes
+
+
+def _walk_of(network: Network, spec: DenoiserSpec) -> Walk | None:
+    """The spec's plan as one call of the network, for a network that walks and a plan that it can."""
+    walk = getattr(network, "walk", None)  # isinstance(network, Walker) takes as long as a step's arithmetic
+    program = None if walk is None else linear_walk(spec)
+    return None if walk is None or program is None else partial(walk, program)
 
 
 def _one_batch(

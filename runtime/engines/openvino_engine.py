@@ -23,15 +23,21 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from runtime.bundle import Built
+from runtime.denoise import SAMPLE, TIMESTEP
 from runtime.engines.account import Account, Kernel, accounted
 from runtime.engines.openvino_layers import layer_names, products
+from runtime.engines.openvino_walk import FORM, Walk, walking_model
 from runtime.engines.options import EngineOptions
 from runtime.errors import BadInput, Unfit
+from runtime.linear_walk import Program
 
 EXTRA = "openvino"
 OPTIONS = {"threads", "precision", "streams"}
 KEPT_SHAPES = 4
+# beyond it a step takes so long that a walk saves next to nothing, and a second compiled model the memory of the first
+WALKED_BYTES = 2**26
 
+FLOAT = "f32"
 CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -63,7 +69,7 @@ class OpenVinoEngine:
         self._path, self._core, self._cache = path, openvino.Core(), options.cache
         self._streams, self._options = options.streams, _properties(self._core, options)
         self._model: Any = None
-        self._compiled: dict[Shapes, _Compiled] = {}
+        self._compiled: dict[tuple[Shapes, int], _Compiled] = {}
         self._compiling = Lock()
         tensors = self._tensors()
         self.inputs = {name: np.dtype(kind) for name, kind in tensors["inputs"].items()}
@@ -73,7 +79,7 @@ class OpenVinoEngine:
         return next(iter(self.run_all(inputs).values()))
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        requests = self._compiled_for(inputs).requests
+        requests = self._compiled_for(_shapes(inputs)).requests
         request = requests.get()
         try:
             # copies: with `share_outputs` the next call would write over them
@@ -83,9 +89,27 @@ class OpenVinoEngine:
         finally:
             requests.put(request)
 
+    def walk(self, program: Program, told: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
+        """As runtime.linear_walk.Walker; None for large networks, and in half precision, which samples would be kept
+        in from step to step."""
+        half = self._options["INFERENCE_PRECISION_HINT"] != FLOAT
+        if half or self.inputs[SAMPLE] != np.float32 or _size(self._path) > WALKED_BYTES:
+            return None
+        rows = program.halves * len(start)
+        shapes = {name: array.shape for name, array in told.items()}
+        shapes |= {SAMPLE: (rows, *start.shape[1:]), TIMESTEP: (rows,)}
+        walks = self._compiled_for(tuple(shapes.items()), program.halves).requests
+        walk = walks.get()
+        try:
+            return walk.run(program, told, start)
+        except Exception as error:
+            raise _refused(self._path, "run", error) from error
+        finally:
+            walks.put(walk)
+
     def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
         """From the layers of the model compiled for these shapes."""
-        compiled = self._compiled_for(example_inputs).model
+        compiled = self._compiled_for(_shapes(example_inputs)).model
         with self._compiling:  # the model as read keeps the shapes of whatever was compiled last
             return accounted(list(products(self._reshaped(_shapes(example_inputs)), compiled)), promised)
 
@@ -109,36 +133,38 @@ class OpenVinoEngine:
         self._compiled.clear()
         self._model = self._core = None
 
-    def _compiled_for(self, inputs: dict[str, np.ndarray]) -> _Compiled:
-        """The model for these shapes, compiled on first sight."""
-        shapes = _shapes(inputs)
-        compiled = self._compiled.get(shapes)
+    def _compiled_for(self, shapes: Shapes, halves: int = 0) -> _Compiled:
+        """The model for these shapes, or with `halves` the one that walks; compiled on first sight."""
+        compiled = self._compiled.get((shapes, halves))
         if compiled is None:
             with self._compiling:
-                compiled = self._compiled.get(shapes) or self._compile(shapes)
+                compiled = self._compiled.get((shapes, halves)) or self._compile(shapes, halves)
         return compiled
 
-    def _compile(self, shapes: Shapes) -> _Compiled:
+    def _compile(self, shapes: Shapes, halves: int) -> _Compiled:
         if len(self._compiled) == KEPT_SHAPES:
             del self._compiled[next(iter(self._compiled))]
+        key = self._key(shapes, *(FORM, halves) if halves else ())
         try:
-            model = self._import(shapes)
+            model = self._import(key)
             if model is None:
-                model = self._core.compile_model(self._reshaped(shapes), "CPU", self._options)
+                graph = self._reshaped(shapes)
+                graph = walking_model(graph.clone(), halves) if halves else graph
+                model = self._core.compile_model(graph, "CPU", self._options)
                 if self._cache is not None:
-                    self._cache.write(self._key(shapes), _exported(model))
+                    self._cache.write(key, _exported(model))
         except BadInput:
             raise
         except Exception as error:
             raise _refused(self._path, "compile", error) from error
-        self._compiled[shapes] = compiled = _Compiled(model, SimpleQueue())
+        self._compiled[shapes, halves] = compiled = _Compiled(model, SimpleQueue())
         for _ in range(self._streams):
-            compiled.requests.put(model.create_infer_request())
+            compiled.requests.put(Walk(model) if halves else model.create_infer_request())
         return compiled
 
-    def _import(self, shapes: Shapes) -> Any:
+    def _import(self, key: str) -> Any:
         """The compiled model out of the cache, None where it is not there or OpenVINO does not take it."""
-        kept = None if self._cache is None else self._cache.read(self._key(shapes))
+        kept = None if self._cache is None else self._cache.read(key)
         if kept is None:
             return None
         try:
@@ -161,10 +187,10 @@ class OpenVinoEngine:
             self._cache.write(self._key(()), json.dumps(tensors).encode())
         return tensors
 
-    def _key(self, shapes: Shapes) -> str:
+    def _key(self, shapes: Shapes, *walking: int) -> str:
         """All that a compiled model depends on besides the graph."""
-        version = self._core.get_versions("CPU")["CPU"].build_number
-        return json.dumps([version, self._core.get_property("CPU", "FULL_DEVICE_NAME"), self._options, shapes])
+        version, device = self._core.get_versions("CPU")["CPU"].build_number, "FULL_DEVICE_NAME"
+        return json.dumps([version, self._core.get_property("CPU", device), self._options, shapes, *walking])
 
     def _read(self) -> Any:
         if self._model is None:
@@ -181,7 +207,7 @@ class OpenVinoEngine:
 
 
 class _Compiled(NamedTuple):
-    """A model for fixed shapes, and the requests that are free: one for each stream."""
+    """A model for fixed shapes, and the requests or walks that are free: one for each stream."""
 
     model: Any
     requests: SimpleQueue[Any]
@@ -202,6 +228,12 @@ def _properties(core: Any, options: EngineOptions) -> dict[str, Any]:
     if options.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = options.threads
     return properties
+
+
+def _size(path: Path) -> int:
+    """Bytes of a graph with the weights that lie beside it."""
+    weights = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 
 
 def _shapes(inputs: dict[str, np.ndarray]) -> Shapes:

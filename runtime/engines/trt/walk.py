@@ -24,11 +24,10 @@ from runtime.denoise import SAMPLE, TIMESTEP, told_timesteps
 from runtime.engines.trt.binding import Binding
 from runtime.engines.trt.library import call
 from runtime.errors import Unfit
-from runtime.linear_walk import TERMS, Program
+from runtime.linear_walk import COLUMNS, TERMS, Program
 from runtime.solvers.contract import MEMORY
 
 THREADS = 256
-COLUMNS = 2 + 2 * TERMS  # of the table: a, b, kept, moved
 
 SOURCE = (
     f"#define MEMORY {MEMORY}\n#define TERMS {TERMS}\n#define COLUMNS {COLUMNS}\n"
@@ -105,11 +104,10 @@ class Walk:
         """The last sample, float32 [N, C, H, W], of a walk from `start`; `feed` are the inputs of its first call."""
         count, (channels, *sides) = start.size, start.shape[1:]
         timestep, at = feed[TIMESTEP].dtype, self._binding.device
-        table = np.concatenate([program.reads, program.kept, program.moved], axis=1, dtype=np.float32)
         # one behind the last, for `advance` to read after the last step
         times = told_timesteps([*program.timesteps, program.timesteps[-1]], timestep)
         self._upload("x", start)
-        self._upload("table", table)
+        self._upload("table", program.table)
         self._upload("offsets", program.offsets)
         self._upload("times", times)
         self._upload("counter", np.zeros(1, np.int32))

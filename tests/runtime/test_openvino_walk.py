@@ -1,0 +1,196 @@
+"""runtime/engines/openvino_walk.py: a walk inside the graph gives the samples of the sampler's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from runtime.bundle import load_bundle
+from runtime.engines import load_engine, open_engine
+from runtime.engines.cache import Cache
+from runtime.engines.openvino_engine import OpenVinoEngine
+from runtime.engines.options import EngineOptions
+from runtime.errors import BadInput
+from runtime.linear_walk import linear_walk
+from runtime.sampler import generate, warm_up
+from runtime.schedule import betas_schedule, make_plan
+from runtime.solvers import SOLVERS, network_calls
+from runtime.spec import Conditioning, Correction, DenoiserSpec
+
+openvino = pytest.importorskip("openvino")
+
+ONE_CALL = sorted(n for n, solver in SOLVERS.items() if not solver.noisy and network_calls(n, 7) == 7)
+CLASSES = Conditioning("class", classes=4, null_label=4)
+SHAPE = (2, 3, 4)
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that bends what it is given, by channel, timestep and label, as OpenVINO's own format."""
+    from openvino import opset13 as op
+
+    def parameter(name: str, shape: list[int], kind: type) -> object:
+        node = op.parameter(shape, kind, name=name)
+        node.output(0).set_names({name})
+        return node
+
+    sample = parameter("sample", [-1, *SHAPE], np.float32)
+    timestep, labels = parameter("timestep", [-1], np.float32), parameter("class_labels", [-1], np.int64)
+    each = np.array([-1, 1, 1, 1])
+    told = op.add(op.multiply(timestep, np.float32(1e-3)), op.multiply(op.convert(labels, "f32"), np.float32(0.2)))
+    gain = op.constant(np.array([0.8, 0.3], np.float32).reshape(1, 2, 1, 1))
+    out = op.tanh(op.add(op.multiply(sample, gain), op.reshape(told, each, False)))
+    out.output(0).set_names({"out_sample"})
+    model = openvino.Model([op.result(out)], [sample, timestep, labels], "bends")
+    path = tmp_path_factory.mktemp("walk") / "bends.xml"
+    openvino.save_model(model, path, compress_to_fp16=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(graph: Path) -> Iterator[OpenVinoEngine]:
+    with closing(load_engine(graph, "openvino", threads=1)) as engine:
+        assert isinstance(engine, OpenVinoEngine)
+        yield engine
+
+
+def spec_of(solver: str, prediction: str = "v", steps: int = 9, **plan: object) -> DenoiserSpec:
+    schedule = betas_schedule("scaled_linear", 1000, 0.00085, 0.012)
+    made = make_plan(solver, steps, schedule, clip=bool(plan.pop("clip", solver != "ddim_clip")))
+    return DenoiserSpec(prediction, schedule, SHAPE, replace(made, **plan), CLASSES)
+
+
+def step_by_step(engine: OpenVinoEngine) -> SimpleNamespace:
+    return SimpleNamespace(inputs=engine.inputs, run=engine.run)
+
+
+def walking(engine: OpenVinoEngine) -> SimpleNamespace:
+    def refused(_: dict[str, np.ndarray]) -> np.ndarray:
+        raise AssertionError("it went step by step")
+
+    return SimpleNamespace(inputs=engine.inputs, run=refused, walk=engine.walk)
+
+
+def both(engine: OpenVinoEngine, spec: DenoiserSpec, count: int = 3, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    ways = (step_by_step(engine), walking(engine))
+    wanted, found = (generate(way, spec, range(count), batch=batch) for way in ways)
+    return wanted, found
+
+
+@pytest.mark.parametrize("solver", ONE_CALL)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("clip", [True, False])
+def test_it_walks_as_the_loop_does(engine: OpenVinoEngine, solver: str, guidance: float, clip: bool) -> None:
+    if solver == "ddim_clip" and clip:
+        pytest.skip("either the plan bounds x_0 or this solver does")
+    wanted, found = both(engine, spec_of(solver, guidance=guidance, clip=clip))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+def test_corrections_are_each_channels_own(engine: OpenVinoEngine, prediction: str) -> None:
+    corrections = tuple(Correction(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
+    spec = spec_of("unipc_3", prediction, corrections=corrections)
+    wanted, found = both(engine, spec)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    assert np.abs(both(engine, spec.with_plan(spec.plan.uncorrected))[1] - found).max() > 1e-2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_any_number_of_steps_walks_in_the_same_graph(engine: OpenVinoEngine, monkeypatch, steps: int) -> None:
+    both(engine, spec_of("ddim"))
+
+    def no_compiling(*_: object) -> None:
+        raise AssertionError("it was compiled before")
+
+    monkeypatch.setattr(engine, "_compile", no_compiling)
+    wanted, found = both(engine, spec_of("dpmpp_3m", steps=steps, clip=False))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_walk_remembers_nothing_of_the_one_before_and_leaves_its_samples_alone(engine: OpenVinoEngine) -> None:
+    spec = spec_of("unipc_2")
+    first = generate(walking(engine), spec, range(2))
+    kept = first.copy()
+    other = generate(walking(engine), spec, range(2, 4))
+    assert np.array_equal(first, kept) and np.abs(other - first).max() > 0.1
+    assert np.array_equal(generate(walking(engine), spec, range(2)), first)
+
+
+def test_the_bundles_exact_denoiser_walks_to_its_images(tiny: Path) -> None:
+    bundle = load_bundle(tiny)
+    with closing(open_engine(bundle, "openvino", threads=1)) as engine:
+        wanted, found = both(engine, bundle.spec, count=6)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_walks_under_way_at_once_are_what_each_is_alone(graph: Path, engine: OpenVinoEngine) -> None:
+    spec, seeds = spec_of("unipc_2"), [range(first, first + 2) for first in range(12)]
+    options = EngineOptions(threads=2, streams=2)
+    with closing(load_engine(graph, "openvino", options=options)) as several, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda part: generate(walking(several), spec, part), seeds))
+    for part, samples in zip(seeds, found, strict=True):
+        assert np.array_equal(samples, generate(walking(engine), spec, part))
+
+
+def test_the_cache_keeps_the_walking_graph_too(graph: Path, tmp_path: Path, monkeypatch) -> None:
+    options, spec = EngineOptions(threads=1, cache=Cache(tmp_path, "bends")), spec_of("unipc_2", guidance=2.0)
+
+    def samples() -> tuple[np.ndarray, np.ndarray]:
+        with closing(load_engine(graph, "openvino", options=options)) as engine:
+            return both(engine, spec, count=2)
+
+    first = samples()
+    assert len(list(tmp_path.iterdir())) == 3  # what the graph is like, as it is, and walking
+
+    def no_reading(*_: object) -> None:
+        raise AssertionError("it was to be taken from the cache")
+
+    monkeypatch.setattr(openvino.Core, "read_model", no_reading)
+    assert all(np.array_equal(a, b) for a, b in zip(first, samples(), strict=True))
+
+
+def test_in_half_precision_it_leaves_the_walk_to_the_loop(graph: Path, monkeypatch) -> None:
+    real = openvino.Core.get_property
+
+    def capable(self, device, name, *rest):
+        return ["FP32", "BF16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
+
+    monkeypatch.setattr(openvino.Core, "get_property", capable)
+    spec = spec_of("ddim")
+    program, start, told = linear_walk(spec), np.zeros((2, *SHAPE), np.float32), {"class_labels": np.arange(2)}
+    with closing(load_engine(graph, "openvino", options=EngineOptions(precision="bf16"))) as half:
+        assert half.walk(program, told, start) is None
+    with closing(load_engine(graph, "openvino", options=EngineOptions())) as single:
+        assert single.walk(program, told, start).shape == start.shape
+
+
+def test_warming_up_compiles_what_the_sampling_then_runs(graph: Path, monkeypatch) -> None:
+    compiled = []
+    real = openvino.Core.compile_model
+
+    def compiling(self, model, *rest):
+        compiled.append(model.get_friendly_name())
+        return real(self, model, *rest)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compiling)
+    with closing(load_engine(graph, "openvino", threads=1)) as engine:
+        for solver, wanted in (("ddim", ["walk"]), ("heun", ["walk", "bends"])):
+            warm_up(engine, spec_of(solver), 3)
+            assert compiled == wanted
+            generate(engine, spec_of(solver), range(3))
+            assert compiled == wanted
+
+
+def test_what_the_graph_cannot_take_is_one_line(engine: OpenVinoEngine) -> None:
+    program = linear_walk(spec_of("ddim"))
+    with pytest.raises(BadInput, match="OpenVINO cannot compile it") as caught:
+        engine.walk(program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))
+    assert "\n" not in str(caught.value)
