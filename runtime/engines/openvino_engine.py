@@ -37,7 +37,6 @@ KEPT_SHAPES = 4
 # beyond it a step takes so long that a walk saves next to nothing, and a second compiled model the memory of the first
 WALKED_BYTES = 2**26
 
-FLOAT = "f32"
 CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -90,10 +89,10 @@ class OpenVinoEngine:
             requests.put(request)
 
     def walk(self, program: Program, told: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
-        """As runtime.linear_walk.Walker; None for large networks, and in half precision, which samples would be kept
-        in from step to step."""
-        half = self._options["INFERENCE_PRECISION_HINT"] != FLOAT
-        if half or self.inputs[SAMPLE] != np.float32 or _size(self._path) > WALKED_BYTES:
+        """As runtime.linear_walk.Walker; None for large networks, and in f16, where the steps were never seen to stay
+        in float32."""
+        precision = self._options["INFERENCE_PRECISION_HINT"]
+        if precision == "f16" or self.inputs[SAMPLE] != np.float32 or _size(self._path) > WALKED_BYTES:
             return None
         rows = program.halves * len(start)
         shapes = {name: array.shape for name, array in told.items()}

@@ -45,8 +45,9 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     timestep, labels = parameter("timestep", [-1], np.float32), parameter("class_labels", [-1], np.int64)
     each = np.array([-1, 1, 1, 1])
     told = op.add(op.multiply(timestep, np.float32(1e-3)), op.multiply(op.convert(labels, "f32"), np.float32(0.2)))
-    gain = op.constant(np.array([0.8, 0.3], np.float32).reshape(1, 2, 1, 1))
-    out = op.tanh(op.add(op.multiply(sample, gain), op.reshape(told, each, False)))
+    filters = op.constant(np.random.default_rng(0).standard_normal((2, 2, 3, 3)).astype(np.float32) * 0.3)
+    convolved = op.convolution(sample, filters, [1, 1], [1, 1], [1, 1], [1, 1])
+    out = op.tanh(op.add(convolved, op.reshape(told, each, False)))
     out.output(0).set_names({"out_sample"})
     model = openvino.Model([op.result(out)], [sample, timestep, labels], "bends")
     path = tmp_path_factory.mktemp("walk") / "bends.xml"
@@ -157,19 +158,35 @@ def test_the_cache_keeps_the_walking_graph_too(graph: Path, tmp_path: Path, monk
     assert all(np.array_equal(a, b) for a, b in zip(first, samples(), strict=True))
 
 
-def test_in_half_precision_it_leaves_the_walk_to_the_loop(graph: Path, monkeypatch) -> None:
+def test_with_the_network_in_bfloat16_the_steps_stay_in_float32(graph: Path, engine: OpenVinoEngine) -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor does not compute in bfloat16")
+    spec = spec_of("unipc_3", steps=20)
+    with closing(load_engine(graph, "openvino", options=EngineOptions(threads=1, precision="bf16"))) as half:
+        wanted, found = both(half, spec, count=6)
+    exact = generate(step_by_step(engine), spec, range(6))
+    assert np.abs(wanted - exact).max() > 1e-3  # the network is in bfloat16
+    # samples that lost their lower bits at each step would be as far off again
+    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted - exact).max()
+
+
+def test_f16_is_left_to_the_loop(graph: Path, monkeypatch) -> None:
     real = openvino.Core.get_property
 
     def capable(self, device, name, *rest):
-        return ["FP32", "BF16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
+        return ["FP32", "FP16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     monkeypatch.setattr(openvino.Core, "get_property", capable)
-    spec = spec_of("ddim")
-    program, start, told = linear_walk(spec), np.zeros((2, *SHAPE), np.float32), {"class_labels": np.arange(2)}
-    with closing(load_engine(graph, "openvino", options=EngineOptions(precision="bf16"))) as half:
-        assert half.walk(program, told, start) is None
-    with closing(load_engine(graph, "openvino", options=EngineOptions())) as single:
-        assert single.walk(program, told, start).shape == start.shape
+    program, told = linear_walk(spec_of("ddim")), {"class_labels": np.arange(2)}
+    with closing(load_engine(graph, "openvino", options=EngineOptions(precision="f16"))) as half:
+        assert half.walk(program, told, np.zeros((2, *SHAPE), np.float32)) is None
+
+
+def test_large_networks_are_left_to_the_loop(engine: OpenVinoEngine, monkeypatch) -> None:
+    program, told, start = linear_walk(spec_of("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
+    assert engine.walk(program, told, start).shape == start.shape
+    monkeypatch.setattr("runtime.engines.openvino_engine.WALKED_BYTES", 10)
+    assert engine.walk(program, told, start) is None
 
 
 def test_warming_up_compiles_what_the_sampling_then_runs(graph: Path, monkeypatch) -> None:
