@@ -211,8 +211,9 @@ def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
 def _walk_of(network: Network, spec: DenoiserSpec) -> Walk | None:
     """The spec's plan as one call of the network, for a network that walks and a plan that it can."""
     walk = getattr(network, "walk", None)  # isinstance(network, Walker) takes as long as a step's arithmetic
-    program = None if walk is None else linear_walk(spec)
-    return None if walk is None or program is None else partial(walk, program)
+    if walk is None or (program := linear_walk(spec)) is None:
+        return None
+    return partial(walk, program)
 
 
 def _one_batch(

@@ -41,8 +41,8 @@ ENGINES: dict[str, ModuleType] = {
 class Engine(Protocol):
     """A loaded graph. It may be called from as many threads at once as its options have streams.
 
-    One whose samples need not leave its device between steps also has `walk`, of runtime.linear_walk.Walker: it is
-    handed the whole of a walk, where that is one of plain sums.
+    One that can do the solver's steps where it computes also has `walk`, of runtime.linear_walk.Walker: it is handed
+    the whole of a walk, where that is one of plain sums.
     """
 
     name: str

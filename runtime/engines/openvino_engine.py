@@ -14,7 +14,8 @@ import importlib.util
 import io
 import json
 import statistics
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
@@ -67,6 +68,7 @@ class OpenVinoEngine:
             raise BadInput(f"{path}: no such file")
         self._path, self._core, self._cache = path, openvino.Core(), options.cache
         self._streams, self._options = options.streams, _properties(self._core, options)
+        self._bytes = _size(path)
         self._model: Any = None
         self._compiled: dict[tuple[Shapes, int], _Compiled] = {}
         self._compiling = Lock()
@@ -78,33 +80,21 @@ class OpenVinoEngine:
         return next(iter(self.run_all(inputs).values()))
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        requests = self._compiled_for(_shapes(inputs)).requests
-        request = requests.get()
-        try:
+        with self._free(_shapes(inputs)) as request:
             # copies: with `share_outputs` the next call would write over them
             return dict(zip(self._outputs, request.infer(inputs, share_inputs=True).to_tuple(), strict=True))
-        except Exception as error:
-            raise _refused(self._path, "run", error) from error
-        finally:
-            requests.put(request)
 
     def walk(self, program: Program, told: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
         """As runtime.linear_walk.Walker; None for large networks, and in f16, where the steps were never seen to stay
         in float32."""
         precision = self._options["INFERENCE_PRECISION_HINT"]
-        if precision == "f16" or self.inputs[SAMPLE] != np.float32 or _size(self._path) > WALKED_BYTES:
+        if precision == "f16" or self.inputs[SAMPLE] != np.float32 or self._bytes > WALKED_BYTES:
             return None
         rows = program.halves * len(start)
         shapes = {name: array.shape for name, array in told.items()}
         shapes |= {SAMPLE: (rows, *start.shape[1:]), TIMESTEP: (rows,)}
-        walks = self._compiled_for(tuple(shapes.items()), program.halves).requests
-        walk = walks.get()
-        try:
+        with self._free(tuple(shapes.items()), program.halves) as walk:
             return walk.run(program, told, start)
-        except Exception as error:
-            raise _refused(self._path, "run", error) from error
-        finally:
-            walks.put(walk)
 
     def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
         """From the layers of the model compiled for these shapes."""
@@ -131,6 +121,18 @@ class OpenVinoEngine:
     def close(self) -> None:
         self._compiled.clear()
         self._model = self._core = None
+
+    @contextmanager
+    def _free(self, shapes: Shapes, halves: int = 0) -> Iterator[Any]:
+        """A request or walk that nobody else has meanwhile; what it fails with is one line."""
+        requests = self._compiled_for(shapes, halves).requests
+        request = requests.get()
+        try:
+            yield request
+        except Exception as error:
+            raise _refused(self._path, "run", error) from error
+        finally:
+            requests.put(request)
 
     def _compiled_for(self, shapes: Shapes, halves: int = 0) -> _Compiled:
         """The model for these shapes, or with `halves` the one that walks; compiled on first sight."""

@@ -42,11 +42,11 @@ def walking_model(model: Any, halves: int) -> Any:
     import openvino
     from openvino import opset13 as op
 
-    (given,) = [node for node in model.get_parameters() if SAMPLE in node.output(0).get_names()]
+    nodes = model.get_parameters()
+    (given,) = [node for node in nodes if SAMPLE in node.output(0).get_names()]
     rows, channels, *sides = given.output(0).get_shape()
     shape = (rows // halves, channels, *sides)
-    name = given.get_friendly_name()
-    taken: list[Any] = [node for node in model.get_parameters() if node.get_friendly_name() != name]
+    taken = [node for node in nodes if node is not given]
 
     def parameter(name: str, *shape: int) -> Any:
         taken.append(op.parameter(list(shape), np.float32, name=name))
