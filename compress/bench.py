@@ -85,7 +85,7 @@ def bench_command(args: argparse.Namespace) -> int:
         for name in engines:
             engine = add(bundle, name)
             if engine is not None:
-                overheads[ran_in(engine)] = sampler_overhead(engine, bundle.spec, min(args.batch))
+                overheads[ran_in(engine)] = sampler_overhead(engine, bundle.spec, min(args.batch), args.repeats)
         for what, reason in left_out.items():
             print(f"left out: {what}: {reason}")
         result: dict[str, Any] = measure(subjects, args.batch, args.repeats)
