@@ -22,7 +22,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -39,12 +38,14 @@ from runtime.engines.options import EngineOptions  # noqa: E402
 from runtime.engines.trt import library as libraries  # noqa: E402
 from runtime.engines.trt.plans import plan_for  # noqa: E402
 from runtime.errors import DiffpressError, Unfit  # noqa: E402
+from runtime.linear_walk import step_by_step, walking  # noqa: E402
 from runtime.sampler import generate  # noqa: E402
 from runtime.spec import DenoiserSpec  # noqa: E402
 
 COMPARED, ROUNDS, COMPILING_S = 4, 5, 10.0
 TABLES = ("loads", "compared", "rows")
 ONNXRUNTIME, TENSORRT = "onnxruntime", "tensorrt"
+WAYS = {"host": step_by_step, "device": walking}
 
 
 class Subject(NamedTuple):
@@ -52,20 +53,6 @@ class Subject(NamedTuple):
     way: str
     network: Any
     spec: DenoiserSpec
-
-
-def host(engine: Any) -> Any:
-    """The engine without its own walk."""
-    return SimpleNamespace(inputs=engine.inputs, run=engine.run)
-
-
-def device(engine: Any) -> Any:
-    """The engine's own walk without its single steps."""
-
-    def refused(_: dict[str, np.ndarray]) -> np.ndarray:
-        raise Unfit("it does not walk on its device: see runtime/engines/trt/walk.py")
-
-    return SimpleNamespace(inputs=engine.inputs, run=refused, walk=engine.walk)
 
 
 @contextmanager
@@ -112,11 +99,11 @@ def compared(bundle: Bundle, engine: Any, left_out: dict[str, str]) -> list[dict
         inputs = network_inputs(engine, spec, COMPARED)
         call = decibels(engine.run(inputs), reference.run(inputs))
         wanted = generate(reference, spec, range(COMPARED), batch=COMPARED, conditions=told)
-        for way in (host, device):
-            with tried(f"{bundle.path}, {way.__name__}, comparison", left_out):
+        for label, way in WAYS.items():
+            with tried(f"{bundle.path}, {label}, comparison", left_out):
                 found = generate(way(engine), spec, range(COMPARED), batch=COMPARED, conditions=told)
                 row = {"sqnr_db": decibels(found, wanted), "psnr_db": decibels(found, wanted, peak), "call_db": call}
-                rows.append({"name": str(bundle.path), "way": way.__name__, **row})
+                rows.append({"name": str(bundle.path), "way": label, **row})
     return rows
 
 
@@ -180,8 +167,8 @@ def main() -> int:
                 engine, row = opened(bundle, Path(folder))
                 stack.enter_context(closing(engine))
                 spec = bundle.spec_for(TENSORRT)
-                subjects += [Subject(str(path), way.__name__, way(engine), spec) for way in (host, device)]
-                share = sampler_overhead(host(engine), spec, batch=1, repeats=3)
+                subjects += [Subject(str(path), label, way(engine), spec) for label, way in WAYS.items()]
+                share = sampler_overhead(step_by_step(engine), spec, batch=1, repeats=3)
                 result["loads"].append({"name": str(path), **row, "outside_engine": share})
                 result["compared"] += compared(bundle, engine, left_out)
             with tried(f"{path}, onnxruntime with cuda", left_out):

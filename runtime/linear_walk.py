@@ -16,11 +16,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import NoReturn, Protocol
+from types import SimpleNamespace
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 
 from runtime.denoise import corrected, is_guided, to_x0
+from runtime.errors import Unfit
 from runtime.schedule import Point, trajectory
 from runtime.solvers import solver_named
 from runtime.solvers.contract import MEMORY, Past, Solver, Stride
@@ -68,6 +70,20 @@ class Walker(Protocol):
 
         `told` are the graph's inputs besides sample and timestep, [halves N, ...] each, the same in all steps.
         """
+
+
+def step_by_step(network: Any) -> Any:
+    """The network without its own walk: the sampler's loop asks it for every step."""
+    return SimpleNamespace(inputs=network.inputs, run=network.run)
+
+
+def walking(network: Any) -> Any:
+    """The network's own walk without its single steps: Unfit where it leaves a walk to the loop."""
+
+    def refused(_: dict[str, np.ndarray]) -> NoReturn:
+        raise Unfit("it does not walk this plan by itself, or not here")
+
+    return SimpleNamespace(inputs=network.inputs, run=refused, walk=network.walk)
 
 
 class _NotLinear(Exception):

@@ -10,16 +10,10 @@ import pytest
 from runtime.errors import BadInput
 from runtime.linear_walk import BOUNDED, FIRST_PAST, GUESS, SAMPLE_TERM, TERMS, linear_walk
 from runtime.sampler import generate
-from runtime.schedule import betas_schedule, flow_schedule, make_plan, point_at, zero_terminal_snr
-from runtime.solvers import SOLVERS, network_calls
+from runtime.schedule import betas_schedule, make_plan, point_at, zero_terminal_snr
 from runtime.solvers.contract import MEMORY
-from runtime.spec import Conditioning, Correction, DenoiserSpec, Threshold
-
-ONE_CALL = sorted(n for n, solver in SOLVERS.items() if not solver.noisy and network_calls(n, 7) == 7)
-OTHERS = sorted(set(SOLVERS) - set(ONE_CALL))
-UNTOLD, CLASSES = Conditioning(), Conditioning("class", classes=4, null_label=4)
-SCHEDULES = {"vp": betas_schedule("scaled_linear", 1000, 0.00085, 0.012), "flow": flow_schedule(1000)}
-SHAPE = (2, 3, 4)
+from runtime.spec import Correction, Threshold
+from tests.runtime.walks import CLASSES, ONE_CALL, OTHERS, SCHEDULES, spec_of
 
 
 class Walking:
@@ -49,13 +43,6 @@ class Walking:
             terms[FIRST_PAST + 2 :] = terms[FIRST_PAST:-2].copy()
             terms[FIRST_PAST], terms[FIRST_PAST + 1] = kept, x0
         return x
-
-
-def spec_of(solver, prediction="epsilon", steps=9, conditioning=UNTOLD, grid="trailing", **plan):
-    schedule = SCHEDULES["flow" if prediction == "flow" else "vp"]
-    clip = plan.pop("clip", solver != "ddim_clip")
-    made = make_plan(solver, steps, schedule, grid=grid, clip=clip)
-    return DenoiserSpec(prediction, schedule, SHAPE, replace(made, **plan), conditioning)
 
 
 def both(fake_network, spec, count=3, batch=2):

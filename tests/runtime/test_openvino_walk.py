@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,17 +17,12 @@ from runtime.engines.cache import Cache
 from runtime.engines.openvino_engine import OpenVinoEngine
 from runtime.engines.options import EngineOptions
 from runtime.errors import BadInput
-from runtime.linear_walk import linear_walk
+from runtime.linear_walk import linear_walk, step_by_step, walking
 from runtime.sampler import generate, warm_up
-from runtime.schedule import betas_schedule, make_plan
-from runtime.solvers import SOLVERS, network_calls
-from runtime.spec import Conditioning, Correction, DenoiserSpec
+from runtime.spec import Correction, DenoiserSpec
+from tests.runtime.walks import CLASSES, ONE_CALL, SHAPE, spec_of
 
 openvino = pytest.importorskip("openvino")
-
-ONE_CALL = sorted(n for n, solver in SOLVERS.items() if not solver.noisy and network_calls(n, 7) == 7)
-CLASSES = Conditioning("class", classes=4, null_label=4)
-SHAPE = (2, 3, 4)
 
 
 @pytest.fixture(scope="module")
@@ -62,21 +56,7 @@ def engine(graph: Path) -> Iterator[OpenVinoEngine]:
         yield engine
 
 
-def spec_of(solver: str, prediction: str = "v", steps: int = 9, **plan: object) -> DenoiserSpec:
-    schedule = betas_schedule("scaled_linear", 1000, 0.00085, 0.012)
-    made = make_plan(solver, steps, schedule, clip=bool(plan.pop("clip", solver != "ddim_clip")))
-    return DenoiserSpec(prediction, schedule, SHAPE, replace(made, **plan), CLASSES)
-
-
-def step_by_step(engine: OpenVinoEngine) -> SimpleNamespace:
-    return SimpleNamespace(inputs=engine.inputs, run=engine.run)
-
-
-def walking(engine: OpenVinoEngine) -> SimpleNamespace:
-    def refused(_: dict[str, np.ndarray]) -> np.ndarray:
-        raise AssertionError("it went step by step")
-
-    return SimpleNamespace(inputs=engine.inputs, run=refused, walk=engine.walk)
+classes_spec = partial(spec_of, prediction="v", conditioning=CLASSES)
 
 
 def both(engine: OpenVinoEngine, spec: DenoiserSpec, count: int = 3, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
@@ -91,14 +71,14 @@ def both(engine: OpenVinoEngine, spec: DenoiserSpec, count: int = 3, batch: int 
 def test_it_walks_as_the_loop_does(engine: OpenVinoEngine, solver: str, guidance: float, clip: bool) -> None:
     if solver == "ddim_clip" and clip:
         pytest.skip("either the plan bounds x_0 or this solver does")
-    wanted, found = both(engine, spec_of(solver, guidance=guidance, clip=clip))
+    wanted, found = both(engine, classes_spec(solver, guidance=guidance, clip=clip))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
 def test_corrections_are_each_channels_own(engine: OpenVinoEngine, prediction: str) -> None:
     corrections = tuple(Correction(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
-    spec = spec_of("unipc_3", prediction, corrections=corrections)
+    spec = classes_spec("unipc_3", prediction=prediction, corrections=corrections)
     wanted, found = both(engine, spec)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
     assert np.abs(both(engine, spec.with_plan(spec.plan.uncorrected))[1] - found).max() > 1e-2
@@ -106,18 +86,18 @@ def test_corrections_are_each_channels_own(engine: OpenVinoEngine, prediction: s
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
 def test_any_number_of_steps_walks_in_the_same_graph(engine: OpenVinoEngine, monkeypatch, steps: int) -> None:
-    both(engine, spec_of("ddim"))
+    both(engine, classes_spec("ddim"))
 
     def no_compiling(*_: object) -> None:
         raise AssertionError("it was compiled before")
 
     monkeypatch.setattr(engine, "_compile", no_compiling)
-    wanted, found = both(engine, spec_of("dpmpp_3m", steps=steps, clip=False))
+    wanted, found = both(engine, classes_spec("dpmpp_3m", steps=steps, clip=False))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 def test_a_walk_remembers_nothing_of_the_one_before_and_leaves_its_samples_alone(engine: OpenVinoEngine) -> None:
-    spec = spec_of("unipc_2")
+    spec = classes_spec("unipc_2")
     first = generate(walking(engine), spec, range(2))
     kept = first.copy()
     other = generate(walking(engine), spec, range(2, 4))
@@ -133,7 +113,7 @@ def test_the_bundles_exact_denoiser_walks_to_its_images(tiny: Path) -> None:
 
 
 def test_walks_under_way_at_once_are_what_each_is_alone(graph: Path, engine: OpenVinoEngine) -> None:
-    spec, seeds = spec_of("unipc_2"), [range(first, first + 2) for first in range(12)]
+    spec, seeds = classes_spec("unipc_2"), [range(first, first + 2) for first in range(12)]
     options = EngineOptions(threads=2, streams=2)
     with closing(load_engine(graph, "openvino", options=options)) as several, ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda part: generate(walking(several), spec, part), seeds))
@@ -142,7 +122,7 @@ def test_walks_under_way_at_once_are_what_each_is_alone(graph: Path, engine: Ope
 
 
 def test_the_cache_keeps_the_walking_graph_too(graph: Path, tmp_path: Path, monkeypatch) -> None:
-    options, spec = EngineOptions(threads=1, cache=Cache(tmp_path, "bends")), spec_of("unipc_2", guidance=2.0)
+    options, spec = EngineOptions(threads=1, cache=Cache(tmp_path, "bends")), classes_spec("unipc_2", guidance=2.0)
 
     def samples() -> tuple[np.ndarray, np.ndarray]:
         with closing(load_engine(graph, "openvino", options=options)) as engine:
@@ -161,7 +141,7 @@ def test_the_cache_keeps_the_walking_graph_too(graph: Path, tmp_path: Path, monk
 def test_with_the_network_in_bfloat16_the_steps_stay_in_float32(graph: Path, engine: OpenVinoEngine) -> None:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         pytest.skip("this processor does not compute in bfloat16")
-    spec = spec_of("unipc_3", steps=20)
+    spec = classes_spec("unipc_3", steps=20)
     with closing(load_engine(graph, "openvino", options=EngineOptions(threads=1, precision="bf16"))) as half:
         wanted, found = both(half, spec, count=6)
     exact = generate(step_by_step(engine), spec, range(6))
@@ -177,13 +157,13 @@ def test_f16_is_left_to_the_loop(graph: Path, monkeypatch) -> None:
         return ["FP32", "FP16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     monkeypatch.setattr(openvino.Core, "get_property", capable)
-    program, told = linear_walk(spec_of("ddim")), {"class_labels": np.arange(2)}
+    program, told = linear_walk(classes_spec("ddim")), {"class_labels": np.arange(2)}
     with closing(load_engine(graph, "openvino", options=EngineOptions(precision="f16"))) as half:
         assert half.walk(program, told, np.zeros((2, *SHAPE), np.float32)) is None
 
 
 def test_large_networks_are_left_to_the_loop(engine: OpenVinoEngine, monkeypatch) -> None:
-    program, told, start = linear_walk(spec_of("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
+    program, told, start = linear_walk(classes_spec("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
     assert engine.walk(program, told, start).shape == start.shape
     monkeypatch.setattr("runtime.engines.openvino_engine.WALKED_BYTES", 10)
     assert engine.walk(program, told, start) is None
@@ -200,14 +180,14 @@ def test_warming_up_compiles_what_the_sampling_then_runs(graph: Path, monkeypatc
     monkeypatch.setattr(openvino.Core, "compile_model", compiling)
     with closing(load_engine(graph, "openvino", threads=1)) as engine:
         for solver, wanted in (("ddim", ["walk"]), ("heun", ["walk", "bends"])):
-            warm_up(engine, spec_of(solver), 3)
+            warm_up(engine, classes_spec(solver), 3)
             assert compiled == wanted
-            generate(engine, spec_of(solver), range(3))
+            generate(engine, classes_spec(solver), range(3))
             assert compiled == wanted
 
 
 def test_what_the_graph_cannot_take_is_one_line(engine: OpenVinoEngine) -> None:
-    program = linear_walk(spec_of("ddim"))
+    program = linear_walk(classes_spec("ddim"))
     with pytest.raises(BadInput, match="OpenVINO cannot compile it") as caught:
         engine.walk(program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))
     assert "\n" not in str(caught.value)
