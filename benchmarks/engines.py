@@ -28,14 +28,14 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from compress.metrics import psnr_db  # noqa: E402
-from runtime.bench import machine, sample_once, sampler_overhead  # noqa: E402
-from runtime.bundle import Bundle, load_bundle  # noqa: E402
-from runtime.engines import available, installed, open_engine  # noqa: E402
-from runtime.engines.cache import Cache  # noqa: E402
-from runtime.engines.options import EngineOptions  # noqa: E402
-from runtime.errors import DiffpressError  # noqa: E402
-from runtime.schedule import make_plan  # noqa: E402
+from diffpress.compress.evaluation.metrics import psnr_db  # noqa: E402
+from diffpress.runtime.benchmarking.bench import machine, sample_once, sampler_overhead  # noqa: E402
+from diffpress.runtime.bundle import Bundle, load_bundle  # noqa: E402
+from diffpress.runtime.engines import available, installed, open_engine  # noqa: E402
+from diffpress.runtime.engines.cache import Cache  # noqa: E402
+from diffpress.runtime.engines.options import EngineOptions  # noqa: E402
+from diffpress.runtime.errors import DiffpressError  # noqa: E402
+from diffpress.runtime.sampling_plan import make_plan  # noqa: E402
 
 OPTIONS = {
     "1 thread": EngineOptions(threads=1),
@@ -86,10 +86,10 @@ def steps(bundle: Bundle, batches: list[int], rounds: int) -> tuple[list[dict[st
 LOAD = """
 import json, sys, time
 start = time.perf_counter()
-from runtime.bundle import load_bundle
-from runtime.engines import open_engine
-from runtime.engines.options import EngineOptions
-from runtime.sampler import warm_up
+from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.engines import open_engine
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.sampler import warm_up
 bundle = load_bundle(sys.argv[1])
 __import__(sys.argv[2])
 opening = time.perf_counter()

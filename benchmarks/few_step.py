@@ -25,8 +25,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from runtime.denoise import Network
-    from runtime.spec import DenoiserSpec, Plan
+    from diffpress.runtime.network_inputs import Network
+    from diffpress.runtime.sampling_plan import Plan
+    from diffpress.runtime.spec import DenoiserSpec
 
 SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_1", "unipc_2", "unipc_3", "deis_2", "deis_3", "ipndm", "plms", "heun")
 NOISY = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm")
@@ -47,18 +48,18 @@ def rows_of(steps: list[int], only: list[str] | None) -> Iterator[tuple[str, str
 
 def steps_for(solver: str, calls: int) -> int:
     """The most steps that this solver walks with so many calls; 0 for none."""
-    from runtime.solvers import network_calls
+    from diffpress.runtime.solvers import network_calls
 
     return max((n for n in range(1, calls + 1) if network_calls(solver, n) <= calls), default=0)
 
 
 def planned(engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: int, refine: int) -> tuple[Plan, Row]:
     """The plan of a row, and for a searched one what the search (through the engine) measured and took."""
-    from compress.config import ScheduleConfig
-    from compress.schedule_search import search
-    from runtime.denoise import stand_in_conditions
-    from runtime.grids import timestep_grid
-    from runtime.solvers import with_solver
+    from diffpress.compress.config import ScheduleConfig
+    from diffpress.compress.sampling_schedule.search import search
+    from diffpress.runtime.network_inputs import stand_in_conditions
+    from diffpress.runtime.solvers import with_solver
+    from diffpress.runtime.timesteps import timestep_grid
 
     timesteps = timestep_grid(START if grid == SEARCHED else grid, steps, spec.schedule)
     plan = replace(with_solver(spec.plan, solver), timesteps=timesteps)
@@ -71,16 +72,17 @@ def planned(engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: 
 
 
 def solvers(args: argparse.Namespace) -> None:
-    from compress.builtin import FEATURES, REFERENCE, TEACHER
-    from compress.commands import open_network
-    from compress.config import EvaluateConfig
-    from compress.evaluate import evaluate, load_features, load_reference
-    from compress.load import load_checkpoint
-    from export.bundle import write_bundle
-    from runtime.engines import preferred
-    from runtime.engines.options import EngineOptions
-    from runtime.files import write_json
-    from runtime.solvers import network_calls
+    from diffpress.compress.builtin import FEATURES, REFERENCE, TEACHER
+    from diffpress.compress.config import EvaluateConfig
+    from diffpress.compress.evaluation.evaluate import evaluate
+    from diffpress.compress.evaluation.features import load_features, load_reference
+    from diffpress.compress.evaluation.subject import open_network
+    from diffpress.compress.sources.load import load_checkpoint
+    from diffpress.export.bundle import write_bundle
+    from diffpress.runtime.engines import preferred
+    from diffpress.runtime.engines.options import EngineOptions
+    from diffpress.runtime.io.files import write_json
+    from diffpress.runtime.solvers import network_calls
 
     folder, name = args.work / "teacher", args.engine or preferred()
     if name != "torch" and not (folder / "manifest.json").is_file():

@@ -6,9 +6,9 @@
     fast     medians of rounds in which all subjects sample in turns; a step is a sampling over its number of steps
     load     seconds from the bundle to the first answer, with an empty cache (the plan is built) and with a full one
 
-A bundle goes two ways: `host` is the sampler's own loop, with a copy to and fro in each step, `device` its walk without
-one (runtime/linear_walk.py), which PyTorch's samples take too (torch_walk.py). What does not work is left out with the
-reason in one line, and hides nothing else.
+A bundle is sampled in two ways: `host` is the sampler's own loop, with a copy to and from the GPU in each step; `device`
+is fused sampling (runtime/fused/program.py), which PyTorch's samples use too (torch_walk.py). What does not work is left
+out with the reason in one line, and hides nothing else.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ import numpy as np
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
-from runtime.bench import machine, sample_once, sampler_overhead  # noqa: E402
-from runtime.bundle import Bundle, load_bundle  # noqa: E402
-from runtime.denoise import network_inputs, stand_in_conditions  # noqa: E402
-from runtime.engines import load_engine, open_engine  # noqa: E402
-from runtime.engines.cache import Cache  # noqa: E402
-from runtime.engines.options import EngineOptions  # noqa: E402
-from runtime.engines.trt import library as libraries  # noqa: E402
-from runtime.engines.trt.plans import plan_for  # noqa: E402
-from runtime.errors import DiffpressError, Unfit  # noqa: E402
-from runtime.linear_walk import step_by_step, walking  # noqa: E402
-from runtime.sampler import generate  # noqa: E402
-from runtime.spec import DenoiserSpec  # noqa: E402
+from diffpress.runtime.benchmarking.bench import machine, sample_once, sampler_overhead  # noqa: E402
+from diffpress.runtime.bundle import Bundle, load_bundle  # noqa: E402
+from diffpress.runtime.engines import load_engine, open_engine  # noqa: E402
+from diffpress.runtime.engines.cache import Cache  # noqa: E402
+from diffpress.runtime.engines.options import EngineOptions  # noqa: E402
+from diffpress.runtime.engines.tensorrt import library as libraries  # noqa: E402
+from diffpress.runtime.engines.tensorrt.engine_files import plan_for  # noqa: E402
+from diffpress.runtime.errors import DiffpressError, Unfit  # noqa: E402
+from diffpress.runtime.fused.program import step_by_step, walking  # noqa: E402
+from diffpress.runtime.network_inputs import network_inputs, stand_in_conditions  # noqa: E402
+from diffpress.runtime.sampler import generate  # noqa: E402
+from diffpress.runtime.spec import DenoiserSpec  # noqa: E402
 
 COMPARED, ROUNDS, COMPILING_S = 4, 5, 10.0
 TABLES = ("loads", "compared", "rows")
@@ -182,7 +182,7 @@ def main() -> int:
                 raise Unfit("no --checkpoint was given")
             from torch_walk import KINDS, TorchWalk
 
-            from compress.load import load_checkpoint
+            from diffpress.compress.sources.load import load_checkpoint
 
             checkpoint = load_checkpoint(args.checkpoint)
             subjects += [Subject("torch", kind, TorchWalk(checkpoint, kind), checkpoint.spec) for kind in KINDS]

@@ -90,7 +90,7 @@ def compare(kind: str, folder: Path, python: Path) -> bool:
 
 def worst_db(images: np.ndarray, others: np.ndarray) -> float:
     """The lowest PSNR of images [N, H, W, 3] in [0, 1]; a NaN stays one."""
-    from compress.metrics import psnr_db
+    from diffpress.compress.evaluation.metrics import psnr_db
 
     pairs = zip(images, others, strict=True)
     return float(np.min([psnr_db(image[None], other[None], data_range=1.0) for image, other in pairs]))

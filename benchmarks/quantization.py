@@ -39,10 +39,10 @@ from unittest import mock
 import numpy as np
 
 if TYPE_CHECKING:
-    from compress.checkpoint import Checkpoint
-    from runtime.engines import Engine
-    from runtime.engines.account import Account
-    from runtime.spec import DenoiserSpec
+    from diffpress.compress.checkpoint import Checkpoint
+    from diffpress.runtime.engines import Engine
+    from diffpress.runtime.engines.precision_report import Account
+    from diffpress.runtime.spec import DenoiserSpec
 
 CIFAR: dict[str, Any] = {
     "sample_size": 32,
@@ -86,9 +86,9 @@ OPENVINO_RATIO, ONNXRUNTIME_RATIO, INTEGER_SHARE, FILE_RATIO = 0.45, 0.70, 0.95,
 
 
 def load_model(name: str, folder: Path) -> Checkpoint:
-    from compress.builtin import TEACHER
-    from compress.load import load_checkpoint
-    from runtime.schedule import make_plan
+    from diffpress.compress.builtin import TEACHER
+    from diffpress.compress.sources.load import load_checkpoint
+    from diffpress.runtime.sampling_plan import make_plan
 
     if name == "teacher":
         return load_checkpoint(TEACHER)
@@ -119,13 +119,13 @@ def write_random(name: str, folder: Path) -> Path:
 def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[str, Path], DenoiserSpec]:
     """Write the fp32 ONNX file, diffpress's int8 file and NNCF's int8 IR: their paths by precision, and the spec of
     diffpress's, whose plan takes off what rounding does on the average."""
-    from compress.config import QuantizeConfig
-    from compress.context import Context
-    from compress.quantization.stage import quantize
-    from export.graph import save_graph
-    from export.qdq import insert_qdq
-    from export.to_onnx import export_float
-    from runtime.solvers import network_calls
+    from diffpress.compress.config import QuantizeConfig
+    from diffpress.compress.context import Context
+    from diffpress.compress.quantization.quantize import quantize
+    from diffpress.export.graph.model import save_graph
+    from diffpress.export.graph.to_onnx import export_float
+    from diffpress.export.passes.insert_qdq import insert_qdq
+    from diffpress.runtime.solvers import network_calls
 
     files = {FLOAT: folder / "fp32.onnx", OURS: folder / "int8.onnx", PEER: folder / "nncf.xml"}
     graph = export_float(checkpoint, files[FLOAT])
@@ -145,7 +145,7 @@ def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[st
 @contextlib.contextmanager
 def recorded_calls() -> Iterator[list[dict[str, np.ndarray]]]:
     """Inside, the list that comes gathers the inputs of every call of a torch network."""
-    from compress.torch_network import TorchNetwork
+    from diffpress.compress.models.torch_network import TorchNetwork
 
     calls: list[dict[str, np.ndarray]] = []
     run = TorchNetwork.run
@@ -181,16 +181,16 @@ def quantize_with_nncf(graph: Path, calls: Sequence[dict[str, np.ndarray]], tran
 
 def has_dot_products() -> bool:
     """Whether this processor multiplies 8-bit integers without an intermediate sum of 16 bits, which may overflow."""
-    from runtime.bench import machine
+    from diffpress.runtime.benchmarking.bench import machine
 
     return not DOT_PRODUCTS.isdisjoint(machine()["instruction_sets"])
 
 
 def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> dict[str, Any]:
     """Make the three files in `work` and measure them in both engines; returns what `--json` prints of one model."""
-    from compress.adapters import adapter_for
-    from runtime.denoise import network_inputs
-    from runtime.engines import load_engine
+    from diffpress.compress.models.adapter import adapter_for
+    from diffpress.runtime.engines import load_engine
+    from diffpress.runtime.network_inputs import network_inputs
 
     checkpoint = load_model(name, work / "model")
     files, corrected = make_files(name, checkpoint, work)
@@ -225,7 +225,7 @@ def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> di
 
 def medians(engines: Engines, spec: DenoiserSpec, batch: int, repeats: int) -> dict[Key, float]:
     """Median milliseconds of the plan's first step in each engine; they take turns, and the first round warms up."""
-    from runtime.bench import sample_once
+    from diffpress.runtime.benchmarking.bench import sample_once
 
     first = spec.with_plan(replace(spec.plan, timesteps=spec.plan.timesteps[:1]))
     times: dict[Key, list[float]] = {key: [] for key in engines}
@@ -239,8 +239,8 @@ def medians(engines: Engines, spec: DenoiserSpec, batch: int, repeats: int) -> d
 
 def paired_psnr(engines: Engines, specs: dict[str, DenoiserSpec], samples: int, batch: int) -> dict[Key, float]:
     """PSNR of every other engine's final samples against REFERENCE's, which start from the same noise and labels."""
-    from compress.metrics import psnr_db
-    from runtime.sampler import generate
+    from diffpress.compress.evaluation.metrics import psnr_db
+    from diffpress.runtime.sampler import generate
 
     seeds, (low, high) = range(SEED, SEED + samples), specs[FLOAT].data_range
     made = {key: generate(engine, specs[key[1]], seeds, batch=batch) for key, engine in engines.items()}
@@ -315,7 +315,7 @@ def main() -> int:
         parser.error("NNCF, which this compares with, is not installed: pip install nncf")
     import torch
 
-    from runtime.bench import machine
+    from diffpress.runtime.benchmarking.bench import machine
 
     torch.set_num_threads(args.threads)
     report: dict[str, Any] = {"machine": machine(), "threads": args.threads, "repeats": args.repeats, "models": []}

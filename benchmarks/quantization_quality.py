@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.checkpoint import Checkpoint
+    from diffpress.compress.checkpoint import Checkpoint
 
 Stages = list[dict[str, Any]]
 
@@ -56,7 +56,7 @@ def subjects() -> dict[str, Stages]:
     """Stages of every subject before it is quantized; pruning and training are those of the demo's recipe."""
     import yaml
 
-    from compress.builtin import RECIPES
+    from diffpress.compress.builtin import RECIPES
 
     stages = yaml.safe_load((RECIPES / QUICK).read_text())["stages"]
     student = EIGHT_STEPS + [stage for stage in stages if not stage.keys() & {"schedule", "quantize"}]
@@ -67,10 +67,10 @@ def made(stages: Stages, work: Path) -> Checkpoint:
     """The teacher after these stages, of which those in `work` are read."""
     import yaml
 
-    from compress.builtin import TEACHER as FOLDER
-    from compress.load import load_checkpoint
-    from compress.pipeline import run_stages
-    from compress.recipe import read_recipe
+    from diffpress.compress.builtin import TEACHER as FOLDER
+    from diffpress.compress.pipeline import run_stages
+    from diffpress.compress.recipe import read_recipe
+    from diffpress.compress.sources.load import load_checkpoint
 
     file = work / "recipe.yaml"
     file.write_text(yaml.safe_dump({"seed": 0, "data": "calib_data/calibration.npz", "stages": stages}))
@@ -79,12 +79,13 @@ def made(stages: Stages, work: Path) -> Checkpoint:
 
 def measured(checkpoint: Checkpoint, bundle: Path, samples: int, seeds: int, reference: Path | None) -> dict[str, Any]:
     """Export the checkpoint, and score what the fastest engine installed samples from it."""
-    from compress.builtin import FEATURES, REFERENCE
-    from compress.config import EvaluateConfig
-    from compress.evaluate import evaluate, load_features, load_reference, paired
-    from export.bundle import write_bundle
-    from runtime.bundle import load_bundle
-    from runtime.engines import available, load_engine
+    from diffpress.compress.builtin import FEATURES, REFERENCE
+    from diffpress.compress.config import EvaluateConfig
+    from diffpress.compress.evaluation.evaluate import evaluate, paired
+    from diffpress.compress.evaluation.features import load_features, load_reference
+    from diffpress.export.bundle import write_bundle
+    from diffpress.runtime.bundle import load_bundle
+    from diffpress.runtime.engines import available, load_engine
 
     exported, name = write_bundle(checkpoint, bundle), available()[-1]
     features = load_features(FEATURES, exported.spec)
@@ -105,7 +106,7 @@ def within(found: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
 
 def repeated(checkpoint: Checkpoint, work: Path, samples: int, seeds: int) -> dict[str, Any]:
     """What a fresh process measures of the checkpoint that is saved here and read there."""
-    from compress.checkpoint import save_checkpoint
+    from diffpress.compress.checkpoint import save_checkpoint
 
     folder, out = work / "saved", work / "again.json"
     save_checkpoint(checkpoint, folder)
@@ -180,7 +181,7 @@ def main() -> int:
         work = args.work or Path(temporary)
         work.mkdir(parents=True, exist_ok=True)
         if args.again:
-            from compress.load import load_checkpoint
+            from diffpress.compress.sources.load import load_checkpoint
 
             report = measured(load_checkpoint(args.again), work / "again", args.samples, args.seeds, None)
         else:

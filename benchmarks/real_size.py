@@ -68,12 +68,12 @@ def compress(name: str, folder: Path, out: Path) -> None:
     """What is measured: load, quantize (sd15) and export, with each step's seconds and the peak so far."""
     import torch
 
-    from compress.config import QuantizeConfig
-    from compress.context import Context
-    from compress.load import load_checkpoint
-    from compress.quantization.stage import quantize
-    from export.bundle import write_bundle
-    from runtime.schedule import make_plan
+    from diffpress.compress.config import QuantizeConfig
+    from diffpress.compress.context import Context
+    from diffpress.compress.quantization.quantize import quantize
+    from diffpress.compress.sources.load import load_checkpoint
+    from diffpress.export.bundle import write_bundle
+    from diffpress.runtime.sampling_plan import make_plan
 
     checkpoint = timed("load", lambda: load_checkpoint(folder, dtype=getattr(torch, MODELS[name][1])))
     if name == "sd15":
@@ -87,7 +87,7 @@ def compress(name: str, folder: Path, out: Path) -> None:
 
 
 def timed(what: str, work: Callable[[], Any]) -> Any:
-    from runtime.probe import peak_mib
+    from diffpress.runtime.benchmarking.probe import peak_mib
 
     start = time.perf_counter()
     result = work()

@@ -17,18 +17,18 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from compress.adapters import adapter_for  # noqa: E402
-from compress.checkpoint import Checkpoint  # noqa: E402
-from compress.torch_network import TorchNetwork  # noqa: E402
-from runtime.denoise import told_timesteps  # noqa: E402
-from runtime.errors import Unfit  # noqa: E402
-from runtime.linear_walk import FIRST_PAST, Program  # noqa: E402
+from diffpress.compress.checkpoint import Checkpoint  # noqa: E402
+from diffpress.compress.models.adapter import adapter_for  # noqa: E402
+from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
+from diffpress.runtime.errors import Unfit  # noqa: E402
+from diffpress.runtime.fused.program import FIRST_PAST, Program  # noqa: E402
+from diffpress.runtime.network_inputs import told_timesteps  # noqa: E402
 
 KINDS = ("eager", "bf16", "compiled")
 
 
 class TorchWalk:
-    """A checkpoint's model as runtime.linear_walk.Walker; `kind` is one of KINDS."""
+    """A checkpoint's model as diffpress.runtime.fused.program.Walker; `kind` is one of KINDS."""
 
     def __init__(self, checkpoint: Checkpoint, kind: str, device: str = "cuda") -> None:
         self._device, model = device, checkpoint.model.to(device).eval()
@@ -37,7 +37,7 @@ class TorchWalk:
         self.inputs = TorchNetwork(model, checkpoint.spec).inputs
 
     def run(self, _: dict[str, np.ndarray]) -> np.ndarray:
-        raise Unfit("this plan is no walk of sums: see runtime/linear_walk.py")
+        raise Unfit("this plan is no walk of sums: see runtime/fused/program.py")
 
     def walk(self, program: Program, told: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
         rows = program.halves * len(start)

@@ -111,7 +111,7 @@ def save_halved(source: Path, out: Path) -> dict[str, dict]:
 
 def save_student(source: Path, out: Path) -> None:
     """Copy a checkpoint that diffpress saved: plan, widths and history beside the halved weights, and their hash."""
-    from compress.load import load_checkpoint
+    from diffpress.compress.sources.load import load_checkpoint
 
     save_halved(source, out)
     try:

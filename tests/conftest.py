@@ -26,9 +26,9 @@ def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
 @pytest.fixture(scope="session")
 def sd_bundle(tiny_folder, tmp_path_factory) -> Path:
     """The tiny Stable Diffusion as a bundle for both engines, its height and width open; not to be changed."""
-    import diffpress
+    from diffpress.cli.main import main
 
     out = tmp_path_factory.mktemp("exported") / "sd"
     words = ("export", tiny_folder("sd"), "--out", out, "--targets", "onnx", "openvino", "--threads", 1)
-    assert diffpress.main([str(word) for word in words]) == 0
+    assert main([str(word) for word in words]) == 0
     return out

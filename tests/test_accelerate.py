@@ -16,9 +16,9 @@ pytest.importorskip("accelerate")
 
 from safetensors.torch import load_file  # noqa: E402
 
-from compress.load import load_checkpoint  # noqa: E402
-from compress.training import step_generator, train  # noqa: E402
-from runtime.bundle import load_bundle  # noqa: E402
+from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
+from diffpress.compress.training.loop import step_generator, train  # noqa: E402
+from diffpress.runtime.bundle import load_bundle  # noqa: E402
 from tests.together import SEED, Two, chosen, drawing_late, loss_on, run_in, together  # noqa: E402
 
 ROOT = Path(__file__).parents[1]

@@ -11,9 +11,9 @@ import pytest
 import torch
 from diffusers import DDPMPipeline
 
-from compress.load import load_checkpoint
-from compress.torch_network import TorchNetwork
-from runtime.sampler import generate
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.sampler import generate
 
 DATA = Path(__file__).parents[1] / "calib_data"
 MANIFEST = json.loads((DATA / "MANIFEST.json").read_text(encoding="utf-8"))

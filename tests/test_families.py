@@ -32,20 +32,20 @@ from diffusers import (  # noqa: E402
 )
 from PIL import Image  # noqa: E402
 
-import diffpress  # noqa: E402
-from compress.adapters import adapter_for, example_inputs  # noqa: E402
-from compress.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
-from compress.counts import count  # noqa: E402
-from compress.load import load_checkpoint  # noqa: E402
-from compress.parts import encoded_prompts, load_part, part_names  # noqa: E402
-from compress.pipeline import run_stages  # noqa: E402
-from compress.quantization.quantizers import fake_quantized  # noqa: E402
-from compress.recipe import read_recipe  # noqa: E402
-from compress.torch_network import TorchNetwork  # noqa: E402
-from runtime.commands import chosen_plan  # noqa: E402
-from runtime.denoise import Conditions, class_conditions  # noqa: E402
-from runtime.pipeline import DECODER, resized  # noqa: E402
-from runtime.sampler import generate, noise_for  # noqa: E402
+from diffpress.cli.main import main  # noqa: E402
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
+from diffpress.compress.models.adapter import adapter_for, example_inputs  # noqa: E402
+from diffpress.compress.models.components import encoded_prompts, load_part, part_names  # noqa: E402
+from diffpress.compress.models.counts import count  # noqa: E402
+from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
+from diffpress.compress.pipeline import run_stages  # noqa: E402
+from diffpress.compress.quantization.quantizers import fake_quantized  # noqa: E402
+from diffpress.compress.recipe import read_recipe  # noqa: E402
+from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
+from diffpress.runtime.network_inputs import Conditions, class_conditions  # noqa: E402
+from diffpress.runtime.pipeline import DECODER, resized  # noqa: E402
+from diffpress.runtime.requested_plan import chosen_plan  # noqa: E402
+from diffpress.runtime.sampler import generate, noise_for  # noqa: E402
 from tests.pipelines import CLIP_TOKENS, KINDS, sampled, unet  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
@@ -224,7 +224,7 @@ def test_every_family_is_pruned_distilled_and_quantized(kind, method, tiny_folde
 
 def run(*words: object) -> int:
     try:
-        return diffpress.main([str(word) for word in words])
+        return main([str(word) for word in words])
     except SystemExit as stop:  # argparse
         return int(stop.code or 0)
 
@@ -286,8 +286,8 @@ for name in {BLOCKED}:
     except ModuleNotFoundError:
         continue
     sys.exit(f"{{name}} can be imported: nothing is tested")
-import diffpress
-sys.exit(diffpress.main(sys.argv[1:]))
+from diffpress.cli.main import main
+sys.exit(main(sys.argv[1:]))
 """
 
 

@@ -23,13 +23,13 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-import diffpress
-from compress import processes
-from compress.context import say
-from runtime.errors import BadInput
+from diffpress.cli.main import run_verb
+from diffpress.compress.context import say
+from diffpress.compress.training import distributed as processes
+from diffpress.runtime.errors import BadInput
 
 if TYPE_CHECKING:
-    from compress.training import Objective, Training
+    from diffpress.compress.training.loop import Objective, Training
 
 STEPS, SEED = 12, 3
 KILLED_AT = 8
@@ -50,7 +50,7 @@ class Two(nn.Module):
 
 
 def run_in(folder: Path) -> Training:
-    from compress.training import Training
+    from diffpress.compress.training.loop import Training
 
     return Training(STEPS, 0.05, 2, 0.8, SEED, 3, folder / "work", "distill test", partial=True)
 
@@ -70,16 +70,16 @@ def together(model: nn.Module, generator: torch.Generator, share: float) -> torc
 
 def drawing_late(loss_of: Callable[[nn.Module, torch.Generator, float], torch.Tensor]) -> Objective:
     """An objective whose loss draws for itself, which on one device it may."""
-    from compress.training import Objective
+    from diffpress.compress.training.loop import Objective
 
     return Objective(lambda generator, share: (generator, share), loss_of)
 
 
-def add_try_arguments(parser: argparse.ArgumentParser) -> None:
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("words", nargs="+")
 
 
-def try_command(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     what, where, *rest = args.words
     with processes.together():
         say("here")
@@ -98,15 +98,15 @@ def try_command(args: argparse.Namespace) -> int:
 
 
 def _walk(checkpoint: str, recipe: str, out: str, *settings: str) -> None:
-    from compress.load import load_checkpoint
-    from compress.pipeline import run_stages
-    from compress.recipe import read_recipe
+    from diffpress.compress.pipeline import run_stages
+    from diffpress.compress.recipe import read_recipe
+    from diffpress.compress.sources.load import load_checkpoint
 
     run_stages(load_checkpoint(checkpoint), read_recipe(Path(recipe), settings), Path(out))
 
 
 def _train(what: str, folder: Path) -> None:
-    from compress.training import train
+    from diffpress.compress.training.loop import train
 
     def loss_of(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
         if what == "kill" and round(share * STEPS) == KILLED_AT and processes.index() == 1:
@@ -119,5 +119,4 @@ def _train(what: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    diffpress.VERBS["try"] = ("tests.together", "what a test asks for")
-    sys.exit(diffpress.main())
+    sys.exit(run_verb("try", lambda: sys.modules[__name__], sys.argv[2:]))

@@ -13,19 +13,20 @@ import torch
 from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
-from compress.adapters import adapter_for, example_inputs
-from compress.checkpoint import Checkpoint, Source
-from compress.config import PruneConfig, QuantizeConfig
-from compress.context import Context
-from compress.data import ImageData
-from compress.load import load_checkpoint
-from compress.prune import prune
-from compress.quantization.quantizers import fake_quantized
-from compress.quantization.stage import quantize
-from compress.widths import widths_of
-from runtime.conditioning import Conditioning
-from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import DenoiserSpec
+from diffpress.compress.checkpoint import Checkpoint, Source
+from diffpress.compress.config import PruneConfig, QuantizeConfig
+from diffpress.compress.context import Context
+from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.widths import widths_of
+from diffpress.compress.pruning.prune import prune
+from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.training.image_data import ImageData
+from diffpress.runtime.conditioning import Conditioning
+from diffpress.runtime.noise_schedule import betas_schedule
+from diffpress.runtime.sampling_plan import make_plan
+from diffpress.runtime.spec import DenoiserSpec
 
 UNET = {
     "_class_name": "UNet2DModel",
@@ -45,8 +46,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from runtime.schedule import betas_schedule, flow_schedule, make_plan
-from runtime.spec import DenoiserSpec
+from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule
+from diffpress.runtime.sampling_plan import make_plan
+from diffpress.runtime.spec import DenoiserSpec
 
 
 class Small(nn.Module):

@@ -15,11 +15,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from compress.checkpoint import Quantization, Record, save_checkpoint, write_folder
-from compress.config import PruneConfig
-from compress.load import load_checkpoint
-from compress.prune import prune
-from runtime.errors import BadInput
+from diffpress.compress.checkpoint import Quantization, Record, save_checkpoint, write_folder
+from diffpress.compress.config import PruneConfig
+from diffpress.compress.pruning.prune import prune
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
 KINDS = ["plain", "unet", "pruned", "quantized"]
@@ -52,7 +52,7 @@ def test_a_pruned_checkpoint_reloads_in_a_fresh_process_without_pickle(quantized
     assert {path.suffix for path in (tmp_path / "saved").rglob("*") if path.is_file()} == {".json", ".safetensors"}
     program = """
 import pickle, sys, torch
-from compress.load import load_checkpoint
+from diffpress.compress.sources.load import load_checkpoint
 def refuse(*args, **kwargs): raise AssertionError("something was unpickled")
 pickle.load = pickle.loads = pickle.Unpickler = torch.load = refuse
 print(load_checkpoint(sys.argv[1]).hash)
@@ -162,8 +162,9 @@ def test_a_custom_checkpoint_whose_weights_are_a_folder_reopens_too(custom_files
 LAYERS_FILE = """
 import torch
 from torch import nn
-from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import DenoiserSpec
+from diffpress.runtime.noise_schedule import betas_schedule
+from diffpress.runtime.sampling_plan import make_plan
+from diffpress.runtime.spec import DenoiserSpec
 
 
 class Mixed(nn.Module):
@@ -210,7 +211,7 @@ def full_disk_as_safetensors_says_it(tensors, path, *args, **kwargs):
 @pytest.mark.parametrize("failure", [full_disk, full_disk_as_safetensors_says_it])
 def test_a_full_disk_is_one_clear_line_and_leaves_what_was_there(failure, plain, unet, tmp_path, monkeypatch):
     save_checkpoint(plain, tmp_path / "saved")
-    monkeypatch.setattr("compress.checkpoint.save_file", failure)
+    monkeypatch.setattr("diffpress.compress.checkpoint.save_file", failure)
     with pytest.raises(BadInput, match="saved: cannot be written .*No space left"):
         save_checkpoint(unet, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
@@ -221,7 +222,7 @@ def test_a_read_only_place_is_bad_input(plain, tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr("compress.checkpoint.os.replace", refuse)
+    monkeypatch.setattr("diffpress.compress.checkpoint.os.replace", refuse)
     with pytest.raises(BadInput, match="saved: cannot be written .*Read-only"):
         save_checkpoint(plain, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []

@@ -14,12 +14,12 @@ from pathlib import Path
 import pytest
 from safetensors import SafetensorError
 
-from compress import pipeline
-from compress.checkpoint import save_checkpoint
-from compress.load import load_checkpoint
-from compress.pipeline import claim_folder, run_stages
-from compress.recipe import read_recipe
-from runtime.errors import BadInput
+from diffpress.compress import pipeline
+from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.pipeline import claim_folder, run_stages
+from diffpress.compress.recipe import read_recipe
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.errors import BadInput
 
 ROOT = Path(__file__).parents[2]
 STAGES = """
@@ -234,7 +234,7 @@ def test_a_read_only_folder_is_refused_before_any_work(teacher, recipe, tmp_path
     def refuse(*args, **kwargs):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr("runtime.files.os.replace", refuse)
+    monkeypatch.setattr("diffpress.runtime.io.files.os.replace", refuse)
     with pytest.raises(BadInput, match="recipe.json: cannot be written .*Read-only"):
         claim_folder(tmp_path / "out", teacher, recipe(), update=False)
     assert not (tmp_path / "out" / "recipe.json").exists()
@@ -247,7 +247,7 @@ def test_a_read_only_folder_is_refused_before_any_work(teacher, recipe, tmp_path
 def test_a_disk_that_fills_up_leaves_no_half_written_stage_and_the_run_goes_on_later(
     failure, teacher, recipe, called, tmp_path, monkeypatch
 ):
-    from compress.checkpoint import save_file
+    from diffpress.compress.checkpoint import save_file
 
     out, saved = tmp_path / "out", []
 
@@ -258,7 +258,7 @@ def test_a_disk_that_fills_up_leaves_no_half_written_stage_and_the_run_goes_on_l
         save_file(tensors, path, *args, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr("compress.checkpoint.save_file", full)
+        patch.setattr("diffpress.compress.checkpoint.save_file", full)
         with pytest.raises(BadInput, match="01-prune.*cannot be written .*No space left"):
             run_stages(teacher, recipe(), out)
     assert [path.name[:11] for path in (out / "stages").iterdir()] == ["00-schedule"]
@@ -275,10 +275,10 @@ import sys, time
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from compress import training
-from compress.load import load_checkpoint
-from compress.pipeline import run_stages
-from compress.recipe import read_recipe
+from diffpress.compress import training
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.pipeline import run_stages
+from diffpress.compress.recipe import read_recipe
 save = training._save
 def save_and_linger(model, optimizer, ema, step, run):  # so that the kill falls into the stage
     save(model, optimizer, ema, step, run)

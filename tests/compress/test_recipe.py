@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from compress.builtin import CALIB_DATA, RECIPES
-from compress.commands import add_plan_arguments
-from compress.recipe import read_recipe
-from runtime.errors import BadInput
+from diffpress.cli.plan import add_arguments
+from diffpress.compress.builtin import CALIB_DATA, RECIPES
+from diffpress.compress.recipe import read_recipe
+from diffpress.runtime.errors import BadInput
 
 RECIPE = """
 seed: 3
@@ -235,7 +235,7 @@ def test_a_stage_that_was_written_without_settings_takes_one(override, text, rec
 
 def test_the_example_that_the_help_gives_works():
     parser = argparse.ArgumentParser()
-    add_plan_arguments(parser)
+    add_arguments(parser)
     example = re.search(r"like (\S+=\S+\b)", " ".join(parser.format_help().split()))
     assert example is not None
     read_recipe(RECIPES / "quick.yaml", (example[1],))

@@ -10,14 +10,15 @@ import torch
 from diffusers import UNet2DModel
 from torch import nn
 
-from compress.adapters import adapter_for
-from compress.checkpoint import Checkpoint, Quantization, Source
-from compress.widths import widths_of
-from export.graph import Graph
-from export.to_onnx import to_onnx
-from runtime.conditioning import Conditioning
-from runtime.schedule import betas_schedule, flow_schedule, make_plan
-from runtime.spec import DenoiserSpec
+from diffpress.compress.checkpoint import Checkpoint, Quantization, Source
+from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.widths import widths_of
+from diffpress.export.graph.model import Graph
+from diffpress.export.graph.to_onnx import to_onnx
+from diffpress.runtime.conditioning import Conditioning
+from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule
+from diffpress.runtime.sampling_plan import make_plan
+from diffpress.runtime.spec import DenoiserSpec
 from tests.export.oracle import layers_of, measured_scales
 
 

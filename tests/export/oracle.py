@@ -10,12 +10,12 @@ import onnxruntime
 import torch
 from torch import nn
 
-from compress.adapters import adapter_for, example_inputs
-from compress.checkpoint import Checkpoint, Quantization
-from compress.quantization.formats import FORMATS, INT8
-from compress.quantization.trunk import share_scales
-from compress.quantization.weight_scales import weight_amax
-from export.graph import Graph, load_all
+from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.quantization.calibration.weight_scales import weight_amax
+from diffpress.compress.quantization.formats import FORMATS, INT8
+from diffpress.compress.quantization.unified_scales import share_scales
+from diffpress.export.graph.model import Graph, load_all
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 

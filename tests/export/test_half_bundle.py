@@ -9,17 +9,17 @@ import numpy as np
 import onnx
 import pytest
 
-from compress.load import load_checkpoint
-from export.bundle import check_precision, write_bundle
-from export.graph import Graph, load_all, save_graph
-from export.half import to_half
-from export.parity import HALF_SQNR_DB, PART_SQNR_DB, check_parity, runs, trial_of
-from runtime import generate, open_engine
-from runtime.bundle import load_bundle
-from runtime.engines import available
-from runtime.errors import BadInput, GateFailed
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.export.bundle import check_precision, write_bundle
+from diffpress.export.graph.model import Graph, load_all, save_graph
+from diffpress.export.passes.half_precision import to_half
+from diffpress.export.verify.parity import HALF_SQNR_DB, PART_SQNR_DB, check_parity, runs, trial_of
+from diffpress.runtime import generate, open_engine
+from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.engines import available
+from diffpress.runtime.errors import BadInput, GateFailed
 from tests.export.oracle import measured_scales
-from tests.export.test_half import both
+from tests.export.passes.test_half_precision import both
 
 needs_openvino = pytest.mark.skipif("openvino" not in available(), reason="needs openvino, which alone runs bf16")
 needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
@@ -103,7 +103,7 @@ def test_what_cannot_be_is_refused_before_any_work(precision, quantized, targets
 
 
 def test_bf16_needs_an_engine_that_runs_it(monkeypatch):
-    monkeypatch.setattr("export.parity.available", lambda: ["onnxruntime"])
+    monkeypatch.setattr("diffpress.export.verify.parity.available", lambda: ["onnxruntime"])
     with pytest.raises(BadInput, match="precision bf16: ONNX Runtime cannot run it.* install openvino, or take fp16"):
         check_precision("bf16", False, ["onnx"])
     check_precision("fp16", False, ["onnx"])

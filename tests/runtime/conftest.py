@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.schedule import Point, point_at
-from runtime.spec import NoiseSchedule
+from diffpress.runtime.noise_schedule import NoiseSchedule, Point, point_at
 from tests.runtime.small_graphs import write_float_graph, write_quantized_graph
 
 INT64, FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)

@@ -19,10 +19,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from runtime.bundle import seal
-from runtime.conditioning import Conditioning
-from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import DenoiserSpec
+from diffpress.runtime.bundle import seal
+from diffpress.runtime.conditioning import Conditioning
+from diffpress.runtime.noise_schedule import betas_schedule
+from diffpress.runtime.sampling_plan import make_plan
+from diffpress.runtime.spec import DenoiserSpec
 
 FOLDER = Path(__file__).parent / "tiny_bundle"
 TIMESTEPS, SIZE, CLASSES, DEVIATION = 50, 8, 3, 0.05

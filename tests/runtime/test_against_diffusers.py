@@ -11,12 +11,13 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from runtime.denoise import make_denoiser  # noqa: E402
-from runtime.grids import timestep_grid  # noqa: E402
-from runtime.sampler import sample  # noqa: E402
-from runtime.schedule import betas_schedule, flow_schedule, make_plan, point_at  # noqa: E402
-from runtime.solvers import network_calls  # noqa: E402
-from runtime.spec import DenoiserSpec, Plan  # noqa: E402
+from diffpress.runtime.denoiser import make_denoiser  # noqa: E402
+from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, point_at  # noqa: E402
+from diffpress.runtime.sampler import sample  # noqa: E402
+from diffpress.runtime.sampling_plan import Plan, make_plan  # noqa: E402
+from diffpress.runtime.solvers import network_calls  # noqa: E402
+from diffpress.runtime.spec import DenoiserSpec  # noqa: E402
+from diffpress.runtime.timesteps import timestep_grid  # noqa: E402
 
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 KINDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}

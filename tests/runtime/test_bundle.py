@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from runtime.bundle import MANIFEST, load_bundle, manifest_hash, seal
-from runtime.errors import BadInput
+from diffpress.runtime.bundle import MANIFEST, load_bundle, manifest_hash, seal
+from diffpress.runtime.errors import BadInput
 
 
 @pytest.fixture

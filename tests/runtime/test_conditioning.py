@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from runtime.conditioning import Conditioning, TextEncoder, TextInput, conditioning_from_json
-from runtime.errors import BadInput
+from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput, conditioning_from_json
+from diffpress.runtime.errors import BadInput
 
 ENCODER = {"graph": "text_encoder", "tokenizer": "tokenizer", "length": 77}
 TEXT = Conditioning(

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from runtime.bundle import MANIFEST, load_bundle, manifest_hash, seal
-from runtime.engines import available
-from runtime.engines.options import EngineOptions
-from runtime.errors import BadInput, DiffpressError
-from runtime.pipeline import Pipeline
+from diffpress.runtime.bundle import MANIFEST, load_bundle, manifest_hash, seal
+from diffpress.runtime.engines import available
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.errors import BadInput, DiffpressError
+from diffpress.runtime.pipeline import Pipeline
 
 COUNT = 100
 

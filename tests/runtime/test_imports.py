@@ -10,23 +10,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-TORCH = {"torch", "diffusers", "transformers", "accelerate", "compress", "export"}
+TORCH = {"torch", "diffusers", "transformers", "accelerate", "diffpress.compress.checkpoint", "diffpress.export"}
 HEAVY = TORCH | {"onnxruntime", "openvino", "PIL", "onnx", "tokenizers"}
 MODULES = sorted(
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for path in (ROOT / "runtime").rglob("*.py")
+    for path in (ROOT / "diffpress" / "runtime").rglob("*.py")
 )
 
 
 def loaded(code: str) -> set[str]:
-    """The top-level modules in a fresh interpreter after running `code`."""
-    program = f"{code}\nimport sys, json; print(json.dumps(sorted(set(n.split('.')[0] for n in sys.modules))))"
+    """The modules in a fresh interpreter after running `code`."""
+    program = f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
 
 
 def test_importing_runtime_loads_nothing_heavy() -> None:
-    assert not loaded("import runtime") & (HEAVY | {"numpy"})
+    assert not loaded("import diffpress.runtime") & (HEAVY | {"numpy"})
 
 
 def test_importing_every_module_of_runtime_loads_neither_engines_nor_torch() -> None:
@@ -37,33 +37,30 @@ def test_importing_every_module_of_runtime_loads_neither_engines_nor_torch() -> 
 @pytest.mark.parametrize("package", ["onnxruntime", "PIL", "tokenizers"])
 def test_this_check_can_fail(package: str) -> None:
     pytest.importorskip(package)
-    assert package in loaded(f"import runtime, {package}") & HEAVY
+    assert package in loaded(f"import diffpress.runtime, {package}") & HEAVY
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_sampling_never_loads_torch(engine: str, tmp_path: Path) -> None:
     pytest.importorskip(engine)
     code = f"""
-import argparse
-from runtime.commands import add_sample_arguments, sample_command
-parser = argparse.ArgumentParser()
-add_sample_arguments(parser)
-sample_command(parser.parse_args(["tests/runtime/tiny_bundle", "-n", "2", "--engine", "{engine}", "--out",
-r"{tmp_path / "g.png"}"]))
+from diffpress.cli.main import main
+main(["sample", "tests/runtime/tiny_bundle", "-n", "2", "--engine", "{engine}", "--out",
+r"{tmp_path / "g.png"}"])
 """
     names = loaded(code)
-    assert {engine, "PIL", "runtime"} <= names and not names & (TORCH | {"tokenizers"})
+    assert {engine, "PIL", "diffpress.runtime"} <= names and not names & (TORCH | {"tokenizers"})
     assert (tmp_path / "g.png").stat().st_size > 0
 
 
 def test_importing_runtime_takes_less_than_a_third_of_a_second() -> None:
-    code = "import time; a = time.perf_counter(); import runtime; print(time.perf_counter() - a)"
+    code = "import time; a = time.perf_counter(); import diffpress.runtime; print(time.perf_counter() - a)"
     runs = [subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True) for _ in range(3)]
     assert min(float(run.stdout) for run in runs) < 0.3
 
 
 def test_every_public_name_can_be_had() -> None:
-    import runtime
+    from diffpress import runtime
 
     assert all(getattr(runtime, name) is not None for name in runtime.__all__)
     with pytest.raises(AttributeError, match="no attribute 'sampel'"):

@@ -7,13 +7,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from runtime.conditioning import Conditioning
-from runtime.denoise import Conditions
-from runtime.errors import BadInput
-from runtime.sampler import MAX_SEED, generate, generate_batches, labels_in_turn, noise_for, sample
-from runtime.schedule import betas_schedule, flow_schedule, make_plan
-from runtime.solvers import SOLVERS
-from runtime.spec import Correction, DenoiserSpec, NoiseSchedule, Plan
+from diffpress.runtime.conditioning import Conditioning
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.network_inputs import Conditions
+from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule, flow_schedule
+from diffpress.runtime.sampler import MAX_SEED, generate, generate_batches, labels_in_turn, noise_for, sample
+from diffpress.runtime.sampling_plan import Correction, Plan, make_plan
+from diffpress.runtime.solvers import SOLVERS
+from diffpress.runtime.spec import DenoiserSpec
 
 COSINE = betas_schedule("squaredcos_cap_v2", 100)
 PLAN = make_plan("dpmpp_2m", 5, COSINE)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime.engines import available
+from diffpress.runtime.engines import available
 
 ROOT = Path(__file__).parents[2]
 
@@ -29,7 +29,7 @@ if sys.argv[2] == "alone":
     except OSError as error:
         assert "no network here" in str(error)
 
-from diffpress import main
+from diffpress.cli.main import main
 code = main(["sample", sys.argv[1], "-n", "3", "--seed", "5", "--engine", sys.argv[3], "--out", sys.argv[4]])
 assert code == 0, code
 """

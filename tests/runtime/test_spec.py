@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from runtime.conditioning import Conditioning, TextEncoder, TextInput
-from runtime.errors import BadInput
-from runtime.schedule import betas_schedule, make_plan
-from runtime.spec import Correction, DenoiserSpec, NoiseSchedule, Plan, Spacing, Threshold, plan_from_json
+from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule
+from diffpress.runtime.sampling_plan import Correction, Plan, Threshold, make_plan, plan_from_json
+from diffpress.runtime.spec import DenoiserSpec
+from diffpress.runtime.timesteps import Spacing
 
 SCHEDULE = betas_schedule("squaredcos_cap_v2", 20)
 SPEC = DenoiserSpec(

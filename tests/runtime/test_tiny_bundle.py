@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import generate, load_bundle, make_plan, open_engine
-from runtime.engines import ENGINES, available
-from runtime.sampler import noise_for
-from runtime.schedule import END, Point, trajectory
+from diffpress.runtime import generate, load_bundle, make_plan, open_engine
+from diffpress.runtime.engines import ENGINES, available
+from diffpress.runtime.noise_schedule import END, Point
+from diffpress.runtime.sampler import noise_for
+from diffpress.runtime.sampling_plan import trajectory
 
 HASH = "9da7525516dc77aeeb7f5bf791236a17a662577fe8485e714870fdd09da27a17"
 DEVIATION = 0.05  # of each class around its image, see make_tiny_bundle.py

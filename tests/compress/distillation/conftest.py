@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from compress.checkpoint import Checkpoint, Source
-from compress.widths import widths_of
-from runtime.schedule import betas_schedule, flow_schedule, make_plan
-from runtime.spec import DenoiserSpec
+from diffpress.compress.checkpoint import Checkpoint, Source
+from diffpress.compress.models.widths import widths_of
+from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule
+from diffpress.runtime.sampling_plan import make_plan
+from diffpress.runtime.spec import DenoiserSpec
 
 
 class OneImage(nn.Module):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
-from compress.distillation.config import ConsistencyConfig
-from compress.distillation.consistency import HUBER, image_at, pairs, pseudo_huber
-from runtime.schedule import betas_schedule
+from diffpress.compress.distillation.config import ConsistencyConfig
+from diffpress.compress.distillation.consistency import HUBER, image_at, pairs, pseudo_huber
+from diffpress.runtime.noise_schedule import betas_schedule
 
 
 def drawn(share: float, **settings):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from compress.distillation.few_steps import (
+from diffpress.compress.distillation.few_steps import (
     clipped,
     few_timesteps,
     implied_x0,
@@ -16,10 +16,11 @@ from compress.distillation.few_steps import (
     transfer,
     x0_of,
 )
-from runtime.denoise import to_x0
-from runtime.errors import BadInput
-from runtime.sampler import sample
-from runtime.schedule import betas_schedule, flow_schedule, make_plan, point_at, trajectory
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, point_at
+from diffpress.runtime.parameterization import to_x0
+from diffpress.runtime.sampler import sample
+from diffpress.runtime.sampling_plan import make_plan, trajectory
 
 
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])

@@ -8,20 +8,22 @@ import numpy as np
 import pytest
 import torch
 
-from compress.adapters import adapter_for
-from compress.checkpoint import Record, save_checkpoint
-from compress.context import Context
-from compress.distillation.conditions import guidance_in, guided
-from compress.distillation.config import GuidanceConfig
-from compress.distillation.few_steps import student_spec
-from compress.distillation.guidance import with_guidance_input
-from compress.distillation.stage import distill
-from compress.load import load_checkpoint
-from compress.losses import forward
-from compress.torch_network import TorchNetwork
-from runtime.denoise import class_conditions, evaluations_per_step, make_predictor
-from runtime.errors import BadInput
-from runtime.schedule import point_at
+from diffpress.compress.checkpoint import Record, save_checkpoint
+from diffpress.compress.context import Context
+from diffpress.compress.distillation.conditioning import guidance_in, guided
+from diffpress.compress.distillation.config import GuidanceConfig
+from diffpress.compress.distillation.distill import distill
+from diffpress.compress.distillation.few_steps import student_spec
+from diffpress.compress.distillation.guidance import with_guidance_input
+from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.training.losses import forward
+from diffpress.runtime.denoiser import make_predictor
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.guidance import evaluations_per_step
+from diffpress.runtime.network_inputs import class_conditions
+from diffpress.runtime.noise_schedule import point_at
 
 
 def config(**settings) -> GuidanceConfig:

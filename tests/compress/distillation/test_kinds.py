@@ -8,18 +8,19 @@ import numpy as np
 import pytest
 import torch
 
-from compress.checkpoint import save_checkpoint
-from compress.context import Context
-from compress.distillation.config import KINDS
-from compress.distillation.few_steps import few_timesteps
-from compress.distillation.progressive import in_v
-from compress.distillation.stage import distill
-from compress.distillation.student import trained
-from compress.torch_network import TorchNetwork
-from runtime.denoise import class_conditions, make_predictor
-from runtime.errors import BadInput
-from runtime.sampler import generate
-from runtime.schedule import point_at
+from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.context import Context
+from diffpress.compress.distillation.config import KINDS
+from diffpress.compress.distillation.distill import distill
+from diffpress.compress.distillation.few_steps import few_timesteps
+from diffpress.compress.distillation.progressive import in_v
+from diffpress.compress.distillation.student import trained
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.runtime.denoiser import make_predictor
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.network_inputs import class_conditions
+from diffpress.runtime.noise_schedule import point_at
+from diffpress.runtime.sampler import generate
 
 FEW = ["progressive", "trajectory", "consistency", "score"]
 
@@ -155,7 +156,7 @@ def test_an_epsilon_network_learns_the_v_of_its_own_answers(plain, context):
 
 
 def test_halvings_that_were_finished_are_not_done_again(unet, context, monkeypatch):
-    import compress.distillation.student as student_module
+    import diffpress.compress.distillation.student as student_module
 
     settings, ctx = config("progressive", start_steps=8), context(unet)
     undisturbed = distill(unet, settings, replace(ctx, work=ctx.work.with_name("other")))

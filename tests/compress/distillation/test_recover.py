@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from compress.adapters import adapter_for
-from compress.agreement import agreement_db
-from compress.config import PruneConfig
-from compress.distillation.conditions import drop_conditions
-from compress.distillation.config import RecoverConfig
-from compress.distillation.features import captured, feature_distance
-from compress.distillation.stage import distill
-from compress.losses import forward
-from compress.prune import prune
-from compress.widths import widths_of
+from diffpress.compress.config import PruneConfig
+from diffpress.compress.distillation.block_features import captured, feature_distance
+from diffpress.compress.distillation.conditioning import drop_conditions
+from diffpress.compress.distillation.config import RecoverConfig
+from diffpress.compress.distillation.distill import distill
+from diffpress.compress.evaluation.teacher_sqnr import agreement_db
+from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.widths import widths_of
+from diffpress.compress.pruning.prune import prune
+from diffpress.compress.training.losses import forward
 
 
 def config(**settings) -> RecoverConfig:
@@ -61,7 +61,7 @@ def test_the_task_loss_alone_trains_towards_the_data(plain, context, images):
 
 @pytest.mark.parametrize(("wish", "visited"), [("plan", {99, 74, 49, 24}), ("all", set(range(100)))])
 def test_training_visits_the_timesteps_it_is_told_to(wish, visited, unet, pruned, context, monkeypatch):
-    from compress.losses import add_noise
+    from diffpress.compress.training.losses import add_noise
 
     seen = set()
 
@@ -69,7 +69,7 @@ def test_training_visits_the_timesteps_it_is_told_to(wish, visited, unet, pruned
         seen.update(t.tolist())
         return add_noise(spec, x0, noise, t)
 
-    monkeypatch.setattr("compress.distillation.recover.add_noise", spy)
+    monkeypatch.setattr("diffpress.compress.distillation.recover.add_noise", spy)
     distill(pruned, config(steps=6, batch=16, feature_weight=0.0, timesteps=wish), context(unet))
     assert len(seen) > len(visited) * 0.5 and seen <= visited
     assert wish == "all" or {round(t) for t in unet.spec.plan.timesteps} == visited

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import nn
 
-from compress.checkpoint import save_checkpoint
-from compress.config import QuantizeConfig
-from compress.metrics import sqnr_db
-from compress.quantization.formats import FORMATS
-from compress.quantization.layers import choose_formats
-from compress.quantization.nvfp4 import e2m1
-from compress.quantization.quantizers import fake_quantized, quantizer_amax, with_quantizers
-from compress.quantization.stage import quantize
-from compress.quantization.weight_scales import weight_amax
+from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.compress.quantization.calibration.weight_scales import weight_amax
+from diffpress.compress.quantization.formats import FORMATS
+from diffpress.compress.quantization.layer_selection import choose_formats
+from diffpress.compress.quantization.nvfp4 import e2m1
+from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantizers import fake_quantized, quantizer_amax, with_quantizers
 
 FOUR, EIGHT = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
 

@@ -1,0 +1,125 @@
+"""`diffpress export`: a checkpoint in, a bundle out, and what is in it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+from diffpress.cli.arguments import add_checkpoint_arguments, loaded, parsed_size
+from diffpress.runtime.engines.tensorrt.options import HARDWARE, SWITCHES, BuildOptions
+from diffpress.runtime.errors import BadInput
+
+TARGETS = ("onnx", "openvino", "tensorrt")
+PRECISIONS = ("fp32", "fp16", "bf16")
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch
+DEFAULTS = BuildOptions()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `diffpress export`."""
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, hub id, .safetensors or file.py:weights")
+    add_checkpoint_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write the bundle to")
+    parser.add_argument(
+        "--targets", nargs="+", choices=TARGETS, default=["onnx"], help="engines to build or prove it for (onnx)"
+    )
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES), default="fp32", help="how weights are held while exporting (fp32)"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=PRECISIONS,
+        default="fp32",
+        help="what the graphs store and compute in; norms, softmax and decoders stay fp32 (fp32)",
+    )
+    parser.add_argument("--size", metavar="HxW", help="fix height and width of the image, in pixels")
+    parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
+    parser.add_argument(
+        "--fixed-plan", action="store_true", help="for the plan's own timesteps alone: time embeddings become constants"
+    )
+    parser.add_argument(
+        "--revert-slower", action="store_true", help="engines that int8 slows down on this machine take the float graph"
+    )
+    add_tensorrt_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export and say what was written; raises DiffpressError for bad input and for a parity gate that fails."""
+    import torch
+
+    from diffpress.export.bundle import refuse_foreign
+    from diffpress.export.export import export
+    from diffpress.export.summary import summary
+
+    refuse_foreign(args.out)  # before the checkpoint is read, which may take minutes
+    build = build_options(args)
+    bundle = export(
+        loaded(args, dtype=getattr(torch, DTYPES[args.dtype])),
+        args.out,
+        targets=args.targets,
+        precision=args.precision,
+        size=None if args.size is None else parsed_size(args.size),
+        fixed_timesteps=args.fixed_plan,
+        revert_slower=args.revert_slower,
+        compute_capabilities=args.compute_capability,
+        build=build,
+        threads=args.threads,
+    )
+    for line in summary(bundle):
+        print(line)
+    return 0
+
+
+def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
+    """How `diffpress export` builds plans; what is left out is as BuildOptions has it."""
+    group = parser.add_argument_group("target tensorrt")
+    group.add_argument(
+        "--compute-capability",
+        nargs="+",
+        default=[],
+        metavar="CC",
+        help="GPUs to build for, as 8.9 (without one: that of this machine)",
+    )
+    group.add_argument(
+        "--batch",
+        nargs=3,
+        type=int,
+        default=DEFAULTS.batch,
+        metavar=("MIN", "OPT", "MAX"),
+        help=f"samples in one call ({' '.join(map(str, DEFAULTS.batch))})",
+    )
+    group.add_argument(
+        "--sizes", nargs=2, metavar="HxW", help="smallest and largest image in pixels (the model's own size alone)"
+    )
+    group.add_argument(
+        "--optimization-level", type=int, default=DEFAULTS.optimization_level, metavar="L", help="0 to 5 (3)"
+    )
+    group.add_argument("--workspace-mib", type=int, metavar="M", help="memory that kernels may take (all)")
+    group.add_argument(
+        "--hardware-compatible",
+        choices=HARDWARE,
+        default=DEFAULTS.hardware_compatible,
+        help="other GPUs to run on (tensorrt alone, not tensorrt-rtx)",
+    )
+    for name, what in SWITCHES.items():
+        group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=what)
+
+
+def build_options(args: argparse.Namespace) -> BuildOptions:
+    """What the arguments of `add_tensorrt_arguments` say; raises BadInput for what makes no sense."""
+    return BuildOptions(
+        batch=tuple(args.batch),
+        sizes=None if args.sizes is None else (_size(args.sizes[0]), _size(args.sizes[1])),
+        optimization_level=args.optimization_level,
+        workspace_mib=args.workspace_mib,
+        hardware_compatible=args.hardware_compatible,
+        **{name: getattr(args, name) for name in SWITCHES},
+    )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if match is None:
+        raise BadInput(f"--sizes {text}: give height and width in pixels, as in 512x768")
+    return int(match[1]), int(match[2])

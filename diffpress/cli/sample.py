@@ -1,0 +1,113 @@
+"""`diffpress sample`: a bundle and a few wishes in, one PNG grid out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from contextlib import closing
+from pathlib import Path
+
+from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options, parsed_size
+from diffpress.runtime.conditioning import Conditioning
+from diffpress.runtime.engines import ENGINES
+from diffpress.runtime.engines.cache import Cache, cache_folder
+from diffpress.runtime.errors import BadInput, plain_warnings
+from diffpress.runtime.solvers import SOLVERS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The arguments of `diffpress sample`; what is left out follows the bundle's own plan."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
+    parser.add_argument("-n", "--number", type=int, default=16, metavar="N", help="how many images (16)")
+    parser.add_argument("--seed", type=int, default=0, help="image i starts from seed + i (0)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("grid.png"), metavar="PNG", help="where the grid goes (grid.png)"
+    )
+    wish = parser.add_mutually_exclusive_group()
+    wish.add_argument("--label", type=int, metavar="K", help="class of all images (all classes in turn)")
+    wish.add_argument("--prompt", metavar="TEXT", help="text, for a model conditioned on text")
+    parser.add_argument("--negative", metavar="TEXT", help="what the image should not show; needs guidance above 1")
+    parser.add_argument("--size", metavar="HxW", help="height and width in pixels, where the model allows others")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
+    parser.add_argument("--solver", metavar="S", help=", ".join(SOLVERS))
+    parser.add_argument(
+        "--grid", metavar="G", help="spacing of the steps: leading, trailing, linspace, quad, karras, ..."
+    )
+    parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance weight, 1 is off")
+    parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
+    parser.add_argument("--batch", type=int, default=8, metavar="B", help="images sampled together (8)")
+    add_engine_arguments(parser)
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help=f"keep nothing of what was compiled (else in {cache_folder()}, or where DIFFPRESS_CACHE says)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Sample, write the grid, say where it is and how long an image took; raises DiffpressError."""
+    import numpy as np
+    
+    from diffpress.runtime.bundle import load_bundle
+    from diffpress.runtime.engines import ran_in
+    from diffpress.runtime.io.images import grid, to_uint8, write_png
+    from diffpress.runtime.pipeline import Pipeline, has_fixed_size, resized
+    from diffpress.runtime.requested_plan import asked_spec, own_plan
+    from diffpress.runtime.sampler import MAX_SEED, warm_up
+
+    if args.number < 1 or args.batch < 1:
+        raise BadInput(f"-n {args.number} --batch {args.batch}: both must be at least 1")
+    if not 0 <= args.seed <= MAX_SEED - args.number:
+        raise BadInput(f"--seed {args.seed}: must lie in 0..{MAX_SEED - args.number}")
+    options = engine_options(args, None if args.no_cache else Cache(cache_folder()))
+    bundle = load_bundle(args.bundle)
+    spec = bundle.spec
+    if args.size is not None:
+        spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
+    spec = asked_spec(spec, args.steps, args.solver, args.grid, args.guidance)
+    _check_wishes(spec.conditioning, args.label, args.prompt, args.negative)
+    with plain_warnings(), closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
+        spec = bundle.spec_for(pipeline.denoiser.name, spec)
+        if pipeline.spec.plan.corrections and not spec.plan.corrections:
+            _warn("this plan is not the bundle's own: the corrections of rounding measured for that are left out")
+        conditions = pipeline.conditions(
+            args.number,
+            spec,
+            labels=None if args.label is None else np.full(args.number, args.label),
+            prompts=None if args.prompt is None else [args.prompt] * args.number,
+            negatives=None if args.negative is None else [args.negative] * args.number,
+            warn=_warn,
+        )
+        # compiling for this batch size belongs to loading, not to the time per image
+        warm_up(pipeline.denoiser, spec, min(args.batch, args.number))
+        start = time.perf_counter()
+        seeds = np.arange(args.seed, args.seed + args.number)
+        images = np.concatenate(list(pipeline.images(seeds, conditions, spec, args.batch)))
+        image_ms = (time.perf_counter() - start) * 1e3 / args.number
+        engine = ran_in(pipeline.denoiser)
+    write_png(grid(to_uint8(images, spec.data_range)), args.out)
+    made = "1 image" if args.number == 1 else f"{args.number} images"
+    print(f"{args.out}: {made}, {own_plan(spec)} in {engine}, {image_ms:.1f} ms per image")
+    return 0
+
+
+def _check_wishes(conditioning: Conditioning, label: int | None, prompt: str | None, negative: str | None) -> None:
+    """BadInput for a label or a prompt that this kind of model does not take, or the lack of one that it needs."""
+    if conditioning.kind != "text" and (prompt is not None or negative is not None):
+        flag = "--prompt" if prompt is not None else "--negative"
+        raise BadInput(f"{flag}: the model is not conditioned on text; {_instead(conditioning)}")
+    if conditioning.kind == "text" and prompt is None:
+        raise BadInput("the model is conditioned on text: say what to show with --prompt TEXT")
+    if label is not None and conditioning.kind != "class":
+        raise BadInput("--label: the model is not class-conditional; leave the label out")
+    if label is not None and not 0 <= label < conditioning.classes:
+        raise BadInput(f"--label {label}: the model knows the classes 0..{conditioning.classes - 1}")
+
+
+def _instead(conditioning: Conditioning) -> str:
+    return f"use --label 0..{conditioning.classes - 1}" if conditioning.kind == "class" else "leave it out"
+
+
+def _warn(line: str) -> None:
+    print(f"warning: {line}", file=sys.stderr)

@@ -1,0 +1,59 @@
+"""`recover`: a pruned student learns to answer like the model it was pruned from.
+
+On images noised to timesteps of the whole schedule or of the plan, with o the outputs and e the block energies
+(features.py),
+
+    L = w_out |o_s - o_t|^2  +  w_feat mean_b |e_s^b - e_t^b|^2 / |e_t^b|^2  +  w_task |o_s - target|^2
+
+(output + feature distillation of BK-SDM, Kim et al. 2023, eq. 2-4). The teacher is the checkpoint the run began with.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.context import Context
+from diffpress.compress.distillation.block_features import captured, feature_distance
+from diffpress.compress.distillation.conditioning import drop_conditions
+from diffpress.compress.distillation.config import RecoverConfig
+from diffpress.compress.distillation.student import trained
+from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.training.loop import Objective
+from diffpress.compress.training.losses import Tensors, add_noise, forward, target_of
+from diffpress.compress.training.teacher_data import data_for
+
+
+def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Checkpoint:
+    """Train the checkpoint's model; returns it with new weights and the plan it had."""
+    data, spec = data_for(ctx, config.samples), checkpoint.spec
+    teacher = ctx.teacher.model.eval()
+    # a fixed plan visits few timesteps: with `timesteps: plan` all of the training goes there
+    visited = spec.plan.timesteps if config.timesteps == "plan" else range(len(spec.schedule))
+    timesteps = torch.tensor(list(visited)).round().long()
+    blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
+
+    def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
+        x0, conditions = data.batch(config.batch, generator)
+        conditions = drop_conditions(conditions, data.null, generator)
+        t = timesteps[torch.randint(0, len(timesteps), (config.batch,), generator=generator)]
+        return x0, torch.randn(x0.shape, generator=generator), t, conditions
+
+    def loss(
+        student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, conditions: Tensors
+    ) -> torch.Tensor:
+        teacher.to(x0.device)
+        x_t = add_noise(spec, x0, noise, t)
+        with torch.no_grad(), captured(teacher, blocks) as wanted:
+            answer = forward(teacher, spec, x_t, t, conditions)
+        with captured(student, blocks) as found:
+            out = forward(student, spec, x_t, t, conditions)
+        total = config.output_weight * torch.mean((out - answer) ** 2)
+        if blocks:
+            total = total + config.feature_weight * feature_distance(found, wanted)
+        if config.task_weight:
+            total = total + config.task_weight * torch.mean((out - target_of(spec, x0, noise, t)) ** 2)
+        return total
+
+    return checkpoint.evolve(model=trained(checkpoint, Objective(draw, loss), config, ctx))

@@ -1,0 +1,1 @@
+"""Scores of samples: feature distances, paired metrics, and SQNR to the teacher."""

@@ -1,0 +1,74 @@
+"""A bundle against its baselines, in one run. Torch is imported only for a torch baseline.
+
+PyTorch eager     the baseline checkpoint as people run it today: DDIM with 50 steps, or as its pipeline does
+the same engine   the baseline bundle in fp32
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from diffpress.runtime.benchmarking.bench import Subject, bundle_subject, measure, sampler_overhead
+from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
+from diffpress.runtime.engines import Engine, installed, open_engine, ran_in
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.errors import DiffpressError
+
+
+def bench(
+    bundle: str | Path,
+    baselines: Sequence[str | Path] = (),
+    *,
+    batch: Sequence[int] = (1, 8),
+    engines: Sequence[str | None] = (None,),
+    repeats: int = 3,
+    options: EngineOptions | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle against its baselines in one run; the result has the shape of `bench --json`.
+
+    Args:
+        bundle: The bundle's folder.
+        baselines: Checkpoints, which run in PyTorch eager, and bundles, which run in each engine.
+        batch: The batch sizes to measure.
+        engines: Names of engines; None for the preferred one, `["all"]` for all that are installed.
+        repeats: Alternating rounds, of which medians are taken.
+        options: Threads, precision and so on, for every engine.
+    """
+    options = options or EngineOptions()
+    opened = load_bundle(bundle)
+    every = list(engines) == ["all"]
+    names: list[str | None] = [*(installed() if every else engines)]
+    left_out: dict[str, str] = {}
+    with ExitStack() as stack:
+        subjects: list[Subject] = []
+        overheads = {}
+
+        def add(of: Bundle, name: str | None) -> Engine | None:
+            try:
+                engine = stack.enter_context(closing(open_engine(of, name, options=options)))
+                subjects.append(bundle_subject(of, engine, batches=batch, options=options))
+            except DiffpressError as error:
+                if not every:  # it was asked for by name
+                    raise
+                left_out[f"{of.path.name} in {name}"] = str(error)
+                return None
+            return engine
+
+        for baseline in baselines:
+            if (Path(baseline) / MANIFEST).is_file():
+                other = load_bundle(baseline)
+                for name in names:
+                    add(other, name)
+            else:
+                from diffpress.compress.evaluation.torch_baseline import torch_subject
+
+                subjects.append(torch_subject(str(baseline), options.threads))
+        for name in names:
+            engine = add(opened, name)
+            if engine is not None:
+                overheads[ran_in(engine)] = sampler_overhead(engine, opened.spec, min(batch), repeats)
+        result: dict[str, Any] = measure(subjects, batch, repeats)
+    return result | {"sampler_overhead": overheads, "left_out": left_out}

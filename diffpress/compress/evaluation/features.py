@@ -1,0 +1,92 @@
+"""Feature networks that score images, and the features of real images to compare with."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffpress.compress.evaluation.metrics import kernel_within
+from diffpress.compress.training.image_data import read_npz
+from diffpress.runtime.bundle import sha256
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.spec import DenoiserSpec
+
+
+@dataclass(frozen=True)
+class Reference:
+    """Features [M, D] of real images, where they come from, and what they were made with."""
+
+    features: np.ndarray
+    source: dict[str, Any]
+
+    @cached_property
+    def kernel_within(self) -> float:
+        """The part of a KID that is the reference's alone."""
+        return kernel_within(self.features)
+
+
+@dataclass(frozen=True)
+class FeatureNetwork:
+    """`run(images float32 [N, C, H, W])` -> features [N, D], logits [N, classes]."""
+
+    name: str
+    sha256: str
+    run: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+
+def load_features(path: Path, spec: DenoiserSpec, threads: int | None = None) -> FeatureNetwork:
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    try:
+        session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's error types are private
+        raise BadInput(f"{path}: not readable as a feature network ({str(error).splitlines()[0]})") from error
+    if not spec.is_pixel_space:
+        raise BadInput(
+            "evaluate scores models of pixels; sample the bundle of a model of latents, and score the images elsewhere"
+        )
+    shape = tuple(session.get_inputs()[0].shape[1:])
+    if shape != tuple(spec.sample_shape):
+        raise BadInput(
+            f"{path}: this feature network sees images {list(shape)}, the model makes {list(spec.sample_shape)}; "
+            "give one that fits with --features NET.onnx (input 'sample', outputs 'features' and 'logits')"
+        )
+
+    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        features, logits = session.run(["features", "logits"], {"sample": images})
+        return features, logits
+
+    return FeatureNetwork(path.name, sha256(path), run)
+
+
+def load_reference(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> Reference:
+    """Stored features made with this network, or images, which are put through it here."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            stored = {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path}: not readable as npz ({error})") from error
+    if "features" in stored:
+        if str(stored.get("features_sha256")) != network.sha256:
+            raise BadInput(
+                f"{path}: its features were made by another network than {network.name}; give images instead"
+            )
+        features = stored["features"].astype(np.float64)
+    else:
+        images, _ = read_npz(path)
+        if images.shape[1:] != tuple(spec.sample_shape):
+            raise BadInput(f"{path}: images are {list(images.shape[1:])}, the model makes {list(spec.sample_shape)}")
+        low, high = spec.data_range
+        scaled = [
+            images[i : i + 256].astype(np.float32) * ((high - low) / 255.0) + low for i in range(0, len(images), 256)
+        ]
+        features = np.concatenate([network.run(part)[0] for part in scaled]).astype(np.float64)
+    return Reference(features, {"file": path.name, "sha256": sha256(path), "images": len(features)})

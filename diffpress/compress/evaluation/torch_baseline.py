@@ -1,0 +1,42 @@
+"""PyTorch eager as a subject of the benchmark: the checkpoint as people run it today."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from diffpress.compress.models.counts import count
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.benchmarking.bench import TORCH, Subject, sample_once
+from diffpress.runtime.sampler import network_evaluations
+from diffpress.runtime.sampling_plan import make_plan
+
+BASELINE_SOLVER, BASELINE_STEPS = "ddim", 50
+
+
+def torch_subject(reference: str, threads: int | None = None) -> Subject:
+    """The checkpoint in PyTorch eager, float32: models of pixels sampled with DDIM-50, what most people run today, and
+    those of latents by the plan their pipeline has."""
+    if threads:
+        torch.set_num_threads(threads)
+    checkpoint = load_checkpoint(reference)
+    spec = checkpoint.spec
+    if spec.is_pixel_space:
+        steps = min(BASELINE_STEPS, len(spec.schedule))
+        spec = spec.with_plan(make_plan(BASELINE_SOLVER, steps, spec.schedule, clip=spec.plan.clip))
+    one_step = replace(spec.plan, timesteps=spec.plan.timesteps[:1])
+    network = TorchNetwork(checkpoint.model, spec)
+    return Subject(
+        name=f"{Path(reference).name} (PyTorch eager)",
+        engine=TORCH,
+        precision="fp32",
+        steps=spec.plan.steps,
+        nfe=network_evaluations(spec),
+        size_mib=count(checkpoint.model, spec).fp32_bytes / 2**20,
+        integer_mac_share=0.0,
+        sample=lambda batch: sample_once(network, spec, batch),
+        step=lambda batch: sample_once(network, spec.with_plan(one_step), batch),
+    )

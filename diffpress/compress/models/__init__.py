@@ -1,0 +1,1 @@
+"""Denoiser families (one adapter each) and the components around them: text encoders, autoencoders."""

@@ -1,0 +1,169 @@
+"""The parts around a denoiser, one at a time: text encoders and the decoder of latents, to be run or exported.
+
+    text_encoder   input_ids int64 [B, L] (, attention_mask int64 [B, L])  ->
+                       CLIP: [text_embeds,] last_hidden_state [, pooler_output], hidden_states.0 ... in this order
+                       T5:   last_hidden_state
+    vae_decoder    latent_sample f32 [B, C, h, w]                          ->  sample f32 [B, 3, H, W]
+
+Names and order are those of the ONNX pipelines of optimum, so that these read a bundle too. A part is loaded from the
+checkpoint's folder when it is needed, and dropped afterwards: only one of them is in memory beside the denoiser.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.sources.layout import TEXT_ENCODERS, first_line, read_layout, variant_of
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.prompts import MASK, encode, unconditional
+from diffpress.runtime.spec import DenoiserSpec
+
+DECODER = "vae_decoder"
+TEXT_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
+DECODER_MODELS = ("AutoencoderKL", "VQModel")
+IMAGE_CHANNELS = 3
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A module with what tracing needs: how it is called, example inputs, names of outputs, dimensions that may change.
+
+    `folder` is the part's name in a diffusers pipeline, `name` that of its graph. It runs like an engine, too.
+    """
+
+    name: str
+    folder: str
+    config: dict[str, Any]
+    module: nn.Module
+    forward: Callable[[nn.Module, Tensors], tuple[torch.Tensor, ...]]
+    examples: Tensors
+    outputs: list[str]
+    axes: dict[str, dict[int, str]]
+
+    @property
+    def inputs(self) -> Mapping[str, np.dtype]:
+        return {name: tensor.numpy().dtype for name, tensor in self.examples.items()}
+
+    def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The part's outputs for one batch, as an engine gives them."""
+        feed = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
+        with torch.no_grad():
+            found = self.forward(self.module, feed)
+        return {name: tensor.float().numpy() for name, tensor in zip(self.outputs, found, strict=True)}
+
+    def close(self) -> None:
+        """Nothing to release; here so that it can stand where an engine does."""
+
+
+def part_names(checkpoint: Checkpoint) -> list[str]:
+    """The graphs a bundle has beside the denoiser, text encoders first."""
+    if checkpoint.source.parts is None:
+        return []
+    encoders = [encoder.graph for encoder in checkpoint.spec.conditioning.encoders]
+    return [*encoders, DECODER] if checkpoint.spec.latent_factor > 1 else encoders
+
+
+def load_part(checkpoint: Checkpoint, name: str) -> Part:
+    """Load one of `part_names`; BadInput where its class is not known or its weights cannot be read."""
+    assert checkpoint.source.parts is not None  # part_names gave the name
+    layout = read_layout(checkpoint.source.parts)
+    if name in TEXT_ENCODERS:
+        return _text_encoder(layout.folder / name, layout.configs[name], checkpoint.spec)
+    assert layout.decoder is not None
+    return _decoder(layout.folder / layout.decoder, layout.configs[layout.decoder], checkpoint.spec)
+
+
+def _text_encoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Part:
+    kind = (config.get("architectures") or ["without a name"])[0]
+    _refuse_unknown(folder, kind, TEXT_MODELS)
+    module = _from_pretrained("transformers", kind, folder, torch_dtype=torch.float32)
+    length = next(e.length for e in spec.conditioning.encoders if e.graph == folder.name)
+    examples = {"input_ids": torch.zeros(2, length, dtype=torch.int64)}
+    if any(f"{folder.name}.{MASK}" in rows for rows in _pieces(spec)):
+        # where the denoiser is shown the mask, its text encoder was too
+        examples[MASK] = torch.ones(2, length, dtype=torch.int64)
+    axes = {name: {0: "batch", 1: "sequence"} for name in examples}
+    outputs = ["last_hidden_state"]
+    if kind != "T5EncoderModel":
+        hidden = [f"hidden_states.{i}" for i in range(int(config["num_hidden_layers"]) + 1)]
+        projects = kind == "CLIPTextModelWithProjection"
+        outputs = [*(["text_embeds"] if projects else []), *outputs, *([] if projects else ["pooler_output"]), *hidden]
+    return Part(folder.name, folder.name, config, module, _outputs_of(outputs), examples, outputs, axes)
+
+
+def _outputs_of(names: list[str]) -> Callable[[nn.Module, Tensors], tuple[torch.Tensor, ...]]:
+    def forward(module: nn.Module, inputs: Tensors) -> tuple[torch.Tensor, ...]:
+        wanted = any(name.startswith("hidden_states.") for name in names)
+        found = module(**inputs, output_hidden_states=wanted)
+        values = []
+        for name in names:
+            kind, _, index = name.partition(".")
+            values.append(found[kind][int(index)] if index else found[kind])
+        return tuple(values)
+
+    return forward
+
+
+def _decoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Part:
+    kind = str(config.get("_class_name"))
+    _refuse_unknown(folder, kind, DECODER_MODELS)
+    module: Any = _from_pretrained("diffusers", kind, folder, torch_dtype=torch.float32)
+    del module.encoder  # decoding needs it not
+    examples = {"latent_sample": torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))}
+    axes = {"latent_sample": {0: "batch", 2: "latent_height", 3: "latent_width"}}
+    return Part(DECODER, folder.name, config, module, _decode, examples, ["sample"], axes)
+
+
+def _decode(module: Any, inputs: Tensors) -> tuple[torch.Tensor, ...]:
+    return (module.decode(inputs["latent_sample"], return_dict=False)[0],)
+
+
+def encoded_prompts(
+    checkpoint: Checkpoint, prompts: Sequence[str] | None, warn: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+    """The denoiser's text inputs for these prompts, float32 [N, ...], made by the checkpoint's own text encoders.
+
+    None gives those of guidance's unconditional half, [1, ...].
+    """
+    conditioning = checkpoint.spec.conditioning
+    if checkpoint.source.parts is None or not conditioning.encoders:
+        raise BadInput(
+            "the model is conditioned on text and came without its text encoders; name the whole pipeline's folder"
+        )
+    layout = read_layout(checkpoint.source.parts)
+    tokenizers = {e.tokenizer: layout.tokenizer(e.tokenizer).backend_tokenizer for e in conditioning.encoders}
+    encoders = {e.graph: load_part(checkpoint, e.graph) for e in conditioning.encoders}
+    size = checkpoint.spec.image_size
+    if prompts is None:
+        return unconditional(None, 1, conditioning, encoders, tokenizers, size, warn)
+    return encode(prompts, conditioning, encoders, tokenizers, size, warn)
+
+
+def _pieces(spec: DenoiserSpec) -> list[tuple[str, ...]]:
+    return [row for entry in spec.conditioning.inputs.values() for row in entry.rows if not isinstance(row, int)]
+
+
+def _refuse_unknown(folder: Path, kind: str, known: tuple[str, ...]) -> None:
+    if kind not in known:
+        raise BadInput(f"{folder / 'config.json'}: class '{kind}' is not known here (known: {', '.join(known)})")
+
+
+def _from_pretrained(library: str, kind: str, folder: Path, **options: Any) -> nn.Module:
+    try:
+        module: nn.Module = getattr(importlib.import_module(library), kind).from_pretrained(
+            folder, use_safetensors=True, local_files_only=True, variant=variant_of(folder), **options
+        )
+    except Exception as error:  # both libraries raise many types
+        raise BadInput(f"{folder}: {kind} cannot be read ({first_line(error)}); copy it again") from error
+    return module.eval().requires_grad_(False)

@@ -1,0 +1,41 @@
+"""Adapter of diffusers' `DiTTransformer2DModel`: class-conditional latent transformers (Peebles & Xie 2023)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpress.compress.models.description import Description, square
+from diffpress.compress.models.diffusers_blocks import attentions as attentions
+from diffpress.compress.models.diffusers_blocks import coupled as coupled
+from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
+from diffpress.compress.models.transformer import blocks as blocks
+from diffpress.compress.models.transformer import cache_cuts as cache_cuts
+from diffpress.compress.models.transformer import layers_named
+from diffpress.compress.models.transformer import skip_joins as skip_joins
+from diffpress.compress.models.transformer import trunk as trunk
+from diffpress.compress.sources.layout import Layout
+from diffpress.runtime.conditioning import Conditioning
+
+RESIZABLE = False  # its position embedding is a table for one size
+
+
+def describe(layout: Layout) -> Description:
+    config = layout.config
+    classes = int(config["num_embeds_ada_norm"])
+    # the embedding has one more row, for the label that was dropped in training
+    conditioning = Conditioning("class", classes, null_label=classes)
+    shape = square(config["in_channels"], config["sample_size"])
+    return Description(shape, conditioning, int(config["patch_size"]), steps=50, guidance=4.0)
+
+
+def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    sample = inputs["sample"]
+    out: torch.Tensor = model(sample, inputs["timestep"], class_labels=inputs["class_labels"], return_dict=False)[0]
+    return out[:, : sample.shape[1]]  # what follows is the learned variance
+
+
+def fragile(model: nn.Module) -> list[str]:
+    return layers_named(model, outside=("pos_embed.", "proj_out_"), inside=("norm1.",))

@@ -1,0 +1,67 @@
+"""Adapter of diffusers' `PixArtTransformer2DModel`: PixArt-alpha and PixArt-Sigma (Chen et al. 2023, 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpress.compress.models.description import Description, square, text, text_encoder
+from diffpress.compress.models.diffusers_blocks import attentions as attentions
+from diffpress.compress.models.diffusers_blocks import coupled as coupled
+from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
+from diffpress.compress.models.transformer import blocks as blocks
+from diffpress.compress.models.transformer import cache_cuts as cache_cuts
+from diffpress.compress.models.transformer import layers_named
+from diffpress.compress.models.transformer import skip_joins as skip_joins
+from diffpress.compress.models.transformer import trunk as trunk
+from diffpress.compress.sources.layout import Layout
+from diffpress.runtime.conditioning import TextInput
+
+RESIZABLE = False  # its position embedding is computed for one size
+LENGTHS = {"PixArtSigmaPipeline": 300}
+ALPHA_LENGTH = 120
+
+
+def describe(layout: Layout) -> Description:
+    config = layout.config
+    length = LENGTHS.get(layout.pipeline, ALPHA_LENGTH)
+    encoders = [text_encoder(layout, part, length, lower=True) for part, _ in layout.encoders]
+    inputs = {
+        "encoder_hidden_states": TextInput(
+            (length, int(config["caption_channels"])), (("text_encoder.last_hidden_state",),)
+        ),
+        "encoder_attention_mask": TextInput((length,), (("text_encoder.attention_mask",),)),
+    }
+    if _knows_size(config):
+        inputs["resolution"] = TextInput((2,), (("size",),))
+    shape = square(config["in_channels"], config["sample_size"])
+    return Description(shape, text(layout, encoders, inputs), int(config["patch_size"]), steps=20, guidance=4.5)
+
+
+def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    # all of one batch in so many words: tracing cannot see otherwise that the reshapes inside fit each other
+    batch = inputs["sample"].shape[0]
+    inputs = {name: value.expand(batch, *value.shape[1:]) for name, value in inputs.items()}
+    sample, size = inputs["sample"], inputs.get("resolution")
+    micro = {"resolution": size, "aspect_ratio": None if size is None else size[:, :1] / size[:, 1:]}
+    out: torch.Tensor = model(
+        sample,
+        encoder_hidden_states=inputs["encoder_hidden_states"],
+        timestep=inputs["timestep"],
+        added_cond_kwargs=micro,
+        encoder_attention_mask=inputs["encoder_attention_mask"],
+        return_dict=False,
+    )[0]
+    return out[:, : sample.shape[1]]  # what follows is the learned variance
+
+
+def fragile(model: nn.Module) -> list[str]:
+    return layers_named(model, outside=("pos_embed.", "adaln_single.", "caption_projection.", "proj_out"))
+
+
+def _knows_size(config: dict[str, Any]) -> bool:
+    # as the model itself decides
+    wish = config.get("use_additional_conditions")
+    return bool(config["sample_size"] == 128 if wish is None else wish)

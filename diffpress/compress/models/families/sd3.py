@@ -1,0 +1,59 @@
+"""Adapter of diffusers' `SD3Transformer2DModel`: Stable Diffusion 3 and 3.5 (Esser et al. 2024)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpress.compress.models.description import Description, penultimate, square, text, text_encoder
+from diffpress.compress.models.diffusers_blocks import attentions as attentions
+from diffpress.compress.models.diffusers_blocks import coupled as coupled
+from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
+from diffpress.compress.models.transformer import blocks as blocks
+from diffpress.compress.models.transformer import cache_cuts as cache_cuts
+from diffpress.compress.models.transformer import layers_named
+from diffpress.compress.models.transformer import skip_joins as skip_joins
+from diffpress.compress.models.transformer import trunk as trunk
+from diffpress.compress.sources.layout import Layout
+from diffpress.runtime.conditioning import TextInput
+
+RESIZABLE = True
+T5_LENGTH = 256
+
+
+def describe(layout: Layout) -> Description:
+    config = layout.config
+    width = int(config["joint_attention_dim"])
+    clips = [text_encoder(layout, part) for part, _ in layout.encoders if part != "text_encoder_3"]
+    length = clips[0].length if clips else 77
+    t5 = [text_encoder(layout, part, T5_LENGTH) for part, _ in layout.encoders if part == "text_encoder_3"]
+    hidden = tuple(penultimate(layout, encoder.graph) for encoder in clips)
+    # without its T5 the pipeline puts as many rows of zeros there (since diffusers 0.36; before, as the CLIPs have)
+    last: tuple[str, ...] | int = ("text_encoder_3.last_hidden_state",) if t5 else T5_LENGTH
+    inputs = {
+        "encoder_hidden_states": TextInput((length + T5_LENGTH, width), (hidden, last)),
+        "pooled_projections": TextInput(
+            (int(config["pooled_projection_dim"]),), (tuple(f"{encoder.graph}.text_embeds" for encoder in clips),)
+        ),
+    }
+    shape = square(config["in_channels"], config["sample_size"])
+    conditioning = text(layout, clips + t5, inputs)
+    return Description(shape, conditioning, int(config["patch_size"]), steps=28, guidance=7.0, own_sigmas=False)
+
+
+def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    out: torch.Tensor = model(
+        hidden_states=inputs["sample"],
+        encoder_hidden_states=inputs["encoder_hidden_states"],
+        pooled_projections=inputs["pooled_projections"],
+        timestep=inputs["timestep"],
+        return_dict=False,
+    )[0]
+    return out
+
+
+def fragile(model: nn.Module) -> list[str]:
+    outer = ("pos_embed.", "time_text_embed.", "context_embedder", "norm_out.", "proj_out")
+    return layers_named(model, outside=outer, inside=("norm1.", "norm1_context."))

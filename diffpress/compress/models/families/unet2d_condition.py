@@ -1,0 +1,109 @@
+"""Adapter of diffusers' `UNet2DConditionModel`: Stable Diffusion 1 and 2, SDXL, and latent consistency models."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpress.compress.models.description import Description, penultimate, square, text, text_encoder
+from diffpress.compress.models.diffusers_blocks import attentions as attentions
+from diffpress.compress.models.diffusers_blocks import coupled as coupled
+from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
+from diffpress.compress.models.diffusers_blocks import trunk as trunk
+from diffpress.compress.models.families.unet2d import blocks as blocks
+from diffpress.compress.models.families.unet2d import cache_cuts as cache_cuts
+from diffpress.compress.models.families.unet2d import skip_joins as skip_joins
+from diffpress.compress.sources.layout import Layout
+from diffpress.runtime.conditioning import TextInput
+from diffpress.runtime.errors import BadInput
+
+RESIZABLE = True
+TIME_IDS = 6  # original size, crop corner, target size
+GUIDANCE_WIDTH = 256  # as published latent consistency models have it
+CLIP_LENGTH = 77  # of a denoiser that came without its text encoder
+
+
+def describe(layout: Layout) -> Description:
+    config = layout.config
+    shape = square(config["in_channels"], config.get("sample_size") or 64)
+    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    if config.get("addition_embed_type") not in (None, "text_time") or config.get("class_embed_type"):
+        raise BadInput(
+            f"{layout.denoiser / 'config.json'}: addition_embed_type '{config.get('addition_embed_type')}' with "
+            f"class_embed_type '{config.get('class_embed_type')}' is not known; bring it as a custom module, "
+            "file.py:weights"
+        )
+    encoders = [text_encoder(layout, part) for part, _ in layout.encoders]
+    length, width = encoders[0].length if encoders else CLIP_LENGTH, _context_width(config)
+    lcm = config.get("time_cond_proj_dim") is not None
+    usual = (4, 8.5) if lcm else (50, 5.0 if _is_sdxl(config) else 7.5)
+    if not _is_sdxl(config):
+        inputs = {"encoder_hidden_states": TextInput((length, width), (("text_encoder.last_hidden_state",),))}
+        return Description(shape, text(layout, encoders, inputs, guidance_input=lcm), multiple, *usual)
+    pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
+    if layout.index.get("requires_aesthetics_score"):
+        raise BadInput(f"{layout.folder}: an SDXL refiner starts from an image; diffpress carries text-to-image models")
+    hidden = tuple(penultimate(layout, encoder.graph) for encoder in encoders)
+    inputs = {
+        "encoder_hidden_states": TextInput((length, width), (hidden,)),
+        "text_embeds": TextInput((pooled,), (("text_encoder_2.text_embeds",),)),
+        "time_ids": TextInput((TIME_IDS,), (("size", "corner", "size"),)),
+    }
+    zero = bool(layout.index.get("force_zeros_for_empty_prompt", True))
+    return Description(
+        shape, text(layout, encoders, inputs, zero_negative=zero, guidance_input=lcm), multiple, *usual
+    )
+
+
+def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
+    embedding = None
+    if "guidance" in inputs:
+        config = getattr(model, "module", model).config  # under DDP the model is wrapped
+        embedding = guidance_embedding(inputs["guidance"] - 1.0, config.time_cond_proj_dim)
+    out: torch.Tensor = model(
+        inputs["sample"],
+        inputs["timestep"],
+        inputs["encoder_hidden_states"],
+        timestep_cond=embedding,
+        added_cond_kwargs=added or None,
+        return_dict=False,
+    )[0]
+    return out
+
+
+def add_guidance_input_(model: Any) -> dict[str, Any]:
+    """Give the time embedding a layer for the guidance weight, zero at first; returns the changed settings."""
+    first = model.time_embedding.linear_1
+    layer = nn.Linear(GUIDANCE_WIDTH, first.in_features, bias=False).to(first.weight)
+    nn.init.zeros_(layer.weight)
+    model.time_embedding.cond_proj = layer
+    model.register_to_config(time_cond_proj_dim=GUIDANCE_WIDTH)
+    return {"time_cond_proj_dim": GUIDANCE_WIDTH}
+
+
+def guidance_embedding(weight: torch.Tensor, width: int) -> torch.Tensor:
+    """Sines and cosines of 1000 w, [B, width] (Luo et al. 2023, latent consistency models, section 4.1)."""
+    half = width // 2
+    rates = torch.exp(torch.arange(half, device=weight.device, dtype=weight.dtype) * -(math.log(10000.0) / (half - 1)))
+    angles = 1000.0 * weight[:, None] * rates
+    return torch.cat([angles.sin(), angles.cos()], dim=1)
+
+
+def fragile(model: nn.Module) -> list[str]:
+    ends = ("conv_in", "conv_out", "time_emb_proj")
+    starts = ("time_embedding.", "add_embedding.")
+    layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    return [name for name in layers if name.endswith(ends) or name.startswith(starts)]
+
+
+def _is_sdxl(config: dict[str, Any]) -> bool:
+    return config.get("addition_embed_type") == "text_time"
+
+
+def _context_width(config: dict[str, Any]) -> int:
+    width = config["cross_attention_dim"]
+    return int(width if isinstance(width, int) else width[0])

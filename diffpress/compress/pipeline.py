@@ -1,0 +1,178 @@
+"""The whole way, on one screen:  load -> stages -> export -> evaluate -> gates -> report.
+
+Every finished stage is saved in DIR/stages under a key made of its input's hash and its settings, so a run that was
+killed goes on where it stood, and a changed recipe redoes only what changed. Nothing here knows what a stage does.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffpress.compress.checkpoint import Checkpoint, Record, save_checkpoint
+from diffpress.compress.context import Context, CostsIn, Data, say
+from diffpress.compress.distillation.distill import distill
+from diffpress.compress.evaluation.teacher_sqnr import agreement_db
+from diffpress.compress.models.counts import count
+from diffpress.compress.pruning.prune import prune
+from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.recipe import Recipe, Stage
+from diffpress.compress.sampling_schedule.schedule import schedule
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.training import distributed as processes
+from diffpress.compress.training.image_data import load_images
+from diffpress.compress.training.teacher_data import TeacherData, read_prompts
+from diffpress.runtime.bundle import sha256
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.io.files import read_json, write_json
+
+StageFunction = Callable[[Checkpoint, Any, Context], Checkpoint]
+
+STAGES: dict[str, StageFunction] = {
+    "schedule": schedule,
+    "prune": prune,
+    "distill": distill,
+    "quantize": quantize,
+}
+
+
+def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path, costs_in: CostsIn | None = None) -> Checkpoint:
+    """Apply the recipe's stages to the teacher, reusing what `out`/stages already holds.
+
+    Of several processes all train, and the main one does the rest; what it saves is what the others go on with.
+    `costs_in` is for stages that weigh what they do against its cost in an engine (export/targets/engine_cost.py has one).
+    """
+    data = open_data(teacher, recipe, out)
+    checkpoint = teacher
+    for number, stage in enumerate(recipe.stages):
+        if processes.is_main():
+            print(f"[{number + 1}/{len(recipe.stages)}] {stage.name}", flush=True)
+        key = stage_key(checkpoint, teacher, stage, recipe.seed, data)
+        folder = out / "stages" / f"{number:02d}-{stage.name}-{key[:12]}"
+        done = folder.is_dir()
+        processes.wait()  # all have looked before one writes
+        if done:
+            say(f"done before, read from {folder}")
+        elif processes.is_main() or trains(stage):
+            ctx = Context(recipe.seed, _work(folder), teacher, data, costs_in)
+            checkpoint = run_stage(checkpoint, stage, folder, ctx)
+        processes.wait()
+        if done or not processes.is_main():
+            checkpoint = load_checkpoint(reference_to(folder, teacher))
+    return checkpoint
+
+
+def trains(stage: Stage) -> bool:
+    """Does the stage run the training loop, in which processes share the work?"""
+    return stage.name == "distill" or (stage.name == "quantize" and stage.config.mode == "qat")
+
+
+def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
+    """The recipe's images; for models of latents or text what the teacher makes, under the recipe's prompts."""
+    spec = teacher.spec
+    if spec.is_pixel_space:
+        return load_images(recipe.data, spec) if recipe.data else None
+    if spec.conditioning.kind == "text":
+        prompts = read_prompts(recipe.data)
+    elif recipe.data is None:
+        prompts = ()
+    else:
+        raise BadInput(f"{recipe.data}: a model of latents learns from what its teacher makes; leave 'data' out")
+    return TeacherData(teacher, recipe.teacher_samples, out / "stages", prompts)
+
+
+def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) -> Checkpoint:
+    """Run one stage; the main process appends its record to the history, saves it, and drops what was for resuming."""
+    began = time.monotonic()
+    result = STAGES[stage.name](checkpoint, stage.config, ctx)
+    if not processes.is_main():
+        return result
+    before, after = count(checkpoint.model, checkpoint.spec), count(result.model, result.spec)
+    changed: dict[str, Any] = {name: [getattr(before, name), getattr(after, name)] for name in ("parameters", "macs")}
+    changed["plan"] = [_plan(checkpoint), _plan(result)]
+    changed["sqnr_db_to_teacher"] = agreement_db(result, ctx.teacher, ctx.data)
+    changed |= ctx.notes
+    if trains(stage) and processes.count() > 1:
+        changed["processes"] = processes.count()  # each of which took batches of the config's size
+    say(
+        f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
+        f"SQNR to the teacher {changed['sqnr_db_to_teacher']} dB"
+    )
+    record = Record(
+        stage.name,
+        stage.config.model_dump(mode="json"),
+        ctx.seed,
+        changed,
+        checkpoint.hash,
+        result.hash,
+        round(time.monotonic() - began, 1),
+    )
+    result = result.evolve(history=(*checkpoint.history, record))
+    save_checkpoint(result, folder)
+    shutil.rmtree(ctx.work, ignore_errors=True)
+    return result
+
+
+def _work(folder: Path) -> Path:
+    """Where a stage that is saved in `folder` keeps what it needs to go on after a kill."""
+    return folder.with_name(f".{folder.name}.work")
+
+
+def stage_key(checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: Data | None) -> str:
+    facts = [
+        checkpoint.hash,
+        teacher.hash,
+        stage.name,
+        stage.config.model_dump(mode="json"),
+        seed,
+        data.hash if data else None,
+    ]
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def reference_to(folder: Path, teacher: Checkpoint) -> str:
+    """How `load_checkpoint` is told to read a saved stage of this teacher: custom modules need their file again."""
+    return f"{teacher.source.file}:{folder}" if teacher.source.file else str(folder)
+
+
+def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -> None:
+    """Make `out` this run's folder; one that belongs to another run is refused and left as it is."""
+    # the data by its content: a moved project is the same project
+    facts = {**recipe.to_json(), "teacher": teacher.hash, "data": sha256(recipe.data) if recipe.data else None}
+    file = out / "recipe.json"
+    if file.is_file() and not update:
+        difference = _first_difference(read_json(file), facts)
+        if difference:
+            raise BadInput(
+                f"{out}: was made by another recipe ({difference}); choose another --out, "
+                "or pass --update to redo here only what changed"
+            )
+    elif not file.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise BadInput(f"{out}: exists and is not a folder of diffpress; choose another --out")
+    write_json(file, facts)
+
+
+def _first_difference(old: Any, new: Any, path: str = "") -> str:
+    """Where two JSON values first differ, in words; '' where they are equal."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        pairs = [(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in sorted({*old, *new})]
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        pairs = [(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True))]
+    else:
+        return "" if old == new else f"{path}: {_short(old)} there, {_short(new)} here"
+    return next(filter(None, (_first_difference(*pair) for pair in pairs)), "")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _plan(checkpoint: Checkpoint) -> str:
+    plan = checkpoint.spec.plan
+    return f"{plan.solver}-{plan.steps}"

@@ -1,0 +1,1 @@
+"""Structured pruning: importance, coupled groups, allocation of the ratio."""

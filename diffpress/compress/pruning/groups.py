@@ -1,0 +1,142 @@
+"""Coupled groups of channels: from the family's adapter, or from torch-pruning's dependency graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch_pruning as tp
+from torch import nn
+
+from diffpress.compress.config import PruneConfig
+from diffpress.compress.models.adapter import Adapter
+from diffpress.compress.models.diffusers_blocks import Coupled, Member
+from diffpress.compress.pruning.allocation import Candidate
+from diffpress.compress.pruning.importance import Importance, group_scores
+
+LAYERS = (nn.Conv2d, nn.Linear)
+
+
+def dependency_graph_groups(
+    model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor], config: PruneConfig, importance: Importance
+) -> list[Candidate]:
+    """Every coupled group that torch-pruning's dependency graph finds, outside fixed layers and attention."""
+    modules = dict(model.named_modules())
+    fixed = [modules[name] for name in adapter.fixed(model)]
+    fixed += [member.layer for heads in adapter.attentions(model) for member in heads.members if member.side == "out"]
+    pixels = output_pixels(model, adapter, inputs)
+    graph = tp.DependencyGraph().build_dependency(
+        model, example_inputs=inputs, forward_fn=lambda m, x: adapter.forward(m, x), verbose=False
+    )
+    roots = list(_roots(graph, fixed))
+    return [_graph_candidate(graph, root, prune_out, config, importance, pixels) for root, prune_out in roots]
+
+
+def _roots(graph: Any, ignored: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
+    for group in graph.get_all_groups(ignored_layers=list(ignored), root_module_types=list(LAYERS)):
+        first = group[0].dep
+        yield first.target.module, first.handler
+
+
+def _graph_candidate(
+    graph: Any, root: nn.Module, prune_out: Any, config: PruneConfig, importance: Importance, pixels: dict[Any, int]
+) -> Candidate:
+    channels = graph.get_out_channels(root)
+    group = graph.get_pruning_group(root, prune_out, idxs=list(range(channels)))
+    scores, touched, norms = torch.zeros(channels), [], [1]
+    for dependency, indices in group:
+        layer: Any = dependency.target.module
+        if isinstance(layer, nn.GroupNorm):
+            norms.append(layer.num_groups)
+        if not isinstance(layer, LAYERS) or len(indices) != channels:
+            continue
+        # Dependencies list this group's channels in the root's order, so scores add up element by element.
+        incoming = dependency.handler.__name__ == "prune_in_channels"
+        values = importance(layer.weight)
+        scores += (values[:, indices].transpose(0, 1) if incoming else values[indices]).flatten(1).sum(1)
+        touched.append((layer, layer.weight.numel() // layer.weight.shape[1 if incoming else 0]))
+
+    def remove(chosen: list[int]) -> None:
+        graph.get_pruning_group(root, prune_out, idxs=chosen).prune()
+
+    return _candidate(scores, math.lcm(*norms), touched, config, pixels, remove)
+
+
+def adapter_groups(
+    groups: list[Coupled], config: PruneConfig, importance: Importance, pixels: dict[Any, int]
+) -> list[Candidate]:
+    return [
+        _candidate(
+            group_scores(group, importance),
+            group.norm_groups,
+            [(m.layer, _weights_touched(m)) for m in group.members if m.side in ("out", "in")],
+            config,
+            pixels,
+            partial(_remove_, group),
+        )
+        for group in groups
+    ]
+
+
+def _candidate(
+    scores: torch.Tensor,
+    norm_groups: int,
+    touched: list[tuple[Any, int]],
+    config: PruneConfig,
+    pixels: dict[Any, int],
+    remove: Callable[[list[int]], None],
+) -> Candidate:
+    """`touched`: the layers a channel has weights in, and how many."""
+    # File size and time count alike: a channel's share of all weights plus its share of all MACs.
+    weights = {layer: layer.weight.numel() for layer in pixels}
+    parameters, macs = sum(n for _, n in touched), sum(n * pixels.get(layer, 1) for layer, n in touched)
+    total_macs = sum(size * pixels[layer] for layer, size in weights.items())
+    return Candidate(
+        scores,
+        norm_groups if len(scores) % norm_groups == 0 else 1,
+        math.lcm(config.round_to, norm_groups),
+        parameters / sum(weights.values()) + macs / total_macs,
+        remove,
+    )
+
+
+def output_pixels(model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor]) -> dict[Any, int]:
+    """How often each layer's weight is applied to one sample: output positions of a convolution or linear layer."""
+    found: dict[Any, int] = {}
+
+    def hook(layer: nn.Module, arguments: object, out: torch.Tensor) -> None:
+        channels = out.shape[1] if isinstance(layer, nn.Conv2d) else out.shape[-1]
+        found[layer] = out.numel() // (out.shape[0] * channels)
+
+    handles = [layer.register_forward_hook(hook) for layer in model.modules() if isinstance(layer, LAYERS)]
+    with torch.no_grad():
+        adapter.forward(model, inputs)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _weights_touched(member: Member) -> int:
+    weight = member.layer.weight
+    return weight.numel() // weight.shape[0 if member.side == "out" else 1] * member.width
+
+
+def _remove_(group: Coupled, indices: list[int]) -> None:
+    """Take `indices` of a coupled group out of each of its layers."""
+    positions: dict[tuple[Any, str], list[int]] = {}
+    for m in group.members:
+        lost = [m.offset + i * m.width + j for i in indices for j in range(m.width)]
+        # Two halves of one layer go in one cut: the first would move the second's positions.
+        positions.setdefault((m.layer, m.side), []).extend(lost)
+    for (layer, side), lost in positions.items():
+        if side == "heads":
+            layer.heads -= len(lost)
+        elif side == "norm":
+            tp.prune_groupnorm_out_channels(layer, lost)
+        elif isinstance(layer, nn.Conv2d):
+            (tp.prune_conv_out_channels if side == "out" else tp.prune_conv_in_channels)(layer, lost)
+        else:
+            (tp.prune_linear_out_channels if side == "out" else tp.prune_linear_in_channels)(layer, lost)

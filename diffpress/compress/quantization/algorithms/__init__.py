@@ -1,0 +1,1 @@
+"""Optional algorithms of the quantize stage: one per file."""

@@ -1,0 +1,63 @@
+"""What one layer multiplies its weight with, as rows of a matrix, while the model answers to a batch of states.
+
+A linear layer or convolution is  y = W x,  W [out, K], for every token or pixel: x is the token, or the patch that the
+kernel covers, K = in * height * width of the kernel. Few enough rows, from random places of every state, stand for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from diffpress.compress.models.adapter import adapter_for
+
+Visit = Callable[[str, Any, torch.Tensor], None]
+
+
+def visit_layers(model: nn.Module, layers: Iterable[str], inputs: dict[str, torch.Tensor], visit: Visit) -> None:
+    """Run `model` once on `inputs`; `visit(name, layer, x)` before each of `layers` first sees its input x.
+
+    What `visit` does to the layer's weight already counts in this forward, so what later layers see comes after it.
+    """
+    modules = dict(model.named_modules())
+    seen: set[str] = set()
+
+    def look(name: str, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        if name not in seen:
+            seen.add(name)
+            visit(name, layer, args[0])
+
+    with ExitStack() as stack, torch.no_grad():
+        for name in layers:
+            stack.callback(modules[name].register_forward_pre_hook(partial(look, name)).remove)
+        adapter_for(model).forward(model, inputs)
+
+
+def rows_of(layer: Any, x: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    """About `count` rows of x, float32 [groups, rows, K], equally many of each state; only convolutions have groups."""
+    each = max(1, count // len(x))
+    if not isinstance(layer, nn.Conv2d):
+        return torch.cat([_some(state.reshape(-1, state.shape[-1]), each, generator) for state in x])[None].float()
+    rows = torch.cat([_some(_patches(layer, state), each, generator) for state in x]).float()  # one state's at a time
+    return rows.unflatten(1, (layer.groups, -1)).transpose(0, 1)
+
+
+def quadratic(error: torch.Tensor, products: torch.Tensor) -> float:
+    """What errors [out, K] of a weight do to its layer's output: the sum over rows e of e^T H e, H = x^T x [K, K]."""
+    return float(((error @ products) * error).sum())
+
+
+def _patches(layer: nn.Conv2d, state: torch.Tensor) -> torch.Tensor:
+    mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+    padded = F.pad(state[None], layer._reversed_padding_repeated_twice, mode)
+    return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)[0].T  # type: ignore[arg-type]
+
+
+def _some(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+    return rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]

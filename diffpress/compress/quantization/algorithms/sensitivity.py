@@ -1,0 +1,107 @@
+"""How much noise the rounding at each place puts into the output: that place alone quantized, all others in float.
+
+    noise(p) = sum |f_p(x) - f(x)|^2 / sum |f(x)|^2        over states x of the model's own trajectory
+    SQNR     = -10 log10 noise
+
+A place is a module that has scales: a layer with its weight, input and output, or a block whose sum is rounded. Errors
+made at different places are nearly uncorrelated, so their powers add: noise(S) is about the sum of noise(p) over S.
+That orders places; what a set of them really costs is measured on the set.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
+from diffpress.compress.models.counts import is_large
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.progress import progress
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.quantization.trajectory_dataset import draw, visited_states
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.io.files import read_json, write_json
+
+ROWS, ROWS_OF_LARGE = 64, 8
+FILE = "sensitivity.json"
+
+
+class States:
+    """States that the float model visits, and what it answers there."""
+
+    def __init__(self, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> None:
+        rows = ROWS_OF_LARGE if is_large(checkpoint.model) else ROWS
+        calls = visited_states(checkpoint.model, checkpoint, min(rows, config.samples), config.batch, ctx)
+        drawn = draw(calls, rows, torch.Generator().manual_seed(ctx.seed))
+        parts = [slice(start, start + config.batch) for start in range(0, rows, config.batch)]
+        self._spec = checkpoint.spec
+        self._inputs = [{name: value[part].numpy() for name, value in drawn.items()} for part in parts]
+        self._answers = self._asked(checkpoint.model)
+
+    def noise(self, model: nn.Module) -> float:
+        """Power of the difference between this model's answers and the float model's, relative to theirs."""
+        pairs = list(zip(self._answers, self._asked(model), strict=True))
+        errors = sum(float(((found - wanted).astype(np.float64) ** 2).sum()) for wanted, found in pairs)
+        return errors / sum(float((wanted.astype(np.float64) ** 2).sum()) for wanted, _ in pairs)
+
+    def _asked(self, model: nn.Module) -> list[np.ndarray]:
+        network = TorchNetwork(model, self._spec)
+        return [network.run(inputs) for inputs in self._inputs]
+
+
+def places(quantization: Quantization) -> list[str]:
+    """The modules that have scales, in alphabetical order."""
+    return sorted({key.rpartition(".")[0] for key in quantization.amax})
+
+
+def noise_by_place(checkpoint: Checkpoint, states: States, ctx: Context) -> dict[str, float]:
+    """Place -> its noise, for every place of the quantized checkpoint, one pass over the states each.
+
+    What a killed run measured is read from the context's folder. Raises BadInput, naming the place, where it is no
+    number.
+    """
+    assert checkpoint.quantization is not None
+    names, file = places(checkpoint.quantization), ctx.work / FILE
+    stored = read_json(file) if file.is_file() else {}
+    found: dict[str, float] = stored["noise"] if stored.get("checkpoint") == checkpoint.hash else {}
+    model = fake_quantized(checkpoint)
+    quantizers = _quantizers(model)
+    for quantizer in itertools.chain(*quantizers.values()):
+        quantizer.disable()
+    with progress("sensitivity", len(names), len(found)) as advance:
+        for name in names:
+            if name in found:
+                continue
+            for quantizer in quantizers[name]:
+                quantizer.enable()
+            noise = states.noise(model)
+            for quantizer in quantizers[name]:
+                quantizer.disable()
+            if not np.isfinite(noise):
+                raise BadInput(f"quantize: with '{name}' rounded the output is not finite; keep it: keep: [{name}]")
+            found[name] = noise
+            write_json(file, {"checkpoint": checkpoint.hash, "noise": found})
+            advance(len(found), f"{name} {decibels(noise):.1f} dB")
+    return found
+
+
+def decibels(noise: float) -> float:
+    """The SQNR of a relative noise power, in dB."""
+    return float(-10.0 * np.log10(max(noise, 1e-20)))
+
+
+def _quantizers(model: nn.Module) -> dict[str, list[Any]]:
+    """Module -> those of its own quantizers that round."""
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    found: dict[str, list[Any]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, TensorQuantizer) and module.is_enabled:
+            found.setdefault(name.rpartition(".")[0], []).append(module)
+    return found

@@ -1,0 +1,94 @@
+"""Activation and weight scales, gathered while the model samples by its own plan.
+
+Weights take one amax per output channel or block, activations one per tensor, read from statistics that are filled
+while the model samples: what it will see when deployed, at every timestep it will visit, and memory for the statistics
+only. Where inputs are smoothed the model samples twice: by what (smooth.py) is known before the result is counted.
+
+With `reduce_range` a weight's amax is read as twice what it is, so that its integers stay within -64..64: processors
+without VNNI add two products of a uint8 and an int8 in 16 bits, and 2 * 255 * 64 is the most that fits (onnxruntime's
+and NNCF's documentation name the same remedy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
+from diffpress.compress.quantization.algorithms.awq import activation_aware
+from diffpress.compress.quantization.algorithms.smoothquant import along, smoothing
+from diffpress.compress.quantization.calibration.clip_range import amax_of
+from diffpress.compress.quantization.calibration.observer import Watch, calls_per_batch, watch_trajectory
+from diffpress.compress.quantization.calibration.statistics import Statistics, no_statistics, observe_
+from diffpress.compress.quantization.calibration.weight_scales import weight_amax
+from diffpress.compress.quantization.formats import FORMATS, INT8
+from diffpress.runtime.errors import BadInput
+
+LEVELS, REDUCED_LEVELS = 127, 64
+
+Tensors = dict[str, torch.Tensor]
+
+
+def calibrate(
+    checkpoint: Checkpoint, formats: Mapping[str, str], outputs: Iterable[str], config: QuantizeConfig, ctx: Context
+) -> tuple[Tensors, Tensors]:
+    """The amax of every quantizer, '<layer>.<weight|input|output>' -> float32 tensor, and what smooths which layer.
+
+    `formats` are the layers' and `outputs` the modules whose results are rounded too (compress/quantization/layer_selection.py).
+    Where no activation is rounded the model is not run. Raises BadInput, naming the layer, for a scale that is zero,
+    infinite or missing, and for a value that is not finite.
+    """
+    modules = dict(checkpoint.model.named_modules())
+    numbers = {name: number for name, kind in formats.items() if (number := FORMATS[kind].activations)}
+    floats = [name for name, number in numbers.items() if not number.is_integer]
+    if config.calibration == "entropy" and floats:
+        raise BadInput(
+            f"quantize: calibration entropy weighs integers, and layer '{floats[0]}' is in {formats[floats[0]]}; take "
+            "mse, percentile or max"
+        )
+    smooth = smoothing(checkpoint, numbers, config, ctx) | activation_aware(checkpoint, formats, config, ctx)
+    keys = [f"{name}.input" for name in numbers] + [f"{name}.output" for name in outputs]
+    statistics = no_statistics(keys, calls_per_batch(checkpoint))
+    watches: dict[str, Watch] = {key: partial(observe_, statistics, i) for i, key in enumerate(keys)}
+    for name, s in smooth.items():
+        if name in numbers:
+            watches[f"{name}.input"] = partial(_smoothed, watches[f"{name}.input"], 1 / along(s, modules[name]))
+    if keys:
+        watch_trajectory(checkpoint, watches, statistics.tensors, "calibrate", config, ctx)
+    return _amax(checkpoint, formats, statistics, smooth, config), smooth
+
+
+def _smoothed(watch: Watch, factor: torch.Tensor, x: torch.Tensor, call: int, samples: int) -> None:
+    watch(x * factor.to(x.device), call, samples)
+
+
+def _amax(
+    checkpoint: Checkpoint, formats: Mapping[str, str], statistics: Statistics, smooth: Tensors, config: QuantizeConfig
+) -> Tensors:
+    modules: dict[str, Any] = dict(checkpoint.model.named_modules())
+    found: Tensors = {}
+    for name, kind in formats.items():
+        layer, form = modules[name], FORMATS[kind]
+        weight = layer.weight.detach().float().cpu()
+        if name in smooth:
+            weight = weight * along(smooth[name], layer)
+        # only where the engine multiplies integers can their products overflow
+        reduced = config.reduce_range and form.weights is INT8 and form.activations is INT8
+        found[f"{name}.weight"] = weight_amax(weight, form) * (LEVELS / REDUCED_LEVELS if reduced else 1.0)
+    for i, key in enumerate(statistics.names):
+        name = key.rpartition(".")[0]
+        number = (FORMATS[formats[name]].activations if name in formats else None) or INT8
+        found[key] = torch.tensor(amax_of(statistics, i, config.calibration, number, config.percentile))
+    for key, value in found.items():
+        if not (torch.isfinite(value).all() and (value > 0).all()):
+            name, _, what = key.rpartition(".")
+            raise BadInput(
+                f"quantize: layer '{name}' has a {what} scale that is zero, infinite or missing; "
+                f"keep it in float with keep: [{name}]"
+            )
+    return found

@@ -1,0 +1,31 @@
+"""The scales of a weight [out, in, ...]: one per output channel, or one per block of its inputs (formats.scale_shape).
+
+    amax[o] = max_i |w[o, i]|        amax[o, b] = max_{i in block b} |w[o, i]|        i over the flat row, in x kernel
+"""
+
+from __future__ import annotations
+
+import torch
+
+from diffpress.compress.quantization.formats import Format, scale_shape
+
+
+def weight_amax(weight: torch.Tensor, form: Format) -> torch.Tensor:
+    """The largest magnitudes, float32 [out] or [out, blocks]: 0 only where a whole output channel is 0.
+
+    A block of zeros among others takes the amax of its channel, for any scale represents it.
+    """
+    shape = scale_shape(form, weight.shape)
+    rows = weight.detach().float().abs().flatten(1)
+    channels = rows.amax(1)
+    if len(shape) == 1:
+        return channels
+    blocks = rows.unflatten(1, (shape[1], -1)).amax(2)
+    return torch.where(blocks > 0, blocks, channels[:, None])
+
+
+def spread(amax: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`amax` as it applies to `weight`, in a shape that broadcasts with it."""
+    if amax.dim() < 2:
+        return amax.reshape(-1, *[1] * (weight.dim() - 1))
+    return amax.repeat_interleave(weight[0].numel() // amax.shape[1], 1).view_as(weight)

@@ -1,0 +1,93 @@
+"""Which layers read the same tensor, and which read a concatenation: seen while the model runs once.
+
+A concatenation of channels stays one through what keeps channels apart: normalisation, activation, resampling. That
+finds a U-Net's joins of stream and skip wherever they are, with the widths that pruning left them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.runtime.network_inputs import network_inputs
+
+JOINS = (torch.cat, torch.concat, torch.concatenate)
+CHANNEL_WISE = (
+    *(F.group_norm, F.layer_norm, F.batch_norm, F.instance_norm),
+    *(F.silu, F.relu, F.gelu, F.mish, F.leaky_relu, F.dropout, torch.tanh, torch.sigmoid, torch.relu),
+    *(F.interpolate, F.avg_pool2d, F.max_pool2d),
+    *(torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.float, torch.Tensor.clone),
+)
+
+
+@dataclass(frozen=True)
+class Wiring:
+    """`groups`: layers that read one tensor, each layer in one group; `parts`: layer -> widths of what was joined."""
+
+    groups: list[list[str]]
+    parts: dict[str, tuple[int, ...]]
+
+
+def wiring_of(checkpoint: Checkpoint, layers: Iterable[str]) -> Wiring:
+    """How these layers' inputs hang together, by one call of the network; a layer that it does not reach is alone."""
+    model = checkpoint.shared_model()
+    network, watch = TorchNetwork(model, checkpoint.spec), _Watch()
+    group = {layer: [layer] for layer in layers}
+    parts: dict[str, tuple[int, ...]] = {}
+    readers: Any = WeakTensorKeyDictionary()
+
+    def look(layer: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        x = args[0]
+        other = group[readers.setdefault(x, layer)]
+        if other is not group[layer]:
+            other += group[layer]
+            group.update(dict.fromkeys(other, other))
+        axis, widths = watch.joined.get(x, (None, ()))
+        if axis == channel_axis(module) % x.dim():
+            parts[layer] = widths
+
+    with ExitStack() as stack:
+        for layer in group:
+            hook: Callable[..., None] = lambda module, args, layer=layer: look(layer, module, args)  # noqa: E731
+            stack.callback(model.get_submodule(layer).register_forward_pre_hook(hook).remove)
+        stack.enter_context(watch)
+        network.run(network_inputs(network, checkpoint.spec, 1))
+    return Wiring([members for layer, members in group.items() if members[0] == layer], parts)
+
+
+def channel_axis(layer: nn.Module) -> int:
+    """Where the channels of a layer's input lie."""
+    return 1 if isinstance(layer, nn.Conv2d) else -1
+
+
+class _Watch(TorchFunctionMode):
+    """Keeps of every concatenation its axis and widths, as long as the tensor lives."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.joined: Any = WeakTensorKeyDictionary()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in JOINS:
+            tensors, axis = joined(*args, **(kwargs or {}))
+            axis %= out.dim()
+            self.joined[out] = axis, tuple(tensor.shape[axis] for tensor in tensors)
+        elif func in CHANNEL_WISE and args[0] in self.joined:
+            self.joined[out] = self.joined[args[0]]
+        return out
+
+
+def joined(tensors: Any, dim: int = 0, *, axis: int | None = None, out: None = None) -> tuple[Any, int]:
+    """The tensors and the axis of one of JOINS, from its arguments."""
+    return tensors, dim if axis is None else axis

@@ -1,0 +1,51 @@
+"""The quantize stage: choose formats, calibrate on the model's own trajectory, and train if asked to.
+
+The result is data, not a patched module: the checkpoint keeps its float weights beside the amax of every quantizer,
+and `fake_quantized` puts the quantizers back wherever the quantized model has to be run in torch. What rounding does to
+the output on the average goes into the plan, and the sampler takes it off (compress/quantization/algorithms/output_correction.py).
+"""
+
+from __future__ import annotations
+
+from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context, say
+from diffpress.compress.quantization.algorithms.gptq import round_weights
+from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds, mix
+from diffpress.compress.quantization.algorithms.output_correction import correct
+from diffpress.compress.quantization.algorithms.qat import qat
+from diffpress.compress.quantization.algorithms.svdquant import with_branches
+from diffpress.compress.quantization.calibration.calibrate import calibrate
+from diffpress.compress.quantization.formats import FORMATS
+from diffpress.compress.quantization.layer_selection import choose_formats, rounded_outputs
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.quantization.unified_scales import share_scales
+
+
+def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
+    """Calibrate; returns the same float model with the scales of every quantized layer. Mode qat then trains it."""
+    check_bounds(config, checkpoint.spec, ctx.costs_in is not None)
+    formats = choose_formats(checkpoint.model, config)
+    outputs = rounded_outputs(checkpoint, formats, config)
+    amax, smooth = calibrate(checkpoint, formats, outputs, config, ctx)
+    # a smoothed layer reads another tensor than the one that is joined
+    amax |= share_scales(checkpoint, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
+    others = {name: kind for name, kind in formats.items() if kind != config.format}
+    scales = Quantization(config.format, amax, others, smooth)
+    say(_counted(formats))
+    if config.bounds is not None:
+        scales = mix(checkpoint, scales, config, ctx)
+    if config.branch_rank:
+        scales = with_branches(checkpoint, scales, config.branch_rank)
+    quantized = checkpoint.evolve(quantization=scales)
+    if config.rounding == "adaround":
+        quantized = round_weights(quantized, config, ctx)
+    if config.mode == "qat":
+        student = fake_quantized(quantized.evolve(model=quantized.clone_model().float()))
+        return qat(checkpoint, scales, student, config, ctx)
+    return correct(quantized, checkpoint.model, config, ctx) if config.correct else quantized
+
+
+def _counted(formats: dict[str, str]) -> str:
+    counts = {kind: list(formats.values()).count(kind) for kind in FORMATS}
+    return ", ".join(f"{count} layers in {kind}" for kind, count in counts.items() if count)

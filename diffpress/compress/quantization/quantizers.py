@@ -1,0 +1,137 @@
+"""Quantizers put into a model, from nvidia-modelopt: what the quantized engine should compute, in torch.
+
+    integers    q(x) = clip(round(x / s), -m, m) * s,     s = amax / m,      m = 127 or 7 (activations: from -128)
+    floats      q(x) = E4M3(clip(x / s, -448, 448)) * s,  s = amax / 448,    rounded to the nearest, ties to even
+
+and nvfp4.py for 4-bit floats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.quantization.algorithms.smoothquant import along
+from diffpress.compress.quantization.algorithms.svdquant import attach_branches_
+from diffpress.compress.quantization.calibration.weight_scales import spread
+from diffpress.compress.quantization.formats import FORMATS, FP4, FP8, INT8, Format, scale_shape
+from diffpress.compress.quantization.nvfp4 import BACKEND, BLOCK, fake_nvfp4
+from diffpress.runtime.errors import BadInput
+
+
+def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
+    """The checkpoint's model with modelopt's quantizers in place, in eval mode: what the int8 engine should compute."""
+    if checkpoint.quantization is None:
+        return checkpoint.model
+    quantization = checkpoint.quantization
+    amax, formats = quantization.amax, quantization.layer_formats
+    model = checkpoint.shared_model()
+    _refuse_foreign(dict(model.named_modules()), amax, formats)
+    outputs = [key.removesuffix(".output") for key in amax if key.endswith(".output")]
+    model = with_quantizers(model, formats, outputs)
+    modules = dict(model.named_modules())
+    for key, value in amax.items():
+        layer, what = key.rsplit(".", 1)
+        quantizer: Any = getattr(modules[layer], f"{what}_quantizer")
+        quantizer.amax = quantizer_amax(value, modules[layer]) if what == "weight" else value
+    for layer, vector in quantization.smooth.items():
+        factor = along(vector, modules[layer])
+        modules[layer].weight_quantizer.pre_quant_scale = factor
+        modules[layer].input_quantizer.pre_quant_scale = 1 / factor
+    attach_branches_(model, quantization)
+    return model.eval()
+
+
+def _refuse_foreign(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor], formats: dict[str, str]) -> None:
+    for key, value in amax.items():
+        layer, what = key.rsplit(".", 1)
+        weight = getattr(modules.get(layer), "weight", None)
+        fits = (weight is not None and layer in formats) or (what == "output" and layer in modules)
+        if what == "weight" and weight is not None and fits:
+            fits = tuple(value.shape) == scale_shape(FORMATS[formats[layer]], weight.shape)
+        if not fits or (what != "weight" and value.numel() != 1):
+            raise BadInput(f"scale '{key}' with {value.numel()} values does not fit this model; quantize it again")
+
+
+def with_quantizers(model: nn.Module, formats: Mapping[str, str], outputs: Iterable[str]) -> Any:
+    """`model` changed in place: every layer of `formats` with quantizers, and one behind each module of `outputs`."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")  # modelopt warns about optional plugins, and prints how many it inserted
+        import modelopt.torch.quantization as mtq
+        from modelopt.torch.opt.dynamic import DynamicModule
+
+        rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
+        behind = set(outputs)
+        for name, kind in formats.items():
+            form = FORMATS[kind]
+            rules.append(_rule(f"{name}.weight", _weight_settings(form, model.get_submodule(name))))
+            if form.activations:
+                rules.append(_rule(f"{name}.input", _activation_settings(form)))
+            if name in behind:
+                rules.append(_rule(f"{name}.output", _activation_settings(form)))
+        quantized = mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
+    for name, module in list(quantized.named_modules()):
+        # what has no scales becomes again what it was: modelopt's attention, for one, knows no gradient
+        if isinstance(module, DynamicModule) and name not in formats:
+            module.export()
+    for name in behind - set(formats):
+        _round_output_(quantized.get_submodule(name))
+    return quantized
+
+
+def _round_output_(module: nn.Module) -> None:
+    """Put an int8 quantizer behind a module that is no quantized layer; of a tuple it rounds the first."""
+    from modelopt.torch.quantization.config import QuantizerAttributeConfig
+    from modelopt.torch.quantization.nn import TensorQuantizer
+
+    module.output_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=8, axis=None))
+    module.register_forward_hook(_rounded)
+
+
+def _rounded(module: Any, _: Any, out: Any) -> Any:
+    return (module.output_quantizer(out[0]), *out[1:]) if isinstance(out, tuple) else module.output_quantizer(out)
+
+
+def _rule(key: str, cfg: dict[str, Any]) -> dict[str, Any]:
+    return {"quantizer_name": f"{key}_quantizer", "cfg": cfg}
+
+
+def _activation_settings(form: Format) -> dict[str, Any]:
+    if form.activations is FP4:
+        return _nvfp4_settings()
+    return {"num_bits": (form.activations or INT8).bits, "axis": None}
+
+
+def _nvfp4_settings() -> dict[str, Any]:
+    from modelopt.torch.quantization.nn import is_registered_quant_backend, register_quant_backend
+
+    if not is_registered_quant_backend(BACKEND):
+        register_quant_backend(BACKEND, fake_nvfp4)
+    blocks = {-1: BLOCK, "type": "dynamic", "scale_bits": FP8.bits}
+    return {"num_bits": FP4.bits, "block_sizes": blocks, "backend": BACKEND}
+
+
+def _weight_settings(form: Format, layer: Any) -> dict[str, Any]:
+    if form.weights is FP4:
+        return _nvfp4_settings()
+    # -128 and -8 are never stored, so that a weight and its opposite round alike
+    settings: dict[str, Any] = {"num_bits": form.weights.bits, "narrow_range": form.weights.is_integer}
+    shape = scale_shape(form, layer.weight.shape)
+    if len(shape) == 1:
+        return settings | {"axis": 0}
+    if layer.weight.dim() == 2:
+        return settings | {"block_sizes": {-1: layer.weight.shape[1] // shape[1]}}
+    return settings | {"axis": None}  # blocks over a kernel modelopt does not know: an amax for every weight
+
+
+def quantizer_amax(amax: torch.Tensor, layer: Any) -> torch.Tensor:
+    """A weight's `amax` [out] or [out, blocks] in the shape in which modelopt's quantizer of `layer` keeps it."""
+    blocks_of_matrix = amax.dim() == 2 == layer.weight.dim()
+    return amax.reshape(-1, 1) if blocks_of_matrix else spread(amax, layer.weight)

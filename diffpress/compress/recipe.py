@@ -1,0 +1,237 @@
+"""A recipe: one YAML file that says everything a run does. Read, checked and ordered before any work begins.
+
+    seed: 0
+    data: images.npz            # prompts.txt for a model of text
+    teacher_samples: 64         # what models of latents learn from: the teacher's own samples
+    stages:
+      - prune: {method: taylor, ratio: 0.3}
+      - distill: {kind: recover, steps: 2000}
+      - quantize: {format: int8}
+    export: {targets: [onnx, openvino]}
+    evaluate: {samples: 256, seeds: 3}
+    gates: {frechet_ratio: 1.3}
+
+Unknown keys are refused with their path and the nearest match. Paths in it are relative to the recipe's folder.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import yaml
+from pydantic import ValidationError
+
+from diffpress.compress.builtin import CALIB_DATA
+from diffpress.compress.config import (
+    Config,
+    EvaluateConfig,
+    ExportConfig,
+    GatesConfig,
+    PruneConfig,
+    QuantizeConfig,
+    ScheduleConfig,
+)
+from diffpress.compress.distillation.config import FEW_STEP_KINDS
+from diffpress.compress.distillation.config import KINDS as DISTILL_CONFIGS
+from diffpress.runtime.errors import BadInput, unknown_name
+
+STAGE_CONFIGS: dict[str, type[Config]] = {
+    "schedule": ScheduleConfig,
+    "prune": PruneConfig,
+    "distill": DISTILL_CONFIGS["recover"],
+    "quantize": QuantizeConfig,
+}
+SECTIONS: dict[str, type[Config]] = {"export": ExportConfig, "evaluate": EvaluateConfig, "gates": GatesConfig}
+KEYS = ("seed", "data", "teacher_samples", "stages", *SECTIONS)
+
+TEACHER_SAMPLES = 64
+
+# stage -> the stages that may not come before it, and why
+ORDER: dict[str, tuple[tuple[str, ...], str]] = {
+    "prune": (("quantize",), "scales are calibrated for one set of channels"),
+    "distill": (("quantize",), "training moves the weights away from their calibrated scales"),
+    "schedule": (("quantize",), "scales are calibrated on the trajectory that is deployed"),
+    "quantize": (("quantize",), "a model is quantized once"),
+}
+
+
+class Stage(NamedTuple):
+    name: str
+    config: Any
+
+
+@dataclass(frozen=True)
+class Recipe:
+    seed: int
+    data: Path | None
+    teacher_samples: int
+    stages: tuple[Stage, ...]
+    export: ExportConfig
+    evaluate: EvaluateConfig | None
+    gates: GatesConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """The resolved recipe, every default written out."""
+        return {
+            "seed": self.seed,
+            "data": str(self.data) if self.data else None,
+            "teacher_samples": self.teacher_samples,
+            "stages": [{stage.name: stage.config.model_dump(mode="json")} for stage in self.stages],
+            "export": self.export.model_dump(mode="json"),
+            "evaluate": self.evaluate.model_dump(mode="json") if self.evaluate else None,
+            "gates": self.gates.model_dump(mode="json"),
+        }
+
+
+def read_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
+    """Read, override (`key.path=value`), validate and order-check a recipe file; every problem is a BadInput."""
+    try:
+        raw = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise BadInput(f"{path}: the recipe cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(raw, dict):
+        raise BadInput(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    for override in overrides:
+        _override_(raw, override)
+    return _resolve(raw, path)
+
+
+def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
+    _refuse_unknown(raw, KEYS, str(path), "")
+    seed = raw.get("seed", 0)
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+        raise BadInput(f"{path}: seed: {seed!r} must be a whole number from 0 to 2^63 - 1")
+    entries = raw.get("stages") or []
+    if not isinstance(entries, list):
+        raise BadInput(f"{path}: stages: must be a list of stages")
+    stages = tuple(_stage(entry, i, path) for i, entry in enumerate(entries))
+    _check_order(stages, path)
+    sections = {name: _section(raw, name, kind, path) for name, kind in SECTIONS.items()}
+    gates, evaluate = sections["gates"] or GatesConfig(), sections["evaluate"]
+    if gates.frechet_ratio is not None and evaluate is None:
+        evaluate = EvaluateConfig()
+    made = raw.get("teacher_samples", TEACHER_SAMPLES)
+    if not isinstance(made, int) or isinstance(made, bool) or made < 1:
+        raise BadInput(f"{path}: teacher_samples: {made!r} must be a whole number from 1")
+    data = _data_path(raw.get("data"), path)
+    return Recipe(seed, data, made, stages, sections["export"] or ExportConfig(), evaluate, gates)
+
+
+def _stage(entry: Any, index: int, path: Path) -> Stage:
+    where = f"stages[{index}]"
+    if isinstance(entry, str):
+        entry = {entry: {}}
+    if not isinstance(entry, dict) or len(entry) != 1:
+        raise BadInput(f"{path}: {where}: a stage is one name with its settings, like  - prune: {{ratio: 0.3}}")
+    name, settings = next(iter(entry.items()))
+    _refuse_unknown({name: None}, tuple(STAGE_CONFIGS), str(path), where)
+    config = STAGE_CONFIGS[name]
+    if name == "distill" and isinstance(settings, dict) and "kind" in settings:
+        if settings["kind"] not in DISTILL_CONFIGS:
+            raise unknown_name(f"{path}: {where}.{name}: kind", str(settings["kind"]), DISTILL_CONFIGS)
+        config = DISTILL_CONFIGS[settings["kind"]]
+    return Stage(str(name), _config(config, settings, path, f"{where}.{name}"))
+
+
+def _section(raw: dict[str, Any], name: str, kind: type[Config], path: Path) -> Any:
+    return _config(kind, raw[name], path, name) if name in raw else None
+
+
+def _config(kind: type[Config], settings: Any, path: Path, where: str) -> Config:
+    settings = {} if settings is None else settings
+    if not isinstance(settings, dict):
+        raise BadInput(f"{path}: {where}: expected settings like {{key: value}}, found {settings!r}")
+    _refuse_unknown(settings, tuple(kind.model_fields), str(path), where)
+    for key, value in settings.items():
+        inner = _config_in(kind.model_fields[key].annotation)
+        if inner is not None and isinstance(value, dict):
+            _refuse_unknown(value, tuple(inner.model_fields), str(path), f"{where}.{key}")
+    try:
+        return kind(**settings)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, (where, *first["loc"])))  # a rule between two keys has no place of its own
+        raise BadInput(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from error
+
+
+def _config_in(annotation: Any) -> type[Config] | None:
+    """The settings that a field holds, as `BoundsConfig | None` does."""
+    kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, Config)), None)
+
+
+def _refuse_unknown(found: dict[Any, Any], known: tuple[str, ...], path: str, where: str) -> None:
+    for key in found:
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, 1, cutoff=0.4)
+            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+            raise BadInput(f"{path}: unknown key '{f'{where}.{key}'.lstrip('.')}'; {hint}")
+
+
+def _check_order(stages: tuple[Stage, ...], path: Path) -> None:
+    for i, stage in enumerate(stages):
+        banned, why = ORDER[stage.name]
+        for earlier in stages[:i]:
+            if earlier.name in banned:
+                raise BadInput(f"{path}: stages[{i}]: {stage.name} cannot come after {earlier.name}: {why}")
+        few = next((s.config.kind for s in stages[:i] if s.name == "distill" and s.config.kind in FEW_STEP_KINDS), None)
+        if few and (stage.name in ("prune", "schedule") or getattr(stage.config, "kind", None) == "recover"):
+            raise BadInput(
+                f"{path}: stages[{i}]: {stage.name} cannot come after distill: {{kind: {few}}}, "
+                "which is for one network and one plan"
+            )
+        recovers = stage.name == "distill" and stage.config.kind == "recover"
+        if recovers and not any(s.name == "prune" for s in stages[:i]):
+            raise BadInput(
+                f"{path}: stages[{i}]: distill: {{kind: recover}} must come after prune: nothing was lost yet"
+            )
+
+
+def _data_path(value: Any, path: Path) -> Path | None:
+    if value is None:
+        return None
+    name = str(value)
+    file = CALIB_DATA / name.removeprefix("calib_data/") if name.startswith("calib_data/") else path.parent / name
+    if not file.is_file():
+        raise BadInput(f"{path}: data: {file} does not exist")
+    return file
+
+
+def _override_(raw: dict[str, Any], override: str) -> None:
+    """Apply `distill.steps=100`, or `stages.1.distill.steps=100` where a stage occurs more than once."""
+    key, equals, value = override.partition("=")
+    if not equals or not key:
+        raise BadInput(f"--set {override}: expected key=value, like stages.0.prune.ratio=0.2")
+    *parents, last = key.split(".")
+    if parents and parents[0] in STAGE_CONFIGS:
+        parents = ["stages", *parents]
+    node: Any = raw
+    for part in parents:
+        node = _child(node, part, override)
+    if not isinstance(node, dict):
+        raise BadInput(f"--set {override}: '{key}' does not lead to a setting of the recipe")
+    try:
+        node[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise BadInput(f"--set {override}: '{value}' is not a YAML value") from error
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        node[:] = [{entry: {}} if isinstance(entry, str) else entry for entry in node]  # a bare "- prune"
+    if isinstance(node, list) and part.isdigit() and int(part) < len(node):
+        return node[int(part)]
+    if isinstance(node, list):
+        named = [entry for entry in node if isinstance(entry, dict) and part in entry]
+        if len(named) == 1:
+            return _child(named[0], part, override)
+    if isinstance(node, dict):
+        if node.get(part) is None:
+            node[part] = {}
+        return node[part]
+    raise BadInput(f"--set {override}: the recipe has no single '{part}' there")

@@ -1,0 +1,190 @@
+"""`diffpress report`: what a run did and measured, gathered into report.json and a report.html that needs no network.
+
+It only reads what the run left in DIR: the history in the bundle, evaluation.json, latency.json, bench.json, and the
+picture.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+from typing import Any
+
+from diffpress.runtime.benchmarking.bench import TORCH, table
+from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.io.files import read_json, write_json, write_text
+
+PICTURE, LATENCY = "comparison.png", "latency.json"
+SHOWN_PLACES = 10
+
+
+def write_report(folder: Path) -> dict[str, Any]:
+    """Gather, write report.json and report.html, and return the facts."""
+    if not (folder / "recipe.json").is_file():
+        raise BadInput(f"{folder}: not the folder of a compress run, it has no recipe.json")
+    bundle, baseline = load_bundle(folder / "bundle"), load_bundle(folder / "baseline")
+    onnx_mib, baseline_mib = (b.manifest["graphs"]["denoiser"]["bytes"] / 2**20 for b in (bundle, baseline))
+    facts: dict[str, Any] = {
+        "bundle": {"hash": bundle.hash, "denoiser_mib": onnx_mib, "size_ratio": onnx_mib / baseline_mib},
+        "baseline": {"hash": baseline.hash, "denoiser_mib": baseline_mib},
+        "recipe": _read(folder / "recipe.json"),
+        "history": bundle.manifest["history"],
+        "parity": bundle.manifest["parity"],
+        "engines": bundle.manifest["engines"],
+        "variants": bundle.manifest["graphs"]["denoiser"].get("variants", {}),
+        "evaluation": _read(folder / "evaluation.json"),
+        "gates": _read(folder / "gates.json"),
+        "latency": _read(folder / LATENCY),
+        "bench": _read(folder / "bench.json"),
+    }
+    write_json(folder / "report.json", facts)
+    write_text(folder / "report.html", _page(facts, folder))
+    return facts
+
+
+def summary(facts: dict[str, Any]) -> str:
+    """The closing table: the teacher as people run it, against the bundle."""
+    bundle, baseline = facts["bundle"], facts["baseline"]
+    lines = [("", "teacher", "bundle", "ratio")]
+    lines.append(
+        (
+            "denoiser.onnx, MiB",
+            f"{baseline['denoiser_mib']:.2f}",
+            f"{bundle['denoiser_mib']:.2f}",
+            f"{bundle['size_ratio']:.3f}",
+        )
+    )
+    for entry in facts["engines"]:
+        if entry.get("integer_mac_share") is not None:
+            lines.append((f"integer MACs, {entry['engine']}", "", f"{100 * entry['integer_mac_share']:.1f} %", ""))
+        if entry.get("fallbacks"):
+            lines.append(("  promised layers that ran in float", "", str(len(entry["fallbacks"])), ""))
+    for mixed in _mixed(facts):
+        back = f"{len(mixed['in_float'])} of {len(mixed['places'])}"
+        lines.append(("back in float, to keep the bounds", "", back, ""))
+    for row in (facts["latency"] or {}).get("engines", []):
+        label = f"ms a step before and after quantization, {row['engine']}"
+        ratio = f"{row['latency_ratio']:.2f}" + (", slower" if row["slower"] else "")
+        lines.append((label, f"{row['float_ms']:.1f}", f"{row['quantized_ms']:.1f}", ratio))
+    for engine, entry in facts["variants"].items():
+        lines.append((f"  {engine} takes {entry['file']}, MiB", "", f"{entry['bytes'] / 2**20:.2f}", ""))
+    evaluation = facts["evaluation"]
+    if evaluation:
+        ours, theirs = evaluation["bundle"], evaluation["baseline"]
+        lines.append(
+            (
+                f"Frechet distance ({ours['seeds']} x {ours['samples']})",
+                _spread(theirs["frechet"]),
+                _spread(ours["frechet"]),
+                f"{ours['frechet']['mean'] / theirs['frechet']['mean']:.3f}",
+            )
+        )
+        lines.append(("  real against real", f"{theirs['frechet']['floor']:.3f}", "", ""))
+        lines.append(("KID", _spread(theirs["kid"], 4), _spread(ours["kid"], 4), ""))
+        if ours["label_accuracy"] is not None:
+            lines.append(("labels recognised", f"{theirs['label_accuracy']:.3f}", f"{ours['label_accuracy']:.3f}", ""))
+        if ours["paired"]:
+            lines.append(("PSNR to the teacher, same plan, dB", "", f"{ours['paired']['psnr_db']:.1f}", ""))
+    for name, old, new, ratio in _speeds(facts["bench"]):
+        lines.append((name, old, new, ratio))
+    widths = [max(len(line[i]) for line in lines) for i in range(4)]
+    rows = [
+        "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
+    ]
+    return "\n".join([rows[0], "-" * len(rows[0]), *rows[1:]])
+
+
+def _speeds(bench: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
+    found = []
+    for row in (bench or {}).get("rows", []):
+        if row["precision"] == "fp32":
+            continue
+        same = [r for r in bench["rows"] if r["batch"] == row["batch"] and r is not row]  # type: ignore[index]
+        for other in same:
+            if other["engine"] in (TORCH, row["engine"]):
+                label = (
+                    f"ms an image, batch {row['batch']}: {other['engine']} {other['steps']} steps -> {row['engine']}"
+                )
+                found.append(
+                    (
+                        label,
+                        f"{other['image_ms']:.1f}",
+                        f"{row['image_ms']:.1f}",
+                        f"{other['image_ms'] / row['image_ms']:.1f}x faster",
+                    )
+                )
+    return found
+
+
+def _spread(value: dict[str, float], digits: int = 3) -> str:
+    return f"{value['mean']:.{digits}f} ± {value['sd']:.{digits}f}"
+
+
+def _page(facts: dict[str, Any], folder: Path) -> str:
+    picture = folder / PICTURE
+    image = ""
+    if picture.is_file():
+        data = base64.b64encode(picture.read_bytes()).decode()
+        image = (
+            f'<figure><img src="data:image/png;base64,{data}"><figcaption>above the teacher, below the bundle, from '
+            "the same noise</figcaption></figure>"
+        )
+    stages = "".join(
+        f"<tr><td>{html.escape(r['stage'])}</td><td>{html.escape(_settings(r['config']))}</td>"
+        f"<td>{r['changed']['parameters'][1]:,}</td><td>{r['changed']['macs'][1]:,}</td>"
+        f"<td>{html.escape(str(r['changed']['plan'][1]))}</td><td>{r['changed']['sqnr_db_to_teacher']}</td></tr>"
+        for r in facts["history"]
+    )
+    bench = f"<h2>Speed</h2><pre>{html.escape(table(facts['bench']['rows']))}</pre>" if facts["bench"] else ""
+    return f"""<!doctype html>
+<html lang="en"><meta charset="utf-8"><title>diffpress report</title>
+<style>body{{font:16px/1.5 system-ui;max-width:64rem;margin:2rem auto;padding:0 1rem}} img{{image-rendering:pixelated;
+width:100%}} table{{border-collapse:collapse}} td,th{{padding:.2rem .8rem;border-bottom:1px solid #ccc;text-align:left}}
+pre{{overflow-x:auto;background:#f5f5f5;padding:1rem}}</style>
+<h1>diffpress report</h1>
+<pre>{html.escape(summary(facts))}</pre>
+{image}
+<h2>Stages</h2>
+<table><tr><th>stage</th><th>settings</th><th>parameters</th><th>MACs</th><th>plan</th><th>SQNR to teacher, dB</th></tr>
+{stages}</table>
+{"".join(map(_sensitivity, _mixed(facts)))}
+{bench}
+<h2>Everything</h2>
+<details><summary>report.json</summary><pre>{html.escape(json.dumps(facts, indent=1))}</pre></details>
+</html>
+"""
+
+
+def _mixed(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    """What quantize stages under bounds measured and chose (compress/quantization/algorithms/mixed_precision.py)."""
+    return [record["changed"]["mixed"] for record in facts["history"] if "mixed" in record["changed"]]
+
+
+def _sensitivity(mixed: dict[str, Any]) -> str:
+    """The places that rounding hurts most, with what quantizing each gains."""
+    names = list(mixed["places"])[:SHOWN_PLACES]
+    heads = list(mixed["places"][names[0]])
+    rows = "".join(
+        f"<tr><td>{html.escape(name)}</td>"
+        + "".join(f"<td>{mixed['places'][name][head]}</td>" for head in heads)
+        + f"<td>{'float' if name in mixed['in_float'] else ''}</td></tr>"
+        for name in names
+    )
+    figures = "; ".join(f"{what}: {_settings(mixed[what])}" for what in ("all_quantized", "chosen"))
+    titles = "".join(f"<th>{head}</th>" for head in ("place", *heads, "kept in"))
+    return (
+        f"<h2>Where rounding hurts most</h2><p>Output SQNR with this place alone rounded, target {mixed['target']}. "
+        f"{html.escape(figures)}</p><table><tr>{titles}</tr>{rows}</table>"
+    )
+
+
+def _settings(config: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in config.items())
+
+
+def _read(path: Path) -> Any:
+    return read_json(path) if path.is_file() else None

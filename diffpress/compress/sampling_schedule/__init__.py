@@ -1,0 +1,1 @@
+"""The schedule stage: which solver and timesteps a model is sampled with, and the search for them."""

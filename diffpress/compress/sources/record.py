@@ -1,0 +1,53 @@
+"""What diffpress.json adds to a diffusers folder: history, and the scales of a quantized checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from diffpress.compress.checkpoint import FORMAT, RECORD, TENSOR_KINDS, Quantization, Record
+from diffpress.compress.sources.layout import read_json
+from diffpress.runtime.errors import BadInput
+
+
+def history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tuple[Record, ...], Quantization | None]:
+    if record is None:
+        return (), None
+    try:
+        history = tuple(Record(**entry) for entry in record.get("history", []))
+    except TypeError as error:
+        raise BadInput(f"{folder / RECORD}: history cannot be read ({error})") from error
+    if not record.get("quantization"):
+        return history, None
+    file = folder / "quantization.safetensors"
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            found = {name: tensors.get_tensor(name) for name in tensors.keys()}
+    except (SafetensorError, OSError) as error:
+        raise BadInput(f"{file}: the scales cannot be read ({error}); quantize again") from error
+    for name, value in found.items():
+        signed = name.startswith("branch.")
+        if not torch.isfinite(value).all() or (not signed and (value <= 0).any()):
+            raise BadInput(f"{file}: scale '{name}' is zero, negative or not finite; quantize again")
+        if name.partition(".")[0] not in TENSOR_KINDS:
+            raise BadInput(f"{file}: '{name}' is no scale of this diffpress; quantize again")
+    facts = record["quantization"]
+    kinds = {kind: _under(found, kind) for kind in TENSOR_KINDS}
+    return history, Quantization(str(facts["format"]), formats=dict(facts.get("formats", {})), **kinds)
+
+
+def _under(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(f"{kind}."): value for name, value in tensors.items() if name.startswith(f"{kind}.")}
+
+
+def read_record(folder: Path) -> dict[str, Any] | None:
+    file = folder / RECORD
+    if not file.is_file():
+        return None
+    record = read_json(file)
+    if record.get("format", FORMAT) != FORMAT:
+        raise BadInput(f"{file}: checkpoint format {record['format']!r}, this diffpress reads {FORMAT}")
+    return record

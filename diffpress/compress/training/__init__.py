@@ -1,0 +1,1 @@
+"""The shared training loop, its losses, data, distribution over processes, and resume."""

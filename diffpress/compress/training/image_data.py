@@ -1,0 +1,78 @@
+"""Images for calibration and training: an npz with `x` uint8 [N, H, W] or [N, H, W, C] and optionally `y` [N]."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.network_inputs import Conditions, stand_in_conditions
+from diffpress.runtime.spec import DenoiserSpec
+
+
+@dataclass(frozen=True)
+class ImageData:
+    """x uint8 [N, C, H, W] as stored, labels int64 [N] or None, and the file's hash; scaled batch by batch."""
+
+    x: np.ndarray
+    labels: np.ndarray | None
+    hash: str
+    spec: DenoiserSpec
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """A random batch: float32 [B, C, H, W] in the data range, and {'class_labels': int64 [B]} if labelled."""
+        picks = torch.randint(0, len(self.x), (size,), generator=generator).numpy()
+        low, high = self.spec.data_range
+        x = torch.from_numpy(self.x[picks].astype(np.float32)) * ((high - low) / 255.0) + low
+        return x, {} if self.labels is None else {"class_labels": torch.from_numpy(self.labels[picks])}
+
+    @property
+    def null(self) -> dict[str, torch.Tensor]:
+        """The conditions that stand for none, [1]; empty where the model knows no such label."""
+        label = self.spec.conditioning.null_label
+        return {} if self.labels is None or label is None else {"class_labels": torch.tensor([label])}
+
+    def conditions(self, count: int) -> Conditions:
+        """What `count` samples are told: the classes in turn, or nothing."""
+        return stand_in_conditions(self.spec, count)
+
+
+def load_images(path: Path, spec: DenoiserSpec) -> ImageData:
+    x, labels = read_npz(path)
+    if x.shape[1:] != tuple(spec.sample_shape):
+        raise BadInput(f"{path}: images are {list(x.shape[1:])}, the model works on {list(spec.sample_shape)}")
+    if spec.conditioning.kind == "class":
+        if labels is None:
+            raise BadInput(f"{path}: has no labels 'y', but the model is class-conditional")
+        if labels.min() < 0 or labels.max() >= spec.conditioning.classes:
+            raise BadInput(f"{path}: labels reach {labels.max()}, the model has {spec.conditioning.classes} classes")
+    else:
+        labels = None
+    return ImageData(x, labels, hashlib.sha256(path.read_bytes()).hexdigest(), spec)
+
+
+def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """uint8 [N, C, H, W] and int64 [N] or None."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            if "x" not in file:
+                raise BadInput(f"{path}: has no array 'x'; expected uint8 images [N, H, W] or [N, H, W, C]")
+            x, labels = file["x"], file["y"].astype(np.int64) if "y" in file else None
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise BadInput(f"{path}: not readable as an npz of images ({error})") from error
+    if x.dtype != np.uint8 or x.ndim not in (3, 4):
+        raise BadInput(f"{path}: 'x' is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W] or [N, H, W, C]")
+    if len(x) == 0:
+        raise BadInput(f"{path}: holds no images")
+    if labels is not None and labels.shape != (len(x),):
+        raise BadInput(f"{path}: 'y' has shape {list(labels.shape)}, expected [{len(x)}]")
+    x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
+    return np.ascontiguousarray(x), labels

@@ -1,0 +1,210 @@
+"""The one training loop that every training stage shares.
+
+    for step in steps:   loss(student, *draw(generator of this step, step / steps))   ->  AdamW  ->  EMA
+
+`accelerate` places the model and averages gradients over processes, so `accelerate launch` runs it unchanged. Batch k,
+step * processes + process, is drawn from a generator seeded by (seed, k): a run that was killed goes on from its last
+save and ends bit for bit as an undisturbed one of as many processes. The EMA weights are the result.
+
+What a step draws is drawn on the processor and moved by the loop; what it computes is computed on the device alone,
+without asking it for a number on the way. So loss and gradients may be replayed as one CUDA graph (replay.py).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import send_to_device
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from diffpress.compress.progress import progress
+from diffpress.compress.training.cuda_graph import Replayed, refuse_replay
+from diffpress.compress.training.resume import read_state, write_state
+from diffpress.runtime.errors import DiffpressError, MissingExtra
+
+GRADIENT_CLIP = 1.0
+STATE = "training.safetensors"
+
+
+class Objective(NamedTuple):
+    """What a training minimises.
+
+    `draw(generator, share of the training that is behind)` gives everything of a step that is random or read from
+    memory: tensors, and lists and dicts of them, which the loop moves to the device, and plain values as they are.
+    `loss(model, *drawn)` is a scalar, computed on the device of what it is given.
+    """
+
+    draw: Callable[[torch.Generator, float], tuple[Any, ...]]
+    loss: Callable[..., torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Training:
+    """`ema` is the decay the moving average settles at; `save_every` and `preview_every` are in steps.
+
+    `precision` bf16 computes losses under autocast; `partial` allows steps that leave parameters out. Into `logs` go
+    the loss, where `tensorboard` is asked for, and what `preview(model with the EMA weights, file)` draws.
+    `cuda_graphs` replays steps on a GPU.
+    """
+
+    steps: int
+    learning_rate: float
+    warmup: int
+    ema: float
+    seed: int
+    save_every: int
+    work: Path
+    what: str
+    precision: str = "fp32"
+    cuda_graphs: bool = False
+    partial: bool = False
+    logs: Path | None = None
+    tensorboard: bool = False
+    preview_every: int = 0
+    preview: Callable[[nn.Module, Path], None] | None = None
+
+
+class TrainingDiverged(DiffpressError):
+    """The loss is not a number any more; the last good state is kept."""
+
+
+def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
+    """Train `student` in place and load the EMA weights into it at the end; resumes from `run.work`.
+
+    Raises BadInput where `run.cuda_graphs` cannot be had, and TrainingDiverged where the loss is no number.
+    """
+    accelerator = _accelerator(run)
+    if run.cuda_graphs:
+        refuse_replay(student, run.what)
+    optimizer = torch.optim.AdamW(student.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    # foreach: one kernel for many tensors, where small networks spend their time launching
+    ema = EMAModel(student.parameters(), decay=run.ema, min_decay=0.0, use_ema_warmup=True, power=3 / 4, foreach=True)
+    start = _restore_(student, optimizer, ema, run)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch has renamed what accelerate calls broadcast_buffers
+        model, optimizer = accelerator.prepare(student.train(), optimizer)
+    ema.to(accelerator.device)
+    device = accelerator.device
+
+    def gradients_of(*drawn: Any) -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+            loss = objective.loss(model, *drawn)
+        accelerator.backward(loss)
+        return loss.detach()
+
+    step_of = Replayed(gradients_of, model) if run.cuda_graphs and device.type == "cuda" else gradients_of
+    with progress(run.what, run.steps, start) as advance:
+        for step in range(start, run.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = run.learning_rate * learning_rate_factor(step, run.steps, run.warmup)
+            batch = step * accelerator.num_processes + accelerator.process_index
+            torch.manual_seed(batch)  # dropout too repeats when a run is resumed
+            drawn = objective.draw(step_generator(run.seed, batch), step / run.steps)
+            optimizer.zero_grad()
+            loss = step_of(*send_to_device(drawn, device))
+            value = accelerator.reduce(loss, reduction="mean").item()  # a NaN in one process is one in all
+            if not math.isfinite(value):
+                raise TrainingDiverged(
+                    f"{run.what}: the loss is {value} at step {step} of {run.steps}; lower learning_rate "
+                    f"(now {run.learning_rate:g}). The last good state is kept in {run.work}"
+                )
+            accelerator.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
+            optimizer.step()
+            ema.step(model.parameters())
+            advance(step + 1, f"loss {value:.4f}")
+            if run.tensorboard:
+                accelerator.log({"loss": value}, step=step + 1)
+            if not accelerator.is_main_process:
+                continue
+            if run.preview_every and (step + 1) % run.preview_every == 0:
+                _preview(accelerator.unwrap_model(model), ema, step + 1, run)
+            if (step + 1) % run.save_every == 0 and step + 1 < run.steps:
+                _save(accelerator.unwrap_model(model), optimizer, ema, step + 1, run)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    student = accelerator.unwrap_model(model).to("cpu")
+    # accelerate's mark: a copy that has it is left where it is, on the processor, by the next stage's training
+    vars(student).pop("_is_accelerate_prepared", None)
+    ema.to("cpu")
+    ema.copy_to(student.parameters())
+    return student.eval()
+
+
+def _accelerator(run: Training) -> Accelerator:
+    """Places the model, and writes the loss for TensorBoard; raises MissingExtra where that is wanted and not there."""
+    # buffers are tables that training leaves alone; sent about in every call they would break a second one
+    handlers = [DistributedDataParallelKwargs(find_unused_parameters=run.partial, broadcast_buffers=False)]
+    # the recipe says how to compute, not the launcher
+    settings: dict[str, Any] = {"kwargs_handlers": handlers, "mixed_precision": "no"}
+    if not run.tensorboard:
+        return Accelerator(**settings)
+    if importlib.util.find_spec("tensorboard") is None:
+        raise MissingExtra("tensorboard", "tensorboard", f"{run.what}: 'tensorboard: true'")
+    accelerator = Accelerator(**settings, log_with="tensorboard", project_dir=run.logs)
+    accelerator.init_trackers(run.what.replace(" ", "-"))
+    return accelerator
+
+
+def _preview(model: nn.Module, ema: EMAModel, step: int, run: Training) -> None:
+    """Draw what the average makes now; the weights in training are put back."""
+    if run.preview is None or run.logs is None:
+        return
+    ema.store(model.parameters())
+    ema.copy_to(model.parameters())
+    run.preview(model, run.logs / f"step-{step:06d}.png")
+    ema.restore(model.parameters())
+
+
+def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
+    """Linear warm-up, then half a cosine down to zero."""
+    ramp = min(1.0, (step + 1) / max(warmup, 1))
+    return ramp * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+
+
+def step_generator(seed: int, index: int) -> torch.Generator:
+    return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
+
+
+# --- resuming: tensors as safetensors, numbers as JSON, put in place by one rename -----------------------------
+
+
+def _save(model: nn.Module, optimizer: Any, ema: EMAModel, step: int, run: Training) -> None:
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    tensors |= {f"ema.{i}": value for i, value in enumerate(ema.shadow_params)}
+    for i, parameter in enumerate(model.parameters()):
+        for name, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{i}.{name}"] = value
+    metadata = {"step": str(step), "ema_step": str(ema.optimization_step), "run": _fingerprint(run)}
+    write_state(run.work / STATE, tensors, metadata, "training state")
+
+
+def _restore_(model: nn.Module, optimizer: Any, ema: EMAModel, run: Training) -> int:
+    saved = read_state(run.work / STATE, "training state")
+    if saved is None:
+        return 0
+    tensors, metadata = saved
+    if metadata.get("run") != _fingerprint(run):
+        return 0
+    model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
+    ema.shadow_params = [tensors[f"ema.{i}"] for i in range(len(ema.shadow_params))]
+    ema.optimization_step = int(metadata["ema_step"])
+    for i, parameter in enumerate(model.parameters()):
+        prefix = f"optimizer.{i}."
+        state = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        if state:
+            optimizer.state[parameter] = state
+    return int(metadata["step"])
+
+
+def _fingerprint(run: Training) -> str:
+    return json.dumps([run.steps, run.learning_rate, run.warmup, run.ema, run.seed, run.precision])

@@ -1,0 +1,78 @@
+"""A checkpoint in, a bundle out: fold timesteps, measure int8 against float, write the bundle."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.context import say
+from diffpress.export.bundle import check_precision, check_targets, proven_engines, refuse_foreign, write_bundle
+from diffpress.export.graph.to_onnx import to_onnx
+from diffpress.export.passes.fold_timesteps import fix_plan
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.verify.latency import float_variants, measure_latency
+from diffpress.runtime.bundle import Bundle
+from diffpress.runtime.engines.tensorrt.options import BuildOptions
+from diffpress.runtime.pipeline import resized
+
+
+def export(
+    checkpoint: Checkpoint,
+    out: str | Path,
+    *,
+    targets: Sequence[str] = ("onnx",),
+    precision: str = "fp32",
+    size: tuple[int, int] | None = None,
+    fixed_timesteps: bool = False,
+    revert_slower: bool = False,
+    compute_capabilities: Sequence[str] = (),
+    build: BuildOptions | None = None,
+    threads: int | None = None,
+) -> Bundle:
+    """Export `checkpoint` as a bundle into the folder `out`.
+
+    Args:
+        checkpoint: From `load`, or what the stages of a recipe returned.
+        out: The bundle's folder. One that holds anything but a bundle is refused.
+        targets: Of "onnx", "openvino" and "tensorrt": the engines to build or check the bundle for.
+        precision: "fp32", "fp16" or "bf16": what the graphs store and compute in; norms, softmax and decoders stay fp32.
+        size: Height and width of the image in pixels, to fix them in the graphs.
+        fixed_timesteps: Fold the timestep embedding for the timesteps of the sampling plan into constants.
+        revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
+        compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
+        build: How TensorRT engines are built.
+        threads: Processor threads of the parity check; None for all.
+
+    Raises:
+        InvalidInputError: For options that do not fit the checkpoint, and where parity fails.
+    """
+    out, build, fixed_size = Path(out), build or BuildOptions(), size is not None
+    refuse_foreign(out)
+    if size is not None:
+        checkpoint = checkpoint.evolve(spec=resized(checkpoint.spec, size))
+    check_targets(targets, compute_capabilities, build)
+    check_precision(precision, checkpoint.quantization is not None, targets)
+    graph, variants = None, []
+    if fixed_timesteps:
+        checkpoint, graph = fix_plan(checkpoint, to_onnx(checkpoint, fixed_size))
+    if checkpoint.quantization is not None:
+        graph = graph or to_onnx(checkpoint, fixed_size)
+        rounded = insert_qdq(graph, checkpoint.quantization)
+        engines = dict.fromkeys(proven_engines(True, targets), rounded)
+        latencies = measure_latency(checkpoint, graph, engines, threads, fixed_size)
+        for latency in latencies:
+            say(str(latency))
+        variants = float_variants(graph, latencies) if revert_slower else []
+    return write_bundle(
+        checkpoint,
+        out,
+        targets,
+        float_graph=graph,
+        variants=variants,
+        capabilities=compute_capabilities,
+        threads=threads,
+        fixed_size=fixed_size,
+        precision=precision,
+        build=build,
+    )

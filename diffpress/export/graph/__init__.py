@@ -1,0 +1,1 @@
+"""ONNX graphs: tracing a torch module, holding large weights, rewriting nodes."""

@@ -1,0 +1,214 @@
+"""Float32 graph -> the same graph in half precision, with islands of float32 (export/passes/fp32_fallback.py says where).
+
+    sample f32 -> Cast -> layers, activations: float16 or bfloat16 -> Cast -> norm, softmax: float32 -> Cast -> ...
+
+Inputs and outputs keep their names and types, nodes their names and order. Every float tensor is made in one of the two
+types, and a Cast stands where somebody reads the other, one for each tensor. Weights are rounded when they are written,
+one at a time: to nearest, ties to even. float16 ends at 65504, and below 6.1e-5 it has fewer digits with every halving;
+bfloat16 has the range of float32 and 8 bits where float16 has 11.
+
+onnxruntime.transformers.float16 knows no bfloat16, needs all weights in one proto below 2 GiB, and clips what overflows
+without a word; modelopt's AutoCast wants an older ONNX and onnx-graphsurgeon, and loads all weights as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from functools import partial
+
+import ml_dtypes
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper, shape_inference
+
+from diffpress.export.graph.model import Graph, Weight, weight_of
+from diffpress.export.graph.opsets import opset_of, raised
+from diffpress.export.graph.rewrite import Rewrite, copies
+from diffpress.export.passes.fp32_fallback import ROUNDING, islands
+from diffpress.runtime.errors import BadInput, unknown_name
+
+FLOAT = "fp32"
+HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
+PRECISIONS = (FLOAT, *HALVES)
+
+# convolutions take bfloat16 from this opset on; DequantizeLinear takes a float16 scale
+BF16_OPSET, SCALE_OPSET = 22, 19
+
+FLOAT32 = np.dtype(np.float32)
+
+# operator -> inputs that are float32 whatever the others are
+ALWAYS_FLOAT = {"Resize": (2,)}
+
+
+@dataclass(frozen=True)
+class Lost:
+    """Of `total` numbers stored in half precision: how many became 0, and how many have fewer digits than usual."""
+
+    zero: int = 0
+    subnormal: int = 0
+    total: int = 0
+
+    def __str__(self) -> str:
+        return f"of {self.total:,} weights {self.zero:,} became 0 and {self.subnormal:,} lost digits below the range"
+
+    def __add__(self, other: Lost) -> Lost:
+        return Lost(self.zero + other.zero, self.subnormal + other.subnormal, self.total + other.total)
+
+
+def kept_modules(module: object, precision: str) -> tuple[str, ...]:
+    """The modules in it that overflow float16, as transformers and diffusers know them: 'wo' of T5, for one."""
+    return tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if precision == "fp16" else ()
+
+
+def to_half(graph: Graph, precision: str, keep: Collection[str] = ()) -> tuple[Graph, Lost]:
+    """`graph`, itself left as it is, in 'fp16' or 'bf16', and what its weights lost.
+
+    Layers in modules `keep` stay float32. Reads every weight once. Raises BadInput for a weight that overflows, naming
+    it, and for a graph with branches or operators whose types ONNX does not know.
+    """
+    if precision not in HALVES:
+        raise unknown_name("half precision", precision, HALVES)
+    graph = raised(graph, _needed_opset(graph, precision))
+    floats = _floats(graph)
+    inside = islands(graph.proto.graph, floats, _lacking(graph, HALVES[precision]), keep)
+    halving = _Halving(graph, HALVES[precision], floats)
+    for index, node in enumerate(copies(graph.proto.graph.node)):
+        halving.add_(node, FLOAT32 if index in inside else HALVES[precision])
+    return halving.rewrite.graph(), halving.lost
+
+
+def _needed_opset(graph: Graph, precision: str) -> int:
+    if precision == "bf16":
+        return BF16_OPSET
+    return SCALE_OPSET if any(node.op_type in ROUNDING for node in graph.proto.graph.node) else 0
+
+
+def _floats(graph: Graph) -> set[str]:
+    """The names of all float32 tensors."""
+    proto = onnx.ModelProto()
+    proto.CopyFrom(graph.proto)
+    inner = proto.graph
+    del inner.initializer[:]
+    for tensor in graph.proto.graph.initializer:  # a weight has no bytes here; its type is all that is asked for
+        if tensor.name in graph.weights:
+            inner.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+        else:
+            inner.initializer.append(tensor)
+    inner = shape_inference.infer_shapes(proto).graph
+    types = {value.name: value.type.tensor_type.elem_type for value in (*inner.input, *inner.output, *inner.value_info)}
+    types |= {tensor.name: tensor.data_type for tensor in inner.initializer}
+    for node in inner.node:
+        unknown = [name for name in node.output if name and not types.get(name)]
+        if unknown or any(attribute.HasField("g") for attribute in node.attribute):
+            raise BadInput(f"node '{node.name}': {node.op_type} cannot be put into half precision; export in fp32")
+    return {name for name, kind in types.items() if kind == TensorProto.FLOAT}
+
+
+def _lacking(graph: Graph, half: np.dtype) -> set[str]:
+    """The operators of the graph that ONNX does not define for this type."""
+    version, wanted = opset_of(graph), f"tensor({half.name})"
+    found = set()
+    for kind, domain in {(node.op_type, node.domain) for node in graph.proto.graph.node}:
+        allowed = [entry.allowed_type_strs for entry in onnx.defs.get_schema(kind, version, domain).type_constraints]
+        if any("tensor(float)" in types and wanted not in types for types in allowed):
+            found.add(kind)
+    return found
+
+
+@dataclass
+class _Halving:
+    """The graph that is being written; `made` has the type in which each float tensor was made."""
+
+    source: Graph
+    half: np.dtype
+    floats: set[str]
+    lost: Lost = Lost()
+    made: dict[str, np.dtype] = field(default_factory=dict)
+    versions: dict[tuple[str, np.dtype], str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        graph = self.source.proto.graph
+        self.rewrite = Rewrite(self.source)
+        self.stored = {tensor.name for tensor in graph.initializer}
+        self.outputs = {value.name for value in graph.output}
+        for value in graph.input:
+            self._make_(value.name, FLOAT32, value.name)
+
+    def add_(self, node: onnx.NodeProto, dtype: np.dtype) -> None:
+        """Write the node so that it reads and makes `dtype` where it read and made float32."""
+        # a Cast reads anything
+        for index, name in enumerate(node.input if node.op_type != "Cast" else []):
+            if name in self.floats:
+                node.input[index] = self._version(name, self._wanted(node, index, dtype))
+        if node.op_type == "Cast":
+            node.input[0] = self.versions.get((node.input[0], self.made.get(node.input[0], FLOAT32)), node.input[0])
+        self._retype_(node, dtype)
+        self.rewrite.nodes.append(node)
+        for index, name in enumerate(node.output):
+            if name in self.floats:
+                renamed = name in self.outputs and dtype != FLOAT32
+                node.output[index] = self._make_(name, dtype, f"{name}.{dtype.name}" if renamed else name)
+                if renamed:
+                    self._cast(name, FLOAT32, name)
+
+    def _wanted(self, node: onnx.NodeProto, index: int, dtype: np.dtype) -> np.dtype:
+        return FLOAT32 if index in ALWAYS_FLOAT.get(node.op_type, ()) else dtype
+
+    def _retype_(self, node: onnx.NodeProto, dtype: np.dtype) -> None:
+        """Change the attributes that say what the node makes."""
+        if node.output[0] not in self.floats:
+            return
+        for attribute in node.attribute:
+            if node.op_type == "Cast" and attribute.name == "to":
+                attribute.i = helper.np_dtype_to_tensor_dtype(dtype)
+            elif attribute.type == onnx.AttributeProto.TENSOR:
+                attribute.t.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(attribute.t).astype(dtype)))
+
+    def _make_(self, tensor: str, dtype: np.dtype, name: str) -> str:
+        self.made[tensor] = dtype
+        self.versions[tensor, dtype] = name
+        return name
+
+    def _version(self, tensor: str, dtype: np.dtype) -> str:
+        """The name of the tensor in `dtype`, cast or stored where it is not there yet."""
+        if (tensor, dtype) not in self.versions:
+            if tensor in self.stored:
+                self.versions[tensor, dtype] = self._store(tensor, dtype)
+            else:
+                self._cast(tensor, dtype, f"{tensor}.{dtype.name}")
+        return self.versions[tensor, dtype]
+
+    def _cast(self, tensor: str, dtype: np.dtype, name: str) -> None:
+        made = self.versions[tensor, self.made[tensor]]
+        to = helper.np_dtype_to_tensor_dtype(dtype)
+        self.rewrite.nodes.append(helper.make_node("Cast", [made], [name], f"{name}/Cast", to=to))
+        self.versions[tensor, dtype] = name
+
+    def _store(self, tensor: str, dtype: np.dtype) -> str:
+        if dtype == FLOAT32:
+            return tensor
+        weight, name = weight_of(self.source, tensor), f"{tensor}.{dtype.name}"
+        self.lost += _lost(tensor, weight.read(), dtype)
+        read = partial(_rounded, weight, dtype)
+        if tensor in self.source.weights:
+            return self.rewrite.add_weight(name, Weight(dtype, weight.shape, read))
+        return self.rewrite.add(name, read())
+
+
+def _rounded(weight: Weight, dtype: np.dtype) -> np.ndarray:
+    return weight.read().astype(dtype)
+
+
+def _lost(name: str, exact: np.ndarray, dtype: np.dtype) -> Lost:
+    limits = ml_dtypes.finfo(dtype)
+    size = np.abs(exact)
+    overflow = np.isfinite(size) & (size > float(limits.max))
+    if overflow.any():
+        raise BadInput(
+            f"weight '{name}': {float(size[overflow].max()):g} does not fit {dtype.name}, which ends at "
+            f"{float(limits.max):g}; take --precision {'bf16' if dtype == np.float16 else FLOAT}"
+        )
+    zero = int(((size > 0) & (size <= float(limits.smallest_subnormal) / 2)).sum())
+    small = int(((size > 0) & (size < float(limits.smallest_normal))).sum())
+    return Lost(zero, small - zero, exact.size)

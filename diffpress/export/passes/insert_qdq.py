@@ -1,0 +1,139 @@
+"""Float graph + scales -> Q/DQ graph, whose numbers are the engine's and whose algebra is the fake-quant model's.
+
+    activation   x -> QuantizeLinear -> DequantizeLinear     export/passes/qdq_placement.py says where and why there
+    weight       initializer         -> DequantizeLinear     export/passes/quantize_weights.py
+
+A layer's '.weight' scales store it in few bits and drop the float copy, so the file shrinks to about a quarter; without
+an '.input' scale the layer computes in float from what is stored. An '.output' scale rounds what a layer, or the sum
+that a block ends in, writes.
+
+Processors without VNNI add pairs of 8-bit products in 16 bits, which saturate where weights use their whole range: on
+such a machine OpenVINO's result fell from 32 to 24 dB. An amax of 127/64 times the largest weight rules this out.
+
+A layer is found by the names that `diffpress.export.graph.trace` gives to nodes, and its weight is quantized when it is written.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from diffpress.compress.checkpoint import Quantization
+from diffpress.compress.quantization.formats import FORMATS, FP4, INT8
+from diffpress.export.graph.model import Graph
+from diffpress.export.graph.opsets import needed_opset, opset_of, raised
+from diffpress.export.graph.rewrite import Rewrite, copies
+from diffpress.export.graph.trace import SUMS, WEIGHT_INPUT
+from diffpress.export.passes.dynamic_fp4 import quantize_dynamically_
+from diffpress.export.passes.linear_to_conv1x1 import as_convolutions, bias_additions, entered
+from diffpress.export.passes.qdq_placement import Placement
+from diffpress.export.passes.quantize_weights import layer_of, quantize_weight
+from diffpress.export.passes.smoothquant import smoothed
+from diffpress.export.passes.svdquant import branched
+from diffpress.runtime.errors import BadInput
+
+KINDS = (".weight", ".input", ".output")
+# what takes an output scale: layers, and the sums that blocks end in
+ROUNDED = ("Conv", "ConvTranspose", "Gemm", "MatMul", *SUMS)
+
+Scales = dict[str, np.ndarray]
+
+
+def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False) -> Graph:
+    """`graph` (made by `diffpress.export.graph.to_onnx`), itself left as it is, computing in few bits where `quantization` has scales.
+
+    `tensorrt` writes it as TensorRT takes it, where that is another way than that of the engines on the CPU. Raises
+    BadInput, naming the layer, for a scale that is not positive and finite or does not fit the layer's weight, and for
+    a layer the graph does not have.
+    """
+    formats = quantization.layer_formats
+    for kind in (quantization.format, *formats.values()):
+        if kind not in FORMATS:
+            raise BadInput(f"quantization format '{kind}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
+    graph = smoothed(branched(graph, quantization.branch), quantization.smooth)
+    if not tensorrt:
+        graph = as_convolutions(graph, [name for name, kind in formats.items() if FORMATS[kind].activations is INT8])
+    opset = max(opset_of(graph), needed_opset(formats.values()))
+    weights, inputs, outputs = (_scales(quantization, kind) for kind in KINDS)
+    old = graph.proto.graph
+    _check_layers(old, weights, inputs, outputs)
+    rewrite = Rewrite(graph)
+    placement = Placement(rewrite, tensorrt)
+    biases = {bias.name: product for product, bias in bias_additions(old).items()}
+    ends: dict[str, str] = {}  # product without its bias -> the layer, whose output comes after the bias
+    for node in copies(old.node):
+        layer, form = layer_of(node), None
+        if entered(node) in inputs:
+            placement.round_entry_(node, inputs[entered(node)])
+        if layer in weights:
+            form = FORMATS[formats[layer]]
+            if layer in inputs and form.activations is FP4:
+                if tensorrt:
+                    quantize_dynamically_(rewrite, node, inputs[layer])
+            elif layer in inputs and form.activations:
+                placement.round_input_(node, inputs[layer], form.activations)
+            node.input[WEIGHT_INPUT[node.op_type]] = quantize_weight(rewrite, node, weights[layer], form, tensorrt)
+        else:
+            placement.round_product_(node)
+        rewrite.nodes.append(node)
+        ended = ends.pop(biases.get(node.name, ""), _module_of(node))
+        if ended in outputs and node.op_type == "MatMul" and node.output[0] in biases.values():
+            ends[node.output[0]] = ended
+        elif ended in outputs:
+            number = form.activations if form else None
+            placement.round_output_(node, outputs[ended], number or INT8)
+        else:
+            placement.pass_on_(node)
+    return raised(rewrite.graph(), opset)
+
+
+def _module_of(node: onnx.NodeProto) -> str:
+    """The torch module after which the node is named: the layer whose weight it applies, or the block that it ends."""
+    return node.name.partition("#")[0]
+
+
+def _scales(quantization: Quantization, kind: str) -> Scales:
+    """Layer -> float32 scale(s), amax over the largest number of the layer's format."""
+    found = {}
+    for key, amax in quantization.amax.items():
+        if not key.endswith(kind):
+            continue
+        layer = key.removesuffix(kind)
+        form = FORMATS[quantization.format_of(layer)]
+        largest = (form.weights if kind == ".weight" else form.activations or INT8).largest
+        scale = np.atleast_1d(amax.detach().cpu().numpy().astype(np.float32)) / np.float32(largest)
+        if scale.size == 0 or not (np.isfinite(scale).all() and (scale > 0).all()):
+            raise BadInput(
+                f"layer '{layer}': its {kind[1:]} amax must be positive and finite ({_worst(scale, largest)} found); "
+                "quantize again with other calibration data, or keep this layer in float"
+            )
+        found[layer] = scale
+    return found
+
+
+def _worst(scale: np.ndarray, largest: float) -> str:
+    bad = scale[~(np.isfinite(scale) & (scale > 0))]
+    return f"{float(bad[0]) * largest:g}" if bad.size else "nothing"
+
+
+def _check_layers(graph: onnx.GraphProto, weights: Scales, inputs: Scales, outputs: Scales) -> None:
+    layers = {layer_of(node) for node in graph.node}
+    for layer in weights:
+        if layer not in layers:
+            raise BadInput(
+                f"layer '{layer}': the graph has no node that applies its weight; was it exported from another model?"
+            )
+    for layer in inputs:
+        if layer not in weights:
+            raise BadInput(f"layer '{layer}': it has an input amax but no weight amax; quantize again")
+    operators = {_module_of(node): node.op_type for node in graph.node}
+    for name in outputs:
+        if operators.get(name) not in ROUNDED:
+            raise BadInput(
+                f"layer '{name}': only layers and the sums of blocks take an output amax, this is a "
+                f"{operators.get(name, 'module that the graph does not know')}"
+            )
+    for kind, scales in (("input", inputs), ("output", outputs)):
+        for name, scale in scales.items():
+            if scale.size != 1:
+                raise BadInput(f"layer '{name}': its {kind} amax has {scale.size} values, one is expected")

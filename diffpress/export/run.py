@@ -1,0 +1,271 @@
+"""`diffpress compress`: stages, then everything a deployment and a reader want of them.
+
+    DIR/stages/               every finished stage
+    DIR/checkpoint/           the final compressed checkpoint
+    DIR/float/denoiser.onnx   the same network before quantization
+    DIR/baseline/             a bundle of the uncompressed model in fp32
+    DIR/bundle/               what to deploy
+    DIR/latency.json          one step of the quantized graph against the float one in each engine, on this machine
+    DIR/comparison.png        teacher above, bundle below, same noise
+    DIR/report.json, .html    what it gained and cost
+
+(`export` may import `compress`, not the other way round: that is why the verb that needs both lives here.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffpress.compress.builtin import FEATURES, REFERENCE
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint, write_folder
+from diffpress.compress.config import EvaluateConfig, ExportConfig, GatesConfig
+from diffpress.compress.context import say
+from diffpress.compress.evaluation.evaluate import evaluate, paired
+from diffpress.compress.evaluation.features import load_features, load_reference
+from diffpress.compress.evaluation.subject import print_evaluation
+from diffpress.compress.models.counts import count
+from diffpress.compress.pipeline import claim_folder, run_stages, trains
+from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds
+from diffpress.compress.recipe import Recipe
+from diffpress.compress.report import LATENCY, PICTURE, summary, write_report
+from diffpress.compress.training import distributed as processes
+from diffpress.compress.training.teacher_data import read_prompts
+from diffpress.export.bundle import check_precision, check_targets, proven_engines, write_bundle
+from diffpress.export.graph.model import Graph
+from diffpress.export.graph.to_onnx import export_float
+from diffpress.export.passes.fold_timesteps import fix_plan
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.targets.engine_cost import costs_in
+from diffpress.export.verify.latency import BATCH, Latency, float_variants, measure_latency
+from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
+from diffpress.runtime.engines import Engine
+from diffpress.runtime.errors import BadInput, GateFailed
+from diffpress.runtime.io.files import read_json, write_json
+from diffpress.runtime.io.images import grid, to_uint8, write_png
+from diffpress.runtime.network_inputs import Conditions, stand_in_conditions
+from diffpress.runtime.pipeline import Pipeline
+
+COLUMNS, LATENT_COLUMNS = 10, 4
+
+
+def run_recipe(
+    open_teacher: Callable[[], Checkpoint], recipe: Recipe, out: Path, *, update: bool = False, where: str = "recipe"
+) -> None:
+    """Run the recipe's stages, then export, measure, report and judge into `out`; resumes what was begun there.
+
+    `where` names the recipe in errors. Raises GateFailed last, when everything is written.
+    """
+    with processes.together():
+        with processes.main_first():
+            teacher = open_teacher()
+            _check(recipe, teacher, where)
+            if processes.is_main():
+                claim_folder(out, teacher, recipe, update)
+        checkpoint = run_stages(teacher, recipe, out, costs_in)
+    if processes.is_main():
+        deliver(checkpoint, teacher, recipe, out)
+
+
+def _check(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
+    """What would be refused at the end is refused before any work."""
+    if recipe.evaluate is not None:
+        load_features(FEATURES, teacher.spec)
+    for number, stage in enumerate(recipe.stages):
+        if stage.name == "quantize":
+            check_bounds(stage.config, teacher.spec, has_engines=True)
+            if trains(stage) and stage.config.bounds and processes.count() > 1:
+                raise BadInput(
+                    f"{where}: stages[{number}]: quantize: mode qat with bounds goes by times that differ from "
+                    "process to process; run it with one process, which keeps the stages that several have finished"
+                )
+    quantized = any(stage.name == "quantize" for stage in recipe.stages)
+    check_precision(recipe.export.precision, quantized, recipe.export.targets)
+    check_targets(recipe.export.targets, recipe.export.tensorrt.compute_capabilities, recipe.export.tensorrt.options)
+
+
+def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Path) -> None:
+    """Export, measure, report and judge; raises GateFailed last, when everything is written."""
+    targets = recipe.export.targets
+    print("[export]", flush=True)
+    save_checkpoint(checkpoint, out / "checkpoint")
+    metrics, plans = _metrics(teacher, recipe.export), _plan_options(recipe.export)
+    baseline = _done_before(out / "baseline", metrics) or _written(
+        teacher, out / "baseline", targets, "teacher", metrics, **plans
+    )
+    bundle = _student(checkpoint, teacher, recipe.export, out, baseline)
+    with closing(Pipeline(bundle)) as ours, closing(Pipeline(baseline)) as theirs:
+        write_comparison(ours, theirs, out / PICTURE)
+        if recipe.evaluate is not None:
+            print("[evaluate]", flush=True)
+            scores = _evaluated(ours.denoiser, bundle, theirs.denoiser, baseline, recipe.evaluate, out)
+            write_json(out / "evaluation.json", scores)
+    gates = judged(recipe.gates, bundle, read_json(out / "evaluation.json") if recipe.evaluate else None)
+    write_json(out / "gates.json", gates)
+    print(summary(write_report(out)))
+    failed = [f"{g['gate']} is {g['value']:.3f}, the bound is {g['bound']:g}" for g in gates if not g["passed"]]
+    if failed:
+        raise GateFailed(f"{out}: gate failed: {'; '.join(failed)}. The work is kept")
+
+
+def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, out: Path, baseline: Bundle) -> Bundle:
+    """The bundle to deploy, and beside it the float graph and what int8 gains in each engine."""
+    if checkpoint.quantization is None:
+        (out / LATENCY).unlink(missing_ok=True)
+    latencies = _stored_latencies(checkpoint, config, out)
+    if latencies is not None and (out / "float").is_dir():
+        found = _done_before(out / "bundle", _student_metrics(checkpoint, config, latencies))
+        if found is not None:
+            return found
+    graph, original = _float_graph(checkpoint, out / "float"), checkpoint
+    if config.fixed_plan:
+        checkpoint, graph = fix_plan(checkpoint, graph)
+    if latencies is None:
+        latencies = _measured_latencies(checkpoint, graph, config)
+        _store_latencies(latencies, original, config, out)
+    for latency in latencies:
+        say(str(latency))
+    old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
+    metrics = _student_metrics(original, config, latencies)
+    metrics |= {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
+    variants = float_variants(graph, latencies) if config.revert_slower else []
+    options = {"float_graph": graph, "variants": variants, "parts_from": baseline, "precision": config.precision}
+    return _written(checkpoint, out / "bundle", config.targets, "student", metrics, **options, **_plan_options(config))
+
+
+def _stored_latencies(checkpoint: Checkpoint, config: ExportConfig, out: Path) -> list[Latency] | None:
+    """What a run before measured of this very checkpoint: measured again it would be another figure, and perhaps
+    another bundle."""
+    if checkpoint.quantization is None:
+        return []
+    stored = read_json(out / LATENCY) if (out / LATENCY).is_file() else {}
+    if not _graph_metrics(checkpoint, config).items() <= stored.items():
+        return None
+    return [Latency(row["engine"], row["precision"], row["float_ms"], row["quantized_ms"]) for row in stored["engines"]]
+
+
+def _measured_latencies(checkpoint: Checkpoint, graph: Graph, config: ExportConfig) -> list[Latency]:
+    assert checkpoint.quantization is not None
+    rounded = insert_qdq(graph, checkpoint.quantization)
+    return measure_latency(checkpoint, graph, dict.fromkeys(proven_engines(True, config.targets), rounded))
+
+
+def _store_latencies(latencies: Sequence[Latency], checkpoint: Checkpoint, config: ExportConfig, out: Path) -> None:
+    judged = ("latency_ratio", "slower")
+    rows = [asdict(latency) | {key: getattr(latency, key) for key in judged} for latency in latencies]
+    write_json(out / LATENCY, {**_graph_metrics(checkpoint, config), "batch": BATCH, "engines": rows})
+
+
+def _metrics(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
+    plans = {"tensorrt": config.tensorrt.model_dump(mode="json")} if "tensorrt" in config.targets else {}
+    return {"checkpoint": checkpoint.hash, "targets": list(config.targets), **plans}
+
+
+def _plan_options(config: ExportConfig) -> dict[str, Any]:
+    """How TensorRT plans are built, as `write_bundle` takes it."""
+    return {"capabilities": config.tensorrt.compute_capabilities, "build": config.tensorrt.options}
+
+
+def _graph_metrics(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
+    settings = {"fixed_plan": config.fixed_plan, "precision": config.precision}
+    return _metrics(checkpoint, config) | settings
+
+
+def _student_metrics(checkpoint: Checkpoint, config: ExportConfig, latencies: Sequence[Latency]) -> dict[str, Any]:
+    reverted = [latency.engine for latency in latencies if latency.slower and config.revert_slower]
+    return _graph_metrics(checkpoint, config) | {"reverted": reverted}
+
+
+def _done_before(folder: Path, metrics: dict[str, Any]) -> Bundle | None:
+    """The bundle that is there already, if it was made with these metrics."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    found = load_bundle(folder)
+    if not metrics.items() <= found.manifest["metrics"].items():
+        return None
+    say(f"{folder}: done before")
+    return found
+
+
+def _written(
+    checkpoint: Checkpoint, folder: Path, targets: Sequence[str], name: str, metrics: dict[str, Any], **options: Any
+) -> Bundle:
+    bundle = write_bundle(checkpoint, folder, targets, name=name, metrics=metrics, **options)
+    for engine, row in running_parity(bundle).items():
+        say(f"{name}: {engine} against torch fp32: SQNR {row['sqnr_db']:.1f} dB, largest difference {row['max_abs']:g}")
+    return bundle
+
+
+def running_parity(bundle: Bundle) -> dict[str, dict[str, float]]:
+    """engine -> parity of the graph that it takes."""
+    variants = bundle.manifest["graphs"]["denoiser"]["variants"]
+    return bundle.manifest["parity"] | {e: entry["parity"] for e, entry in variants.items() if "parity" in entry}
+
+
+def _float_graph(checkpoint: Checkpoint, folder: Path) -> Graph:
+    graphs: list[Graph] = []
+    write_folder(folder, lambda temporary: graphs.append(export_float(checkpoint, temporary / "denoiser.onnx")))
+    return graphs[0]
+
+
+def write_comparison(ours: Pipeline, theirs: Pipeline, path: Path) -> None:
+    """The teacher's images above, the bundle's below, each by its own plan from the same noise and words.
+
+    Two rows of each, and one short row from models of latents, which may take minutes an image.
+    """
+    pixels = theirs.spec.is_pixel_space
+    columns = COLUMNS if pixels else LATENT_COLUMNS
+    count = 2 * columns if pixels else columns
+    rows = []
+    for pipeline in (theirs, ours):
+        told = _told(pipeline, count)
+        images = np.concatenate(list(pipeline.images(range(count), told, batch=count)))
+        rows.append(to_uint8(images, pipeline.spec.data_range))
+    write_png(grid(np.concatenate(rows), columns=columns), path)
+
+
+def _told(pipeline: Pipeline, count: int) -> Conditions:
+    """The first built-in prompts, or the classes in turn; stand-ins for a denoiser without its text encoders."""
+    conditioning = pipeline.spec.conditioning
+    if conditioning.kind == "text" and not conditioning.encoders:
+        return stand_in_conditions(pipeline.spec, count)
+    prompts = list(read_prompts(None)[:count]) if conditioning.kind == "text" else None
+    return pipeline.conditions(count, prompts=prompts, warn=say)
+
+
+def _evaluated(
+    ours: Engine, bundle: Bundle, theirs: Engine, baseline: Bundle, config: EvaluateConfig, out: Path
+) -> dict[str, Any]:
+    """Both bundles' scores, each by its own plan; kept from before where nothing changed."""
+    key = {"bundle": bundle.hash, "baseline": baseline.hash, "config": config.model_dump(mode="json")}
+    before = read_json(out / "evaluation.json") if (out / "evaluation.json").is_file() else {}
+    if before.get("key") == key:
+        say("done before")
+        return dict(before)
+    features = load_features(FEATURES, bundle.spec)
+    reference = load_reference(REFERENCE, features, bundle.spec)
+    scores = {}
+    for name, engine, one in (("baseline", theirs, baseline), ("bundle", ours, bundle)):
+        spec, what = one.spec_for(engine.name), f"sampling the {name}"
+        scores[name] = evaluate(engine, spec, config, features, reference, what=what)
+    scores["bundle"]["paired"] = paired(ours, theirs, bundle.spec_for(ours.name), config, "teacher, same plan")
+    for name, score in scores.items():
+        print_evaluation(name, score)
+    return {"key": key, **scores}
+
+
+def judged(gates: GatesConfig, bundle: Bundle, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Each gate of the recipe with its bound, the measured value and whether it was passed."""
+    found = []
+    if gates.frechet_ratio is not None and evaluation is not None:
+        ratio = evaluation["bundle"]["frechet"]["mean"] / evaluation["baseline"]["frechet"]["mean"]
+        found.append(("frechet_ratio", gates.frechet_ratio, ratio, ratio <= gates.frechet_ratio))
+    if gates.parity_sqnr_db is not None:
+        worst = min(row["sqnr_db"] for row in running_parity(bundle).values())
+        found.append(("parity_sqnr_db", gates.parity_sqnr_db, worst, worst >= gates.parity_sqnr_db))
+    return [{"gate": g, "bound": bound, "value": value, "passed": passed} for g, bound, value, passed in found]

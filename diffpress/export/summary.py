@@ -1,0 +1,33 @@
+"""A bundle in a few lines of text."""
+
+from __future__ import annotations
+
+from diffpress.export.targets.tensorrt import plan_line
+from diffpress.export.verify.engine_check import proof_line
+from diffpress.runtime.bundle import Bundle
+
+
+def summary(bundle: Bundle) -> list[str]:
+    """A bundle in a few lines: its files with sizes, what is quantized, its engines, its parity."""
+    manifest = bundle.manifest
+    denoiser = manifest["graphs"]["denoiser"]
+    lines = [f"{bundle.path}: {manifest['name']}, {denoiser['parameters']:,} parameters, {denoiser['precision']}"]
+    lines += [f"  {name}  {entry['bytes'] / 2**20:.2f} MiB" for name, entry in manifest["files"].items()]
+    if denoiser["formats"]:
+        lines.append("  layers: " + ", ".join(f"{count} in {kind}" for kind, count in denoiser["formats"].items()))
+    weights = ", ".join(f"{dtype} {size / 2**20:.2f} MiB" for dtype, size in denoiser["bytes_by_precision"].items())
+    lines.append(f"  weights: {weights}")
+    for entry in manifest["engines"]:
+        lines.append("  " + (proof_line(entry) if "integer_mac_share" in entry else plan_line(entry)))
+    for engine, row in manifest["parity"].items():
+        size = f"{row['samples']} samples, {row['steps']} steps"
+        lines.append(
+            f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB"
+        )
+    for engine, entry in denoiser["variants"].items():
+        proof = f": parity SQNR {entry['parity']['sqnr_db']:.1f} dB" if "parity" in entry else ""
+        lines.append(f"  {engine} takes {entry['file']}, {entry['precision']}{proof}")
+    for name, graph in manifest["graphs"].items():
+        for engine, sqnr_db in graph.get("parity", {}).items():
+            lines.append(f"  parity {engine}: {name}, SQNR {sqnr_db:.1f} dB")
+    return lines

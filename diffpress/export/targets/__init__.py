@@ -1,0 +1,1 @@
+"""What differs between deployment targets: supported formats, variants, TensorRT engines, pipeline folders."""

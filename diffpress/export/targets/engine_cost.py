@@ -1,0 +1,122 @@
+"""What quantizing a checkpoint costs and gains in an engine: by layer from its profile, as a whole from its clock.
+
+    gain(layer) = its time in the float graph - its time in the quantized graph       medians over a few runs
+
+A layer's time is that of the kernel that multiplies by its weight, with what the engine fused into it, and of its own
+Q/DQ nodes where they run alone. What is fused into neither (norms, layout changes) is nobody's. A sum that is rounded
+has no kernel of its own: graphs with and without all of them are timed, and each gains its part of the difference. So
+gains do for an order; a bound is held by the time of the whole graph, which `latency_ratio` measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import onnx
+
+from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.context import EngineCosts
+from diffpress.compress.quantization.algorithms.sensitivity import places
+from diffpress.export.graph.model import Graph, save_graph
+from diffpress.export.graph.to_onnx import to_onnx
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.passes.quantize_weights import layer_of
+from diffpress.export.verify.latency import BATCH, alternated
+from diffpress.export.verify.parity import trial_of
+from diffpress.runtime.engines import Engine, load_engine
+from diffpress.runtime.engines.precision_report import Kernel
+from diffpress.runtime.network_inputs import network_inputs
+
+PROFILED_RUNS = 9
+QUANTIZED, WITHOUT_SUMS = "quantized.onnx", "without_sums.onnx"
+
+
+@contextmanager
+def costs_in(checkpoint: Checkpoint, engine: str) -> Iterator[EngineCosts]:
+    """Costs of quantizing the float `checkpoint` in `engine`; raises MissingExtra where that is not installed."""
+    graph = to_onnx(checkpoint)
+    with TemporaryDirectory() as folder:
+        exact = Path(folder) / "float.onnx"
+        save_graph(graph, exact)
+        with closing(load_engine(exact, engine)) as opened:
+            yield _Costs(checkpoint, graph, Path(folder), opened)
+
+
+class _Costs:
+    """See diffpress.compress.context.EngineCosts."""
+
+    def __init__(self, checkpoint: Checkpoint, graph: Graph, folder: Path, exact: Engine) -> None:
+        self._graph, self._exact, self._folder = graph, exact, folder
+        self._inputs = network_inputs(exact, trial_of(checkpoint).spec, BATCH)
+
+    def gains_ms(self, quantization: Quantization) -> dict[str, float]:
+        quantized, _ = self._written(quantization)
+        before = layer_times(self._exact.kernel_times(self._inputs, PROFILED_RUNS), self._graph)
+        with self._opened() as rounded:
+            after = layer_times(rounded.kernel_times(self._inputs, PROFILED_RUNS), quantized)
+            of_sums = self._gains_of_sums(quantization, rounded)
+        return {layer: before.get(layer, 0.0) - after.get(layer, 0.0) for layer in quantization.layers} | of_sums
+
+    def _gains_of_sums(self, quantization: Quantization, rounded: Engine) -> dict[str, float]:
+        """What it is worth to round sums between layers, by the clock and in equal parts."""
+        sums = [place for place in places(quantization) if place not in quantization.layers]
+        if not sums:
+            return {}
+        self._written(quantization.without(sums), WITHOUT_SUMS)
+        with self._opened(WITHOUT_SUMS) as unrounded:
+            with_ms, without_ms = alternated((rounded, unrounded), self._inputs)
+        return dict.fromkeys(sums, (without_ms - with_ms) / len(sums))
+
+    def latency_ratio(self, quantization: Quantization) -> float:
+        self._written(quantization)
+        with self._opened() as rounded:
+            exact_ms, rounded_ms = alternated((self._exact, rounded), self._inputs)
+        return rounded_ms / exact_ms
+
+    def size_mib(self, quantization: Quantization) -> float:
+        return self._written(quantization)[1] / 2**20
+
+    @contextmanager
+    def network(self, quantization: Quantization | None) -> Iterator[Engine]:
+        if quantization is None:
+            yield self._exact
+            return
+        self._written(quantization)
+        with self._opened() as rounded:
+            yield rounded
+
+    def _written(self, quantization: Quantization, file: str = QUANTIZED) -> tuple[Graph, int]:
+        graph = insert_qdq(self._graph, quantization)
+        return graph, save_graph(graph, self._folder / file)
+
+    def _opened(self, file: str = QUANTIZED) -> AbstractContextManager[Engine]:
+        return closing(load_engine(self._folder / file, self._exact.name))
+
+
+def _owners(graph: onnx.GraphProto) -> dict[str, str]:
+    """Name -> layer: engines name a kernel by the node, by the tensor it writes, or by the addition of the bias."""
+    stored = {tensor.name for tensor in graph.initializer}
+    owners: dict[str, str] = {}
+    for node in graph.node:
+        layer = layer_of(node)
+        if node.op_type == "Add" and stored.intersection(node.input):
+            layer = next((owners[name] for name in node.input if name in owners), "")
+        if layer:
+            owners |= dict.fromkeys((node.name, *node.output), layer)
+    return owners
+
+
+def layer_times(kernels: Sequence[Kernel], graph: Graph) -> dict[str, float]:
+    """Layer -> milliseconds of the kernels that are its own among those that an engine executed of `graph`."""
+    owners = _owners(graph.proto.graph)
+    found: dict[str, float] = {}
+    for names, ms in kernels:
+        mine = [owners[name] for name in names if name in owners]
+        if not mine and len(names) == 1:  # '<layer>.input/Q', alone; fused with others it is mostly theirs
+            mine = [owners[name] for name in (names[0].rpartition(".")[0],) if name in owners]
+        for layer in mine[:1]:
+            found[layer] = found.get(layer, 0.0) + ms
+    return found

@@ -1,0 +1,90 @@
+"""Other forms of the denoiser's graph, for engines that run them better than denoiser.onnx.
+
+    denoiser.onnx           the portable truth, which every engine can run
+    denoiser.<name>.onnx    what some engines take in its place: float where integers are slower, other Q/DQ placement
+
+The manifest's graph entry says which: variants: {engine: {file, precision, bytes, bytes_by_precision, parity}}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.export.graph.model import Graph, save_graph
+from diffpress.export.targets.precision import precision_of
+from diffpress.export.verify.parity import Trial, check_parity
+from diffpress.runtime.engines import ENGINES
+from diffpress.runtime.errors import BadInput, unknown_name
+
+FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """`graph` for these engines (names of diffpress.runtime.engines); `quantization` is what it computes, None for float."""
+
+    name: str
+    engines: tuple[str, ...]
+    graph: Graph
+    quantization: Quantization | None
+
+    @property
+    def file(self) -> str:
+        return f"denoiser.{self.name}.onnx"
+
+
+def check_variants(variants: Sequence[Variant]) -> None:
+    """Raise BadInput for an engine that does not exist or would have two variants."""
+    engines = [engine for variant in variants for engine in variant.engines]
+    for engine in engines:
+        if engine not in ENGINES:
+            raise unknown_name("engine", engine, ENGINES)
+        if engines.count(engine) > 1:
+            raise BadInput(f"engine '{engine}': takes one graph, and variants {_names(variants, engine)} are given")
+
+
+def write_variants(
+    checkpoint: Checkpoint, variants: Sequence[Variant], folder: Path, trial: Trial, threads: int | None = None
+) -> dict[str, dict[str, Any]]:
+    """Write the variants of the checkpoint's graph into a bundle's folder; returns engine -> manifest entry.
+
+    Raises GateFailed where an engine's images from its variant are not torch's (export/verify/parity.py).
+    """
+    entries = {}
+    for variant in variants:
+        path, computed = folder / variant.file, checkpoint.evolve(quantization=variant.quantization)
+        size = save_graph(variant.graph, path)
+        # what corrects rounding in the plan is not for floats
+        plan = trial.spec.plan if variant.quantization else trial.spec.plan.uncorrected
+        tried = replace(trial, spec=trial.spec.with_plan(plan))
+        parity = check_parity(computed, path, tried, engines=list(variant.engines), threads=threads)
+        for engine in variant.engines:
+            entries[engine] = {
+                "file": variant.file,
+                "precision": precision_of(variant.quantization),
+                "bytes": size,
+                "bytes_by_precision": bytes_by_precision(variant.graph),
+                "parity": parity[engine],
+            }
+    return dict(sorted(entries.items()))
+
+
+def bytes_by_precision(graph: Graph) -> dict[str, int]:
+    """dtype as numpy calls it -> bytes of all initializers in it, wherever they are stored; the largest first."""
+    found: dict[str, int] = {}
+    for tensor in graph.proto.graph.initializer:
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name
+        weight = graph.weights.get(tensor.name)
+        size = onnx.numpy_helper.to_array(tensor).nbytes if weight is None else weight.nbytes
+        found[dtype] = found.get(dtype, 0) + size
+    return dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
+
+
+def _names(variants: Sequence[Variant], engine: str) -> str:
+    return " and ".join(f"'{variant.name}'" for variant in variants if engine in variant.engines)

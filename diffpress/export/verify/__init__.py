@@ -1,0 +1,1 @@
+"""Checks of an exported graph: parity with torch, executed precision, latency."""

@@ -1,0 +1,217 @@
+"""Parity: one whole trajectory through torch and through every engine, on the same noise, conditions and plan.
+
+    max_abs   max |engine - torch|  over the final samples
+    sqnr_db   10 log10(sum torch^2 / sum (engine - torch)^2)  of each final sample, the mean over samples
+
+against the float torch model in both cases. A float graph must stay within MAX_ABS of it, relative to the largest
+value where that is above 1; one in half precision must keep HALF_SQNR_DB. A quantized graph is held to what torch's own
+fake quantization loses: its SQNR may be at most WITHIN_DB lower. One forward would not do: rounding that a single step
+hides is fed back into the next.
+
+A small model of pixels is tried by its own plan. One of latents may weigh gigabytes and take a minute a call: it is
+tried on fewer and smaller samples, over as many steps as show the feedback, and the manifest says how many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, closing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.evaluation.metrics import mean_sqnr_db
+from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.components import Part
+from diffpress.compress.models.counts import is_large
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.export.verify.float16_range import Probed, write_probed
+from diffpress.runtime.engines import Engine, available, load_engine
+from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.errors import GateFailed
+from diffpress.runtime.network_inputs import Network, stand_in_conditions
+from diffpress.runtime.sampler import generate
+from diffpress.runtime.spec import DenoiserSpec
+
+SAMPLES = 16  # the SQNR of four strays by a decibel from draw to draw
+MAX_ABS = 1e-3
+WITHIN_DB = 1.0
+PART_SQNR_DB = {"fp32": 60.0, "fp16": 45.0, "bf16": 30.0}
+
+# between what rounding costs and what a lost island does: measured were 55 to 70 dB in fp16 and 18 less in bf16
+HALF_SQNR_DB = {"fp16": 40.0, "bf16": 22.0}
+
+# ONNX Runtime has no kernels for bfloat16 on the CPU (1.32: no Conv, Gemm, MatMul or Add)
+CANNOT_RUN = {"bf16": (onnxruntime_engine.NAME,)}
+
+# above this, one engine is tried, and its weights stay in the file: a second packed copy might not fit
+LARGE_BYTES = 4 * 2**30
+
+# of latent models
+LATENT_SAMPLES, LATENT_STEPS, LATENT_SIDE = 2, 4, 16
+LATENT_WITHIN_DB = 3.0  # two samples stray further than sixteen
+
+FAKE_QUANT = "torch_fake_quant"
+
+Parity = dict[str, dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What parity is checked on: `samples` samples by the spec's plan at the spec's size."""
+
+    spec: DenoiserSpec
+    samples: int
+    within_db: float
+
+
+def trial_of(checkpoint: Checkpoint, fixed_size: bool = False) -> Trial:
+    """The trial that suits the checkpoint (see the top of this file)."""
+    spec = checkpoint.spec
+    if spec.is_pixel_space and not is_large(checkpoint.model):
+        return Trial(spec, SAMPLES, WITHIN_DB)
+    if adapter_for(checkpoint.model).RESIZABLE and not fixed_size:
+        side = max(2, LATENT_SIDE // spec.size_multiple) * spec.size_multiple
+        channels, height, width = spec.sample_shape
+        spec = replace(spec, sample_shape=(channels, min(side, height), min(side, width)))
+    stride = -(-spec.plan.steps // LATENT_STEPS)
+    plan = spec.plan.over(spec.plan.timesteps[::stride])
+    return Trial(spec.with_plan(plan), LATENT_SAMPLES, LATENT_WITHIN_DB)
+
+
+def check_parity(
+    checkpoint: Checkpoint,
+    graph: Path,
+    trial: Trial,
+    *,
+    engines: list[str] | None = None,
+    threads: int | None = None,
+    precision: str = "fp32",
+) -> Parity:
+    """{engine: {max_abs, sqnr_db, samples, steps}} of `graph`, the checkpoint's, against its float torch model.
+
+    `engines` None takes all that are installed and run its `precision`. A quantized checkpoint adds the row
+    'torch_fake_quant'. Raises GateFailed where an engine strays further than the bounds above.
+    """
+    exact = replace(trial, spec=trial.spec.with_plan(trial.spec.plan.uncorrected))
+    reference = _samples(TorchNetwork(checkpoint.model, exact.spec), exact)
+    engines = _engines(precision, large=_bytes(graph) >= LARGE_BYTES) if engines is None else engines
+    measured = _measured(checkpoint, graph, trial, reference, engines, threads, precision)
+    allowed = MAX_ABS * max(1.0, float(np.abs(reference).max()))
+    for name, row in measured.items():
+        if FAKE_QUANT not in measured and precision in HALF_SQNR_DB:
+            _hold(graph, name, row["sqnr_db"], HALF_SQNR_DB[precision])
+        elif FAKE_QUANT not in measured and not row["max_abs"] <= allowed:
+            raise GateFailed(
+                f"{graph.name} in {name}: samples differ from torch's by {row['max_abs']:.2g} at most "
+                f"({row['sqnr_db']:.1f} dB), {allowed:.2g} is allowed"
+            )
+        if FAKE_QUANT in measured and not row["sqnr_db"] >= measured[FAKE_QUANT]["sqnr_db"] - trial.within_db:
+            raise GateFailed(
+                f"{graph.name} in {name}: {row['sqnr_db']:.1f} dB SQNR to the float model (largest difference "
+                f"{row['max_abs']:.2g}), torch's fake quantization has {measured[FAKE_QUANT]['sqnr_db']:.1f} dB and "
+                f"{trial.within_db:g} dB less is allowed"
+            )
+    return measured
+
+
+def runs(precision: str) -> list[str]:
+    """The engines that are installed and run graphs in this precision (TensorRT runs plans, made from them later)."""
+    return [name for name in available() if name not in (*CANNOT_RUN.get(precision, ()), "tensorrt")]
+
+
+def check_part(
+    part: Part, graph: Path, *, engines: list[str] | None = None, threads: int | None = None, precision: str = "fp32"
+) -> dict[str, float]:
+    """{engine: SQNR in dB} of the least faithful output of a part's graph; GateFailed below PART_SQNR_DB."""
+    inputs = {name: tensor.numpy() for name, tensor in part.examples.items()}
+    wanted, found = part.run_all(inputs), {}
+    for name in runs(precision) if engines is None else engines:
+        with _opened(graph, name, threads, lean=False, precision=precision) as engine:
+            outputs = engine.run_all(inputs)
+        found[name] = round(min(mean_sqnr_db(wanted[key], outputs[key]) for key in wanted), 1)
+        _hold(graph, name, found[name], PART_SQNR_DB[precision])
+    return found
+
+
+def _hold(graph: Path, engine: str, sqnr_db: float, least: float) -> None:
+    if not sqnr_db >= least:  # NaN is not
+        raise GateFailed(f"{graph.name} in {engine}: {sqnr_db:.1f} dB SQNR to torch, {least:g} dB are asked for")
+
+
+def _engines(precision: str, large: bool) -> list[str]:
+    able = runs(precision)
+    return [onnxruntime_engine.NAME] if large and onnxruntime_engine.NAME in able else able
+
+
+def _measured(
+    checkpoint: Checkpoint,
+    graph: Path,
+    trial: Trial,
+    reference: np.ndarray,
+    engines: list[str],
+    threads: int | None,
+    precision: str,
+) -> Parity:
+    """The figures, rounded so that they repeat."""
+    found: dict[str, Callable[[], np.ndarray]] = {}
+    if checkpoint.quantization is not None:
+        found[FAKE_QUANT] = lambda: _samples(TorchNetwork(fake_quantized(checkpoint), trial.spec), trial)
+    large = _bytes(graph) >= LARGE_BYTES
+    for name in engines:
+        lean = large and name == onnxruntime_engine.NAME
+        opened = partial(_opened, graph, name, threads, lean, precision)
+        found[name] = lambda opened=opened: _in_engine(opened, trial)  # type: ignore[misc]
+    return {name: _compared(reference, samples(), trial) for name, samples in found.items()}
+
+
+def _in_engine(opened: Callable[[], AbstractContextManager[Network]], trial: Trial) -> np.ndarray:
+    with opened() as engine:
+        return _samples(engine, trial)
+
+
+@contextmanager
+def _opened(graph: Path, name: str, threads: int | None, lean: bool, precision: str) -> Iterator[Engine | Probed]:
+    """The engine; in fp16 ONNX Runtime says as well whether everything fits, and raises GateFailed in the end."""
+    options = EngineOptions(lean=lean)
+    if precision != "fp16" or name != onnxruntime_engine.NAME:
+        with closing(load_engine(graph, name, threads, options=options)) as engine:
+            yield engine
+        return
+    probed_file = graph.with_name(f"{graph.name}.probed")
+    try:
+        nodes = write_probed(graph, probed_file)
+        with closing(load_engine(probed_file, name, threads, options=options)) as engine:
+            probed = Probed(engine, nodes)
+            yield probed
+            probed.check(graph.name)
+    finally:
+        probed_file.unlink(missing_ok=True)
+
+
+def _bytes(graph: Path) -> int:
+    """Of a graph with its weights, wherever they lie."""
+    proto = onnx.load(graph, load_external_data=False)
+    places = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
+    return sum(path.stat().st_size for path in (graph, *(graph.parent / place for place in places)))
+
+
+def _samples(network: Network, trial: Trial) -> np.ndarray:
+    told = stand_in_conditions(trial.spec, trial.samples)
+    return generate(network, trial.spec, range(trial.samples), batch=trial.samples, conditions=told)
+
+
+def _compared(reference: np.ndarray, samples: np.ndarray, trial: Trial) -> dict[str, float]:
+    largest = float(np.abs(samples - reference).max())
+    return {
+        "max_abs": float(f"{largest:.1e}"),
+        "sqnr_db": round(mean_sqnr_db(reference, samples), 1),
+        "samples": trial.samples,
+        "steps": trial.spec.plan.steps,
+    }

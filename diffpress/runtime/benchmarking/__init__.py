@@ -1,0 +1,1 @@
+"""Latency and memory of bundles, measured in one run."""

@@ -1,0 +1,169 @@
+"""A bundle: one folder with everything a deployment must know, described and sealed by its manifest.json.
+
+    manifest.json   format, name, spec (with the plan), graphs, engines, history, metrics, every file's sha256
+    denoiser.onnx   the portable truth
+    denoiser.*.onnx     the same network in a form that serves one engine better; the manifest says which takes which
+    text_encoder*.onnx, vae_decoder.onnx, tokenizer*/      where the model has them
+    engines/...     caches of it for one device or library
+    unet/, ... , model_index.json      the same graphs where the ONNX pipelines of optimum look for them
+
+`hash` names the whole bundle: the sha256 of the canonical manifest without that entry. Nothing in a manifest
+depends on the clock, so the same work gives the same hash (but for TensorRT plans, whose bytes differ each time they
+are built). A bundle whose files do not match is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.spec import DenoiserSpec
+
+FORMAT = 1
+MANIFEST = "manifest.json"
+
+
+class Built(NamedTuple):
+    """A file that was built for one engine ahead of time, and its entry in the manifest's `engines`."""
+
+    file: Path
+    entry: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: its folder, its spec and the manifest as read."""
+
+    path: Path
+    spec: DenoiserSpec
+    manifest: dict[str, Any]
+
+    @property
+    def denoiser(self) -> Path:
+        return self.graph("denoiser")
+
+    def graph(self, name: str, engine: str | None = None) -> Path:
+        """The file of a graph: 'denoiser', and where the model has them 'text_encoder', 'vae_decoder' and so on.
+
+        `engine` gets the variant that was made for it, where there is one.
+        """
+        graphs = self.manifest["graphs"]
+        if name not in graphs:
+            raise BadInput(f"{self.path}: has no {name} (it has {', '.join(graphs)}); export the whole pipeline")
+        entry = graphs[name]
+        return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
+
+    def built(self, graph: str, engine: str) -> tuple[Built, ...]:
+        """The files that were built ahead of time for this engine, from the form of the graph that it takes."""
+        source = self.graph(graph, engine).relative_to(self.path).as_posix()
+        return tuple(
+            Built(self.path / entry["file"], entry)
+            for entry in self.manifest["engines"]
+            if entry["engine"] == engine and "file" in entry and entry["graph"] == source
+        )
+
+    def spec_for(self, engine: str, spec: DenoiserSpec | None = None) -> DenoiserSpec:
+        """The spec as this engine's graph wants it: what corrects rounding in the plan is not for a float variant.
+
+        `spec` is the bundle's own or one with another plan.
+        """
+        spec = spec or self.spec
+        variant = self.manifest["graphs"]["denoiser"].get("variants", {}).get(engine)
+        if variant is None or variant["precision"] != "fp32":
+            return spec
+        return spec.with_plan(spec.plan.uncorrected)
+
+    @property
+    def hash(self) -> str:
+        return str(self.manifest["hash"])
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest_hash(manifest: dict[str, Any]) -> str:
+    content = {key: value for key, value in manifest.items() if key != "hash"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write `folder`/manifest.json from `content` plus the sha256 and size of every file; returns the
+    manifest.
+
+    The folder is still the writer's temporary one: it is renamed into place afterwards, so no half bundle is
+    seen.
+    """
+    files = {
+        path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
+    }
+    manifest = {"format": FORMAT, **content, "files": files}
+    manifest["hash"] = manifest_hash(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    return manifest
+
+
+def load_bundle(path: str | Path) -> Bundle:
+    """Open a bundle and verify every file against the manifest; anything off raises BadInput."""
+    folder = Path(path)
+    file = folder / MANIFEST
+    if not file.is_file():
+        raise BadInput(f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'compress')")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
+        raise BadInput(f"{file}: not readable as JSON ({error}); export the bundle again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
+        raise BadInput(f"{file}: bundle format {found!r}, this diffpress reads {FORMAT}; export the bundle again")
+    if manifest.get("hash") != manifest_hash(manifest):
+        raise BadInput(f"{file}: the manifest does not match its own hash, it was changed; export the bundle again")
+    _verify_files(folder, manifest)
+    spec = DenoiserSpec.from_json(manifest.get("spec"), f"{file}: spec")
+    return Bundle(folder, spec, manifest)
+
+
+def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
+    listed, graphs = manifest.get("files"), manifest.get("graphs")
+    if not isinstance(listed, dict) or not isinstance(graphs, dict) or not isinstance(graphs.get("denoiser"), dict):
+        raise BadInput(f"{folder / MANIFEST}: no list of files or no denoiser graph; export the bundle again")
+    for name, graph in graphs.items():
+        variants = graph.get("variants", {}) if isinstance(graph, dict) else None
+        entries = [graph, *variants.values()] if isinstance(variants, dict) else [None]
+        if not all(isinstance(entry, dict) and str(entry.get("file")) in listed for entry in entries):
+            raise BadInput(
+                f"{folder / MANIFEST}: the {name}'s file is not among the listed files; export the bundle again"
+            )
+    engines = manifest.get("engines")
+    if not isinstance(engines, list) or not all(_is_engine(entry, listed) for entry in engines):
+        raise BadInput(
+            f"{folder / MANIFEST}: an entry of 'engines' names no engine, no graph or a file that is not listed; "
+            "export the bundle again"
+        )
+    for name, entry in listed.items():
+        _verify_file(folder, name, entry)
+
+
+def _is_engine(entry: Any, listed: dict[str, Any]) -> bool:
+    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("engine", "graph")):
+        return False
+    return "file" not in entry or str(entry["file"]) in listed
+
+
+def _verify_file(folder: Path, name: str, entry: Any) -> None:
+    path = folder / name
+    if folder.resolve() not in path.resolve().parents:
+        raise BadInput(f"{folder / MANIFEST}: '{name}' points outside the bundle")
+    if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
+        raise BadInput(f"{folder / MANIFEST}: '{name}' has no size and sha256; export the bundle again")
+    if not path.is_file():
+        raise BadInput(f"{path}: listed in the manifest but missing; copy the bundle again")
+    if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+        raise BadInput(f"{path}: does not match its sha256 in the manifest, it is damaged; copy the bundle again")

@@ -1,0 +1,238 @@
+"""ONNX Runtime: reads denoiser.onnx, optimises the whole graph, runs any batch.
+
+It runs on the first of its execution providers that works (diffpress.runtime.engines.onnxruntime.providers), which with the plain package is
+the processor. Inputs and outputs are not bound: on the processor that is no faster (medians in alternation, batch 1 and
+8), and nowhere else was it measured.
+
+Which kernels really execute is read from a profile of one run, not from the file: ONNX Runtime fuses the Q/DQ
+pairs of a quantized file into QLinearConv, QGemm and the like only where it has such a kernel, and runs the
+rest in float.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import statistics
+import tempfile
+import warnings
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffpress.runtime.bundle import Built
+from diffpress.runtime.engines import macs
+from diffpress.runtime.engines.onnxruntime.providers import CPU, PROVIDERS, in_order
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.engines.precision_report import UNMATCHED, Account, Kernel, Product, accounted
+from diffpress.runtime.errors import BadInput
+
+NAME = "onnxruntime"
+EXTRA = None
+OPTIONS = {"threads", "streams", "providers", "lean"}
+
+TYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+}
+
+CONVOLUTIONS = {"Conv", "FusedConv", "NhwcFusedConv", "NhwcConv", "QLinearConv", "ConvInteger"}
+TRANSPOSED = {"ConvTranspose"}
+PRODUCTS = {
+    "MatMul",
+    "Gemm",
+    "FusedMatMul",
+    "FusedGemm",
+    "MatMulNBits",
+    "QGemm",
+    "QLinearMatMul",
+    "MatMulInteger",
+}
+PRODUCTS |= {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
+ATTENTIONS = {"Attention", "MultiHeadAttention"}
+INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
+INTEGER |= {"DynamicQuantizeMatMul"}
+
+KERNEL = "_kernel_time"
+# what its optimisations put behind the names of the nodes they replace: 'conv_token_31', 'proj/MatMulAddFusion'
+BLOCKED = "_nchwc"
+REWRITTEN = re.compile(r"(_token_\d+|/\w+Fusion/?)+$")
+
+
+def missing() -> str | None:
+    return None if importlib.util.find_spec("onnxruntime") else "onnxruntime"
+
+
+def unusable() -> None:
+    """It runs wherever it can be installed."""
+
+
+def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> OnnxRuntimeEngine:
+    """Load an ONNX file; raises BadInput where ONNX Runtime cannot read it."""
+    return OnnxRuntimeEngine(path, options)
+
+
+class OnnxRuntimeEngine:
+    """One session; see diffpress.runtime.engines.Engine."""
+
+    name = NAME
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        self._path, self._threads = path, _threads(options)
+        made = _lean(self._threads) if options.lean else _options(self._threads)
+        self._session, self.device = _first_session(path, made, options.providers)
+        self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
+        self._outputs = [node.name for node in self._session.get_outputs()]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return next(iter(self.run_all(inputs).values()))
+
+    def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        try:
+            return dict(zip(self._outputs, self._session.run(None, inputs), strict=True))
+        except Exception as error:
+            raise _refused(self._path, "run", error) from error
+
+    def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
+        """From the kernels of one profiled run in a second session, whose integer kernels are the same."""
+        options = _options(self._threads)
+        # prepacked weights vanish from the profile's shapes; which kernel runs does not depend on it
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # blocked float convolutions lose their nodes' names; they come after the integer ones are chosen
+        events = self._profiled(options, example_inputs, runs=1, without=["NchwcTransformer"])
+        nodes = {event["name"].removesuffix(KERNEL): event["args"] for event in events}
+        return accounted([_product(name, node, nodes) for name, node in nodes.items()], promised)
+
+    def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
+        """From the profile of a second session; a blocked convolution is found by the tensor it writes."""
+        times: dict[str, list[float]] = {}
+        for event in self._profiled(_options(self._threads), example_inputs, runs + 1):
+            times.setdefault(event["name"].removesuffix(KERNEL), []).append(event["dur"] / 1e3)
+        return [
+            Kernel((REWRITTEN.sub("", name).removesuffix(BLOCKED),), statistics.median(found[1:]))
+            for name, found in times.items()
+        ]
+
+    def _profiled(
+        self, options: Any, inputs: dict[str, np.ndarray], runs: int, without: list[str] | None = None
+    ) -> list[dict[str, Any]]:
+        """The kernels' events of a session that is made for it, in the order in which they ran."""
+        with tempfile.TemporaryDirectory() as folder:
+            options.enable_profiling = True
+            options.profile_file_prefix = str(Path(folder) / "profile")
+            session = _session(self._path, options, self.device, without)
+            for _ in range(runs):
+                session.run(None, inputs)
+            events = json.loads(Path(session.end_profiling()).read_text())
+        return [event for event in events if "op_name" in event["args"]]
+
+    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
+        return self.account(example_inputs).integer_mac_share
+
+    def close(self) -> None:
+        self._session = None
+
+
+def _options(threads: int | None) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads or 0
+    options.log_severity_level = 4  # its errors come as exceptions; not on stderr as well
+    # layers that only store int8 weights compute in float32; by default it would round their inputs to int8 as well
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
+    return options
+
+
+def _lean(threads: int | None) -> Any:
+    import onnxruntime
+
+    options = _options(threads)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options
+
+
+def _threads(options: EngineOptions) -> int | None:
+    """Threads of one call: streams share them, and each call brings the first of its own."""
+    if options.streams == 1:
+        return options.threads
+    return max(1, (options.threads or os.cpu_count() or 1) // options.streams)
+
+
+def _first_session(path: Path, options: Any, asked: Sequence[str]) -> tuple[Any, str]:
+    """A session on the first provider that works, and that provider's name; warns of each that was passed over."""
+    import onnxruntime
+
+    names, absent = in_order(asked, onnxruntime.get_available_providers())
+    for name in absent:
+        warnings.warn(f"onnxruntime: this package has no provider '{name}'; trying {names[0]}", stacklevel=2)
+    for name, following in zip(names, names[1:], strict=False):
+        try:
+            session, reason = _session(path, options, name), "it did not start"
+            if PROVIDERS[name] in session.get_providers():  # ONNX Runtime drops some that fail without a word
+                return session, name
+        except BadInput as error:
+            reason = str(error)
+        warnings.warn(f"onnxruntime: provider '{name}' fails, trying {following}: {reason}", stacklevel=2)
+    return _session(path, options, CPU), CPU
+
+
+def _session(path: Path, options: Any, provider: str, without: list[str] | None = None) -> Any:
+    import onnxruntime
+
+    if not path.is_file():
+        raise BadInput(f"{path}: no such file")
+    providers = [PROVIDERS[name] for name in dict.fromkeys([provider, CPU])]  # what it cannot run, the processor does
+    try:
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=providers, disabled_optimizers=without, enable_fallback=0
+        )
+    except Exception as error:  # its exception classes share no base but Exception
+        raise _refused(path, "load", error) from error
+
+
+def _refused(path: Path, verb: str, error: Exception) -> BadInput:
+    reason = (str(error).splitlines() or ["no reason given"])[0]
+    return BadInput(f"{path}: ONNX Runtime cannot {verb} it ({reason}); export it again")
+
+
+def _numpy_type(name: str, path: Path) -> np.dtype:
+    if name not in TYPES:
+        raise BadInput(f"{path}: an input of type {name} is not supported")
+    return np.dtype(TYPES[name])
+
+
+def _product(name: str, node: dict[str, Any], nodes: Collection[str]) -> Product:
+    """One executed kernel of those in `nodes`; a float one says why."""
+    kind, reason = node["op_name"], UNMATCHED
+    if kind in TRANSPOSED:
+        reason = "no integer kernel for transposed convolutions"
+    elif kind in CONVOLUTIONS and f"{name}.output/Q" not in nodes:
+        reason = "no integer convolution with a float result"
+    return Product(REWRITTEN.sub("", name), _macs(node), kind in INTEGER, reason)
+
+
+def _macs(node: dict[str, Any]) -> int:
+    """Multiply-accumulates of one executed kernel; 0 for kernels that are neither convolution nor product."""
+    kind = node["op_name"]
+    shapes = [shape for entry in node["input_type_shape"] for shape in entry.values()]
+    out: list[int] = next((shape for entry in node["output_type_shape"] for shape in entry.values()), [])
+    tensors = [shape for shape in shapes if len(shape) > 1]  # without scales, zero points and biases
+    if kind in CONVOLUTIONS:
+        return macs.convolution(out, tensors[1])
+    if kind in TRANSPOSED:
+        return macs.transposed_convolution(tensors[0], tensors[1])
+    if kind in PRODUCTS:
+        return macs.product(tensors[0], out)
+    if kind in ATTENTIONS:
+        return macs.attention(*tensors[:3])
+    return 0

@@ -1,0 +1,253 @@
+"""OpenVINO on the CPU: reads denoiser.onnx (or an IR), compiles it for the very shapes it is asked to run.
+
+Compiling for fixed shapes costs a second or two per batch size and pays at every step: on the default teacher
+a step took 0.70x of the dynamic graph's time, in fp32 and in int8 (medians in alternation, 2 cores, AVX2).
+The last few batch sizes are kept, and with a cache their compiled form outlives the process; a model that was compiled
+before is then not even read. Precision is pinned to f32 unless bf16 or f16 is asked for, so a float graph stays float
+on processors with bf16; the Q/DQ parts of a quantized graph run on integers. Layers whose weights alone are integers
+keep their inputs in float: OpenVINO would round those to int8 in groups of 32 on processors with AVX512-VNNI.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import statistics
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+from threading import Lock
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from diffpress.runtime.bundle import Built
+from diffpress.runtime.engines.openvino.layers import layer_names, products
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.engines.precision_report import Account, Kernel, accounted
+from diffpress.runtime.errors import BadInput, Unfit
+from diffpress.runtime.fused.openvino import FORM, Walk, walking_model
+from diffpress.runtime.fused.program import Program
+from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
+
+EXTRA = "openvino"
+OPTIONS = {"threads", "precision", "streams"}
+KEPT_SHAPES = 4
+# beyond it a step takes so long that a walk saves next to nothing, and a second compiled model the memory of the first
+WALKED_BYTES = 2**26
+
+CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+def missing() -> str | None:
+    return None if importlib.util.find_spec("openvino") else "openvino"
+
+
+def unusable() -> None:
+    """It runs wherever it can be installed."""
+
+
+def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> OpenVinoEngine:
+    """Read an ONNX file or an IR; BadInput where OpenVINO cannot, Unfit for a precision the processor has not."""
+    return OpenVinoEngine(path, options)
+
+
+class OpenVinoEngine:
+    """One model and its compiled forms by input shape; see diffpress.runtime.engines.Engine."""
+
+    name, device = "openvino", "cpu"
+
+    def __init__(self, path: Path, options: EngineOptions) -> None:
+        import openvino
+
+        if not path.is_file():
+            raise BadInput(f"{path}: no such file")
+        self._path, self._core, self._cache = path, openvino.Core(), options.cache
+        self._streams, self._options = options.streams, _properties(self._core, options)
+        self._bytes = _size(path)
+        self._model: Any = None
+        self._compiled: dict[tuple[Shapes, int], _Compiled] = {}
+        self._compiling = Lock()
+        tensors = self._tensors()
+        self.inputs = {name: np.dtype(kind) for name, kind in tensors["inputs"].items()}
+        self._outputs: list[str] = tensors["outputs"]
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        return next(iter(self.run_all(inputs).values()))
+
+    def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        with self._free(tensor_shapes(inputs)) as request:
+            # copies: with `share_outputs` the next call would write over them
+            return dict(zip(self._outputs, request.infer(inputs, share_inputs=True).to_tuple(), strict=True))
+
+    def walk(self, program: Program, told: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
+        """As diffpress.runtime.fused.program.Walker; None for large networks, and in f16, where the steps were never seen to stay
+        in float32."""
+        precision = self._options["INFERENCE_PRECISION_HINT"]
+        if precision == "f16" or self.inputs[SAMPLE] != np.float32 or self._bytes > WALKED_BYTES:
+            return None
+        rows = program.halves * len(start)
+        shapes = {name: array.shape for name, array in told.items()}
+        shapes |= {SAMPLE: (rows, *start.shape[1:]), TIMESTEP: (rows,)}
+        with self._free(tuple(shapes.items()), program.halves) as walk:
+            return walk.run(program, told, start)
+
+    def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
+        """From the layers of the model compiled for these shapes."""
+        compiled = self._compiled_for(tensor_shapes(example_inputs)).model
+        with self._compiling:  # the model as read keeps the shapes of whatever was compiled last
+            return accounted(list(products(self._reshaped(tensor_shapes(example_inputs)), compiled)), promised)
+
+    def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
+        """From the performance counters of a second compiled model."""
+        with self._compiling:
+            model = self._reshaped(tensor_shapes(example_inputs))
+            compiled = self._core.compile_model(model, "CPU", self._options | {"PERF_COUNT": True})
+        names = layer_names(compiled)
+        request, times = compiled.create_infer_request(), dict[str, list[float]]()
+        for _ in range(runs + 1):
+            request.infer(example_inputs, share_inputs=True)
+            for entry in request.profiling_info:
+                times.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e3)
+        return [Kernel(names.get(name, (name,)), statistics.median(found[1:])) for name, found in times.items()]
+
+    def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
+        return self.account(example_inputs).integer_mac_share
+
+    def close(self) -> None:
+        self._compiled.clear()
+        self._model = self._core = None
+
+    @contextmanager
+    def _free(self, shapes: Shapes, halves: int = 0) -> Iterator[Any]:
+        """A request or walk that nobody else has meanwhile; what it fails with is one line."""
+        requests = self._compiled_for(shapes, halves).requests
+        request = requests.get()
+        try:
+            yield request
+        except Exception as error:
+            raise _refused(self._path, "run", error) from error
+        finally:
+            requests.put(request)
+
+    def _compiled_for(self, shapes: Shapes, halves: int = 0) -> _Compiled:
+        """The model for these shapes, or with `halves` the one that walks; compiled on first sight."""
+        compiled = self._compiled.get((shapes, halves))
+        if compiled is None:
+            with self._compiling:
+                compiled = self._compiled.get((shapes, halves)) or self._compile(shapes, halves)
+        return compiled
+
+    def _compile(self, shapes: Shapes, halves: int) -> _Compiled:
+        if len(self._compiled) == KEPT_SHAPES:
+            del self._compiled[next(iter(self._compiled))]
+        key = self._key(shapes, *(FORM, halves) if halves else ())
+        try:
+            model = self._import(key)
+            if model is None:
+                graph = self._reshaped(shapes)
+                graph = walking_model(graph.clone(), halves) if halves else graph
+                model = self._core.compile_model(graph, "CPU", self._options)
+                if self._cache is not None:
+                    self._cache.write(key, _exported(model))
+        except BadInput:
+            raise
+        except Exception as error:
+            raise _refused(self._path, "compile", error) from error
+        self._compiled[shapes, halves] = compiled = _Compiled(model, SimpleQueue())
+        for _ in range(self._streams):
+            compiled.requests.put(Walk(model) if halves else model.create_infer_request())
+        return compiled
+
+    def _import(self, key: str) -> Any:
+        """The compiled model out of the cache, None where it is not there or OpenVINO does not take it."""
+        kept = None if self._cache is None else self._cache.read(key)
+        if kept is None:
+            return None
+        try:
+            return self._core.import_model(io.BytesIO(kept), "CPU", self._options)
+        except Exception:  # then it is compiled again
+            return None
+
+    def _tensors(self) -> dict[str, Any]:
+        """Types of the inputs by name, and the names of the outputs."""
+        kept = None if self._cache is None else self._cache.read(self._key(()))
+        if kept is not None:
+            return dict(json.loads(kept))
+        model = self._read()
+        try:
+            kinds = {node.get_any_name(): np.dtype(node.get_element_type().to_dtype()).name for node in model.inputs}
+            tensors = {"inputs": kinds, "outputs": [node.get_any_name() for node in model.outputs]}
+        except Exception as error:  # a nameless tensor, or one of a type that numpy has not
+            raise _refused(self._path, "load", error) from error
+        if self._cache is not None:
+            self._cache.write(self._key(()), json.dumps(tensors).encode())
+        return tensors
+
+    def _key(self, shapes: Shapes, *walking: int) -> str:
+        """All that a compiled model depends on besides the graph."""
+        version, device = self._core.get_versions("CPU")["CPU"].build_number, "FULL_DEVICE_NAME"
+        return json.dumps([version, self._core.get_property("CPU", device), self._options, shapes, *walking])
+
+    def _read(self) -> Any:
+        if self._model is None:
+            try:
+                self._model = self._core.read_model(self._path)
+            except Exception as error:
+                raise _refused(self._path, "load", error) from error
+        return self._model
+
+    def _reshaped(self, shapes: Shapes) -> Any:
+        model = self._read()
+        model.reshape(dict(shapes))
+        return model
+
+
+class _Compiled(NamedTuple):
+    """A model for fixed shapes, and the requests or walks that are free: one for each stream."""
+
+    model: Any
+    requests: SimpleQueue[Any]
+
+
+def _properties(core: Any, options: EngineOptions) -> dict[str, Any]:
+    """OpenVINO's own names for the options; Unfit for a precision that the processor does not compute in."""
+    wanted = CAPABILITIES.get(options.precision)
+    if wanted is not None and wanted not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        device = core.get_property("CPU", "FULL_DEVICE_NAME")
+        raise Unfit(
+            f"engine 'openvino': this processor ({device}) does not compute in {options.precision}; leave it at f32"
+        )
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": options.precision}
+    properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
+    if options.streams > 1:
+        properties |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": options.streams}
+    if options.threads is not None:
+        properties["INFERENCE_NUM_THREADS"] = options.threads
+    return properties
+
+
+def _size(path: Path) -> int:
+    """Bytes of a graph with the weights that lie beside it."""
+    weights = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
+
+
+def tensor_shapes(inputs: dict[str, np.ndarray]) -> Shapes:
+    return tuple((name, array.shape) for name, array in inputs.items())
+
+
+def _exported(model: Any) -> bytes:
+    stream = io.BytesIO()
+    model.export_model(stream)
+    return stream.getvalue()
+
+
+def _refused(path: Path, verb: str, error: Exception) -> BadInput:
+    """One line out of OpenVINO's many: the last is the reason, those before say where in its sources."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
+    return BadInput(f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); export it again")

@@ -1,0 +1,238 @@
+"""TensorRT on an NVIDIA GPU: runs a plan that was built ahead of time, or builds one from the ONNX graph (--rebuild).
+
+A plan is used where it fits (fit.py): library, version, GPU, graph and its own sha256 are checked before any
+of it is deserialized. What was rebuilt is kept in the user's cache and found again. Batches above the plan's largest
+run in several parts.
+
+Which of its kernels compute on integers TensorRT does not tell: the account is refused, not guessed.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from diffpress.runtime.bundle import Built
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.engines.precision_report import Account, Kernel
+from diffpress.runtime.engines.tensorrt import library as libraries
+from diffpress.runtime.engines.tensorrt.binding import Binding
+from diffpress.runtime.engines.tensorrt.compatibility import uncovered
+from diffpress.runtime.engines.tensorrt.engine_files import plan_for
+from diffpress.runtime.engines.tensorrt.messages import one_line
+from diffpress.runtime.errors import Unfit
+from diffpress.runtime.fused.cuda import Kernels, Walk
+from diffpress.runtime.fused.program import Program
+from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, told_timesteps
+
+NAME = "tensorrt"
+EXTRA = libraries.EXTRA
+OPTIONS = {"threads", "rebuild"}
+KEPT_SHAPES = 4
+
+TYPES = {"FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "BOOL": "bool", "UINT8": "uint8"}
+
+Inputs = dict[str, np.ndarray]
+
+
+def missing() -> str | None:
+    """The package to install, None where all that it needs is there."""
+    if not libraries.installed():
+        return libraries.RTX
+    return libraries.CUDA_PACKAGE if libraries.cuda_missing() else None
+
+
+def unusable() -> str | None:
+    """Why this machine cannot run it: there is no GPU."""
+    try:
+        libraries.gpu_capability(libraries.cuda_runtime())
+    except Unfit as error:
+        return str(error)
+    return None
+
+
+def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> TensorRtEngine:
+    """The plan of this graph that fits this machine, or with `options.rebuild` a new one; Unfit where there is none."""
+    plan, entry = plan_for(path, options, built, libraries.device_here())
+    return TensorRtEngine(path, plan, entry, options)
+
+
+class TensorRtEngine:
+    """One deserialized plan and its bindings by input shapes; see diffpress.runtime.engines.Engine."""
+
+    name, device = NAME, "cuda"
+
+    def __init__(self, path: Path, plan: bytes, entry: dict[str, Any], options: EngineOptions) -> None:
+        self._path, self._profile = path, entry["profile"]
+        self._largest = min(high[0] for _, _, high in self._profile.values())
+        self._cuda, self._trt = libraries.cuda_runtime(), libraries.library(entry["library"])
+        self._logger = libraries.collector(self._trt)
+        self._runtime = self._trt.Runtime(self._logger)
+        if options.threads is not None:
+            self._runtime.max_threads = options.threads  # those that load and compile
+        self._engine = self._deserialized(plan, entry["options"])
+        names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+        self._types = {name: self._type(name) for name in names}
+        is_input = self._trt.TensorIOMode.INPUT
+        self.inputs = {n: self._types[n] for n in names if self._engine.get_tensor_mode(n) == is_input}
+        self._stream = libraries.call(self._cuda, "cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        self._bindings: dict[tuple[tuple[str, tuple[int, ...]], ...], Binding] = {}
+        self._walks: dict[Binding, Walk] = {}
+        self._walking: tuple[Kernels, ...] | None = None  # None: not tried, empty: not to be had
+        self._cache, self._compiled = options.cache, f"kernels of {entry['sha256']}"
+        self._config = self._runtime_config()
+
+    def run(self, inputs: Inputs) -> np.ndarray:
+        return next(iter(self.run_all(inputs).values()))
+
+    def run_all(self, inputs: Inputs) -> Inputs:
+        parts = [self._binding(part).run(part) for part in parted(inputs, self._largest)]
+        return parts[0] if len(parts) == 1 else {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
+
+    def walk(self, program: Program, told: Inputs, start: np.ndarray) -> np.ndarray | None:
+        """As diffpress.runtime.fused.program.Walker; None where NVRTC is missing, and for graphs that do not speak float32."""
+        each, out = self._largest // program.halves, next(n for n in self._types if n not in self.inputs)
+        kernels = self._kernels()
+        if kernels is None or each < 1 or {self._types[SAMPLE], self._types[out]} != {np.dtype(np.float32)}:
+            return None
+        walked = []
+        for first in range(0, len(start), each):
+            # what samples are told goes by halves: all of the given one, then all of the null one
+            rows = [half * len(start) + i for half in range(program.halves) for i in range(len(start))[first:][:each]]
+            part = start[first : first + each]
+            times = told_timesteps([program.timesteps[0]] * len(rows), self._types[TIMESTEP])
+            feed = {name: array[rows] for name, array in told.items()}
+            feed |= {SAMPLE: np.concatenate([part] * program.halves), TIMESTEP: times}
+            binding = self._binding(feed)
+            if binding not in self._walks:
+                self._walks[binding] = Walk(self._cuda, kernels, binding, self._stream)
+            walked.append(self._walks[binding].run(program, feed, part))
+        return np.concatenate(walked)
+
+    def account(self, example_inputs: Inputs, promised: Collection[str] = ()) -> Account:
+        raise Unfit(f"{self._path}: TensorRT does not tell which of its kernels compute on integers")
+
+    def integer_mac_share(self, example_inputs: Inputs) -> None:
+        """Not known: see the top of this file."""
+
+    def kernel_times(self, example_inputs: Inputs, runs: int = 3) -> list[Kernel]:
+        """From TensorRT's profiler, which sees its layers, several nodes fused in each."""
+        times: dict[str, list[float]] = {}
+
+        class Profiler(self._trt.IProfiler):  # type: ignore[misc, name-defined]
+            def report_layer_time(self, layer_name: str, ms: float) -> None:
+                times.setdefault(layer_name, []).append(ms)
+
+        profiler = Profiler()
+        binding = self._bound(example_inputs, profiler)
+        try:
+            for _ in range(runs + 1):
+                binding.run(example_inputs)
+        finally:
+            binding.close()
+        return [Kernel((name,), statistics.median(found[1:])) for name, found in times.items()]
+
+    def close(self) -> None:
+        """Release bindings, stream and engine."""
+        for key in list(self._bindings):
+            self._drop(key)
+        if self._stream is not None:
+            libraries.call(self._cuda, "cudaStreamDestroy", self._stream)
+        self._stream = self._config = self._engine = self._runtime = None
+
+    def _kernels(self) -> Kernels | None:
+        """What walks on the GPU, compiled when it is first asked for."""
+        if self._walking is None:
+            try:
+                self._walking = (Kernels(libraries.gpu_capability(self._cuda)),)
+            except Unfit:
+                self._walking = ()
+        return next(iter(self._walking), None)
+
+    def _binding(self, inputs: Inputs) -> Binding:
+        shapes = {name: tuple(array.shape) for name, array in inputs.items()}
+        key = tuple(sorted(shapes.items()))
+        if key not in self._bindings:
+            reason = uncovered(self._profile, shapes)
+            if reason is not None:
+                raise Unfit(f"{self._path.name}: the TensorRT plan does not cover this: {reason}; export with --sizes")
+            if len(self._bindings) == KEPT_SHAPES:
+                self._drop(next(iter(self._bindings)))
+            self._bindings[key] = self._bound(inputs)
+        return self._bindings[key]
+
+    def _bound(self, inputs: Inputs, profiler: Any = None) -> Binding:
+        make = self._engine.create_execution_context
+        context = make() if self._config is None else make(runtime_config=self._config)
+        if context is None:
+            raise self._failed("make an execution context")
+        if profiler is not None:
+            context.profiler = profiler
+        shapes = {name: tuple(array.shape) for name, array in inputs.items()}
+        return Binding(self._cuda, context, self._stream, shapes, self._types, replay=profiler is None)
+
+    def _drop(self, key: Any) -> None:
+        binding = self._bindings.pop(key)
+        if binding in self._walks:
+            self._walks.pop(binding).close()
+        binding.close()
+        self._keep_compiled()
+
+    def _deserialized(self, plan: bytes, options: dict[str, Any]) -> Any:
+        if hasattr(self._runtime, "get_engine_validity"):  # TensorRT-RTX, which reads the header alone
+            validity, flags = self._runtime.get_engine_validity(plan[: self._runtime.engine_header_size])
+            if validity == self._trt.EngineValidity.INVALID:
+                raise self._failed("use the plan here", reasons(self._trt, flags))
+        engine = self._runtime.deserialize_cuda_engine(plan)
+        if engine is None:
+            raise self._failed("read the plan")
+        if options.get("strip_weights"):
+            refitter = self._trt.OnnxParserRefitter(self._trt.Refitter(engine, self._logger), self._logger)
+            if not refitter.refit_from_file(str(self._path)):
+                raise self._failed("put the weights of the graph into the plan")
+        if options.get("stream_weights"):
+            engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
+        return engine
+
+    def _runtime_config(self) -> Any:
+        """With the kernels that an earlier run compiled, where the library compiles them (TensorRT-RTX)."""
+        if not hasattr(self._trt, "IRuntimeCache"):
+            return None
+        config = self._engine.create_runtime_config()
+        kernels = config.create_runtime_cache()
+        compiled = None if self._cache is None else self._cache.read(self._compiled)
+        if compiled is not None:
+            kernels.deserialize(compiled)  # looks at GPU and driver, and stays empty where they are others
+        config.set_runtime_cache(kernels)
+        return config
+
+    def _keep_compiled(self) -> None:
+        if self._config is not None and self._cache is not None:
+            self._cache.write(self._compiled, bytes(self._config.get_runtime_cache().serialize()))
+
+    def _type(self, name: str) -> np.dtype:
+        kind = self._engine.get_tensor_dtype(name).name
+        if kind not in TYPES:
+            raise Unfit(f"{self._path}: '{name}' is of type {kind}, which numpy has not; export it with float inputs")
+        return np.dtype(TYPES[kind])
+
+    def _failed(self, verb: str, known: str = "") -> Unfit:
+        said = known or one_line(self._logger.errors[0] if self._logger.errors else "")
+        return Unfit(f"{self._path}: TensorRT cannot {verb} ({said}); build another with --rebuild")
+
+
+def reasons(trt: Any, flags: int) -> str:
+    """What TensorRT-RTX's diagnostics of an invalid plan stand for, in its own words: 'unsupported cc, ...'."""
+    members = trt.EngineInvalidityDiagnostics.__members__.items()
+    return ", ".join(name.lower().replace("_", " ") for name, flag in members if int(flags) & int(flag))
+
+
+def parted(inputs: Inputs, largest: int) -> Iterator[Inputs]:
+    """The batch in parts of at most `largest`, in order."""
+    count = max(len(array) for array in inputs.values())
+    for start in range(0, count, largest):
+        yield {name: array[start : start + largest] for name, array in inputs.items()}

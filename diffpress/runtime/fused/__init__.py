@@ -1,0 +1,1 @@
+"""Fused sampling: the solver's steps compiled into the engine."""

@@ -1,0 +1,1 @@
+"""Files: atomic writes, typed JSON fields, images."""

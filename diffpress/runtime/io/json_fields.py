@@ -1,0 +1,43 @@
+"""JSON read as frozen dataclasses: unknown, missing and mistyped entries become one BadInput that says where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+from diffpress.runtime.errors import BadInput
+
+LARGEST = 2**31 - 1  # of counts, labels and sizes
+
+
+@contextmanager
+def reading(where: str) -> Iterator[None]:
+    """What goes wrong inside, while entries are looked up and converted, is raised as BadInput naming `where`."""
+    try:
+        yield
+    except KeyError as error:
+        raise BadInput(f"{where}: the entry {error} is missing") from error
+    except (TypeError, ValueError, OverflowError, AttributeError) as error:
+        raise BadInput(f"{where}: {error}") from error
+
+
+def known(cls: type, data: Any, where: str) -> dict[str, Any]:
+    """`data` itself, an object whose entries are all fields of the dataclass `cls`; BadInput where it is not."""
+    if not isinstance(data, dict):
+        raise BadInput(f"{where}: expected a JSON object, found {type(data).__name__}")
+    unknown = sorted(set(data) - {f.name for f in fields(cls)})
+    if unknown:
+        raise BadInput(f"{where}: unknown entry '{unknown[0]}'")
+    return data
+
+
+def floats(values: Any) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)
+
+
+def boolean(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"expected true or false, found {value!r}")
+    return value

@@ -1,0 +1,159 @@
+"""Noise schedules and timestep grids: how much noise a timestep means, and which timesteps a sampler visits.
+
+A variance-preserving schedule is made from betas:   abar_t = prod_{s<=t} (1 - beta_s),
+                                                     alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
+A flow-matching schedule is a straight line:         alpha_t = 1 - s,  sigma_t = s,  s = t / (T - 1)
+
+A trajectory is the timesteps of a grid (runtime/timesteps.py) and then the clean end, alpha = 1, sigma = 0 (diffusers'
+`set_alpha_to_one`, `final_sigmas_type="zero"`), or the point the plan ends at.
+
+Flow models shift their grid, s' = k s / (1 + (k - 1) s) with s = t / T (Esser et al. 2024, section 5.3.2).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from diffpress.runtime.errors import BadInput, unknown_name
+
+
+@dataclass(frozen=True)
+class NoiseSchedule:
+    """alpha_t and sigma_t at the integer timesteps 0..T-1 (t grows with the noise), float64 [T] each."""
+
+    alphas: tuple[float, ...]
+    sigmas: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        alphas, sigmas = np.asarray(self.alphas), np.asarray(self.sigmas)
+        if alphas.ndim != 1 or alphas.shape != sigmas.shape or alphas.size < 2:
+            raise BadInput(
+                f"noise schedule: alphas {alphas.shape} and sigmas {sigmas.shape} must be equally long lists"
+            )
+        if not (np.isfinite(alphas).all() and np.isfinite(sigmas).all()):
+            raise BadInput("noise schedule: alphas and sigmas must be finite numbers")
+        if (alphas < 0).any() or (sigmas < 0).any() or (np.diff(alphas) > 0).any() or (np.diff(sigmas) < 0).any():
+            raise BadInput(
+                "noise schedule: with growing t, alphas must fall and sigmas must grow, and none be negative"
+            )
+
+    def __len__(self) -> int:
+        return len(self.alphas)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    @cached_property
+    def _hash(self) -> int:
+        """Of two long tables, which every batch would walk through again to find its program."""
+        return hash((self.alphas, self.sigmas))
+
+
+MAX_BETA = 0.999  # what diffusers caps a cosine beta at
+
+
+class Point(NamedTuple):
+    """One place on a trajectory: x_t = alpha * x_0 + sigma * eps, and the timestep the network is told."""
+
+    t: float
+    alpha: float
+    sigma: float
+
+
+END = Point(t=0.0, alpha=1.0, sigma=0.0)
+
+
+def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0.02) -> NoiseSchedule:
+    """The variance-preserving schedule of T betas of a diffusers `beta_schedule`, in float64.
+
+    `kind` is linear, scaled_linear (linear in sqrt(beta), latent diffusion) or squaredcos_cap_v2 (cosine,
+    Nichol and Dhariwal 2021, eq. 17; takes no start and end). Raises BadInput for another kind or a range
+    outside (0, 1).
+    """
+    if kind not in BETAS:
+        raise unknown_name("beta schedule", kind, BETAS)
+    if T < 2 or not 0.0 < start <= end < 1.0:
+        raise BadInput(f"beta schedule: {T} timesteps from {start} to {end}; need at least 2 and 0 < start <= end < 1")
+    abar = np.cumprod(1.0 - BETAS[kind](T, start, end))
+    return NoiseSchedule(_floats(np.sqrt(abar)), _floats(np.sqrt(1.0 - abar)))
+
+
+def flow_schedule(T: int = 1000) -> NoiseSchedule:
+    """Rectified flow over T timesteps: pure data at t = 0, pure noise at t = T - 1."""
+    if T < 2:
+        raise BadInput(f"flow schedule: {T} timesteps; need at least 2")
+    s = np.arange(T) / (T - 1)
+    return NoiseSchedule(_floats(1.0 - s), _floats(s))
+
+
+def point_at(schedule: NoiseSchedule, t: float) -> Point:
+    """The point at a whole or fractional timestep: alpha and sigma linear in between.
+
+    Exact for a flow; for variance-preserving tables alpha^2 + sigma^2 strays from 1 by at most a quarter of
+    the squared angle between neighbours (about 1e-5 with 1000 timesteps). Raises BadInput outside 0..T-1.
+    """
+    last = len(schedule) - 1
+    if not 0.0 <= t <= last:
+        raise BadInput(f"timestep {t:g} lies outside the model's 0..{last}")
+    low = min(int(t), last - 1)
+    part = t - low
+    alpha = (1.0 - part) * schedule.alphas[low] + part * schedule.alphas[low + 1]
+    sigma = (1.0 - part) * schedule.sigmas[low] + part * schedule.sigmas[low + 1]
+    return Point(float(t), float(alpha), float(sigma))
+
+
+def point_at_ratio(schedule: NoiseSchedule, ratio: float) -> Point:
+    """The point where sigma / alpha is `ratio`, or that end of the schedule which it lies beyond."""
+    return point_at(schedule, float(timesteps_at(np.array([ratio]), schedule)[0]))
+
+
+def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
+    """A variance-preserving schedule stretched so that it ends in pure noise (Lin et al. 2024, algorithm 1)."""
+    alphas = np.asarray(schedule.alphas)
+    alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
+    return NoiseSchedule(_floats(alphas), _floats(np.sqrt(1.0 - alphas**2)))
+
+
+def _linear(T: int, start: float, end: float) -> np.ndarray:
+    return np.linspace(start, end, T)
+
+
+def _scaled_linear(T: int, start: float, end: float) -> np.ndarray:
+    return np.linspace(math.sqrt(start), math.sqrt(end), T) ** 2
+
+
+def _cosine(T: int, start: float, end: float) -> np.ndarray:
+    abar = np.cos((np.arange(T + 1) / T + 0.008) / 1.008 * math.pi / 2) ** 2
+    return np.minimum(1.0 - abar[1:] / abar[:-1], MAX_BETA)
+
+
+BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
+    "linear": _linear,
+    "scaled_linear": _scaled_linear,
+    "squaredcos_cap_v2": _cosine,
+}
+
+
+def _floats(values: np.ndarray) -> tuple[float, ...]:
+    return tuple(float(v) for v in values)
+
+
+def timesteps_at(ratios: np.ndarray, schedule: NoiseSchedule) -> np.ndarray:
+    """The fractional timesteps where sigma / alpha equals `ratios`, the exact inverse of schedule.point_at.
+
+    Between neighbours:  sigma + f dsigma = r (alpha + f dalpha)  gives  f = (r alpha - sigma) / (dsigma - r
+    dalpha).
+    """
+    alphas, sigmas = np.asarray(schedule.alphas), np.asarray(schedule.sigmas)
+    # the angle atan2(sigma, alpha) grows with sigma / alpha and stays finite where alpha is zero
+    angles = np.arctan2(sigmas, alphas)
+    low = np.clip(np.searchsorted(angles, np.arctan(ratios), side="right") - 1, 0, len(schedule) - 2)
+    growth = np.diff(sigmas)[low] - ratios * np.diff(alphas)[low]
+    missing = ratios * alphas[low] - sigmas[low]
+    return low + np.clip(np.divide(missing, growth, out=np.zeros_like(ratios), where=growth > 0), 0.0, 1.0)

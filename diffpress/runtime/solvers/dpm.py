@@ -1,0 +1,93 @@
+"""DPM-Solver++ (Lu et al. 2022b): an exponential integrator in lambda that extrapolates x_0.
+
+With h = lambda' - lambda a first-order step is x' = (sigma' / sigma) x - alpha' (e^-h - 1) x_0, and since
+alpha' e^-h = alpha sigma' / sigma that is transfer(x, x_0). Higher orders take derivatives of x_0 in lambda from past
+steps:
+
+dpmpp_2m       transfer(x, D),  D = x_0 + h D1 / 2,  D1 = (x_0 - x_0_before) / h_before     (algorithm 2, midpoint)
+dpmpp_3m       transfer(x, x_0) + alpha' ((e^-h - 1) / h + 1) h D1 - alpha' ((e^-h - 1 + h) / h^2 - 1/2) h^2 D2
+               with D1 and D2 the first and second divided differences at three guesses. A third order would need
+               twice that D2; published code and diffusers have it once, and so has this: second order, with less error
+dpmpp_2m_sde   2m with all of the noise drawn anew: the same D, in the step of the SDE (contract.split_noise)
+dpmpp_sde      single-step with two calls: to the middle of the step in lambda, and again from x with the x_0 seen
+               there (DPM-Solver++(2S), algorithm 1, on the SDE). Both noises are of one Brownian motion in r.
+
+The first step is of first order, and so is one that ends at a clean sample, where h is infinite.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import numpy as np
+
+from diffpress.runtime.noise_schedule import point_at_ratio
+from diffpress.runtime.solvers.contract import (
+    Past,
+    Stride,
+    final_order,
+    half_log_snr,
+    noisy_transfer,
+    split_noise,
+    transfer,
+)
+
+LEAST_ALPHA = 1e-6  # pure noise, of which there is no logarithm, counts as a millionth away from it
+
+
+def _dpmpp_2m(eta: float, step: Stride) -> np.ndarray:
+    if step.next.sigma == 0.0 or final_order(step, 2) < 2:
+        return noisy_transfer(step, step.x0, eta)
+    return noisy_transfer(step, _midway(step), eta)
+
+
+dpmpp_2m = partial(_dpmpp_2m, 0.0)
+dpmpp_2m_sde = partial(_dpmpp_2m, 1.0)
+
+
+def dpmpp_3m(step: Stride) -> np.ndarray:
+    """Three guesses in one step, from the third step on."""
+    past = [before for before in step.past if math.isfinite(half_log_snr(before.point))]
+    if step.next.sigma == 0.0 or final_order(step, 3) < 3 or len(past) < 2 or half_log_snr(step.now) == -math.inf:
+        return dpmpp_2m(step)
+    plain = transfer(step.x, step.x0, step.now, step.next)
+    h, h_0, h_1 = _spans(step, past[-1], past[-2])
+    if min(h, h_0, h_1) <= 0.0:
+        return plain
+    slope, slope_before = (step.x0 - past[-1].x0) / h_0, (past[-1].x0 - past[-2].x0) / h_1
+    bend = (slope - slope_before) / (h_0 + h_1)
+    first = (math.expm1(-h) / h + 1.0) * h
+    second = ((math.expm1(-h) + h) / h**2 - 0.5) * h**2
+    return plain + step.next.alpha * (first * (slope + h_0 * bend) - second * bend)
+
+
+def dpmpp_sde(step: Stride) -> np.ndarray:
+    """Second order with two calls a step, the last of first order; the second call lies between two timesteps."""
+    now, next = step.now, step.next
+    if step.is_last or next.sigma == 0.0 or next.alpha == 0.0 or now.sigma == 0.0 or now == next:
+        return noisy_transfer(step, step.x0, 1.0)
+    high, low = now.sigma / max(now.alpha, LEAST_ALPHA), next.sigma / next.alpha
+    middle = point_at_ratio(step.schedule, math.sqrt(high * low))
+    half = step._replace(next=middle)
+    seen = step.denoise(noisy_transfer(half, step.x0, 1.0), middle)
+    goal, fresh = split_noise(now, next, 1.0)
+    ratio = middle.sigma / middle.alpha
+    first, rest = (math.sqrt(part / (high - low)) for part in (high - ratio, ratio - low))
+    return transfer(step.x, seen, now, goal) + fresh * (first * step.noise(0) + rest * step.noise(1))
+
+
+def _midway(step: Stride) -> np.ndarray:
+    """x_0 extrapolated to the middle of the step; as it is where there is no past to draw a line from."""
+    if not step.past:
+        return step.x0
+    h, h_0, _ = _spans(step, step.past[-1], step.past[-1])
+    # a first point of pure noise lies infinitely far back: no slope can be read off it
+    weight = h / (2.0 * h_0) if math.isfinite(h_0) and h_0 > 0 else 0.0
+    return (1.0 + weight) * step.x0 - weight * step.past[-1].x0
+
+
+def _spans(step: Stride, before: Past, earlier: Past) -> tuple[float, float, float]:
+    """How far lambda goes in this step, and how far it went in the two before."""
+    places = [half_log_snr(point) for point in (step.next, step.now, before.point, earlier.point)]
+    return places[0] - places[1], places[1] - places[2], places[2] - places[3]

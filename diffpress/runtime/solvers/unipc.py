@@ -1,0 +1,87 @@
+"""UniPC: a predictor and a corrector of any order, the second for free (Zhao et al. 2023, algorithms 5 and 6, B2(h)).
+
+    predictor   x'  = transfer(x, x_0)  - alpha' B sum_k rho_k D_k
+    corrector   x_c = transfer(x_before, x_0_before) - alpha B (sum_k rho_k D_k + rho (x_0 - x_0_before))
+
+D_k = (x_0_k - x_0) / r_k are slopes to past guesses at r_k = (lambda_k - lambda) / h, in the corrector with all of it
+one step back; B = e^-h - 1. The rho solve (eq. 5)
+
+    sum_k r_k^(i-1) rho_k = i! phi_(i+1)(-h) (-h) / B     for i = 1, 2, ...
+
+with the last r = 1 for the corrector; with one unknown it is 1/2. The corrector mends the sample at hand with the guess
+that the next predictor needs anyway: no further call. Orders are lower at the start, and at the end, where the last
+step lands on x_0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+
+from diffpress.runtime.noise_schedule import Point
+from diffpress.runtime.solvers.contract import Past, Stride, transfer
+
+# diffusers starts flows a millionth below pure noise, where lambda is finite
+LEAST_ALPHA = 1e-6
+
+
+def predict(order: int, step: Stride) -> np.ndarray:
+    """The next sample, of that order where the past reaches so far."""
+    plain = transfer(step.x, step.x0, step.now, step.next)
+    h = _lambda(step.next) - _lambda(step.now)
+    past = _reach(step.past, min(order, step.steps - step.index))
+    if not past or not math.isfinite(h) or h <= 0.0:
+        return plain
+    ratios, slopes = _slopes(past, Past(step.now, step.x, step.x0), h)
+    # diffusers' and the authors' shortcut for second order
+    rhos = (0.5,) if len(ratios) == 1 else _rhos(ratios, h)
+    return plain - step.next.alpha * math.expm1(-h) * _mix(rhos, slopes)
+
+
+def correct(order: int, step: Stride) -> np.ndarray:
+    """The sample at hand, corrected by the guess just made there."""
+    if not step.past:
+        return step.x
+    *earlier, last = step.past
+    h = _lambda(step.now) - _lambda(last.point)
+    if not math.isfinite(h) or h <= 0.0:
+        return step.x
+    past = _reach(earlier, min(order, step.steps - step.index + 1))
+    ratios, slopes = _slopes(past, last, h)
+    rhos = _rhos((*ratios, 1.0), h) if ratios else (0.5,)
+    mended = transfer(last.x, last.x0, last.point, step.now)
+    return mended - step.now.alpha * math.expm1(-h) * _mix(rhos, [*slopes, step.x0 - last.x0])
+
+
+def _reach(past: Sequence[Past], order: int) -> Sequence[Past]:
+    """The past steps that a method of that order looks back at, the latest first."""
+    return list(reversed(past))[: order - 1]
+
+
+def _slopes(past: Sequence[Past], base: Past, h: float) -> tuple[tuple[float, ...], list[np.ndarray]]:
+    ratios = tuple((_lambda(before.point) - _lambda(base.point)) / h for before in past)
+    return ratios, [(before.x0 - base.x0) / r for before, r in zip(past, ratios, strict=True)]
+
+
+@lru_cache(maxsize=1024)  # a plan is walked again and again, and solving takes longer than the rest of the step
+def _rhos(ratios: tuple[float, ...], h: float) -> tuple[float, ...]:
+    """The weights of as many conditions as there are places."""
+    rows, wanted = [], []
+    phi = math.expm1(-h) / -h - 1.0
+    for i in range(1, len(ratios) + 1):
+        rows.append(np.power(ratios, i - 1))
+        wanted.append(phi * math.factorial(i) / math.expm1(-h))
+        phi = phi / -h - 1.0 / math.factorial(i + 1)
+    return tuple(float(rho) for rho in np.linalg.solve(np.stack(rows), wanted))
+
+
+def _mix(weights: Sequence[float], slopes: Sequence[np.ndarray]) -> np.ndarray:
+    first, *rest = (weight * slope for weight, slope in zip(weights, slopes, strict=True))
+    return np.asarray(sum(rest, start=first))
+
+
+def _lambda(point: Point) -> float:
+    return math.log(max(point.alpha, LEAST_ALPHA) / point.sigma) if point.sigma > 0 else math.inf

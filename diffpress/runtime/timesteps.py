@@ -1,0 +1,288 @@
+"""Timestep grids: which N descending timesteps out of 0..T-1 a sampler visits.
+
+With i = 0..N-1, w = 1 - i / (N - 1) and r = sigma / alpha:
+
+    leading      (T // N) * (N - 1 - i)                                  Lin et al. 2024, table 2
+    trailing     round(T - i * T / N) - 1                                the same
+    linspace     (T - 1) * w                                             the same
+    quad         (T - 1) * w^2                                           after Song et al. 2021 (DDIM), D.3
+    karras       r^(1/7) = r_min^(1/7) + w * (r_max^(1/7) - r_min^(1/7)) Karras et al. 2022, eq. 5
+    exponential  log r = log r_min + w * (log r_max - log r_min)         over the whole table
+    logsnr       the same line, for -2 log r is the log-SNR              Lu et al. 2022, section 3.3
+    beta         r = r_min + F(w) * (r_max - r_min)                      Lee et al. 2024; F the quantile of
+                                                                         Beta(0.6, 0.6)
+    ays_*        noise levels made for Stable Diffusion, SDXL and        Sabour et al. 2024; other numbers than
+                 Stable Video Diffusion                                  ten lie between in log r, as there
+
+and those that some schedulers of diffusers have of their own. Flow tables have T + 1 entries here, t = 0..T:
+
+    dpm_leading    (T // (N + 1)) * (N - i)                              DPM-Solver's family: one point more, and
+    dpm_linspace   round((T - 1) * (N - i) / N)                          the last, t = 0, left out
+    dpm_flow       (T - 1) * (N - i) / N                                 the same with `use_flow_sigmas`
+    unipc_flow     1 + (T - 1) * (N - i) / N                             UniPC with `use_flow_sigmas`
+    flow_trailing  T * (N - i) / N                                       the pipelines of Flux and its kin
+    flow_linspace  1 + (T - 1) * w                                       FlowMatchEulerDiscreteScheduler by itself (SD3)
+    lcm            (T // 50) * (50 - floor(50 i / N)) - 1                Luo et al. 2023; taught on 50 timesteps
+
+Karras and logsnr stay between LOG_RATIO_MIN and LOG_RATIO_MAX: a cosine table ends at r = 20000 and a flow at
+infinity, where no image is left to be seen and steps are spent in vain.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from diffpress.runtime.errors import BadInput, unknown_name
+from diffpress.runtime.io.json_fields import boolean, known, reading
+from diffpress.runtime.noise_schedule import NoiseSchedule, _floats, timesteps_at
+
+
+@dataclass(frozen=True)
+class Spacing:
+    """How a model's timesteps are laid out for any number of steps and any image size.
+
+    `grid` is a name of diffpress.runtime.noise_schedule.GRIDS, `offset` is added to its timesteps ('leading' grids of latent
+    diffusion start at 1), `whole` rounds them. Flow models then move s = t / (T - 1) towards the noise,
+    s' = k s / (1 + (k - 1) s), with k = `shift`, or, where `dynamic` is given as (shift at the fewest tokens, shift
+    at the most, fewest, most), k = exp(m) with m on the line through these for the image's number of tokens
+    (Esser et al. 2024, section 5.3.2; Flux).
+    """
+
+    grid: str = "trailing"
+    offset: int = 0
+    whole: bool = True
+    shift: float = 1.0
+    dynamic: tuple[float, float, float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if self.offset < 0 or not (np.isfinite(self.shift) and self.shift > 0):
+            raise BadInput(f"spacing: offset {self.offset} must not be negative and shift {self.shift} be above 0")
+
+
+def spacing_from_json(data: Any, where: str = "spacing") -> Spacing:
+    """Read a spacing back; anything unknown or of the wrong type raises BadInput naming `where`."""
+    raw = known(Spacing, data, where)
+    with reading(where):
+        dynamic = raw.get("dynamic")
+        return Spacing(
+            grid=str(raw.get("grid", "trailing")),
+            offset=int(raw.get("offset", 0)),
+            whole=boolean(raw.get("whole", True)),
+            shift=float(raw.get("shift", 1.0)),
+            dynamic=None if dynamic is None else _four(dynamic),
+        )
+
+
+def _four(values: Any) -> tuple[float, float, float, float]:
+    first, second, third, fourth = (float(v) for v in values)
+    return first, second, third, fourth
+
+
+LOG_RATIO_MIN = -6.2  # r = 0.002, EDM's sigma_min
+LOG_RATIO_MAX = 5.1  # r = 164, where DPM-Solver++ clips the cosine schedule too
+KARRAS_RHO = 7.0
+LCM_TIMESTEPS = 50  # `original_inference_steps` of every published latent consistency model
+BETA_SHAPE = 0.6  # both parameters of the Beta distribution, as published
+# r of the published ten steps
+AYS = {
+    "ays_sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152),
+    "ays_sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113),
+    "ays_svd": (700.0, 54.5, 15.886, 7.977, 4.248, 1.789, 0.981, 0.403, 0.173, 0.034),
+}
+
+
+def timestep_grid(
+    kind: str, steps: int, schedule: NoiseSchedule, *, whole: bool = True, offset: int = 0
+) -> tuple[float, ...]:
+    """`steps` strictly descending timesteps of the grid `kind` (see the top of this file), `offset` above it.
+
+    `whole` rounds them to the integer timesteps a discrete-time network was trained on; where two would fall
+    together the noisier one moves up. Raises BadInput for an unknown kind, no steps, or more steps than
+    timesteps.
+    """
+    if kind not in GRIDS:
+        raise unknown_name("timestep grid", kind, GRIDS)
+    if not 1 <= steps <= len(schedule):
+        raise BadInput(f"{steps} steps: the model has {len(schedule)} timesteps, ask for 1 to {len(schedule)}")
+    t = np.clip(GRIDS[kind](steps, schedule) + offset, 0, len(schedule) - 1)
+    return tuple((_apart(np.round(t), len(schedule) - 1) if whole else t).tolist())
+
+
+def _leading(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.arange(steps)[::-1] * (len(schedule) // steps)
+
+
+def _trailing(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.round(len(schedule) - np.arange(steps) * (len(schedule) / steps)) - 1
+
+
+def _linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.linspace(len(schedule) - 1, 0, steps)
+
+
+def _quad(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return (len(schedule) - 1) * _ramp(steps) ** 2
+
+
+def _karras(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    low, high = (math.exp(end / KARRAS_RHO) for end in _sane_ends(schedule))
+    return timesteps_at((low + _ramp(steps) * (high - low)) ** KARRAS_RHO, schedule)
+
+
+def _exponential(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return _log_spaced(steps, schedule, _whole_ends(schedule))
+
+
+def _logsnr(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return _log_spaced(steps, schedule, _sane_ends(schedule))
+
+
+def _beta(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    low, high = (math.exp(end) for end in _whole_ends(schedule))
+    return timesteps_at(low + beta_quantile(_ramp(steps)) * (high - low), schedule)
+
+
+def beta_quantile(p: np.ndarray, shape: float = BETA_SHAPE) -> np.ndarray:
+    """The quantiles of Beta(shape, shape) at probabilities p, float64; right to 1e-7.
+
+    With x = u^(1 / shape) the integral of x^(shape - 1) (1 - x)^(shape - 1) has no pole at 0: the trapezoidal rule on
+    0..1/2, inverted by interpolation; the other half mirrors it.
+    """
+    u = np.linspace(0.0, 0.5**shape, 8193)
+    density = (1.0 - u ** (1.0 / shape)) ** (shape - 1.0)
+    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
+    lower = np.interp(np.minimum(p, 1.0 - p), 0.5 * mass / mass[-1], u) ** (1.0 / shape)
+    return np.where(p <= 0.5, lower, 1.0 - lower)
+
+
+def _aligned(ratios: tuple[float, ...], steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    places = np.linspace(0.0, len(ratios) - 1.0, steps)
+    return timesteps_at(np.exp(np.interp(places, np.arange(len(ratios)), np.log(ratios))), schedule)
+
+
+def _dpm_leading(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.arange(steps, 0, -1) * (len(schedule) // (steps + 1))
+
+
+def _dpm_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.linspace(len(schedule) - 1, 0, steps + 1)[:-1]
+
+
+def _dpm_flow(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.linspace(len(schedule) - 2, 0, steps + 1)[:-1]
+
+
+def _unipc_flow(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.linspace(len(schedule) - 1, 1, steps + 1)[:-1]
+
+
+def _flow_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    return np.linspace(len(schedule) - 1, 1, steps)
+
+
+def _lcm(steps: int, schedule: NoiseSchedule) -> np.ndarray:
+    taught = min(LCM_TIMESTEPS, len(schedule))
+    if steps > taught:
+        raise BadInput(f"{steps} steps: a latent consistency model was taught {taught} timesteps, ask for no more")
+    places = taught - np.floor(np.linspace(0, taught, steps, endpoint=False))
+    return places * (len(schedule) // taught) - 1
+
+
+GRIDS: dict[str, Callable[[int, NoiseSchedule], np.ndarray]] = {
+    "leading": _leading,
+    "trailing": _trailing,
+    "linspace": _linspace,
+    "quad": _quad,
+    "karras": _karras,
+    "exponential": _exponential,
+    "logsnr": _logsnr,
+    "beta": _beta,
+    **{name: partial(_aligned, ratios) for name, ratios in AYS.items()},
+    "dpm_leading": _dpm_leading,
+    "dpm_linspace": _dpm_linspace,
+    "dpm_flow": _dpm_flow,
+    "unipc_flow": _unipc_flow,
+    "flow_trailing": _dpm_linspace,  # one line, rounded there and not here
+    "flow_linspace": _flow_linspace,
+    "lcm": _lcm,
+}
+
+
+def _ramp(steps: int) -> np.ndarray:
+    """1 down to 0; a single step starts at the noisy end (in diffusers' linspace at the clean one)."""
+    return np.linspace(1.0, 0.0, steps)
+
+
+def _log_spaced(steps: int, schedule: NoiseSchedule, ends: tuple[float, float]) -> np.ndarray:
+    low, high = ends
+    return timesteps_at(np.exp(low + _ramp(steps) * (high - low)), schedule)
+
+
+def _whole_ends(schedule: NoiseSchedule) -> tuple[float, float]:
+    """log(sigma / alpha) at the first and the last timestep where neither is zero."""
+    alphas, sigmas = np.asarray(schedule.alphas), np.asarray(schedule.sigmas)
+    usable = np.flatnonzero((alphas > 0) & (sigmas > 0))
+    if not usable.size:
+        raise BadInput("noise schedule: at every timestep alpha or sigma is zero, no grid over log-SNR exists")
+    first, last = usable[0], usable[-1]
+    return math.log(sigmas[first] / alphas[first]), math.log(sigmas[last] / alphas[last])
+
+
+def _sane_ends(schedule: NoiseSchedule) -> tuple[float, float]:
+    low, high = _whole_ends(schedule)
+    return max(low, min(high, LOG_RATIO_MIN)), min(high, max(low, LOG_RATIO_MAX))
+
+
+def _apart(t: np.ndarray, last: int) -> np.ndarray:
+    """Whole timesteps, moved up where they do not strictly descend, down again where that passes the last."""
+    places = np.arange(t.size)
+    up = np.maximum.accumulate((t + places)[::-1])[::-1] - places
+    return np.minimum(up, last - places)
+
+
+def spaced_timesteps(
+    spacing: Spacing, steps: int, schedule: NoiseSchedule, tokens: int | None = None
+) -> tuple[float, ...]:
+    """`steps` timesteps laid out by a model's spacing; `tokens` is the image's number of tokens, for dynamic shifts.
+
+    Raises BadInput as `timestep_grid` does, and for a dynamic spacing without `tokens`.
+    """
+    t = np.asarray(timestep_grid(spacing.grid, steps, schedule, whole=spacing.whole, offset=spacing.offset))
+    k, last = _shift_factor(spacing, tokens), len(schedule) - 1
+    if spacing.grid == "flow_linspace" and spacing.dynamic is None:
+        # diffusers draws the line down to its least sigma, which is shifted already, and then shifts the line
+        t = np.interp(t, (1.0, last), (float(_shifted(np.ones(()), k, last)), last))
+    return _floats(_shifted(t, k, last))
+
+
+def reshifted(
+    timesteps: tuple[float, ...], spacing: Spacing, old_tokens: int, new_tokens: int, schedule: NoiseSchedule
+) -> tuple[float, ...]:
+    """The same plan for an image of another size: shifts compose by multiplying their k, so k_new / k_old does it."""
+    if spacing.dynamic is None:
+        return timesteps
+    k = _shift_factor(spacing, new_tokens) / _shift_factor(spacing, old_tokens)
+    return _floats(_shifted(np.asarray(timesteps), k, len(schedule) - 1))
+
+
+def _shift_factor(spacing: Spacing, tokens: int | None) -> float:
+    """k of the shift: constant, or exp(m) with m on the line through the spacing's two image sizes."""
+    if spacing.dynamic is None:
+        return spacing.shift
+    low, high, fewest, most = spacing.dynamic
+    if tokens is None or fewest == most:
+        raise BadInput(f"spacing: the shift {spacing.dynamic} needs two image sizes and the number of image tokens")
+    return math.exp(low + (high - low) * (tokens - fewest) / (most - fewest))
+
+
+def _shifted(t: np.ndarray, k: float, last: int) -> np.ndarray:
+    if k == 1.0:
+        return t  # whole timesteps stay whole to the last bit
+    s = t / last
+    return last * k * s / (1.0 + (k - 1.0) * s)

@@ -1,0 +1,67 @@
+"""`diffpress bench --engine all`: every engine that is installed, and a line for each that cannot run the bundle."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+import diffpress.runtime.benchmarking.bench
+from diffpress.cli.bench import add_arguments
+from diffpress.cli.bench import run as run_bench
+from diffpress.runtime.benchmarking.probe import Probe
+from diffpress.runtime.engines import ENGINES, available, installed
+from diffpress.runtime.errors import BadInput, Unfit
+
+TINY = Path(__file__).parents[1] / "runtime" / "tiny_bundle"
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return run_bench(parser.parse_args([str(a) for a in (TINY, "--batch", 2, "--repeats", 1, *arguments)]))
+
+
+@pytest.fixture(autouse=True)
+def no_other_processes(monkeypatch) -> list:
+    probed = []
+    monkeypatch.setattr(diffpress.runtime.benchmarking.bench, "probe", lambda *a: probed.append(a) or Probe(1.0, 2.0))
+    return probed
+
+
+@pytest.fixture
+def unfit(monkeypatch) -> None:
+    def load(*_: object) -> None:
+        raise Unfit("plan.engine: built for another GPU")
+
+    backend = SimpleNamespace(EXTRA=None, OPTIONS=(), missing=lambda: None, unusable=lambda: None, load=load)
+    monkeypatch.setitem(ENGINES, "elsewhere", backend)
+
+
+def test_all_engines_are_compared_and_the_one_that_cannot_is_a_line(unfit, tmp_path: Path, capsys) -> None:
+    runnable = [name for name in available() if name != "elsewhere"]
+    assert run("--engine", "all", "--baseline", TINY, "--json", tmp_path / "b.json") == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert [row["engine"] for row in found["rows"]] == runnable * 2  # the baseline, then the bundle
+    reason = "plan.engine: built for another GPU"
+    assert found["left_out"].pop("tiny_bundle in elsewhere") == reason
+    # TensorRT may be installed where there is no GPU
+    assert set(found["left_out"]) == {f"tiny_bundle in {name}" for name in set(installed()) - set(available())}
+    assert f"left out: tiny_bundle in elsewhere: {reason}\n" in capsys.readouterr().out
+    assert sorted(found["sampler_overhead"]) == sorted(runnable)
+
+
+def test_an_engine_that_was_asked_for_by_name_has_to_run(unfit) -> None:
+    with pytest.raises(BadInput, match="another GPU"):
+        run("--engine", "elsewhere")
+
+
+def test_options_reach_the_engines_and_the_fresh_processes(no_other_processes, tmp_path: Path, capsys) -> None:
+    run("--engine", "onnxruntime", "--threads", 1, "--streams", 2, "--json", tmp_path / "b.json")
+    ((_, engine, batch, options),) = no_other_processes
+    assert (engine, batch, options.threads, options.streams, options.cache) == ("onnxruntime", 2, 1, 2, None)
+    with pytest.raises(BadInput, match="engine 'onnxruntime' has no option 'precision'"):
+        run("--engine", "onnxruntime", "--precision", "bf16")

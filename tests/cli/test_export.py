@@ -1,0 +1,69 @@
+import argparse
+
+import pytest
+import torch
+
+from diffpress.cli.export import add_arguments
+from diffpress.cli.export import run as export_command
+from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.errors import BadInput
+
+
+def run(*words: str) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return export_command(parser.parse_args([str(word) for word in words]))
+
+
+def test_export_writes_a_bundle_and_says_what_is_in_it(unet, unet_graph, tmp_path, capsys, monkeypatch):
+    # tracing is tested elsewhere, and slow
+    monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda checkpoint, fixed_size: unet_graph)
+    save_checkpoint(unet, tmp_path / "checkpoint")
+    assert run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", "--threads", 1) == 0
+    said = capsys.readouterr().out
+    assert "denoiser.onnx" in said and "MiB" in said
+    assert "parity onnxruntime: 16 samples, 4 steps, largest difference" in said
+    assert load_bundle(tmp_path / "bundle").manifest["graphs"]["denoiser"]["precision"] == "fp32"
+
+
+@pytest.mark.parametrize(
+    ("words", "dtype", "size", "fixed"),
+    [
+        ((), torch.float32, (8, 8), False),
+        (("--dtype", "bf16"), torch.bfloat16, (8, 8), False),
+        (("--size", "16x24"), torch.float32, (16, 24), True),
+        (("--size", "8x8"), torch.float32, (8, 8), True),
+    ],
+)
+def test_weights_and_size_are_those_asked_for(words, dtype, size, fixed, unet, tmp_path, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def write_bundle(checkpoint, folder, targets, *, fixed_size, **options):
+        assert {p.dtype for p in checkpoint.model.parameters()} == {dtype}
+        assert checkpoint.spec.image_size == size and fixed_size == fixed
+        raise Stop
+
+    monkeypatch.setattr("diffpress.export.export.write_bundle", write_bundle)
+    save_checkpoint(unet, tmp_path / "checkpoint")
+    with pytest.raises(Stop):
+        run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", *words)
+
+
+@pytest.mark.parametrize(("size", "message"), [("16", "as in 512x768"), ("0x8", "nearest"), ("-8x8", "as in 512x768")])
+def test_a_size_that_is_none_is_refused(size, message, unet, tmp_path):
+    save_checkpoint(unet, tmp_path / "checkpoint")
+    with pytest.raises(BadInput, match=message):
+        run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", f"--size={size}")
+
+
+def test_an_output_that_is_something_else_is_refused_before_any_work(tmp_path):
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(BadInput, match="notes: exists and is not a bundle"):
+        run(tmp_path / "no-such-checkpoint", "--out", tmp_path / "notes")
+
+
+def test_a_missing_checkpoint_is_bad_input(tmp_path):
+    with pytest.raises(BadInput, match="no-such-checkpoint"):
+        run(tmp_path / "no-such-checkpoint", "--out", tmp_path / "bundle")

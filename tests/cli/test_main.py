@@ -1,0 +1,385 @@
+"""cli/main.py: exit codes, one clear line for what is wrong, and no torch where none is needed."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffpress.cli.main import VERBS, main
+from diffpress.runtime.errors import BadInput
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "runtime" / "tiny_bundle"
+UNET = {
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": [16, 32],
+    "down_block_types": ["DownBlock2D", "DownBlock2D"],
+    "up_block_types": ["UpBlock2D", "UpBlock2D"],
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+}
+RECIPE = """
+stages:
+  - schedule: {solver: ddim, steps: 2}
+  - prune: {method: magnitude, ratio: 0.5, round_to: 4}
+export: {targets: [onnx]}
+gates: {parity_sqnr_db: 190}
+"""
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    torch = pytest.importorskip("torch")
+    from diffusers import UNet2DModel
+
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("teacher")
+    UNet2DModel(**UNET).save_pretrained(folder / "unet")
+    return folder
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(RECIPE)
+    return tmp_path / "recipe.yaml"
+
+
+@pytest.fixture
+def call(capsys):
+    """Run one command in this process: its exit code, and what it said on stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        try:
+            code = main([str(word) for word in words])
+        except SystemExit as stop:  # argparse
+            code = int(stop.code or 0)
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def refused(call):
+    """The command ends with exit code 2 and one line on stderr that names each of `words`."""
+
+    def check(command: tuple[object, ...], *words: str) -> None:
+        code, _, error = call(*command)
+        assert code == 2 and error.startswith("diffpress: ") and error.count("\n") == 1, error
+        assert all(word in error for word in words), error
+
+    return check
+
+
+def alone(*words: object, code: str = "", blocked: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`python -m diffpress ...` in a fresh interpreter, where the package `blocked` is not installed."""
+    program = f"""
+import runpy, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == {blocked!r}:
+            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+sys.meta_path.insert(0, Missing())
+sys.path.insert(0, {str(ROOT)!r})
+try:
+    runpy.run_module("diffpress", run_name="__main__", alter_sys=True)
+finally:
+    {code or "pass"}
+"""
+    command = [sys.executable, "-c", program, *map(str, words)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+
+
+LOADED = "print('LOADED', *sorted(sys.modules))"
+
+
+def packages(done: subprocess.CompletedProcess[str]) -> set[str]:
+    return set(next(line for line in done.stdout.splitlines() if line.startswith("LOADED")).split())
+
+
+# --- what is imported ------------------------------------------------------------------------------------------
+
+
+def test_the_front_door_itself_loads_nothing_heavy():
+    done = subprocess.run(
+        [sys.executable, "-c", f"import sys, diffpress; {LOADED}"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "diffpress" in packages(done)
+    assert not packages(done) & {"torch", "numpy", "onnx", "onnxruntime", "diffpress.compress", "diffpress.export"}
+
+
+def test_help_names_every_verb_without_loading_torch():
+    done = alone("--help", code=LOADED)
+    assert done.returncode == 0 and all(verb in done.stdout for verb in VERBS)
+    assert not packages(done) & {"torch", "numpy"}
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("sample", TINY, "-n", 2, "--engine", "onnxruntime", "--out", "grid.png"),
+        ("bench", TINY, "--batch", 1, "--repeats", 1, "--engine", "onnxruntime", "--baseline", TINY),
+        ("report", "."),
+    ],
+    ids=lambda words: words[0],
+)
+def test_verbs_that_need_no_torch_run_without_it(words, tmp_path):
+    done = alone(*words, blocked="torch", code=LOADED, cwd=tmp_path)
+    assert done.returncode == (2 if words[0] == "report" else 0), done.stderr
+    assert "torch" not in packages(done)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("compress", "--out", "out"),
+        ("plan",),
+        ("export", "checkpoint", "--out", "bundle"),
+        ("evaluate", "checkpoint"),
+        ("bench", TINY, "--baseline", "checkpoint"),
+    ],
+    ids=lambda words: words[0],
+)
+def test_a_missing_extra_says_what_to_install(words, tmp_path):
+    done = alone(*words, blocked="torch", cwd=tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
+    assert done.stderr.splitlines()[-1].startswith(f"diffpress: diffpress {words[0]} needs the package 'torch'")
+    assert "pip install 'diffpress[compress]'" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- exit codes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "culprit"),
+    [
+        ((), "VERB"),
+        (("compres",), "compres"),
+        (("compress",), "--out"),
+        (("plan", "--recip", "--nonsense"), "--recip"),
+        (("plan", "a", "b"), "b"),
+        (("sample",), "BUNDLE"),
+        (("sample", TINY, "-n", "many"), "many"),
+        (("export", "x", "--out", "y", "--targets", "coreml"), "coreml"),
+    ],
+)
+def test_words_that_make_no_command_are_refused(words, culprit, call):
+    code, _, error = call(*words)
+    assert code == 2 and culprit in error.splitlines()[-1] and "Traceback" not in error
+
+
+def test_a_missing_checkpoint_is_refused_by_every_verb_that_reads_one(recipe, refused, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    for words in (
+        ("plan", nowhere),
+        ("compress", nowhere, "--recipe", recipe, "--out", tmp_path / "out"),
+        ("export", nowhere, "--out", tmp_path / "bundle"),
+        ("evaluate", nowhere),
+        ("bench", TINY, "--engine", "onnxruntime", "--baseline", nowhere),
+    ):
+        refused(words, str(nowhere), "no such checkpoint folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_missing_bundle_is_refused_by_every_verb_that_reads_one(refused, tmp_path):
+    for verb in ("sample", "bench"):
+        refused((verb, tmp_path / "nowhere"), "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("text", "word"),
+    [
+        ("stages: [{prun: {}}]", "did you mean 'prune'?"),
+        ("stages: [", "not valid YAML"),
+        ("stages: [distill]", "prune"),
+        ("stages: [{prune: {ratio: 1.0}}]", "stages[0].prune.ratio"),
+    ],
+)
+def test_a_bad_recipe_is_refused_before_any_work(text, word, teacher, recipe, refused, tmp_path):
+    recipe.write_text(text)
+    refused(("plan", teacher, "--recipe", recipe), "recipe.yaml", word)
+    refused(("compress", teacher, "--recipe", recipe, "--out", tmp_path / "out"), "recipe.yaml", word)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_override_is_refused(teacher, recipe, refused):
+    refused(("plan", teacher, "--recipe", recipe, "--set", "stages.prune.ratoi=0.1"), "'ratio'")
+
+
+def test_a_ratio_that_removes_nothing_is_refused(teacher, recipe, refused):
+    words = ("--set", "stages.prune.ratio=0.01", "--set", "stages.prune.round_to=16")
+    refused(("plan", teacher, "--recipe", recipe, *words), "prune: ratio 0.01", "removes nothing")
+
+
+def test_a_report_on_a_folder_that_is_no_run_is_refused(refused, tmp_path):
+    refused(("report", tmp_path), str(tmp_path), "not the folder of a compress run")
+    refused(("report", tmp_path / "nowhere"), "nowhere")
+    (tmp_path / "recipe.json").write_text("{}")  # a run that was killed early
+    refused(("report", tmp_path), str(tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("flag", [("--samples", 4), ("--seeds", 0), ("--batch", 0)])
+def test_too_little_to_evaluate_is_refused(flag, teacher, refused):
+    refused(("evaluate", teacher, *flag), flag[0], "too few")
+
+
+def test_a_student_is_evaluated_in_other_steps_with_a_warning(call, monkeypatch):
+    from diffpress.compress.evaluation import evaluate as module
+
+    def evaluate(network, spec, *rest):
+        raise BadInput(f"{spec.plan.steps} steps")
+
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    student = ROOT / "calib_data" / "student"
+    assert call("evaluate", student) == (2, "", "diffpress: 2 steps\n")
+    code, _, error = call("evaluate", student, "--steps", 3)
+    assert code == 2 and error.startswith("warning: this network was distilled for its own plan, 2 steps")
+    assert error.endswith("diffpress: 3 steps\n")
+
+
+def test_images_that_the_feature_network_does_not_know_are_refused(teacher, refused):
+    refused(("evaluate", teacher), "features.onnx", "[1, 28, 28]", "[1, 8, 8]", "--features")
+
+
+def test_what_cannot_be_evaluated_at_the_end_is_refused_at_the_start(teacher, recipe, refused, tmp_path, monkeypatch):
+    from diffpress.export import run as module
+
+    monkeypatch.setattr(module, "write_bundle", lambda *a, **k: pytest.fail("exported before the check"))
+    words = ("compress", teacher, "--recipe", recipe, "--out", tmp_path / "out", "--set", "evaluate.samples=8")
+    refused(words, "features.onnx", "[1, 28, 28]")
+
+
+def test_an_interrupted_command_says_that_it_can_go_on(call, monkeypatch):
+    from diffpress.cli import plan
+
+    def interrupt(args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "run", interrupt)
+    code, _, error = call("plan")
+    assert code == 130 and error.count("\n") == 1 and "goes on where it stood" in error
+
+
+def test_a_defect_of_ours_keeps_its_traceback(call, monkeypatch):
+    from diffpress.cli import plan
+
+    monkeypatch.setattr(plan, "run", lambda args: 1 // 0)
+    with pytest.raises(ZeroDivisionError):
+        call("plan")
+
+
+# --- plan ------------------------------------------------------------------------------------------------------
+
+
+def test_plan_as_json_has_the_documented_shape(teacher, recipe, call, tmp_path):
+    code, text, _ = call("plan", teacher, "--recipe", recipe, "--set", "stages.prune.ratio=0.25", "--json")
+    result = json.loads(text)
+    assert code == 0 and list(result) == ["recipe", "order", "before", "stages"]
+    assert result["order"] == ["schedule", "prune"] and result["recipe"]["gates"]["parity_sqnr_db"] == 190
+    assert set(result["before"]) == {"parameters", "macs", "bytes"}
+    assert result["before"]["bytes"] == 4 * result["before"]["parameters"]
+    schedule, prune = result["stages"]
+    assert schedule["after"] == result["before"] and prune["name"] == "prune" and prune["config"]["ratio"] == 0.25
+    assert all(0 < prune["after"][key] < result["before"][key] for key in result["before"])
+    code, said, _ = call("plan", teacher, "--recipe", recipe, "--json", tmp_path / "plan.json")
+    assert code == 0 and "schedule" in said and json.loads((tmp_path / "plan.json").read_text())["order"]
+
+
+def test_plan_knows_that_quantizing_shrinks_the_bytes_alone(teacher, recipe, call):
+    recipe.write_text("stages: [quantize]")
+    result = json.loads(call("plan", teacher, "--recipe", recipe, "--json")[1])
+    before, after = result["before"], result["stages"][0]["after"]
+    assert after["parameters"] == before["parameters"]
+    assert 0.25 * before["bytes"] < after["bytes"] < 0.35 * before["bytes"]
+
+
+def test_plan_works_for_the_built_in_teacher_and_recipe_and_writes_nothing(call, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, text, _ = call("plan")
+    assert code == 0 and "quantize" in text and "before: " in text and list(tmp_path.iterdir()) == []
+
+
+# --- compress --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def run(teacher, tmp_path_factory) -> tuple[int, Path]:
+    """A whole run whose gate asks for too much: its exit code and its folder."""
+    pytest.importorskip("onnxscript")
+    folder = tmp_path_factory.mktemp("run")
+    (folder / "recipe.yaml").write_text(RECIPE)
+    command = ["compress", teacher, "--recipe", folder / "recipe.yaml", "--out", folder / "out"]
+    return main([str(word) for word in command]), folder
+
+
+def test_a_gate_that_fails_gives_exit_code_1_and_keeps_the_work(run):
+    code, folder = run
+    assert code == 1
+    kept = {path.name for path in (folder / "out").iterdir()}
+    assert {"stages", "checkpoint", "float", "baseline", "bundle", "comparison.png", "report.json"} <= kept
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["gates"][0]["gate"] == "parity_sqnr_db" and report["gates"][0]["passed"] is False
+    assert [record["stage"] for record in report["history"]] == ["schedule", "prune"]
+
+
+def test_the_same_run_again_only_reads_what_is_there(run, teacher, call, monkeypatch):
+    from diffpress.export import run as module
+
+    _, folder = run
+    monkeypatch.setattr(module, "write_bundle", lambda *a, **k: pytest.fail("exported again"))
+    code, said, error = call("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", folder / "out")
+    assert code == 1 and said.count("done before") >= 4
+    assert error.count("\n") == 1 and "gate failed: parity_sqnr_db is " in error and "the bound is 190" in error
+
+
+def test_another_recipe_in_the_same_folder_is_refused(run, teacher, refused):
+    _, folder = run
+    words = ("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", folder / "out", "--set", "seed=9")
+    refused(words, "made by another recipe", "seed: 0 there, 9 here", "--update")
+
+
+def test_a_gate_that_is_passed_gives_exit_code_0(run, teacher, call, tmp_path):
+    _, folder = run
+    out = shutil.copytree(folder / "out", tmp_path / "out")
+    words = ("--update", "--set", "gates.parity_sqnr_db=30")
+    assert call("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", out, *words)[0] == 0
+
+
+def test_a_report_is_made_again_from_what_a_run_left(run, call, tmp_path):
+    out = shutil.copytree(run[1] / "out", tmp_path / "out")
+    before = json.loads((out / "report.json").read_text())
+    for name in ("report.json", "report.html"):
+        (out / name).unlink()
+    code, said, _ = call("report", out)
+    assert code == 0 and "denoiser.onnx, MiB" in said
+    assert json.loads((out / "report.json").read_text()) == before
+    assert "http" not in (out / "report.html").read_text().replace("http-equiv", "")
+
+
+def test_the_run_ends_with_a_bundle_that_samples_without_torch(run, tmp_path):
+    done = alone("sample", run[1] / "out" / "bundle", "-n", 2, "--out", tmp_path / "grid.png", blocked="torch")
+    assert done.returncode == 0 and (tmp_path / "grid.png").stat().st_size > 0, done.stderr
+
+
+def test_every_folder_of_the_package_is_one():
+    """A wheel takes what is in `diffpress/`; a folder of code without `__init__.py` would be no package."""
+    folders = {path.parent for path in (ROOT / "diffpress").rglob("*.py")}
+    assert all((folder / "__init__.py").is_file() for folder in folders)
+
+
+def test_nothing_imports_through_the_links():
+    """`compress`, `export` and `runtime` at the top level are links: imported by those names, a module loads twice."""
+    bare = re.compile(r"^\s*(?:from|import) (?:compress|export|runtime)\b", re.M)
+    trees = ("diffpress", "tests", "benchmarks", "examples")
+    files = [path for tree in trees for path in (ROOT / tree).rglob("*.py")]
+    assert len(files) > 200 and bare.search("from compress.recipe import x") and bare.search("    import runtime")
+    assert [str(path) for path in files if bare.search(path.read_text())] == []

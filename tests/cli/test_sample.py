@@ -1,0 +1,230 @@
+"""`diffpress sample` from its arguments to the grid on disk, and the one line that bad input gets."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffpress.cli.sample import add_arguments
+from diffpress.cli.sample import run as sample_command
+from diffpress.runtime.bundle import MANIFEST, load_bundle, manifest_hash
+from diffpress.runtime.engines import available, open_engine
+from diffpress.runtime.errors import DiffpressError, MissingExtra
+from diffpress.runtime.io.images import grid, to_uint8
+from diffpress.runtime.requested_plan import chosen_plan
+from diffpress.runtime.sampler import generate
+from diffpress.runtime.sampling_plan import Correction
+from diffpress.runtime.solvers import with_solver
+from diffpress.runtime.spec import DenoiserSpec
+from diffpress.runtime.timesteps import Spacing
+
+
+def run(*arguments: object) -> int:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return sample_command(parser.parse_args([str(argument) for argument in arguments]))
+
+
+def pixels(path: Path) -> np.ndarray:
+    from PIL import Image
+
+    with Image.open(path) as image:
+        return np.asarray(image)
+
+
+def with_spec(bundle: Path, spec: DenoiserSpec, folder: Path) -> Path:
+    """A copy of the bundle with another spec in its manifest."""
+    shutil.copytree(bundle, folder)
+    manifest = json.loads((bundle / MANIFEST).read_text()) | {"spec": spec.to_json()}
+    (folder / MANIFEST).write_text(json.dumps(manifest | {"hash": manifest_hash(manifest)}))
+    return folder
+
+
+def test_the_grid_is_what_the_python_api_samples(tiny: Path, tmp_path: Path, capsys) -> None:
+    out = tmp_path / "new" / "grid.png"
+    assert run(tiny, "-n", 7, "--seed", 5, "--out", out, "--engine", "onnxruntime", "--batch", 3) == 0
+    bundle = load_bundle(tiny)
+    images = generate(open_engine(bundle, "onnxruntime"), bundle.spec, range(5, 12))
+    assert np.array_equal(pixels(out), grid(to_uint8(images))[:, :, 0])
+    line = capsys.readouterr().out
+    assert re.fullmatch(
+        rf"{re.escape(str(out))}: 7 images, 8 steps of dpmpp_2m in onnxruntime, \d+\.\d ms per image\n", line
+    )
+
+
+def test_streams_and_the_cache_do_not_change_the_grid(tiny: Path, tmp_path: Path, no_cache_of_the_user: Path) -> None:
+    if "openvino" not in available():
+        pytest.skip("openvino is not installed")
+    usual = (tiny, "-n", 7, "--engine", "openvino", "--batch", 2, "--threads", 2)
+    run(*usual, "--no-cache", "--out", tmp_path / "0.png")
+    assert list(no_cache_of_the_user.iterdir()) == []
+    run(*usual, "--out", tmp_path / "1.png")
+    assert len(list(no_cache_of_the_user.iterdir())) == 3  # what the graph is like, and it compiled for 2 and for 1
+    run(*usual, "--out", tmp_path / "2.png")
+    run(*usual, "--streams", 3, "--out", tmp_path / "3.png")
+    assert len({pixels(tmp_path / f"{i}.png").tobytes() for i in range(4)}) == 1
+
+
+def test_the_batch_size_does_not_change_the_grid(tiny: Path, tmp_path: Path) -> None:
+    for batch in (1, 4, 9):
+        run(tiny, "-n", 9, "--batch", batch, "--engine", "onnxruntime", "--out", tmp_path / f"{batch}.png")
+    first, *others = [pixels(tmp_path / f"{batch}.png").astype(int) for batch in (1, 4, 9)]
+    assert all(np.abs(first - other).max() <= 1 for other in others)
+
+
+def test_a_label_makes_all_images_of_that_class(tiny: Path, tmp_path: Path) -> None:
+    run(tiny, "-n", 4, "--label", 2, "--out", tmp_path / "grid.png", "--engine", "onnxruntime")
+    checker = np.where(np.indices((8, 8)).sum(axis=0) % 2 == 0, 0.7, -0.7)
+    corner = pixels(tmp_path / "grid.png")[10:18, 10:18] / 127.5 - 1
+    assert np.abs(corner - checker).max() < 0.3
+
+
+def test_the_size_that_the_bundle_makes_may_be_asked_for(tiny: Path, tmp_path: Path) -> None:
+    for name, words in (("plain", ()), ("sized", ("--size", "8x8"))):
+        run(tiny, "-n", 2, "--engine", "onnxruntime", "--out", tmp_path / f"{name}.png", *words)
+    assert (tmp_path / "sized.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
+
+
+def test_what_is_asked_for_replaces_the_plan_of_the_bundle(tiny: Path) -> None:
+    spec = load_bundle(tiny).spec
+    assert chosen_plan(spec, None, None, None, None) == spec.plan
+    assert chosen_plan(spec, 5, None, None, None).timesteps == (49, 39, 29, 19, 9)
+    assert chosen_plan(spec, 5, None, "leading", None).timesteps == (40, 30, 20, 10, 0)
+    assert chosen_plan(spec, None, None, "linspace", None).steps == spec.plan.steps
+    swapped = chosen_plan(spec, None, "ipndm", None, 3.0)
+    assert (swapped.solver, swapped.guidance, swapped.timesteps) == ("ipndm", 3.0, spec.plan.timesteps)
+
+
+def test_new_steps_lie_as_the_models_spacing_has_them(tiny: Path) -> None:
+    spec = replace(load_bundle(tiny).spec, spacing=Spacing("leading", offset=1))
+    assert chosen_plan(spec, 5, None, None, None).timesteps == (41, 31, 21, 11, 1)
+    assert chosen_plan(spec, 5, None, "trailing", None).timesteps == (49, 39, 29, 19, 9)
+
+
+def test_where_to_end_goes_with_the_solver_that_it_came_with(tiny: Path) -> None:
+    spec = load_bundle(tiny).spec
+    spec = spec.with_plan(replace(spec.plan, end=0.0))
+    assert chosen_plan(spec, 5, None, None, None).end == 0.0
+    assert chosen_plan(spec, None, spec.plan.solver, None, None).end == 0.0
+    assert chosen_plan(spec, None, "ipndm", None, None).end is None
+
+
+def test_corrections_serve_the_bundles_own_plan_and_others_are_warned(tiny: Path, tmp_path: Path, capsys) -> None:
+    spec = load_bundle(tiny).spec
+    plan = replace(spec.plan, corrections=(Correction(0.1, (0.2,)),) * 8)
+    bundle = with_spec(tiny, spec.with_plan(plan), tmp_path / "corrected")
+    made = {}
+    for name, folder, words in (
+        ("plain", tiny, ()),
+        ("corrected", bundle, ()),
+        ("the same words", bundle, ("--steps", 8, "--solver", plan.solver, "--guidance", 1)),
+        ("fewer", bundle, ("--steps", 5)),
+        ("plainly fewer", tiny, ("--steps", 5)),
+    ):
+        run(folder, "-n", 2, "--engine", "onnxruntime", "--out", tmp_path / f"{name}.png", *words)
+        made[name] = pixels(tmp_path / f"{name}.png"), capsys.readouterr().err
+    assert (made["corrected"][0] != made["plain"][0]).any() and not made["corrected"][1]
+    assert (made["corrected"][0] == made["the same words"][0]).all() and not made["the same words"][1]
+    assert (made["fewer"][0] == made["plainly fewer"][0]).all()
+    assert made["fewer"][1].startswith("warning: this plan is not the bundle's own") and not made["plainly fewer"][1]
+    for change in ((5, None, None, None), (None, "ipndm", None, None), (None, None, None, 2.0)):
+        assert not chosen_plan(spec.with_plan(plan), *change).corrections
+    assert not with_solver(plan, "ipndm").corrections and with_solver(plan, plan.solver) == plan
+
+
+def test_a_distilled_network_keeps_its_solver_and_promises_nothing_for_other_steps(tiny, tmp_path, capsys) -> None:
+    spec = load_bundle(tiny).spec
+    plan = replace(spec.plan, solver="euler")
+    bundle = with_spec(tiny, replace(spec, plan=plan, distilled="trajectory"), tmp_path / "distilled")
+    for words in ((), ("--solver", "euler"), ("--steps", 8)):
+        run(bundle, "-n", 1, "--out", tmp_path / "own.png", *words)
+        assert not capsys.readouterr().err
+    for words in (("--steps", 3), ("--solver", "ddim"), ("--grid", "karras")):
+        run(bundle, "-n", 1, "--out", tmp_path / "other.png", *words)
+        assert capsys.readouterr().err == (
+            "warning: this network was distilled for its own plan, 8 steps of euler; the quality of other plans is not "
+            "promised\n"
+        )
+    with pytest.raises(DiffpressError, match="distilled \\(trajectory\\) for its own plan, 8 steps of euler") as caught:
+        run(bundle, "--solver", "dpmpp_2m", "--out", tmp_path / "refused.png")
+    assert caught.value.exit_code == 2 and not (tmp_path / "refused.png").exists()
+
+
+def test_a_distilled_network_takes_the_other_plans_that_it_was_taught(tiny, tmp_path, capsys) -> None:
+    spec = load_bundle(tiny).spec
+    taught = replace(
+        spec, plan=replace(spec.plan, solver="euler"), distilled="trajectory", distilled_also=((45.0,), (47.0, 20.0))
+    )
+    for count, timesteps in ((1, (45.0,)), (2, (47.0, 20.0)), (8, spec.plan.timesteps)):
+        assert chosen_plan(taught, count, None, None, None) == taught.plan.over(timesteps)
+    assert chosen_plan(taught, 2, None, "trailing", None).timesteps != (47.0, 20.0)
+    bundle = with_spec(tiny, taught, tmp_path / "distilled")
+    assert load_bundle(bundle).spec == taught
+    run(bundle, "-n", 1, "--steps", 2, "--out", tmp_path / "taught.png")
+    assert not capsys.readouterr().err
+    for words in (("--steps", 3), ("--steps", 2, "--solver", "ddim")):
+        run(bundle, "-n", 1, "--out", tmp_path / "other.png", *words)
+        assert "for its own plan, 8 steps of euler (or 1 or 2); the quality" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [["--steps", 5], ["--grid", "karras"], ["--steps", 7, "--solver", "plms"]])
+def test_a_bundle_for_one_plan_refuses_other_timesteps_with_one_line(tiny: Path, tmp_path: Path, arguments) -> None:
+    spec = load_bundle(tiny).spec
+    bundle = with_spec(tiny, replace(spec, fixed_timesteps=spec.plan.timesteps), tmp_path / "fixed")
+    assert run(bundle, "-n", 1, "--solver", "plms", "--out", tmp_path / "grid.png") == 0  # the same timesteps
+    with pytest.raises(DiffpressError, match="is not one of the 8 that this network was exported for") as caught:
+        run(bundle, "--out", tmp_path / "other.png", *arguments)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2 and not (tmp_path / "other.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--solver", "dpmpp2m"], "unknown solver 'dpmpp2m': did you mean 'dpmpp_2m'?"),
+        (["--grid", "karas"], "did you mean 'karras'?"),
+        (["--engine", "openvin"], "did you mean 'openvino'?"),
+        (["--steps", 51], "51 steps: the model has 50 timesteps"),
+        (["--steps", 0], "0 steps"),
+        (["--label", 3], "--label 3: the model knows the classes 0..2"),
+        (["--label", -1], "--label -1"),
+        (["--prompt", "a cat"], "--prompt: the model is not conditioned on text; use --label 0..2"),
+        (["--negative", "a cat"], "--negative: the model is not conditioned on text; use --label 0..2"),
+        (["--size", "16"], "--size 16: give height and width in pixels, as in 512x768"),
+        (["--size", "16 x 16"], "--size 16 x 16: give height and width"),
+        (["--size", "16x16"], "size 16x16: this bundle's graph makes 8x8 images only"),
+        (["-n", 0], "at least 1"),
+        (["--batch", 0], "at least 1"),
+        (["--threads", 0], "0 threads"),
+        (["--seed", -1], "--seed -1"),
+        (["--seed", 2**63], "--seed"),
+        (["--guidance", "nan"], "guidance nan must be finite"),
+    ],
+)
+def test_bad_wishes_get_one_clear_line_and_no_file(tiny: Path, tmp_path: Path, arguments, message: str) -> None:
+    with pytest.raises(DiffpressError) as caught:
+        run(tiny, "--out", tmp_path / "grid.png", *arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2
+    assert not (tmp_path / "grid.png").exists()
+
+
+def test_a_missing_bundle_and_a_missing_extra_are_named(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    with pytest.raises(DiffpressError, match="not a bundle"):
+        run(tmp_path / "nowhere")
+    from diffpress.runtime.engines import ENGINES
+
+    monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
+    with pytest.raises(MissingExtra, match="pip install 'diffpress"):
+        run(tiny, "--engine", "openvino")
+
+
+def test_label_and_prompt_exclude_each_other(tiny: Path, capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(tiny, "--label", 1, "--prompt", "a cat")
+    assert "not allowed with" in capsys.readouterr().err

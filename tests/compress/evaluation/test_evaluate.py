@@ -1,0 +1,139 @@
+"""compress/evaluation/evaluate.py: the documented shape, the floor, and what cannot be scored."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffpress.compress.builtin import FEATURES, REFERENCE
+from diffpress.compress.config import EvaluateConfig
+from diffpress.compress.evaluation.evaluate import evaluate, paired, real_floor
+from diffpress.compress.evaluation.features import FeatureNetwork, Reference, load_features, load_reference
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.runtime.errors import BadInput
+
+
+def embed(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Five weighted sums of pixels as features; the label guessed is always 1."""
+    projection = np.random.default_rng(0).standard_normal((64, 5)).astype(np.float32)
+    return images.reshape(-1, 64) @ projection, np.eye(3, dtype=np.float32)[np.ones(len(images), dtype=int)]
+
+
+FAKE = FeatureNetwork("fake", "f" * 64, embed)
+
+
+@pytest.fixture(scope="module")
+def reference() -> Reference:
+    real = np.random.default_rng(1).uniform(-1, 1, (80, 1, 8, 8)).astype(np.float32)
+    return Reference(embed(real)[0], {"file": "real.npz", "sha256": "r" * 64, "images": 80})
+
+
+def scored(checkpoint, reference, **settings):
+    config = EvaluateConfig(**{"samples": 12, "seeds": 3, "batch": 5, **settings})
+    return evaluate(TorchNetwork(checkpoint.model, checkpoint.spec), checkpoint.spec, config, FAKE, reference)
+
+
+def test_the_result_has_the_documented_shape(unet, reference):
+    result = scored(unet, reference)
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert list(result) == ["samples", "seeds", "features", "frechet", "kid", "paired", "label_accuracy", "reference"]
+    assert (result["samples"], result["seeds"], result["paired"]) == (12, 3, None)
+    assert set(result["features"]) == {"name", "sha256"} and set(result["kid"]) == {"mean", "sd"}
+    assert set(result["frechet"]) == {"mean", "sd", "floor"}
+    assert result["label_accuracy"] == pytest.approx(1 / 3)  # labels 0, 1, 2 in turn, and 1 is guessed
+    assert result["reference"] == reference.source
+
+
+def test_a_model_without_labels_has_no_label_accuracy(plain, reference):
+    assert scored(plain, reference)["label_accuracy"] is None
+
+
+def test_scores_repeat_and_do_not_depend_on_the_batch(unet, reference):
+    one, two = scored(unet, reference, batch=5), scored(unet, reference, batch=12)
+    assert one["frechet"]["mean"] == pytest.approx(two["frechet"]["mean"], rel=1e-4)
+    assert scored(unet, reference) == one
+
+
+def test_seeds_are_independent_and_one_seed_has_no_spread(unet, reference):
+    assert scored(unet, reference)["frechet"]["sd"] > 0.0
+    assert scored(unet, reference, seeds=1)["frechet"]["sd"] == 0.0
+
+
+def test_the_floor_is_positive_and_falls_with_the_number_of_samples(reference):
+    floors = [real_floor(reference.features, samples, 5) for samples in (8, 20, 40)]
+    assert floors[0] > floors[1] > floors[2] > 0.0
+
+
+def test_too_few_reference_images_are_refused(unet, reference):
+    with pytest.raises(BadInput, match="81 samples need at least as many reference images, real.npz has 80"):
+        scored(unet, reference, samples=81)
+
+
+def test_beyond_half_of_the_reference_the_floor_is_that_of_half(unet, reference):
+    assert scored(unet, reference, samples=80)["frechet"]["floor"] == real_floor(reference.features, 40, 3)
+
+
+def test_paired_figures_compare_the_same_noise(unet, quantized):
+    ours, theirs = (TorchNetwork(c.model, c.spec) for c in (quantized, unet))
+    same = paired(theirs, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "itself")
+    other = paired(ours, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "teacher")
+    assert same["against"] == "itself" and same["ssim"] == pytest.approx(1.0, abs=1e-5)
+    assert same["psnr_db"] > 100 > other["psnr_db"]
+
+
+# --- features and references -----------------------------------------------------------------------------------
+
+
+def test_the_built_in_features_and_reference_belong_together(unet):
+    spec = replace(unet.spec, sample_shape=(1, 28, 28))
+    network = load_features(FEATURES, spec, threads=1)
+    features, logits = network.run(np.zeros((2, 1, 28, 28), np.float32))
+    stored = load_reference(REFERENCE, network, spec)
+    assert logits.shape == (2, 10) and stored.features.shape[1] == features.shape[1]
+    assert stored.source["images"] == len(stored.features) == 10_000
+
+
+def test_a_feature_network_for_other_images_is_refused(unet):
+    with pytest.raises(BadInput, match=r"features.onnx: .*\[1, 28, 28\], the model makes \[1, 8, 8\]"):
+        load_features(FEATURES, unet.spec)
+
+
+def test_a_feature_network_that_is_none_is_refused(unet, tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"nothing")
+    for name in ("net.onnx", "nowhere.onnx"):
+        with pytest.raises(BadInput, match=f"{name}: not readable"):
+            load_features(tmp_path / name, unet.spec)
+
+
+def test_reference_images_are_put_through_the_feature_network(unet, npz):
+    with np.load(npz) as stored:
+        x = stored["x"]
+    found = load_reference(npz, FAKE, unet.spec)
+    np.testing.assert_allclose(found.features, embed(x[:, None].astype(np.float32) / 127.5 - 1.0)[0], atol=1e-4)
+    assert found.source["images"] == 48
+
+
+def test_reference_features_of_another_network_are_refused(unet, tmp_path):
+    file = tmp_path / "reference.npz"
+    np.savez(file, features=np.zeros((9, 5)), features_sha256="other")
+    with pytest.raises(BadInput, match="reference.npz: its features were made by another network than fake"):
+        load_reference(file, FAKE, unet.spec)
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not an npz", b"PK\x03\x04 cut off"])
+def test_a_reference_that_cannot_be_read_is_refused(content, unet, tmp_path):
+    file: Path = tmp_path / "reference.npz"
+    if content is not None:
+        file.write_bytes(content)
+    with pytest.raises(BadInput, match="reference.npz: not readable"):
+        load_reference(file, FAKE, unet.spec)
+
+
+def test_reference_images_of_another_size_are_refused(unet, tmp_path):
+    np.savez(tmp_path / "reference.npz", x=np.zeros((20, 9, 9), np.uint8))
+    with pytest.raises(BadInput, match=r"reference.npz: .*\[1, 9, 9\].*\[1, 8, 8\]"):
+        load_reference(tmp_path / "reference.npz", FAKE, unet.spec)

@@ -1,0 +1,152 @@
+"""Every family's adapter gives what the passes ask for, and what it names is in the model."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+import torch
+from diffusers import FluxPipeline, LatentConsistencyModelPipeline
+from torch import nn
+
+from diffpress.compress.models import diffusers_blocks
+from diffpress.compress.models.adapter import ADAPTERS, Adapter, adapter_for, dynamic_axes, example_inputs
+from diffpress.compress.models.families import any_module, flux
+from diffpress.compress.models.families.unet2d_condition import guidance_embedding
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.network_inputs import stand_in_conditions
+from diffpress.runtime.pipeline import resized
+
+KINDS = ["ldm", "sd", "sdxl", "lcm", "dit", "pixart-alpha", "sd3.5", "flux", "flux-schnell"]
+FUNCTIONS = [name for name, value in vars(Adapter).items() if inspect.isfunction(value) and not name.startswith("_")]
+
+
+@pytest.fixture
+def checkpoint(tiny_folder):
+    """A kind's checkpoint; Flux at a size that is quick."""
+
+    def load(kind: str):
+        found = load_checkpoint(tiny_folder(kind))
+        return found.evolve(spec=resized(found.spec, (32, 32))) if kind.startswith("flux") else found
+
+    return load
+
+
+# --- the contract ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*ADAPTERS, "any"])
+def test_an_adapter_has_every_function_with_the_arguments_that_are_given(name):
+    adapter = ADAPTERS.get(name, any_module)
+    assert len(FUNCTIONS) == 11 and isinstance(adapter.RESIZABLE, bool)
+    for function in FUNCTIONS:
+        if function == "describe" and name == "any":
+            continue  # a custom module brings its own spec
+        if function == "fixed" and adapter.coupled is diffusers_blocks.coupled:
+            continue  # asked for where the dependency graph finds what may shrink
+        wanted = [arg for arg in inspect.signature(getattr(Adapter, function)).parameters if arg != "self"]
+        assert list(inspect.signature(getattr(adapter, function)).parameters) == wanted, function
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_an_adapter_names_is_in_the_model(kind, checkpoint):
+    model = checkpoint(kind).model
+    adapter, modules = adapter_for(model), dict(model.named_modules())
+    lists = {name: getattr(adapter, name)(model) for name in ("blocks", "fragile", "skip_joins", "cache_cuts")}
+    for name, found in lists.items():
+        assert set(found) <= set(modules) and len(set(found)) == len(found), name
+    assert lists["blocks"] and lists["fragile"]
+    assert bool(lists["cache_cuts"]) == (not kind.startswith("flux"))  # the tiny one has one block of a kind
+    assert bool(lists["skip_joins"]) == (kind in ("ldm", "sd", "sdxl", "lcm"))
+    kinds = {type(modules[name]) for name in lists["fragile"]}
+    assert kinds <= {nn.Linear, nn.Conv2d, nn.Embedding}
+    weighty = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert len(lists["fragile"]) < len(weighty), "something must be left to quantize"
+    if adapter.coupled(model) is None:
+        assert adapter.fixed(model) and set(adapter.fixed(model)) <= set(modules)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_blocks_make_up_the_model_and_run_in_every_forward(kind, checkpoint):
+    one = checkpoint(kind)
+    adapter, seen = adapter_for(one.model), []
+    for name in adapter.blocks(one.model):
+        module = one.model.get_submodule(name)
+        module.register_forward_hook(lambda *_, name=name: seen.append(name))
+    with torch.no_grad():
+        out = adapter.forward(one.model, example_inputs(one.spec, 2))
+    assert seen == adapter.blocks(one.model)
+    assert out.shape == (2, *one.spec.sample_shape) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_input_reaches_the_output(kind, checkpoint):
+    one = checkpoint(kind)
+    adapter, inputs = adapter_for(one.model), example_inputs(one.spec, 2)
+    with torch.no_grad():
+        before = adapter.forward(one.model, inputs)
+        for name, value in inputs.items():
+            other = value * 0.5 if value.is_floating_point() else (value + 40) % 900
+            if name == "encoder_attention_mask":
+                other = (torch.arange(value.shape[1]) < 3).float().expand_as(value)
+            after = adapter.forward(one.model, {**inputs, name: other})
+            assert not torch.equal(before, after), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_examples_and_stand_ins_have_the_shapes_of_the_spec(kind, checkpoint):
+    spec = checkpoint(kind).spec
+    inputs, told = example_inputs(spec, 3), stand_in_conditions(spec, 3)
+    assert set(told.given) == set(inputs) - {"sample", "timestep", "guidance"}
+    for name, array in told.given.items():
+        assert array.shape == tuple(inputs[name].shape)
+    assert ("guidance" in inputs) == (kind in ("lcm", "flux"))
+    whole = inputs["timestep"].dtype == torch.int64
+    assert whole == (kind in ("ldm", "dit"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_height_and_width_are_open_where_the_model_makes_other_sizes(kind, checkpoint):
+    one = checkpoint(kind)
+    axes = dynamic_axes(one.model, one.spec)
+    assert set(axes) == set(example_inputs(one.spec, 1)) and all(0 in dims for dims in axes.values())
+    resizable = adapter_for(one.model).RESIZABLE
+    assert (set(axes["sample"]) == {0, 2, 3}) == resizable
+    assert set(dynamic_axes(one.model, one.spec, fixed_size=True)["sample"]) == {0}
+    for name, entry in one.spec.conditioning.inputs.items():
+        sequence = len(entry.shape) == 2 or name == "encoder_attention_mask"
+        assert (1 in axes[name]) == sequence, name
+    if resizable:
+        channels, height, width = one.spec.sample_shape
+        inputs = example_inputs(one.spec, 1) | {"sample": torch.zeros(1, channels, 2 * height, width)}
+        with torch.no_grad():
+            out = adapter_for(one.model).forward(one.model, inputs)
+        assert out.shape == inputs["sample"].shape
+
+
+# --- Flux ------------------------------------------------------------------------------------------------------
+
+
+def test_flux_packs_cells_as_its_pipeline_does_and_back():
+    sample = torch.randn(2, 16, 6, 4)
+    tokens = flux.pack(sample)
+    assert torch.equal(tokens, FluxPipeline._pack_latents(sample, *sample.shape))
+    assert torch.equal(flux.unpack(tokens, 3, 2), sample)
+    theirs = FluxPipeline._unpack_latents(tokens, height=6 * 8, width=4 * 8, vae_scale_factor=8)
+    assert torch.equal(flux.unpack(tokens, 3, 2), theirs)
+
+
+def test_flux_numbers_its_cells_as_its_pipeline_does():
+    theirs = FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32)
+    assert torch.equal(flux.positions(3, 2, torch.zeros(1)), theirs)
+
+
+# --- latent consistency models ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("width", [32, 256])
+def test_the_guidance_embedding_is_that_of_diffusers(width):
+    weights = torch.tensor([0.0, 3.0, 7.5])
+    theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, weights, embedding_dim=width)
+    np.testing.assert_array_equal(guidance_embedding(weights, width), theirs)

@@ -1,0 +1,323 @@
+"""compress/models/diffusers_blocks.py: every family people ship shrinks inside its blocks, and computes what the
+unpruned network computes when the removed channels and heads are silenced in it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DiTTransformer2DModel,
+    FluxTransformer2DModel,
+    PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    UNet2DConditionModel,
+)
+from diffusers.models.attention import FeedForward
+from diffusers.models.attention_processor import Attention
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSingleTransformerBlock
+from torch import nn
+
+from diffpress.compress.checkpoint import Checkpoint, Source
+from diffpress.compress.config import PruneConfig
+from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.diffusers_blocks import attentions, coupled
+from diffpress.compress.models.widths import apply_widths_, changed_widths, widths_of
+from diffpress.compress.pruning.prune import prune
+from diffpress.runtime.conditioning import Conditioning, TextInput
+from diffpress.runtime.noise_schedule import betas_schedule
+from diffpress.runtime.sampling_plan import make_plan
+from diffpress.runtime.spec import DenoiserSpec
+
+UNET: dict[str, Any] = {
+    "sample_size": 8,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "cross_attention_dim": 32,
+    "attention_head_dim": 8,  # which diffusers takes as the number of heads
+    "norm_num_groups": 8,
+}
+SDXL: dict[str, Any] = {
+    **UNET,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "attention_head_dim": (4, 8),
+    "use_linear_projection": True,
+    "transformer_layers_per_block": (1, 2),
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 64,
+}
+TRANSFORMER: dict[str, Any] = {"num_attention_heads": 4, "attention_head_dim": 8, "num_layers": 2, "sample_size": 8}
+PIXART = {**TRANSFORMER, "cross_attention_dim": 32, "caption_channels": 24, "use_additional_conditions": False}
+JOINT: dict[str, Any] = {
+    "num_attention_heads": 4,
+    "attention_head_dim": 8,
+    "num_layers": 2,
+    "joint_attention_dim": 24,
+    "pooled_projection_dim": 16,
+}
+SD3 = {**JOINT, "sample_size": 8, "in_channels": 4, "out_channels": 4, "caption_projection_dim": 32}
+SD3 |= {"pos_embed_max_size": 8, "dual_attention_layers": (0,), "qk_norm": "rms_norm"}
+FLUX = {**JOINT, "in_channels": 16, "num_single_layers": 2, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4)}
+
+WORDS = {"encoder_hidden_states": TextInput((6, 32), (("text_encoder.last_hidden_state",),))}
+LONG = {"encoder_hidden_states": TextInput((6, 24), (("text_encoder.last_hidden_state",),))}
+POOLED = {"pooled_projections": TextInput((16,), (("text_encoder.pooler_output",),))}
+ADDED = {"text_embeds": TextInput((16,), (("text_encoder.text_embeds",),)), "time_ids": TextInput((6,), (("size",),))}
+MASK = {"encoder_attention_mask": TextInput((6,), (("text_encoder.attention_mask",),))}
+
+FAMILIES: dict[str, tuple[Any, dict[str, Any], Conditioning]] = {
+    "sd": (UNet2DConditionModel, UNET, Conditioning("text", inputs=WORDS)),
+    "scale_shift": (
+        UNet2DConditionModel,
+        {**UNET, "resnet_time_scale_shift": "scale_shift"},
+        Conditioning("text", inputs=WORDS),
+    ),
+    "sdxl": (UNet2DConditionModel, SDXL, Conditioning("text", inputs=WORDS | ADDED)),
+    "dit": (DiTTransformer2DModel, {**TRANSFORMER, "num_embeds_ada_norm": 3}, Conditioning("class", 3, 3)),
+    "pixart": (PixArtTransformer2DModel, PIXART, Conditioning("text", inputs=LONG | MASK)),
+    "sd3": (SD3Transformer2DModel, SD3, Conditioning("text", inputs=LONG | POOLED)),
+    "flux": (FluxTransformer2DModel, FLUX, Conditioning("text", inputs=LONG | POOLED, guidance_input=True)),
+}
+family = pytest.mark.parametrize("name", FAMILIES)
+choices = pytest.mark.parametrize(("method", "scope"), [("magnitude", "local"), ("random", "global")])
+
+
+def checkpoint_of(name: str) -> Checkpoint:
+    kind, config, conditioning = FAMILIES[name]
+    torch.manual_seed(0)
+    model = kind(**config).eval()
+    with torch.no_grad():
+        for layer in model.modules():
+            if isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm) and layer.bias is not None:
+                layer.bias.normal_(std=0.3)  # a branch whose removed channels all wrote zeros would prove nothing
+    schedule = betas_schedule("linear", 100)
+    spec = DenoiserSpec("epsilon", schedule, (4, 8, 8), make_plan("ddim", 4, schedule), conditioning)
+    return Checkpoint(model, spec, Source(kind.__name__, config, original=widths_of(model)))
+
+
+@pytest.fixture(scope="module")
+def families() -> dict[str, Checkpoint]:
+    return {name: checkpoint_of(name) for name in FAMILIES}
+
+
+def settings(method: str = "magnitude", scope: str = "local", ratio: float = 0.25, **more: Any) -> PruneConfig:
+    return PruneConfig(**{"method": method, "scope": scope, "ratio": ratio, "round_to": 8, "timesteps": 1, **more})
+
+
+def answer(checkpoint: Checkpoint, model: nn.Module | None = None) -> torch.Tensor:
+    model = checkpoint.model if model is None else model
+    with torch.no_grad():
+        return adapter_for(model).forward(model, example_inputs(checkpoint.spec, 2, seed=5))
+
+
+# --- the oracle: the unpruned network with the removed channels silenced ----------------------------------------
+
+
+class KeptNorm(nn.Module):
+    """Group normalisation that sees the kept channels alone, and gives zero for the others."""
+
+    def __init__(self, norm: nn.GroupNorm, kept: list[int]) -> None:
+        super().__init__()
+        self.norm, self.kept = norm, kept
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out, norm, kept = torch.zeros_like(x), self.norm, self.kept
+        out[:, kept] = nn.functional.group_norm(
+            x[:, kept], norm.num_groups, norm.weight[kept], norm.bias[kept], norm.eps
+        )
+        return out
+
+
+def kept_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
+    """Which rows of `before` are left in `after`."""
+    same = (after[:, None] == before[None]).flatten(2).all(2)
+    assert same.any(1).all()
+    return same.int().argmax(1).tolist()
+
+
+def silence_(reader: nn.Module, kept: list[int], of: int, offset: int = 0) -> None:
+    """Zero what `reader` takes from those of `of` columns, counted from `offset`, that are not kept."""
+    reader.weight.data[:, [offset + i for i in range(of) if i not in kept]] = 0.0
+
+
+def silenced(original: nn.Module, small: nn.Module) -> nn.Module:
+    """`original`, with everything that `small` lacks taken away at its readers."""
+    masked = copy.deepcopy(original)
+    for name, full in list(masked.named_modules()):
+        if isinstance(full, FeedForward):
+            before, after = full.net[0].proj.weight, small.get_submodule(name).net[0].proj.weight
+            inner, left = full.net[2].in_features, small.get_submodule(name).net[2].in_features
+            kept = kept_rows(before[:inner], after[:left])
+            for half in range(len(before) // inner):
+                rows = kept_rows(before[half * inner : (half + 1) * inner], after[half * left : (half + 1) * left])
+                assert rows == kept
+            silence_(full.net[2], kept, inner)
+        elif isinstance(full, ResnetBlock2D):
+            kept = kept_rows(full.conv1.weight, small.get_submodule(name).conv1.weight)
+            silence_(full.conv2, kept, full.conv1.out_channels)
+            full.norm2 = KeptNorm(full.norm2, kept)
+        elif isinstance(full, FluxSingleTransformerBlock):
+            block, dim = small.get_submodule(name), full.attn.to_q.out_features
+            silence_(full.proj_out, kept_rows(full.attn.to_q.weight, block.attn.to_q.weight), dim)
+            mlp = kept_rows(full.proj_mlp.weight, block.proj_mlp.weight)
+            silence_(full.proj_out, mlp, full.proj_mlp.out_features, offset=dim)
+        elif isinstance(full, Attention | FluxAttention) and getattr(full, "to_out", None) is not None:
+            kept = kept_rows(full.to_q.weight, small.get_submodule(name).to_q.weight)
+            for reader in (full.to_out[0], getattr(full, "to_add_out", None)):
+                if reader is not None:
+                    silence_(reader, kept, full.to_q.out_features)
+    return masked
+
+
+@choices
+@family
+def test_a_pruned_model_computes_what_the_silenced_original_does(name, method, scope, families, context):
+    checkpoint = families[name]
+    small = prune(checkpoint, settings(method, scope), context(checkpoint))
+    expected = answer(checkpoint, silenced(checkpoint.model, small.model))
+    assert (expected - answer(checkpoint)).abs().max() > 1e-2  # what went mattered
+    torch.testing.assert_close(answer(small), expected, atol=1e-5, rtol=0)
+
+
+# --- shapes and reloading ----------------------------------------------------------------------------------------
+
+
+@family
+def test_the_shrunk_layers_lose_the_asked_share_of_their_weights(name, families, context):
+    checkpoint = families[name]
+    small = prune(checkpoint, settings(ratio=0.25), context(checkpoint))
+    weights = []
+    for model in (checkpoint.model, small.model):
+        layers = {m.layer for g in attentions(model) + coupled(model) for m in g.members if m.side in ("out", "in")}
+        weights.append(sum(layer.weight.numel() for layer in layers))
+    assert weights[1] == 0.75 * weights[0]  # all widths and head counts here are divisible
+    assert answer(small).shape == answer(checkpoint).shape
+
+
+@choices
+@family
+def test_a_pruned_model_reloads_from_its_config_and_widths(name, method, scope, families, context):
+    checkpoint = families[name]
+    small = prune(checkpoint, settings(method, scope), context(checkpoint))
+    kind, config, _ = FAMILIES[name]
+    again = kind(**config).eval()
+    apply_widths_(again, changed_widths(small.model, checkpoint.source.original), "here")
+    again.load_state_dict(small.model.state_dict())
+    adapter_for(again).refresh_(again)
+    assert torch.equal(answer(small), answer(small, again))
+    for module, other in zip(small.model.modules(), again.modules(), strict=True):
+        for stored in ("heads", "inner_dim", "inner_kv_dim", "sliceable_head_dim", "mlp_hidden_dim", "out_channels"):
+            assert getattr(module, stored, None) == getattr(other, stored, None)
+
+
+@family
+def test_pruning_goes_on_from_a_pruned_model(name, families, context):
+    checkpoint = families[name]
+    small = prune(checkpoint, settings(), context(checkpoint))
+    again = prune(small, settings(ratio=0.4), context(small))
+    expected = answer(checkpoint, silenced(checkpoint.model, again.model))
+    torch.testing.assert_close(answer(again), expected, atol=1e-5, rtol=0)
+
+
+@family
+def test_stored_sizes_follow_the_widths_and_the_trunk_keeps_its_own(name, families, context):
+    checkpoint = families[name]
+    small = prune(checkpoint, settings(), context(checkpoint))
+    before = dict(checkpoint.model.named_modules())
+    for path, module in small.model.named_modules():
+        if isinstance(module, Attention | FluxAttention):
+            assert module.heads == 0.75 * before[path].heads
+            assert module.inner_dim == module.to_q.out_features == 0.75 * before[path].to_q.out_features
+        if isinstance(module, Attention):
+            assert module.inner_kv_dim == module.inner_dim and module.sliceable_head_dim == module.heads
+            assert module.out_dim == before[path].out_dim
+        if isinstance(module, FluxSingleTransformerBlock):
+            assert module.mlp_hidden_dim == 96 and module.proj_out.in_features == 96 + 24
+            assert module.proj_out._tp_packed_row_blocks == [24, 96]
+        if isinstance(module, ResnetBlock2D):
+            assert module.out_channels == module.conv2.out_channels == before[path].out_channels
+            assert module.conv1.out_channels == module.norm2.num_channels == 0.75 * before[path].out_channels
+
+
+def test_attention_slicing_still_works(families, context):
+    small = prune(families["sd"], settings(), context(families["sd"]))
+    expected = answer(small)
+    small.model.set_attention_slice("auto")
+    torch.testing.assert_close(answer(small), expected, atol=1e-5, rtol=0)
+
+
+# --- which ---------------------------------------------------------------------------------------------------------
+
+
+def test_equally_many_channels_leave_each_normalisation_group(families, context):
+    checkpoint = families["sd"]
+    small = prune(checkpoint, settings(), context(checkpoint))
+    before, after = checkpoint.model.mid_block.resnets[0], small.model.mid_block.resnets[0]
+    kept = kept_rows(before.conv1.weight, after.conv1.weight)
+    assert [sum(i // 8 == run for i in kept) for run in range(8)] == [6] * 8
+
+
+def test_a_head_that_matters_to_the_text_alone_stays(families, context):
+    checkpoint = families["sd3"]
+    model = checkpoint.clone_model()
+    attention = model.transformer_blocks[0].attn
+    image = [attention.to_q, attention.to_k, attention.to_v]
+    words = [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj]
+    with torch.no_grad():
+        for layer in image + words:
+            layer.weight[8:16] *= 0.5  # head 1: weaker in both streams
+        for layer, factor in [(layer, 0.01) for layer in image] + [(layer, 10.0) for layer in words]:
+            layer.weight[16:24] *= factor  # head 2: nothing to the image, much to the text
+    small = prune(checkpoint.evolve(model=model), settings(), context(checkpoint))
+    kept = kept_rows(attention.to_v.weight, small.model.transformer_blocks[0].attn.to_v.weight)
+    assert kept == [*range(8), *range(16, 32)]
+
+
+def test_taylor_sums_weight_times_gradient_over_both_halves_and_the_reader(families, context, monkeypatch):
+    checkpoint = families["sd"]
+    inputs = example_inputs(checkpoint.spec, 2)
+
+    def loss(model: nn.Module, *_: object) -> torch.Tensor:
+        return adapter_for(model).forward(model, inputs).square().mean()
+
+    monkeypatch.setattr("diffpress.compress.pruning.importance.epsilon_loss", loss)
+    small = prune(checkpoint, settings("taylor"), context(checkpoint))
+
+    place = "mid_block.attentions.0.transformer_blocks.0.ff"
+    original = checkpoint.clone_model()
+    loss(original).backward()
+    writer, reader = original.get_submodule(place).net[0].proj, original.get_submodule(place).net[2]
+    terms = (writer.weight * writer.weight.grad).abs().sum(1).reshape(2, -1).sum(0)
+    terms = terms + (reader.weight * reader.weight.grad).abs().sum(0)
+    count = len(terms) * 3 // 4
+    after = small.model.get_submodule(place).net[0].proj.weight
+    assert kept_rows(writer.weight, after[:count]) == sorted(terms.argsort(descending=True)[:count].tolist())
+
+
+@family
+def test_no_two_groups_share_a_side_of_a_layer(name, families):
+    model = families[name].model
+    for groups in (attentions(model), coupled(model)):
+        sides = [{(m.layer, m.side) for m in group.members} for group in groups]
+        assert groups and len(set().union(*sides)) == sum(len(side) for side in sides)
+
+
+def test_heads_that_cannot_go_alone_are_left_alone():
+    grouped = Attention(32, heads=4, kv_heads=2, dim_head=8)
+    added = UNet2DConditionModel(
+        **{
+            **UNET,
+            "down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D"),
+            "up_block_types": ("SimpleCrossAttnUpBlock2D", "UpBlock2D"),
+            "mid_block_type": "UNetMidBlock2DSimpleCrossAttn",
+        }
+    )
+    assert attentions(nn.ModuleList([grouped])) == [] and attentions(added) == []
+    assert len(attentions(nn.ModuleList([Attention(32, heads=4, dim_head=8)]))) == 1

@@ -1,0 +1,56 @@
+"""compress/models/widths.py: the widths of a pruned module, as JSON, turn a freshly built one into it."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from diffusers import UNet2DModel
+
+from diffpress.compress.models.widths import apply_widths_, changed_widths, widths_of
+from diffpress.runtime.errors import BadInput
+
+
+def shapes(model):
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def test_an_unpruned_module_has_no_changed_widths(unet):
+    assert changed_widths(unet.model, unet.source.original) == {}
+
+
+def test_the_changed_widths_give_a_fresh_module_the_pruned_shapes(pruned):
+    fresh = UNet2DModel.from_config(pruned.source.config)
+    assert shapes(fresh) != shapes(pruned.model)
+    widths = json.loads(json.dumps(changed_widths(pruned.model, pruned.source.original)))
+    apply_widths_(fresh, widths, "here")
+    assert shapes(fresh) == shapes(pruned.model) and widths_of(fresh) == widths_of(pruned.model)
+
+
+def test_layers_that_pruning_left_alone_are_not_listed(pruned):
+    widths = changed_widths(pruned.model, pruned.source.original)
+    assert "conv_in" in widths and "time_embedding.linear_1" not in widths
+
+
+@pytest.mark.parametrize(
+    ("widths", "message"),
+    [
+        ({"nowhere": {"in_channels": 1, "out_channels": 8, "groups": 1}}, "here: .*'nowhere'"),
+        ({"conv_in": {"in_features": 1, "out_features": 8}}, "here: .*'conv_in'"),
+        ({"conv_in": {"in_channels": 1, "out_channels": 0, "groups": 1}}, "here: .*'conv_in' .*above 0"),
+        ({"conv_in": {"in_channels": 1, "out_channels": "8", "groups": 1}}, "here: .*'conv_in'"),
+        ({"conv_in": [1, 8, 1]}, "here: .*'conv_in'"),
+    ],
+)
+def test_widths_that_do_not_fit_the_module_are_bad_input(widths, message, plain):
+    with pytest.raises(BadInput, match=message):
+        apply_widths_(plain.clone_model(), widths, "here")
+
+
+def test_a_module_without_weights_stays_without(pruned):
+    with torch.device("meta"):
+        fresh = UNet2DModel.from_config(pruned.source.config)
+    apply_widths_(fresh, changed_widths(pruned.model, pruned.source.original), "here")
+    assert shapes(fresh) == shapes(pruned.model)
+    assert {parameter.device.type for parameter in fresh.parameters()} == {"meta"}

@@ -1,0 +1,309 @@
+"""compress/pruning/prune.py: the right channels go, the shapes stay valid, and nothing else changes."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+from torch import nn
+
+from diffpress.compress.config import PruneConfig
+from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.widths import changed_widths, widths_of
+from diffpress.compress.pruning.allocation import Candidate, allocate, choose_removed, keep_count
+from diffpress.compress.pruning.prune import prune
+from diffpress.runtime.errors import BadInput
+
+METHODS, SCOPES = ("random", "magnitude", "taylor"), ("local", "global")
+
+
+def config(method: str = "magnitude", ratio: float = 0.4, **settings) -> PruneConfig:
+    return PruneConfig(**{"method": method, "ratio": ratio, "round_to": 4, "batch": 4, "timesteps": 3, **settings})
+
+
+def kept_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
+    """Which rows of `before` are left in `after`, where only rows were removed."""
+    return [next(i for i, old in enumerate(before) if torch.equal(old, row)) for row in after]
+
+
+class Chain(nn.Module):
+    """Three coupled groups of 16 channels in a row, no normalisation: what channel c does is easily said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first = nn.Conv2d(1, 16, 3, padding=1)
+        self.one, self.two = nn.Conv2d(16, 16, 3, padding=1), nn.Conv2d(16, 16, 3, padding=1)
+        self.last = nn.Conv2d(16, 1, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = torch.tanh(self.one(torch.tanh(self.first(sample))))
+        return self.last(torch.tanh(self.two(x)))
+
+
+# --- shapes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["plain", "unet"])
+def test_a_pruned_unet_keeps_its_output_shape_and_is_smaller(kind, method, scope, request, context):
+    checkpoint = request.getfixturevalue(kind)
+    small = prune(checkpoint, config(method, scope=scope), context(checkpoint))
+    inputs = example_inputs(checkpoint.spec, 3)
+    with torch.no_grad():
+        out = adapter_for(small.model).forward(small.model, inputs)
+    assert out.shape == inputs["sample"].shape and torch.isfinite(out).all()
+    sizes = [sum(p.numel() for p in c.model.parameters()) for c in (checkpoint, small)]
+    assert sizes[1] < 0.85 * sizes[0]
+    assert all(p.grad is None for p in small.model.parameters())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize(("round_to", "groups"), [(4, 4), (8, 4), (4, 8), (3, 4)])
+def test_kept_widths_are_divisible_by_round_to_and_the_groups_of_each_norm(scope, round_to, groups, unet_with, context):
+    checkpoint = unet_with(norm_num_groups=groups, block_out_channels=[24, 48])
+    small = prune(checkpoint, config(ratio=0.5, scope=scope, round_to=round_to), context(checkpoint))
+    original, changed = checkpoint.source.original, changed_widths(small.model, checkpoint.source.original)
+    narrowed = {name: found.get("out_channels") for name, found in changed.items()}
+    widths = [width for name, width in narrowed.items() if width != original[name].get("out_channels")]
+    assert widths and all(width % math.lcm(round_to, groups) == 0 for width in widths)
+    norms = [module for module in small.model.modules() if isinstance(module, nn.GroupNorm)]
+    assert norms and all(norm.num_groups == groups and norm.num_channels % groups == 0 for norm in norms)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equally_many_channels_leave_each_normalisation_group(method, unet, context):
+    small = prune(unet, config(method, ratio=0.5), context(unet))
+    kept = kept_rows(unet.model.conv_in.weight, small.model.conv_in.weight)
+    per_group = [sum(i // 4 == group for i in kept) for group in range(4)]
+    assert per_group == [2, 2, 2, 2] and kept == sorted(kept)
+
+
+def test_attention_loses_whole_heads_and_no_more_than_asked_for(unet, context):
+    small = prune(unet, config(ratio=0.4), context(unet))
+    for name, before in unet.model.named_modules():
+        if not hasattr(before, "to_q"):
+            continue
+        after = small.model.get_submodule(name)
+        assert (before.heads, after.heads) == (4, 3)
+        for part in ("to_q", "to_k", "to_v"):
+            # the bias tells the rows apart: input channels are pruned as well
+            kept = kept_rows(getattr(before, part).bias, getattr(after, part).bias)
+            assert len(kept) == 24 and kept == [h * 8 + i for h in sorted({k // 8 for k in kept}) for i in range(8)]
+
+
+def test_the_heads_that_go_have_the_least_weight(unet, context):
+    model = unet.clone_model()
+    attention = model.mid_block.attentions[0]
+    with torch.no_grad():
+        for layer in (attention.to_q, attention.to_k, attention.to_v):
+            layer.weight[8:16] *= 0.01  # head 1
+        attention.to_out[0].weight[:, 8:16] *= 0.01
+    small = prune(unet.evolve(model=model), config(ratio=0.25), context(unet))
+    kept = kept_rows(attention.to_v.bias, small.model.mid_block.attentions[0].to_v.bias)
+    assert {i // 8 for i in kept} == {0, 2, 3}
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_fixed_layers_keep_their_outputs(scope, unet, context):
+    small = prune(unet, config(ratio=0.6, scope=scope), context(unet))
+    adapter, before, after = adapter_for(unet.model), widths_of(unet.model), widths_of(small.model)
+    kept = adapter.fixed(unet.model)
+    assert {"conv_out", "time_embedding.linear_1", "class_embedding"} <= set(kept)
+    for name in kept:
+        out = next(key for key in ("out_channels", "out_features", "embedding_dim") if key in before[name])
+        assert before[name][out] == after[name][out]
+    assert after["conv_in"]["out_channels"] < before["conv_in"]["out_channels"]
+
+
+def test_scale_shift_time_embeddings_are_pruned_validly(unet_with, context):
+    checkpoint = unet_with(resnet_time_scale_shift="scale_shift")
+    small = prune(checkpoint, config(), context(checkpoint))
+    assert changed_widths(small.model, checkpoint.source.original)
+
+
+class Depthwise(Chain):
+    def __init__(self) -> None:
+        super().__init__()
+        self.two = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+
+
+def test_a_module_with_depthwise_convolutions_is_pruned_validly(custom, context, output):
+    checkpoint = custom(Depthwise())
+    small = prune(checkpoint, config(ratio=0.5), context(checkpoint))
+    assert small.model.two.groups == small.model.two.out_channels == 8
+    assert torch.isfinite(output(small)).all()
+
+
+# --- which channels --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_magnitude_removes_the_channels_that_do_nothing(scope, custom, context, output):
+    # in all three groups the same share is dead, so that either scope has to find exactly these
+    model, dead = Chain(), {"first": [3, 7, 8, 12], "one": [0, 1, 2, 15], "two": [4, 5, 6, 9]}
+    chain = [model.first, model.one, model.two, model.last]
+    with torch.no_grad():
+        for (name, channels), after in zip(dead.items(), chain[1:], strict=True):
+            getattr(model, name).weight[channels] = 0.0
+            getattr(model, name).bias[channels] = 0.0
+            after.weight[:, channels] = 0.0
+    checkpoint = custom(model)
+    small = prune(checkpoint, config(ratio=0.25, scope=scope), context(checkpoint))
+    for name, channels in dead.items():
+        kept = kept_rows(getattr(model, name).bias, getattr(small.model, name).bias)
+        assert sorted({*range(16)} - {*kept}) == channels
+    torch.testing.assert_close(output(small), output(checkpoint), atol=1e-6, rtol=0)
+
+
+def test_global_scope_takes_all_from_the_group_where_it_costs_nothing(custom, context, output):
+    model, dead = Chain(), list(range(4, 16))
+    with torch.no_grad():
+        model.one.weight[dead] = model.one.bias[dead] = 0.0
+        model.two.weight[:, dead] = 0.0
+    checkpoint = custom(model)
+    small = prune(checkpoint, config(ratio=0.25, scope="global"), context(checkpoint))  # 12 of 48 channels
+    widths = [small.model.first.out_channels, small.model.one.out_channels, small.model.two.out_channels]
+    assert widths == [16, 4, 16]
+    torch.testing.assert_close(output(small), output(checkpoint), atol=1e-6, rtol=0)
+
+
+def test_local_scope_takes_the_same_share_everywhere(custom, context):
+    checkpoint = custom(Chain())
+    small = prune(checkpoint, config(ratio=0.25), context(checkpoint))
+    assert [getattr(small.model, name).out_channels for name in ("first", "one", "two")] == [12, 12, 12]
+
+
+def test_taylor_removes_what_weight_times_gradient_says(custom, context):
+    model = Chain()
+    checkpoint, ctx = custom(model, "epsilon"), context(custom(model, "epsilon"), seed=5)
+    settings = config("taylor", ratio=0.5, threshold=0.0)
+    small = prune(checkpoint, settings, ctx)
+
+    # By hand: one batch, one noise, gradients summed over timesteps from the first to the last.
+    generator = torch.Generator().manual_seed(5)
+    x0, _ = ctx.data.batch(4, generator)
+    noise = torch.randn(x0.shape, generator=generator)
+    total = 0.0
+    for t in (0, 24, 49):
+        alpha, sigma = checkpoint.spec.schedule.alphas[t], checkpoint.spec.schedule.sigmas[t]
+        out = model(alpha * x0 + sigma * noise, torch.full((4,), t))
+        total = total + ((out - noise) ** 2).mean()
+    chain = [model.first, model.one, model.two, model.last]
+    gradients = torch.autograd.grad(total, [layer.weight for layer in chain])
+    terms = [(layer.weight * gradient).abs() for layer, gradient in zip(chain, gradients, strict=True)]
+    for i, name in enumerate(("first", "one", "two")):
+        score = terms[i].sum((1, 2, 3)) + terms[i + 1].sum((0, 2, 3))
+        kept = kept_rows(chain[i].bias, getattr(small.model, name).bias)
+        assert kept == sorted(score.argsort(descending=True)[:8].tolist())
+
+
+def test_taylor_stops_where_the_loss_has_fallen_below_its_share_of_the_largest(custom, context, monkeypatch):
+    losses, seen = iter([1.0, 4.0, 0.3, 0.1, 2.0]), []
+
+    def loss_at(model, spec, x0, noise, t, conditions):
+        seen.append(int(t[0]))
+        return sum(p.sum() for p in model.parameters()) * 0.0 + next(losses)
+
+    monkeypatch.setattr("diffpress.compress.pruning.importance.epsilon_loss", loss_at)
+    checkpoint = custom(Chain())
+    prune(checkpoint, config("taylor", timesteps=5, threshold=0.05), context(checkpoint))
+    assert seen == [0, 12, 24, 36]
+
+
+def test_choosing_drops_the_least_of_each_group():
+    scores = torch.tensor([9.0, 1.0, 8.0, 2.0, 0.1, 0.2, 0.4, 0.3])
+    assert choose_removed(scores, 4, 2) == [1, 3, 4, 5]
+    assert choose_removed(scores, 4, 1) == [4, 5, 6, 7]
+    assert choose_removed(scores, 8, 2) == []
+
+
+@pytest.mark.parametrize(
+    ("channels", "ratio", "unit", "kept"),
+    [(64, 0.25, 8, 48), (64, 0.875, 8, 8), (64, 0.01, 8, 64), (6, 0.5, 8, 6), (8, 0.9, 8, 8), (64, 0.3, 1, 45)],
+)
+def test_how_many_channels_are_kept(channels, ratio, unit, kept):
+    assert keep_count(channels, ratio, unit) == kept
+
+
+def test_allocation_takes_where_a_saved_cost_loses_least_and_leaves_a_quarter():
+    cheap = Candidate(torch.full((16,), 1.0), 1, 4, 10.0, print)
+    dear = Candidate(torch.full((16,), 1.0), 1, 4, 1.0, print)
+    assert allocate([cheap, dear], 0.25) == [8, 16]
+    assert allocate([cheap, dear], 0.5) == [4, 12]
+    assert allocate([cheap, dear], 0.75) == [4, 4]
+    with pytest.raises(BadInput, match="ratio 0.99 leaves too little of some layer; at most 0.75 can go"):
+        allocate([cheap, dear], 0.99)
+
+
+# --- nothing else ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_input_is_left_as_it_was(method, unet, context):
+    before, widths = unet.hash, widths_of(unet.model)
+    prune(unet, config(method), context(unet))
+    assert unet.evolve().hash == before and widths_of(unet.model) == widths
+    assert all(p.grad is None for p in unet.model.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pruning_again_gives_the_same_checkpoint(method, unet, context):
+    one, two = (prune(unet, config(method), context(unet, seed=3)) for _ in range(2))
+    assert one.hash == two.hash
+
+
+def test_another_seed_prunes_other_channels_at_random(unet, context):
+    one, two = (prune(unet, config("random"), context(unet, seed=seed)) for seed in (3, 4))
+    assert one.hash != two.hash
+
+
+def test_pruning_twice_goes_on_from_the_first(pruned, context):
+    again = prune(pruned, config(ratio=0.5), context(pruned))
+    assert again.model.conv_in.out_channels < pruned.model.conv_in.out_channels < 16
+
+
+# --- refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1, float("nan")])
+def test_a_ratio_that_is_no_fraction_is_refused(ratio):
+    with pytest.raises(ValidationError):
+        PruneConfig(ratio=ratio)
+
+
+@pytest.mark.parametrize(("scope", "message"), [("local", "leaves nothing"), ("global", "leaves too little")])
+def test_a_ratio_that_leaves_nothing_is_refused(scope, message, unet, context):
+    with pytest.raises(BadInput, match=f"prune: ratio 0.99 {message} .* most .*0.75"):
+        prune(unet, config(ratio=0.99, scope=scope), context(unet))
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_the_most_that_can_go_still_leaves_a_working_model(scope, unet, context, output):
+    small = prune(unet, config(ratio=0.7, scope=scope), context(unet))
+    assert torch.isfinite(output(small)).all()
+    assert min(min(widths.values()) for widths in widths_of(small.model).values()) >= 1
+
+
+def test_a_ratio_that_removes_nothing_is_refused(unet, context):
+    with pytest.raises(BadInput, match="prune: ratio 0.01 with round_to 16 removes nothing"):
+        prune(unet, config(ratio=0.01, round_to=16), context(unet))
+
+
+def test_taylor_without_images_is_refused(unet, context):
+    with pytest.raises(BadInput, match="taylor.* needs images: set 'data"):
+        prune(unet, config("taylor"), context(unet, data=False))
+
+
+class Dead(Chain):
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return super().forward(sample, timestep) / (self.first.out_channels - 8)
+
+
+def test_a_model_that_does_not_survive_is_refused(custom, context):
+    checkpoint = custom(Dead())
+    with pytest.raises(BadInput, match="prune: the pruned model gives"):
+        prune(checkpoint, config(ratio=0.5), context(checkpoint))

@@ -1,0 +1,131 @@
+"""compress/quantization/algorithms/output_correction.py: a known slope and bias are found exactly, and what is known is taken off."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pytest
+
+from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.algorithms.output_correction import CORRECTION_SEED, fitted, measured, moments
+from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.runtime.conditioning import Conditioning
+from diffpress.runtime.denoiser import corrected
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.network_inputs import Conditions, stand_in_conditions
+from diffpress.runtime.noise_schedule import betas_schedule
+from diffpress.runtime.sampler import generate
+from diffpress.runtime.sampling_plan import make_plan
+from diffpress.runtime.spec import DenoiserSpec
+
+SCHEDULE = betas_schedule("linear", 100)
+PLAN = make_plan("dpmpp_2m", 5, SCHEDULE)
+SPEC = DenoiserSpec("v", SCHEDULE, (2, 6, 6), PLAN, Conditioning("class", 3, null_label=3))
+ERRORS = {t: (0.05 * k - 0.1, (0.2 - 0.1 * k, 0.03 * k)) for k, t in enumerate(PLAN.timesteps)}
+
+
+@dataclass
+class Wave:
+    """An analytic network of two channels, with an error (slope, biases) that goes by timestep."""
+
+    errors: Mapping[float, tuple[float, tuple[float, ...]]] | None = None
+
+    def __post_init__(self) -> None:
+        whole, real = np.dtype(np.int64), np.dtype(np.float32)
+        self.inputs = {"sample": real, "timestep": whole, "class_labels": whole}
+        self.states: list[tuple[float, np.ndarray]] = []
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        x, t = inputs["sample"], float(inputs["timestep"][0])
+        self.states.append((t, x))
+        labels = inputs["class_labels"][:, None, None, None]
+        out = np.sin(2 * x + t / 30) + (0.1 * labels + 0.2) * np.roll(x, 1, axis=1)
+        slope, bias = (self.errors or {}).get(t, (0.0, (0.0, 0.0)))
+        out = (1 + slope) * out + np.asarray(bias)[:, None, None]
+        return out.astype(np.float32)
+
+
+def found(network: Wave, spec: DenoiserSpec = SPEC, batch: int = 4, count: int = 6) -> dict[float, tuple]:
+    corrections = measured(network, Wave(), spec, count, batch, stand_in_conditions(spec, count))
+    return {t: (c.slope, c.bias) for t, c in zip(spec.plan.timesteps, corrections, strict=True)}
+
+
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "plms"])
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+@pytest.mark.parametrize("batch", [4, 6])
+def test_a_known_slope_and_bias_are_found_at_every_timestep(solver, guidance, batch):
+    spec = SPEC.with_plan(replace(PLAN, solver=solver, guidance=guidance))
+    for t, (slope, bias) in found(Wave(ERRORS), spec, batch).items():
+        assert slope == pytest.approx(ERRORS[t][0], abs=1e-5) and bias == pytest.approx(ERRORS[t][1], abs=1e-5)
+
+
+def test_the_float_network_is_asked_on_the_states_that_the_corrected_sampler_visits():
+    network, reference = Wave(ERRORS), Wave()
+    corrections = measured(network, reference, SPEC, 4, 4, stand_in_conditions(SPEC, 4))
+    for (t, x), (other_t, y) in zip(network.states, reference.states, strict=True):
+        assert t == other_t and np.array_equal(x, y)
+    deployed = Wave(ERRORS)
+    seeds = range(CORRECTION_SEED, CORRECTION_SEED + 4)
+    generate(deployed, SPEC, seeds, plan=replace(PLAN, corrections=corrections))
+    for (_, x), (_, y) in zip(network.states, deployed.states, strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-6)
+
+
+def test_a_timestep_that_is_asked_twice_is_fitted_to_both_answers():
+    spec = SPEC.with_plan(replace(PLAN, solver="plms"))
+    network, exact = Wave(), Wave()
+    answer = network.run
+    network.run = lambda inputs: answer(inputs) + 0.1 * inputs["sample"] ** 2  # no slope and bias make up for this
+    labels = stand_in_conditions(SPEC, 6).given["class_labels"]
+    corrections = measured(network, exact, spec, 6, 6, stand_in_conditions(SPEC, 6))
+    at = PLAN.timesteps[1]
+    states = np.concatenate([x for t, x in exact.states if t == at])
+    told = {"sample": states, "timestep": np.full(12, round(at)), "class_labels": np.tile(labels, 2)}
+    wanted = fitted(moments(exact.run(told), network.run(told)), at)
+    assert corrections[1].slope == pytest.approx(wanted.slope) and corrections[1].bias == pytest.approx(wanted.bias)
+
+
+def test_beside_noise_the_fit_is_the_nearest_that_one_slope_and_a_bias_each_can_come():
+    draws = np.random.default_rng(1)
+    out = draws.standard_normal((5, 3, 4, 4)) + np.arange(3)[:, None, None]
+    out_q = 1.1 * out + draws.standard_normal((5, 3, 4, 4))
+    columns = [out_q.transpose(1, 0, 2, 3).ravel(), *np.repeat(np.eye(3), 5 * 16, axis=1)]
+    gain, *offset = np.linalg.lstsq(np.stack(columns, 1), out.transpose(1, 0, 2, 3).ravel(), rcond=None)[0]
+    fit = fitted(moments(out[:2], out_q[:2]) + moments(out[2:], out_q[2:]), 1.0)
+    nearest = gain * out_q + np.asarray(offset)[:, None, None]
+    np.testing.assert_allclose(corrected(out_q, fit), nearest, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrong", [lambda x: -x, np.zeros_like, lambda x: x * np.nan], ids=["turned", "zero", "nan"])
+def test_a_network_that_answers_something_else_altogether_is_refused(wrong, monkeypatch):
+    plain = Wave()
+    answer = plain.run
+    monkeypatch.setattr(plain, "run", lambda inputs: wrong(answer(inputs)))
+    with pytest.raises(BadInput, match=rf"at timestep {PLAN.timesteps[0]:g} .* nothing in common .*keep: "):
+        found(plain)
+
+
+# --- in the stage ----------------------------------------------------------------------------------------------
+
+
+def test_the_stage_brings_samples_nearer_to_the_float_models(unet, context):
+    config = {"samples": 8, "batch": 8, "percentile": 90.0}
+    plain = quantize(unet, QuantizeConfig(correct=False, **config), context(unet))
+    better = quantize(unet, QuantizeConfig(**config), context(unet))
+    assert not plain.spec.plan.corrections and len(better.spec.plan.corrections) == unet.spec.plan.steps
+    assert better.spec.plan.uncorrected == plain.spec.plan and better.hash != plain.hash
+    told = stand_in_conditions(unet.spec, 32)
+    wanted = _samples(unet.model, unet, told)
+    before, after = (_samples(fake_quantized(c), c, told) for c in (plain, better))
+    assert sqnr_db(wanted, after) > sqnr_db(wanted, before) + 0.3
+    trained = quantize(unet, QuantizeConfig(mode="qat", steps=1, warmup=0, trajectories=2, **config), context(unet))
+    assert not trained.spec.plan.corrections  # training takes the mean error out by itself
+
+
+def _samples(model, checkpoint, told: Conditions) -> np.ndarray:
+    return generate(TorchNetwork(model, checkpoint.spec), checkpoint.spec, range(32), batch=32, conditions=told)

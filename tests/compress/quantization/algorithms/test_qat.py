@@ -1,0 +1,302 @@
+"""compress/quantization/algorithms/qat.py: training wins back what rounding cost, and leaves the same kind of data."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
+from diffpress.compress.config import QAT_SETTINGS, QuantizeConfig
+from diffpress.compress.context import Context
+from diffpress.compress.distillation.config import RecoverConfig
+from diffpress.compress.distillation.distill import distill
+from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.compress.models.adapter import example_inputs
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.algorithms.qat_updates import follow_, scalings, weights_of
+from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.quantization.trajectory_dataset import draw, visited_states
+from diffpress.compress.recipe import read_recipe
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.sampler import generate
+
+PTQ = {"samples": 4, "batch": 4}
+QAT = {**PTQ, "mode": "qat", "steps": 5, "trajectories": 4, "learning_rate": 1e-3, "warmup": 1, "save_every": 2}
+
+
+def config(**settings) -> QuantizeConfig:
+    return QuantizeConfig(**{**QAT, **settings})
+
+
+@pytest.fixture
+def small(custom_files) -> Checkpoint:
+    """The user's little module: first, time, norm, inner, last; `inner` computes in int8."""
+    file, weights = custom_files("v")
+    return load_checkpoint(f"{file}:{weights}")
+
+
+# --- what it is for --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained(unet, images, tmp_path_factory) -> Checkpoint:
+    """The tiny U-Net after a little training on stripes and checkerboards, so that its samples mean something."""
+    task = RecoverConfig(
+        steps=60, batch=16, learning_rate=3e-3, output_weight=0.0, feature_weight=0.0, task_weight=1.0, save_every=1000
+    )
+    return distill(unet, task, Context(0, tmp_path_factory.mktemp("work"), unet, images))
+
+
+def samples(checkpoint: Checkpoint) -> np.ndarray:
+    network = TorchNetwork(fake_quantized(checkpoint), checkpoint.spec)
+    return generate(network, checkpoint.spec, range(16), batch=16)
+
+
+COARSE = {
+    "clipped activations": {"percentile": 95.0},
+    "w4a8": {"format": "w4a8"},
+    "w4a8 by factors": {"format": "w4a8", "updates": "low_rank", "rank": 4, "learning_rate": 1e-3},
+    "int4": {"format": "int4"},
+    "fp8": {"format": "fp8", "percentile": 95.0},
+    "everything in int8": {"keep_fragile": False, "percentile": 99.0},
+}
+
+
+@pytest.mark.parametrize(
+    "coarse", [pytest.param(name, marks=[] if "w4a8" in name else pytest.mark.slow) for name in COARSE]
+)
+def test_training_through_the_quantizers_brings_the_samples_back_to_the_float_models(coarse, trained, context):
+    settings = {"correct": False, **COARSE[coarse]}
+    exact, ctx = samples(trained), context(trained)
+    untrained = {name: value for name, value in settings.items() if name not in QAT_SETTINGS}
+    before = sqnr_db(exact, samples(quantize(trained, QuantizeConfig(**PTQ, **untrained), ctx)))
+    more = {"steps": 40, "batch": 8, "trajectories": 16, "learning_rate": 3e-4, "save_every": 1000}
+    after = sqnr_db(exact, samples(quantize(trained, config(**{**more, **settings}), ctx)))
+    gain = 1.5 if "format" in settings else 0.7  # 8-bit weights had less to lose
+    assert after > before + gain  # from seeds that calibration and training never saw
+
+
+def test_no_images_are_needed_and_the_same_seed_gives_the_same_hash(small, context, tmp_path):
+    hashes = []
+    for run, seed in enumerate((1, 1, 2)):
+        ctx = replace(context(small, seed=seed, data=False), work=tmp_path / str(run))
+        hashes.append(quantize(small, config(), ctx).hash)
+    assert hashes[0] == hashes[1] != hashes[2]
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize(("step", "updates"), [(1, "full"), (3, "full"), (3, "low_rank")])
+def test_a_killed_run_goes_on_from_its_last_save_and_ends_bit_for_bit_as_an_undisturbed_one(
+    step, updates, small, context, tmp_path, monkeypatch
+):
+    settings = config(updates=updates)
+    undisturbed = quantize(small, settings, replace(context(small), work=tmp_path / "other"))
+    drawn = []
+
+    def killing(calls, size, generator):
+        if len(drawn) == step + 1:  # the first draw only measures
+            raise Killed
+        drawn.append(1)
+        return draw(calls, size, generator)
+
+    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw", killing)
+    with pytest.raises(Killed):
+        quantize(small, settings, context(small))
+    drawn.clear()
+    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw", lambda *arguments: drawn.append(1) or draw(*arguments))
+    assert quantize(small, settings, context(small)).hash == undisturbed.hash
+    # those steps that were not saved, and one draw to measure before and one after
+    assert len(drawn) == 5 - (step // 2) * 2 + 2
+
+
+# --- the result is data ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("reduced", "factor"), [(True, 127 / 64), (False, 1.0)])
+def test_weight_scales_follow_the_trained_weights_and_activation_scales_stay(reduced, factor, small, context):
+    ctx, settings = context(small), {"reduce_range": reduced, "layers": ("conv",)}
+    ptq, found = (quantize(small, c, ctx) for c in (QuantizeConfig(**PTQ, **settings), config(**settings)))
+    before, after = ptq.quantization.amax, found.quantization.amax
+    assert before.keys() == after.keys()
+    for name in ("inner.input", "inner.output"):
+        assert torch.equal(before[name], after[name])
+    assert not torch.allclose(small.model.inner.weight, found.model.inner.weight)
+    for name, expected in (("inner", factor), ("time", 1.0)):  # what only stores integers keeps the whole range
+        largest = getattr(found.model, name).weight.detach().flatten(1).abs().amax(1)
+        torch.testing.assert_close(after[f"{name}.weight"], largest * expected, rtol=1e-6, atol=0.0)
+    integers = (found.model.inner.weight / after["inner.weight"].view(-1, 1, 1, 1) * 127).round().abs()
+    assert integers.max() == (64 if reduced else 127)
+
+
+def test_the_input_is_left_as_it_was_and_the_result_has_no_quantizers_in_it(unet, context):
+    before = unet.hash
+    found = quantize(unet, config(steps=1), context(unet))
+    assert unet.evolve().hash == before != found.hash and unet.quantization is None
+    assert all(p.grad is None for p in unet.model.parameters())
+    assert found.model.state_dict().keys() == unet.model.state_dict().keys() and not found.model.training
+    assert not any("quantizer" in name for name, _ in found.model.named_modules())
+
+
+def test_a_checkpoint_that_was_saved_and_read_again_is_the_same(unet, context, output, tmp_path):
+    found = quantize(unet, config(steps=2), context(unet))
+    save_checkpoint(found, tmp_path / "saved")
+    again = load_checkpoint(str(tmp_path / "saved"))
+    assert again.hash == found.hash and torch.equal(output(again), output(found))
+
+
+def test_a_half_precision_model_is_trained_in_float32_and_stays_what_it_was(small, context):
+    narrow = small.evolve(model=small.clone_model().bfloat16())
+    found = quantize(narrow, config(), context(small))
+    assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
+    assert not torch.equal(found.model.inner.weight, narrow.model.inner.weight)
+    largest = found.model.inner.weight.detach().float().flatten(1).abs().amax(1)
+    # calibration multiplied by 127/64 in bfloat16, which has 8 bits
+    torch.testing.assert_close(found.quantization.amax["inner.weight"], largest * 127 / 64, rtol=2**-8, atol=0.0)
+
+
+def test_post_training_quantization_leaves_the_weights_alone(small, context):
+    found = quantize(small, QuantizeConfig(**PTQ), context(small))
+    assert found.model is small.model and not context(small).work.exists()
+
+
+# --- what it trains on -----------------------------------------------------------------------------------------
+
+
+def test_states_are_those_of_the_models_own_trajectory_under_guidance(unet, context):
+    plan = replace(unet.spec.plan, guidance=2.0)
+    guided = unet.evolve(spec=replace(unet.spec, plan=plan))
+    calls = visited_states(unet.model, guided, 5, 3, context(unet))
+    timesteps = [round(t) for t in plan.timesteps]
+    assert [set(call["timestep"].tolist()) for call in calls] == [{t} for t in timesteps + timesteps]
+    assert [len(call["sample"]) for call in calls] == [6] * 4 + [4] * 4  # with label and without
+    assert calls[0]["class_labels"].tolist() == [0, 1, 2, 3, 3, 3] and calls[4]["class_labels"].tolist() == [0, 1, 3, 3]
+    np.testing.assert_array_equal(calls[1]["sample"][:3], calls[1]["sample"][3:])
+    seen, network = [], TorchNetwork(unet.model, guided.spec)
+    network.run = lambda inputs: seen.append(inputs["sample"]) or TorchNetwork.run(network, inputs)
+    generate(network, guided.spec, range(3_000_000, 3_000_003), batch=3)
+    np.testing.assert_allclose(calls[3]["sample"], seen[3], rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_is_drawn_evenly_from_all_rows_of_all_calls():
+    calls = [{"sample": np.arange(start, stop), "timestep": np.full(stop - start, i)} for i, (start, stop) in BOUNDS]
+    drawn = draw(calls, 6000, torch.Generator().manual_seed(0))
+    counts = torch.bincount(drawn["sample"], minlength=6)
+    assert len(counts) == 6 and counts.min() > 850 and counts.max() < 1150  # 1000 each, sd 29
+    assert torch.equal(drawn["timestep"], torch.tensor([0, 0, 0, 1, 2, 2])[drawn["sample"]])
+
+
+BOUNDS = list(enumerate([(0, 3), (3, 4), (4, 6)]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "proportion"), [({}, 127 / 64), ({"smooth": 0.5}, 127 / 64), ({"format": "int4"}, 1.0)]
+)
+def test_quantizers_follow_weights_that_moved(settings, proportion, unet, context):
+    found = quantize(unet, QuantizeConfig(**PTQ, **settings), context(unet))
+    layer, model = "mid_block.attentions.0.to_q", fake_quantized(found.evolve(model=found.clone_model()))
+    scaling = scalings(model, found.quantization)
+    torch.manual_seed(0)
+    weight = torch.randn(32, 32)
+    follow_(model, {layer: scaling[layer]}, {layer: weight})
+    smooth = found.quantization.smooth.get(layer, torch.ones(32))
+    blocks = (weight * smooth).abs().unflatten(1, (1, 32)).amax(2)  # one block of 32 is the whole row
+    torch.testing.assert_close(model.get_submodule(layer).weight_quantizer.amax.flatten(), blocks[:, 0] * proportion)
+
+
+@pytest.mark.parametrize("updates", ["full", "low_rank"])
+def test_quantizers_follow_the_weights_at_every_step_of_training(updates, small, context, monkeypatch):
+    seen = []
+
+    def spy(model, scaling, weights):
+        follow_(model, scaling, weights)
+        seen.append((weights["inner"].detach().clone(), model.inner.weight_quantizer.amax.flatten().clone()))
+
+    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat_updates.follow_", spy)
+    quantize(small, config(updates=updates), context(small))
+    # five steps, and once for the averaged weights at the end
+    assert len(seen) == 6 and not any(torch.equal(a[1], b[1]) for a, b in itertools.pairwise(seen))
+    for weight, amax in seen:
+        torch.testing.assert_close(amax, weight.flatten(1).abs().amax(1) * 127 / 64)
+
+
+# --- low rank --------------------------------------------------------------------------------------------------
+
+
+def test_updates_of_low_rank_have_that_rank_and_leave_the_rest_alone(unet, context):
+    found = quantize(unet, config(updates="low_rank", rank=2, steps=3, layers=("conv",)), context(unet))
+    changed = 0
+    for name, old in unet.model.state_dict().items():
+        difference = (found.model.state_dict()[name] - old).flatten(1) if old.dim() > 1 else None
+        if name.removesuffix(".weight") in found.quantization.layers:
+            sizes = torch.linalg.svdvals(difference.double())
+            assert sizes[1] > 1e-7 and sizes[2:].max() < 1e-6  # float32 of the sum ends about there
+            changed += 1
+        else:
+            assert torch.equal(found.model.state_dict()[name], old)
+    assert changed == len(found.quantization.layers) > 20
+
+
+def test_only_the_factors_are_kept_for_resuming(small, context, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat._sqnr_db", lambda *_: 0.0)
+    quantize(small, config(updates="low_rank", rank=2, steps=4), context(small))
+    with safe_open(context(small).work / "training.safetensors", framework="pt") as saved:
+        shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+    model = {name: shape for name, shape in shapes.items() if name.startswith("model.")}
+    # of inner [16, 16, 3, 3] and of time [16, 1], which has no second rank
+    assert sorted(model.values()) == [(1, 1), (2, 144), (16, 1), (16, 2)]
+    assert all(sum(shape) <= 146 for shape in shapes.values())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "adaround"])
+def test_training_starts_from_what_rounding_gave(rounding, small, context, monkeypatch):
+    started = {}
+
+    def spy(model, scales):
+        started.update({name: weight.detach().clone() for name, weight in weights_of(model, {"inner": None}).items()})
+        return scalings(model, scales)
+
+    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.scalings", spy)
+    found = quantize(small, config(rounding=rounding, format="w4a8", reduce_range=False), context(small))
+    assert torch.equal(started["inner"], small.model.inner.weight) == (rounding == "nearest")
+    largest = found.model.inner.weight.detach().flatten(1).abs().amax(1)
+    assert (found.quantization.amax["inner.weight"] / largest).min() >= 1.0 - 1e-6  # nothing is clipped
+
+
+def test_gradients_pass_through_quantizers_and_attention(unet, context):
+    found = quantize(unet, QuantizeConfig(**PTQ), context(unet))
+    model = fake_quantized(found.evolve(model=found.clone_model()))
+    inputs = example_inputs(unet.spec, 3)
+    model(inputs["sample"], inputs["timestep"], inputs["class_labels"]).sample.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "to_q.w" in n)
+    assert model.conv_in.weight.grad.abs().sum() > 0
+
+
+# --- refused ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"learning_rate": 0.0}, {"lora_rank": 4}, {"mode": "qta"}])
+def test_settings_that_mean_nothing_are_refused(settings):
+    with pytest.raises(ValidationError):
+        config(**settings)
+
+
+def test_training_settings_without_training_are_refused_where_they_stand(tmp_path):
+    (tmp_path / "r.yaml").write_text("stages: [{quantize: {steps: 50}}]")
+    with pytest.raises(BadInput, match=r"stages\[0\]\.quantize: .*steps is a setting of mode qat"):
+        read_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("stages: [{quantize: {mode: qat, stepz: 50}}]")
+    with pytest.raises(BadInput, match=r"unknown key 'stages\[0\]\.quantize\.stepz'; did you mean 'steps'?"):
+        read_recipe(tmp_path / "r.yaml")
+    (tmp_path / "r.yaml").write_text("stages: [{quantize: {mode: qat, steps: 50}}]")
+    assert read_recipe(tmp_path / "r.yaml").stages[0].config.steps == 50

@@ -1,0 +1,196 @@
+"""compress/quantization/quantize.py: scales are the magnitudes that were there, and fake quantization is the formula."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.calibration.observer import CALIBRATION_SEED
+from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.sampler import generate, noise_for
+
+
+def config(**settings) -> QuantizeConfig:
+    return QuantizeConfig(**{"samples": 4, "batch": 4, **settings})
+
+
+@pytest.fixture
+def small(custom_files):
+    """The user's little module: first, time, norm, inner, last; `inner` computes in int8."""
+    file, weights = custom_files("v")
+    return load_checkpoint(f"{file}:{weights}")
+
+
+@pytest.mark.parametrize(("reduced", "factor"), [(True, 127 / 64), (False, 1.0)])
+def test_a_weight_scale_is_the_largest_magnitude_of_its_channel(reduced, factor, unet, context):
+    found = quantize(unet, config(reduce_range=reduced), context(unet)).quantization
+    modules = dict(unet.model.named_modules())
+    assert len(found.layers) > 20
+    for name in found.layers:
+        weight = modules[name].weight.detach().numpy()
+        # only where integers are multiplied is the range reduced
+        expected = np.abs(weight.reshape(len(weight), -1)).max(1) * (factor if f"{name}.input" in found.amax else 1.0)
+        np.testing.assert_allclose(found.amax[f"{name}.weight"].numpy(), expected, rtol=1e-6)
+
+
+def test_an_input_scale_is_the_largest_magnitude_on_the_models_own_trajectory(small, context):
+    largest = []
+    model = small.clone_model()
+    model.inner.register_forward_pre_hook(lambda _, args: largest.append(args[0].abs().max().item()))
+    generate(TorchNetwork(model, small.spec), small.spec, range(CALIBRATION_SEED, CALIBRATION_SEED + 6), batch=3)
+    found = quantize(small, config(samples=6, batch=3, calibration="max"), context(small)).quantization
+    assert found.amax["inner.input"].item() == max(largest)
+
+
+@pytest.mark.parametrize("calibration", ["max", "percentile", "mse", "entropy", "step_means"])
+def test_every_calibration_keeps_the_network_near_the_float_one(calibration, small, context, output):
+    checkpoint = quantize(small, config(calibration=calibration), context(small))
+    # the least of the steps' means clips the other steps
+    assert sqnr_db(output(small).numpy(), output(checkpoint).numpy()) > (15.0 if calibration == "step_means" else 25.0)
+
+
+def test_a_lower_percentile_gives_a_smaller_scale(small, context):
+    limits = [
+        quantize(small, config(percentile=p), context(small)).quantization.amax["inner.input"].item()
+        for p in (90.0, 99.0, 100.0)
+    ]
+    assert limits[0] < limits[1] < limits[2]
+
+
+def q(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
+    scale = amax / 127
+    return torch.clamp(torch.round(x / scale), -128, 127) * scale  # as int8 saturates in every engine
+
+
+@pytest.mark.parametrize("outputs", [True, False])
+@pytest.mark.parametrize("reduced", [True, False])
+def test_fake_quantization_is_the_formula(reduced, outputs, small, context):
+    checkpoint = quantize(small, config(reduce_range=reduced, outputs=outputs, percentile=95.0), context(small))
+    model, seen = fake_quantized(checkpoint), {}
+    model.inner.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
+    with torch.no_grad():
+        model(torch.randn(3, 1, 8, 8) * 3, torch.tensor([1, 20, 49]))
+        amax, layer = checkpoint.quantization.amax, small.model.inner
+        assert seen["x"].abs().max() > amax["inner.input"]  # some values are clipped
+        weight = q(layer.weight, amax["inner.weight"].view(-1, 1, 1, 1))
+        expected = F.conv2d(q(seen["x"], amax["inner.input"]), weight, layer.bias, padding=1)
+    assert ("inner.output" in amax) == outputs
+    if outputs:
+        expected = q(expected, amax["inner.output"])
+    torch.testing.assert_close(seen["out"], expected, atol=1e-5, rtol=1e-5)
+    integers = (weight / amax["inner.weight"].view(-1, 1, 1, 1) * 127).round().abs().max().item()
+    assert integers == (64 if reduced else 127)
+
+
+def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypatch):
+    seen, samples = [], []
+
+    class Spy(TorchNetwork):
+        def run(self, inputs):
+            seen.append((set(inputs["timestep"].tolist()), len(inputs["sample"]), inputs["class_labels"].tolist()))
+            samples.append(inputs["sample"])
+            return super().run(inputs)
+
+    monkeypatch.setattr("diffpress.compress.quantization.calibration.observer.TorchNetwork", Spy)
+    quantize(unet, config(samples=5, batch=3), context(unet))
+    plan = [round(t) for t in unet.spec.plan.timesteps]
+    assert [t for ts, _, _ in seen for t in ts] == plan + plan  # two batches
+    assert [size for _, size, _ in seen] == [3] * 4 + [2] * 4
+    assert seen[0][2] + seen[4][2] == [0, 1, 2, 0, 1]
+    noise = noise_for(range(CALIBRATION_SEED, CALIBRATION_SEED + 5), (1, 8, 8))  # its own, not what people sample with
+    np.testing.assert_allclose(np.concatenate([samples[0], samples[4]]), noise, rtol=1e-5)
+
+
+def test_quantizing_again_gives_the_same_hash_and_leaves_the_input_alone(pruned, quantized, context, unet):
+    before = pruned.hash
+    assert quantize(pruned, config(), context(unet)).hash == quantized.hash != before
+    assert pruned.evolve().hash == before  # evolve: a hash is kept once it was made
+    assert pruned.quantization is None
+    fake_quantized(quantized)
+    assert quantized.evolve().hash == quantized.hash
+    assert not any("quantizer" in name for name, _ in pruned.model.named_modules())
+    assert not any("quantizer" in name for name, _ in quantized.model.named_modules())
+
+
+def test_the_quantized_model_stays_near_the_float_one(quantized, pruned, output):
+    noisy, exact = output(quantized).numpy(), output(pruned).numpy()
+    assert 15.0 < sqnr_db(exact, noisy) < 60.0
+
+
+def test_a_checkpoint_without_scales_is_its_own_fake_quantization(plain):
+    assert fake_quantized(plain) is plain.model
+
+
+# --- which layers ----------------------------------------------------------------------------------------------
+
+
+def test_fragile_layers_compute_in_float_and_only_the_linear_ones_are_stored_as_integers(quantized):
+    amax, fragile = quantized.quantization.amax, adapter_for(quantized.model).fragile(quantized.model)
+    assert not any(f"{name}.input" in amax for name in fragile)
+    assert "time_embedding.linear_1.weight" in amax and "conv_in.weight" not in amax and "conv_out.weight" not in amax
+    assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.attentions.0.to_q.input" in amax
+
+
+def test_only_the_kinds_of_layers_asked_for_compute_in_integers(unet, context):
+    amax = quantize(unet, config(layers=("conv",)), context(unet)).quantization.amax
+    assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.resnets.0.conv1.output" in amax
+    assert "mid_block.attentions.0.to_q.weight" in amax and "mid_block.attentions.0.to_q.input" not in amax
+
+
+def test_outputs_of_layers_that_only_store_integers_are_not_quantized(quantized):
+    amax = quantized.quantization.amax
+    assert "mid_block.resnets.0.conv1.output" in amax and "mid_block.attentions.0.to_q.output" in amax
+    assert "time_embedding.linear_1.weight" in amax and "time_embedding.linear_1.output" not in amax
+
+
+def test_kept_layers_have_no_scales(unet, context):
+    keep = ("mid_block.attentions", "time_embedding.linear_1")
+    layers = quantize(unet, config(keep=keep), context(unet)).quantization.layers
+    assert not any(name.startswith(keep) for name in layers)
+    assert "mid_block.resnets.0.conv1" in layers and "time_embedding.linear_2" in layers
+
+
+def test_keeping_what_is_not_there_is_refused(unet, context):
+    with pytest.raises(BadInput, match="keep names 'up_blocks.7', and no layer"):
+        quantize(unet, config(keep=("up_blocks.7",)), context(unet))
+
+
+@pytest.mark.parametrize("cause", ["weight", "input"])
+def test_a_layer_without_a_scale_is_named_with_the_way_out(cause, small, context):
+    model = small.clone_model()
+    with torch.no_grad():
+        if cause == "weight":
+            model.inner.weight[5] = 0.0
+        else:
+            nn.init.zeros_(model.norm.weight)
+            nn.init.zeros_(model.norm.bias)
+    checkpoint = small.evolve(model=model)
+    with pytest.raises(BadInput, match=rf"layer 'inner' has a {cause} scale .* keep: \[inner\]"):
+        quantize(checkpoint, config(), context(small))
+    assert quantize(checkpoint, config(keep=("inner",)), context(small)).quantization.layers == ["time"]
+
+
+class Spare(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.inner = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1)
+        self.spare, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.last(self.inner(self.first(sample)))
+
+
+def test_a_layer_that_sampling_never_reaches_is_named(custom, context):
+    checkpoint = custom(Spare())
+    with pytest.raises(BadInput, match=r"layer 'spare' has a input scale .* keep: \[spare\]"):
+        quantize(checkpoint, config(), context(checkpoint))

@@ -1,0 +1,135 @@
+"""compress/quantization/unified_scales.py: sums are rounded, and what meets in a concatenation has one scale."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.quantization.unified_scales import share_scales
+
+# what the little U-Net concatenates: stream, skip, the layers that read both or one of them
+JOINS = [
+    ("mid_block.resnets.1", "down_blocks.1.attentions.0", ["up_blocks.0.resnets.0.conv_shortcut"]),
+    (
+        "up_blocks.0.attentions.0",
+        "down_blocks.0.downsamplers.0.conv",
+        ["up_blocks.0.resnets.1.conv_shortcut", "down_blocks.1.resnets.0.conv_shortcut"],
+    ),
+    (
+        "up_blocks.0.upsamplers.0.conv",
+        "down_blocks.0.resnets.0",
+        ["up_blocks.1.resnets.0.conv_shortcut", "down_blocks.0.downsamplers.0.conv"],
+    ),
+    ("up_blocks.1.resnets.0", "conv_in", ["up_blocks.1.resnets.1.conv_shortcut"]),
+]
+
+
+def config(**settings) -> QuantizeConfig:
+    return QuantizeConfig(**{"samples": 2, "batch": 2, **settings})
+
+
+def numbered(keys) -> dict[str, torch.Tensor]:
+    return {key: torch.tensor(float(i)) for i, key in enumerate(keys, start=1)}
+
+
+def test_tensors_that_meet_share_the_largest_scale_and_the_rest_keep_their_own(unet, context):
+    found = quantize(unet, config(), context(unet)).quantization.amax
+    own = numbered(key for key in found if not key.endswith(".weight"))
+    shared, left = share_scales(unet, own), set(own)
+    for stream, skip, readers in JOINS:
+        keys = [f"{stream}.output", f"{skip}.output", *(f"{reader}.input" for reader in readers)]
+        assert {shared[key].item() for key in keys} == {max(own[key].item() for key in keys)}
+        assert len({found[key].item() for key in keys}) == 1
+        left -= set(keys)
+    enlarged = ["up_blocks.0.attentions.1.output", "up_blocks.0.upsamplers.0.conv.input"]  # through the upsampling
+    assert shared[enlarged[0]] == shared[enlarged[1]] == max(own[key] for key in enlarged)
+    left -= set(enlarged)
+    # one tensor, read by three
+    heads = [key for key in left if key.endswith(("to_q.input", "to_k.input", "to_v.input"))]
+    assert len(heads) == 12 and {key: shared[key] for key in left} == {key: own[key] for key in left}
+
+
+def test_every_sum_of_a_unet_is_rounded(unet, context):
+    quantized = quantize(unet, config(), context(unet))
+    model, seen = fake_quantized(quantized), {}
+    names = adapter_for(unet.model).trunk(unet.model)
+    assert len(names) == 13 and "conv_in" in names and "mid_block.attentions.0" in names
+    for name in names:
+        model.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
+    with torch.no_grad():
+        adapter_for(model).forward(model, example_inputs(unet.spec, 2))
+    for name in names:
+        levels = seen[name] / (quantized.quantization.amax[f"{name}.output"] / 127)
+        assert levels.abs().max() > 20
+        torch.testing.assert_close(levels, levels.round().clamp(-128, 127), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"keep": ("down_blocks.0",)},
+        {"mixture": {"down_blocks.0": "int8_weight_only"}},
+        {"mixture": {"down_blocks.0": "float"}},
+    ],
+)
+def test_what_is_kept_is_not_rounded_and_joins_nothing(settings, unet, context):
+    amax = quantize(unet, config(**settings), context(unet)).quantization.amax
+    assert not any(key.startswith("down_blocks.0") and key.endswith((".input", ".output")) for key in amax)
+    own = numbered(key for key in amax if not key.endswith(".weight"))
+    changed = {key for key, value in share_scales(unet, own).items() if value != own[key]}
+    joined = [f"{stream}.output" for stream, _, _ in JOINS]
+    assert not changed & {joined[1], joined[2]} and changed & {joined[0], "down_blocks.1.attentions.0.output"}
+
+
+@pytest.mark.parametrize("settings", [{"outputs": False}, {"layers": ("linear",)}, {"format": "fp8"}])
+def test_without_integer_convolutions_nothing_but_layers_is_rounded(settings, unet, context):
+    amax = quantize(unet, config(**settings), context(unet)).quantization.amax
+    assert not any(f"{name}.output" in amax for name in adapter_for(unet.model).trunk(unet.model))
+
+
+class Meeting(nn.Module):
+    """What unites a and b, and what must not: a mirror's edge, a mean, a sum."""
+
+    def __init__(self, how) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Conv2d(1, 1, 1) for _ in range(3))
+        self._how = how
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.c(self._how(self.a(sample), self.b(sample))[:, :1])
+
+
+@pytest.mark.parametrize(
+    ("how", "together"),
+    [
+        (lambda a, b: torch.cat([a, b], 1), "ab"),
+        (lambda a, b: torch.cat(tensors=(F.pad(a, (0, 1)), F.pad(b, (0, 1), "constant", 0.0)), dim=1), "ab"),
+        (lambda a, b: torch.concat((F.interpolate(a, scale_factor=2), F.interpolate(b, None, 2.0, "nearest"))), "ab"),
+        (lambda a, b: torch.cat([F.pad(a, (1, 1, 0, 0), "reflect"), F.pad(b, (1, 1, 0, 0))], 1), ""),
+        (lambda a, b: torch.cat([F.pad(a, (1, 1)), F.pad(b, (1, 1), value=0.5)], 1), ""),
+        (lambda a, b: torch.cat([F.interpolate(a, None, 2, "bilinear"), F.interpolate(b, None, 2)]), ""),
+        (lambda a, b: torch.cat([a, b + 1], 1), ""),
+        (lambda a, b: a + b, ""),
+    ],
+)
+def test_only_what_copies_values_unites(how, together, custom):
+    checkpoint = custom(Meeting(how))
+    own = numbered(f"{name}.output" for name in "abc")
+    shared = share_scales(checkpoint, own)
+    assert shared == ({**own, "a.output": own["b.output"]} if together else own)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in checkpoint.model.modules())
+
+
+def test_what_reads_a_joined_tensor_as_it_is_takes_its_scale(custom):
+    class Read(Meeting):
+        def forward(self, sample, timestep):
+            return self.c(self.b(self.a(sample)) + 0)
+
+    own = numbered(["a.output", "b.input", "b.output", "c.input"])
+    assert share_scales(custom(Read(None)), own) == {**own, "a.output": own["b.input"]}

@@ -1,0 +1,202 @@
+"""compress/sources/layout.py: what a folder holds, and weights that are streamed into a module."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffpress.compress.sources.layout import INDEX, link_parts, load_weights_, read_layout, weight_files
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.errors import BadInput
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture
+def copied(tiny_folder, tmp_path):
+    """A tiny pipeline that a test may change."""
+    return lambda kind: shutil.copytree(tiny_folder(kind), tmp_path / kind)
+
+
+@pytest.fixture
+def stored(tmp_path):
+    """A file of tensors."""
+
+    def save(**tensors: torch.Tensor):
+        save_file(tensors, tmp_path / WEIGHTS)
+        return tmp_path / WEIGHTS
+
+    return save
+
+
+def edit(path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(call, *words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def mapped(tensor: torch.Tensor) -> str:
+    """The file that the tensor's memory is a map of, '' where it is ordinary memory."""
+    address = tensor.data_ptr()
+    for line in open("/proc/self/maps"):
+        span, _, rest = line.partition(" ")
+        low, high = (int(end, 16) for end in span.split("-"))
+        if low <= address < high:
+            return rest.split(maxsplit=4)[4].strip() if len(rest.split()) > 4 else ""
+    return ""
+
+
+# --- folders ---------------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_folder_tells_its_denoiser_decoder_and_encoders(tiny_folder):
+    layout = read_layout(tiny_folder("sdxl"))
+    assert (layout.kind, layout.pipeline) == ("UNet2DConditionModel", "StableDiffusionXLPipeline")
+    assert layout.denoiser == tiny_folder("sdxl") / "unet" and layout.decoder == "vae"
+    assert layout.encoders == [("text_encoder", "tokenizer"), ("text_encoder_2", "tokenizer_2")]
+    assert set(layout.configs) == {"vae", "text_encoder", "text_encoder_2"}
+
+
+def test_a_bare_denoiser_folder_has_nothing_around_it(tiny_folder):
+    layout = read_layout(tiny_folder("sd") / "unet")
+    assert layout.kind == "UNet2DConditionModel" and layout.configs == {} and layout.decoder is None
+
+
+def test_a_folder_without_an_index_is_taken_for_what_it_holds(copied, tiny_folder):
+    folder = copied("sd")
+    (folder / INDEX).unlink()
+    layout = read_layout(folder)
+    assert set(layout.configs) == {"vae", "text_encoder"} and layout.pipeline == ""
+    assert load_checkpoint(folder).hash == load_checkpoint(tiny_folder("sd")).hash
+
+
+@pytest.mark.parametrize(
+    ("kind", "named"), [("dit", "DiTTransformer2DModel"), ("pixart-alpha", "PixArtTransformer2DModel")]
+)
+def test_the_older_name_of_a_transformer_is_understood(kind, named, copied):
+    folder = copied(kind)
+    present = load_checkpoint(folder)
+    edit(folder / "transformer" / "config.json", _class_name="Transformer2DModel")
+    older = load_checkpoint(folder)
+    assert read_layout(folder).kind == older.source.kind == type(older.model).__name__ == named
+    assert older.spec == present.spec
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_part_that_the_index_promises_and_the_folder_lacks_is_named(part, copied):
+    folder = copied("sd")
+    shutil.rmtree(folder / part)
+    refused(lambda: read_layout(folder), str(folder), f"'{part}'", "missing")
+
+
+def test_a_safety_checker_is_left_out_with_a_note_be_it_there_or_not(copied, capsys):
+    folder = copied("sd")
+    before = load_checkpoint(folder)
+    capsys.readouterr()
+    checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
+    edit(folder / INDEX, **checker, feature_extractor=["transformers", "CLIPImageProcessor"])
+    (folder / "safety_checker").mkdir()  # and no feature_extractor
+    assert set(read_layout(folder).ignored) == {"safety_checker", "feature_extractor"}
+    after = load_checkpoint(folder)
+    said = capsys.readouterr().out
+    assert "safety_checker" in said and "feature_extractor" in said and "left out" in said
+    assert after.hash == before.hash
+
+
+def test_parts_are_linked_beside_a_denoiser_and_nothing_else_is(copied, tmp_path):
+    folder, target = copied("sd"), tmp_path / "target"
+    (folder / "safety_checker").mkdir()
+    target.mkdir()
+    link_parts(folder, target, skip=("unet",))
+    assert {entry.name for entry in target.iterdir()} == {
+        INDEX,
+        "vae",
+        "text_encoder",
+        "tokenizer",
+        "scheduler",
+    }
+    one, other = (root / "vae" / WEIGHTS for root in (folder, target))
+    assert one.stat().st_ino == other.stat().st_ino
+
+
+# --- weights ---------------------------------------------------------------------------------------------------
+
+
+def test_a_tensor_that_is_stored_in_the_asked_type_stays_a_view_of_the_file(stored):
+    # larger than a page, or no map would be worth it
+    values = torch.randn(64, 64)
+    file = stored(weight=values, bias=torch.zeros(64))
+    model = nn.Linear(64, 64, device="meta")
+    load_weights_(model, [file])
+    assert torch.equal(model.weight, values) and mapped(model.weight) == str(file)
+    load_weights_(model, [file], torch.bfloat16)
+    assert model.weight.dtype == torch.bfloat16 and mapped(model.weight) != str(file)
+    assert torch.equal(model.weight, values.bfloat16())
+
+
+def test_whole_numbers_keep_their_type_and_parameters_their_gradients(stored):
+    file = stored(weight=torch.ones(2, 2).half(), steps=torch.tensor(7))
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
+    model.register_buffer("steps", torch.tensor(0))
+    load_weights_(model, [file])
+    assert model.weight.dtype == torch.float32 and not model.weight.requires_grad
+    assert model.steps.dtype == torch.int64 and model.steps == 7
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_no_number_is_refused_with_its_tensor(value, stored):
+    weight = torch.zeros(3, 3)
+    weight[1, 2] = value
+    file = stored(weight=weight, bias=torch.zeros(3))
+    refused(lambda: load_weights_(nn.Linear(3, 3), [file]), str(file), "'weight'", "NaN or infinite")
+
+
+def test_tensors_that_do_not_fit_are_refused_by_name(stored):
+    file = stored(weight=torch.zeros(3, 3), bias=torch.zeros(3))
+    refused(lambda: load_weights_(nn.Linear(3, 3, bias=False), [file]), "'bias'", "does not belong")
+    refused(lambda: load_weights_(nn.Linear(4, 3), [file]), "'weight'", "[3, 3]", "[3, 4]")
+    refused(lambda: load_weights_(nn.Bilinear(3, 3, 3), [stored(bias=torch.zeros(3))]), "'weight'", "is missing")
+
+
+def test_the_files_of_a_part_are_found_whole_in_shards_or_under_their_only_name(tmp_path):
+    shards = {f"{WEIGHTS}.index.json": json.dumps({"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}})}
+    (tmp_path / "a.safetensors").touch()
+    assert weight_files(tmp_path) == [tmp_path / "a.safetensors"]
+    (tmp_path / "a.fp16.safetensors").touch()
+    refused(lambda: weight_files(tmp_path), str(tmp_path), "several", "a.fp16.safetensors")
+    (tmp_path / WEIGHTS).touch()
+    assert weight_files(tmp_path) == [tmp_path / WEIGHTS]
+    for name, text in shards.items():
+        (tmp_path / name).write_text(text)
+    assert weight_files(tmp_path) == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
+    (tmp_path / f"{WEIGHTS}.index.json").write_text("{}")
+    refused(lambda: weight_files(tmp_path), "weight_map")
+
+
+def test_a_pickle_is_never_read(tmp_path):
+    (tmp_path / "diffusion_pytorch_model.bin").touch()
+    refused(lambda: weight_files(tmp_path), str(tmp_path), "pickle", "safetensors")
+
+
+def test_a_truncated_file_is_refused(stored):
+    file = stored(weight=torch.zeros(3, 3), bias=torch.zeros(3))
+    file.write_bytes(file.read_bytes()[:-4])
+    refused(lambda: load_weights_(nn.Linear(3, 3), [file]), str(file), "truncated")
+
+
+def test_a_whole_denoiser_is_read_as_views_of_its_file(tiny_folder):
+    file = tiny_folder("sd") / "unet" / WEIGHTS
+    model = load_checkpoint(tiny_folder("sd")).model
+    large = [name for name, value in load_file(file).items() if value.numel() > 1024]
+    assert large and all(mapped(model.state_dict()[name]) == str(file) for name in large)

@@ -1,0 +1,409 @@
+"""compress/sources/load.py: everything a user may call a checkpoint is read, and everything else is refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from safetensors.torch import load_file, save_file
+
+from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.models.adapter import example_inputs
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.training.losses import forward
+from diffpress.runtime.errors import BadInput
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def edit(path: Path, **changes) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def refused(reference, *words: str) -> None:
+    """Refused as bad input, in one line that names each of `words`."""
+    with pytest.raises(BadInput) as caught:
+        load_checkpoint(reference)
+    message = str(caught.value)
+    assert "\n" not in message.strip() and all(word in message for word in words), message
+
+
+# --- what is read ----------------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_folder_gives_the_model_that_diffusers_saved(pipeline_folder, plain):
+    loaded = load_checkpoint(pipeline_folder)
+    x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 90])
+    with torch.no_grad():
+        assert torch.equal(loaded.model(x, t).sample, plain.model(x, t).sample)
+    assert loaded.spec.sample_shape == (1, 8, 8) and loaded.spec.conditioning.kind == "none"
+    assert len(loaded.spec.schedule) == 100 and not loaded.model.training
+
+
+@pytest.mark.parametrize("name", ["unet", "transformer"])
+def test_a_bare_denoiser_folder_finds_the_scheduler_beside_it(name, pipeline_folder, scheduler, tmp_path):
+    scheduler(pipeline_folder, prediction_type="v_prediction")
+    (pipeline_folder / "unet").rename(pipeline_folder / name)
+    whole, bare = load_checkpoint(pipeline_folder), load_checkpoint(str(pipeline_folder / name))
+    assert bare.hash == whole.hash and bare.spec.prediction == "v"
+    save_checkpoint(bare, tmp_path / "saved")
+    assert (tmp_path / "saved" / name / WEIGHTS).is_file()
+
+
+def test_a_folder_of_another_name_that_holds_only_the_network_is_read(plain, tmp_path):
+    plain.model.save_pretrained(tmp_path / "network")
+    loaded = load_checkpoint(tmp_path / "network")
+    assert loaded.spec.prediction == "epsilon" and len(loaded.spec.schedule) == 1000
+    save_checkpoint(loaded, tmp_path / "saved")
+    assert load_checkpoint(tmp_path / "saved").hash == loaded.hash
+
+
+def test_a_class_conditional_network_says_how_many_classes_it_has(unet, tmp_path):
+    unet.model.save_pretrained(tmp_path / "unet")
+    conditioning = load_checkpoint(tmp_path).spec.conditioning
+    assert (conditioning.kind, conditioning.classes, conditioning.null_label) == ("class", 4, None)
+
+
+def test_a_hand_written_record_adds_null_label_and_plan(unet, tmp_path):
+    unet.model.save_pretrained(tmp_path / "unet")
+    conditioning, plan = {"kind": "class", "classes": 3, "null_label": 3}, {"solver": "dpmpp_2m", "steps": 5}
+    (tmp_path / "diffpress.json").write_text(json.dumps({"conditioning": conditioning, "plan": plan}))
+    spec = load_checkpoint(tmp_path).spec
+    assert spec.conditioning.null_label == 3 and (spec.plan.solver, spec.plan.steps) == ("dpmpp_2m", 5)
+
+
+def test_a_checkpoint_in_half_precision_and_in_shards_is_read_as_float32(pipeline_folder):
+    part = pipeline_folder / "unet"
+    state = {name: tensor.half() for name, tensor in load_file(part / WEIGHTS).items()}
+    names = sorted(state)
+    shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+    for file, held in shards.items():
+        save_file({name: state[name] for name in held}, part / file)
+    (part / WEIGHTS).unlink()
+    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
+    (part / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    model = load_checkpoint(pipeline_folder).model
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert all(torch.equal(model.state_dict()[name], state[name].float()) for name in names)
+
+
+@pytest.mark.parametrize(("said", "understood"), [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")])
+def test_every_prediction_type_is_understood(said, understood, pipeline_folder, scheduler):
+    scheduler(pipeline_folder, prediction_type=said)
+    assert load_checkpoint(pipeline_folder).spec.prediction == understood
+
+
+@pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
+def test_the_schedule_is_the_one_diffusers_samples_with(kind, pipeline_folder, scheduler):
+    settings = {"beta_schedule": kind, "beta_start": 0.001, "beta_end": 0.03, "num_train_timesteps": 200}
+    scheduler(pipeline_folder, **settings)
+    schedule = load_checkpoint(pipeline_folder).spec.schedule
+    expected = DDPMScheduler(**settings).alphas_cumprod.double().numpy()
+    np.testing.assert_allclose(np.square(schedule.alphas), expected, rtol=1e-12, atol=0)
+    np.testing.assert_allclose(np.square(schedule.sigmas), 1.0 - expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_flow_matching_scheduler_makes_a_flow_model(pipeline_folder, scheduler):
+    scheduler(pipeline_folder, _class_name="FlowMatchEulerDiscreteScheduler")
+    spec, theirs = load_checkpoint(pipeline_folder).spec, FlowMatchEulerDiscreteScheduler(num_train_timesteps=100)
+    assert spec.prediction == "flow"
+    for t, sigma in zip(theirs.timesteps.tolist(), theirs.sigmas.tolist(), strict=False):
+        assert spec.schedule.sigmas[round(t)] == pytest.approx(sigma, abs=1e-6)
+        assert spec.schedule.alphas[round(t)] == pytest.approx(1.0 - sigma, abs=1e-6)
+
+
+def test_samples_are_clipped_where_the_scheduler_says_so(pipeline_folder, scheduler):
+    found = []
+    for clip in (True, False):
+        scheduler(pipeline_folder, clip_sample=clip)
+        found.append(load_checkpoint(pipeline_folder).spec.plan.clip)
+    assert found == [True, False]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
+def test_a_custom_module_of_every_prediction_is_read(prediction, custom_files):
+    file, weights = custom_files(prediction)
+    loaded = load_checkpoint(f"{file}:{weights}")
+    assert loaded.spec.prediction == prediction and not loaded.model.training
+    assert torch.equal(loaded.model.first.weight, load_file(weights)["first.weight"])
+    inputs = example_inputs(loaded.spec, 2)
+    assert forward(loaded.model, loaded.spec, inputs["sample"], inputs["timestep"], {}).shape == (2, 1, 8, 8)
+
+
+def test_a_hub_id_is_passed_to_diffusers(pipeline_folder, monkeypatch):
+    asked = []
+
+    def download(name, **options):
+        asked.append((name, options))
+        return str(pipeline_folder)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    assert load_checkpoint("someone/model-8.1").hash == load_checkpoint(pipeline_folder).hash
+    assert asked == [("someone/model-8.1", {"use_safetensors": True})]
+
+
+def test_what_the_hub_answers_is_told_in_one_line(monkeypatch):
+    def download(name, **options):
+        raise RuntimeError("401 Client Error\nand a page of HTML")
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
+    refused("someone/model", "someone/model", "401 Client Error")
+
+
+# --- what is refused: weights ----------------------------------------------------------------------------------
+
+
+def test_a_folder_without_weights_is_refused(pipeline_folder):
+    (pipeline_folder / "unet" / WEIGHTS).unlink()
+    refused(pipeline_folder, str(pipeline_folder / "unet"), "no weight files")
+
+
+def test_a_truncated_file_is_refused(pipeline_folder):
+    file = pipeline_folder / "unet" / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-100])
+    refused(pipeline_folder, str(file), "truncated")
+
+
+def test_an_empty_file_is_refused(pipeline_folder):
+    (pipeline_folder / "unet" / WEIGHTS).write_bytes(b"")
+    refused(pipeline_folder, WEIGHTS, "not readable as safetensors")
+
+
+def change_weights(folder: Path, change) -> Path:
+    file = folder / "unet" / WEIGHTS
+    state = load_file(file)
+    change(state)
+    save_file(state, file)
+    return file
+
+
+def test_foreign_tensor_names_are_refused(pipeline_folder):
+    file = change_weights(pipeline_folder, lambda state: state.update({"encoder.weight": torch.zeros(3)}))
+    refused(pipeline_folder, str(file), "'encoder.weight'", "foreign")
+
+
+def test_a_missing_tensor_is_refused(pipeline_folder):
+    file = change_weights(pipeline_folder, lambda state: state.pop("conv_in.weight"))
+    refused(pipeline_folder, str(file), "'conv_in.weight' is missing")
+
+
+def test_a_wrong_shape_is_refused(pipeline_folder):
+    file = change_weights(pipeline_folder, lambda state: state.update({"conv_in.bias": torch.zeros(5)}))
+    refused(pipeline_folder, str(file), "'conv_in.bias'", "[5]", "[16]")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_numbers_are_refused(value, pipeline_folder):
+    file = change_weights(pipeline_folder, lambda state: state["conv_in.bias"].fill_(value))
+    refused(pipeline_folder, str(file), "'conv_in.bias'", "NaN")
+
+
+def test_a_folder_with_only_a_pickle_is_refused(pipeline_folder):
+    (pipeline_folder / "unet" / WEIGHTS).rename(pipeline_folder / "unet" / "diffusion_pytorch_model.bin")
+    refused(pipeline_folder, "diffusion_pytorch_model.bin", "pickle", "safetensors")
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".pth", ".bin"])
+def test_a_pickle_given_as_the_checkpoint_is_refused_unread(suffix, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return (Path.touch, (tmp_path / "sprung",))
+
+    file = tmp_path / f"model{suffix}"
+    torch.save(Trap(), file)
+    refused(file, str(file), "pickle", "safetensors")
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_several_weight_files_without_an_index_are_refused(pipeline_folder):
+    part = pipeline_folder / "unet"
+    (part / WEIGHTS).rename(part / "a.safetensors")
+    (part / "b.safetensors").write_bytes((part / "a.safetensors").read_bytes())
+    refused(pipeline_folder, str(part), "several", "a.safetensors, b.safetensors")
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"conv_in.bias": 5}}])
+def test_an_index_that_names_no_files_is_refused(index, pipeline_folder):
+    (pipeline_folder / "unet" / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    refused(pipeline_folder, f"{WEIGHTS}.index.json")
+
+
+# --- what is refused: configs ----------------------------------------------------------------------------------
+
+
+def test_nothing_there_is_refused(tmp_path):
+    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such checkpoint folder")
+
+
+def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    refused(tmp_path, str(tmp_path), "config.json")
+
+
+def test_a_file_that_is_no_folder_is_refused(tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    refused(tmp_path / "model.safetensors", "model.safetensors", "folder")
+
+
+@pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", "diffpress.json"])
+@pytest.mark.parametrize("text", ["{not json", "[1, 2]", "\ufffd"])
+def test_broken_json_is_refused(file, text, pipeline_folder):
+    (pipeline_folder / file).write_text(text)
+    refused(pipeline_folder, str(pipeline_folder / file))
+
+
+def test_an_unknown_class_is_refused(pipeline_folder):
+    edit(pipeline_folder / "unet" / "config.json", _class_name="Kandinsky9")
+    refused(pipeline_folder, "config.json", "'Kandinsky9'", "UNet2DModel", "file.py:weights")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"down_block_types": ["NoSuchBlock", "DownBlock2D"]},
+        {"block_out_channels": [16]},
+        {"block_out_channels": [-16, 32]},
+        {"block_out_channels": [17, 32]},
+        {"norm_num_groups": 0},
+        {"layers_per_block": "two"},
+        {"sample_size": "large"},
+        {"in_channels": None},
+    ],
+)
+def test_a_config_that_builds_nothing_is_refused(change, pipeline_folder):
+    edit(pipeline_folder / "unet" / "config.json", **change)
+    refused(pipeline_folder, "config.json")
+
+
+def test_a_config_that_leaves_the_channels_to_the_default_is_read(tmp_path):
+    UNet2DModel(
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D",) * 2,
+        up_block_types=("UpBlock2D",) * 2,
+        norm_num_groups=4,
+        layers_per_block=1,
+        sample_size=8,
+    ).save_pretrained(tmp_path / "unet")
+    file = tmp_path / "unet" / "config.json"
+    config = json.loads(file.read_text())
+    for key in ("in_channels", "out_channels"):
+        del config[key]
+    file.write_text(json.dumps(config))
+    assert load_checkpoint(tmp_path).spec.sample_shape == (3, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"prediction_type": "score"},
+        {"beta_schedule": "sideways"},
+        {"num_train_timesteps": "many"},
+        {"num_train_timesteps": 1},
+        {"num_train_timesteps": "many", "_class_name": "FlowMatchEulerDiscreteScheduler"},
+        {"beta_start": "small"},
+    ],
+)
+def test_a_scheduler_that_makes_no_schedule_is_refused(settings, pipeline_folder, scheduler):
+    scheduler(pipeline_folder, **settings)
+    refused(pipeline_folder)
+
+
+@pytest.mark.parametrize(
+    ("record", "word"),
+    [
+        ({"plan": {"steps": 5}}, "plan"),
+        ({"plan": {"solver": "ddim", "steps": "five"}}, "plan"),
+        ({"plan": {"solver": "ddim", "steps": 5, "grid": "sideways"}}, "sideways"),
+        ({"conditioning": {"kind": "smell"}}, "smell"),
+        ({"conditioning": []}, "diffpress.json"),
+    ],
+)
+def test_a_hand_written_record_that_makes_no_sense_is_refused(record, word, pipeline_folder):
+    (pipeline_folder / "diffpress.json").write_text(json.dumps(record))
+    refused(pipeline_folder, word)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"widths": {"conv_in": "wide"}},
+        {"widths": ["conv_in"]},
+        {"history": [{"stage": "prune"}]},
+        {"history": 3},
+        {"spec": {"prediction": "v"}},
+        {"quantization": {"format": "int8"}},  # but no scales are there
+        {"format": 99},  # of a later diffpress
+    ],
+)
+def test_a_damaged_record_is_refused(change, pruned, tmp_path):
+    save_checkpoint(pruned, tmp_path / "saved")
+    edit(tmp_path / "saved" / "diffpress.json", **change)
+    refused(tmp_path / "saved", str(tmp_path / "saved"))
+
+
+@pytest.mark.parametrize(
+    "scales",
+    [
+        {"amax.no_such_layer.weight": torch.ones(3)},
+        {"amax.conv_out.weight": torch.ones(3)},
+        {"amax.mid_block.resnets.0.conv1.input": torch.tensor(float("nan"))},
+        {"mid_block.resnets.0.conv1.input": torch.tensor(1.0)},
+    ],
+)
+def test_scales_of_another_model_are_refused(scales, quantized, tmp_path):
+    save_checkpoint(quantized, tmp_path / "saved")
+    save_file(scales, tmp_path / "saved" / "quantization.safetensors")
+    with pytest.raises(BadInput):
+        fake_quantized(load_checkpoint(tmp_path / "saved"))
+
+
+# --- what is refused: custom modules ---------------------------------------------------------------------------
+
+
+def test_a_custom_file_that_is_not_there_is_refused(tmp_path):
+    refused(f"{tmp_path / 'mine.py'}:{tmp_path}", "mine.py", "no such file")
+
+
+def test_custom_weights_that_are_not_there_are_refused(custom_files, tmp_path):
+    file, _ = custom_files()
+    refused(f"{file}:{tmp_path / 'nowhere'}", "nowhere", "mine.py")
+
+
+@pytest.mark.parametrize(
+    ("code", "word"),
+    [
+        ("x = 1", "load"),
+        ("def load(path): raise ValueError('no luck')", "no luck"),
+        ("def load(path", "SyntaxError"),
+        ("import no_such_package", "no_such_package"),
+        ("def load(path): return 5", "must return"),
+        ("def load(path): return None, None", "must return"),
+        ("def load(path): raise SystemExit(0)", "SystemExit"),
+    ],
+)
+def test_a_custom_file_that_does_not_do_its_part_is_refused(code, word, custom_files):
+    file, weights = custom_files()
+    file.write_text(code)
+    refused(f"{file}:{weights}", "mine.py", word)
+
+
+def test_custom_weights_with_nan_are_refused(custom_files):
+    file, weights = custom_files()
+    state = load_file(weights)
+    state["inner.bias"][3] = float("nan")
+    save_file(state, weights)
+    refused(f"{file}:{weights}", "mine.safetensors", "'inner.bias'", "NaN")
+
+
+def test_a_saved_custom_checkpoint_with_a_damaged_record_is_refused(custom_files, tmp_path):
+    file, weights = custom_files()
+    save_checkpoint(load_checkpoint(f"{file}:{weights}"), tmp_path / "saved")
+    record = json.loads((tmp_path / "saved" / "diffpress.json").read_text())
+    del record["spec"]
+    (tmp_path / "saved" / "diffpress.json").write_text(json.dumps(record))
+    refused(f"{file}:{tmp_path / 'saved'}", "diffpress.json", "spec")

@@ -1,0 +1,95 @@
+"""compress/training/cuda_graph.py: what a graph may stand for, which steps share one, and on a GPU that it computes what they do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from diffpress.compress.training import cuda_graph as replay
+from diffpress.compress.training.cuda_graph import Replayed, refuse_replay
+from diffpress.compress.training.loop import Objective, Training, train
+from diffpress.runtime.errors import BadInput
+
+
+class Two(nn.Module):
+    """Two convolutional networks of which a step trains one and reads the other, as `score` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.nets = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.SiLU(), nn.ConvTranspose2d(8, 1, 3))
+                for _ in range(2)
+            )
+
+
+def draw(generator: torch.Generator, share: float) -> tuple[int, dict[str, torch.Tensor], list[torch.Tensor]]:
+    which = int(torch.randint(0, 2, (), generator=generator))
+    x = torch.randn(4, 1, 8, 8, generator=generator)
+    return which, {"x": x}, [torch.randn(x.shape, generator=generator) for _ in range(1 + which)]
+
+
+def loss(model: Two, which: int, told: dict[str, torch.Tensor], noise: list[torch.Tensor]) -> torch.Tensor:
+    x = told["x"]
+    with torch.no_grad():
+        for one in noise:
+            x = x + 0.1 * model.nets[1 - which](x + one)
+    return torch.mean((model.nets[which](x) - told["x"]) ** 2)
+
+
+def run_in(folder: Path, **settings) -> Training:
+    return Training(20, 0.01, 2, 0.8, 1, 100, folder, "distill test", partial=True, **settings)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replayed_steps_train_as_launched_ones(precision, tmp_path):
+    plain, graphs = (
+        train(Two(), Objective(draw, loss), run_in(tmp_path / str(on), precision=precision, cuda_graphs=on))
+        for on in (False, True)
+    )
+    moved = Two().state_dict()
+    for name, expected in plain.state_dict().items():
+        torch.testing.assert_close(graphs.state_dict()[name], expected, atol=1e-4, rtol=1e-3)
+        assert not torch.allclose(moved[name], expected, atol=1e-2)
+
+
+def test_on_the_processor_the_setting_changes_nothing(tmp_path):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    run = run_in(tmp_path / "a")
+    plain = train(Two(), Objective(draw, loss), run)
+    asked = train(Two(), Objective(draw, loss), replace(run, work=tmp_path / "b", cuda_graphs=True))
+    assert all(torch.equal(asked.state_dict()[name], value) for name, value in plain.state_dict().items())
+
+
+def test_each_kind_of_step_runs_once_before_it_is_captured(monkeypatch):
+    """With a stand-in for the graph: it computes 10 where the step itself computes 1."""
+    captured = []
+
+    class Graph:
+        def __init__(self, step, parameters, drawn, tensors):
+            captured.append(drawn[0])
+
+        def __call__(self, tensors):
+            return torch.tensor(10.0)
+
+    monkeypatch.setattr(replay, "_Captured", Graph)
+    step = Replayed(lambda which, x: torch.tensor(1.0), nn.Linear(1, 1))
+    calls = [(0, 4), (0, 4), (1, 4), (0, 4), (1, 4), (0, 3), (1, 4), (0, 3)]
+    found = [float(step(which, {"x": torch.zeros(size)})) for which, size in calls]
+    assert found == [1, 10, 1, 10, 10, 1, 10, 10] and captured == [0, 1, 0]
+
+
+def test_dropout_and_several_processes_are_refused(monkeypatch):
+    refuse_replay(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), "distill score")
+    with pytest.raises(BadInput, match="distill score: 'cuda_graphs: true' is for networks without dropout"):
+        refuse_replay(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), "distill score")
+    monkeypatch.setattr(replay.processes, "count", lambda: 2)
+    with pytest.raises(BadInput, match="one process"):
+        refuse_replay(nn.Linear(2, 2), "distill score")

@@ -1,0 +1,47 @@
+"""compress/training/distributed.py in one process, where nothing has to be waited for; tests/test_accelerate.py has several."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from diffpress.compress.training import distributed as processes
+from diffpress.runtime.errors import BadInput
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_without_a_launcher_there_is_one_process_and_it_is_the_main_one():
+    assert (processes.count(), processes.index(), processes.is_main(), processes.agreed(7)) == (1, 0, True, 7)
+    done = []
+    with processes.together(), processes.main_first():
+        processes.wait()
+        done.append(1)
+    assert done == [1]
+
+
+def test_errors_pass_at_once(monkeypatch):
+    monkeypatch.setattr(processes.time, "sleep", pytest.fail)
+    for error in (BadInput("no"), RuntimeError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), processes.together():
+            raise error
+
+
+def test_without_a_launcher_accelerate_is_not_set_up():
+    code = (
+        "from compress import processes, context; from accelerate import PartialState\n"
+        "context.say('here')\nwith processes.together(), processes.main_first(): processes.wait()\n"
+        "print(PartialState._shared_state)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == ["  here", "{}"]
+
+
+def test_a_launcher_that_would_split_the_model_is_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(BadInput, match="FSDP.*--multi_gpu"):
+        processes.count()

@@ -1,0 +1,220 @@
+"""compress/training/loop.py: the loop is AdamW and an EMA, resumes bit for bit, and stops where the loss is lost."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from torch import nn
+
+from diffpress.compress.training.loop import (
+    GRADIENT_CLIP,
+    Objective,
+    Training,
+    TrainingDiverged,
+    learning_rate_factor,
+    step_generator,
+    train,
+)
+from diffpress.runtime.errors import BadInput
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Training:
+    return Training(
+        steps=10,
+        learning_rate=0.05,
+        warmup=3,
+        ema=0.9,
+        seed=1,
+        save_every=3,
+        work=tmp_path / "work",
+        what="distill recover",
+    )
+
+
+def student() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def draw(generator: torch.Generator, share: float = 0.0) -> tuple[torch.Tensor]:
+    return (torch.randn(16, 4, generator=generator),)
+
+
+def loss_of(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return ((model(x) - x[:, :2] * 3.0) ** 2).mean()
+
+
+OBJECTIVE = Objective(draw, loss_of)
+
+
+def counting(done: list[int]) -> Objective:
+    return Objective(lambda generator, share: done.append(1) or draw(generator), loss_of)
+
+
+class Killed(Exception):
+    pass
+
+
+def killed_at(step: int):
+    """The objective of a run that is killed when it has done `step` steps."""
+    calls = iter(range(10_000))
+
+    def loss(model, x):
+        if next(calls) == step:
+            raise Killed
+        return loss_of(model, x)
+
+    return Objective(draw, loss)
+
+
+def states_equal(a: nn.Module, b: nn.Module) -> bool:
+    return all(torch.equal(a.state_dict()[name], b.state_dict()[name]) for name in a.state_dict())
+
+
+def held_out_loss(model: nn.Module) -> float:
+    with torch.no_grad():
+        return loss_of(model, *draw(torch.Generator().manual_seed(99))).item()
+
+
+def test_the_loss_falls(run):
+    trained = train(student(), OBJECTIVE, replace(run, steps=150))
+    assert held_out_loss(trained) < 0.5 * held_out_loss(student()) and not trained.training
+
+
+@pytest.mark.parametrize("step", [0, 2, 3, 5, 9])
+def test_a_run_that_was_killed_ends_bit_for_bit_as_an_undisturbed_one(step, run, tmp_path):
+    undisturbed = train(student(), OBJECTIVE, replace(run, work=tmp_path / "other"))
+    with pytest.raises(Killed):
+        train(student(), killed_at(step), run)
+    assert states_equal(train(student(), OBJECTIVE, run), undisturbed)
+
+
+def test_a_killed_run_goes_on_from_its_last_save(run):
+    with pytest.raises(Killed):
+        train(student(), killed_at(8), run)
+    done = []
+    train(student(), counting(done), run)
+    assert len(done) == 10 - 6
+
+
+class Dropout(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net, self.drop = student(), nn.Dropout(0.3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(self.drop(x))
+
+
+def test_a_network_with_dropout_resumes_bit_for_bit_too(run, tmp_path):
+    undisturbed = train(Dropout(), OBJECTIVE, replace(run, work=tmp_path / "other"))
+    with pytest.raises(Killed):
+        train(Dropout(), killed_at(5), run)
+    assert states_equal(train(Dropout(), OBJECTIVE, run), undisturbed)
+
+
+def test_what_a_run_with_other_settings_left_is_not_taken_over(run, tmp_path):
+    with pytest.raises(Killed):
+        train(student(), killed_at(8), run)
+    changed = replace(run, learning_rate=0.01)
+    fresh = train(student(), OBJECTIVE, replace(changed, work=tmp_path / "other"))
+    assert states_equal(train(student(), OBJECTIVE, changed), fresh)
+
+
+def test_the_result_is_adamw_with_a_hand_computed_average(run):
+    found = train(student(), OBJECTIVE, run)
+
+    model = student().train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
+    average = copy.deepcopy([p.detach() for p in model.parameters()])
+    for step in range(run.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = run.learning_rate * learning_rate_factor(step, run.steps, run.warmup)
+        optimizer.zero_grad()
+        loss_of(model, *draw(step_generator(run.seed, step))).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
+        optimizer.step()
+        decay = min(run.ema, 1.0 - (1.0 + step) ** -0.75)  # grows from 0, so that the start is forgotten
+        average = [decay * a + (1.0 - decay) * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
+    for parameter, expected in zip(found.parameters(), average, strict=True):
+        torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_what_was_trained_is_placed_anew_by_the_next_training(run, tmp_path, monkeypatch):
+    placed = []
+    place = Accelerator.prepare_model
+    monkeypatch.setattr(
+        Accelerator,
+        "prepare_model",
+        lambda self, model, **how: (
+            placed.append(getattr(model, "_is_accelerate_prepared", False)) or place(self, model, **how)
+        ),
+    )
+    first = train(student(), OBJECTIVE, run)
+    train(copy.deepcopy(first), OBJECTIVE, replace(run, work=tmp_path / "next"))
+    assert placed == [False, False]  # a model with that mark stays on the processor, whatever the device
+
+
+def test_the_learning_rate_warms_up_and_ends_at_zero():
+    factors = [learning_rate_factor(step, 100, 10) for step in range(101)]
+    assert factors[0] == pytest.approx(0.1) and max(factors) == factors[9] < 1.0
+    assert all(a > b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert factors[99] < 1e-3 and factors[100] == pytest.approx(0.0, abs=1e-12)
+    assert learning_rate_factor(0, 1, 0) == 1.0
+
+
+def test_every_step_draws_its_own_noise():
+    draws = {float(torch.randn((), generator=step_generator(seed, step))) for seed in (0, 1) for step in range(20)}
+    assert len(draws) == 40
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_state(value, run):
+    calls = iter(range(100))
+
+    def loss(model, x):
+        return loss_of(model, x) * (value if next(calls) == 7 else 1.0)
+
+    with pytest.raises(TrainingDiverged, match="distill recover: the loss is .* at step 7 of 10; lower learning_rate"):
+        train(student(), Objective(draw, loss), run)
+    assert TrainingDiverged.exit_code == 2
+    done = []
+    train(student(), counting(done), run)
+    assert len(done) == 10 - 6  # goes on from the last save, which is good
+
+
+def test_a_damaged_training_state_is_named(run):
+    with pytest.raises(Killed):
+        train(student(), killed_at(8), run)
+    file = run.work / "training.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(BadInput, match=r"training\.safetensors: .*delete it to start over"):
+        train(student(), OBJECTIVE, run)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left on device")],
+)
+def test_a_full_disk_is_one_clear_line_and_keeps_the_state_before(failure, run, monkeypatch):
+    with pytest.raises(Killed):
+        train(student(), killed_at(4), run)
+
+    def full(*args, **kwargs):
+        raise failure
+
+    before = (run.work / "training.safetensors").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr("diffpress.compress.training.resume.save_file", full)
+        with pytest.raises(BadInput, match="training.*No space left"):
+            train(student(), OBJECTIVE, run)
+    assert (run.work / "training.safetensors").read_bytes() == before

@@ -1,0 +1,48 @@
+"""compress/training/resume.py: what was written is read again, whole or not at all."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors import SafetensorError
+
+from diffpress.compress.training.resume import read_state, write_state
+from diffpress.runtime.errors import BadInput
+
+WHAT = "state of something"
+
+
+def test_what_was_written_is_read_again_tied_and_transposed_tensors_too(tmp_path):
+    whole = torch.arange(6.0).reshape(2, 3)
+    written = {"whole": whole, "again": whole, "turned": whole.T, "scalar": torch.tensor(7)}
+    write_state(tmp_path / "new" / "state.safetensors", written, {"step": "3"}, WHAT)
+    tensors, metadata = read_state(tmp_path / "new" / "state.safetensors", WHAT)
+    assert metadata == {"step": "3"} and tensors.keys() == written.keys()
+    assert all(torch.equal(tensors[name], value) for name, value in written.items())
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["state.safetensors"]
+
+
+def test_where_nothing_was_written_nothing_is_read(tmp_path):
+    assert read_state(tmp_path / "state.safetensors", WHAT) is None
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
+def test_a_full_disk_leaves_what_was_there(error, tmp_path, monkeypatch):
+    file = tmp_path / "state.safetensors"
+    write_state(file, {"x": torch.ones(3)}, {}, WHAT)
+
+    def full(tensors, path, **_):
+        path.write_bytes(b"half")
+        raise error
+
+    monkeypatch.setattr("diffpress.compress.training.resume.save_file", full)
+    with pytest.raises(BadInput, match=rf"state\.safetensors: the {WHAT} cannot be saved \(.*\); make space") as caught:
+        write_state(file, {"x": torch.zeros(3)}, {}, WHAT)
+    assert "\n" not in str(caught.value)
+    assert torch.equal(read_state(file, WHAT)[0]["x"], torch.ones(3))
+
+
+def test_a_file_that_is_none_is_named(tmp_path):
+    (tmp_path / "state.safetensors").write_bytes(b"not at all")
+    with pytest.raises(BadInput, match=rf"state\.safetensors: the saved {WHAT} cannot be read .*; delete it"):
+        read_state(tmp_path / "state.safetensors", WHAT)

@@ -1,0 +1,143 @@
+"""compress/training/teacher_data.py: the teacher's own samples, made once, told in turn, and repeated by their seeds."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from diffpress.compress.models.components import encoded_prompts
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.training.teacher_data import SEED, TeacherData, read_prompts
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.requested_plan import chosen_plan
+from diffpress.runtime.sampler import generate
+
+PROMPTS = ("a cat", "red dog")
+
+
+@pytest.fixture
+def teacher(tiny_folder):
+    """A kind's checkpoint with a plan of two steps."""
+
+    def load(kind: str, guidance: float | None = None):
+        found = load_checkpoint(tiny_folder(kind))
+        return found.evolve(spec=found.spec.with_plan(chosen_plan(found.spec, 2, None, None, guidance)))
+
+    return load
+
+
+@pytest.fixture
+def text_data(teacher, tmp_path):
+    return TeacherData(teacher("sd"), 3, tmp_path / "cache", PROMPTS)
+
+
+def drawn(data: TeacherData, seed: int = 0, size: int = 8):
+    return data.batch(size, torch.Generator().manual_seed(seed))
+
+
+def refused(call, *words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_samples_are_what_the_teacher_makes_of_its_prompts(text_data):
+    told, teacher = text_data.conditions(3), text_data.teacher
+    network = TorchNetwork(teacher.model, teacher.spec)
+    expected = generate(network, teacher.spec, range(SEED, SEED + 3), conditions=told)
+    samples, given = drawn(text_data)
+    states = torch.from_numpy(told.given["encoder_hidden_states"])
+    for sample, words in zip(samples, given["encoder_hidden_states"], strict=True):
+        # each sample comes with the words that it was made of
+        index = next(i for i in range(3) if np.array_equal(expected[i], sample))
+        assert torch.equal(states[index], words)
+
+
+def test_prompts_are_told_in_turn_and_nothing_is_the_other_half(text_data):
+    told = text_data.conditions(3)
+    one = encoded_prompts(text_data.teacher, PROMPTS, pytest.fail)["encoder_hidden_states"]
+    null = encoded_prompts(text_data.teacher, None, pytest.fail)["encoder_hidden_states"]
+    np.testing.assert_array_equal(told.given["encoder_hidden_states"], one[[0, 1, 0]])
+    assert told.null is not None
+    np.testing.assert_array_equal(told.null["encoder_hidden_states"], null[[0, 0, 0]])
+    np.testing.assert_array_equal(text_data.null["encoder_hidden_states"], null)
+
+
+def test_without_guidance_there_is_no_other_half(teacher, tmp_path):
+    data = TeacherData(teacher("sd", guidance=1.0), 2, tmp_path, PROMPTS)
+    assert data.conditions(2).null is None and data.null == {}
+
+
+def test_the_same_seed_draws_the_same_batch_and_another_does_not(text_data):
+    one, again, other = drawn(text_data), drawn(text_data), drawn(text_data, seed=1)
+    assert torch.equal(one[0], again[0]) and not torch.equal(one[0], other[0])
+    assert all(torch.equal(one[1][name], again[1][name]) for name in one[1])
+
+
+def test_samples_that_were_kept_are_not_made_again(text_data, monkeypatch):
+    samples, _ = drawn(text_data)
+    (file,) = text_data.cache.iterdir()
+
+    def fail(*_):
+        pytest.fail("sampled again")
+
+    monkeypatch.setattr("diffpress.compress.training.teacher_trajectories.TeacherPaths._make", fail)
+    again = TeacherData(text_data.teacher, 3, text_data.cache, PROMPTS)
+    assert torch.equal(drawn(again)[0], samples)
+    file.write_bytes(b"nothing")
+    broken = TeacherData(text_data.teacher, 3, text_data.cache, PROMPTS)
+    refused(lambda: drawn(broken), str(file), "delete it")
+
+
+def test_the_hash_follows_the_teacher_the_prompts_and_their_number(teacher, tmp_path):
+    data = [
+        TeacherData(teacher("sd"), 3, tmp_path, PROMPTS),
+        TeacherData(teacher("sd"), 4, tmp_path, PROMPTS),
+        TeacherData(teacher("sd"), 3, tmp_path, PROMPTS[::-1]),
+        TeacherData(teacher("sd2-v"), 3, tmp_path, PROMPTS),
+        TeacherData(teacher("sd", guidance=2.0), 3, tmp_path, PROMPTS),
+    ]
+    assert len({one.hash for one in data}) == len(data)
+    assert data[0].hash == TeacherData(teacher("sd"), 3, tmp_path / "elsewhere", PROMPTS).hash
+
+
+def test_classes_are_told_in_turn_and_the_dropped_label_is_the_other_half(teacher, tmp_path):
+    data = TeacherData(teacher("dit"), 3, tmp_path)
+    told = data.conditions(3)
+    assert told.given["class_labels"].tolist() == [0, 1, 2] and data.null["class_labels"].tolist() == [1000]
+    samples, given = drawn(data)
+    assert samples.shape == (8, 4, 8, 8) and given["class_labels"].dtype == torch.int64
+
+
+def test_a_model_that_is_told_nothing_gets_nothing(teacher, tmp_path):
+    samples, given = drawn(TeacherData(teacher("ldm"), 2, tmp_path))
+    assert samples.shape == (8, 3, 8, 8) and samples.isfinite().all() and given == {}
+
+
+def test_noise_stands_in_for_words_where_there_is_no_text_encoder(tiny_folder, tmp_path, capsys):
+    bare = load_checkpoint(tiny_folder("sd") / "unet")
+    told = TeacherData(bare, 2, tmp_path, PROMPTS).conditions(2)
+    assert told.given["encoder_hidden_states"].std() > 0.9
+    assert "without its text encoders" in capsys.readouterr().out
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------
+
+
+def test_prompts_are_the_lines_of_a_file_that_say_something(tmp_path):
+    (tmp_path / "prompts.txt").write_text("\n  a cat \n\n雪\n", encoding="utf-8")
+    assert read_prompts(tmp_path / "prompts.txt") == ("a cat", "雪")
+    assert len(read_prompts(None)) == 200
+
+
+@pytest.mark.parametrize(("content", "word"), [(b"\n \n", "no prompts"), (b"\xff\xfe\x00", "not readable")])
+def test_a_file_without_prompts_is_refused(content, word, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    refused(lambda: read_prompts(tmp_path / "prompts.txt"), str(tmp_path), word)
+
+
+def test_a_missing_file_of_prompts_is_refused(tmp_path):
+    refused(lambda: read_prompts(tmp_path / "gone.txt"), "gone.txt")

@@ -1,0 +1,119 @@
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import nn
+
+import diffpress.export.graph.model
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
+from diffpress.compress.models.adapter import example_inputs
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.export.graph.model import load_all, save_graph
+from diffpress.export.graph.to_onnx import export_float, to_onnx
+from diffpress.runtime.engines import load_engine
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.sampler import generate
+
+ROOT = Path(__file__).parents[3]
+EXPORT = (
+    "import sys; from pathlib import Path; from diffpress.compress.sources.load import load_checkpoint as load; "
+    "from diffpress.export.graph.to_onnx import export_float as export; export(load(sys.argv[1]), Path(sys.argv[2]))"
+)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("model", ["unet", "everything", "wide"])
+def test_onnxruntime_walks_the_same_trajectory_as_torch(model, batch, request, tmp_path):
+    checkpoint, graph = request.getfixturevalue(model), request.getfixturevalue(f"{model}_graph")
+    save_graph(graph, tmp_path / "g.onnx")
+    engine, spec = load_engine(tmp_path / "g.onnx", "onnxruntime", threads=1), checkpoint.spec
+    wanted = generate(TorchNetwork(checkpoint.model, spec), spec, seeds=range(3), batch=batch)
+    assert np.abs(generate(engine, spec, seeds=range(3), batch=batch) - wanted).max() <= 1e-3
+
+
+def test_inputs_and_outputs_have_the_names_and_types_of_the_ecosystem(unet_graph, wide_graph):
+    types = {value.name: value.type.tensor_type for value in unet_graph.proto.graph.input}
+    assert list(types) == ["sample", "timestep", "class_labels"]
+    float32, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+    assert [t.elem_type for t in types.values()] == [float32, int64, int64]
+    assert [d.dim_param or d.dim_value for d in types["sample"].shape.dim] == ["batch", 1, 8, 8]
+    assert [value.name for value in unet_graph.proto.graph.output] == ["out_sample"]
+    flow = {value.name: value.type.tensor_type.elem_type for value in wide_graph.proto.graph.input}
+    assert flow == {"sample": float32, "timestep": float32}
+
+
+def test_another_process_writes_the_same_bytes(unet, unet_graph, tmp_path):
+    save_checkpoint(unet, tmp_path / "checkpoint")
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", EXPORT, str(tmp_path / "checkpoint"), str(tmp_path / "there.onnx")]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""  # the exporter's chatter stays inside
+    save_graph(unet_graph, tmp_path / "here.onnx")
+    assert (tmp_path / "there.onnx").read_bytes() == (tmp_path / "here.onnx").read_bytes()
+
+
+def test_the_file_holds_weights_and_little_else(unet, unet_graph, tmp_path):
+    save_graph(unet_graph, tmp_path / "g.onnx")
+    content = (tmp_path / "g.onnx").read_bytes()
+    for path in (str(ROOT), "site-packages", ".py", "pkg.torch"):
+        assert path.encode() not in content
+    assert len(content) < 4 * sum(p.numel() for p in unet.model.parameters()) + 100_000
+    assert not unet_graph.proto.graph.value_info
+
+
+def test_every_layer_is_found_by_its_name_and_weights_keep_theirs(everything, everything_graph):
+    named = {node.name: node.op_type for node in everything_graph.proto.graph.node}
+    wanted = {
+        **dict.fromkeys(["first", "twin_a", "twin_b", "down", "line", "last"], "Conv"),
+        **dict.fromkeys(["matmul", "unbiased", "twice", "twice#2"], "MatMul"),
+        **{"up": "ConvTranspose", "embedding": "Gather", "gemm": "Gemm"},
+    }
+    assert {name: named.get(name) for name in wanted} == wanted
+    weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in load_all(everything_graph).graph.initializer}
+    np.testing.assert_array_equal(weights["first.weight"], everything.model.first.weight.detach())
+    np.testing.assert_array_equal(weights["matmul.weight"], everything.model.matmul.weight.detach().T)
+
+
+def test_exporting_leaves_the_model_and_the_logging_as_they_were(wide):
+    wide.model.train()
+    before = {name: value.clone() for name, value in wide.model.state_dict().items()}
+    to_onnx(wide)
+    assert wide.model.training and logging.root.manager.disable == 0
+    assert all(torch.equal(value, before[name]) for name, value in wide.model.state_dict().items())
+    wide.model.eval()
+
+
+def test_weights_beyond_one_file_go_beside_it(wide, monkeypatch, tmp_path):
+    monkeypatch.setattr(diffpress.export.graph.model, "MAX_INLINE_BYTES", 1000)
+    graph = export_float(wide, tmp_path / "g.onnx")
+    assert (tmp_path / "g.onnx").stat().st_size < 20_000 < (tmp_path / "g.onnx.data").stat().st_size
+    inputs = {name: value.numpy() for name, value in example_inputs(wide.spec, 2).items()}
+    wanted = TorchNetwork(wide.model, wide.spec).run(inputs)
+    np.testing.assert_allclose(load_engine(tmp_path / "g.onnx", "onnxruntime", 1).run(inputs), wanted, atol=1e-4)
+    # the graph in memory is still whole
+    whole = onnxruntime.InferenceSession(load_all(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(whole.run(None, inputs)[0], wanted, atol=1e-4)
+
+
+class Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(1, 1, 1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        return self.layer(sample) if sample.sum() > 0 else sample
+
+
+def test_a_module_that_cannot_be_traced_is_named_in_one_line(wide):
+    with pytest.raises(BadInput, match="Branching: cannot be traced") as caught:
+        to_onnx(Checkpoint(Branching(), wide.spec, wide.source))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,86 @@
+"""export/passes/linear_to_conv1x1.py: linear layers over sequences become 1 x 1 convolutions that compute the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from diffpress.export.graph.model import Graph, load_all
+from diffpress.export.graph.trace import trace
+from diffpress.export.passes.linear_to_conv1x1 import as_convolutions
+
+
+class Tokens(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.unbiased = nn.Linear(6, 10), nn.Linear(10, 6, bias=False)
+        self.twice, self.grid, self.flat = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        x = self.unbiased(torch.tanh(self.plain(sample)))
+        x = self.twice(torch.tanh(self.twice(x)))
+        x = self.grid(x[:, :, None, :])[:, :, 0]  # four dimensions
+        return x + self.flat(x.mean(1)).mean(1)[:, None, None]  # two
+
+
+LAYERS = ("plain", "unbiased", "twice", "grid", "flat")
+
+
+@pytest.fixture(scope="module")
+def graph() -> Graph:
+    torch.manual_seed(0)
+    axes = {"sample": {0: "batch", 1: "sequence"}}
+    forward = lambda model, given: model(given["sample"])  # noqa: E731
+    return trace(Tokens().eval(), forward, {"sample": torch.randn(2, 5, 6)}, ["out"], axes)
+
+
+def run(graph: Graph, sample: np.ndarray) -> np.ndarray:
+    session = onnxruntime.InferenceSession(load_all(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    return session.run(None, {"sample": sample})[0]
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 6), (1, 1, 6), (3, 9, 6)])
+def test_the_convolutions_compute_what_the_products_did(shape, graph):
+    sample = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
+    np.testing.assert_allclose(run(as_convolutions(graph, LAYERS), sample), run(graph, sample), rtol=0, atol=1e-6)
+
+
+def test_layers_over_sequences_are_convolutions_of_the_same_names_and_others_stay(graph):
+    made = as_convolutions(graph, LAYERS).proto.graph
+    convolutions = {node.name for node in made.node if node.op_type == "Conv"}
+    assert convolutions == {"plain", "unbiased", "twice", "twice#2"}
+    assert {node.name for node in made.node if node.op_type in ("MatMul", "Gemm")} == {"grid", "flat"}
+    # their biases moved in: the one left is that of the layer over four dimensions
+    assert Counter(len(node.input) for node in made.node if node.op_type == "Conv") == {3: 3, 2: 1}
+    stored = [tensor.name for tensor in made.initializer]
+    assert len(stored) == len(set(stored)) and "plain.weight" not in stored
+
+
+def test_only_the_layers_asked_for_change_and_the_graph_given_does_not(graph):
+    before = graph.proto.SerializeToString(deterministic=True)
+    made = as_convolutions(graph, ("unbiased",)).proto.graph
+    assert [node.name for node in made.node if node.op_type == "Conv"] == ["unbiased"]
+    assert graph.proto.SerializeToString(deterministic=True) == before
+
+
+def test_a_bias_that_others_read_before_it_is_added_stays_outside():
+    class Read(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer, self.bias = nn.Linear(6, 6, bias=False), nn.Parameter(torch.ones(6))
+
+        def forward(self, sample: torch.Tensor) -> torch.Tensor:
+            x = self.layer(sample)
+            return (x + self.bias) * x
+
+    torch.manual_seed(0)
+    sample = torch.randn(2, 5, 6)
+    graph = trace(Read().eval(), lambda model, given: model(given["sample"]), {"sample": sample}, ["out"], {})
+    made = as_convolutions(graph, ("layer",))
+    assert "Add" in {node.op_type for node in made.proto.graph.node}
+    np.testing.assert_allclose(run(made, sample.numpy()), run(graph, sample.numpy()), rtol=0, atol=1e-6)

@@ -1,0 +1,112 @@
+"""export/passes/smoothquant.py: the smoothed graph is the same function, and quantized it is what torch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
+from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.export.graph.model import Graph, load_all, save_graph
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.passes.linear_to_conv1x1 import ENTRY
+from diffpress.export.passes.smoothquant import smoothed
+from diffpress.runtime.engines import available, load_engine
+from diffpress.runtime.errors import BadInput
+from tests.export.oracle import inputs_for, run_exactly
+
+SMOOTHED = ["twin_a", "down", "up", "gemm", "matmul", "unbiased", "twice"]
+
+
+def vectors(checkpoint: Checkpoint, layers: list[str]) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name in layers:
+        layer = checkpoint.model.get_submodule(name)
+        channels = layer.weight.shape[0 if isinstance(layer, torch.nn.ConvTranspose2d) else 1]
+        found[name] = torch.exp2(4 * torch.rand(channels, generator=generator) - 2)
+    return found
+
+
+@pytest.fixture(scope="module")
+def quantized(unet) -> Checkpoint:
+    """The U-Net with linear layers and joins smoothed."""
+    config = QuantizeConfig(samples=4, batch=4, smooth=0.5, split_joins=True, correct=False)
+    return quantize(unet, config, Context(0, Path(), unet))
+
+
+@pytest.mark.parametrize("layer", SMOOTHED)
+def test_a_smoothed_layer_computes_the_same_function(layer, everything, everything_graph):
+    graph = smoothed(everything_graph, vectors(everything, [layer]))
+    assert sum(node.op_type == "Mul" and node.name.startswith(layer) for node in graph.proto.graph.node) >= 1
+    inputs = inputs_for(everything)
+    plain, found = run_exactly(everything_graph, inputs), run_exactly(graph, inputs)
+    np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-5)
+
+
+def test_the_quantized_graph_computes_what_torch_fake_quantization_does(quantized, unet, unet_graph):
+    inputs = inputs_for(unet)
+    plain = TorchNetwork(unet.model, unet.spec).run(inputs)
+    wanted = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
+    found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
+    assert sqnr_db(wanted, found) > sqnr_db(plain, wanted) + 6
+    without = insert_qdq(unet_graph, Quantization("int8", quantized.quantization.amax, quantized.quantization.formats))
+    assert sqnr_db(wanted, run_exactly(without, inputs)) < sqnr_db(plain, wanted)  # amax is of what was smoothed
+
+
+@pytest.mark.parametrize("engine", available())
+def test_engines_keep_what_fake_quantization_keeps(engine, quantized, unet, unet_graph, tmp_path):
+    inputs = inputs_for(unet)
+    plain = TorchNetwork(unet.model, unet.spec).run(inputs)
+    fake = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
+    save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
+    found = load_engine(tmp_path / "q.onnx", engine, threads=1).run(inputs)
+    assert sqnr_db(plain, found) > sqnr_db(plain, fake) - 1.0
+
+
+def test_readers_of_one_tensor_share_the_factor_and_the_rounding(quantized, unet_graph):
+    graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
+    makers = {output: node for node in graph.node for output in node.output}
+    readers = {node.name: node for node in graph.node}
+    q, k, v = (readers[f"{ENTRY}mid_block.attentions.0.to_{x}"].input[0] for x in "qkv")
+    assert q == k == v
+    rounded = makers[makers[q].input[0]]
+    assert rounded.op_type == "QuantizeLinear" and makers[rounded.input[0]].op_type == "Mul"
+
+
+def test_a_weight_is_multiplied_when_it_is_read_and_not_before(everything, everything_graph):
+    reads = []
+    watched = {
+        name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
+        for name, weight in everything_graph.weights.items()
+    }
+    graph = smoothed(Graph(everything_graph.proto, watched), vectors(everything, SMOOTHED))
+    assert reads == []
+    graph.weights["down.weight_smoothed"].read()
+    assert reads == ["down.weight"]
+
+
+def test_the_graph_is_left_as_it_was(everything, everything_graph):
+    before = load_all(everything_graph).SerializeToString(deterministic=True)
+    assert smoothed(everything_graph, {}) is everything_graph
+    smoothed(everything_graph, vectors(everything, SMOOTHED))
+    assert load_all(everything_graph).SerializeToString(deterministic=True) == before
+
+
+@pytest.mark.parametrize("bad", [torch.ones(5), torch.zeros(8), torch.full((8,), torch.inf), -torch.ones(8)])
+def test_a_vector_that_does_not_fit_is_refused_by_name(bad, everything_graph):
+    with pytest.raises(BadInput, match="layer 'twin_a': what smooths it must be 8 positive numbers"):
+        smoothed(everything_graph, {"twin_a": bad})
+
+
+def test_a_layer_that_the_graph_does_not_have_is_refused(everything_graph):
+    with pytest.raises(BadInput, match="layer 'elsewhere': the graph has no node"):
+        smoothed(everything_graph, {"elsewhere": torch.ones(8)})

@@ -1,0 +1,86 @@
+"""export/passes/svdquant.py: with branches the graph is the same function, and quantized it is what torch computes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
+from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.export.graph.model import Graph, load_all
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.passes.svdquant import branched
+from diffpress.runtime.errors import BadInput
+from tests.export.oracle import inputs_for, run_exactly
+
+LINEAR = ["gemm", "matmul"]
+
+
+def factors(checkpoint: Checkpoint, layer: str, rank: int = 3) -> dict[str, torch.Tensor]:
+    out, inputs = checkpoint.model.get_submodule(layer).weight.shape
+    generator = torch.Generator().manual_seed(0)
+    shapes = {f"{layer}.down": (rank, inputs), f"{layer}.up": (out, rank)}
+    return {key: torch.randn(*shape, generator=generator) for key, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("layer", LINEAR)
+def test_a_layer_with_a_branch_computes_the_same_function(layer, everything, everything_graph):
+    graph, inputs = branched(everything_graph, factors(everything, layer)), inputs_for(everything)
+    assert len(graph.proto.graph.node) == len(everything_graph.proto.graph.node) + 3
+    np.testing.assert_allclose(run_exactly(graph, inputs), run_exactly(everything_graph, inputs), rtol=1e-3, atol=1e-4)
+
+
+SETTINGS = [{"format": "int8", "smooth": 0.5}, {"format": "int4"}, {"format": "w4a8"}]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_the_quantized_graph_computes_what_torch_fake_quantization_does(settings, unet, unet_graph):
+    config = QuantizeConfig(samples=4, batch=4, correct=False, branch_rank=4, **settings)
+    quantized, inputs = quantize(unet, config, Context(0, Path(), unet)), inputs_for(unet)
+    assert quantized.quantization.branch
+    plain = TorchNetwork(unet.model, unet.spec).run(inputs)
+    wanted = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
+    found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
+    assert sqnr_db(wanted, found) > sqnr_db(plain, wanted) + 6
+
+
+def test_the_branch_reads_the_tensor_as_it_was_before_it_was_rounded(unet, unet_graph):
+    config = QuantizeConfig(samples=4, batch=4, correct=False, branch_rank=4, smooth=0.5)
+    quantized = quantize(unet, config, Context(0, Path(), unet))
+    graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
+    readers = {node.name.partition("#")[0]: node for node in graph.node}
+    layer = "mid_block.attentions.0.to_q"
+    old = {node.name.partition("#")[0]: node for node in unet_graph.proto.graph.node}
+    assert readers[f"{layer}.branch_down"].input[0] == old[layer].input[0] != readers[layer].input[0]
+
+
+def test_the_weight_is_read_when_it_is_written_and_the_graph_is_left_as_it_was(everything, everything_graph):
+    before = load_all(everything_graph).SerializeToString(deterministic=True)
+    assert branched(everything_graph, {}) is everything_graph
+    reads = []
+    watched = {
+        name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
+        for name, weight in everything_graph.weights.items()
+    }
+    graph = branched(Graph(everything_graph.proto, watched), factors(everything, "gemm"))
+    assert reads == []
+    graph.weights["gemm.weight_left"].read()
+    assert len(reads) == 1
+    assert load_all(everything_graph).SerializeToString(deterministic=True) == before
+
+
+def test_factors_that_do_not_fit_are_refused_by_name(everything, everything_graph):
+    found = factors(everything, "gemm")
+    found["gemm.up"] = torch.ones(3, 3)
+    with pytest.raises(BadInput, match="layer 'gemm': its branch does not fit its weight"):
+        branched(everything_graph, found)
+    with pytest.raises(BadInput, match="layer 'elsewhere': the graph has no node"):
+        branched(everything_graph, {"elsewhere.down": torch.ones(2, 8), "elsewhere.up": torch.ones(8, 2)})

@@ -1,0 +1,30 @@
+"""Layers that only store int8 weights compute in float32, in every engine."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from diffpress.compress.checkpoint import Quantization
+from diffpress.export.graph.model import save_graph
+from diffpress.export.graph.trace import trace
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.runtime.engines import load_engine
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+def test_a_stored_int8_weight_leaves_its_layers_inputs_as_they_are(engine, tmp_path):
+    pytest.importorskip(engine)
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64, bias=False)).eval(), torch.randn(2, 16, 64)
+    graph = trace(model, lambda m, given: (m(given["sample"]),), {"sample": x}, ["out"], {"sample": {0: "batch"}})
+    amax = model[0].weight.detach().abs().amax(dim=1)
+    save_graph(insert_qdq(graph, Quantization("int8", {"0.weight": amax})), tmp_path / "graph.onnx")
+    found = load_engine(tmp_path / "graph.onnx", engine, 1).run({"sample": x.numpy()})
+
+    scale = amax[:, None] / 127
+    stored = (model[0].weight.detach() / scale).round() * scale
+    # float32 rounding; inputs in int8 would be off by a hundredth
+    np.testing.assert_allclose(found, x @ stored.T, rtol=0, atol=1e-5)

@@ -1,0 +1,143 @@
+"""Which engine runs which format: what the table says, what TensorRT's builder says, what users are told."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import onnx
+import pytest
+from torch import nn
+
+from diffpress.compress.checkpoint import Quantization
+from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.quantization.formats import FORMATS
+from diffpress.export.bundle import write_bundle
+from diffpress.export.graph.model import save_graph
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.summary import summary
+from diffpress.export.targets.capability import SUPPORT, check_runs, emulated, promised
+from diffpress.export.targets.precision import precision_of
+from diffpress.export.targets.tensorrt import build_plan
+from diffpress.runtime.bundle import sha256
+from diffpress.runtime.errors import BadInput
+from tests.export.oracle import measured_scales
+
+needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
+
+ABLE = [("int8", "8.6"), ("int8", "8.9"), ("int8", "12.0"), ("fp8", "8.9"), ("fp8", "12.0")]
+ABLE += [("w4a8", "8.6"), ("int4", "8.6"), ("int4", "12.0"), ("nvfp4", "12.0")]
+
+
+def calibrated(checkpoint, kind, weight_range=1.0):
+    """Scales of every layer in `kind`, and of fragile linear layers as int8 weights."""
+    formats = {}
+    kept = set(adapter_for(checkpoint.model).fragile(checkpoint.model))
+    for name, layer in checkpoint.model.named_modules():
+        if isinstance(layer, nn.Linear):
+            formats[name] = "int8_weight_only" if name in kept else kind
+        elif isinstance(layer, nn.Conv2d) and name not in kept:
+            formats[name] = "fp8" if kind == "nvfp4" else kind
+    return measured_scales(checkpoint, kind=kind, formats=formats, outputs=True, weight_range=weight_range)
+
+
+def test_the_table_knows_every_format():
+    assert set(SUPPORT) == set(FORMATS)
+
+
+def test_a_gpu_that_cannot_run_a_format_is_refused_and_told_what_it_can():
+    check_runs(["fp8", "int8"], ["8.9", "12.0"])
+    check_runs(["int8", "int4", "w4a8", "int8_weight_only"], ["7.5", "8.6"])
+    message = "capability 8.6 does not run format fp8; 8.9 and later do, and 8.6 runs int8, w4a8"
+    with pytest.raises(BadInput, match=message) as caught:
+        check_runs(["int8", "fp8"], ["8.9", "8.6"])
+    assert "\n" not in str(caught.value)
+    with pytest.raises(BadInput, match="9.0 does not run format nvfp4; 12.0 and later do"):
+        check_runs(["nvfp4"], ["9.0"])  # 9.0 < 12.0 as numbers, not as words
+
+
+def test_what_a_processor_only_imitates_is_not_promised():
+    assert emulated(["int8", "fp8", "int8_weight_only"]) == ["fp8"]
+    amax = {"a.weight": 1, "a.input": 1, "b.weight": 1, "b.input": 1, "c.weight": 1}
+    mixed = Quantization("int8", amax, {"b": "fp8"})
+    assert promised(mixed) == ["a"]
+
+
+def test_fp8_on_a_gpu_without_it_is_refused_before_any_work(unet, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffpress.export.bundle.check_build", lambda *_: None)
+    monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda *_: pytest.fail("traced before the check"))
+    checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
+    with pytest.raises(BadInput, match="8.6 does not run format fp8"):
+        write_bundle(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=["8.6"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_bundle_in_fp8_says_what_runs_in_float(unet, unet_graph, tmp_path, capsys):
+    checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
+    bundle = write_bundle(checkpoint, tmp_path / "b", float_graph=unet_graph, threads=1)
+    said = "fp8: engines on the CPU round to it and compute in float, no faster than fp32; TensorRT multiplies in it"
+    assert capsys.readouterr().out.count(said) == 1
+    denoiser = bundle.manifest["graphs"]["denoiser"]
+    assert (denoiser["precision"], denoiser["opset"]) == ("fp8", 19) and denoiser["formats"]["fp8"] > 20
+    (entry,) = bundle.manifest["engines"]
+    assert entry["emulated"] == ["fp8"] and entry["fallbacks"] == [] and entry["integer_mac_share"] == 0
+    assert any("computes fp8 in float, no faster than fp32" in line for line in summary(bundle))
+
+
+def test_a_bundle_in_four_bit_floats_says_that_its_weights_alone_have_them(unet, unet_graph, tmp_path, capsys):
+    quantization = calibrated(unet, "nvfp4")
+    bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "nvfp4" in line]
+    assert "nvfp4: engines on the CPU read weights from 4 bits and compute in float" in told and "from compute" in told
+    (entry,) = bundle.manifest["engines"]
+    assert entry["emulated"] == ["fp8", "nvfp4"] and entry["integer_mac_share"] == 0 == len(entry["fallbacks"])
+
+
+def test_a_bundle_in_four_bits_runs_on_integers(unet, unet_graph, tmp_path, capsys):
+    quantization = calibrated(unet, "w4a8")
+    bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
+    denoiser, (entry,) = bundle.manifest["graphs"]["denoiser"], bundle.manifest["engines"]
+    assert denoiser["precision"] == "w4a8" and entry["emulated"] == [] and entry["integer_mac_share"] > 0.9
+    assert "in float" not in capsys.readouterr().out
+    assert denoiser["bytes_by_precision"]["int4"] > denoiser["bytes_by_precision"]["int8"]
+    assert entry["fallbacks"] == []
+
+
+def test_the_label_names_all_formats_that_compute():
+    amax = {f"{name}.weight": 1 for name in "abcd"}
+    assert precision_of(Quantization("int8", amax, {"d": "fp8"})) == "int8+fp8"
+    assert precision_of(Quantization("int8", amax, dict.fromkeys("abc", "int8_weight_only"))) == "int8"
+    assert precision_of(Quantization("int8_weight_only", amax)) == "int8_weight_only"
+    assert precision_of(None) == "fp32"
+
+
+@needs_tensorrt
+@pytest.mark.parametrize(("kind", "capability"), ABLE)
+def test_tensorrt_takes_the_graph_of_each_format(kind, capability, unet, unet_graph, tmp_path):
+    save_graph(insert_qdq(unet_graph, calibrated(unet, kind), tensorrt=True), tmp_path / "g.onnx")
+    entry = build_plan(tmp_path / "g.onnx", tmp_path, [capability], unet.spec)
+    assert (tmp_path / entry["file"]).stat().st_size > 100_000
+
+
+@needs_tensorrt
+def test_tensorrts_builder_refuses_fp8_where_the_table_does(unet, unet_graph, tmp_path):
+    save_graph(insert_qdq(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
+    with pytest.raises(BadInput, match="fp8") as caught:
+        build_plan(tmp_path / "g.onnx", tmp_path, ["8.6"], unet.spec)
+    assert "\n" not in str(caught.value)
+
+
+@needs_tensorrt
+def test_the_bundle_holds_the_graph_its_plan_was_built_from(unet, unet_graph, tmp_path):
+    quantization = calibrated(unet, "int8", weight_range=127 / 64)
+    bundle = write_bundle(
+        unet.evolve(quantization=quantization),
+        tmp_path / "b",
+        ["tensorrt"],
+        capabilities=["8.9"],
+        float_graph=unet_graph,
+        threads=1,
+    )
+    entry = next(entry for entry in bundle.manifest["engines"] if entry["engine"] == "tensorrt")
+    assert entry["graph"] == "denoiser.tensorrt.onnx" and entry["graph_sha256"] == sha256(bundle.path / entry["graph"])
+    zeros = {t.name for t in onnx.load(bundle.path / entry["graph"]).graph.initializer}
+    assert "int8_zero" in zeros and "uint8_zero" not in zeros

@@ -1,0 +1,54 @@
+"""export/targets/engine_cost.py: what a layer gains is its own kernels' time, whatever the engine calls them."""
+
+from __future__ import annotations
+
+import pytest
+
+from diffpress.export.graph.model import save_graph
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.targets.engine_cost import costs_in, layer_times
+from diffpress.runtime.engines import available, load_engine
+from diffpress.runtime.engines.precision_report import Kernel
+from diffpress.runtime.network_inputs import network_inputs
+
+
+def test_kernels_belong_to_layers_by_node_tensor_bias_and_rounding(everything_graph):
+    graph = everything_graph
+    tensor = next(node.output[0] for node in graph.proto.graph.node if node.name == "first")
+    bias = next(node.name for node in graph.proto.graph.node if node.op_type == "Add" and "matmul.bias" in node.input)
+    kernels = [
+        Kernel((tensor,), 1.0),  # a blocked convolution has the name of what it writes
+        Kernel(("twin_a", "node_tanh"), 2.0),
+        Kernel(("twice#2",), 3.0),
+        Kernel(("twice",), 4.0),
+        Kernel((bias,), 5.0),
+        Kernel(("last.input/Q",), 6.0),
+        Kernel(("last.input/Q", "node_tanh_1"), 100.0),  # mostly the tanh's
+        Kernel(("node_tanh_2",), 100.0),
+    ]
+    expected = {"first": 1.0, "twin_a": 2.0, "twice": 7.0, "matmul": 5.0, "last": 6.0}
+    assert layer_times(kernels, graph) == expected
+
+
+@pytest.mark.parametrize("engine", available())
+def test_every_layer_that_multiplies_is_found_in_the_profile(engine, unet, unet_graph, scales, tmp_path):
+    quantization = scales(unet, weight_range=127 / 64, outputs=True)
+    heavy = [layer for layer in quantization.layers if ".conv" in layer or ".to_" in layer]
+    for name, graph in (("float", unet_graph), ("int8", insert_qdq(unet_graph, quantization))):
+        save_graph(graph, tmp_path / f"{name}.onnx")
+        opened = load_engine(tmp_path / f"{name}.onnx", engine, 1)
+        found = layer_times(opened.kernel_times(network_inputs(opened, unet.spec, 2), 1), graph)
+        assert set(heavy) <= found.keys() and all(found[layer] > 0 for layer in heavy), (name, heavy)
+
+
+def test_costs_are_of_the_very_quantization_that_is_asked_about(wide, scales):
+    quantization = scales(wide, weight_range=127 / 64, outputs=True)
+    with costs_in(wide, "onnxruntime") as costs:
+        gains = costs.gains_ms(quantization)
+        assert set(gains) == set(quantization.layers) and gains["heavy"] != 0.0
+        whole, part = costs.size_mib(quantization), costs.size_mib(quantization.without(["heavy"]))
+        assert part - whole == pytest.approx(160 * 160 * 9 * 3 / 2**20, rel=0.02)
+        assert 0.02 < costs.latency_ratio(quantization) < 20
+        with costs.network(None) as exact, costs.network(quantization) as rounded:
+            inputs = network_inputs(exact, wide.spec, 2)
+            assert exact.integer_mac_share(inputs) == 0.0 and rounded.integer_mac_share(inputs) > 0.9

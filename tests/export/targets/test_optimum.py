@@ -1,0 +1,22 @@
+"""A bundle of a Stable Diffusion pipeline is a folder that optimum-onnx reads; it samples what diffusers samples."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.mark.slow
+def test_optimum_reads_bundles_and_gives_diffusers_images(tmp_path):
+    script, venv = ROOT / "benchmarks" / "optimum_reads_bundle.py", ROOT / "build" / "optimum" / "venv"
+    command = [sys.executable, script, "--work", tmp_path, "--venv", venv]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == 2:
+        pytest.skip(f"optimum-onnx cannot be installed here: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" dB   (other prompts") == 6  # two kinds, three rows

@@ -1,0 +1,108 @@
+"""export/targets/variants.py: an engine that shall run another graph gets it, and a bundle with it is still whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from diffpress.export.bundle import write_bundle
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.summary import summary
+from diffpress.export.targets.variants import FLOAT, Variant
+from diffpress.runtime.bundle import load_bundle, sha256
+from diffpress.runtime.engines import available, open_engine
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.network_inputs import network_inputs
+from diffpress.runtime.pipeline import Pipeline
+from diffpress.runtime.sampling_plan import Correction
+
+ONNXRUNTIME = "onnxruntime"
+
+
+@pytest.fixture(scope="module")
+def quantized(wide, scales):
+    return wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))
+
+
+@pytest.fixture(scope="module")
+def reverted(quantized, wide_graph, tmp_path_factory):
+    """An int8 bundle whose float graph is for ONNX Runtime."""
+    folder = tmp_path_factory.mktemp("out") / "bundle"
+    variant = Variant(FLOAT, (ONNXRUNTIME,), wide_graph, None)
+    return write_bundle(quantized, folder, float_graph=wide_graph, variants=[variant], threads=1)
+
+
+def test_the_manifest_says_which_engine_takes_which_graph(reverted):
+    denoiser = reverted.manifest["graphs"]["denoiser"]
+    entry = denoiser["variants"][ONNXRUNTIME]
+    assert (denoiser["file"], denoiser["precision"]) == ("denoiser.onnx", "int8")
+    assert (entry["file"], entry["precision"]) == ("denoiser.float.onnx", "fp32")
+    assert entry["bytes"] == (reverted.path / "denoiser.float.onnx").stat().st_size > 3 * denoiser["bytes"]
+    assert list(entry["bytes_by_precision"])[0] == "float32" and entry["parity"]["sqnr_db"] > 80
+    assert set(reverted.manifest["files"]) == {"denoiser.onnx", "denoiser.float.onnx"}
+    assert any("onnxruntime takes denoiser.float.onnx, fp32" in line for line in summary(reverted))
+
+
+def test_the_account_is_of_the_graph_that_the_engine_takes(reverted):
+    (entry,) = reverted.manifest["engines"]
+    assert entry["engine"] == ONNXRUNTIME and entry["graph"] == "denoiser.float.onnx"
+    assert entry["graph_sha256"] == sha256(reverted.path / "denoiser.float.onnx")
+    assert (entry["integer_mac_share"], entry["fallbacks"]) == (0.0, [])
+
+
+def test_each_engine_opens_its_own_graph(reverted, wide, wide_graph):
+    assert reverted.graph("denoiser") == reverted.denoiser == reverted.path / "denoiser.onnx"
+    assert reverted.graph("denoiser", ONNXRUNTIME) == reverted.path / "denoiser.float.onnx"
+    for name in available():
+        with_integers = open_engine(reverted, name, 1)
+        share = with_integers.integer_mac_share(network_inputs(with_integers, reverted.spec, 2))
+        assert share == 0.0 if name == ONNXRUNTIME else share > 0.5
+
+
+def test_a_variant_of_another_placement_is_checked_as_what_it_computes(quantized, wide_graph, tmp_path):
+    weights_alone = {key: value for key, value in quantized.quantization.amax.items() if key.endswith(".weight")}
+    other = replace(quantized.quantization, amax=weights_alone)
+    variant = Variant("weights", (ONNXRUNTIME,), insert_qdq(wide_graph, other), other)
+    bundle = write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=[variant], threads=1)
+    entry = bundle.manifest["graphs"]["denoiser"]["variants"][ONNXRUNTIME]
+    assert (entry["file"], entry["precision"]) == ("denoiser.weights.onnx", "int8")
+    assert entry["parity"]["sqnr_db"] > bundle.manifest["parity"][ONNXRUNTIME]["sqnr_db"]
+
+
+def test_a_bundle_with_variants_is_the_same_whenever_it_is_written(reverted, quantized, wide_graph, tmp_path):
+    variant = Variant(FLOAT, (ONNXRUNTIME,), wide_graph, None)
+    again = write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=[variant], threads=1)
+    assert again.hash == reverted.hash
+
+
+def test_a_variant_that_is_damaged_or_not_listed_is_refused(quantized, wide_graph, reverted, tmp_path):
+    import shutil
+
+    folder = shutil.copytree(reverted.path, tmp_path / "b")
+    (folder / "denoiser.float.onnx").unlink()
+    with pytest.raises(BadInput, match="denoiser.float.onnx: listed in the manifest but missing"):
+        load_bundle(folder)
+
+
+@pytest.mark.parametrize(
+    ("engines", "message"), [(("onnxruntim",), "did you mean 'onnxruntime'"), ((ONNXRUNTIME,) * 2, "takes one graph")]
+)
+def test_an_engine_that_is_none_or_would_have_two_graphs_is_refused(engines, message, quantized, wide_graph, tmp_path):
+    variants = [Variant(f"v{i}", (engine,), wide_graph, None) for i, engine in enumerate(engines)]
+    with pytest.raises(BadInput, match=message):
+        write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=variants)
+
+
+def test_corrections_of_rounding_are_for_the_rounded_graph_alone(quantized, wide_graph, tmp_path):
+    plan = quantized.spec.plan
+    plan = replace(plan, corrections=tuple(Correction(0.001, (0.001,)) for _ in plan.timesteps))
+    corrected = quantized.evolve(spec=quantized.spec.with_plan(plan))
+    variant = Variant(FLOAT, (ONNXRUNTIME,), wide_graph, None)
+    bundle = write_bundle(corrected, tmp_path / "b", float_graph=wide_graph, variants=[variant], threads=1)
+    assert bundle.manifest["graphs"]["denoiser"]["variants"][ONNXRUNTIME]["parity"]["max_abs"] < 1e-4
+    assert bundle.spec.plan.corrections and not bundle.spec_for(ONNXRUNTIME).plan.corrections
+    assert bundle.spec_for("another").plan.corrections == plan.corrections
+    assert np.array_equal(Pipeline(bundle, ONNXRUNTIME).spec.plan.timesteps, plan.timesteps)
+    assert not Pipeline(bundle, ONNXRUNTIME).spec.plan.corrections

@@ -1,0 +1,144 @@
+import importlib.util
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from diffpress.compress.checkpoint import Record
+from diffpress.export.bundle import write_bundle
+from diffpress.export.graph.model import save_graph
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.summary import summary
+from diffpress.export.verify.engine_check import proof_line, prove_engine
+from diffpress.runtime.bundle import load_bundle, sha256
+from diffpress.runtime.engines import open_engine
+from diffpress.runtime.errors import BadInput, GateFailed
+from diffpress.runtime.sampler import generate
+
+SAFE = 127 / 64
+
+
+@pytest.fixture(scope="module")
+def quantized(unet, scales):
+    record = Record("quantize", {"format": "int8"}, 0, {"layers": 3}, "aa", "bb", seconds=12.5)
+    return unet.evolve(quantization=scales(unet, weight_range=SAFE, outputs=False), history=(record,))
+
+
+@pytest.fixture(scope="module")
+def bundle(quantized, unet_graph, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("out") / "bundle"
+    return write_bundle(quantized, folder, ["onnx"], float_graph=unet_graph, metrics={"frechet": 1.5}, threads=1)
+
+
+def test_a_bundle_is_whole_and_samples(bundle, quantized):
+    assert load_bundle(bundle.path).hash == bundle.hash
+    assert bundle.spec == quantized.spec
+    images = generate(open_engine(bundle, "onnxruntime", 1), bundle.spec, seeds=range(2))
+    assert images.shape == (2, 1, 8, 8) and np.isfinite(images).all()
+
+
+def test_the_manifest_says_what_the_graph_is(bundle, quantized):
+    manifest = bundle.manifest
+    denoiser = manifest["graphs"]["denoiser"]
+    assert manifest["name"] == "UNet2DModel" and manifest["metrics"] == {"frechet": 1.5}
+    assert denoiser["inputs"]["sample"] == {"dtype": "float32", "shape": ["batch", 1, 8, 8]}
+    assert denoiser["inputs"]["class_labels"] == {"dtype": "int64", "shape": ["batch"]}
+    assert list(denoiser["outputs"]) == ["out_sample"]
+    assert (denoiser["precision"], denoiser["opset"]) == ("int8", 18)
+    assert "conv_in" in denoiser["quantized_layers"] and denoiser["weight_only_layers"] == ["class_embedding"]
+    assert denoiser["parameters"] == sum(p.numel() for p in quantized.model.parameters())
+    stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(bundle.denoiser).graph.initializer]
+    kinds = ("int8", "float32", "int64", "uint8")
+    sizes = {kind: sum(a.nbytes for a in stored if a.dtype == kind) for kind in kinds}
+    assert denoiser["bytes_by_precision"] == sizes and list(denoiser["bytes_by_precision"])[0] == "int8"
+    assert set(manifest["parity"]) >= {"torch_fake_quant", "onnxruntime"}
+    assert [record["stage"] for record in manifest["history"]] == ["quantize"]
+    assert "seconds" not in manifest["history"][0]
+
+
+def test_the_manifest_counts_what_onnxruntime_ran_in_float(bundle, quantized):
+    """The scales have no outputs, without which ONNX Runtime has no integer convolution."""
+    (entry,) = bundle.manifest["engines"]
+    promised = bundle.manifest["graphs"]["denoiser"]["quantized_layers"]
+    convolutions = {n for n, layer in quantized.model.named_modules() if isinstance(layer, torch.nn.Conv2d)}
+    reasons = {found["layer"]: found["reason"] for found in entry["fallbacks"]}
+    assert entry["engine"] == "onnxruntime" and entry["integer_mac_share"] < 0.2
+    assert convolutions <= reasons.keys() <= set(promised) and len(reasons) <= entry["float_layers"]
+    assert {reasons[name] for name in convolutions} == {"no integer convolution with a float result"}
+    said = next(line for line in summary(bundle) if "onnxruntime 1" in line)
+    assert f"{len(reasons)} of the promised fell back: " in said and said.endswith(f"{len(reasons) - 3} more")
+
+
+def test_a_large_graph_is_not_run_again_for_its_account(bundle):
+    entry = prove_engine("onnxruntime", bundle.denoiser, bundle.spec, 2**30 + 1)
+    assert entry["graph_sha256"] == sha256(bundle.denoiser)
+    assert [entry[key] for key in ("integer_mac_share", "float_layers", "fallbacks")] == [None, None, None]
+    assert proof_line(entry).endswith("integer MACs not counted")
+
+
+def test_the_same_checkpoint_gives_the_same_bytes_wherever_it_is_written(bundle, quantized, unet_graph, tmp_path):
+    slower = quantized.evolve(history=tuple(Record(**{**vars(r), "seconds": 99.0}) for r in quantized.history))
+    again = write_bundle(
+        slower, tmp_path / "elsewhere", ["onnx"], float_graph=unet_graph, metrics={"frechet": 1.5}, threads=1
+    )
+    assert again.hash == bundle.hash
+    for name in ("manifest.json", *bundle.manifest["files"]):
+        assert sha256(again.path / name) == sha256(bundle.path / name)
+
+
+def test_no_path_of_this_machine_is_in_a_bundle(bundle):
+    for file in bundle.path.iterdir():
+        assert str(bundle.path).encode() not in file.read_bytes()
+
+
+def test_the_stored_graph_is_the_quantized_one(bundle, quantized, unet_graph, tmp_path):
+    save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
+    assert sha256(bundle.denoiser) == sha256(tmp_path / "q.onnx")
+
+
+def test_a_damaged_bundle_is_refused(quantized, unet_graph, tmp_path):
+    folder = write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, threads=1).path
+    content = bytearray((folder / "denoiser.onnx").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "denoiser.onnx").write_bytes(content)
+    with pytest.raises(BadInput, match="denoiser.onnx: does not match its sha256"):
+        load_bundle(folder)
+
+
+def test_a_bundle_replaces_a_bundle_and_nothing_else(quantized, unet_graph, tmp_path):
+    write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, metrics={"first": 1}, threads=1)
+    second = write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, metrics={"second": 2}, threads=1)
+    assert second.manifest["metrics"] == {"second": 2}
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(BadInput, match="photos: exists and is not a bundle"):
+        write_bundle(quantized, tmp_path / "photos", float_graph=unet_graph)
+    assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
+
+
+def test_an_unknown_target_is_refused_with_the_nearest(unet, unet_graph, tmp_path):
+    with pytest.raises(BadInput, match="unknown export target 'openvin': did you mean 'openvino'"):
+        write_bundle(unet, tmp_path / "b", ["openvin"], float_graph=unet_graph)
+
+
+def test_a_graph_of_another_model_fails_its_parity_and_leaves_nothing(unet, unet_graph, tmp_path):
+    other = unet.evolve(model=unet.clone_model())
+    other.model.conv_out.bias.data += 0.1
+    with pytest.raises(GateFailed, match="samples differ"):
+        write_bundle(other, tmp_path / "b", float_graph=unet_graph, threads=1)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs openvino")
+def test_target_openvino_leaves_a_fingerprint_and_no_second_copy(wide, wide_graph, scales, tmp_path):
+    checkpoint = wide.evolve(quantization=scales(wide, weight_range=SAFE))
+    bundle = write_bundle(checkpoint, tmp_path / "b", ["onnx", "openvino"], float_graph=wide_graph, threads=1)
+    entry, other = bundle.manifest["engines"]
+    assert entry["engine"] == "openvino" and entry["graph_sha256"] == sha256(bundle.denoiser)
+    assert (entry["integer_mac_share"], entry["float_layers"], entry["fallbacks"]) == (1.0, 0, [])
+    assert proof_line(entry).endswith("integer MACs 100.0 %, 0 layers in float")
+    assert other["engine"] == "onnxruntime"
+    assert list(bundle.manifest["files"]) == ["denoiser.onnx"]
+    assert json.loads((bundle.path / "manifest.json").read_text())["engines"] == [entry, other]

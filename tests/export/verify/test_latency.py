@@ -1,0 +1,84 @@
+"""export/verify/latency.py: int8 against float in each engine, by the clock, in words and as a decision."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.verify.latency import Latency, alternated, float_variants, measure_latency
+from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.engines import available
+
+
+class Sleeper:
+    """An engine whose calls take known times in turn."""
+
+    def __init__(self, *milliseconds: float) -> None:
+        self.milliseconds, self.calls = milliseconds, []
+
+    def run(self, inputs):
+        self.calls.append(time.perf_counter())
+        time.sleep(self.milliseconds[len(self.calls) % len(self.milliseconds)] / 1e3)
+
+
+def test_engines_take_turns_and_medians_are_compared():
+    one, other = Sleeper(2.0, 2.0, 30.0), Sleeper(8.0)
+    first, second = alternated((one, other), {})
+    assert 2.0 <= first < 8.0 <= second < 30.0  # a mean of the first would be above 11
+    assert len(one.calls) == len(other.calls) >= 6
+    assert sorted(one.calls + other.calls) == [
+        call for pair in zip(one.calls, other.calls, strict=True) for call in pair
+    ]
+
+
+@pytest.mark.parametrize(
+    ("quantized_ms", "verdict"),
+    [
+        (10.9, "int8 is 1.09x of fp32 in openvino: slower"),
+        (10.1, "no gain"),
+        (4.8, "int8 is 0.48x of fp32 in openvino: faster"),
+    ],
+)
+def test_the_verdict_is_said_in_words(quantized_ms, verdict):
+    latency = Latency("openvino", "int8", 10.0, quantized_ms)
+    assert verdict in str(latency) and latency.slower == (quantized_ms > 10.2)
+
+
+def test_every_engine_is_timed_on_the_graph_it_would_run(wide, wide_graph, scales):
+    rounded = insert_qdq(wide_graph, scales(wide, weight_range=127 / 64, outputs=True))
+    found = measure_latency(wide, wide_graph, dict.fromkeys(available(), rounded), threads=1)
+    assert [latency.engine for latency in found] == available()
+    assert all(0.05 < latency.latency_ratio < 20 and latency.float_ms > 0 for latency in found)
+
+
+def test_a_large_model_is_not_timed_and_the_run_says_so(wide, wide_graph, monkeypatch, capsys):
+    monkeypatch.setattr("diffpress.export.verify.latency.is_large", lambda model: True)
+    assert measure_latency(wide, wide_graph, {"onnxruntime": wide_graph}) == []
+    assert "not timed" in capsys.readouterr().out
+
+
+def test_only_engines_that_are_slower_take_the_float_graph(wide_graph):
+    latencies = [Latency("openvino", "int8", 10.0, 6.0), Latency("onnxruntime", "int8", 10.0, 12.0)]
+    (variant,) = float_variants(wide_graph, latencies)
+    assert variant.engines == ("onnxruntime",) and variant.graph is wide_graph and variant.quantization is None
+    assert float_variants(wide_graph, latencies[:1]) == []
+
+
+@pytest.mark.parametrize("revert", [True, False])
+def test_export_says_what_is_slower_and_reverts_it_on_request(
+    revert, wide, wide_graph, scales, tmp_path, capsys, monkeypatch
+):
+    from tests.cli.test_export import run
+
+    checkpoint = wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))
+    slow = [Latency("onnxruntime", "int8", 10.0, 12.0)]
+    monkeypatch.setattr("diffpress.cli.export.loaded", lambda args, dtype: checkpoint)
+    monkeypatch.setattr("diffpress.export.export.to_onnx", lambda checkpoint, fixed_size: wide_graph)
+    monkeypatch.setattr("diffpress.export.export.measure_latency", lambda *arguments: slow)
+    words = ("--revert-slower",) if revert else ()
+    assert run("any", "--out", tmp_path / "bundle", "--threads", 1, *words) == 0
+    assert "int8 is 1.20x of fp32 in onnxruntime: slower (12.0 ms against 10.0 ms a step" in capsys.readouterr().out
+    taken = load_bundle(tmp_path / "bundle").graph("denoiser", "onnxruntime").name
+    assert taken == ("denoiser.float.onnx" if revert else "denoiser.onnx")

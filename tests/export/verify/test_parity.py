@@ -1,0 +1,91 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from onnx import numpy_helper
+
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.export.graph.model import Graph, load_all, save_graph
+from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.verify.parity import FAKE_QUANT, check_parity, trial_of
+from diffpress.runtime.engines import available
+from diffpress.runtime.errors import GateFailed
+
+SAFE = 127 / 64  # weights within 7 bits
+
+
+def shifted(graph: Graph, name: str, by: float) -> Graph:
+    changed = load_all(graph)
+    tensor = next(tensor for tensor in changed.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor) + np.float32(by), name))
+    return Graph(changed)
+
+
+def test_a_float_graph_gives_torchs_images_in_every_engine(unet, unet_graph, tmp_path):
+    save_graph(unet_graph, tmp_path / "g.onnx")
+    found = check_parity(unet, tmp_path / "g.onnx", trial_of(unet), threads=1)
+    assert set(found) == set(available())
+    assert all((row["samples"], row["steps"]) == (16, 4) for row in found.values())
+    assert all(row["max_abs"] <= 1e-3 and row["sqnr_db"] > 80 for row in found.values())
+
+
+def test_parity_measures_the_difference_that_is_there(unet, unet_graph, tmp_path, monkeypatch):
+    monkeypatch.setattr("diffpress.export.verify.parity.MAX_ABS", np.inf)
+    # the last bias reaches every image, through the last step at least
+    save_graph(shifted(unet_graph, "conv_out.bias", 0.01), tmp_path / "g.onnx")
+    found = check_parity(unet, tmp_path / "g.onnx", trial_of(unet), engines=["onnxruntime"], threads=1)
+    row = found["onnxruntime"]
+    assert 1e-3 < row["max_abs"] < 0.5 and 10 < row["sqnr_db"] < 60
+
+
+def test_a_float_graph_that_strays_fails_with_both_figures(unet, unet_graph, tmp_path):
+    save_graph(shifted(unet_graph, "conv_out.bias", 0.01), tmp_path / "g.onnx")
+    with pytest.raises(GateFailed, match=r"g.onnx in onnxruntime: samples differ .* by 0\.\d+ .* dB\), 0.001 is"):
+        check_parity(unet, tmp_path / "g.onnx", trial_of(unet), engines=["onnxruntime"], threads=1)
+
+
+def test_a_quantized_graph_is_held_to_fake_quantization(unet, unet_graph, scales, tmp_path):
+    quantized = unet.evolve(quantization=scales(unet, weight_range=SAFE))
+    save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
+    found = check_parity(quantized, tmp_path / "q.onnx", trial_of(quantized), threads=1)
+    assert set(found) == {FAKE_QUANT, *available()}
+    assert all(10 < row["sqnr_db"] < 80 for row in found.values())
+
+    coarser = {name: amax * (4 if name.endswith(".input") else 1) for name, amax in quantized.quantization.amax.items()}
+    wrong = insert_qdq(unet_graph, type(quantized.quantization)("int8", coarser))
+    save_graph(wrong, tmp_path / "q.onnx")
+    with pytest.raises(GateFailed, match=r"q.onnx in onnxruntime: .* dB SQNR .* torch's fake quantization has .* dB"):
+        check_parity(quantized, tmp_path / "q.onnx", trial_of(quantized), engines=["onnxruntime"], threads=1)
+
+
+def test_pixels_are_tried_by_their_own_plan_and_latents_on_less(unet):
+    trial = trial_of(unet)
+    assert (trial.spec, trial.samples) == (unet.spec, 16)
+    plan = replace(unet.spec.plan, timesteps=tuple(float(t) for t in range(70, 0, -10)))  # 70, 60, ... 10
+    latent = unet.evolve(spec=replace(unet.spec, latent_factor=8, plan=plan))
+    small = trial_of(latent)
+    assert small.samples < 16 and small.within_db > trial.within_db
+    assert small.spec.plan.timesteps == (70.0, 50.0, 30.0, 10.0) and small.spec.schedule == unet.spec.schedule
+
+
+def test_torch_network_leaves_the_mode_of_the_model_alone(everything):
+    network = TorchNetwork(everything.model, everything.spec)
+    inputs = {"sample": np.zeros((1, 2, 8, 8), np.float32), "timestep": np.zeros(1, np.int64)}
+    everything.model.train()
+    out = network.run(inputs)
+    assert everything.model.training and out.dtype == np.float32 and out.shape == (1, 2, 8, 8)
+    assert dict(network.inputs) == {"sample": np.float32, "timestep": np.int64}
+    everything.model.eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_torch_network_computes_in_float32_with_weights_that_are_held_in_less(dtype, unet):
+    narrow, wide = unet.clone_model().to(dtype), unet.clone_model().to(dtype).float()
+    x = np.random.default_rng(0).standard_normal((2, 1, 8, 8), dtype=np.float32)
+    inputs = {"sample": x, "timestep": np.array([3, 90]), "class_labels": np.array([0, 3])}
+    expected = TorchNetwork(wide, unet.spec).run(inputs)
+    network = TorchNetwork(narrow, unet.spec)
+    for _ in range(2):
+        assert np.array_equal(network.run(inputs), expected)
+        assert {parameter.dtype for parameter in narrow.parameters()} == {dtype}

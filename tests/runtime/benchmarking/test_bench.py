@@ -1,0 +1,225 @@
+"""runtime/benchmarking/bench.py with a clock of our own, and runtime/benchmarking/probe.py in real fresh processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffpress.runtime.benchmarking import bench
+from diffpress.runtime.benchmarking.probe import Probe, peak_mib, probe
+from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.engines import open_engine
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.errors import BadInput
+
+ROOT = Path(__file__).parents[3]
+ROW_KEYS = [
+    "name", "engine", "precision", "batch", "steps", "nfe", "step_ms", "image_ms", "load_ms", "size_mib", "peak_mib",
+    "integer_mac_share", "speedup_vs_torch", "speedup_vs_same_engine",
+]  # fmt: skip
+
+
+class Clock:
+    """Time that passes only where a subject says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.log = 0.0, []  # type: ignore[var-annotated]
+        monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now)
+
+    def subject(self, name: str, engine: str, precision: str, steps: int, step_ms: float) -> bench.Subject:
+        def work(kind: str, count: int):
+            def spend(batch: int) -> None:
+                self.log.append((name, kind, batch))
+                self.now += count * step_ms * batch / 1e3
+
+            return spend
+
+        return bench.Subject(
+            name,
+            engine,
+            precision,
+            steps,
+            steps,
+            1.5,
+            0.0,
+            work("sample", steps),
+            work("step", 1),
+            {8: Probe(120.0, 64.0)},
+        )
+
+
+@pytest.fixture
+def report(monkeypatch: pytest.MonkeyPatch):
+    clock = Clock(monkeypatch)
+    subjects = [
+        clock.subject("teacher", "torch", "fp32", 50, 10.0),
+        clock.subject("teacher", "openvino", "fp32", 50, 5.0),
+        clock.subject("student", "openvino", "fp32", 8, 4.0),
+        clock.subject("bundle", "openvino", "int8", 8, 2.0),
+        clock.subject("bundle", "onnxruntime", "int8", 8, 2.5),
+    ]
+    return bench.measure(subjects, batches=(1, 8), repeats=3), clock
+
+
+def test_rows_have_the_documented_shape_and_survive_json(report) -> None:
+    found = json.loads(json.dumps(report[0]))
+    assert list(found) == ["machine", "baseline", "rows"] and found["baseline"] == "teacher"
+    assert len(found["rows"]) == 10 and all(list(row) == ROW_KEYS for row in found["rows"])
+    assert [row["batch"] for row in found["rows"]] == [1] * 5 + [8] * 5
+
+
+def test_times_are_medians_per_step_and_per_image(report) -> None:
+    bundle = report[0]["rows"][8]
+    assert bundle["step_ms"] == pytest.approx(2.0 * 8) and bundle["image_ms"] == pytest.approx(2.0 * 8)
+    assert bundle["load_ms"] == 120.0 and bundle["peak_mib"] == 64.0
+    assert report[0]["rows"][3]["load_ms"] is None  # no probe of a batch of one
+
+
+def test_speedups_are_baseline_over_row(report) -> None:
+    rows = report[0]["rows"][5:]
+    assert [row["speedup_vs_torch"] for row in rows] == pytest.approx([1, 2, 500 / 32, 500 / 16, 500 / 20])
+    # the same engine's baseline is its uncompressed fp32 subject, the one with the most steps
+    assert [row["speedup_vs_same_engine"] for row in rows[:4]] == pytest.approx([1, 1, 250 / 32, 250 / 16])
+    assert rows[4]["speedup_vs_same_engine"] is None
+
+
+def test_subjects_take_turns_after_a_warm_up(report) -> None:
+    log = [(name, kind) for name, kind, batch in report[1].log if batch == 8]
+    names = ("teacher", "teacher", "student", "bundle", "bundle")
+    turn = [(name, kind) for name in names for kind in ("sample", "step")]
+    assert log == turn[1::2] + turn * 3
+
+
+def test_medians_ignore_one_slow_turn(monkeypatch) -> None:
+    clock = Clock(monkeypatch)
+    steady = clock.subject("a", "openvino", "fp32", 4, 1.0)
+    pauses = iter([0.0, 5.0, 0.0, 0.0, 0.0])
+
+    def hiccup(batch: int) -> None:
+        steady.sample(batch)
+        clock.now += next(pauses)
+
+    row = bench.measure([replace(steady, sample=hiccup)], batches=[2], repeats=5)["rows"][0]
+    assert row["image_ms"] == pytest.approx(4.0) and row["speedup_vs_torch"] is None
+
+
+@pytest.mark.parametrize("options", [{"subjects": []}, {"batches": []}, {"batches": [0]}, {"repeats": 0}])
+def test_nothing_to_measure_is_refused(monkeypatch, options) -> None:
+    subjects = [Clock(monkeypatch).subject("a", "openvino", "fp32", 4, 1.0)]
+    with pytest.raises(BadInput, match="at least one of each"):
+        bench.measure(**{"subjects": subjects, **options})
+
+
+def test_the_table_aligns_and_dashes_what_is_not_known(report) -> None:
+    lines = bench.table(report[0]["rows"]).splitlines()
+    assert len(lines) == 12 and lines[0].split("  ")[0] == "name" and "vs engine" in lines[0]
+    assert lines[2].split()[:4] == ["teacher", "torch", "fp32", "1"] and lines[6].split()[-1] == "-"
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_the_machine_is_described() -> None:
+    machine = bench.machine()
+    assert machine["numpy"] == np.__version__ and machine["cores"] >= 1 and machine["cpu"]
+    assert machine["python"].startswith(f"{sys.version_info.major}.{sys.version_info.minor}")
+    assert set(machine["instruction_sets"]) <= set(bench.INSTRUCTION_SETS)
+
+
+def test_a_bundle_is_a_subject(tiny: Path) -> None:
+    bundle = load_bundle(tiny)
+    engine = open_engine(bundle, "onnxruntime", threads=1)
+    plan = replace(bundle.spec.plan, guidance=2.0)
+    subject = bench.bundle_subject(bundle, engine, plan=plan)
+    assert (subject.name, subject.engine, subject.precision, subject.steps, subject.nfe) == (
+        "tiny",
+        "onnxruntime",
+        "fp32",
+        8,
+        16,
+    )
+    assert subject.size_mib * 2**20 == (tiny / "denoiser.onnx").stat().st_size and subject.probes == {}
+    row = bench.measure([subject], batches=[2], repeats=1)["rows"][0]
+    assert 0 < row["step_ms"] and 0 < row["image_ms"]
+
+
+@pytest.mark.parametrize(
+    ("promised", "share", "asked", "said"),
+    [
+        ("int8", 0.9, "f32", "int8"),
+        ("int8", 0.1, "f32", "fp32"),  # what was quantized ran in float
+        ("fp32", 0.0, "bf16", "bf16"),
+        ("fp16", 0.0, "f32", "fp16"),
+        ("fp8", None, "f32", "fp8"),  # the engine does not tell
+    ],
+)
+def test_the_precision_is_what_was_executed(tiny: Path, promised, share, asked, said) -> None:
+    bundle = load_bundle(tiny)
+    manifest = {"graphs": {"denoiser": bundle.manifest["graphs"]["denoiser"] | {"precision": promised}}}
+    options = EngineOptions(precision=asked)
+    assert bench._executed(replace(bundle, manifest=manifest), "onnxruntime", share, options) == said
+
+
+def test_evaluations_count_both_halves_of_guidance_unless_the_weight_is_an_input(tiny: Path) -> None:
+    spec = load_bundle(tiny).spec
+    assert bench.network_evaluations(spec) == 8
+    guided = spec.with_plan(replace(spec.plan, guidance=2.0))
+    assert bench.network_evaluations(guided) == 16
+    assert bench.network_evaluations(replace(guided, conditioning=replace(spec.conditioning, guidance_input=True))) == 8
+
+
+def test_overhead_is_the_time_beyond_the_engines_calls(tiny: Path, monkeypatch) -> None:
+    bundle = load_bundle(tiny)
+    real = open_engine(bundle, "onnxruntime", threads=1)
+    now = [0.0]
+    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+
+    class Slow:
+        inputs = real.inputs
+
+        def run(self, inputs):
+            now[0] += 0.099
+            return real.run(inputs)
+
+    def in_streams(*arguments, **options):
+        yield from original(*arguments, **options)
+        now[0] += 0.001 * bundle.spec.plan.steps
+
+    original = bench.in_streams
+    monkeypatch.setattr(bench, "in_streams", in_streams)
+    assert bench.sampler_overhead(Slow(), bundle.spec, batch=2) == pytest.approx(0.01)
+
+    class Walks(Slow):
+        def walk(self, program, told, start):
+            now[0] += 0.109 * program.steps
+            return start
+
+    # 0.11 s a step, of which a call alone takes 0.099
+    assert bench.sampler_overhead(Walks(), bundle.spec, batch=2) == pytest.approx(0.1)
+
+
+def test_a_fresh_process_measures_loading_and_memory(tiny: Path) -> None:
+    found = probe(tiny, "onnxruntime", batch=2, options=EngineOptions(threads=1))
+    assert 1 < found.load_ms < 60_000
+    # an interpreter with numpy and an engine, and far from one with torch
+    assert found.peak_mib is None or 20 < found.peak_mib < 400
+
+
+def test_the_peak_counts_what_was_held_and_not_the_parent() -> None:
+    if peak_mib() is None:
+        pytest.skip("this system keeps no count")
+    code = "import diffpress.runtime.benchmarking.probe as p; a = p.peak_mib(); x = b'1' * 2**27; del x; print(a, p.peak_mib())"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(float, done.stdout.split())
+    assert before < 100 and 120 < after - before < 140
+
+
+def test_a_probe_that_fails_says_why(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="not a bundle"):
+        probe(tmp_path, "onnxruntime", batch=1)
+    with pytest.raises(BadInput, match="did you mean 'openvino'"):
+        probe(tiny, "openvin", batch=1)

@@ -1,0 +1,174 @@
+"""OpenVINO's own options: a cache that changes nothing but the time, precision by the processor, several streams."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.engines import load_engine, open_engine
+from diffpress.runtime.engines.cache import Cache
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.errors import Unfit
+from diffpress.runtime.sampler import generate
+from tests.runtime.small_graphs import sample_inputs
+
+openvino = pytest.importorskip("openvino")
+
+
+@pytest.fixture
+def cached(tmp_path: Path) -> EngineOptions:
+    return EngineOptions(threads=1, cache=Cache(tmp_path / "cache", "these bytes"))
+
+
+def no_compiling(self: object, *_: object) -> None:
+    raise AssertionError("it was to be taken from the cache")
+
+
+@pytest.fixture(params=["float", "quantized"])
+def graph(request, float_graph: Path, quantized_graph: Callable[..., Path]) -> Path:
+    return float_graph if request.param == "float" else quantized_graph("Conv", "MatMul", "Gemm")
+
+
+def ran(graph: Path, options: EngineOptions) -> tuple[np.ndarray, object]:
+    with closing(load_engine(graph, "openvino", options=options)) as engine:
+        return engine.run(sample_inputs()), engine.account(sample_inputs())
+
+
+def test_a_cached_model_gives_the_same_bits_and_the_same_account(graph: Path, cached, monkeypatch) -> None:
+    without, first = ran(graph, replace(cached, cache=None)), ran(graph, cached)
+    monkeypatch.setattr(openvino.Core, "compile_model", no_compiling)
+    second = ran(graph, cached)
+    assert np.array_equal(without[0], first[0]) and np.array_equal(without[0], second[0])
+    assert without[1] == first[1] == second[1]
+
+
+def test_a_cached_model_is_not_even_read(graph: Path, cached, monkeypatch) -> None:
+    with closing(load_engine(graph, "openvino", options=cached)) as engine:
+        inputs, wanted = engine.inputs, engine.run(sample_inputs())
+    monkeypatch.setattr(openvino.Core, "read_model", no_compiling)
+    with closing(load_engine(graph, "openvino", options=cached)) as engine:
+        assert engine.inputs == inputs and np.array_equal(engine.run(sample_inputs()), wanted)
+
+
+@pytest.mark.parametrize("change", ["graph", "threads", "streams", "shapes", "version", "processor"])
+def test_whatever_the_compiled_model_depends_on_makes_another_entry(
+    float_graph: Path, cached: EngineOptions, monkeypatch, change: str
+) -> None:
+    ran(float_graph, cached)
+    folder, inputs, options = cached.cache.folder, sample_inputs(), cached
+    before = set(folder.iterdir())
+    if change == "graph":
+        options = replace(cached, cache=cached.cache.of("other bytes"))
+    elif change == "shapes":
+        inputs = {"sample": inputs["sample"][:1]}
+    elif change == "version":
+        versions = openvino.Core().get_versions("CPU")["CPU"]
+        other = {"CPU": type("Version", (), {"build_number": versions.build_number + "x"})}
+        monkeypatch.setattr(openvino.Core, "get_versions", lambda *_: other)
+    elif change == "processor":
+        monkeypatch.setattr(openvino.Core, "get_property", lambda *_: "another processor")
+    else:
+        options = replace(cached, **{change: 2})
+    with closing(load_engine(float_graph, "openvino", options=options)) as engine:
+        engine.run(inputs)
+    added = set(folder.iterdir()) - before
+    assert len(added) == (1 if change == "shapes" else 2)  # the description, which shapes leave alone, and the model
+
+
+@pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""])
+def test_damaged_entries_are_made_again(graph: Path, cached, damage: Callable[[bytes], bytes]) -> None:
+    wanted = ran(graph, cached)[0]
+    files = sorted(cached.cache.folder.iterdir())
+    sound = [file.read_bytes() for file in files]
+    for file, content in zip(files, sound, strict=True):
+        file.write_bytes(damage(content))
+    assert np.array_equal(ran(graph, cached)[0], wanted)
+    assert all(len(file.read_bytes()) > 0.9 * len(content) for file, content in zip(files, sound, strict=True))
+
+
+def test_an_entry_that_openvino_does_not_take_is_compiled_again(float_graph: Path, cached, monkeypatch) -> None:
+    """Sound by its digest, and still nothing that this library can import."""
+    real = openvino.Core.import_model
+    wanted = ran(float_graph, cached)[0]
+    seen = []
+
+    def nonsense(self, stream, *rest):
+        seen.append(stream)
+        return real(self, io.BytesIO(b"no model"), *rest)
+
+    monkeypatch.setattr(openvino.Core, "import_model", nonsense)
+    assert np.array_equal(ran(float_graph, cached)[0], wanted) and seen
+
+
+def test_a_bundle_is_cached_under_its_hash_and_stays_as_it_is(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    options = EngineOptions(threads=1, cache=Cache(tmp_path / "cache"))
+
+    def images(folder: Path) -> np.ndarray:
+        bundle = load_bundle(folder)
+        with closing(open_engine(bundle, "openvino", options=options)) as engine:
+            return generate(engine, bundle.spec, range(3))
+
+    before = {path: path.stat().st_mtime_ns for path in tiny.rglob("*")}
+    first = images(tiny)
+    assert {path: path.stat().st_mtime_ns for path in tiny.rglob("*")} == before
+    monkeypatch.setattr(openvino.Core, "compile_model", no_compiling)
+    assert np.array_equal(images(Path(shutil.copytree(tiny, tmp_path / "elsewhere"))), first)
+
+
+def test_a_precision_that_the_processor_has_not_is_one_clear_line(float_graph: Path, monkeypatch) -> None:
+    real = openvino.Core.get_property
+
+    def incapable(self, device, name, *rest):
+        return ["FP32", "INT8"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
+
+    monkeypatch.setattr(openvino.Core, "get_property", incapable)
+    with pytest.raises(Unfit, match="does not compute in bf16; leave it at f32") as caught:
+        load_engine(float_graph, "openvino", options=EngineOptions(precision="bf16"))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_precision_that_the_processor_has_is_asked_for(float_graph: Path, monkeypatch) -> None:
+    """Whether this processor has bf16 or not: what OpenVINO is told is what was asked."""
+    real, told = openvino.Core.get_property, []
+
+    def capable(self, device, name, *rest):
+        return ["FP32", "BF16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
+
+    def compiling(self, model, device, properties):
+        told.append(properties["INFERENCE_PRECISION_HINT"])
+        return real_compile(self, model, device, properties)
+
+    real_compile = openvino.Core.compile_model
+    monkeypatch.setattr(openvino.Core, "get_property", capable)
+    monkeypatch.setattr(openvino.Core, "compile_model", compiling)
+    for precision in ("bf16", "f32"):
+        load_engine(float_graph, "openvino", options=EngineOptions(precision=precision)).run(sample_inputs())
+    assert told == ["bf16", "f32"]
+
+
+def test_streams_answer_at_once_what_they_answer_alone(graph: Path) -> None:
+    options = EngineOptions(threads=2, streams=2)
+    inputs = [sample_inputs(seed) for seed in range(12)]
+    with (
+        closing(load_engine(graph, "openvino", options=options)) as several,
+        closing(load_engine(graph, "openvino", options=EngineOptions(threads=2))) as one,
+        ThreadPoolExecutor(4) as pool,  # more callers than requests: some wait
+    ):
+        found = list(pool.map(several.run, inputs))
+        assert all(np.array_equal(a, one.run(b)) for a, b in zip(found, inputs, strict=True))
+
+
+def test_the_description_in_the_cache_is_plain_json(float_graph: Path, cached: EngineOptions) -> None:
+    load_engine(float_graph, "openvino", options=cached)
+    (file,) = cached.cache.folder.iterdir()
+    assert json.loads(file.read_bytes()[32:]) == {"inputs": {"sample": "float32"}, "outputs": ["out_sample"]}

@@ -1,0 +1,202 @@
+"""The buffers and the CUDA graph around a plan, with a CUDA of numpy arrays; and that the real libraries have each name
+that is used. No kernel runs here: on a GPU the engine itself is unrun."""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib
+import importlib.util
+import io
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from diffpress.runtime.engines.tensorrt.binding import Binding
+from diffpress.runtime.engines.tensorrt.engine import parted
+from diffpress.runtime.engines.tensorrt.library import call, gpu_capability
+from diffpress.runtime.engines.tensorrt.messages import build_error, one_line
+from diffpress.runtime.engines.tensorrt.monitor import Phases, monitor
+from diffpress.runtime.engines.tensorrt.options import BuildOptions
+from diffpress.runtime.errors import Unfit
+from tests.runtime.fake_cuda import Cuda
+
+FOLDER = Path("runtime/engines/trt")
+TYPES = {"x": np.dtype(np.float32), "t": np.dtype(np.int64), "out": np.dtype(np.float32)}
+
+
+class Context:
+    """out = 2 x + t, read and written where the addresses say, as an execution context does."""
+
+    def __init__(self, cuda, capturable=True):
+        self.cuda, self.capturable, self.shapes, self.addresses, self.enqueued = cuda, capturable, {}, {}, 0
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = shape
+        return True
+
+    def get_tensor_shape(self, name):
+        return self.shapes["x"]
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream):
+        if self.cuda.recorded is not None and not self.capturable:
+            return False
+        self.enqueued += 1
+        self.cuda.do(self.compute)
+        return True
+
+    def compute(self):
+        def array(name, dtype, shape):
+            size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            memory = (ctypes.c_byte * size).from_address(self.addresses[name])
+            return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
+
+        x, t = array("x", np.float32, self.shapes["x"]), array("t", np.int64, self.shapes["t"])
+        array("out", np.float32, self.shapes["x"])[...] = 2 * x + t[:, None]
+
+
+def inputs(seed, batch=3):
+    draw = np.random.default_rng(seed)
+    return {"x": draw.standard_normal((batch, 4), np.float32), "t": draw.integers(0, 9, batch)}
+
+
+def bound(cuda, **settings):
+    context = Context(cuda, settings.pop("capturable", True))
+    return context, Binding(cuda, context, 7, {"x": (3, 4), "t": (3,)}, TYPES, **settings)
+
+
+@pytest.mark.parametrize(("settings", "launched"), [({}, 4), ({"capturable": False}, 0), ({"replay": False}, 0)])
+def test_the_first_call_runs_and_later_ones_replay_one_graph(settings, launched):
+    cuda = Cuda()
+    context, binding = bound(cuda, **settings)
+    results = [(inputs(seed), binding.run(inputs(seed))) for seed in range(5)]
+    for given, found in results:  # all of them afterwards: an output is the caller's own
+        np.testing.assert_array_equal(found["out"], (2 * given["x"] + given["t"][:, None]).astype(np.float32))
+    assert cuda.log.count("launched") == launched
+    assert context.enqueued == (2 if launched else 5)
+    assert len(cuda.memory) == 6  # one buffer here and there for each tensor, however many calls
+    binding.close()
+    assert cuda.memory == {}
+
+
+def test_what_the_context_refuses_frees_its_buffers():
+    cuda = Cuda()
+    context = Context(cuda)
+    context.set_tensor_address = lambda name, address: name != "out"
+    with pytest.raises(Unfit, match="refuses the address of out"):
+        Binding(cuda, context, 7, {"x": (3, 4), "t": (3,)}, TYPES)
+    assert cuda.memory == {}
+
+
+def test_a_batch_above_the_largest_runs_in_parts_in_order():
+    given = inputs(0, batch=7)
+    parts = list(parted(given, 3))
+    assert [len(part["t"]) for part in parts] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate([part["x"] for part in parts]), given["x"])
+
+
+def test_what_cuda_says_is_one_line():
+    cuda = SimpleNamespace(
+        cudaGetDeviceCount=lambda: (35, None), cudaGetErrorString=lambda error: (0, b"driver too old")
+    )
+    with pytest.raises(Unfit, match="there is no NVIDIA GPU that can be used .*cudaGetDeviceCount.*driver too old"):
+        gpu_capability(cuda)
+    with pytest.raises(Unfit, match="there is no NVIDIA GPU$"):
+        gpu_capability(SimpleNamespace(cudaGetDeviceCount=lambda: (0, 0)))
+    assert call(SimpleNamespace(f=lambda a: (0, a, 2)), "f", 1) == (1, 2)
+
+
+def used(variable):
+    """variable.A.B -> 'A.B', and 'A' of call(variable, "A") and getattr(variable.B, ...) in the files of this room."""
+    found = set()
+    for file in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Attribute):
+                text = ast.unparse(node).replace("self._", "")
+                if text.startswith(f"{variable}.") and text.count(".") <= 2:
+                    found.add(text.removeprefix(f"{variable}."))
+            if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("call"):
+                target, *names = node.args
+                if ast.unparse(target).replace("self._", "") == variable:
+                    found |= {name.value for name in names[:1] if isinstance(name, ast.Constant)}
+    return found
+
+
+@pytest.mark.parametrize(("variable", "module"), [("cuda", "cuda.bindings.runtime"), ("trt", "tensorrt_rtx")])
+def test_the_real_library_has_every_name_that_is_used(variable, module):
+    try:
+        library = importlib.import_module(module)
+    except ImportError:
+        pytest.skip(f"{module} is not installed: its names were not compared")
+    names = used(variable)
+    assert len(names) > 10
+    for name in sorted(names):
+        owner = library
+        for part in name.split("."):
+            assert hasattr(owner, part) or part.startswith("__"), name
+            owner = getattr(owner, part, None)
+
+
+def test_phases_nest():
+    phases = Phases()
+    phases.start("build", None, 4)
+    phases.step("build")
+    phases.start("inner", "build", 2)
+    phases.step("inner")
+    assert phases.now() == (pytest.approx((1 + 0.5) / 4), "inner")
+    phases.step("inner")
+    phases.finish("inner")
+    phases.step("build")
+    assert phases.now() == (0.5, "build")
+    phases.finish("build")
+    assert phases.now() == (0.0, "")
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    ("stream", "expected"), [(Terminal(), "\r\033[2K  building g: 50%  build"), (io.StringIO(), "")]
+)
+def test_progress_is_live_on_a_terminal_and_rare_elsewhere(stream, expected, monkeypatch):
+    monkeypatch.setattr("diffpress.runtime.engines.tensorrt.monitor.LIVE_EVERY_S", 0.0)
+    watch = monitor(SimpleNamespace(IProgressMonitor=object), "g", stream)
+    watch.phase_start("build", None, 2)
+    assert watch.step_complete("build", 0)
+    watch.phase_finish("build")
+    assert stream.getvalue() == expected
+
+
+def test_an_interrupt_stops_the_build(monkeypatch):
+    watch = monitor(SimpleNamespace(IProgressMonitor=object), "g", io.StringIO())
+    watch._tell = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    assert watch.step_complete("build", 0) is False and watch.interrupted
+
+
+HARDWARE = (
+    "IBuilder::buildSerializedNetwork: Error Code 1: Myelin ([pass.cpp:1500: run_passes] Cannot compile for target(s) "
+    "sm86, because the model contains HW-specific datatypes: fp8_e4m3. In compileGraph at /_src/a/b.cpp:2012)"
+)
+
+
+def test_what_the_builder_says_becomes_why_and_what_to_try():
+    said = str(build_error("g.onnx", "tensorrt-rtx", ["Thread context has not been set!", HARDWARE], BuildOptions()))
+    assert said == (
+        "g.onnx: compute capability 8.6 does not run format fp8 of this graph (tensorrt-rtx); 8.9 and later do: leave "
+        "8.6 out, or quantize to int8"
+    )
+    memory = build_error("g.onnx", "tensorrt", ["IBuilder::x: Error Code 2: out of memory\n"], BuildOptions())
+    assert str(memory) == (
+        "g.onnx: tensorrt cannot build it: out of memory; take a smaller batch or size, a workspace limit, or a "
+        "machine with more memory"
+    )
+    assert str(build_error("g.onnx", "tensorrt", [], BuildOptions())).endswith("no reason given")
+    assert one_line("a\n  b " * 500).count("\n") == 0

@@ -1,0 +1,306 @@
+"""Which TensorRT plan is used: facts of the machine against manifest entries, without a GPU or the library."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import importlib.util
+import json
+import random
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from diffpress.runtime.bundle import Built, load_bundle
+from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
+from diffpress.runtime.engines import load_engine
+from diffpress.runtime.engines.cache import Cache
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.engines.tensorrt import engine as tensorrt_engine
+from diffpress.runtime.engines.tensorrt.builder import choose, graph_sha256
+from diffpress.runtime.engines.tensorrt.compatibility import misfit, uncovered
+from diffpress.runtime.engines.tensorrt.engine import reasons
+from diffpress.runtime.engines.tensorrt.engine_files import plan_for
+from diffpress.runtime.engines.tensorrt.library import Device
+from diffpress.runtime.engines.tensorrt.options import BuildOptions
+from diffpress.runtime.engines.tensorrt.profile import profile_shapes
+from diffpress.runtime.errors import BadInput, MissingExtra, Unfit
+
+needs_tensorrt = pytest.mark.skipif(
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed: no plan was built here"
+)
+HERE = Device("8.9", {"tensorrt-rtx": "1.7.1", "tensorrt": "10.9.0"})
+
+
+def entry_of(**changes):
+    return {
+        "engine": "tensorrt",
+        "library": "tensorrt-rtx",
+        "version": "1.7.1",
+        "graph": "denoiser.onnx",
+        "graph_sha256": "g",
+        "file": "engines/tensorrt/denoiser_sm89.plan",
+        "sha256": hashlib.sha256(b"plan").hexdigest(),
+        "compute_capabilities": ["8.6", "8.9"],
+        "profile": {"sample": [[1, 3, 8, 8], [8, 3, 8, 8], [64, 3, 8, 8]]},
+        "options": BuildOptions().to_json(),
+        **changes,
+    }
+
+
+def test_a_plan_for_this_machine_fits():
+    assert misfit(entry_of(), HERE, "g") is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"version": "1.6.0"}, "built with tensorrt-rtx 1.6.0, and 1.7.1 is installed"),
+        ({"library": "tensorrt", "version": "10.8.0"}, "built with tensorrt 10.8.0, and 10.9.0 is installed"),
+        ({"compute_capabilities": ["8.6", "12.0"]}, "built for compute capability 8.6, 12.0, and this GPU has 8.9"),
+        ({"graph_sha256": "other"}, "built from another denoiser.onnx than the one that is there"),
+        ({"profile": {"sample": [[1], [2, 3], [4]]}}, "its entry in the manifest is incomplete"),
+        ({"compute_capabilities": "8.9"}, "its entry in the manifest is incomplete"),
+        ({"sha256": None}, "its entry in the manifest is incomplete"),
+    ],
+)
+def test_a_plan_that_does_not_fit_says_why(changes, reason):
+    assert reason in misfit(entry_of(**changes), HERE, "g")
+
+
+def test_a_library_that_is_not_there_is_named():
+    other = Device("8.9", {"tensorrt": "10.9.0"})
+    assert "tensorrt-rtx 1.7.1, which is not installed" in misfit(entry_of(), other, "g")
+
+
+@pytest.mark.parametrize(
+    ("built", "fits"), [("10.8.2", True), ("10.10.0", False), ("9.9.0", False), ("10.9.0", True), ("x", False)]
+)
+def test_version_compatible_plans_run_in_later_versions_alone(built, fits):
+    options = BuildOptions(version_compatible=True).to_json()
+    entry = entry_of(library="tensorrt", version=built, options=options)
+    assert (misfit(entry, HERE, "g") is None) == fits
+
+
+def test_hardware_compatible_plans_run_from_ampere_on():
+    options = BuildOptions(hardware_compatible="ampere_plus").to_json()
+    entry = entry_of(compute_capabilities=["8.0"], options=options)
+    assert misfit(entry, HERE, "g") is None
+    assert misfit(entry, Device("7.5", HERE.libraries), "g") is not None
+
+
+def test_shapes_outside_of_the_profile_are_named():
+    profile = entry_of()["profile"]
+    assert uncovered(profile, {"sample": (64, 3, 8, 8)}) is None
+    assert uncovered(profile, {"sample": (2, 3, 16, 8)}) == (
+        "it takes sample from 1x3x8x8 to 64x3x8x8, and 2x3x16x8 is asked for"
+    )
+
+
+@pytest.fixture
+def bundle(tiny):
+    return load_bundle(tiny)
+
+
+@pytest.fixture
+def graph(bundle):
+    return bundle.denoiser
+
+
+def built(tmp_path, graph, content=b"plan", **changes):
+    (tmp_path / "a.plan").write_bytes(content)
+    return Built(tmp_path / "a.plan", entry_of(graph_sha256=graph_sha256(graph), **changes))
+
+
+def test_of_several_plans_the_one_that_fits_is_taken(tmp_path, graph):
+    wrong, right = built(tmp_path, graph, compute_capabilities=["12.0"]), built(tmp_path, graph)
+    plan, entry = plan_for(graph, EngineOptions(), [wrong, right], HERE)
+    assert plan == b"plan" and entry == right.entry
+
+
+def test_where_none_fits_every_reason_is_said_in_one_line(tmp_path, graph):
+    plans = [built(tmp_path, graph, compute_capabilities=["12.0"]), built(tmp_path, graph, version="1.6.0")]
+    with pytest.raises(Unfit, match="this GPU has 8.9.*1.7.1 is installed.*build one with --rebuild") as caught:
+        plan_for(graph, EngineOptions(), plans, HERE)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    with pytest.raises(Unfit, match="none was built for it"):
+        plan_for(graph, EngineOptions(), [], HERE)
+
+
+def test_a_changed_graph_makes_its_plan_useless(tmp_path, graph):
+    plan = built(tmp_path, graph)
+    other = tmp_path / "denoiser.onnx"
+    other.write_bytes(graph.read_bytes() + b"\0")
+    with pytest.raises(Unfit, match="built from another denoiser.onnx"):
+        plan_for(other, EngineOptions(), [plan], HERE)
+
+
+def test_100_random_damages_are_refused_or_change_nothing(tmp_path, graph):
+    """Of plan and entry: a clear refusal, never another exception, never another plan."""
+    right, draw = built(tmp_path, graph), random.Random(0)
+    refused = 0
+    for _ in range(100):
+        entry, content = copy.deepcopy(right.entry), bytearray(b"plan")
+        if draw.random() < 0.5:
+            content[draw.randrange(4)] ^= 1 << draw.randrange(8)
+        else:
+            key = draw.choice(sorted(entry))
+            entry[key] = draw.choice([None, 1, "x", [], {}, [[1]], {"a": 1}])
+        (tmp_path / "a.plan").write_bytes(bytes(content))
+        try:
+            plan, _ = plan_for(graph, EngineOptions(), [Built(tmp_path / "a.plan", entry)], HERE)
+        except BadInput as error:
+            refused += 1
+            assert "\n" not in str(error)
+        else:
+            assert plan == b"plan" and key in ("engine", "file", "graph", "options")
+    assert refused > 70
+
+
+def test_weights_beside_the_graph_count_as_the_graph(tmp_path):
+    tensor = b"\n\x08location\x12\x0bweights.bin"
+    (tmp_path / "g.onnx").write_bytes(b"\x08\x09" + tensor)
+    (tmp_path / "weights.bin").write_bytes(b"one")
+    before = graph_sha256(tmp_path / "g.onnx")
+    (tmp_path / "weights.bin").write_bytes(b"two")
+    assert graph_sha256(tmp_path / "g.onnx") != before
+
+
+@pytest.mark.skipif(tensorrt_engine.missing() is None, reason="TensorRT and cuda-python are installed")
+def test_without_the_package_its_extra_is_named(graph):
+    with pytest.raises(MissingExtra, match=r"engine 'tensorrt' needs .* pip install 'diffpress\[tensorrt\]'"):
+        load_engine(graph, "tensorrt")
+
+
+@pytest.mark.skipif(tensorrt_engine.missing() is not None, reason="TensorRT or cuda-python is not installed")
+def test_without_a_gpu_it_says_so_in_one_line(graph):
+    if tensorrt_engine.unusable() is None:
+        pytest.skip("there is a GPU")
+    with pytest.raises(Unfit, match="engine 'tensorrt' cannot run here: there is no NVIDIA GPU") as caught:
+        load_engine(graph, "tensorrt")
+    assert "\n" not in str(caught.value)
+
+
+@needs_tensorrt
+def test_rebuilding_builds_for_this_gpu_and_finds_it_again(tmp_path, graph, bundle):
+    import tensorrt_rtx
+
+    device = Device("8.9", {"tensorrt-rtx": tensorrt_rtx.__version__})
+    old = built(tmp_path, graph, compute_capabilities=["12.0"], options=BuildOptions(batch=(1, 2, 4)).to_json())
+    cache = Cache(tmp_path / "cache", bundle.hash)
+    plan, entry = plan_for(graph, EngineOptions(rebuild=True, cache=cache), [old], device)
+    assert entry["compute_capabilities"] == ["8.9"] and entry["options"]["batch"] == (1, 2, 4)
+    assert misfit({**json.loads(json.dumps(entry)), "file": "x"}, device, graph_sha256(graph)) is None
+    again, _ = plan_for(graph, EngineOptions(cache=cache), [old], device)
+    assert again == plan
+    with pytest.raises(Unfit):
+        plan_for(graph, EngineOptions(cache=cache), [old], Device("8.6", device.libraries))
+
+
+@needs_tensorrt
+def test_a_rebuilt_plan_is_bytes_whose_header_the_library_reads(tmp_path, graph):
+    import tensorrt_rtx
+
+    device = Device("8.9", {"tensorrt-rtx": tensorrt_rtx.__version__})
+    plan, entry = plan_for(graph, EngineOptions(rebuild=True), [], device)
+    assert type(plan) is bytes and len(plan) == entry["bytes"]
+    assert hashlib.sha256(plan).hexdigest() == entry["sha256"]
+    runtime = tensorrt_rtx.Runtime(tensorrt_rtx.Logger())
+    header = plan[: runtime.engine_header_size]
+    assert runtime.get_engine_validity(header)[0] in tensorrt_rtx.EngineValidity.__members__.values()
+
+
+@needs_tensorrt
+def test_what_is_wrong_with_an_invalid_plan_is_said_in_the_librarys_own_words():
+    import tensorrt_rtx
+
+    runtime = tensorrt_rtx.Runtime(tensorrt_rtx.Logger())
+    _, flags = runtime.get_engine_validity(b"x" * runtime.engine_header_size)
+    assert reasons(tensorrt_rtx, flags) == "malformed engine"
+    assert reasons(tensorrt_rtx, 3) == "version mismatch, unsupported cc"
+
+
+def machine_with(monkeypatch, capability, named, classic=False):
+    """Of this GPU, and a TensorRT-RTX that has these names of compute capabilities."""
+    members = {f"SM{one.replace('.', '')}": one for one in named}
+    trt = SimpleNamespace(ComputeCapability=SimpleNamespace(__members__=members))
+    both = ["tensorrt-rtx", "tensorrt"] if classic else ["tensorrt-rtx"]
+    monkeypatch.setattr("diffpress.runtime.engines.tensorrt.library.installed", lambda: both)
+    monkeypatch.setattr("diffpress.runtime.engines.tensorrt.library.library", lambda name: trt)
+    monkeypatch.setattr("diffpress.runtime.engines.tensorrt.library.cuda_runtime", lambda: None)
+    monkeypatch.setattr("diffpress.runtime.engines.tensorrt.library.gpu_capability", lambda cuda: capability)
+    return trt
+
+
+def test_where_tensorrt_is_there_too_it_builds_for_such_a_gpu(monkeypatch):
+    machine_with(monkeypatch, "9.0", ["8.9"], classic=True)
+    assert choose([]) == ("tensorrt", ["9.0"])
+
+
+@pytest.mark.parametrize("asked", [["8.9", "9.0"], ["7.0"], ["9.0"], []])
+def test_a_gpu_that_tensorrt_rtx_has_no_name_for_is_refused_before_building(asked, monkeypatch):
+    machine_with(monkeypatch, "9.0", ["8.9"])
+    assert choose(["8.9"]) == ("tensorrt-rtx", ["8.9"])
+    with pytest.raises(Unfit, match="tensorrt-rtx cannot build for compute capability .* on a GPU of 9.0"):
+        choose(asked)
+
+
+def test_the_profile_follows_the_names_of_dimensions(bundle):
+    spec = bundle.spec
+    channels, height, width = spec.sample_shape
+    shapes = profile_shapes(
+        {"sample": ["batch", channels, "height", "width"], "timestep": ["steps"]}, spec, BuildOptions((1, 2, 4))
+    )
+    assert shapes["sample"] == tuple((n, channels, height, width) for n in (1, 2, 4))
+    assert shapes["timestep"] == ((1,), (2,), (4,))
+    with pytest.raises(BadInput, match="dimension 'depth' of input 'sample'"):
+        profile_shapes({"sample": ["depth"]}, spec, BuildOptions())
+
+
+def test_text_and_latents_get_their_own_ranges(bundle):
+    text = Conditioning(
+        "text",
+        encoders=(TextEncoder("text_encoder", "tokenizer", 16, 0),),
+        inputs={"encoder_hidden_states": TextInput((16, 32), (("text_encoder.last_hidden_state",),))},
+    )
+    spec = replace(bundle.spec, sample_shape=(4, 8, 8), latent_factor=8, conditioning=text)
+    options = BuildOptions((1, 2, 4), sizes=((32, 64), (128, 96)))
+    inputs = {
+        "sample": ["batch", 4, "height", "width"],
+        "encoder_hidden_states": ["batch", "sequence", 32],
+    }
+    shapes = profile_shapes(inputs, spec, options)
+    assert shapes["sample"] == ((1, 4, 4, 8), (2, 4, 8, 8), (4, 4, 16, 12))
+    assert shapes["encoder_hidden_states"][2] == (4, 16, 32)
+    encoder = profile_shapes({"input_ids": ["batch", "sequence"]}, spec, options, "text_encoder")
+    assert encoder["input_ids"][1] == (2, 16)
+    latents = {"latent_sample": ["batch", 4, "latent_height", "latent_width"]}
+    decoder = profile_shapes(latents, spec, options, "vae_decoder")
+    assert decoder["latent_sample"] == ((1, 4, 4, 8), (1, 4, 8, 8), (1, 4, 16, 12))
+    with pytest.raises(BadInput, match="sizes: 36 and 128 must be multiples of 8"):
+        profile_shapes(inputs, spec, BuildOptions(sizes=((36, 64), (128, 96))))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch": (2, 1, 4)},
+        {"batch": (0, 1, 4)},
+        {"optimization_level": 6},
+        {"workspace_mib": 0},
+        {"hardware_compatible": "ampere"},
+        {"sizes": ((64, 64), (32, 64))},
+    ],
+)
+def test_options_that_make_no_sense_are_refused(wrong):
+    with pytest.raises(BadInput):
+        BuildOptions(**wrong)
+
+
+def test_options_come_back_from_json():
+    options = BuildOptions((1, 2, 3), ((8, 8), (16, 16)), 5, 64, True, True, True, True, True, "ampere_plus")
+    assert BuildOptions.from_json(json.loads(json.dumps(options.to_json())), "x") == options
+    for damaged in ({"batch": [1, 2]}, {"tf32": 1}, {"batch": "123"}, {"new": 1}, {"workspace_mib": True}, None):
+        with pytest.raises(BadInput, match="^x: "):
+            BuildOptions.from_json(damaged, "x")

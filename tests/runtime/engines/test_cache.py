@@ -1,0 +1,96 @@
+"""runtime/engines/cache.py: what was kept comes back byte for byte, or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from diffpress.runtime.engines import cache as module
+from diffpress.runtime.engines.cache import Cache, cache_folder
+
+
+def entries(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir())
+
+
+def test_what_was_kept_comes_back_in_another_process(tmp_path: Path) -> None:
+    Cache(tmp_path / "c", "graph").write("key", b"data")
+    again = Cache(tmp_path / "c", "graph")
+    assert again.read("key") == b"data" and again.read("other") is None
+    assert Cache(tmp_path / "c").of("other graph").read("key") is None
+
+
+def test_without_the_graphs_name_nothing_is_kept(tmp_path: Path) -> None:
+    Cache(tmp_path).write("key", b"data")
+    assert entries(tmp_path) == [] and Cache(tmp_path).read("key") is None
+
+
+@pytest.mark.parametrize("at", range(0, 40, 3))
+def test_a_flipped_bit_anywhere_makes_it_no_entry(tmp_path: Path, at: int) -> None:
+    cache = Cache(tmp_path, "graph")
+    cache.write("key", b"datadata")
+    (file,) = entries(tmp_path)
+    content = bytearray(file.read_bytes())
+    content[at] ^= 4
+    file.write_bytes(content)
+    assert cache.read("key") is None
+
+
+@pytest.mark.parametrize("length", [0, 5, 32, 39])
+def test_a_cut_file_is_no_entry_and_is_written_over(tmp_path: Path, length: int) -> None:
+    cache = Cache(tmp_path, "graph")
+    cache.write("key", b"datadata")
+    (file,) = entries(tmp_path)
+    file.write_bytes(file.read_bytes()[:length])
+    assert cache.read("key") is None
+    cache.write("key", b"datadata")
+    assert cache.read("key") == b"datadata" and entries(tmp_path) == [file]
+
+
+def test_an_entry_under_anothers_name_is_none(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, "graph")
+    cache.write("a", b"of a")
+    (a,) = entries(tmp_path)
+    cache.write("b", b"of b")
+    (b,) = set(entries(tmp_path)) - {a}
+    a.write_bytes(b.read_bytes())
+    assert cache.read("a") is None and cache.read("b") == b"of b"
+
+
+def test_a_folder_that_cannot_be_written_keeps_nothing_and_says_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    cache = Cache(tmp_path / "file", "graph")
+    cache.write("key", b"data")
+    assert cache.read("key") is None
+
+
+def test_what_was_used_longest_ago_is_forgotten_and_other_files_stay(tmp_path: Path, monkeypatch) -> None:
+    cache = Cache(tmp_path, "graph")
+    (tmp_path / "precious").write_bytes(b"x" * 1000)
+    for number, key in enumerate("abc"):
+        cache.write(key, b"x" * 68)  # 100 bytes with its digest
+        (newest,) = set(tmp_path.glob("*.compiled")) - {path for path in tmp_path.iterdir() if path.stat().st_mtime < 9}
+        os.utime(newest, (number + 1, number + 1))
+    assert cache.read("a") is not None  # now the one that was used last
+    monkeypatch.setattr(module, "LIMIT", 300)
+    cache.write("d", b"x" * 68)
+    assert [key for key in "abcd" if cache.read(key) is None] == ["b"] and (tmp_path / "precious").exists()
+
+
+def test_what_is_too_large_is_not_kept(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(module, "LARGEST", 7)
+    Cache(tmp_path, "graph").write("key", b"datadata")
+    assert entries(tmp_path) == []
+
+
+def test_the_users_folder_is_the_systems_or_the_one_that_was_chosen(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("DIFFPRESS_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"
+    monkeypatch.delenv("DIFFPRESS_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache_folder() == tmp_path / "xdg" / "diffpress"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "diffpress"

@@ -1,0 +1,194 @@
+"""runtime/fused/openvino.py: a walk inside the graph gives the samples of the sampler's own loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.engines import load_engine, open_engine
+from diffpress.runtime.engines.cache import Cache
+from diffpress.runtime.engines.openvino.engine import OpenVinoEngine
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.fused.program import linear_walk, step_by_step, walking
+from diffpress.runtime.sampler import generate, warm_up
+from diffpress.runtime.sampling_plan import Correction
+from diffpress.runtime.spec import DenoiserSpec
+from tests.runtime.fused_specs import CLASSES, ONE_CALL, SHAPE, spec_of
+
+openvino = pytest.importorskip("openvino")
+
+
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A network that bends what it is given, by channel, timestep and label, as OpenVINO's own format."""
+    from openvino import opset13 as op
+
+    def parameter(name: str, shape: list[int], kind: type) -> object:
+        node = op.parameter(shape, kind, name=name)
+        node.output(0).set_names({name})
+        return node
+
+    sample = parameter("sample", [-1, *SHAPE], np.float32)
+    timestep, labels = parameter("timestep", [-1], np.float32), parameter("class_labels", [-1], np.int64)
+    each = np.array([-1, 1, 1, 1])
+    told = op.add(op.multiply(timestep, np.float32(1e-3)), op.multiply(op.convert(labels, "f32"), np.float32(0.2)))
+    filters = op.constant(np.random.default_rng(0).standard_normal((2, 2, 3, 3)).astype(np.float32) * 0.3)
+    convolved = op.convolution(sample, filters, [1, 1], [1, 1], [1, 1], [1, 1])
+    out = op.tanh(op.add(convolved, op.reshape(told, each, False)))
+    out.output(0).set_names({"out_sample"})
+    model = openvino.Model([op.result(out)], [sample, timestep, labels], "bends")
+    path = tmp_path_factory.mktemp("walk") / "bends.xml"
+    openvino.save_model(model, path, compress_to_fp16=False)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(graph: Path) -> Iterator[OpenVinoEngine]:
+    with closing(load_engine(graph, "openvino", threads=1)) as engine:
+        assert isinstance(engine, OpenVinoEngine)
+        yield engine
+
+
+classes_spec = partial(spec_of, prediction="v", conditioning=CLASSES)
+
+
+def both(engine: OpenVinoEngine, spec: DenoiserSpec, count: int = 3, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
+    ways = (step_by_step(engine), walking(engine))
+    wanted, found = (generate(way, spec, range(count), batch=batch) for way in ways)
+    return wanted, found
+
+
+@pytest.mark.parametrize("solver", ONE_CALL)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("clip", [True, False])
+def test_it_walks_as_the_loop_does(engine: OpenVinoEngine, solver: str, guidance: float, clip: bool) -> None:
+    if solver == "ddim_clip" and clip:
+        pytest.skip("either the plan bounds x_0 or this solver does")
+    wanted, found = both(engine, classes_spec(solver, guidance=guidance, clip=clip))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
+def test_corrections_are_each_channels_own(engine: OpenVinoEngine, prediction: str) -> None:
+    corrections = tuple(Correction(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
+    spec = classes_spec("unipc_3", prediction=prediction, corrections=corrections)
+    wanted, found = both(engine, spec)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    assert np.abs(both(engine, spec.with_plan(spec.plan.uncorrected))[1] - found).max() > 1e-2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 20])
+def test_any_number_of_steps_walks_in_the_same_graph(engine: OpenVinoEngine, monkeypatch, steps: int) -> None:
+    both(engine, classes_spec("ddim"))
+
+    def no_compiling(*_: object) -> None:
+        raise AssertionError("it was compiled before")
+
+    monkeypatch.setattr(engine, "_compile", no_compiling)
+    wanted, found = both(engine, classes_spec("dpmpp_3m", steps=steps, clip=False))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+
+
+def test_a_walk_remembers_nothing_of_the_one_before_and_leaves_its_samples_alone(engine: OpenVinoEngine) -> None:
+    spec = classes_spec("unipc_2")
+    first = generate(walking(engine), spec, range(2))
+    kept = first.copy()
+    other = generate(walking(engine), spec, range(2, 4))
+    assert np.array_equal(first, kept) and np.abs(other - first).max() > 0.1
+    assert np.array_equal(generate(walking(engine), spec, range(2)), first)
+
+
+def test_the_bundles_exact_denoiser_walks_to_its_images(tiny: Path) -> None:
+    bundle = load_bundle(tiny)
+    with closing(open_engine(bundle, "openvino", threads=1)) as engine:
+        wanted, found = both(engine, bundle.spec, count=6)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_walks_under_way_at_once_are_what_each_is_alone(graph: Path, engine: OpenVinoEngine) -> None:
+    spec, seeds = classes_spec("unipc_2"), [range(first, first + 2) for first in range(12)]
+    options = EngineOptions(threads=2, streams=2)
+    with closing(load_engine(graph, "openvino", options=options)) as several, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda part: generate(walking(several), spec, part), seeds))
+    for part, samples in zip(seeds, found, strict=True):
+        assert np.array_equal(samples, generate(walking(engine), spec, part))
+
+
+def test_the_cache_keeps_the_walking_graph_too(graph: Path, tmp_path: Path, monkeypatch) -> None:
+    options, spec = EngineOptions(threads=1, cache=Cache(tmp_path, "bends")), classes_spec("unipc_2", guidance=2.0)
+
+    def samples() -> tuple[np.ndarray, np.ndarray]:
+        with closing(load_engine(graph, "openvino", options=options)) as engine:
+            return both(engine, spec, count=2)
+
+    first = samples()
+    assert len(list(tmp_path.iterdir())) == 3  # what the graph is like, as it is, and walking
+
+    def no_reading(*_: object) -> None:
+        raise AssertionError("it was to be taken from the cache")
+
+    monkeypatch.setattr(openvino.Core, "read_model", no_reading)
+    assert all(np.array_equal(a, b) for a, b in zip(first, samples(), strict=True))
+
+
+def test_with_the_network_in_bfloat16_the_steps_stay_in_float32(graph: Path, engine: OpenVinoEngine) -> None:
+    if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        pytest.skip("this processor does not compute in bfloat16")
+    spec = classes_spec("unipc_3", steps=20)
+    with closing(load_engine(graph, "openvino", options=EngineOptions(threads=1, precision="bf16"))) as half:
+        wanted, found = both(half, spec, count=6)
+    exact = generate(step_by_step(engine), spec, range(6))
+    assert np.abs(wanted - exact).max() > 1e-3  # the network is in bfloat16
+    # samples that lost their lower bits at each step would be as far off again
+    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted - exact).max()
+
+
+def test_f16_is_left_to_the_loop(graph: Path, monkeypatch) -> None:
+    real = openvino.Core.get_property
+
+    def capable(self, device, name, *rest):
+        return ["FP32", "FP16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
+
+    monkeypatch.setattr(openvino.Core, "get_property", capable)
+    program, told = linear_walk(classes_spec("ddim")), {"class_labels": np.arange(2)}
+    with closing(load_engine(graph, "openvino", options=EngineOptions(precision="f16"))) as half:
+        assert half.walk(program, told, np.zeros((2, *SHAPE), np.float32)) is None
+
+
+def test_large_networks_are_left_to_the_loop(engine: OpenVinoEngine, monkeypatch) -> None:
+    program, told, start = linear_walk(classes_spec("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
+    assert engine.walk(program, told, start).shape == start.shape
+    monkeypatch.setattr("diffpress.runtime.engines.openvino.engine.WALKED_BYTES", 10)
+    assert engine.walk(program, told, start) is None
+
+
+def test_warming_up_compiles_what_the_sampling_then_runs(graph: Path, monkeypatch) -> None:
+    compiled = []
+    real = openvino.Core.compile_model
+
+    def compiling(self, model, *rest):
+        compiled.append(model.get_friendly_name())
+        return real(self, model, *rest)
+
+    monkeypatch.setattr(openvino.Core, "compile_model", compiling)
+    with closing(load_engine(graph, "openvino", threads=1)) as engine:
+        for solver, wanted in (("ddim", ["walk"]), ("heun", ["walk", "bends"])):
+            warm_up(engine, classes_spec(solver), 3)
+            assert compiled == wanted
+            generate(engine, classes_spec(solver), range(3))
+            assert compiled == wanted
+
+
+def test_what_the_graph_cannot_take_is_one_line(engine: OpenVinoEngine) -> None:
+    program = linear_walk(classes_spec("ddim"))
+    with pytest.raises(BadInput, match="OpenVINO cannot compile it") as caught:
+        engine.walk(program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,259 @@
+"""runtime/pipeline.py over engines that answer in closed form: sizes, words, and the way from latents to images."""
+
+from __future__ import annotations
+
+import math
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import diffpress.runtime.pipeline
+from diffpress.runtime.bundle import Bundle, load_bundle
+from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.errors import BadInput
+from diffpress.runtime.network_inputs import Conditions
+from diffpress.runtime.noise_schedule import flow_schedule
+from diffpress.runtime.pipeline import Pipeline, has_fixed_size, resized
+from diffpress.runtime.sampling_plan import Plan, make_plan
+from diffpress.runtime.spec import DenoiserSpec
+from diffpress.runtime.timesteps import Spacing, spaced_timesteps
+
+FLOAT32, INT64 = np.dtype(np.float32), np.dtype(np.int64)
+SCHEDULE = flow_schedule(1000)
+TEXT = Conditioning(
+    "text",
+    encoders=(TextEncoder("text_encoder", "tokenizer", 3),),
+    inputs={"states": TextInput((3, 2), (("text_encoder.hidden",),))},
+)
+
+
+def make_spec(conditioning: Conditioning | None = None, **changes: Any) -> DenoiserSpec:
+    """Latents of 4 x 8 x 8, each cell 4 pixels, in sizes of two cells."""
+    plan = make_plan("euler", 2, SCHEDULE, guidance=3.0 if conditioning is TEXT else 1.0, clip=False)
+    spec = DenoiserSpec("flow", SCHEDULE, (4, 8, 8), plan, conditioning or Conditioning(), latent_factor=4)
+    return replace(spec, size_multiple=2, **changes)
+
+
+def make_bundle(spec: DenoiserSpec, sides: tuple[Any, ...] = ("height", "width")) -> Bundle:
+    ids = {"input_ids": {"dtype": "int64", "shape": ["batch", 3]}}
+    denoiser = {"file": "denoiser.onnx", "inputs": {"sample": {"dtype": "float32", "shape": ["batch", 4, *sides]}}}
+    graphs = {"denoiser": denoiser, "vae_decoder": {"file": "d.onnx"}, "text_encoder": {"file": "t", "inputs": ids}}
+    return Bundle(Path("there"), spec, {"graphs": graphs})
+
+
+@dataclass
+class Desk:
+    """Stands for the engines: which graphs were opened, which are open still, and with what batches they ran."""
+
+    opened: list[str] = field(default_factory=list)
+    running: list[str] = field(default_factory=list)
+    batches: list[tuple[str, int]] = field(default_factory=list)
+
+    def open(self, bundle: Bundle, name: str | None, graph: str = "denoiser", options: Any = None) -> Any:
+        self.opened.append(graph)
+        self.running.append(graph)
+        told = dict.fromkeys(bundle.spec.conditioning.inputs, FLOAT32)
+        inputs = {
+            "denoiser": {"sample": FLOAT32, "timestep": FLOAT32, **told},
+            "vae_decoder": {"latent_sample": FLOAT32},
+            "text_encoder": {"input_ids": INT64},
+        }
+
+        def run(feed: dict[str, np.ndarray]) -> np.ndarray:
+            first = next(iter(feed.values()))
+            self.batches.append((graph, len(first)))
+            # a decoder that shows the first three channels, each cell as one pixel
+            return first[:, :3].copy() if graph == "vae_decoder" else np.zeros_like(first)
+
+        def run_all(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {"hidden": np.repeat(feed["input_ids"][..., None], 2, axis=-1).astype(np.float32)}
+
+        close = lambda: self.running.remove(graph)  # noqa: E731
+        return SimpleNamespace(name=name or "fake", inputs=inputs[graph], run=run, run_all=run_all, close=close)
+
+
+@pytest.fixture
+def desk(monkeypatch) -> Desk:
+    one = Desk()
+    monkeypatch.setattr(diffpress.runtime.pipeline, "open_engine", one.open)
+    return one
+
+
+class Letters:
+    """A tokenizer whose ids are the letters' places in the alphabet."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def num_special_tokens_to_add(self, pair: bool) -> int:
+        return 0
+
+    def enable_truncation(self, length: int) -> None:
+        self.length = length
+
+    def no_padding(self) -> None:
+        pass
+
+    def encode(self, text: str) -> Any:
+        ids = [ord(letter) - 96 for letter in text]
+        rest = SimpleNamespace(offsets=[(self.length, len(text))], special_tokens_mask=[0])
+        return SimpleNamespace(ids=ids[: self.length], overflowing=[rest] if len(text) > self.length else [])
+
+
+@pytest.fixture
+def letters(monkeypatch) -> None:
+    monkeypatch.setattr(diffpress.runtime.pipeline, "open_tokenizer", Letters)
+
+
+# --- sizes -----------------------------------------------------------------------------------------------------
+
+
+def test_another_size_changes_the_sample_and_nothing_else() -> None:
+    spec = make_spec()
+    other = resized(spec, (48, 24))
+    assert other.sample_shape == (4, 12, 6) and other.image_size == (48, 24)
+    assert replace(other, sample_shape=spec.sample_shape) == spec
+    assert resized(spec, (32, 32)) is spec and resized(spec, (32, 32), fixed=True) is spec
+
+
+@pytest.mark.parametrize(
+    ("size", "nearest"),
+    [((30, 32), "32x32"), ((32, 45), "32x48"), ((3, 3), "8x8"), ((0, 8), "8x8"), ((50, 70), "48x72")],
+)
+def test_a_size_off_the_multiples_is_refused_with_the_nearest(size: tuple[int, int], nearest: str) -> None:
+    with pytest.raises(BadInput, match=rf"{size[0]}x{size[1]}.*multiples of 8.*nearest is {nearest}"):
+        resized(make_spec(), size)
+
+
+def test_a_graph_of_one_size_refuses_another() -> None:
+    with pytest.raises(BadInput, match="size 48x24.*makes 32x32 images only"):
+        resized(make_spec(), (48, 24), fixed=True)
+
+
+def test_whether_a_size_is_fixed_is_read_off_the_graph() -> None:
+    assert has_fixed_size(make_bundle(make_spec(), (8, 8)))
+    assert not has_fixed_size(make_bundle(make_spec()))
+    silent = make_bundle(make_spec())
+    del silent.manifest["graphs"]["denoiser"]["inputs"]
+    assert has_fixed_size(silent)
+
+
+def test_a_larger_image_is_shifted_further_towards_the_noise() -> None:
+    # shift exp(m), m on the line through (16 tokens, 0.5) and (64 tokens, 1.25), as Flux has it
+    spacing = Spacing("linspace", whole=False, dynamic=(0.5, 1.25, 16, 64))
+    spec = make_spec(spacing=spacing)
+    steps = spaced_timesteps(spacing, 4, SCHEDULE, spec.tokens(spec.sample_shape))
+    spec = spec.with_plan(Plan("euler", steps, clip=False))
+    large = resized(spec, (64, 64))
+    assert spec.tokens(spec.sample_shape) == 16 and large.tokens(large.sample_shape) == 64
+    for before, after in zip(spec.plan.timesteps, large.plan.timesteps, strict=True):
+        s, k = before / 999, math.exp(1.25) / math.exp(0.5)
+        assert after / 999 == pytest.approx(k * s / (1 + (k - 1) * s), rel=1e-9)
+    assert resized(large, (32, 32)).plan.timesteps == pytest.approx(spec.plan.timesteps, rel=1e-9)
+
+
+# --- from latents to images ------------------------------------------------------------------------------------
+
+
+def test_latents_are_scaled_and_shifted_before_they_are_decoded_one_by_one(desk: Desk) -> None:
+    spec = make_spec(latent_scale=0.25, latent_shift=-0.5)
+    pipeline = Pipeline(make_bundle(spec))
+    latents = np.linspace(-0.6, 0.6, 2 * 4 * 64, dtype=np.float32).reshape(2, 4, 8, 8)
+    expected = np.clip(latents[:, :3] / 0.25 - 0.5, -1, 1)
+    np.testing.assert_allclose(pipeline.decode(latents), expected, rtol=0, atol=1e-6)
+    assert expected.min() == -1 and expected.max() == 1, "the bounds are tried"
+    assert desk.batches == [("vae_decoder", 1)] * 2
+
+
+def test_pixels_need_no_decoder(desk: Desk) -> None:
+    pixels = np.ones((2, 3, 8, 8), np.float32)
+    spec = replace(make_spec(), latent_factor=1, sample_shape=(3, 8, 8))
+    assert Pipeline(make_bundle(spec)).decode(pixels) is pixels and desk.opened == ["denoiser"]
+
+
+def test_images_come_batch_by_batch_and_only_the_decoder_stays_open_beside_it(desk: Desk, letters: None) -> None:
+    pipeline = Pipeline(make_bundle(make_spec(TEXT)))
+    told = pipeline.conditions(3, prompts=["a", "b", "c"])
+    assert desk.running == ["denoiser"] and set(desk.opened) == {"denoiser", "text_encoder"}
+    found = [len(images) for images in pipeline.images([0, 1, 2], told, batch=2)]
+    assert found == [2, 1] and desk.running == ["denoiser", "vae_decoder"] and desk.opened.count("vae_decoder") == 1
+    # guidance makes two of each, two steps a batch
+    assert [size for graph, size in desk.batches if graph == "denoiser"] == [4, 4, 2, 2]
+    pipeline.close()
+    assert desk.running == []
+
+
+def test_an_image_does_not_depend_on_its_batch(desk: Desk) -> None:
+    pipeline = Pipeline(make_bundle(make_spec()))
+    three = np.concatenate(list(pipeline.images([5, 6, 7], Conditions(), batch=3)))
+    (one,) = pipeline.images([7], Conditions())
+    np.testing.assert_array_equal(three[2:], one)
+
+
+@pytest.mark.parametrize("streams", [2, 5])
+def test_streams_change_neither_the_images_nor_their_order(tiny: Path, streams: int) -> None:
+    bundle, seeds = load_bundle(tiny), range(7, 20)
+
+    def images(count: int) -> np.ndarray:
+        options = EngineOptions(threads=count, streams=count)
+        with closing(Pipeline(bundle, "onnxruntime", options=options)) as pipeline:
+            return np.concatenate(list(pipeline.images(seeds, pipeline.conditions(13), batch=3)))
+
+    np.testing.assert_array_equal(images(streams), images(1))
+
+
+# --- words -----------------------------------------------------------------------------------------------------
+
+
+def test_prompts_and_negatives_are_encoded_into_the_two_halves(desk: Desk, letters: None) -> None:
+    said: list[str] = []
+    pipeline = Pipeline(make_bundle(make_spec(TEXT)))
+    told = pipeline.conditions(2, prompts=["ab", "abcz"], negatives=["c", "c"], warn=said.append)
+    assert told.given["states"][:, :, 0].tolist() == [[1, 2, 0], [1, 2, 3]]
+    assert told.null is not None and told.null["states"][:, :, 0].tolist() == [[3, 0, 0]] * 2
+    assert len(said) == 1 and "left out 'z'" in said[0]
+    plain = pipeline.conditions(2, prompts=["ab", "b"])
+    assert plain.null is not None and not plain.null["states"].any()
+
+
+def test_without_guidance_only_the_prompts_are_encoded(desk: Desk, letters: None) -> None:
+    spec = make_spec(TEXT)
+    spec = spec.with_plan(replace(spec.plan, guidance=1.0))
+    assert Pipeline(make_bundle(spec)).conditions(1, prompts=["a"]).null is None
+
+
+def refused(desk: Desk, spec: DenoiserSpec, wishes: dict[str, Any], *words: str) -> None:
+    with pytest.raises(BadInput) as caught:
+        Pipeline(make_bundle(spec)).conditions(1, **wishes)
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_a_model_of_text_needs_a_prompt(desk: Desk) -> None:
+    refused(desk, make_spec(TEXT), {}, "give a prompt")
+
+
+def test_a_negative_prompt_needs_guidance(desk: Desk) -> None:
+    spec, wishes = make_spec(TEXT), {"prompts": ["a"], "negatives": ["b"]}
+    refused(desk, spec.with_plan(replace(spec.plan, guidance=1.0)), wishes, "negative prompt", "guidance above 1")
+    # where the weight is an input of the network there is no other half
+    refused(desk, replace(spec, conditioning=replace(TEXT, guidance_input=True)), wishes, "negative prompt")
+
+
+def test_a_bundle_without_its_text_encoder_takes_no_prompt(desk: Desk) -> None:
+    bare = make_spec(replace(TEXT, encoders=()))
+    bare = bare.with_plan(replace(bare.plan, guidance=3.0))
+    refused(desk, bare, {"prompts": ["a"]}, "there", "no text encoder", "whole pipeline")
+
+
+def test_labels_follow_each_other_where_none_are_asked_for(desk: Desk) -> None:
+    pipeline = Pipeline(make_bundle(make_spec(Conditioning("class", classes=2))))
+    assert pipeline.conditions(3).given["class_labels"].tolist() == [0, 1, 0]
+    assert pipeline.conditions(2, labels=[1, 1]).given["class_labels"].tolist() == [1, 1]
+    refused(desk, make_spec(), {"labels": [1]}, "not class-conditional")
