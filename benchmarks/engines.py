@@ -110,8 +110,8 @@ def loads(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
             with TemporaryDirectory() as folder:
                 for label, measured in times.items():
                     options = EngineOptions(cache=None if label == "no cache" else Cache(Path(folder)))
-                    told = [str(bundle.path.resolve()), name, str(batch), json.dumps(options.to_json())]
-                    run = [sys.executable, "-c", LOAD, *told]
+                    arguments = [str(bundle.path.resolve()), name, str(batch), json.dumps(options.to_json())]
+                    run = [sys.executable, "-c", LOAD, *arguments]
                     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
                     measured.append(json.loads(done.stdout))
         for label, measured in times.items():

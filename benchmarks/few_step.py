@@ -26,12 +26,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from diffpress.runtime.network_inputs import Network
-    from diffpress.runtime.sampling_plan import Plan
+    from diffpress.runtime.sampling_plan import SamplingPlan
     from diffpress.runtime.spec import DenoiserSpec
 
 SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_1", "unipc_2", "unipc_3", "deis_2", "deis_3", "ipndm", "plms", "heun")
 NOISY = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm")
-GRIDS = ("trailing", "logsnr", "karras")
+SPACINGS = ("trailing", "logsnr", "karras")
 SEARCHED, START = "searched", "trailing"  # where a search begins
 SEARCH = {"search": "gits", "samples": 64, "fine": 60, "batch": 64}
 Row = dict[str, Any]
@@ -41,34 +41,34 @@ def rows_of(steps: list[int], only: list[str] | None) -> Iterator[tuple[str, str
     """(solver, grid, calls) of all rows asked for."""
     for calls in steps:
         for solver in (*SOLVERS, *NOISY):
-            for grid in GRIDS if solver in NOISY else (*GRIDS, SEARCHED):
+            for grid in SPACINGS if solver in NOISY else (*SPACINGS, SEARCHED):
                 if not only or any(text in f"{solver} {grid} {calls}" for text in only):
                     yield solver, grid, calls
 
 
 def steps_for(solver: str, calls: int) -> int:
     """The most steps that this solver walks with so many calls; 0 for none."""
-    from diffpress.runtime.solvers import network_calls
+    from diffpress.runtime.solvers import solver_evaluations
 
-    return max((n for n in range(1, calls + 1) if network_calls(solver, n) <= calls), default=0)
+    return max((n for n in range(1, calls + 1) if solver_evaluations(solver, n) <= calls), default=0)
 
 
-def planned(engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: int, refine: int) -> tuple[Plan, Row]:
+def planned(engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: int, refine: int) -> tuple[SamplingPlan, Row]:
     """The plan of a row, and for a searched one what the search (through the engine) measured and took."""
     from diffpress.compress.config import ScheduleConfig
     from diffpress.compress.sampling_schedule.search import search
-    from diffpress.runtime.network_inputs import stand_in_conditions
+    from diffpress.runtime.network_inputs import dummy_conditioning
     from diffpress.runtime.solvers import with_solver
-    from diffpress.runtime.timesteps import timestep_grid
+    from diffpress.runtime.timesteps import timesteps_for
 
-    timesteps = timestep_grid(START if grid == SEARCHED else grid, steps, spec.schedule)
+    timesteps = timesteps_for(START if grid == SEARCHED else grid, steps, spec.schedule)
     plan = replace(with_solver(spec.plan, solver), timesteps=timesteps)
     if grid != SEARCHED:
         return plan, {}
     config = ScheduleConfig.model_validate({"solver": solver, "steps": steps, "refine": refine, **SEARCH})
     began = time.monotonic()
-    found, told = search(engine, spec.with_plan(plan), config, stand_in_conditions(spec, config.samples))
-    return plan.over(found), {"search_s": round(time.monotonic() - began, 1), **told}
+    found, found_by = search(engine, spec.with_plan(plan), config, dummy_conditioning(spec, config.samples))
+    return plan.over(found), {"search_s": round(time.monotonic() - began, 1), **found_by}
 
 
 def solvers(args: argparse.Namespace) -> None:
@@ -82,7 +82,7 @@ def solvers(args: argparse.Namespace) -> None:
     from diffpress.runtime.engines import preferred
     from diffpress.runtime.engines.options import EngineOptions
     from diffpress.runtime.io.files import write_json
-    from diffpress.runtime.solvers import network_calls
+    from diffpress.runtime.solvers import solver_evaluations
 
     folder, name = args.work / "teacher", args.engine or preferred()
     if name != "torch" and not (folder / "manifest.json").is_file():
@@ -99,7 +99,7 @@ def solvers(args: argparse.Namespace) -> None:
             key = f"{solver} {grid} {calls} calls, {args.samples} x {args.seeds}" + (
                 f", refine {args.refine}" if grid == SEARCHED else ""
             )
-            if key in rows or network_calls(solver, steps) != calls:
+            if key in rows or solver_evaluations(solver, steps) != calls:
                 continue
             plan, took = planned(engine, spec, solver, grid, steps, args.refine)
             began = time.monotonic()
@@ -130,7 +130,7 @@ def show(rows: Mapping[str, Row]) -> None:
     print(f"\n| solver | grid | {' | '.join(f'{column} calls' for column in columns)} |")
     print("|---" * (2 + len(columns)) + "|")
     for solver in (*SOLVERS, *NOISY):
-        for grid in (*GRIDS, SEARCHED):
+        for grid in (*SPACINGS, SEARCHED):
             found = [cells.get((solver, grid, column)) for column in columns]
             texts = [_cell(cell, best[column]) for cell, column in zip(found, columns, strict=True)]
             if any(found):

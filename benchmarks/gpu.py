@@ -7,7 +7,7 @@
     load     seconds from the bundle to the first answer, with an empty cache (the plan is built) and with a full one
 
 A bundle is sampled in two ways: `host` is the sampler's own loop, with a copy to and from the GPU in each step; `device`
-is fused sampling (runtime/fused/program.py), which PyTorch's samples use too (torch_walk.py). What does not work is left
+is fused sampling (runtime/fused/program.py), which PyTorch's samples use too (torch_fused.py). What does not work is left
 out with the reason in one line, and hides nothing else.
 """
 
@@ -35,17 +35,17 @@ from diffpress.runtime.engines import load_engine, open_engine  # noqa: E402
 from diffpress.runtime.engines.cache import Cache  # noqa: E402
 from diffpress.runtime.engines.options import EngineOptions  # noqa: E402
 from diffpress.runtime.engines.tensorrt import library as libraries  # noqa: E402
-from diffpress.runtime.engines.tensorrt.engine_files import plan_for  # noqa: E402
-from diffpress.runtime.errors import DiffpressError, Unfit  # noqa: E402
-from diffpress.runtime.fused.program import step_by_step, walking  # noqa: E402
-from diffpress.runtime.network_inputs import network_inputs, stand_in_conditions  # noqa: E402
+from diffpress.runtime.engines.tensorrt.engine_files import engine_for  # noqa: E402
+from diffpress.runtime.errors import DiffpressError, EngineUnavailableError  # noqa: E402
+from diffpress.runtime.fused.program import fused_only, step_by_step  # noqa: E402
+from diffpress.runtime.network_inputs import dummy_conditioning, dummy_inputs  # noqa: E402
 from diffpress.runtime.sampler import generate  # noqa: E402
 from diffpress.runtime.spec import DenoiserSpec  # noqa: E402
 
 COMPARED, ROUNDS, COMPILING_S = 4, 5, 10.0
 TABLES = ("loads", "compared", "rows")
 ONNXRUNTIME, TENSORRT = "onnxruntime", "tensorrt"
-WAYS = {"host": step_by_step, "device": walking}
+WAYS = {"host": step_by_step, "device": fused_only}
 
 
 class Subject(NamedTuple):
@@ -71,14 +71,14 @@ def opened(bundle: Bundle, folder: Path) -> tuple[Any, dict[str, Any]]:
     for last in (False, True):
         start = time.perf_counter()
         engine = open_engine(bundle, TENSORRT, options=options)
-        engine.run(network_inputs(engine, bundle.spec_for(TENSORRT), 1))
+        engine.run(dummy_inputs(engine, bundle.spec_for(TENSORRT), 1))
         seconds.append(time.perf_counter() - start)
         if not last:
             engine.close()
     path = bundle.graph("denoiser", TENSORRT)
     cache = Cache(folder, f"{bundle.hash} {path.relative_to(bundle.path).as_posix()}")
     built, here = bundle.built("denoiser", TENSORRT), libraries.device_here()
-    plan, entry = plan_for(path, EngineOptions(cache=cache), built, here)
+    plan, entry = engine_for(path, EngineOptions(cache=cache), built, here)
     row = {"first_s": seconds[0], "second_s": seconds[1], "build_s": entry["build_seconds"], "plan_bytes": len(plan)}
     return engine, row
 
@@ -93,15 +93,15 @@ def decibels(found: np.ndarray, wanted: np.ndarray, peak: float | None = None) -
 def compared(bundle: Bundle, engine: Any, left_out: dict[str, str]) -> list[dict[str, Any]]:
     """How near both ways come to ONNX Runtime on the processor."""
     spec, rows = bundle.spec_for(TENSORRT), []
-    told, peak = stand_in_conditions(spec, COMPARED), spec.data_range[1] - spec.data_range[0]
+    conditioning, peak = dummy_conditioning(spec, COMPARED), spec.data_range[1] - spec.data_range[0]
     cpu = EngineOptions(providers=("cpu",))
     with closing(load_engine(bundle.graph("denoiser", TENSORRT), ONNXRUNTIME, options=cpu)) as reference:
-        inputs = network_inputs(engine, spec, COMPARED)
+        inputs = dummy_inputs(engine, spec, COMPARED)
         call = decibels(engine.run(inputs), reference.run(inputs))
-        wanted = generate(reference, spec, range(COMPARED), batch=COMPARED, conditions=told)
+        wanted = generate(reference, spec, range(COMPARED), batch=COMPARED, conditions=conditioning)
         for label, way in WAYS.items():
             with tried(f"{bundle.path}, {label}, comparison", left_out):
-                found = generate(way(engine), spec, range(COMPARED), batch=COMPARED, conditions=told)
+                found = generate(way(engine), spec, range(COMPARED), batch=COMPARED, conditions=conditioning)
                 row = {"sqnr_db": decibels(found, wanted), "psnr_db": decibels(found, wanted, peak), "call_db": call}
                 rows.append({"name": str(bundle.path), "way": label, **row})
     return rows
@@ -113,7 +113,7 @@ def measured(subjects: list[Subject], batch: int, until: float, left_out: dict[s
     for subject in subjects:
         with tried(f"{subject.name}, {subject.way}, batch {batch}", left_out):
             if subject.way == "compiled" and until - time.monotonic() < COMPILING_S:
-                raise Unfit("no time left to compile; give a larger --budget")
+                raise EngineUnavailableError("no time left to compile; give a larger --budget")
             for _ in range(2):  # compiles and captures
                 sample_once(subject.network, subject.spec, batch)
             ready.append((subject, []))
@@ -175,12 +175,12 @@ def main() -> int:
                 bundle, cuda = load_bundle(path), EngineOptions(providers=("cuda",))
                 engine = stack.enter_context(closing(open_engine(bundle, ONNXRUNTIME, options=cuda)))
                 if engine.device != "cuda":
-                    raise Unfit("this onnxruntime has no CUDA provider that works")
+                    raise EngineUnavailableError("this onnxruntime has no CUDA provider that works")
                 subjects.append(Subject(str(path), "ort cuda", engine, bundle.spec_for(ONNXRUNTIME)))
         with tried("torch", left_out):
             if args.checkpoint is None:
-                raise Unfit("no --checkpoint was given")
-            from torch_walk import KINDS, TorchWalk
+                raise EngineUnavailableError("no --checkpoint was given")
+            from torch_fused import KINDS, TorchWalk
 
             from diffpress.compress.sources.load import load_checkpoint
 

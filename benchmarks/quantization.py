@@ -41,7 +41,7 @@ import numpy as np
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
     from diffpress.runtime.engines import Engine
-    from diffpress.runtime.engines.precision_report import Account
+    from diffpress.runtime.engines.precision_report import PrecisionReport
     from diffpress.runtime.spec import DenoiserSpec
 
 CIFAR: dict[str, Any] = {
@@ -125,14 +125,14 @@ def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[st
     from diffpress.export.graph.model import save_graph
     from diffpress.export.graph.to_onnx import export_float
     from diffpress.export.passes.insert_qdq import insert_qdq
-    from diffpress.runtime.solvers import network_calls
+    from diffpress.runtime.solvers import solver_evaluations
 
     files = {FLOAT: folder / "fp32.onnx", OURS: folder / "int8.onnx", PEER: folder / "nncf.xml"}
     graph = export_float(checkpoint, files[FLOAT])
     samples = {} if name == "teacher" else {"samples": RANDOM_SAMPLES, "batch": RANDOM_SAMPLES}
     config = QuantizeConfig(reduce_range=not has_dot_products(), **samples)
     plan = checkpoint.spec.plan
-    calibrating = config.samples // config.batch * network_calls(plan.solver, plan.steps)
+    calibrating = config.samples // config.batch * solver_evaluations(plan.solver, plan.steps)
     with recorded_calls() as calls:
         quantized = quantize(checkpoint, config, Context(0, folder / "work", checkpoint))
     save_graph(insert_qdq(graph, quantized.quantization), files[OURS])
@@ -190,7 +190,7 @@ def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> di
     """Make the three files in `work` and measure them in both engines; returns what `--json` prints of one model."""
     from diffpress.compress.models.adapter import adapter_for
     from diffpress.runtime.engines import load_engine
-    from diffpress.runtime.network_inputs import network_inputs
+    from diffpress.runtime.network_inputs import dummy_inputs
 
     checkpoint = load_model(name, work / "model")
     files, corrected = make_files(name, checkpoint, work)
@@ -203,9 +203,9 @@ def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> di
         step_ms = medians(engines, checkpoint.spec, batch, repeats)
         specs = {FLOAT: checkpoint.spec, OURS: corrected, PEER: checkpoint.spec}
         psnr = paired_psnr(engines, specs, PSNR_SAMPLES[name], batch)
-        inputs = network_inputs(engines[REFERENCE], checkpoint.spec, batch)
-        accounts = {key: opened.account(inputs) for key, opened in engines.items()}
-    kept = adapter_for(checkpoint.model).fragile(checkpoint.model)
+        inputs = dummy_inputs(engines[REFERENCE], checkpoint.spec, batch)
+        accounts = {key: opened.precision_report(inputs) for key, opened in engines.items()}
+    kept = adapter_for(checkpoint.model).sensitive_layers(checkpoint.model)
     rows = [
         {
             "engine": key[0],
@@ -247,9 +247,9 @@ def paired_psnr(engines: Engines, specs: dict[str, DenoiserSpec], samples: int, 
     return {key: psnr_db(made[REFERENCE], ours, high - low) for key, ours in made.items() if key != REFERENCE}
 
 
-def outside(account: Account, kept: Sequence[str]) -> float:
+def outside(precision_report: PrecisionReport, kept: Sequence[str]) -> float:
     """The integer share among the products of all but the `kept` layers, which diffpress leaves in float by default."""
-    return account.integer_mac_share / (1.0 - sum(account.float_layers.get(layer, 0.0) for layer in kept))
+    return precision_report.integer_mac_share / (1.0 - sum(precision_report.float_layers.get(layer, 0.0) for layer in kept))
 
 
 def size(path: Path) -> int:

@@ -37,10 +37,10 @@ FLOAT = "fp32"
 TRAINING = {"mode": "qat", "steps": 300, "batch": 16, "warmup": 20}
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "int8": {},
-    "int8, nothing kept": {"keep_fragile": False},
-    "int8, nothing kept, QAT": {"keep_fragile": False, **TRAINING, "learning_rate": 2e-5},
+    "int8, nothing kept": {"keep_sensitive_layers": False},
+    "int8, nothing kept, QAT": {"keep_sensitive_layers": False, **TRAINING, "learning_rate": 2e-5},
     "w4a8": {"format": "w4a8"},
-    "w4a8, AdaRound": {"format": "w4a8", "rounding": "adaround"},
+    "w4a8, AdaRound": {"format": "w4a8", "rounding": "gptq"},
     "w4a8, QAT": {"format": "w4a8", **TRAINING, "learning_rate": 1e-4},
 }
 ROWS = {
@@ -110,8 +110,8 @@ def repeated(checkpoint: Checkpoint, work: Path, samples: int, seeds: int) -> di
 
     folder, out = work / "saved", work / "again.json"
     save_checkpoint(checkpoint, folder)
-    told = ["--again", str(folder), "--samples", str(samples), "--seeds", str(seeds), "--json", str(out)]
-    subprocess.run([sys.executable, __file__, *told, "--work", str(work)], check=True)
+    arguments = ["--again", str(folder), "--samples", str(samples), "--seeds", str(seeds), "--json", str(out)]
+    subprocess.run([sys.executable, __file__, *arguments, "--work", str(work)], check=True)
     found: dict[str, Any] = json.loads(out.read_text())
     return found
 

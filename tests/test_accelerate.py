@@ -28,7 +28,7 @@ RECIPE = ROOT / "examples" / "distill_sd.yaml"
 SMALL = (
     *("teacher_samples=4", "quantize.samples=1"),
     *("stages.0.distill.steps=2", "stages.0.distill.batch=2", "stages.1.distill.steps=2", "stages.1.distill.batch=2"),
-    *("stages.1.distill.paths=4", "stages.1.distill.path_steps=4"),
+    *("stages.1.distill.paths=4", "stages.1.distill.trajectory_steps=4"),
 )
 
 

@@ -34,17 +34,17 @@ from PIL import Image  # noqa: E402
 
 from diffpress.cli.main import main  # noqa: E402
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
-from diffpress.compress.models.adapter import adapter_for, example_inputs  # noqa: E402
-from diffpress.compress.models.components import encoded_prompts, load_part, part_names  # noqa: E402
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs  # noqa: E402
+from diffpress.compress.models.components import component_names, encoded_prompts, load_component  # noqa: E402
 from diffpress.compress.models.counts import count  # noqa: E402
 from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
 from diffpress.compress.pipeline import run_stages  # noqa: E402
 from diffpress.compress.quantization.quantizers import fake_quantized  # noqa: E402
 from diffpress.compress.recipe import read_recipe  # noqa: E402
 from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
-from diffpress.runtime.network_inputs import Conditions, class_conditions  # noqa: E402
+from diffpress.runtime.network_inputs import ConditioningInputs, class_conditioning  # noqa: E402
 from diffpress.runtime.pipeline import DECODER, resized  # noqa: E402
-from diffpress.runtime.requested_plan import chosen_plan  # noqa: E402
+from diffpress.runtime.requested_plan import requested_plan  # noqa: E402
 from diffpress.runtime.sampler import generate, noise_for  # noqa: E402
 from tests.pipelines import CLIP_TOKENS, KINDS, sampled, unet  # noqa: E402
 
@@ -71,21 +71,21 @@ def brought_down(checkpoint: Checkpoint, steps: int, guidance: float | None = No
     spec = checkpoint.spec
     if checkpoint.source.kind == "FluxTransformer2DModel":
         spec = resized(spec, (32, 32))
-    return checkpoint.evolve(spec=spec.with_plan(chosen_plan(spec, steps, None, None, guidance)))
+    return checkpoint.evolve(spec=spec.with_plan(requested_plan(spec, steps, None, None, guidance)))
 
 
 def in_torch(checkpoint: Checkpoint, negatives: Sequence[str] | None = None) -> np.ndarray:
     """Images [N, 3, H, W] in [0, 1]: the runtime's sampler over torch's networks."""
-    spec, told = checkpoint.spec, Conditions()
+    spec, cond = checkpoint.spec, ConditioningInputs()
     if spec.conditioning.kind == "text":
-        null = encoded_prompts(checkpoint, negatives, pytest.fail)
-        null = {name: np.broadcast_to(array, (len(SEEDS), *array.shape[1:])) for name, array in null.items()}
-        told = Conditions(encoded_prompts(checkpoint, PROMPTS, pytest.fail), null)
+        uncond = encoded_prompts(checkpoint, negatives, pytest.fail)
+        uncond = {name: np.broadcast_to(array, (len(SEEDS), *array.shape[1:])) for name, array in uncond.items()}
+        cond = ConditioningInputs(encoded_prompts(checkpoint, PROMPTS, pytest.fail), uncond)
     elif spec.conditioning.kind == "class":
-        told = class_conditions(spec, np.array(LABELS))
-    latents = generate(TorchNetwork(checkpoint.model, spec), spec, SEEDS, conditions=told)
+        cond = class_conditioning(spec, np.array(LABELS))
+    latents = generate(TorchNetwork(checkpoint.model, spec), spec, SEEDS, conditions=cond)
     latents = latents / np.float32(spec.latent_scale) + np.float32(spec.latent_shift)
-    images = load_part(checkpoint, DECODER).run_all({"latent_sample": latents})["sample"]
+    images = load_component(checkpoint, DECODER).run_all({"latent_sample": latents})["sample"]
     return np.clip(images, -1, 1) / 2 + 0.5
 
 
@@ -206,15 +206,15 @@ def test_every_family_is_pruned_distilled_and_quantized(kind, method, tiny_folde
     assert result.quantization is not None and len(result.quantization.layers) > 5
     model = fake_quantized(result)
     with torch.no_grad():
-        out = adapter_for(model).forward(model, example_inputs(result.spec, 2))
+        out = adapter_for(model).forward(model, dummy_inputs(result.spec, 2))
     assert out.shape == (2, *result.spec.sample_shape) and out.isfinite().all()
 
     stages = sorted((tmp_path / "run" / "stages").glob("0*"))
     saved = [load_checkpoint(stage) for stage in stages]
     assert [one.hash for one in saved] == [record.after for record in result.history]
     assert saved[-1].hash == result.hash and saved[-1].spec == result.spec
-    for name in part_names(saved[-1]):
-        part = load_part(saved[-1], name)
+    for name in component_names(saved[-1]):
+        part = load_component(saved[-1], name)
         found = part.run_all({k: v.numpy() for k, v in part.examples.items()})
         assert list(found) == part.outputs and all(np.isfinite(array).all() for array in found.values())
 
@@ -249,14 +249,14 @@ def drawn(sd_bundle, tmp_path) -> Callable[..., np.ndarray]:
 def test_a_bundle_draws_from_the_command_line_what_diffusers_draws(tiny_folder, drawn, capsys):
     wishes = ("--negative", "dog", "--steps", 4, "--guidance", 3, "--engine", "onnxruntime")
     checkpoint = brought_down(load_checkpoint(tiny_folder("sd")), steps=4)
-    told = {"guidance_scale": 3.0, "negative_prompt": ["dog"]}
-    assert psnr_db(drawn(*wishes), by_diffusers(tiny_folder("sd"), checkpoint, 1, **told)) >= 40
+    cond = {"guidance_scale": 3.0, "negative_prompt": ["dog"]}
+    assert psnr_db(drawn(*wishes), by_diffusers(tiny_folder("sd"), checkpoint, 1, **cond)) >= 40
     assert "4 steps of ddim in onnxruntime" in capsys.readouterr().out
 
     # another solver, spaced as the model's own scheduler has it
     pipe = DiffusionPipeline.from_pretrained(tiny_folder("sd"), local_files_only=True)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    theirs = by_diffusers(tiny_folder("sd"), checkpoint, 1, pipe=pipe, **told)
+    theirs = by_diffusers(tiny_folder("sd"), checkpoint, 1, pipe=pipe, **cond)
     assert psnr_db(drawn(*wishes, "--solver", "euler"), theirs) >= 40
 
 

@@ -25,8 +25,8 @@ from torch import nn
 
 from diffpress.cli.main import run_verb
 from diffpress.compress.context import say
-from diffpress.compress.training import distributed as processes
-from diffpress.runtime.errors import BadInput
+from diffpress.compress.training import distributed
+from diffpress.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from diffpress.compress.training.loop import Objective, Training
@@ -65,7 +65,7 @@ def loss_on(model: nn.Module, which: int, generator: torch.Generator) -> torch.T
 
 
 def together(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
-    return loss_on(model, processes.agreed(chosen(generator)), generator)
+    return loss_on(model, distributed.agreed(chosen(generator)), generator)
 
 
 def drawing_late(loss_of: Callable[[nn.Module, torch.Generator, float], torch.Tensor]) -> Objective:
@@ -81,14 +81,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     what, where, *rest = args.words
-    with processes.together():
+    with distributed.together():
         say("here")
         if what == "refuse":
-            with processes.main_first():
-                if processes.index() == int(where):
-                    processes.GRACE_S = float(rest[0]) if rest else processes.GRACE_S
-                    raise BadInput(f"bad input of process {where}")
-            processes.wait()
+            with distributed.main_first():
+                if distributed.index() == int(where):
+                    distributed.GRACE_S = float(rest[0]) if rest else distributed.GRACE_S
+                    raise InvalidInputError(f"bad input of process {where}")
+            distributed.wait()
         elif what == "stages":
             _walk(where, *rest)
         else:
@@ -109,13 +109,13 @@ def _train(what: str, folder: Path) -> None:
     from diffpress.compress.training.loop import train
 
     def loss_of(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
-        if what == "kill" and round(share * STEPS) == KILLED_AT and processes.index() == 1:
+        if what == "kill" and round(share * STEPS) == KILLED_AT and distributed.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        bad = what == "diverge" and share > 0.5 and processes.index() == 1
+        bad = what == "diverge" and share > 0.5 and distributed.index() == 1
         return together(model, generator, share) * (float("nan") if bad else 1.0)
 
     found = train(Two(), drawing_late(loss_of), run_in(folder))
-    save_file(found.state_dict(), folder / f"process-{processes.index()}.safetensors")
+    save_file(found.state_dict(), folder / f"process-{distributed.index()}.safetensors")
 
 
 if __name__ == "__main__":

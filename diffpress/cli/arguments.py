@@ -11,7 +11,7 @@ from diffpress.compress.builtin import RECIPES, TEACHER
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.onnxruntime.providers import PROVIDERS
 from diffpress.runtime.engines.options import PRECISIONS, EngineOptions
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
@@ -102,5 +102,5 @@ def parsed_size(text: str) -> tuple[int, int]:
     """'512x768' -> (512, 768), height first."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
-        raise BadInput(f"--size {text}: give height and width in pixels, as in 512x768")
+        raise InvalidInputError(f"--size {text}: give height and width in pixels, as in 512x768")
     return int(match[1]), int(match[2])

@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 
 from diffpress.compress.builtin import FEATURES, REFERENCE
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,14 +36,14 @@ def run(args: argparse.Namespace) -> int:
     from diffpress.compress.evaluation.features import load_features, load_reference
     from diffpress.compress.evaluation.subject import open_network, print_evaluation
     from diffpress.runtime.io.files import write_json
-    from diffpress.runtime.requested_plan import asked_spec
+    from diffpress.runtime.requested_plan import requested_spec
 
     for name in ("samples", "seeds", "batch"):
         if getattr(args, name) < (8 if name == "samples" else 1):
-            raise BadInput(f"--{name} {getattr(args, name)}: too few (samples: at least 8, seeds and batch: 1)")
+            raise InvalidInputError(f"--{name} {getattr(args, name)}: too few (samples: at least 8, seeds and batch: 1)")
     network, spec = open_network(args.subject, args.engine, args.threads)
     with closing(network):
-        spec = asked_spec(spec, args.steps)
+        spec = requested_spec(spec, args.steps)
         features = load_features(args.features, spec, args.threads)
         reference = load_reference(args.reference, features, spec)
         config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=args.batch)

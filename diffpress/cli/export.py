@@ -8,7 +8,7 @@ from pathlib import Path
 
 from diffpress.cli.arguments import add_checkpoint_arguments, loaded, parsed_size
 from diffpress.runtime.engines.tensorrt.options import HARDWARE, SWITCHES, BuildOptions
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 TARGETS = ("onnx", "openvino", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="HxW", help="fix height and width of the image, in pixels")
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
-        "--fixed-plan", action="store_true", help="for the plan's own timesteps alone: time embeddings become constants"
+        "--fixed-timesteps", "--fixed-plan", action="store_true", help="for the plan's own timesteps alone: time embeddings become constants"
     )
     parser.add_argument(
         "--revert-slower", action="store_true", help="engines that int8 slows down on this machine take the float graph"
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         targets=args.targets,
         precision=args.precision,
         size=None if args.size is None else parsed_size(args.size),
-        fixed_timesteps=args.fixed_plan,
+        fixed_timesteps=args.fixed_timesteps,
         revert_slower=args.revert_slower,
         compute_capabilities=args.compute_capability,
         build=build,
@@ -107,7 +107,7 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def build_options(args: argparse.Namespace) -> BuildOptions:
-    """What the arguments of `add_tensorrt_arguments` say; raises BadInput for what makes no sense."""
+    """What the arguments of `add_tensorrt_arguments` say; raises InvalidInputError for what makes no sense."""
     return BuildOptions(
         batch=tuple(args.batch),
         sizes=None if args.sizes is None else (_size(args.sizes[0]), _size(args.sizes[1])),
@@ -121,5 +121,5 @@ def build_options(args: argparse.Namespace) -> BuildOptions:
 def _size(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
-        raise BadInput(f"--sizes {text}: give height and width in pixels, as in 512x768")
+        raise InvalidInputError(f"--sizes {text}: give height and width in pixels, as in 512x768")
     return int(match[1]), int(match[2])

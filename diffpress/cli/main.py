@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from diffpress import __version__
-from diffpress.runtime.errors import DiffpressError, extra_for, told
+from diffpress.runtime.errors import DiffpressError, extra_for, report_error
 
 # verb -> what it does; the verb's module is diffpress/cli/<verb>.py with `add_arguments(parser)` and `run(args)`
 VERBS = {
@@ -43,14 +43,14 @@ def run_verb(verb: str, load: Callable[[], Any], words: list[str]) -> int:
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(words)))
     except DiffpressError as error:
-        return told(str(error), error.exit_code)
+        return report_error(str(error), error.exit_code)
     except ModuleNotFoundError as error:
         extra = extra_for(error, f"diffpress {verb}")
         if extra is None:
             raise
-        return told(str(extra), extra.exit_code)
+        return report_error(str(extra), extra.exit_code)
     except KeyboardInterrupt:
-        return told("interrupted; the same command goes on where it stood", 130)
+        return report_error("interrupted; the same command goes on where it stood", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
         return 0

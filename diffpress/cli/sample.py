@@ -12,7 +12,7 @@ from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.engines import ENGINES
 from diffpress.runtime.engines.cache import Cache, cache_folder
-from diffpress.runtime.errors import BadInput, plain_warnings
+from diffpress.runtime.errors import InvalidInputError, plain_warnings
 from diffpress.runtime.solvers import SOLVERS
 
 
@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--solver", metavar="S", help=", ".join(SOLVERS))
     parser.add_argument(
-        "--grid", metavar="G", help="spacing of the steps: leading, trailing, linspace, quad, karras, ..."
+        "--spacing", "--grid", metavar="G", help="spacing of the steps: leading, trailing, linspace, quad, karras, ..."
     )
     parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance weight, 1 is off")
     parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
@@ -48,28 +48,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Sample, write the grid, say where it is and how long an image took; raises DiffpressError."""
     import numpy as np
-    
+
     from diffpress.runtime.bundle import load_bundle
     from diffpress.runtime.engines import ran_in
-    from diffpress.runtime.io.images import grid, to_uint8, write_png
+    from diffpress.runtime.io.images import image_grid, to_uint8, write_png
     from diffpress.runtime.pipeline import Pipeline, has_fixed_size, resized
-    from diffpress.runtime.requested_plan import asked_spec, own_plan
+    from diffpress.runtime.requested_plan import plan_description, requested_spec
     from diffpress.runtime.sampler import MAX_SEED, warm_up
 
     if args.number < 1 or args.batch < 1:
-        raise BadInput(f"-n {args.number} --batch {args.batch}: both must be at least 1")
+        raise InvalidInputError(f"-n {args.number} --batch {args.batch}: both must be at least 1")
     if not 0 <= args.seed <= MAX_SEED - args.number:
-        raise BadInput(f"--seed {args.seed}: must lie in 0..{MAX_SEED - args.number}")
+        raise InvalidInputError(f"--seed {args.seed}: must lie in 0..{MAX_SEED - args.number}")
     options = engine_options(args, None if args.no_cache else Cache(cache_folder()))
     bundle = load_bundle(args.bundle)
     spec = bundle.spec
     if args.size is not None:
         spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
-    spec = asked_spec(spec, args.steps, args.solver, args.grid, args.guidance)
+    spec = requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance)
     _check_wishes(spec.conditioning, args.label, args.prompt, args.negative)
     with plain_warnings(), closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
         spec = bundle.spec_for(pipeline.denoiser.name, spec)
-        if pipeline.spec.plan.corrections and not spec.plan.corrections:
+        if pipeline.spec.plan.output_corrections and not spec.plan.output_corrections:
             _warn("this plan is not the bundle's own: the corrections of rounding measured for that are left out")
         conditions = pipeline.conditions(
             args.number,
@@ -86,23 +86,23 @@ def run(args: argparse.Namespace) -> int:
         images = np.concatenate(list(pipeline.images(seeds, conditions, spec, args.batch)))
         image_ms = (time.perf_counter() - start) * 1e3 / args.number
         engine = ran_in(pipeline.denoiser)
-    write_png(grid(to_uint8(images, spec.data_range)), args.out)
+    write_png(image_grid(to_uint8(images, spec.data_range)), args.out)
     made = "1 image" if args.number == 1 else f"{args.number} images"
-    print(f"{args.out}: {made}, {own_plan(spec)} in {engine}, {image_ms:.1f} ms per image")
+    print(f"{args.out}: {made}, {plan_description(spec)} in {engine}, {image_ms:.1f} ms per image")
     return 0
 
 
 def _check_wishes(conditioning: Conditioning, label: int | None, prompt: str | None, negative: str | None) -> None:
-    """BadInput for a label or a prompt that this kind of model does not take, or the lack of one that it needs."""
+    """InvalidInputError for a label or a prompt that this kind of model does not take, or the lack of one that it needs."""
     if conditioning.kind != "text" and (prompt is not None or negative is not None):
         flag = "--prompt" if prompt is not None else "--negative"
-        raise BadInput(f"{flag}: the model is not conditioned on text; {_instead(conditioning)}")
+        raise InvalidInputError(f"{flag}: the model is not conditioned on text; {_instead(conditioning)}")
     if conditioning.kind == "text" and prompt is None:
-        raise BadInput("the model is conditioned on text: say what to show with --prompt TEXT")
+        raise InvalidInputError("the model is conditioned on text: say what to show with --prompt TEXT")
     if label is not None and conditioning.kind != "class":
-        raise BadInput("--label: the model is not class-conditional; leave the label out")
+        raise InvalidInputError("--label: the model is not class-conditional; leave the label out")
     if label is not None and not 0 <= label < conditioning.classes:
-        raise BadInput(f"--label {label}: the model knows the classes 0..{conditioning.classes - 1}")
+        raise InvalidInputError(f"--label {label}: the model knows the classes 0..{conditioning.classes - 1}")
 
 
 def _instead(conditioning: Conditioning) -> str:

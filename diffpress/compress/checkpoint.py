@@ -27,13 +27,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffpress.compress.models.widths import Widths, changed_widths
-from diffpress.compress.sources.layout import link_parts
-from diffpress.runtime.errors import BadInput
+from diffpress.compress.sources.layout import link_components
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
-FORMAT = 1
+FORMAT = 2
 RECORD = "diffpress.json"
-TENSOR_KINDS = ("amax", "smooth", "branch")  # of a Quantization, each a field of it
+TENSOR_KINDS = ("amax", "smooth", "svdquant")  # of a Quantization, each a field of it
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Quantization:
     is not clipped. A layer is in `format` unless `formats` says otherwise (compress/quantization/formats.py). Where
     `smooth` has a layer ([in], positive), its activations are divided by it before they are rounded and its weight is
     multiplied by it, which changes nothing but what is rounded (SmoothQuant, Xiao et al. 2023); amax is of the results.
-    `branch` maps '<layer>.down' ([rank, in]) and '<layer>.up' ([out, rank]) to factors whose product is taken from the
+    `svdquant` maps '<layer>.down' ([rank, in]) and '<layer>.up' ([out, rank]) to factors whose product is taken from the
     weight before it is rounded, and computed in floating point beside the layer (compress/quantization/algorithms/svdquant.py).
     """
 
@@ -68,7 +68,7 @@ class Quantization:
     amax: dict[str, torch.Tensor] = field(default_factory=dict)
     formats: dict[str, str] = field(default_factory=dict)
     smooth: dict[str, torch.Tensor] = field(default_factory=dict)
-    branch: dict[str, torch.Tensor] = field(default_factory=dict)
+    svdquant: dict[str, torch.Tensor] = field(default_factory=dict)
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
@@ -90,13 +90,13 @@ class Quantization:
 
     def without(self, places: Collection[str]) -> Quantization:
         """The same with these layers, and modules whose outputs are rounded, in float."""
-        amax, branch = (
+        amax, svdquant = (
             {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in places}
-            for tensors in (self.amax, self.branch)
+            for tensors in (self.amax, self.svdquant)
         )
         formats = {layer: kind for layer, kind in self.formats.items() if layer not in places}
         smooth = {layer: vector for layer, vector in self.smooth.items() if layer not in places}
-        return replace(self, amax=amax, formats=formats, smooth=smooth, branch=branch)
+        return replace(self, amax=amax, formats=formats, smooth=smooth, svdquant=svdquant)
 
     def facts(self) -> dict[str, Any]:
         return {"format": self.format, "formats": self.formats}
@@ -181,7 +181,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         shutil.rmtree(outgoing, ignore_errors=True)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a type of its own
         reason = getattr(error, "strerror", None) or error
-        raise BadInput(
+        raise InvalidInputError(
             f"{folder}: cannot be written ({reason}); choose a folder with space that you may write to"
         ) from error
     finally:
@@ -202,7 +202,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         (parts / "config.json").write_text(json.dumps(source.config, indent=2, sort_keys=True) + "\n")
         save_file(state, parts / "diffusion_pytorch_model.safetensors")
         if source.parts is not None:
-            link_parts(source.parts, folder, skip=(source.folder,))
+            link_components(source.parts, folder, skip=(source.folder,))
         elif source.scheduler is not None:
             (folder / "scheduler").mkdir()
             text = json.dumps(source.scheduler, indent=2, sort_keys=True) + "\n"

@@ -7,9 +7,9 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.solvers import SOLVERS
-from diffpress.runtime.timesteps import GRIDS
+from diffpress.runtime.timesteps import SPACINGS
 
 
 class Config(BaseModel):
@@ -19,14 +19,14 @@ class Config(BaseModel):
 class ScheduleConfig(Config):
     """How the model will be sampled from here on; weights are untouched.
 
-    `grid`, `timesteps` and those of guidance None keep what the model came with; `threshold` is the ratio of dynamic
+    `spacing`, `timesteps` and those of guidance None keep what the model came with; `threshold` is the ratio of dynamic
     thresholding. A `search` chooses the timesteps (compress/sampling_schedule/search.py) on `samples` trajectories of `fine`
     steps, and moves them for `refine` rounds.
     """
 
     solver: Literal[tuple(SOLVERS)] = "dpmpp_2m"  # type: ignore[valid-type]
     steps: int = Field(10, ge=1)
-    grid: Literal[tuple(GRIDS)] | None = None  # type: ignore[valid-type]
+    spacing: Literal[tuple(SPACINGS)] | None = None  # type: ignore[valid-type]
     timesteps: tuple[float, ...] | None = None
     guidance: float | None = None
     guidance_interval: tuple[float, float | None] | None = None
@@ -42,7 +42,7 @@ class ScheduleConfig(Config):
     @model_validator(mode="after")
     def _one_way_to_timesteps(self) -> ScheduleConfig:
         if self.timesteps is not None:
-            taken = {"steps", "grid", "search"} & self.model_fields_set
+            taken = {"steps", "spacing", "search"} & self.model_fields_set
             if taken:
                 raise ValueError(f"timesteps are given: leave out {', '.join(sorted(taken))}")
         if self.search is None:
@@ -100,16 +100,16 @@ class QuantizeConfig(Config):
 
     `calibration` says how an activation's scale is read from what was seen (compress/quantization/calibration/clip_range.py); `smooth`
     moves unevenness from the inputs of linear layers into their weights (SmoothQuant's alpha, 0 for none), and
-    `split_joins` gives stream and skip factors of their own where they are joined; both sample twice.
+    `split_concats` gives stream and skip factors of their own where they are joined; both sample twice.
     `layers` names the kinds that take the format; the linear layers of the others store int8 weights only. `outputs`
-    rounds what these layers write too and, in U-Nets, the sums of blocks (compress/quantization/unified_scales.py). `mixture`
-    gives layers by the beginning of their names another format, or float; the longest that fits wins, and `keep` is
-    short for float. `keep_fragile` false quantizes fragile layers (first and last, embeddings) like the rest.
+    rounds what these layers write too and, in U-Nets, the sums of blocks (compress/quantization/unified_scales.py). `format_overrides`
+    gives layers by the beginning of their names another format, or float; the longest that fits wins, and `ignored_layers`
+    is short for float. `keep_sensitive_layers` false quantizes fragile layers (first and last, embeddings) like the rest.
     `bounds` returns layers to float until they are kept, by what each is worth in the engine `target`.
-    `correct` measures what rounding does to the output on the average at each step, for the sampler to take off; mode
-    qat trains that away instead. `awq` scales the inputs of linear layers with 4-bit weights, `rounding` adaround takes
-    weights up or down by what that does to outputs; both look at `rounding_states` states of the trajectory. Linear
-    layers keep the `branch_rank` largest singular values of their weights in float, beside what is rounded. From
+    `output_correction` measures what rounding does to the output on the average at each step, for the sampler to take off; mode
+    qat trains that away instead. `awq` scales the inputs of linear layers with 4-bit weights, `rounding` gptq takes
+    weights up or down by what that does to outputs; both look at `rounding_samples` states of the trajectory. Linear
+    layers keep the `svdquant_rank` largest singular values of their weights in float, beside what is rounded. From
     `steps` on the settings are those of mode qat, which trains `batch` states a step, of `trajectories` samples, in
     full or (`updates` low_rank) through factors of `rank`.
     """
@@ -119,22 +119,22 @@ class QuantizeConfig(Config):
     calibration: Literal["max", "percentile", "mse", "entropy", "step_means"] = "percentile"
     percentile: float = Field(99.99, gt=50.0, le=100.0)
     smooth: float = Field(0.0, ge=0.0, le=1.0)
-    split_joins: bool = False
+    split_concats: bool = False
     layers: tuple[Literal["conv", "linear"], ...] = ("conv", "linear")
     outputs: bool = True
     reduce_range: bool = True
     samples: int = Field(32, ge=1)
     batch: int = Field(16, ge=1)
-    keep: tuple[str, ...] = ()
-    keep_fragile: bool = True
+    ignored_layers: tuple[str, ...] = ()
+    keep_sensitive_layers: bool = True
     bounds: BoundsConfig | None = None
     target: Literal["onnxruntime", "openvino"] = "onnxruntime"
-    mixture: dict[str, FormatName | Literal["float"]] = {}
-    correct: bool = True
+    format_overrides: dict[str, FormatName | Literal["float"]] = {}
+    output_correction: bool = True
     awq: bool = False
-    branch_rank: int = Field(0, ge=0)
-    rounding: Literal["nearest", "adaround"] = "nearest"
-    rounding_states: int = Field(64, ge=1)
+    svdquant_rank: int = Field(0, ge=0)
+    rounding: Literal["nearest", "gptq"] = "nearest"
+    rounding_samples: int = Field(64, ge=1)
     steps: int = Field(200, ge=1)
     updates: Literal["full", "low_rank"] = "full"
     rank: int = Field(16, ge=1)
@@ -155,21 +155,21 @@ class QuantizeConfig(Config):
 
     @model_validator(mode="after")
     def _weights_fit_their_rounding(self) -> QuantizeConfig:
-        if self.awq and not {"int4", "w4a8"} & {self.format, *self.mixture.values()}:
+        if self.awq and not {"int4", "w4a8"} & {self.format, *self.format_overrides.values()}:
             raise ValueError("awq is for 4-bit weights: take format int4 or w4a8")
-        if self.awq and (self.smooth or self.split_joins):
-            raise ValueError("awq and smooth or split_joins would both scale inputs; leave one of them out")
-        if self.branch_rank and self.mode == "qat":
-            raise ValueError("branch_rank is for mode ptq: training would change what the branch was cut from")
-        if self.rounding == "adaround" and self.format in ("fp8", "nvfp4"):
-            raise ValueError(f"adaround rounds to integers, and {self.format} has none; leave rounding out")
+        if self.awq and (self.smooth or self.split_concats):
+            raise ValueError("awq and smooth or split_concats would both scale inputs; leave one of them out")
+        if self.svdquant_rank and self.mode == "qat":
+            raise ValueError("svdquant_rank is for mode ptq: training would change what the branch was cut from")
+        if self.rounding == "gptq" and self.format in ("fp8", "nvfp4"):
+            raise ValueError(f"gptq rounds to integers, and {self.format} has none; leave rounding out")
         return self
 
     @model_validator(mode="after")
     def _kept_is_float(self) -> QuantizeConfig:
-        for prefix in self.keep:
-            if self.mixture.get(prefix, "float") != "float":
-                raise ValueError(f"keep and mixture both name '{prefix}'; leave it in one of them")
+        for prefix in self.ignored_layers:
+            if self.format_overrides.get(prefix, "float") != "float":
+                raise ValueError(f"ignored_layers and format_overrides both name '{prefix}'; leave it in one of them")
         return self
 
 
@@ -196,7 +196,7 @@ class TensorRTConfig(Config):
     def _can_be_built(self) -> TensorRTConfig:
         try:
             _ = self.options
-        except BadInput as error:
+        except InvalidInputError as error:
             raise ValueError(str(error)) from error
         return self
 
@@ -204,13 +204,13 @@ class TensorRTConfig(Config):
 class ExportConfig(Config):
     """`revert_slower`: engines that the quantized graph slows down, on the machine of the run, take the float graph.
 
-    `fixed_plan`: time embeddings become constants, and the bundle knows the timesteps of its own plan alone.
+    `fixed_timesteps`: time embeddings become constants, and the bundle knows the timesteps of its own plan alone.
     `precision`: of the float graphs of the result; the baseline stays fp32. `tensorrt`: of that target alone.
     """
 
     targets: tuple[Literal["onnx", "openvino", "tensorrt"], ...] = ("onnx",)
     revert_slower: bool = False
-    fixed_plan: bool = False
+    fixed_timesteps: bool = False
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     tensorrt: TensorRTConfig = TensorRTConfig()
 

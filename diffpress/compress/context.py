@@ -12,8 +12,8 @@ import torch
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.training.distributed import is_main
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions, Network, stand_in_conditions
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs, Network, dummy_conditioning
 
 
 class Data(Protocol):
@@ -23,11 +23,11 @@ class Data(Protocol):
     def hash(self) -> str: ...
 
     @property
-    def null(self) -> dict[str, torch.Tensor]: ...
+    def uncond(self) -> dict[str, torch.Tensor]: ...
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
 
-    def conditions(self, count: int) -> Conditions: ...
+    def conditions(self, count: int) -> ConditioningInputs: ...
 
 
 class EngineCosts(Protocol):
@@ -71,12 +71,12 @@ class Context:
 
     def require_data(self, purpose: str) -> Data:
         if self.data is None:
-            raise BadInput(f"{purpose} needs images: set 'data: FILE.npz' in the recipe")
+            raise InvalidInputError(f"{purpose} needs images: set 'data: FILE.npz' in the recipe")
         return self.data
 
-    def conditions(self, count: int) -> Conditions:
+    def conditions(self, count: int) -> ConditioningInputs:
         """What `count` samples are told while the model samples for calibration."""
-        return stand_in_conditions(self.teacher.spec, count) if self.data is None else self.data.conditions(count)
+        return dummy_conditioning(self.teacher.spec, count) if self.data is None else self.data.conditions(count)
 
 
 def say(text: str) -> None:

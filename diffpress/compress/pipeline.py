@@ -17,18 +17,18 @@ from typing import Any
 from diffpress.compress.checkpoint import Checkpoint, Record, save_checkpoint
 from diffpress.compress.context import Context, CostsIn, Data, say
 from diffpress.compress.distillation.distill import distill
-from diffpress.compress.evaluation.teacher_sqnr import agreement_db
+from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
 from diffpress.compress.models.counts import count
 from diffpress.compress.pruning.prune import prune
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.recipe import Recipe, Stage
 from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.compress.training import distributed as processes
+from diffpress.compress.training import distributed
 from diffpress.compress.training.image_data import load_images
 from diffpress.compress.training.teacher_data import TeacherData, read_prompts
 from diffpress.runtime.bundle import sha256
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, write_json
 
 StageFunction = Callable[[Checkpoint, Any, Context], Checkpoint]
@@ -50,19 +50,19 @@ def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path, costs_in: CostsIn
     data = open_data(teacher, recipe, out)
     checkpoint = teacher
     for number, stage in enumerate(recipe.stages):
-        if processes.is_main():
+        if distributed.is_main():
             print(f"[{number + 1}/{len(recipe.stages)}] {stage.name}", flush=True)
         key = stage_key(checkpoint, teacher, stage, recipe.seed, data)
         folder = out / "stages" / f"{number:02d}-{stage.name}-{key[:12]}"
         done = folder.is_dir()
-        processes.wait()  # all have looked before one writes
+        distributed.wait()  # all have looked before one writes
         if done:
             say(f"done before, read from {folder}")
-        elif processes.is_main() or trains(stage):
+        elif distributed.is_main() or trains(stage):
             ctx = Context(recipe.seed, _work(folder), teacher, data, costs_in)
             checkpoint = run_stage(checkpoint, stage, folder, ctx)
-        processes.wait()
-        if done or not processes.is_main():
+        distributed.wait()
+        if done or not distributed.is_main():
             checkpoint = load_checkpoint(reference_to(folder, teacher))
     return checkpoint
 
@@ -82,7 +82,7 @@ def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
     elif recipe.data is None:
         prompts = ()
     else:
-        raise BadInput(f"{recipe.data}: a model of latents learns from what its teacher makes; leave 'data' out")
+        raise InvalidInputError(f"{recipe.data}: a model of latents learns from what its teacher makes; leave 'data' out")
     return TeacherData(teacher, recipe.teacher_samples, out / "stages", prompts)
 
 
@@ -90,15 +90,15 @@ def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) 
     """Run one stage; the main process appends its record to the history, saves it, and drops what was for resuming."""
     began = time.monotonic()
     result = STAGES[stage.name](checkpoint, stage.config, ctx)
-    if not processes.is_main():
+    if not distributed.is_main():
         return result
     before, after = count(checkpoint.model, checkpoint.spec), count(result.model, result.spec)
     changed: dict[str, Any] = {name: [getattr(before, name), getattr(after, name)] for name in ("parameters", "macs")}
     changed["plan"] = [_plan(checkpoint), _plan(result)]
-    changed["sqnr_db_to_teacher"] = agreement_db(result, ctx.teacher, ctx.data)
+    changed["sqnr_db_to_teacher"] = teacher_sqnr_db(result, ctx.teacher, ctx.data)
     changed |= ctx.notes
-    if trains(stage) and processes.count() > 1:
-        changed["processes"] = processes.count()  # each of which took batches of the config's size
+    if trains(stage) and distributed.count() > 1:
+        changed["processes"] = distributed.count()  # each of which took batches of the config's size
     say(
         f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
         f"SQNR to the teacher {changed['sqnr_db_to_teacher']} dB"
@@ -148,12 +148,12 @@ def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -
     if file.is_file() and not update:
         difference = _first_difference(read_json(file), facts)
         if difference:
-            raise BadInput(
+            raise InvalidInputError(
                 f"{out}: was made by another recipe ({difference}); choose another --out, "
                 "or pass --update to redo here only what changed"
             )
     elif not file.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise BadInput(f"{out}: exists and is not a folder of diffpress; choose another --out")
+        raise InvalidInputError(f"{out}: exists and is not a folder of diffpress; choose another --out")
     write_json(file, facts)
 
 

@@ -36,7 +36,7 @@ from diffpress.compress.config import (
 )
 from diffpress.compress.distillation.config import FEW_STEP_KINDS
 from diffpress.compress.distillation.config import KINDS as DISTILL_CONFIGS
-from diffpress.runtime.errors import BadInput, unknown_name
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 STAGE_CONFIGS: dict[str, type[Config]] = {
     "schedule": ScheduleConfig,
@@ -56,6 +56,24 @@ ORDER: dict[str, tuple[tuple[str, ...], str]] = {
     "schedule": (("quantize",), "scales are calibrated on the trajectory that is deployed"),
     "quantize": (("quantize",), "a model is quantized once"),
 }
+
+
+# keys and values of recipes for diffpress 0.1, by the stage or section that they stood in
+RENAMED_KEYS: dict[str, dict[str, str]] = {
+    "schedule": {"grid": "spacing"},
+    "quantize": {
+        "keep": "ignored_layers",
+        "keep_fragile": "keep_sensitive_layers",
+        "mixture": "format_overrides",
+        "split_joins": "split_concats",
+        "correct": "output_correction",
+        "branch_rank": "svdquant_rank",
+        "rounding_states": "rounding_samples",
+    },
+    "distill": {"paths": "trajectories", "path_steps": "trajectory_steps"},
+    "export": {"fixed_plan": "fixed_timesteps"},
+}
+RENAMED_VALUES = {("rounding", "adaround"): "gptq"}
 
 
 class Stage(NamedTuple):
@@ -87,15 +105,15 @@ class Recipe:
 
 
 def read_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read, override (`key.path=value`), validate and order-check a recipe file; every problem is a BadInput."""
+    """Read, override (`key.path=value`), validate and order-check a recipe file; every problem is a InvalidInputError."""
     try:
         raw = yaml.safe_load(path.read_text())
     except OSError as error:
-        raise BadInput(f"{path}: the recipe cannot be read ({error.strerror})") from error
+        raise InvalidInputError(f"{path}: the recipe cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
+        raise InvalidInputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
     if not isinstance(raw, dict):
-        raise BadInput(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+        raise InvalidInputError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
     for override in overrides:
         _override_(raw, override)
     return _resolve(raw, path)
@@ -105,10 +123,10 @@ def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
     _refuse_unknown(raw, KEYS, str(path), "")
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
-        raise BadInput(f"{path}: seed: {seed!r} must be a whole number from 0 to 2^63 - 1")
+        raise InvalidInputError(f"{path}: seed: {seed!r} must be a whole number from 0 to 2^63 - 1")
     entries = raw.get("stages") or []
     if not isinstance(entries, list):
-        raise BadInput(f"{path}: stages: must be a list of stages")
+        raise InvalidInputError(f"{path}: stages: must be a list of stages")
     stages = tuple(_stage(entry, i, path) for i, entry in enumerate(entries))
     _check_order(stages, path)
     sections = {name: _section(raw, name, kind, path) for name, kind in SECTIONS.items()}
@@ -117,7 +135,7 @@ def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
         evaluate = EvaluateConfig()
     made = raw.get("teacher_samples", TEACHER_SAMPLES)
     if not isinstance(made, int) or isinstance(made, bool) or made < 1:
-        raise BadInput(f"{path}: teacher_samples: {made!r} must be a whole number from 1")
+        raise InvalidInputError(f"{path}: teacher_samples: {made!r} must be a whole number from 1")
     data = _data_path(raw.get("data"), path)
     return Recipe(seed, data, made, stages, sections["export"] or ExportConfig(), evaluate, gates)
 
@@ -127,7 +145,7 @@ def _stage(entry: Any, index: int, path: Path) -> Stage:
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise BadInput(f"{path}: {where}: a stage is one name with its settings, like  - prune: {{ratio: 0.3}}")
+        raise InvalidInputError(f"{path}: {where}: a stage is one name with its settings, like  - prune: {{ratio: 0.3}}")
     name, settings = next(iter(entry.items()))
     _refuse_unknown({name: None}, tuple(STAGE_CONFIGS), str(path), where)
     config = STAGE_CONFIGS[name]
@@ -145,7 +163,7 @@ def _section(raw: dict[str, Any], name: str, kind: type[Config], path: Path) -> 
 def _config(kind: type[Config], settings: Any, path: Path, where: str) -> Config:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
-        raise BadInput(f"{path}: {where}: expected settings like {{key: value}}, found {settings!r}")
+        raise InvalidInputError(f"{path}: {where}: expected settings like {{key: value}}, found {settings!r}")
     _refuse_unknown(settings, tuple(kind.model_fields), str(path), where)
     for key, value in settings.items():
         inner = _config_in(kind.model_fields[key].annotation)
@@ -156,7 +174,7 @@ def _config(kind: type[Config], settings: Any, path: Path, where: str) -> Config
     except ValidationError as error:
         first = error.errors()[0]
         key = ".".join(map(str, (where, *first["loc"])))  # a rule between two keys has no place of its own
-        raise BadInput(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from error
+        raise InvalidInputError(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from error
 
 
 def _config_in(annotation: Any) -> type[Config] | None:
@@ -166,11 +184,17 @@ def _config_in(annotation: Any) -> type[Config] | None:
 
 
 def _refuse_unknown(found: dict[Any, Any], known: tuple[str, ...], path: str, where: str) -> None:
-    for key in found:
+    section = where.rpartition(".")[2]
+    for key, value in found.items():
+        if key in RENAMED_KEYS.get(section, {}):
+            new = RENAMED_KEYS[section][key]
+            raise InvalidInputError(f"{path}: {where}.{key} is now called '{new}'; rename the key")
+        if isinstance(value, str) and (key, value) in RENAMED_VALUES:
+            raise InvalidInputError(f"{path}: {where}.{key}: '{value}' is now called '{RENAMED_VALUES[key, value]}'")
         if key not in known:
             near = difflib.get_close_matches(str(key), known, 1, cutoff=0.4)
             hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-            raise BadInput(f"{path}: unknown key '{f'{where}.{key}'.lstrip('.')}'; {hint}")
+            raise InvalidInputError(f"{path}: unknown key '{f'{where}.{key}'.lstrip('.')}'; {hint}")
 
 
 def _check_order(stages: tuple[Stage, ...], path: Path) -> None:
@@ -178,16 +202,16 @@ def _check_order(stages: tuple[Stage, ...], path: Path) -> None:
         banned, why = ORDER[stage.name]
         for earlier in stages[:i]:
             if earlier.name in banned:
-                raise BadInput(f"{path}: stages[{i}]: {stage.name} cannot come after {earlier.name}: {why}")
+                raise InvalidInputError(f"{path}: stages[{i}]: {stage.name} cannot come after {earlier.name}: {why}")
         few = next((s.config.kind for s in stages[:i] if s.name == "distill" and s.config.kind in FEW_STEP_KINDS), None)
         if few and (stage.name in ("prune", "schedule") or getattr(stage.config, "kind", None) == "recover"):
-            raise BadInput(
+            raise InvalidInputError(
                 f"{path}: stages[{i}]: {stage.name} cannot come after distill: {{kind: {few}}}, "
                 "which is for one network and one plan"
             )
         recovers = stage.name == "distill" and stage.config.kind == "recover"
         if recovers and not any(s.name == "prune" for s in stages[:i]):
-            raise BadInput(
+            raise InvalidInputError(
                 f"{path}: stages[{i}]: distill: {{kind: recover}} must come after prune: nothing was lost yet"
             )
 
@@ -198,7 +222,7 @@ def _data_path(value: Any, path: Path) -> Path | None:
     name = str(value)
     file = CALIB_DATA / name.removeprefix("calib_data/") if name.startswith("calib_data/") else path.parent / name
     if not file.is_file():
-        raise BadInput(f"{path}: data: {file} does not exist")
+        raise InvalidInputError(f"{path}: data: {file} does not exist")
     return file
 
 
@@ -206,7 +230,7 @@ def _override_(raw: dict[str, Any], override: str) -> None:
     """Apply `distill.steps=100`, or `stages.1.distill.steps=100` where a stage occurs more than once."""
     key, equals, value = override.partition("=")
     if not equals or not key:
-        raise BadInput(f"--set {override}: expected key=value, like stages.0.prune.ratio=0.2")
+        raise InvalidInputError(f"--set {override}: expected key=value, like stages.0.prune.ratio=0.2")
     *parents, last = key.split(".")
     if parents and parents[0] in STAGE_CONFIGS:
         parents = ["stages", *parents]
@@ -214,11 +238,11 @@ def _override_(raw: dict[str, Any], override: str) -> None:
     for part in parents:
         node = _child(node, part, override)
     if not isinstance(node, dict):
-        raise BadInput(f"--set {override}: '{key}' does not lead to a setting of the recipe")
+        raise InvalidInputError(f"--set {override}: '{key}' does not lead to a setting of the recipe")
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise BadInput(f"--set {override}: '{value}' is not a YAML value") from error
+        raise InvalidInputError(f"--set {override}: '{value}' is not a YAML value") from error
 
 
 def _child(node: Any, part: str, override: str) -> Any:
@@ -234,4 +258,4 @@ def _child(node: Any, part: str, override: str) -> Any:
         if node.get(part) is None:
             node[part] = {}
         return node[part]
-    raise BadInput(f"--set {override}: the recipe has no single '{part}' there")
+    raise InvalidInputError(f"--set {override}: the recipe has no single '{part}' there")

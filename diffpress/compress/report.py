@@ -14,17 +14,17 @@ from typing import Any
 
 from diffpress.runtime.benchmarking.bench import TORCH, table
 from diffpress.runtime.bundle import load_bundle
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, write_json, write_text
 
 PICTURE, LATENCY = "comparison.png", "latency.json"
-SHOWN_PLACES = 10
+SHOWN_LAYERS = 10
 
 
 def write_report(folder: Path) -> dict[str, Any]:
     """Gather, write report.json and report.html, and return the facts."""
     if not (folder / "recipe.json").is_file():
-        raise BadInput(f"{folder}: not the folder of a compress run, it has no recipe.json")
+        raise InvalidInputError(f"{folder}: not the folder of a compress run, it has no recipe.json")
     bundle, baseline = load_bundle(folder / "bundle"), load_bundle(folder / "baseline")
     onnx_mib, baseline_mib = (b.manifest["graphs"]["denoiser"]["bytes"] / 2**20 for b in (bundle, baseline))
     facts: dict[str, Any] = {
@@ -166,7 +166,7 @@ def _mixed(facts: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _sensitivity(mixed: dict[str, Any]) -> str:
     """The places that rounding hurts most, with what quantizing each gains."""
-    names = list(mixed["places"])[:SHOWN_PLACES]
+    names = list(mixed["places"])[:SHOWN_LAYERS]
     heads = list(mixed["places"][names[0]])
     rows = "".join(
         f"<tr><td>{html.escape(name)}</td>"

@@ -23,7 +23,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, write_folder
 from diffpress.compress.context import say
-from diffpress.compress.models.components import DECODER, load_part, part_names
+from diffpress.compress.models.components import DECODER, component_names, load_component
 from diffpress.compress.sources.layout import read_layout
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.opsets import opset_of
@@ -35,15 +35,15 @@ from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.targets.capability import check_runs, emulated, emulation, promised
 from diffpress.export.targets.pipeline_folder import link_graph, write_graph, write_pipeline_files
 from diffpress.export.targets.precision import computing_layers, layer_formats, precision_of
-from diffpress.export.targets.tensorrt import DEFAULTS, build_plans, check_build
+from diffpress.export.targets.tensorrt import DEFAULTS, build_engines, check_build
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
 from diffpress.export.targets.variants import Variant, bytes_by_precision, check_variants, write_variants
-from diffpress.export.verify.engine_check import prove_engine
-from diffpress.export.verify.parity import Parity, Trial, check_parity, check_part, runs, trial_of
+from diffpress.export.verify.engine_check import check_engine
+from diffpress.export.verify.parity import Parity, Trial, check_component, check_parity, runs, trial_of
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle, seal
 from diffpress.runtime.engines import available
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
-from diffpress.runtime.errors import BadInput, MissingExtra, unknown_name
+from diffpress.runtime.errors import InvalidInputError, MissingDependencyError, unknown_name
 
 TARGETS = ("onnx", "openvino", "tensorrt")
 GRAPH = "denoiser.onnx"
@@ -62,7 +62,7 @@ def write_bundle(
     capabilities: Sequence[str] = (),
     threads: int | None = None,
     fixed_size: bool = False,
-    parts_from: Bundle | None = None,
+    components_from: Bundle | None = None,
     precision: str = FLOAT,
     build: BuildOptions = DEFAULTS,
 ) -> Bundle:
@@ -71,11 +71,11 @@ def write_bundle(
     `float_graph` is what `export_float` gave for this checkpoint's network, where it was made already; `name` defaults
     to the network's class. `variants` are for engines that shall not run denoiser.onnx itself. `capabilities` are the
     GPUs that target tensorrt builds for, such as '8.9', in the way of `build`; `threads` is for the engines that check
-    parity; `fixed_size` makes the denoiser's graph for the spec's height and width alone; `parts_from` is a bundle of
+    parity; `fixed_size` makes the denoiser's graph for the spec's height and width alone; `components_from` is a bundle of
     the same pipeline whose text encoders and decoder are taken over. `precision` 'fp16' or 'bf16' is that of denoiser
     and text encoders. The decoder, which overflows fp16, stays fp32, and so does what engines on the CPU take of a
-    quantized denoiser: ONNX Runtime has no integer kernels with scales in fp16. Raises BadInput for an unknown target
-    or a folder that is something else, MissingExtra for a target whose package is not installed, and GateFailed where
+    quantized denoiser: ONNX Runtime has no integer kernels with scales in fp16. Raises InvalidInputError for an unknown target
+    or a folder that is something else, MissingDependencyError for a target whose package is not installed, and GateFailedError where
     an engine's images are not torch's.
     """
     # what can be refused is refused before the tracing, which may take minutes
@@ -96,22 +96,22 @@ def write_bundle(
     def fill(temporary: Path) -> None:
         size = _write_denoiser(checkpoint, graph, temporary)
         parts = {}
-        for part in part_names(checkpoint):
+        for part in component_names(checkpoint):
             wanted = FLOAT if part == DECODER else precision
-            if parts_from is None or parts_from.manifest["graphs"][part]["precision"] != wanted:
-                parts[part] = _write_part(checkpoint, part, temporary, threads, wanted)
+            if components_from is None or components_from.manifest["graphs"][part]["precision"] != wanted:
+                parts[part] = _write_component(checkpoint, part, temporary, threads, wanted)
             else:
-                link_graph(parts_from.path, temporary, part)
-                parts[part] = parts_from.manifest["graphs"][part]
+                link_graph(components_from.path, temporary, part)
+                parts[part] = components_from.manifest["graphs"][part]
         trial = trial_of(checkpoint, fixed_size)
         parity = check_parity(checkpoint, temporary / GRAPH, trial, threads=threads, precision=computed_in)
         taken = write_variants(checkpoint, variants, temporary, trial, threads)
         computed = {engine: variant.quantization for variant in variants for engine in variant.engines}
         engines = []
-        for engine in proven_engines(checkpoint.quantization is not None, targets):
+        for engine in checked_engines(checkpoint.quantization is not None, targets):
             entry = taken.get(engine, {"file": GRAPH, "bytes": size})
             quantization = computed.get(engine, checkpoint.quantization)
-            proof = prove_engine(engine, temporary / entry["file"], trial.spec, entry["bytes"], promised(quantization))
+            proof = check_engine(engine, temporary / entry["file"], trial.spec, entry["bytes"], promised(quantization))
             engines.append(proof | {"emulated": emulated(layer_formats(quantization).values())})
         if "tensorrt" in targets:
             path, in_plan = temporary / GRAPH, computed_in
@@ -131,7 +131,7 @@ def write_bundle(
                 }
             sources = {part: (temporary / entry["file"], entry["precision"]) for part, entry in parts.items()}
             sources = {"denoiser": (path, in_plan), **sources}
-            engines += build_plans(temporary, sources, capabilities, checkpoint.spec, build, parts_from)
+            engines += build_engines(temporary, sources, capabilities, checkpoint.spec, build, components_from)
         content = _content(checkpoint, name, graph, engines, metrics or {}, parity, computed_in)
         content["graphs"]["denoiser"] |= {"bytes": size, "variants": taken}
         content["graphs"] |= parts
@@ -144,30 +144,30 @@ def write_bundle(
 def check_targets(
     targets: Sequence[str], capabilities: Sequence[str] = (), build: BuildOptions = DEFAULTS
 ) -> None:
-    """Raise BadInput for an unknown target or GPU, and MissingExtra for a target whose package is not installed."""
+    """Raise InvalidInputError for an unknown target or GPU, and MissingDependencyError for a target whose package is not installed."""
     for target in targets:
         if target not in TARGETS:
             raise unknown_name("export target", target, TARGETS)
     if "openvino" in targets and "openvino" not in available():
-        raise MissingExtra("openvino", "openvino", "target openvino")
+        raise MissingDependencyError("openvino", "openvino", "target openvino")
     if "tensorrt" in targets:
         check_build(capabilities, build)
 
 
 def check_precision(precision: str, quantized: bool, targets: Sequence[str]) -> None:
-    """Raise BadInput for a precision that is unknown, that no engine here could check, or that no graph would be in."""
+    """Raise InvalidInputError for a precision that is unknown, that no engine here could check, or that no graph would be in."""
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
     if not runs(precision):
-        raise BadInput(f"precision {precision}: ONNX Runtime cannot run it on the CPU; install openvino, or take fp16")
+        raise InvalidInputError(f"precision {precision}: ONNX Runtime cannot run it on the CPU; install openvino, or take fp16")
     if quantized and precision != FLOAT and "tensorrt" not in targets:
-        raise BadInput(
+        raise InvalidInputError(
             f"precision {precision}: what a quantized model computes in float stays fp32 in engines on the CPU, which "
             "would lose their integer kernels; add target tensorrt, or leave the precision out"
         )
 
 
-def proven_engines(quantized: bool, targets: Sequence[str]) -> list[str]:
+def checked_engines(quantized: bool, targets: Sequence[str]) -> list[str]:
     """The engines that are run for the manifest's account of a bundle for these targets."""
     proven = ["openvino"] if "openvino" in targets else []
     # every bundle runs in ONNX Runtime, and parity has shown it: there it is the account of the integers
@@ -204,11 +204,11 @@ def _check_rounded(
         file.unlink()
 
 
-def _write_part(
+def _write_component(
     checkpoint: Checkpoint, name: str, folder: Path, threads: int | None, precision: str
 ) -> dict[str, Any]:
     """Export one of the parts around the denoiser; returns its manifest entry."""
-    part = load_part(checkpoint, name)
+    part = load_component(checkpoint, name)
     graph = trace(part.module, part.forward, part.examples, part.outputs, part.axes)
     graph = _rounded(graph, part.module, precision, name)
     size = write_graph(graph, folder, part.name, part.name, part.config)
@@ -220,16 +220,16 @@ def _write_part(
         "precision": precision,
         "bytes": size,
         "parameters": sum(parameter.numel() for parameter in part.module.parameters()),
-        "parity": check_part(part, folder / f"{part.name}.onnx", threads=threads, precision=precision),
+        "parity": check_component(part, folder / f"{part.name}.onnx", threads=threads, precision=precision),
     }
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise BadInput where writing a bundle to `folder` would replace something that is not one."""
+    """Raise InvalidInputError where writing a bundle to `folder` would replace something that is not one."""
     if (folder / MANIFEST).is_file() or not folder.exists():
         return
     if not folder.is_dir() or any(folder.iterdir()):
-        raise BadInput(f"{folder}: exists and is not a bundle; choose another --out, or remove it first")
+        raise InvalidInputError(f"{folder}: exists and is not a bundle; choose another --out, or remove it first")
 
 
 def _content(

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import say
-from diffpress.export.bundle import check_precision, check_targets, proven_engines, refuse_foreign, write_bundle
+from diffpress.export.bundle import check_precision, check_targets, checked_engines, refuse_foreign, write_bundle
 from diffpress.export.graph.to_onnx import to_onnx
-from diffpress.export.passes.fold_timesteps import fix_plan
+from diffpress.export.passes.fold_timesteps import fold_timesteps
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.verify.latency import float_variants, measure_latency
 from diffpress.runtime.bundle import Bundle
@@ -55,11 +55,11 @@ def export(
     check_precision(precision, checkpoint.quantization is not None, targets)
     graph, variants = None, []
     if fixed_timesteps:
-        checkpoint, graph = fix_plan(checkpoint, to_onnx(checkpoint, fixed_size))
+        checkpoint, graph = fold_timesteps(checkpoint, to_onnx(checkpoint, fixed_size))
     if checkpoint.quantization is not None:
         graph = graph or to_onnx(checkpoint, fixed_size)
         rounded = insert_qdq(graph, checkpoint.quantization)
-        engines = dict.fromkeys(proven_engines(True, targets), rounded)
+        engines = dict.fromkeys(checked_engines(True, targets), rounded)
         latencies = measure_latency(checkpoint, graph, engines, threads, fixed_size)
         for latency in latencies:
             say(str(latency))

@@ -34,21 +34,21 @@ from diffpress.compress.pipeline import claim_folder, run_stages, trains
 from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.report import LATENCY, PICTURE, summary, write_report
-from diffpress.compress.training import distributed as processes
+from diffpress.compress.training import distributed
 from diffpress.compress.training.teacher_data import read_prompts
-from diffpress.export.bundle import check_precision, check_targets, proven_engines, write_bundle
+from diffpress.export.bundle import check_precision, check_targets, checked_engines, write_bundle
 from diffpress.export.graph.model import Graph
 from diffpress.export.graph.to_onnx import export_float
-from diffpress.export.passes.fold_timesteps import fix_plan
+from diffpress.export.passes.fold_timesteps import fold_timesteps
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.targets.engine_cost import costs_in
 from diffpress.export.verify.latency import BATCH, Latency, float_variants, measure_latency
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
 from diffpress.runtime.engines import Engine
-from diffpress.runtime.errors import BadInput, GateFailed
+from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from diffpress.runtime.io.files import read_json, write_json
-from diffpress.runtime.io.images import grid, to_uint8, write_png
-from diffpress.runtime.network_inputs import Conditions, stand_in_conditions
+from diffpress.runtime.io.images import image_grid, to_uint8, write_png
+from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
 from diffpress.runtime.pipeline import Pipeline
 
 COLUMNS, LATENT_COLUMNS = 10, 4
@@ -59,16 +59,16 @@ def run_recipe(
 ) -> None:
     """Run the recipe's stages, then export, measure, report and judge into `out`; resumes what was begun there.
 
-    `where` names the recipe in errors. Raises GateFailed last, when everything is written.
+    `where` names the recipe in errors. Raises GateFailedError last, when everything is written.
     """
-    with processes.together():
-        with processes.main_first():
+    with distributed.together():
+        with distributed.main_first():
             teacher = open_teacher()
             _check(recipe, teacher, where)
-            if processes.is_main():
+            if distributed.is_main():
                 claim_folder(out, teacher, recipe, update)
         checkpoint = run_stages(teacher, recipe, out, costs_in)
-    if processes.is_main():
+    if distributed.is_main():
         deliver(checkpoint, teacher, recipe, out)
 
 
@@ -79,8 +79,8 @@ def _check(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
     for number, stage in enumerate(recipe.stages):
         if stage.name == "quantize":
             check_bounds(stage.config, teacher.spec, has_engines=True)
-            if trains(stage) and stage.config.bounds and processes.count() > 1:
-                raise BadInput(
+            if trains(stage) and stage.config.bounds and distributed.count() > 1:
+                raise InvalidInputError(
                     f"{where}: stages[{number}]: quantize: mode qat with bounds goes by times that differ from "
                     "process to process; run it with one process, which keeps the stages that several have finished"
                 )
@@ -90,11 +90,11 @@ def _check(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
 
 
 def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Path) -> None:
-    """Export, measure, report and judge; raises GateFailed last, when everything is written."""
+    """Export, measure, report and judge; raises GateFailedError last, when everything is written."""
     targets = recipe.export.targets
     print("[export]", flush=True)
     save_checkpoint(checkpoint, out / "checkpoint")
-    metrics, plans = _metrics(teacher, recipe.export), _plan_options(recipe.export)
+    metrics, plans = _metrics(teacher, recipe.export), _tensorrt_options(recipe.export)
     baseline = _done_before(out / "baseline", metrics) or _written(
         teacher, out / "baseline", targets, "teacher", metrics, **plans
     )
@@ -110,7 +110,7 @@ def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Pa
     print(summary(write_report(out)))
     failed = [f"{g['gate']} is {g['value']:.3f}, the bound is {g['bound']:g}" for g in gates if not g["passed"]]
     if failed:
-        raise GateFailed(f"{out}: gate failed: {'; '.join(failed)}. The work is kept")
+        raise GateFailedError(f"{out}: gate failed: {'; '.join(failed)}. The work is kept")
 
 
 def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, out: Path, baseline: Bundle) -> Bundle:
@@ -123,8 +123,8 @@ def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, 
         if found is not None:
             return found
     graph, original = _float_graph(checkpoint, out / "float"), checkpoint
-    if config.fixed_plan:
-        checkpoint, graph = fix_plan(checkpoint, graph)
+    if config.fixed_timesteps:
+        checkpoint, graph = fold_timesteps(checkpoint, graph)
     if latencies is None:
         latencies = _measured_latencies(checkpoint, graph, config)
         _store_latencies(latencies, original, config, out)
@@ -134,8 +134,8 @@ def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, 
     metrics = _student_metrics(original, config, latencies)
     metrics |= {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
     variants = float_variants(graph, latencies) if config.revert_slower else []
-    options = {"float_graph": graph, "variants": variants, "parts_from": baseline, "precision": config.precision}
-    return _written(checkpoint, out / "bundle", config.targets, "student", metrics, **options, **_plan_options(config))
+    options = {"float_graph": graph, "variants": variants, "components_from": baseline, "precision": config.precision}
+    return _written(checkpoint, out / "bundle", config.targets, "student", metrics, **options, **_tensorrt_options(config))
 
 
 def _stored_latencies(checkpoint: Checkpoint, config: ExportConfig, out: Path) -> list[Latency] | None:
@@ -152,7 +152,7 @@ def _stored_latencies(checkpoint: Checkpoint, config: ExportConfig, out: Path) -
 def _measured_latencies(checkpoint: Checkpoint, graph: Graph, config: ExportConfig) -> list[Latency]:
     assert checkpoint.quantization is not None
     rounded = insert_qdq(graph, checkpoint.quantization)
-    return measure_latency(checkpoint, graph, dict.fromkeys(proven_engines(True, config.targets), rounded))
+    return measure_latency(checkpoint, graph, dict.fromkeys(checked_engines(True, config.targets), rounded))
 
 
 def _store_latencies(latencies: Sequence[Latency], checkpoint: Checkpoint, config: ExportConfig, out: Path) -> None:
@@ -166,13 +166,13 @@ def _metrics(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
     return {"checkpoint": checkpoint.hash, "targets": list(config.targets), **plans}
 
 
-def _plan_options(config: ExportConfig) -> dict[str, Any]:
+def _tensorrt_options(config: ExportConfig) -> dict[str, Any]:
     """How TensorRT plans are built, as `write_bundle` takes it."""
     return {"capabilities": config.tensorrt.compute_capabilities, "build": config.tensorrt.options}
 
 
 def _graph_metrics(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
-    settings = {"fixed_plan": config.fixed_plan, "precision": config.precision}
+    settings = {"fixed_timesteps": config.fixed_timesteps, "precision": config.precision}
     return _metrics(checkpoint, config) | settings
 
 
@@ -223,17 +223,17 @@ def write_comparison(ours: Pipeline, theirs: Pipeline, path: Path) -> None:
     count = 2 * columns if pixels else columns
     rows = []
     for pipeline in (theirs, ours):
-        told = _told(pipeline, count)
-        images = np.concatenate(list(pipeline.images(range(count), told, batch=count)))
+        conditioning = _comparison_conditioning(pipeline, count)
+        images = np.concatenate(list(pipeline.images(range(count), conditioning, batch=count)))
         rows.append(to_uint8(images, pipeline.spec.data_range))
-    write_png(grid(np.concatenate(rows), columns=columns), path)
+    write_png(image_grid(np.concatenate(rows), columns=columns), path)
 
 
-def _told(pipeline: Pipeline, count: int) -> Conditions:
+def _comparison_conditioning(pipeline: Pipeline, count: int) -> ConditioningInputs:
     """The first built-in prompts, or the classes in turn; stand-ins for a denoiser without its text encoders."""
     conditioning = pipeline.spec.conditioning
     if conditioning.kind == "text" and not conditioning.encoders:
-        return stand_in_conditions(pipeline.spec, count)
+        return dummy_conditioning(pipeline.spec, count)
     prompts = list(read_prompts(None)[:count]) if conditioning.kind == "text" else None
     return pipeline.conditions(count, prompts=prompts, warn=say)
 

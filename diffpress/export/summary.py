@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from diffpress.export.targets.tensorrt import plan_line
-from diffpress.export.verify.engine_check import proof_line
+from diffpress.export.targets.tensorrt import tensorrt_line
+from diffpress.export.verify.engine_check import engine_check_line
 from diffpress.runtime.bundle import Bundle
 
 
@@ -18,7 +18,7 @@ def summary(bundle: Bundle) -> list[str]:
     weights = ", ".join(f"{dtype} {size / 2**20:.2f} MiB" for dtype, size in denoiser["bytes_by_precision"].items())
     lines.append(f"  weights: {weights}")
     for entry in manifest["engines"]:
-        lines.append("  " + (proof_line(entry) if "integer_mac_share" in entry else plan_line(entry)))
+        lines.append("  " + (engine_check_line(entry) if "integer_mac_share" in entry else tensorrt_line(entry)))
     for engine, row in manifest["parity"].items():
         size = f"{row['samples']} samples, {row['steps']} steps"
         lines.append(

@@ -18,17 +18,17 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from diffpress.runtime.bundle import Bundle, load_bundle
     from diffpress.runtime.engines import open_engine
-    from diffpress.runtime.errors import BadInput, DiffpressError
+    from diffpress.runtime.errors import DiffpressError, InvalidInputError
     from diffpress.runtime.noise_schedule import NoiseSchedule
     from diffpress.runtime.sampler import generate, generate_batches, sample
-    from diffpress.runtime.sampling_plan import Plan, make_plan
+    from diffpress.runtime.sampling_plan import SamplingPlan, make_plan
     from diffpress.runtime.spec import DenoiserSpec
 
 _HOMES = {
     "Bundle": "diffpress.runtime.bundle",
     "load_bundle": "diffpress.runtime.bundle",
     "open_engine": "diffpress.runtime.engines",
-    "BadInput": "diffpress.runtime.errors",
+    "InvalidInputError": "diffpress.runtime.errors",
     "DiffpressError": "diffpress.runtime.errors",
     "generate": "diffpress.runtime.sampler",
     "generate_batches": "diffpress.runtime.sampler",
@@ -36,16 +36,16 @@ _HOMES = {
     "make_plan": "diffpress.runtime.sampling_plan",
     "DenoiserSpec": "diffpress.runtime.spec",
     "NoiseSchedule": "diffpress.runtime.noise_schedule",
-    "Plan": "diffpress.runtime.sampling_plan",
+    "SamplingPlan": "diffpress.runtime.sampling_plan",
 }
 
 __all__ = [
-    "BadInput",
+    "InvalidInputError",
     "Bundle",
     "DenoiserSpec",
     "DiffpressError",
     "NoiseSchedule",
-    "Plan",
+    "SamplingPlan",
     "generate",
     "generate_batches",
     "load_bundle",

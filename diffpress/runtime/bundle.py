@@ -1,6 +1,6 @@
 """A bundle: one folder with everything a deployment must know, described and sealed by its manifest.json.
 
-    manifest.json   format, name, spec (with the plan), graphs, engines, history, metrics, every file's sha256
+    manifest.json   format, requires, name, spec (with the plan), graphs, engines, history, metrics, every file's sha256
     denoiser.onnx   the portable truth
     denoiser.*.onnx     the same network in a form that serves one engine better; the manifest says which takes which
     text_encoder*.onnx, vae_decoder.onnx, tokenizer*/      where the model has them
@@ -20,11 +20,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.format_1 import upgraded_spec
 from diffpress.runtime.spec import DenoiserSpec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
+
+# features beyond format 2 that this runtime knows; a bundle lists those that a reader must know under `requires`
+FEATURES: frozenset[str] = frozenset()
 
 
 class Built(NamedTuple):
@@ -53,7 +57,7 @@ class Bundle:
         """
         graphs = self.manifest["graphs"]
         if name not in graphs:
-            raise BadInput(f"{self.path}: has no {name} (it has {', '.join(graphs)}); export the whole pipeline")
+            raise InvalidInputError(f"{self.path}: has no {name} (it has {', '.join(graphs)}); export the whole pipeline")
         entry = graphs[name]
         return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
 
@@ -75,7 +79,7 @@ class Bundle:
         variant = self.manifest["graphs"]["denoiser"].get("variants", {}).get(engine)
         if variant is None or variant["precision"] != "fp32":
             return spec
-        return spec.with_plan(spec.plan.uncorrected)
+        return spec.with_plan(spec.plan.without_corrections)
 
     @property
     def hash(self) -> str:
@@ -104,46 +108,62 @@ def seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != MANIFEST
     }
-    manifest = {"format": FORMAT, **content, "files": files}
+    manifest = {"format": FORMAT, "requires": [], **content, "files": files}
     manifest["hash"] = manifest_hash(manifest)
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     return manifest
 
 
 def load_bundle(path: str | Path) -> Bundle:
-    """Open a bundle and verify every file against the manifest; anything off raises BadInput."""
+    """Open a bundle and verify every file against the manifest; anything off raises InvalidInputError."""
     folder = Path(path)
     file = folder / MANIFEST
     if not file.is_file():
-        raise BadInput(f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'compress')")
+        raise InvalidInputError(f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'compress')")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-        raise BadInput(f"{file}: not readable as JSON ({error}); export the bundle again") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise InvalidInputError(f"{file}: not readable as JSON ({error}); export the bundle again") from error
+    if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
-        raise BadInput(f"{file}: bundle format {found!r}, this diffpress reads {FORMAT}; export the bundle again")
+        raise InvalidInputError(
+            f"{file}: bundle format {found!r}, this diffpress reads 1 and {FORMAT}; install a newer diffpress or export "
+            "the bundle again"
+        )
     if manifest.get("hash") != manifest_hash(manifest):
-        raise BadInput(f"{file}: the manifest does not match its own hash, it was changed; export the bundle again")
+        raise InvalidInputError(f"{file}: the manifest does not match its own hash, it was changed; export the bundle again")
     _verify_files(folder, manifest)
+    _check_requires(manifest, file)
+    if manifest["format"] == 1:
+        manifest = {**manifest, "spec": upgraded_spec(manifest.get("spec"))}
     spec = DenoiserSpec.from_json(manifest.get("spec"), f"{file}: spec")
     return Bundle(folder, spec, manifest)
+
+
+def _check_requires(manifest: dict[str, Any], file: Path) -> None:
+    """Refuse, by name, a bundle that needs a feature which this runtime does not have."""
+    requires = manifest.get("requires", [])
+    unknown = sorted({str(name) for name in requires} - FEATURES) if isinstance(requires, list) else ["?"]
+    if unknown:
+        raise InvalidInputError(
+            f"{file}: requires {', '.join(unknown)}, which this diffpress does not know; install a newer diffpress"
+        )
 
 
 def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
     listed, graphs = manifest.get("files"), manifest.get("graphs")
     if not isinstance(listed, dict) or not isinstance(graphs, dict) or not isinstance(graphs.get("denoiser"), dict):
-        raise BadInput(f"{folder / MANIFEST}: no list of files or no denoiser graph; export the bundle again")
+        raise InvalidInputError(f"{folder / MANIFEST}: no list of files or no denoiser graph; export the bundle again")
     for name, graph in graphs.items():
         variants = graph.get("variants", {}) if isinstance(graph, dict) else None
         entries = [graph, *variants.values()] if isinstance(variants, dict) else [None]
         if not all(isinstance(entry, dict) and str(entry.get("file")) in listed for entry in entries):
-            raise BadInput(
+            raise InvalidInputError(
                 f"{folder / MANIFEST}: the {name}'s file is not among the listed files; export the bundle again"
             )
     engines = manifest.get("engines")
     if not isinstance(engines, list) or not all(_is_engine(entry, listed) for entry in engines):
-        raise BadInput(
+        raise InvalidInputError(
             f"{folder / MANIFEST}: an entry of 'engines' names no engine, no graph or a file that is not listed; "
             "export the bundle again"
         )
@@ -160,10 +180,10 @@ def _is_engine(entry: Any, listed: dict[str, Any]) -> bool:
 def _verify_file(folder: Path, name: str, entry: Any) -> None:
     path = folder / name
     if folder.resolve() not in path.resolve().parents:
-        raise BadInput(f"{folder / MANIFEST}: '{name}' points outside the bundle")
+        raise InvalidInputError(f"{folder / MANIFEST}: '{name}' points outside the bundle")
     if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
-        raise BadInput(f"{folder / MANIFEST}: '{name}' has no size and sha256; export the bundle again")
+        raise InvalidInputError(f"{folder / MANIFEST}: '{name}' has no size and sha256; export the bundle again")
     if not path.is_file():
-        raise BadInput(f"{path}: listed in the manifest but missing; copy the bundle again")
+        raise InvalidInputError(f"{path}: listed in the manifest but missing; copy the bundle again")
     if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-        raise BadInput(f"{path}: does not match its sha256 in the manifest, it is damaged; copy the bundle again")
+        raise InvalidInputError(f"{path}: does not match its sha256 in the manifest, it is damaged; copy the bundle again")

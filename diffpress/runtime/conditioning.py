@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.json_fields import LARGEST, boolean, known, reading
 
 CONDITIONINGS = ("none", "class", "text")
@@ -32,7 +32,7 @@ class TextEncoder:
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.pad < 0:
-            raise BadInput(f"{self.graph}: {self.length} tokens filled with {self.pad} make no sense")
+            raise InvalidInputError(f"{self.graph}: {self.length} tokens filled with {self.pad} make no sense")
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,15 @@ class Conditioning:
 
     def __post_init__(self) -> None:
         if self.kind not in CONDITIONINGS:
-            raise BadInput(f"conditioning kind '{self.kind}' is not one of {', '.join(CONDITIONINGS)}")
+            raise InvalidInputError(f"conditioning kind '{self.kind}' is not one of {', '.join(CONDITIONINGS)}")
         if self.kind == "class" and not 1 <= self.classes <= LARGEST:
-            raise BadInput(f"class conditioning needs the number of classes (1 to {LARGEST})")
+            raise InvalidInputError(f"class conditioning needs the number of classes (1 to {LARGEST})")
         if self.null_label is not None and not 0 <= self.null_label <= LARGEST:
-            raise BadInput(f"null label {self.null_label} is negative or above {LARGEST}")
+            raise InvalidInputError(f"null label {self.null_label} is negative or above {LARGEST}")
 
 
 def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioning:
-    """Read a conditioning back; anything unknown or of the wrong type raises BadInput naming `where`."""
+    """Read a conditioning back; anything unknown or of the wrong type raises InvalidInputError naming `where`."""
     raw = known(Conditioning, data, where)
     with reading(where):
         null = raw.get("null_label")

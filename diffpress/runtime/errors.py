@@ -19,23 +19,23 @@ class DiffpressError(Exception):
     exit_code = 2
 
 
-class BadInput(DiffpressError):
+class InvalidInputError(DiffpressError):
     """A file, a flag or a value that cannot be used."""
 
 
-class Unfit(BadInput):
+class EngineUnavailableError(InvalidInputError):
     """An engine cannot run this on this machine, in this version or with these options; another one may."""
 
 
-def unknown_name(what: str, name: str, known: Iterable[str]) -> BadInput:
+def unknown_name(what: str, name: str, known: Iterable[str]) -> InvalidInputError:
     """The error for a name that is not in a table: it names the nearest match, or all there is."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(names)}"
-    return BadInput(f"unknown {what} '{name}': {hint}")
+    return InvalidInputError(f"unknown {what} '{name}': {hint}")
 
 
-class MissingExtra(DiffpressError):
+class MissingDependencyError(DiffpressError):
     """A package is not installed: one that comes with an extra, or (`extra` None) with diffpress itself."""
 
     def __init__(self, package: str, extra: str | None, purpose: str) -> None:
@@ -43,13 +43,13 @@ class MissingExtra(DiffpressError):
         super().__init__(f"{purpose} needs the package '{package}': pip install {wanted}")
 
 
-class GateFailed(DiffpressError):
+class GateFailedError(DiffpressError):
     """A gate of the recipe was not passed; the work is kept."""
 
     exit_code = 1
 
 
-def told(message: str, code: int) -> int:
+def report_error(message: str, code: int) -> int:
     """Say it on stderr, as the command line does, and give the exit code back."""
     print(f"diffpress: {message}", file=sys.stderr)
     return code
@@ -79,11 +79,11 @@ EXTRAS = {
 }
 
 
-def extra_for(error: ModuleNotFoundError, purpose: str) -> MissingExtra | None:
+def extra_for(error: ModuleNotFoundError, purpose: str) -> MissingDependencyError | None:
     """The readable form of a failed import, where the package belongs to one of diffpress's extras."""
     package = (error.name or "").partition(".")[0]
     extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
-    return MissingExtra(package, extra, purpose) if extra else None
+    return MissingDependencyError(package, extra, purpose) if extra else None
 
 
 @contextmanager

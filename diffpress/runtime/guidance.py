@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffpress.runtime.noise_schedule import Point
+from diffpress.runtime.noise_schedule import NoiseLevel
 from diffpress.runtime.spec import DenoiserSpec
 
 Interval = tuple[float, float | None]
@@ -28,14 +28,14 @@ def evaluations_per_step(spec: DenoiserSpec) -> int:
     return 2 if is_guided(spec, spec.plan.guidance) else 1
 
 
-def evaluations_at(spec: DenoiserSpec, point: Point) -> int:
+def evaluations_at(spec: DenoiserSpec, level: NoiseLevel) -> int:
     """As `evaluations_per_step`, at this point: outside the guidance interval it is one."""
-    return evaluations_per_step(spec) if _acts(spec.plan.guidance_interval, point) else 1
+    return evaluations_per_step(spec) if guidance_acts(spec.plan.guidance_interval, level) else 1
 
 
-def _acts(interval: Interval | None, point: Point) -> bool:
+def guidance_acts(interval: Interval | None, level: NoiseLevel) -> bool:
     """Whether guidance acts there: low < sigma / alpha <= high."""
     if interval is None:
         return True
     low, high = interval
-    return point.sigma > low * point.alpha and (high is None or point.sigma <= high * point.alpha)
+    return level.sigma > low * level.alpha and (high is None or level.sigma <= high * level.alpha)

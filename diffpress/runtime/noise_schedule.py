@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from diffpress.runtime.errors import BadInput, unknown_name
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class NoiseSchedule:
     def __post_init__(self) -> None:
         alphas, sigmas = np.asarray(self.alphas), np.asarray(self.sigmas)
         if alphas.ndim != 1 or alphas.shape != sigmas.shape or alphas.size < 2:
-            raise BadInput(
+            raise InvalidInputError(
                 f"noise schedule: alphas {alphas.shape} and sigmas {sigmas.shape} must be equally long lists"
             )
         if not (np.isfinite(alphas).all() and np.isfinite(sigmas).all()):
-            raise BadInput("noise schedule: alphas and sigmas must be finite numbers")
+            raise InvalidInputError("noise schedule: alphas and sigmas must be finite numbers")
         if (alphas < 0).any() or (sigmas < 0).any() or (np.diff(alphas) > 0).any() or (np.diff(sigmas) < 0).any():
-            raise BadInput(
+            raise InvalidInputError(
                 "noise schedule: with growing t, alphas must fall and sigmas must grow, and none be negative"
             )
 
@@ -58,7 +58,7 @@ class NoiseSchedule:
 MAX_BETA = 0.999  # what diffusers caps a cosine beta at
 
 
-class Point(NamedTuple):
+class NoiseLevel(NamedTuple):
     """One place on a trajectory: x_t = alpha * x_0 + sigma * eps, and the timestep the network is told."""
 
     t: float
@@ -66,20 +66,20 @@ class Point(NamedTuple):
     sigma: float
 
 
-END = Point(t=0.0, alpha=1.0, sigma=0.0)
+CLEAN = NoiseLevel(t=0.0, alpha=1.0, sigma=0.0)
 
 
 def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0.02) -> NoiseSchedule:
     """The variance-preserving schedule of T betas of a diffusers `beta_schedule`, in float64.
 
     `kind` is linear, scaled_linear (linear in sqrt(beta), latent diffusion) or squaredcos_cap_v2 (cosine,
-    Nichol and Dhariwal 2021, eq. 17; takes no start and end). Raises BadInput for another kind or a range
+    Nichol and Dhariwal 2021, eq. 17; takes no start and end). Raises InvalidInputError for another kind or a range
     outside (0, 1).
     """
     if kind not in BETAS:
         raise unknown_name("beta schedule", kind, BETAS)
     if T < 2 or not 0.0 < start <= end < 1.0:
-        raise BadInput(f"beta schedule: {T} timesteps from {start} to {end}; need at least 2 and 0 < start <= end < 1")
+        raise InvalidInputError(f"beta schedule: {T} timesteps from {start} to {end}; need at least 2 and 0 < start <= end < 1")
     abar = np.cumprod(1.0 - BETAS[kind](T, start, end))
     return NoiseSchedule(_floats(np.sqrt(abar)), _floats(np.sqrt(1.0 - abar)))
 
@@ -87,30 +87,30 @@ def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0
 def flow_schedule(T: int = 1000) -> NoiseSchedule:
     """Rectified flow over T timesteps: pure data at t = 0, pure noise at t = T - 1."""
     if T < 2:
-        raise BadInput(f"flow schedule: {T} timesteps; need at least 2")
+        raise InvalidInputError(f"flow schedule: {T} timesteps; need at least 2")
     s = np.arange(T) / (T - 1)
     return NoiseSchedule(_floats(1.0 - s), _floats(s))
 
 
-def point_at(schedule: NoiseSchedule, t: float) -> Point:
+def noise_level_at(schedule: NoiseSchedule, t: float) -> NoiseLevel:
     """The point at a whole or fractional timestep: alpha and sigma linear in between.
 
     Exact for a flow; for variance-preserving tables alpha^2 + sigma^2 strays from 1 by at most a quarter of
-    the squared angle between neighbours (about 1e-5 with 1000 timesteps). Raises BadInput outside 0..T-1.
+    the squared angle between neighbours (about 1e-5 with 1000 timesteps). Raises InvalidInputError outside 0..T-1.
     """
     last = len(schedule) - 1
     if not 0.0 <= t <= last:
-        raise BadInput(f"timestep {t:g} lies outside the model's 0..{last}")
+        raise InvalidInputError(f"timestep {t:g} lies outside the model's 0..{last}")
     low = min(int(t), last - 1)
     part = t - low
     alpha = (1.0 - part) * schedule.alphas[low] + part * schedule.alphas[low + 1]
     sigma = (1.0 - part) * schedule.sigmas[low] + part * schedule.sigmas[low + 1]
-    return Point(float(t), float(alpha), float(sigma))
+    return NoiseLevel(float(t), float(alpha), float(sigma))
 
 
-def point_at_ratio(schedule: NoiseSchedule, ratio: float) -> Point:
+def noise_level_at_ratio(schedule: NoiseSchedule, ratio: float) -> NoiseLevel:
     """The point where sigma / alpha is `ratio`, or that end of the schedule which it lies beyond."""
-    return point_at(schedule, float(timesteps_at(np.array([ratio]), schedule)[0]))
+    return noise_level_at(schedule, float(timesteps_at(np.array([ratio]), schedule)[0]))
 
 
 def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
@@ -145,7 +145,7 @@ def _floats(values: np.ndarray) -> tuple[float, ...]:
 
 
 def timesteps_at(ratios: np.ndarray, schedule: NoiseSchedule) -> np.ndarray:
-    """The fractional timesteps where sigma / alpha equals `ratios`, the exact inverse of schedule.point_at.
+    """The fractional timesteps where sigma / alpha equals `ratios`, the exact inverse of schedule.noise_level_at.
 
     Between neighbours:  sigma + f dsigma = r (alpha + f dalpha)  gives  f = (r alpha - sigma) / (dsigma - r
     dalpha).

@@ -18,9 +18,9 @@ import numpy as np
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.engines import Engine, open_engine
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
-from diffpress.runtime.network_inputs import Conditions, Network, class_conditions
+from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning
 from diffpress.runtime.prompts import Warn, encode, open_tokenizer, unconditional
 from diffpress.runtime.sampler import generate, generate_batches, labels_in_turn
 from diffpress.runtime.spec import DenoiserSpec
@@ -30,7 +30,7 @@ DECODER = "vae_decoder"
 
 
 class Pipeline:
-    """An open bundle; `spec` says what it samples by default. Raises BadInput and MissingExtra as its parts do."""
+    """An open bundle; `spec` says what it samples by default. Raises InvalidInputError and MissingDependencyError as its parts do."""
 
     def __init__(
         self,
@@ -53,7 +53,7 @@ class Pipeline:
     def images(
         self,
         seeds: Sequence[int] | np.ndarray,
-        conditions: Conditions,
+        conditions: ConditioningInputs,
         spec: DenoiserSpec | None = None,
         batch: int = 8,
     ) -> Iterator[np.ndarray]:
@@ -74,24 +74,24 @@ class Pipeline:
         prompts: Sequence[str] | None = None,
         negatives: Sequence[str] | None = None,
         warn: Warn = warnings.warn,
-    ) -> Conditions:
+    ) -> ConditioningInputs:
         """What `count` samples are told: `labels` (None: the classes in turn) or `prompts`, one for each sample."""
         spec = spec or self.spec
         if spec.conditioning.kind != "text":
             classes = labels_in_turn(spec, count) if labels is None else np.asarray(labels)
-            return class_conditions(spec, classes)
+            return class_conditioning(spec, classes)
         if prompts is None:
-            raise BadInput("the model is conditioned on text: give a prompt")
+            raise InvalidInputError("the model is conditioned on text: give a prompt")
         guided = is_guided(spec, spec.plan.guidance)
         if negatives is not None and not guided:
-            raise BadInput("a negative prompt needs guidance above 1, which this model or plan does without")
+            raise InvalidInputError("a negative prompt needs guidance above 1, which this model or plan does without")
         text = _Text(self.bundle, self._open)
         conditioning, size = spec.conditioning, spec.image_size
-        given = encode(prompts, conditioning, text.encoders, text.tokenizers, size, warn)
+        cond = encode(prompts, conditioning, text.encoders, text.tokenizers, size, warn)
         if not guided:
-            return Conditions(given)
-        null = unconditional(negatives, count, conditioning, text.encoders, text.tokenizers, size, warn)
-        return Conditions(given, null)
+            return ConditioningInputs(cond)
+        uncond = unconditional(negatives, count, conditioning, text.encoders, text.tokenizers, size, warn)
+        return ConditioningInputs(cond, uncond)
 
     def decode(self, samples: np.ndarray, spec: DenoiserSpec | None = None) -> np.ndarray:
         """Images of latents, one at a time: a decoder's memory grows with the batch. Pixels are images already."""
@@ -120,7 +120,7 @@ def in_streams(
     network: Network,
     spec: DenoiserSpec,
     seeds: Sequence[int] | np.ndarray,
-    conditions: Conditions,
+    conditions: ConditioningInputs,
     batch: int,
     streams: int = 1,
 ) -> Iterator[np.ndarray]:
@@ -142,22 +142,22 @@ def in_streams(
 def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> DenoiserSpec:
     """The spec for images of `size` (height, width) in pixels, its plan shifted as the model wants it for that size.
 
-    Raises BadInput for a size that the model cannot make; `fixed` says that its graph is made for one size.
+    Raises InvalidInputError for a size that the model cannot make; `fixed` says that its graph is made for one size.
     """
     factor, unit = spec.latent_factor, spec.latent_factor * spec.size_multiple
     if size == spec.image_size:
         return spec
     if fixed:
-        raise BadInput(f"size {_by(size)}: this bundle's graph makes {_by(spec.image_size)} images only")
+        raise InvalidInputError(f"size {_by(size)}: this bundle's graph makes {_by(spec.image_size)} images only")
     if min(size) < unit or size[0] % unit or size[1] % unit:
         near = _by(tuple(max(unit, round(side / unit) * unit) for side in size))
-        raise BadInput(f"size {_by(size)}: sides must be multiples of {unit} for this model; the nearest is {near}")
+        raise InvalidInputError(f"size {_by(size)}: sides must be multiples of {unit} for this model; the nearest is {near}")
     shape = (spec.sample_shape[0], size[0] // factor, size[1] // factor)
     own, *others = (
         reshifted(timesteps, spec.spacing, spec.tokens(spec.sample_shape), spec.tokens(shape), spec.schedule)
-        for timesteps in (spec.plan.timesteps, *spec.distilled_also)
+        for timesteps in (spec.plan.timesteps, *spec.distilled_timesteps)
     )
-    return replace(spec, sample_shape=shape, plan=spec.plan.over(own), distilled_also=tuple(others))
+    return replace(spec, sample_shape=shape, plan=spec.plan.over(own), distilled_timesteps=tuple(others))
 
 
 def has_fixed_size(bundle: Bundle) -> bool:
@@ -172,7 +172,7 @@ class _Text:
     def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine]) -> None:
         encoders = bundle.spec.conditioning.encoders
         if not encoders:
-            raise BadInput(
+            raise InvalidInputError(
                 f"{bundle.path}: the model is conditioned on text and its bundle has no text encoder; "
                 "export the whole pipeline's folder, not its denoiser alone"
             )

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import numpy as np
 
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
-from diffpress.runtime.errors import BadInput, MissingExtra, unknown_name
+from diffpress.runtime.errors import InvalidInputError, MissingDependencyError, unknown_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -56,29 +56,29 @@ class Tokens(NamedTuple):
 
 
 def open_tokenizer(file: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json`; raises BadInput for a file that is none, MissingExtra without the library."""
+    """Read a `tokenizer.json`; raises InvalidInputError for a file that is none, MissingDependencyError without the library."""
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
-        raise MissingExtra("tokenizers", "text", "reading prompts") from error
+        raise MissingDependencyError("tokenizers", "text", "reading prompts") from error
     if not Path(file).is_file():
-        raise BadInput(f"{file}: no such file")
+        raise InvalidInputError(f"{file}: no such file")
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # the library raises no narrower class
-        raise BadInput(f"{file}: not a tokenizer.json of the tokenizers library ({error})") from error
+        raise InvalidInputError(f"{file}: not a tokenizer.json of the tokenizers library ({error})") from error
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], encoder: TextEncoder) -> Tokens:
     """Ids of exactly `encoder.length` tokens a prompt: cut before the closing special token, or filled with `pad`.
 
     The same as transformers' `padding="max_length", truncation=True`; `encoder.lower` first does what PixArt does
-    to prompts (diffusers, `_text_preprocessing` without `clean_caption`). Raises BadInput where not even the
+    to prompts (diffusers, `_text_preprocessing` without `clean_caption`). Raises InvalidInputError where not even the
     special tokens fit. Sets the tokenizer's own truncation and padding, which a file may carry from training.
     """
     fewest = tokenizer.num_special_tokens_to_add(False)
     if encoder.length < fewest:
-        raise BadInput(f"{encoder.graph}: {encoder.length} tokens, but its tokenizer alone adds {fewest} special ones")
+        raise InvalidInputError(f"{encoder.graph}: {encoder.length} tokens, but its tokenizer alone adds {fewest} special ones")
     tokenizer.no_padding()
     tokenizer.enable_truncation(encoder.length)
     ids = np.full((len(prompts), encoder.length), encoder.pad, dtype=np.int64)
@@ -112,7 +112,7 @@ def encode(
 
     `encoders` go by graph (`TextEncoder.graph`), `tokenizers` by folder (`TextEncoder.tokenizer`); `size` is the
     image's (height, width) in pixels. Equal prompts are encoded once. `warn` gets one line for each prompt that is
-    too long, with the words that were left out. Raises BadInput as `tokenize` and `assemble` do.
+    too long, with the words that were left out. Raises InvalidInputError as `tokenize` and `assemble` do.
     """
     unique = list(dict.fromkeys(prompts))
     place = {prompt: index for index, prompt in enumerate(unique)}
@@ -145,16 +145,16 @@ def unconditional(
 
     Negative prompts are encoded like any. Without them it is the empty prompt, or, with `zero_negative`, zeros and
     no encoder runs (diffusers, SDXL's `force_zeros_for_empty_prompt`); inputs that no encoder has a part in, such as
-    `time_ids`, stay what they are. Raises BadInput unless there is one negative prompt per sample.
+    `time_ids`, stay what they are. Raises InvalidInputError unless there is one negative prompt per sample.
     """
     if negatives is not None and len(negatives) != count:
-        raise BadInput(f"{len(negatives)} negative prompts for {count} samples: give one each")
+        raise InvalidInputError(f"{len(negatives)} negative prompts for {count} samples: give one each")
     if negatives is not None or not conditioning.zero_negative:
         return encode([""] * count if negatives is None else negatives, conditioning, encoders, tokenizers, size, warn)
-    told = {name: form for name, form in conditioning.inputs.items() if not _reads_text(form)}
-    result = assemble(replace(conditioning, inputs=told), {}, count, size)
+    plain = {name: form for name, form in conditioning.inputs.items() if not _reads_text(form)}
+    result = assemble(replace(conditioning, inputs=plain), {}, count, size)
     return {
-        name: result[name] if name in told else np.zeros((count, *form.shape), np.float32)
+        name: result[name] if name in plain else np.zeros((count, *form.shape), np.float32)
         for name, form in conditioning.inputs.items()
     }
 
@@ -164,7 +164,7 @@ def assemble(
 ) -> dict[str, np.ndarray]:
     """Lay the encoders' outputs out as diffpress.runtime.conditioning.TextInput says: `{name: float32 [N, *shape]}`, N = `count`.
 
-    `outputs` has arrays [N, ...] by 'graph.output'; `size` is the image's (height, width) in pixels. Raises BadInput
+    `outputs` has arrays [N, ...] by 'graph.output'; `size` is the image's (height, width) in pixels. Raises InvalidInputError
     naming the input whose parts are missing or do not give its declared shape.
     """
     pieces = {
@@ -177,13 +177,13 @@ def assemble(
 
 def _assemble(name: str, form: TextInput, pieces: Mapping[str, np.ndarray], count: int) -> np.ndarray:
     if len(form.shape) == 1 and (len(form.rows) != 1 or isinstance(form.rows[0], int)):
-        raise BadInput(f"input '{name}' has no sequence (shape {form.shape}), so it takes one row of pieces")
+        raise InvalidInputError(f"input '{name}' has no sequence (shape {form.shape}), so it takes one row of pieces")
     if not form.rows:
-        raise BadInput(f"input '{name}' has no rows to be made of")
+        raise InvalidInputError(f"input '{name}' has no rows to be made of")
     rows = [_row(name, row, form.shape, pieces, count) for row in form.rows]
     if sum(row.shape[1] for row in rows) != form.shape[0] or any(row.shape[2:] != form.shape[1:] for row in rows):
         shapes = " / ".join(str(row.shape[1:]) for row in rows)
-        raise BadInput(f"input '{name}' is declared as {form.shape} per sample, its rows give {shapes}")
+        raise InvalidInputError(f"input '{name}' is declared as {form.shape} per sample, its rows give {shapes}")
     return np.concatenate(rows, axis=1, dtype=np.float32)
 
 
@@ -201,7 +201,7 @@ def _row(
     sides = {part.shape[:-1] for part in parts}
     if len(sides) != 1 or parts[0].ndim != len(shape) + 1 or len(parts[0]) != count:
         found = ", ".join(f"{piece} {part.shape}" for piece, part in zip(row, parts, strict=True))
-        raise BadInput(f"input '{name}' for {count} samples of shape {shape} cannot be made of {found or 'nothing'}")
+        raise InvalidInputError(f"input '{name}' for {count} samples of shape {shape} cannot be made of {found or 'nothing'}")
     joined = np.concatenate(parts, axis=-1)
     narrow = shape[-1] - joined.shape[-1]
     if narrow > 0 and len(shape) > 1:  # a vector or a mask that is too short is a mistake, not a row to be filled
@@ -213,7 +213,7 @@ def _run(graph: str, network: TextNetwork, ids: np.ndarray, mask: np.ndarray) ->
     """One encoder's outputs by 'graph.output', and its attention mask, which some denoisers want to see too."""
     types, given = network.inputs, {IDS: ids, MASK: mask}
     if IDS not in types or not set(types) <= set(given):
-        raise BadInput(f"{graph}: its inputs are {', '.join(types)}; they should be {IDS} and, if need be, {MASK}")
+        raise InvalidInputError(f"{graph}: its inputs are {', '.join(types)}; they should be {IDS} and, if need be, {MASK}")
     outputs = network.run_all({name: given[name].astype(dtype) for name, dtype in types.items()})
     return {f"{graph}.{name}": array for name, array in {MASK: mask, **outputs}.items()}
 

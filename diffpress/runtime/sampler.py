@@ -22,26 +22,26 @@ from typing import NamedTuple
 import numpy as np
 
 from diffpress.runtime.denoiser import Denoise, plan_denoiser
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.fused.program import linear_walk
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.fused.program import fused_program
 from diffpress.runtime.guidance import evaluations_at
 from diffpress.runtime.network_inputs import (
-    Conditions,
+    ConditioningInputs,
     Network,
-    class_conditions,
-    network_inputs,
-    stand_in_conditions,
-    told_throughout,
+    class_conditioning,
+    dummy_conditioning,
+    dummy_inputs,
+    static_inputs,
 )
-from diffpress.runtime.noise_schedule import NoiseSchedule, Point, point_at
-from diffpress.runtime.sampling_plan import Plan, trajectory
+from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule, noise_level_at
+from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
 from diffpress.runtime.solvers import solver_named
-from diffpress.runtime.solvers.contract import MEMORY, Past, Stride
+from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState
 from diffpress.runtime.spec import DenoiserSpec
 
 MAX_SEED = 2**63 - 1
 
-Walk = Callable[[dict[str, np.ndarray], np.ndarray], np.ndarray | None]
+FusedSampling = Callable[[dict[str, np.ndarray], np.ndarray], np.ndarray | None]
 
 
 class Step(NamedTuple):
@@ -54,66 +54,66 @@ class Step(NamedTuple):
 
 
 def _no_noise(k: int) -> np.ndarray:
-    raise BadInput("a noisy solver, and any plan with eta above 0, adds noise at every step: pass fresh_noise")
+    raise InvalidInputError("a noisy solver, and any plan with eta above 0, adds noise at every step: pass fresh_noise")
 
 
 def sample(
     denoise: Denoise,
     noise: np.ndarray,
     schedule: NoiseSchedule,
-    plan: Plan,
+    plan: SamplingPlan,
     fresh_noise: Callable[[int], np.ndarray] = _no_noise,
 ) -> Iterator[Step]:
     """Walk the plan from unit `noise` (float32 [N, C, H, W]); the last step's x is the result.
 
-    `denoise(x, point) -> x_0` is the model (it applies guidance and clipping), `fresh_noise(k)` gives unit
+    `denoise(x, level) -> x_0` is the model (it applies guidance and clipping), `fresh_noise(k)` gives unit
     noise like x for step k = 1, 2, ... (and for k + N where a step needs two) and is needed where plan.eta > 0 and by
-    noisy solvers. Raises BadInput for an unknown solver.
+    noisy solvers. Raises InvalidInputError for an unknown solver.
     """
     solver = solver_named(plan.solver)
-    points = trajectory(schedule, plan.timesteps, plan.end)
-    x = _started(noise, points[0], plan)
-    past: deque[Past] = deque(maxlen=MEMORY)
-    for index, (now, after) in enumerate(zip(points, points[1:], strict=False)):
+    levels = plan_levels(schedule, plan.timesteps, plan.end)
+    x = _started(noise, levels[0], plan)
+    past: deque[PreviousStep] = deque(maxlen=MAX_HISTORY)
+    for index, (now, after) in enumerate(zip(levels, levels[1:], strict=False)):
         x0 = denoise(x, now)
 
         def fresh(k: int, stream: int = index + 1) -> np.ndarray:
             return fresh_noise(stream + k * plan.steps)
 
-        step = Stride(x, x0, now, after, tuple(past), index, plan.steps, denoise, fresh, plan.eta, schedule)
+        step = StepState(x, x0, now, after, tuple(past), index, plan.steps, denoise, fresh, plan.eta, schedule)
         if solver.correct is not None:
             step = step._replace(x=solver.correct(step))
         x = solver.move(step)
-        past.append(Past(now, step.x, x0))
+        past.append(PreviousStep(now, step.x, x0))
         yield Step(index, now.t, x, x0)
 
 
-def start_spread(point: Point, start: str) -> float:
+def initial_std(level: NoiseLevel, start: str) -> float:
     """The standard deviation of the noise to start from; 'marginal' is that of noised data of unit variance."""
-    return {"marginal": float(np.hypot(point.alpha, point.sigma)), "noise": point.sigma, "unit": 1.0}[start]
+    return {"marginal": float(np.hypot(level.alpha, level.sigma)), "noise": level.sigma, "unit": 1.0}[start]
 
 
-def _started(noise: np.ndarray, point: Point, plan: Plan) -> np.ndarray:
-    started: np.ndarray = np.float32(start_spread(point, plan.start)) * noise
+def _started(noise: np.ndarray, level: NoiseLevel, plan: SamplingPlan) -> np.ndarray:
+    started: np.ndarray = np.float32(initial_std(level, plan.start)) * noise
     return started
 
 
 def network_evaluations(spec: DenoiserSpec) -> int:
     """Network evaluations for one image by the spec's plan, both halves under guidance."""
-    return sum(evaluations_at(spec, point) for point in asked_points(spec))
+    return sum(evaluations_at(spec, level) for level in evaluated_levels(spec))
 
 
-def asked_points(spec: DenoiserSpec) -> list[Point]:
+def evaluated_levels(spec: DenoiserSpec) -> list[NoiseLevel]:
     """Where the spec's plan asks the network, call by call: found out on an empty batch."""
-    points: list[Point] = []
+    levels: list[NoiseLevel] = []
     nothing = np.zeros((0, *spec.sample_shape), np.float32)
 
-    def denoise(x: np.ndarray, point: Point) -> np.ndarray:
-        points.append(point)
+    def denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
+        levels.append(level)
         return x
 
     deque(sample(denoise, nothing, spec.schedule, spec.plan, lambda k: nothing), maxlen=0)
-    return points
+    return levels
 
 
 def noise_for(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...], stream: int = 0) -> np.ndarray:
@@ -123,7 +123,7 @@ def noise_for(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...], stream:
     _generator.start["state"]["counter"][3] = stream
     for row, seed in zip(noise, seeds, strict=True):
         if not 0 <= seed <= MAX_SEED:
-            raise BadInput(f"seed {seed}: must lie in 0..{MAX_SEED}")
+            raise InvalidInputError(f"seed {seed}: must lie in 0..{MAX_SEED}")
         _generator.start["state"]["key"][0] = int(seed)
         _generator.philox.state = _generator.start
         _generator.normal(out=row, dtype=np.float32)
@@ -147,15 +147,15 @@ def generate(
     spec: DenoiserSpec,
     seeds: Sequence[int] | np.ndarray,
     labels: Sequence[int] | np.ndarray | None = None,
-    plan: Plan | None = None,
+    plan: SamplingPlan | None = None,
     batch: int = 8,
-    conditions: Conditions | None = None,
+    conditions: ConditioningInputs | None = None,
 ) -> np.ndarray:
     """Samples float32 [N, C, H, W], one per seed, made `batch` at a time (the last may be smaller): images in the data
     range, or latents for `diffpress.runtime.pipeline.decode`.
 
     `labels` are N class labels; None takes the classes in turn where the model has them. A model of text takes
-    `conditions` instead (diffpress.runtime.pipeline). `plan` defaults to the spec's. Raises BadInput where any of these do not
+    `conditions` instead (diffpress.runtime.pipeline). `plan` defaults to the spec's. Raises InvalidInputError where any of these do not
     fit.
     """
     return np.concatenate(list(generate_batches(network, spec, seeds, labels, plan, batch, conditions)))
@@ -166,39 +166,39 @@ def generate_batches(
     spec: DenoiserSpec,
     seeds: Sequence[int] | np.ndarray,
     labels: Sequence[int] | np.ndarray | None = None,
-    plan: Plan | None = None,
+    plan: SamplingPlan | None = None,
     batch: int = 8,
-    conditions: Conditions | None = None,
+    conditions: ConditioningInputs | None = None,
 ) -> Iterator[np.ndarray]:
     """As `generate`, but yields the samples of one batch after the other."""
     if plan is not None:
         spec = spec.with_plan(plan)
     if batch < 1 or len(seeds) < 1:
-        raise BadInput(f"{len(seeds)} samples in batches of {batch}: both must be at least 1")
+        raise InvalidInputError(f"{len(seeds)} samples in batches of {batch}: both must be at least 1")
     if conditions is None:
         classes = labels_in_turn(spec, len(seeds)) if labels is None else np.asarray(labels)
         if classes is not None and classes.shape != (len(seeds),):
-            raise BadInput(f"{classes.size} labels for {len(seeds)} seeds: give one label per seed")
-        conditions = class_conditions(spec, classes)
+            raise InvalidInputError(f"{classes.size} labels for {len(seeds)} seeds: give one label per seed")
+        conditions = class_conditioning(spec, classes)
     elif labels is not None:
-        raise BadInput("give labels or conditions, not both")
-    counts = {len(array) for array in (*conditions.given.values(), *(conditions.null or {}).values())}
+        raise InvalidInputError("give labels or conditions, not both")
+    counts = {len(array) for array in (*conditions.cond.values(), *(conditions.uncond or {}).values())}
     if not counts <= {len(seeds)}:
-        raise BadInput(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one each")
-    walk = _walk_of(network, spec)
+        raise InvalidInputError(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one each")
+    run_fused = _fused_program_of(network, spec)
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        samples = _one_batch(network, spec, seeds[part], conditions.part(part), walk)
+        samples = _one_batch(network, spec, seeds[part], conditions.part(part), run_fused)
         yield np.clip(samples, *spec.data_range) if spec.plan.clip else samples
 
 
 def warm_up(network: Network, spec: DenoiserSpec, batch: int) -> None:
     """One step of a batch of this size, for an engine that compiles what it is first asked to run."""
-    if _walk_of(network, spec) is None:
-        network.run(network_inputs(network, spec, batch))
+    if _fused_program_of(network, spec) is None:
+        network.run(dummy_inputs(network, spec, batch))
         return
     first = spec.with_plan(spec.plan.over(spec.plan.timesteps[:1]))
-    generate(network, first, range(batch), batch=batch, conditions=stand_in_conditions(spec, batch))
+    generate(network, first, range(batch), batch=batch, conditions=dummy_conditioning(spec, batch))
 
 
 def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
@@ -208,28 +208,28 @@ def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
     return np.arange(count) % spec.conditioning.classes
 
 
-def _walk_of(network: Network, spec: DenoiserSpec) -> Walk | None:
+def _fused_program_of(network: Network, spec: DenoiserSpec) -> FusedSampling | None:
     """The spec's plan as one call of the network, for a network that walks and a plan that it can."""
-    walk = getattr(network, "walk", None)  # isinstance(network, Walker) takes as long as a step's arithmetic
-    if walk is None or (program := linear_walk(spec)) is None:
+    run_fused = getattr(network, "walk", None)  # isinstance(network, Walker) takes as long as a step's arithmetic
+    if run_fused is None or (program := fused_program(spec)) is None:
         return None
-    return partial(walk, program)
+    return partial(run_fused, program)
 
 
 def _one_batch(
     network: Network,
     spec: DenoiserSpec,
     seeds: Sequence[int] | np.ndarray,
-    conditions: Conditions,
-    walk: Walk | None,
+    conditions: ConditioningInputs,
+    run_fused: FusedSampling | None,
 ) -> np.ndarray:
     plan = spec.plan
     denoise = plan_denoiser(network, spec, conditions)
     noise = noise_for(seeds, spec.sample_shape)
-    if walk is not None:
-        started = _started(noise, point_at(spec.schedule, plan.timesteps[0]), plan)
-        walked = walk(told_throughout(network, spec, conditions, len(seeds)), started)
-        if walked is not None:
-            return walked
+    if run_fused is not None:
+        started = _started(noise, noise_level_at(spec.schedule, plan.timesteps[0]), plan)
+        fused = run_fused(static_inputs(network, spec, conditions, len(seeds)), started)
+        if fused is not None:
+            return fused
     steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
     return deque(steps, maxlen=1).pop().x

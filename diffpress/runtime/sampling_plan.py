@@ -7,16 +7,16 @@ from typing import Any
 
 import numpy as np
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.json_fields import boolean, floats, known, reading
-from diffpress.runtime.noise_schedule import END, NoiseSchedule, Point, point_at
-from diffpress.runtime.timesteps import timestep_grid
+from diffpress.runtime.noise_schedule import CLEAN, NoiseLevel, NoiseSchedule, noise_level_at
+from diffpress.runtime.timesteps import timesteps_for
 
 STARTS = ("marginal", "noise", "unit")
 
 
 @dataclass(frozen=True)
-class Correction:
+class OutputCorrection:
     """What takes off what rounding does to a network's output on the average: (out - bias[channel]) / (1 + slope)."""
 
     slope: float
@@ -24,26 +24,26 @@ class Correction:
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.slope) and self.slope > -1.0 and np.isfinite(self.bias).all()):
-            raise BadInput(f"plan: a correction's slope {self.slope:g} must lie above -1, and slope and bias be finite")
+            raise InvalidInputError(f"plan: a correction's slope {self.slope:g} must lie above -1, and slope and bias be finite")
 
 
 @dataclass(frozen=True)
 class Threshold:
     """Dynamic thresholding (Saharia et al. 2022, Imagen, section 2.3): x_0 is bounded to -s..s and divided by s.
 
-    s is each sample's `ratio` quantile of |x_0|, at least 1 and at most `most` (None: no bound), on data in -1..1.
+    s is each sample's `ratio` quantile of |x_0|, at least 1 and at most `max` (None: no bound), on data in -1..1.
     """
 
     ratio: float = 0.995
-    most: float | None = None
+    max: float | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.ratio <= 1.0 or not (self.most is None or (np.isfinite(self.most) and self.most >= 1.0)):
-            raise BadInput(f"threshold: ratio {self.ratio:g} must lie in (0, 1], and most {self.most} be at least 1")
+        if not 0.0 < self.ratio <= 1.0 or not (self.max is None or (np.isfinite(self.max) and self.max >= 1.0)):
+            raise InvalidInputError(f"threshold: ratio {self.ratio:g} must lie in (0, 1], and max {self.max} be at least 1")
 
 
 @dataclass(frozen=True)
-class Plan:
+class SamplingPlan:
     """How the model is meant to be sampled: a solver's name, the descending timesteps, and the guidance
     weight.
 
@@ -55,7 +55,7 @@ class Plan:
     `threshold` in its place by each sample's own values. `start` is the spread of the noise to start from: 'marginal'
     that of noised data, 'noise' sigma alone, 'unit' 1; they differ by parts in a thousand. `end` is the timestep at
     whose noise the last step stops, None for clean data (some checkpoints end at timestep 0, diffusers'
-    `set_alpha_to_one: false`). `corrections` take off a quantized network's output what rounding does to it on the
+    `set_alpha_to_one: false`). `output_corrections` take off a quantized network's output what rounding does to it on the
     average, one for each timestep, or none (PTQD, He et al. 2023).
     """
 
@@ -65,7 +65,7 @@ class Plan:
     eta: float = 0.0
     clip: bool = True
     end: float | None = None
-    corrections: tuple[Correction, ...] = ()
+    output_corrections: tuple[OutputCorrection, ...] = ()
     start: str = STARTS[0]
     threshold: Threshold | None = None
     guidance_interval: tuple[float, float | None] | None = None
@@ -74,50 +74,50 @@ class Plan:
     def __post_init__(self) -> None:
         t = np.asarray(self.timesteps, dtype=float)
         if t.size < 1 or not np.isfinite(t).all() or (t < 0).any() or (np.diff(t) >= 0).any():
-            raise BadInput("plan: timesteps must be one or more finite, non-negative, strictly descending numbers")
+            raise InvalidInputError("plan: timesteps must be one or more finite, non-negative, strictly descending numbers")
         if not (np.isfinite(self.guidance) and np.isfinite(self.eta) and 0.0 <= self.eta <= 1.0):
-            raise BadInput(f"plan: guidance {self.guidance} must be finite and eta {self.eta} lie in [0, 1]")
+            raise InvalidInputError(f"plan: guidance {self.guidance} must be finite and eta {self.eta} lie in [0, 1]")
         if not 0.0 <= self.guidance_rescale <= 1.0:
-            raise BadInput(f"plan: guidance_rescale {self.guidance_rescale} must lie in [0, 1]")
+            raise InvalidInputError(f"plan: guidance_rescale {self.guidance_rescale} must lie in [0, 1]")
         if self.guidance_interval is not None:
             low, high = self.guidance_interval
             if not (np.isfinite(low) and low >= 0.0 and (high is None or (np.isfinite(high) and high > low))):
-                raise BadInput(
+                raise InvalidInputError(
                     f"plan: guidance_interval ({low}, {high}) must be two values of sigma / alpha, 0 <= low < high, "
                     "or null for no upper end"
                 )
         if self.start not in STARTS:
-            raise BadInput(f"plan: start '{self.start}' is not one of {', '.join(STARTS)}")
+            raise InvalidInputError(f"plan: start '{self.start}' is not one of {', '.join(STARTS)}")
         if self.end is not None and not 0.0 <= self.end <= t[-1]:
-            raise BadInput(f"plan: end {self.end} must be a timestep not above the last one, {t[-1]:g}")
-        if self.corrections and len(self.corrections) != t.size:
-            raise BadInput(f"plan: {len(self.corrections)} corrections for {t.size} timesteps; one each, or none")
+            raise InvalidInputError(f"plan: end {self.end} must be a timestep not above the last one, {t[-1]:g}")
+        if self.output_corrections and len(self.output_corrections) != t.size:
+            raise InvalidInputError(f"plan: {len(self.output_corrections)} corrections for {t.size} timesteps; one each, or none")
 
     @property
     def steps(self) -> int:
         return len(self.timesteps)
 
     @property
-    def uncorrected(self) -> Plan:
+    def without_corrections(self) -> SamplingPlan:
         """The plan for another network than the one that the corrections were measured on."""
-        return replace(self, corrections=())
+        return replace(self, output_corrections=())
 
-    def over(self, timesteps: tuple[float, ...]) -> Plan:
+    def over(self, timesteps: tuple[float, ...]) -> SamplingPlan:
         """The plan over these timesteps; corrections hold for those alone that they were measured at."""
-        return self if timesteps == self.timesteps else replace(self, timesteps=timesteps, corrections=())
+        return self if timesteps == self.timesteps else replace(self, timesteps=timesteps, output_corrections=())
 
 
-def plan_from_json(data: Any, where: str = "plan") -> Plan:
-    raw = known(Plan, data, where)
+def plan_from_json(data: Any, where: str = "plan") -> SamplingPlan:
+    raw = known(SamplingPlan, data, where)
     with reading(where):
-        return Plan(
+        return SamplingPlan(
             solver=str(raw["solver"]),
             timesteps=floats(raw["timesteps"]),
             guidance=float(raw["guidance"]),
             eta=float(raw["eta"]),
             clip=boolean(raw["clip"]),
             end=None if raw.get("end") is None else float(raw["end"]),
-            corrections=tuple(_correction(entry, where) for entry in raw.get("corrections", ())),
+            output_corrections=tuple(_correction(entry, where) for entry in raw.get("corrections", ())),
             start=str(raw.get("start", STARTS[0])),
             threshold=None if raw.get("threshold") is None else _threshold(raw["threshold"], where),
             guidance_interval=None if raw.get("guidance_interval") is None else _interval(raw["guidance_interval"]),
@@ -125,15 +125,15 @@ def plan_from_json(data: Any, where: str = "plan") -> Plan:
         )
 
 
-def _correction(data: Any, where: str) -> Correction:
-    raw = known(Correction, data, where)
-    return Correction(float(raw["slope"]), floats(raw["bias"]))
+def _correction(data: Any, where: str) -> OutputCorrection:
+    raw = known(OutputCorrection, data, where)
+    return OutputCorrection(float(raw["slope"]), floats(raw["bias"]))
 
 
 def _threshold(data: Any, where: str) -> Threshold:
     raw = known(Threshold, data, where)
-    most = raw.get("most")
-    return Threshold(float(raw["ratio"]), None if most is None else float(most))
+    upper = raw.get("max")
+    return Threshold(float(raw["ratio"]), None if upper is None else float(upper))
 
 
 def _interval(values: Any) -> tuple[float, float | None]:
@@ -141,11 +141,11 @@ def _interval(values: Any) -> tuple[float, float | None]:
     return float(low), None if high is None else float(high)
 
 
-def trajectory(
+def plan_levels(
     schedule: NoiseSchedule, timesteps: tuple[float, ...], end: float | None = None
-) -> tuple[Point, ...]:
+) -> tuple[NoiseLevel, ...]:
     """The points at `timesteps`, and the clean end or that at the timestep `end`: one more point than steps."""
-    return (*(point_at(schedule, t) for t in timesteps), END if end is None else point_at(schedule, end))
+    return (*(noise_level_at(schedule, t) for t in timesteps), CLEAN if end is None else noise_level_at(schedule, end))
 
 
 def make_plan(
@@ -153,11 +153,11 @@ def make_plan(
     steps: int,
     schedule: NoiseSchedule,
     *,
-    grid: str = "trailing",
+    spacing: str = "trailing",
     guidance: float = 1.0,
     eta: float = 0.0,
     clip: bool = True,
     end: float | None = None,
-) -> Plan:
-    """A plan that visits `steps` timesteps of `grid`; raises BadInput as `timestep_grid` and `Plan` do."""
-    return Plan(solver, timestep_grid(grid, steps, schedule), guidance=guidance, eta=eta, clip=clip, end=end)
+) -> SamplingPlan:
+    """A plan that visits `steps` timesteps of the spacing `spacing`; raises InvalidInputError as `timesteps_for` and `SamplingPlan` do."""
+    return SamplingPlan(solver, timesteps_for(spacing, steps, schedule), guidance=guidance, eta=eta, clip=clip, end=end)

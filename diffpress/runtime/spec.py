@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 
 from diffpress.runtime.conditioning import Conditioning, conditioning_from_json
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.json_fields import LARGEST, floats, known, reading
 from diffpress.runtime.noise_schedule import NoiseSchedule
-from diffpress.runtime.sampling_plan import Plan, plan_from_json
-from diffpress.runtime.timesteps import Spacing, spacing_from_json
+from diffpress.runtime.sampling_plan import SamplingPlan, plan_from_json
+from diffpress.runtime.timesteps import TimestepSpacing, spacing_from_json
 
 PREDICTIONS = ("epsilon", "v", "sample", "flow")
 
@@ -37,54 +37,54 @@ class DenoiserSpec:
     are multiples of `size_multiple` cells. `data_range` is what pixel values mean at the end, `spacing` lays out the
     timesteps of plans with other numbers of steps. `fixed_timesteps` are those that the network knows, where it was
     exported for one plan (export/passes/fold_timesteps.py); none means all. `distilled` is the kind of distillation that taught the
-    network to sample by this plan's few steps alone; '' for a network that any plan fits. `distilled_also` are the
+    network to sample by this plan's few steps alone; '' for a network that any plan fits. `distilled_timesteps` are the
     timesteps of other plans that it was taught, the solver being the same.
     """
 
     prediction: str
     schedule: NoiseSchedule
     sample_shape: tuple[int, int, int]
-    plan: Plan
+    plan: SamplingPlan
     conditioning: Conditioning = field(default_factory=Conditioning)
     latent_scale: float = 1.0
     latent_shift: float = 0.0
     data_range: tuple[float, float] = (-1.0, 1.0)
     latent_factor: int = 1
     size_multiple: int = 1
-    spacing: Spacing = field(default_factory=Spacing)
+    spacing: TimestepSpacing = field(default_factory=TimestepSpacing)
     fixed_timesteps: tuple[float, ...] = ()
     distilled: str = ""
-    distilled_also: tuple[tuple[float, ...], ...] = ()
+    distilled_timesteps: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
-            raise BadInput(f"prediction '{self.prediction}' is not one of {', '.join(PREDICTIONS)}")
+            raise InvalidInputError(f"prediction '{self.prediction}' is not one of {', '.join(PREDICTIONS)}")
         if len(self.sample_shape) != 3 or min(self.sample_shape) < 1 or math.prod(self.sample_shape) > LARGEST:
-            raise BadInput(
+            raise InvalidInputError(
                 f"sample shape {self.sample_shape} must be (channels, height, width), each at least 1, and together at "
                 f"most {LARGEST} values"
             )
         if max(self.plan.timesteps) > len(self.schedule) - 1:
-            raise BadInput(
+            raise InvalidInputError(
                 f"plan: timestep {max(self.plan.timesteps):g} lies beyond the last, {len(self.schedule) - 1}"
             )
         foreign = [t for t in self.plan.timesteps if self.fixed_timesteps and t not in self.fixed_timesteps]
         if foreign:
-            raise BadInput(
+            raise InvalidInputError(
                 f"plan: timestep {foreign[0]:g} is not one of the {len(self.fixed_timesteps)} that this network was "
                 "exported for; keep its own steps, or export again without --fixed-plan"
             )
-        if any(len(correction.bias) != self.sample_shape[0] for correction in self.plan.corrections):
-            raise BadInput(f"plan: each correction needs a bias for each of {self.sample_shape[0]} channels")
+        if any(len(correction.bias) != self.sample_shape[0] for correction in self.plan.output_corrections):
+            raise InvalidInputError(f"plan: each correction needs a bias for each of {self.sample_shape[0]} channels")
         if not self.data_range[0] < self.data_range[1]:
-            raise BadInput(f"data range {self.data_range} is empty")
+            raise InvalidInputError(f"data range {self.data_range} is empty")
         if not (np.isfinite(self.latent_scale) and np.isfinite(self.latent_shift) and self.latent_scale != 0):
-            raise BadInput(
+            raise InvalidInputError(
                 f"latent scale {self.latent_scale}, shift {self.latent_shift}: finite, and the scale not zero"
             )
 
         if self.latent_factor < 1 or self.size_multiple < 1:
-            raise BadInput(
+            raise InvalidInputError(
                 f"latent factor {self.latent_factor} and size multiple {self.size_multiple} must be at least 1"
             )
 
@@ -102,7 +102,7 @@ class DenoiserSpec:
         """Image tokens of a sample of this shape, which dynamic shifts count: cells of `size_multiple` a side."""
         return (shape[1] // self.size_multiple) * (shape[2] // self.size_multiple)
 
-    def with_plan(self, plan: Plan) -> DenoiserSpec:
+    def with_plan(self, plan: SamplingPlan) -> DenoiserSpec:
         return replace(self, plan=plan)
 
     def to_json(self) -> dict[str, Any]:
@@ -110,7 +110,7 @@ class DenoiserSpec:
 
     @staticmethod
     def from_json(data: Any, where: str = "spec") -> DenoiserSpec:
-        """Read a spec back; anything missing, unknown or of the wrong type raises BadInput naming `where`."""
+        """Read a spec back; anything missing, unknown or of the wrong type raises InvalidInputError naming `where`."""
         raw = known(DenoiserSpec, data, where)
         with reading(where):
             return DenoiserSpec(
@@ -129,7 +129,7 @@ class DenoiserSpec:
                 spacing=spacing_from_json(raw.get("spacing", {}), f"{where}.spacing"),
                 fixed_timesteps=floats(raw.get("fixed_timesteps", ())),
                 distilled=str(raw.get("distilled", "")),
-                distilled_also=tuple(floats(timesteps) for timesteps in raw.get("distilled_also", ())),
+                distilled_timesteps=tuple(floats(timesteps) for timesteps in raw.get("distilled_timesteps", ())),
             )
 
 

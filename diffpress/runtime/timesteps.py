@@ -38,42 +38,42 @@ from typing import Any
 
 import numpy as np
 
-from diffpress.runtime.errors import BadInput, unknown_name
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 from diffpress.runtime.io.json_fields import boolean, known, reading
 from diffpress.runtime.noise_schedule import NoiseSchedule, _floats, timesteps_at
 
 
 @dataclass(frozen=True)
-class Spacing:
+class TimestepSpacing:
     """How a model's timesteps are laid out for any number of steps and any image size.
 
-    `grid` is a name of diffpress.runtime.noise_schedule.GRIDS, `offset` is added to its timesteps ('leading' grids of latent
-    diffusion start at 1), `whole` rounds them. Flow models then move s = t / (T - 1) towards the noise,
+    `kind` is a name in SPACINGS, `offset` is added to its timesteps ('leading' grids of latent
+    diffusion start at 1), `integer` rounds them. Flow models then move s = t / (T - 1) towards the noise,
     s' = k s / (1 + (k - 1) s), with k = `shift`, or, where `dynamic` is given as (shift at the fewest tokens, shift
     at the most, fewest, most), k = exp(m) with m on the line through these for the image's number of tokens
     (Esser et al. 2024, section 5.3.2; Flux).
     """
 
-    grid: str = "trailing"
+    kind: str = "trailing"
     offset: int = 0
-    whole: bool = True
+    integer: bool = True
     shift: float = 1.0
     dynamic: tuple[float, float, float, float] | None = None
 
     def __post_init__(self) -> None:
         if self.offset < 0 or not (np.isfinite(self.shift) and self.shift > 0):
-            raise BadInput(f"spacing: offset {self.offset} must not be negative and shift {self.shift} be above 0")
+            raise InvalidInputError(f"spacing: offset {self.offset} must not be negative and shift {self.shift} be above 0")
 
 
-def spacing_from_json(data: Any, where: str = "spacing") -> Spacing:
-    """Read a spacing back; anything unknown or of the wrong type raises BadInput naming `where`."""
-    raw = known(Spacing, data, where)
+def spacing_from_json(data: Any, where: str = "spacing") -> TimestepSpacing:
+    """Read a spacing back; anything unknown or of the wrong type raises InvalidInputError naming `where`."""
+    raw = known(TimestepSpacing, data, where)
     with reading(where):
         dynamic = raw.get("dynamic")
-        return Spacing(
-            grid=str(raw.get("grid", "trailing")),
+        return TimestepSpacing(
+            kind=str(raw.get("kind", "trailing")),
             offset=int(raw.get("offset", 0)),
-            whole=boolean(raw.get("whole", True)),
+            integer=boolean(raw.get("integer", True)),
             shift=float(raw.get("shift", 1.0)),
             dynamic=None if dynamic is None else _four(dynamic),
         )
@@ -97,21 +97,21 @@ AYS = {
 }
 
 
-def timestep_grid(
-    kind: str, steps: int, schedule: NoiseSchedule, *, whole: bool = True, offset: int = 0
+def timesteps_for(
+    kind: str, steps: int, schedule: NoiseSchedule, *, integer: bool = True, offset: int = 0
 ) -> tuple[float, ...]:
-    """`steps` strictly descending timesteps of the grid `kind` (see the top of this file), `offset` above it.
+    """`steps` strictly descending timesteps of the spacing `kind` (see the top of this file), `offset` above it.
 
-    `whole` rounds them to the integer timesteps a discrete-time network was trained on; where two would fall
-    together the noisier one moves up. Raises BadInput for an unknown kind, no steps, or more steps than
+    `integer` rounds them to the integer timesteps a discrete-time network was trained on; where two would fall
+    together the noisier one moves up. Raises InvalidInputError for an unknown kind, no steps, or more steps than
     timesteps.
     """
-    if kind not in GRIDS:
-        raise unknown_name("timestep grid", kind, GRIDS)
+    if kind not in SPACINGS:
+        raise unknown_name("timestep spacing", kind, SPACINGS)
     if not 1 <= steps <= len(schedule):
-        raise BadInput(f"{steps} steps: the model has {len(schedule)} timesteps, ask for 1 to {len(schedule)}")
-    t = np.clip(GRIDS[kind](steps, schedule) + offset, 0, len(schedule) - 1)
-    return tuple((_apart(np.round(t), len(schedule) - 1) if whole else t).tolist())
+        raise InvalidInputError(f"{steps} steps: the model has {len(schedule)} timesteps, ask for 1 to {len(schedule)}")
+    t = np.clip(SPACINGS[kind](steps, schedule) + offset, 0, len(schedule) - 1)
+    return tuple((_apart(np.round(t), len(schedule) - 1) if integer else t).tolist())
 
 
 def _leading(steps: int, schedule: NoiseSchedule) -> np.ndarray:
@@ -131,20 +131,20 @@ def _quad(steps: int, schedule: NoiseSchedule) -> np.ndarray:
 
 
 def _karras(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    low, high = (math.exp(end / KARRAS_RHO) for end in _sane_ends(schedule))
+    low, high = (math.exp(end / KARRAS_RHO) for end in _bounded_ends(schedule))
     return timesteps_at((low + _ramp(steps) * (high - low)) ** KARRAS_RHO, schedule)
 
 
 def _exponential(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    return _log_spaced(steps, schedule, _whole_ends(schedule))
+    return _log_spaced(steps, schedule, _table_ends(schedule))
 
 
 def _logsnr(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    return _log_spaced(steps, schedule, _sane_ends(schedule))
+    return _log_spaced(steps, schedule, _bounded_ends(schedule))
 
 
 def _beta(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    low, high = (math.exp(end) for end in _whole_ends(schedule))
+    low, high = (math.exp(end) for end in _table_ends(schedule))
     return timesteps_at(low + beta_quantile(_ramp(steps)) * (high - low), schedule)
 
 
@@ -189,12 +189,12 @@ def _flow_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
 def _lcm(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     taught = min(LCM_TIMESTEPS, len(schedule))
     if steps > taught:
-        raise BadInput(f"{steps} steps: a latent consistency model was taught {taught} timesteps, ask for no more")
+        raise InvalidInputError(f"{steps} steps: a latent consistency model was taught {taught} timesteps, ask for no more")
     places = taught - np.floor(np.linspace(0, taught, steps, endpoint=False))
     return places * (len(schedule) // taught) - 1
 
 
-GRIDS: dict[str, Callable[[int, NoiseSchedule], np.ndarray]] = {
+SPACINGS: dict[str, Callable[[int, NoiseSchedule], np.ndarray]] = {
     "leading": _leading,
     "trailing": _trailing,
     "linspace": _linspace,
@@ -224,18 +224,18 @@ def _log_spaced(steps: int, schedule: NoiseSchedule, ends: tuple[float, float]) 
     return timesteps_at(np.exp(low + _ramp(steps) * (high - low)), schedule)
 
 
-def _whole_ends(schedule: NoiseSchedule) -> tuple[float, float]:
+def _table_ends(schedule: NoiseSchedule) -> tuple[float, float]:
     """log(sigma / alpha) at the first and the last timestep where neither is zero."""
     alphas, sigmas = np.asarray(schedule.alphas), np.asarray(schedule.sigmas)
     usable = np.flatnonzero((alphas > 0) & (sigmas > 0))
     if not usable.size:
-        raise BadInput("noise schedule: at every timestep alpha or sigma is zero, no grid over log-SNR exists")
+        raise InvalidInputError("noise schedule: at every timestep alpha or sigma is zero, no grid over log-SNR exists")
     first, last = usable[0], usable[-1]
     return math.log(sigmas[first] / alphas[first]), math.log(sigmas[last] / alphas[last])
 
 
-def _sane_ends(schedule: NoiseSchedule) -> tuple[float, float]:
-    low, high = _whole_ends(schedule)
+def _bounded_ends(schedule: NoiseSchedule) -> tuple[float, float]:
+    low, high = _table_ends(schedule)
     return max(low, min(high, LOG_RATIO_MIN)), min(high, max(low, LOG_RATIO_MAX))
 
 
@@ -247,22 +247,22 @@ def _apart(t: np.ndarray, last: int) -> np.ndarray:
 
 
 def spaced_timesteps(
-    spacing: Spacing, steps: int, schedule: NoiseSchedule, tokens: int | None = None
+    spacing: TimestepSpacing, steps: int, schedule: NoiseSchedule, tokens: int | None = None
 ) -> tuple[float, ...]:
     """`steps` timesteps laid out by a model's spacing; `tokens` is the image's number of tokens, for dynamic shifts.
 
-    Raises BadInput as `timestep_grid` does, and for a dynamic spacing without `tokens`.
+    Raises InvalidInputError as `timesteps_for` does, and for a dynamic spacing without `tokens`.
     """
-    t = np.asarray(timestep_grid(spacing.grid, steps, schedule, whole=spacing.whole, offset=spacing.offset))
+    t = np.asarray(timesteps_for(spacing.kind, steps, schedule, integer=spacing.integer, offset=spacing.offset))
     k, last = _shift_factor(spacing, tokens), len(schedule) - 1
-    if spacing.grid == "flow_linspace" and spacing.dynamic is None:
+    if spacing.kind == "flow_linspace" and spacing.dynamic is None:
         # diffusers draws the line down to its least sigma, which is shifted already, and then shifts the line
         t = np.interp(t, (1.0, last), (float(_shifted(np.ones(()), k, last)), last))
     return _floats(_shifted(t, k, last))
 
 
 def reshifted(
-    timesteps: tuple[float, ...], spacing: Spacing, old_tokens: int, new_tokens: int, schedule: NoiseSchedule
+    timesteps: tuple[float, ...], spacing: TimestepSpacing, old_tokens: int, new_tokens: int, schedule: NoiseSchedule
 ) -> tuple[float, ...]:
     """The same plan for an image of another size: shifts compose by multiplying their k, so k_new / k_old does it."""
     if spacing.dynamic is None:
@@ -271,13 +271,13 @@ def reshifted(
     return _floats(_shifted(np.asarray(timesteps), k, len(schedule) - 1))
 
 
-def _shift_factor(spacing: Spacing, tokens: int | None) -> float:
+def _shift_factor(spacing: TimestepSpacing, tokens: int | None) -> float:
     """k of the shift: constant, or exp(m) with m on the line through the spacing's two image sizes."""
     if spacing.dynamic is None:
         return spacing.shift
     low, high, fewest, most = spacing.dynamic
     if tokens is None or fewest == most:
-        raise BadInput(f"spacing: the shift {spacing.dynamic} needs two image sizes and the number of image tokens")
+        raise InvalidInputError(f"spacing: the shift {spacing.dynamic} needs two image sizes and the number of image tokens")
     return math.exp(low + (high - low) * (tokens - fewest) / (most - fewest))
 
 

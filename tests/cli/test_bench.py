@@ -14,7 +14,7 @@ from diffpress.cli.bench import add_arguments
 from diffpress.cli.bench import run as run_bench
 from diffpress.runtime.benchmarking.probe import Probe
 from diffpress.runtime.engines import ENGINES, available, installed
-from diffpress.runtime.errors import BadInput, Unfit
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 
 TINY = Path(__file__).parents[1] / "runtime" / "tiny_bundle"
 
@@ -35,7 +35,7 @@ def no_other_processes(monkeypatch) -> list:
 @pytest.fixture
 def unfit(monkeypatch) -> None:
     def load(*_: object) -> None:
-        raise Unfit("plan.engine: built for another GPU")
+        raise EngineUnavailableError("plan.engine: built for another GPU")
 
     backend = SimpleNamespace(EXTRA=None, OPTIONS=(), missing=lambda: None, unusable=lambda: None, load=load)
     monkeypatch.setitem(ENGINES, "elsewhere", backend)
@@ -55,7 +55,7 @@ def test_all_engines_are_compared_and_the_one_that_cannot_is_a_line(unfit, tmp_p
 
 
 def test_an_engine_that_was_asked_for_by_name_has_to_run(unfit) -> None:
-    with pytest.raises(BadInput, match="another GPU"):
+    with pytest.raises(InvalidInputError, match="another GPU"):
         run("--engine", "elsewhere")
 
 
@@ -63,5 +63,5 @@ def test_options_reach_the_engines_and_the_fresh_processes(no_other_processes, t
     run("--engine", "onnxruntime", "--threads", 1, "--streams", 2, "--json", tmp_path / "b.json")
     ((_, engine, batch, options),) = no_other_processes
     assert (engine, batch, options.threads, options.streams, options.cache) == ("onnxruntime", 2, 1, 2, None)
-    with pytest.raises(BadInput, match="engine 'onnxruntime' has no option 'precision'"):
+    with pytest.raises(InvalidInputError, match="engine 'onnxruntime' has no option 'precision'"):
         run("--engine", "onnxruntime", "--precision", "bf16")

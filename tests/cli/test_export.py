@@ -7,7 +7,7 @@ from diffpress.cli.export import add_arguments
 from diffpress.cli.export import run as export_command
 from diffpress.compress.checkpoint import save_checkpoint
 from diffpress.runtime.bundle import load_bundle
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def run(*words: str) -> int:
@@ -54,16 +54,16 @@ def test_weights_and_size_are_those_asked_for(words, dtype, size, fixed, unet, t
 @pytest.mark.parametrize(("size", "message"), [("16", "as in 512x768"), ("0x8", "nearest"), ("-8x8", "as in 512x768")])
 def test_a_size_that_is_none_is_refused(size, message, unet, tmp_path):
     save_checkpoint(unet, tmp_path / "checkpoint")
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", f"--size={size}")
 
 
 def test_an_output_that_is_something_else_is_refused_before_any_work(tmp_path):
     (tmp_path / "notes").write_text("mine")
-    with pytest.raises(BadInput, match="notes: exists and is not a bundle"):
+    with pytest.raises(InvalidInputError, match="notes: exists and is not a bundle"):
         run(tmp_path / "no-such-checkpoint", "--out", tmp_path / "notes")
 
 
 def test_a_missing_checkpoint_is_bad_input(tmp_path):
-    with pytest.raises(BadInput, match="no-such-checkpoint"):
+    with pytest.raises(InvalidInputError, match="no-such-checkpoint"):
         run(tmp_path / "no-such-checkpoint", "--out", tmp_path / "bundle")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from diffpress.cli.main import VERBS, main
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "runtime" / "tiny_bundle"
@@ -236,7 +236,7 @@ def test_a_student_is_evaluated_in_other_steps_with_a_warning(call, monkeypatch)
     from diffpress.compress.evaluation import evaluate as module
 
     def evaluate(network, spec, *rest):
-        raise BadInput(f"{spec.plan.steps} steps")
+        raise InvalidInputError(f"{spec.plan.steps} steps")
 
     monkeypatch.setattr(module, "evaluate", evaluate)
     student = ROOT / "calib_data" / "student"

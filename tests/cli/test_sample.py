@@ -16,14 +16,14 @@ from diffpress.cli.sample import add_arguments
 from diffpress.cli.sample import run as sample_command
 from diffpress.runtime.bundle import MANIFEST, load_bundle, manifest_hash
 from diffpress.runtime.engines import available, open_engine
-from diffpress.runtime.errors import DiffpressError, MissingExtra
+from diffpress.runtime.errors import DiffpressError, MissingDependencyError
 from diffpress.runtime.io.images import grid, to_uint8
-from diffpress.runtime.requested_plan import chosen_plan
+from diffpress.runtime.requested_plan import requested_plan
 from diffpress.runtime.sampler import generate
-from diffpress.runtime.sampling_plan import Correction
+from diffpress.runtime.sampling_plan import OutputCorrection
 from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.timesteps import Spacing
+from diffpress.runtime.timesteps import TimestepSpacing
 
 
 def run(*arguments: object) -> int:
@@ -94,31 +94,31 @@ def test_the_size_that_the_bundle_makes_may_be_asked_for(tiny: Path, tmp_path: P
 
 def test_what_is_asked_for_replaces_the_plan_of_the_bundle(tiny: Path) -> None:
     spec = load_bundle(tiny).spec
-    assert chosen_plan(spec, None, None, None, None) == spec.plan
-    assert chosen_plan(spec, 5, None, None, None).timesteps == (49, 39, 29, 19, 9)
-    assert chosen_plan(spec, 5, None, "leading", None).timesteps == (40, 30, 20, 10, 0)
-    assert chosen_plan(spec, None, None, "linspace", None).steps == spec.plan.steps
-    swapped = chosen_plan(spec, None, "ipndm", None, 3.0)
+    assert requested_plan(spec, None, None, None, None) == spec.plan
+    assert requested_plan(spec, 5, None, None, None).timesteps == (49, 39, 29, 19, 9)
+    assert requested_plan(spec, 5, None, "leading", None).timesteps == (40, 30, 20, 10, 0)
+    assert requested_plan(spec, None, None, "linspace", None).steps == spec.plan.steps
+    swapped = requested_plan(spec, None, "ipndm", None, 3.0)
     assert (swapped.solver, swapped.guidance, swapped.timesteps) == ("ipndm", 3.0, spec.plan.timesteps)
 
 
 def test_new_steps_lie_as_the_models_spacing_has_them(tiny: Path) -> None:
-    spec = replace(load_bundle(tiny).spec, spacing=Spacing("leading", offset=1))
-    assert chosen_plan(spec, 5, None, None, None).timesteps == (41, 31, 21, 11, 1)
-    assert chosen_plan(spec, 5, None, "trailing", None).timesteps == (49, 39, 29, 19, 9)
+    spec = replace(load_bundle(tiny).spec, spacing=TimestepSpacing("leading", offset=1))
+    assert requested_plan(spec, 5, None, None, None).timesteps == (41, 31, 21, 11, 1)
+    assert requested_plan(spec, 5, None, "trailing", None).timesteps == (49, 39, 29, 19, 9)
 
 
 def test_where_to_end_goes_with_the_solver_that_it_came_with(tiny: Path) -> None:
     spec = load_bundle(tiny).spec
     spec = spec.with_plan(replace(spec.plan, end=0.0))
-    assert chosen_plan(spec, 5, None, None, None).end == 0.0
-    assert chosen_plan(spec, None, spec.plan.solver, None, None).end == 0.0
-    assert chosen_plan(spec, None, "ipndm", None, None).end is None
+    assert requested_plan(spec, 5, None, None, None).end == 0.0
+    assert requested_plan(spec, None, spec.plan.solver, None, None).end == 0.0
+    assert requested_plan(spec, None, "ipndm", None, None).end is None
 
 
 def test_corrections_serve_the_bundles_own_plan_and_others_are_warned(tiny: Path, tmp_path: Path, capsys) -> None:
     spec = load_bundle(tiny).spec
-    plan = replace(spec.plan, corrections=(Correction(0.1, (0.2,)),) * 8)
+    plan = replace(spec.plan, output_corrections=(OutputCorrection(0.1, (0.2,)),) * 8)
     bundle = with_spec(tiny, spec.with_plan(plan), tmp_path / "corrected")
     made = {}
     for name, folder, words in (
@@ -135,8 +135,8 @@ def test_corrections_serve_the_bundles_own_plan_and_others_are_warned(tiny: Path
     assert (made["fewer"][0] == made["plainly fewer"][0]).all()
     assert made["fewer"][1].startswith("warning: this plan is not the bundle's own") and not made["plainly fewer"][1]
     for change in ((5, None, None, None), (None, "ipndm", None, None), (None, None, None, 2.0)):
-        assert not chosen_plan(spec.with_plan(plan), *change).corrections
-    assert not with_solver(plan, "ipndm").corrections and with_solver(plan, plan.solver) == plan
+        assert not requested_plan(spec.with_plan(plan), *change).output_corrections
+    assert not with_solver(plan, "ipndm").output_corrections and with_solver(plan, plan.solver) == plan
 
 
 def test_a_distilled_network_keeps_its_solver_and_promises_nothing_for_other_steps(tiny, tmp_path, capsys) -> None:
@@ -160,11 +160,11 @@ def test_a_distilled_network_keeps_its_solver_and_promises_nothing_for_other_ste
 def test_a_distilled_network_takes_the_other_plans_that_it_was_taught(tiny, tmp_path, capsys) -> None:
     spec = load_bundle(tiny).spec
     taught = replace(
-        spec, plan=replace(spec.plan, solver="euler"), distilled="trajectory", distilled_also=((45.0,), (47.0, 20.0))
+        spec, plan=replace(spec.plan, solver="euler"), distilled="trajectory", distilled_timesteps=((45.0,), (47.0, 20.0))
     )
     for count, timesteps in ((1, (45.0,)), (2, (47.0, 20.0)), (8, spec.plan.timesteps)):
-        assert chosen_plan(taught, count, None, None, None) == taught.plan.over(timesteps)
-    assert chosen_plan(taught, 2, None, "trailing", None).timesteps != (47.0, 20.0)
+        assert requested_plan(taught, count, None, None, None) == taught.plan.over(timesteps)
+    assert requested_plan(taught, 2, None, "trailing", None).timesteps != (47.0, 20.0)
     bundle = with_spec(tiny, taught, tmp_path / "distilled")
     assert load_bundle(bundle).spec == taught
     run(bundle, "-n", 1, "--steps", 2, "--out", tmp_path / "taught.png")
@@ -220,7 +220,7 @@ def test_a_missing_bundle_and_a_missing_extra_are_named(tiny: Path, tmp_path: Pa
     from diffpress.runtime.engines import ENGINES
 
     monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
-    with pytest.raises(MissingExtra, match="pip install 'diffpress"):
+    with pytest.raises(MissingDependencyError, match="pip install 'diffpress"):
         run(tiny, "--engine", "openvino")
 
 

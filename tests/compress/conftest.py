@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from diffpress.compress.checkpoint import Checkpoint, Source
 from diffpress.compress.config import PruneConfig, QuantizeConfig
 from diffpress.compress.context import Context
-from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.widths import widths_of
 from diffpress.compress.pruning.prune import prune
 from diffpress.compress.quantization.quantize import quantize
@@ -101,7 +101,7 @@ def answer(checkpoint: Checkpoint) -> torch.Tensor:
     """What the checkpoint computes, through fake quantization where it is quantized, on fixed inputs."""
     model = fake_quantized(checkpoint)
     with torch.no_grad():
-        return adapter_for(model).forward(model, example_inputs(checkpoint.spec, 3, seed=5))
+        return adapter_for(model).forward(model, dummy_inputs(checkpoint.spec, 3, seed=5))
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,7 @@ from diffpress.compress.checkpoint import Quantization, Record, save_checkpoint,
 from diffpress.compress.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[2]
 KINDS = ["plain", "unet", "pruned", "quantized"]
@@ -144,7 +144,7 @@ def test_a_saved_custom_checkpoint_reopens_with_its_file(custom_files, context, 
     weights.unlink()  # the saved folder stands alone
     again = load_checkpoint(f"{file}:{tmp_path / 'saved'}")
     assert again.hash == small.hash and torch.equal(output(again), output(small))
-    with pytest.raises(BadInput, match=r"custom module; open it as FILE\.py:.*saved"):
+    with pytest.raises(InvalidInputError, match=r"custom module; open it as FILE\.py:.*saved"):
         load_checkpoint(tmp_path / "saved")
 
 
@@ -193,7 +193,7 @@ def test_pruning_a_layer_whose_widths_cannot_be_recorded_is_refused_by_name(cont
     (tmp_path / "mixed.py").write_text(LAYERS_FILE)
     (tmp_path / "weights").write_bytes(b"")
     loaded = load_checkpoint(f"{tmp_path / 'mixed.py'}:{tmp_path / 'weights'}")
-    with pytest.raises(BadInput, match="'batch' is a BatchNorm2d"):
+    with pytest.raises(InvalidInputError, match="'batch' is a BatchNorm2d"):
         prune(loaded, PruneConfig(method="magnitude", ratio=0.5, round_to=1), context(loaded))
 
 
@@ -212,7 +212,7 @@ def full_disk_as_safetensors_says_it(tensors, path, *args, **kwargs):
 def test_a_full_disk_is_one_clear_line_and_leaves_what_was_there(failure, plain, unet, tmp_path, monkeypatch):
     save_checkpoint(plain, tmp_path / "saved")
     monkeypatch.setattr("diffpress.compress.checkpoint.save_file", failure)
-    with pytest.raises(BadInput, match="saved: cannot be written .*No space left"):
+    with pytest.raises(InvalidInputError, match="saved: cannot be written .*No space left"):
         save_checkpoint(unet, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert load_checkpoint(tmp_path / "saved").hash == plain.hash
@@ -223,23 +223,23 @@ def test_a_read_only_place_is_bad_input(plain, tmp_path, monkeypatch):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("diffpress.compress.checkpoint.os.replace", refuse)
-    with pytest.raises(BadInput, match="saved: cannot be written .*Read-only"):
+    with pytest.raises(InvalidInputError, match="saved: cannot be written .*Read-only"):
         save_checkpoint(plain, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_place_below_a_file_is_bad_input(plain, tmp_path):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(BadInput, match="saved: cannot be written"):
+    with pytest.raises(InvalidInputError, match="saved: cannot be written"):
         save_checkpoint(plain, tmp_path / "file" / "saved")
 
 
 def test_an_error_while_filling_leaves_no_half_written_folder(tmp_path):
     def fill(folder: Path) -> None:
         save_file({"x": torch.zeros(3)}, folder / "x.safetensors")
-        raise BadInput("something else")
+        raise InvalidInputError("something else")
 
-    with pytest.raises(BadInput, match="something else"):
+    with pytest.raises(InvalidInputError, match="something else"):
         write_folder(tmp_path / "saved", fill)
     assert list(tmp_path.iterdir()) == []
 

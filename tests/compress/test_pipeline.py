@@ -19,7 +19,7 @@ from diffpress.compress.checkpoint import save_checkpoint
 from diffpress.compress.pipeline import claim_folder, run_stages
 from diffpress.compress.recipe import read_recipe
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[2]
 STAGES = """
@@ -149,11 +149,11 @@ def test_images_that_do_not_fit_the_model_are_refused_before_any_work(teacher, r
     }
     for message, arrays in cases.items():
         np.savez(npz, **arrays)
-        with pytest.raises(BadInput, match=f"images.npz: .*{message}"):
+        with pytest.raises(InvalidInputError, match=f"images.npz: .*{message}"):
             run_stages(teacher, recipe(), tmp_path / "out")
     for content in (b"PK\x03\x04 cut off", b"", b"text"):
         npz.write_bytes(content)
-        with pytest.raises(BadInput, match="images.npz: not readable"):
+        with pytest.raises(InvalidInputError, match="images.npz: not readable"):
             run_stages(teacher, recipe(), tmp_path / "out")
     assert called == []
 
@@ -193,7 +193,7 @@ def test_another_recipe_is_refused_with_the_first_difference_and_nothing_changes
 ):
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
     before = files(tmp_path / "out")
-    with pytest.raises(BadInput, match=rf"out: was made by another recipe \({difference}.*--update"):
+    with pytest.raises(InvalidInputError, match=rf"out: was made by another recipe \({difference}.*--update"):
         claim_folder(tmp_path / "out", teacher, recipe(STAGES, override), update=False)
     assert files(tmp_path / "out") == before
     claim_folder(tmp_path / "out", teacher, recipe(STAGES, override), update=True)
@@ -202,13 +202,13 @@ def test_another_recipe_is_refused_with_the_first_difference_and_nothing_changes
 
 def test_one_stage_more_is_another_recipe(teacher, recipe, tmp_path):
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
-    with pytest.raises(BadInput, match=r"another recipe \(stages: "):
+    with pytest.raises(InvalidInputError, match=r"another recipe \(stages: "):
         claim_folder(tmp_path / "out", teacher, recipe(STAGES + "  - quantize\n"), update=False)
 
 
 def test_another_teacher_is_refused(teacher, plain, recipe, tmp_path):
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
-    with pytest.raises(BadInput, match=r"another recipe \(teacher: "):
+    with pytest.raises(InvalidInputError, match=r"another recipe \(teacher: "):
         claim_folder(tmp_path / "out", plain, recipe(), update=False)
 
 
@@ -218,7 +218,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(update, te
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
     for name in ("out", "file"):
-        with pytest.raises(BadInput, match=f"{name}: exists and is not a folder of diffpress"):
+        with pytest.raises(InvalidInputError, match=f"{name}: exists and is not a folder of diffpress"):
             claim_folder(tmp_path / name, teacher, recipe(), update)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
@@ -226,7 +226,7 @@ def test_a_folder_with_something_else_in_it_is_refused_and_left_alone(update, te
 def test_a_recipe_json_that_is_broken_is_refused(teacher, recipe, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "recipe.json").write_text("{")
-    with pytest.raises(BadInput, match="recipe.json: not readable"):
+    with pytest.raises(InvalidInputError, match="recipe.json: not readable"):
         claim_folder(tmp_path / "out", teacher, recipe(), update=False)
 
 
@@ -235,7 +235,7 @@ def test_a_read_only_folder_is_refused_before_any_work(teacher, recipe, tmp_path
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("diffpress.runtime.io.files.os.replace", refuse)
-    with pytest.raises(BadInput, match="recipe.json: cannot be written .*Read-only"):
+    with pytest.raises(InvalidInputError, match="recipe.json: cannot be written .*Read-only"):
         claim_folder(tmp_path / "out", teacher, recipe(), update=False)
     assert not (tmp_path / "out" / "recipe.json").exists()
 
@@ -259,7 +259,7 @@ def test_a_disk_that_fills_up_leaves_no_half_written_stage_and_the_run_goes_on_l
 
     with monkeypatch.context() as patch:
         patch.setattr("diffpress.compress.checkpoint.save_file", full)
-        with pytest.raises(BadInput, match="01-prune.*cannot be written .*No space left"):
+        with pytest.raises(InvalidInputError, match="01-prune.*cannot be written .*No space left"):
             run_stages(teacher, recipe(), out)
     assert [path.name[:11] for path in (out / "stages").iterdir()] == ["00-schedule"]
     called.clear()

@@ -12,7 +12,7 @@ import pytest
 from diffpress.cli.plan import add_arguments
 from diffpress.compress.builtin import CALIB_DATA, RECIPES
 from diffpress.compress.recipe import read_recipe
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 RECIPE = """
 seed: 3
@@ -38,7 +38,7 @@ def recipe(tmp_path: Path):
 @pytest.fixture
 def refused(recipe):
     def check(text: str, *words: str, overrides: tuple[str, ...] = ()) -> None:
-        with pytest.raises(BadInput) as caught:
+        with pytest.raises(InvalidInputError) as caught:
             recipe(text, *overrides)
         message = str(caught.value)
         assert "\n" not in message and all(word in message for word in words), message
@@ -162,13 +162,13 @@ def test_a_file_that_is_no_mapping_is_refused(text, refused):
 
 def test_a_recipe_that_is_not_there_is_refused(tmp_path):
     for path in (tmp_path / "nowhere.yaml", tmp_path):
-        with pytest.raises(BadInput, match=f"{path.name}: the recipe cannot be read"):
+        with pytest.raises(InvalidInputError, match=f"{path.name}: the recipe cannot be read"):
             read_recipe(path)
 
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(BadInput, match="r.yaml: not valid YAML"):
+    with pytest.raises(InvalidInputError, match="r.yaml: not valid YAML"):
         read_recipe(tmp_path / "r.yaml")
 
 

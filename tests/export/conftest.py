@@ -116,7 +116,7 @@ def wide() -> Checkpoint:
     """A flow model: its timesteps are floats."""
     torch.manual_seed(2)
     schedule = flow_schedule(20)
-    plan = make_plan("euler", 3, schedule, grid="linspace")
+    plan = make_plan("euler", 3, schedule, spacing="linspace")
     return _checkpoint(Wide(), DenoiserSpec("flow", schedule, (1, 8, 8), plan))
 
 

@@ -11,10 +11,10 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
-from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.formats import FORMATS, INT8
-from diffpress.compress.quantization.unified_scales import share_scales
+from diffpress.compress.quantization.unified_scales import unify_scales
 from diffpress.export.graph.model import Graph, load_all
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
@@ -30,7 +30,7 @@ def run_exactly(graph: Graph | onnx.ModelProto, inputs: dict[str, np.ndarray]) -
 
 
 def inputs_for(checkpoint: Checkpoint, batch: int = 4) -> dict[str, np.ndarray]:
-    return {name: value.numpy() for name, value in example_inputs(checkpoint.spec, batch, seed=5).items()}
+    return {name: value.numpy() for name, value in dummy_inputs(checkpoint.spec, batch, seed=5).items()}
 
 
 def measured_scales(
@@ -40,12 +40,12 @@ def measured_scales(
     formats: Mapping[str, str] | None = None,
     weight_only: tuple[str, ...] = (),
     outputs: bool = False,
-    trunk: bool = False,
+    residual_outputs: bool = False,
     weight_range: float = 1.0,
 ) -> Quantization:
     """The largest magnitudes over one batch of example inputs; weights times `weight_range`; embeddings by row.
 
-    `formats` has the layers, by default all of them in `kind`. `outputs` adds those of layers on integers, `trunk` the
+    `formats` has the layers, by default all of them in `kind`. `outputs` adds those of layers on integers, `residual_outputs` the
     sums of blocks, with the scales that are shared.
     """
     amax: dict[str, torch.Tensor] = {}
@@ -67,18 +67,18 @@ def measured_scales(
                 _grow(amax, f"{name}.output", out)
 
         hooks.append(layer.register_forward_hook(remember))
-    for name in adapter_for(checkpoint.model).trunk(checkpoint.model) if trunk else []:
+    for name in adapter_for(checkpoint.model).residual_outputs(checkpoint.model) if residual_outputs else []:
 
         def remember_sum(block: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
             _grow(amax, f"{name}.output", out)
 
         hooks.append(checkpoint.model.get_submodule(name).register_forward_hook(remember_sum))
     with torch.no_grad():
-        adapter_for(checkpoint.model).forward(checkpoint.model, example_inputs(checkpoint.spec, 8))
+        adapter_for(checkpoint.model).forward(checkpoint.model, dummy_inputs(checkpoint.spec, 8))
     for hook in hooks:
         hook.remove()
     others = {name: own for name, own in formats.items() if own != kind}
-    return Quantization(kind, share_scales(checkpoint, amax) if trunk else amax, others)
+    return Quantization(kind, unify_scales(checkpoint, amax) if residual_outputs else amax, others)
 
 
 def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:

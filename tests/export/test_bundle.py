@@ -11,10 +11,10 @@ from diffpress.export.bundle import write_bundle
 from diffpress.export.graph.model import save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.summary import summary
-from diffpress.export.verify.engine_check import proof_line, prove_engine
+from diffpress.export.verify.engine_check import check_engine, engine_check_line
 from diffpress.runtime.bundle import load_bundle, sha256
 from diffpress.runtime.engines import open_engine
-from diffpress.runtime.errors import BadInput, GateFailed
+from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from diffpress.runtime.sampler import generate
 
 SAFE = 127 / 64
@@ -72,10 +72,10 @@ def test_the_manifest_counts_what_onnxruntime_ran_in_float(bundle, quantized):
 
 
 def test_a_large_graph_is_not_run_again_for_its_account(bundle):
-    entry = prove_engine("onnxruntime", bundle.denoiser, bundle.spec, 2**30 + 1)
+    entry = check_engine("onnxruntime", bundle.denoiser, bundle.spec, 2**30 + 1)
     assert entry["graph_sha256"] == sha256(bundle.denoiser)
     assert [entry[key] for key in ("integer_mac_share", "float_layers", "fallbacks")] == [None, None, None]
-    assert proof_line(entry).endswith("integer MACs not counted")
+    assert engine_check_line(entry).endswith("integer MACs not counted")
 
 
 def test_the_same_checkpoint_gives_the_same_bytes_wherever_it_is_written(bundle, quantized, unet_graph, tmp_path):
@@ -103,7 +103,7 @@ def test_a_damaged_bundle_is_refused(quantized, unet_graph, tmp_path):
     content = bytearray((folder / "denoiser.onnx").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "denoiser.onnx").write_bytes(content)
-    with pytest.raises(BadInput, match="denoiser.onnx: does not match its sha256"):
+    with pytest.raises(InvalidInputError, match="denoiser.onnx: does not match its sha256"):
         load_bundle(folder)
 
 
@@ -113,20 +113,20 @@ def test_a_bundle_replaces_a_bundle_and_nothing_else(quantized, unet_graph, tmp_
     assert second.manifest["metrics"] == {"second": 2}
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
-    with pytest.raises(BadInput, match="photos: exists and is not a bundle"):
+    with pytest.raises(InvalidInputError, match="photos: exists and is not a bundle"):
         write_bundle(quantized, tmp_path / "photos", float_graph=unet_graph)
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
 
 def test_an_unknown_target_is_refused_with_the_nearest(unet, unet_graph, tmp_path):
-    with pytest.raises(BadInput, match="unknown export target 'openvin': did you mean 'openvino'"):
+    with pytest.raises(InvalidInputError, match="unknown export target 'openvin': did you mean 'openvino'"):
         write_bundle(unet, tmp_path / "b", ["openvin"], float_graph=unet_graph)
 
 
 def test_a_graph_of_another_model_fails_its_parity_and_leaves_nothing(unet, unet_graph, tmp_path):
     other = unet.evolve(model=unet.clone_model())
     other.model.conv_out.bias.data += 0.1
-    with pytest.raises(GateFailed, match="samples differ"):
+    with pytest.raises(GateFailedError, match="samples differ"):
         write_bundle(other, tmp_path / "b", float_graph=unet_graph, threads=1)
     assert list(tmp_path.iterdir()) == []
 
@@ -138,7 +138,7 @@ def test_target_openvino_leaves_a_fingerprint_and_no_second_copy(wide, wide_grap
     entry, other = bundle.manifest["engines"]
     assert entry["engine"] == "openvino" and entry["graph_sha256"] == sha256(bundle.denoiser)
     assert (entry["integer_mac_share"], entry["float_layers"], entry["fallbacks"]) == (1.0, 0, [])
-    assert proof_line(entry).endswith("integer MACs 100.0 %, 0 layers in float")
+    assert engine_check_line(entry).endswith("integer MACs 100.0 %, 0 layers in float")
     assert other["engine"] == "onnxruntime"
     assert list(bundle.manifest["files"]) == ["denoiser.onnx"]
     assert json.loads((bundle.path / "manifest.json").read_text())["engines"] == [entry, other]

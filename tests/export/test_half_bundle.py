@@ -13,11 +13,11 @@ from diffpress.compress.sources.load import load_checkpoint
 from diffpress.export.bundle import check_precision, write_bundle
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.passes.half_precision import to_half
-from diffpress.export.verify.parity import HALF_SQNR_DB, PART_SQNR_DB, check_parity, runs, trial_of
+from diffpress.export.verify.parity import COMPONENT_SQNR_DB, HALF_SQNR_DB, check_parity, runs, trial_of
 from diffpress.runtime import generate, open_engine
 from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import available
-from diffpress.runtime.errors import BadInput, GateFailed
+from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from tests.export.oracle import measured_scales
 from tests.export.passes.test_half_precision import both
 
@@ -71,7 +71,7 @@ def test_the_same_runtime_samples_it(bundles):
 
 @needs_openvino
 def test_onnxruntime_refuses_bf16_in_one_line(bundles):
-    with pytest.raises(BadInput, match="denoiser.onnx: ONNX Runtime cannot load it") as caught:
+    with pytest.raises(InvalidInputError, match="denoiser.onnx: ONNX Runtime cannot load it") as caught:
         open_engine(bundles("bf16"), "onnxruntime", threads=1)
     assert "\n" not in str(caught.value)
 
@@ -82,7 +82,7 @@ def test_a_half_graph_that_strays_fails(unet, unet_graph, tmp_path):
     bias = next(tensor for tensor in proto.graph.initializer if tensor.name.startswith("conv_out.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(0.05), bias.name))
     save_graph(Graph(proto), tmp_path / "g.onnx")
-    with pytest.raises(GateFailed, match=r"g.onnx in onnxruntime: .* dB SQNR to torch, 40 dB are asked for"):
+    with pytest.raises(GateFailedError, match=r"g.onnx in onnxruntime: .* dB SQNR to torch, 40 dB are asked for"):
         check_parity(unet, tmp_path / "g.onnx", trial_of(unet), engines=["onnxruntime"], threads=1, precision="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
 
@@ -95,7 +95,7 @@ def test_a_half_graph_that_strays_fails(unet, unet_graph, tmp_path):
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(precision, quantized, targets, message):
-    with pytest.raises(BadInput, match=message) as caught:
+    with pytest.raises(InvalidInputError, match=message) as caught:
         check_precision(precision, quantized, targets)
     assert "\n" not in str(caught.value)
     check_precision("fp16", True, ["tensorrt"])
@@ -104,7 +104,7 @@ def test_what_cannot_be_is_refused_before_any_work(precision, quantized, targets
 
 def test_bf16_needs_an_engine_that_runs_it(monkeypatch):
     monkeypatch.setattr("diffpress.export.verify.parity.available", lambda: ["onnxruntime"])
-    with pytest.raises(BadInput, match="precision bf16: ONNX Runtime cannot run it.* install openvino, or take fp16"):
+    with pytest.raises(InvalidInputError, match="precision bf16: ONNX Runtime cannot run it.* install openvino, or take fp16"):
         check_precision("bf16", False, ["onnx"])
     check_precision("fp16", False, ["onnx"])
 
@@ -125,7 +125,7 @@ def test_a_pipelines_text_encoder_is_halved_and_its_decoder_is_not(precision, ti
         onnx.shape_inference.infer_shapes(proto, check_type=True, strict_mode=True)
         assert {value.type.tensor_type.elem_type for value in proto.graph.output} == {onnx.TensorProto.FLOAT}
         if name != "denoiser":
-            assert all(sqnr > PART_SQNR_DB[kinds[name]] for sqnr in entry["parity"].values())
+            assert all(sqnr > COMPONENT_SQNR_DB[kinds[name]] for sqnr in entry["parity"].values())
     config = json.loads((bundle.path / "unet" / "config.json").read_text())
     assert config["_class_name"] == "UNet2DConditionModel"
     assert load_bundle(bundle.path).hash == bundle.hash
@@ -136,7 +136,7 @@ def test_a_pipelines_text_encoder_is_halved_and_its_decoder_is_not(precision, ti
 def test_parts_of_another_bundle_are_taken_over_where_they_are_the_same(tiny_folder, tmp_path):
     checkpoint = load_checkpoint(str(tiny_folder("sd")))
     whole = write_bundle(checkpoint, tmp_path / "whole", threads=1)
-    half = write_bundle(checkpoint, tmp_path / "half", threads=1, parts_from=whole, precision="fp16")
+    half = write_bundle(checkpoint, tmp_path / "half", threads=1, components_from=whole, precision="fp16")
     data = "model.onnx_data"
     shared = {
         part: (half.path / part / data).stat().st_ino == (whole.path / part / data).stat().st_ino

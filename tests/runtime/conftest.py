@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffpress.runtime.noise_schedule import NoiseSchedule, Point, point_at
+from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule, noise_level_at
 from tests.runtime.small_graphs import write_float_graph, write_quantized_graph
 
 INT64, FLOAT32 = np.dtype(np.int64), np.dtype(np.float32)
@@ -23,16 +23,16 @@ class Gaussian:
     mean: float = 0.3
     deviation: float = 0.5
 
-    def denoise(self, x: np.ndarray, point: Point) -> np.ndarray:
-        gain = point.alpha * self.deviation**2 / self._spread(point) ** 2
-        return self.mean + gain * (x - point.alpha * self.mean)
+    def denoise(self, x: np.ndarray, level: NoiseLevel) -> np.ndarray:
+        gain = level.alpha * self.deviation**2 / self._spread(level) ** 2
+        return self.mean + gain * (x - level.alpha * self.mean)
 
-    def flow(self, x: np.ndarray, start: Point, end: Point) -> np.ndarray:
+    def flow(self, x: np.ndarray, start: NoiseLevel, end: NoiseLevel) -> np.ndarray:
         """Where the exact probability flow carries x from `start` to `end`."""
         return end.alpha * self.mean + (x - start.alpha * self.mean) * self._spread(end) / self._spread(start)
 
-    def _spread(self, point: Point) -> float:
-        return math.hypot(point.alpha * self.deviation, point.sigma)
+    def _spread(self, level: NoiseLevel) -> float:
+        return math.hypot(level.alpha * self.deviation, level.sigma)
 
 
 @dataclass(frozen=True)
@@ -42,12 +42,12 @@ class Mixture:
     means: tuple[float, ...] = (-0.8, -0.1, 0.7)
     deviation: float = 0.2
 
-    def denoise(self, x: np.ndarray, point: Point) -> np.ndarray:
-        variance = (point.alpha * self.deviation) ** 2 + point.sigma**2
-        away = np.asarray(x, dtype=np.float64)[..., None] - point.alpha * np.asarray(self.means)
+    def denoise(self, x: np.ndarray, level: NoiseLevel) -> np.ndarray:
+        variance = (level.alpha * self.deviation) ** 2 + level.sigma**2
+        away = np.asarray(x, dtype=np.float64)[..., None] - level.alpha * np.asarray(self.means)
         weights = np.exp(-(away**2 - (away**2).min(axis=-1, keepdims=True)) / (2 * variance))
         weights /= weights.sum(axis=-1, keepdims=True)
-        guesses = np.asarray(self.means) + point.alpha * self.deviation**2 / variance * away
+        guesses = np.asarray(self.means) + level.alpha * self.deviation**2 / variance * away
         return (weights * guesses).sum(axis=-1)
 
 
@@ -55,30 +55,30 @@ class Mixture:
 class FakeNetwork:
     """A network that answers with `oracle`'s x_0 in the given prediction, float32, and counts its calls.
 
-    A label k adds k / 10 to the answer, and each input of `told` a tenth of the mean of its values; timesteps are
+    A label k adds k / 10 to the answer, and each input of `cond` a tenth of the mean of its values; timesteps are
     whole unless `timestep_type` says otherwise.
     """
 
     prediction: str
     schedule: NoiseSchedule
-    oracle: Callable[[np.ndarray, Point], np.ndarray] = field(default=Mixture().denoise)
+    oracle: Callable[[np.ndarray, NoiseLevel], np.ndarray] = field(default=Mixture().denoise)
     labelled: bool = False
     timestep_type: np.dtype = INT64
-    told: tuple[str, ...] = ()
+    cond: tuple[str, ...] = ()
     calls: list[dict[str, np.ndarray]] = field(default_factory=list)
 
     @property
     def inputs(self) -> dict[str, np.dtype]:
         labels = {"class_labels": INT64} if self.labelled else {}
-        return {"sample": FLOAT32, "timestep": self.timestep_type, **labels, **dict.fromkeys(self.told, FLOAT32)}
+        return {"sample": FLOAT32, "timestep": self.timestep_type, **labels, **dict.fromkeys(self.cond, FLOAT32)}
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         self.calls.append(inputs)
-        x, point = inputs["sample"].astype(np.float64), point_at(self.schedule, float(inputs["timestep"][0]))
-        out = prediction_of(self.prediction, x, self.oracle(x, point), point)
+        x, level = inputs["sample"].astype(np.float64), noise_level_at(self.schedule, float(inputs["timestep"][0]))
+        out = prediction_of(self.prediction, x, self.oracle(x, level), level)
         if self.labelled:
             out = out + inputs["class_labels"].reshape(-1, 1, 1, 1) / 10
-        for name in self.told:
+        for name in self.cond:
             out = out + inputs[name].reshape(len(x), -1).mean(axis=1).reshape(-1, 1, 1, 1) / 10
         return out.astype(np.float32)
 
@@ -100,12 +100,12 @@ class Distorted:
         return out.astype(np.float32)
 
 
-def prediction_of(prediction: str, x: np.ndarray, x0: np.ndarray, point: Point) -> np.ndarray:
+def prediction_of(prediction: str, x: np.ndarray, x0: np.ndarray, level: NoiseLevel) -> np.ndarray:
     """What a network of that prediction would return for a given x_0, from the definitions in runtime/spec.py."""
     if prediction == "sample":
         return x0
-    eps = (x - point.alpha * x0) / point.sigma
-    return {"epsilon": eps, "v": point.alpha * eps - point.sigma * x0, "flow": eps - x0}[prediction]
+    eps = (x - level.alpha * x0) / level.sigma
+    return {"epsilon": eps, "v": level.alpha * eps - level.sigma * x0, "flow": eps - x0}[prediction]
 
 
 def unit_noise(*shape: int) -> np.ndarray:
@@ -118,7 +118,7 @@ def gaussian() -> Gaussian:
 
 
 @pytest.fixture(scope="module")
-def mixture() -> Mixture:
+def format_overrides() -> Mixture:
     return Mixture()
 
 

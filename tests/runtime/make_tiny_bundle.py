@@ -40,7 +40,7 @@ def means() -> np.ndarray:
 
 def spec() -> DenoiserSpec:
     schedule = betas_schedule("squaredcos_cap_v2", TIMESTEPS)
-    plan = make_plan("dpmpp_2m", 8, schedule, grid="trailing")
+    plan = make_plan("dpmpp_2m", 8, schedule, spacing="trailing")
     return DenoiserSpec("v", schedule, (1, SIZE, SIZE), plan, Conditioning("class", CLASSES, null_label=CLASSES))
 
 

@@ -12,12 +12,12 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from diffpress.runtime.denoiser import make_denoiser  # noqa: E402
-from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, point_at  # noqa: E402
+from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, noise_level_at  # noqa: E402
 from diffpress.runtime.sampler import sample  # noqa: E402
-from diffpress.runtime.sampling_plan import Plan, make_plan  # noqa: E402
-from diffpress.runtime.solvers import network_calls  # noqa: E402
+from diffpress.runtime.sampling_plan import SamplingPlan, make_plan  # noqa: E402
+from diffpress.runtime.solvers import solver_evaluations  # noqa: E402
 from diffpress.runtime.spec import DenoiserSpec  # noqa: E402
-from diffpress.runtime.timesteps import timestep_grid  # noqa: E402
+from diffpress.runtime.timesteps import timesteps_for  # noqa: E402
 
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 KINDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
@@ -58,7 +58,7 @@ def test_ddim_follows_diffusers(fake_network, noise, kind, prediction, grid, eta
     start, fresh = noise(3, 1, 4, 4), noise(11, 3, 1, 4, 4)[1:]
 
     def plan_of(schedule):
-        return make_plan("ddim", 10, schedule, grid=grid, eta=eta, clip=clip)
+        return make_plan("ddim", 10, schedule, spacing=grid, eta=eta, clip=clip)
 
     ours, plan, network = ours_and_network(fake_network, kind, prediction, plan_of, start, lambda k: fresh[k - 1])
     low, high = KINDS[kind]
@@ -89,7 +89,7 @@ def test_euler_follows_diffusers(fake_network, noise, kind, prediction, grid) ->
     """diffusers walks in X = x / alpha; x = X / sqrt(1 + sigma^2). 10 steps: its linspace is then whole too."""
     start = noise(3, 1, 4, 4)
     ours, _, network = ours_and_network(
-        fake_network, kind, prediction, lambda s: make_plan("euler", 10, s, grid=grid, clip=False), start
+        fake_network, kind, prediction, lambda s: make_plan("euler", 10, s, spacing=grid, clip=False), start
     )
     low, high = KINDS[kind]
     scheduler = diffusers.EulerDiscreteScheduler(
@@ -110,7 +110,7 @@ def test_euler_follows_diffusers(fake_network, noise, kind, prediction, grid) ->
 def test_dpm_solver_follows_diffusers(fake_network, noise, kind, prediction, grid) -> None:
     start = noise(3, 1, 4, 4)
     ours, plan, network = ours_and_network(
-        fake_network, kind, prediction, lambda s: make_plan("dpmpp_2m", 10, s, grid=grid, clip=False), start
+        fake_network, kind, prediction, lambda s: make_plan("dpmpp_2m", 10, s, spacing=grid, clip=False), start
     )
     low, high = KINDS[kind]
     scheduler = diffusers.DPMSolverMultistepScheduler(1000, low, high, kind, prediction_type=NAMES[prediction])
@@ -134,15 +134,15 @@ def test_plms_follows_diffusers(fake_network, noise, kind, prediction, offset, c
     solver = {"epsilon": "plms", "v": "plms_v"}[prediction]
 
     def plan_of(schedule):
-        timesteps = timestep_grid("leading", steps, schedule, offset=offset)
-        return Plan(solver, timesteps, clip=False, end=None if clean else 0.0)
+        timesteps = timesteps_for("leading", steps, schedule, offset=offset)
+        return SamplingPlan(solver, timesteps, clip=False, end=None if clean else 0.0)
 
     ours, _, network = ours_and_network(fake_network, kind, prediction, plan_of, start)
     low, high = KINDS[kind]
     options = {"skip_prk_steps": True, "set_alpha_to_one": clean, "steps_offset": offset}
     scheduler = diffusers.PNDMScheduler(1000, low, high, kind, prediction_type=NAMES[prediction], **options)
     scheduler.set_timesteps(steps)
-    assert len(scheduler.timesteps) == network_calls(solver, steps) == len(network.calls)
+    assert len(scheduler.timesteps) == solver_evaluations(solver, steps) == len(network.calls)
     x, theirs = torch.from_numpy(start), []
     for t in scheduler.timesteps:
         x = scheduler.step(answer(network, x, t), t, x).prev_sample
@@ -155,7 +155,7 @@ def test_plms_follows_diffusers(fake_network, noise, kind, prediction, offset, c
 def test_flow_follows_diffusers_at_fractional_timesteps(fake_network, noise) -> None:
     start, sigmas = noise(3, 1, 4, 4), [1.0, 0.8125, 0.6007, 0.3333, 0.1111]
     schedule = flow_schedule(1001)  # so that sigma = t / 1000, as in diffusers
-    plan = Plan("euler", tuple(1000 * s for s in sigmas), clip=False)
+    plan = SamplingPlan("euler", tuple(1000 * s for s in sigmas), clip=False)
     network = fake_network("flow", schedule, timestep_type=np.dtype(np.float32))
     spec = DenoiserSpec("flow", schedule, (1, 4, 4), plan)
     ours = [step.x for step in sample(make_denoiser(network, spec, clip=False), start, schedule, plan)]
@@ -167,18 +167,18 @@ def test_flow_follows_diffusers_at_fractional_timesteps(fake_network, noise) -> 
         assert close(ours[k], x), f"step {k}"
 
 
-def test_karras_euler_follows_diffusers_at_fractional_timesteps(mixture, noise) -> None:
+def test_karras_euler_follows_diffusers_at_fractional_timesteps(format_overrides, noise) -> None:
     """The denoiser sees noise levels alone: diffusers rounds the network's timestep in another way between two."""
     pytest.importorskip("scipy")
     schedule, start = betas_schedule("linear", 1000), noise(3, 1, 4, 4)
-    plan = Plan("euler", timestep_grid("karras", 10, schedule, whole=False), clip=False)
-    ours = [step.x for step in sample(mixture.denoise, start, schedule, plan)]
+    plan = SamplingPlan("euler", timesteps_for("karras", 10, schedule, integer=False), clip=False)
+    ours = [step.x for step in sample(format_overrides.denoise, start, schedule, plan)]
     scheduler = diffusers.EulerDiscreteScheduler(1000, timestep_spacing="linspace", use_karras_sigmas=True)
     scheduler.set_timesteps(10)
     x = torch.from_numpy(start) * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
     for k, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t)
-        point = point_at(schedule, plan.timesteps[k])
-        eps = (scaled.numpy() - point.alpha * mixture.denoise(scaled.numpy(), point)) / point.sigma
+        point = noise_level_at(schedule, plan.timesteps[k])
+        eps = (scaled.numpy() - point.alpha * format_overrides.denoise(scaled.numpy(), point)) / point.sigma
         x = scheduler.step(torch.from_numpy(eps.astype(np.float32)), t, x).prev_sample
         assert close(ours[k], x / (scheduler.sigmas[k + 1] ** 2 + 1) ** 0.5), f"step {k}"

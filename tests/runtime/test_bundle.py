@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from diffpress.runtime.bundle import MANIFEST, load_bundle, manifest_hash, seal
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ def test_every_graph_is_found_by_its_name(copy: Path) -> None:
     edit(copy, lambda manifest: manifest["graphs"].update(vae_decoder={"file": "denoiser.onnx"}))
     bundle = load_bundle(copy)
     assert bundle.graph("denoiser") == bundle.graph("vae_decoder") == bundle.denoiser == copy / "denoiser.onnx"
-    with pytest.raises(BadInput, match=r"has no text_encoder \(it has denoiser, vae_decoder\)"):
+    with pytest.raises(InvalidInputError, match=r"has no text_encoder \(it has denoiser, vae_decoder\)"):
         bundle.graph("text_encoder")
 
 
@@ -63,25 +63,25 @@ def test_a_flipped_byte_is_found(copy: Path) -> None:
     data = bytearray((copy / "denoiser.onnx").read_bytes())
     data[len(data) // 2] ^= 1
     (copy / "denoiser.onnx").write_bytes(data)
-    with pytest.raises(BadInput, match="denoiser.onnx: does not match its sha256"):
+    with pytest.raises(InvalidInputError, match="denoiser.onnx: does not match its sha256"):
         load_bundle(copy)
 
 
 def test_a_truncated_file_is_found(copy: Path) -> None:
     (copy / "denoiser.onnx").write_bytes((copy / "denoiser.onnx").read_bytes()[:-1])
-    with pytest.raises(BadInput, match="is damaged"):
+    with pytest.raises(InvalidInputError, match="is damaged"):
         load_bundle(copy)
 
 
 def test_a_missing_file_is_found(copy: Path) -> None:
     (copy / "denoiser.onnx").unlink()
-    with pytest.raises(BadInput, match="listed in the manifest but missing"):
+    with pytest.raises(InvalidInputError, match="listed in the manifest but missing"):
         load_bundle(copy)
 
 
 def test_an_edited_manifest_is_found(copy: Path) -> None:
     edit(copy, lambda manifest: manifest["spec"]["plan"].update(guidance=3.0), rehash=False)
-    with pytest.raises(BadInput, match="was changed"):
+    with pytest.raises(InvalidInputError, match="was changed"):
         load_bundle(copy)
 
 
@@ -121,7 +121,7 @@ def upwards(manifest: dict[str, Any]) -> None:
 def test_manifests_that_make_no_sense_are_refused(copy: Path, change: Callable, message: str) -> None:
     (copy.parent / "outside.onnx").write_bytes((copy / "denoiser.onnx").read_bytes())
     edit(copy, change)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         load_bundle(copy)
 
 
@@ -129,17 +129,17 @@ def test_a_link_out_of_the_bundle_is_refused(copy: Path) -> None:
     outside = copy.parent / "outside.onnx"
     shutil.move(copy / "denoiser.onnx", outside)
     (copy / "denoiser.onnx").symlink_to(outside)
-    with pytest.raises(BadInput, match="points outside the bundle"):
+    with pytest.raises(InvalidInputError, match="points outside the bundle"):
         load_bundle(copy)
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\xff\xfe\x00"])
 def test_a_manifest_that_is_no_json_object_is_refused(copy: Path, content: bytes) -> None:
     (copy / MANIFEST).write_bytes(content)
-    with pytest.raises(BadInput, match=MANIFEST):
+    with pytest.raises(InvalidInputError, match=MANIFEST):
         load_bundle(copy)
 
 
 def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="not a bundle"):
+    with pytest.raises(InvalidInputError, match="not a bundle"):
         load_bundle(tmp_path)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput, conditioning_from_json
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 ENCODER = {"graph": "text_encoder", "tokenizer": "tokenizer", "length": 77}
 TEXT = Conditioning(
@@ -54,5 +54,5 @@ def test_sizes_and_masks_are_told_from_features() -> None:
     ],
 )
 def test_broken_conditionings_are_refused_by_name(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         conditioning_from_json(asdict(TEXT) | changes, "here")

@@ -20,7 +20,7 @@ import pytest
 from diffpress.runtime.bundle import MANIFEST, load_bundle, manifest_hash, seal
 from diffpress.runtime.engines import available
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.errors import BadInput, DiffpressError
+from diffpress.runtime.errors import DiffpressError, InvalidInputError
 from diffpress.runtime.pipeline import Pipeline
 
 COUNT = 100
@@ -62,7 +62,7 @@ def outcome(folder: Path, engine: str = "onnxruntime") -> np.ndarray | str:
     try:
         return image(folder, engine)
     except DiffpressError as error:
-        assert isinstance(error, BadInput) and "\n" not in str(error) and len(str(error)) > 20, repr(error)
+        assert isinstance(error, InvalidInputError) and "\n" not in str(error) and len(str(error)) > 20, repr(error)
         return str(error)
 
 

@@ -10,10 +10,16 @@ import pytest
 
 from diffpress.runtime.conditioning import Conditioning, TextInput
 from diffpress.runtime.denoiser import Denoise, make_denoiser, plan_denoiser, thresholded
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import evaluations_at, evaluations_per_step, rescaled
-from diffpress.runtime.network_inputs import Conditions, Network, class_conditions, network_inputs, stand_in_conditions
-from diffpress.runtime.noise_schedule import NoiseSchedule, Point, betas_schedule, flow_schedule, point_at
+from diffpress.runtime.network_inputs import (
+    ConditioningInputs,
+    Network,
+    class_conditioning,
+    dummy_conditioning,
+    dummy_inputs,
+)
+from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule, betas_schedule, flow_schedule, noise_level_at
 from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampling_plan import Threshold, make_plan
 from diffpress.runtime.spec import DenoiserSpec
@@ -36,7 +42,7 @@ def spec_of(
 
 
 def labelled_denoiser(network: Network, spec: DenoiserSpec, labels: np.ndarray | None, **options: Any) -> Denoise:
-    return make_denoiser(network, spec, conditions=class_conditions(spec, labels), **options)
+    return make_denoiser(network, spec, conditions=class_conditioning(spec, labels), **options)
 
 
 def words(*samples: float) -> dict[str, np.ndarray]:
@@ -58,50 +64,50 @@ def words(*samples: float) -> dict[str, np.ndarray]:
     ],
 )
 @pytest.mark.parametrize("t", [1, 50, 90])
-def test_every_prediction_is_translated_to_x0(fake_network, mixture, noise, prediction, schedule, t) -> None:
+def test_every_prediction_is_translated_to_x0(fake_network, format_overrides, noise, prediction, schedule, t) -> None:
     network = fake_network(prediction, schedule)
-    x, point = noise(3, 1, 4, 4), point_at(schedule, t)
-    x0 = make_denoiser(network, spec_of(prediction, schedule), clip=False)(x, point)
+    x, level = noise(3, 1, 4, 4), noise_level_at(schedule, t)
+    x0 = make_denoiser(network, spec_of(prediction, schedule), clip=False)(x, level)
     # float32 rounding of the network's answer, blown up by the division by alpha
-    assert np.abs(x0 - mixture.denoise(x, point)).max() < 1e-6 * (1 + point.sigma / max(point.alpha, 0.01))
+    assert np.abs(x0 - format_overrides.denoise(x, level)).max() < 1e-6 * (1 + level.sigma / max(level.alpha, 0.01))
     assert x0.dtype == np.float32
 
 
 def test_epsilon_near_pure_noise_stays_finite_and_clipped(fake_network, noise) -> None:
     schedule = betas_schedule("squaredcos_cap_v2", 1000)
-    network = fake_network("epsilon", schedule, oracle=lambda x, point: x * 100)
+    network = fake_network("epsilon", schedule, oracle=lambda x, level: x * 100)
     with np.errstate(over="raise", invalid="raise"):
-        x0 = make_denoiser(network, spec_of("epsilon", schedule))(noise(2, 1, 4, 4), point_at(schedule, 999))
+        x0 = make_denoiser(network, spec_of("epsilon", schedule))(noise(2, 1, 4, 4), noise_level_at(schedule, 999))
     assert np.abs(x0).max() == 1.0
 
 
 def test_epsilon_at_pure_noise_is_refused(noise) -> None:
-    with pytest.raises(BadInput, match="start the plan at an earlier timestep"):
-        to_x0("epsilon", noise(4), noise(4), Point(99.0, 0.0, 1.0))
+    with pytest.raises(InvalidInputError, match="start the plan at an earlier timestep"):
+        to_x0("epsilon", noise(4), noise(4), NoiseLevel(99.0, 0.0, 1.0))
 
 
 def test_clipping_follows_the_data_range(fake_network, noise) -> None:
-    network = fake_network("sample", COSINE, oracle=lambda x, point: x * 100)
+    network = fake_network("sample", COSINE, oracle=lambda x, level: x * 100)
     spec = replace(spec_of("sample"), data_range=(0.0, 0.5))
-    point = point_at(COSINE, 50)
-    clipped = make_denoiser(network, spec)(noise(2, 1, 4, 4), point)
+    level = noise_level_at(COSINE, 50)
+    clipped = make_denoiser(network, spec)(noise(2, 1, 4, 4), level)
     assert (clipped.min(), clipped.max()) == (0.0, 0.5)
-    assert np.abs(make_denoiser(network, spec, clip=False)(noise(2, 1, 4, 4), point)).max() > 100
+    assert np.abs(make_denoiser(network, spec, clip=False)(noise(2, 1, 4, 4), level)).max() > 100
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
 def test_guidance_equals_two_separate_calls(fake_network, noise, prediction) -> None:
     spec = spec_of(prediction, conditioning=CLASSES)
-    x, point, labels = noise(3, 1, 4, 4), point_at(COSINE, 40), np.array([1, 7, 4])
+    x, level, labels = noise(3, 1, 4, 4), noise_level_at(COSINE, 40), np.array([1, 7, 4])
     network = fake_network(prediction, COSINE, labelled=True)
 
     def alone(these: np.ndarray) -> np.ndarray:
-        return labelled_denoiser(network, spec, these, clip=False)(x, point)
+        return labelled_denoiser(network, spec, these, clip=False)(x, level)
 
-    null = alone(np.full(3, 10))
-    expected = null + 2.5 * (alone(labels) - null)
+    uncond = alone(np.full(3, 10))
+    expected = uncond + 2.5 * (alone(labels) - uncond)
     guided_network = fake_network(prediction, COSINE, labelled=True)
-    guided = labelled_denoiser(guided_network, spec, labels, guidance=2.5, clip=False)(x, point)
+    guided = labelled_denoiser(guided_network, spec, labels, guidance=2.5, clip=False)(x, level)
     assert np.abs(guided - expected).max() < 1e-5
     assert len(guided_network.calls) == 1
     assert guided_network.calls[0]["class_labels"].tolist() == [1, 7, 4, 10, 10, 10]
@@ -110,23 +116,23 @@ def test_guidance_equals_two_separate_calls(fake_network, noise, prediction) -> 
 @pytest.mark.parametrize(("interval", "acts"), [((0.5, 2.0), True), ((2.0, None), False), ((0.1, 0.9), False)])
 def test_outside_of_its_interval_guidance_is_one_call_of_the_given_half(fake_network, noise, interval, acts) -> None:
     spec, labels, x = spec_of("v", conditioning=CLASSES), np.array([1, 7, 4]), noise(3, 1, 4, 4)
-    point = Point(50.0, 0.7, 0.7)  # sigma / alpha = 1
+    level = NoiseLevel(50.0, 0.7, 0.7)  # sigma / alpha = 1
     network = fake_network("v", COSINE, labelled=True)
-    found = labelled_denoiser(network, spec, labels, guidance=2.5, clip=False, interval=interval)(x, point)
-    alone = labelled_denoiser(fake_network("v", COSINE, labelled=True), spec, labels, clip=False)(x, point)
-    guided = labelled_denoiser(network, spec, labels, guidance=2.5, clip=False)(x, point)
+    found = labelled_denoiser(network, spec, labels, guidance=2.5, clip=False, interval=interval)(x, level)
+    alone = labelled_denoiser(fake_network("v", COSINE, labelled=True), spec, labels, clip=False)(x, level)
+    guided = labelled_denoiser(network, spec, labels, guidance=2.5, clip=False)(x, level)
     assert np.array_equal(found, guided if acts else alone)
     assert len(network.calls) == 2 and len(network.calls[0]["sample"]) == (6 if acts else 3)
     plan = replace(spec.plan, guidance=2.5, guidance_interval=interval)
-    assert evaluations_at(spec.with_plan(plan), point) == (2 if acts else 1)
+    assert evaluations_at(spec.with_plan(plan), level) == (2 if acts else 1)
 
 
 def test_a_weight_that_is_an_input_is_one_outside_of_its_interval(fake_network, noise) -> None:
     spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
-    network = fake_network("v", COSINE, told=(*WORDS, "guidance"))
-    denoise = make_denoiser(network, spec, conditions=Conditions(words(1.0)), guidance=3.5, interval=(0.5, 2.0))
+    network = fake_network("v", COSINE, cond=(*WORDS, "guidance"))
+    denoise = make_denoiser(network, spec, conditions=ConditioningInputs(words(1.0)), guidance=3.5, interval=(0.5, 2.0))
     for sigma in (0.7, 0.1):
-        denoise(noise(1, 1, 4, 4), Point(50.0, 0.7, sigma))
+        denoise(noise(1, 1, 4, 4), NoiseLevel(50.0, 0.7, sigma))
     assert [call["guidance"].tolist() for call in network.calls] == [[3.5], [1.0]]
 
 
@@ -141,12 +147,12 @@ def test_guidance_is_rescaled_as_diffusers_does(noise) -> None:
 
 
 def test_rescaled_guidance_is_in_the_denoiser(fake_network, noise) -> None:
-    spec, labels, point = spec_of("sample", conditioning=CLASSES), np.array([1, 7]), point_at(COSINE, 40)
+    spec, labels, level = spec_of("sample", conditioning=CLASSES), np.array([1, 7]), noise_level_at(COSINE, 40)
     network, x = fake_network("sample", COSINE, labelled=True), noise(2, 1, 4, 4)
     plan = replace(spec.plan, guidance=4.0, guidance_rescale=1.0, clip=False)
-    told = class_conditions(spec, labels)
-    found = plan_denoiser(network, spec.with_plan(plan), told)(x, point)
-    alone = plan_denoiser(network, spec.with_plan(replace(plan, guidance=1.0)), told)(x, point)
+    cond = class_conditioning(spec, labels)
+    found = plan_denoiser(network, spec.with_plan(plan), cond)(x, level)
+    alone = plan_denoiser(network, spec.with_plan(replace(plan, guidance=1.0)), cond)(x, level)
     assert np.allclose(found.std(axis=(1, 2, 3)), alone.std(axis=(1, 2, 3)), rtol=1e-5)
 
 
@@ -165,14 +171,14 @@ def test_dynamic_thresholding_keeps_the_data_range(noise, low, high) -> None:
 def test_a_solver_that_asks_at_another_timestep_than_the_graph_knows_is_refused(fake_network, noise) -> None:
     spec = spec_of("v")
     spec = replace(spec, fixed_timesteps=spec.plan.timesteps)
-    with pytest.raises(BadInput, match="timestep 41.5 is not one of the 4 .* take another solver"):
-        make_denoiser(fake_network("v", COSINE), spec)(noise(1, 1, 4, 4), point_at(COSINE, 41.5))
+    with pytest.raises(InvalidInputError, match="timestep 41.5 is not one of the 4 .* take another solver"):
+        make_denoiser(fake_network("v", COSINE), spec)(noise(1, 1, 4, 4), noise_level_at(COSINE, 41.5))
 
 
 def test_guidance_one_costs_one_half(fake_network, noise) -> None:
     network = fake_network("v", COSINE, labelled=True)
     spec = spec_of("v", conditioning=CLASSES)
-    labelled_denoiser(network, spec, np.array([1, 2, 3]))(noise(3, 1, 4, 4), point_at(COSINE, 40))
+    labelled_denoiser(network, spec, np.array([1, 2, 3]))(noise(3, 1, 4, 4), noise_level_at(COSINE, 40))
     assert len(network.calls) == 1 and len(network.calls[0]["sample"]) == 3
     assert evaluations_per_step(spec) == 1
     assert evaluations_per_step(spec.with_plan(replace(spec.plan, guidance=2.5))) == 2
@@ -181,26 +187,26 @@ def test_guidance_one_costs_one_half(fake_network, noise) -> None:
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])
 def test_guidance_by_text_equals_two_separate_calls(fake_network, noise, prediction) -> None:
     spec = spec_of(prediction, conditioning=TEXT)
-    x, point, given, null = noise(2, 1, 4, 4), point_at(COSINE, 40), words(1.0, 2.0), words(-3.0, -3.0)
-    network = fake_network(prediction, COSINE, told=tuple(WORDS))
+    x, level, cond, uncond = noise(2, 1, 4, 4), noise_level_at(COSINE, 40), words(1.0, 2.0), words(-3.0, -3.0)
+    network = fake_network(prediction, COSINE, cond=tuple(WORDS))
 
     def alone(these: dict[str, np.ndarray]) -> np.ndarray:
-        return make_denoiser(network, spec, conditions=Conditions(these), clip=False)(x, point)
+        return make_denoiser(network, spec, conditions=ConditioningInputs(these), clip=False)(x, level)
 
-    expected = alone(null) + 2.5 * (alone(given) - alone(null))
-    guided_network = fake_network(prediction, COSINE, told=tuple(WORDS))
-    told = Conditions(given, null)
-    guided = make_denoiser(guided_network, spec, conditions=told, guidance=2.5, clip=False)(x, point)
+    expected = alone(uncond) + 2.5 * (alone(cond) - alone(uncond))
+    guided_network = fake_network(prediction, COSINE, cond=tuple(WORDS))
+    both = ConditioningInputs(cond, uncond)
+    guided = make_denoiser(guided_network, spec, conditions=both, guidance=2.5, clip=False)(x, level)
     assert np.abs(guided - expected).max() < 1e-5
     (call,) = guided_network.calls
-    assert all(np.array_equal(call[name], np.concatenate([given[name], null[name]])) for name in WORDS)
+    assert all(np.array_equal(call[name], np.concatenate([cond[name], uncond[name]])) for name in WORDS)
 
 
 def test_a_guidance_that_is_an_input_costs_one_call_and_is_told(fake_network, noise) -> None:
     spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
-    network = fake_network("v", COSINE, told=(*WORDS, "guidance"))
-    told = Conditions(words(1.0, 2.0))
-    make_denoiser(network, spec, conditions=told, guidance=3.5)(noise(2, 1, 4, 4), point_at(COSINE, 40))
+    network = fake_network("v", COSINE, cond=(*WORDS, "guidance"))
+    cond = ConditioningInputs(words(1.0, 2.0))
+    make_denoiser(network, spec, conditions=cond, guidance=3.5)(noise(2, 1, 4, 4), noise_level_at(COSINE, 40))
     (call,) = network.calls
     assert call["guidance"].tolist() == [3.5, 3.5] and call["guidance"].dtype == np.float32
     assert len(call["sample"]) == 2
@@ -208,42 +214,42 @@ def test_a_guidance_that_is_an_input_costs_one_call_and_is_told(fake_network, no
 
 
 def test_a_part_of_the_conditions_is_what_those_samples_are_told() -> None:
-    told = Conditions(words(1.0, 2.0, 3.0), words(4.0, 5.0, 6.0)).part(slice(1, 3))
-    assert told.null is not None
-    assert all(np.array_equal(told.given[name], words(2.0, 3.0)[name]) for name in WORDS)
-    assert all(np.array_equal(told.null[name], words(5.0, 6.0)[name]) for name in WORDS)
-    assert Conditions(words(1.0)).part(slice(1)).null is None
+    cond = ConditioningInputs(words(1.0, 2.0, 3.0), words(4.0, 5.0, 6.0)).part(slice(1, 3))
+    assert cond.uncond is not None
+    assert all(np.array_equal(cond.cond[name], words(2.0, 3.0)[name]) for name in WORDS)
+    assert all(np.array_equal(cond.uncond[name], words(5.0, 6.0)[name]) for name in WORDS)
+    assert ConditioningInputs(words(1.0)).part(slice(1)).uncond is None
 
 
 def test_stand_ins_are_classes_in_turn_or_noise_and_always_the_same() -> None:
-    labels = stand_in_conditions(spec_of("v", conditioning=CLASSES), 12)
-    assert labels.given["class_labels"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
-    assert labels.null is not None and set(labels.null["class_labels"].tolist()) == {10}
+    labels = dummy_conditioning(spec_of("v", conditioning=CLASSES), 12)
+    assert labels.cond["class_labels"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
+    assert labels.uncond is not None and set(labels.uncond["class_labels"].tolist()) == {10}
     spec = spec_of("v", conditioning=TEXT)
-    first, again = stand_in_conditions(spec, 3), stand_in_conditions(spec, 3)
-    assert {name: array.shape[1:] for name, array in first.given.items()} == {n: f.shape for n, f in WORDS.items()}
-    assert all(np.array_equal(first.given[name], again.given[name]) for name in WORDS)
-    assert np.std(first.given["encoder_hidden_states"]) > 0.5
+    first, again = dummy_conditioning(spec, 3), dummy_conditioning(spec, 3)
+    assert {name: array.shape[1:] for name, array in first.cond.items()} == {n: f.shape for n, f in WORDS.items()}
+    assert all(np.array_equal(first.cond[name], again.cond[name]) for name in WORDS)
+    assert np.std(first.cond["encoder_hidden_states"]) > 0.5
     # nobody's features are in sizes and masks
-    assert (first.given["encoder_attention_mask"] == 1).all() and (first.given["time_ids"] == 1).all()
-    assert first.null is not None and (first.null["encoder_attention_mask"] == 1).all()
-    assert (first.null["encoder_hidden_states"] == 0).all()
-    assert stand_in_conditions(spec_of("v"), 3).given == {}
+    assert (first.cond["encoder_attention_mask"] == 1).all() and (first.cond["time_ids"] == 1).all()
+    assert first.uncond is not None and (first.uncond["encoder_attention_mask"] == 1).all()
+    assert (first.uncond["encoder_hidden_states"] == 0).all()
+    assert dummy_conditioning(spec_of("v"), 3).cond == {}
 
 
 @pytest.mark.parametrize(("kind", "told"), [(np.int64, 50), (np.float32, 50.4)])
-def test_the_timestep_is_told_in_the_type_of_the_graph(fake_network, noise, kind, told) -> None:
+def test_the_timestep_is_told_in_the_type_of_the_graph(fake_network, noise, kind, cond) -> None:
     network = fake_network("v", COSINE, timestep_type=np.dtype(kind))
-    make_denoiser(network, spec_of("v"))(noise(2, 1, 4, 4), point_at(COSINE, 50.4))
+    make_denoiser(network, spec_of("v"))(noise(2, 1, 4, 4), noise_level_at(COSINE, 50.4))
     timestep = network.calls[0]["timestep"]
-    assert timestep.dtype == kind and timestep.shape == (2,) and timestep[0] == pytest.approx(told)
+    assert timestep.dtype == kind and timestep.shape == (2,) and timestep[0] == pytest.approx(cond)
 
 
 def test_example_inputs_are_those_of_the_first_call(fake_network) -> None:
     spec = spec_of("v", conditioning=CLASSES)
     network = fake_network("v", COSINE, labelled=True)
-    plain = network_inputs(network, spec, 3)
-    guided = network_inputs(network, spec.with_plan(replace(spec.plan, guidance=2.0)), 3)
+    plain = dummy_inputs(network, spec, 3)
+    guided = dummy_inputs(network, spec.with_plan(replace(spec.plan, guidance=2.0)), 3)
     assert plain["sample"].shape == (3, 1, 4, 4) and guided["sample"].shape == (6, 1, 4, 4)
     assert plain["timestep"].tolist() == [99, 99, 99] and plain["class_labels"].tolist() == [0, 1, 2]
 
@@ -266,7 +272,7 @@ def test_example_inputs_are_those_of_the_first_call(fake_network) -> None:
 )
 def test_wishes_that_do_not_fit_the_model_are_refused(fake_network, conditioning, labelled, options, message) -> None:
     network = fake_network("v", COSINE, labelled=labelled)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         labelled_denoiser(network, spec_of("v", conditioning=conditioning), **{"labels": None, **options})
 
 
@@ -274,17 +280,17 @@ def test_wishes_that_do_not_fit_the_model_are_refused(fake_network, conditioning
     ("conditions", "guidance", "message"),
     [
         (None, 1.0, "is told encoder_attention_mask, encoder_hidden_states, time_ids, and nothing was given"),
-        (Conditions({"time_ids": words(1.0)["time_ids"]}), 1.0, "and time_ids was given"),
-        (Conditions(words(1.0) | {"class_labels": np.array([1])}), 1.0, "and class_labels, encoder_attention_mask"),
-        (Conditions(words(1.0)), 2.0, "guidance needs an encoded negative prompt"),
+        (ConditioningInputs({"time_ids": words(1.0)["time_ids"]}), 1.0, "and time_ids was given"),
+        (ConditioningInputs(words(1.0) | {"class_labels": np.array([1])}), 1.0, "and class_labels, encoder_attention_mask"),
+        (ConditioningInputs(words(1.0)), 2.0, "guidance needs an encoded negative prompt"),
     ],
 )
 def test_words_that_do_not_fit_the_model_are_refused(fake_network, conditions, guidance, message) -> None:
-    network = fake_network("v", COSINE, told=tuple(WORDS))
-    with pytest.raises(BadInput, match=message):
+    network = fake_network("v", COSINE, cond=tuple(WORDS))
+    with pytest.raises(InvalidInputError, match=message):
         make_denoiser(network, spec_of("v", conditioning=TEXT), conditions=conditions, guidance=guidance)
 
 
 def test_conditions_for_a_model_that_is_told_nothing_are_refused(fake_network) -> None:
-    with pytest.raises(BadInput, match="is told nothing, and class_labels was given"):
-        make_denoiser(fake_network("v", COSINE), spec_of("v"), conditions=Conditions({"class_labels": np.array([1])}))
+    with pytest.raises(InvalidInputError, match="is told nothing, and class_labels was given"):
+        make_denoiser(fake_network("v", COSINE), spec_of("v"), conditions=ConditioningInputs({"class_labels": np.array([1])}))

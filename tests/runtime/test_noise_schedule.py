@@ -7,10 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, point_at, point_at_ratio, zero_terminal_snr
-from diffpress.runtime.sampling_plan import make_plan, trajectory
-from diffpress.runtime.timesteps import Spacing, reshifted, spaced_timesteps, timestep_grid
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.noise_schedule import (
+    betas_schedule,
+    flow_schedule,
+    noise_level_at,
+    noise_level_at_ratio,
+    zero_terminal_snr,
+)
+from diffpress.runtime.sampling_plan import make_plan, plan_levels
+from diffpress.runtime.timesteps import TimestepSpacing, reshifted, spaced_timesteps, timesteps_for
 
 COSINE = betas_schedule("squaredcos_cap_v2", 1000)
 LINEAR = betas_schedule("linear", 1000)
@@ -34,18 +40,18 @@ def test_alphas_and_sigmas_equal_those_of_diffusers(kind: str, T: int, start: fl
 
 
 def test_points_between_timesteps_are_interpolated() -> None:
-    flow = point_at(flow_schedule(11), 2.5)
+    flow = noise_level_at(flow_schedule(11), 2.5)
     assert flow == pytest.approx((2.5, 0.75, 0.25))
-    between = point_at(LINEAR, 500.5)
+    between = noise_level_at(LINEAR, 500.5)
     assert LINEAR.sigmas[500] < between.sigma < LINEAR.sigmas[501]
     assert between.alpha**2 + between.sigma**2 == pytest.approx(1.0, abs=2e-5)
 
 
 @pytest.mark.parametrize("ratio", [0.02, 1.0, 77.0])
 def test_a_point_is_found_by_its_noise(ratio: float) -> None:
-    point = point_at_ratio(LINEAR, ratio)
-    assert point.sigma / point.alpha == pytest.approx(ratio, rel=1e-9) and point_at(LINEAR, point.t) == point
-    assert point_at_ratio(LINEAR, 1e6).t == 999.0 and point_at_ratio(LINEAR, 0.0).t == 0.0
+    level = noise_level_at_ratio(LINEAR, ratio)
+    assert level.sigma / level.alpha == pytest.approx(ratio, rel=1e-9) and noise_level_at(LINEAR, level.t) == level
+    assert noise_level_at_ratio(LINEAR, 1e6).t == 999.0 and noise_level_at_ratio(LINEAR, 0.0).t == 0.0
 
 
 @pytest.mark.parametrize(("kind", "start", "end"), [("linear", 1e-4, 0.02), ("scaled_linear", 0.00085, 0.012)])
@@ -58,8 +64,8 @@ def test_a_schedule_stretched_to_pure_noise_is_that_of_diffusers(kind: str, star
 
 
 def test_a_trajectory_ends_clean() -> None:
-    points = trajectory(COSINE, (999.0, 500.0))
-    assert len(points) == 3 and points[-1][1:] == (1.0, 0.0)
+    levels = plan_levels(COSINE, (999.0, 500.0))
+    assert len(levels) == 3 and levels[-1][1:] == (1.0, 0.0)
 
 
 def test_a_flow_runs_from_data_to_pure_noise() -> None:
@@ -68,24 +74,24 @@ def test_a_flow_runs_from_data_to_pure_noise() -> None:
 
 
 def test_a_trajectory_may_end_at_the_noise_of_a_timestep() -> None:
-    assert trajectory(COSINE, (999.0, 500.0), end=0.0)[-1] == point_at(COSINE, 0.0)
+    assert plan_levels(COSINE, (999.0, 500.0), end=0.0)[-1] == noise_level_at(COSINE, 0.0)
 
 
 def test_a_spacing_adds_its_offset_and_rounds_where_it_says_so() -> None:
-    assert spaced_timesteps(Spacing("leading", offset=1), 4, LINEAR) == (751.0, 501.0, 251.0, 1.0)
-    assert spaced_timesteps(Spacing("linspace"), 3, LINEAR) == (999.0, 500.0, 0.0)
-    assert spaced_timesteps(Spacing("linspace", whole=False), 3, LINEAR) == (999.0, 499.5, 0.0)
+    assert spaced_timesteps(TimestepSpacing("leading", offset=1), 4, LINEAR) == (751.0, 501.0, 251.0, 1.0)
+    assert spaced_timesteps(TimestepSpacing("linspace"), 3, LINEAR) == (999.0, 500.0, 0.0)
+    assert spaced_timesteps(TimestepSpacing("linspace", integer=False), 3, LINEAR) == (999.0, 499.5, 0.0)
 
 
 def test_a_shift_moves_a_flow_towards_the_noise() -> None:
-    plain = Spacing("flow_trailing", whole=False)
+    plain = TimestepSpacing("flow_trailing", integer=False)
     assert spaced_timesteps(plain, 4, FLOW) == (1000.0, 750.0, 500.0, 250.0)
     shifted = spaced_timesteps(replace(plain, shift=3.0), 4, FLOW)
     assert shifted == pytest.approx((1000.0, 900.0, 750.0, 500.0))  # 3 s / (1 + 2 s)
 
 
 def test_a_dynamic_shift_is_read_off_the_line_between_two_sizes() -> None:
-    spacing = Spacing("flow_trailing", whole=False, dynamic=(0.0, np.log(9.0), 100, 300))
+    spacing = TimestepSpacing("flow_trailing", integer=False, dynamic=(0.0, np.log(9.0), 100, 300))
     at = [spaced_timesteps(spacing, 4, FLOW, tokens)[2] for tokens in (100, 200, 300)]
     assert at == pytest.approx([500.0, 750.0, 900.0])  # k = 1, 3, 9
     assert reshifted((500.0,), spacing, 100, 300, FLOW) == pytest.approx((900.0,))
@@ -94,26 +100,26 @@ def test_a_dynamic_shift_is_read_off_the_line_between_two_sizes() -> None:
 
 @pytest.mark.parametrize(("dynamic", "tokens"), [((0.5, 1.15, 256, 4096), None), ((0.5, 1.15, 256, 256), 256)])
 def test_a_dynamic_shift_without_its_sizes_is_refused(dynamic, tokens) -> None:
-    with pytest.raises(BadInput, match="number of image tokens"):
-        spaced_timesteps(Spacing("flow_trailing", whole=False, dynamic=dynamic), 4, FLOW, tokens)
+    with pytest.raises(InvalidInputError, match="number of image tokens"):
+        spaced_timesteps(TimestepSpacing("flow_trailing", integer=False, dynamic=dynamic), 4, FLOW, tokens)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_step_counts_are_refused(steps: int) -> None:
-    with pytest.raises(BadInput, match="ask for 1 to 1000"):
+    with pytest.raises(InvalidInputError, match="ask for 1 to 1000"):
         make_plan("ddim", steps, COSINE)
 
 
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: timestep_grid("trailin", 3, COSINE), "did you mean 'trailing'"),
+        (lambda: timesteps_for("trailin", 3, COSINE), "did you mean 'trailing'"),
         (lambda: betas_schedule("cosine"), "unknown beta schedule 'cosine'"),
         (lambda: betas_schedule("linear", 1000, 0.02, 1e-4), "0 < start <= end < 1"),
-        (lambda: point_at(COSINE, 999.5), "outside the model's 0..999"),
+        (lambda: noise_level_at(COSINE, 999.5), "outside the model's 0..999"),
         (lambda: flow_schedule(1), "at least 2"),
     ],
 )
 def test_bad_schedule_input_is_refused(call, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         call()

@@ -16,13 +16,13 @@ import diffpress.runtime.pipeline
 from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import flow_schedule
 from diffpress.runtime.pipeline import Pipeline, has_fixed_size, resized
-from diffpress.runtime.sampling_plan import Plan, make_plan
+from diffpress.runtime.sampling_plan import SamplingPlan, make_plan
 from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.timesteps import Spacing, spaced_timesteps
+from diffpress.runtime.timesteps import TimestepSpacing, spaced_timesteps
 
 FLOAT32, INT64 = np.dtype(np.float32), np.dtype(np.int64)
 SCHEDULE = flow_schedule(1000)
@@ -58,9 +58,9 @@ class Desk:
     def open(self, bundle: Bundle, name: str | None, graph: str = "denoiser", options: Any = None) -> Any:
         self.opened.append(graph)
         self.running.append(graph)
-        told = dict.fromkeys(bundle.spec.conditioning.inputs, FLOAT32)
+        conditions = dict.fromkeys(bundle.spec.conditioning.inputs, FLOAT32)
         inputs = {
-            "denoiser": {"sample": FLOAT32, "timestep": FLOAT32, **told},
+            "denoiser": {"sample": FLOAT32, "timestep": FLOAT32, **conditions},
             "vae_decoder": {"latent_sample": FLOAT32},
             "text_encoder": {"input_ids": INT64},
         }
@@ -127,12 +127,12 @@ def test_another_size_changes_the_sample_and_nothing_else() -> None:
     [((30, 32), "32x32"), ((32, 45), "32x48"), ((3, 3), "8x8"), ((0, 8), "8x8"), ((50, 70), "48x72")],
 )
 def test_a_size_off_the_multiples_is_refused_with_the_nearest(size: tuple[int, int], nearest: str) -> None:
-    with pytest.raises(BadInput, match=rf"{size[0]}x{size[1]}.*multiples of 8.*nearest is {nearest}"):
+    with pytest.raises(InvalidInputError, match=rf"{size[0]}x{size[1]}.*multiples of 8.*nearest is {nearest}"):
         resized(make_spec(), size)
 
 
 def test_a_graph_of_one_size_refuses_another() -> None:
-    with pytest.raises(BadInput, match="size 48x24.*makes 32x32 images only"):
+    with pytest.raises(InvalidInputError, match="size 48x24.*makes 32x32 images only"):
         resized(make_spec(), (48, 24), fixed=True)
 
 
@@ -146,10 +146,10 @@ def test_whether_a_size_is_fixed_is_read_off_the_graph() -> None:
 
 def test_a_larger_image_is_shifted_further_towards_the_noise() -> None:
     # shift exp(m), m on the line through (16 tokens, 0.5) and (64 tokens, 1.25), as Flux has it
-    spacing = Spacing("linspace", whole=False, dynamic=(0.5, 1.25, 16, 64))
+    spacing = TimestepSpacing("linspace", integer=False, dynamic=(0.5, 1.25, 16, 64))
     spec = make_spec(spacing=spacing)
     steps = spaced_timesteps(spacing, 4, SCHEDULE, spec.tokens(spec.sample_shape))
-    spec = spec.with_plan(Plan("euler", steps, clip=False))
+    spec = spec.with_plan(SamplingPlan("euler", steps, clip=False))
     large = resized(spec, (64, 64))
     assert spec.tokens(spec.sample_shape) == 16 and large.tokens(large.sample_shape) == 64
     for before, after in zip(spec.plan.timesteps, large.plan.timesteps, strict=True):
@@ -179,9 +179,9 @@ def test_pixels_need_no_decoder(desk: Desk) -> None:
 
 def test_images_come_batch_by_batch_and_only_the_decoder_stays_open_beside_it(desk: Desk, letters: None) -> None:
     pipeline = Pipeline(make_bundle(make_spec(TEXT)))
-    told = pipeline.conditions(3, prompts=["a", "b", "c"])
+    conditions = pipeline.conditions(3, prompts=["a", "b", "c"])
     assert desk.running == ["denoiser"] and set(desk.opened) == {"denoiser", "text_encoder"}
-    found = [len(images) for images in pipeline.images([0, 1, 2], told, batch=2)]
+    found = [len(images) for images in pipeline.images([0, 1, 2], conditions, batch=2)]
     assert found == [2, 1] and desk.running == ["denoiser", "vae_decoder"] and desk.opened.count("vae_decoder") == 1
     # guidance makes two of each, two steps a batch
     assert [size for graph, size in desk.batches if graph == "denoiser"] == [4, 4, 2, 2]
@@ -191,8 +191,8 @@ def test_images_come_batch_by_batch_and_only_the_decoder_stays_open_beside_it(de
 
 def test_an_image_does_not_depend_on_its_batch(desk: Desk) -> None:
     pipeline = Pipeline(make_bundle(make_spec()))
-    three = np.concatenate(list(pipeline.images([5, 6, 7], Conditions(), batch=3)))
-    (one,) = pipeline.images([7], Conditions())
+    three = np.concatenate(list(pipeline.images([5, 6, 7], ConditioningInputs(), batch=3)))
+    (one,) = pipeline.images([7], ConditioningInputs())
     np.testing.assert_array_equal(three[2:], one)
 
 
@@ -214,22 +214,22 @@ def test_streams_change_neither_the_images_nor_their_order(tiny: Path, streams: 
 def test_prompts_and_negatives_are_encoded_into_the_two_halves(desk: Desk, letters: None) -> None:
     said: list[str] = []
     pipeline = Pipeline(make_bundle(make_spec(TEXT)))
-    told = pipeline.conditions(2, prompts=["ab", "abcz"], negatives=["c", "c"], warn=said.append)
-    assert told.given["states"][:, :, 0].tolist() == [[1, 2, 0], [1, 2, 3]]
-    assert told.null is not None and told.null["states"][:, :, 0].tolist() == [[3, 0, 0]] * 2
+    conditions = pipeline.conditions(2, prompts=["ab", "abcz"], negatives=["c", "c"], warn=said.append)
+    assert conditions.cond["states"][:, :, 0].tolist() == [[1, 2, 0], [1, 2, 3]]
+    assert conditions.uncond is not None and conditions.uncond["states"][:, :, 0].tolist() == [[3, 0, 0]] * 2
     assert len(said) == 1 and "left out 'z'" in said[0]
     plain = pipeline.conditions(2, prompts=["ab", "b"])
-    assert plain.null is not None and not plain.null["states"].any()
+    assert plain.uncond is not None and not plain.uncond["states"].any()
 
 
 def test_without_guidance_only_the_prompts_are_encoded(desk: Desk, letters: None) -> None:
     spec = make_spec(TEXT)
     spec = spec.with_plan(replace(spec.plan, guidance=1.0))
-    assert Pipeline(make_bundle(spec)).conditions(1, prompts=["a"]).null is None
+    assert Pipeline(make_bundle(spec)).conditions(1, prompts=["a"]).uncond is None
 
 
 def refused(desk: Desk, spec: DenoiserSpec, wishes: dict[str, Any], *words: str) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         Pipeline(make_bundle(spec)).conditions(1, **wishes)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
@@ -254,6 +254,6 @@ def test_a_bundle_without_its_text_encoder_takes_no_prompt(desk: Desk) -> None:
 
 def test_labels_follow_each_other_where_none_are_asked_for(desk: Desk) -> None:
     pipeline = Pipeline(make_bundle(make_spec(Conditioning("class", classes=2))))
-    assert pipeline.conditions(3).given["class_labels"].tolist() == [0, 1, 0]
-    assert pipeline.conditions(2, labels=[1, 1]).given["class_labels"].tolist() == [1, 1]
+    assert pipeline.conditions(3).cond["class_labels"].tolist() == [0, 1, 0]
+    assert pipeline.conditions(2, labels=[1, 1]).cond["class_labels"].tolist() == [1, 1]
     refused(desk, make_spec(), {"labels": [1]}, "not class-conditional")

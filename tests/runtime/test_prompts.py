@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
-from diffpress.runtime.errors import BadInput, MissingExtra
+from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
 from diffpress.runtime.prompts import assemble, encode, open_tokenizer, tokenize, unconditional
 
 ROOT = Path(__file__).parents[2]
@@ -127,12 +127,12 @@ def test_half_precision_outputs_become_float32() -> None:
     ],
 )
 def test_an_input_that_cannot_be_made_is_named(shape: tuple[int, ...], rows: list[Any], message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         assemble(one_input(shape, *rows), outputs(2), 2, SIZE)
 
 
 def test_outputs_for_another_number_of_samples_are_refused() -> None:
-    with pytest.raises(BadInput, match="for 3 samples"):
+    with pytest.raises(InvalidInputError, match="for 3 samples"):
         assemble(SDXL, outputs(2), 3, SIZE)
 
 
@@ -238,7 +238,7 @@ def test_the_line_stays_one_line_of_bounded_length(pair: Any) -> None:
 
 def test_an_encoder_with_other_inputs_is_refused(pair: Any) -> None:
     pair["text_encoder_2"].inputs["token_type_ids"] = INT64
-    with pytest.raises(BadInput, match="text_encoder_2: its inputs are input_ids, attention_mask, token_type_ids"):
+    with pytest.raises(InvalidInputError, match="text_encoder_2: its inputs are input_ids, attention_mask, token_type_ids"):
         encode(["b"], SDXL, pair, LETTERS, SIZE)
 
 
@@ -263,7 +263,7 @@ def test_negative_prompts_are_encoded_one_per_sample(pair: Any) -> None:
     result = unconditional(["b", ""], 2, SDXL, pair, LETTERS, SIZE)
     for name, array in encode(["b", ""], SDXL, pair, LETTERS, SIZE).items():
         np.testing.assert_array_equal(result[name], array)
-    with pytest.raises(BadInput, match="1 negative prompts for 2 samples"):
+    with pytest.raises(InvalidInputError, match="1 negative prompts for 2 samples"):
         unconditional(["b"], 2, SDXL, pair, LETTERS, SIZE)
 
 
@@ -403,7 +403,7 @@ def test_what_is_left_out_is_the_end_of_the_prompt(clip_like: Path, t5_like: Pat
 
 
 def test_a_length_below_the_special_tokens_is_refused(clip_like: Path) -> None:
-    with pytest.raises(BadInput, match="text_encoder: 1 tokens, but its tokenizer alone adds 2 special ones"):
+    with pytest.raises(InvalidInputError, match="text_encoder: 1 tokens, but its tokenizer alone adds 2 special ones"):
         tokenize(open_tokenizer(clip_like), ["a"], TextEncoder("text_encoder", "tokenizer", 1))
 
 
@@ -413,13 +413,13 @@ def test_a_file_that_is_no_tokenizer_is_named(content: bytes | None, tmp_path: P
     file = tmp_path / "tokenizer.json"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(BadInput, match="tokenizer.json: (no such file|not a tokenizer.json)"):
+    with pytest.raises(InvalidInputError, match="tokenizer.json: (no such file|not a tokenizer.json)"):
         open_tokenizer(file)
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(MissingExtra, match=r"needs the package 'tokenizers': pip install 'diffpress\[text\]'"):
+    with pytest.raises(MissingDependencyError, match=r"needs the package 'tokenizers': pip install 'diffpress\[text\]'"):
         open_tokenizer("tokenizer.json")
 
 

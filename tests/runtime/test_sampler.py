@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from diffpress.runtime.conditioning import Conditioning
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule, flow_schedule
 from diffpress.runtime.sampler import MAX_SEED, generate, generate_batches, labels_in_turn, noise_for, sample
-from diffpress.runtime.sampling_plan import Correction, Plan, make_plan
+from diffpress.runtime.sampling_plan import OutputCorrection, SamplingPlan, make_plan
 from diffpress.runtime.solvers import SOLVERS
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -20,17 +20,17 @@ COSINE = betas_schedule("squaredcos_cap_v2", 100)
 PLAN = make_plan("dpmpp_2m", 5, COSINE)
 
 
-def spec_of(plan: Plan = PLAN, classes: int = 0) -> DenoiserSpec:
+def spec_of(plan: SamplingPlan = PLAN, classes: int = 0) -> DenoiserSpec:
     conditioning = Conditioning("class", classes, null_label=classes) if classes else Conditioning()
     return DenoiserSpec("v", COSINE, (2, 4, 4), plan, conditioning)
 
 
-def test_every_step_is_yielded_with_its_timestep_and_its_x0(mixture, noise) -> None:
+def test_every_step_is_yielded_with_its_timestep_and_its_x0(format_overrides, noise) -> None:
     seen = []
 
     def denoise(x, point):
         seen.append(x)
-        return mixture.denoise(x, point)
+        return format_overrides.denoise(x, point)
 
     steps = list(sample(denoise, noise(3, 2, 4, 4), COSINE, PLAN))
     assert [step.index for step in steps] == [0, 1, 2, 3, 4]
@@ -39,9 +39,9 @@ def test_every_step_is_yielded_with_its_timestep_and_its_x0(mixture, noise) -> N
     assert np.abs(steps[-1].x - steps[-1].x0).max() < 1e-12
 
 
-def test_a_step_can_be_taken_without_paying_for_the_rest(mixture, noise) -> None:
+def test_a_step_can_be_taken_without_paying_for_the_rest(format_overrides, noise) -> None:
     calls = []
-    steps = sample(lambda x, p: calls.append(p) or mixture.denoise(x, p), noise(1, 2, 4, 4), COSINE, PLAN)
+    steps = sample(lambda x, p: calls.append(p) or format_overrides.denoise(x, p), noise(1, 2, 4, 4), COSINE, PLAN)
     next(steps)
     assert len(calls) == 1
 
@@ -50,7 +50,7 @@ def test_the_start_has_the_spread_of_the_schedule(noise) -> None:
     ratios = tuple(np.linspace(0.01, 80.0, 10))
     exploding = NoiseSchedule((1.0,) * 10, ratios)
     seen = []
-    list(sample(lambda x, p: seen.append(x) or x, noise(1, 1, 4, 4), exploding, Plan("ddim", (9.0,))))
+    list(sample(lambda x, p: seen.append(x) or x, noise(1, 1, 4, 4), exploding, SamplingPlan("ddim", (9.0,))))
     assert np.allclose(seen[0], noise(1, 1, 4, 4) * np.hypot(1, 80.0))
 
 
@@ -83,9 +83,9 @@ def test_eta_changes_the_image_but_not_its_repeatability(fake_network) -> None:
 
 
 @pytest.mark.parametrize(("solver", "eta", "named"), [("ddim", 0.5, "eta above 0"), ("lcm", 0.0, "noisy solver")])
-def test_fresh_noise_without_a_source_is_refused(mixture, noise, solver, eta, named) -> None:
-    with pytest.raises(BadInput, match=f"{named}.*pass fresh_noise"):
-        list(sample(mixture.denoise, noise(1, 2, 4, 4), COSINE, replace(PLAN, solver=solver, eta=eta)))
+def test_fresh_noise_without_a_source_is_refused(format_overrides, noise, solver, eta, named) -> None:
+    with pytest.raises(InvalidInputError, match=f"{named}.*pass fresh_noise"):
+        list(sample(format_overrides.denoise, noise(1, 2, 4, 4), COSINE, replace(PLAN, solver=solver, eta=eta)))
 
 
 def test_noise_is_normal_and_streams_are_independent() -> None:
@@ -135,7 +135,7 @@ def test_a_flow_model_samples_from_pure_noise(fake_network) -> None:
     spec = DenoiserSpec("flow", flow, (1, 4, 4), make_plan("dpmpp_2m", 20, flow))
     images = generate(fake_network("flow", flow), spec, range(16))
     distance = np.abs(images[..., None] - np.array([-0.8, -0.1, 0.7])).min(axis=-1)
-    assert distance.mean() < 0.2  # the mixture's modes have a deviation of 0.2
+    assert distance.mean() < 0.2  # the format_overrides's modes have a deviation of 0.2
 
 
 @pytest.mark.parametrize(
@@ -146,16 +146,16 @@ def test_a_flow_model_samples_from_pure_noise(fake_network) -> None:
         ({"seeds": [-1]}, "seed -1"),
         ({"seeds": [0, 1], "labels": [1]}, "one label per seed"),
         (
-            {"seeds": [0, 1], "conditions": Conditions({"class_labels": np.array([1])})},
+            {"seeds": [0, 1], "conditions": ConditioningInputs({"class_labels": np.array([1])})},
             "conditions of 1 samples for 2 seeds",
         ),
-        ({"seeds": [0], "labels": [1], "conditions": Conditions()}, "labels or conditions"),
-        ({"seeds": [0], "plan": Plan("dim", (50.0,))}, "did you mean 'ddim'"),
-        ({"seeds": [0], "plan": Plan("ddim", (500.0,))}, "timestep 500"),
+        ({"seeds": [0], "labels": [1], "conditions": ConditioningInputs()}, "labels or conditions"),
+        ({"seeds": [0], "plan": SamplingPlan("dim", (50.0,))}, "did you mean 'ddim'"),
+        ({"seeds": [0], "plan": SamplingPlan("ddim", (500.0,))}, "timestep 500"),
     ],
 )
 def test_impossible_samplings_are_refused(fake_network, options, message) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         generate(fake_network("v", COSINE), spec_of(), **options)
 
 
@@ -166,8 +166,8 @@ def test_a_corrected_plan_undoes_a_known_error_of_the_network(solver, guidance, 
     plan = replace(PLAN, solver=solver, guidance=guidance)
     wrong = distorted(fake_network("v", COSINE, labelled=True), errors)
     exact = generate(wrong.network, spec_of(plan, classes=4), range(3))
-    corrections = tuple(Correction(*errors[t]) for t in plan.timesteps)
-    uncorrected = generate(wrong, spec_of(plan, classes=4), range(3))
-    right = generate(wrong, spec_of(replace(plan, corrections=corrections), classes=4), range(3))
-    assert np.abs(uncorrected - exact).max() > 0.1 and right.dtype == np.float32
+    output_corrections = tuple(OutputCorrection(*errors[t]) for t in plan.timesteps)
+    without_corrections = generate(wrong, spec_of(plan, classes=4), range(3))
+    right = generate(wrong, spec_of(replace(plan, output_corrections=output_corrections), classes=4), range(3))
+    assert np.abs(without_corrections - exact).max() > 0.1 and right.dtype == np.float32
     np.testing.assert_allclose(right, exact, atol=1e-4)

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule
-from diffpress.runtime.sampling_plan import Correction, Plan, Threshold, make_plan, plan_from_json
+from diffpress.runtime.sampling_plan import OutputCorrection, SamplingPlan, Threshold, make_plan, plan_from_json
 from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.timesteps import Spacing
+from diffpress.runtime.timesteps import TimestepSpacing
 
 SCHEDULE = betas_schedule("squaredcos_cap_v2", 20)
 SPEC = DenoiserSpec(
@@ -35,7 +35,7 @@ TEXT = replace(
     plan=replace(
         SPEC.plan,
         end=0.0,
-        corrections=tuple(Correction(k / 10, (0.1, k / 3, 0.0, -1.0)) for k in range(5)),
+        output_corrections=tuple(OutputCorrection(k / 10, (0.1, k / 3, 0.0, -1.0)) for k in range(5)),
         start="noise",
         threshold=Threshold(0.99, 3.5),
         guidance_interval=(0.1 + 0.2, None),
@@ -56,7 +56,7 @@ TEXT = replace(
     ),
     latent_factor=8,
     size_multiple=2,
-    spacing=Spacing("linspace", offset=1, whole=False, shift=3.0, dynamic=(0.5, 1.15, 256.0, 4096.0)),
+    spacing=TimestepSpacing("linspace", offset=1, integer=False, shift=3.0, dynamic=(0.5, 1.15, 256.0, 4096.0)),
 )
 
 
@@ -104,7 +104,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("prediction", "noise"), "prediction 'noise'"),
         (change("plan.start", "loud"), "start 'loud' is not one of marginal, noise, unit"),
         (change("plan.threshold", {"ratio": 0.0}), "ratio 0 must lie in"),
-        (change("plan.threshold", {"ratio": 0.9, "most": 0.5}), "most 0.5 be at least 1"),
+        (change("plan.threshold", {"ratio": 0.9, "max": 0.5}), "max 0.5 be at least 1"),
         (change("plan.threshold", {"ratio": 0.9, "least": 1}), "unknown entry 'least'"),
         (change("plan.guidance_interval", [2.0, 1.0]), "0 <= low < high"),
         (change("plan.guidance_interval", [-1.0, None]), "0 <= low < high"),
@@ -152,36 +152,36 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
 def test_broken_specs_are_refused_by_name(edit: Callable[[dict[str, Any]], Any], message: str) -> None:
     data = json.loads(json.dumps(TEXT.to_json()))
     edit(data)
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         DenoiserSpec.from_json(data, "here")
 
 
 @pytest.mark.parametrize("data", [None, [], "spec", 3])
 def test_what_is_no_object_is_refused(data: Any) -> None:
-    with pytest.raises(BadInput, match="expected a JSON object"):
+    with pytest.raises(InvalidInputError, match="expected a JSON object"):
         DenoiserSpec.from_json(data)
 
 
 def test_a_new_plan_makes_a_new_spec() -> None:
-    plan = Plan("ddim", (10.0, 0.0))
+    plan = SamplingPlan("ddim", (10.0, 0.0))
     assert SPEC.with_plan(plan) == replace(SPEC, plan=plan) and SPEC.plan.solver == "dpmpp_2m" and plan.steps == 2
 
 
 def test_corrections_stay_with_the_timesteps_they_were_measured_at() -> None:
     plan = TEXT.plan
-    assert plan.over(plan.timesteps) == plan and len(plan.corrections) == plan.steps == 5
+    assert plan.over(plan.timesteps) == plan and len(plan.output_corrections) == plan.steps == 5
     fewer = plan.over(plan.timesteps[:2])
-    assert fewer == replace(plan.uncorrected, timesteps=plan.timesteps[:2]) and fewer.corrections == ()
+    assert fewer == replace(plan.without_corrections, timesteps=plan.timesteps[:2]) and fewer.output_corrections == ()
 
 
 def test_a_network_for_one_plan_takes_no_other_timesteps() -> None:
     fixed = replace(SPEC, fixed_timesteps=SPEC.plan.timesteps)
     assert fixed.with_plan(SPEC.plan.over(SPEC.plan.timesteps[1:3])).plan.steps == 2
-    with pytest.raises(BadInput, match="timestep 4 is not one of the 5 .* without --fixed-plan"):
+    with pytest.raises(InvalidInputError, match="timestep 4 is not one of the 5 .* without --fixed-plan"):
         fixed.with_plan(SPEC.plan.over((*SPEC.plan.timesteps[:2], 4.0)))
 
 
 def test_a_schedule_may_be_flat_but_not_turn_back() -> None:
     assert len(NoiseSchedule((1.0, 1.0), (0.5, 0.5))) == 2
-    with pytest.raises(BadInput, match="sigmas must grow"):
+    with pytest.raises(InvalidInputError, match="sigmas must grow"):
         NoiseSchedule((1.0, 0.9), (0.5, 0.4))

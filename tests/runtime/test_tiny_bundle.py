@@ -10,9 +10,9 @@ import pytest
 
 from diffpress.runtime import generate, load_bundle, make_plan, open_engine
 from diffpress.runtime.engines import ENGINES, available
-from diffpress.runtime.noise_schedule import END, Point
+from diffpress.runtime.noise_schedule import END, NoiseLevel
 from diffpress.runtime.sampler import noise_for
-from diffpress.runtime.sampling_plan import trajectory
+from diffpress.runtime.sampling_plan import plan_levels
 
 HASH = "9da7525516dc77aeeb7f5bf791236a17a662577fe8485e714870fdd09da27a17"
 DEVIATION = 0.05  # of each class around its image, see make_tiny_bundle.py
@@ -64,11 +64,11 @@ def test_a_fine_plan_follows_the_exact_probability_flow(tiny: Path, engine_name:
     plan = make_plan("dpmpp_2m", 50, bundle.spec.schedule, clip=False)
     with closing(open_engine(bundle, engine_name)) as engine:
         samples = generate(engine, bundle.spec, range(6), plan=plan)
-    start = trajectory(bundle.spec.schedule, plan.timesteps)[0]
+    start = plan_levels(bundle.spec.schedule, plan.timesteps)[0]
     means = images_of_the_classes()[np.arange(6) % 3][:, None]
 
-    def spread(point: Point) -> float:
-        return float(np.hypot(point.alpha * DEVIATION, point.sigma))
+    def spread(level: NoiseLevel) -> float:
+        return float(np.hypot(level.alpha * DEVIATION, level.sigma))
 
     exact = means + (noise_for(range(6), (1, 8, 8)) - start.alpha * means) * spread(END) / spread(start)
     # the last timestep's noise (sigma 0.03) goes in one first-order step: about half of DEVIATION at worst

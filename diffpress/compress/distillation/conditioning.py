@@ -41,23 +41,23 @@ def guided(
     spec: DenoiserSpec,
     x_t: torch.Tensor,
     t: torch.Tensor,
-    told: Tensors,
-    null: Tensors,
+    cond: Tensors,
+    uncond: Tensors,
     weight: torch.Tensor | float,
 ) -> torch.Tensor:
-    """The teacher's answer under guidance `weight`, one or [B], without gradients; the null half is told `null`
-    [1, ...].
+    """The teacher's answer under guidance `weight`, one or [B], without gradients; `uncond` [1, ...] is the
+    unconditional half.
 
     One call where the one weight is 1 or the weight is an input.
     """
     if spec.conditioning.guidance_input:
         weights = torch.full((len(x_t),), weight, device=x_t.device) if isinstance(weight, float) else weight
-        told, weight = told | {GUIDANCE: weights}, 1.0
+        cond, weight = cond | {GUIDANCE: weights}, 1.0
     if isinstance(weight, float) and weight == 1.0:
         with torch.no_grad():
-            return forward(teacher, spec, x_t, t, told)
-    nothing = {name: null[name].expand_as(value) if name in null else value for name, value in told.items()}
-    both = {name: torch.cat([value, nothing[name]]) for name, value in told.items()}
+            return forward(teacher, spec, x_t, t, cond)
+    nothing = {name: uncond[name].expand_as(value) if name in uncond else value for name, value in cond.items()}
+    both = {name: torch.cat([value, nothing[name]]) for name, value in cond.items()}
     with torch.no_grad():
-        given, free = forward(teacher, spec, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-    return free + (weight if isinstance(weight, float) else weight.view(-1, 1, 1, 1)) * (given - free)
+        cond_out, uncond_out = forward(teacher, spec, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
+    return uncond_out + (weight if isinstance(weight, float) else weight.view(-1, 1, 1, 1)) * (cond_out - uncond_out)

@@ -86,23 +86,23 @@ class ProgressiveConfig(DistillConfig):
 class TrajectoryConfig(DistillConfig):
     """The student's own few steps learn to keep to the teacher's fine trajectory (trajectory.py).
 
-    `paths` trajectories of the teacher are made once, `path_steps` fine steps each. `other_steps` are further numbers
+    `trajectories` of the teacher are made once, `trajectory_steps` fine steps each. `other_steps` are further numbers
     of steps that the same student learns to sample in; `sample_steps` is what its plan says.
     """
 
     kind: Literal["trajectory"]
     sample_steps: int = Field(2, ge=1)
     other_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    paths: int = Field(4096, ge=1)
-    path_steps: int = Field(12, ge=1)
+    trajectories: int = Field(4096, ge=1)
+    trajectory_steps: int = Field(12, ge=1)
 
     @model_validator(mode="after")
     def _paths_are_finer(self) -> TrajectoryConfig:
         counts = (self.sample_steps, *self.other_steps)
         if len(set(counts)) < len(counts):
             raise ValueError("other_steps name a number of steps twice, or that of sample_steps")
-        if self.path_steps < max(counts):
-            raise ValueError(f"{self.path_steps} fine steps are fewer than the student's {max(counts)}")
+        if self.trajectory_steps < max(counts):
+            raise ValueError(f"{self.trajectory_steps} fine steps are fewer than the student's {max(counts)}")
         return self
 
 

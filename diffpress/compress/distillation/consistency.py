@@ -45,10 +45,10 @@ def consistency(checkpoint: Checkpoint, config: ConsistencyConfig, ctx: Context)
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in checkpoint.model.modules())
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors | int | None, ...]:
-        x0, told = data.batch(config.batch, generator)
+        x0, cond = data.batch(config.batch, generator)
         t, s = pairs(schedule, config, share, generator)
         noise = torch.randn(x0.shape, generator=generator)
-        return x0, noise, t, s, told, int(torch.randint(0, 2**31, (), generator=generator)) if drops else None
+        return x0, noise, t, s, cond, int(torch.randint(0, 2**31, (), generator=generator)) if drops else None
 
     def loss(
         student: nn.Module,
@@ -56,14 +56,14 @@ def consistency(checkpoint: Checkpoint, config: ConsistencyConfig, ctx: Context)
         noise: torch.Tensor,
         t: torch.Tensor,
         s: torch.Tensor,
-        told: Tensors,
+        cond: Tensors,
         dropout: int | None,
     ) -> torch.Tensor:
         _reseed(dropout)
-        found = image_at(student, spec, x0, noise, t, told)
+        found = image_at(student, spec, x0, noise, t, cond)
         _reseed(dropout)
         with torch.no_grad():
-            near = image_at(student, spec, x0, noise, s.clamp_min(0), told)
+            near = image_at(student, spec, x0, noise, s.clamp_min(0), cond)
         clean = (s < 0).view(-1, 1, 1, 1)
         gap = levels(spec, t) - torch.where(clean, 0.0, levels(spec, s.clamp_min(0)))
         return torch.mean(pseudo_huber(found - torch.where(clean, x0, near)) / gap.flatten())
@@ -95,11 +95,11 @@ def pairs(
 
 
 def image_at(
-    model: nn.Module, spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, told: Tensors
+    model: nn.Module, spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors
 ) -> torch.Tensor:
     """f at the timesteps `t` [B] of the lines through `x0` and `noise`, [B, C, H, W]."""
     x_t = add_noise(spec, x0, noise, t)
-    return x0_of(spec, forward(model, spec, x_t, t, told), x_t, *coefficients(spec, t))
+    return x0_of(spec, forward(model, spec, x_t, t, cond), x_t, *coefficients(spec, t))
 
 
 def levels(spec: DenoiserSpec, t: torch.Tensor) -> torch.Tensor:

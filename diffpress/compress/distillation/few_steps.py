@@ -23,19 +23,19 @@ import torch
 from torch import nn
 
 from diffpress.compress.training.losses import Tensors, forward
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.noise_schedule import NoiseSchedule, Point
-from diffpress.runtime.sampling_plan import Plan
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
+from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.timesteps import LOG_RATIO_MAX, LOG_RATIO_MIN, timestep_grid
+from diffpress.runtime.timesteps import LOG_RATIO_MAX, LOG_RATIO_MIN, timesteps_for
 
 TELLING = 125  # the share of all timesteps by which two plans must differ for a network to tell them apart
 
 
 def few_timesteps(steps: int, schedule: NoiseSchedule) -> tuple[float, ...]:
     """`steps` whole timesteps for a student: see the top of this file."""
-    first, *rest = timestep_grid("trailing", steps, schedule)
-    (seen,) = timestep_grid("karras", 1, schedule)  # which begins at the noise where solvers do (LOG_RATIO_MAX)
+    first, *rest = timesteps_for("trailing", steps, schedule)
+    (seen,) = timesteps_for("karras", 1, schedule)  # which begins at the noise where solvers do (LOG_RATIO_MAX)
     many = bool(rest) and rest[0] >= seen
     return (first if many else min(first, seen), *rest)
 
@@ -44,7 +44,7 @@ def plans_apart(counts: Sequence[int], schedule: NoiseSchedule) -> list[tuple[fl
     """`few_timesteps` of several numbers of steps for one student, no timestep in two of them.
 
     From the same noise long and short steps need other images, and the timestep is all that tells the network which
-    plan it walks (SFD-v gives it an input of its own for that). Later plans give way, downwards. Raises BadInput where
+    plan it walks (SFD-v gives it an input of its own for that). Later plans give way, downwards. Raises InvalidInputError where
     the schedule has no room for that.
     """
     taken: set[float] = set()
@@ -57,7 +57,7 @@ def plans_apart(counts: Sequence[int], schedule: NoiseSchedule) -> list[tuple[fl
             timesteps.append(t)
         if timesteps != sorted(set(timesteps), reverse=True) or timesteps[-1] < 0:
             others = ", ".join(str(other) for other in counts if other != count)
-            raise BadInput(
+            raise InvalidInputError(
                 f"other_steps: {count} steps find no place beside {others} among {len(schedule)} timesteps"
             )
         taken.update(timesteps)
@@ -77,13 +77,13 @@ def student_spec(
     `others` are the timesteps of further plans that it was taught. A weight that is an input stays as it was.
     """
     weight = spec.plan.guidance if spec.conditioning.guidance_input else 1.0
-    plan = Plan(solver, timesteps, guidance=weight, clip=spec.plan.clip, start=spec.plan.start)
-    return replace(spec, plan=plan, distilled=kind, distilled_also=others)
+    plan = SamplingPlan(solver, timesteps, guidance=weight, clip=spec.plan.clip, start=spec.plan.start)
+    return replace(spec, plan=plan, distilled=kind, distilled_timesteps=others)
 
 
 def refined(
-    plan: Plan, timesteps: tuple[float, ...], steps: int, schedule: NoiseSchedule
-) -> tuple[Plan, tuple[int, ...]]:
+    plan: SamplingPlan, timesteps: tuple[float, ...], steps: int, schedule: NoiseSchedule
+) -> tuple[SamplingPlan, tuple[int, ...]]:
     """`plan` over some `steps` timesteps, even in log-SNR between `timesteps`, and at which of its steps those are.
 
     Each way between two gets its share of the steps, by its length in log-SNR, one at least. Whole timesteps: where
@@ -100,7 +100,7 @@ def refined(
         inner = {round(float(t)) for t in np.interp(ramp, ratios, np.arange(len(schedule)))}
         kept.append(len(found))
         found += [float(t) for t in sorted(inner | {round(start)}, reverse=True) if stop < t <= start]
-    return replace(plan.uncorrected, timesteps=tuple(found), eta=0.0), tuple(kept)
+    return replace(plan.without_corrections, timesteps=tuple(found), eta=0.0), tuple(kept)
 
 
 def log_ratios(schedule: NoiseSchedule) -> np.ndarray:
@@ -117,21 +117,21 @@ class Places(NamedTuple):
     sigma: torch.Tensor
 
 
-def places(points: tuple[Point, ...], index: torch.Tensor) -> Places:
+def places(levels: tuple[NoiseLevel, ...], index: torch.Tensor) -> Places:
     """The points of those numbers, int64 [B], on their device."""
-    t, alpha, sigma = _table(points, index.device)[index].unbind(1)
+    t, alpha, sigma = _table(levels, index.device)[index].unbind(1)
     return Places(t.round().long(), alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1))
 
 
-def place(points: tuple[Point, ...], number: int, x: torch.Tensor) -> Places:
+def place(levels: tuple[NoiseLevel, ...], number: int, x: torch.Tensor) -> Places:
     """One of the points for all of a batch, on the device of `x` [B, ...]."""
-    return places(points, torch.full((len(x),), number, device=x.device))
+    return places(levels, torch.full((len(x),), number, device=x.device))
 
 
 @lru_cache(maxsize=32)
-def _table(points: tuple[Point, ...], device: torch.device) -> torch.Tensor:
+def _table(levels: tuple[NoiseLevel, ...], device: torch.device) -> torch.Tensor:
     """float32 [P, 3]; moved to the device once, which a step that is captured cannot do."""
-    return torch.tensor(points, dtype=torch.float32).to(device)
+    return torch.tensor(levels, dtype=torch.float32).to(device)
 
 
 def x0_of(
@@ -154,9 +154,9 @@ def clipped(spec: DenoiserSpec, x0: torch.Tensor) -> torch.Tensor:
     return x0 + (x0.clamp(*spec.data_range) - x0).detach()
 
 
-def predicted_x0(model: nn.Module, spec: DenoiserSpec, x: torch.Tensor, here: Places, told: Tensors) -> torch.Tensor:
+def predicted_x0(model: nn.Module, spec: DenoiserSpec, x: torch.Tensor, here: Places, cond: Tensors) -> torch.Tensor:
     """The model's x_0, [B, C, H, W], clipped as the plan says."""
-    out = forward(model, spec, x, here.t, told)
+    out = forward(model, spec, x, here.t, cond)
     return clipped(spec, x0_of(spec, out, x, here.alpha, here.sigma))
 
 

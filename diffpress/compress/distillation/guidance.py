@@ -24,23 +24,23 @@ from diffpress.compress.models.widths import widths_of
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors, add_noise, forward
 from diffpress.compress.training.teacher_data import data_for
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import GUIDANCE
 
 
 def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Checkpoint:
     """Train the checkpoint's model to answer as the guided teacher; returns it with a plan that needs one call a step.
 
-    Raises BadInput for a model that has nothing to be guided with, and for `weights` where it has no such input.
+    Raises InvalidInputError for a model that has nothing to be guided with, and for `weights` where it has no such input.
     """
     spec, data = checkpoint.spec, data_for(ctx, config.samples)
     if spec.conditioning.guidance_input:
-        raise BadInput("distill: {kind: guidance}: the model takes the guidance weight as an input already")
-    if not data.null:
-        raise BadInput("distill: {kind: guidance}: the model knows no null label or prompt, so nothing guides it")
+        raise InvalidInputError("distill: {kind: guidance}: the model takes the guidance weight as an input already")
+    if not data.uncond:
+        raise InvalidInputError("distill: {kind: guidance}: the model knows no null label or prompt, so nothing guides it")
     low, high = config.weights or (config.weight or spec.plan.guidance,) * 2
     if low == high == 1.0:
-        raise BadInput("distill: {kind: guidance}: weight 1 is no guidance; set weight to more")
+        raise InvalidInputError("distill: {kind: guidance}: weight 1 is no guidance; set weight to more")
     student = with_guidance_input(checkpoint) if config.weights else checkpoint
     plan = spec.plan if config.weights else replace(spec.plan, guidance=1.0)
     if not config.weights:
@@ -49,11 +49,11 @@ def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Ch
     teacher = ctx.teacher.model.eval()
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
-        x0, told = data.batch(config.batch, generator)
+        x0, cond = data.batch(config.batch, generator)
         t = torch.randint(0, len(spec.schedule), (config.batch,), generator=generator)
         noise = torch.randn(x0.shape, generator=generator)
         weight = low + (high - low) * torch.rand((config.batch,), generator=generator)
-        return x0, noise, t, weight, told, data.null
+        return x0, noise, t, weight, cond, data.uncond
 
     def loss(
         model: nn.Module,
@@ -61,24 +61,24 @@ def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Ch
         noise: torch.Tensor,
         t: torch.Tensor,
         weight: torch.Tensor,
-        told: Tensors,
-        null: Tensors,
+        cond: Tensors,
+        uncond: Tensors,
     ) -> torch.Tensor:
         teacher.to(x0.device)
         x_t = add_noise(spec, x0, noise, t)
-        wanted = guided(teacher, spec, x_t, t, told, null, weight)
-        told |= {GUIDANCE: weight} if config.weights else {}
-        return torch.mean((forward(model, student.spec, x_t, t, told) - wanted) ** 2)
+        wanted = guided(teacher, spec, x_t, t, cond, uncond, weight)
+        cond |= {GUIDANCE: weight} if config.weights else {}
+        return torch.mean((forward(model, student.spec, x_t, t, cond) - wanted) ** 2)
 
     return student.evolve(model=trained(student, Objective(draw, loss), config, ctx))
 
 
 def with_guidance_input(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the guidance weight as an input that does nothing yet; BadInput where there is no room."""
+    """The checkpoint with the guidance weight as an input that does nothing yet; InvalidInputError where there is no room."""
     model, spec, source = checkpoint.clone_model(), checkpoint.spec, checkpoint.source
     add_ = getattr(adapter_for(model), "add_guidance_input_", None)
     if add_ is None:
-        raise BadInput(
+        raise InvalidInputError(
             f"distill: {{kind: guidance}}: a {source.kind} has no input for the guidance weight; "
             "bake one in with weight"
         )

@@ -35,7 +35,7 @@ from diffpress.compress.distillation.student import trained
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors, add_noise, coefficients, forward
 from diffpress.compress.training.teacher_data import data_for
-from diffpress.runtime.sampling_plan import trajectory
+from diffpress.runtime.sampling_plan import plan_levels
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -69,15 +69,15 @@ def _halving(
     batch: int,
 ) -> Objective:
     """`spec` and `fine` are the teacher's, `own` is the student's, which takes two of the fine steps at once."""
-    points = trajectory(spec.schedule, fine)
+    points = plan_levels(spec.schedule, fine)
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
-        x0, told = data.batch(batch, generator)
+        x0, cond = data.batch(batch, generator)
         index = 2 * torch.randint(0, len(fine) // 2, (batch,), generator=generator)
-        return x0, torch.randn(x0.shape, generator=generator), index, told, data.null
+        return x0, torch.randn(x0.shape, generator=generator), index, cond, data.uncond
 
     def loss(
-        student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, index: torch.Tensor, told: Tensors, null: Tensors
+        student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, index: torch.Tensor, cond: Tensors, uncond: Tensors
     ) -> torch.Tensor:
         teacher.to(x0.device)
         here, middle, there = (places(points, index + i) for i in range(3))
@@ -85,8 +85,8 @@ def _halving(
         with torch.no_grad():
             moved = x
             for a, b in ((here, middle), (middle, there)):
-                moved = transfer(moved, _guided_x0(teacher, spec, moved, a, told, null, weight), a, b)
-        out = forward(student, own, x, here.t, told)
+                moved = transfer(moved, _guided_x0(teacher, spec, moved, a, cond, uncond, weight), a, b)
+        out = forward(student, own, x, here.t, cond)
         found = x0_of(own, out, x, here.alpha, here.sigma)
         snr = (here.alpha / here.sigma) ** 2
         return torch.mean(snr.clamp_min(1.0) * (found - implied_x0(x, moved, here, there)) ** 2)
@@ -95,9 +95,9 @@ def _halving(
 
 
 def _guided_x0(
-    teacher: nn.Module, spec: DenoiserSpec, x: torch.Tensor, here: Places, told: Tensors, null: Tensors, weight: float
+    teacher: nn.Module, spec: DenoiserSpec, x: torch.Tensor, here: Places, cond: Tensors, uncond: Tensors, weight: float
 ) -> torch.Tensor:
-    out = guided(teacher, spec, x, here.t, told, null, weight)
+    out = guided(teacher, spec, x, here.t, cond, uncond, weight)
     return clipped(spec, x0_of(spec, out, x, here.alpha, here.sigma))
 
 
@@ -106,21 +106,21 @@ def in_v(teacher: nn.Module, spec: DenoiserSpec, data: Data, batch: int) -> Obje
     own = replace(spec, prediction="v")
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
-        x0, told = data.batch(batch, generator)
+        x0, cond = data.batch(batch, generator)
         t = torch.randint(0, len(spec.schedule), (batch,), generator=generator)
-        return x0, torch.randn(x0.shape, generator=generator), t, told
+        return x0, torch.randn(x0.shape, generator=generator), t, cond
 
     def loss(
-        student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, told: Tensors
+        student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors
     ) -> torch.Tensor:
         teacher.to(x0.device)
         x_t, (alpha, sigma) = add_noise(spec, x0, noise, t), coefficients(spec, t)
         with torch.no_grad():
-            eps = forward(teacher, spec, x_t, t, told)
+            eps = forward(teacher, spec, x_t, t, cond)
         # bounded, since at pure noise the least error of epsilon is a large one of the image; latents by those at hand
         image = x0_of(spec, eps, x_t, alpha, sigma)
         image = image.clamp(*spec.data_range) if spec.is_pixel_space else image.clamp(x0.min(), x0.max())
         wanted = alpha * (x_t - alpha * image) / sigma.clamp_min(1e-4) - sigma * image
-        return torch.mean((forward(student, own, x_t, t, told) - wanted) ** 2)
+        return torch.mean((forward(student, own, x_t, t, cond) - wanted) ** 2)
 
     return Objective(draw, loss)

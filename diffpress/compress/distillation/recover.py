@@ -36,7 +36,7 @@ def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Chec
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
         x0, conditions = data.batch(config.batch, generator)
-        conditions = drop_conditions(conditions, data.null, generator)
+        conditions = drop_conditions(conditions, data.uncond, generator)
         t = timesteps[torch.randint(0, len(timesteps), (config.batch,), generator=generator)]
         return x0, torch.randn(x0.shape, generator=generator), t, conditions
 

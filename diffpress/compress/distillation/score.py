@@ -26,11 +26,11 @@ from diffpress.compress.distillation.student import trained
 from diffpress.compress.training.distributed import agreed
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors, coefficients, forward
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions
-from diffpress.runtime.noise_schedule import Point
-from diffpress.runtime.sampler import start_spread
-from diffpress.runtime.sampling_plan import trajectory
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs
+from diffpress.runtime.noise_schedule import NoiseLevel
+from diffpress.runtime.sampler import initial_std
+from diffpress.runtime.sampling_plan import plan_levels
 from diffpress.runtime.spec import DenoiserSpec
 
 POOL = 1024  # conditions that generated images are told, drawn from these
@@ -45,9 +45,9 @@ class Pair(nn.Module):
         super().__init__()
         self.generator, self.critic, self._spec = generator, critic, spec
 
-    def forward(self, who: str, x: torch.Tensor, t: torch.Tensor, told: Tensors) -> torch.Tensor:
+    def forward(self, who: str, x: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
         """The output of 'generator' or 'critic' at x [B, C, H, W] and timesteps t [B]."""
-        out: torch.Tensor = forward(getattr(self, who), self._spec, x, t, told)
+        out: torch.Tensor = forward(getattr(self, who), self._spec, x, t, conditions)
         return out
 
 
@@ -55,41 +55,41 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
     """Train the checkpoint's model into a generator of `config.sample_steps` steps; returns it with that plan."""
     spec = checkpoint.spec
     if ctx.teacher.spec.prediction != spec.prediction:
-        raise BadInput(
+        raise InvalidInputError(
             f"distill: {{kind: score}}: the teacher predicts {ctx.teacher.spec.prediction}, the student "
             f"{spec.prediction}; take this kind before the one that changed it"
         )
-    points = trajectory(spec.schedule, few_timesteps(config.sample_steps, spec.schedule))
+    points = plan_levels(spec.schedule, few_timesteps(config.sample_steps, spec.schedule))
     spec = student_spec(spec, config.kind, "consistency", tuple(point.t for point in points[:-1]))
-    teacher, told_pool = ctx.teacher.model.eval(), ctx.conditions(POOL)
+    teacher, cond_pool = ctx.teacher.model.eval(), ctx.conditions(POOL)
     weight = ctx.notes["guidance"] = config.guidance or guidance_in(checkpoint)
     first, last = (round(share * (len(spec.schedule) - 1)) for share in SHARES)
 
     def draw(generator: torch.Generator, share: float) -> tuple[Any, ...]:
-        told, null = drawn(told_pool, config.batch, generator)
+        conditions, uncond = drawn(cond_pool, config.batch, generator)
         # one of the two in all processes, whose gradients are averaged
         moves = agreed(int(torch.randint(0, config.score_steps + 1, (), generator=generator))) == 0
         chosen = int(torch.randint(0, len(points) - 1, (), generator=generator))
         t = torch.randint(first, last + 1, (config.batch,), generator=generator)
         # what the generator starts from, what is added before each further step, and what hides its image
         noise = [torch.randn((config.batch, *spec.sample_shape), generator=generator) for _ in range(chosen + 2)]
-        return told, null, moves, t, noise
+        return conditions, uncond, moves, t, noise
 
     def loss(
-        pair: nn.Module, told: Tensors, null: Tensors, moves: bool, t: torch.Tensor, noise: list[torch.Tensor]
+        pair: nn.Module, conditions: Tensors, uncond: Tensors, moves: bool, t: torch.Tensor, noise: list[torch.Tensor]
     ) -> torch.Tensor:
         teacher.to(t.device)
         with torch.set_grad_enabled(moves):
-            x = generated(pair, spec, points, told, noise[:-1])
+            x = generated(pair, spec, points, conditions, noise[:-1])
         alpha, sigma = coefficients(spec, t)
         x_t = alpha * x.detach() + sigma * noise[-1]
         if not moves:
-            found = x0_of(spec, pair("critic", x_t, t, told), x_t, alpha, sigma)
+            found = x0_of(spec, pair("critic", x_t, t, conditions), x_t, alpha, sigma)
             return torch.mean(((alpha / sigma) ** 2).clamp(*SNR_BOUNDS) * (found - x.detach()) ** 2)
         with torch.no_grad():
-            answer = guided(teacher, spec, x_t, t, told, null, weight)
+            answer = guided(teacher, spec, x_t, t, conditions, uncond, weight)
             real = x0_of(spec, answer, x_t, alpha, sigma)
-            fake = x0_of(spec, pair("critic", x_t, t, told), x_t, alpha, sigma)
+            fake = x0_of(spec, pair("critic", x_t, t, conditions), x_t, alpha, sigma)
             scale = (x - real).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-4)
             wanted = x - (fake - real) / scale
         return 0.5 * torch.mean((x - wanted) ** 2)
@@ -102,26 +102,26 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
 def generated(
     pair: nn.Module,
     spec: DenoiserSpec,
-    points: tuple[Point, ...],
-    told: Tensors,
+    points: tuple[NoiseLevel, ...],
+    conditions: Tensors,
     noise: list[torch.Tensor],
 ) -> torch.Tensor:
     """Images [B, C, H, W] as the generator sees them at the step that the last of `noise` leads to; gradients through
     that step alone."""
     first, *fresh = noise
-    x = first * start_spread(points[0], spec.plan.start)
+    x = first * initial_std(points[0], spec.plan.start)
     for step in range(len(noise)):
         here = place(points, step, x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and step == len(fresh)):
-            image = x0_of(spec, pair("generator", x, here.t, told), x, here.alpha, here.sigma)
+            image = x0_of(spec, pair("generator", x, here.t, conditions), x, here.alpha, here.sigma)
         if step < len(fresh):
             x = points[step + 1].alpha * image + points[step + 1].sigma * fresh[step]
     return image
 
 
-def drawn(pool: Conditions, batch: int, generator: torch.Generator) -> tuple[Tensors, Tensors]:
+def drawn(pool: ConditioningInputs, batch: int, generator: torch.Generator) -> tuple[Tensors, Tensors]:
     """Random members of the pool, [B, ...] by input name, and what stands for none, [1, ...]."""
-    count = len(next(iter(pool.given.values()), ()))
+    count = len(next(iter(pool.cond.values()), ()))
     picks = torch.randint(0, count or 1, (batch,), generator=generator).numpy()
-    told = {name: torch.from_numpy(array[picks]) for name, array in pool.given.items()}
-    return told, {name: torch.from_numpy(array[:1]) for name, array in (pool.null or {}).items()}
+    conditions = {name: torch.from_numpy(array[picks]) for name, array in pool.cond.items()}
+    return conditions, {name: torch.from_numpy(array[:1]) for name, array in (pool.uncond or {}).items()}

@@ -13,8 +13,8 @@ from diffpress.compress.distillation.config import DistillConfig
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.training.loop import Objective, Training, train
 from diffpress.compress.training.resume import read_state, write_state
-from diffpress.runtime.io.images import grid, to_uint8, write_png
-from diffpress.runtime.network_inputs import stand_in_conditions
+from diffpress.runtime.io.images import image_grid, to_uint8, write_png
+from diffpress.runtime.network_inputs import dummy_conditioning
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -70,7 +70,7 @@ def draw_samples(model: nn.Module, spec: DenoiserSpec, file: Path) -> None:
     """Write a grid of what the model makes of the first seeds by the spec's plan; nothing for models of latents."""
     if not spec.is_pixel_space:
         return
-    conditions = stand_in_conditions(spec, PREVIEWED)
+    conditions = dummy_conditioning(spec, PREVIEWED)
     images = generate(TorchNetwork(model, spec), spec, range(PREVIEWED), batch=PREVIEWED, conditions=conditions)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_png(grid(to_uint8(images, spec.data_range)), file)
+    write_png(image_grid(to_uint8(images, spec.data_range)), file)

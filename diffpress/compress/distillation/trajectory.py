@@ -34,8 +34,8 @@ from diffpress.compress.distillation.few_steps import (
 from diffpress.compress.distillation.student import trained
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors
-from diffpress.compress.training.teacher_trajectories import TeacherPaths
-from diffpress.runtime.sampling_plan import trajectory as points_of
+from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
+from diffpress.runtime.sampling_plan import plan_levels
 
 SEED = 4_000_000  # far from the seeds that people sample, calibrate and evaluate with
 
@@ -45,31 +45,31 @@ def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -
     spec = checkpoint.spec
     own, *others = plans_apart((config.sample_steps, *config.other_steps), spec.schedule)
     stops = tuple(sorted({t for timesteps in (own, *others) for t in timesteps}, reverse=True))
-    fine, kept = refined(ctx.teacher.spec.plan, stops, config.path_steps, spec.schedule)
+    fine, kept = refined(ctx.teacher.spec.plan, stops, config.trajectory_steps, spec.schedule)
     fine = replace(fine, guidance=guidance_in(checkpoint))
     ctx.notes["guidance"] = fine.guidance
-    paths = TeacherPaths(ctx.teacher, fine, kept, config.paths, ctx.conditions(config.paths), SEED, ctx.work.parent)
+    paths = TeacherTrajectories(ctx.teacher, fine, kept, config.trajectories, ctx.conditions(config.trajectories), SEED, ctx.work.parent)
     paths.make()
     spec = student_spec(spec, config.kind, "euler", own, tuple(others))
-    points = points_of(spec.schedule, stops)
-    # where each plan stops, as numbers of `points` and of a path's states; and every step of it with those before
+    levels = plan_levels(spec.schedule, stops)
+    # where each plan stops, as numbers of `levels` and of a path's states; and every step of it with those before
     routes = [(*(stops.index(t) for t in timesteps), len(stops)) for timesteps in (own, *others)]
     ways = [route[: end + 1] for route in routes for end in range(1, len(route))]
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor, Tensors, tuple[int, ...]]:
-        states, told = paths.batch(config.batch, generator)
-        return states, told, ways[int(torch.randint(0, len(ways), (), generator=generator))]
+        states, conditions = paths.batch(config.batch, generator)
+        return states, conditions, ways[int(torch.randint(0, len(ways), (), generator=generator))]
 
-    def loss(student: nn.Module, states: torch.Tensor, told: Tensors, way: tuple[int, ...]) -> torch.Tensor:
+    def loss(student: nn.Module, states: torch.Tensor, conditions: Tensors, way: tuple[int, ...]) -> torch.Tensor:
         x = states[:, way[0]]
-        places = [place(points, number, x) for number in way]
+        places = [place(levels, number, x) for number in way]
         with torch.no_grad():
             for here, there in zip(places[:-2], places[1:], strict=False):
-                x = transfer(x, predicted_x0(student, spec, x, here, told), here, there)
+                x = transfer(x, predicted_x0(student, spec, x, here, conditions), here, there)
         here, there = places[-2:]
         # one step leads from x to both: their distance is that of the images they imply
         wanted = implied_x0(x, states[:, way[-1]], here, there)
-        return torch.mean(torch.abs(predicted_x0(student, spec, x, here, told) - wanted))
+        return torch.mean(torch.abs(predicted_x0(student, spec, x, here, conditions) - wanted))
 
     student = trained(checkpoint.evolve(spec=spec), Objective(draw, loss), config, ctx)
     return checkpoint.evolve(model=student, spec=spec)

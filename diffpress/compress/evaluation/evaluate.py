@@ -25,10 +25,10 @@ from diffpress.compress.evaluation.metrics import (
     ssim,
 )
 from diffpress.compress.progress import progress
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import Network
 from diffpress.runtime.sampler import generate, generate_batches, labels_in_turn
-from diffpress.runtime.sampling_plan import Plan
+from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.spec import DenoiserSpec
 
 SEED_STRIDE = 10_000_000  # sample i of seed s starts from the noise of seed s * stride + i
@@ -40,13 +40,13 @@ def evaluate(
     config: EvaluateConfig,
     features: FeatureNetwork,
     reference: Reference,
-    plan: Plan | None = None,
+    plan: SamplingPlan | None = None,
     what: str = "evaluate",
 ) -> dict[str, Any]:
     """Sample `config.samples` images for each of `config.seeds` seeds and score them, as `evaluate --json` shows it."""
     labels = labels_in_turn(spec, config.samples)
     if config.samples > len(reference.features):
-        raise BadInput(
+        raise InvalidInputError(
             f"{config.samples} samples need at least as many reference images, "
             f"{reference.source['file']} has {len(reference.features)}"
         )
@@ -99,7 +99,7 @@ def paired(
     """
     seeds = np.arange(config.samples)
     ours = generate(network, spec, seeds, batch=config.batch)
-    theirs = generate(other, spec, seeds, plan=spec.plan.uncorrected, batch=config.batch)
+    theirs = generate(other, spec, seeds, plan=spec.plan.without_corrections, batch=config.batch)
     span = spec.data_range[1] - spec.data_range[0]
     return {"against": against, "psnr_db": psnr_db(theirs, ours, span), "ssim": ssim(theirs, ours, span)}
 

@@ -14,7 +14,7 @@ import numpy as np
 from diffpress.compress.evaluation.metrics import kernel_within
 from diffpress.compress.training.image_data import read_npz
 from diffpress.runtime.bundle import sha256
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -48,14 +48,14 @@ def load_features(path: Path, spec: DenoiserSpec, threads: int | None = None) ->
     try:
         session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's error types are private
-        raise BadInput(f"{path}: not readable as a feature network ({str(error).splitlines()[0]})") from error
+        raise InvalidInputError(f"{path}: not readable as a feature network ({str(error).splitlines()[0]})") from error
     if not spec.is_pixel_space:
-        raise BadInput(
+        raise InvalidInputError(
             "evaluate scores models of pixels; sample the bundle of a model of latents, and score the images elsewhere"
         )
     shape = tuple(session.get_inputs()[0].shape[1:])
     if shape != tuple(spec.sample_shape):
-        raise BadInput(
+        raise InvalidInputError(
             f"{path}: this feature network sees images {list(shape)}, the model makes {list(spec.sample_shape)}; "
             "give one that fits with --features NET.onnx (input 'sample', outputs 'features' and 'logits')"
         )
@@ -73,17 +73,17 @@ def load_reference(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> R
         with np.load(path, allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: not readable as npz ({error})") from error
+        raise InvalidInputError(f"{path}: not readable as npz ({error})") from error
     if "features" in stored:
         if str(stored.get("features_sha256")) != network.sha256:
-            raise BadInput(
+            raise InvalidInputError(
                 f"{path}: its features were made by another network than {network.name}; give images instead"
             )
         features = stored["features"].astype(np.float64)
     else:
         images, _ = read_npz(path)
         if images.shape[1:] != tuple(spec.sample_shape):
-            raise BadInput(f"{path}: images are {list(images.shape[1:])}, the model makes {list(spec.sample_shape)}")
+            raise InvalidInputError(f"{path}: images are {list(images.shape[1:])}, the model makes {list(spec.sample_shape)}")
         low, high = spec.data_range
         scaled = [
             images[i : i + 256].astype(np.float32) * ((high - low) / 255.0) + low for i in range(0, len(images), 256)

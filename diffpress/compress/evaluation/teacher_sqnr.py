@@ -12,7 +12,7 @@ import torch
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Data
 from diffpress.compress.evaluation.metrics import sqnr_db
-from diffpress.compress.models.adapter import example_inputs
+from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.training.image_data import ImageData
@@ -24,7 +24,7 @@ LARGE_BATCH = 2  # for models whose one call takes seconds
 SHARES = (0.1, 0.4, 0.7, 0.95)  # of the way to pure noise
 
 
-def agreement_db(checkpoint: Checkpoint, teacher: Checkpoint, data: Data | None) -> float:
+def teacher_sqnr_db(checkpoint: Checkpoint, teacher: Checkpoint, data: Data | None) -> float:
     """SQNR of `checkpoint`'s output against `teacher`'s, in dB; quantized checkpoints answer through fake-quant.
 
     On real images where there are some, else on noise alone under stand-in conditions: having the teacher make samples
@@ -35,7 +35,7 @@ def agreement_db(checkpoint: Checkpoint, teacher: Checkpoint, data: Data | None)
     if isinstance(data, ImageData):
         x0, conditions = data.batch(batch, generator)
     else:
-        x0, inputs = torch.zeros(batch, *spec.sample_shape), example_inputs(spec, batch)
+        x0, inputs = torch.zeros(batch, *spec.sample_shape), dummy_inputs(spec, batch)
         conditions = {name: value for name, value in inputs.items() if name not in (SAMPLE, TIMESTEP)}
     model, wanted, found = fake_quantized(checkpoint), [], []
     with torch.no_grad():

@@ -7,7 +7,7 @@ diffusers class.
     forward(model, inputs) -> out_sample [B, C, H, W]   inputs named as the ecosystem names them
     blocks(model)          -> names of the modules whose outputs feature distillation compares
     fragile(model)         -> names of layers that compute in high precision by default
-    skip_joins(model)      -> names of the modules that read a skip connection beside the stream
+    skip_concats(model)      -> names of the modules that read a skip connection beside the stream
     trunk(model)           -> names of the modules that write the stream and the skips that are joined to it
     cache_cuts(model)      -> names of the modules whose output can be kept for later steps, skipping what made it
     attentions(model)      -> the heads of each attention, which pruning removes whole
@@ -39,9 +39,9 @@ class Adapter(Protocol):
     def describe(self, layout: Layout) -> Description: ...
     def forward(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor: ...
     def blocks(self, model: nn.Module) -> list[str]: ...
-    def fragile(self, model: nn.Module) -> list[str]: ...
-    def skip_joins(self, model: nn.Module) -> list[str]: ...
-    def trunk(self, model: nn.Module) -> list[str]: ...
+    def sensitive_layers(self, model: nn.Module) -> list[str]: ...
+    def skip_concats(self, model: nn.Module) -> list[str]: ...
+    def residual_outputs(self, model: nn.Module) -> list[str]: ...
     def cache_cuts(self, model: nn.Module) -> list[str]: ...
     def attentions(self, model: nn.Module) -> list[Coupled]: ...
     def coupled(self, model: nn.Module) -> list[Coupled] | None: ...
@@ -66,11 +66,11 @@ def adapter_for(model: nn.Module) -> Adapter:
 
 def timestep_dtype(spec: DenoiserSpec) -> torch.dtype:
     """Whole timesteps for discrete-time models in pixel space, as they were trained; else float32."""
-    whole = spec.prediction != "flow" and spec.conditioning.kind != "text" and spec.spacing.whole
+    whole = spec.prediction != "flow" and spec.conditioning.kind != "text" and spec.spacing.integer
     return torch.int64 if whole else torch.float32
 
 
-def example_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
+def dummy_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs of the right names, shapes and dtypes for any family.
 
     sample float32 [B, C, H, W], timestep int64 or float32 [B], and by the conditioning: class_labels int64 [B], the
@@ -94,7 +94,7 @@ def example_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, t
 
 def dynamic_axes(model: nn.Module, spec: DenoiserSpec, fixed_size: bool = False) -> dict[str, dict[int, str]]:
     """The dimensions of every input that may change from call to call, by name: batch, height, width, sequence."""
-    axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in example_inputs(spec, 1)}
+    axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in dummy_inputs(spec, 1)}
     if spec.conditioning.kind == "text":
         # pipelines of diffusers' making pass one timestep for a batch: the graph spreads it, if the names differ
         axes["timestep"] = {0: "steps"}

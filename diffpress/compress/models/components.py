@@ -23,7 +23,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.sources.layout import TEXT_ENCODERS, first_line, read_layout, variant_of
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.prompts import MASK, encode, unconditional
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -36,7 +36,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class Part:
+class Component:
     """A module with what tracing needs: how it is called, example inputs, names of outputs, dimensions that may change.
 
     `folder` is the part's name in a diffusers pipeline, `name` that of its graph. It runs like an engine, too.
@@ -66,7 +66,7 @@ class Part:
         """Nothing to release; here so that it can stand where an engine does."""
 
 
-def part_names(checkpoint: Checkpoint) -> list[str]:
+def component_names(checkpoint: Checkpoint) -> list[str]:
     """The graphs a bundle has beside the denoiser, text encoders first."""
     if checkpoint.source.parts is None:
         return []
@@ -74,9 +74,9 @@ def part_names(checkpoint: Checkpoint) -> list[str]:
     return [*encoders, DECODER] if checkpoint.spec.latent_factor > 1 else encoders
 
 
-def load_part(checkpoint: Checkpoint, name: str) -> Part:
-    """Load one of `part_names`; BadInput where its class is not known or its weights cannot be read."""
-    assert checkpoint.source.parts is not None  # part_names gave the name
+def load_component(checkpoint: Checkpoint, name: str) -> Component:
+    """Load one of `component_names`; InvalidInputError where its class is not known or its weights cannot be read."""
+    assert checkpoint.source.parts is not None  # component_names gave the name
     layout = read_layout(checkpoint.source.parts)
     if name in TEXT_ENCODERS:
         return _text_encoder(layout.folder / name, layout.configs[name], checkpoint.spec)
@@ -84,7 +84,7 @@ def load_part(checkpoint: Checkpoint, name: str) -> Part:
     return _decoder(layout.folder / layout.decoder, layout.configs[layout.decoder], checkpoint.spec)
 
 
-def _text_encoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Part:
+def _text_encoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Component:
     kind = (config.get("architectures") or ["without a name"])[0]
     _refuse_unknown(folder, kind, TEXT_MODELS)
     module = _from_pretrained("transformers", kind, folder, torch_dtype=torch.float32)
@@ -99,7 +99,7 @@ def _text_encoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> P
         hidden = [f"hidden_states.{i}" for i in range(int(config["num_hidden_layers"]) + 1)]
         projects = kind == "CLIPTextModelWithProjection"
         outputs = [*(["text_embeds"] if projects else []), *outputs, *([] if projects else ["pooler_output"]), *hidden]
-    return Part(folder.name, folder.name, config, module, _outputs_of(outputs), examples, outputs, axes)
+    return Component(folder.name, folder.name, config, module, _outputs_of(outputs), examples, outputs, axes)
 
 
 def _outputs_of(names: list[str]) -> Callable[[nn.Module, Tensors], tuple[torch.Tensor, ...]]:
@@ -115,14 +115,14 @@ def _outputs_of(names: list[str]) -> Callable[[nn.Module, Tensors], tuple[torch.
     return forward
 
 
-def _decoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Part:
+def _decoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Component:
     kind = str(config.get("_class_name"))
     _refuse_unknown(folder, kind, DECODER_MODELS)
     module: Any = _from_pretrained("diffusers", kind, folder, torch_dtype=torch.float32)
     del module.encoder  # decoding needs it not
     examples = {"latent_sample": torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))}
     axes = {"latent_sample": {0: "batch", 2: "latent_height", 3: "latent_width"}}
-    return Part(DECODER, folder.name, config, module, _decode, examples, ["sample"], axes)
+    return Component(DECODER, folder.name, config, module, _decode, examples, ["sample"], axes)
 
 
 def _decode(module: Any, inputs: Tensors) -> tuple[torch.Tensor, ...]:
@@ -138,12 +138,12 @@ def encoded_prompts(
     """
     conditioning = checkpoint.spec.conditioning
     if checkpoint.source.parts is None or not conditioning.encoders:
-        raise BadInput(
+        raise InvalidInputError(
             "the model is conditioned on text and came without its text encoders; name the whole pipeline's folder"
         )
     layout = read_layout(checkpoint.source.parts)
     tokenizers = {e.tokenizer: layout.tokenizer(e.tokenizer).backend_tokenizer for e in conditioning.encoders}
-    encoders = {e.graph: load_part(checkpoint, e.graph) for e in conditioning.encoders}
+    encoders = {e.graph: load_component(checkpoint, e.graph) for e in conditioning.encoders}
     size = checkpoint.spec.image_size
     if prompts is None:
         return unconditional(None, 1, conditioning, encoders, tokenizers, size, warn)
@@ -156,7 +156,7 @@ def _pieces(spec: DenoiserSpec) -> list[tuple[str, ...]]:
 
 def _refuse_unknown(folder: Path, kind: str, known: tuple[str, ...]) -> None:
     if kind not in known:
-        raise BadInput(f"{folder / 'config.json'}: class '{kind}' is not known here (known: {', '.join(known)})")
+        raise InvalidInputError(f"{folder / 'config.json'}: class '{kind}' is not known here (known: {', '.join(known)})")
 
 
 def _from_pretrained(library: str, kind: str, folder: Path, **options: Any) -> nn.Module:
@@ -165,5 +165,5 @@ def _from_pretrained(library: str, kind: str, folder: Path, **options: Any) -> n
             folder, use_safetensors=True, local_files_only=True, variant=variant_of(folder), **options
         )
     except Exception as error:  # both libraries raise many types
-        raise BadInput(f"{folder}: {kind} cannot be read ({first_line(error)}); copy it again") from error
+        raise InvalidInputError(f"{folder}: {kind} cannot be read ({first_line(error)}); copy it again") from error
     return module.eval().requires_grad_(False)

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -35,7 +35,7 @@ def is_large(model: nn.Module) -> bool:
 
 
 def count(model: nn.Module, spec: DenoiserSpec) -> Counts:
-    parameters, inputs = sum(p.numel() for p in model.parameters()), example_inputs(spec, 1)
+    parameters, inputs = sum(p.numel() for p in model.parameters()), dummy_inputs(spec, 1)
     if is_large(model):  # a call would take many seconds: on the meta device only the shapes are worked out
         tensors = [*model.parameters(), *model.buffers()]
         model = copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})

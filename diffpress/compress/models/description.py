@@ -7,7 +7,7 @@ from typing import Any
 
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,16 @@ def square(channels: Any, size: Any) -> tuple[int, int, int]:
 
 def text_encoder(layout: Layout, part: str, length: int | None = None, lower: bool = False) -> TextEncoder:
     """How prompts reach the text encoder `part`; `length` None takes the tokenizer's own limit."""
-    tokenizer_part = dict(layout.encoders)[part]
-    tokenizer = layout.tokenizer(tokenizer_part)
+    tokenizer_folder = dict(layout.encoders)[part]
+    tokenizer = layout.tokenizer(tokenizer_folder)
     tokens = length or int(tokenizer.model_max_length)
     limit = layout.configs[part].get("max_position_embeddings")  # CLIP has one, T5 has none
     if limit and tokens > limit:
-        raise BadInput(
-            f"{layout.folder / tokenizer_part}: gives {tokens} tokens, {part} has positions for {limit}; "
+        raise InvalidInputError(
+            f"{layout.folder / tokenizer_folder}: gives {tokens} tokens, {part} has positions for {limit}; "
             "they do not belong together"
         )
-    return TextEncoder(part, tokenizer_part, tokens, int(tokenizer.pad_token_id or 0), lower)
+    return TextEncoder(part, tokenizer_folder, tokens, int(tokenizer.pad_token_id or 0), lower)
 
 
 def penultimate(layout: Layout, part: str) -> str:

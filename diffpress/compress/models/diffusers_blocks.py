@@ -61,7 +61,7 @@ def attentions(model: nn.Module) -> list[Coupled]:
     return found
 
 
-def trunk(model: nn.Module) -> list[str]:
+def residual_outputs(model: nn.Module) -> list[str]:
     """What writes a U-Net's stream and its skips, beside the convolutions that change the resolution: the first
     convolution, and the blocks that add their branch to their input."""
     sums = (ResnetBlock2D, Transformer2DModel)

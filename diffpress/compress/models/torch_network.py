@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -31,7 +31,7 @@ class TorchNetwork:
         # without parameters: a custom module may have none
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.inputs: Mapping[str, np.dtype] = {
-            name: tensor.numpy().dtype for name, tensor in example_inputs(spec, 1).items()
+            name: tensor.numpy().dtype for name, tensor in dummy_inputs(spec, 1).items()
         }
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:

@@ -11,11 +11,11 @@ def blocks(model: Any) -> list[str]:
     return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
 
 
-def skip_joins(model: Any) -> list[str]:
+def skip_concats(model: Any) -> list[str]:
     return []
 
 
-def trunk(model: Any) -> list[str]:
+def residual_outputs(model: Any) -> list[str]:
     return []
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 # layer type -> the attributes that fix its parameters' shapes
 SHAPED: tuple[tuple[type[nn.Module], tuple[str, ...]], ...] = (
@@ -41,13 +41,13 @@ def widths_of(model: nn.Module) -> Widths:
 
 
 def refuse_unrecorded(model: nn.Module, shapes: dict[str, torch.Size]) -> None:
-    """BadInput where a parameter's shape differs from `shapes` in a layer whose widths cannot be recorded."""
+    """InvalidInputError where a parameter's shape differs from `shapes` in a layer whose widths cannot be recorded."""
     recorded = tuple(kind for kind, _ in SHAPED)
     modules = dict(model.named_modules())
     for name, parameter in model.named_parameters():
         owner = modules[name.rpartition(".")[0]]
         if parameter.shape != shapes[name] and not isinstance(owner, recorded):
-            raise BadInput(
+            raise InvalidInputError(
                 f"prune: layer '{name.rpartition('.')[0]}' is a {type(owner).__name__}, whose widths diffpress cannot "
                 f"record yet; layers that it can: {', '.join(kind.__name__ for kind in recorded)}"
             )
@@ -61,14 +61,14 @@ def apply_widths_(model: nn.Module, widths: Widths, where: str) -> None:
     """Give the named layers of `model` their widths; parameters are new and uninitialised."""
     modules = dict(model.named_modules())
     if not isinstance(widths, dict):
-        raise BadInput(f"{where}: widths must be an object of layers")
+        raise InvalidInputError(f"{where}: widths must be an object of layers")
     for name, wanted in widths.items():
         module = modules.get(name)
         known = layer_widths(module) if module is not None else None
         if module is None or known is None or not isinstance(wanted, dict) or set(known) != set(wanted):
-            raise BadInput(f"{where}: widths name a layer '{name}' that this model does not have")
+            raise InvalidInputError(f"{where}: widths name a layer '{name}' that this model does not have")
         if not all(isinstance(width, int) and width >= 1 for width in wanted.values()):
-            raise BadInput(f"{where}: layer '{name}' has a width that is not a whole number above 0")
+            raise InvalidInputError(f"{where}: layer '{name}' has a width that is not a whole number above 0")
         for attribute, value in wanted.items():
             setattr(module, attribute, value)
         _reshape_parameters_(module)

@@ -9,7 +9,7 @@ from itertools import islice
 
 import torch
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 MIN_KEPT = 0.25
 
@@ -31,10 +31,10 @@ class Candidate:
 
 
 def keep_count(channels: int, ratio: float, unit: int) -> int:
-    """Channels to keep: (1 - ratio) of them, rounded to a multiple of `unit`; BadInput where that is none."""
+    """Channels to keep: (1 - ratio) of them, rounded to a multiple of `unit`; InvalidInputError where that is none."""
     wanted = round(channels * (1.0 - ratio) / unit) * unit
     if wanted == 0 and unit < channels:
-        raise BadInput(
+        raise InvalidInputError(
             f"prune: ratio {ratio:g} leaves nothing of a layer with {channels} channels, which go in units of {unit}; "
             f"the most is {1 - unit / channels:.2f}"
         )
@@ -67,7 +67,7 @@ def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
     while removed < ratio * channels:
         if not offers:
             possible = removed / max(channels, 1)
-            raise BadInput(f"prune: ratio {ratio:g} leaves too little of some layer; at most {possible:.2f} can go")
+            raise InvalidInputError(f"prune: ratio {ratio:g} leaves too little of some layer; at most {possible:.2f} can go")
         _, best = heapq.heappop(offers)
         keeps[best] -= candidates[best].unit
         removed += candidates[best].unit

@@ -25,13 +25,13 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import PruneConfig
 from diffpress.compress.context import Context
-from diffpress.compress.models.adapter import Adapter, adapter_for, example_inputs
+from diffpress.compress.models.adapter import Adapter, adapter_for, dummy_inputs
 from diffpress.compress.models.diffusers_blocks import Coupled
 from diffpress.compress.models.widths import refuse_unrecorded
 from diffpress.compress.pruning.allocation import allocate, choose_removed, keep_count
 from diffpress.compress.pruning.groups import _remove_, adapter_groups, dependency_graph_groups, output_pixels
 from diffpress.compress.pruning.importance import Importance, group_scores, importance_of
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def prune(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Checkpoint:
@@ -39,11 +39,11 @@ def prune(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Checkpoi
     adapter = adapter_for(checkpoint.model)
     model = checkpoint.clone_model()
     importance = importance_of(model, checkpoint, config, ctx)
-    inputs = example_inputs(checkpoint.spec, 2)
+    inputs = dummy_inputs(checkpoint.spec, 2)
     removed = _prune_heads_(adapter.attentions(model), config.ratio, importance)
     removed += _prune_channels_(model, adapter, inputs, config, importance)
     if removed == 0:
-        raise BadInput(
+        raise InvalidInputError(
             f"prune: ratio {config.ratio:g} with round_to {config.round_to} removes nothing from this model; "
             "raise ratio or lower round_to"
         )
@@ -95,4 +95,4 @@ def _check_runs(adapter: Adapter, model: nn.Module, inputs: dict[str, torch.Tens
     with torch.no_grad():
         out = adapter.forward(model.eval(), inputs)
     if out.shape != inputs["sample"].shape or not torch.isfinite(out).all():
-        raise BadInput(f"prune: the pruned model gives {list(out.shape)}, not a finite {list(inputs['sample'].shape)}")
+        raise InvalidInputError(f"prune: the pruned model gives {list(out.shape)}, not a finite {list(inputs['sample'].shape)}")

@@ -19,9 +19,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.runtime.network_inputs import network_inputs
+from diffpress.runtime.network_inputs import dummy_inputs
 
-JOINS = (torch.cat, torch.concat, torch.concatenate)
+CONCATS = (torch.cat, torch.concat, torch.concatenate)
 CHANNEL_WISE = (
     *(F.group_norm, F.layer_norm, F.batch_norm, F.instance_norm),
     *(F.silu, F.relu, F.gelu, F.mish, F.leaky_relu, F.dropout, torch.tanh, torch.sigmoid, torch.relu),
@@ -31,17 +31,17 @@ CHANNEL_WISE = (
 
 
 @dataclass(frozen=True)
-class Wiring:
+class LayerGraph:
     """`groups`: layers that read one tensor, each layer in one group; `parts`: layer -> widths of what was joined."""
 
     groups: list[list[str]]
     parts: dict[str, tuple[int, ...]]
 
 
-def wiring_of(checkpoint: Checkpoint, layers: Iterable[str]) -> Wiring:
+def trace_layer_graph(checkpoint: Checkpoint, layers: Iterable[str]) -> LayerGraph:
     """How these layers' inputs hang together, by one call of the network; a layer that it does not reach is alone."""
     model = checkpoint.shared_model()
-    network, watch = TorchNetwork(model, checkpoint.spec), _Watch()
+    network, observe = TorchNetwork(model, checkpoint.spec), _Watch()
     group = {layer: [layer] for layer in layers}
     parts: dict[str, tuple[int, ...]] = {}
     readers: Any = WeakTensorKeyDictionary()
@@ -52,7 +52,7 @@ def wiring_of(checkpoint: Checkpoint, layers: Iterable[str]) -> Wiring:
         if other is not group[layer]:
             other += group[layer]
             group.update(dict.fromkeys(other, other))
-        axis, widths = watch.joined.get(x, (None, ()))
+        axis, widths = observe.joined.get(x, (None, ()))
         if axis == channel_axis(module) % x.dim():
             parts[layer] = widths
 
@@ -60,9 +60,9 @@ def wiring_of(checkpoint: Checkpoint, layers: Iterable[str]) -> Wiring:
         for layer in group:
             hook: Callable[..., None] = lambda module, args, layer=layer: look(layer, module, args)  # noqa: E731
             stack.callback(model.get_submodule(layer).register_forward_pre_hook(hook).remove)
-        stack.enter_context(watch)
-        network.run(network_inputs(network, checkpoint.spec, 1))
-    return Wiring([members for layer, members in group.items() if members[0] == layer], parts)
+        stack.enter_context(observe)
+        network.run(dummy_inputs(network, checkpoint.spec, 1))
+    return LayerGraph([members for layer, members in group.items() if members[0] == layer], parts)
 
 
 def channel_axis(layer: nn.Module) -> int:
@@ -79,7 +79,7 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in JOINS:
+        if func in CONCATS:
             tensors, axis = joined(*args, **(kwargs or {}))
             axis %= out.dim()
             self.joined[out] = axis, tuple(tensor.shape[axis] for tensor in tensors)
@@ -89,5 +89,5 @@ class _Watch(TorchFunctionMode):
 
 
 def joined(tensors: Any, dim: int = 0, *, axis: int | None = None, out: None = None) -> tuple[Any, int]:
-    """The tensors and the axis of one of JOINS, from its arguments."""
+    """The tensors and the axis of one of CONCATS, from its arguments."""
     return tensors, dim if axis is None else axis

@@ -17,8 +17,8 @@ from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.formats import FORMATS, INT8
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import network_inputs
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import dummy_inputs
 
 KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
 FLOAT = "float"
@@ -28,16 +28,16 @@ def choose_formats(model: nn.Module, config: QuantizeConfig) -> dict[str, str]:
     """Layer -> name of its format, in the model's order; layers that stay in float are not in it."""
     every = tuple(KINDS.values())
     layers: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if isinstance(module, every)}
-    told = {**dict.fromkeys(config.keep, FLOAT), **config.mixture}
-    _refuse_unknown(layers, keep=config.keep, mixture=config.mixture)
-    fragile = set(adapter_for(model).fragile(model)) if config.keep_fragile else set()
+    overrides = {**dict.fromkeys(config.ignored_layers, FLOAT), **config.format_overrides}
+    _refuse_unknown(layers, ignored_layers=config.ignored_layers, format_overrides=config.format_overrides)
+    sensitive_layers = set(adapter_for(model).sensitive_layers(model)) if config.keep_sensitive_layers else set()
     kinds = tuple(KINDS[kind] for kind in config.layers)
     chosen: dict[str, str] = {}
     for name, layer in layers.items():
-        prefixes = [prefix for prefix in told if name.startswith(prefix)]
+        prefixes = [prefix for prefix in overrides if name.startswith(prefix)]
         if prefixes:
-            chosen[name] = told[max(prefixes, key=len)]
-        elif name not in fragile and isinstance(layer, kinds):
+            chosen[name] = overrides[max(prefixes, key=len)]
+        elif name not in sensitive_layers and isinstance(layer, kinds):
             chosen[name] = config.format
         elif isinstance(layer, nn.Linear):
             chosen[name] = "int8_weight_only"
@@ -50,7 +50,7 @@ def _refuse_unknown(layers: Iterable[str], **settings: Iterable[str]) -> None:
     for setting, prefixes in settings.items():
         for prefix in prefixes:
             if not any(layer.startswith(prefix) for layer in layers):
-                raise BadInput(f"quantize: {setting} names '{prefix}', and no layer of the model begins so")
+                raise InvalidInputError(f"quantize: {setting} names '{prefix}', and no layer of the model begins so")
 
 
 def _suited(kind: str, layer: nn.Module) -> str:
@@ -62,7 +62,7 @@ def _suited(kind: str, layer: nn.Module) -> str:
 def _refuse_clash(kinds: set[str]) -> None:
     integers = sorted(kind for kind in kinds if FORMATS[kind].activations is INT8)
     if "fp8" in kinds and integers:
-        raise BadInput(
+        raise InvalidInputError(
             f"quantize: fp8 and {integers[0]} in one model: OpenVINO 2026.4 cannot compile both kinds of activations; "
             "mix fp8 with int4, int8_weight_only or float"
         )
@@ -81,13 +81,13 @@ def rounded_outputs(checkpoint: Checkpoint, formats: dict[str, str], config: Qua
     modules = dict(model.named_modules())
     integer = [name for name, kind in formats.items() if FORMATS[kind].activations is INT8]
     linear = {name for name in integer if isinstance(modules[name], nn.Linear)}
-    left = linear if config.branch_rank else linear - _over_sequences(checkpoint, linear)
+    left = linear if config.svdquant_rank else linear - _over_sequences(checkpoint, linear)
     rounded = [name for name in integer if name not in left]
     # what was told to be in another format takes its sums along
-    apart = (*config.keep, *(name for name, kind in config.mixture.items() if kind != config.format))
+    apart = (*config.ignored_layers, *(name for name, kind in config.format_overrides.items() if kind != config.format))
     convolutions = set(rounded) - linear
-    trunk = [name for name in adapter_for(model).trunk(model) if convolutions and not name.startswith(apart)]
-    return [*rounded, *(name for name in trunk if name not in rounded)]
+    residual_outputs = [name for name in adapter_for(model).residual_outputs(model) if convolutions and not name.startswith(apart)]
+    return [*rounded, *(name for name in residual_outputs if name not in rounded)]
 
 
 def _over_sequences(checkpoint: Checkpoint, layers: set[str]) -> set[str]:
@@ -99,5 +99,5 @@ def _over_sequences(checkpoint: Checkpoint, layers: set[str]) -> set[str]:
         model.get_submodule(name).register_forward_pre_hook(look)
     if layers:
         network = TorchNetwork(model, checkpoint.spec)
-        network.run(network_inputs(network, checkpoint.spec, 1))
+        network.run(dummy_inputs(network, checkpoint.spec, 1))
     return found

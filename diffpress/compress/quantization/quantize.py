@@ -14,12 +14,12 @@ from diffpress.compress.quantization.algorithms.gptq import round_weights
 from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds, mix
 from diffpress.compress.quantization.algorithms.output_correction import correct
 from diffpress.compress.quantization.algorithms.qat import qat
-from diffpress.compress.quantization.algorithms.svdquant import with_branches
+from diffpress.compress.quantization.algorithms.svdquant import with_svdquant
 from diffpress.compress.quantization.calibration.calibrate import calibrate
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.layer_selection import choose_formats, rounded_outputs
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.unified_scales import share_scales
+from diffpress.compress.quantization.unified_scales import unify_scales
 
 
 def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
@@ -29,21 +29,21 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     outputs = rounded_outputs(checkpoint, formats, config)
     amax, smooth = calibrate(checkpoint, formats, outputs, config, ctx)
     # a smoothed layer reads another tensor than the one that is joined
-    amax |= share_scales(checkpoint, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
+    amax |= unify_scales(checkpoint, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
     others = {name: kind for name, kind in formats.items() if kind != config.format}
     scales = Quantization(config.format, amax, others, smooth)
     say(_counted(formats))
     if config.bounds is not None:
         scales = mix(checkpoint, scales, config, ctx)
-    if config.branch_rank:
-        scales = with_branches(checkpoint, scales, config.branch_rank)
+    if config.svdquant_rank:
+        scales = with_svdquant(checkpoint, scales, config.svdquant_rank)
     quantized = checkpoint.evolve(quantization=scales)
-    if config.rounding == "adaround":
+    if config.rounding == "gptq":
         quantized = round_weights(quantized, config, ctx)
     if config.mode == "qat":
         student = fake_quantized(quantized.evolve(model=quantized.clone_model().float()))
         return qat(checkpoint, scales, student, config, ctx)
-    return correct(quantized, checkpoint.model, config, ctx) if config.correct else quantized
+    return correct(quantized, checkpoint.model, config, ctx) if config.output_correction else quantized
 
 
 def _counted(formats: dict[str, str]) -> str:

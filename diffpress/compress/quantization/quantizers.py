@@ -19,11 +19,11 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.quantization.algorithms.smoothquant import along
-from diffpress.compress.quantization.algorithms.svdquant import attach_branches_
+from diffpress.compress.quantization.algorithms.svdquant import attach_svdquant_
 from diffpress.compress.quantization.calibration.weight_scales import spread
 from diffpress.compress.quantization.formats import FORMATS, FP4, FP8, INT8, Format, scale_shape
 from diffpress.compress.quantization.nvfp4 import BACKEND, BLOCK, fake_nvfp4
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
@@ -45,7 +45,7 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
         factor = along(vector, modules[layer])
         modules[layer].weight_quantizer.pre_quant_scale = factor
         modules[layer].input_quantizer.pre_quant_scale = 1 / factor
-    attach_branches_(model, quantization)
+    attach_svdquant_(model, quantization)
     return model.eval()
 
 
@@ -57,7 +57,7 @@ def _refuse_foreign(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor]
         if what == "weight" and weight is not None and fits:
             fits = tuple(value.shape) == scale_shape(FORMATS[formats[layer]], weight.shape)
         if not fits or (what != "weight" and value.numel() != 1):
-            raise BadInput(f"scale '{key}' with {value.numel()} values does not fit this model; quantize it again")
+            raise InvalidInputError(f"scale '{key}' with {value.numel()} values does not fit this model; quantize it again")
 
 
 def with_quantizers(model: nn.Module, formats: Mapping[str, str], outputs: Iterable[str]) -> Any:

@@ -18,13 +18,13 @@ from diffpress.runtime.sampler import generate_batches
 
 TRAJECTORY_SEED = 3_000_000  # far from the seeds that people sample, calibrate and evaluate with
 
-Calls = list[dict[str, np.ndarray]]
+TrajectoryDataset = list[dict[str, np.ndarray]]
 
 
 class _Recorder(TorchNetwork):
     """A network that keeps the inputs of every call: [B, ...] by name, twice the samples under guidance."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, calls: Calls) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, calls: TrajectoryDataset) -> None:
         super().__init__(model, checkpoint.spec)
         self._calls = calls
 
@@ -33,20 +33,20 @@ class _Recorder(TorchNetwork):
         return super().run(inputs)
 
 
-def visited_states(model: nn.Module, checkpoint: Checkpoint, count: int, batch: int, ctx: Context) -> Calls:
+def sample_trajectories(model: nn.Module, checkpoint: Checkpoint, count: int, batch: int, ctx: Context) -> TrajectoryDataset:
     """The inputs of every call while `model` makes `count` samples by the checkpoint's own plan, `batch` at a time."""
-    calls: Calls = []
+    calls: TrajectoryDataset = []
     network = _Recorder(model, checkpoint, calls)
-    seeds, told = range(TRAJECTORY_SEED, TRAJECTORY_SEED + count), ctx.conditions(count)
+    seeds, conditioning = range(TRAJECTORY_SEED, TRAJECTORY_SEED + count), ctx.conditions(count)
     with progress("trajectories", count) as advance:
         done = 0
-        for samples in generate_batches(network, checkpoint.spec, seeds, batch=batch, conditions=told):
+        for samples in generate_batches(network, checkpoint.spec, seeds, batch=batch, conditions=conditioning):
             done += len(samples)
             advance(done)
     return calls
 
 
-def draw(calls: Calls, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def draw(calls: TrajectoryDataset, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """`size` rows [size, ...] by name, uniform over all rows of all calls."""
     ends = np.cumsum([len(next(iter(call.values()))) for call in calls])
     picks = torch.randint(0, int(ends[-1]), (size,), generator=generator).numpy()

@@ -20,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.models.adapter import example_inputs
+from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.layer_graph import JOINS, joined
+from diffpress.compress.quantization.layer_graph import CONCATS, joined
 
 # what gives out the values that it gets, and zeros, beside concatenations; parameters by position
 PARAMETERS: dict[Any, tuple[str, ...]] = {
@@ -33,7 +33,7 @@ PARAMETERS: dict[Any, tuple[str, ...]] = {
 Scales = dict[str, torch.Tensor]
 
 
-def share_scales(checkpoint: Checkpoint, amax: Mapping[str, torch.Tensor]) -> Scales:
+def unify_scales(checkpoint: Checkpoint, amax: Mapping[str, torch.Tensor]) -> Scales:
     """`amax` ('<module>.output', '<layer>.input', ...) with the largest of a class for all of the class.
 
     A concatenation of which one tensor is not rounded joins nothing.
@@ -42,7 +42,7 @@ def share_scales(checkpoint: Checkpoint, amax: Mapping[str, torch.Tensor]) -> Sc
         return dict(amax)
     flow = _Flow()
     hooks = [hook for name, module in checkpoint.model.named_modules() for hook in flow.hooks(name, module, amax)]
-    inputs = {name: value.numpy() for name, value in example_inputs(checkpoint.spec, 1).items()}
+    inputs = {name: value.numpy() for name, value in dummy_inputs(checkpoint.spec, 1).items()}
     try:
         with flow:
             TorchNetwork(checkpoint.model, checkpoint.spec).run(inputs)
@@ -81,13 +81,13 @@ class _Flow(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func in JOINS:
+        if func in CONCATS:
             self._joins(joined(*args, **(kwargs or {}))[0], out)
         elif func in PARAMETERS:
-            told = dict(zip(PARAMETERS[func], args, strict=False)) | (kwargs or {})
-            zeros = told.get("mode", "constant") == "constant" and not told.get("value")
-            if func is F.interpolate and told.get("mode", "nearest") == "nearest" or func is F.pad and zeros:
-                self._joins([told["input"]], out)
+            arguments = dict(zip(PARAMETERS[func], args, strict=False)) | (kwargs or {})
+            zeros = arguments.get("mode", "constant") == "constant" and not arguments.get("value")
+            if func is F.interpolate and arguments.get("mode", "nearest") == "nearest" or func is F.pad and zeros:
+                self._joins([arguments["input"]], out)
         return out
 
     def _writes(self, out: Any, name: str) -> None:

@@ -9,8 +9,8 @@ from diffpress.compress.config import ScheduleConfig
 from diffpress.compress.context import Context, say
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.sampling_schedule.search import search
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.sampling_plan import Plan, Threshold
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.sampling_plan import SamplingPlan, Threshold
 from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.timesteps import spaced_timesteps
 
@@ -18,33 +18,33 @@ from diffpress.runtime.timesteps import spaced_timesteps
 def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Checkpoint:
     """Give the checkpoint's spec a new plan; a grid keeps the shift that a flow model came with.
 
-    Raises BadInput for a network that was distilled for its own plan alone.
+    Raises InvalidInputError for a network that was distilled for its own plan alone.
     """
     spec, old = checkpoint.spec, checkpoint.spec.plan
     if spec.distilled:
-        raise BadInput(
+        raise InvalidInputError(
             f"schedule: this network was distilled ({spec.distilled}) for {old.steps} steps of {old.solver}, and no "
             "other plan fits it; leave the stage out"
         )
-    spacing = spec.spacing if config.grid is None else replace(spec.spacing, grid=config.grid, offset=0)
+    spacing = spec.spacing if config.spacing is None else replace(spec.spacing, kind=config.spacing, offset=0)
     timesteps = config.timesteps
     if timesteps is None:
         timesteps = spaced_timesteps(spacing, config.steps, spec.schedule, spec.tokens(spec.sample_shape))
     plan = replace(_wishes(old, config), timesteps=timesteps)
     result = checkpoint.evolve(spec=replace(spec, plan=plan, spacing=spacing))
-    how = "given" if config.timesteps else spacing.grid
+    how = "given" if config.timesteps else spacing.kind
     if config.search is not None:
         network = TorchNetwork(checkpoint.model, spec)
         found, ctx.notes["search"] = search(network, result.spec, config, ctx.conditions(config.samples))
-        result, how = result.evolve(spec=result.spec.with_plan(plan.over(found))), f"searched from {spacing.grid}"
+        result, how = result.evolve(spec=result.spec.with_plan(plan.over(found))), f"searched from {spacing.kind}"
     plan = result.spec.plan
     say(f"plan {old.solver} {old.steps} steps -> {plan.solver} {plan.steps} steps ({how})")
     return result
 
 
-def _wishes(old: Plan, config: ScheduleConfig) -> Plan:
+def _wishes(old: SamplingPlan, config: ScheduleConfig) -> SamplingPlan:
     """The old plan with the solver and the options that are asked for, over the old timesteps."""
-    plan = replace(with_solver(old.uncorrected, config.solver), eta=config.eta)
+    plan = replace(with_solver(old.without_corrections, config.solver), eta=config.eta)
     if config.guidance is not None:
         plan = replace(plan, guidance=config.guidance)
     if config.guidance_interval is not None:

@@ -33,15 +33,15 @@ from diffpress.compress.config import ScheduleConfig
 from diffpress.compress.context import say
 from diffpress.compress.progress import progress
 from diffpress.runtime.denoiser import Denoise, plan_denoiser
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions, Network
-from diffpress.runtime.noise_schedule import Point
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs, Network
+from diffpress.runtime.noise_schedule import NoiseLevel
 from diffpress.runtime.sampler import noise_for, sample
-from diffpress.runtime.sampling_plan import Plan, trajectory
+from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
 from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.solvers.contract import transfer
 from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.timesteps import timestep_grid
+from diffpress.runtime.timesteps import timesteps_for
 
 SEARCH_SEED = 7_000_000  # far from the seeds that people sample, calibrate and evaluate with
 GAMMAS = (0.8, 0.9, 1.0, 1.15)  # 1.15 is the paper's
@@ -53,14 +53,14 @@ Timesteps = tuple[float, ...]
 
 
 def search(
-    network: Network, spec: DenoiserSpec, config: ScheduleConfig, conditions: Conditions
+    network: Network, spec: DenoiserSpec, config: ScheduleConfig, conditions: ConditioningInputs
 ) -> tuple[Timesteps, dict[str, Any]]:
     """The timesteps for the solver of the spec's plan, as many as it has, and what was measured on the way.
 
-    `conditions` are what `config.samples` samples are told. Raises BadInput where the samples of the fine grid are no
+    `conditions` are what `config.samples` samples are told. Raises InvalidInputError where the samples of the fine grid are no
     numbers.
     """
-    fine = fine_grid(spec, config.fine)
+    fine = fine_timesteps(spec, config.fine)
     costs, ends = jump_costs(network, spec, fine, config.samples, config.batch, conditions)
     steps = spec.plan.steps
     paths = {f"gits {gamma:g}": tuple(fine[i] for i in best_path(costs, steps, gamma)) for gamma in GAMMAS}
@@ -73,51 +73,51 @@ def search(
     for name, path in paths.items():
         losses[name] = seen[path] = seen[path] if path in seen else loss_of(path)
         best = path if losses[name] < seen[best] else best
-    told = {name: round(value, 5) for name, value in losses.items()}
-    say(f"search: distance to {config.fine} steps of {TEACHER}: {told}")
+    shown = {name: round(value, 5) for name, value in losses.items()}
+    say(f"search: distance to {config.fine} steps of {TEACHER}: {shown}")
     if config.refine:
-        best, seen[best] = refined(best, seen[best], loss_of, config.refine, len(spec.schedule) - 1, spec.spacing.whole)
-        told["refined"] = round(seen[best], 5)
-        say(f"search: refined to {told['refined']}")
-    return best, {"timesteps": list(best), "loss": told, "samples": config.samples, "fine": list(fine)}
+        best, seen[best] = refined(best, seen[best], loss_of, config.refine, len(spec.schedule) - 1, spec.spacing.integer)
+        shown["refined"] = round(seen[best], 5)
+        say(f"search: refined to {shown['refined']}")
+    return best, {"timesteps": list(best), "loss": shown, "samples": config.samples, "fine": list(fine)}
 
 
-def fine_grid(spec: DenoiserSpec, count: int) -> Timesteps:
+def fine_timesteps(spec: DenoiserSpec, count: int) -> Timesteps:
     """About `count` timesteps from the plan's first on: half of them even in t, half in log-SNR, and the plan's own.
 
     Where steps are best taken lies between these two: few models want less of either.
     """
     first, halves = spec.plan.timesteps[0], (count // 2, count - count // 2)
     kinds = zip(("trailing", "logsnr"), halves, strict=True)
-    within = {t for kind, half in kinds for t in timestep_grid(kind, half, spec.schedule) if t < first}
+    within = {t for kind, half in kinds for t in timesteps_for(kind, half, spec.schedule) if t < first}
     return tuple(sorted(within | set(spec.plan.timesteps), reverse=True))
 
 
 def jump_costs(
-    network: Network, spec: DenoiserSpec, fine: Timesteps, count: int, batch: int, conditions: Conditions
+    network: Network, spec: DenoiserSpec, fine: Timesteps, count: int, batch: int, conditions: ConditioningInputs
 ) -> tuple[np.ndarray, np.ndarray]:
     """cost[i, j] over the fine grid and the end behind it, float64 [M + 1, M + 1], and the ends [N, C, H, W]."""
     own = spec.plan
     plan = replace(with_solver(own, TEACHER), timesteps=fine, start=own.start, end=own.end)
-    points = trajectory(spec.schedule, fine, plan.end)
-    total, ends = np.zeros((len(points), len(points))), []
+    levels = plan_levels(spec.schedule, fine, plan.end)
+    total, ends = np.zeros((len(levels), len(levels))), []
     for part in _parts(count, batch, "search: fine grid"):
         ask = plan_denoiser(network, spec.with_plan(plan), conditions.part(part))
         visited: list[tuple[np.ndarray, np.ndarray]] = []
 
-        def denoise(x: np.ndarray, point: Point, ask: Denoise = ask, visited: list[Any] = visited) -> np.ndarray:
-            visited.append((x, ask(x, point)))
+        def denoise(x: np.ndarray, level: NoiseLevel, ask: Denoise = ask, visited: list[Any] = visited) -> np.ndarray:
+            visited.append((x, ask(x, level)))
             return visited[-1][1]
 
         end = _end(denoise, spec, plan, part)
         states = [*(x for x, _ in visited), end]
         for i, (x, x0) in enumerate(visited):
-            for j in range(i + 1, len(points)):
-                total[i, j] += _sizes(transfer(x, x0, points[i], points[j]) - states[j]).sum()
+            for j in range(i + 1, len(levels)):
+                total[i, j] += _sizes(transfer(x, x0, levels[i], levels[j]) - states[j]).sum()
         ends.append(end)
     final = np.concatenate(ends)
     if not np.isfinite(final).all():
-        raise BadInput("schedule: the samples of the fine grid hold NaN or infinite values; nothing can be searched")
+        raise InvalidInputError("schedule: the samples of the fine grid hold NaN or infinite values; nothing can be searched")
     return total / count, final
 
 
@@ -137,7 +137,7 @@ def best_path(costs: np.ndarray, steps: int, gamma: float) -> tuple[int, ...]:
 
 
 def loss(
-    network: Network, spec: DenoiserSpec, timesteps: Timesteps, ends: np.ndarray, batch: int, conditions: Conditions
+    network: Network, spec: DenoiserSpec, timesteps: Timesteps, ends: np.ndarray, batch: int, conditions: ConditioningInputs
 ) -> float:
     """How far the plan over these timesteps ends from `ends` [N, C, H, W], from the same noise: mean over samples."""
     plan, total = spec.plan.over(timesteps), 0.0
@@ -179,7 +179,7 @@ def refined(
     return tuple(best), value
 
 
-def _end(denoise: Denoise, spec: DenoiserSpec, plan: Plan, part: slice) -> np.ndarray:
+def _end(denoise: Denoise, spec: DenoiserSpec, plan: SamplingPlan, part: slice) -> np.ndarray:
     """Where the plan leads that part of the search's samples."""
     seeds = range(SEARCH_SEED, SEARCH_SEED + part.stop)[part]
     (*_, last) = sample(denoise, noise_for(seeds, spec.sample_shape), spec.schedule, plan)

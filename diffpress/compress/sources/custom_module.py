@@ -12,15 +12,15 @@ from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
 from diffpress.compress.models.widths import apply_widths_, widths_of
 from diffpress.compress.sources.layout import load_weights_
 from diffpress.compress.sources.record import history_and_scales, read_record
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
 
 def load_custom_module(file: Path, weights: Path) -> Checkpoint:
     if not file.is_file():
-        raise BadInput(f"{file}: no such file; a custom module is given as file.py:weights")
+        raise InvalidInputError(f"{file}: no such file; a custom module is given as file.py:weights")
     if not weights.exists():
-        raise BadInput(f"{weights}: no such weights for {file}")
+        raise InvalidInputError(f"{weights}: no such weights for {file}")
     saved = weights.is_dir() and (weights / RECORD).is_file()
     record = read_record(weights) if saved else None
     original = next(iter(sorted(weights.glob("original*"))), weights) if saved else weights
@@ -28,7 +28,7 @@ def load_custom_module(file: Path, weights: Path) -> Checkpoint:
     where = str(weights)
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise BadInput(f"{original}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken")
+            raise InvalidInputError(f"{original}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken")
     source = Source("custom", file=file, weights=original, original=widths_of(module))
     if record is not None:
         apply_widths_(module, record.get("widths", {}), where)
@@ -40,18 +40,18 @@ def load_custom_module(file: Path, weights: Path) -> Checkpoint:
 def _call_load(file: Path, weights: Path) -> tuple[nn.Module, DenoiserSpec]:
     definition = importlib.util.spec_from_file_location(f"diffpress_custom_{file.stem}", file)
     if definition is None or definition.loader is None:
-        raise BadInput(f"{file}: cannot be imported")
+        raise InvalidInputError(f"{file}: cannot be imported")
     code = importlib.util.module_from_spec(definition)
     try:
         definition.loader.exec_module(code)
         result = code.load(weights)
     except (Exception, SystemExit) as error:  # the user's own code may raise anything
-        raise BadInput(f"{file}: load({weights}) failed: {type(error).__name__}: {error}") from error
+        raise InvalidInputError(f"{file}: load({weights}) failed: {type(error).__name__}: {error}") from error
     if not (
         isinstance(result, tuple)
         and len(result) == 2
         and isinstance(result[0], nn.Module)
         and isinstance(result[1], DenoiserSpec)
     ):
-        raise BadInput(f"{file}: load(path) must return (torch.nn.Module, DenoiserSpec)")
+        raise InvalidInputError(f"{file}: load(path) must return (torch.nn.Module, DenoiserSpec)")
     return result[0].float(), result[1]

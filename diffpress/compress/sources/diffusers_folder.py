@@ -27,8 +27,8 @@ from diffpress.compress.sources.layout import (
 from diffpress.compress.sources.record import history_and_scales, read_record
 from diffpress.compress.sources.scheduler_config import read_scheduler
 from diffpress.runtime.conditioning import conditioning_from_json
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.sampling_plan import Plan, make_plan
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.sampling_plan import SamplingPlan, make_plan
 from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import spaced_timesteps
@@ -37,7 +37,7 @@ from diffpress.runtime.timesteps import spaced_timesteps
 def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
     record = read_record(folder)
     if record is not None and record.get("kind") == "custom":
-        raise BadInput(
+        raise InvalidInputError(
             f"{folder}: made from a custom module; open it as FILE.py:{folder} with the file that defines it"
         )
     layout = read_layout(folder)
@@ -71,7 +71,7 @@ def _built(layout: Layout) -> nn.Module:
     where = layout.denoiser / "config.json"
     if layout.kind not in ADAPTERS:
         of = f" of a {layout.pipeline}" if layout.pipeline else ""
-        raise BadInput(
+        raise InvalidInputError(
             f"{where}: denoiser class '{layout.kind}'{of} is not known (known: {', '.join(ADAPTERS)}); "
             "bring it as a custom module, file.py:weights"
         )
@@ -79,7 +79,7 @@ def _built(layout: Layout) -> nn.Module:
         with init_empty_weights(include_buffers=False):
             module: nn.Module = getattr(diffusers, layout.kind).from_config(layout.config)
     except Exception as error:  # torch and diffusers raise many types for settings that make no sense
-        raise BadInput(f"{where}: {layout.kind} cannot be built from it ({first_line(error)})") from error
+        raise InvalidInputError(f"{where}: {layout.kind} cannot be built from it ({first_line(error)})") from error
     return module
 
 
@@ -89,7 +89,7 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
         found = ADAPTERS[layout.kind].describe(layout)
         latent = _latent(layout, found.sample_shape[0])
     except (KeyError, TypeError, ValueError) as error:
-        raise BadInput(f"{where}: an entry in it is missing or makes no sense ({first_line(error)})") from error
+        raise InvalidInputError(f"{where}: an entry in it is missing or makes no sense ({first_line(error)})") from error
     # a whole pipeline says how it wants to be sampled; a bare denoiser gets what suits it
     follow = bool(latent) or found.conditioning.kind == "text"
     # a DDIMPipeline too; a DDPMPipeline would take a thousand random steps
@@ -101,14 +101,14 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
         prediction=facts.prediction,
         schedule=facts.schedule,
         sample_shape=found.sample_shape,
-        plan=Plan("ddim", (0.0,)),
+        plan=SamplingPlan("ddim", (0.0,)),
         conditioning=found.conditioning,
         size_multiple=found.size_multiple,
         spacing=facts.spacing,
         **latent,
     )
     steps = min(found.steps, len(facts.schedule))
-    plan = Plan(
+    plan = SamplingPlan(
         facts.solver,
         spaced_timesteps(facts.spacing, steps, facts.schedule, spec.tokens(spec.sample_shape)),
         guidance=found.guidance,
@@ -127,7 +127,7 @@ def _latent(layout: Layout, channels: int) -> dict[str, Any]:
         return {}
     config = layout.configs[part]
     if int(config["latent_channels"]) != channels:
-        raise BadInput(
+        raise InvalidInputError(
             f"{layout.folder}: the denoiser works on {channels} latent channels, {part} decodes "
             f"{config['latent_channels']}; they do not belong together"
         )
@@ -150,10 +150,10 @@ def _amended(spec: DenoiserSpec, record: dict[str, Any], where: str) -> Denoiser
             wish["solver"],
             int(wish["steps"]),
             spec.schedule,
-            grid=wish.get("grid", "trailing"),
+            spacing=wish.get("spacing", wish.get("grid", "trailing")),
             guidance=float(wish.get("guidance", 1.0)),
             clip=with_solver(spec.plan, wish["solver"]).clip,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise BadInput(f"{where}: plan needs solver and steps, and may have grid and guidance ({error!r})") from error
+        raise InvalidInputError(f"{where}: plan needs solver and steps, and may have grid and guidance ({error!r})") from error
     return spec.with_plan(plan)

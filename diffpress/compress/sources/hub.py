@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffpress.compress.sources.layout import first_line
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def downloaded(hub_id: str) -> Path:
@@ -15,4 +15,4 @@ def downloaded(hub_id: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except Exception as error:  # the hub client raises dozens of unrelated types
-        raise BadInput(f"{hub_id}: no such folder here, and the hub did not give it ({first_line(error)})") from error
+        raise InvalidInputError(f"{hub_id}: no such folder here, and the hub did not give it ({first_line(error)})") from error

@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")
@@ -82,15 +82,15 @@ class Layout:
         from transformers import AutoTokenizer
 
         if not any((self.folder / part / name).is_file() for name in VOCABULARIES):
-            raise BadInput(f"{self.folder / part}: no {', '.join(VOCABULARIES)} in it; copy the whole pipeline again")
+            raise InvalidInputError(f"{self.folder / part}: no {', '.join(VOCABULARIES)} in it; copy the whole pipeline again")
         try:
             return AutoTokenizer.from_pretrained(self.folder / part)
         except Exception as error:  # each tokenizer class has failures of its own
-            raise BadInput(f"{self.folder / part}: no tokenizer can be read from it ({first_line(error)})") from error
+            raise InvalidInputError(f"{self.folder / part}: no tokenizer can be read from it ({first_line(error)})") from error
 
 
 def read_layout(folder: Path) -> Layout:
-    """Read a pipeline's configs; BadInput where a part that the index promises is missing."""
+    """Read a pipeline's configs; InvalidInputError where a part that the index promises is missing."""
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     denoiser = _denoiser_folder(folder, index)
     config = {k: v for k, v in read_json(denoiser / "config.json").items() if not k.startswith("_name_or_path")}
@@ -99,7 +99,7 @@ def read_layout(folder: Path) -> Layout:
     promised = [part for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]]
     for part in promised:
         if part in USED and not (folder / part).is_dir():
-            raise BadInput(f"{folder}: {INDEX} names a part '{part}', which is missing; copy the whole pipeline again")
+            raise InvalidInputError(f"{folder}: {INDEX} names a part '{part}', which is missing; copy the whole pipeline again")
     present = promised if index else [part for part in USED if (folder / part).is_dir()]
     configs = {
         part: read_json(folder / part / "config.json")
@@ -116,22 +116,22 @@ def _denoiser_folder(folder: Path, index: dict[str, Any]) -> Path:
             return candidate
     named = [part for part in DENOISERS if part in index]
     if named:
-        raise BadInput(f"{folder}: {INDEX} names a part '{named[0]}', which is missing; copy the whole pipeline again")
-    raise BadInput(f"{folder}: no unet/ or transformer/ with a config.json in it, and no config.json itself")
+        raise InvalidInputError(f"{folder}: {INDEX} names a part '{named[0]}', which is missing; copy the whole pipeline again")
+    raise InvalidInputError(f"{folder}: no unet/ or transformer/ with a config.json in it, and no config.json itself")
 
 
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
 def weight_files(part: Path) -> list[Path]:
-    """The safetensors files of one part; BadInput where there are none, several without an index, or pickles only."""
+    """The safetensors files of one part; InvalidInputError where there are none, several without an index, or pickles only."""
     variant = variant_of(part)
     for name in WEIGHTS:
         index = part / (f"{name}.index.{variant}.json" if variant else f"{name}.index.json")
         if index.is_file():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-                raise BadInput(f"{index}: has no weight_map of tensor names to files; copy it again")
+                raise InvalidInputError(f"{index}: has no weight_map of tensor names to files; copy it again")
             return [part / file for file in sorted(set(names.values()))]
     plain = [part / name for name in WEIGHTS if (part / name).is_file()]
     found = plain[:1] or sorted(part.glob("*.safetensors"))
@@ -139,12 +139,12 @@ def weight_files(part: Path) -> list[Path]:
         return found
     pickles = sorted(p.name for p in part.iterdir() if p.suffix in PICKLES)
     if pickles and not found:
-        raise BadInput(
+        raise InvalidInputError(
             f"{part}: has only {pickles[0]}; a pickle can run any code when read, so diffpress does not: "
             "save it as safetensors first (model.save_pretrained)"
         )
     count = f"several ({', '.join(p.name for p in found)})" if found else "no"
-    raise BadInput(f"{part}: {count} weight files; {WEIGHTS[0]} is expected")
+    raise InvalidInputError(f"{part}: {count} weight files; {WEIGHTS[0]} is expected")
 
 
 def load_weights_(model: nn.Module, files: list[Path], dtype: torch.dtype = torch.float32) -> None:
@@ -158,21 +158,21 @@ def load_weights_(model: nn.Module, files: list[Path], dtype: torch.dtype = torc
     for file in files:
         for name, tensor in _tensors(file):
             if name not in state:
-                raise BadInput(f"{file}: tensor '{name}' does not belong to this model; a foreign checkpoint?")
+                raise InvalidInputError(f"{file}: tensor '{name}' does not belong to this model; a foreign checkpoint?")
             if tensor.shape != state[name].shape:
-                raise BadInput(
+                raise InvalidInputError(
                     f"{file}: tensor '{name}' has shape {list(tensor.shape)}, "
                     f"the config asks for {list(state[name].shape)}"
                 )
             if tensor.is_floating_point():
                 # a NaN is both ends of its tensor: this needs no second tensor of the same size
                 if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
-                    raise BadInput(f"{file}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken")
+                    raise InvalidInputError(f"{file}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken")
                 tensor = tensor.to(dtype)
             _put_(model, name, tensor)
             missing.discard(name)
     if missing:
-        raise BadInput(f"{files[0]}: tensor '{sorted(missing)[0]}' is missing ({len(missing)} in all)")
+        raise InvalidInputError(f"{files[0]}: tensor '{sorted(missing)[0]}' is missing ({len(missing)} in all)")
 
 
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -181,7 +181,7 @@ def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
             for name in tensors.keys():
                 yield name, tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file}: not readable as safetensors ({error}); truncated? copy it again") from error
+        raise InvalidInputError(f"{file}: not readable as safetensors ({error}); truncated? copy it again") from error
 
 
 def _put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -197,7 +197,7 @@ def _put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
 # --- files -----------------------------------------------------------------------------------------------------
 
 
-def link_parts(source: Path, target: Path, skip: tuple[str, ...]) -> None:
+def link_components(source: Path, target: Path, skip: tuple[str, ...]) -> None:
     """Give `target` the files of a pipeline except the parts in `skip`: hard links where the disk allows, else copies.
 
     A stage changes the denoiser alone, and the others may weigh gigabytes.
@@ -223,9 +223,9 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error})") from error
+        raise InvalidInputError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):
-        raise BadInput(f"{path}: expected a JSON object")
+        raise InvalidInputError(f"{path}: expected a JSON object")
     return data
 
 

@@ -32,7 +32,7 @@ from diffpress.compress.sources.layout import (
 )
 from diffpress.compress.sources.lora import fused
 from diffpress.compress.sources.single_file import from_single_file
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def load_checkpoint(
@@ -42,7 +42,7 @@ def load_checkpoint(
     config: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
-    """Load a checkpoint from a folder, a file, a hub id or `file.py:weights`; every problem is a BadInput.
+    """Load a checkpoint from a folder, a file, a hub id or `file.py:weights`; every problem is a InvalidInputError.
 
     `loras` are fused into a pipeline's weights, 'PATH' or 'PATH:scale' each; `config` is a pipeline folder that says
     how a single file is built; the denoiser's weights are held as `dtype`.
@@ -51,7 +51,7 @@ def load_checkpoint(
     custom = re.fullmatch(r"(.+\.py):(.+)", text)
     if custom:
         if loras:
-            raise BadInput(f"{text}: a LoRA can be fused into a diffusers pipeline, not into a custom module")
+            raise InvalidInputError(f"{text}: a LoRA can be fused into a diffusers pipeline, not into a custom module")
         return load_custom_module(Path(custom[1]), Path(custom[2]))
     folder = _folder_of(text, config)
     return load_diffusers_folder(fused(folder, loras, _scratch()) if loras else folder, dtype)
@@ -64,10 +64,10 @@ def _folder_of(text: str, config: str | None) -> Path:
     if path.is_file() and path.suffix == ".safetensors":
         return from_single_file(path, _scratch(), config)
     if path.exists():
-        raise BadInput(_not_a_folder(path))
+        raise InvalidInputError(_not_a_folder(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
         return downloaded(text)
-    raise BadInput(f"{text}: no such checkpoint folder, and not a hub id of the form owner/name")
+    raise InvalidInputError(f"{text}: no such checkpoint folder, and not a hub id of the form owner/name")
 
 
 def _not_a_folder(path: Path) -> str:

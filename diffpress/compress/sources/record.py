@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 
 from diffpress.compress.checkpoint import FORMAT, RECORD, TENSOR_KINDS, Quantization, Record
 from diffpress.compress.sources.layout import read_json
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.format_1 import upgraded_spec, upgraded_tensor_name
 
 
 def history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tuple[Record, ...], Quantization | None]:
@@ -19,21 +20,23 @@ def history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tup
     try:
         history = tuple(Record(**entry) for entry in record.get("history", []))
     except TypeError as error:
-        raise BadInput(f"{folder / RECORD}: history cannot be read ({error})") from error
+        raise InvalidInputError(f"{folder / RECORD}: history cannot be read ({error})") from error
     if not record.get("quantization"):
         return history, None
     file = folder / "quantization.safetensors"
     try:
         with safe_open(file, framework="pt") as tensors:
             found = {name: tensors.get_tensor(name) for name in tensors.keys()}
+        if record.get("format") == 1:
+            found = {upgraded_tensor_name(name): value for name, value in found.items()}
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file}: the scales cannot be read ({error}); quantize again") from error
+        raise InvalidInputError(f"{file}: the scales cannot be read ({error}); quantize again") from error
     for name, value in found.items():
-        signed = name.startswith("branch.")
+        signed = name.startswith("svdquant.")
         if not torch.isfinite(value).all() or (not signed and (value <= 0).any()):
-            raise BadInput(f"{file}: scale '{name}' is zero, negative or not finite; quantize again")
+            raise InvalidInputError(f"{file}: scale '{name}' is zero, negative or not finite; quantize again")
         if name.partition(".")[0] not in TENSOR_KINDS:
-            raise BadInput(f"{file}: '{name}' is no scale of this diffpress; quantize again")
+            raise InvalidInputError(f"{file}: '{name}' is no scale of this diffpress; quantize again")
     facts = record["quantization"]
     kinds = {kind: _under(found, kind) for kind in TENSOR_KINDS}
     return history, Quantization(str(facts["format"]), formats=dict(facts.get("formats", {})), **kinds)
@@ -48,6 +51,10 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     record = read_json(file)
-    if record.get("format", FORMAT) != FORMAT:
-        raise BadInput(f"{file}: checkpoint format {record['format']!r}, this diffpress reads {FORMAT}")
+    if record.get("format", FORMAT) not in (1, FORMAT):
+        raise InvalidInputError(
+            f"{file}: checkpoint format {record['format']!r}, this diffpress reads 1 and {FORMAT}; install a newer one"
+        )
+    if record.get("format") == 1 and "spec" in record:
+        record["spec"] = upgraded_spec(record["spec"])
     return record

@@ -17,11 +17,11 @@ import diffusers
 import numpy as np
 
 from diffpress.compress.sources.layout import first_line
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import NoiseSchedule, flow_schedule
-from diffpress.runtime.sampling_plan import Plan, Threshold
+from diffpress.runtime.sampling_plan import SamplingPlan, Threshold
 from diffpress.runtime.solvers import CLIPPING
-from diffpress.runtime.timesteps import LCM_TIMESTEPS, Spacing
+from diffpress.runtime.timesteps import LCM_TIMESTEPS, TimestepSpacing
 
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
@@ -36,20 +36,20 @@ class SchedulerFacts:
 
     prediction: str
     schedule: NoiseSchedule
-    spacing: Spacing
+    spacing: TimestepSpacing
     solver: str
     clip: bool
     end: float | None = None
-    start: str = Plan.start
+    start: str = SamplingPlan.start
     threshold: Threshold | None = None
     note: str | None = None
 
 
-class Way(NamedTuple):
+class SchedulerMapping(NamedTuple):
     """How a class of scheduler is walked: our solver, the grids its spacings mean, and where that is not the same."""
 
     solver: str
-    grids: Mapping[str, str]
+    spacings: Mapping[str, str]
     note: str | None = None
     followed: Mapping[str, tuple[Any, ...]] = {}  # as FOLLOWED, for this class alone
 
@@ -59,26 +59,26 @@ EULER = dict(PLAIN)  # the same grids, but linspace is not rounded
 DPM = {"leading": "dpm_leading", "trailing": "trailing", "linspace": "dpm_linspace"}
 STEPPED = {"timestep_spacing": ("leading", "trailing")}  # they step by T // N, which is not where linspace goes on
 UNIPC = {"solver_type": ("bh2",), "predict_x0": (True,), "disable_corrector": ([],), "solver_p": (None,)}
-STAND_IN = "another solver stands in for it, so images differ from those of its pipeline"
+SUBSTITUTED = "another solver stands in for it, so images differ from those of its pipeline"
 OWN_NOISE = "the noise it adds at each step is drawn by diffpress's own generator"
 
-WAYS = {
+SCHEDULERS = {
     # it keeps eps when it bounds x_0, by whatever rule
-    "DDIMScheduler": Way("ddim", PLAIN, followed={**STEPPED, "thresholding": (False,)}),
-    "DDPMScheduler": Way("ddpm", PLAIN),
-    "EulerDiscreteScheduler": Way("euler", EULER),
-    "EulerAncestralDiscreteScheduler": Way("euler_ancestral", EULER, note=OWN_NOISE),
-    "HeunDiscreteScheduler": Way("heun", EULER, followed={"clip_sample": (False,)}),
-    "DPMSolverMultistepScheduler": Way("dpmpp_2m", DPM),
-    "DPMSolverSDEScheduler": Way("dpmpp_sde", EULER, note=OWN_NOISE),
-    "DEISMultistepScheduler": Way("deis_2", DPM, followed={"solver_type": ("logrho",), "use_flow_sigmas": (False,)}),
-    "UniPCMultistepScheduler": Way("unipc_2", DPM, followed=UNIPC),
-    "LCMScheduler": Way("lcm", dict.fromkeys(PLAIN, "lcm")),
-    "PNDMScheduler": Way("ipndm", PLAIN, note="its Runge-Kutta warm-up is replaced by plain steps", followed=STEPPED),
-    "DPMSolverSinglestepScheduler": Way("dpmpp_2m", DPM, note=STAND_IN),
-    "LMSDiscreteScheduler": Way("dpmpp_2m", EULER, note=STAND_IN),
-    "KDPM2DiscreteScheduler": Way("dpmpp_2m", EULER, note=STAND_IN),
-    "KDPM2AncestralDiscreteScheduler": Way("dpmpp_2m", EULER, note=STAND_IN),
+    "DDIMScheduler": SchedulerMapping("ddim", PLAIN, followed={**STEPPED, "thresholding": (False,)}),
+    "DDPMScheduler": SchedulerMapping("ddpm", PLAIN),
+    "EulerDiscreteScheduler": SchedulerMapping("euler", EULER),
+    "EulerAncestralDiscreteScheduler": SchedulerMapping("euler_ancestral", EULER, note=OWN_NOISE),
+    "HeunDiscreteScheduler": SchedulerMapping("heun", EULER, followed={"clip_sample": (False,)}),
+    "DPMSolverMultistepScheduler": SchedulerMapping("dpmpp_2m", DPM),
+    "DPMSolverSDEScheduler": SchedulerMapping("dpmpp_sde", EULER, note=OWN_NOISE),
+    "DEISMultistepScheduler": SchedulerMapping("deis_2", DPM, followed={"solver_type": ("logrho",), "use_flow_sigmas": (False,)}),
+    "UniPCMultistepScheduler": SchedulerMapping("unipc_2", DPM, followed=UNIPC),
+    "LCMScheduler": SchedulerMapping("lcm", dict.fromkeys(PLAIN, "lcm")),
+    "PNDMScheduler": SchedulerMapping("ipndm", PLAIN, note="its Runge-Kutta warm-up is replaced by plain steps", followed=STEPPED),
+    "DPMSolverSinglestepScheduler": SchedulerMapping("dpmpp_2m", DPM, note=SUBSTITUTED),
+    "LMSDiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
+    "KDPM2DiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
+    "KDPM2AncestralDiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
 }
 # solver_order of a class (and algorithm_type, where it has several) -> our solver
 ORDERS: dict[tuple[str, str | None], tuple[str, ...]] = {
@@ -89,10 +89,10 @@ ORDERS: dict[tuple[str, str | None], tuple[str, ...]] = {
 }
 NO_SIGMAS = {"use_karras_sigmas": (False,), "use_exponential_sigmas": (False,), "use_beta_sigmas": (False, None)}
 FLOWS = {
-    "FlowMatchEulerDiscreteScheduler": Way("euler", {}, followed=NO_SIGMAS),
-    "FlowMatchHeunDiscreteScheduler": Way("heun_flow", {}),
+    "FlowMatchEulerDiscreteScheduler": SchedulerMapping("euler", {}, followed=NO_SIGMAS),
+    "FlowMatchHeunDiscreteScheduler": SchedulerMapping("heun_flow", {}),
 }
-UNKNOWN = Way("ddim", PLAIN, note="it is not known, and deterministic DDIM stands in for it")
+UNKNOWN = SchedulerMapping("ddim", PLAIN, note="it is not known, and deterministic DDIM stands in for it")
 
 # The values our solvers walk by, of any class that has such a setting.
 FOLLOWED: dict[str, tuple[Any, ...]] = {
@@ -117,7 +117,7 @@ FOLLOWED: dict[str, tuple[Any, ...]] = {
 def read_scheduler(
     config: dict[str, Any] | None, where: Path, text_or_latent: bool, pipeline_sigmas: bool | None = None
 ) -> SchedulerFacts:
-    """The facts in a scheduler_config.json; raises BadInput naming `where` for settings that make no sense.
+    """The facts in a scheduler_config.json; raises InvalidInputError naming `where` for settings that make no sense.
 
     Models of pixels (`text_or_latent` False) are sampled by DDIM on a trailing grid whatever the class; others follow
     theirs. `pipeline_sigmas`: their pipeline lays out a flow's timesteps itself, as Flux's does and SD3's does not;
@@ -129,15 +129,15 @@ def read_scheduler(
     flow = "FlowMatch" in name
     flow_sigmas = text_or_latent and kind == "flow_prediction" and _has_flow_sigmas(config, name)
     if not flow and kind not in PREDICTIONS and not flow_sigmas:
-        raise BadInput(f"{where}: prediction_type '{kind}' is not one of {', '.join(PREDICTIONS)}")
+        raise InvalidInputError(f"{where}: prediction_type '{kind}' is not one of {', '.join(PREDICTIONS)}")
     try:
         if not text_or_latent:
             return _pixel_facts(config, flow, kind)
         return _flow_facts(config, name, pipeline_sigmas) if flow else _facts(config, name, kind)
-    except BadInput as error:
-        raise BadInput(f"{where}: {error}") from error
+    except InvalidInputError as error:
+        raise InvalidInputError(f"{where}: {error}") from error
     except Exception as error:  # torch's and diffusers' own types for settings that make no sense
-        raise BadInput(f"{where}: no noise schedule can be made from it ({first_line(error)})") from error
+        raise InvalidInputError(f"{where}: no noise schedule can be made from it ({first_line(error)})") from error
 
 
 def _pixel_facts(config: dict[str, Any], flow: bool, kind: str) -> SchedulerFacts:
@@ -146,20 +146,20 @@ def _pixel_facts(config: dict[str, Any], flow: bool, kind: str) -> SchedulerFact
     else:
         schedule = _table(diffusers.DDPMScheduler.from_config(config))
     clip = bool(config.get("clip_sample", True))
-    return SchedulerFacts("flow" if flow else PREDICTIONS[kind], schedule, Spacing(), "ddim", clip)
+    return SchedulerFacts("flow" if flow else PREDICTIONS[kind], schedule, TimestepSpacing(), "ddim", clip)
 
 
 def _facts(config: dict[str, Any], name: str, kind: str) -> SchedulerFacts:
-    scheduler, settings = _built(name if name in WAYS else "DDPMScheduler", config)
-    way, settings = _way(name, kind, settings)
-    start = Plan.start
+    scheduler, settings = _built(name if name in SCHEDULERS else "DDPMScheduler", config)
+    mapping, settings = _mapping_of(name, kind, settings)
+    start = SamplingPlan.start
     if _has_flow_sigmas(config, name):
         schedule = flow_schedule(int(config.get("num_train_timesteps", 1000)) + 1)
-        grid = "unipc_flow" if name == "UniPCMultistepScheduler" else "dpm_flow"
-        spacing, start = Spacing(grid, whole=False, shift=float(settings["flow_shift"])), "unit"
+        kind = "unipc_flow" if name == "UniPCMultistepScheduler" else "dpm_flow"
+        spacing, start = TimestepSpacing(kind, integer=False, shift=float(settings["flow_shift"])), "unit"
     else:
-        schedule, spacing = _table(scheduler), _spacing(settings, way)
-        if way.grids is EULER and settings.get("timestep_spacing") != "leading":
+        schedule, spacing = _table(scheduler), _spacing(settings, mapping)
+        if mapping.spacings is EULER and settings.get("timestep_spacing") != "leading":
             start = "noise"
     # a consistency model ends at its clean guess whatever the config says
     noisy = settings.get("set_alpha_to_one") is False or settings.get("final_sigmas_type") == "sigma_min"
@@ -171,40 +171,40 @@ def _facts(config: dict[str, Any], name: str, kind: str) -> SchedulerFacts:
         prediction="flow" if kind == "flow_prediction" else PREDICTIONS[kind],
         schedule=schedule,
         spacing=spacing,
-        solver=way.solver,
+        solver=mapping.solver,
         clip=bool(settings.get("clip_sample", False)) and threshold is None,
-        end=0.0 if noisy and way.solver != "lcm" else None,
+        end=0.0 if noisy and mapping.solver != "lcm" else None,
         start=start,
         threshold=threshold,
-        note=_note(name, way, settings),
+        note=_note(name, mapping, settings),
     )
 
 
-def _way(name: str, kind: str, settings: dict[str, Any]) -> tuple[Way, dict[str, Any]]:
+def _mapping_of(name: str, kind: str, settings: dict[str, Any]) -> tuple[SchedulerMapping, dict[str, Any]]:
     """How that class walks with these settings, and the settings without those that this has taken care of."""
-    way = WAYS.get(name, UNKNOWN)
+    mapping = SCHEDULERS.get(name, UNKNOWN)
     orders = ORDERS.get((name, settings.get("algorithm_type")))
     if orders is not None:
         order = int(settings["solver_order"])
         if 1 <= order <= len(orders):
-            way = way._replace(solver=orders[order - 1])
+            mapping = mapping._replace(solver=orders[order - 1])
         else:
-            way = way._replace(followed={**way.followed, "solver_order": tuple(range(1, len(orders) + 1))})
+            mapping = mapping._replace(followed={**mapping.followed, "solver_order": tuple(range(1, len(orders) + 1))})
         if settings.get("algorithm_type") == "sde-dpmsolver++":
-            way = way._replace(solver=orders[min(order, len(orders)) - 1], note=OWN_NOISE)
+            mapping = mapping._replace(solver=orders[min(order, len(orders)) - 1], note=OWN_NOISE)
     if name == "DDIMScheduler" and settings["clip_sample"]:  # it keeps eps when it clips x_0
-        return way._replace(solver=CLIPPING), settings | {"clip_sample": False}
+        return mapping._replace(solver=CLIPPING), settings | {"clip_sample": False}
     if name == "DDPMScheduler" and settings["variance_type"] == "fixed_large":
         # on other grids theirs adds noise to the clean sample that it ends at
         exact = settings["timestep_spacing"] == "leading" and settings["steps_offset"] == 0
-        return way._replace(solver="ddpm_large"), settings | ({"variance_type": None} if exact else {})
+        return mapping._replace(solver="ddpm_large"), settings | ({"variance_type": None} if exact else {})
     if settings.get("skip_prk_steps"):  # PNDM without its Runge-Kutta steps, which mixes what the network returns
-        return way._replace(solver="plms_v" if kind == "v_prediction" else "plms", note=None), settings
-    return way, settings
+        return mapping._replace(solver="plms_v" if kind == "v_prediction" else "plms", note=None), settings
+    return mapping, settings
 
 
 def _flow_facts(config: dict[str, Any], name: str, pipeline_sigmas: bool | None) -> SchedulerFacts:
-    way = FLOWS.get(name, FLOWS["FlowMatchEulerDiscreteScheduler"]._replace(note=STAND_IN))
+    mapping = FLOWS.get(name, FLOWS["FlowMatchEulerDiscreteScheduler"]._replace(note=SUBSTITUTED))
     _, settings = _built(name if name in FLOWS else "FlowMatchEulerDiscreteScheduler", config)
     shift = float(settings["shift"])
     dynamic = None
@@ -212,15 +212,15 @@ def _flow_facts(config: dict[str, Any], name: str, pipeline_sigmas: bool | None)
         low, high = float(settings["base_shift"]), float(settings["max_shift"])
         dynamic = low, high, float(settings["base_image_seq_len"]), float(settings["max_image_seq_len"])
     own = (dynamic is not None or shift == 1.0) if pipeline_sigmas is None else pipeline_sigmas
-    own &= way.solver == "euler"  # no pipeline lays them out for Heun
+    own &= mapping.solver == "euler"  # no pipeline lays them out for Heun
     return SchedulerFacts(
         prediction="flow",
         # diffusers counts a flow's time in T-ths up to T itself: T + 1 timesteps
         schedule=flow_schedule(int(settings["num_train_timesteps"]) + 1),
-        spacing=Spacing("flow_trailing" if own else "flow_linspace", whole=False, shift=shift, dynamic=dynamic),
-        solver=way.solver,
+        spacing=TimestepSpacing("flow_trailing" if own else "flow_linspace", integer=False, shift=shift, dynamic=dynamic),
+        solver=mapping.solver,
         clip=False,
-        note=_note(name, way, settings),
+        note=_note(name, mapping, settings),
     )
 
 
@@ -235,7 +235,7 @@ def _built(name: str, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _has_flow_sigmas(config: dict[str, Any], name: str) -> bool:
-    return bool(config.get("use_flow_sigmas")) and WAYS.get(name, UNKNOWN).grids is DPM
+    return bool(config.get("use_flow_sigmas")) and SCHEDULERS.get(name, UNKNOWN).spacings is DPM
 
 
 def _table(scheduler: Any) -> NoiseSchedule:
@@ -245,28 +245,28 @@ def _table(scheduler: Any) -> NoiseSchedule:
         return NoiseSchedule(tuple(np.sqrt(abar).tolist()), tuple(np.sqrt(1.0 - abar).tolist()))
 
 
-def _spacing(settings: dict[str, Any], way: Way) -> Spacing:
+def _spacing(settings: dict[str, Any], mapping: SchedulerMapping) -> TimestepSpacing:
     kind = str(settings.get("timestep_spacing", "linspace"))
-    if kind not in way.grids:
-        raise BadInput(f"timestep_spacing '{kind}' is not one of {', '.join(way.grids)}")
+    if kind not in mapping.spacings:
+        raise InvalidInputError(f"timestep_spacing '{kind}' is not one of {', '.join(mapping.spacings)}")
     if settings.get("use_karras_sigmas"):
-        return Spacing("karras", whole=False)
+        return TimestepSpacing("karras", integer=False)
     if settings.get("use_exponential_sigmas") or settings.get("use_lu_lambdas"):
-        return Spacing("exponential", whole=False)
+        return TimestepSpacing("exponential", integer=False)
     if settings.get("use_beta_sigmas"):
-        return Spacing("beta", whole=False)
-    grid = way.grids[kind]
+        return TimestepSpacing("beta", integer=False)
+    ours = mapping.spacings[kind]
     # diffusers adds the offset to leading grids alone
-    offset = int(settings["steps_offset"]) if grid.endswith("leading") else 0
-    return Spacing(grid, offset, whole=not (way.grids is EULER and grid == "linspace"))
+    offset = int(settings["steps_offset"]) if ours.endswith("leading") else 0
+    return TimestepSpacing(ours, offset, integer=not (mapping.spacings is EULER and ours == "linspace"))
 
 
-def _note(name: str, way: Way, settings: dict[str, Any]) -> str | None:
+def _note(name: str, mapping: SchedulerMapping, settings: dict[str, Any]) -> str | None:
     """One sentence on what differs from the scheduler, or None."""
-    followed = {**FOLLOWED, **way.followed}
-    if way.grids is EULER and settings.get("timestep_spacing") != "linspace":
+    followed = {**FOLLOWED, **mapping.followed}
+    if mapping.spacings is EULER and settings.get("timestep_spacing") != "linspace":
         followed |= NO_SIGMAS  # there they run between the ends of that grid, not of the table
     odd = [f"{key} {settings[key]}" for key, values in followed.items() if settings.get(key, values[0]) not in values]
-    told = [way.note] if way.note else []
-    told += [] if way.note is STAND_IN else [f"not followed exactly: {', '.join(odd)}"] * bool(odd)
-    return f"{name or 'no scheduler class'}: {'; '.join(told)}" if told else None
+    parts = [mapping.note] if mapping.note else []
+    parts += [] if mapping.note is SUBSTITUTED else [f"not followed exactly: {', '.join(odd)}"] * bool(odd)
+    return f"{name or 'no scheduler class'}: {'; '.join(parts)}" if parts else None

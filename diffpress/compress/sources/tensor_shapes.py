@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
@@ -15,4 +15,4 @@ def tensor_shapes(file: Path) -> dict[str, list[int]]:
         with safe_open(file, framework="pt") as tensors:
             return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
     except (SafetensorError, OSError) as error:
-        raise BadInput(f"{file}: not readable as safetensors ({error}); truncated? copy it again") from error
+        raise InvalidInputError(f"{file}: not readable as safetensors ({error}); truncated? copy it again") from error

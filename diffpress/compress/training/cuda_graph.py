@@ -17,19 +17,19 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten
 
-from diffpress.compress.training import distributed as processes
-from diffpress.runtime.errors import BadInput
+from diffpress.compress.training import distributed
+from diffpress.runtime.errors import InvalidInputError
 
 
-def refuse_replay(model: nn.Module, what: str) -> None:
-    """Raise BadInput where a graph cannot stand for the step."""
-    if processes.count() > 1:
-        raise BadInput(f"{what}: 'cuda_graphs: true' is for one process; leave it out under accelerate launch")
+def refuse_cuda_graph(model: nn.Module, what: str) -> None:
+    """Raise InvalidInputError where a graph cannot stand for the step."""
+    if distributed.count() > 1:
+        raise InvalidInputError(f"{what}: 'cuda_graphs: true' is for one process; leave it out under accelerate launch")
     if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        raise BadInput(f"{what}: 'cuda_graphs: true' is for networks without dropout; leave it out")
+        raise InvalidInputError(f"{what}: 'cuda_graphs: true' is for networks without dropout; leave it out")
 
 
-class Replayed:
+class CapturedStep:
     """`step(*drawn)` leaves gradients in the parameters of `model` and returns the loss; so does this, faster."""
 
     def __init__(self, step: Callable[..., torch.Tensor], model: nn.Module) -> None:

@@ -20,7 +20,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, get_int_from_env, parse_flag_from_env
 
-from diffpress.runtime.errors import BadInput, DiffpressError, told
+from diffpress.runtime.errors import DiffpressError, InvalidInputError, report_error
 
 SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # what launchers tell
 PATIENCE = timedelta(days=30)  # torch's own, minutes, is less than a stage of the main process may take
@@ -33,7 +33,7 @@ def _state() -> PartialState | None:
         return None
     for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
-            raise BadInput(f"accelerate is set to {kind}, which splits a model; launch with --multi_gpu, which copies")
+            raise InvalidInputError(f"accelerate is set to {kind}, which splits a model; launch with --multi_gpu, which copies")
     # accelerate takes processes without a GPU for unrelated ones unless it is told
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(on_cpu, timeout=PATIENCE)
@@ -92,7 +92,7 @@ def together() -> Iterator[None]:
             if not (is_main() and isinstance(error, DiffpressError)):
                 time.sleep(GRACE_S)
             if isinstance(error, DiffpressError):
-                _leave(told(str(error), error.exit_code))
+                _leave(report_error(str(error), error.exit_code))
         raise
     state = _state()
     if state is not None:

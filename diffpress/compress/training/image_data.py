@@ -10,8 +10,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions, stand_in_conditions
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -35,25 +35,25 @@ class ImageData:
         return x, {} if self.labels is None else {"class_labels": torch.from_numpy(self.labels[picks])}
 
     @property
-    def null(self) -> dict[str, torch.Tensor]:
+    def uncond(self) -> dict[str, torch.Tensor]:
         """The conditions that stand for none, [1]; empty where the model knows no such label."""
         label = self.spec.conditioning.null_label
         return {} if self.labels is None or label is None else {"class_labels": torch.tensor([label])}
 
-    def conditions(self, count: int) -> Conditions:
+    def conditions(self, count: int) -> ConditioningInputs:
         """What `count` samples are told: the classes in turn, or nothing."""
-        return stand_in_conditions(self.spec, count)
+        return dummy_conditioning(self.spec, count)
 
 
 def load_images(path: Path, spec: DenoiserSpec) -> ImageData:
     x, labels = read_npz(path)
     if x.shape[1:] != tuple(spec.sample_shape):
-        raise BadInput(f"{path}: images are {list(x.shape[1:])}, the model works on {list(spec.sample_shape)}")
+        raise InvalidInputError(f"{path}: images are {list(x.shape[1:])}, the model works on {list(spec.sample_shape)}")
     if spec.conditioning.kind == "class":
         if labels is None:
-            raise BadInput(f"{path}: has no labels 'y', but the model is class-conditional")
+            raise InvalidInputError(f"{path}: has no labels 'y', but the model is class-conditional")
         if labels.min() < 0 or labels.max() >= spec.conditioning.classes:
-            raise BadInput(f"{path}: labels reach {labels.max()}, the model has {spec.conditioning.classes} classes")
+            raise InvalidInputError(f"{path}: labels reach {labels.max()}, the model has {spec.conditioning.classes} classes")
     else:
         labels = None
     return ImageData(x, labels, hashlib.sha256(path.read_bytes()).hexdigest(), spec)
@@ -64,15 +64,15 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     try:
         with np.load(path, allow_pickle=False) as file:
             if "x" not in file:
-                raise BadInput(f"{path}: has no array 'x'; expected uint8 images [N, H, W] or [N, H, W, C]")
+                raise InvalidInputError(f"{path}: has no array 'x'; expected uint8 images [N, H, W] or [N, H, W, C]")
             x, labels = file["x"], file["y"].astype(np.int64) if "y" in file else None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise BadInput(f"{path}: not readable as an npz of images ({error})") from error
+        raise InvalidInputError(f"{path}: not readable as an npz of images ({error})") from error
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
-        raise BadInput(f"{path}: 'x' is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W] or [N, H, W, C]")
+        raise InvalidInputError(f"{path}: 'x' is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W] or [N, H, W, C]")
     if len(x) == 0:
-        raise BadInput(f"{path}: holds no images")
+        raise InvalidInputError(f"{path}: holds no images")
     if labels is not None and labels.shape != (len(x),):
-        raise BadInput(f"{path}: 'y' has shape {list(labels.shape)}, expected [{len(x)}]")
+        raise InvalidInputError(f"{path}: 'y' has shape {list(labels.shape)}, expected [{len(x)}]")
     x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
     return np.ascontiguousarray(x), labels

@@ -28,9 +28,9 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from diffpress.compress.progress import progress
-from diffpress.compress.training.cuda_graph import Replayed, refuse_replay
+from diffpress.compress.training.cuda_graph import CapturedStep, refuse_cuda_graph
 from diffpress.compress.training.resume import read_state, write_state
-from diffpress.runtime.errors import DiffpressError, MissingExtra
+from diffpress.runtime.errors import DiffpressError, MissingDependencyError
 
 GRADIENT_CLIP = 1.0
 STATE = "training.safetensors"
@@ -81,11 +81,11 @@ class TrainingDiverged(DiffpressError):
 def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
     """Train `student` in place and load the EMA weights into it at the end; resumes from `run.work`.
 
-    Raises BadInput where `run.cuda_graphs` cannot be had, and TrainingDiverged where the loss is no number.
+    Raises InvalidInputError where `run.cuda_graphs` cannot be had, and TrainingDiverged where the loss is no number.
     """
     accelerator = _accelerator(run)
     if run.cuda_graphs:
-        refuse_replay(student, run.what)
+        refuse_cuda_graph(student, run.what)
     optimizer = torch.optim.AdamW(student.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
     # foreach: one kernel for many tensors, where small networks spend their time launching
     ema = EMAModel(student.parameters(), decay=run.ema, min_decay=0.0, use_ema_warmup=True, power=3 / 4, foreach=True)
@@ -102,7 +102,7 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
         accelerator.backward(loss)
         return loss.detach()
 
-    step_of = Replayed(gradients_of, model) if run.cuda_graphs and device.type == "cuda" else gradients_of
+    step_of = CapturedStep(gradients_of, model) if run.cuda_graphs and device.type == "cuda" else gradients_of
     with progress(run.what, run.steps, start) as advance:
         for step in range(start, run.steps):
             for group in optimizer.param_groups:
@@ -141,7 +141,7 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
 
 
 def _accelerator(run: Training) -> Accelerator:
-    """Places the model, and writes the loss for TensorBoard; raises MissingExtra where that is wanted and not there."""
+    """Places the model, and writes the loss for TensorBoard; raises MissingDependencyError where that is wanted and not there."""
     # buffers are tables that training leaves alone; sent about in every call they would break a second one
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=run.partial, broadcast_buffers=False)]
     # the recipe says how to compute, not the launcher
@@ -149,7 +149,7 @@ def _accelerator(run: Training) -> Accelerator:
     if not run.tensorboard:
         return Accelerator(**settings)
     if importlib.util.find_spec("tensorboard") is None:
-        raise MissingExtra("tensorboard", "tensorboard", f"{run.what}: 'tensorboard: true'")
+        raise MissingDependencyError("tensorboard", "tensorboard", f"{run.what}: 'tensorboard: true'")
     accelerator = Accelerator(**settings, log_with="tensorboard", project_dir=run.logs)
     accelerator.init_trackers(run.what.replace(" ", "-"))
     return accelerator

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from diffpress.compress.training.distributed import is_main
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 Tensors = dict[str, torch.Tensor]
 
@@ -21,7 +21,7 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[
 
     Only the main process writes.
 
-    Raises BadInput, calling it `what` ('state of calibration'), where the disk does not take it.
+    Raises InvalidInputError, calling it `what` ('state of calibration'), where the disk does not take it.
     """
     if not is_main():
         return
@@ -34,11 +34,11 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a type of its own
         reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path}: the {what} cannot be saved ({reason}); make space and run again") from error
+        raise InvalidInputError(f"{path}: the {what} cannot be saved ({reason}); make space and run again") from error
 
 
 def read_state(path: Path, what: str) -> tuple[Tensors, dict[str, str]] | None:
-    """The tensors and metadata of `path`, None where there is no such file; raises BadInput for one that is broken."""
+    """The tensors and metadata of `path`, None where there is no such file; raises InvalidInputError for one that is broken."""
     if not path.is_file():
         return None
     try:
@@ -46,4 +46,4 @@ def read_state(path: Path, what: str) -> tuple[Tensors, dict[str, str]] | None:
             metadata = opened.metadata() or {}
         return load_file(path), metadata
     except (OSError, SafetensorError) as error:
-        raise BadInput(f"{path}: the saved {what} cannot be read ({error}); delete it to start over") from error
+        raise InvalidInputError(f"{path}: the saved {what} cannot be read ({error}); delete it to start over") from error

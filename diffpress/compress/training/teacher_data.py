@@ -21,10 +21,10 @@ from diffpress.compress.builtin import PROMPTS
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context, Data, say
 from diffpress.compress.models.components import encoded_prompts
-from diffpress.compress.training.teacher_trajectories import TeacherPaths
-from diffpress.runtime.errors import BadInput
+from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
-from diffpress.runtime.network_inputs import Conditions, stand_in_conditions
+from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
 
 SEED = 2_000_000  # far from the seeds that people sample, calibrate and evaluate with
 
@@ -51,37 +51,37 @@ class TeacherData:
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
         """A random batch: float32 [B, C, H, W], and the conditions [B, ...] by input name."""
-        states, told = self._paths.batch(size, generator)
-        return states[:, -1], told
+        states, cond = self._paths.batch(size, generator)
+        return states[:, -1], cond
 
     @cached_property
-    def null(self) -> Tensors:
+    def uncond(self) -> Tensors:
         """The conditions of the unconditional half, [1, ...] by input name; empty where there is none."""
-        null = self._told.null or {}
-        return {name: torch.from_numpy(array[:1]) for name, array in null.items()}
+        uncond = self._network_conditioning.uncond or {}
+        return {name: torch.from_numpy(array[:1]) for name, array in uncond.items()}
 
-    def conditions(self, count: int) -> Conditions:
+    def conditions(self, count: int) -> ConditioningInputs:
         """What `count` samples are told: the prompts in turn, the classes in turn, or nothing."""
         spec = self.teacher.spec
         if spec.conditioning.kind != "text":
-            return stand_in_conditions(spec, count)
+            return dummy_conditioning(spec, count)
         if not spec.conditioning.encoders:
             say("the model came without its text encoders: noise stands in for encoded prompts")
-            return stand_in_conditions(spec, count)
+            return dummy_conditioning(spec, count)
         prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
-        given = encoded_prompts(self.teacher, prompts, warn=say)
+        cond = encoded_prompts(self.teacher, prompts, warn=say)
         if not is_guided(spec, spec.plan.guidance):
-            return Conditions(given)
-        null = encoded_prompts(self.teacher, None, warn=say)
-        return Conditions(given, {name: np.repeat(array, count, axis=0) for name, array in null.items()})
+            return ConditioningInputs(cond)
+        uncond = encoded_prompts(self.teacher, None, warn=say)
+        return ConditioningInputs(cond, {name: np.repeat(array, count, axis=0) for name, array in uncond.items()})
 
     @cached_property
-    def _told(self) -> Conditions:
+    def _network_conditioning(self) -> ConditioningInputs:
         return self.conditions(self.count)
 
     @cached_property
-    def _paths(self) -> TeacherPaths:
-        return TeacherPaths(self.teacher, self.teacher.spec.plan, (), self.count, self._told, SEED, self.cache)
+    def _paths(self) -> TeacherTrajectories:
+        return TeacherTrajectories(self.teacher, self.teacher.spec.plan, (), self.count, self._network_conditioning, SEED, self.cache)
 
 
 def data_for(ctx: Context, count: int) -> Data:
@@ -101,8 +101,8 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{file}: not readable as a text file of prompts ({error})") from error
+        raise InvalidInputError(f"{file}: not readable as a text file of prompts ({error})") from error
     prompts = tuple(line for line in lines if line)
     if not prompts:
-        raise BadInput(f"{file}: holds no prompts; write one a line")
+        raise InvalidInputError(f"{file}: holds no prompts; write one a line")
     return prompts

@@ -22,12 +22,12 @@ import torch
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
-from diffpress.compress.training import distributed as processes
+from diffpress.compress.training import distributed
 from diffpress.runtime.denoiser import plan_denoiser
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions
-from diffpress.runtime.sampler import noise_for, sample, start_spread
-from diffpress.runtime.sampling_plan import Plan, trajectory
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs
+from diffpress.runtime.sampler import initial_std, noise_for, sample
+from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
 
 ROWS = 256
 BATCH, LATENT_BATCH = 64, 4
@@ -36,31 +36,31 @@ Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
-class TeacherPaths:
+class TeacherTrajectories:
     """`count` paths of the teacher by `plan`, each float32 [P, C, H, W]: its states before the steps `kept` and, last,
     the end. `conditions` tell them apart, and seeds from `seed` on; `folder` keeps them.
     """
 
     teacher: Checkpoint
-    plan: Plan
+    plan: SamplingPlan
     kept: tuple[int, ...]
     count: int
-    conditions: Conditions
+    conditions: ConditioningInputs
     seed: int
     folder: Path
 
     def make(self) -> None:
         """Make what is missing now and not at the first batch; of several processes each makes its share."""
-        self._make_missing(list(self._spans)[processes.index() :: processes.count()])
-        processes.wait()
+        self._make_missing(list(self._spans)[distributed.index() :: distributed.count()])
+        distributed.wait()
         len(self._files)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
         """Random paths, float32 [B, P, C, H, W], and what they were told, [B, ...] by input name."""
         picks = torch.randint(0, self.count, (size,), generator=generator).numpy()
         rows = np.stack([self._files[pick // ROWS][pick % ROWS] for pick in picks])
-        told = {name: torch.from_numpy(array[picks]) for name, array in self.conditions.given.items()}
-        return torch.from_numpy(rows), told
+        cond = {name: torch.from_numpy(array[picks]) for name, array in self.conditions.cond.items()}
+        return torch.from_numpy(rows), cond
 
     @cached_property
     def _files(self) -> list[np.ndarray]:
@@ -75,8 +75,8 @@ class TeacherPaths:
         return {self.folder / self._name(span): span for span in spans}
 
     def _name(self, span: range) -> str:
-        told = self.conditions.part(slice(span.start, span.stop)).given
-        digests = [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in told.values()]
+        cond = self.conditions.part(slice(span.start, span.stop)).cond
+        digests = [hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest() for array in cond.values()]
         facts = [self.teacher.hash, asdict(self.plan), self.kept, self.seed, span.start, span.stop, digests]
         return f"paths-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.npy"
 
@@ -95,21 +95,21 @@ class TeacherPaths:
             for path, span in missing.items():
                 parts = []
                 for first in range(span.start, span.stop, batch):
-                    parts.append(self._walked(network, range(first, min(first + batch, span.stop))))
+                    parts.append(self._run_fused(network, range(first, min(first + batch, span.stop))))
                     done += len(parts[-1])
                     advance(done)
                 _write(path, np.concatenate(parts))
         self.teacher.model.to("cpu")
 
-    def _walked(self, network: TorchNetwork, members: range) -> np.ndarray:
+    def _run_fused(self, network: TorchNetwork, members: range) -> np.ndarray:
         """float32 [len(members), P, C, H, W]."""
         plan, spec = self.plan, self.teacher.spec.with_plan(self.plan)
         denoise = plan_denoiser(network, spec, self.conditions.part(slice(members.start, members.stop)))
         seeds = [self.seed + member for member in members]
         noise = noise_for(seeds, spec.sample_shape)
         steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
-        first = trajectory(spec.schedule, plan.timesteps)[0]
-        states = {0: np.float32(start_spread(first, plan.start)) * noise}
+        first = plan_levels(spec.schedule, plan.timesteps)[0]
+        states = {0: np.float32(initial_std(first, plan.start)) * noise}
         for step in steps:
             if step.index + 1 in self.kept or step.index + 1 == plan.steps:
                 states[step.index + 1] = step.x
@@ -121,7 +121,7 @@ def _mapped(path: Path) -> np.ndarray:
     try:
         rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise BadInput(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
+        raise InvalidInputError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
     return rows
 
 
@@ -134,4 +134,4 @@ def _write(path: Path, rows: np.ndarray) -> None:
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
-        raise BadInput(f"{path}: cannot be written ({reason}); make space and run again") from error
+        raise InvalidInputError(f"{path}: cannot be written ({reason}); make space and run again") from error

@@ -13,7 +13,7 @@ import onnx
 
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.export.graph.model import Graph
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 # type -> the opset in which QuantizeLinear and DequantizeLinear take it; opset -> the IR version that goes with it
 TYPE_OPSETS = {"float8_e4m3fn": 19, "int4": 21, "float4_e2m1fn": 23}
@@ -30,12 +30,12 @@ def needed_opset(formats: Iterable[str]) -> int:
 
 
 def raised(graph: Graph, opset: int) -> Graph:
-    """`graph` importing at least `opset`; BadInput for an operator that means something else there."""
+    """`graph` importing at least `opset`; InvalidInputError for an operator that means something else there."""
     if opset_of(graph) >= opset:
         return graph
     for node in graph.proto.graph.node:
         if REDEFINED.get(node.op_type, opset + 1) <= opset:
-            raise BadInput(
+            raise InvalidInputError(
                 f"node '{node.name}': {node.op_type} means something else in ONNX opset {opset}, which this format "
                 "needs; take format int8"
             )

@@ -12,7 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.models.adapter import adapter_for, dynamic_axes, example_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs, dynamic_axes
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.trace import trace
 
@@ -25,7 +25,7 @@ TRACED_BATCH = 2
 def export_float(checkpoint: Checkpoint, path: Path) -> Graph:
     """Write the checkpoint's network in float32 to `path` (and `path`.data above 2 GiB); returns the graph.
 
-    The same checkpoint gives the same bytes in any process. Raises BadInput where the module cannot be traced.
+    The same checkpoint gives the same bytes in any process. Raises InvalidInputError where the module cannot be traced.
     """
     graph = to_onnx(checkpoint)
     save_graph(graph, path)
@@ -37,6 +37,6 @@ def to_onnx(checkpoint: Checkpoint, fixed_size: bool = False) -> Graph:
 
     `fixed_size` keeps height and width as the spec has them also where the model would allow others.
     """
-    inputs = example_inputs(checkpoint.spec, TRACED_BATCH)
+    inputs = dummy_inputs(checkpoint.spec, TRACED_BATCH)
     axes = dynamic_axes(checkpoint.model, checkpoint.spec, fixed_size)
     return trace(checkpoint.model, adapter_for(checkpoint.model).forward, inputs, [OUT], axes)

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from diffpress.export.graph.model import Graph, Weight, stub
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 # Opset 18 writes GroupNorm as reshape + InstanceNormalization, which gave the fastest int8 graph in OpenVINO: 45 ms
 # against 56 with opset 21's GroupNormalization and 58 with opset 23; in fp32 they hardly differ.
@@ -77,7 +77,7 @@ def trace(
 
     `inputs` are examples (float ones become float32); `axes` names what is dynamic in them, {'sample': {0: 'batch'}}. A
     dynamic dimension needs an example of at least 2: torch would fix a 1 in the graph. The module is left as it is, and
-    may be of any dtype and on any device. Raises BadInput where it cannot be traced.
+    may be of any dtype and on any device. Raises InvalidInputError where it cannot be traced.
     """
     try:
         with _quiet():
@@ -87,7 +87,7 @@ def trace(
             program.optimize()
     except Exception as error:  # tracing, decomposing and translating each raise types of their own
         kind = type(module).__name__
-        raise BadInput(
+        raise InvalidInputError(
             f"{kind}: cannot be traced into an ONNX graph ({_reason(error)}); its forward must be made of tensor "
             "operations, without branches on tensor values"
         ) from error

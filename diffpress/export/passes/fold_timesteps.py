@@ -27,9 +27,9 @@ from diffpress.compress.context import say
 from diffpress.export.graph.model import Graph, load_all
 from diffpress.export.graph.rewrite import Rewrite, ancestors, copies
 from diffpress.export.passes.quantize_weights import layer_of
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import TIMESTEP, told_timesteps
-from diffpress.runtime.sampler import asked_points
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import TIMESTEP, typed_timesteps
+from diffpress.runtime.sampler import evaluated_levels
 
 # a table up to this size needs no weights to make up for it
 SMALL_TABLE = 2**16
@@ -40,27 +40,27 @@ FIXED, TIME, OTHER = range(3)
 # of a tensor's largest value: how far the same row may be apart in batches of two sizes
 SAME = 1e-5
 
-PREFIX = "fixed_plan"
+PREFIX = "fold_timesteps"
 SIDE = 16  # for the dynamic sizes of inputs of which nothing but the shape is read
 
 Tables = dict[str, np.ndarray]
 
 
-def fix_plan(checkpoint: Checkpoint, graph: Graph) -> tuple[Checkpoint, Graph]:
+def fold_timesteps(checkpoint: Checkpoint, graph: Graph) -> tuple[Checkpoint, Graph]:
     """The checkpoint and its float `graph` for the timesteps of its plan alone; both are left as they are. Raises
-    BadInput for a solver that asks between them.
+    InvalidInputError for a solver that asks between them.
 
     What the layers in the tables were quantized to goes: fake quantization of the new checkpoint is what the new graph
     with Q/DQ computes. Where no layer depends on the timestep alone, both come back unchanged.
     """
     plan = checkpoint.spec.plan
-    between = {point.t for point in asked_points(checkpoint.spec)} - set(plan.timesteps)
+    between = {level.t for level in evaluated_levels(checkpoint.spec)} - set(plan.timesteps)
     if between:
-        raise BadInput(
+        raise InvalidInputError(
             f"fixed plan: solver {plan.solver} asks the network between the plan's timesteps too, as at "
             f"{max(between):g}; take a solver that does not, or leave the fixed plan out"
         )
-    baked = bake_time(graph, plan.timesteps)
+    baked = fold_timestep_branch(graph, plan.timesteps)
     gone = _layers(graph) - _layers(baked)
     if not gone:
         say("fixed plan: no layer depends on the timestep alone, the graph takes any")
@@ -71,11 +71,11 @@ def fix_plan(checkpoint: Checkpoint, graph: Graph) -> tuple[Checkpoint, Graph]:
     return checkpoint.evolve(spec=spec, quantization=quantization), baked
 
 
-def bake_time(graph: Graph, timesteps: Iterable[float]) -> Graph:
+def fold_timestep_branch(graph: Graph, timesteps: Iterable[float]) -> Graph:
     """`graph`, itself left as it is, with tables for these timesteps; for any other its output is NaN."""
     old = graph.proto.graph
     dtype = next(_dtype(value) for value in old.input if value.name == TIMESTEP)
-    known = np.unique(told_timesteps(list(timesteps), dtype))
+    known = np.unique(typed_timesteps(list(timesteps), dtype))
     kinds = _kinds(old)
     inside = {index for index, node in enumerate(old.node) if kinds[node.output[0]] == TIME}
     rows = _rows(graph, kinds, known)

@@ -29,13 +29,13 @@ FUNCTIONS = {"Exp", "Log", "Pow", "Sqrt", "Reciprocal", "Softplus", "Sin", "Cos"
 DANGEROUS = NORMS | SUMS | SOFTMAX | FUNCTIONS
 
 ROUNDING = {"QuantizeLinear", "DequantizeLinear"}
-WAYS_END = {*WEIGHT_INPUT, "Einsum"} - {"Gather"} | ROUNDING
+PATH_ENDS = {*WEIGHT_INPUT, "Einsum"} - {"Gather"} | ROUNDING
 ARITHMETIC = {"Add", "Sub", "Mul", "Div", "Neg"}
 MOVING = {"Reshape", "Transpose", "Unsqueeze", "Squeeze", "Flatten", "Expand", "Slice", "Split", "Concat", "Identity"}
 MASKING = {"Add", "Sub", "Mul", "Div", "Where"}
 
 
-def islands(
+def fp32_nodes(
     graph: onnx.GraphProto, floats: set[str], lacking: Collection[str] = (), keep: Collection[str] = ()
 ) -> set[int]:
     """Indices of the nodes that compute in float32.
@@ -101,7 +101,7 @@ def _mask_(graph: onnx.GraphProto, found: set[int]) -> None:
 
 def _between(graph: onnx.GraphProto, floats: set[str], found: set[int]) -> set[int]:
     nodes = list(enumerate(graph.node))
-    free = {i for i, node in nodes if i not in found and node.op_type not in WAYS_END}
+    free = {i for i, node in nodes if i not in found and node.op_type not in PATH_ENDS}
     after: set[str] = set()  # floats that come from an island through free nodes
     for index, node in nodes:
         if index in found or (index in free and not after.isdisjoint(node.input)):

@@ -25,8 +25,8 @@ from onnx import TensorProto, helper, numpy_helper, shape_inference
 from diffpress.export.graph.model import Graph, Weight, weight_of
 from diffpress.export.graph.opsets import opset_of, raised
 from diffpress.export.graph.rewrite import Rewrite, copies
-from diffpress.export.passes.fp32_fallback import ROUNDING, islands
-from diffpress.runtime.errors import BadInput, unknown_name
+from diffpress.export.passes.fp32_fallback import ROUNDING, fp32_nodes
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 FLOAT = "fp32"
 HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
@@ -64,14 +64,14 @@ def kept_modules(module: object, precision: str) -> tuple[str, ...]:
 def to_half(graph: Graph, precision: str, keep: Collection[str] = ()) -> tuple[Graph, Lost]:
     """`graph`, itself left as it is, in 'fp16' or 'bf16', and what its weights lost.
 
-    Layers in modules `keep` stay float32. Reads every weight once. Raises BadInput for a weight that overflows, naming
+    Layers in modules `keep` stay float32. Reads every weight once. Raises InvalidInputError for a weight that overflows, naming
     it, and for a graph with branches or operators whose types ONNX does not know.
     """
     if precision not in HALVES:
         raise unknown_name("half precision", precision, HALVES)
     graph = raised(graph, _needed_opset(graph, precision))
     floats = _floats(graph)
-    inside = islands(graph.proto.graph, floats, _lacking(graph, HALVES[precision]), keep)
+    inside = fp32_nodes(graph.proto.graph, floats, _lacking(graph, HALVES[precision]), keep)
     halving = _Halving(graph, HALVES[precision], floats)
     for index, node in enumerate(copies(graph.proto.graph.node)):
         halving.add_(node, FLOAT32 if index in inside else HALVES[precision])
@@ -101,7 +101,7 @@ def _floats(graph: Graph) -> set[str]:
     for node in inner.node:
         unknown = [name for name in node.output if name and not types.get(name)]
         if unknown or any(attribute.HasField("g") for attribute in node.attribute):
-            raise BadInput(f"node '{node.name}': {node.op_type} cannot be put into half precision; export in fp32")
+            raise InvalidInputError(f"node '{node.name}': {node.op_type} cannot be put into half precision; export in fp32")
     return {name for name, kind in types.items() if kind == TensorProto.FLOAT}
 
 
@@ -205,7 +205,7 @@ def _lost(name: str, exact: np.ndarray, dtype: np.dtype) -> Lost:
     size = np.abs(exact)
     overflow = np.isfinite(size) & (size > float(limits.max))
     if overflow.any():
-        raise BadInput(
+        raise InvalidInputError(
             f"weight '{name}': {float(size[overflow].max()):g} does not fit {dtype.name}, which ends at "
             f"{float(limits.max):g}; take --precision {'bf16' if dtype == np.float16 else FLOAT}"
         )

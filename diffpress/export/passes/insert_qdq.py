@@ -25,12 +25,12 @@ from diffpress.export.graph.opsets import needed_opset, opset_of, raised
 from diffpress.export.graph.rewrite import Rewrite, copies
 from diffpress.export.graph.trace import SUMS, WEIGHT_INPUT
 from diffpress.export.passes.dynamic_fp4 import quantize_dynamically_
-from diffpress.export.passes.linear_to_conv1x1 import as_convolutions, bias_additions, entered
+from diffpress.export.passes.linear_to_conv1x1 import bias_additions, entered, linear_to_conv1x1
 from diffpress.export.passes.qdq_placement import Placement
 from diffpress.export.passes.quantize_weights import layer_of, quantize_weight
 from diffpress.export.passes.smoothquant import smoothed
-from diffpress.export.passes.svdquant import branched
-from diffpress.runtime.errors import BadInput
+from diffpress.export.passes.svdquant import svdquant
+from diffpress.runtime.errors import InvalidInputError
 
 KINDS = (".weight", ".input", ".output")
 # what takes an output scale: layers, and the sums that blocks end in
@@ -43,16 +43,16 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
     """`graph` (made by `diffpress.export.graph.to_onnx`), itself left as it is, computing in few bits where `quantization` has scales.
 
     `tensorrt` writes it as TensorRT takes it, where that is another way than that of the engines on the CPU. Raises
-    BadInput, naming the layer, for a scale that is not positive and finite or does not fit the layer's weight, and for
+    InvalidInputError, naming the layer, for a scale that is not positive and finite or does not fit the layer's weight, and for
     a layer the graph does not have.
     """
     formats = quantization.layer_formats
     for kind in (quantization.format, *formats.values()):
         if kind not in FORMATS:
-            raise BadInput(f"quantization format '{kind}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
-    graph = smoothed(branched(graph, quantization.branch), quantization.smooth)
+            raise InvalidInputError(f"quantization format '{kind}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
+    graph = smoothed(svdquant(graph, quantization.svdquant), quantization.smooth)
     if not tensorrt:
-        graph = as_convolutions(graph, [name for name, kind in formats.items() if FORMATS[kind].activations is INT8])
+        graph = linear_to_conv1x1(graph, [name for name, kind in formats.items() if FORMATS[kind].activations is INT8])
     opset = max(opset_of(graph), needed_opset(formats.values()))
     weights, inputs, outputs = (_scales(quantization, kind) for kind in KINDS)
     old = graph.proto.graph
@@ -103,7 +103,7 @@ def _scales(quantization: Quantization, kind: str) -> Scales:
         largest = (form.weights if kind == ".weight" else form.activations or INT8).largest
         scale = np.atleast_1d(amax.detach().cpu().numpy().astype(np.float32)) / np.float32(largest)
         if scale.size == 0 or not (np.isfinite(scale).all() and (scale > 0).all()):
-            raise BadInput(
+            raise InvalidInputError(
                 f"layer '{layer}': its {kind[1:]} amax must be positive and finite ({_worst(scale, largest)} found); "
                 "quantize again with other calibration data, or keep this layer in float"
             )
@@ -120,20 +120,20 @@ def _check_layers(graph: onnx.GraphProto, weights: Scales, inputs: Scales, outpu
     layers = {layer_of(node) for node in graph.node}
     for layer in weights:
         if layer not in layers:
-            raise BadInput(
+            raise InvalidInputError(
                 f"layer '{layer}': the graph has no node that applies its weight; was it exported from another model?"
             )
     for layer in inputs:
         if layer not in weights:
-            raise BadInput(f"layer '{layer}': it has an input amax but no weight amax; quantize again")
+            raise InvalidInputError(f"layer '{layer}': it has an input amax but no weight amax; quantize again")
     operators = {_module_of(node): node.op_type for node in graph.node}
     for name in outputs:
         if operators.get(name) not in ROUNDED:
-            raise BadInput(
+            raise InvalidInputError(
                 f"layer '{name}': only layers and the sums of blocks take an output amax, this is a "
                 f"{operators.get(name, 'module that the graph does not know')}"
             )
     for kind, scales in (("input", inputs), ("output", outputs)):
         for name, scale in scales.items():
             if scale.size != 1:
-                raise BadInput(f"layer '{name}': its {kind} amax has {scale.size} values, one is expected")
+                raise InvalidInputError(f"layer '{name}': its {kind} amax has {scale.size} values, one is expected")

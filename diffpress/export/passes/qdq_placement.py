@@ -9,7 +9,7 @@ Rounding is half to even. The pairs stand
                                   default teacher takes 170 ms a step instead of 75 (batch 8, one thread, AVX2)
     behind a residual sum         and what reads it at its scale needs no pair of its own
     behind a concatenation, a nearest resizing or a padding with zeros of tensors of one scale: it copies integers
-    before a product of two rounded tensors, as q k^T of attention: on their own grids, so that nothing is rounded anew
+    before a product of two rounded tensors, as q k^T of attention: on their own integer_scales, so that nothing is rounded anew
 
 and nowhere else; above all not inside of SiLU, nor between a norm and it: engines fuse those with the rounding that
 follows, and OpenVINO took 20 ms instead of 15 for them where NNCF had put pairs in between.
@@ -39,7 +39,7 @@ UINT8_ZERO = 128
 MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")  # nodes that only move values
 
 
-class Grid(NamedTuple):
+class IntegerScale(NamedTuple):
     """Where values lie: `factor` times those of `tensor`, which are whole multiples of `scale`."""
 
     tensor: str
@@ -51,14 +51,14 @@ class Grid(NamedTuple):
 class Placement:
     """The pairs in a graph that is being written; `tensorrt` as its parser wants them.
 
-    `scales` has the float32 scale of every tensor that comes out of a pair, `grids` tells of those of int8, and of what
+    `scales` has the float32 scale of every tensor that comes out of a pair, `integer_scales` tells of those of int8, and of what
     was made from them by moving values and by a constant factor.
     """
 
     rewrite: Rewrite
     tensorrt: bool
     scales: dict[str, np.ndarray] = field(default_factory=dict)
-    grids: dict[str, Grid] = field(default_factory=dict)
+    integer_scales: dict[str, IntegerScale] = field(default_factory=dict)
 
     def round_input_(self, node: onnx.NodeProto, scale: np.ndarray, number: Number) -> None:
         """Let the layer's node read its activation rounded."""
@@ -78,13 +78,13 @@ class Placement:
         self._add_pair(node.output[0], f"{node.name}.output", scale, number, tensor)
 
     def round_product_(self, node: onnx.NodeProto) -> None:
-        """Let a product of two tensors that lie on grids read integers; the pairs take over their factors.
+        """Let a product of two tensors that lie on integer_scales read integers; the pairs take over their factors.
 
         So ONNX Runtime computes q k^T of a DiT on integers (attention in 0.9x of the time), and OpenVINO goes on with
         its float kernel for attention as a whole. What softmax gives lies on no grid: rounded to 1/255 it broke that
         kernel (1.2 to 1.4x), and cost a DiT 3 dB. TensorRT too fuses attention as a whole.
         """
-        if node.op_type == "MatMul" and not self.tensorrt and all(name in self.grids for name in node.input):
+        if node.op_type == "MatMul" and not self.tensorrt and all(name in self.integer_scales for name in node.input):
             node.input[:] = [self._on_grid(name) for name in node.input]
 
     def pass_on_(self, node: onnx.NodeProto) -> None:
@@ -109,14 +109,14 @@ class Placement:
 
     def _follow_(self, node: onnx.NodeProto) -> None:
         """Note on which grid the node's output lies, where it only moves values, or scales them by a constant."""
-        grids = [(name, self.grids[name]) for name in node.input if name in self.grids]
-        if len(grids) != 1:
+        integer_scales = [(name, self.integer_scales[name]) for name in node.input if name in self.integer_scales]
+        if len(integer_scales) != 1:
             return
-        ((name, grid),) = grids
-        if node.op_type in MOVES and name == node.input[0] and grid.factor == 1.0:
-            self.grids[node.output[0]] = Grid(node.output[0], grid.scale)
+        ((name, integer),) = integer_scales
+        if node.op_type in MOVES and name == node.input[0] and integer.factor == 1.0:
+            self.integer_scales[node.output[0]] = IntegerScale(node.output[0], integer.scale)
         elif node.op_type == "Mul" and (factor := self._factor(next(x for x in node.input if x != name))):
-            self.grids[node.output[0]] = Grid(grid.tensor, grid.scale, grid.factor * factor)
+            self.integer_scales[node.output[0]] = IntegerScale(integer.tensor, integer.scale, integer.factor * factor)
 
     def _factor(self, name: str) -> float | None:
         """A stored positive number, None for anything else."""
@@ -128,13 +128,13 @@ class Placement:
 
     def _on_grid(self, tensor: str) -> str:
         """The tensor behind a pair that changes no value, made once."""
-        grid = self.grids[tensor]
+        integer = self.integer_scales[tensor]
         if tensor in self.scales:
             return tensor
-        key, done = (tensor, (grid.scale * np.float32(grid.factor)).tobytes()), self.rewrite.done
+        key, done = (tensor, (integer.scale * np.float32(integer.factor)).tobytes()), self.rewrite.done
         if key not in done:
             done[key] = f"{tensor}.dequantized"
-            self._add_pair(grid.tensor, tensor, grid.scale, INT8, done[key], grid.factor)
+            self._add_pair(integer.tensor, tensor, integer.scale, INT8, done[key], integer.factor)
         return done[key]
 
     def _rounded(self, tensor: str, prefix: str, scale: np.ndarray, number: Number) -> str:
@@ -159,7 +159,7 @@ class Placement:
         self.rewrite.nodes.append(helper.make_node("DequantizeLinear", [numbers, *parameters], [out], f"{prefix}/DQ"))
         self.scales[out] = wider
         if number is INT8:
-            self.grids[out] = Grid(out, wider)
+            self.integer_scales[out] = IntegerScale(out, wider)
 
     def _zero(self, number: Number) -> str:
         if number is INT8 and not self.tensorrt:

@@ -33,7 +33,7 @@ from diffpress.compress.quantization.nvfp4 import LEAST_SCALE
 from diffpress.export.graph.model import Weight, weight_of
 from diffpress.export.graph.rewrite import Rewrite
 from diffpress.export.graph.trace import WEIGHT_INPUT
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 CONVOLUTIONS = ("Conv", "ConvTranspose")
 
@@ -100,7 +100,7 @@ def _check_fit(node: onnx.NodeProto, scale: np.ndarray, shape: tuple[int, ...], 
     # blocks of inputs do not lie together in a transposed convolution's weight
     wanted = (channels,) if node.op_type == "ConvTranspose" else scale_shape(form, (channels, prod(shape) // channels))
     if scale.shape != wanted:
-        raise BadInput(
+        raise InvalidInputError(
             f"layer '{layer_of(node)}': {scale.size} weight scales for {' x '.join(map(str, wanted))} "
             f"{'blocks' if len(wanted) > 1 else 'channels'}; was it pruned after it was quantized? quantize again"
         )

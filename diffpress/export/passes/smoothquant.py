@@ -20,7 +20,7 @@ from diffpress.export.graph.model import Graph, Weight, weight_of
 from diffpress.export.graph.rewrite import Rewrite, copies
 from diffpress.export.graph.trace import WEIGHT_INPUT
 from diffpress.export.passes.quantize_weights import channel_axis, layer_of
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 LAST = ("Gemm", "MatMul")  # operators whose input has its channels on the last axis
 
@@ -28,7 +28,7 @@ LAST = ("Gemm", "MatMul")  # operators whose input has its channels on the last 
 def smoothed(graph: Graph, smooth: Mapping[str, torch.Tensor]) -> Graph:
     """`graph`, itself left as it is, with the layers of `smooth` ([in] by name) smoothed.
 
-    Raises BadInput, naming the layer, for a vector that is not positive and finite or does not fit the layer's weight,
+    Raises InvalidInputError, naming the layer, for a vector that is not positive and finite or does not fit the layer's weight,
     and for a layer the graph does not have.
     """
     if not smooth:
@@ -43,7 +43,7 @@ def smoothed(graph: Graph, smooth: Mapping[str, torch.Tensor]) -> Graph:
         rewrite.nodes.append(node)
     if missing:
         name = min(missing)
-        raise BadInput(f"layer '{name}': the graph has no node that applies its weight; is it another model's?")
+        raise InvalidInputError(f"layer '{name}': the graph has no node that applies its weight; is it another model's?")
     return rewrite.graph()
 
 
@@ -52,7 +52,7 @@ def _smooth_(rewrite: Rewrite, node: onnx.NodeProto, s: np.ndarray) -> None:
     name, tensor = node.input[index], node.input[1 - index]
     weight, axis = weight_of(rewrite.source, name), 1 - channel_axis(node)
     if s.size != weight.shape[axis] or not (np.isfinite(s).all() and (s > 0).all()):
-        raise BadInput(
+        raise InvalidInputError(
             f"layer '{layer}': what smooths it must be {weight.shape[axis]} positive numbers, one for each input; "
             "quantize again"
         )

@@ -19,27 +19,27 @@ from diffpress.export.graph.model import Graph, Weight, weight_of
 from diffpress.export.graph.rewrite import Rewrite, copies
 from diffpress.export.graph.trace import WEIGHT_INPUT
 from diffpress.export.passes.quantize_weights import channel_axis, layer_of
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
-def branched(graph: Graph, branch: Mapping[str, torch.Tensor]) -> Graph:
+def svdquant(graph: Graph, svdquant: Mapping[str, torch.Tensor]) -> Graph:
     """`graph`, itself left as it is, with the branches '<layer>.down' [rank, in] and '<layer>.up' [out, rank].
 
-    Raises BadInput, naming the layer, for factors that do not fit its weight and for a layer the graph does not have.
+    Raises InvalidInputError, naming the layer, for factors that do not fit its weight and for a layer the graph does not have.
     """
-    missing = {key.rpartition(".")[0] for key in branch}
+    missing = {key.rpartition(".")[0] for key in svdquant}
     if not missing:
         return graph
     rewrite = Rewrite(graph)
     for node in copies(graph.proto.graph.node):
         layer = layer_of(node)
         rewrite.nodes.append(node)
-        if f"{layer}.up" in branch:
+        if f"{layer}.up" in svdquant:
             missing.discard(layer)
-            factors = (branch[f"{layer}.{side}"].detach().cpu().numpy().astype(np.float32) for side in ("down", "up"))
+            factors = (svdquant[f"{layer}.{side}"].detach().cpu().numpy().astype(np.float32) for side in ("down", "up"))
             _branch_(rewrite, node, *factors)
     if missing:
-        raise BadInput(f"layer '{min(missing)}': the graph has no node that applies its weight; is it another model's?")
+        raise InvalidInputError(f"layer '{min(missing)}': the graph has no node that applies its weight; is it another model's?")
     return rewrite.graph()
 
 
@@ -48,7 +48,7 @@ def _branch_(rewrite: Rewrite, node: onnx.NodeProto, down: np.ndarray, up: np.nd
     name, tensor = node.input[index], node.input[1 - index]
     weight, axis = weight_of(rewrite.source, name), channel_axis(node)
     if len(weight.shape) != 2 or (up.shape[0], down.shape[1]) != (weight.shape[axis], weight.shape[1 - axis]):
-        raise BadInput(f"layer '{layer}': its branch does not fit its weight {weight.shape}; quantize again")
+        raise InvalidInputError(f"layer '{layer}': its branch does not fit its weight {weight.shape}; quantize again")
     left = Weight(np.dtype(np.float32), weight.shape, partial(_residual, weight, axis, down, up))
     node.input[index] = rewrite.add_weight(f"{layer}.weight_left", left)
     out, rounded, narrow, wide = node.output[0], *(f"{node.name}.{part}" for part in ("rounded", "narrow", "wide"))

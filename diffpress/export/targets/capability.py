@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from diffpress.compress.checkpoint import Quantization
 from diffpress.export.targets.precision import computing_layers, layer_formats
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 @dataclass(frozen=True)
@@ -42,13 +42,13 @@ SUPPORT: dict[str, Support] = {
 
 
 def check_runs(formats: Iterable[str], capabilities: Sequence[str]) -> None:
-    """Raise BadInput where a GPU of these compute capabilities ('8.9') does not run one of the formats."""
+    """Raise InvalidInputError where a GPU of these compute capabilities ('8.9') does not run one of the formats."""
     for kind in sorted(set(formats)):
         for capability in capabilities:
             if _version(capability) < SUPPORT[kind].on_gpu:
                 able = [other for other, support in SUPPORT.items() if support.on_gpu <= _version(capability)]
                 least = ".".join(map(str, SUPPORT[kind].on_gpu))
-                raise BadInput(
+                raise InvalidInputError(
                     f"target tensorrt: compute capability {capability} does not run format {kind}; {least} and later "
                     f"do, and {capability} runs {', '.join(able)}"
                 )

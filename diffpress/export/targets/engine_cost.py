@@ -19,7 +19,7 @@ import onnx
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import EngineCosts
-from diffpress.compress.quantization.algorithms.sensitivity import places
+from diffpress.compress.quantization.algorithms.sensitivity import quantized_layers
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.passes.insert_qdq import insert_qdq
@@ -28,7 +28,7 @@ from diffpress.export.verify.latency import BATCH, alternated
 from diffpress.export.verify.parity import trial_of
 from diffpress.runtime.engines import Engine, load_engine
 from diffpress.runtime.engines.precision_report import Kernel
-from diffpress.runtime.network_inputs import network_inputs
+from diffpress.runtime.network_inputs import dummy_inputs
 
 PROFILED_RUNS = 9
 QUANTIZED, WITHOUT_SUMS = "quantized.onnx", "without_sums.onnx"
@@ -36,7 +36,7 @@ QUANTIZED, WITHOUT_SUMS = "quantized.onnx", "without_sums.onnx"
 
 @contextmanager
 def costs_in(checkpoint: Checkpoint, engine: str) -> Iterator[EngineCosts]:
-    """Costs of quantizing the float `checkpoint` in `engine`; raises MissingExtra where that is not installed."""
+    """Costs of quantizing the float `checkpoint` in `engine`; raises MissingDependencyError where that is not installed."""
     graph = to_onnx(checkpoint)
     with TemporaryDirectory() as folder:
         exact = Path(folder) / "float.onnx"
@@ -50,7 +50,7 @@ class _Costs:
 
     def __init__(self, checkpoint: Checkpoint, graph: Graph, folder: Path, exact: Engine) -> None:
         self._graph, self._exact, self._folder = graph, exact, folder
-        self._inputs = network_inputs(exact, trial_of(checkpoint).spec, BATCH)
+        self._inputs = dummy_inputs(exact, trial_of(checkpoint).spec, BATCH)
 
     def gains_ms(self, quantization: Quantization) -> dict[str, float]:
         quantized, _ = self._written(quantization)
@@ -62,7 +62,7 @@ class _Costs:
 
     def _gains_of_sums(self, quantization: Quantization, rounded: Engine) -> dict[str, float]:
         """What it is worth to round sums between layers, by the clock and in equal parts."""
-        sums = [place for place in places(quantization) if place not in quantization.layers]
+        sums = [layer for layer in quantized_layers(quantization) if layer not in quantization.layers]
         if not sums:
             return {}
         self._written(quantization.without(sums), WITHOUT_SUMS)

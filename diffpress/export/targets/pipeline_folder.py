@@ -55,8 +55,8 @@ def _index(index: dict[str, Any]) -> dict[str, Any]:
     """The index without parts that are not in the bundle; nobody is warned of a safety checker that is not there."""
     kept = {}
     for name, entry in index.items():
-        is_part = isinstance(entry, list) and len(entry) == 2
-        kept[name] = [None, None] if is_part and name not in USED else entry
+        is_component = isinstance(entry, list) and len(entry) == 2
+        kept[name] = [None, None] if is_component and name not in USED else entry
     return kept | ({"requires_safety_checker": False} if "safety_checker" in index else {})
 
 

@@ -26,7 +26,7 @@ ENGINE = "tensorrt"
 DEFAULTS = BuildOptions()
 
 
-def build_plan(
+def build_engine(
     graph: Path,
     folder: Path,
     capabilities: Sequence[str],
@@ -38,8 +38,8 @@ def build_plan(
 ) -> dict[str, Any]:
     """Build `graph` for compute capabilities such as '8.6' into `folder`/engines; returns the manifest entry.
 
-    `part` is its name among the bundle's graphs and `precision` what it computes in. Raises MissingExtra without a
-    library, and BadInput for no or an unknown capability and for a graph that cannot be parsed or built (naming the
+    `part` is its name among the bundle's graphs and `precision` what it computes in. Raises MissingDependencyError without a
+    library, and InvalidInputError for no or an unknown capability and for a graph that cannot be parsed or built (naming the
     node).
     """
     made = build(graph, spec, options, capabilities, part=part)
@@ -54,7 +54,7 @@ def build_plan(
     }
 
 
-def build_plans(
+def build_engines(
     folder: Path,
     graphs: Mapping[str, tuple[Path, str]],
     capabilities: Sequence[str],
@@ -62,7 +62,7 @@ def build_plans(
     options: BuildOptions = DEFAULTS,
     made_before: Bundle | None = None,
 ) -> list[dict[str, Any]]:
-    """`build_plan` for each of a bundle's graphs, name -> (file, precision); returns their manifest entries.
+    """`build_engine` for each of a bundle's graphs, name -> (file, precision); returns their manifest entries.
 
     A plan that `made_before` holds of the very same graph, built in the same way, is taken over: parts of a pipeline
     stay what they are when its denoiser is compressed.
@@ -71,7 +71,7 @@ def build_plans(
     for part, (graph, precision) in graphs.items():
         entry = None if made_before is None else _taken_over(made_before, part, graph, capabilities, options, folder)
         entries.append(
-            entry or build_plan(graph, folder, capabilities, spec, options, part=part, precision=precision)
+            entry or build_engine(graph, folder, capabilities, spec, options, part=part, precision=precision)
         )
     return entries
 
@@ -90,12 +90,12 @@ def _taken_over(
 
 
 def check_build(capabilities: Sequence[str], options: BuildOptions = DEFAULTS) -> None:
-    """Raise, as `build_plan` would, for what can be refused before any work."""
+    """Raise, as `build_engine` would, for what can be refused before any work."""
     library, _ = choose(capabilities)
     refuse_unsupported(library, options)
 
 
-def plan_line(entry: Mapping[str, Any]) -> str:
+def tensorrt_line(entry: Mapping[str, Any]) -> str:
     """One line on a plan, from its manifest entry."""
     low, usual, high = entry["options"]["batch"]
     targets = ", ".join(entry["compute_capabilities"])

@@ -20,7 +20,7 @@ from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.targets.precision import precision_of
 from diffpress.export.verify.parity import Trial, check_parity
 from diffpress.runtime.engines import ENGINES
-from diffpress.runtime.errors import BadInput, unknown_name
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 FLOAT = "float"
 
@@ -40,13 +40,13 @@ class Variant:
 
 
 def check_variants(variants: Sequence[Variant]) -> None:
-    """Raise BadInput for an engine that does not exist or would have two variants."""
+    """Raise InvalidInputError for an engine that does not exist or would have two variants."""
     engines = [engine for variant in variants for engine in variant.engines]
     for engine in engines:
         if engine not in ENGINES:
             raise unknown_name("engine", engine, ENGINES)
         if engines.count(engine) > 1:
-            raise BadInput(f"engine '{engine}': takes one graph, and variants {_names(variants, engine)} are given")
+            raise InvalidInputError(f"engine '{engine}': takes one graph, and variants {_names(variants, engine)} are given")
 
 
 def write_variants(
@@ -54,14 +54,14 @@ def write_variants(
 ) -> dict[str, dict[str, Any]]:
     """Write the variants of the checkpoint's graph into a bundle's folder; returns engine -> manifest entry.
 
-    Raises GateFailed where an engine's images from its variant are not torch's (export/verify/parity.py).
+    Raises GateFailedError where an engine's images from its variant are not torch's (export/verify/parity.py).
     """
     entries = {}
     for variant in variants:
         path, computed = folder / variant.file, checkpoint.evolve(quantization=variant.quantization)
         size = save_graph(variant.graph, path)
         # what corrects rounding in the plan is not for floats
-        plan = trial.spec.plan if variant.quantization else trial.spec.plan.uncorrected
+        plan = trial.spec.plan if variant.quantization else trial.spec.plan.without_corrections
         tried = replace(trial, spec=trial.spec.with_plan(plan))
         parity = check_parity(computed, path, tried, engines=list(variant.engines), threads=threads)
         for engine in variant.engines:

@@ -21,7 +21,7 @@ from typing import Any
 
 from diffpress.runtime.bundle import sha256
 from diffpress.runtime.engines import load_engine
-from diffpress.runtime.network_inputs import network_inputs
+from diffpress.runtime.network_inputs import dummy_inputs
 from diffpress.runtime.spec import DenoiserSpec
 
 BATCH = 2
@@ -30,31 +30,31 @@ BATCH = 2
 MAX_ONNXRUNTIME_BYTES = 2**30
 
 
-def prove_engine(
+def check_engine(
     name: str, graph: Path, spec: DenoiserSpec, size: int, promised: Collection[str] = ()
 ) -> dict[str, Any]:
     """The manifest entry of `graph` (`size` bytes with its weights) in the engine `name` that is installed here.
 
-    `promised` are the layers that should run on integers. Raises MissingExtra where the engine is not installed and
-    BadInput where it does not take the graph.
+    `promised` are the layers that should run on integers. Raises MissingDependencyError where the engine is not installed and
+    InvalidInputError where it does not take the graph.
     """
     entry = {"engine": name, "version": importlib.metadata.version(name), "graph": graph.name}
     entry["graph_sha256"] = sha256(graph)
     if name == "onnxruntime" and size > MAX_ONNXRUNTIME_BYTES:
         return entry | dict.fromkeys(("integer_mac_share", "float_layers", "fallbacks"))
     with closing(load_engine(graph, name)) as engine:
-        inputs = network_inputs(engine, spec, BATCH)
+        inputs = dummy_inputs(engine, spec, BATCH)
         engine.run(inputs)
-        account = engine.account(inputs, promised)
+        precision_report = engine.precision_report(inputs, promised)
     return entry | {
-        "integer_mac_share": round(account.integer_mac_share, 3),
-        "float_layers": len(account.float_layers),
-        "fallbacks": [{"layer": layer, "reason": reason} for layer, reason in account.fallbacks.items()],
+        "integer_mac_share": round(precision_report.integer_mac_share, 3),
+        "float_layers": len(precision_report.float_layers),
+        "fallbacks": [{"layer": layer, "reason": reason} for layer, reason in precision_report.fallbacks.items()],
     }
 
 
-def proof_line(entry: dict[str, Any], shown: int = 3) -> str:
-    """An entry of `prove_engine` in words, with the first `shown` fallbacks by name."""
+def engine_check_line(entry: dict[str, Any], shown: int = 3) -> str:
+    """An entry of `check_engine` in words, with the first `shown` fallbacks by name."""
     head = f"{entry['engine']} {entry['version']}"
     if entry["integer_mac_share"] is None:
         return f"{head}: too large to be run again, integer MACs not counted"

@@ -14,7 +14,7 @@ import onnx
 from onnx import TensorProto, helper, shape_inference
 
 from diffpress.runtime.engines import Engine
-from diffpress.runtime.errors import GateFailed
+from diffpress.runtime.errors import GateFailedError
 
 LARGEST = "largest_in_float16"
 LIMIT = float(np.finfo(np.float16).max)
@@ -69,11 +69,11 @@ class Probed:
         return outputs
 
     def check(self, name: str) -> float:
-        """The largest number; raises GateFailed, naming the node, where it is beyond float16."""
+        """The largest number; raises GateFailedError, naming the node, where it is beyond float16."""
         fits = self._largest <= LIMIT
         if not fits.all():
             first = int(np.argmin(fits))
-            raise GateFailed(
+            raise GateFailedError(
                 f"{name}: node '{self._nodes[first]}' writes {self._largest[first]:g}, and float16 ends at {LIMIT:g}; "
                 "take --precision bf16"
             )

@@ -26,7 +26,7 @@ from diffpress.export.targets.precision import precision_of
 from diffpress.export.targets.variants import FLOAT, Variant
 from diffpress.export.verify.parity import trial_of
 from diffpress.runtime.engines import Engine, load_engine
-from diffpress.runtime.network_inputs import network_inputs
+from diffpress.runtime.network_inputs import dummy_inputs
 
 BATCH = 8
 ROUNDS, MAX_ROUNDS, ENOUGH_MS = 5, 30, 2000.0
@@ -86,7 +86,7 @@ def measure_latency(
                 closing(load_engine(files[id(float_graph)], name, threads)) as exact,
                 closing(load_engine(files[id(graph)], name, threads)) as rounded,
             ):
-                times = alternated((exact, rounded), network_inputs(exact, spec, BATCH))
+                times = alternated((exact, rounded), dummy_inputs(exact, spec, BATCH))
                 found.append(Latency(name, precision, *times))
     return found
 

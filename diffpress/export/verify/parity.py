@@ -26,7 +26,7 @@ import onnx
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.evaluation.metrics import mean_sqnr_db
 from diffpress.compress.models.adapter import adapter_for
-from diffpress.compress.models.components import Part
+from diffpress.compress.models.components import Component
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.quantizers import fake_quantized
@@ -34,15 +34,15 @@ from diffpress.export.verify.float16_range import Probed, write_probed
 from diffpress.runtime.engines import Engine, available, load_engine
 from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.errors import GateFailed
-from diffpress.runtime.network_inputs import Network, stand_in_conditions
+from diffpress.runtime.errors import GateFailedError
+from diffpress.runtime.network_inputs import Network, dummy_conditioning
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.spec import DenoiserSpec
 
 SAMPLES = 16  # the SQNR of four strays by a decibel from draw to draw
 MAX_ABS = 1e-3
 WITHIN_DB = 1.0
-PART_SQNR_DB = {"fp32": 60.0, "fp16": 45.0, "bf16": 30.0}
+COMPONENT_SQNR_DB = {"fp32": 60.0, "fp16": 45.0, "bf16": 30.0}
 
 # between what rounding costs and what a lost island does: measured were 55 to 70 dB in fp16 and 18 less in bf16
 HALF_SQNR_DB = {"fp16": 40.0, "bf16": 22.0}
@@ -97,9 +97,9 @@ def check_parity(
     """{engine: {max_abs, sqnr_db, samples, steps}} of `graph`, the checkpoint's, against its float torch model.
 
     `engines` None takes all that are installed and run its `precision`. A quantized checkpoint adds the row
-    'torch_fake_quant'. Raises GateFailed where an engine strays further than the bounds above.
+    'torch_fake_quant'. Raises GateFailedError where an engine strays further than the bounds above.
     """
-    exact = replace(trial, spec=trial.spec.with_plan(trial.spec.plan.uncorrected))
+    exact = replace(trial, spec=trial.spec.with_plan(trial.spec.plan.without_corrections))
     reference = _samples(TorchNetwork(checkpoint.model, exact.spec), exact)
     engines = _engines(precision, large=_bytes(graph) >= LARGE_BYTES) if engines is None else engines
     measured = _measured(checkpoint, graph, trial, reference, engines, threads, precision)
@@ -108,12 +108,12 @@ def check_parity(
         if FAKE_QUANT not in measured and precision in HALF_SQNR_DB:
             _hold(graph, name, row["sqnr_db"], HALF_SQNR_DB[precision])
         elif FAKE_QUANT not in measured and not row["max_abs"] <= allowed:
-            raise GateFailed(
+            raise GateFailedError(
                 f"{graph.name} in {name}: samples differ from torch's by {row['max_abs']:.2g} at most "
                 f"({row['sqnr_db']:.1f} dB), {allowed:.2g} is allowed"
             )
         if FAKE_QUANT in measured and not row["sqnr_db"] >= measured[FAKE_QUANT]["sqnr_db"] - trial.within_db:
-            raise GateFailed(
+            raise GateFailedError(
                 f"{graph.name} in {name}: {row['sqnr_db']:.1f} dB SQNR to the float model (largest difference "
                 f"{row['max_abs']:.2g}), torch's fake quantization has {measured[FAKE_QUANT]['sqnr_db']:.1f} dB and "
                 f"{trial.within_db:g} dB less is allowed"
@@ -126,23 +126,23 @@ def runs(precision: str) -> list[str]:
     return [name for name in available() if name not in (*CANNOT_RUN.get(precision, ()), "tensorrt")]
 
 
-def check_part(
-    part: Part, graph: Path, *, engines: list[str] | None = None, threads: int | None = None, precision: str = "fp32"
+def check_component(
+    part: Component, graph: Path, *, engines: list[str] | None = None, threads: int | None = None, precision: str = "fp32"
 ) -> dict[str, float]:
-    """{engine: SQNR in dB} of the least faithful output of a part's graph; GateFailed below PART_SQNR_DB."""
+    """{engine: SQNR in dB} of the least faithful output of a part's graph; GateFailedError below COMPONENT_SQNR_DB."""
     inputs = {name: tensor.numpy() for name, tensor in part.examples.items()}
     wanted, found = part.run_all(inputs), {}
     for name in runs(precision) if engines is None else engines:
         with _opened(graph, name, threads, lean=False, precision=precision) as engine:
             outputs = engine.run_all(inputs)
         found[name] = round(min(mean_sqnr_db(wanted[key], outputs[key]) for key in wanted), 1)
-        _hold(graph, name, found[name], PART_SQNR_DB[precision])
+        _hold(graph, name, found[name], COMPONENT_SQNR_DB[precision])
     return found
 
 
 def _hold(graph: Path, engine: str, sqnr_db: float, least: float) -> None:
     if not sqnr_db >= least:  # NaN is not
-        raise GateFailed(f"{graph.name} in {engine}: {sqnr_db:.1f} dB SQNR to torch, {least:g} dB are asked for")
+        raise GateFailedError(f"{graph.name} in {engine}: {sqnr_db:.1f} dB SQNR to torch, {least:g} dB are asked for")
 
 
 def _engines(precision: str, large: bool) -> list[str]:
@@ -178,7 +178,7 @@ def _in_engine(opened: Callable[[], AbstractContextManager[Network]], trial: Tri
 
 @contextmanager
 def _opened(graph: Path, name: str, threads: int | None, lean: bool, precision: str) -> Iterator[Engine | Probed]:
-    """The engine; in fp16 ONNX Runtime says as well whether everything fits, and raises GateFailed in the end."""
+    """The engine; in fp16 ONNX Runtime says as well whether everything fits, and raises GateFailedError in the end."""
     options = EngineOptions(lean=lean)
     if precision != "fp16" or name != onnxruntime_engine.NAME:
         with closing(load_engine(graph, name, threads, options=options)) as engine:
@@ -203,8 +203,8 @@ def _bytes(graph: Path) -> int:
 
 
 def _samples(network: Network, trial: Trial) -> np.ndarray:
-    told = stand_in_conditions(trial.spec, trial.samples)
-    return generate(network, trial.spec, range(trial.samples), batch=trial.samples, conditions=told)
+    conditioning = dummy_conditioning(trial.spec, trial.samples)
+    return generate(network, trial.spec, range(trial.samples), batch=trial.samples, conditions=conditioning)
 
 
 def _compared(reference: np.ndarray, samples: np.ndarray, trial: Trial) -> dict[str, float]:

@@ -28,11 +28,11 @@ from diffpress.runtime.benchmarking.probe import Probe, probe
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.engines import Engine, available
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Network, network_inputs, stand_in_conditions
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import Network, dummy_conditioning, dummy_inputs
 from diffpress.runtime.pipeline import in_streams
 from diffpress.runtime.sampler import network_evaluations, warm_up
-from diffpress.runtime.sampling_plan import Plan
+from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.spec import DenoiserSpec
 
 TORCH, FLOAT, HALVES = "torch", "fp32", ("fp16", "bf16")
@@ -98,11 +98,11 @@ def measure(
     """Measure the subjects in turns; returns {"machine", "baseline", "rows"} as `bench --json` prints it.
 
     One warm-up and then `repeats` rounds for each batch size. `baseline` names the subject that the report
-    leads with (by default the torch one, else the first); raises BadInput for no subjects, batches or
+    leads with (by default the torch one, else the first); raises InvalidInputError for no subjects, batches or
     repeats.
     """
     if not subjects or not batches or min(batches) < 1 or repeats < 1:
-        raise BadInput(
+        raise InvalidInputError(
             f"bench: {len(subjects)} subjects, batches {list(batches)}, {repeats} repeats; "
             "at least one of each is needed"
         )
@@ -117,7 +117,7 @@ def bundle_subject(
     engine: Engine,
     *,
     name: str | None = None,
-    plan: Plan | None = None,
+    plan: SamplingPlan | None = None,
     batches: Sequence[int] = (),
     options: EngineOptions | None = None,
 ) -> Subject:
@@ -131,7 +131,7 @@ def bundle_subject(
     spec = spec if plan is None else spec.with_plan(plan)
     one_step = spec.plan.over(spec.plan.timesteps[:1])
     options = options or EngineOptions()
-    share = engine.integer_mac_share(network_inputs(engine, spec, batch=max(batches, default=1)))
+    share = engine.integer_mac_share(dummy_inputs(engine, spec, batch=max(batches, default=1)))
     return Subject(
         name=name or str(bundle.manifest.get("name") or bundle.path.name),
         engine=engine.name,
@@ -161,7 +161,7 @@ def sample_once(network: Network, spec: DenoiserSpec, batch: int, streams: int =
     """One batch for each stream by the spec's plan under stand-in conditions, to be timed."""
     count = batch * streams
     return np.concatenate(
-        list(in_streams(network, spec, range(count), stand_in_conditions(spec, count), batch, streams))
+        list(in_streams(network, spec, range(count), dummy_conditioning(spec, count), batch, streams))
     )
 
 

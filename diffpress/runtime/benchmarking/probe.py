@@ -18,7 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from diffpress.runtime.errors import BadInput, DiffpressError
+from diffpress.runtime.errors import DiffpressError, InvalidInputError
 
 if TYPE_CHECKING:
     from diffpress.runtime.engines.options import EngineOptions
@@ -32,7 +32,7 @@ class Probe(NamedTuple):
 
 
 def probe(bundle: Path, engine: str, batch: int, options: EngineOptions | None = None) -> Probe:
-    """Measure a bundle in a fresh Python process; BadInput with that process's last line where it fails."""
+    """Measure a bundle in a fresh Python process; InvalidInputError with that process's last line where it fails."""
     command = [
         sys.executable,
         "-m",
@@ -48,7 +48,7 @@ def probe(bundle: Path, engine: str, batch: int, options: EngineOptions | None =
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise BadInput(f"{bundle}: measuring it in a process of its own failed: {reason}")
+        raise InvalidInputError(f"{bundle}: measuring it in a process of its own failed: {reason}")
     return Probe(**json.loads(done.stdout.splitlines()[-1]))
 
 
@@ -58,7 +58,7 @@ def measure_here(bundle_path: Path, engine_name: str | None, batch: int, options
     from diffpress.runtime.bundle import load_bundle
     from diffpress.runtime.engines import open_engine
     from diffpress.runtime.engines.options import EngineOptions
-    from diffpress.runtime.network_inputs import stand_in_conditions
+    from diffpress.runtime.network_inputs import dummy_conditioning
     from diffpress.runtime.sampler import generate, warm_up
 
     bundle = load_bundle(bundle_path)
@@ -66,8 +66,8 @@ def measure_here(bundle_path: Path, engine_name: str | None, batch: int, options
         spec = bundle.spec_for(engine.name)
         warm_up(engine, spec, batch)
         load_ms = (time.perf_counter() - start) * 1e3
-        told = stand_in_conditions(spec, batch)
-        generate(engine, spec, seeds=range(batch), batch=batch, conditions=told)
+        conditioning = dummy_conditioning(spec, batch)
+        generate(engine, spec, seeds=range(batch), batch=batch, conditions=conditioning)
     return Probe(load_ms, peak_mib())
 
 

@@ -7,7 +7,7 @@
     load(path, options, built) -> Engine
                                 `path` is the ONNX graph, `built` are the files that the bundle holds for this engine
                                 and graph, with their manifest entries. Raises Unfit for what this machine, library
-                                version or graph does not allow, where another engine may do, and BadInput for a file
+                                version or graph does not allow, where another engine may do, and InvalidInputError for a file
                                 that cannot be read or run, each in one line.
 
 The backends import their package inside functions: listing them costs nothing. The sampler sees an `Engine` alone.
@@ -29,9 +29,9 @@ from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
 from diffpress.runtime.engines.onnxruntime.providers import CPU
 from diffpress.runtime.engines.openvino import engine as openvino_engine
 from diffpress.runtime.engines.options import EngineOptions, check_options
-from diffpress.runtime.engines.precision_report import Account, Kernel
+from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport
 from diffpress.runtime.engines.tensorrt import engine as tensorrt_engine
-from diffpress.runtime.errors import MissingExtra, Unfit, unknown_name
+from diffpress.runtime.errors import EngineUnavailableError, MissingDependencyError, unknown_name
 
 # the preferred one first
 ENGINES: dict[str, ModuleType] = {
@@ -43,7 +43,7 @@ ENGINES: dict[str, ModuleType] = {
 class Engine(Protocol):
     """A loaded graph. It may be called from as many threads at once as its options have streams.
 
-    One that can do the solver's steps where it computes also has `walk`, of diffpress.runtime.fused.program.Walker: it is handed
+    One that can do the solver's steps where it computes also has `run_fused`, of diffpress.runtime.fused.program.Walker: it is handed
     the whole of a walk, where that is one of plain sums.
     """
 
@@ -60,7 +60,7 @@ class Engine(Protocol):
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name, for graphs with several."""
 
-    def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
+    def precision_report(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> PrecisionReport:
         """Which convolutions and matrix products execute on integers, for inputs of these shapes.
 
         `promised` are the layers that should: a manifest's `quantized_layers`.
@@ -101,9 +101,9 @@ def load_engine(
 ) -> Engine:
     """Load one graph file in the engine `name`; None takes the preferred one of those that can run here.
 
-    `threads` goes before that of `options`. Raises BadInput for an unknown name, for options that make no sense or
+    `threads` goes before that of `options`. Raises InvalidInputError for an unknown name, for options that make no sense or
     that the engine does not have, and for an unreadable file; Unfit where the engine cannot run this here; and
-    MissingExtra where its package is not installed.
+    MissingDependencyError where its package is not installed.
     """
     name = preferred() if name is None else name
     if name not in ENGINES:
@@ -112,10 +112,10 @@ def load_engine(
     options = (options or EngineOptions()).with_threads(threads)
     package = backend.missing()
     if package is not None:
-        raise MissingExtra(package, backend.EXTRA, f"engine '{name}'")
+        raise MissingDependencyError(package, backend.EXTRA, f"engine '{name}'")
     reason = backend.unusable()
     if reason is not None:
-        raise Unfit(f"engine '{name}' cannot run here: {reason}")
+        raise EngineUnavailableError(f"engine '{name}' cannot run here: {reason}")
     check_options(name, options, backend.OPTIONS)
     engine: Engine = backend.load(Path(path), options, built)
     return engine
@@ -147,7 +147,7 @@ def open_engine(
                 options=replace(options, cache=cache),
                 built=bundle.built(graph, candidate),
             )
-        except Unfit as error:
+        except EngineUnavailableError as error:
             if candidate == names[-1]:
                 raise
             warnings.warn(f"{error}; the next engine is tried", stacklevel=2)

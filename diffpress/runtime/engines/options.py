@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.runtime.engines.cache import Cache
-from diffpress.runtime.errors import BadInput, unknown_name
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 PRECISIONS = ("f32", "bf16", "f16")
 
@@ -34,9 +34,9 @@ class EngineOptions:
 
     def __post_init__(self) -> None:
         if self.threads is not None and self.threads < 1:
-            raise BadInput(f"{self.threads} threads: at least 1, or leave it out to let the engine choose")
+            raise InvalidInputError(f"{self.threads} threads: at least 1, or leave it out to let the engine choose")
         if self.streams < 1:
-            raise BadInput(f"{self.streams} streams: at least 1")
+            raise InvalidInputError(f"{self.streams} streams: at least 1")
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
 
@@ -61,7 +61,7 @@ class EngineOptions:
 
 
 def check_options(engine: str, options: EngineOptions, known: Collection[str]) -> None:
-    """BadInput for an option that was asked for and that the engine does not know."""
+    """InvalidInputError for an option that was asked for and that the engine does not know."""
     for name in options.asked:
         if name not in known:
-            raise BadInput(f"engine '{engine}' has no option '{name}': leave it out, or take another engine")
+            raise InvalidInputError(f"engine '{engine}' has no option '{name}': leave it out, or take another engine")

@@ -34,7 +34,7 @@ class Kernel(NamedTuple):
     ms: float
 
 
-class Account(NamedTuple):
+class PrecisionReport(NamedTuple):
     """See the top of this file."""
 
     integer_mac_share: float
@@ -42,7 +42,7 @@ class Account(NamedTuple):
     fallbacks: dict[str, str]
 
 
-def accounted(products: Sequence[Product], promised: Collection[str] = ()) -> Account:
+def precision_report_of(products: Sequence[Product], promised: Collection[str] = ()) -> PrecisionReport:
     """The account of one run; `promised` are the layers that the manifest lists as quantized.
 
     A promised layer that is in no product is a fallback too, for nothing shows that it ran on integers. The share is 0
@@ -59,7 +59,7 @@ def accounted(products: Sequence[Product], promised: Collection[str] = ()) -> Ac
             floats[layer] = floats.get(layer, 0) + product.macs
             reasons.setdefault(layer, product.reason)
     largest_first = sorted(floats, key=lambda layer: (-floats[layer], layer))
-    return Account(
+    return PrecisionReport(
         integer_mac_share=sum(product.macs for product in products if product.integer) / total,
         float_layers={layer: floats[layer] / total for layer in largest_first},
         fallbacks={layer: reasons[layer] for layer in largest_first if layer in promised}

@@ -3,7 +3,7 @@
     one step = one CUDA graph:   network -> `step`, elementwise -> `advance`, the next timestep
 
 `step` does for each number of a sample what a Program says (diffpress.runtime.fused.program): guidance, x_0 read off the output,
-bounds, and the sums that are the solver. Past steps lie in a ring of MEMORY pairs. Where the walk stands is a counter
+bounds, and the sums that are the solver. Past steps lie in a ring of MAX_HISTORY pairs. Where the walk stands is a counter
 in the GPU's memory, so the same graph is launched for every step; nothing comes back before the last one.
 
 The two kernels are compiled by NVRTC when an engine walks for the first time; where it is not installed, the sampler's
@@ -22,15 +22,15 @@ import numpy as np
 
 from diffpress.runtime.engines.tensorrt.binding import Binding
 from diffpress.runtime.engines.tensorrt.library import call
-from diffpress.runtime.errors import Unfit
+from diffpress.runtime.errors import EngineUnavailableError
 from diffpress.runtime.fused.program import COLUMNS, TERMS, Program
-from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, told_timesteps
-from diffpress.runtime.solvers.contract import MEMORY
+from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, typed_timesteps
+from diffpress.runtime.solvers.contract import MAX_HISTORY
 
 THREADS = 256
 
 SOURCE = (
-    f"#define MEMORY {MEMORY}\n#define TERMS {TERMS}\n#define COLUMNS {COLUMNS}\n"
+    f"#define MAX_HISTORY {MAX_HISTORY}\n#define TERMS {TERMS}\n#define COLUMNS {COLUMNS}\n"
     + r"""
 extern "C" __global__ void step(
     float* x, float* sample, const float* out, float* past, const float* table, const float* offsets,
@@ -44,16 +44,16 @@ extern "C" __global__ void step(
   float guess = row[0] * x[i] + row[1] * o + offsets[at * channels + i / plane % channels];
   guess = fminf(fmaxf(guess, low), high);
   float terms[TERMS] = {x[i], guess, fminf(fmaxf(guess, -1.0f), 1.0f)};
-  for (int back = 1; back <= MEMORY; back++)
+  for (int back = 1; back <= MAX_HISTORY; back++)
     for (int which = 0; which < 2; which++)
-      terms[1 + 2 * back + which] = at < back ? 0.0f : past[((at - back) % MEMORY * 2 + which) * count + i];
+      terms[1 + 2 * back + which] = at < back ? 0.0f : past[((at - back) % MAX_HISTORY * 2 + which) * count + i];
   float kept = 0.0f, moved = 0.0f;
   for (int j = 0; j < TERMS; j++) {
     kept += row[2 + j] * terms[j];
     moved += row[2 + TERMS + j] * terms[j];
   }
-  past[at % MEMORY * 2 * count + i] = kept;
-  past[(at % MEMORY * 2 + 1) * count + i] = guess;
+  past[at % MAX_HISTORY * 2 * count + i] = kept;
+  past[(at % MAX_HISTORY * 2 + 1) * count + i] = guess;
   x[i] = moved;
   for (int half = 0; half < halves; half++) sample[half * count + i] = moved;
 }
@@ -77,10 +77,10 @@ class Kernels:
         try:
             self._driver = importlib.import_module("cuda.bindings.driver")
             cubin = _compiled(importlib.import_module("cuda.bindings.nvrtc"), capability)
-        except Unfit:
+        except EngineUnavailableError:
             raise
         except Exception as error:  # cuda-python says in ways of its own that a library is missing
-            raise Unfit(f"NVRTC cannot be used: {' '.join(str(error).split())}") from error
+            raise EngineUnavailableError(f"NVRTC cannot be used: {' '.join(str(error).split())}") from error
         self._module = call(self._driver, "cuModuleLoadData", cubin)
         self.step, self.advance = (
             call(self._driver, "cuModuleGetFunction", self._module, name) for name in (b"step", b"advance")
@@ -91,7 +91,7 @@ class Kernels:
         call(self._driver, "cuLaunchKernel", kernel, blocks, 1, 1, THREADS, 1, 1, 0, int(stream), (given, types), 0)
 
 
-class Walk:
+class FusedSampling:
     """The walks of one Binding: buffers that stay, and one graph for a step of any program."""
 
     def __init__(self, cuda: Any, kernels: Kernels, binding: Binding, stream: Any) -> None:
@@ -105,13 +105,13 @@ class Walk:
         count, (channels, *sides) = start.size, start.shape[1:]
         timestep, at = feed[TIMESTEP].dtype, self._binding.device
         # one behind the last, for `advance` to read after the last step
-        times = told_timesteps([*program.timesteps, program.timesteps[-1]], timestep)
+        times = typed_timesteps([*program.timesteps, program.timesteps[-1]], timestep)
         self._upload("x", start)
         self._upload("table", program.table)
         self._upload("offsets", program.offsets)
         self._upload("times", times)
         self._upload("counter", np.zeros(1, np.int32))
-        self._reserve("past", MEMORY * 2 * count * 4)
+        self._reserve("past", MAX_HISTORY * 2 * count * 4)
         self._binding.upload(feed)
         low, high = program.bounds or (-math.inf, math.inf)
         own = {name: address for name, (address, _) in self._buffers.items()}
@@ -193,5 +193,5 @@ def _compiled(nvrtc: Any, capability: str) -> bytes:
 def _said(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
     error, *found = answer
     if int(error) != 0:
-        raise Unfit(f"NVRTC: {nvrtc.nvrtcGetErrorString(error)[1]!r}")
+        raise EngineUnavailableError(f"NVRTC: {nvrtc.nvrtcGetErrorString(error)[1]!r}")
     return found[0] if found else None

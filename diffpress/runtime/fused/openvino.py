@@ -3,8 +3,8 @@
     x -> network -> guidance, x_0 read off the output, bounds, the sums that are the solver -> next x
 
 One call is one step as a Program says (diffpress.runtime.fused.program), whose row for that step is an input, so one graph walks
-all programs. What a call returns is where later calls look for it: x, and the pairs of MEMORY past steps, lie in rings
-of MEMORY + 1 places, and as many requests are bound to them, each one place further. Between two calls of a network the
+all programs. What a call returns is where later calls look for it: x, and the pairs of MAX_HISTORY past steps, lie in rings
+of MAX_HISTORY + 1 places, and as many requests are bound to them, each one place further. Between two calls of a network the
 caches are cold, and what takes numpy 20 us by itself takes 155 there; here it is a few small kernels in the graph.
 """
 
@@ -18,20 +18,20 @@ from typing import Any
 import numpy as np
 
 from diffpress.runtime.fused.program import COLUMNS, TERMS, Program
-from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, told_timesteps
-from diffpress.runtime.solvers.contract import MEMORY
+from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, typed_timesteps
+from diffpress.runtime.solvers.contract import MAX_HISTORY
 
 FORM = 1  # of a walking model, to be counted up with every change of it: compiled ones are kept from run to run
-PLACES = MEMORY + 1
+PLACES = MAX_HISTORY + 1
 
 # inputs of the graph besides the network's own, and its outputs; the dot keeps them apart from those
 X, WEIGHTS, OFFSETS, BOUNDS = "walk.x", "walk.weights", "walk.offsets", "walk.bounds"
-PAST_KEPT, PAST_X0 = (tuple(f"walk.{what}.{back + 1}" for back in range(MEMORY)) for what in ("kept", "x0"))
+HISTORY_KEPT, HISTORY_X0 = (tuple(f"walk.{what}.{back + 1}" for back in range(MAX_HISTORY)) for what in ("kept", "x0"))
 NEXT, KEPT, X0 = "walk.next", "walk.kept", "walk.x0"
 BATCH_AXIS = 0
 
 
-def walking_model(model: Any, halves: int) -> Any:
+def fused_model(model: Any, halves: int) -> Any:
     """The network `model` (openvino.Model of fixed shapes, float32 samples; taken apart here) with the step around it.
 
     In the place of `sample` it takes x, float32 [N, C, H, W]; kept and x_0 of the steps before, shaped like it; a row
@@ -64,7 +64,7 @@ def walking_model(model: Any, halves: int) -> Any:
         return total
 
     x, axis = parameter(X, *shape), op.constant(np.int64(BATCH_AXIS))
-    past = [parameter(name, *shape) for pair in zip(PAST_KEPT, PAST_X0, strict=True) for name in pair]
+    history = [parameter(name, *shape) for pair in zip(HISTORY_KEPT, HISTORY_X0, strict=True) for name in pair]
     a, b, *sums = op.split(parameter(WEIGHTS, COLUMNS), axis, COLUMNS).outputs()
     offset = op.reshape(parameter(OFFSETS, channels), np.array([1, channels, *[1] * len(sides)]), False)
     weight, low, high = op.split(parameter(BOUNDS, 3), axis, 3).outputs()
@@ -75,12 +75,12 @@ def walking_model(model: Any, halves: int) -> Any:
         label, null = op.split(out, axis, 2).outputs()
         out = op.add(null, op.multiply(weight, op.subtract(label, null)))
     x0 = op.minimum(op.maximum(op.add(weighted([x, out], [a, b]), offset), low), high)
-    terms = [x, x0, op.clamp(x0, -1.0, 1.0), *past]
+    terms = [x, x0, op.clamp(x0, -1.0, 1.0), *history]
     kept, moved = weighted(terms, sums[:TERMS]), weighted(terms, sums[TERMS:])
     return openvino.Model([result(NEXT, moved), result(KEPT, kept), result(X0, x0)], taken, "walk")
 
 
-class Walk:
+class FusedSampling:
     """The requests of a compiled walking model, and the arrays that they read and write."""
 
     def __init__(self, compiled: Any) -> None:
@@ -92,29 +92,29 @@ class Walk:
         shape = tuple(compiled.input(X).shape)
         self._x, self._past = np.zeros((PLACES, *shape), np.float32), np.zeros((2, PLACES, *shape), np.float32)
         x, kept, x0 = ([shared(place) for place in ring] for ring in (self._x, *self._past))
-        rings = {X, *PAST_KEPT, *PAST_X0}
-        told = [port for port in compiled.inputs if not rings & port.names]
-        arrays = [np.zeros(tuple(port.shape), port.element_type.to_dtype()) for port in told]
-        self._arrays = {name: array for port, array in zip(told, arrays, strict=True) for name in port.names}
+        rings = {X, *HISTORY_KEPT, *HISTORY_X0}
+        fixed_ports = [port for port in compiled.inputs if not rings & port.names]
+        arrays = [np.zeros(tuple(port.shape), port.element_type.to_dtype()) for port in fixed_ports]
+        self._arrays = {name: array for port, array in zip(fixed_ports, arrays, strict=True) for name in port.names}
         tensors = [shared(array) for array in arrays]
         self._requests = [compiled.create_infer_request() for _ in range(PLACES)]
         for place, request in enumerate(self._requests):
-            for port, tensor in zip(told, tensors, strict=True):
+            for port, tensor in zip(fixed_ports, tensors, strict=True):
                 request.set_tensor(port, tensor)
             bound = {X: x[place], KEPT: kept[place], X0: x0[place], NEXT: x[(place + 1) % PLACES]}
-            for back, names in enumerate(zip(PAST_KEPT, PAST_X0, strict=True), 1):
+            for back, names in enumerate(zip(HISTORY_KEPT, HISTORY_X0, strict=True), 1):
                 bound |= dict(zip(names, (kept[place - back], x0[place - back]), strict=True))
             for name, tensor in bound.items():
                 request.set_tensor(name, tensor)
 
-    def run(self, program: Program, told: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
+    def run(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
         """As diffpress.runtime.fused.program.Walker."""
         low, high = program.bounds or (-math.inf, math.inf)
-        for name, array in {**told, BOUNDS: np.array([program.guidance, low, high])}.items():
+        for name, array in {**static_inputs, BOUNDS: np.array([program.guidance, low, high])}.items():
             self._arrays[name][...] = array
         self._x[0], self._past[...] = start, 0.0
         timestep, weights, offsets = (self._arrays[name] for name in (TIMESTEP, WEIGHTS, OFFSETS))
-        rows = zip(told_timesteps(program.timesteps, timestep.dtype), program.table, program.offsets, strict=True)
+        rows = zip(typed_timesteps(program.timesteps, timestep.dtype), program.table, program.offsets, strict=True)
         for request, (timestep[...], weights[...], offsets[...]) in zip(cycle(self._requests), rows, strict=False):
             request.infer(share_outputs=True)
         last: np.ndarray = self._x[program.steps % PLACES].copy()  # the next walk writes over it

@@ -22,18 +22,18 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 
 from diffpress.runtime.denoiser import corrected
-from diffpress.runtime.errors import Unfit
+from diffpress.runtime.errors import EngineUnavailableError
 from diffpress.runtime.guidance import is_guided
-from diffpress.runtime.noise_schedule import NoiseSchedule, Point
+from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
 from diffpress.runtime.parameterization import to_x0
-from diffpress.runtime.sampling_plan import Plan, trajectory
+from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
 from diffpress.runtime.solvers import solver_named
-from diffpress.runtime.solvers.contract import MEMORY, Past, Solver, Stride
+from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, Solver, StepState
 from diffpress.runtime.spec import DenoiserSpec
 
 SAMPLE_TERM, GUESS, BOUNDED = 0, 1, 2
-FIRST_PAST = 3
-TERMS = FIRST_PAST + 2 * MEMORY
+FIRST_HISTORY = 3
+TERMS = FIRST_HISTORY + 2 * MAX_HISTORY
 COLUMNS = 2 + 2 * TERMS  # of a program's table
 
 
@@ -65,13 +65,13 @@ class Program:
         return np.concatenate([self.reads, self.kept, self.moved], axis=1)
 
 
-class Walker(Protocol):
+class FusedSampler(Protocol):
     """A network that can walk a whole program by itself (diffpress.runtime.network_inputs.Network is its other half)."""
 
-    def walk(self, program: Program, told: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
+    def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
         """The last sample, float32 [N, C, H, W], of the walk from `start`; None for one that it cannot do here.
 
-        `told` are the graph's inputs besides sample and timestep, [halves N, ...] each, the same in all steps.
+        `static_inputs` are the graph's inputs besides sample and timestep, [halves N, ...] each, the same in all steps.
         """
 
 
@@ -80,23 +80,23 @@ def step_by_step(network: Any) -> Any:
     return SimpleNamespace(inputs=network.inputs, run=network.run)
 
 
-def walking(network: Any) -> Any:
+def fused_only(network: Any) -> Any:
     """The network's own walk without its single steps: Unfit where it leaves a walk to the loop."""
 
     def refused(_: dict[str, np.ndarray]) -> NoReturn:
-        raise Unfit("it does not walk this plan by itself, or not here")
+        raise EngineUnavailableError("it does not walk this plan by itself, or not here")
 
-    return SimpleNamespace(inputs=network.inputs, run=refused, walk=network.walk)
+    return SimpleNamespace(inputs=network.inputs, run=refused, run_fused=network.run_fused)
 
 
 class _NotLinear(Exception):
     """The step draws noise, asks the network again, or is no sum of its terms."""
 
 
-def linear_walk(spec: DenoiserSpec) -> Program | None:
+def fused_program(spec: DenoiserSpec) -> Program | None:
     """The spec's plan as a program; None where it is none, and only the sampler itself can walk it.
 
-    The same program for the same plan: it is made once. Raises BadInput as the sampler does, for an unknown solver and
+    The same program for the same plan: it is made once. Raises InvalidInputError as the sampler does, for an unknown solver and
     for an epsilon prediction at pure noise.
     """
     guided = is_guided(spec, spec.plan.guidance)
@@ -110,16 +110,16 @@ def _program(
     channels: int,
     data_range: tuple[float, float],
     guided: bool,
-    plan: Plan,
+    plan: SamplingPlan,
 ) -> Program | None:
     if plan.threshold is not None or plan.guidance_rescale > 0 or plan.guidance_interval is not None:
         return None
-    solver, points = solver_named(plan.solver), trajectory(schedule, plan.timesteps, plan.end)
+    solver, levels = solver_named(plan.solver), plan_levels(schedule, plan.timesteps, plan.end)
     try:
-        sums = [_sums(solver, schedule, plan, points, index) for index in range(plan.steps)]
+        sums = [_sums(solver, schedule, plan, levels, index) for index in range(plan.steps)]
     except _NotLinear:
         return None
-    reads = [_read(prediction, channels, plan, index, point) for index, point in enumerate(points[:-1])]
+    reads = [_read(prediction, channels, plan, index, level) for index, level in enumerate(levels[:-1])]
     return Program(
         timesteps=plan.timesteps,
         halves=2 if guided else 1,
@@ -133,26 +133,26 @@ def _program(
 
 
 def _read(
-    prediction: str, channels: int, plan: Plan, index: int, point: Point
+    prediction: str, channels: int, plan: SamplingPlan, index: int, level: NoiseLevel
 ) -> tuple[float, float, np.ndarray]:
     """a, b and offset: what reading x_0 off, after the step's correction, makes of x = 1 and of out = 1."""
-    a, b = to_x0(prediction, np.array([1.0, 0.0]), np.array([0.0, 1.0]), point)
+    a, b = to_x0(prediction, np.array([1.0, 0.0]), np.array([0.0, 1.0]), level)
     nothing = np.zeros((1, channels, 1, 1))
-    if not plan.corrections:
+    if not plan.output_corrections:
         return a, b, nothing.ravel()
-    correction = plan.corrections[index]
+    correction = plan.output_corrections[index]
     offset = corrected(nothing, correction)
     gain = (corrected(nothing + 1.0, correction) - offset).ravel()[0]
     return a, b * gain, b * offset.ravel()
 
 
 def _sums(
-    solver: Solver, schedule: NoiseSchedule, plan: Plan, points: tuple[Point, ...], index: int
+    solver: Solver, schedule: NoiseSchedule, plan: SamplingPlan, levels: tuple[NoiseLevel, ...], index: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The weights of all terms in `kept` and in x', float64 [TERMS] each."""
 
     def step(terms: np.ndarray) -> np.ndarray:
-        return np.stack(_step(solver, schedule, plan, points, index, terms))
+        return np.stack(_step(solver, schedule, plan, levels, index, terms))
 
     unit = np.eye(TERMS)
     unit[BOUNDED] = 0.0
@@ -173,21 +173,21 @@ def _sums(
 
 
 def _step(
-    solver: Solver, schedule: NoiseSchedule, plan: Plan, points: tuple[Point, ...], index: int, terms: np.ndarray
+    solver: Solver, schedule: NoiseSchedule, plan: SamplingPlan, levels: tuple[NoiseLevel, ...], index: int, terms: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """One step of the solver on `terms` [TERMS, n] in the place of samples: `kept` and x'."""
-    pairs = terms[FIRST_PAST:].reshape(MEMORY, 2, -1)[: min(index, MEMORY)]
-    past = tuple(Past(points[index - 1 - back], x, x0) for back, (x, x0) in enumerate(pairs))[::-1]
+    pairs = terms[FIRST_HISTORY:].reshape(MAX_HISTORY, 2, -1)[: min(index, MAX_HISTORY)]
+    history = tuple(PreviousStep(levels[index - 1 - back], x, x0) for back, (x, x0) in enumerate(pairs))[::-1]
     x, x0 = terms[SAMPLE_TERM], terms[GUESS]
-    step = Stride(
-        x, x0, points[index], points[index + 1], past, index, plan.steps, _again, _noise, plan.eta, schedule
+    step = StepState(
+        x, x0, levels[index], levels[index + 1], history, index, plan.steps, _again, _noise, plan.eta, schedule
     )
     if solver.correct is not None:
         step = step._replace(x=solver.correct(step))
     return step.x, solver.move(step)
 
 
-def _again(x: np.ndarray, point: Point) -> NoReturn:
+def _again(x: np.ndarray, level: NoiseLevel) -> NoReturn:
     raise _NotLinear
 
 

@@ -7,23 +7,23 @@ import os
 from pathlib import Path
 from typing import Any
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write text atomically; BadInput where the place cannot be written."""
+    """Write text atomically; InvalidInputError where the place cannot be written."""
     write_bytes(path, text.encode())
 
 
 def write_bytes(path: Path, data: Any) -> None:
-    """Write bytes, or what holds some, atomically; BadInput where the place cannot be written."""
+    """Write bytes, or what holds some, atomically; InvalidInputError where the place cannot be written."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+        raise InvalidInputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -31,8 +31,8 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The file's content; BadInput where it is missing or broken."""
+    """The file's content; InvalidInputError where it is missing or broken."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise BadInput(f"{path}: not readable as JSON ({error}); run the command that wrote it again") from error
+        raise InvalidInputError(f"{path}: not readable as JSON ({error}); run the command that wrote it again") from error

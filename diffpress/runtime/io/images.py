@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def to_uint8(images: np.ndarray, data_range: tuple[float, float] = (-1.0, 1.0)) -> np.ndarray:
@@ -22,16 +22,16 @@ def to_uint8(images: np.ndarray, data_range: tuple[float, float] = (-1.0, 1.0)) 
     return np.clip(np.round(scaled), 0, 255).astype(np.uint8).transpose(0, 2, 3, 1)
 
 
-def grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+def image_grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
     """uint8 [N, H, W, C] to one image [rows (H + gap) - gap, columns (W + gap) - gap, C]; about square by
     default.
 
-    Raises BadInput for no images or no columns.
+    Raises InvalidInputError for no images or no columns.
     """
     count, height, width, channels = pixels.shape
     columns = math.ceil(math.sqrt(count)) if columns is None else min(columns, count)
     if columns < 1:
-        raise BadInput(f"a grid of {count} images in {columns} columns: both must be at least 1")
+        raise InvalidInputError(f"a grid of {count} images in {columns} columns: both must be at least 1")
     rows = math.ceil(count / columns)
     tiles = np.full((rows * columns, height + gap, width + gap, channels), 255, dtype=np.uint8)
     tiles[:count, :height, :width] = pixels
@@ -41,7 +41,7 @@ def grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.nda
 
 
 def write_png(pixels: np.ndarray, path: Path) -> None:
-    """Write uint8 [H, W, 1, 3 or 4]: readers see the old file or the whole new one; BadInput if it cannot."""
+    """Write uint8 [H, W, 1, 3 or 4]: readers see the old file or the whole new one; InvalidInputError if it cannot."""
     from PIL import Image
 
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
@@ -56,7 +56,7 @@ def write_png(pixels: np.ndarray, path: Path) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise BadInput(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+        raise InvalidInputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
 
 
 def _umask() -> int:

@@ -1,4 +1,4 @@
-"""JSON read as frozen dataclasses: unknown, missing and mistyped entries become one BadInput that says where."""
+"""JSON read as frozen dataclasses: unknown, missing and mistyped entries become one InvalidInputError that says where."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from contextlib import contextmanager
 from dataclasses import fields
 from typing import Any
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 LARGEST = 2**31 - 1  # of counts, labels and sizes
 
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """What goes wrong inside, while entries are looked up and converted, is raised as BadInput naming `where`."""
+    """What goes wrong inside, while entries are looked up and converted, is raised as InvalidInputError naming `where`."""
     try:
         yield
     except KeyError as error:
-        raise BadInput(f"{where}: the entry {error} is missing") from error
+        raise InvalidInputError(f"{where}: the entry {error} is missing") from error
     except (TypeError, ValueError, OverflowError, AttributeError) as error:
-        raise BadInput(f"{where}: {error}") from error
+        raise InvalidInputError(f"{where}: {error}") from error
 
 
 def known(cls: type, data: Any, where: str) -> dict[str, Any]:
-    """`data` itself, an object whose entries are all fields of the dataclass `cls`; BadInput where it is not."""
+    """`data` itself, an object whose entries are all fields of the dataclass `cls`; InvalidInputError where it is not."""
     if not isinstance(data, dict):
-        raise BadInput(f"{where}: expected a JSON object, found {type(data).__name__}")
+        raise InvalidInputError(f"{where}: expected a JSON object, found {type(data).__name__}")
     unknown = sorted(set(data) - {f.name for f in fields(cls)})
     if unknown:
-        raise BadInput(f"{where}: unknown entry '{unknown[0]}'")
+        raise InvalidInputError(f"{where}: unknown entry '{unknown[0]}'")
     return data
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffpress.runtime.solvers.contract import Past, Stride, is_all_noise, noise_in, transfer
+from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_all_noise, noise_in, transfer
 from diffpress.runtime.solvers.mixing import improved_euler, mixed_transfer
 
 ADAMS_BASHFORTH = (
@@ -23,30 +23,30 @@ ADAMS_BASHFORTH = (
 )
 
 
-def ipndm(step: Stride) -> np.ndarray:
+def ipndm(step: StepState) -> np.ndarray:
     """Adams-Bashforth up to fourth order on eps."""
     now, next = step.now, step.next
     plain = transfer(step.x, step.x0, now, next)
-    past = [before for before in step.past if before.point.alpha > 0]
-    if not past or next.sigma == 0.0 or now.sigma == 0.0:
+    history = [before for before in step.history if before.level.alpha > 0]
+    if not history or next.sigma == 0.0 or now.sigma == 0.0:
         return plain
-    first, *rest = ADAMS_BASHFORTH[len(past)]
+    first, *rest = ADAMS_BASHFORTH[len(history)]
     change = (first - 1.0) * noise_in(step.x, step.x0, now)
-    for weight, before in zip(rest, reversed(past), strict=True):
-        change += weight * noise_in(before.x, before.x0, before.point)
+    for weight, before in zip(rest, reversed(history), strict=True):
+        change += weight * noise_in(before.x, before.x0, before.level)
     return plain + (next.sigma - next.alpha * now.sigma / now.alpha) * change
 
 
-def plms(prediction: str, step: Stride) -> np.ndarray:
+def plms(prediction: str, step: StepState) -> np.ndarray:
     """Adams-Bashforth up to fourth order on what a network of that prediction returns."""
     if step.index == 0 and not step.is_last:
         return improved_euler(prediction, step)
-    past = [before for before in reversed(step.past) if not is_all_noise(before.point)]
-    if not past or step.now.sigma == 0.0:
+    history = [before for before in reversed(step.history) if not is_all_noise(before.level)]
+    if not history or step.now.sigma == 0.0:
         return transfer(step.x, step.x0, step.now, step.next)
-    seen = [Past(step.now, step.x, step.x0), *past]
-    return mixed_transfer(prediction, seen, ADAMS_BASHFORTH[len(past)], step.next)
+    seen = [PreviousStep(step.now, step.x, step.x0), *history]
+    return mixed_transfer(prediction, seen, ADAMS_BASHFORTH[len(history)], step.next)
 
 
-def plms_calls(steps: int) -> int:
+def plms_evaluations(steps: int) -> int:
     return steps + 1 if steps > 1 else steps

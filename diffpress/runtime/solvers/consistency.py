@@ -14,22 +14,22 @@ import math
 
 import numpy as np
 
-from diffpress.runtime.solvers.contract import Stride
+from diffpress.runtime.solvers.contract import StepState
 
 LCM_TIME_SCALE, LCM_SIGMA_DATA = 10.0, 0.5  # diffusers' `timestep_scaling` and `sigma_data`
 
 
-def lcm(step: Stride) -> np.ndarray:
+def lcm(step: StepState) -> np.ndarray:
     u = LCM_TIME_SCALE * step.now.t
     length = math.hypot(u, LCM_SIGMA_DATA)
     return _noised((LCM_SIGMA_DATA / length) ** 2 * step.x + u / length * step.x0, step)
 
 
-def consistency(step: Stride) -> np.ndarray:
+def consistency(step: StepState) -> np.ndarray:
     return _noised(step.x0, step)
 
 
-def _noised(clean: np.ndarray, step: Stride) -> np.ndarray:
+def _noised(clean: np.ndarray, step: StepState) -> np.ndarray:
     if step.next.sigma == 0.0:
         return clean
     return step.next.alpha * clean + step.next.sigma * step.noise(0)

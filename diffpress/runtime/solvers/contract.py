@@ -26,33 +26,33 @@ from typing import NamedTuple
 import numpy as np
 
 from diffpress.runtime.denoiser import Denoise
-from diffpress.runtime.noise_schedule import NoiseSchedule, Point
+from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
 from diffpress.runtime.timesteps import LOG_RATIO_MAX
 
 FEW_STEPS = 15  # below it the multistep solvers of diffusers end with lower orders (`lower_order_final`)
-MEMORY = 3  # how many earlier steps any solver looks back
+MAX_HISTORY = 3  # how many earlier steps any solver looks back
 
 
-class Past(NamedTuple):
+class PreviousStep(NamedTuple):
     """An earlier step: where it was, the sample there (as its solver corrected it) and the network's x_0."""
 
-    point: Point
+    level: NoiseLevel
     x: np.ndarray
     x0: np.ndarray
 
 
-class Stride(NamedTuple):
+class StepState(NamedTuple):
     """The facts of one step.
 
-    `past` are up to MEMORY earlier steps, the latest last; this is number `index` of `steps`. `noise(k)` is fresh unit
+    `history` are up to MAX_HISTORY earlier steps, the latest last; this is number `index` of `steps`. `noise(k)` is fresh unit
     noise shaped like x, another for each k; `denoise` asks the network once more, at any point of the `schedule`.
     """
 
     x: np.ndarray
     x0: np.ndarray
-    now: Point
-    next: Point
-    past: Sequence[Past]
+    now: NoiseLevel
+    next: NoiseLevel
+    history: Sequence[PreviousStep]
     index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a step
     steps: int
     denoise: Denoise
@@ -65,14 +65,14 @@ class Stride(NamedTuple):
         return self.index == self.steps - 1
 
 
-Move = Callable[[Stride], np.ndarray]
+Move = Callable[[StepState], np.ndarray]
 
 
-def once_a_step(steps: int) -> int:
+def one_per_step(steps: int) -> int:
     return steps
 
 
-def twice_but_last(steps: int) -> int:
+def two_per_step_but_last(steps: int) -> int:
     return 2 * steps - 1
 
 
@@ -80,29 +80,29 @@ def twice_but_last(steps: int) -> int:
 class Solver:
     """`move` gives the next sample; `correct`, where there is one, a better sample at hand before that.
 
-    `calls` is how often the network is asked over so many steps; a `noisy` solver draws noise whatever eta is.
+    `evaluations` is how often the network is asked over so many steps; a `noisy` solver draws noise whatever eta is.
     """
 
     move: Move
     correct: Move | None = None
-    calls: Callable[[int], int] = once_a_step
+    evaluations: Callable[[int], int] = one_per_step
     noisy: bool = False
 
 
-def transfer(x: np.ndarray, x0: np.ndarray, now: Point, next: Point) -> np.ndarray:
+def transfer(x: np.ndarray, x0: np.ndarray, now: NoiseLevel, next: NoiseLevel) -> np.ndarray:
     """alpha' x_0 + (sigma' / sigma)(x - alpha x_0); without noise to begin with, none is left."""
     kept = next.sigma / now.sigma if now.sigma > 0 else 0.0
     return (next.alpha - kept * now.alpha) * x0 + kept * x
 
 
-def noisy_transfer(step: Stride, x0: np.ndarray, eta: float) -> np.ndarray:
+def noisy_transfer(step: StepState, x0: np.ndarray, eta: float) -> np.ndarray:
     """The transfer of the step by that x_0, with eta's share of the noise drawn anew."""
     goal, fresh = split_noise(step.now, step.next, eta)
     moved = transfer(step.x, x0, step.now, goal)
     return moved + fresh * step.noise(0) if fresh > 0 else moved
 
 
-def split_noise(now: Point, next: Point, eta: float) -> tuple[Point, float]:
+def split_noise(now: NoiseLevel, next: NoiseLevel, eta: float) -> tuple[NoiseLevel, float]:
     """The next point with the noise that is kept on the way, and how much fresh noise fills it up (c above)."""
     if eta == 0.0 or next.sigma == 0.0 or next.alpha == 0.0 or now.sigma == 0.0:
         return next, 0.0
@@ -110,28 +110,28 @@ def split_noise(now: Point, next: Point, eta: float) -> tuple[Point, float]:
     return next._replace(sigma=math.sqrt(max(next.sigma**2 - fresh**2, 0.0))), fresh
 
 
-def removed_variance(now: Point, next: Point) -> float:
+def removed_variance(now: NoiseLevel, next: NoiseLevel) -> float:
     """sigma^2 - (alpha sigma' / alpha')^2: what the forward process adds between the two, DDPM's beta."""
     return max(now.sigma**2 - (now.alpha / next.alpha * next.sigma) ** 2, 0.0)
 
 
-def half_log_snr(point: Point) -> float:
+def half_log_snr(level: NoiseLevel) -> float:
     """lambda = log(alpha / sigma), minus infinity at pure noise and plus infinity at a clean sample."""
-    if point.sigma == 0.0:
+    if level.sigma == 0.0:
         return math.inf
-    return math.log(point.alpha / point.sigma) if point.alpha > 0 else -math.inf
+    return math.log(level.alpha / level.sigma) if level.alpha > 0 else -math.inf
 
 
-def is_all_noise(point: Point) -> bool:
+def is_all_noise(level: NoiseLevel) -> bool:
     """Whether r is infinite or so high that no slope in r means anything: the end of a cosine table."""
-    return point.sigma > math.exp(LOG_RATIO_MAX) * point.alpha
+    return level.sigma > math.exp(LOG_RATIO_MAX) * level.alpha
 
 
-def noise_in(x: np.ndarray, x0: np.ndarray, point: Point) -> np.ndarray:
+def noise_in(x: np.ndarray, x0: np.ndarray, level: NoiseLevel) -> np.ndarray:
     """eps = (x - alpha x_0) / sigma."""
-    return (x - point.alpha * x0) / point.sigma
+    return (x - level.alpha * x0) / level.sigma
 
 
-def final_order(step: Stride, order: int) -> int:
+def final_order(step: StepState, order: int) -> int:
     """The order that a multistep solver of diffusers allows itself so near the end."""
     return min(order, step.steps - step.index) if step.steps < FEW_STEPS else order

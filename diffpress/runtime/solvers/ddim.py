@@ -17,30 +17,30 @@ import math
 
 import numpy as np
 
-from diffpress.runtime.solvers.contract import Stride, noisy_transfer, removed_variance, split_noise, transfer
+from diffpress.runtime.solvers.contract import StepState, noisy_transfer, removed_variance, split_noise, transfer
 
 
-def ddim(step: Stride) -> np.ndarray:
+def ddim(step: StepState) -> np.ndarray:
     """Deterministic at eta = 0, the posterior of DDPM at eta = 1."""
     return noisy_transfer(step, step.x0, step.eta)
 
 
-def ddim_clip(step: Stride) -> np.ndarray:
+def ddim_clip(step: StepState) -> np.ndarray:
     """DDIM that bounds x_0 and not the eps read off with it; for plans that do not clip by themselves."""
     return ddim(step) + step.next.alpha * (np.clip(step.x0, -1.0, 1.0) - step.x0)
 
 
-def euler(step: Stride) -> np.ndarray:
+def euler(step: StepState) -> np.ndarray:
     """Euler's method on the probability-flow ODE: the same step as deterministic DDIM (see above)."""
     return transfer(step.x, step.x0, step.now, step.next)
 
 
-def ancestral(step: Stride) -> np.ndarray:
+def ancestral(step: StepState) -> np.ndarray:
     """DDIM with all of its noise, whatever the plan's eta."""
     return noisy_transfer(step, step.x0, 1.0)
 
 
-def ddpm_large(step: Stride) -> np.ndarray:
+def ddpm_large(step: StepState) -> np.ndarray:
     """The mean of DDPM's posterior, and noise of variance beta; none in a step that ends at a clean sample."""
     goal, fresh = split_noise(step.now, step.next, 1.0)
     moved = transfer(step.x, step.x0, step.now, goal)

@@ -14,25 +14,25 @@ import math
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from diffpress.runtime.solvers.contract import Stride, final_order, half_log_snr, is_all_noise, noise_in, transfer
+from diffpress.runtime.solvers.contract import StepState, final_order, half_log_snr, is_all_noise, noise_in, transfer
 
 
-def deis(order: int, step: Stride) -> np.ndarray:
+def deis(order: int, step: StepState) -> np.ndarray:
     """Of that order where the past reaches so far; the step to a clean sample is of first order."""
     plain = transfer(step.x, step.x0, step.now, step.next)
-    past = [before for before in reversed(step.past) if not is_all_noise(before.point)]
-    past = past[: final_order(step, order) - 1]
-    if not past or step.next.sigma == 0.0 or step.now.sigma == 0.0:
+    history = [before for before in reversed(step.history) if not is_all_noise(before.level)]
+    history = history[: final_order(step, order) - 1]
+    if not history or step.next.sigma == 0.0 or step.now.sigma == 0.0:
         return plain
-    places = [half_log_snr(step.now) - half_log_snr(before.point) for before in past]  # u = log r - log r_now
+    places = [half_log_snr(step.now) - half_log_snr(before.level) for before in history]  # u = log r - log r_now
     if min(np.diff([0.0, *places])) <= 0.0:
         return plain
     eps, end = noise_in(step.x, step.x0, step.now), half_log_snr(step.now) - half_log_snr(step.next)
     ratio = step.now.sigma / step.now.alpha
-    for k, before in enumerate(past):
+    for k, before in enumerate(history):
         others = [0.0, *places[:k], *places[k + 1 :]]
         weight = ratio * _integral(Polynomial.fromroots(others), end) / math.prod(places[k] - u for u in others)
-        plain = plain + step.next.alpha * weight * (noise_in(before.x, before.x0, before.point) - eps)
+        plain = plain + step.next.alpha * weight * (noise_in(before.x, before.x0, before.level) - eps)
     return plain
 
 

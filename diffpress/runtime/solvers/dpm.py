@@ -22,10 +22,10 @@ from functools import partial
 
 import numpy as np
 
-from diffpress.runtime.noise_schedule import point_at_ratio
+from diffpress.runtime.noise_schedule import noise_level_at_ratio
 from diffpress.runtime.solvers.contract import (
-    Past,
-    Stride,
+    PreviousStep,
+    StepState,
     final_order,
     half_log_snr,
     noisy_transfer,
@@ -36,7 +36,7 @@ from diffpress.runtime.solvers.contract import (
 LEAST_ALPHA = 1e-6  # pure noise, of which there is no logarithm, counts as a millionth away from it
 
 
-def _dpmpp_2m(eta: float, step: Stride) -> np.ndarray:
+def _dpmpp_2m(eta: float, step: StepState) -> np.ndarray:
     if step.next.sigma == 0.0 or final_order(step, 2) < 2:
         return noisy_transfer(step, step.x0, eta)
     return noisy_transfer(step, _midway(step), eta)
@@ -46,29 +46,29 @@ dpmpp_2m = partial(_dpmpp_2m, 0.0)
 dpmpp_2m_sde = partial(_dpmpp_2m, 1.0)
 
 
-def dpmpp_3m(step: Stride) -> np.ndarray:
+def dpmpp_3m(step: StepState) -> np.ndarray:
     """Three guesses in one step, from the third step on."""
-    past = [before for before in step.past if math.isfinite(half_log_snr(before.point))]
-    if step.next.sigma == 0.0 or final_order(step, 3) < 3 or len(past) < 2 or half_log_snr(step.now) == -math.inf:
+    history = [before for before in step.history if math.isfinite(half_log_snr(before.level))]
+    if step.next.sigma == 0.0 or final_order(step, 3) < 3 or len(history) < 2 or half_log_snr(step.now) == -math.inf:
         return dpmpp_2m(step)
     plain = transfer(step.x, step.x0, step.now, step.next)
-    h, h_0, h_1 = _spans(step, past[-1], past[-2])
+    h, h_0, h_1 = _spans(step, history[-1], history[-2])
     if min(h, h_0, h_1) <= 0.0:
         return plain
-    slope, slope_before = (step.x0 - past[-1].x0) / h_0, (past[-1].x0 - past[-2].x0) / h_1
+    slope, slope_before = (step.x0 - history[-1].x0) / h_0, (history[-1].x0 - history[-2].x0) / h_1
     bend = (slope - slope_before) / (h_0 + h_1)
     first = (math.expm1(-h) / h + 1.0) * h
     second = ((math.expm1(-h) + h) / h**2 - 0.5) * h**2
     return plain + step.next.alpha * (first * (slope + h_0 * bend) - second * bend)
 
 
-def dpmpp_sde(step: Stride) -> np.ndarray:
+def dpmpp_sde(step: StepState) -> np.ndarray:
     """Second order with two calls a step, the last of first order; the second call lies between two timesteps."""
     now, next = step.now, step.next
     if step.is_last or next.sigma == 0.0 or next.alpha == 0.0 or now.sigma == 0.0 or now == next:
         return noisy_transfer(step, step.x0, 1.0)
     high, low = now.sigma / max(now.alpha, LEAST_ALPHA), next.sigma / next.alpha
-    middle = point_at_ratio(step.schedule, math.sqrt(high * low))
+    middle = noise_level_at_ratio(step.schedule, math.sqrt(high * low))
     half = step._replace(next=middle)
     seen = step.denoise(noisy_transfer(half, step.x0, 1.0), middle)
     goal, fresh = split_noise(now, next, 1.0)
@@ -77,17 +77,17 @@ def dpmpp_sde(step: Stride) -> np.ndarray:
     return transfer(step.x, seen, now, goal) + fresh * (first * step.noise(0) + rest * step.noise(1))
 
 
-def _midway(step: Stride) -> np.ndarray:
+def _midway(step: StepState) -> np.ndarray:
     """x_0 extrapolated to the middle of the step; as it is where there is no past to draw a line from."""
-    if not step.past:
+    if not step.history:
         return step.x0
-    h, h_0, _ = _spans(step, step.past[-1], step.past[-1])
+    h, h_0, _ = _spans(step, step.history[-1], step.history[-1])
     # a first point of pure noise lies infinitely far back: no slope can be read off it
     weight = h / (2.0 * h_0) if math.isfinite(h_0) and h_0 > 0 else 0.0
-    return (1.0 + weight) * step.x0 - weight * step.past[-1].x0
+    return (1.0 + weight) * step.x0 - weight * step.history[-1].x0
 
 
-def _spans(step: Stride, before: Past, earlier: Past) -> tuple[float, float, float]:
+def _spans(step: StepState, before: PreviousStep, earlier: PreviousStep) -> tuple[float, float, float]:
     """How far lambda goes in this step, and how far it went in the two before."""
-    places = [half_log_snr(point) for point in (step.next, step.now, before.point, earlier.point)]
+    places = [half_log_snr(level) for level in (step.next, step.now, before.level, earlier.level)]
     return places[0] - places[1], places[1] - places[2], places[2] - places[3]

@@ -11,11 +11,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffpress.runtime.solvers.contract import Stride, transfer
+from diffpress.runtime.solvers.contract import StepState, transfer
 from diffpress.runtime.solvers.mixing import improved_euler
 
 
-def heun(prediction: str, step: Stride) -> np.ndarray:
+def heun(prediction: str, step: StepState) -> np.ndarray:
     """Improved Euler on what a network of that prediction returns, in every step but the last."""
     if step.is_last:
         return transfer(step.x, step.x0, step.now, step.next)

@@ -21,49 +21,49 @@ from functools import lru_cache
 
 import numpy as np
 
-from diffpress.runtime.noise_schedule import Point
-from diffpress.runtime.solvers.contract import Past, Stride, transfer
+from diffpress.runtime.noise_schedule import NoiseLevel
+from diffpress.runtime.solvers.contract import PreviousStep, StepState, transfer
 
 # diffusers starts flows a millionth below pure noise, where lambda is finite
 LEAST_ALPHA = 1e-6
 
 
-def predict(order: int, step: Stride) -> np.ndarray:
+def predict(order: int, step: StepState) -> np.ndarray:
     """The next sample, of that order where the past reaches so far."""
     plain = transfer(step.x, step.x0, step.now, step.next)
     h = _lambda(step.next) - _lambda(step.now)
-    past = _reach(step.past, min(order, step.steps - step.index))
-    if not past or not math.isfinite(h) or h <= 0.0:
+    history = _reach(step.history, min(order, step.steps - step.index))
+    if not history or not math.isfinite(h) or h <= 0.0:
         return plain
-    ratios, slopes = _slopes(past, Past(step.now, step.x, step.x0), h)
+    ratios, slopes = _slopes(history, PreviousStep(step.now, step.x, step.x0), h)
     # diffusers' and the authors' shortcut for second order
     rhos = (0.5,) if len(ratios) == 1 else _rhos(ratios, h)
     return plain - step.next.alpha * math.expm1(-h) * _mix(rhos, slopes)
 
 
-def correct(order: int, step: Stride) -> np.ndarray:
+def correct(order: int, step: StepState) -> np.ndarray:
     """The sample at hand, corrected by the guess just made there."""
-    if not step.past:
+    if not step.history:
         return step.x
-    *earlier, last = step.past
-    h = _lambda(step.now) - _lambda(last.point)
+    *earlier, last = step.history
+    h = _lambda(step.now) - _lambda(last.level)
     if not math.isfinite(h) or h <= 0.0:
         return step.x
-    past = _reach(earlier, min(order, step.steps - step.index + 1))
-    ratios, slopes = _slopes(past, last, h)
+    history = _reach(earlier, min(order, step.steps - step.index + 1))
+    ratios, slopes = _slopes(history, last, h)
     rhos = _rhos((*ratios, 1.0), h) if ratios else (0.5,)
-    mended = transfer(last.x, last.x0, last.point, step.now)
+    mended = transfer(last.x, last.x0, last.level, step.now)
     return mended - step.now.alpha * math.expm1(-h) * _mix(rhos, [*slopes, step.x0 - last.x0])
 
 
-def _reach(past: Sequence[Past], order: int) -> Sequence[Past]:
+def _reach(history: Sequence[PreviousStep], order: int) -> Sequence[PreviousStep]:
     """The past steps that a method of that order looks back at, the latest first."""
-    return list(reversed(past))[: order - 1]
+    return list(reversed(history))[: order - 1]
 
 
-def _slopes(past: Sequence[Past], base: Past, h: float) -> tuple[tuple[float, ...], list[np.ndarray]]:
-    ratios = tuple((_lambda(before.point) - _lambda(base.point)) / h for before in past)
-    return ratios, [(before.x0 - base.x0) / r for before, r in zip(past, ratios, strict=True)]
+def _slopes(history: Sequence[PreviousStep], base: PreviousStep, h: float) -> tuple[tuple[float, ...], list[np.ndarray]]:
+    ratios = tuple((_lambda(before.level) - _lambda(base.level)) / h for before in history)
+    return ratios, [(before.x0 - base.x0) / r for before, r in zip(history, ratios, strict=True)]
 
 
 @lru_cache(maxsize=1024)  # a plan is walked again and again, and solving takes longer than the rest of the step
@@ -83,5 +83,5 @@ def _mix(weights: Sequence[float], slopes: Sequence[np.ndarray]) -> np.ndarray:
     return np.asarray(sum(rest, start=first))
 
 
-def _lambda(point: Point) -> float:
-    return math.log(max(point.alpha, LEAST_ALPHA) / point.sigma) if point.sigma > 0 else math.inf
+def _lambda(level: NoiseLevel) -> float:
+    return math.log(max(level.alpha, LEAST_ALPHA) / level.sigma) if level.sigma > 0 else math.inf

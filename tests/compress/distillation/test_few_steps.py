@@ -16,11 +16,11 @@ from diffpress.compress.distillation.few_steps import (
     transfer,
     x0_of,
 )
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, point_at
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, noise_level_at
 from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampler import sample
-from diffpress.runtime.sampling_plan import make_plan, trajectory
+from diffpress.runtime.sampling_plan import make_plan, plan_levels
 
 
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
@@ -35,7 +35,7 @@ def test_timesteps_descend_and_leave_the_last_step_a_long_way(kind, steps):
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
 def test_the_second_of_two_steps_begins_where_the_image_is_not_decided_yet_but_seen(kind):
     schedule = betas_schedule(kind)
-    _, second = (point.sigma / point.alpha for point in trajectory(schedule, few_timesteps(2, schedule))[:-1])
+    _, second = (level.sigma / level.alpha for level in plan_levels(schedule, few_timesteps(2, schedule))[:-1])
     assert 0.8 < second < 4.0
 
 
@@ -58,7 +58,7 @@ def test_no_timestep_is_in_two_plans_of_one_student():
 
 
 def test_plans_that_have_no_room_beside_each_other_are_refused():
-    with pytest.raises(BadInput, match="19 steps find no place beside 20 among 20 timesteps"):
+    with pytest.raises(InvalidInputError, match="19 steps find no place beside 20 among 20 timesteps"):
         plans_apart((20, 19), betas_schedule("linear", 20))
 
 
@@ -69,7 +69,7 @@ def test_a_fine_plan_passes_through_every_point_of_the_student(steps, fine):
     plan, kept = refined(make_plan("dpmpp_2m", 5, schedule), timesteps, fine, schedule)
     assert tuple(plan.timesteps[i] for i in kept) == timesteps and plan.solver == "dpmpp_2m"
     assert fine <= plan.steps <= fine + steps and list(plan.timesteps) == sorted(set(plan.timesteps), reverse=True)
-    ratios = [point.sigma / point.alpha for point in trajectory(schedule, plan.timesteps)[:-1]]
+    ratios = [level.sigma / level.alpha for level in plan_levels(schedule, plan.timesteps)[:-1]]
     inner = np.diff(np.log(ratios[kept[-1] :]))
     if len(inner) > 2:
         assert inner.min() > 2.0 * inner.max()  # both below zero: even in log-SNR but for whole timesteps
@@ -80,8 +80,8 @@ def test_a_fine_plan_passes_through_every_point_of_the_student(steps, fine):
 def test_fine_steps_are_shared_out_by_the_length_of_the_way(schedule, counts):
     stops = tuple(sorted({t for plan in plans_apart(counts, schedule) for t in plan}, reverse=True))
     plan, _ = refined(make_plan("dpmpp_2m", 5, schedule), stops, 20, schedule)
-    points = [point for point in trajectory(schedule, plan.timesteps)[:-1] if point.t > 10]
-    steps = -np.diff([np.log(point.sigma / point.alpha) for point in points])
+    levels = [level for level in plan_levels(schedule, plan.timesteps)[:-1] if level.t > 10]
+    steps = -np.diff([np.log(level.sigma / level.alpha) for level in levels])
     # 20 steps over a way of some 11: none of them is much longer than its share
     assert steps.max() < 0.8
 
@@ -91,7 +91,7 @@ def test_x0_and_the_step_are_those_of_the_runtime(prediction, one_image):
     spec = one_image(prediction).spec
     rng = np.random.default_rng(0)
     x, out = rng.standard_normal((2, 3, 1, 8, 8), dtype=np.float32)
-    now, after = point_at(spec.schedule, 70), point_at(spec.schedule, 30)
+    now, after = noise_level_at(spec.schedule, 70), noise_level_at(spec.schedule, 30)
     here, there = (places((now, after), torch.full((3,), i)) for i in range(2))
     x0 = x0_of(spec, torch.from_numpy(out), torch.from_numpy(x), here.alpha, here.sigma)
     np.testing.assert_allclose(x0.numpy(), to_x0(prediction, x, out, now), rtol=1e-4, atol=1e-5)

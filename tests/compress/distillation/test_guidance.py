@@ -20,10 +20,10 @@ from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.training.losses import forward
 from diffpress.runtime.denoiser import make_predictor
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import evaluations_per_step
-from diffpress.runtime.network_inputs import class_conditions
-from diffpress.runtime.noise_schedule import point_at
+from diffpress.runtime.network_inputs import class_conditioning
+from diffpress.runtime.noise_schedule import noise_level_at
 
 
 def config(**settings) -> GuidanceConfig:
@@ -34,17 +34,17 @@ def config(**settings) -> GuidanceConfig:
 def answers(checkpoint, weight: float) -> np.ndarray:
     """What a sampler under this weight is told at one point."""
     x = np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32)
-    network, told = TorchNetwork(checkpoint.model, checkpoint.spec), class_conditions(checkpoint.spec, np.arange(6) % 3)
-    predict = make_predictor(network, checkpoint.spec, conditions=told, guidance=weight)
-    return predict(x, point_at(checkpoint.spec.schedule, 50))
+    network, cond = TorchNetwork(checkpoint.model, checkpoint.spec), class_conditioning(checkpoint.spec, np.arange(6) % 3)
+    predict = make_predictor(network, checkpoint.spec, conditions=cond, guidance=weight)
+    return predict(x, noise_level_at(checkpoint.spec.schedule, 50))
 
 
 def test_the_guided_answer_is_that_of_the_sampler(unet):
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32))
-    told, null = {"class_labels": torch.arange(6) % 3}, {"class_labels": torch.tensor([3])}
+    cond, uncond = {"class_labels": torch.arange(6) % 3}, {"class_labels": torch.tensor([3])}
     for weight in (1.0, 2.5):
-        for given in (weight, torch.full((6,), weight)):
-            found = guided(unet.model, unet.spec, x, torch.full((6,), 50), told, null, given)
+        for weights in (weight, torch.full((6,), weight)):
+            found = guided(unet.model, unet.spec, x, torch.full((6,), 50), cond, uncond, weights)
             np.testing.assert_allclose(found.numpy(), answers(unet, weight), atol=1e-5)
 
 
@@ -63,11 +63,11 @@ def test_the_weight_is_that_of_the_plan_where_none_is_given(unet, context):
 
 
 def test_a_model_without_a_null_label_is_refused_and_so_is_weight_one(unet, plain, context):
-    with pytest.raises(BadInput, match="no null label"):
+    with pytest.raises(InvalidInputError, match="no null label"):
         distill(plain, config(weight=2.0), context(plain))
-    with pytest.raises(BadInput, match="weight 1 is no guidance"):
+    with pytest.raises(InvalidInputError, match="weight 1 is no guidance"):
         distill(unet, config(), context(unet))
-    with pytest.raises(BadInput, match="a UNet2DModel has no input for the guidance weight"):
+    with pytest.raises(InvalidInputError, match="a UNet2DModel has no input for the guidance weight"):
         distill(unet, config(weights=(1.0, 4.0)), context(unet))
 
 
@@ -81,8 +81,8 @@ def test_a_weight_told_as_an_input_starts_as_the_teacher_reloads_and_needs_one_c
     }
     with torch.no_grad():
         plain = adapter_for(teacher.model).forward(teacher.model, inputs)
-        told = adapter_for(start.model).forward(start.model, inputs | {"guidance": torch.tensor([2.0, 7.0])})
-    torch.testing.assert_close(told, plain)
+        cond = adapter_for(start.model).forward(start.model, inputs | {"guidance": torch.tensor([2.0, 7.0])})
+    torch.testing.assert_close(cond, plain)
     ctx = Context(0, tmp_path / "stages" / ".work", teacher)
     student = distill(teacher, config(weights=(2.0, 8.0), batch=2, steps=2, samples=2), ctx)
     assert student.spec.conditioning.guidance_input and evaluations_per_step(student.spec) == 1
@@ -91,8 +91,8 @@ def test_a_weight_told_as_an_input_starts_as_the_teacher_reloads_and_needs_one_c
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.spec == student.spec and again.hash == student.hash
     forward = adapter_for(again.model).forward
-    told = [forward(again.model, inputs | {"guidance": torch.full((2,), weight)}) for weight in (2.0, 8.0)]
-    assert not torch.equal(*told)
+    cond = [forward(again.model, inputs | {"guidance": torch.full((2,), weight)}) for weight in (2.0, 8.0)]
+    assert not torch.equal(*cond)
 
 
 def test_a_kind_after_guidance_learns_from_a_teacher_that_is_guided_still(unet, context):
@@ -112,14 +112,14 @@ def test_a_weight_that_is_an_input_is_told_by_the_plan_and_never_mixed(tiny_fold
     spec, model = checkpoint.spec, checkpoint.model
     generator = torch.Generator().manual_seed(0)
     x, t = torch.randn(2, *spec.sample_shape, generator=generator), torch.tensor([500, 900])
-    told = {name: torch.randn(2, *e.shape, generator=generator) for name, e in spec.conditioning.inputs.items()}
+    cond = {name: torch.randn(2, *e.shape, generator=generator) for name, e in spec.conditioning.inputs.items()}
     with torch.no_grad():
         by_plan, by_hand, other = (
-            forward(model, spec, x, t, told | extra)
+            forward(model, spec, x, t, cond | extra)
             for extra in ({}, {"guidance": torch.full((2,), spec.plan.guidance)}, {"guidance": torch.ones(2)})
         )
     assert torch.equal(by_plan, by_hand) and not torch.allclose(by_plan, other)
     for weight in (spec.plan.guidance, torch.full((2,), spec.plan.guidance)):
-        assert torch.equal(guided(model, spec, x, t, told, {}, weight), by_hand)
+        assert torch.equal(guided(model, spec, x, t, cond, {}, weight), by_hand)
     few = student_spec(spec, "trajectory", "euler", (900.0,))
     assert few.plan.guidance == spec.plan.guidance != 1.0

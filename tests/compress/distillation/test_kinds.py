@@ -17,9 +17,9 @@ from diffpress.compress.distillation.progressive import in_v
 from diffpress.compress.distillation.student import trained
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.runtime.denoiser import make_predictor
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import class_conditions
-from diffpress.runtime.noise_schedule import point_at
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import class_conditioning
+from diffpress.runtime.noise_schedule import noise_level_at
 from diffpress.runtime.sampler import generate
 
 FEW = ["progressive", "trajectory", "consistency", "score"]
@@ -28,7 +28,7 @@ FEW = ["progressive", "trajectory", "consistency", "score"]
 def config(kind: str, **settings):
     own = {
         "progressive": {"start_steps": 4, "sample_steps": 2},
-        "trajectory": {"sample_steps": 2, "paths": 32, "path_steps": 4},
+        "trajectory": {"sample_steps": 2, "trajectories": 32, "trajectory_steps": 4},
         "consistency": {"sample_steps": 2, "stages": 2},
         "score": {"sample_steps": 2, "score_steps": 1},
     }
@@ -63,11 +63,11 @@ def test_one_student_learns_several_numbers_of_steps(prediction, one_image, tmp_
     teacher = one_image(prediction)
     ctx = Context(0, tmp_path / "stages" / ".work", teacher)
     student = distill(teacher, config("trajectory", other_steps=(4, 1), steps=12), ctx)
-    plans = [student.spec.plan.timesteps, *student.spec.distilled_also]
+    plans = [student.spec.plan.timesteps, *student.spec.distilled_timesteps]
     assert [len(timesteps) for timesteps in plans] == [2, 4, 1]
     assert len({t for timesteps in plans for t in timesteps}) == 7, "a timestep alone says which plan is walked"
     expected = teacher.model.image.detach().numpy()[0]
-    for timesteps in student.spec.distilled_also:
+    for timesteps in student.spec.distilled_timesteps:
         for image in images_of(student.evolve(spec=student.spec.with_plan(student.spec.plan.over(timesteps)))):
             np.testing.assert_allclose(image, expected, atol=1e-3)
 
@@ -77,8 +77,8 @@ def test_other_steps_bring_a_student_nearer_to_its_teacher_in_those_steps(unet, 
     wanted = images_of(unet)
 
     def error_in_four(**settings) -> float:
-        found = distill(unet, config("trajectory", steps=80, batch=8, paths=64, ema=0.9, **settings), ctx)
-        four, *_ = found.spec.distilled_also or [few_timesteps(4, found.spec.schedule)]
+        found = distill(unet, config("trajectory", steps=80, batch=8, trajectories=64, ema=0.9, **settings), ctx)
+        four, *_ = found.spec.distilled_timesteps or [few_timesteps(4, found.spec.schedule)]
         images = images_of(found.evolve(spec=found.spec.with_plan(found.spec.plan.over(four))))
         return float(np.abs(images - wanted).mean())
 
@@ -88,7 +88,7 @@ def test_other_steps_bring_a_student_nearer_to_its_teacher_in_those_steps(unet, 
 def test_a_consistency_student_knows_one_and_two_calls(unet, context):
     for own, also in ((1, [2]), (2, [1]), (4, [1, 2])):
         spec = distill(unet, config("consistency", sample_steps=own, steps=1), context(unet)).spec
-        assert spec.plan.steps == own and [len(timesteps) for timesteps in spec.distilled_also] == also
+        assert spec.plan.steps == own and [len(timesteps) for timesteps in spec.distilled_timesteps] == also
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -144,14 +144,14 @@ def test_an_epsilon_network_learns_the_v_of_its_own_answers(plain, context):
     loss = in_v(plain.model, plain.spec, ctx.data, 8)
     settings = config("progressive", steps=150, batch=8, learning_rate=5e-3, ema=0.9)
     student = start.evolve(model=trained(start, loss, settings, ctx))
-    point = point_at(plain.spec.schedule, 50)
+    level = noise_level_at(plain.spec.schedule, 50)
     x0, _ = ctx.data.batch(16, torch.Generator().manual_seed(9))
     noise = np.random.default_rng(0).standard_normal(x0.shape, dtype=np.float32)
-    x = np.float32(point.alpha) * x0.numpy() + np.float32(point.sigma) * noise
-    eps, v = (make_predictor(TorchNetwork(c.model, c.spec), c.spec)(x, point) for c in (plain, student))
-    untaught = make_predictor(TorchNetwork(plain.model, plain.spec), student.spec)(x, point)
-    image = np.clip((x - point.sigma * eps) / point.alpha, -1, 1)
-    wanted = (point.alpha * x - image) / point.sigma  # from x_0 = alpha x - sigma v
+    x = np.float32(level.alpha) * x0.numpy() + np.float32(level.sigma) * noise
+    eps, v = (make_predictor(TorchNetwork(c.model, c.spec), c.spec)(x, level) for c in (plain, student))
+    untaught = make_predictor(TorchNetwork(plain.model, plain.spec), student.spec)(x, level)
+    image = np.clip((x - level.sigma * eps) / level.alpha, -1, 1)
+    wanted = (level.alpha * x - image) / level.sigma  # from x_0 = alpha x - sigma v
     assert np.square(v - wanted).mean() < 0.75 * np.square(untaught - wanted).mean()
 
 
@@ -183,7 +183,7 @@ def test_guidance_of_the_plan_is_in_what_the_student_learns(unet, context):
 
 
 def test_score_refuses_a_student_that_predicts_something_else(plain, unet, context):
-    with pytest.raises(BadInput, match="the teacher predicts v, the student epsilon"):
+    with pytest.raises(InvalidInputError, match="the teacher predicts v, the student epsilon"):
         distill(plain, config("score"), context(unet))
 
 
@@ -192,8 +192,8 @@ def test_score_refuses_a_student_that_predicts_something_else(plain, unet, conte
     [
         ("progressive", {"start_steps": 6, "sample_steps": 2}, "halving 6 steps does not lead to 2"),
         ("progressive", {"start_steps": 2, "sample_steps": 2}, "halving"),
-        ("trajectory", {"sample_steps": 8, "path_steps": 4}, "fewer than"),
-        ("trajectory", {"other_steps": (8,), "path_steps": 4}, "fewer than the student's 8"),
+        ("trajectory", {"sample_steps": 8, "trajectory_steps": 4}, "fewer than"),
+        ("trajectory", {"other_steps": (8,), "trajectory_steps": 4}, "fewer than the student's 8"),
         ("trajectory", {"other_steps": (1, 2)}, "twice"),
         ("trajectory", {"other_steps": (0,)}, "greater than or equal to 1"),
         ("guidance", {"weight": 2.0, "weights": (1.0, 3.0)}, "one of them"),
@@ -210,4 +210,4 @@ def test_labels_are_told_to_the_student(unet, context):
     student = distill(unet, config("trajectory"), ctx)
     network = TorchNetwork(student.model, student.spec)
     a, b = (generate(network, student.spec, [0], np.array([label])) for label in (0, 2))
-    assert not np.array_equal(a, b) and class_conditions(student.spec, np.array([0])).null is not None
+    assert not np.array_equal(a, b) and class_conditioning(student.spec, np.array([0])).uncond is not None

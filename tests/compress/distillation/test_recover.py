@@ -13,7 +13,7 @@ from diffpress.compress.distillation.block_features import captured, feature_dis
 from diffpress.compress.distillation.conditioning import drop_conditions
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.distill import distill
-from diffpress.compress.evaluation.teacher_sqnr import agreement_db
+from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.widths import widths_of
 from diffpress.compress.pruning.prune import prune
@@ -27,7 +27,7 @@ def config(**settings) -> RecoverConfig:
 def test_recovering_brings_the_student_closer_to_its_teacher(unet, pruned, context):
     ctx = context(unet)
     recovered = distill(pruned, config(steps=40, batch=8), ctx)
-    assert agreement_db(recovered, unet, ctx.data) > agreement_db(pruned, unet, ctx.data) + 3.0
+    assert teacher_sqnr_db(recovered, unet, ctx.data) > teacher_sqnr_db(pruned, unet, ctx.data) + 3.0
     assert widths_of(recovered.model) == widths_of(pruned.model) and recovered.spec == pruned.spec
 
 
@@ -78,7 +78,7 @@ def test_training_visits_the_timesteps_it_is_told_to(wish, visited, unet, pruned
 def test_recovering_without_images_learns_from_what_the_teacher_makes(unet, pruned, context):
     ctx = context(unet, data=False)
     recovered = distill(pruned, config(steps=40, batch=8, samples=24), ctx)
-    assert agreement_db(recovered, unet, None) > agreement_db(pruned, unet, None) + 3.0
+    assert teacher_sqnr_db(recovered, unet, None) > teacher_sqnr_db(pruned, unet, None) + 3.0
     assert [path.suffix for path in ctx.work.parent.iterdir()] == [".npy"]
 
 
@@ -177,7 +177,7 @@ def test_a_flow_network_is_told_float_timesteps_in_training_as_in_sampling(custo
     ctx = context(checkpoint)
     small = prune(checkpoint, PruneConfig(method="taylor", ratio=0.5, round_to=1, batch=4, timesteps=2), ctx)
     recovered = distill(small, config(), ctx)
-    assert agreement_db(recovered, checkpoint, ctx.data) < 200.0
+    assert teacher_sqnr_db(recovered, checkpoint, ctx.data) < 200.0
 
 
 def test_a_network_wrapped_for_many_devices_is_called_as_the_one_inside(unet):
@@ -197,4 +197,4 @@ def test_a_network_wrapped_for_many_devices_is_called_as_the_one_inside(unet):
 def test_training_on_a_gpu_gives_a_model_on_the_cpu(unet, pruned, context):
     recovered = distill(pruned, config(), context(unet))
     assert {p.device.type for c in (recovered, unet) for p in c.model.parameters()} == {"cpu"}
-    assert recovered.hash != pruned.hash and agreement_db(recovered, unet, None) > 0.0
+    assert recovered.hash != pruned.hash and teacher_sqnr_db(recovered, unet, None) > 0.0

@@ -14,7 +14,7 @@ from diffpress.compress.config import EvaluateConfig
 from diffpress.compress.evaluation.evaluate import evaluate, paired, real_floor
 from diffpress.compress.evaluation.features import FeatureNetwork, Reference, load_features, load_reference
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def embed(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -69,7 +69,7 @@ def test_the_floor_is_positive_and_falls_with_the_number_of_samples(reference):
 
 
 def test_too_few_reference_images_are_refused(unet, reference):
-    with pytest.raises(BadInput, match="81 samples need at least as many reference images, real.npz has 80"):
+    with pytest.raises(InvalidInputError, match="81 samples need at least as many reference images, real.npz has 80"):
         scored(unet, reference, samples=81)
 
 
@@ -98,14 +98,14 @@ def test_the_built_in_features_and_reference_belong_together(unet):
 
 
 def test_a_feature_network_for_other_images_is_refused(unet):
-    with pytest.raises(BadInput, match=r"features.onnx: .*\[1, 28, 28\], the model makes \[1, 8, 8\]"):
+    with pytest.raises(InvalidInputError, match=r"features.onnx: .*\[1, 28, 28\], the model makes \[1, 8, 8\]"):
         load_features(FEATURES, unet.spec)
 
 
 def test_a_feature_network_that_is_none_is_refused(unet, tmp_path):
     (tmp_path / "net.onnx").write_bytes(b"nothing")
     for name in ("net.onnx", "nowhere.onnx"):
-        with pytest.raises(BadInput, match=f"{name}: not readable"):
+        with pytest.raises(InvalidInputError, match=f"{name}: not readable"):
             load_features(tmp_path / name, unet.spec)
 
 
@@ -120,7 +120,7 @@ def test_reference_images_are_put_through_the_feature_network(unet, npz):
 def test_reference_features_of_another_network_are_refused(unet, tmp_path):
     file = tmp_path / "reference.npz"
     np.savez(file, features=np.zeros((9, 5)), features_sha256="other")
-    with pytest.raises(BadInput, match="reference.npz: its features were made by another network than fake"):
+    with pytest.raises(InvalidInputError, match="reference.npz: its features were made by another network than fake"):
         load_reference(file, FAKE, unet.spec)
 
 
@@ -129,11 +129,11 @@ def test_a_reference_that_cannot_be_read_is_refused(content, unet, tmp_path):
     file: Path = tmp_path / "reference.npz"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(BadInput, match="reference.npz: not readable"):
+    with pytest.raises(InvalidInputError, match="reference.npz: not readable"):
         load_reference(file, FAKE, unet.spec)
 
 
 def test_reference_images_of_another_size_are_refused(unet, tmp_path):
     np.savez(tmp_path / "reference.npz", x=np.zeros((20, 9, 9), np.uint8))
-    with pytest.raises(BadInput, match=r"reference.npz: .*\[1, 9, 9\].*\[1, 8, 8\]"):
+    with pytest.raises(InvalidInputError, match=r"reference.npz: .*\[1, 9, 9\].*\[1, 8, 8\]"):
         load_reference(tmp_path / "reference.npz", FAKE, unet.spec)

@@ -11,11 +11,11 @@ from diffusers import FluxPipeline, LatentConsistencyModelPipeline
 from torch import nn
 
 from diffpress.compress.models import diffusers_blocks
-from diffpress.compress.models.adapter import ADAPTERS, Adapter, adapter_for, dynamic_axes, example_inputs
+from diffpress.compress.models.adapter import ADAPTERS, Adapter, adapter_for, dummy_inputs, dynamic_axes
 from diffpress.compress.models.families import any_module, flux
 from diffpress.compress.models.families.unet2d_condition import guidance_embedding
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.network_inputs import stand_in_conditions
+from diffpress.runtime.network_inputs import dummy_conditioning
 from diffpress.runtime.pipeline import resized
 
 KINDS = ["ldm", "sd", "sdxl", "lcm", "dit", "pixart-alpha", "sd3.5", "flux", "flux-schnell"]
@@ -53,12 +53,12 @@ def test_an_adapter_has_every_function_with_the_arguments_that_are_given(name):
 def test_what_an_adapter_names_is_in_the_model(kind, checkpoint):
     model = checkpoint(kind).model
     adapter, modules = adapter_for(model), dict(model.named_modules())
-    lists = {name: getattr(adapter, name)(model) for name in ("blocks", "fragile", "skip_joins", "cache_cuts")}
+    lists = {name: getattr(adapter, name)(model) for name in ("blocks", "fragile", "skip_concats", "cache_cuts")}
     for name, found in lists.items():
         assert set(found) <= set(modules) and len(set(found)) == len(found), name
     assert lists["blocks"] and lists["fragile"]
     assert bool(lists["cache_cuts"]) == (not kind.startswith("flux"))  # the tiny one has one block of a kind
-    assert bool(lists["skip_joins"]) == (kind in ("ldm", "sd", "sdxl", "lcm"))
+    assert bool(lists["skip_concats"]) == (kind in ("ldm", "sd", "sdxl", "lcm"))
     kinds = {type(modules[name]) for name in lists["fragile"]}
     assert kinds <= {nn.Linear, nn.Conv2d, nn.Embedding}
     weighty = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -75,7 +75,7 @@ def test_blocks_make_up_the_model_and_run_in_every_forward(kind, checkpoint):
         module = one.model.get_submodule(name)
         module.register_forward_hook(lambda *_, name=name: seen.append(name))
     with torch.no_grad():
-        out = adapter.forward(one.model, example_inputs(one.spec, 2))
+        out = adapter.forward(one.model, dummy_inputs(one.spec, 2))
     assert seen == adapter.blocks(one.model)
     assert out.shape == (2, *one.spec.sample_shape) and out.isfinite().all()
 
@@ -83,7 +83,7 @@ def test_blocks_make_up_the_model_and_run_in_every_forward(kind, checkpoint):
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_input_reaches_the_output(kind, checkpoint):
     one = checkpoint(kind)
-    adapter, inputs = adapter_for(one.model), example_inputs(one.spec, 2)
+    adapter, inputs = adapter_for(one.model), dummy_inputs(one.spec, 2)
     with torch.no_grad():
         before = adapter.forward(one.model, inputs)
         for name, value in inputs.items():
@@ -97,9 +97,9 @@ def test_every_input_reaches_the_output(kind, checkpoint):
 @pytest.mark.parametrize("kind", KINDS)
 def test_examples_and_stand_ins_have_the_shapes_of_the_spec(kind, checkpoint):
     spec = checkpoint(kind).spec
-    inputs, told = example_inputs(spec, 3), stand_in_conditions(spec, 3)
-    assert set(told.given) == set(inputs) - {"sample", "timestep", "guidance"}
-    for name, array in told.given.items():
+    inputs, conditions = dummy_inputs(spec, 3), dummy_conditioning(spec, 3)
+    assert set(conditions.cond) == set(inputs) - {"sample", "timestep", "guidance"}
+    for name, array in conditions.cond.items():
         assert array.shape == tuple(inputs[name].shape)
     assert ("guidance" in inputs) == (kind in ("lcm", "flux"))
     whole = inputs["timestep"].dtype == torch.int64
@@ -110,7 +110,7 @@ def test_examples_and_stand_ins_have_the_shapes_of_the_spec(kind, checkpoint):
 def test_height_and_width_are_open_where_the_model_makes_other_sizes(kind, checkpoint):
     one = checkpoint(kind)
     axes = dynamic_axes(one.model, one.spec)
-    assert set(axes) == set(example_inputs(one.spec, 1)) and all(0 in dims for dims in axes.values())
+    assert set(axes) == set(dummy_inputs(one.spec, 1)) and all(0 in dims for dims in axes.values())
     resizable = adapter_for(one.model).RESIZABLE
     assert (set(axes["sample"]) == {0, 2, 3}) == resizable
     assert set(dynamic_axes(one.model, one.spec, fixed_size=True)["sample"]) == {0}
@@ -119,7 +119,7 @@ def test_height_and_width_are_open_where_the_model_makes_other_sizes(kind, check
         assert (1 in axes[name]) == sequence, name
     if resizable:
         channels, height, width = one.spec.sample_shape
-        inputs = example_inputs(one.spec, 1) | {"sample": torch.zeros(1, channels, 2 * height, width)}
+        inputs = dummy_inputs(one.spec, 1) | {"sample": torch.zeros(1, channels, 2 * height, width)}
         with torch.no_grad():
             out = adapter_for(one.model).forward(one.model, inputs)
         assert out.shape == inputs["sample"].shape

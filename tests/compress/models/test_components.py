@@ -10,9 +10,9 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline
 
-from diffpress.compress.models.components import encoded_prompts, load_part, part_names
+from diffpress.compress.models.components import component_names, encoded_prompts, load_component
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 PROMPTS = ["a photo of a cat", "red dog!"]
 
@@ -23,7 +23,7 @@ def copied(tiny_folder, tmp_path):
 
 
 def refused(call, *words: str) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
@@ -48,7 +48,7 @@ OUTPUTS = [
 
 @pytest.mark.parametrize(("kind", "name", "names"), OUTPUTS)
 def test_a_text_encoder_gives_the_outputs_of_transformers_by_optimums_names(kind, name, names, tiny_folder):
-    part, own = load_part(load_checkpoint(tiny_folder(kind)), name), getattr(opened(tiny_folder(kind)), name)
+    part, own = load_component(load_checkpoint(tiny_folder(kind)), name), getattr(opened(tiny_folder(kind)), name)
     assert part.outputs == names
     ids = torch.randint(0, 60, part.examples["input_ids"].shape, generator=torch.Generator().manual_seed(0))
     feed = {**part.examples, "input_ids": ids}
@@ -68,7 +68,7 @@ def test_a_text_encoder_gives_the_outputs_of_transformers_by_optimums_names(kind
 def test_a_mask_is_an_input_where_the_denoiser_sees_it_too(kind, masked, tiny_folder):
     checkpoint = load_checkpoint(tiny_folder(kind))
     for encoder in checkpoint.spec.conditioning.encoders:
-        part = load_part(checkpoint, encoder.graph)
+        part = load_component(checkpoint, encoder.graph)
         assert set(part.inputs) == {"input_ids", "attention_mask"} if masked else {"input_ids"}
         assert part.examples["input_ids"].shape[1] == encoder.length
         assert set(part.inputs.values()) == {np.dtype(np.int64)}
@@ -76,7 +76,7 @@ def test_a_mask_is_an_input_where_the_denoiser_sees_it_too(kind, masked, tiny_fo
 
 @pytest.mark.parametrize("kind", ["sd", "ldm"])
 def test_the_decoder_is_that_of_diffusers_without_its_encoder(kind, tiny_folder):
-    part, pipe = load_part(load_checkpoint(tiny_folder(kind)), "vae_decoder"), opened(tiny_folder(kind))
+    part, pipe = load_component(load_checkpoint(tiny_folder(kind)), "vae_decoder"), opened(tiny_folder(kind))
     own = pipe.vae if kind == "sd" else pipe.vqvae
     assert (part.folder, part.outputs) == ("vae" if kind == "sd" else "vqvae", ["sample"])
     assert not hasattr(part.module, "encoder")
@@ -97,13 +97,13 @@ PARTS = {
 
 @pytest.mark.parametrize("kind", PARTS)
 def test_the_graphs_around_a_denoiser_are_listed_text_encoders_first(kind, tiny_folder):
-    found = part_names(load_checkpoint(tiny_folder(kind)))
+    found = component_names(load_checkpoint(tiny_folder(kind)))
     assert sorted(found) == PARTS[kind] and found[-1] == "vae_decoder"
 
 
 def test_a_bare_denoiser_has_no_parts_and_encodes_no_prompts(tiny_folder):
     checkpoint = load_checkpoint(tiny_folder("sd") / "unet")
-    assert part_names(checkpoint) == []
+    assert component_names(checkpoint) == []
     refused(lambda: encoded_prompts(checkpoint, PROMPTS, print), "text encoders", "whole pipeline")
 
 
@@ -133,7 +133,7 @@ def test_a_part_of_an_unknown_class_is_refused_by_name(part, changes, named, cop
     edit(folder / part / "config.json", **changes)
     checkpoint = load_checkpoint(folder)
     name = "vae_decoder" if part == "vae" else part
-    refused(lambda: load_part(checkpoint, name), str(folder / part), named, "known")
+    refused(lambda: load_component(checkpoint, name), str(folder / part), named, "known")
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
@@ -142,4 +142,4 @@ def test_a_part_without_its_weights_is_refused_by_name(part, copied):
     for file in (folder / part).glob("*.safetensors"):
         file.unlink()
     checkpoint = load_checkpoint(folder)
-    refused(lambda: load_part(checkpoint, "vae_decoder" if part == "vae" else part), str(folder / part), "again")
+    refused(lambda: load_component(checkpoint, "vae_decoder" if part == "vae" else part), str(folder / part), "again")

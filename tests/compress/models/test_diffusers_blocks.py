@@ -23,7 +23,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Source
 from diffpress.compress.config import PruneConfig
-from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.diffusers_blocks import attentions, coupled
 from diffpress.compress.models.widths import apply_widths_, changed_widths, widths_of
 from diffpress.compress.pruning.prune import prune
@@ -114,7 +114,7 @@ def settings(method: str = "magnitude", scope: str = "local", ratio: float = 0.2
 def answer(checkpoint: Checkpoint, model: nn.Module | None = None) -> torch.Tensor:
     model = checkpoint.model if model is None else model
     with torch.no_grad():
-        return adapter_for(model).forward(model, example_inputs(checkpoint.spec, 2, seed=5))
+        return adapter_for(model).forward(model, dummy_inputs(checkpoint.spec, 2, seed=5))
 
 
 # --- the oracle: the unpruned network with the removed channels silenced ----------------------------------------
@@ -282,7 +282,7 @@ def test_a_head_that_matters_to_the_text_alone_stays(families, context):
 
 def test_taylor_sums_weight_times_gradient_over_both_halves_and_the_reader(families, context, monkeypatch):
     checkpoint = families["sd"]
-    inputs = example_inputs(checkpoint.spec, 2)
+    inputs = dummy_inputs(checkpoint.spec, 2)
 
     def loss(model: nn.Module, *_: object) -> torch.Tensor:
         return adapter_for(model).forward(model, inputs).square().mean()

@@ -9,7 +9,7 @@ import torch
 from diffusers import UNet2DModel
 
 from diffpress.compress.models.widths import apply_widths_, changed_widths, widths_of
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def shapes(model):
@@ -44,7 +44,7 @@ def test_layers_that_pruning_left_alone_are_not_listed(pruned):
     ],
 )
 def test_widths_that_do_not_fit_the_module_are_bad_input(widths, message, plain):
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         apply_widths_(plain.clone_model(), widths, "here")
 
 

@@ -10,11 +10,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from diffpress.compress.config import PruneConfig
-from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.widths import changed_widths, widths_of
 from diffpress.compress.pruning.allocation import Candidate, allocate, choose_removed, keep_count
 from diffpress.compress.pruning.prune import prune
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 METHODS, SCOPES = ("random", "magnitude", "taylor"), ("local", "global")
 
@@ -52,7 +52,7 @@ class Chain(nn.Module):
 def test_a_pruned_unet_keeps_its_output_shape_and_is_smaller(kind, method, scope, request, context):
     checkpoint = request.getfixturevalue(kind)
     small = prune(checkpoint, config(method, scope=scope), context(checkpoint))
-    inputs = example_inputs(checkpoint.spec, 3)
+    inputs = dummy_inputs(checkpoint.spec, 3)
     with torch.no_grad():
         out = adapter_for(small.model).forward(small.model, inputs)
     assert out.shape == inputs["sample"].shape and torch.isfinite(out).all()
@@ -235,7 +235,7 @@ def test_allocation_takes_where_a_saved_cost_loses_least_and_leaves_a_quarter():
     assert allocate([cheap, dear], 0.25) == [8, 16]
     assert allocate([cheap, dear], 0.5) == [4, 12]
     assert allocate([cheap, dear], 0.75) == [4, 4]
-    with pytest.raises(BadInput, match="ratio 0.99 leaves too little of some layer; at most 0.75 can go"):
+    with pytest.raises(InvalidInputError, match="ratio 0.99 leaves too little of some layer; at most 0.75 can go"):
         allocate([cheap, dear], 0.99)
 
 
@@ -277,7 +277,7 @@ def test_a_ratio_that_is_no_fraction_is_refused(ratio):
 
 @pytest.mark.parametrize(("scope", "message"), [("local", "leaves nothing"), ("global", "leaves too little")])
 def test_a_ratio_that_leaves_nothing_is_refused(scope, message, unet, context):
-    with pytest.raises(BadInput, match=f"prune: ratio 0.99 {message} .* most .*0.75"):
+    with pytest.raises(InvalidInputError, match=f"prune: ratio 0.99 {message} .* most .*0.75"):
         prune(unet, config(ratio=0.99, scope=scope), context(unet))
 
 
@@ -289,12 +289,12 @@ def test_the_most_that_can_go_still_leaves_a_working_model(scope, unet, context,
 
 
 def test_a_ratio_that_removes_nothing_is_refused(unet, context):
-    with pytest.raises(BadInput, match="prune: ratio 0.01 with round_to 16 removes nothing"):
+    with pytest.raises(InvalidInputError, match="prune: ratio 0.01 with round_to 16 removes nothing"):
         prune(unet, config(ratio=0.01, round_to=16), context(unet))
 
 
 def test_taylor_without_images_is_refused(unet, context):
-    with pytest.raises(BadInput, match="taylor.* needs images: set 'data"):
+    with pytest.raises(InvalidInputError, match="taylor.* needs images: set 'data"):
         prune(unet, config("taylor"), context(unet, data=False))
 
 
@@ -305,5 +305,5 @@ class Dead(Chain):
 
 def test_a_model_that_does_not_survive_is_refused(custom, context):
     checkpoint = custom(Dead())
-    with pytest.raises(BadInput, match="prune: the pruned model gives"):
+    with pytest.raises(InvalidInputError, match="prune: the pruned model gives"):
         prune(checkpoint, config(ratio=0.5), context(checkpoint))

@@ -71,12 +71,12 @@ def test_what_it_does_not_suit_takes_fp8(unet):
     assert chosen["mid_block.attentions.0.to_q"] == "nvfp4" and chosen["mid_block.resnets.0.conv1"] == "fp8"
     assert chosen["time_embedding.linear_1"] == "int8_weight_only"
     widths = nn.Sequential(nn.Linear(24, 8), nn.Linear(32, 8), nn.Linear(8, 8))
-    bare = QuantizeConfig(format="nvfp4", keep_fragile=False)
+    bare = QuantizeConfig(format="nvfp4", keep_sensitive_layers=False)
     assert choose_formats(widths, bare) == {"0": "fp8", "1": "nvfp4", "2": "fp8"}
 
 
 def test_a_checkpoint_in_nvfp4_is_reloaded_as_it_was(unet, context, output, tmp_path, reopened):
-    checkpoint = quantize(unet, QuantizeConfig(format="nvfp4", samples=2, batch=2, correct=False), context(unet))
+    checkpoint = quantize(unet, QuantizeConfig(format="nvfp4", samples=2, batch=2, output_correction=False), context(unet))
     save_checkpoint(checkpoint, tmp_path / "c")
     again = reopened(str(tmp_path / "c"))
     assert again.hash == checkpoint.hash

@@ -16,7 +16,7 @@ from diffpress.compress.quantization.calibration.observer import CALIBRATION_SEE
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate, noise_for
 
 
@@ -135,8 +135,8 @@ def test_a_checkpoint_without_scales_is_its_own_fake_quantization(plain):
 
 
 def test_fragile_layers_compute_in_float_and_only_the_linear_ones_are_stored_as_integers(quantized):
-    amax, fragile = quantized.quantization.amax, adapter_for(quantized.model).fragile(quantized.model)
-    assert not any(f"{name}.input" in amax for name in fragile)
+    amax, sensitive_layers = quantized.quantization.amax, adapter_for(quantized.model).sensitive_layers(quantized.model)
+    assert not any(f"{name}.input" in amax for name in sensitive_layers)
     assert "time_embedding.linear_1.weight" in amax and "conv_in.weight" not in amax and "conv_out.weight" not in amax
     assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.attentions.0.to_q.input" in amax
 
@@ -155,14 +155,14 @@ def test_outputs_of_layers_that_only_store_integers_are_not_quantized(quantized)
 
 def test_kept_layers_have_no_scales(unet, context):
     keep = ("mid_block.attentions", "time_embedding.linear_1")
-    layers = quantize(unet, config(keep=keep), context(unet)).quantization.layers
+    layers = quantize(unet, config(ignored_layers=keep), context(unet)).quantization.layers
     assert not any(name.startswith(keep) for name in layers)
     assert "mid_block.resnets.0.conv1" in layers and "time_embedding.linear_2" in layers
 
 
 def test_keeping_what_is_not_there_is_refused(unet, context):
-    with pytest.raises(BadInput, match="keep names 'up_blocks.7', and no layer"):
-        quantize(unet, config(keep=("up_blocks.7",)), context(unet))
+    with pytest.raises(InvalidInputError, match="ignored_layers names 'up_blocks.7', and no layer"):
+        quantize(unet, config(ignored_layers=("up_blocks.7",)), context(unet))
 
 
 @pytest.mark.parametrize("cause", ["weight", "input"])
@@ -175,9 +175,9 @@ def test_a_layer_without_a_scale_is_named_with_the_way_out(cause, small, context
             nn.init.zeros_(model.norm.weight)
             nn.init.zeros_(model.norm.bias)
     checkpoint = small.evolve(model=model)
-    with pytest.raises(BadInput, match=rf"layer 'inner' has a {cause} scale .* keep: \[inner\]"):
+    with pytest.raises(InvalidInputError, match=rf"layer 'inner' has a {cause} scale .* ignored_layers: \[inner\]"):
         quantize(checkpoint, config(), context(small))
-    assert quantize(checkpoint, config(keep=("inner",)), context(small)).quantization.layers == ["time"]
+    assert quantize(checkpoint, config(ignored_layers=("inner",)), context(small)).quantization.layers == ["time"]
 
 
 class Spare(nn.Module):
@@ -192,5 +192,5 @@ class Spare(nn.Module):
 
 def test_a_layer_that_sampling_never_reaches_is_named(custom, context):
     checkpoint = custom(Spare())
-    with pytest.raises(BadInput, match=r"layer 'spare' has a input scale .* keep: \[spare\]"):
+    with pytest.raises(InvalidInputError, match=r"layer 'spare' has a input scale .* ignored_layers: \[spare\]"):
         quantize(checkpoint, config(), context(checkpoint))

@@ -8,13 +8,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffpress.compress.config import QuantizeConfig
-from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.unified_scales import share_scales
+from diffpress.compress.quantization.unified_scales import unify_scales
 
 # what the little U-Net concatenates: stream, skip, the layers that read both or one of them
-JOINS = [
+CONCATS = [
     ("mid_block.resnets.1", "down_blocks.1.attentions.0", ["up_blocks.0.resnets.0.conv_shortcut"]),
     (
         "up_blocks.0.attentions.0",
@@ -41,8 +41,8 @@ def numbered(keys) -> dict[str, torch.Tensor]:
 def test_tensors_that_meet_share_the_largest_scale_and_the_rest_keep_their_own(unet, context):
     found = quantize(unet, config(), context(unet)).quantization.amax
     own = numbered(key for key in found if not key.endswith(".weight"))
-    shared, left = share_scales(unet, own), set(own)
-    for stream, skip, readers in JOINS:
+    shared, left = unify_scales(unet, own), set(own)
+    for stream, skip, readers in CONCATS:
         keys = [f"{stream}.output", f"{skip}.output", *(f"{reader}.input" for reader in readers)]
         assert {shared[key].item() for key in keys} == {max(own[key].item() for key in keys)}
         assert len({found[key].item() for key in keys}) == 1
@@ -58,12 +58,12 @@ def test_tensors_that_meet_share_the_largest_scale_and_the_rest_keep_their_own(u
 def test_every_sum_of_a_unet_is_rounded(unet, context):
     quantized = quantize(unet, config(), context(unet))
     model, seen = fake_quantized(quantized), {}
-    names = adapter_for(unet.model).trunk(unet.model)
+    names = adapter_for(unet.model).residual_outputs(unet.model)
     assert len(names) == 13 and "conv_in" in names and "mid_block.attentions.0" in names
     for name in names:
         model.get_submodule(name).register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
     with torch.no_grad():
-        adapter_for(model).forward(model, example_inputs(unet.spec, 2))
+        adapter_for(model).forward(model, dummy_inputs(unet.spec, 2))
     for name in names:
         levels = seen[name] / (quantized.quantization.amax[f"{name}.output"] / 127)
         assert levels.abs().max() > 20
@@ -73,24 +73,24 @@ def test_every_sum_of_a_unet_is_rounded(unet, context):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"keep": ("down_blocks.0",)},
-        {"mixture": {"down_blocks.0": "int8_weight_only"}},
-        {"mixture": {"down_blocks.0": "float"}},
+        {"ignored_layers": ("down_blocks.0",)},
+        {"format_overrides": {"down_blocks.0": "int8_weight_only"}},
+        {"format_overrides": {"down_blocks.0": "float"}},
     ],
 )
 def test_what_is_kept_is_not_rounded_and_joins_nothing(settings, unet, context):
     amax = quantize(unet, config(**settings), context(unet)).quantization.amax
     assert not any(key.startswith("down_blocks.0") and key.endswith((".input", ".output")) for key in amax)
     own = numbered(key for key in amax if not key.endswith(".weight"))
-    changed = {key for key, value in share_scales(unet, own).items() if value != own[key]}
-    joined = [f"{stream}.output" for stream, _, _ in JOINS]
+    changed = {key for key, value in unify_scales(unet, own).items() if value != own[key]}
+    joined = [f"{stream}.output" for stream, _, _ in CONCATS]
     assert not changed & {joined[1], joined[2]} and changed & {joined[0], "down_blocks.1.attentions.0.output"}
 
 
 @pytest.mark.parametrize("settings", [{"outputs": False}, {"layers": ("linear",)}, {"format": "fp8"}])
 def test_without_integer_convolutions_nothing_but_layers_is_rounded(settings, unet, context):
     amax = quantize(unet, config(**settings), context(unet)).quantization.amax
-    assert not any(f"{name}.output" in amax for name in adapter_for(unet.model).trunk(unet.model))
+    assert not any(f"{name}.output" in amax for name in adapter_for(unet.model).residual_outputs(unet.model))
 
 
 class Meeting(nn.Module):
@@ -121,7 +121,7 @@ class Meeting(nn.Module):
 def test_only_what_copies_values_unites(how, together, custom):
     checkpoint = custom(Meeting(how))
     own = numbered(f"{name}.output" for name in "abc")
-    shared = share_scales(checkpoint, own)
+    shared = unify_scales(checkpoint, own)
     assert shared == ({**own, "a.output": own["b.output"]} if together else own)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in checkpoint.model.modules())
 
@@ -132,4 +132,4 @@ def test_what_reads_a_joined_tensor_as_it_is_takes_its_scale(custom):
             return self.c(self.b(self.a(sample)) + 0)
 
     own = numbered(["a.output", "b.input", "b.output", "c.input"])
-    assert share_scales(custom(Read(None)), own) == {**own, "a.output": own["b.input"]}
+    assert unify_scales(custom(Read(None)), own) == {**own, "a.output": own["b.input"]}

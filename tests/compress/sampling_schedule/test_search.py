@@ -15,16 +15,16 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import ScheduleConfig
 from diffpress.compress.context import Context
 from diffpress.compress.sampling_schedule.schedule import schedule
-from diffpress.compress.sampling_schedule.search import best_path, fine_grid, jump_costs, loss, refined
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions
-from diffpress.runtime.noise_schedule import betas_schedule, point_at
-from diffpress.runtime.sampling_plan import make_plan, trajectory
+from diffpress.compress.sampling_schedule.search import best_path, fine_timesteps, jump_costs, loss, refined
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs
+from diffpress.runtime.noise_schedule import betas_schedule, noise_level_at
+from diffpress.runtime.sampling_plan import make_plan, plan_levels
 from diffpress.runtime.spec import DenoiserSpec
 
 COSINE = betas_schedule("squaredcos_cap_v2", 1000)
-SPEC = DenoiserSpec("sample", COSINE, (1, 4, 4), make_plan("ipndm", 4, COSINE, grid="linspace", clip=False))
-NOTHING = Conditions()
+SPEC = DenoiserSpec("sample", COSINE, (1, 4, 4), make_plan("ipndm", 4, COSINE, spacing="linspace", clip=False))
+NOTHING = ConditioningInputs()
 
 
 @dataclass
@@ -39,16 +39,16 @@ class Modes:
         return {"sample": np.dtype(np.float32), "timestep": np.dtype(np.float32)}
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        x, point = inputs["sample"].astype(np.float64), point_at(COSINE, float(inputs["timestep"][0]))
+        x, level = inputs["sample"].astype(np.float64), noise_level_at(COSINE, float(inputs["timestep"][0]))
         self.calls.append(len(x))
-        variance = (point.alpha * self.deviation) ** 2 + point.sigma**2
-        mode = 0.7 * np.tanh(0.7 * point.alpha * x / variance)
-        gain = point.alpha * self.deviation**2 / variance
-        return (mode + gain * (x - point.alpha * mode)).astype(np.float32)
+        variance = (level.alpha * self.deviation) ** 2 + level.sigma**2
+        mode = 0.7 * np.tanh(0.7 * level.alpha * x / variance)
+        gain = level.alpha * self.deviation**2 / variance
+        return (mode + gain * (x - level.alpha * mode)).astype(np.float32)
 
 
-def walked(network, spec: DenoiserSpec, count: int = 12, fine: int = 24):
-    grid = fine_grid(spec, fine)
+def fused(network, spec: DenoiserSpec, count: int = 12, fine: int = 24):
+    grid = fine_timesteps(spec, fine)
     return grid, *jump_costs(network, spec, grid, count, 5, NOTHING)
 
 
@@ -66,19 +66,19 @@ def test_a_path_is_the_best_of_all(steps, gamma) -> None:
 
 def test_costs_are_the_errors_of_single_jumps() -> None:
     network = Modes()
-    grid, costs, ends = walked(network, SPEC)
+    grid, costs, ends = fused(network, SPEC)
     # one walk of the fine grid in batches of 5, 5 and 2, and not one call more
     assert len(network.calls) == 3 * len(grid) and sum(network.calls) == 12 * len(grid)
-    points = trajectory(COSINE, grid)
-    assert costs.shape == (len(points), len(points)) and ends.shape == (12, 1, 4, 4)
-    assert (costs[np.tril_indices(len(points))] == 0).all() and (costs[np.triu_indices(len(points), 2)] > 0).all()
+    levels = plan_levels(COSINE, grid)
+    assert costs.shape == (len(levels), len(levels)) and ends.shape == (12, 1, 4, 4)
+    assert (costs[np.tril_indices(len(levels))] == 0).all() and (costs[np.triu_indices(len(levels), 2)] > 0).all()
     # neighbours are near: a long jump is worse than the first of its parts
-    assert all(costs[i, i + 1] < costs[i, -1] for i in range(len(points) - 2))
+    assert all(costs[i, i + 1] < costs[i, -1] for i in range(len(levels) - 2))
 
 
 def test_straight_trajectories_cost_nothing() -> None:
     """Data that is one image: every jump is exact."""
-    grid, costs, ends = walked(Still(), SPEC)
+    grid, costs, ends = fused(Still(), SPEC)
     assert costs.max() < 1e-4 and np.abs(ends - 0.3).max() < 1e-5
 
 
@@ -89,7 +89,7 @@ class Still(Modes):
 
 def test_a_found_schedule_comes_nearer_and_refining_nearer_still() -> None:
     network = Modes()
-    grid, costs, ends = walked(network, SPEC, count=24, fine=40)
+    grid, costs, ends = fused(network, SPEC, count=24, fine=40)
 
     def loss_of(timesteps: tuple[float, ...]) -> float:
         return loss(network, SPEC, timesteps, ends, 8, NOTHING)
@@ -116,7 +116,7 @@ def test_moved_timesteps_descend_within_the_schedule(whole) -> None:
 
 def test_the_fine_grid_holds_the_plan_and_starts_where_it_does() -> None:
     spec = SPEC.with_plan(SPEC.plan.over((800.0, 411.0, 3.0)))
-    grid = fine_grid(spec, 30)
+    grid = fine_timesteps(spec, 30)
     assert grid[0] == 800.0 and set(spec.plan.timesteps) <= set(grid) and 20 < len(grid) <= 33
     assert list(grid) == sorted(set(grid), reverse=True)
 
@@ -129,9 +129,9 @@ def test_the_stage_changes_the_plan_alone_and_tells_what_it_found(plain, tmp_pat
     ctx = context_of(plain, tmp_path)
     config = ScheduleConfig(solver="ipndm", steps=3, search="gits", refine=1, samples=4, fine=8, batch=3)
     result = schedule(plain, config, ctx)
-    told = ctx.notes["search"]
-    assert list(result.spec.plan.timesteps) == told["timesteps"] and result.spec.plan.solver == "ipndm"
-    assert len(told["timesteps"]) == 3 and told["loss"]["refined"] <= min(told["loss"].values()) + 1e-9
+    cond = ctx.notes["search"]
+    assert list(result.spec.plan.timesteps) == cond["timesteps"] and result.spec.plan.solver == "ipndm"
+    assert len(cond["timesteps"]) == 3 and cond["loss"]["refined"] <= min(cond["loss"].values()) + 1e-9
     assert result.model is plain.model
     assert replace(result.spec, plan=plain.spec.plan) == plain.spec
     again = context_of(plain, tmp_path)
@@ -147,7 +147,7 @@ def test_given_timesteps_and_options_become_the_plan(plain, tmp_path) -> None:
     assert plan.guidance_interval == (0.2, None) and plan.guidance_rescale == 0.5
     assert plan.threshold is not None and plan.threshold.ratio == 0.99
     for timesteps, message in [((1e6, 3.0), "lies beyond the last"), ((3.0, 3.0), "strictly descending")]:
-        with pytest.raises(BadInput, match=message):
+        with pytest.raises(InvalidInputError, match=message):
             schedule(plain, ScheduleConfig(timesteps=timesteps), context_of(plain, tmp_path))
 
 
@@ -172,5 +172,5 @@ def test_a_model_that_makes_no_numbers_is_refused(plain, tmp_path) -> None:
     with torch.no_grad():
         next(broken.model.parameters()).fill_(float("nan"))
     config = ScheduleConfig(steps=3, search="gits", samples=2, fine=8)
-    with pytest.raises(BadInput, match="NaN or infinite"):
+    with pytest.raises(InvalidInputError, match="NaN or infinite"):
         schedule(broken, config, context_of(broken, tmp_path))

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffpress.compress.sources.layout import INDEX, link_parts, load_weights_, read_layout, weight_files
+from diffpress.compress.sources.layout import INDEX, link_components, load_weights_, read_layout, weight_files
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -39,7 +39,7 @@ def edit(path, **changes) -> None:
 
 
 def refused(call, *words: str) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
@@ -117,7 +117,7 @@ def test_parts_are_linked_beside_a_denoiser_and_nothing_else_is(copied, tmp_path
     folder, target = copied("sd"), tmp_path / "target"
     (folder / "safety_checker").mkdir()
     target.mkdir()
-    link_parts(folder, target, skip=("unet",))
+    link_components(folder, target, skip=("unet",))
     assert {entry.name for entry in target.iterdir()} == {
         INDEX,
         "vae",

@@ -12,11 +12,11 @@ from diffusers import DDPMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteSc
 from safetensors.torch import load_file, save_file
 
 from diffpress.compress.checkpoint import save_checkpoint
-from diffpress.compress.models.adapter import example_inputs
+from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.training.losses import forward
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -27,7 +27,7 @@ def edit(path: Path, **changes) -> None:
 
 def refused(reference, *words: str) -> None:
     """Refused as bad input, in one line that names each of `words`."""
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         load_checkpoint(reference)
     message = str(caught.value)
     assert "\n" not in message.strip() and all(word in message for word in words), message
@@ -131,7 +131,7 @@ def test_a_custom_module_of_every_prediction_is_read(prediction, custom_files):
     loaded = load_checkpoint(f"{file}:{weights}")
     assert loaded.spec.prediction == prediction and not loaded.model.training
     assert torch.equal(loaded.model.first.weight, load_file(weights)["first.weight"])
-    inputs = example_inputs(loaded.spec, 2)
+    inputs = dummy_inputs(loaded.spec, 2)
     assert forward(loaded.model, loaded.spec, inputs["sample"], inputs["timestep"], {}).shape == (2, 1, 8, 8)
 
 
@@ -358,7 +358,7 @@ def test_a_damaged_record_is_refused(change, pruned, tmp_path):
 def test_scales_of_another_model_are_refused(scales, quantized, tmp_path):
     save_checkpoint(quantized, tmp_path / "saved")
     save_file(scales, tmp_path / "saved" / "quantization.safetensors")
-    with pytest.raises(BadInput):
+    with pytest.raises(InvalidInputError):
         fake_quantized(load_checkpoint(tmp_path / "saved"))
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from diffpress.compress.sources.hub import downloaded
 from diffpress.compress.sources.lora import fused, parse_lora
 from diffpress.compress.sources.single_file import from_single_file
-from diffpress.runtime.errors import BadInput, MissingExtra
+from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
 from tests.pipelines import KINDS, noise, sampled, tiny_pipeline
 
 PROMPTS = ["a photo of a cat"]
@@ -45,7 +45,7 @@ def images(pipe: DiffusionPipeline, prompts=PROMPTS, labels=LABELS) -> torch.Ten
 
 
 def refused(call, *words: str) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         call()
     for word in words:
         assert word in str(caught.value)
@@ -227,7 +227,7 @@ def test_a_pipeline_without_its_weights_is_refused(pipeline, lora, tmp_path):
 def test_without_peft_a_lora_names_the_extra(pipeline, lora, tmp_path, monkeypatch):
     file = lora("sd")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"--lora.*peft.*diffpress\[compress\]"):
+    with pytest.raises(MissingDependencyError, match=r"--lora.*peft.*diffpress\[compress\]"):
         fused(pipeline("sd"), [str(file)], tmp_path / "fused")
 
 

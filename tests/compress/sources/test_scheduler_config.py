@@ -18,12 +18,12 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
 from diffpress.compress.sources.scheduler_config import SchedulerFacts, read_scheduler
 from diffpress.runtime.denoiser import thresholded
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, point_at
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, noise_level_at
 from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampler import sample
-from diffpress.runtime.sampling_plan import Plan
-from diffpress.runtime.timesteps import Spacing, reshifted, spaced_timesteps
+from diffpress.runtime.sampling_plan import SamplingPlan
+from diffpress.runtime.timesteps import TimestepSpacing, reshifted, spaced_timesteps
 
 WHERE = Path("model/scheduler/scheduler_config.json")
 LATENT = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
@@ -45,7 +45,7 @@ def made(name: str, **settings):
 
 def network_of(facts: SchedulerFacts):
     def network(x: np.ndarray, t: float) -> np.ndarray:
-        point = point_at(facts.schedule, float(t))
+        point = noise_level_at(facts.schedule, float(t))
         x0 = 0.9 * np.sin(2 * x.astype(np.float64) + t / 400)
         if facts.prediction == "sample":
             return x0.astype(np.float32)
@@ -56,13 +56,13 @@ def network_of(facts: SchedulerFacts):
     return network
 
 
-def our_result(facts: SchedulerFacts, steps: int, noise: list[np.ndarray], tokens=None, told=float) -> np.ndarray:
+def our_result(facts: SchedulerFacts, steps: int, noise: list[np.ndarray], tokens=None, cond=float) -> np.ndarray:
     timesteps = spaced_timesteps(facts.spacing, steps, facts.schedule, tokens)
-    plan = Plan(facts.solver, timesteps, clip=facts.clip, end=facts.end, start=facts.start)
+    plan = SamplingPlan(facts.solver, timesteps, clip=facts.clip, end=facts.end, start=facts.start)
     network = network_of(facts)
 
     def denoise(x, point):
-        x0 = to_x0(facts.prediction, x, network(x, told(point.t)), point)
+        x0 = to_x0(facts.prediction, x, network(x, cond(point.t)), point)
         if facts.threshold is not None:
             return thresholded(x0, facts.threshold, (-1.0, 1.0))
         return np.clip(x0, -1, 1) if facts.clip else x0
@@ -83,11 +83,11 @@ def their_result(scheduler, facts: SchedulerFacts, noise: list[np.ndarray], monk
     return x.numpy()
 
 
-def distance(scheduler, facts, steps: int, monkeypatch, told=float) -> float:
+def distance(scheduler, facts, steps: int, monkeypatch, cond=float) -> float:
     noise = noises(steps + 2)
     scheduler.set_timesteps(steps)
     theirs = their_result(scheduler, facts, noise, monkeypatch)
-    return float(np.abs(our_result(facts, steps, noise, told=told) - theirs).max())
+    return float(np.abs(our_result(facts, steps, noise, cond=cond) - theirs).max())
 
 
 WALKS = [
@@ -180,8 +180,8 @@ def test_sigma_grids_come_near(name, option, monkeypatch) -> None:
     in Euler. DPM-Solver tells the network whole timesteps, rounded for Karras and cut off for the others."""
     pytest.importorskip("scipy")
     scheduler, facts = made(name, timestep_spacing="linspace", **{option: True}, **LATENT)
-    told = (round if "karras" in option else np.floor) if "DPM" in name else float
-    assert facts.note is None and distance(scheduler, facts, 12, monkeypatch, told) <= 2 * TOLERANCE
+    cond = (round if "karras" in option else np.floor) if "DPM" in name else float
+    assert facts.note is None and distance(scheduler, facts, 12, monkeypatch, cond) <= 2 * TOLERANCE
     assert distance(scheduler, facts, 12, monkeypatch) <= (3e-3 if option != "use_beta_sigmas" else 2e-2)
 
 
@@ -191,8 +191,8 @@ def test_flow_sigmas_of_dpm_solver(name, monkeypatch) -> None:
     solver = {"D": "dpmpp_2m", "U": "unipc_2"}[name[0]]
     assert facts.prediction == "flow" and facts.solver == solver and facts.spacing.shift == 3.0
     # they tell whole timesteps, cut off, UniPC's first a millionth below pure noise
-    told = np.floor if name.startswith("DPM") else lambda t: np.floor(t - 1e-3)
-    assert distance(scheduler, facts, 10, monkeypatch, told) <= TOLERANCE
+    cond = np.floor if name.startswith("DPM") else lambda t: np.floor(t - 1e-3)
+    assert distance(scheduler, facts, 10, monkeypatch, cond) <= TOLERANCE
     assert distance(scheduler, facts, 10, monkeypatch) <= 5e-3
 
 
@@ -228,7 +228,7 @@ def test_the_sde_solver_of_dpm_is_read_whether_or_not_its_noise_can_be_drawn_her
     """Its trajectories: tests/runtime/solvers/test_against_diffusers.py."""
     config = LATENT | {"_class_name": "DPMSolverSDEScheduler", "timestep_spacing": "linspace"}
     facts = read_scheduler(config | {"use_karras_sigmas": True}, WHERE, True)
-    assert (facts.solver, facts.spacing, facts.start) == ("dpmpp_sde", Spacing("karras", whole=False), "noise")
+    assert (facts.solver, facts.spacing, facts.start) == ("dpmpp_sde", TimestepSpacing("karras", integer=False), "noise")
     assert "own generator" in str(facts.note) and "stands in" not in str(facts.note)
 
 
@@ -258,14 +258,14 @@ def test_flows_without_a_shift_are_laid_out_by_their_pipeline(steps, monkeypatch
     theirs = their_result(scheduler, facts, noise, monkeypatch)
     assert np.abs(our_result(facts, steps, noise) - theirs).max() <= TOLERANCE
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
-    assert read_scheduler(config, WHERE, True, pipeline_sigmas=False).spacing.grid == "flow_linspace"
+    assert read_scheduler(config, WHERE, True, pipeline_sigmas=False).spacing.kind == "flow_linspace"
 
 
 def test_a_dynamic_plan_moves_to_another_size() -> None:
     _, facts = made("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True)
     small, large = (spaced_timesteps(facts.spacing, 8, facts.schedule, tokens) for tokens in (256, 4096))
     assert np.allclose(reshifted(small, facts.spacing, 256, 4096, facts.schedule), large, rtol=1e-12)
-    assert reshifted(small, Spacing(), 256, 4096, facts.schedule) is small
+    assert reshifted(small, TimestepSpacing(), 256, 4096, facts.schedule) is small
 
 
 def test_stable_diffusion_1_is_read_as_its_pipeline_walks() -> None:
@@ -279,7 +279,7 @@ def test_stable_diffusion_1_is_read_as_its_pipeline_walks() -> None:
     }
     facts = read_scheduler(config, WHERE, True)
     assert (facts.solver, facts.end, facts.clip, facts.start) == ("plms", 0.0, False, "marginal")
-    assert facts.spacing == Spacing("leading", offset=1) and facts.note is None
+    assert facts.spacing == TimestepSpacing("leading", offset=1) and facts.note is None
     assert np.allclose(facts.schedule.alphas, betas_schedule("scaled_linear", 1000, 0.00085, 0.012).alphas, atol=1e-6)
 
 
@@ -341,8 +341,8 @@ def test_a_stand_in_is_told(name) -> None:
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "clip_sample": False}, "linspace"),
     ],
 )
-def test_what_is_not_followed_is_told(settings, told) -> None:
-    assert told in str(read_scheduler(settings, WHERE, True).note)
+def test_what_is_not_followed_is_told(settings, cond) -> None:
+    assert cond in str(read_scheduler(settings, WHERE, True).note)
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_what_is_not_followed_is_told(settings, told) -> None:
     ],
 )
 def test_garbage_is_refused_with_the_file_in_one_line(settings) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         read_scheduler({"_class_name": "DDIMScheduler"} | settings, WHERE, True)
     assert str(caught.value).startswith(f"{WHERE}: ") and "\n" not in str(caught.value)
 
@@ -377,7 +377,7 @@ def test_models_of_pixels_are_sampled_alike_whatever_the_class(name) -> None:
     facts = read_scheduler(config, WHERE, False)
     table = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double().numpy()
     assert np.array_equal(facts.schedule.alphas, np.sqrt(table))
-    expected = ("epsilon", Spacing(), "ddim", True, None, "marginal", None)
+    expected = ("epsilon", TimestepSpacing(), "ddim", True, None, "marginal", None)
     assert (facts.prediction, facts.spacing, facts.solver, facts.clip, facts.end, facts.start, facts.note) == expected
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from diffpress.compress.training import cuda_graph as replay
-from diffpress.compress.training.cuda_graph import Replayed, refuse_replay
+from diffpress.compress.training import cuda_graph
+from diffpress.compress.training.cuda_graph import CapturedStep, refuse_cuda_graph
 from diffpress.compress.training.loop import Objective, Training, train
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 class Two(nn.Module):
@@ -34,12 +34,12 @@ def draw(generator: torch.Generator, share: float) -> tuple[int, dict[str, torch
     return which, {"x": x}, [torch.randn(x.shape, generator=generator) for _ in range(1 + which)]
 
 
-def loss(model: Two, which: int, told: dict[str, torch.Tensor], noise: list[torch.Tensor]) -> torch.Tensor:
-    x = told["x"]
+def loss(model: Two, which: int, cond: dict[str, torch.Tensor], noise: list[torch.Tensor]) -> torch.Tensor:
+    x = cond["x"]
     with torch.no_grad():
         for one in noise:
             x = x + 0.1 * model.nets[1 - which](x + one)
-    return torch.mean((model.nets[which](x) - told["x"]) ** 2)
+    return torch.mean((model.nets[which](x) - cond["x"]) ** 2)
 
 
 def run_in(folder: Path, **settings) -> Training:
@@ -79,17 +79,17 @@ def test_each_kind_of_step_runs_once_before_it_is_captured(monkeypatch):
         def __call__(self, tensors):
             return torch.tensor(10.0)
 
-    monkeypatch.setattr(replay, "_Captured", Graph)
-    step = Replayed(lambda which, x: torch.tensor(1.0), nn.Linear(1, 1))
+    monkeypatch.setattr(cuda_graph, "_Captured", Graph)
+    step = CapturedStep(lambda which, x: torch.tensor(1.0), nn.Linear(1, 1))
     calls = [(0, 4), (0, 4), (1, 4), (0, 4), (1, 4), (0, 3), (1, 4), (0, 3)]
     found = [float(step(which, {"x": torch.zeros(size)})) for which, size in calls]
     assert found == [1, 10, 1, 10, 10, 1, 10, 10] and captured == [0, 1, 0]
 
 
 def test_dropout_and_several_processes_are_refused(monkeypatch):
-    refuse_replay(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), "distill score")
-    with pytest.raises(BadInput, match="distill score: 'cuda_graphs: true' is for networks without dropout"):
-        refuse_replay(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), "distill score")
-    monkeypatch.setattr(replay.processes, "count", lambda: 2)
-    with pytest.raises(BadInput, match="one process"):
-        refuse_replay(nn.Linear(2, 2), "distill score")
+    refuse_cuda_graph(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), "distill score")
+    with pytest.raises(InvalidInputError, match="distill score: 'cuda_graphs: true' is for networks without dropout"):
+        refuse_cuda_graph(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), "distill score")
+    monkeypatch.setattr(cuda_graph.processes, "count", lambda: 2)
+    with pytest.raises(InvalidInputError, match="one process"):
+        refuse_cuda_graph(nn.Linear(2, 2), "distill score")

@@ -8,25 +8,25 @@ from pathlib import Path
 
 import pytest
 
-from diffpress.compress.training import distributed as processes
-from diffpress.runtime.errors import BadInput
+from diffpress.compress.training import distributed
+from diffpress.runtime.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_without_a_launcher_there_is_one_process_and_it_is_the_main_one():
-    assert (processes.count(), processes.index(), processes.is_main(), processes.agreed(7)) == (1, 0, True, 7)
+    assert (distributed.count(), distributed.index(), distributed.is_main(), distributed.agreed(7)) == (1, 0, True, 7)
     done = []
-    with processes.together(), processes.main_first():
-        processes.wait()
+    with distributed.together(), distributed.main_first():
+        distributed.wait()
         done.append(1)
     assert done == [1]
 
 
 def test_errors_pass_at_once(monkeypatch):
-    monkeypatch.setattr(processes.time, "sleep", pytest.fail)
-    for error in (BadInput("no"), RuntimeError("no"), KeyboardInterrupt()):
-        with pytest.raises(type(error)), processes.together():
+    monkeypatch.setattr(distributed.time, "sleep", pytest.fail)
+    for error in (InvalidInputError("no"), RuntimeError("no"), KeyboardInterrupt()):
+        with pytest.raises(type(error)), distributed.together():
             raise error
 
 
@@ -43,5 +43,5 @@ def test_without_a_launcher_accelerate_is_not_set_up():
 def test_a_launcher_that_would_split_the_model_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(BadInput, match="FSDP.*--multi_gpu"):
-        processes.count()
+    with pytest.raises(InvalidInputError, match="FSDP.*--multi_gpu"):
+        distributed.count()

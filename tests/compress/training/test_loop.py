@@ -23,7 +23,7 @@ from diffpress.compress.training.loop import (
     step_generator,
     train,
 )
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 @pytest.fixture
@@ -197,7 +197,7 @@ def test_a_damaged_training_state_is_named(run):
         train(student(), killed_at(8), run)
     file = run.work / "training.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(BadInput, match=r"training\.safetensors: .*delete it to start over"):
+    with pytest.raises(InvalidInputError, match=r"training\.safetensors: .*delete it to start over"):
         train(student(), OBJECTIVE, run)
 
 
@@ -215,6 +215,6 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_state_before(failure, run, 
     before = (run.work / "training.safetensors").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("diffpress.compress.training.resume.save_file", full)
-        with pytest.raises(BadInput, match="training.*No space left"):
+        with pytest.raises(InvalidInputError, match="training.*No space left"):
             train(student(), OBJECTIVE, run)
     assert (run.work / "training.safetensors").read_bytes() == before

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffpress.compress.training.resume import read_state, write_state
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 WHAT = "state of something"
 
@@ -36,7 +36,7 @@ def test_a_full_disk_leaves_what_was_there(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr("diffpress.compress.training.resume.save_file", full)
-    with pytest.raises(BadInput, match=rf"state\.safetensors: the {WHAT} cannot be saved \(.*\); make space") as caught:
+    with pytest.raises(InvalidInputError, match=rf"state\.safetensors: the {WHAT} cannot be saved \(.*\); make space") as caught:
         write_state(file, {"x": torch.zeros(3)}, {}, WHAT)
     assert "\n" not in str(caught.value)
     assert torch.equal(read_state(file, WHAT)[0]["x"], torch.ones(3))
@@ -44,5 +44,5 @@ def test_a_full_disk_leaves_what_was_there(error, tmp_path, monkeypatch):
 
 def test_a_file_that_is_none_is_named(tmp_path):
     (tmp_path / "state.safetensors").write_bytes(b"not at all")
-    with pytest.raises(BadInput, match=rf"state\.safetensors: the saved {WHAT} cannot be read .*; delete it"):
+    with pytest.raises(InvalidInputError, match=rf"state\.safetensors: the saved {WHAT} cannot be read .*; delete it"):
         read_state(tmp_path / "state.safetensors", WHAT)

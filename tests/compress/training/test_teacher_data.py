@@ -10,8 +10,8 @@ from diffpress.compress.models.components import encoded_prompts
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.training.teacher_data import SEED, TeacherData, read_prompts
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.requested_plan import chosen_plan
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.requested_plan import requested_plan
 from diffpress.runtime.sampler import generate
 
 PROMPTS = ("a cat", "red dog")
@@ -23,7 +23,7 @@ def teacher(tiny_folder):
 
     def load(kind: str, guidance: float | None = None):
         found = load_checkpoint(tiny_folder(kind))
-        return found.evolve(spec=found.spec.with_plan(chosen_plan(found.spec, 2, None, None, guidance)))
+        return found.evolve(spec=found.spec.with_plan(requested_plan(found.spec, 2, None, None, guidance)))
 
     return load
 
@@ -38,37 +38,37 @@ def drawn(data: TeacherData, seed: int = 0, size: int = 8):
 
 
 def refused(call, *words: str) -> None:
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
 def test_samples_are_what_the_teacher_makes_of_its_prompts(text_data):
-    told, teacher = text_data.conditions(3), text_data.teacher
+    conditioning, teacher = text_data.conditions(3), text_data.teacher
     network = TorchNetwork(teacher.model, teacher.spec)
-    expected = generate(network, teacher.spec, range(SEED, SEED + 3), conditions=told)
-    samples, given = drawn(text_data)
-    states = torch.from_numpy(told.given["encoder_hidden_states"])
-    for sample, words in zip(samples, given["encoder_hidden_states"], strict=True):
+    expected = generate(network, teacher.spec, range(SEED, SEED + 3), conditions=conditioning)
+    samples, cond = drawn(text_data)
+    states = torch.from_numpy(conditioning.cond["encoder_hidden_states"])
+    for sample, words in zip(samples, cond["encoder_hidden_states"], strict=True):
         # each sample comes with the words that it was made of
         index = next(i for i in range(3) if np.array_equal(expected[i], sample))
         assert torch.equal(states[index], words)
 
 
 def test_prompts_are_told_in_turn_and_nothing_is_the_other_half(text_data):
-    told = text_data.conditions(3)
+    cond = text_data.conditions(3)
     one = encoded_prompts(text_data.teacher, PROMPTS, pytest.fail)["encoder_hidden_states"]
-    null = encoded_prompts(text_data.teacher, None, pytest.fail)["encoder_hidden_states"]
-    np.testing.assert_array_equal(told.given["encoder_hidden_states"], one[[0, 1, 0]])
-    assert told.null is not None
-    np.testing.assert_array_equal(told.null["encoder_hidden_states"], null[[0, 0, 0]])
-    np.testing.assert_array_equal(text_data.null["encoder_hidden_states"], null)
+    uncond = encoded_prompts(text_data.teacher, None, pytest.fail)["encoder_hidden_states"]
+    np.testing.assert_array_equal(cond.cond["encoder_hidden_states"], one[[0, 1, 0]])
+    assert cond.uncond is not None
+    np.testing.assert_array_equal(cond.uncond["encoder_hidden_states"], uncond[[0, 0, 0]])
+    np.testing.assert_array_equal(text_data.uncond["encoder_hidden_states"], uncond)
 
 
 def test_without_guidance_there_is_no_other_half(teacher, tmp_path):
     data = TeacherData(teacher("sd", guidance=1.0), 2, tmp_path, PROMPTS)
-    assert data.conditions(2).null is None and data.null == {}
+    assert data.conditions(2).uncond is None and data.uncond == {}
 
 
 def test_the_same_seed_draws_the_same_batch_and_another_does_not(text_data):
@@ -84,7 +84,7 @@ def test_samples_that_were_kept_are_not_made_again(text_data, monkeypatch):
     def fail(*_):
         pytest.fail("sampled again")
 
-    monkeypatch.setattr("diffpress.compress.training.teacher_trajectories.TeacherPaths._make", fail)
+    monkeypatch.setattr("diffpress.compress.training.teacher_trajectories.TeacherTrajectories._make", fail)
     again = TeacherData(text_data.teacher, 3, text_data.cache, PROMPTS)
     assert torch.equal(drawn(again)[0], samples)
     file.write_bytes(b"nothing")
@@ -106,21 +106,21 @@ def test_the_hash_follows_the_teacher_the_prompts_and_their_number(teacher, tmp_
 
 def test_classes_are_told_in_turn_and_the_dropped_label_is_the_other_half(teacher, tmp_path):
     data = TeacherData(teacher("dit"), 3, tmp_path)
-    told = data.conditions(3)
-    assert told.given["class_labels"].tolist() == [0, 1, 2] and data.null["class_labels"].tolist() == [1000]
-    samples, given = drawn(data)
-    assert samples.shape == (8, 4, 8, 8) and given["class_labels"].dtype == torch.int64
+    conditioning = data.conditions(3)
+    assert conditioning.cond["class_labels"].tolist() == [0, 1, 2] and data.uncond["class_labels"].tolist() == [1000]
+    samples, cond = drawn(data)
+    assert samples.shape == (8, 4, 8, 8) and cond["class_labels"].dtype == torch.int64
 
 
 def test_a_model_that_is_told_nothing_gets_nothing(teacher, tmp_path):
-    samples, given = drawn(TeacherData(teacher("ldm"), 2, tmp_path))
-    assert samples.shape == (8, 3, 8, 8) and samples.isfinite().all() and given == {}
+    samples, cond = drawn(TeacherData(teacher("ldm"), 2, tmp_path))
+    assert samples.shape == (8, 3, 8, 8) and samples.isfinite().all() and cond == {}
 
 
 def test_noise_stands_in_for_words_where_there_is_no_text_encoder(tiny_folder, tmp_path, capsys):
     bare = load_checkpoint(tiny_folder("sd") / "unet")
-    told = TeacherData(bare, 2, tmp_path, PROMPTS).conditions(2)
-    assert told.given["encoder_hidden_states"].std() > 0.9
+    cond = TeacherData(bare, 2, tmp_path, PROMPTS).conditions(2)
+    assert cond.cond["encoder_hidden_states"].std() > 0.9
     assert "without its text encoders" in capsys.readouterr().out
 
 

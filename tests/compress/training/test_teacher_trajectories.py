@@ -8,10 +8,10 @@ import torch
 
 import diffpress.compress.training.teacher_trajectories
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.training.teacher_trajectories import TeacherPaths
+from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
 from diffpress.runtime.denoiser import make_denoiser
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import class_conditions
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import class_conditioning
 from diffpress.runtime.sampler import generate, noise_for, sample
 
 
@@ -19,27 +19,27 @@ from diffpress.runtime.sampler import generate, noise_for, sample
 def paths_in(unet, tmp_path, monkeypatch):
     monkeypatch.setattr(diffpress.compress.training.teacher_trajectories, "ROWS", 4)
 
-    def make(count: int = 6, kept: tuple[int, ...] = (0, 2), folder=tmp_path / "paths") -> TeacherPaths:
-        told = class_conditions(unet.spec, np.arange(count) % 3)
-        return TeacherPaths(unet, unet.spec.plan, kept, count, told, 50, folder)
+    def make(count: int = 6, kept: tuple[int, ...] = (0, 2), folder=tmp_path / "paths") -> TeacherTrajectories:
+        cond = class_conditioning(unet.spec, np.arange(count) % 3)
+        return TeacherTrajectories(unet, unet.spec.plan, kept, count, cond, 50, folder)
 
     return make
 
 
-def drawn(paths: TeacherPaths, size: int = 64):
+def drawn(paths: TeacherTrajectories, size: int = 64):
     return paths.batch(size, torch.Generator().manual_seed(0))
 
 
 def test_paths_are_the_states_that_the_sampler_passes(paths_in, unet):
-    states, told = drawn(paths_in())
+    states, cond = drawn(paths_in())
     labels = np.arange(6) % 3
     network = TorchNetwork(unet.model, unet.spec)
     noise = noise_for(range(50, 56), unet.spec.sample_shape)
-    told_all = class_conditions(unet.spec, labels)
+    told_all = class_conditioning(unet.spec, labels)
     denoise = make_denoiser(network, unet.spec, conditions=told_all, clip=unet.spec.plan.clip)
     steps = list(sample(denoise, noise, unet.spec.schedule, unet.spec.plan))
     ends = generate(network, unet.spec, range(50, 56), labels)
-    for path, label in zip(states.numpy(), told["class_labels"].tolist(), strict=True):
+    for path, label in zip(states.numpy(), cond["class_labels"].tolist(), strict=True):
         i = next(i for i in range(6) if np.allclose(path[0], noise[i], atol=1e-6))
         assert label == labels[i]
         np.testing.assert_allclose(path[1], steps[1].x[i], atol=1e-5)
@@ -51,8 +51,8 @@ def test_only_what_is_missing_is_made_again(paths_in, monkeypatch):
     assert len(list(paths_in().folder.iterdir())) == 2
     (paths_in().folder / paths_in()._name(range(4, 6))).unlink()
     asked = []
-    walked = TeacherPaths._walked
-    monkeypatch.setattr(TeacherPaths, "_walked", lambda self, n, span: asked.append(span) or walked(self, n, span))
+    fused = TeacherTrajectories._run_fused
+    monkeypatch.setattr(TeacherTrajectories, "_run_fused", lambda self, n, span: asked.append(span) or fused(self, n, span))
     again, _ = drawn(paths_in())
     assert asked == [range(4, 6)] and torch.equal(before, again)
     drawn(paths_in(count=9))  # more of the same: what is whole is taken over
@@ -71,15 +71,15 @@ def test_other_points_are_other_files_and_a_broken_one_is_named(paths_in):
     assert states.shape[1] == 1 and len(list(paths_in().folder.iterdir())) == 4
     file = next(paths_in().folder.iterdir())
     file.write_bytes(b"nothing")
-    with pytest.raises(BadInput, match=f"{file.name}: cannot be read .* delete it") as refusal:
+    with pytest.raises(InvalidInputError, match=f"{file.name}: cannot be read .* delete it") as refusal:
         drawn(paths_in()), drawn(paths_in(kept=()))
     assert "\n" not in str(refusal.value)
 
 
 def test_several_processes_make_a_share_each_and_miss_nothing(paths_in, monkeypatch):
     asked = []
-    walked = TeacherPaths._walked
-    monkeypatch.setattr(TeacherPaths, "_walked", lambda self, n, span: asked.append(span) or walked(self, n, span))
+    fused = TeacherTrajectories._run_fused
+    monkeypatch.setattr(TeacherTrajectories, "_run_fused", lambda self, n, span: asked.append(span) or fused(self, n, span))
     monkeypatch.setattr(diffpress.compress.training.teacher_trajectories.processes, "count", lambda: 2)
     monkeypatch.setattr(diffpress.compress.training.teacher_trajectories.processes, "index", lambda: 1)
     arrived = []

@@ -14,12 +14,12 @@ from torch import nn
 
 import diffpress.export.graph.model
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
-from diffpress.compress.models.adapter import example_inputs
+from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.export.graph.model import load_all, save_graph
 from diffpress.export.graph.to_onnx import export_float, to_onnx
 from diffpress.runtime.engines import load_engine
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate
 
 ROOT = Path(__file__).parents[3]
@@ -96,7 +96,7 @@ def test_weights_beyond_one_file_go_beside_it(wide, monkeypatch, tmp_path):
     monkeypatch.setattr(diffpress.export.graph.model, "MAX_INLINE_BYTES", 1000)
     graph = export_float(wide, tmp_path / "g.onnx")
     assert (tmp_path / "g.onnx").stat().st_size < 20_000 < (tmp_path / "g.onnx.data").stat().st_size
-    inputs = {name: value.numpy() for name, value in example_inputs(wide.spec, 2).items()}
+    inputs = {name: value.numpy() for name, value in dummy_inputs(wide.spec, 2).items()}
     wanted = TorchNetwork(wide.model, wide.spec).run(inputs)
     np.testing.assert_allclose(load_engine(tmp_path / "g.onnx", "onnxruntime", 1).run(inputs), wanted, atol=1e-4)
     # the graph in memory is still whole
@@ -114,6 +114,6 @@ class Branching(nn.Module):
 
 
 def test_a_module_that_cannot_be_traced_is_named_in_one_line(wide):
-    with pytest.raises(BadInput, match="Branching: cannot be traced") as caught:
+    with pytest.raises(InvalidInputError, match="Branching: cannot be traced") as caught:
         to_onnx(Checkpoint(Branching(), wide.spec, wide.source))
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.graph.trace import trace
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 AXES = {"pixels": {0: "batch", 2: "height", 3: "width"}, "text": {0: "batch", 1: "sequence"}}
 
@@ -173,7 +173,7 @@ def test_a_module_that_cannot_be_traced_is_named_in_one_line():
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * 2 if x.sum() > 0 else x
 
-    with pytest.raises(BadInput, match="Branching: cannot be traced") as caught:
+    with pytest.raises(InvalidInputError, match="Branching: cannot be traced") as caught:
         trace(Branching(), lambda m, given: m(given["x"]), {"x": torch.ones(2)}, ["y"], {})
     assert "\n" not in str(caught.value)
 

@@ -16,11 +16,11 @@ from diffpress.compress.models.widths import widths_of
 from diffpress.export.bundle import write_bundle
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.graph.to_onnx import to_onnx
-from diffpress.export.passes.fold_timesteps import bake_time, fix_plan
+from diffpress.export.passes.fold_timesteps import fold_timestep_branch, fold_timesteps
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import available, load_engine, open_engine
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import stand_in_conditions, told_timesteps
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import dummy_conditioning, typed_timesteps
 from diffpress.runtime.noise_schedule import betas_schedule
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.sampling_plan import make_plan
@@ -44,8 +44,8 @@ def outputs(graph: Graph, checkpoint: Checkpoint, timesteps: list[float], engine
     count = len(timesteps)
     with closing(load_engine(folder / "graph.onnx", engine, 1)) as network:
         noise = np.random.default_rng(0).standard_normal((count, *checkpoint.spec.sample_shape), dtype=np.float32)
-        told = stand_in_conditions(checkpoint.spec, count).given
-        return network.run({"sample": noise, "timestep": told_timesteps(timesteps, network.inputs["timestep"]), **told})
+        cond = dummy_conditioning(checkpoint.spec, count).cond
+        return network.run({"sample": noise, "timestep": typed_timesteps(timesteps, network.inputs["timestep"]), **cond})
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def outputs(graph: Graph, checkpoint: Checkpoint, timesteps: list[float], engine
 def test_known_timesteps_answer_as_before_and_every_other_is_nan(name, engine, request, tmp_path):
     checkpoint, graph = request.getfixturevalue(name), request.getfixturevalue(f"{name}_graph")
     known = [40.0, 7.0, 0.0, 31.0]
-    baked = bake_time(graph, known)
+    baked = fold_timestep_branch(graph, known)
     wanted, found = (outputs(g, checkpoint, [7, 40, 40, 31, 0, 7], engine, tmp_path) for g in (graph, baked))
     np.testing.assert_allclose(found, wanted, atol=1e-5)
     mixed = outputs(baked, checkpoint, [7, 8, 40, -1, 0, 41], engine, tmp_path)
@@ -63,20 +63,20 @@ def test_known_timesteps_answer_as_before_and_every_other_is_nan(name, engine, r
 
 
 def test_tables_stand_as_deep_as_the_timestep_alone_reaches(plain_graph, unet_graph, everything_graph):
-    gone = layers(plain_graph) - layers(bake_time(plain_graph, [1.0, 2.0]))
+    gone = layers(plain_graph) - layers(fold_timestep_branch(plain_graph, [1.0, 2.0]))
     blocks = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     projections = {f"{block}.resnets.0.time_emb_proj" for block in blocks}
     assert {"time_embedding.linear_1", "time_embedding.linear_2", *projections} <= gone
     # where classes are added to the embedding, the projections need both
-    gone = layers(unet_graph) - layers(bake_time(unet_graph, [1.0, 2.0]))
+    gone = layers(unet_graph) - layers(fold_timestep_branch(unet_graph, [1.0, 2.0]))
     assert {"time_embedding.linear_1", "time_embedding.linear_2"} <= gone and not gone & projections
-    gone = layers(everything_graph) - layers(bake_time(everything_graph, [1.0, 2.0]))
+    gone = layers(everything_graph) - layers(fold_timestep_branch(everything_graph, [1.0, 2.0]))
     assert {"embedding", "gemm"} <= gone and "matmul" not in gone
 
 
 def test_nothing_of_what_became_a_table_is_left_in_the_file(plain, plain_graph, tmp_path):
     graph = plain_graph
-    baked = bake_time(graph, plain.spec.plan.timesteps)
+    baked = fold_timestep_branch(graph, plain.spec.plan.timesteps)
     names = {tensor.name for tensor in load_all(baked).graph.initializer}
     assert not any("time_emb" in name and name.endswith((".weight", ".bias")) for name in names)
     assert any("time_emb" in tensor.name for tensor in graph.proto.graph.initializer)  # the input is left as it was
@@ -112,7 +112,7 @@ def test_a_table_that_is_larger_than_the_weights_it_saves_is_not_made(steps, gon
     checkpoint = added(2048)
     graph = to_onnx(checkpoint)
     known = [float(t) for t in range(steps)]
-    baked = bake_time(graph, known)
+    baked = fold_timestep_branch(graph, known)
     assert {"first", "wide", "small"} & (layers(graph) - layers(baked)) == gone
     times = [3.0, 11.0, 0.0]
     wanted, found = (outputs(g, checkpoint, times, "onnxruntime", tmp_path) for g in (graph, baked))
@@ -137,8 +137,8 @@ def test_what_is_not_a_samples_own_is_not_tabled(capsys):
     spec = DenoiserSpec("v", SCHEDULE, (1, 4, 4), make_plan("ddim", 4, SCHEDULE))
     checkpoint = Checkpoint(model, spec, Source("custom", original=widths_of(model)))
     graph = to_onnx(checkpoint)
-    assert bake_time(graph, [1.0, 5.0]) is graph
-    assert fix_plan(checkpoint, graph) == (checkpoint, graph)
+    assert fold_timestep_branch(graph, [1.0, 5.0]) is graph
+    assert fold_timesteps(checkpoint, graph) == (checkpoint, graph)
     assert "no layer depends on the timestep alone" in capsys.readouterr().out
 
 
@@ -150,7 +150,7 @@ def test_with_quantization_it_computes_what_fake_quantization_without_those_laye
 ):
     time_layers = ("time_embedding.linear_1", "time_embedding.linear_2")
     quantized = plain.evolve(quantization=scales(plain, weight_only=time_layers, weight_range=2.0))
-    fixed, baked = fix_plan(quantized, plain_graph)
+    fixed, baked = fold_timesteps(quantized, plain_graph)
     left = fixed.quantization.layers
     assert set(quantized.quantization.layers) - set(left) >= set(time_layers) and len(left) > 20
     assert not any("time_emb" in key for key in fixed.quantization.amax) and quantized.quantization.layers != left
@@ -165,7 +165,7 @@ def test_with_quantization_it_computes_what_fake_quantization_without_those_laye
 
 
 def test_a_bundle_for_one_plan_samples_it_and_refuses_any_other(plain, plain_graph, tmp_path):
-    fixed, graph = fix_plan(plain, plain_graph)
+    fixed, graph = fold_timesteps(plain, plain_graph)
     bundle = write_bundle(fixed, tmp_path / "bundle", float_graph=graph)
     timesteps = plain.spec.plan.timesteps
     assert bundle.manifest["graphs"]["denoiser"]["timesteps"] == list(timesteps) and bundle.spec == fixed.spec
@@ -179,17 +179,17 @@ def test_a_bundle_for_one_plan_samples_it_and_refuses_any_other(plain, plain_gra
         for plan in (replace(plain.spec.plan, solver="plms"), plain.spec.plan.over(timesteps[1:3])):
             assert np.isfinite(generate(ours, bundle.spec, range(2), plan=plan)).all()
         other = make_plan("ddim", 5, SCHEDULE)
-        with pytest.raises(BadInput, match=r"timestep \d+ is not one of the 4 .* without --fixed-plan") as caught:
+        with pytest.raises(InvalidInputError, match=r"timestep \d+ is not one of the 4 .* without --fixed-plan") as caught:
             generate(ours, bundle.spec, range(2), plan=other)
     assert "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match="not one of the 4"):
+    with pytest.raises(InvalidInputError, match="not one of the 4"):
         bundle.spec.with_plan(other)
 
 
 def test_a_solver_that_asks_between_the_timesteps_is_refused_before_any_work(plain, plain_graph):
     spec = plain.spec
     between = plain.evolve(spec=spec.with_plan(make_plan("dpmpp_sde", 4, spec.schedule)))
-    with pytest.raises(BadInput, match="solver dpmpp_sde asks the network between the plan's timesteps"):
-        fix_plan(between, plain_graph)
+    with pytest.raises(InvalidInputError, match="solver dpmpp_sde asks the network between the plan's timesteps"):
+        fold_timesteps(between, plain_graph)
     heun = plain.evolve(spec=spec.with_plan(make_plan("heun", 4, spec.schedule)))  # twice, but at its timesteps
-    assert fix_plan(heun, plain_graph)[0].spec.fixed_timesteps == heun.spec.plan.timesteps
+    assert fold_timesteps(heun, plain_graph)[0].spec.fixed_timesteps == heun.spec.plan.timesteps

@@ -31,7 +31,7 @@ from diffpress.export.graph.trace import trace
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.targets.variants import bytes_by_precision
 from diffpress.runtime.engines import available, load_engine
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from tests.export.oracle import inputs_for, measured_scales, run_exactly
 
 ON_CPU = ("int8", "fp8", "int4", "w4a8")
@@ -165,7 +165,7 @@ def test_a_raised_opset_changes_nothing(opset, unet, unet_graph):
 def test_an_operator_that_means_something_else_in_a_later_opset_is_refused(unet_graph):
     proto = load_all(unet_graph)
     proto.graph.node[3].op_type = "GroupNormalization"
-    with pytest.raises(BadInput, match="GroupNormalization means something else in ONNX opset 21"):
+    with pytest.raises(InvalidInputError, match="GroupNormalization means something else in ONNX opset 21"):
         raised(Graph(proto), 21)
     assert opset_of(raised(Graph(proto), 19)) == 19
 
@@ -223,13 +223,13 @@ def test_scales_of_another_width_are_refused_by_layer(kind, unet, unet_graph):
     quantization = calibrated(unet, kind, "mid_block.resnets.0.conv1".__eq__)
     amax = dict(quantization.amax)
     amax["mid_block.resnets.0.conv1.weight"] = amax["mid_block.resnets.0.conv1.weight"][:-1]
-    with pytest.raises(BadInput, match="layer 'mid_block.resnets.0.conv1'.*was it pruned"):
+    with pytest.raises(InvalidInputError, match="layer 'mid_block.resnets.0.conv1'.*was it pruned"):
         insert_qdq(unet_graph, Quantization(kind, amax))
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
 def test_the_planned_size_is_that_of_the_file(kind, unet, unet_graph, tmp_path):
-    (tmp_path / "r.yaml").write_text(f"stages: [quantize: {{format: {kind}, samples: 2, batch: 2, correct: false}}]\n")
+    (tmp_path / "r.yaml").write_text(f"stages: [quantize: {{format: {kind}, samples: 2, batch: 2, output_correction: false}}]\n")
     recipe = read_recipe(tmp_path / "r.yaml")
     after = planned(unet, recipe)["stages"][0]["after"]["bytes"]
     scales = quantize(unet, recipe.stages[0].config, Context(0, tmp_path / "work", unet)).quantization

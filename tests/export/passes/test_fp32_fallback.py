@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx
 
 from diffpress.export.graph.model import Graph
-from diffpress.export.passes.fp32_fallback import islands
+from diffpress.export.passes.fp32_fallback import fp32_nodes
 from diffpress.export.passes.half_precision import to_half
 
 HEAD = '<ir_version: 8, opset_import: ["" : 18]>'
@@ -22,7 +22,7 @@ def inside(body: str, keep: tuple[str, ...] = (), names: Sequence[str] = ()) -> 
     values = (*inferred.input, *inferred.output, *inferred.value_info)
     floats = {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
     floats |= {tensor.name for tensor in inferred.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
-    found = islands(inferred, floats, keep=keep)
+    found = fp32_nodes(inferred, floats, keep=keep)
     to_half(Graph(model), "fp16", keep)  # whatever is found can be written
     return " ".join(inferred.node[index].output[0] for index in sorted(found))
 

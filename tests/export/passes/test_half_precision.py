@@ -20,7 +20,7 @@ from diffpress.export.graph.trace import trace
 from diffpress.export.passes.half_precision import HALVES, Lost, kept_modules, to_half
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import available, load_engine
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from tests.export.oracle import inputs_for, measured_scales, run_exactly
 
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
@@ -185,7 +185,7 @@ def with_weight(value: float) -> Graph:
 @pytest.mark.parametrize("value", [70000.0, -1e30])
 def test_a_weight_that_overflows_is_refused_by_name_and_bf16_takes_it(value):
     graph = with_weight(value)
-    with pytest.raises(BadInput, match=r"weight 'layer.weight': .* does not fit float16, .* at 65504") as caught:
+    with pytest.raises(InvalidInputError, match=r"weight 'layer.weight': .* does not fit float16, .* at 65504") as caught:
         to_half(graph, "fp16")
     assert "\n" not in str(caught.value) and "bf16" in str(caught.value)
     to_half(graph, "bf16")
@@ -284,7 +284,7 @@ def test_a_quantized_graph_has_scales_in_half_precision(precision, tensorrt, une
 
 
 def test_a_precision_that_does_not_exist_is_refused(wide_graph):
-    with pytest.raises(BadInput, match="unknown half precision 'fp8'"):
+    with pytest.raises(InvalidInputError, match="unknown half precision 'fp8'"):
         to_half(wide_graph, "fp8")
 
 
@@ -295,7 +295,7 @@ def test_a_graph_with_branches_is_refused_by_the_nodes_name():
     }"""
     model = onnx.parser.parse_model(text)
     model.graph.node[0].name = "fork"
-    with pytest.raises(BadInput, match="node 'fork': If cannot be put into half precision"):
+    with pytest.raises(InvalidInputError, match="node 'fork': If cannot be put into half precision"):
         to_half(Graph(model), "fp16")
 
 

@@ -12,7 +12,7 @@ from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import available, load_engine
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from tests.export.oracle import inputs_for, run_exactly
 
 LEVELS = onnxruntime.GraphOptimizationLevel
@@ -41,9 +41,9 @@ def test_a_quantized_layer_computes_what_torch_fake_quantization_does(
 
 @pytest.mark.parametrize(("outputs", "trunk"), [(False, False), (True, False), (True, True)])
 def test_a_quantized_unet_computes_what_torch_fake_quantization_does(
-    outputs, trunk, unet, unet_graph, scales, fake_quant
+    outputs, residual_outputs, unet, unet_graph, scales, fake_quant
 ):
-    quantization, inputs = scales(unet, outputs=outputs, trunk=trunk), inputs_for(unet)
+    quantization, inputs = scales(unet, outputs=outputs, residual_outputs=residual_outputs), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     wanted = fake_quant(unet, quantization, inputs)
     found = run_exactly(insert_qdq(unet_graph, quantization), inputs)
@@ -55,10 +55,10 @@ def test_a_quantized_unet_computes_what_torch_fake_quantization_does(
 @pytest.mark.parametrize("trunk", [False, True])
 @pytest.mark.parametrize("outputs", [False, True])
 def test_engines_keep_what_fake_quantization_keeps(
-    engine, outputs, trunk, unet, unet_graph, scales, fake_quant, tmp_path
+    engine, outputs, residual_outputs, unet, unet_graph, scales, fake_quant, tmp_path
 ):
     # weights within 7 bits: processors without VNNI saturate otherwise
-    quantization, inputs = scales(unet, outputs=outputs, trunk=trunk, weight_range=127 / 64), inputs_for(unet)
+    quantization, inputs = scales(unet, outputs=outputs, residual_outputs=residual_outputs, weight_range=127 / 64), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     save_graph(insert_qdq(unet_graph, quantization), tmp_path / "q.onnx")
     found = load_engine(tmp_path / "q.onnx", engine, threads=1).run(inputs)
@@ -101,12 +101,12 @@ def test_the_float_graph_is_left_as_it_was(everything_graph, everything, scales)
 
 def test_a_weight_becomes_int8_when_it_is_written_and_not_before(everything, everything_graph, scales):
     reads = []
-    watched = {
+    observed = {
         name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
         for name, weight in everything_graph.weights.items()
     }
     quantization = scales(everything)
-    graph = insert_qdq(Graph(everything_graph.proto, watched), quantization)
+    graph = insert_qdq(Graph(everything_graph.proto, observed), quantization)
     assert reads == [] and set(graph.weights) == {f"{layer}.weight_int8" for layer in quantization.layers}
     for layer, axis in (("first", 0), ("up", 1), ("embedding", 0), ("gemm", 0), ("matmul", 0)):
         stored, module = graph.weights[f"{layer}.weight_int8"], everything.model.get_submodule(layer)
@@ -150,7 +150,7 @@ def test_a_scale_that_is_no_scale_is_refused_by_layer(kind, value, unet, unet_gr
     else:
         bad[-1] = value
     amax[f"conv_in.{kind}"] = bad
-    with pytest.raises(BadInput, match="layer 'conv_in'.*positive and finite"):
+    with pytest.raises(InvalidInputError, match="layer 'conv_in'.*positive and finite"):
         insert_qdq(unet_graph, Quantization("int8", amax))
 
 
@@ -169,10 +169,10 @@ def test_a_scale_that_is_no_scale_is_refused_by_layer(kind, value, unet, unet_gr
 )
 def test_scales_that_do_not_fit_the_graph_are_refused_by_layer(change, message, unet, unet_graph, scales):
     amax = {**only(scales(unet), "conv_in").amax, **change}
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         insert_qdq(unet_graph, Quantization("int8", {k: v for k, v in amax.items() if v is not None}))
 
 
 def test_an_unknown_format_is_refused(unet_graph):
-    with pytest.raises(BadInput, match="format 'fp4'"):
+    with pytest.raises(InvalidInputError, match="format 'fp4'"):
         insert_qdq(unet_graph, Quantization("fp4", {}))

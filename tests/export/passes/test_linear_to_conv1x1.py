@@ -12,7 +12,7 @@ from torch import nn
 
 from diffpress.export.graph.model import Graph, load_all
 from diffpress.export.graph.trace import trace
-from diffpress.export.passes.linear_to_conv1x1 import as_convolutions
+from diffpress.export.passes.linear_to_conv1x1 import linear_to_conv1x1
 
 
 class Tokens(nn.Module):
@@ -47,11 +47,11 @@ def run(graph: Graph, sample: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("shape", [(2, 5, 6), (1, 1, 6), (3, 9, 6)])
 def test_the_convolutions_compute_what_the_products_did(shape, graph):
     sample = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
-    np.testing.assert_allclose(run(as_convolutions(graph, LAYERS), sample), run(graph, sample), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(run(linear_to_conv1x1(graph, LAYERS), sample), run(graph, sample), rtol=0, atol=1e-6)
 
 
 def test_layers_over_sequences_are_convolutions_of_the_same_names_and_others_stay(graph):
-    made = as_convolutions(graph, LAYERS).proto.graph
+    made = linear_to_conv1x1(graph, LAYERS).proto.graph
     convolutions = {node.name for node in made.node if node.op_type == "Conv"}
     assert convolutions == {"plain", "unbiased", "twice", "twice#2"}
     assert {node.name for node in made.node if node.op_type in ("MatMul", "Gemm")} == {"grid", "flat"}
@@ -63,7 +63,7 @@ def test_layers_over_sequences_are_convolutions_of_the_same_names_and_others_sta
 
 def test_only_the_layers_asked_for_change_and_the_graph_given_does_not(graph):
     before = graph.proto.SerializeToString(deterministic=True)
-    made = as_convolutions(graph, ("unbiased",)).proto.graph
+    made = linear_to_conv1x1(graph, ("unbiased",)).proto.graph
     assert [node.name for node in made.node if node.op_type == "Conv"] == ["unbiased"]
     assert graph.proto.SerializeToString(deterministic=True) == before
 
@@ -81,6 +81,6 @@ def test_a_bias_that_others_read_before_it_is_added_stays_outside():
     torch.manual_seed(0)
     sample = torch.randn(2, 5, 6)
     graph = trace(Read().eval(), lambda model, given: model(given["sample"]), {"sample": sample}, ["out"], {})
-    made = as_convolutions(graph, ("layer",))
+    made = linear_to_conv1x1(graph, ("layer",))
     assert "Add" in {node.op_type for node in made.proto.graph.node}
     np.testing.assert_allclose(run(made, sample.numpy()), run(graph, sample.numpy()), rtol=0, atol=1e-6)

@@ -21,7 +21,7 @@ from diffpress.runtime.engines import available, load_engine
 from tests.export.oracle import inputs_for, run_exactly
 
 # concatenations of the little U-Net's stream with its skips
-JOINS = 4
+CONCATS = 4
 
 
 def pairs(graph: onnx.GraphProto) -> list[str]:
@@ -29,28 +29,28 @@ def pairs(graph: onnx.GraphProto) -> list[str]:
 
 
 @pytest.mark.parametrize("trunk", [False, True])
-def test_onnxruntime_computes_every_layer_that_is_not_kept_on_integers(trunk, unet, unet_graph, scales, tmp_path):
-    kept = adapter_for(unet.model).fragile(unet.model)
-    quantization = scales(unet, outputs=True, trunk=trunk)
+def test_onnxruntime_computes_every_layer_that_is_not_kept_on_integers(residual_outputs, unet, unet_graph, scales, tmp_path):
+    kept = adapter_for(unet.model).sensitive_layers(unet.model)
+    quantization = scales(unet, outputs=True, residual_outputs=residual_outputs)
     amax = {k: v for k, v in quantization.amax.items() if k.rsplit(".", 1)[0] not in kept or k == "conv_in.output"}
-    if not trunk:
+    if not residual_outputs:
         amax.pop("conv_in.output")
     save_graph(insert_qdq(unet_graph, Quantization("int8", amax)), tmp_path / "q.onnx")
-    account = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).account(inputs_for(unet))
+    precision_report = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).precision_report(inputs_for(unet))
     modules = dict(unet.model.named_modules())
-    assert {layer for layer in account.float_layers if layer in modules} == set(kept) - {"class_embedding"}
+    assert {layer for layer in precision_report.float_layers if layer in modules} == set(kept) - {"class_embedding"}
 
 
 def test_concatenations_of_the_trunk_copy_integers_in_onnxruntime(unet, unet_graph, scales, tmp_path):
     found = {}
-    for trunk in (False, True):
-        save_graph(insert_qdq(unet_graph, scales(unet, outputs=True, trunk=trunk)), tmp_path / "q.onnx")
+    for residual_outputs in (False, True):
+        save_graph(insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)), tmp_path / "q.onnx")
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         onnxruntime.InferenceSession(str(tmp_path / "q.onnx"), options, providers=["CPUExecutionProvider"])
         optimized = onnx.load(tmp_path / "optimized.onnx").graph
-        found[trunk] = Counter(node.op_type for node in optimized.node)
-    assert found[False]["QLinearConcat"] == 0 and found[True]["QLinearConcat"] == JOINS
+        found[residual_outputs] = Counter(node.op_type for node in optimized.node)
+    assert found[False]["QLinearConcat"] == 0 and found[True]["QLinearConcat"] == CONCATS
     assert found[True]["QLinearAdd"] >= 8 > found[False]["QLinearAdd"]  # the sums of resnets
 
 
@@ -59,22 +59,22 @@ def test_concatenations_of_the_trunk_copy_integers_in_openvino(unet, unet_graph,
     import openvino
 
     copied, reordered = {}, {}
-    for trunk in (False, True):
-        save_graph(insert_qdq(unet_graph, scales(unet, outputs=True, trunk=trunk)), tmp_path / "q.onnx")
+    for residual_outputs in (False, True):
+        save_graph(insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)), tmp_path / "q.onnx")
         core = openvino.Core()
         model = core.read_model(tmp_path / "q.onnx")
         model.reshape({name: array.shape for name, array in inputs_for(unet).items()})
         compiled = core.compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         layers = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
         kinds = Counter((str(i["layerType"].astype(str)), str(i["outputPrecisions"].astype(str))) for i in layers)
-        copied[trunk] = kinds["Concatenation", "u8"] + kinds["Concatenation", "i8"]
-        reordered[trunk] = kinds["Reorder", "f32"]
-    assert copied[True] == copied[False] + JOINS
+        copied[residual_outputs] = kinds["Concatenation", "u8"] + kinds["Concatenation", "i8"]
+        reordered[residual_outputs] = kinds["Reorder", "f32"]
+    assert copied[True] == copied[False] + CONCATS
     assert reordered[True] < reordered[False]
 
 
 def test_integers_are_stored_for_cpus_with_a_shifted_zero_and_for_tensorrt_with_none(unet, unet_graph, scales):
-    quantization, answers = scales(unet, outputs=True, trunk=True), []
+    quantization, answers = scales(unet, outputs=True, residual_outputs=True), []
     for tensorrt, zero in ((False, np.uint8(128)), (True, np.int8(0))):
         model = load_all(insert_qdq(unet_graph, quantization, tensorrt=tensorrt))
         stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -90,7 +90,7 @@ def test_integers_are_stored_for_cpus_with_a_shifted_zero_and_for_tensorrt_with_
 
 
 def test_a_sum_is_rounded_once_for_all_that_read_it(unet, unet_graph, scales):
-    placed = pairs(insert_qdq(unet_graph, scales(unet, outputs=True, trunk=True)).proto.graph)
+    placed = pairs(insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=True)).proto.graph)
     assert len(set(placed)) == len(placed)
     # read at the scale of what it comes from: a sum, a concatenation, an upsampling
     readers = ["down_blocks.0.downsamplers.0.conv", "up_blocks.0.resnets.0.conv_shortcut"]
@@ -101,7 +101,7 @@ def test_a_sum_is_rounded_once_for_all_that_read_it(unet, unet_graph, scales):
 
 
 def test_a_sum_with_another_scale_than_its_reader_is_rounded_again(unet, unet_graph, scales):
-    quantization = scales(unet, outputs=True, trunk=True)
+    quantization = scales(unet, outputs=True, residual_outputs=True)
     quantization.amax["up_blocks.0.upsamplers.0.conv.input"] = torch.tensor(0.5)
     placed = pairs(insert_qdq(unet_graph, quantization).proto.graph)
     assert "up_blocks.0.upsamplers.0.conv.input/Q" in placed
@@ -205,7 +205,7 @@ def test_onnxruntime_computes_the_scores_of_attention_on_integers(unet, unet_gra
     save_graph(graph, tmp_path / "q.onnx")
     softmaxed = {node.input[0] for node in graph.proto.graph.node if node.op_type == "Softmax"}
     scores = {node.name for node in graph.proto.graph.node if softmaxed.intersection(node.output)}
-    floats = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).account(inputs_for(unet)).float_layers
+    floats = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).precision_report(inputs_for(unet)).float_layers
     assert len(scores) == 4 and not scores & set(floats)
 
 

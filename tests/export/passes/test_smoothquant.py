@@ -20,7 +20,7 @@ from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.passes.linear_to_conv1x1 import ENTRY
 from diffpress.export.passes.smoothquant import smoothed
 from diffpress.runtime.engines import available, load_engine
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from tests.export.oracle import inputs_for, run_exactly
 
 SMOOTHED = ["twin_a", "down", "up", "gemm", "matmul", "unbiased", "twice"]
@@ -39,7 +39,7 @@ def vectors(checkpoint: Checkpoint, layers: list[str]) -> dict[str, torch.Tensor
 @pytest.fixture(scope="module")
 def quantized(unet) -> Checkpoint:
     """The U-Net with linear layers and joins smoothed."""
-    config = QuantizeConfig(samples=4, batch=4, smooth=0.5, split_joins=True, correct=False)
+    config = QuantizeConfig(samples=4, batch=4, smooth=0.5, split_concats=True, output_correction=False)
     return quantize(unet, config, Context(0, Path(), unet))
 
 
@@ -84,11 +84,11 @@ def test_readers_of_one_tensor_share_the_factor_and_the_rounding(quantized, unet
 
 def test_a_weight_is_multiplied_when_it_is_read_and_not_before(everything, everything_graph):
     reads = []
-    watched = {
+    observed = {
         name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
         for name, weight in everything_graph.weights.items()
     }
-    graph = smoothed(Graph(everything_graph.proto, watched), vectors(everything, SMOOTHED))
+    graph = smoothed(Graph(everything_graph.proto, observed), vectors(everything, SMOOTHED))
     assert reads == []
     graph.weights["down.weight_smoothed"].read()
     assert reads == ["down.weight"]
@@ -103,10 +103,10 @@ def test_the_graph_is_left_as_it_was(everything, everything_graph):
 
 @pytest.mark.parametrize("bad", [torch.ones(5), torch.zeros(8), torch.full((8,), torch.inf), -torch.ones(8)])
 def test_a_vector_that_does_not_fit_is_refused_by_name(bad, everything_graph):
-    with pytest.raises(BadInput, match="layer 'twin_a': what smooths it must be 8 positive numbers"):
+    with pytest.raises(InvalidInputError, match="layer 'twin_a': what smooths it must be 8 positive numbers"):
         smoothed(everything_graph, {"twin_a": bad})
 
 
 def test_a_layer_that_the_graph_does_not_have_is_refused(everything_graph):
-    with pytest.raises(BadInput, match="layer 'elsewhere': the graph has no node"):
+    with pytest.raises(InvalidInputError, match="layer 'elsewhere': the graph has no node"):
         smoothed(everything_graph, {"elsewhere": torch.ones(8)})

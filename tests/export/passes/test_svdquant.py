@@ -17,8 +17,8 @@ from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.export.graph.model import Graph, load_all
 from diffpress.export.passes.insert_qdq import insert_qdq
-from diffpress.export.passes.svdquant import branched
-from diffpress.runtime.errors import BadInput
+from diffpress.export.passes.svdquant import svdquant
+from diffpress.runtime.errors import InvalidInputError
 from tests.export.oracle import inputs_for, run_exactly
 
 LINEAR = ["gemm", "matmul"]
@@ -33,7 +33,7 @@ def factors(checkpoint: Checkpoint, layer: str, rank: int = 3) -> dict[str, torc
 
 @pytest.mark.parametrize("layer", LINEAR)
 def test_a_layer_with_a_branch_computes_the_same_function(layer, everything, everything_graph):
-    graph, inputs = branched(everything_graph, factors(everything, layer)), inputs_for(everything)
+    graph, inputs = svdquant(everything_graph, factors(everything, layer)), inputs_for(everything)
     assert len(graph.proto.graph.node) == len(everything_graph.proto.graph.node) + 3
     np.testing.assert_allclose(run_exactly(graph, inputs), run_exactly(everything_graph, inputs), rtol=1e-3, atol=1e-4)
 
@@ -43,9 +43,9 @@ SETTINGS = [{"format": "int8", "smooth": 0.5}, {"format": "int4"}, {"format": "w
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_quantized_graph_computes_what_torch_fake_quantization_does(settings, unet, unet_graph):
-    config = QuantizeConfig(samples=4, batch=4, correct=False, branch_rank=4, **settings)
+    config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant_rank=4, **settings)
     quantized, inputs = quantize(unet, config, Context(0, Path(), unet)), inputs_for(unet)
-    assert quantized.quantization.branch
+    assert quantized.quantization.svdquant
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     wanted = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
     found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
@@ -53,7 +53,7 @@ def test_the_quantized_graph_computes_what_torch_fake_quantization_does(settings
 
 
 def test_the_branch_reads_the_tensor_as_it_was_before_it_was_rounded(unet, unet_graph):
-    config = QuantizeConfig(samples=4, batch=4, correct=False, branch_rank=4, smooth=0.5)
+    config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant_rank=4, smooth=0.5)
     quantized = quantize(unet, config, Context(0, Path(), unet))
     graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
     readers = {node.name.partition("#")[0]: node for node in graph.node}
@@ -64,13 +64,13 @@ def test_the_branch_reads_the_tensor_as_it_was_before_it_was_rounded(unet, unet_
 
 def test_the_weight_is_read_when_it_is_written_and_the_graph_is_left_as_it_was(everything, everything_graph):
     before = load_all(everything_graph).SerializeToString(deterministic=True)
-    assert branched(everything_graph, {}) is everything_graph
+    assert svdquant(everything_graph, {}) is everything_graph
     reads = []
-    watched = {
+    observed = {
         name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
         for name, weight in everything_graph.weights.items()
     }
-    graph = branched(Graph(everything_graph.proto, watched), factors(everything, "gemm"))
+    graph = svdquant(Graph(everything_graph.proto, observed), factors(everything, "gemm"))
     assert reads == []
     graph.weights["gemm.weight_left"].read()
     assert len(reads) == 1
@@ -80,7 +80,7 @@ def test_the_weight_is_read_when_it_is_written_and_the_graph_is_left_as_it_was(e
 def test_factors_that_do_not_fit_are_refused_by_name(everything, everything_graph):
     found = factors(everything, "gemm")
     found["gemm.up"] = torch.ones(3, 3)
-    with pytest.raises(BadInput, match="layer 'gemm': its branch does not fit its weight"):
-        branched(everything_graph, found)
-    with pytest.raises(BadInput, match="layer 'elsewhere': the graph has no node"):
-        branched(everything_graph, {"elsewhere.down": torch.ones(2, 8), "elsewhere.up": torch.ones(8, 2)})
+    with pytest.raises(InvalidInputError, match="layer 'gemm': its branch does not fit its weight"):
+        svdquant(everything_graph, found)
+    with pytest.raises(InvalidInputError, match="layer 'elsewhere': the graph has no node"):
+        svdquant(everything_graph, {"elsewhere.down": torch.ones(2, 8), "elsewhere.up": torch.ones(8, 2)})

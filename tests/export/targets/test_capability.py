@@ -17,9 +17,9 @@ from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.summary import summary
 from diffpress.export.targets.capability import SUPPORT, check_runs, emulated, promised
 from diffpress.export.targets.precision import precision_of
-from diffpress.export.targets.tensorrt import build_plan
+from diffpress.export.targets.tensorrt import build_engine
 from diffpress.runtime.bundle import sha256
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from tests.export.oracle import measured_scales
 
 needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
@@ -31,7 +31,7 @@ ABLE += [("w4a8", "8.6"), ("int4", "8.6"), ("int4", "12.0"), ("nvfp4", "12.0")]
 def calibrated(checkpoint, kind, weight_range=1.0):
     """Scales of every layer in `kind`, and of fragile linear layers as int8 weights."""
     formats = {}
-    kept = set(adapter_for(checkpoint.model).fragile(checkpoint.model))
+    kept = set(adapter_for(checkpoint.model).sensitive_layers(checkpoint.model))
     for name, layer in checkpoint.model.named_modules():
         if isinstance(layer, nn.Linear):
             formats[name] = "int8_weight_only" if name in kept else kind
@@ -48,10 +48,10 @@ def test_a_gpu_that_cannot_run_a_format_is_refused_and_told_what_it_can():
     check_runs(["fp8", "int8"], ["8.9", "12.0"])
     check_runs(["int8", "int4", "w4a8", "int8_weight_only"], ["7.5", "8.6"])
     message = "capability 8.6 does not run format fp8; 8.9 and later do, and 8.6 runs int8, w4a8"
-    with pytest.raises(BadInput, match=message) as caught:
+    with pytest.raises(InvalidInputError, match=message) as caught:
         check_runs(["int8", "fp8"], ["8.9", "8.6"])
     assert "\n" not in str(caught.value)
-    with pytest.raises(BadInput, match="9.0 does not run format nvfp4; 12.0 and later do"):
+    with pytest.raises(InvalidInputError, match="9.0 does not run format nvfp4; 12.0 and later do"):
         check_runs(["nvfp4"], ["9.0"])  # 9.0 < 12.0 as numbers, not as words
 
 
@@ -66,7 +66,7 @@ def test_fp8_on_a_gpu_without_it_is_refused_before_any_work(unet, tmp_path, monk
     monkeypatch.setattr("diffpress.export.bundle.check_build", lambda *_: None)
     monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda *_: pytest.fail("traced before the check"))
     checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
-    with pytest.raises(BadInput, match="8.6 does not run format fp8"):
+    with pytest.raises(InvalidInputError, match="8.6 does not run format fp8"):
         write_bundle(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=["8.6"])
     assert list(tmp_path.iterdir()) == []
 
@@ -86,8 +86,8 @@ def test_a_bundle_in_fp8_says_what_runs_in_float(unet, unet_graph, tmp_path, cap
 def test_a_bundle_in_four_bit_floats_says_that_its_weights_alone_have_them(unet, unet_graph, tmp_path, capsys):
     quantization = calibrated(unet, "nvfp4")
     bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
-    (told,) = [line for line in capsys.readouterr().out.splitlines() if "nvfp4" in line]
-    assert "nvfp4: engines on the CPU read weights from 4 bits and compute in float" in told and "from compute" in told
+    (cond,) = [line for line in capsys.readouterr().out.splitlines() if "nvfp4" in line]
+    assert "nvfp4: engines on the CPU read weights from 4 bits and compute in float" in cond and "from compute" in cond
     (entry,) = bundle.manifest["engines"]
     assert entry["emulated"] == ["fp8", "nvfp4"] and entry["integer_mac_share"] == 0 == len(entry["fallbacks"])
 
@@ -114,15 +114,15 @@ def test_the_label_names_all_formats_that_compute():
 @pytest.mark.parametrize(("kind", "capability"), ABLE)
 def test_tensorrt_takes_the_graph_of_each_format(kind, capability, unet, unet_graph, tmp_path):
     save_graph(insert_qdq(unet_graph, calibrated(unet, kind), tensorrt=True), tmp_path / "g.onnx")
-    entry = build_plan(tmp_path / "g.onnx", tmp_path, [capability], unet.spec)
+    entry = build_engine(tmp_path / "g.onnx", tmp_path, [capability], unet.spec)
     assert (tmp_path / entry["file"]).stat().st_size > 100_000
 
 
 @needs_tensorrt
 def test_tensorrts_builder_refuses_fp8_where_the_table_does(unet, unet_graph, tmp_path):
     save_graph(insert_qdq(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
-    with pytest.raises(BadInput, match="fp8") as caught:
-        build_plan(tmp_path / "g.onnx", tmp_path, ["8.6"], unet.spec)
+    with pytest.raises(InvalidInputError, match="fp8") as caught:
+        build_engine(tmp_path / "g.onnx", tmp_path, ["8.6"], unet.spec)
     assert "\n" not in str(caught.value)
 
 

@@ -9,7 +9,7 @@ from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.targets.engine_cost import costs_in, layer_times
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.engines.precision_report import Kernel
-from diffpress.runtime.network_inputs import network_inputs
+from diffpress.runtime.network_inputs import dummy_inputs
 
 
 def test_kernels_belong_to_layers_by_node_tensor_bias_and_rounding(everything_graph):
@@ -37,7 +37,7 @@ def test_every_layer_that_multiplies_is_found_in_the_profile(engine, unet, unet_
     for name, graph in (("float", unet_graph), ("int8", insert_qdq(unet_graph, quantization))):
         save_graph(graph, tmp_path / f"{name}.onnx")
         opened = load_engine(tmp_path / f"{name}.onnx", engine, 1)
-        found = layer_times(opened.kernel_times(network_inputs(opened, unet.spec, 2), 1), graph)
+        found = layer_times(opened.kernel_times(dummy_inputs(opened, unet.spec, 2), 1), graph)
         assert set(heavy) <= found.keys() and all(found[layer] > 0 for layer in heavy), (name, heavy)
 
 
@@ -50,5 +50,5 @@ def test_costs_are_of_the_very_quantization_that_is_asked_about(wide, scales):
         assert part - whole == pytest.approx(160 * 160 * 9 * 3 / 2**20, rel=0.02)
         assert 0.02 < costs.latency_ratio(quantization) < 20
         with costs.network(None) as exact, costs.network(quantization) as rounded:
-            inputs = network_inputs(exact, wide.spec, 2)
+            inputs = dummy_inputs(exact, wide.spec, 2)
             assert exact.integer_mac_share(inputs) == 0.0 and rounded.integer_mac_share(inputs) > 0.9

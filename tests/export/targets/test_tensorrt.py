@@ -22,12 +22,12 @@ from diffpress.export.graph.model import save_graph
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.passes.half_precision import kept_modules, to_half
 from diffpress.export.passes.insert_qdq import insert_qdq
-from diffpress.export.targets.tensorrt import build_plan, build_plans
+from diffpress.export.targets.tensorrt import build_engine, build_engines
 from diffpress.runtime.bundle import load_bundle, sha256
-from diffpress.runtime.engines.tensorrt.compatibility import misfit
+from diffpress.runtime.engines.tensorrt.compatibility import incompatibility
 from diffpress.runtime.engines.tensorrt.library import Device
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
-from diffpress.runtime.errors import BadInput, MissingExtra
+from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
 from tests.export.targets.test_capability import calibrated
 
 needs_tensorrt = pytest.mark.skipif(
@@ -47,7 +47,7 @@ def nothing_installed(monkeypatch):
 def test_without_tensorrt_the_extra_is_named_before_any_work(wide, tmp_path, monkeypatch):
     nothing_installed(monkeypatch)
     monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda *_: pytest.fail("traced before the check"))
-    with pytest.raises(MissingExtra, match=r"tensorrt-rtx.*pip install 'diffpress\[tensorrt\]'"):
+    with pytest.raises(MissingDependencyError, match=r"tensorrt-rtx.*pip install 'diffpress\[tensorrt\]'"):
         write_bundle(wide, tmp_path / "b", ["tensorrt"], capabilities=["8.9"])
     assert list(tmp_path.iterdir()) == []
 
@@ -72,7 +72,7 @@ def test_flags_become_options(flags, expected):
 @needs_tensorrt
 def test_a_plan_is_built_without_a_gpu_and_its_entry_says_what_for(wide, wide_graph, tmp_path):
     save_graph(wide_graph, tmp_path / "g.onnx")
-    entry = build_plan(tmp_path / "g.onnx", tmp_path, ["8.6", "12.0"], wide.spec, BuildOptions(batch=(1, 2, 4)))
+    entry = build_engine(tmp_path / "g.onnx", tmp_path, ["8.6", "12.0"], wide.spec, BuildOptions(batch=(1, 2, 4)))
     plan = tmp_path / entry["file"]
     assert entry["file"] == "engines/tensorrt/denoiser_sm86_sm120.plan" and entry["library"] == "tensorrt-rtx"
     assert plan.stat().st_size == entry["bytes"] > 100_000 and sha256(plan) == entry["sha256"]
@@ -80,8 +80,8 @@ def test_a_plan_is_built_without_a_gpu_and_its_entry_says_what_for(wide, wide_gr
     assert entry["profile"]["sample"] == [[1, 1, 8, 8], [2, 1, 8, 8], [4, 1, 8, 8]]
     assert BuildOptions.from_json(entry["options"], "x") == BuildOptions(batch=(1, 2, 4))
     here = Device("12.0", {"tensorrt-rtx": entry["version"]})
-    assert misfit(entry, here, entry["graph_sha256"]) is None
-    assert "capability 8.6, 12.0, and this GPU has 8.9" in misfit(
+    assert incompatibility(entry, here, entry["graph_sha256"]) is None
+    assert "capability 8.6, 12.0, and this GPU has 8.9" in incompatibility(
         entry, Device("8.9", here.libraries), entry["graph_sha256"]
     )
 
@@ -99,7 +99,7 @@ def test_a_plan_is_built_without_a_gpu_and_its_entry_says_what_for(wide, wide_gr
 )
 def test_each_option_builds(options, wide, wide_graph, tmp_path):
     save_graph(wide_graph, tmp_path / "g.onnx")
-    entry = build_plan(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec, options)
+    entry = build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec, options)
     assert entry["options"] == options.to_json() and entry["bytes"] > 100_000
 
 
@@ -115,8 +115,8 @@ def test_each_option_builds(options, wide, wide_graph, tmp_path):
 )
 def test_what_cannot_be_built_is_refused_in_one_line(options, message, wide, tmp_path):
     save_graph(to_onnx(wide, fixed_size=True), tmp_path / "g.onnx")
-    with pytest.raises(BadInput, match=message) as caught:
-        build_plan(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec, options)
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec, options)
     assert one_line(caught) and not (tmp_path / "engines").exists()
 
 
@@ -125,8 +125,8 @@ def test_what_cannot_be_built_is_refused_in_one_line(options, message, wide, tmp
     ("capabilities", "message"), [([], "name the GPUs"), (["8.7"], "unknown compute capability '8.7': did you mean '8")]
 )
 def test_capabilities_that_cannot_be_built_for_are_refused(capabilities, message, wide, tmp_path):
-    with pytest.raises(BadInput, match=message):
-        build_plan(tmp_path / "g.onnx", tmp_path, capabilities, wide.spec)
+    with pytest.raises(InvalidInputError, match=message):
+        build_engine(tmp_path / "g.onnx", tmp_path, capabilities, wide.spec)
 
 
 @needs_tensorrt
@@ -137,17 +137,17 @@ def test_a_node_that_tensorrt_does_not_know_is_named_in_one_line(wide, tmp_path)
     graph = helper.make_graph([node], "g", value[:1], value[1:])
     onnx.save(helper.make_model(graph, opset_imports=opsets), tmp_path / "g.onnx")
     with pytest.raises(
-        BadInput, match=r"g.onnx: tensorrt-rtx cannot parse node 'the_node' \(Nonsense\).*no such operator"
+        InvalidInputError, match=r"g.onnx: tensorrt-rtx cannot parse node 'the_node' \(Nonsense\).*no such operator"
     ) as caught:
-        build_plan(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec)
+        build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec)
     assert one_line(caught)
 
 
 @needs_tensorrt
 def test_a_graph_made_for_processors_is_refused_with_what_to_do(unet, unet_graph, tmp_path):
     save_graph(insert_qdq(unet_graph, calibrated(unet, "int8")), tmp_path / "g.onnx")
-    with pytest.raises(BadInput, match="cannot parse node '.*' .*zero point.*export with --targets tensorrt") as caught:
-        build_plan(tmp_path / "g.onnx", tmp_path, ["8.9"], unet.spec)
+    with pytest.raises(InvalidInputError, match="cannot parse node '.*' .*zero point.*export with --targets tensorrt") as caught:
+        build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], unet.spec)
     assert one_line(caught)
 
 
@@ -155,8 +155,8 @@ def test_a_graph_made_for_processors_is_refused_with_what_to_do(unet, unet_graph
 def test_fp8_is_refused_on_a_gpu_without_it_by_the_builder_too(unet, unet_graph, tmp_path):
     save_graph(insert_qdq(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
     message = "compute capability 8.6 does not run format fp8 .*8.9 and later do: leave 8.6 out, or quantize to int8"
-    with pytest.raises(BadInput, match=message) as caught:
-        build_plan(tmp_path / "g.onnx", tmp_path, ["8.6", "8.9"], unet.spec)
+    with pytest.raises(InvalidInputError, match=message) as caught:
+        build_engine(tmp_path / "g.onnx", tmp_path, ["8.6", "8.9"], unet.spec)
     assert one_line(caught)
 
 
@@ -184,7 +184,7 @@ def test_weights_are_stored_in_the_plan_as_the_graph_has_them(wide, tmp_path):
     sizes = {}
     for kind, source in {"fp32": graph, "fp16": half, "int8": rounded}.items():
         save_graph(source, tmp_path / f"{kind}.onnx")
-        sizes[kind] = build_plan(tmp_path / f"{kind}.onnx", tmp_path / kind, ["8.9"], heavy.spec)["bytes"]
+        sizes[kind] = build_engine(tmp_path / f"{kind}.onnx", tmp_path / kind, ["8.9"], heavy.spec)["bytes"]
     weights = 2 * 512 * 512 * 9
     assert sizes["int8"] < 0.7 * sizes["fp16"] < 0.49 * sizes["fp32"], sizes
     for kind, width in {"fp32": 4, "fp16": 2, "int8": 1}.items():
@@ -222,7 +222,7 @@ def test_all_graphs_of_a_latent_pipeline_are_built(tiny_folder, tmp_path):
     assert entries["vae_decoder"]["profile"]["latent_sample"][2][0] == 1
     # another bundle of this pipeline takes over what has not changed
     sources = {graph: (bundle.graph(graph), "fp32") for graph in graphs[1:]}
-    taken = build_plans(tmp_path / "other", sources, SIZES, checkpoint.spec, build, load_bundle(tmp_path / "b"))
+    taken = build_engines(tmp_path / "other", sources, SIZES, checkpoint.spec, build, load_bundle(tmp_path / "b"))
     assert taken == [entries[graph] for graph in graphs[1:]]
     assert (tmp_path / "other" / taken[0]["file"]).samefile(tmp_path / "b" / taken[0]["file"])
 
@@ -242,7 +242,7 @@ def test_the_teachers_plans_shrink_with_their_weights(tmp_path):
     for kind, source in graphs.items():
         save_graph(source, tmp_path / f"{kind}.onnx")
         for capability in [one for one in SIZES if kind != "fp8" or one != "8.6"]:
-            entry = build_plan(tmp_path / f"{kind}.onnx", tmp_path / kind, [capability], teacher.spec)
+            entry = build_engine(tmp_path / f"{kind}.onnx", tmp_path / kind, [capability], teacher.spec)
             sizes[kind, capability] = entry["bytes"]
             print(f"{kind} {capability}: {entry['bytes']} bytes, {entry['build_seconds']} s")
     for capability in SIZES:
@@ -273,7 +273,7 @@ def test_a_recipe_says_how_plans_are_built(tmp_path):
 )
 def test_a_recipe_that_cannot_be_built_is_refused_with_its_place(settings, message, tmp_path):
     (tmp_path / "r.yaml").write_text(f"export: {{targets: [tensorrt], tensorrt: {settings}}}")
-    with pytest.raises(BadInput, match=rf"r.yaml: .*export.tensorrt.*{message}"):
+    with pytest.raises(InvalidInputError, match=rf"r.yaml: .*export.tensorrt.*{message}"):
         read_recipe(tmp_path / "r.yaml")
 
 
@@ -285,7 +285,7 @@ def test_a_quantized_latent_denoiser_is_built_with_dynamic_sizes(kind, capabilit
     graph = insert_qdq(to_onnx(checkpoint), calibrated(checkpoint, kind), tensorrt=True)
     save_graph(graph, tmp_path / "g.onnx")
     options = BuildOptions(batch=(1, 2, 4), sizes=((16, 16), (64, 64)))
-    entry = build_plan(tmp_path / "g.onnx", tmp_path, capabilities, checkpoint.spec, options, precision=kind)
+    entry = build_engine(tmp_path / "g.onnx", tmp_path, capabilities, checkpoint.spec, options, precision=kind)
     print(f"{kind} for {capabilities}: {entry['bytes']} bytes, {entry['build_seconds']} s")
     low, _, high = entry["profile"]["sample"]
     assert low[2:] < high[2:] and entry["profile"]["encoder_hidden_states"][0][1:] == [16, 32]

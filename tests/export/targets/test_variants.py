@@ -13,10 +13,10 @@ from diffpress.export.summary import summary
 from diffpress.export.targets.variants import FLOAT, Variant
 from diffpress.runtime.bundle import load_bundle, sha256
 from diffpress.runtime.engines import available, open_engine
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import network_inputs
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import dummy_inputs
 from diffpress.runtime.pipeline import Pipeline
-from diffpress.runtime.sampling_plan import Correction
+from diffpress.runtime.sampling_plan import OutputCorrection
 
 ONNXRUNTIME = "onnxruntime"
 
@@ -57,7 +57,7 @@ def test_each_engine_opens_its_own_graph(reverted, wide, wide_graph):
     assert reverted.graph("denoiser", ONNXRUNTIME) == reverted.path / "denoiser.float.onnx"
     for name in available():
         with_integers = open_engine(reverted, name, 1)
-        share = with_integers.integer_mac_share(network_inputs(with_integers, reverted.spec, 2))
+        share = with_integers.integer_mac_share(dummy_inputs(with_integers, reverted.spec, 2))
         assert share == 0.0 if name == ONNXRUNTIME else share > 0.5
 
 
@@ -82,7 +82,7 @@ def test_a_variant_that_is_damaged_or_not_listed_is_refused(quantized, wide_grap
 
     folder = shutil.copytree(reverted.path, tmp_path / "b")
     (folder / "denoiser.float.onnx").unlink()
-    with pytest.raises(BadInput, match="denoiser.float.onnx: listed in the manifest but missing"):
+    with pytest.raises(InvalidInputError, match="denoiser.float.onnx: listed in the manifest but missing"):
         load_bundle(folder)
 
 
@@ -91,18 +91,18 @@ def test_a_variant_that_is_damaged_or_not_listed_is_refused(quantized, wide_grap
 )
 def test_an_engine_that_is_none_or_would_have_two_graphs_is_refused(engines, message, quantized, wide_graph, tmp_path):
     variants = [Variant(f"v{i}", (engine,), wide_graph, None) for i, engine in enumerate(engines)]
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=variants)
 
 
 def test_corrections_of_rounding_are_for_the_rounded_graph_alone(quantized, wide_graph, tmp_path):
     plan = quantized.spec.plan
-    plan = replace(plan, corrections=tuple(Correction(0.001, (0.001,)) for _ in plan.timesteps))
+    plan = replace(plan, output_corrections=tuple(OutputCorrection(0.001, (0.001,)) for _ in plan.timesteps))
     corrected = quantized.evolve(spec=quantized.spec.with_plan(plan))
     variant = Variant(FLOAT, (ONNXRUNTIME,), wide_graph, None)
     bundle = write_bundle(corrected, tmp_path / "b", float_graph=wide_graph, variants=[variant], threads=1)
     assert bundle.manifest["graphs"]["denoiser"]["variants"][ONNXRUNTIME]["parity"]["max_abs"] < 1e-4
-    assert bundle.spec.plan.corrections and not bundle.spec_for(ONNXRUNTIME).plan.corrections
-    assert bundle.spec_for("another").plan.corrections == plan.corrections
+    assert bundle.spec.plan.output_corrections and not bundle.spec_for(ONNXRUNTIME).plan.output_corrections
+    assert bundle.spec_for("another").plan.output_corrections == plan.output_corrections
     assert np.array_equal(Pipeline(bundle, ONNXRUNTIME).spec.plan.timesteps, plan.timesteps)
-    assert not Pipeline(bundle, ONNXRUNTIME).spec.plan.corrections
+    assert not Pipeline(bundle, ONNXRUNTIME).spec.plan.output_corrections

@@ -11,7 +11,7 @@ from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.passes.half_precision import to_half
 from diffpress.export.verify.float16_range import LARGEST, Probed, write_probed
 from diffpress.runtime.engines import load_engine
-from diffpress.runtime.errors import GateFailed
+from diffpress.runtime.errors import GateFailedError
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_a_node_that_overflows_is_named(value, node, probed):
     run(probed, 1.0)
     probed.check("g.onnx")
     run(probed, value)
-    with pytest.raises(GateFailed, match=f"g.onnx: node .{node}.* writes .*, and float16 ends at 65504") as caught:
+    with pytest.raises(GateFailedError, match=f"g.onnx: node .{node}.* writes .*, and float16 ends at 65504") as caught:
         probed.check("g.onnx")
     assert "\n" not in str(caught.value)
 
@@ -59,7 +59,7 @@ def test_a_node_that_overflows_is_named(value, node, probed):
 def test_what_is_not_a_number_does_not_fit(probed):
     run(probed, np.nan)
     run(probed, 1.0)
-    with pytest.raises(GateFailed, match="writes nan"):
+    with pytest.raises(GateFailedError, match="writes nan"):
         probed.check("g.onnx")
 
 

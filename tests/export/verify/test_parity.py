@@ -10,7 +10,7 @@ from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.verify.parity import FAKE_QUANT, check_parity, trial_of
 from diffpress.runtime.engines import available
-from diffpress.runtime.errors import GateFailed
+from diffpress.runtime.errors import GateFailedError
 
 SAFE = 127 / 64  # weights within 7 bits
 
@@ -41,7 +41,7 @@ def test_parity_measures_the_difference_that_is_there(unet, unet_graph, tmp_path
 
 def test_a_float_graph_that_strays_fails_with_both_figures(unet, unet_graph, tmp_path):
     save_graph(shifted(unet_graph, "conv_out.bias", 0.01), tmp_path / "g.onnx")
-    with pytest.raises(GateFailed, match=r"g.onnx in onnxruntime: samples differ .* by 0\.\d+ .* dB\), 0.001 is"):
+    with pytest.raises(GateFailedError, match=r"g.onnx in onnxruntime: samples differ .* by 0\.\d+ .* dB\), 0.001 is"):
         check_parity(unet, tmp_path / "g.onnx", trial_of(unet), engines=["onnxruntime"], threads=1)
 
 
@@ -55,7 +55,7 @@ def test_a_quantized_graph_is_held_to_fake_quantization(unet, unet_graph, scales
     coarser = {name: amax * (4 if name.endswith(".input") else 1) for name, amax in quantized.quantization.amax.items()}
     wrong = insert_qdq(unet_graph, type(quantized.quantization)("int8", coarser))
     save_graph(wrong, tmp_path / "q.onnx")
-    with pytest.raises(GateFailed, match=r"q.onnx in onnxruntime: .* dB SQNR .* torch's fake quantization has .* dB"):
+    with pytest.raises(GateFailedError, match=r"q.onnx in onnxruntime: .* dB SQNR .* torch's fake quantization has .* dB"):
         check_parity(quantized, tmp_path / "q.onnx", trial_of(quantized), engines=["onnxruntime"], threads=1)
 
 

@@ -16,7 +16,7 @@ from diffpress.runtime.benchmarking.probe import Probe, peak_mib, probe
 from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import open_engine
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[3]
 ROW_KEYS = [
@@ -112,7 +112,7 @@ def test_medians_ignore_one_slow_turn(monkeypatch) -> None:
 @pytest.mark.parametrize("options", [{"subjects": []}, {"batches": []}, {"batches": [0]}, {"repeats": 0}])
 def test_nothing_to_measure_is_refused(monkeypatch, options) -> None:
     subjects = [Clock(monkeypatch).subject("a", "openvino", "fp32", 4, 1.0)]
-    with pytest.raises(BadInput, match="at least one of each"):
+    with pytest.raises(InvalidInputError, match="at least one of each"):
         bench.measure(**{"subjects": subjects, **options})
 
 
@@ -194,7 +194,7 @@ def test_overhead_is_the_time_beyond_the_engines_calls(tiny: Path, monkeypatch) 
     assert bench.sampler_overhead(Slow(), bundle.spec, batch=2) == pytest.approx(0.01)
 
     class Walks(Slow):
-        def walk(self, program, told, start):
+        def run_fused(self, program, cond, start):
             now[0] += 0.109 * program.steps
             return start
 
@@ -219,7 +219,7 @@ def test_the_peak_counts_what_was_held_and_not_the_parent() -> None:
 
 
 def test_a_probe_that_fails_says_why(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="not a bundle"):
+    with pytest.raises(InvalidInputError, match="not a bundle"):
         probe(tmp_path, "onnxruntime", batch=1)
-    with pytest.raises(BadInput, match="did you mean 'openvino'"):
+    with pytest.raises(InvalidInputError, match="did you mean 'openvino'"):
         probe(tiny, "openvin", batch=1)

@@ -9,9 +9,9 @@ import pytest
 
 from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import ENGINES, available, load_engine, macs, open_engine
-from diffpress.runtime.engines.precision_report import Product, accounted
-from diffpress.runtime.errors import BadInput, MissingExtra
-from diffpress.runtime.network_inputs import network_inputs
+from diffpress.runtime.engines.precision_report import Product, precision_report_of
+from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
+from diffpress.runtime.network_inputs import dummy_inputs
 from tests.runtime.small_graphs import sample_inputs
 
 ENGINE_NAMES = sorted(ENGINES)
@@ -113,21 +113,21 @@ MIXED = 128 * 16 * 8 * 9 + B + 128 * 16 * 16 + D + 2 * 16 * 16 * 16 * 4
 
 
 def test_the_account_names_the_layer_left_in_float_and_what_fell_back(name: str, mixed_graph: Path) -> None:
-    account = load_engine(mixed_graph, name).account(sample_inputs(), promised=["net.a", "net.c", "net.d", "net.e"])
+    precision_report = load_engine(mixed_graph, name).precision_report(sample_inputs(), promised=["net.a", "net.c", "net.d", "net.e"])
     in_float = {"net.b": B / MIXED}
     if name == "onnxruntime":  # it has no integer kernel for d; OpenVINO has
         in_float |= {"net.d": D / MIXED}
-        assert account.fallbacks == {"net.d": "no integer kernel for transposed convolutions"}
+        assert precision_report.fallbacks == {"net.d": "no integer kernel for transposed convolutions"}
     else:
-        assert account.fallbacks == {}
-    assert account.float_layers == pytest.approx(in_float) and list(account.float_layers) == list(in_float)
-    assert account.integer_mac_share == pytest.approx(1 - sum(in_float.values()))
+        assert precision_report.fallbacks == {}
+    assert precision_report.float_layers == pytest.approx(in_float) and list(precision_report.float_layers) == list(in_float)
+    assert precision_report.integer_mac_share == pytest.approx(1 - sum(in_float.values()))
 
 
 def test_a_promise_that_was_not_kept_is_named(name: str, mixed_graph: Path) -> None:
-    account = load_engine(mixed_graph, name).account(sample_inputs(), promised=["net.b", "net.c", "net.f"])
+    precision_report = load_engine(mixed_graph, name).precision_report(sample_inputs(), promised=["net.b", "net.c", "net.f"])
     reason = {"onnxruntime": "no integer convolution with a float result", "openvino": "no integer kernel matched"}
-    assert account.fallbacks == {"net.b": reason[name], "net.f": "not among the layers that ran"}
+    assert precision_report.fallbacks == {"net.b": reason[name], "net.f": "not among the layers that ran"}
 
 
 def test_attention_inside_a_float_subgraph_is_said_to_be(tmp_path: Path) -> None:
@@ -146,9 +146,9 @@ def test_attention_inside_a_float_subgraph_is_said_to_be(tmp_path: Path) -> None
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, tmp_path / "attention.onnx")
     inputs = {key: np.ones(shapes[key], np.float32) for key in ("q", "k", "v")}
-    account = load_engine(tmp_path / "attention.onnx", "openvino").account(inputs, promised=["scores", "mixed"])
-    assert account.fallbacks == dict.fromkeys(["mixed", "scores"], "fused into a float subgraph")
-    assert account.float_layers == {"mixed": 0.5, "scores": 0.5}
+    precision_report = load_engine(tmp_path / "attention.onnx", "openvino").precision_report(inputs, promised=["scores", "mixed"])
+    assert precision_report.fallbacks == dict.fromkeys(["mixed", "scores"], "fused into a float subgraph")
+    assert precision_report.float_layers == {"mixed": 0.5, "scores": 0.5}
 
 
 def test_the_account_of_products_by_hand() -> None:
@@ -160,12 +160,12 @@ def test_the_account_of_products_by_hand() -> None:
         Product("q", 10, True),
         Product("relu", 0, False),
     ]
-    account = accounted(products, promised=["q", "proj", "gone", "big"])
-    assert account.integer_mac_share == pytest.approx(0.4)
-    assert list(account.float_layers.items()) == [("big", 0.4), ("proj", 0.2)]
-    assert list(account.fallbacks) == ["big", "proj", "gone"]
-    assert (account.fallbacks["proj"], account.fallbacks["gone"]) == ("why", "not among the layers that ran")
-    assert accounted([], []) == (0.0, {}, {})
+    precision_report = precision_report_of(products, promised=["q", "proj", "gone", "big"])
+    assert precision_report.integer_mac_share == pytest.approx(0.4)
+    assert list(precision_report.float_layers.items()) == [("big", 0.4), ("proj", 0.2)]
+    assert list(precision_report.fallbacks) == ["big", "proj", "gone"]
+    assert (precision_report.fallbacks["proj"], precision_report.fallbacks["gone"]) == ("why", "not among the layers that ran")
+    assert precision_report_of([], []) == (0.0, {}, {})
 
 
 def test_engines_agree_on_a_float_graph(float_graph: Path) -> None:
@@ -176,7 +176,7 @@ def test_engines_agree_on_a_float_graph(float_graph: Path) -> None:
 def test_any_batch_size_runs(name: str, tiny: Path) -> None:
     bundle = load_bundle(tiny)
     engine = open_engine(bundle, name)
-    feeds = {batch: network_inputs(engine, bundle.spec, batch) for batch in (1, 2, 3, 4, 5, 6)}
+    feeds = {batch: dummy_inputs(engine, bundle.spec, batch) for batch in (1, 2, 3, 4, 5, 6)}
     first = {batch: engine.run(feed) for batch, feed in feeds.items()}
     again = {batch: engine.run({key: value * 1 for key, value in feed.items()}) for batch, feed in feeds.items()}
     assert all(np.array_equal(first[batch], again[batch]) and len(first[batch]) == batch for batch in feeds)
@@ -223,10 +223,10 @@ def test_the_default_engine_is_the_first_that_is_installed(tiny: Path, monkeypat
 
 def test_a_missing_package_says_which_extra_brings_it(tiny: Path, monkeypatch) -> None:
     monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
-    with pytest.raises(MissingExtra, match=r"pip install 'diffpress\[openvino\]'"):
+    with pytest.raises(MissingDependencyError, match=r"pip install 'diffpress\[openvino\]'"):
         open_engine(load_bundle(tiny), "openvino")
     monkeypatch.setattr(ENGINES["onnxruntime"], "missing", lambda: "onnxruntime")
-    with pytest.raises(MissingExtra, match="pip install diffpress$"):
+    with pytest.raises(MissingDependencyError, match="pip install diffpress$"):
         open_engine(load_bundle(tiny), "onnxruntime")
 
 
@@ -235,7 +235,7 @@ def test_a_missing_package_says_which_extra_brings_it(tiny: Path, monkeypatch) -
     [({"name": "onxruntime"}, "did you mean 'onnxruntime'"), ({"threads": 0}, "0 threads")],
 )
 def test_unknown_engines_and_impossible_threads_are_refused(tiny: Path, options, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         open_engine(load_bundle(tiny), **options)
 
 
@@ -245,21 +245,21 @@ def test_unknown_engines_and_impossible_threads_are_refused(tiny: Path, options,
 def test_a_broken_graph_is_one_clear_line(name: str, tiny: Path, tmp_path: Path, damage, capfd) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(damage((tiny / "denoiser.onnx").read_bytes()))
-    with pytest.raises(BadInput) as caught:
+    with pytest.raises(InvalidInputError) as caught:
         engine = load_engine(path, name)
-        engine.run(network_inputs(engine, load_bundle(tiny).spec, 1))
+        engine.run(dummy_inputs(engine, load_bundle(tiny).spec, 1))
     assert str(path) in str(caught.value) and "export it again" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_graph_that_does_not_fit_its_inputs_is_one_clear_line(name: str, float_graph: Path) -> None:
-    with pytest.raises(BadInput, match="float.onnx") as caught:
+    with pytest.raises(InvalidInputError, match="float.onnx") as caught:
         load_engine(float_graph, name).run({"sample": np.zeros((1, 5, 8, 8), np.float32)})
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_graph_is_named(name: str, tmp_path: Path) -> None:
-    with pytest.raises(BadInput, match="no such file"):
+    with pytest.raises(InvalidInputError, match="no such file"):
         load_engine(tmp_path / "none.onnx", name)
 
 

@@ -17,7 +17,7 @@ from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
 from diffpress.runtime.engines.onnxruntime.providers import PROVIDERS, in_order
 from diffpress.runtime.engines.options import EngineOptions, check_options
-from diffpress.runtime.errors import BadInput, Unfit, plain_warnings
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError, plain_warnings
 from tests.runtime.small_graphs import sample_inputs
 
 FULL = list(PROVIDERS.values())
@@ -41,7 +41,7 @@ def test_providers_are_tried_in_order_and_the_processor_last(asked, there, names
 
 
 def test_a_provider_that_does_not_exist_is_named() -> None:
-    with pytest.raises(BadInput, match="unknown provider 'cudda': did you mean 'cuda'"):
+    with pytest.raises(InvalidInputError, match="unknown provider 'cudda': did you mean 'cuda'"):
         in_order(["cudda"], FULL)
 
 
@@ -103,7 +103,7 @@ def test_streams_of_onnx_runtime_share_the_threads(float_graph: Path) -> None:
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
-    with pytest.raises(BadInput, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         EngineOptions(**options)
 
 
@@ -111,7 +111,7 @@ def test_an_engine_refuses_what_it_does_not_know_and_a_cache_is_no_demand(tmp_pa
     options = EngineOptions(threads=2, precision="bf16", cache=Cache(tmp_path))
     check_options("e", options, {"threads", "precision"})
     check_options("e", EngineOptions(cache=Cache(tmp_path)), ())
-    with pytest.raises(BadInput, match="engine 'onnxruntime' has no option 'precision': leave it out"):
+    with pytest.raises(InvalidInputError, match="engine 'onnxruntime' has no option 'precision': leave it out"):
         load_engine(float_graph, "onnxruntime", options=options)
 
 
@@ -134,7 +134,7 @@ def unfit(monkeypatch) -> None:
     """An engine that is preferred, installed, and does not fit."""
 
     def load(*_: object) -> None:
-        raise Unfit("plan.engine: built for another GPU")
+        raise EngineUnavailableError("plan.engine: built for another GPU")
 
     backend = SimpleNamespace(EXTRA=None, OPTIONS=(), missing=lambda: None, unusable=lambda: None, load=load)
     others = dict(ENGINES)
@@ -152,19 +152,19 @@ def test_where_none_is_asked_for_the_next_engine_is_taken_with_a_warning(unfit, 
 
 
 def test_an_engine_that_is_asked_for_by_name_has_to_fit(unfit, tiny: Path) -> None:
-    with pytest.raises(Unfit, match="another GPU"):
+    with pytest.raises(EngineUnavailableError, match="another GPU"):
         open_engine(load_bundle(tiny), "elsewhere")
 
 
 def test_where_no_engine_fits_the_last_says_why(unfit, tiny: Path, monkeypatch) -> None:
     for name in available()[1:]:
         monkeypatch.delitem(ENGINES, name)
-    with pytest.raises(Unfit, match="another GPU"):
+    with pytest.raises(EngineUnavailableError, match="another GPU"):
         open_engine(load_bundle(tiny))
 
 
 def test_an_engine_that_this_machine_cannot_run_is_installed_and_not_available(float_graph, monkeypatch) -> None:
     monkeypatch.setattr(ENGINES["onnxruntime"], "unusable", lambda: "there is no GPU")
     assert "onnxruntime" in installed() and "onnxruntime" not in available()
-    with pytest.raises(Unfit, match="engine 'onnxruntime' cannot run here: there is no GPU"):
+    with pytest.raises(EngineUnavailableError, match="engine 'onnxruntime' cannot run here: there is no GPU"):
         load_engine(float_graph, "onnxruntime")

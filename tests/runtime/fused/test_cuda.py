@@ -12,12 +12,12 @@ import pytest
 
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.engines.tensorrt.binding import Binding
-from diffpress.runtime.fused.cuda import ADVANCE_TYPES, SOURCE, STEP_TYPES, THREADS, Walk
-from diffpress.runtime.fused.program import linear_walk
+from diffpress.runtime.fused.cuda import ADVANCE_TYPES, SOURCE, STEP_TYPES, THREADS, FusedSampling
+from diffpress.runtime.fused.program import fused_program
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
 from diffpress.runtime.noise_schedule import betas_schedule
 from diffpress.runtime.sampler import generate
-from diffpress.runtime.sampling_plan import Correction, make_plan
+from diffpress.runtime.sampling_plan import OutputCorrection, make_plan
 from diffpress.runtime.spec import DenoiserSpec
 from tests.runtime.fake_cuda import Cuda
 
@@ -114,15 +114,15 @@ class OnDevice:
     def run(self, inputs):
         raise AssertionError("walked step by step")
 
-    def walk(self, program, told, start):
+    def run_fused(self, program, cond, start):
         times = np.full(program.halves * len(start), program.timesteps[0]).astype(self.inputs[TIMESTEP])
-        feed = {**told, SAMPLE: np.concatenate([start] * program.halves), TIMESTEP: times}
+        feed = {**cond, SAMPLE: np.concatenate([start] * program.halves), TIMESTEP: times}
         if self.walk_of is None:
             self.context = Context(self.cuda, self.network)
             shapes = {name: feed[name].shape for name in self.inputs}
             types = {**self.inputs, "out": np.dtype(np.float32)}
             binding = Binding(self.cuda, self.context, 7, shapes, types)
-            self.walk_of = Walk(self.cuda, self.kernels, binding, 7)
+            self.walk_of = FusedSampling(self.cuda, self.kernels, binding, 7)
         return self.walk_of.run(program, feed, start)
 
 
@@ -130,9 +130,9 @@ def spec_of(solver, guidance=1.0, **plan):
     made = make_plan(solver, 7, SCHEDULE, guidance=guidance, clip=plan.pop("clip", True))
     if plan.pop("corrected", False):
         bias = tuple(tuple(row) for row in np.random.default_rng(0).normal(0, 0.1, (7, 2)).tolist())
-        made = replace(made, corrections=tuple(Correction(0.05, one) for one in bias))
-    told = Conditioning("class", classes=4, null_label=4)
-    return DenoiserSpec("v", SCHEDULE, SHAPE, made, told, data_range=(-0.2, 0.4))  # so narrow that bounds are met
+        made = replace(made, output_corrections=tuple(OutputCorrection(0.05, one) for one in bias))
+    cond = Conditioning("class", classes=4, null_label=4)
+    return DenoiserSpec("v", SCHEDULE, SHAPE, made, cond, data_range=(-0.2, 0.4))  # so narrow that bounds are met
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddim_clip", "dpmpp_3m", "unipc_3", "ipndm"])
@@ -167,6 +167,6 @@ def test_another_plan_is_another_table_and_not_another_network_call(fake_network
     device = OnDevice(network, library)
     for solver in ("ddim", "unipc_2", "ddim"):
         spec = spec_of(solver)
-        assert linear_walk(spec).steps == 7
+        assert fused_program(spec).steps == 7
         found, wanted = (generate(one, spec, range(2), batch=2) for one in (device, network))
         np.testing.assert_allclose(found, wanted, atol=2e-4)

@@ -16,10 +16,10 @@ from diffpress.runtime.engines import load_engine, open_engine
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.openvino.engine import OpenVinoEngine
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.fused.program import linear_walk, step_by_step, walking
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.fused.program import fused_only, fused_program, step_by_step
 from diffpress.runtime.sampler import generate, warm_up
-from diffpress.runtime.sampling_plan import Correction
+from diffpress.runtime.sampling_plan import OutputCorrection
 from diffpress.runtime.spec import DenoiserSpec
 from tests.runtime.fused_specs import CLASSES, ONE_CALL, SHAPE, spec_of
 
@@ -39,10 +39,10 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sample = parameter("sample", [-1, *SHAPE], np.float32)
     timestep, labels = parameter("timestep", [-1], np.float32), parameter("class_labels", [-1], np.int64)
     each = np.array([-1, 1, 1, 1])
-    told = op.add(op.multiply(timestep, np.float32(1e-3)), op.multiply(op.convert(labels, "f32"), np.float32(0.2)))
+    cond = op.add(op.multiply(timestep, np.float32(1e-3)), op.multiply(op.convert(labels, "f32"), np.float32(0.2)))
     filters = op.constant(np.random.default_rng(0).standard_normal((2, 2, 3, 3)).astype(np.float32) * 0.3)
     convolved = op.convolution(sample, filters, [1, 1], [1, 1], [1, 1], [1, 1])
-    out = op.tanh(op.add(convolved, op.reshape(told, each, False)))
+    out = op.tanh(op.add(convolved, op.reshape(cond, each, False)))
     out.output(0).set_names({"out_sample"})
     model = openvino.Model([op.result(out)], [sample, timestep, labels], "bends")
     path = tmp_path_factory.mktemp("walk") / "bends.xml"
@@ -61,7 +61,7 @@ classes_spec = partial(spec_of, prediction="v", conditioning=CLASSES)
 
 
 def both(engine: OpenVinoEngine, spec: DenoiserSpec, count: int = 3, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    ways = (step_by_step(engine), walking(engine))
+    ways = (step_by_step(engine), fused_only(engine))
     wanted, found = (generate(way, spec, range(count), batch=batch) for way in ways)
     return wanted, found
 
@@ -78,11 +78,11 @@ def test_it_walks_as_the_loop_does(engine: OpenVinoEngine, solver: str, guidance
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
 def test_corrections_are_each_channels_own(engine: OpenVinoEngine, prediction: str) -> None:
-    corrections = tuple(Correction(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
-    spec = classes_spec("unipc_3", prediction=prediction, corrections=corrections)
+    output_corrections = tuple(OutputCorrection(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
+    spec = classes_spec("unipc_3", prediction=prediction, output_corrections=output_corrections)
     wanted, found = both(engine, spec)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
-    assert np.abs(both(engine, spec.with_plan(spec.plan.uncorrected))[1] - found).max() > 1e-2
+    assert np.abs(both(engine, spec.with_plan(spec.plan.without_corrections))[1] - found).max() > 1e-2
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
@@ -99,11 +99,11 @@ def test_any_number_of_steps_walks_in_the_same_graph(engine: OpenVinoEngine, mon
 
 def test_a_walk_remembers_nothing_of_the_one_before_and_leaves_its_samples_alone(engine: OpenVinoEngine) -> None:
     spec = classes_spec("unipc_2")
-    first = generate(walking(engine), spec, range(2))
+    first = generate(fused_only(engine), spec, range(2))
     kept = first.copy()
-    other = generate(walking(engine), spec, range(2, 4))
+    other = generate(fused_only(engine), spec, range(2, 4))
     assert np.array_equal(first, kept) and np.abs(other - first).max() > 0.1
-    assert np.array_equal(generate(walking(engine), spec, range(2)), first)
+    assert np.array_equal(generate(fused_only(engine), spec, range(2)), first)
 
 
 def test_the_bundles_exact_denoiser_walks_to_its_images(tiny: Path) -> None:
@@ -117,9 +117,9 @@ def test_walks_under_way_at_once_are_what_each_is_alone(graph: Path, engine: Ope
     spec, seeds = classes_spec("unipc_2"), [range(first, first + 2) for first in range(12)]
     options = EngineOptions(threads=2, streams=2)
     with closing(load_engine(graph, "openvino", options=options)) as several, ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda part: generate(walking(several), spec, part), seeds))
+        found = list(pool.map(lambda part: generate(fused_only(several), spec, part), seeds))
     for part, samples in zip(seeds, found, strict=True):
-        assert np.array_equal(samples, generate(walking(engine), spec, part))
+        assert np.array_equal(samples, generate(fused_only(engine), spec, part))
 
 
 def test_the_cache_keeps_the_walking_graph_too(graph: Path, tmp_path: Path, monkeypatch) -> None:
@@ -158,16 +158,16 @@ def test_f16_is_left_to_the_loop(graph: Path, monkeypatch) -> None:
         return ["FP32", "FP16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     monkeypatch.setattr(openvino.Core, "get_property", capable)
-    program, told = linear_walk(classes_spec("ddim")), {"class_labels": np.arange(2)}
+    program, cond = fused_program(classes_spec("ddim")), {"class_labels": np.arange(2)}
     with closing(load_engine(graph, "openvino", options=EngineOptions(precision="f16"))) as half:
-        assert half.walk(program, told, np.zeros((2, *SHAPE), np.float32)) is None
+        assert half.run_fused(program, cond, np.zeros((2, *SHAPE), np.float32)) is None
 
 
 def test_large_networks_are_left_to_the_loop(engine: OpenVinoEngine, monkeypatch) -> None:
-    program, told, start = linear_walk(classes_spec("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
-    assert engine.walk(program, told, start).shape == start.shape
-    monkeypatch.setattr("diffpress.runtime.engines.openvino.engine.WALKED_BYTES", 10)
-    assert engine.walk(program, told, start) is None
+    program, cond, start = fused_program(classes_spec("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
+    assert engine.run_fused(program, cond, start).shape == start.shape
+    monkeypatch.setattr("diffpress.runtime.engines.openvino.engine.FUSED_MAX_BYTES", 10)
+    assert engine.run_fused(program, cond, start) is None
 
 
 def test_warming_up_compiles_what_the_sampling_then_runs(graph: Path, monkeypatch) -> None:
@@ -188,7 +188,7 @@ def test_warming_up_compiles_what_the_sampling_then_runs(graph: Path, monkeypatc
 
 
 def test_what_the_graph_cannot_take_is_one_line(engine: OpenVinoEngine) -> None:
-    program = linear_walk(classes_spec("ddim"))
-    with pytest.raises(BadInput, match="OpenVINO cannot compile it") as caught:
-        engine.walk(program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))
+    program = fused_program(classes_spec("ddim"))
+    with pytest.raises(InvalidInputError, match="OpenVINO cannot compile it") as caught:
+        engine.run_fused(program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))
     assert "\n" not in str(caught.value)

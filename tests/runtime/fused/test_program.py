@@ -7,12 +7,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.fused.program import BOUNDED, FIRST_PAST, GUESS, SAMPLE_TERM, TERMS, linear_walk
-from diffpress.runtime.noise_schedule import betas_schedule, point_at, zero_terminal_snr
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.fused.program import BOUNDED, FIRST_HISTORY, GUESS, SAMPLE_TERM, TERMS, fused_program
+from diffpress.runtime.noise_schedule import betas_schedule, noise_level_at, zero_terminal_snr
 from diffpress.runtime.sampler import generate
-from diffpress.runtime.sampling_plan import Correction, Threshold, make_plan
-from diffpress.runtime.solvers.contract import MEMORY
+from diffpress.runtime.sampling_plan import OutputCorrection, Threshold, make_plan
+from diffpress.runtime.solvers.contract import MAX_HISTORY
 from tests.runtime.fused_specs import CLASSES, ONE_CALL, OTHERS, SCHEDULES, spec_of
 
 
@@ -20,28 +20,28 @@ class Walking:
     """A network that walks by itself, on the processor: the program's numbers times arrays of float32."""
 
     def __init__(self, network):
-        self._network, self.inputs, self.walked = network, network.inputs, 0
+        self._network, self.inputs, self.fused = network, network.inputs, 0
 
     def run(self, inputs):
         raise AssertionError("walked step by step")
 
-    def walk(self, program, told, start):
-        self.walked += 1
+    def run_fused(self, program, cond, start):
+        self.fused += 1
         x, terms = start, np.zeros((TERMS, *start.shape), np.float32)
         for index, t in enumerate(program.timesteps):
             rows = np.concatenate([x] * program.halves)
             times = np.array([t] * len(rows)).astype(self.inputs["timestep"])
-            out = self._network.run({"sample": rows, "timestep": times, **told})
+            out = self._network.run({"sample": rows, "timestep": times, **cond})
             if program.halves == 2:
-                given, null = np.split(out, 2)
-                out = null + np.float32(program.guidance) * (given - null)
+                cond_out, uncond_out = np.split(out, 2)
+                out = uncond_out + np.float32(program.guidance) * (cond_out - uncond_out)
             a, b = program.reads[index]
             x0 = a * x + b * out + program.offsets[index][:, None, None]
             x0 = x0 if program.bounds is None else np.clip(x0, *program.bounds)
             terms[SAMPLE_TERM], terms[GUESS], terms[BOUNDED] = x, x0, np.clip(x0, -1.0, 1.0)
             kept, x = (np.tensordot(row[index], terms, 1) for row in (program.kept, program.moved))
-            terms[FIRST_PAST + 2 :] = terms[FIRST_PAST:-2].copy()
-            terms[FIRST_PAST], terms[FIRST_PAST + 1] = kept, x0
+            terms[FIRST_HISTORY + 2 :] = terms[FIRST_HISTORY:-2].copy()
+            terms[FIRST_HISTORY], terms[FIRST_HISTORY + 1] = kept, x0
         return x
 
 
@@ -49,9 +49,9 @@ def both(fake_network, spec, count=3, batch=2):
     """The samples of the loop, and of the program, from the same seeds."""
     labelled = spec.conditioning.kind == "class"
     network = fake_network(spec.prediction, spec.schedule, labelled=labelled, timestep_type=np.dtype(np.float32))
-    walking = Walking(network)
-    found = generate(walking, spec, range(count), batch=batch)
-    assert walking.walked == -(-count // batch)
+    fused_only = Walking(network)
+    found = generate(fused_only, spec, range(count), batch=batch)
+    assert fused_only.fused == -(-count // batch)
     return generate(network, spec, range(count), batch=batch), found
 
 
@@ -72,24 +72,24 @@ def test_the_numbers_walk_as_the_solver_does(fake_network, solver, prediction, c
 @pytest.mark.parametrize("grid", ["leading", "linspace", "quad", "logsnr", "karras"])
 @pytest.mark.parametrize("steps", [1, 2, 20])
 def test_on_any_grid_and_number_of_steps(fake_network, solver, grid, steps):
-    spec = spec_of(solver, "v", steps, grid=grid)
+    spec = spec_of(solver, "v", steps, spacing=grid)
     wanted, found = both(fake_network, spec)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"start": "unit"}, {"end": 0.0}, {"start": "noise"}])
 def test_where_it_starts_and_ends_is_the_plans(fake_network, changes):
-    wanted, found = both(fake_network, spec_of("dpmpp_2m", grid="leading", **changes))
+    wanted, found = both(fake_network, spec_of("dpmpp_2m", spacing="leading", **changes))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
 def test_corrections_are_in_the_numbers(fake_network, prediction):
-    corrections = tuple(Correction(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
-    spec = spec_of("unipc_3", prediction, corrections=corrections, clip=False)
+    output_corrections = tuple(OutputCorrection(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
+    spec = spec_of("unipc_3", prediction, output_corrections=output_corrections, clip=False)
     wanted, found = both(fake_network, spec)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.abs(wanted).max())
-    without = spec.with_plan(spec.plan.uncorrected)
+    without = spec.with_plan(spec.plan.without_corrections)
     assert np.abs(both(fake_network, without)[1] - found).max() > 1e-2
 
 
@@ -98,16 +98,16 @@ def test_a_walk_from_pure_noise_is_one_too(fake_network):
     for solver in ONE_CALL:
         spec = spec_of(solver, "v")
         spec = replace(spec, schedule=schedule)
-        assert point_at(schedule, spec.plan.timesteps[0]).alpha == 0.0
+        assert noise_level_at(schedule, spec.plan.timesteps[0]).alpha == 0.0
         wanted, found = both(fake_network, spec)
         np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5, err_msg=solver)
-    with pytest.raises(BadInput, match="pure noise"):
-        linear_walk(replace(spec_of("ddim", "epsilon"), schedule=schedule))
+    with pytest.raises(InvalidInputError, match="pure noise"):
+        fused_program(replace(spec_of("ddim", "epsilon"), schedule=schedule))
 
 
 @pytest.mark.parametrize("solver", OTHERS)
 def test_what_draws_noise_or_asks_again_is_no_such_walk(solver):
-    assert linear_walk(spec_of(solver)) is None
+    assert fused_program(spec_of(solver)) is None
 
 
 @pytest.mark.parametrize(
@@ -116,36 +116,36 @@ def test_what_draws_noise_or_asks_again_is_no_such_walk(solver):
 )
 def test_what_a_plan_does_beyond_sums_is_left_to_the_loop(fake_network, changes):
     spec = spec_of("ddim", conditioning=CLASSES, guidance=2.0, **changes)
-    assert linear_walk(spec) is None
+    assert fused_program(spec) is None
     network = fake_network("epsilon", spec.schedule, labelled=True)
-    walking = Walking(network)
-    walking.run = network.run
-    np.testing.assert_array_equal(generate(walking, spec, range(3)), generate(network, spec, range(3)))
-    assert walking.walked == 0
+    fused_only = Walking(network)
+    fused_only.run = network.run
+    np.testing.assert_array_equal(generate(fused_only, spec, range(3)), generate(network, spec, range(3)))
+    assert fused_only.fused == 0
 
 
 def test_a_network_that_cannot_walk_after_all_goes_step_by_step(fake_network):
     spec = spec_of("ddim")
     network = fake_network("epsilon", spec.schedule)
-    walking = Walking(network)
-    walking.run, walking.walk = network.run, lambda program, told, start: None
-    np.testing.assert_array_equal(generate(walking, spec, range(3)), generate(network, spec, range(3)))
+    fused_only = Walking(network)
+    fused_only.run, fused_only.run_fused = network.run, lambda program, cond, start: None
+    np.testing.assert_array_equal(generate(fused_only, spec, range(3)), generate(network, spec, range(3)))
 
 
 def test_a_step_counts_no_terms_from_before_the_first():
-    program = linear_walk(spec_of("dpmpp_3m"))
+    program = fused_program(spec_of("dpmpp_3m"))
     for table in (program.kept, program.moved):
-        for index in range(MEMORY):
-            assert not table[index, FIRST_PAST + 2 * index :].any()
-    assert program.moved[4, FIRST_PAST:].any() and program.moved.dtype == np.float32
+        for index in range(MAX_HISTORY):
+            assert not table[index, FIRST_HISTORY + 2 * index :].any()
+    assert program.moved[4, FIRST_HISTORY:].any() and program.moved.dtype == np.float32
 
 
 def test_a_program_is_made_once_a_plan():
     schedule = betas_schedule("linear", 100, 1e-4, 0.02)
     spec = replace(spec_of("unipc_2"), schedule=schedule, plan=make_plan("unipc_2", 5, schedule))
     again = replace(spec, schedule=replace(schedule), plan=replace(spec.plan))
-    assert linear_walk(again) is linear_walk(spec) and hash(again.schedule) == hash(schedule)
-    corrected = replace(spec.plan, corrections=(Correction(0.1, (0.0, 0.0)),) * 5)
+    assert fused_program(again) is fused_program(spec) and hash(again.schedule) == hash(schedule)
+    corrected = replace(spec.plan, output_corrections=(OutputCorrection(0.1, (0.0, 0.0)),) * 5)
     for other in (
         replace(spec, plan=corrected),
         replace(spec, plan=replace(spec.plan, clip=False)),
@@ -153,4 +153,4 @@ def test_a_program_is_made_once_a_plan():
         replace(spec, prediction="v"),
         replace(spec, schedule=betas_schedule("linear", 100, 1e-4, 0.03)),
     ):
-        assert linear_walk(other) is not linear_walk(spec)
+        assert fused_program(other) is not fused_program(spec)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.images import grid, to_uint8, write_png
 
 
@@ -47,7 +47,7 @@ def test_a_grid_holds_every_image_in_reading_order(count: int, columns: int | No
 
 
 def test_a_grid_needs_columns() -> None:
-    with pytest.raises(BadInput, match="at least 1"):
+    with pytest.raises(InvalidInputError, match="at least 1"):
         grid(np.zeros((2, 3, 3, 1), np.uint8), columns=0)
 
 
@@ -72,7 +72,7 @@ def test_a_failed_write_leaves_the_old_file_and_no_scraps(tmp_path: Path, monkey
         raise OSError("no space left on device")
 
     monkeypatch.setattr(Image.Image, "save", half)
-    with pytest.raises(BadInput, match="no space left"):
+    with pytest.raises(InvalidInputError, match="no space left"):
         write_png(np.zeros((2, 2, 1), np.uint8), path)
     assert path.read_bytes() == b"the old one" and list(tmp_path.iterdir()) == [path]
 
@@ -95,8 +95,8 @@ def test_a_written_file_is_readable_as_any_other(tmp_path: Path) -> None:
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BadInput, match="choose another place"):
+    with pytest.raises(InvalidInputError, match="choose another place"):
         write_png(np.zeros((2, 2, 1), np.uint8), tmp_path / "file" / "grid.png")
-    with pytest.raises(BadInput, match="choose another place"):
+    with pytest.raises(InvalidInputError, match="choose another place"):
         write_png(np.zeros((2, 2, 1), np.uint8), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -1,6 +1,6 @@
 """The newer solvers against diffusers' schedulers: every step of whole trajectories within 1e-4.
 
-A mixture's ideal denoiser, asked in each prediction, takes the place of the network. It knows noise levels alone: which
+A format_overrides's ideal denoiser, asked in each prediction, takes the place of the network. It knows noise levels alone: which
 timestep either side tells its network where sigmas are given (rounded, cut off, interpolated) makes no difference here.
 """
 
@@ -20,7 +20,7 @@ from diffpress.runtime.denoiser import thresholded  # noqa: E402
 from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule  # noqa: E402
 from diffpress.runtime.sampler import sample  # noqa: E402
 from diffpress.runtime.sampling_plan import (  # noqa: E402
-    Plan,
+    SamplingPlan,
     Threshold,
     make_plan,  # noqa: E402
 )
@@ -50,9 +50,9 @@ def made(name: str, kind: str, prediction: str, spacing: str, **settings):
     return scheduler, betas_schedule(kind, 1000, low, high)
 
 
-def ours(mixture, plan: Plan, schedule, noise, threshold: Threshold | None = None) -> list[np.ndarray]:
+def ours(format_overrides, plan: SamplingPlan, schedule, noise, threshold: Threshold | None = None) -> list[np.ndarray]:
     def denoise(x, point):
-        x0 = mixture.denoise(x, point).astype(np.float32)
+        x0 = format_overrides.denoise(x, point).astype(np.float32)
         return x0 if threshold is None else thresholded(2 * x0, threshold, (-1.0, 1.0))
 
     return [step.x for step in sample(denoise, noise[0], schedule, plan, lambda k: noise[k])]
@@ -61,16 +61,16 @@ def ours(mixture, plan: Plan, schedule, noise, threshold: Threshold | None = Non
 class Answers:
     """The network's answer at a noise level, in the scheduler's prediction; x is variance-preserving."""
 
-    def __init__(self, mixture, prediction: str, gain: float = 1.0) -> None:
-        self.mixture, self.prediction, self.gain = mixture, prediction, gain
+    def __init__(self, format_overrides, prediction: str, gain: float = 1.0) -> None:
+        self.format_overrides, self.prediction, self.gain = format_overrides, prediction, gain
 
     def __call__(self, x: torch.Tensor, ratio: float) -> torch.Tensor:
-        from diffpress.runtime.noise_schedule import Point
+        from diffpress.runtime.noise_schedule import NoiseLevel
 
         alpha = 1.0 if np.isinf(ratio) else 1.0 / np.hypot(1.0, ratio)
-        point = Point(0.0, alpha, alpha * ratio)
+        point = NoiseLevel(0.0, alpha, alpha * ratio)
         x = x.numpy().astype(np.float64)
-        x0 = self.gain * self.mixture.denoise(x, point)
+        x0 = self.gain * self.format_overrides.denoise(x, point)
         eps = (x - point.alpha * x0) / point.sigma
         out = {"sample": x0, "epsilon": eps, "v": point.alpha * eps - point.sigma * x0}[self.prediction]
         return torch.from_numpy(out.astype(np.float32))
@@ -93,73 +93,73 @@ def assert_close(found: list[np.ndarray], theirs: list[np.ndarray]) -> None:
         assert np.abs(a - b).max() <= TOLERANCE * max(1.0, np.abs(b).max()), f"step {k}: {np.abs(a - b).max():.1e}"
 
 
-GRIDS = {"leading": "dpm_leading", "trailing": "trailing", "linspace": "dpm_linspace"}
+SPACINGS = {"leading": "dpm_leading", "trailing": "trailing", "linspace": "dpm_linspace"}
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), WALKS)
-def test_unipc_follows_diffusers(mixture, kind, prediction, spacing, order, steps) -> None:
+def test_unipc_follows_diffusers(format_overrides, kind, prediction, spacing, order, steps) -> None:
     scheduler, schedule = made("UniPCMultistepScheduler", kind, prediction, spacing, solver_order=order)
-    plan = make_plan(f"unipc_{order}", steps, schedule, grid=GRIDS[spacing], clip=False)
+    plan = make_plan(f"unipc_{order}", steps, schedule, spacing=SPACINGS[spacing], clip=False)
     noise = noises(1)
-    theirs = preserving(scheduler, Answers(mixture, prediction), noise[0], steps)
-    assert_close(ours(mixture, plan, schedule, noise), theirs)
+    theirs = preserving(scheduler, Answers(format_overrides, prediction), noise[0], steps)
+    assert_close(ours(format_overrides, plan, schedule, noise), theirs)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), WALKS)
-def test_deis_follows_diffusers(mixture, kind, prediction, spacing, order, steps) -> None:
+def test_deis_follows_diffusers(format_overrides, kind, prediction, spacing, order, steps) -> None:
     """It always ends at the noise of timestep 0."""
     scheduler, schedule = made("DEISMultistepScheduler", kind, prediction, spacing, solver_order=order)
     solver = "ddim" if order == 1 else f"deis_{order}"
-    plan = make_plan(solver, steps, schedule, grid=GRIDS[spacing], clip=False, end=0.0)
+    plan = make_plan(solver, steps, schedule, spacing=SPACINGS[spacing], clip=False, end=0.0)
     noise = noises(1)
-    theirs = preserving(scheduler, Answers(mixture, prediction), noise[0], steps)
-    assert_close(ours(mixture, plan, schedule, noise), theirs)
+    theirs = preserving(scheduler, Answers(format_overrides, prediction), noise[0], steps)
+    assert_close(ours(format_overrides, plan, schedule, noise), theirs)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), WALKS)
-def test_dpmpp_3m_follows_diffusers(mixture, kind, prediction, spacing, final, steps) -> None:
+def test_dpmpp_3m_follows_diffusers(format_overrides, kind, prediction, spacing, final, steps) -> None:
     settings = {"solver_order": 3, "final_sigmas_type": final}
     scheduler, schedule = made("DPMSolverMultistepScheduler", kind, prediction, spacing, **settings)
     end = None if final == "zero" else 0.0
-    plan = make_plan("dpmpp_3m", steps, schedule, grid=GRIDS[spacing], clip=False, end=end)
+    plan = make_plan("dpmpp_3m", steps, schedule, spacing=SPACINGS[spacing], clip=False, end=end)
     noise = noises(1)
-    theirs = preserving(scheduler, Answers(mixture, prediction), noise[0], steps)
-    assert_close(ours(mixture, plan, schedule, noise), theirs)
+    theirs = preserving(scheduler, Answers(format_overrides, prediction), noise[0], steps)
+    assert_close(ours(format_overrides, plan, schedule, noise), theirs)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), WALKS)
-def test_sde_dpmpp_follows_diffusers(mixture, kind, prediction, spacing, order, steps, monkeypatch) -> None:
+def test_sde_dpmpp_follows_diffusers(format_overrides, kind, prediction, spacing, order, steps, monkeypatch) -> None:
     settings = {"solver_order": order, "algorithm_type": "sde-dpmsolver++"}
     scheduler, schedule = made("DPMSolverMultistepScheduler", kind, prediction, spacing, **settings)
-    plan = make_plan("ddpm" if order == 1 else "dpmpp_2m_sde", steps, schedule, grid=GRIDS[spacing], clip=False)
+    plan = make_plan("ddpm" if order == 1 else "dpmpp_2m_sde", steps, schedule, spacing=SPACINGS[spacing], clip=False)
     noise = noises(steps + 1)
     fresh = iter(noise[1:])
     module = sys.modules[type(scheduler).__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **options: torch.from_numpy(next(fresh)))
-    theirs = preserving(scheduler, Answers(mixture, prediction), noise[0], steps)
-    assert_close(ours(mixture, plan, schedule, noise), theirs)
+    theirs = preserving(scheduler, Answers(format_overrides, prediction), noise[0], steps)
+    assert_close(ours(format_overrides, plan, schedule, noise), theirs)
 
 
 @pytest.mark.parametrize("threshold", [Threshold(0.9, 1.5), Threshold(0.995, 1.0), Threshold(0.7, 10.0)])
-def test_dynamic_thresholding_follows_diffusers(mixture, threshold) -> None:
+def test_dynamic_thresholding_follows_diffusers(format_overrides, threshold) -> None:
     settings = {
         "thresholding": True,
         "dynamic_thresholding_ratio": threshold.ratio,
         "sample_max_value": threshold.most,
     }
     scheduler, schedule = made("DPMSolverMultistepScheduler", "linear", "sample", "leading", **settings)
-    plan = make_plan("dpmpp_2m", 8, schedule, grid="dpm_leading", clip=False)
+    plan = make_plan("dpmpp_2m", 8, schedule, spacing="dpm_leading", clip=False)
     noise = noises(1)
-    theirs = preserving(scheduler, Answers(mixture, "sample", gain=2.0), noise[0], 8)
-    assert_close(ours(mixture, plan, schedule, noise, threshold), theirs)
+    theirs = preserving(scheduler, Answers(format_overrides, "sample", gain=2.0), noise[0], 8)
+    assert_close(ours(format_overrides, plan, schedule, noise, threshold), theirs)
 
 
 # --- schedulers that walk in X = x / alpha, x = X / sqrt(1 + r^2) --------------------------------------------
@@ -186,12 +186,12 @@ EXPLODING = [(k, p, s, "") for k, p, s in WALKS if p != "sample"] + [
 GRID_OF = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 
 
-def exploding_plan(solver: str, schedule, spacing: str, option: str, steps: int) -> Plan:
-    from diffpress.runtime.timesteps import timestep_grid
+def exploding_plan(solver: str, schedule, spacing: str, option: str, steps: int) -> SamplingPlan:
+    from diffpress.runtime.timesteps import timesteps_for
 
     start = "marginal" if spacing == "leading" else "noise"
-    timesteps = timestep_grid(GRID_OF.get(option, spacing), steps, schedule, whole=False)
-    return Plan(solver, timesteps, clip=False, start=start)
+    timesteps = timesteps_for(GRID_OF.get(option, spacing), steps, schedule, integer=False)
+    return SamplingPlan(solver, timesteps, clip=False, start=start)
 
 
 def as_preserving(found: list[torch.Tensor], levels: list[float], every: slice) -> list[np.ndarray]:
@@ -203,7 +203,7 @@ def as_preserving(found: list[torch.Tensor], levels: list[float], every: slice) 
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING)
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 def test_euler_and_its_ancestral_form_follow_diffusers(
-    mixture, name, kind, prediction, spacing, option, steps, monkeypatch
+    format_overrides, name, kind, prediction, spacing, option, steps, monkeypatch
 ) -> None:
     """From the start: where their spacing is not leading they begin with sigma alone."""
     if "Ancestral" in name and option:
@@ -214,28 +214,28 @@ def test_euler_and_its_ancestral_form_follow_diffusers(
     fresh = iter(noise[1:])
     module = sys.modules[type(scheduler).__module__]
     monkeypatch.setattr(module, "randn_tensor", lambda *args, **options: torch.from_numpy(next(fresh)))
-    found, levels = exploding(scheduler, Answers(mixture, prediction), noise[0], steps)
+    found, levels = exploding(scheduler, Answers(format_overrides, prediction), noise[0], steps)
     solver = "euler_ancestral" if "Ancestral" in name else "euler"
     plan = exploding_plan(solver, schedule, spacing, option, steps)
-    assert_close(ours(mixture, plan, schedule, noise), as_preserving(found, levels, slice(None)))
+    assert_close(ours(format_overrides, plan, schedule, noise), as_preserving(found, levels, slice(None)))
 
 
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING)
-def test_heun_follows_diffusers(mixture, kind, prediction, spacing, option, steps) -> None:
+def test_heun_follows_diffusers(format_overrides, kind, prediction, spacing, option, steps) -> None:
     pytest.importorskip("scipy")
     scheduler, schedule = made("HeunDiscreteScheduler", kind, prediction, spacing, **({option: True} if option else {}))
     noise = noises(1)
-    found, levels = exploding(scheduler, Answers(mixture, prediction), noise[0], steps)
+    found, levels = exploding(scheduler, Answers(format_overrides, prediction), noise[0], steps)
     plan = exploding_plan("heun", schedule, spacing, option, steps)
     assert len(found) == 2 * steps - 1  # a call ahead, and one back; the last alone
     seen = as_preserving(found, levels, slice(1, None, 2)) + as_preserving(found, levels, slice(-1, None))
-    assert_close(ours(mixture, plan, schedule, noise), seen)
+    assert_close(ours(format_overrides, plan, schedule, noise), seen)
 
 
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING)
-def test_dpm_solver_sde_follows_diffusers(mixture, kind, prediction, spacing, option, steps, monkeypatch) -> None:
+def test_dpm_solver_sde_follows_diffusers(format_overrides, kind, prediction, spacing, option, steps, monkeypatch) -> None:
     """Its noise comes from one Brownian motion in r: W(r) - W(middle), and W(r) - W(r') that contains it."""
     low, high = KINDS[kind]
     settings = {"prediction_type": NAMES[prediction], "timestep_spacing": spacing} | ({option: True} if option else {})
@@ -258,10 +258,10 @@ def test_dpm_solver_sde_follows_diffusers(mixture, kind, prediction, spacing, op
 
     scheduler.set_timesteps(steps)
     scheduler.noise_sampler, scheduler.set_timesteps = brownian, lambda steps: None
-    found, levels = exploding(scheduler, Answers(mixture, prediction), noise[0], steps)
+    found, levels = exploding(scheduler, Answers(format_overrides, prediction), noise[0], steps)
     plan = exploding_plan("dpmpp_sde", schedule, spacing, option, steps)
     seen = as_preserving(found, levels, slice(1, None, 2)) + as_preserving(found, levels, slice(-1, None))
-    assert_close(ours(mixture, plan, schedule, noise), seen)
+    assert_close(ours(format_overrides, plan, schedule, noise), seen)
 
 
 def _sde_module(monkeypatch) -> ModuleType:
@@ -280,63 +280,63 @@ def _sde_module(monkeypatch) -> ModuleType:
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize(("kind", "prediction"), sorted({(kind, prediction) for kind, prediction, _ in WALKS}))
-def test_ddpm_follows_diffusers(mixture, kind, prediction, variance, steps, monkeypatch) -> None:
+def test_ddpm_follows_diffusers(format_overrides, kind, prediction, variance, steps, monkeypatch) -> None:
     settings = {"variance_type": variance, "clip_sample": False}
     scheduler, schedule = made("DDPMScheduler", kind, prediction, "leading", **settings)
     scheduler.set_timesteps(steps)
     solver = {"fixed_small": "ddpm", "fixed_large": "ddpm_large"}[variance]
-    plan = make_plan(solver, steps, schedule, grid="leading", clip=False)
+    plan = make_plan(solver, steps, schedule, spacing="leading", clip=False)
     noise = noises(steps + 1)
     fresh = iter(noise[1:])
     monkeypatch.setattr(
         sys.modules[type(scheduler).__module__], "randn_tensor", lambda *a, **o: torch.from_numpy(next(fresh))
     )
-    network, x, theirs = Answers(mixture, prediction), torch.from_numpy(noise[0]), []
+    network, x, theirs = Answers(format_overrides, prediction), torch.from_numpy(noise[0]), []
     for t in scheduler.timesteps:
         abar = float(scheduler.alphas_cumprod[t])
         x = scheduler.step(network(x, ((1 - abar) / abar) ** 0.5), t, x).prev_sample
         theirs.append(x.numpy())
-    assert_close(ours(mixture, plan, schedule, noise), theirs)
+    assert_close(ours(format_overrides, plan, schedule, noise), theirs)
 
 
-def flow_answer(mixture, x: torch.Tensor, s: float) -> torch.Tensor:
-    from diffpress.runtime.noise_schedule import Point
+def flow_answer(format_overrides, x: torch.Tensor, s: float) -> torch.Tensor:
+    from diffpress.runtime.noise_schedule import NoiseLevel
 
-    point = Point(0.0, 1.0 - s, s)
+    point = NoiseLevel(0.0, 1.0 - s, s)
     wide = x.numpy().astype(np.float64)
-    x0 = mixture.denoise(wide, point)
+    x0 = format_overrides.denoise(wide, point)
     return torch.from_numpy(((wide - point.alpha * x0) / point.sigma - x0).astype(np.float32))
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [2, 7])
-def test_heun_on_flows_follows_diffusers(mixture, shift, steps) -> None:
+def test_heun_on_flows_follows_diffusers(format_overrides, shift, steps) -> None:
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler(1000, shift=shift)
     scheduler.set_timesteps(steps)
     noise, theirs = noises(1), []
     x = torch.from_numpy(noise[0])
     for t in scheduler.timesteps:
-        x = scheduler.step(flow_answer(mixture, x, float(t) / 1000), t, x).prev_sample
+        x = scheduler.step(flow_answer(format_overrides, x, float(t) / 1000), t, x).prev_sample
         theirs.append(x.numpy())
     timesteps = tuple(float(t) for t in dict.fromkeys(scheduler.timesteps.tolist()))
-    plan = Plan("heun_flow", timesteps, clip=False)
-    assert_close(ours(mixture, plan, flow_schedule(1001), noise), [*theirs[1::2], theirs[-1]])
+    plan = SamplingPlan("heun_flow", timesteps, clip=False)
+    assert_close(ours(format_overrides, plan, flow_schedule(1001), noise), [*theirs[1::2], theirs[-1]])
 
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_unipc_on_flows_follows_diffusers(mixture, shift, steps, order) -> None:
+def test_unipc_on_flows_follows_diffusers(format_overrides, shift, steps, order) -> None:
     settings = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
     scheduler = diffusers.UniPCMultistepScheduler(1000, solver_order=order, **settings)
     scheduler.set_timesteps(steps)
     noise, theirs = noises(1), []
     x = torch.from_numpy(noise[0])
     for k, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(flow_answer(mixture, x, float(scheduler.sigmas[k])), t, x).prev_sample
+        x = scheduler.step(flow_answer(format_overrides, x, float(scheduler.sigmas[k])), t, x).prev_sample
         theirs.append(x.numpy())
     levels = [1000.0 * float(s) for s in scheduler.sigmas[:-1]]
-    plan = Plan(f"unipc_{order}", (1000.0, *levels[1:]), clip=False)
-    assert_close(ours(mixture, plan, flow_schedule(1001), noise), theirs)
+    plan = SamplingPlan(f"unipc_{order}", (1000.0, *levels[1:]), clip=False)
+    assert_close(ours(format_overrides, plan, flow_schedule(1001), noise), theirs)
     # with the very noise level that theirs starts from it is the same
-    assert_close(ours(mixture, replace(plan, timesteps=tuple(levels)), flow_schedule(1001), noise), theirs)
+    assert_close(ours(format_overrides, replace(plan, timesteps=tuple(levels)), flow_schedule(1001), noise), theirs)

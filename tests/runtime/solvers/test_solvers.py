@@ -9,47 +9,47 @@ import numpy as np
 import pytest
 
 from diffpress.runtime.conditioning import Conditioning
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.noise_schedule import END, NoiseSchedule, Point, betas_schedule, flow_schedule
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.noise_schedule import END, NoiseLevel, NoiseSchedule, betas_schedule, flow_schedule
 from diffpress.runtime.sampler import network_evaluations, sample
-from diffpress.runtime.sampling_plan import Plan, make_plan, trajectory
-from diffpress.runtime.solvers import SOLVERS, network_calls, solver_named
+from diffpress.runtime.sampling_plan import SamplingPlan, make_plan, plan_levels
+from diffpress.runtime.solvers import SOLVERS, solver_evaluations, solver_named
 from diffpress.runtime.solvers.adams import ADAMS_BASHFORTH
-from diffpress.runtime.solvers.contract import MEMORY, Past, Stride
+from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState
 from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.timesteps import timestep_grid
+from diffpress.runtime.timesteps import timesteps_for
 
 ODE_SOLVERS = sorted(name for name, solver in SOLVERS.items() if not solver.noisy)
 # whose last step is of first order and lands on x_0 itself; the others mix outputs to the end
 LANDING = sorted(set(SOLVERS) - {"plms", "plms_v"})
 # that take a first step with one more look at the network
 LOOKING_AHEAD = {"heun", "heun_flow", "plms", "plms_v", "dpmpp_sde"}
-NOW, NEXT = Point(500.0, 0.6, 0.8), Point(250.0, 0.8, 0.6)
+NOW, NEXT = NoiseLevel(500.0, 0.6, 0.8), NoiseLevel(250.0, 0.8, 0.6)
 LINEAR = betas_schedule("linear", 1000)
 
 
-def no_denoise(x: np.ndarray, point: Point) -> np.ndarray:
+def no_denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
     raise AssertionError("this step asks the network once")
 
 
-def stride(x, x0, now, next, past: Sequence[Past] = (), **facts) -> Stride:
+def stride(x, x0, now, next, history: Sequence[PreviousStep] = (), **facts) -> StepState:
     """A step in the middle of many, of a walk that adds no noise unless `facts` say otherwise."""
-    middle = {"index": len(past), "steps": 1000, "denoise": no_denoise, "noise": lambda k: np.zeros_like(x)}
-    return Stride(x, x0, now, next, tuple(past), **{**middle, "eta": 0.0, "schedule": LINEAR, **facts})
+    middle = {"index": len(history), "steps": 1000, "denoise": no_denoise, "noise": lambda k: np.zeros_like(x)}
+    return StepState(x, x0, now, next, tuple(history), **{**middle, "eta": 0.0, "schedule": LINEAR, **facts})
 
 
-def walk(name: str, denoise, x: np.ndarray, points, schedule: NoiseSchedule = LINEAR, exact=None) -> np.ndarray:
+def walk(name: str, denoise, x: np.ndarray, levels, schedule: NoiseSchedule = LINEAR, exact=None) -> np.ndarray:
     """Where the solver ends; with an `exact` solution its first steps, which are of lower order, lie on that."""
-    solver, past, start = SOLVERS[name], [], x
+    solver, history, start = SOLVERS[name], [], x
     # held against an exact solution, no step is near the end, where orders are lower too
-    facts = {"steps": len(points) - 1 if exact is None else 10**6, "denoise": denoise, "schedule": schedule}
-    for index, (now, after) in enumerate(zip(points, points[1:], strict=False)):
-        warming = exact is not None and index < MEMORY
-        step = stride(x, denoise(x, now), now, after, past[-MEMORY:], index=index, **facts)
+    facts = {"steps": len(levels) - 1 if exact is None else 10**6, "denoise": denoise, "schedule": schedule}
+    for index, (now, after) in enumerate(zip(levels, levels[1:], strict=False)):
+        warming = exact is not None and index < MAX_HISTORY
+        step = stride(x, denoise(x, now), now, after, history[-MAX_HISTORY:], index=index, **facts)
         if solver.correct is not None and not warming:
             step = step._replace(x=solver.correct(step))
-        x = exact(start, points[0], after) if warming else solver.move(step)
-        past.append(Past(now, step.x, step.x0))
+        x = exact(start, levels[0], after) if warming else solver.move(step)
+        history.append(PreviousStep(now, step.x, step.x0))
     return x
 
 
@@ -57,31 +57,31 @@ def move(name: str, *args, **facts) -> np.ndarray:
     return SOLVERS[name].move(stride(*args, **facts))
 
 
-def on_circle(ratio: float) -> Point:
-    return Point(0.0, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio))
+def on_circle(ratio: float) -> NoiseLevel:
+    return NoiseLevel(0.0, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio))
 
 
-def order(name: str, denoise, exact, points_of, coarse: int) -> float:
+def order(name: str, denoise, exact, noise_levels, coarse: int) -> float:
     """log2 of the error's fall when the steps are halved."""
     x = np.linspace(-2.0, 2.0, 64)
     errors = []
     for steps in (coarse, 2 * coarse):
-        points = points_of(steps)
-        found = walk(name, denoise, x, points, exact=exact)
-        errors.append(np.abs(found - exact(x, points[0], points[-1])).max())
+        levels = noise_levels(steps)
+        found = walk(name, denoise, x, levels, exact=exact)
+        errors.append(np.abs(found - exact(x, levels[0], levels[-1])).max())
     return math.log2(errors[0] / errors[1])
 
 
-def equal_in_log_ratio(steps: int) -> list[Point]:
+def equal_in_log_ratio(steps: int) -> list[NoiseLevel]:
     return [on_circle(math.exp(r)) for r in np.linspace(3.0, -3.0, steps + 1)]
 
 
-def equal_in_ratio(steps: int) -> list[Point]:
+def equal_in_ratio(steps: int) -> list[NoiseLevel]:
     return [on_circle(r) for r in np.linspace(5.0, 0.2, steps + 1)]
 
 
 @pytest.mark.parametrize(
-    ("name", "points_of", "coarse", "expected"),
+    ("name", "noise_levels", "coarse", "expected"),
     [
         ("ddim", equal_in_log_ratio, 64, 1.0),
         ("euler", equal_in_ratio, 64, 1.0),
@@ -102,23 +102,23 @@ def equal_in_ratio(steps: int) -> list[Point]:
         ("unipc_3", equal_in_log_ratio, 128, 4.0),
     ],
 )
-def test_error_falls_with_the_order_of_the_solver(gaussian, name, points_of, coarse, expected) -> None:
-    measured = order(name, gaussian.denoise, gaussian.flow, points_of, coarse)
+def test_error_falls_with_the_order_of_the_solver(gaussian, name, noise_levels, coarse, expected) -> None:
+    measured = order(name, gaussian.denoise, gaussian.flow, noise_levels, coarse)
     # high orders show up mixed with the next of the dominant error terms at these step counts
     assert expected - 0.1 < measured < expected + (1.2 if expected == 4.0 else 0.2)
 
 
 @pytest.fixture(scope="module")
-def curved(mixture) -> tuple[np.ndarray, np.ndarray]:
+def curved(format_overrides) -> tuple[np.ndarray, np.ndarray]:
     """Where 64 trajectories start and, walked finely, end."""
     x = np.linspace(-2.0, 2.0, 64)
-    return x, walk("dpmpp_3m", mixture.denoise, x, equal_in_log_ratio(4096))
+    return x, walk("dpmpp_3m", format_overrides.denoise, x, equal_in_log_ratio(4096))
 
 
 @pytest.mark.parametrize("name", sorted(set(ODE_SOLVERS) - {"ddim_clip"}))
-def test_solvers_agree_on_a_curved_flow_with_many_steps(mixture, curved, name) -> None:
+def test_solvers_agree_on_a_curved_flow_with_many_steps(format_overrides, curved, name) -> None:
     x, fine = curved
-    found = walk(name, mixture.denoise, x, equal_in_log_ratio(512))
+    found = walk(name, format_overrides.denoise, x, equal_in_log_ratio(512))
     first_order = name in ("ddim", "euler", "plms_v")
     assert np.abs(found - fine).max() < (2e-2 if first_order else 2e-3)
 
@@ -126,27 +126,27 @@ def test_solvers_agree_on_a_curved_flow_with_many_steps(mixture, curved, name) -
 @pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"lcm", "consistency"} - set(ODE_SOLVERS)))
 def test_noisy_solvers_keep_the_spread_of_the_data(gaussian, name) -> None:
     """Data N(mean, deviation^2) noised to the start must come out with that mean and deviation."""
-    rng, points = np.random.default_rng(0), equal_in_log_ratio(300)
-    start = points[0].alpha * (0.3 + 0.5 * rng.standard_normal(20000)) + points[0].sigma * rng.standard_normal(20000)
-    solver, past, x = SOLVERS[name], [], start
-    for now, after in zip(points, points[1:], strict=False):
+    rng, levels = np.random.default_rng(0), equal_in_log_ratio(300)
+    start = levels[0].alpha * (0.3 + 0.5 * rng.standard_normal(20000)) + levels[0].sigma * rng.standard_normal(20000)
+    solver, history, x = SOLVERS[name], [], start
+    for now, after in zip(levels, levels[1:], strict=False):
         facts = {"denoise": gaussian.denoise, "noise": lambda k: rng.standard_normal(20000)}
-        step = stride(x, gaussian.denoise(x, now), now, after, past[-MEMORY:], **facts)
-        past.append(Past(now, x, step.x0))
+        step = stride(x, gaussian.denoise(x, now), now, after, history[-MAX_HISTORY:], **facts)
+        history.append(PreviousStep(now, x, step.x0))
         x = solver.move(step)
-    spread = math.hypot(points[-1].alpha * 0.5, points[-1].sigma)
+    spread = math.hypot(levels[-1].alpha * 0.5, levels[-1].sigma)
     # five standard errors of the mean and of the deviation of 20000, and the bias of 300 steps
-    assert abs(x.mean() - points[-1].alpha * 0.3) < 5 * spread / 20000**0.5 + 0.01
+    assert abs(x.mean() - levels[-1].alpha * 0.3) < 5 * spread / 20000**0.5 + 0.01
     assert abs(x.std() / spread - 1) < 5 / 40000**0.5 + (0.03 if name != "dpmpp_sde" else 0.005)
 
 
 def test_heun_on_a_flow_is_of_second_order(gaussian) -> None:
-    def points_of(steps: int) -> list[Point]:
-        return [Point(1000.0 * s, 1.0 - s, s) for s in np.linspace(1.0, 0.1, steps + 1)]
+    def noise_levels(steps: int) -> list[NoiseLevel]:
+        return [NoiseLevel(1000.0 * s, 1.0 - s, s) for s in np.linspace(1.0, 0.1, steps + 1)]
 
-    assert abs(order("heun_flow", gaussian.denoise, gaussian.flow, points_of, 64) - 2.0) < 0.1
+    assert abs(order("heun_flow", gaussian.denoise, gaussian.flow, noise_levels, 64) - 2.0) < 0.1
     # the same walk with one call a step is of first order only
-    assert abs(order("euler", gaussian.denoise, gaussian.flow, points_of, 64) - 1.0) < 0.1
+    assert abs(order("euler", gaussian.denoise, gaussian.flow, noise_levels, 64) - 1.0) < 0.1
 
 
 @pytest.mark.parametrize("expected", [2.0])
@@ -155,16 +155,16 @@ def test_the_two_calls_of_the_sde_solver_are_of_second_order_without_its_noise(g
 
     monkeypatch.setattr(dpm, "split_noise", lambda now, next, eta: (next, 0.0))
     monkeypatch.setattr(dpm, "noisy_transfer", lambda s, x0, eta: dpm.transfer(s.x, x0, s.now, s.next))
-    monkeypatch.setattr(dpm, "point_at_ratio", lambda schedule, ratio: on_circle(ratio))
+    monkeypatch.setattr(dpm, "noise_level_at_ratio", lambda schedule, ratio: on_circle(ratio))
     assert abs(order("dpmpp_sde", gaussian.denoise, gaussian.flow, equal_in_log_ratio, 64) - expected) < 0.1
 
 
-def test_multistep_solvers_beat_ddim_at_few_steps(mixture) -> None:
+def test_multistep_solvers_beat_ddim_at_few_steps(format_overrides) -> None:
     schedule = betas_schedule("squaredcos_cap_v2", 1000)
     x = np.linspace(-2.0, 2.0, 64)
-    fine = walk("ddim", mixture.denoise, x, trajectory(schedule, timestep_grid("trailing", 1000, schedule)))
-    few = trajectory(schedule, timestep_grid("trailing", 10, schedule))
-    error = {name: np.sqrt(np.mean((walk(name, mixture.denoise, x, few) - fine) ** 2)) for name in ODE_SOLVERS}
+    fine = walk("ddim", format_overrides.denoise, x, plan_levels(schedule, timesteps_for("trailing", 1000, schedule)))
+    few = plan_levels(schedule, timesteps_for("trailing", 10, schedule))
+    error = {name: np.sqrt(np.mean((walk(name, format_overrides.denoise, x, few) - fine) ** 2)) for name in ODE_SOLVERS}
     for name in ("dpmpp_2m", "ipndm", "unipc_2", "deis_2"):
         assert error[name] < 0.7 * error["ddim"], name
 
@@ -179,14 +179,14 @@ def test_the_first_step_of_every_solver_is_deterministic_ddim(name, noise) -> No
 @pytest.mark.parametrize("name", LANDING)
 def test_the_last_step_lands_on_x0(name, noise) -> None:
     x, x0 = noise(4), noise(4) * 0.5
-    last = move(name, x, x0, NEXT, END, [Past(NOW, x * 2, x0 * 3)], steps=2, eta=1.0)
+    last = move(name, x, x0, NEXT, END, [PreviousStep(NOW, x * 2, x0 * 3)], steps=2, eta=1.0)
     assert np.abs(last - x0).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_float32_stays_float32(name, noise) -> None:
-    x, earlier = noise(4), [Past(Point(t, a, 0.9), noise(4), noise(4)) for t, a in ((900.0, 0.1), (750.0, 0.3))]
-    facts = {"past": earlier, "denoise": lambda x, point: x, "noise": lambda k: noise(4), "eta": 0.5}
+    x, earlier = noise(4), [PreviousStep(NoiseLevel(t, a, 0.9), noise(4), noise(4)) for t, a in ((900.0, 0.1), (750.0, 0.3))]
+    facts = {"past": earlier, "denoise": lambda x, level: x, "noise": lambda k: noise(4), "eta": 0.5}
     step = stride(x, x, NOW, NEXT, **facts)
     corrected = SOLVERS[name].correct
     assert SOLVERS[name].move(step).dtype == np.float32
@@ -196,22 +196,22 @@ def test_float32_stays_float32(name, noise) -> None:
 @pytest.mark.parametrize("name", SOLVERS)
 def test_pure_noise_at_the_start_and_no_noise_before_the_end_stay_finite(gaussian, name, noise) -> None:
     flow = flow_schedule(100)
-    points = trajectory(flow, (99.0, 60.0, 30.0, 10.0, 0.0))
-    assert points[0].alpha == 0.0 and points[-2].sigma == 0.0
+    levels = plan_levels(flow, (99.0, 60.0, 30.0, 10.0, 0.0))
+    assert levels[0].alpha == 0.0 and levels[-2].sigma == 0.0
     with np.errstate(all="raise"):
-        end = walk(name, gaussian.denoise, noise(64), points, flow)
+        end = walk(name, gaussian.denoise, noise(64), levels, flow)
     assert np.abs(end).max() < 3.0
 
 
 @pytest.mark.parametrize("name", ODE_SOLVERS)
 def test_the_vanishing_alpha_of_the_cosine_schedule_does_not_overflow(gaussian, name, noise) -> None:
     cosine = betas_schedule("squaredcos_cap_v2", 1000)
-    points = trajectory(cosine, timestep_grid("trailing", 8, cosine))
-    assert points[0].alpha < 1e-4
+    levels = plan_levels(cosine, timesteps_for("trailing", 8, cosine))
+    assert levels[0].alpha < 1e-4
     with np.errstate(all="raise"):
-        end = walk(name, gaussian.denoise, noise(64), points, cosine)
+        end = walk(name, gaussian.denoise, noise(64), levels, cosine)
     # Heun looks ahead from where no slope means anything, and mixes what it sees in the steps after it
-    assert np.abs(end - gaussian.flow(noise(64), points[0], END)).max() < (0.3 if name != "heun_flow" else 1.0)
+    assert np.abs(end - gaussian.flow(noise(64), levels[0], END)).max() < (0.3 if name != "heun_flow" else 1.0)
 
 
 def test_eta_one_adds_the_noise_of_the_ddpm_posterior(noise) -> None:
@@ -239,37 +239,37 @@ def test_lcm_noises_a_consistency_function_again(noise) -> None:
 def test_a_step_that_goes_nowhere_changes_nothing(name, noise) -> None:
     """Plans may end at the noise of the very timestep they last visit."""
     x = noise(4)
-    moved = move(name, x, x * 0.5, NEXT, NEXT, [Past(NOW, x * 2, x * 3)], denoise=lambda x, point: x * 0.5)
+    moved = move(name, x, x * 0.5, NEXT, NEXT, [PreviousStep(NOW, x * 2, x * 3)], denoise=lambda x, level: x * 0.5)
     assert np.abs(moved - x).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_the_calls_of_the_network_are_those_announced(mixture, noise, name, steps) -> None:
+def test_the_calls_of_the_network_are_those_announced(format_overrides, noise, name, steps) -> None:
     schedule, calls = betas_schedule("squaredcos_cap_v2", 1000), []
 
-    def denoise(x, point):
-        calls.append(point.t)
-        return mixture.denoise(x, point)
+    def denoise(x, level):
+        calls.append(level.t)
+        return format_overrides.denoise(x, level)
 
-    plan = Plan(name, timestep_grid("leading", steps, schedule))
+    plan = SamplingPlan(name, timesteps_for("leading", steps, schedule))
     spec = DenoiserSpec("v", schedule, (1, 4, 4), plan)
-    assert network_evaluations(spec) == network_calls(name, steps)
+    assert network_evaluations(spec) == solver_evaluations(name, steps)
     walked = list(sample(denoise, noise(4), schedule, plan, lambda k: noise(4)))
-    assert [step.t for step in walked] == list(plan.timesteps) and len(calls) == network_calls(name, steps)
+    assert [step.t for step in walked] == list(plan.timesteps) and len(calls) == solver_evaluations(name, steps)
     between = steps - 1 if name == "dpmpp_sde" else 0  # which asks half-way
     assert len(set(calls)) == steps + between and set(plan.timesteps) <= set(calls)
 
 
 def test_guidance_counts_twice_where_it_acts() -> None:
     flow = flow_schedule(1001)
-    plan = make_plan("heun_flow", 5, flow, grid="flow_trailing", guidance=2.0)
+    plan = make_plan("heun_flow", 5, flow, spacing="flow_trailing", guidance=2.0)
     spec = DenoiserSpec("flow", flow, (1, 4, 4), plan, Conditioning("class", 10, 10))
     assert network_evaluations(spec) == 2 * 9
     # s = 1, 0.8, 0.6, 0.4, 0.2: guided at r = 4 and 1.5 alone, each of which is asked twice
-    plan = Plan("heun_flow", plan.timesteps, guidance=2.0, guidance_interval=(1.0, 10.0))
+    plan = SamplingPlan("heun_flow", plan.timesteps, guidance=2.0, guidance_interval=(1.0, 10.0))
     assert network_evaluations(spec.with_plan(plan)) == 9 + 4
-    plan = Plan("heun_flow", plan.timesteps, guidance=2.0, guidance_interval=(1.0, None))
+    plan = SamplingPlan("heun_flow", plan.timesteps, guidance=2.0, guidance_interval=(1.0, None))
     assert network_evaluations(spec.with_plan(plan)) == 9 + 5
 
 
@@ -290,5 +290,5 @@ def test_adams_bashforth_weights_integrate_their_polynomials_exactly(row) -> Non
 
 
 def test_an_unknown_solver_names_the_nearest() -> None:
-    with pytest.raises(BadInput, match="did you mean 'dpmpp_2m'"):
+    with pytest.raises(InvalidInputError, match="did you mean 'dpmpp_2m'"):
         solver_named("dpmpp2m")

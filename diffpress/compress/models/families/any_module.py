@@ -24,11 +24,11 @@ def blocks(model: nn.Module) -> list[str]:
     return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
 
 
-def skip_joins(model: nn.Module) -> list[str]:
+def skip_concats(model: nn.Module) -> list[str]:
     return []
 
 
-def trunk(model: nn.Module) -> list[str]:
+def residual_outputs(model: nn.Module) -> list[str]:
     return []
 
 
@@ -36,7 +36,7 @@ def cache_cuts(model: nn.Module) -> list[str]:
     return []
 
 
-def fragile(model: nn.Module) -> list[str]:
+def sensitive_layers(model: nn.Module) -> list[str]:
     layers = [name for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
     return sorted({*layers[:1], *layers[-1:]})
 

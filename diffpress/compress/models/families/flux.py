@@ -17,8 +17,8 @@ from diffpress.compress.models.diffusers_blocks import coupled as coupled
 from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
 from diffpress.compress.models.transformer import cache_cuts as cache_cuts
 from diffpress.compress.models.transformer import layers_named
-from diffpress.compress.models.transformer import skip_joins as skip_joins
-from diffpress.compress.models.transformer import trunk as trunk
+from diffpress.compress.models.transformer import residual_outputs as residual_outputs
+from diffpress.compress.models.transformer import skip_concats as skip_concats
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
 
@@ -89,6 +89,6 @@ def blocks(model: Any) -> list[str]:
     return double + [f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))]
 
 
-def fragile(model: nn.Module) -> list[str]:
+def sensitive_layers(model: nn.Module) -> list[str]:
     outer = ("x_embedder", "context_embedder", "time_text_embed.", "norm_out.", "proj_out")
     return layers_named(model, outside=outer, inside=("norm.", "norm1.", "norm1_context."))

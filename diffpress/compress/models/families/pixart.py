@@ -14,8 +14,8 @@ from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
 from diffpress.compress.models.transformer import blocks as blocks
 from diffpress.compress.models.transformer import cache_cuts as cache_cuts
 from diffpress.compress.models.transformer import layers_named
-from diffpress.compress.models.transformer import skip_joins as skip_joins
-from diffpress.compress.models.transformer import trunk as trunk
+from diffpress.compress.models.transformer import residual_outputs as residual_outputs
+from diffpress.compress.models.transformer import skip_concats as skip_concats
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
 
@@ -57,7 +57,7 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return out[:, : sample.shape[1]]  # what follows is the learned variance
 
 
-def fragile(model: nn.Module) -> list[str]:
+def sensitive_layers(model: nn.Module) -> list[str]:
     return layers_named(model, outside=("pos_embed.", "adaln_single.", "caption_projection.", "proj_out"))
 
 

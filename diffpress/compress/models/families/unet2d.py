@@ -44,7 +44,7 @@ def blocks(model: Any) -> list[str]:
     return levels
 
 
-def skip_joins(model: Any) -> list[str]:
+def skip_concats(model: Any) -> list[str]:
     # every resnet on the way up reads the stream and a skip, concatenated
     return [f"up_blocks.{i}.resnets.{j}" for i, up in enumerate(model.up_blocks) for j in range(len(up.resnets))]
 
@@ -54,7 +54,7 @@ def cache_cuts(model: Any) -> list[str]:
     return [f"up_blocks.{i}" for i in range(len(model.up_blocks) - 1)]
 
 
-def fragile(model: nn.Module) -> list[str]:
+def sensitive_layers(model: nn.Module) -> list[str]:
     names = ["conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "class_embedding"]
     names += [n for n, _ in model.named_modules() if n.endswith("time_emb_proj")]
     present = dict(model.named_modules())
@@ -74,8 +74,8 @@ def attentions(model: nn.Module) -> list[Any]:
     return diffusers_blocks.attentions(model)
 
 
-def trunk(model: nn.Module) -> list[str]:
-    return diffusers_blocks.trunk(model)
+def residual_outputs(model: nn.Module) -> list[str]:
+    return diffusers_blocks.residual_outputs(model)
 
 
 def coupled(model: nn.Module) -> None:

@@ -12,13 +12,13 @@ from diffpress.compress.models.description import Description, penultimate, squa
 from diffpress.compress.models.diffusers_blocks import attentions as attentions
 from diffpress.compress.models.diffusers_blocks import coupled as coupled
 from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
-from diffpress.compress.models.diffusers_blocks import trunk as trunk
+from diffpress.compress.models.diffusers_blocks import residual_outputs as residual_outputs
 from diffpress.compress.models.families.unet2d import blocks as blocks
 from diffpress.compress.models.families.unet2d import cache_cuts as cache_cuts
-from diffpress.compress.models.families.unet2d import skip_joins as skip_joins
+from diffpress.compress.models.families.unet2d import skip_concats as skip_concats
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 RESIZABLE = True
 TIME_IDS = 6  # original size, crop corner, target size
@@ -31,7 +31,7 @@ def describe(layout: Layout) -> Description:
     shape = square(config["in_channels"], config.get("sample_size") or 64)
     multiple = 2 ** (len(config["block_out_channels"]) - 1)
     if config.get("addition_embed_type") not in (None, "text_time") or config.get("class_embed_type"):
-        raise BadInput(
+        raise InvalidInputError(
             f"{layout.denoiser / 'config.json'}: addition_embed_type '{config.get('addition_embed_type')}' with "
             f"class_embed_type '{config.get('class_embed_type')}' is not known; bring it as a custom module, "
             "file.py:weights"
@@ -45,7 +45,7 @@ def describe(layout: Layout) -> Description:
         return Description(shape, text(layout, encoders, inputs, guidance_input=lcm), multiple, *usual)
     pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
     if layout.index.get("requires_aesthetics_score"):
-        raise BadInput(f"{layout.folder}: an SDXL refiner starts from an image; diffpress carries text-to-image models")
+        raise InvalidInputError(f"{layout.folder}: an SDXL refiner starts from an image; diffpress carries text-to-image models")
     hidden = tuple(penultimate(layout, encoder.graph) for encoder in encoders)
     inputs = {
         "encoder_hidden_states": TextInput((length, width), (hidden,)),
@@ -93,7 +93,7 @@ def guidance_embedding(weight: torch.Tensor, width: int) -> torch.Tensor:
     return torch.cat([angles.sin(), angles.cos()], dim=1)
 
 
-def fragile(model: nn.Module) -> list[str]:
+def sensitive_layers(model: nn.Module) -> list[str]:
     ends = ("conv_in", "conv_out", "time_emb_proj")
     starts = ("time_embedding.", "add_embedding.")
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]

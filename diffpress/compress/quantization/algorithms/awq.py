@@ -22,8 +22,8 @@ from diffpress.compress.context import Context, say
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of, visit_layers
 from diffpress.compress.quantization.calibration.weight_scales import spread, weight_amax
 from diffpress.compress.quantization.formats import FORMATS, INT4, Format
-from diffpress.compress.quantization.layer_graph import wiring_of
-from diffpress.compress.quantization.trajectory_dataset import draw, visited_states
+from diffpress.compress.quantization.layer_graph import trace_layer_graph
+from diffpress.compress.quantization.trajectory_dataset import draw, sample_trajectories
 
 ROWS = 4096
 EXPONENTS = torch.arange(0.0, 1.01, 0.05).tolist()
@@ -43,8 +43,8 @@ def activation_aware(
         return {}
     model = checkpoint.clone_model().float().eval()
     copies: dict[str, Any] = dict(model.named_modules())
-    calls = visited_states(model, checkpoint, config.samples, config.batch, ctx)
-    group = {name: members for members in wiring_of(checkpoint, able).groups for name in members}
+    calls = sample_trajectories(model, checkpoint, config.samples, config.batch, ctx)
+    group = {name: members for members in trace_layer_graph(checkpoint, able).groups for name in members}
     found: Vectors = {}
     gains: list[float] = []
 
@@ -57,7 +57,7 @@ def activation_aware(
         gains.append(gain)
         found.update(dict.fromkeys(group[name], s.cpu()))
 
-    inputs = draw(calls, config.rounding_states, torch.Generator().manual_seed(ctx.seed))
+    inputs = draw(calls, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
     visit_layers(model, able, inputs, visit)
     say(f"awq: the error of {len(found)} linear layers is {sum(gains) / len(gains):.2f} of what it was")
     return found

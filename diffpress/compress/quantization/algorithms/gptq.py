@@ -38,7 +38,7 @@ from diffpress.compress.quantization.algorithms.svdquant import product
 from diffpress.compress.quantization.calibration.weight_scales import spread
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw, visited_states
+from diffpress.compress.quantization.trajectory_dataset import draw, sample_trajectories
 from diffpress.compress.training.resume import read_state, write_state
 
 ROWS = 4096
@@ -63,7 +63,7 @@ def round_weights(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) 
     with progress("round", len(layers)) as advance:
 
         def visit(name: str, layer: Any, x: torch.Tensor) -> None:
-            scale, smooth = grid(scales, name, layer), scales.smooth.get(name)
+            scale, smooth = integer_step(scales, name, layer), scales.smooth.get(name)
             make = partial(_rounded, layer, layer.input_quantizer(x), scale, smooth)
             found = _kept(folder / f"{name}.safetensors", run, make)
             layer._parameters["weight"].copy_(found["weight"])
@@ -78,7 +78,7 @@ def round_weights(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) 
     return checkpoint.evolve(model=result)
 
 
-def grid(scales: Quantization, name: str, layer: Any) -> torch.Tensor:
+def integer_step(scales: Quantization, name: str, layer: Any) -> torch.Tensor:
     """The size of one integer for every weight of the layer (after smoothing), float32 in the weight's shape."""
     weight = layer._parameters["weight"]
     largest = FORMATS[scales.format_of(name)].weights.largest
@@ -86,8 +86,8 @@ def grid(scales: Quantization, name: str, layer: Any) -> torch.Tensor:
 
 
 def _states(student: Any, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Tensors:
-    calls = visited_states(student, checkpoint, config.samples, config.batch, ctx)
-    return draw(calls, config.rounding_states, torch.Generator().manual_seed(ctx.seed))
+    calls = sample_trajectories(student, checkpoint, config.samples, config.batch, ctx)
+    return draw(calls, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
 
 
 def _rounded(layer: Any, x: torch.Tensor, scale: torch.Tensor, smooth: torch.Tensor | None) -> Tensors:

@@ -32,14 +32,14 @@ from diffpress.compress.config import BoundsConfig, EvaluateConfig, QuantizeConf
 from diffpress.compress.context import Context, EngineCosts, say
 from diffpress.compress.evaluation.evaluate import evaluate
 from diffpress.compress.evaluation.features import load_features, load_reference
-from diffpress.compress.models.adapter import adapter_for, example_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.algorithms.sensitivity import States, decibels, noise_by_place, places
+from diffpress.compress.quantization.algorithms.sensitivity import States, decibels, noise_by_layer, quantized_layers
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.runtime.engines import available
-from diffpress.runtime.errors import BadInput, GateFailed, MissingExtra
+from diffpress.runtime.errors import GateFailedError, InvalidInputError, MissingDependencyError
 from diffpress.runtime.network_inputs import Network
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -52,14 +52,14 @@ Measure = Callable[[int], float]
 
 
 def check_bounds(config: QuantizeConfig, spec: DenoiserSpec, has_engines: bool) -> None:
-    """Raise BadInput or MissingExtra for bounds that cannot be measured; `has_engines` says whether a run has any."""
+    """Raise InvalidInputError or MissingDependencyError for bounds that cannot be measured; `has_engines` says whether a run has any."""
     bounds = config.bounds
     if bounds is None:
         return
     if bounds.max_frechet_ratio is not None:
         load_features(FEATURES, spec)
     if has_engines and config.target not in available():
-        raise MissingExtra(config.target, config.target, f"quantize: target {config.target}")
+        raise MissingDependencyError(config.target, config.target, f"quantize: target {config.target}")
     if not has_engines:
         _refuse_engine_bounds(bounds, "and none is given here")
 
@@ -67,23 +67,23 @@ def check_bounds(config: QuantizeConfig, spec: DenoiserSpec, has_engines: bool) 
 def _refuse_engine_bounds(bounds: BoundsConfig, why: str) -> None:
     for name in ("max_latency_ratio", "max_size_mib"):
         if getattr(bounds, name) is not None:
-            raise BadInput(f"quantize: bounds: {name} is measured in an engine, {why}; leave it out")
+            raise InvalidInputError(f"quantize: bounds: {name} is measured in an engine, {why}; leave it out")
 
 
 def mix(checkpoint: Checkpoint, scales: Quantization, config: QuantizeConfig, ctx: Context) -> Quantization:
     """`scales` of the float `checkpoint` without those of the places that its bounds want in float.
 
-    What was measured goes into the context's notes as 'mixed'. Raises GateFailed where the bounds contradict each
-    other, and BadInput for a bound that cannot be measured here.
+    What was measured goes into the context's notes as 'mixed'. Raises GateFailedError where the bounds contradict each
+    other, and InvalidInputError for a bound that cannot be measured here.
     """
     assert config.bounds is not None
     bounds, quantized = config.bounds, checkpoint.evolve(quantization=scales)
     with _costs(checkpoint, config, ctx) as costs:
         frechet = _frechet(checkpoint, bounds, costs)  # first, for it refuses what it cannot score
         states = States(checkpoint, config, ctx)
-        noise = noise_by_place(quantized, states, ctx)
+        noise = noise_by_layer(quantized, states, ctx)
         gains = _macs(checkpoint, scales) if costs is None else costs.gains_ms(scales)
-        sizes = {place: _bytes_saved(checkpoint, scales, place) for place in noise}
+        sizes = {layer: _bytes_saved(checkpoint, scales, layer) for layer in noise}
         tried = []
         for worth in (gains, sizes) if bounds.max_size_mib is not None else (gains,):
             trial = _Trial(quantized, _ordered(noise, worth), states, costs, frechet)
@@ -96,14 +96,14 @@ def mix(checkpoint: Checkpoint, scales: Quantization, config: QuantizeConfig, ct
         broken = _broken(trial, k, bounds)
     unit = "macs" if costs is None else "gain_ms"
     rows = {
-        place: {"sqnr_db": round(decibels(noise[place]), 2), unit: round(gains[place], 4), "bytes": int(sizes[place])}
-        for place in sorted(noise, key=lambda place: -noise[place])
+        layer: {"sqnr_db": round(decibels(noise[layer]), 2), unit: round(gains[layer], 4), "bytes": int(sizes[layer])}
+        for layer in sorted(noise, key=lambda layer: -noise[layer])
     }
     kept = trial.order[:k]
     ctx.notes["mixed"] = {"target": config.target, "in_float": kept, **figures, "places": rows}
     say(f"{k} of {len(noise)} quantized layers and sums go back to float: {_words(figures['chosen'])}")
     if broken:
-        raise GateFailed(
+        raise GateFailedError(
             f"quantize: bounds: with {k} of {len(noise)} layers and sums in float "
             f"(first {', '.join(kept[:3]) or 'none'}) {'; '.join(broken)}; "
             f"all quantized: {_words(figures['all_quantized'])}. Loosen one of them"
@@ -182,7 +182,7 @@ def _broken(trial: _Trial, k: int, bounds: BoundsConfig) -> list[str]:
 def _ordered(noise: Mapping[str, float], worth: Mapping[str, float]) -> list[str]:
     """Places by the noise they bring for what quantizing them is worth, the largest first."""
     floor = LEAST_GAIN * sum(max(value, 0.0) for value in worth.values()) or 1.0
-    return sorted(noise, key=lambda place: (-noise[place] / max(worth[place], floor), place))
+    return sorted(noise, key=lambda layer: (-noise[layer] / max(worth[layer], floor), layer))
 
 
 @contextmanager
@@ -227,7 +227,7 @@ def _frechet(
 
 def _macs(checkpoint: Checkpoint, scales: Quantization) -> dict[str, float]:
     """Place -> multiply-accumulates of one sample that it does in few bits."""
-    found, hooks = dict.fromkeys(places(scales), 0.0), []
+    found, hooks = dict.fromkeys(quantized_layers(scales), 0.0), []
     model = checkpoint.shared_model()
 
     def see(name: str, layer: nn.Module, out: torch.Tensor) -> None:
@@ -239,15 +239,15 @@ def _macs(checkpoint: Checkpoint, scales: Quantization) -> dict[str, float]:
             layer = model.get_submodule(name)
             hooks.append(layer.register_forward_hook(lambda layer, _, out, name=name: see(name, layer, out)))
     with torch.no_grad():
-        adapter_for(model).forward(model.eval(), example_inputs(checkpoint.spec, 1))
+        adapter_for(model).forward(model.eval(), dummy_inputs(checkpoint.spec, 1))
     return found
 
 
-def _bytes_saved(checkpoint: Checkpoint, scales: Quantization, place: str) -> float:
-    if f"{place}.weight" not in scales.amax:
+def _bytes_saved(checkpoint: Checkpoint, scales: Quantization, layer: str) -> float:
+    if f"{layer}.weight" not in scales.amax:
         return 0.0
-    weight: Any = checkpoint.model.get_submodule(place).weight
-    bits = FORMATS[scales.format_of(place)].weights.bits
+    weight: Any = checkpoint.model.get_submodule(layer).weight
+    bits = FORMATS[scales.format_of(layer)].weights.bits
     return weight.numel() * (4.0 - (bits if isinstance(bits, int) else 1 + sum(bits)) / 8.0)
 
 

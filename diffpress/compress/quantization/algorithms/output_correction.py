@@ -30,15 +30,15 @@ from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.runtime.denoiser import Predict, denoiser_of, make_predictor
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions, Network
-from diffpress.runtime.noise_schedule import Point
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs, Network
+from diffpress.runtime.noise_schedule import NoiseLevel
 from diffpress.runtime.sampler import noise_for, sample
-from diffpress.runtime.sampling_plan import Correction
-from diffpress.runtime.solvers import network_calls
+from diffpress.runtime.sampling_plan import OutputCorrection
+from diffpress.runtime.solvers import solver_evaluations
 from diffpress.runtime.spec import DenoiserSpec
 
-CORRECTION_SEED = 5_000_000  # far from the seeds that people sample, calibrate and evaluate with
+OUTPUT_CORRECTION_SEED = 5_000_000  # far from the seeds that people sample, calibrate and evaluate with
 
 
 def correct(checkpoint: Checkpoint, reference: nn.Module, config: QuantizeConfig, ctx: Context) -> Checkpoint:
@@ -48,25 +48,25 @@ def correct(checkpoint: Checkpoint, reference: nn.Module, config: QuantizeConfig
     found = measured(network, exact, spec, config.samples, config.batch, ctx.conditions(config.samples))
     largest = max(abs(correction.slope) for correction in found)
     say(f"corrections for {len(found)} timesteps: slopes up to {largest:.2%}")
-    return checkpoint.evolve(spec=spec.with_plan(replace(spec.plan, corrections=found)))
+    return checkpoint.evolve(spec=spec.with_plan(replace(spec.plan, output_corrections=found)))
 
 
 def measured(
-    network: Network, reference: Network, spec: DenoiserSpec, count: int, batch: int, conditions: Conditions
-) -> tuple[Correction, ...]:
+    network: Network, reference: Network, spec: DenoiserSpec, count: int, batch: int, conditions: ConditioningInputs
+) -> tuple[OutputCorrection, ...]:
     """The corrections of `network` towards `reference`, one for each timestep of the spec's plan.
 
-    All `count` samples walk the plan together, `batch` at a time through the networks. Raises BadInput, naming the
+    All `count` samples walk the plan together, `batch` at a time through the networks. Raises InvalidInputError, naming the
     timestep, where the outputs have nothing in common or are no numbers.
     """
-    plan, seeds = spec.plan, range(CORRECTION_SEED, CORRECTION_SEED + count)
+    plan, seeds = spec.plan, range(OUTPUT_CORRECTION_SEED, OUTPUT_CORRECTION_SEED + count)
     ask, ask_reference = (_in_parts(n, spec, count, batch, conditions) for n in (network, reference))
     sums: dict[float, np.ndarray] = {}
-    fits: dict[float, Correction] = {}
+    fits: dict[float, OutputCorrection] = {}
     calls = itertools.count(1)
-    with progress("correct", network_calls(plan.solver, plan.steps)) as advance:
+    with progress("correct", solver_evaluations(plan.solver, plan.steps)) as advance:
 
-        def predict(x: np.ndarray, point: Point) -> np.ndarray:
+        def predict(x: np.ndarray, point: NoiseLevel) -> np.ndarray:
             out_q = ask(x, point)
             # a timestep that is asked twice (by plms, say) has one correction, for both
             sums[point.t] = sums.get(point.t, 0.0) + moments(ask_reference(x, point), out_q)
@@ -75,7 +75,7 @@ def measured(
             return out_q
 
         # what `predict` has just measured is taken off at once
-        denoise = denoiser_of(predict, spec, clip=plan.clip, corrections=fits, threshold=plan.threshold)
+        denoise = denoiser_of(predict, spec, clip=plan.clip, output_corrections=fits, threshold=plan.threshold)
         noise = noise_for(seeds, spec.sample_shape)
         for _ in sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k)):
             pass
@@ -88,20 +88,20 @@ def moments(out: np.ndarray, out_q: np.ndarray) -> np.ndarray:
     return np.stack([a.sum((0, 2, 3)) for a in (np.ones_like(x), x, y, y * y, x * y)])
 
 
-def fitted(sums: np.ndarray, t: float) -> Correction:
+def fitted(sums: np.ndarray, t: float) -> OutputCorrection:
     """The correction of least squares for these `moments`: out = gain out_q + offset, gain = 1 / (1 + slope)."""
     n, x, y, yy, xy = sums
     variance, covariance = float((yy - y * y / n).sum()), float((xy - x * y / n).sum())
     if not (covariance > 0.0 and np.isfinite(covariance)):
-        raise BadInput(
+        raise InvalidInputError(
             f"quantize: at timestep {t:g} the quantized network's output has nothing in common with the float one's; "
-            "keep fragile layers in float (keep: [...]), or leave out correct"
+            "keep sensitive layers in float (ignored_layers: [...]), or set output_correction: false"
         )
     slope = variance / covariance
-    return Correction(slope - 1.0, tuple(((y - slope * x) / n).tolist()))
+    return OutputCorrection(slope - 1.0, tuple(((y - slope * x) / n).tolist()))
 
 
-def _in_parts(network: Network, spec: DenoiserSpec, count: int, batch: int, conditions: Conditions) -> Predict:
+def _in_parts(network: Network, spec: DenoiserSpec, count: int, batch: int, conditions: ConditioningInputs) -> Predict:
     """The network's guided output for all samples, asked `batch` at a time."""
     parts = [slice(start, start + batch) for start in range(0, count, batch)]
     plan = spec.plan

@@ -28,7 +28,7 @@ from diffpress.compress.distillation.block_features import captured, feature_dis
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.algorithms.qat_updates import Full, LowRank, scalings, weights_of
-from diffpress.compress.quantization.trajectory_dataset import Calls, draw, visited_states
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, draw, sample_trajectories
 from diffpress.compress.training.loop import Objective, Training, train
 from diffpress.compress.training.losses import Tensors
 
@@ -44,7 +44,7 @@ def qat(
     """
     device = Accelerator(mixed_precision="no").device
     teacher = checkpoint.clone_model().float().eval().to(device)
-    calls = visited_states(teacher, checkpoint, config.trajectories, config.batch, ctx)
+    calls = sample_trajectories(teacher, checkpoint, config.trajectories, config.batch, ctx)
     before = _sqnr_db(student.to(device), teacher, calls)
     run = Training(
         config.steps, config.learning_rate, config.warmup, config.ema, ctx.seed, config.save_every, ctx.work, "qat"
@@ -67,7 +67,7 @@ def qat(
     return checkpoint.evolve(model=model, quantization=replace(scales, amax=scales.amax | amax))
 
 
-def _sqnr_db(model: nn.Module, teacher: nn.Module, calls: Calls) -> float:
+def _sqnr_db(model: nn.Module, teacher: nn.Module, calls: TrajectoryDataset) -> float:
     """SQNR of the model's answers to the teacher's, on the same states whenever it is asked."""
     device = next(teacher.parameters()).device
     inputs = draw(calls, CHECKED_STATES, torch.Generator().manual_seed(0))
@@ -77,7 +77,7 @@ def _sqnr_db(model: nn.Module, teacher: nn.Module, calls: Calls) -> float:
     return sqnr_db(wanted, found)
 
 
-def _loss(teacher: nn.Module, calls: Calls, config: QuantizeConfig) -> Objective:
+def _loss(teacher: nn.Module, calls: TrajectoryDataset, config: QuantizeConfig) -> Objective:
     blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
 
     def loss(student: nn.Module, inputs: Tensors) -> torch.Tensor:

@@ -24,8 +24,8 @@ from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw, visited_states
-from diffpress.runtime.errors import BadInput
+from diffpress.compress.quantization.trajectory_dataset import draw, sample_trajectories
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, write_json
 
 ROWS, ROWS_OF_LARGE = 64, 8
@@ -37,7 +37,7 @@ class States:
 
     def __init__(self, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> None:
         rows = ROWS_OF_LARGE if is_large(checkpoint.model) else ROWS
-        calls = visited_states(checkpoint.model, checkpoint, min(rows, config.samples), config.batch, ctx)
+        calls = sample_trajectories(checkpoint.model, checkpoint, min(rows, config.samples), config.batch, ctx)
         drawn = draw(calls, rows, torch.Generator().manual_seed(ctx.seed))
         parts = [slice(start, start + config.batch) for start in range(0, rows, config.batch)]
         self._spec = checkpoint.spec
@@ -55,19 +55,19 @@ class States:
         return [network.run(inputs) for inputs in self._inputs]
 
 
-def places(quantization: Quantization) -> list[str]:
+def quantized_layers(quantization: Quantization) -> list[str]:
     """The modules that have scales, in alphabetical order."""
     return sorted({key.rpartition(".")[0] for key in quantization.amax})
 
 
-def noise_by_place(checkpoint: Checkpoint, states: States, ctx: Context) -> dict[str, float]:
+def noise_by_layer(checkpoint: Checkpoint, states: States, ctx: Context) -> dict[str, float]:
     """Place -> its noise, for every place of the quantized checkpoint, one pass over the states each.
 
-    What a killed run measured is read from the context's folder. Raises BadInput, naming the place, where it is no
+    What a killed run measured is read from the context's folder. Raises InvalidInputError, naming the place, where it is no
     number.
     """
     assert checkpoint.quantization is not None
-    names, file = places(checkpoint.quantization), ctx.work / FILE
+    names, file = quantized_layers(checkpoint.quantization), ctx.work / FILE
     stored = read_json(file) if file.is_file() else {}
     found: dict[str, float] = stored["noise"] if stored.get("checkpoint") == checkpoint.hash else {}
     model = fake_quantized(checkpoint)
@@ -84,7 +84,7 @@ def noise_by_place(checkpoint: Checkpoint, states: States, ctx: Context) -> dict
             for quantizer in quantizers[name]:
                 quantizer.disable()
             if not np.isfinite(noise):
-                raise BadInput(f"quantize: with '{name}' rounded the output is not finite; keep it: keep: [{name}]")
+                raise InvalidInputError(f"quantize: with '{name}' rounded the output is not finite; set ignored_layers: [{name}]")
             found[name] = noise
             write_json(file, {"checkpoint": checkpoint.hash, "noise": found})
             advance(len(found), f"{name} {decibels(noise):.1f} dB")

@@ -22,38 +22,38 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
-from diffpress.compress.quantization.calibration.observer import NotFinite, watch_trajectory
-from diffpress.compress.quantization.layer_graph import channel_axis, wiring_of
+from diffpress.compress.quantization.calibration.observer import NonFiniteError, collect_activations
+from diffpress.compress.quantization.layer_graph import channel_axis, trace_layer_graph
 
 SMOOTHED: tuple[type[nn.Module], ...] = (nn.Linear,)
-JOIN_ALPHA = 0.5
+CONCAT_ALPHA = 0.5
 LEAST_SHARE = 1e-3  # a channel that was never seen active counts as this share of the largest
 
 Vectors = dict[str, torch.Tensor]
 
 
 def smoothing(checkpoint: Checkpoint, layers: Iterable[str], config: QuantizeConfig, ctx: Context) -> Vectors:
-    """Layer -> s, float32 [in], for those of `layers` that `config.smooth` and `config.split_joins` are for.
+    """Layer -> s, float32 [in], for those of `layers` that `config.smooth` and `config.split_concats` are for.
 
     One run along the trajectory, before that which finds the scales of the smoothed tensors.
     """
-    if not config.smooth and not config.split_joins:
+    if not config.smooth and not config.split_concats:
         return {}
     modules: dict[str, Any] = dict(checkpoint.model.named_modules())
     able = [name for name in layers if getattr(modules[name], "groups", 1) == 1]
-    wiring = wiring_of(checkpoint, able)
+    layer_graph = trace_layer_graph(checkpoint, able)
     whole = {name for name in able if config.smooth and isinstance(modules[name], SMOOTHED)}
     chosen = [
-        group for group in wiring.groups if group[0] in whole or (config.split_joins and group[0] in wiring.parts)
+        group for group in layer_graph.groups if group[0] in whole or (config.split_concats and group[0] in layer_graph.parts)
     ]
     largest = {group[0]: torch.zeros(modules[group[0]].weight.shape[1]) for group in chosen}
-    watches = {
+    observers = {
         f"{name}.input": partial(_grow_, largest[group[0]], channel_axis(modules[name]))
         for group in chosen
         for name in group
     }
-    if watches:
-        watch_trajectory(checkpoint, watches, largest, "smooth", config, ctx)
+    if observers:
+        collect_activations(checkpoint, observers, largest, "smooth", config, ctx)
     found: Vectors = {}
     for group in chosen:
         x = largest[group[0]]
@@ -61,9 +61,9 @@ def smoothing(checkpoint: Checkpoint, layers: Iterable[str], config: QuantizeCon
         if group[0] in whole:
             s = vector(x, w, config.smooth)
         else:
-            widths = wiring.parts[group[0]]
+            widths = layer_graph.parts[group[0]]
             x, w = (torch.cat([part.amax().expand(len(part)) for part in v.split(widths)]) for v in (x, w))
-            s = vector(x, w, JOIN_ALPHA)
+            s = vector(x, w, CONCAT_ALPHA)
         found |= dict.fromkeys(group, s)
     return found
 
@@ -87,5 +87,5 @@ def _by_input(weight: torch.Tensor) -> torch.Tensor:
 def _grow_(largest: torch.Tensor, axis: int, x: torch.Tensor, call: int, samples: int) -> None:
     seen = x.detach().abs().movedim(axis, 0).flatten(1).amax(1).float().cpu()
     if not torch.isfinite(seen).all():
-        raise NotFinite
+        raise NonFiniteError
     torch.maximum(largest, seen, out=largest)

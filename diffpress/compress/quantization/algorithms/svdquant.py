@@ -23,11 +23,11 @@ from diffpress.compress.quantization.formats import FORMATS
 Tensors = dict[str, torch.Tensor]
 
 
-def with_branches(checkpoint: Checkpoint, scales: Quantization, rank: int) -> Quantization:
+def with_svdquant(checkpoint: Checkpoint, scales: Quantization, rank: int) -> Quantization:
     """`scales` with a branch of this rank for every linear layer in the stage's format that has a larger one."""
     from modelopt.torch.quantization.model_calib import svd
 
-    branch: Tensors = {}
+    svdquant: Tensors = {}
     amax = {key: value.clone() for key, value in scales.amax.items()}
     for name in scales.layers:
         layer = checkpoint.model.get_submodule(name)
@@ -36,29 +36,29 @@ def with_branches(checkpoint: Checkpoint, scales: Quantization, rank: int) -> Qu
         smooth = scales.smooth.get(name, torch.ones(layer.in_features))
         weight, form = layer.weight.detach().float().cpu() * smooth, FORMATS[scales.format]
         up, down = svd(weight, rank)
-        branch |= {f"{name}.down": (down / smooth).contiguous(), f"{name}.up": up.contiguous()}
+        svdquant |= {f"{name}.down": (down / smooth).contiguous(), f"{name}.up": up.contiguous()}
         # what was added to the range stays: see reduce_range
         amax[f"{name}.weight"] *= weight_amax(weight - up @ down, form) / weight_amax(weight, form)
-    return replace(scales, amax=amax, branch=branch)
+    return replace(scales, amax=amax, svdquant=svdquant)
 
 
 def product(scales: Quantization, layer: str) -> torch.Tensor | float:
     """up down [out, in] of a layer's branch, 0 where it has none."""
-    return scales.branch[f"{layer}.up"] @ scales.branch[f"{layer}.down"] if f"{layer}.up" in scales.branch else 0.0
+    return scales.svdquant[f"{layer}.up"] @ scales.svdquant[f"{layer}.down"] if f"{layer}.up" in scales.svdquant else 0.0
 
 
-def attach_branches_(model: nn.Module, scales: Quantization) -> None:
+def attach_svdquant_(model: nn.Module, scales: Quantization) -> None:
     """Give the layers of `model`, which have quantizers, what they have left to round, and their branch beside it."""
-    for key in scales.branch:
+    for key in scales.svdquant:
         name, _, side = key.rpartition(".")
         if side == "up":
             layer: Any = model.get_submodule(name)
             residual = layer._parameters["weight"].detach().float() - product(scales, name)
             layer._parameters["weight"] = nn.Parameter(residual, requires_grad=False)
-            layer.register_buffer("branch_down", scales.branch[f"{name}.down"])
-            layer.register_buffer("branch_up", scales.branch[key])
-            layer.register_forward_hook(_add_branch)
+            layer.register_buffer("branch_down", scales.svdquant[f"{name}.down"])
+            layer.register_buffer("branch_up", scales.svdquant[key])
+            layer.register_forward_hook(_add_low_rank)
 
 
-def _add_branch(layer: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
+def _add_low_rank(layer: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
     return out + F.linear(F.linear(args[0], layer.branch_down), layer.branch_up)

@@ -23,11 +23,11 @@ from diffpress.compress.context import Context
 from diffpress.compress.quantization.algorithms.awq import activation_aware
 from diffpress.compress.quantization.algorithms.smoothquant import along, smoothing
 from diffpress.compress.quantization.calibration.clip_range import amax_of
-from diffpress.compress.quantization.calibration.observer import Watch, calls_per_batch, watch_trajectory
+from diffpress.compress.quantization.calibration.observer import Observer, collect_activations, evaluations_per_batch
 from diffpress.compress.quantization.calibration.statistics import Statistics, no_statistics, observe_
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.formats import FORMATS, INT8
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 LEVELS, REDUCED_LEVELS = 127, 64
 
@@ -40,31 +40,31 @@ def calibrate(
     """The amax of every quantizer, '<layer>.<weight|input|output>' -> float32 tensor, and what smooths which layer.
 
     `formats` are the layers' and `outputs` the modules whose results are rounded too (compress/quantization/layer_selection.py).
-    Where no activation is rounded the model is not run. Raises BadInput, naming the layer, for a scale that is zero,
+    Where no activation is rounded the model is not run. Raises InvalidInputError, naming the layer, for a scale that is zero,
     infinite or missing, and for a value that is not finite.
     """
     modules = dict(checkpoint.model.named_modules())
     numbers = {name: number for name, kind in formats.items() if (number := FORMATS[kind].activations)}
     floats = [name for name, number in numbers.items() if not number.is_integer]
     if config.calibration == "entropy" and floats:
-        raise BadInput(
+        raise InvalidInputError(
             f"quantize: calibration entropy weighs integers, and layer '{floats[0]}' is in {formats[floats[0]]}; take "
             "mse, percentile or max"
         )
     smooth = smoothing(checkpoint, numbers, config, ctx) | activation_aware(checkpoint, formats, config, ctx)
     keys = [f"{name}.input" for name in numbers] + [f"{name}.output" for name in outputs]
-    statistics = no_statistics(keys, calls_per_batch(checkpoint))
-    watches: dict[str, Watch] = {key: partial(observe_, statistics, i) for i, key in enumerate(keys)}
+    statistics = no_statistics(keys, evaluations_per_batch(checkpoint))
+    observers: dict[str, Observer] = {key: partial(observe_, statistics, i) for i, key in enumerate(keys)}
     for name, s in smooth.items():
         if name in numbers:
-            watches[f"{name}.input"] = partial(_smoothed, watches[f"{name}.input"], 1 / along(s, modules[name]))
+            observers[f"{name}.input"] = partial(_smoothed, observers[f"{name}.input"], 1 / along(s, modules[name]))
     if keys:
-        watch_trajectory(checkpoint, watches, statistics.tensors, "calibrate", config, ctx)
+        collect_activations(checkpoint, observers, statistics.tensors, "calibrate", config, ctx)
     return _amax(checkpoint, formats, statistics, smooth, config), smooth
 
 
-def _smoothed(watch: Watch, factor: torch.Tensor, x: torch.Tensor, call: int, samples: int) -> None:
-    watch(x * factor.to(x.device), call, samples)
+def _smoothed(observe: Observer, factor: torch.Tensor, x: torch.Tensor, call: int, samples: int) -> None:
+    observe(x * factor.to(x.device), call, samples)
 
 
 def _amax(
@@ -87,8 +87,8 @@ def _amax(
     for key, value in found.items():
         if not (torch.isfinite(value).all() and (value > 0).all()):
             name, _, what = key.rpartition(".")
-            raise BadInput(
+            raise InvalidInputError(
                 f"quantize: layer '{name}' has a {what} scale that is zero, infinite or missing; "
-                f"keep it in float with keep: [{name}]"
+                f"keep it in float with ignored_layers: [{name}]"
             )
     return found

@@ -25,60 +25,60 @@ from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import Advance, progress
 from diffpress.compress.training.resume import read_state, write_state
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate_batches
-from diffpress.runtime.solvers import network_calls
+from diffpress.runtime.solvers import solver_evaluations
 
 CALIBRATION_SEED = 1_000_000  # far from the seeds that people sample and evaluate with
 SAVE_EVERY = 8  # calls
 WHAT = "state of calibration"
 
-# (tensor, number of the call within its batch, samples in the call); raises NotFinite for a tensor that is not
-Watch = Callable[[torch.Tensor, int, int], None]
+# (tensor, number of the call within its batch, samples in the call); raises NonFiniteError for a tensor that is not
+Observer = Callable[[torch.Tensor, int, int], None]
 Tensors = Mapping[str, torch.Tensor]
 
 
-class NotFinite(ValueError):
+class NonFiniteError(ValueError):
     """A tensor holds a value that is not finite."""
 
 
-def calls_per_batch(checkpoint: Checkpoint) -> int:
+def evaluations_per_batch(checkpoint: Checkpoint) -> int:
     """How often the network is called for one batch by the checkpoint's plan (under guidance with both halves)."""
-    return network_calls(checkpoint.spec.plan.solver, checkpoint.spec.plan.steps)
+    return solver_evaluations(checkpoint.spec.plan.solver, checkpoint.spec.plan.steps)
 
 
-def watch_trajectory(
+def collect_activations(
     checkpoint: Checkpoint,
-    watches: Mapping[str, Watch],
+    observers: Mapping[str, Observer],
     gathered: Tensors,
     what: str,
     config: QuantizeConfig,
     ctx: Context,
 ) -> None:
-    """Make `config.samples` samples while `watches`, by '<layer>.<input|output>', see that tensor of every call.
+    """Make `config.samples` samples while `observers`, by '<layer>.<input|output>', see that tensor of every call.
 
     `gathered` are the tensors that the watches change; they are saved as, and restored from, `what`.safetensors in the
-    context's folder. Raises BadInput, naming the module and the timestep, at the first value that is not finite.
+    context's folder. Raises InvalidInputError, naming the module and the timestep, at the first value that is not finite.
     """
-    facts = [checkpoint.hash, config.model_dump(mode="json"), ctx.data.hash if ctx.data else None, list(watches)]
+    facts = [checkpoint.hash, config.model_dump(mode="json"), ctx.data.hash if ctx.data else None, list(observers)]
     saved = _Saved(ctx.work / f"{what}.safetensors", json.dumps(facts), gathered)
     done, answers = saved.restore()
-    calls, batches = calls_per_batch(checkpoint), -(-config.samples // config.batch)
+    calls, batches = evaluations_per_batch(checkpoint), -(-config.samples // config.batch)
     first, answers = done // calls * config.batch, answers[: done % calls]
     if done == calls * batches:
         return
     model = checkpoint.shared_model()
-    told = ctx.conditions(config.samples).part(slice(first, None))
+    conditioning = ctx.conditions(config.samples).part(slice(first, None))
     seeds = range(CALIBRATION_SEED + first, CALIBRATION_SEED + config.samples)
     with progress(what, batches * calls, done) as advance:
-        network = _Watched(TorchNetwork(model, checkpoint.spec), model, saved, answers, calls * batches, advance, done)
+        network = _ObservedNetwork(TorchNetwork(model, checkpoint.spec), model, saved, answers, calls * batches, advance, done)
         try:
-            with network.watching(watches):
-                for _ in generate_batches(network, checkpoint.spec, seeds, batch=config.batch, conditions=told):
+            with network.observing(observers):
+                for _ in generate_batches(network, checkpoint.spec, seeds, batch=config.batch, conditions=conditioning):
                     network.answers.clear()
                     network.call = 0
-        except NotFinite as error:
-            raise BadInput(
+        except NonFiniteError as error:
+            raise InvalidInputError(
                 f"quantize: {_first_not_finite(network.network, model, network.asked)} is not finite at timestep "
                 f"{float(network.asked['timestep'][0]):g} of calibration; sample the checkpoint as it is, and mend "
                 "what made it so"
@@ -86,7 +86,7 @@ def watch_trajectory(
 
 
 @dataclass
-class _Watched:
+class _ObservedNetwork:
     """The network under watch; the first calls of a batch are answered from `answers`, where those are known.
 
     `call` is the next one's number in its batch, `done` counts those that the network was asked, of `total`, and
@@ -121,22 +121,22 @@ class _Watched:
         self.asked = inputs
         out = self.network.run(inputs)
         if not np.isfinite(out).all():
-            raise NotFinite
+            raise NonFiniteError
         return out
 
     @contextmanager
-    def watching(self, watches: Mapping[str, Watch]) -> Iterator[None]:
+    def observing(self, observers: Mapping[str, Observer]) -> Iterator[None]:
         modules: dict[str, Any] = dict(self.model.named_modules())
         with ExitStack() as stack:
-            for key, watch in watches.items():
+            for key, observe in observers.items():
                 layer, _, side = key.rpartition(".")
-                see = partial(self._see, watch, side)
+                see = partial(self._see, observe, side)
                 stack.callback(modules[layer].register_forward_hook(see).remove)
             yield
 
-    def _see(self, watch: Watch, side: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
+    def _see(self, observe: Observer, side: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
         results = out if isinstance(out, tuple) else (out,)
-        watch(args[0] if side == "input" else results[0], self.call, len(self.asked["sample"]))
+        observe(args[0] if side == "input" else results[0], self.call, len(self.asked["sample"]))
 
 
 def _first_not_finite(network: TorchNetwork, model: nn.Module, inputs: dict[str, np.ndarray]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
-from diffpress.compress.quantization.calibration.observer import NotFinite
+from diffpress.compress.quantization.calibration.observer import NonFiniteError
 
 BINS = 4096
 LEAST_TOP = 2.0**-100  # what is smaller counts as zero
@@ -59,14 +59,14 @@ def no_statistics(names: Iterable[str], calls: int) -> Statistics:
 def observe_(statistics: Statistics, index: int, x: torch.Tensor, call: int, samples: int) -> None:
     """Add tensor number `index` of call number `call`, made for `samples` samples: x [n * samples, ...], of any type.
 
-    A tensor that is not laid out by samples counts as one. Raises NotFinite where x is not finite.
+    A tensor that is not laid out by samples counts as one. Raises NonFiniteError where x is not finite.
     """
     rows = samples if x.dim() and len(x) % samples == 0 else 1
     magnitudes = x.detach().abs().reshape(rows, -1)
     maxima = magnitudes.amax(1)
     largest = maxima.max().item()
     if not math.isfinite(largest):
-        raise NotFinite
+        raise NonFiniteError
     statistics.largest[index].clamp_(min=largest)
     statistics.sums[index, call] += maxima.sum(dtype=torch.float64).item()
     statistics.rows[index, call] += rows

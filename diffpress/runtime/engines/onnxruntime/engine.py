@@ -28,8 +28,8 @@ from diffpress.runtime.bundle import Built
 from diffpress.runtime.engines import macs
 from diffpress.runtime.engines.onnxruntime.providers import CPU, PROVIDERS, in_order
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.engines.precision_report import UNMATCHED, Account, Kernel, Product, accounted
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.engines.precision_report import UNMATCHED, Kernel, PrecisionReport, Product, precision_report_of
+from diffpress.runtime.errors import InvalidInputError
 
 NAME = "onnxruntime"
 EXTRA = None
@@ -75,7 +75,7 @@ def unusable() -> None:
 
 
 def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> OnnxRuntimeEngine:
-    """Load an ONNX file; raises BadInput where ONNX Runtime cannot read it."""
+    """Load an ONNX file; raises InvalidInputError where ONNX Runtime cannot read it."""
     return OnnxRuntimeEngine(path, options)
 
 
@@ -100,7 +100,7 @@ class OnnxRuntimeEngine:
         except Exception as error:
             raise _refused(self._path, "run", error) from error
 
-    def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
+    def precision_report(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> PrecisionReport:
         """From the kernels of one profiled run in a second session, whose integer kernels are the same."""
         options = _options(self._threads)
         # prepacked weights vanish from the profile's shapes; which kernel runs does not depend on it
@@ -108,7 +108,7 @@ class OnnxRuntimeEngine:
         # blocked float convolutions lose their nodes' names; they come after the integer ones are chosen
         events = self._profiled(options, example_inputs, runs=1, without=["NchwcTransformer"])
         nodes = {event["name"].removesuffix(KERNEL): event["args"] for event in events}
-        return accounted([_product(name, node, nodes) for name, node in nodes.items()], promised)
+        return precision_report_of([_product(name, node, nodes) for name, node in nodes.items()], promised)
 
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
         """From the profile of a second session; a blocked convolution is found by the tensor it writes."""
@@ -134,7 +134,7 @@ class OnnxRuntimeEngine:
         return [event for event in events if "op_name" in event["args"]]
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
-        return self.account(example_inputs).integer_mac_share
+        return self.precision_report(example_inputs).integer_mac_share
 
     def close(self) -> None:
         self._session = None
@@ -180,7 +180,7 @@ def _first_session(path: Path, options: Any, asked: Sequence[str]) -> tuple[Any,
             session, reason = _session(path, options, name), "it did not start"
             if PROVIDERS[name] in session.get_providers():  # ONNX Runtime drops some that fail without a word
                 return session, name
-        except BadInput as error:
+        except InvalidInputError as error:
             reason = str(error)
         warnings.warn(f"onnxruntime: provider '{name}' fails, trying {following}: {reason}", stacklevel=2)
     return _session(path, options, CPU), CPU
@@ -190,7 +190,7 @@ def _session(path: Path, options: Any, provider: str, without: list[str] | None 
     import onnxruntime
 
     if not path.is_file():
-        raise BadInput(f"{path}: no such file")
+        raise InvalidInputError(f"{path}: no such file")
     providers = [PROVIDERS[name] for name in dict.fromkeys([provider, CPU])]  # what it cannot run, the processor does
     try:
         return onnxruntime.InferenceSession(
@@ -200,14 +200,14 @@ def _session(path: Path, options: Any, provider: str, without: list[str] | None 
         raise _refused(path, "load", error) from error
 
 
-def _refused(path: Path, verb: str, error: Exception) -> BadInput:
+def _refused(path: Path, verb: str, error: Exception) -> InvalidInputError:
     reason = (str(error).splitlines() or ["no reason given"])[0]
-    return BadInput(f"{path}: ONNX Runtime cannot {verb} it ({reason}); export it again")
+    return InvalidInputError(f"{path}: ONNX Runtime cannot {verb} it ({reason}); export it again")
 
 
 def _numpy_type(name: str, path: Path) -> np.dtype:
     if name not in TYPES:
-        raise BadInput(f"{path}: an input of type {name} is not supported")
+        raise InvalidInputError(f"{path}: an input of type {name} is not supported")
     return np.dtype(TYPES[name])
 
 

@@ -23,7 +23,7 @@ def in_order(asked: Sequence[str], there: Collection[str]) -> tuple[list[str], l
     """The names to try one after the other, and those that were asked for and are not there.
 
     `there` are ONNX Runtime's own names of what its package has. Without a wish all of these are tried in the order
-    above; the processor is always the last resort. Raises BadInput for a name that no provider has.
+    above; the processor is always the last resort. Raises InvalidInputError for a name that no provider has.
     """
     for name in asked:
         if name not in PROVIDERS:

@@ -26,9 +26,9 @@ import numpy as np
 from diffpress.runtime.bundle import Built
 from diffpress.runtime.engines.openvino.layers import layer_names, products
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.engines.precision_report import Account, Kernel, accounted
-from diffpress.runtime.errors import BadInput, Unfit
-from diffpress.runtime.fused.openvino import FORM, Walk, walking_model
+from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport, precision_report_of
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
+from diffpress.runtime.fused.openvino import FORM, FusedSampling, fused_model
 from diffpress.runtime.fused.program import Program
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
 
@@ -36,7 +36,7 @@ EXTRA = "openvino"
 OPTIONS = {"threads", "precision", "streams"}
 KEPT_SHAPES = 4
 # beyond it a step takes so long that a walk saves next to nothing, and a second compiled model the memory of the first
-WALKED_BYTES = 2**26
+FUSED_MAX_BYTES = 2**26
 
 CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
 
@@ -52,7 +52,7 @@ def unusable() -> None:
 
 
 def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> OpenVinoEngine:
-    """Read an ONNX file or an IR; BadInput where OpenVINO cannot, Unfit for a precision the processor has not."""
+    """Read an ONNX file or an IR; InvalidInputError where OpenVINO cannot, Unfit for a precision the processor has not."""
     return OpenVinoEngine(path, options)
 
 
@@ -65,7 +65,7 @@ class OpenVinoEngine:
         import openvino
 
         if not path.is_file():
-            raise BadInput(f"{path}: no such file")
+            raise InvalidInputError(f"{path}: no such file")
         self._path, self._core, self._cache = path, openvino.Core(), options.cache
         self._streams, self._options = options.streams, _properties(self._core, options)
         self._bytes = _size(path)
@@ -84,23 +84,23 @@ class OpenVinoEngine:
             # copies: with `share_outputs` the next call would write over them
             return dict(zip(self._outputs, request.infer(inputs, share_inputs=True).to_tuple(), strict=True))
 
-    def walk(self, program: Program, told: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
+    def run_fused(self, program: Program, static_inputs: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
         """As diffpress.runtime.fused.program.Walker; None for large networks, and in f16, where the steps were never seen to stay
         in float32."""
         precision = self._options["INFERENCE_PRECISION_HINT"]
-        if precision == "f16" or self.inputs[SAMPLE] != np.float32 or self._bytes > WALKED_BYTES:
+        if precision == "f16" or self.inputs[SAMPLE] != np.float32 or self._bytes > FUSED_MAX_BYTES:
             return None
         rows = program.halves * len(start)
-        shapes = {name: array.shape for name, array in told.items()}
+        shapes = {name: array.shape for name, array in static_inputs.items()}
         shapes |= {SAMPLE: (rows, *start.shape[1:]), TIMESTEP: (rows,)}
-        with self._free(tuple(shapes.items()), program.halves) as walk:
-            return walk.run(program, told, start)
+        with self._free(tuple(shapes.items()), program.halves) as run_fused:
+            return run_fused.run(program, static_inputs, start)
 
-    def account(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> Account:
+    def precision_report(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> PrecisionReport:
         """From the layers of the model compiled for these shapes."""
         compiled = self._compiled_for(tensor_shapes(example_inputs)).model
         with self._compiling:  # the model as read keeps the shapes of whatever was compiled last
-            return accounted(list(products(self._reshaped(tensor_shapes(example_inputs)), compiled)), promised)
+            return precision_report_of(list(products(self._reshaped(tensor_shapes(example_inputs)), compiled)), promised)
 
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
         """From the performance counters of a second compiled model."""
@@ -116,7 +116,7 @@ class OpenVinoEngine:
         return [Kernel(names.get(name, (name,)), statistics.median(found[1:])) for name, found in times.items()]
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
-        return self.account(example_inputs).integer_mac_share
+        return self.precision_report(example_inputs).integer_mac_share
 
     def close(self) -> None:
         self._compiled.clear()
@@ -150,17 +150,17 @@ class OpenVinoEngine:
             model = self._import(key)
             if model is None:
                 graph = self._reshaped(shapes)
-                graph = walking_model(graph.clone(), halves) if halves else graph
+                graph = fused_model(graph.clone(), halves) if halves else graph
                 model = self._core.compile_model(graph, "CPU", self._options)
                 if self._cache is not None:
                     self._cache.write(key, _exported(model))
-        except BadInput:
+        except InvalidInputError:
             raise
         except Exception as error:
             raise _refused(self._path, "compile", error) from error
         self._compiled[shapes, halves] = compiled = _Compiled(model, SimpleQueue())
         for _ in range(self._streams):
-            compiled.requests.put(Walk(model) if halves else model.create_infer_request())
+            compiled.requests.put(FusedSampling(model) if halves else model.create_infer_request())
         return compiled
 
     def _import(self, key: str) -> Any:
@@ -188,10 +188,10 @@ class OpenVinoEngine:
             self._cache.write(self._key(()), json.dumps(tensors).encode())
         return tensors
 
-    def _key(self, shapes: Shapes, *walking: int) -> str:
+    def _key(self, shapes: Shapes, *fused_only: int) -> str:
         """All that a compiled model depends on besides the graph."""
         version, device = self._core.get_versions("CPU")["CPU"].build_number, "FULL_DEVICE_NAME"
-        return json.dumps([version, self._core.get_property("CPU", device), self._options, shapes, *walking])
+        return json.dumps([version, self._core.get_property("CPU", device), self._options, shapes, *fused_only])
 
     def _read(self) -> Any:
         if self._model is None:
@@ -219,7 +219,7 @@ def _properties(core: Any, options: EngineOptions) -> dict[str, Any]:
     wanted = CAPABILITIES.get(options.precision)
     if wanted is not None and wanted not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         device = core.get_property("CPU", "FULL_DEVICE_NAME")
-        raise Unfit(
+        raise EngineUnavailableError(
             f"engine 'openvino': this processor ({device}) does not compute in {options.precision}; leave it at f32"
         )
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": options.precision}
@@ -247,7 +247,7 @@ def _exported(model: Any) -> bytes:
     return stream.getvalue()
 
 
-def _refused(path: Path, verb: str, error: Exception) -> BadInput:
+def _refused(path: Path, verb: str, error: Exception) -> InvalidInputError:
     """One line out of OpenVINO's many: the last is the reason, those before say where in its sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
-    return BadInput(f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); export it again")
+    return InvalidInputError(f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); export it again")

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from diffpress.runtime.engines.tensorrt.library import call
-from diffpress.runtime.errors import Unfit
+from diffpress.runtime.errors import EngineUnavailableError
 
 
 class Binding:
@@ -82,7 +82,7 @@ class Binding:
         call(self._cuda, "cudaStreamBeginCapture", self._stream, mode)
         try:
             enqueue()
-        except Unfit:
+        except EngineUnavailableError:
             # what was begun must be ended; the failed capture is then thrown away, and calls go on one by one
             self._cuda.cudaStreamEndCapture(self._stream)
             return None
@@ -128,4 +128,4 @@ class Binding:
 
 def _checked(done: bool, what: str) -> None:
     if not done:
-        raise Unfit(f"TensorRT refuses {what}; rebuild the plan with --rebuild")
+        raise EngineUnavailableError(f"TensorRT refuses {what}; rebuild the plan with --rebuild")

@@ -21,7 +21,7 @@ from diffpress.runtime.engines.tensorrt.messages import build_error, parse_error
 from diffpress.runtime.engines.tensorrt.monitor import monitor
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
 from diffpress.runtime.engines.tensorrt.profile import Shapes, profile_shapes
-from diffpress.runtime.errors import BadInput, MissingExtra, Unfit, unknown_name
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError, MissingDependencyError, unknown_name
 from diffpress.runtime.io.files import write_bytes
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -29,7 +29,7 @@ from diffpress.runtime.spec import DenoiserSpec
 DATA_FILE = re.compile(rb"\n\x08location\x12([\x01-\x7f])")
 
 
-class Plan(NamedTuple):
+class BuiltEngine(NamedTuple):
     """The bytes of a plan, and what the manifest keeps of how it was made (all but file, engine and precision)."""
 
     data: bytes
@@ -44,30 +44,30 @@ def build(
     *,
     part: str = "denoiser",
     quiet: bool = False,
-) -> Plan:
+) -> BuiltEngine:
     """Build `graph`, which is the bundle's graph `part`, for GPUs such as '8.9', or none: for the one that is here.
 
-    Raises MissingExtra without a library, and BadInput in one line for what cannot be built, naming the node if any.
+    Raises MissingDependencyError without a library, and InvalidInputError in one line for what cannot be built, naming the node if any.
     """
     name, capabilities = choose(capabilities)
     refuse_unsupported(name, options)
     trt = libraries.library(name)
     if not graph.is_file():
-        raise BadInput(f"{graph}: no such file")
+        raise InvalidInputError(f"{graph}: no such file")
     began = time.monotonic()
     logger = libraries.collector(trt)
     builder = trt.Builder(logger)
     network = _parsed(trt, builder, logger, graph, name)
     shapes = profile_shapes(_dimensions(network), spec, options, part)
     config = _configured(trt, builder, name, options, capabilities, shapes)
-    watch = monitor(trt, f"{graph.name} for {', '.join(capabilities)}") if not quiet else None
-    if watch is not None:
-        config.progress_monitor = watch
+    observe = monitor(trt, f"{graph.name} for {', '.join(capabilities)}") if not quiet else None
+    if observe is not None:
+        config.progress_monitor = observe
     timing = None if name == libraries.RTX else _with_timing_cache(trt, config, capabilities[0])
     plan = builder.build_serialized_network(network, config)
-    if watch is not None:
-        watch.clear()
-        if watch.interrupted:
+    if observe is not None:
+        observe.clear()
+        if observe.interrupted:
             raise KeyboardInterrupt
     if plan is None:
         raise build_error(graph.name, name, logger.errors, options)
@@ -86,48 +86,48 @@ def build(
         "options": options.to_json(),
         "build_seconds": round(time.monotonic() - began, 1),
     }
-    return Plan(data, entry)
+    return BuiltEngine(data, entry)
 
 
 def choose(capabilities: Sequence[str]) -> tuple[str, list[str]]:
     """The library that builds for these compute capabilities, and them; for none the GPU's that is here.
 
-    Raises MissingExtra where none is installed, BadInput for an unknown capability and where no GPU is here to build
+    Raises MissingDependencyError where none is installed, InvalidInputError for an unknown capability and where no GPU is here to build
     for, or on.
     """
     found = libraries.installed()
     if not found:
-        raise MissingExtra(libraries.RTX, libraries.EXTRA, "building TensorRT plans")
+        raise MissingDependencyError(libraries.RTX, libraries.EXTRA, "building TensorRT plans")
     ahead = libraries.targets(libraries.library(libraries.RTX)) if libraries.RTX in found else {}
     if capabilities and all(one in ahead for one in capabilities):
         return libraries.RTX, list(dict.fromkeys(capabilities))
     try:
         here = libraries.gpu_capability(libraries.cuda_runtime())
-    except (MissingExtra, Unfit) as error:
+    except (MissingDependencyError, EngineUnavailableError) as error:
         if not capabilities:
-            raise BadInput("target tensorrt: name the GPUs to build for, as in --compute-capability 8.6 8.9") from error
+            raise InvalidInputError("target tensorrt: name the GPUs to build for, as in --compute-capability 8.6 8.9") from error
         if not ahead:
-            raise BadInput(f"TensorRT builds for the GPU that is here alone, and {error}; take tensorrt-rtx") from error
+            raise InvalidInputError(f"TensorRT builds for the GPU that is here alone, and {error}; take tensorrt-rtx") from error
         raise unknown_name("compute capability", next(o for o in capabilities if o not in ahead), ahead) from error
     if not capabilities and here in ahead:
         return libraries.RTX, [here]
     # TensorRT-RTX's CURRENT is no way out for a GPU without a name: on 9.0 it built a plan that it then called invalid
     if libraries.CLASSIC in found and set(capabilities) <= {here}:
         return libraries.CLASSIC, [here]
-    raise Unfit(
+    raise EngineUnavailableError(
         f"{' and '.join(found)} cannot build for compute capability {', '.join(capabilities) or here} on a GPU of "
         f"{here}; choose from {', '.join(ahead) or here}"
     )
 
 
 def refuse_unsupported(library: str, options: BuildOptions) -> None:
-    """Raise BadInput for what this library does not have, and would pass over in silence."""
+    """Raise InvalidInputError for what this library does not have, and would pass over in silence."""
     if library != libraries.RTX:
         return
     if options.version_compatible:
-        raise BadInput(f"{library} has no version-compatible plans; leave that out, and rebuild where versions differ")
+        raise InvalidInputError(f"{library} has no version-compatible plans; leave that out, and rebuild where versions differ")
     if options.hardware_compatible != "none":
-        raise BadInput(f"{library} has no hardware compatibility levels; name all compute capabilities instead")
+        raise InvalidInputError(f"{library} has no hardware compatibility levels; name all compute capabilities instead")
 
 
 def graph_sha256(path: Path) -> str:
@@ -193,7 +193,7 @@ def _configured(
         levels = trt.HardwareCompatibilityLevel.__members__
         level = options.hardware_compatible.upper()
         if level not in levels:
-            raise BadInput(f"{library} {trt.__version__} has no hardware compatibility '{options.hardware_compatible}'")
+            raise InvalidInputError(f"{library} {trt.__version__} has no hardware compatibility '{options.hardware_compatible}'")
         config.hardware_compatibility_level = levels[level]
     return config
 

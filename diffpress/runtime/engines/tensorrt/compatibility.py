@@ -19,7 +19,7 @@ from diffpress.runtime.engines.tensorrt.library import Device
 Profile = Mapping[str, Sequence[Sequence[int]]]
 
 
-def misfit(entry: Mapping[str, Any], device: Device, graph_sha256: str) -> str | None:
+def incompatibility(entry: Mapping[str, Any], device: Device, graph_sha256: str) -> str | None:
     """Why a plan with this manifest entry cannot run on `device` for the graph with this hash; None where it can."""
     malformed = _malformed(entry)
     if malformed:

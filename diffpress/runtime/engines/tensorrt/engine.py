@@ -18,16 +18,16 @@ import numpy as np
 
 from diffpress.runtime.bundle import Built
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.engines.precision_report import Account, Kernel
+from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport
 from diffpress.runtime.engines.tensorrt import library as libraries
 from diffpress.runtime.engines.tensorrt.binding import Binding
 from diffpress.runtime.engines.tensorrt.compatibility import uncovered
-from diffpress.runtime.engines.tensorrt.engine_files import plan_for
+from diffpress.runtime.engines.tensorrt.engine_files import engine_for
 from diffpress.runtime.engines.tensorrt.messages import one_line
-from diffpress.runtime.errors import Unfit
-from diffpress.runtime.fused.cuda import Kernels, Walk
+from diffpress.runtime.errors import EngineUnavailableError
+from diffpress.runtime.fused.cuda import FusedSampling, Kernels
 from diffpress.runtime.fused.program import Program
-from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, told_timesteps
+from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, typed_timesteps
 
 NAME = "tensorrt"
 EXTRA = libraries.EXTRA
@@ -50,14 +50,14 @@ def unusable() -> str | None:
     """Why this machine cannot run it: there is no GPU."""
     try:
         libraries.gpu_capability(libraries.cuda_runtime())
-    except Unfit as error:
+    except EngineUnavailableError as error:
         return str(error)
     return None
 
 
 def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> TensorRtEngine:
     """The plan of this graph that fits this machine, or with `options.rebuild` a new one; Unfit where there is none."""
-    plan, entry = plan_for(path, options, built, libraries.device_here())
+    plan, entry = engine_for(path, options, built, libraries.device_here())
     return TensorRtEngine(path, plan, entry, options)
 
 
@@ -81,7 +81,7 @@ class TensorRtEngine:
         self.inputs = {n: self._types[n] for n in names if self._engine.get_tensor_mode(n) == is_input}
         self._stream = libraries.call(self._cuda, "cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self._bindings: dict[tuple[tuple[str, tuple[int, ...]], ...], Binding] = {}
-        self._walks: dict[Binding, Walk] = {}
+        self._walks: dict[Binding, FusedSampling] = {}
         self._walking: tuple[Kernels, ...] | None = None  # None: not tried, empty: not to be had
         self._cache, self._compiled = options.cache, f"kernels of {entry['sha256']}"
         self._config = self._runtime_config()
@@ -93,28 +93,28 @@ class TensorRtEngine:
         parts = [self._binding(part).run(part) for part in parted(inputs, self._largest)]
         return parts[0] if len(parts) == 1 else {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
 
-    def walk(self, program: Program, told: Inputs, start: np.ndarray) -> np.ndarray | None:
+    def run_fused(self, program: Program, static_inputs: Inputs, start: np.ndarray) -> np.ndarray | None:
         """As diffpress.runtime.fused.program.Walker; None where NVRTC is missing, and for graphs that do not speak float32."""
         each, out = self._largest // program.halves, next(n for n in self._types if n not in self.inputs)
         kernels = self._kernels()
         if kernels is None or each < 1 or {self._types[SAMPLE], self._types[out]} != {np.dtype(np.float32)}:
             return None
-        walked = []
+        fused = []
         for first in range(0, len(start), each):
             # what samples are told goes by halves: all of the given one, then all of the null one
             rows = [half * len(start) + i for half in range(program.halves) for i in range(len(start))[first:][:each]]
             part = start[first : first + each]
-            times = told_timesteps([program.timesteps[0]] * len(rows), self._types[TIMESTEP])
-            feed = {name: array[rows] for name, array in told.items()}
+            times = typed_timesteps([program.timesteps[0]] * len(rows), self._types[TIMESTEP])
+            feed = {name: array[rows] for name, array in static_inputs.items()}
             feed |= {SAMPLE: np.concatenate([part] * program.halves), TIMESTEP: times}
             binding = self._binding(feed)
             if binding not in self._walks:
-                self._walks[binding] = Walk(self._cuda, kernels, binding, self._stream)
-            walked.append(self._walks[binding].run(program, feed, part))
-        return np.concatenate(walked)
+                self._walks[binding] = FusedSampling(self._cuda, kernels, binding, self._stream)
+            fused.append(self._walks[binding].run(program, feed, part))
+        return np.concatenate(fused)
 
-    def account(self, example_inputs: Inputs, promised: Collection[str] = ()) -> Account:
-        raise Unfit(f"{self._path}: TensorRT does not tell which of its kernels compute on integers")
+    def precision_report(self, example_inputs: Inputs, promised: Collection[str] = ()) -> PrecisionReport:
+        raise EngineUnavailableError(f"{self._path}: TensorRT does not tell which of its kernels compute on integers")
 
     def integer_mac_share(self, example_inputs: Inputs) -> None:
         """Not known: see the top of this file."""
@@ -149,7 +149,7 @@ class TensorRtEngine:
         if self._walking is None:
             try:
                 self._walking = (Kernels(libraries.gpu_capability(self._cuda)),)
-            except Unfit:
+            except EngineUnavailableError:
                 self._walking = ()
         return next(iter(self._walking), None)
 
@@ -159,7 +159,7 @@ class TensorRtEngine:
         if key not in self._bindings:
             reason = uncovered(self._profile, shapes)
             if reason is not None:
-                raise Unfit(f"{self._path.name}: the TensorRT plan does not cover this: {reason}; export with --sizes")
+                raise EngineUnavailableError(f"{self._path.name}: the TensorRT plan does not cover this: {reason}; export with --sizes")
             if len(self._bindings) == KEPT_SHAPES:
                 self._drop(next(iter(self._bindings)))
             self._bindings[key] = self._bound(inputs)
@@ -217,12 +217,12 @@ class TensorRtEngine:
     def _type(self, name: str) -> np.dtype:
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in TYPES:
-            raise Unfit(f"{self._path}: '{name}' is of type {kind}, which numpy has not; export it with float inputs")
+            raise EngineUnavailableError(f"{self._path}: '{name}' is of type {kind}, which numpy has not; export it with float inputs")
         return np.dtype(TYPES[kind])
 
-    def _failed(self, verb: str, known: str = "") -> Unfit:
+    def _failed(self, verb: str, known: str = "") -> EngineUnavailableError:
         said = known or one_line(self._logger.errors[0] if self._logger.errors else "")
-        return Unfit(f"{self._path}: TensorRT cannot {verb} ({said}); build another with --rebuild")
+        return EngineUnavailableError(f"{self._path}: TensorRT cannot {verb} ({said}); build another with --rebuild")
 
 
 def reasons(trt: Any, flags: int) -> str:

@@ -12,15 +12,15 @@ from diffpress.runtime.bundle import MANIFEST, Built
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.tensorrt.builder import build, graph_sha256
-from diffpress.runtime.engines.tensorrt.compatibility import misfit
+from diffpress.runtime.engines.tensorrt.compatibility import incompatibility
 from diffpress.runtime.engines.tensorrt.library import Device
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
-from diffpress.runtime.errors import BadInput, Unfit
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 from diffpress.runtime.io.files import read_json
 from diffpress.runtime.spec import DenoiserSpec
 
 
-def plan_for(
+def engine_for(
     path: Path, options: EngineOptions, built: Sequence[Built], device: Device
 ) -> tuple[bytes, dict[str, Any]]:
     """Bytes and manifest entry of the first plan that fits `device`, of those built ahead and then those rebuilt.
@@ -29,7 +29,7 @@ def plan_for(
     """
     graph, reasons = graph_sha256(path), []
     for file, entry in built:
-        reason = misfit(entry, device, graph)
+        reason = incompatibility(entry, device, graph)
         if reason is None:
             plan = file.read_bytes() if file.is_file() else b""
             if hashlib.sha256(plan).hexdigest() == entry["sha256"]:
@@ -42,7 +42,7 @@ def plan_for(
         return kept
     if not options.rebuild:
         found = "; ".join(reasons) or "none was built for it"
-        raise Unfit(f"no TensorRT plan of {path.name} fits here ({found}); build one with --rebuild")
+        raise EngineUnavailableError(f"no TensorRT plan of {path.name} fits here ({found}); build one with --rebuild")
     made = build(path, _spec_beside(path), settings, [device.capability], part=_part_of(path))
     if options.cache is not None:
         key = _key(settings, made.entry["library"], made.entry["version"], device.capability)
@@ -75,7 +75,7 @@ def _spec_beside(path: Path) -> DenoiserSpec:
     """The spec of the bundle that the graph lies in, whose manifest was verified when the bundle was opened."""
     manifest = path.parent / MANIFEST
     if not manifest.is_file():
-        raise BadInput(f"{path}: only graphs of a bundle can be built again; this one has no {MANIFEST} beside it")
+        raise InvalidInputError(f"{path}: only graphs of a bundle can be built again; this one has no {MANIFEST} beside it")
     return DenoiserSpec.from_json(read_json(manifest).get("spec"), f"{manifest}: spec")
 
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from diffpress.runtime.errors import MissingExtra, Unfit
+from diffpress.runtime.errors import EngineUnavailableError, MissingDependencyError
 
 RTX, CLASSIC = "tensorrt-rtx", "tensorrt"
 MODULES = {RTX: "tensorrt_rtx", CLASSIC: "tensorrt"}
@@ -41,16 +41,16 @@ def cuda_missing() -> bool:
 
 
 def library(name: str) -> Any:
-    """The module of one of the two; raises MissingExtra where it is not installed."""
+    """The module of one of the two; raises MissingDependencyError where it is not installed."""
     if not _present(MODULES[name]):
-        raise MissingExtra(name, EXTRA, "TensorRT")
+        raise MissingDependencyError(name, EXTRA, "TensorRT")
     return importlib.import_module(MODULES[name])
 
 
 def cuda_runtime() -> Any:
-    """cuda.bindings.runtime; raises MissingExtra where it is not installed."""
+    """cuda.bindings.runtime; raises MissingDependencyError where it is not installed."""
     if cuda_missing():
-        raise MissingExtra(CUDA_PACKAGE, EXTRA, "TensorRT")
+        raise MissingDependencyError(CUDA_PACKAGE, EXTRA, "TensorRT")
     return importlib.import_module("cuda.bindings.runtime")
 
 
@@ -59,7 +59,7 @@ def call(cuda: Any, name: str, *args: Any) -> Any:
     error, *found = getattr(cuda, name)(*args)
     if int(error) != 0:
         said = cuda.cudaGetErrorString(error)[1]
-        raise Unfit(f"CUDA: {name} failed: {said.decode() if isinstance(said, bytes) else said}")
+        raise EngineUnavailableError(f"CUDA: {name} failed: {said.decode() if isinstance(said, bytes) else said}")
     return found[0] if len(found) == 1 else tuple(found)
 
 
@@ -67,10 +67,10 @@ def gpu_capability(cuda: Any) -> str:
     """'8.9' of the first GPU; raises Unfit in one line where there is none."""
     try:
         count = call(cuda, "cudaGetDeviceCount")
-    except Unfit as error:
-        raise Unfit(f"there is no NVIDIA GPU that can be used ({error})") from error
+    except EngineUnavailableError as error:
+        raise EngineUnavailableError(f"there is no NVIDIA GPU that can be used ({error})") from error
     if count == 0:
-        raise Unfit("there is no NVIDIA GPU")
+        raise EngineUnavailableError("there is no NVIDIA GPU")
     attributes = cuda.cudaDeviceAttr
     major = call(cuda, "cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
     minor = call(cuda, "cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, 0)
@@ -78,7 +78,7 @@ def gpu_capability(cuda: Any) -> str:
 
 
 def device_here() -> Device:
-    """The facts of this machine; raises MissingExtra and Unfit as its parts do."""
+    """The facts of this machine; raises MissingDependencyError and Unfit as its parts do."""
     capability = gpu_capability(cuda_runtime())
     return Device(capability, {name: str(library(name).__version__) for name in installed()})
 

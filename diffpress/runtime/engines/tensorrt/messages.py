@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 LONGEST = 300
 
@@ -29,29 +29,29 @@ HINTS = (
 )
 
 
-def parse_error(graph: str, library: str, error: Any | None) -> BadInput:
+def parse_error(graph: str, library: str, error: Any | None) -> InvalidInputError:
     """The error for a graph that the parser refused; `error` is its first one."""
     if error is None:
-        return BadInput(f"{graph}: {library} cannot parse it, and does not say why; export it again")
+        return InvalidInputError(f"{graph}: {library} cannot parse it, and does not say why; export it again")
     said, node = one_line(error.desc()), ""
     if error.node_name() or error.node_operator():
         node = f"node '{error.node_name()}' ({error.node_operator()})"
-    return BadInput(f"{graph}: {library} cannot parse {node or 'it'}: {said}{_hint(said)}")
+    return InvalidInputError(f"{graph}: {library} cannot parse {node or 'it'}: {said}{_hint(said)}")
 
 
-def build_error(graph: str, library: str, errors: Sequence[str], options: BuildOptions) -> BadInput:
+def build_error(graph: str, library: str, errors: Sequence[str], options: BuildOptions) -> InvalidInputError:
     """The error for a network that was not built, from all that the builder logged as errors."""
-    told = [message for message in errors if not any(noise in message for noise in NOISE)]
-    said = one_line(told[0] if told else "")
+    relevant = [message for message in errors if not any(noise in message for noise in NOISE)]
+    said = one_line(relevant[0] if relevant else "")
     found = HARDWARE.search(said)
     if found:
-        return BadInput(f"{graph}: {_hardware(library, found)}")
+        return InvalidInputError(f"{graph}: {_hardware(library, found)}")
     if options.strip_weights and "CUDA_SUCCESS" in said:
-        return BadInput(
+        return InvalidInputError(
             f"{graph}: {library} needs a GPU to build a plan without weights, and there is none; "
             "build where there is one, or leave strip_weights out"
         )
-    return BadInput(f"{graph}: {library} cannot build it: {said}{_hint(said)}")
+    return InvalidInputError(f"{graph}: {library} cannot build it: {said}{_hint(said)}")
 
 
 def one_line(text: str) -> str:

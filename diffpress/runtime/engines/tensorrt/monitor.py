@@ -58,7 +58,7 @@ def monitor(trt: Any, what: str, out: TextIO | None = None) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.interrupted = False
-            self._phases, self._told = Phases(), time.monotonic()
+            self._phases, self._network_conditioning = Phases(), time.monotonic()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._phases.start(phase_name, parent_phase, num_steps)
@@ -75,9 +75,9 @@ def monitor(trt: Any, what: str, out: TextIO | None = None) -> Any:
             self._phases.finish(phase_name)
 
         def _tell(self) -> None:
-            if time.monotonic() - self._told < (LIVE_EVERY_S if live else PLAIN_EVERY_S):
+            if time.monotonic() - self._network_conditioning < (LIVE_EVERY_S if live else PLAIN_EVERY_S):
                 return
-            self._told = time.monotonic()
+            self._network_conditioning = time.monotonic()
             share, phase = self._phases.now()
             line = f"  building {what}: {share:.0%}  {phase}"
             print(f"\r\033[2K{line[:79]}" if live else line, end="" if live else "\n", file=stream, flush=True)

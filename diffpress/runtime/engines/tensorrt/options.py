@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from diffpress.runtime.errors import BadInput, unknown_name
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 HARDWARE = ("none", "ampere_plus", "same_compute_capability")
 # the options that are switches, with their help
@@ -48,34 +48,34 @@ class BuildOptions:
     def __post_init__(self) -> None:
         low, opt, high = self.batch
         if not 1 <= low <= opt <= high:
-            raise BadInput(f"batch {low} {opt} {high}: give the fewest, the usual and the most, from 1 upwards")
+            raise InvalidInputError(f"batch {low} {opt} {high}: give the fewest, the usual and the most, from 1 upwards")
         if not 0 <= self.optimization_level <= 5:
-            raise BadInput(f"optimization level {self.optimization_level}: must lie in 0..5")
+            raise InvalidInputError(f"optimization level {self.optimization_level}: must lie in 0..5")
         if self.workspace_mib is not None and self.workspace_mib < 1:
-            raise BadInput(f"workspace of {self.workspace_mib} MiB: at least 1, or leave it out")
+            raise InvalidInputError(f"workspace of {self.workspace_mib} MiB: at least 1, or leave it out")
         if self.hardware_compatible not in HARDWARE:
             raise unknown_name("hardware compatibility", self.hardware_compatible, HARDWARE)
         if self.sizes is not None:
             smallest, largest = self.sizes
             if min(smallest) < 1 or any(a > b for a, b in zip(smallest, largest, strict=True)):
-                raise BadInput(f"sizes {smallest} to {largest}: give the smallest and the largest, height and width")
+                raise InvalidInputError(f"sizes {smallest} to {largest}: give the smallest and the largest, height and width")
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @staticmethod
     def from_json(data: Any, where: str) -> BuildOptions:
-        """Read them back; anything unknown or of the wrong type raises BadInput naming `where`."""
+        """Read them back; anything unknown or of the wrong type raises InvalidInputError naming `where`."""
         known = {f.name for f in fields(BuildOptions)}
         if not isinstance(data, Mapping) or not set(data) <= known:
-            raise BadInput(f"{where}: the plan's build options are not those of this diffpress; export it again")
+            raise InvalidInputError(f"{where}: the plan's build options are not those of this diffpress; export it again")
         try:
-            return BuildOptions(**{name: _typed(name, value) for name, value in data.items()})
+            return BuildOptions(**{name: _typed_conditioning(name, value) for name, value in data.items()})
         except (TypeError, ValueError) as error:
-            raise BadInput(f"{where}: build options: {error}; export it again") from error
+            raise InvalidInputError(f"{where}: build options: {error}; export it again") from error
 
 
-def _typed(name: str, value: Any) -> Any:
+def _typed_conditioning(name: str, value: Any) -> Any:
     if name == "batch":
         low, opt, high = (_whole(entry) for entry in value)
         return low, opt, high

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
 Range = tuple[int, int, int]
@@ -26,11 +26,11 @@ HEIGHT, WIDTH = ("height", "latent_height"), ("width", "latent_width")
 def profile_shapes(inputs: Dimensions, spec: DenoiserSpec, options: BuildOptions, graph: str = "denoiser") -> Shapes:
     """Input -> (least, usual, largest shape) for a graph of a bundle, whose `inputs` have numbers and names as shape.
 
-    Raises BadInput for a dimension without a meaning, and for sizes that the model or its graph cannot take.
+    Raises InvalidInputError for a dimension without a meaning, and for sizes that the model or its graph cannot take.
     """
     names = {dim for shape in inputs.values() for dim in shape if isinstance(dim, str)}
     if options.sizes is not None and graph == "denoiser" and not names & {*HEIGHT, *WIDTH}:
-        raise BadInput("sizes: this graph takes one height and width; export without --size, or leave the sizes out")
+        raise InvalidInputError("sizes: this graph takes one height and width; export without --size, or leave the sizes out")
     found = {}
     for name, shape in inputs.items():
         ranges = [_range(dim, name, spec, options, graph) for dim in shape]
@@ -52,7 +52,7 @@ def _range(dim: int | str, name: str, spec: DenoiserSpec, options: BuildOptions,
     if dim == "sequence":
         length = _length(name, spec, graph)
         return length, length, length
-    raise BadInput(f"{graph}: the dimension '{dim}' of input '{name}' has no range; export the bundle again")
+    raise InvalidInputError(f"{graph}: the dimension '{dim}' of input '{name}' has no range; export the bundle again")
 
 
 def _side(axis: int, spec: DenoiserSpec, options: BuildOptions) -> Range:
@@ -63,7 +63,7 @@ def _side(axis: int, spec: DenoiserSpec, options: BuildOptions) -> Range:
     unit = spec.latent_factor * spec.size_multiple
     low, high = options.sizes[0][axis], options.sizes[1][axis]
     if low % unit or high % unit:
-        raise BadInput(f"sizes: {low} and {high} must be multiples of {unit} for this model")
+        raise InvalidInputError(f"sizes: {low} and {high} must be multiples of {unit} for this model")
     low, high = low // spec.latent_factor, high // spec.latent_factor
     return low, min(max(own, low), high), high
 
@@ -74,4 +74,4 @@ def _length(name: str, spec: DenoiserSpec, graph: str) -> int:
     for encoder in spec.conditioning.encoders:
         if encoder.graph == graph:
             return encoder.length
-    raise BadInput(f"{graph}: the length of input '{name}' is not in the spec; export the bundle again")
+    raise InvalidInputError(f"{graph}: the length of input '{name}' is not in the spec; export the bundle again")

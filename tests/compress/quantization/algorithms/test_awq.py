@@ -12,7 +12,7 @@ from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 
-PTQ = {"samples": 4, "batch": 4, "correct": False, "rounding_states": 16}
+PTQ = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
 ATTENTION = "mid_block.attentions.0"
 
 
@@ -105,10 +105,10 @@ def test_nothing_is_scaled_unless_it_is_asked_for(uneven, context):
         ({"format": "int8"}, "take format int4 or w4a8"),
         ({"format": "fp8"}, "take format int4 or w4a8"),
         ({"format": "w4a8", "smooth": 0.5}, "leave one of them out"),
-        ({"format": "w4a8", "split_joins": True}, "leave one of them out"),
+        ({"format": "w4a8", "split_concats": True}, "leave one of them out"),
     ],
 )
 def test_what_does_not_go_together_is_refused(settings, reason):
     with pytest.raises(ValidationError, match=reason):
         QuantizeConfig(**settings, awq=True)
-    assert QuantizeConfig(mixture={"mid_block": "int4"}, awq=True).awq
+    assert QuantizeConfig(format_overrides={"mid_block": "int4"}, awq=True).awq

@@ -13,7 +13,7 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.evaluation.metrics import sqnr_db
-from diffpress.compress.quantization.algorithms import gptq as rounding
+from diffpress.compress.quantization.algorithms import gptq
 from diffpress.compress.quantization.algorithms.gptq import round_weights, solve
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of
 from diffpress.compress.quantization.algorithms.smoothquant import along
@@ -22,9 +22,9 @@ from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
-PTQ = {"samples": 4, "batch": 4, "correct": False, "rounding_states": 16}
+PTQ = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def small(custom_files) -> Checkpoint:
 def pair(checkpoint, context, **settings) -> tuple[Checkpoint, Checkpoint]:
     ctx = context(checkpoint)
     return tuple(
-        quantize(checkpoint, QuantizeConfig(**PTQ, **settings, rounding=how), ctx) for how in ("nearest", "adaround")
+        quantize(checkpoint, QuantizeConfig(**PTQ, **settings, rounding=how), ctx) for how in ("nearest", "gptq")
     )
 
 
@@ -93,7 +93,7 @@ def test_no_integer_is_larger_than_the_largest_there_was():
 def test_the_error_goes_on_from_panel_to_panel(monkeypatch):
     levels, scale, products = problem(1, k=40)
     whole = solve(levels, scale, products)
-    monkeypatch.setattr(rounding, "PANEL", 7)
+    monkeypatch.setattr(gptq, "PANEL", 7)
     assert torch.equal(solve(levels, scale, products), whole)
 
 
@@ -137,7 +137,7 @@ def test_rows_are_what_the_weight_is_multiplied_with(kind):
         ({"format": "int8"}, torch.float32),
         ({"format": "int8", "reduce_range": False}, torch.bfloat16),
         ({"format": "w4a8", "smooth": 0.5}, torch.float32),
-        ({"format": "w4a8", "smooth": 0.5, "keep_fragile": False}, torch.bfloat16),
+        ({"format": "w4a8", "smooth": 0.5, "keep_sensitive_layers": False}, torch.bfloat16),
     ],
     ids=str,
 )
@@ -182,7 +182,7 @@ def test_fake_quantization_gives_back_the_weights_that_were_found(settings, unet
 @pytest.mark.parametrize(("form", "pieces", "gain"), [("w4a8", True, 1.0), ("int4", False, 2.0)])
 def test_outputs_come_nearer_to_the_float_models(form, pieces, gain, unet, context, output, monkeypatch):
     if pieces:
-        monkeypatch.setattr(rounding, "COLUMNS", 100)
+        monkeypatch.setattr(gptq, "COLUMNS", 100)
     before, after = (sqnr_db(output(unet).numpy(), output(c).numpy()) for c in pair(unet, context, format=form))
     assert after > before + gain  # on states that rounding never saw
 
@@ -199,7 +199,7 @@ class Killed(Exception):
 
 def test_a_killed_run_takes_what_it_had_finished(unet, context, monkeypatch, tmp_path):
     nearest, undisturbed = pair(unet, context, format="w4a8")
-    config, ctx = QuantizeConfig(**PTQ, format="w4a8", rounding="adaround"), context(unet, seed=0)
+    config, ctx = QuantizeConfig(**PTQ, format="w4a8", rounding="gptq"), context(unet, seed=0)
     for file in (ctx.work / "rounding").iterdir():
         file.unlink()
     solved = []
@@ -210,29 +210,29 @@ def test_a_killed_run_takes_what_it_had_finished(unet, context, monkeypatch, tmp
         solved.append(1)
         return solve(*arguments)
 
-    monkeypatch.setattr(rounding, "solve", killing)
+    monkeypatch.setattr(gptq, "solve", killing)
     with pytest.raises(Killed):
         round_weights(nearest, config, ctx)
-    monkeypatch.setattr(rounding, "solve", lambda *arguments: solved.append(1) or solve(*arguments))
-    monkeypatch.setattr(rounding, "visited_states", lambda *_: pytest.fail("the states were there already"))
+    monkeypatch.setattr(gptq, "solve", lambda *arguments: solved.append(1) or solve(*arguments))
+    monkeypatch.setattr(gptq, "sample_trajectories", lambda *_: pytest.fail("the states were there already"))
     assert round_weights(nearest, config, ctx).hash == undisturbed.hash
     assert len(solved) == len(nearest.quantization.layers)
     # nothing is left to do, and another run's files are no use
     round_weights(nearest, config, ctx)
     assert len(solved) == len(nearest.quantization.layers)
     with pytest.raises(pytest.fail.Exception):
-        round_weights(nearest, config.model_copy(update={"rounding_states": 8}), ctx)
+        round_weights(nearest, config.model_copy(update={"rounding_samples": 8}), ctx)
 
 
 def test_a_file_that_cannot_be_read_is_named(small, context):
     ctx = context(small)
     pair(small, context, format="w4a8")
     (ctx.work / "rounding" / "inner.safetensors").write_bytes(b"not at all")
-    with pytest.raises(BadInput, match=r"inner\.safetensors: the saved state of rounding cannot be read .*; delete it"):
-        quantize(small, QuantizeConfig(**PTQ, format="w4a8", rounding="adaround"), ctx)
+    with pytest.raises(InvalidInputError, match=r"inner\.safetensors: the saved state of rounding cannot be read .*; delete it"):
+        quantize(small, QuantizeConfig(**PTQ, format="w4a8", rounding="gptq"), ctx)
 
 
-@pytest.mark.parametrize("settings", [{"format": "fp8"}, {"format": "nvfp4"}, {"rounding_states": 0}])
+@pytest.mark.parametrize("settings", [{"format": "fp8"}, {"format": "nvfp4"}, {"rounding_samples": 0}])
 def test_settings_that_mean_nothing_are_refused(settings):
     with pytest.raises(ValidationError):
-        QuantizeConfig(**settings, rounding="adaround")
+        QuantizeConfig(**settings, rounding="gptq")

@@ -11,13 +11,18 @@ import pytest
 from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.algorithms.output_correction import CORRECTION_SEED, fitted, measured, moments
+from diffpress.compress.quantization.algorithms.output_correction import (
+    OUTPUT_CORRECTION_SEED,
+    fitted,
+    measured,
+    moments,
+)
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.denoiser import corrected
-from diffpress.runtime.errors import BadInput
-from diffpress.runtime.network_inputs import Conditions, stand_in_conditions
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
 from diffpress.runtime.noise_schedule import betas_schedule
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.sampling_plan import make_plan
@@ -51,8 +56,8 @@ class Wave:
 
 
 def found(network: Wave, spec: DenoiserSpec = SPEC, batch: int = 4, count: int = 6) -> dict[float, tuple]:
-    corrections = measured(network, Wave(), spec, count, batch, stand_in_conditions(spec, count))
-    return {t: (c.slope, c.bias) for t, c in zip(spec.plan.timesteps, corrections, strict=True)}
+    output_corrections = measured(network, Wave(), spec, count, batch, dummy_conditioning(spec, count))
+    return {t: (c.slope, c.bias) for t, c in zip(spec.plan.timesteps, output_corrections, strict=True)}
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "plms"])
@@ -66,12 +71,12 @@ def test_a_known_slope_and_bias_are_found_at_every_timestep(solver, guidance, ba
 
 def test_the_float_network_is_asked_on_the_states_that_the_corrected_sampler_visits():
     network, reference = Wave(ERRORS), Wave()
-    corrections = measured(network, reference, SPEC, 4, 4, stand_in_conditions(SPEC, 4))
+    output_corrections = measured(network, reference, SPEC, 4, 4, dummy_conditioning(SPEC, 4))
     for (t, x), (other_t, y) in zip(network.states, reference.states, strict=True):
         assert t == other_t and np.array_equal(x, y)
     deployed = Wave(ERRORS)
-    seeds = range(CORRECTION_SEED, CORRECTION_SEED + 4)
-    generate(deployed, SPEC, seeds, plan=replace(PLAN, corrections=corrections))
+    seeds = range(OUTPUT_CORRECTION_SEED, OUTPUT_CORRECTION_SEED + 4)
+    generate(deployed, SPEC, seeds, plan=replace(PLAN, output_corrections=output_corrections))
     for (_, x), (_, y) in zip(network.states, deployed.states, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
@@ -81,13 +86,13 @@ def test_a_timestep_that_is_asked_twice_is_fitted_to_both_answers():
     network, exact = Wave(), Wave()
     answer = network.run
     network.run = lambda inputs: answer(inputs) + 0.1 * inputs["sample"] ** 2  # no slope and bias make up for this
-    labels = stand_in_conditions(SPEC, 6).given["class_labels"]
-    corrections = measured(network, exact, spec, 6, 6, stand_in_conditions(SPEC, 6))
+    labels = dummy_conditioning(SPEC, 6).cond["class_labels"]
+    output_corrections = measured(network, exact, spec, 6, 6, dummy_conditioning(SPEC, 6))
     at = PLAN.timesteps[1]
     states = np.concatenate([x for t, x in exact.states if t == at])
-    told = {"sample": states, "timestep": np.full(12, round(at)), "class_labels": np.tile(labels, 2)}
-    wanted = fitted(moments(exact.run(told), network.run(told)), at)
-    assert corrections[1].slope == pytest.approx(wanted.slope) and corrections[1].bias == pytest.approx(wanted.bias)
+    cond = {"sample": states, "timestep": np.full(12, round(at)), "class_labels": np.tile(labels, 2)}
+    wanted = fitted(moments(exact.run(cond), network.run(cond)), at)
+    assert output_corrections[1].slope == pytest.approx(wanted.slope) and output_corrections[1].bias == pytest.approx(wanted.bias)
 
 
 def test_beside_noise_the_fit_is_the_nearest_that_one_slope_and_a_bias_each_can_come():
@@ -106,7 +111,7 @@ def test_a_network_that_answers_something_else_altogether_is_refused(wrong, monk
     plain = Wave()
     answer = plain.run
     monkeypatch.setattr(plain, "run", lambda inputs: wrong(answer(inputs)))
-    with pytest.raises(BadInput, match=rf"at timestep {PLAN.timesteps[0]:g} .* nothing in common .*keep: "):
+    with pytest.raises(InvalidInputError, match=rf"at timestep {PLAN.timesteps[0]:g} .* nothing in common .*keep: "):
         found(plain)
 
 
@@ -115,17 +120,17 @@ def test_a_network_that_answers_something_else_altogether_is_refused(wrong, monk
 
 def test_the_stage_brings_samples_nearer_to_the_float_models(unet, context):
     config = {"samples": 8, "batch": 8, "percentile": 90.0}
-    plain = quantize(unet, QuantizeConfig(correct=False, **config), context(unet))
+    plain = quantize(unet, QuantizeConfig(output_correction=False, **config), context(unet))
     better = quantize(unet, QuantizeConfig(**config), context(unet))
-    assert not plain.spec.plan.corrections and len(better.spec.plan.corrections) == unet.spec.plan.steps
-    assert better.spec.plan.uncorrected == plain.spec.plan and better.hash != plain.hash
-    told = stand_in_conditions(unet.spec, 32)
-    wanted = _samples(unet.model, unet, told)
-    before, after = (_samples(fake_quantized(c), c, told) for c in (plain, better))
+    assert not plain.spec.plan.output_corrections and len(better.spec.plan.output_corrections) == unet.spec.plan.steps
+    assert better.spec.plan.without_corrections == plain.spec.plan and better.hash != plain.hash
+    cond = dummy_conditioning(unet.spec, 32)
+    wanted = _samples(unet.model, unet, cond)
+    before, after = (_samples(fake_quantized(c), c, cond) for c in (plain, better))
     assert sqnr_db(wanted, after) > sqnr_db(wanted, before) + 0.3
     trained = quantize(unet, QuantizeConfig(mode="qat", steps=1, warmup=0, trajectories=2, **config), context(unet))
-    assert not trained.spec.plan.corrections  # training takes the mean error out by itself
+    assert not trained.spec.plan.output_corrections  # training takes the mean error out by itself
 
 
-def _samples(model, checkpoint, told: Conditions) -> np.ndarray:
-    return generate(TorchNetwork(model, checkpoint.spec), checkpoint.spec, range(32), batch=32, conditions=told)
+def _samples(model, checkpoint, cond: ConditioningInputs) -> np.ndarray:
+    return generate(TorchNetwork(model, checkpoint.spec), checkpoint.spec, range(32), batch=32, conditions=cond)

@@ -17,15 +17,15 @@ from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.distill import distill
 from diffpress.compress.evaluation.metrics import sqnr_db
-from diffpress.compress.models.adapter import example_inputs
+from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.qat_updates import follow_, scalings, weights_of
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw, visited_states
+from diffpress.compress.quantization.trajectory_dataset import draw, sample_trajectories
 from diffpress.compress.recipe import read_recipe
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate
 
 PTQ = {"samples": 4, "batch": 4}
@@ -66,7 +66,7 @@ COARSE = {
     "w4a8 by factors": {"format": "w4a8", "updates": "low_rank", "rank": 4, "learning_rate": 1e-3},
     "int4": {"format": "int4"},
     "fp8": {"format": "fp8", "percentile": 95.0},
-    "everything in int8": {"keep_fragile": False, "percentile": 99.0},
+    "everything in int8": {"keep_sensitive_layers": False, "percentile": 99.0},
 }
 
 
@@ -74,7 +74,7 @@ COARSE = {
     "coarse", [pytest.param(name, marks=[] if "w4a8" in name else pytest.mark.slow) for name in COARSE]
 )
 def test_training_through_the_quantizers_brings_the_samples_back_to_the_float_models(coarse, trained, context):
-    settings = {"correct": False, **COARSE[coarse]}
+    settings = {"output_correction": False, **COARSE[coarse]}
     exact, ctx = samples(trained), context(trained)
     untrained = {name: value for name, value in settings.items() if name not in QAT_SETTINGS}
     before = sqnr_db(exact, samples(quantize(trained, QuantizeConfig(**PTQ, **untrained), ctx)))
@@ -176,7 +176,7 @@ def test_post_training_quantization_leaves_the_weights_alone(small, context):
 def test_states_are_those_of_the_models_own_trajectory_under_guidance(unet, context):
     plan = replace(unet.spec.plan, guidance=2.0)
     guided = unet.evolve(spec=replace(unet.spec, plan=plan))
-    calls = visited_states(unet.model, guided, 5, 3, context(unet))
+    calls = sample_trajectories(unet.model, guided, 5, 3, context(unet))
     timesteps = [round(t) for t in plan.timesteps]
     assert [set(call["timestep"].tolist()) for call in calls] == [{t} for t in timesteps + timesteps]
     assert [len(call["sample"]) for call in calls] == [6] * 4 + [4] * 4  # with label and without
@@ -258,7 +258,7 @@ def test_only_the_factors_are_kept_for_resuming(small, context, tmp_path, monkey
     assert all(sum(shape) <= 146 for shape in shapes.values())
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "adaround"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_training_starts_from_what_rounding_gave(rounding, small, context, monkeypatch):
     started = {}
 
@@ -276,7 +276,7 @@ def test_training_starts_from_what_rounding_gave(rounding, small, context, monke
 def test_gradients_pass_through_quantizers_and_attention(unet, context):
     found = quantize(unet, QuantizeConfig(**PTQ), context(unet))
     model = fake_quantized(found.evolve(model=found.clone_model()))
-    inputs = example_inputs(unet.spec, 3)
+    inputs = dummy_inputs(unet.spec, 3)
     model(inputs["sample"], inputs["timestep"], inputs["class_labels"]).sample.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "to_q.w" in n)
     assert model.conv_in.weight.grad.abs().sum() > 0
@@ -293,10 +293,10 @@ def test_settings_that_mean_nothing_are_refused(settings):
 
 def test_training_settings_without_training_are_refused_where_they_stand(tmp_path):
     (tmp_path / "r.yaml").write_text("stages: [{quantize: {steps: 50}}]")
-    with pytest.raises(BadInput, match=r"stages\[0\]\.quantize: .*steps is a setting of mode qat"):
+    with pytest.raises(InvalidInputError, match=r"stages\[0\]\.quantize: .*steps is a setting of mode qat"):
         read_recipe(tmp_path / "r.yaml")
     (tmp_path / "r.yaml").write_text("stages: [{quantize: {mode: qat, stepz: 50}}]")
-    with pytest.raises(BadInput, match=r"unknown key 'stages\[0\]\.quantize\.stepz'; did you mean 'steps'?"):
+    with pytest.raises(InvalidInputError, match=r"unknown key 'stages\[0\]\.quantize\.stepz'; did you mean 'steps'?"):
         read_recipe(tmp_path / "r.yaml")
     (tmp_path / "r.yaml").write_text("stages: [{quantize: {mode: qat, steps: 50}}]")
     assert read_recipe(tmp_path / "r.yaml").stages[0].config.steps == 50

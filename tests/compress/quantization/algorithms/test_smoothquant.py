@@ -13,16 +13,16 @@ from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.pruning.prune import prune
-from diffpress.compress.quantization.algorithms.smoothquant import JOIN_ALPHA, smoothing, vector
+from diffpress.compress.quantization.algorithms.smoothquant import CONCAT_ALPHA, smoothing, vector
 from diffpress.compress.quantization.calibration.observer import CALIBRATION_SEED
-from diffpress.compress.quantization.layer_graph import wiring_of
+from diffpress.compress.quantization.layer_graph import trace_layer_graph
 from diffpress.compress.quantization.layer_selection import choose_formats
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.sampler import generate
 
-PLAIN = {"samples": 4, "batch": 4, "correct": False}
+PLAIN = {"samples": 4, "batch": 4, "output_correction": False}
 
 
 class Tokens(nn.Module):
@@ -104,12 +104,12 @@ def test_a_channel_or_weight_that_is_always_zero_gets_a_finite_vector():
 
 
 def test_both_halves_of_a_join_get_a_factor_of_their_own(join, context):
-    found = smoothing(join, ["shortcut", "inner", "skip"], QuantizeConfig(**PLAIN, split_joins=True), context(join))
+    found = smoothing(join, ["shortcut", "inner", "skip"], QuantizeConfig(**PLAIN, split_concats=True), context(join))
     assert found.keys() == {"shortcut", "inner"}
     for name in found:
         w = join.model.get_submodule(name).weight.detach().abs().amax((0, 2, 3)).split([6, 10])
         x = largest_inputs(join, name, 1).split([6, 10])
-        halves = [a.max() ** JOIN_ALPHA / b.max() ** (1 - JOIN_ALPHA) for a, b in zip(x, w, strict=True)]
+        halves = [a.max() ** CONCAT_ALPHA / b.max() ** (1 - CONCAT_ALPHA) for a, b in zip(x, w, strict=True)]
         expected = of_mean_one(torch.stack(halves).repeat_interleave(torch.tensor([6, 10])))
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=0.0)
 
@@ -139,8 +139,8 @@ def test_joins_are_found_where_the_adapter_knows_them_with_the_widths_that_pruni
     small = prune(unet, PruneConfig(method="magnitude", ratio=0.4, round_to=4), context(unet))
     for checkpoint in (unet, small):
         model = checkpoint.model
-        parts = wiring_of(checkpoint, choose_formats(model, QuantizeConfig())).parts
-        joins = adapter_for(model).skip_joins(model)
+        parts = trace_layer_graph(checkpoint, choose_formats(model, QuantizeConfig())).parts
+        joins = adapter_for(model).skip_concats(model)
         assert {f"{join}.conv1" for join in joins} <= set(parts)
         modules = dict(model.named_modules())
         for name in (f"{join}.{layer}" for join in joins for layer in ("conv1", "conv_shortcut")):
@@ -160,7 +160,7 @@ def test_a_reader_of_two_tensors_joins_their_groups(custom):
             other = sample + 1
             return self.alone(self.a(sample) + self.b(sample) + self.b(other) + self.c(other))
 
-    groups = wiring_of(custom(Twice()), ["a", "b", "c", "alone"]).groups
+    groups = trace_layer_graph(custom(Twice()), ["a", "b", "c", "alone"]).groups
     assert sorted(map(sorted, groups)) == [["a", "b", "c"], ["alone"]]
 
 
@@ -171,7 +171,7 @@ def samples(checkpoint):
     return generate(TorchNetwork(fake_quantized(checkpoint), checkpoint.spec), checkpoint.spec, range(8), batch=8)
 
 
-@pytest.mark.parametrize(("which", "settings"), [("tokens", {"smooth": 0.5}), ("join", {"split_joins": True})])
+@pytest.mark.parametrize(("which", "settings"), [("tokens", {"smooth": 0.5}), ("join", {"split_concats": True})])
 def test_uneven_channels_are_rounded_better(which, settings, request, context):
     checkpoint = request.getfixturevalue(which)
     exact = samples(checkpoint)
@@ -190,7 +190,7 @@ def rounded(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("which", ["tokens", "join"])
 def test_fake_quantization_divides_activations_and_multiplies_weights(which, request, context):
     checkpoint = request.getfixturevalue(which)
-    config = QuantizeConfig(**PLAIN, smooth=0.5, split_joins=True, outputs=False)
+    config = QuantizeConfig(**PLAIN, smooth=0.5, split_concats=True, outputs=False)
     found = quantize(checkpoint, config, context(checkpoint))
     model, seen, layer = fake_quantized(found), {}, checkpoint.model.inner
     model.inner.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
@@ -208,7 +208,7 @@ def test_fake_quantization_divides_activations_and_multiplies_weights(which, req
 
 
 def test_smoothing_is_saved_with_the_checkpoint(unet, context, output, tmp_path):
-    found = quantize(unet, QuantizeConfig(**PLAIN, smooth=0.5, split_joins=True), context(unet))
+    found = quantize(unet, QuantizeConfig(**PLAIN, smooth=0.5, split_concats=True), context(unet))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))

@@ -16,7 +16,7 @@ from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
 
-PTQ = {"samples": 4, "batch": 4, "correct": False, "rounding_states": 16}
+PTQ = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
 LAYER = "mid_block.attentions.0.to_q"
 
 
@@ -47,13 +47,13 @@ def answered(model: torch.nn.Module) -> torch.Tensor:
     ids=str,
 )
 def test_factors_and_residual_make_up_the_weight_and_scales_are_the_residuals(settings, largest, steep, context):
-    found = quantize(steep, QuantizeConfig(**PTQ, **settings, branch_rank=2), context(steep))
+    found = quantize(steep, QuantizeConfig(**PTQ, **settings, svdquant_rank=2), context(steep))
     scales, modules = found.quantization, dict(steep.model.named_modules())
-    layers = {key.rpartition(".")[0] for key in scales.branch}
+    layers = {key.rpartition(".")[0] for key in scales.svdquant}
     assert LAYER in layers and not any("conv" in name or "time" in name for name in layers)
     for name in layers:
         weight, smooth = modules[name].weight.detach(), scales.smooth.get(name, torch.tensor(1.0))
-        up, down = scales.branch[f"{name}.up"], scales.branch[f"{name}.down"]
+        up, down = scales.svdquant[f"{name}.up"], scales.svdquant[f"{name}.down"]
         assert up.shape == (len(weight), 2) and down.shape == (2, weight.shape[1])
         values = torch.linalg.svdvals((weight - up @ down) * smooth)
         torch.testing.assert_close(values[:-2], torch.linalg.svdvals(weight * smooth)[2:], rtol=1e-3, atol=1e-5)
@@ -63,21 +63,21 @@ def test_factors_and_residual_make_up_the_weight_and_scales_are_the_residuals(se
     assert torch.equal(found.model.get_submodule(LAYER).weight, modules[LAYER].weight)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "adaround"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
 def test_a_layer_with_a_branch_answers_much_nearer_to_the_float_one(rounding, steep, context):
     ctx = context(steep)
     settings = {**PTQ, "format": "int4", "rounding": rounding}
     exact = answered(steep.model).numpy()
-    found = [quantize(steep, QuantizeConfig(**settings, branch_rank=rank), ctx) for rank in (0, 2)]
+    found = [quantize(steep, QuantizeConfig(**settings, svdquant_rank=rank), ctx) for rank in (0, 2)]
     before, after = (sqnr_db(exact, answered(fake_quantized(c)).numpy()) for c in found)
     assert after > before + 6.0
-    assert not found[0].quantization.branch
+    assert not found[0].quantization.svdquant
 
 
 def test_the_layer_is_the_formula(steep, context):
-    found = quantize(steep, QuantizeConfig(**PTQ, format="int8", branch_rank=2), context(steep))
+    found = quantize(steep, QuantizeConfig(**PTQ, format="int8", svdquant_rank=2), context(steep))
     scales, x = found.quantization, torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(2))
-    layer, down, up = steep.model.get_submodule(LAYER), scales.branch[f"{LAYER}.down"], scales.branch[f"{LAYER}.up"]
+    layer, down, up = steep.model.get_submodule(LAYER), scales.svdquant[f"{LAYER}.down"], scales.svdquant[f"{LAYER}.up"]
 
     def q(value: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
         return torch.clamp(torch.round(value / amax * 127), -128, 127) * amax / 127
@@ -89,19 +89,19 @@ def test_the_layer_is_the_formula(steep, context):
 
 
 def test_a_checkpoint_that_was_saved_and_read_again_is_the_same(steep, context, output, tmp_path):
-    found = quantize(steep, QuantizeConfig(**PTQ, format="w4a8", branch_rank=2), context(steep))
+    found = quantize(steep, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=2), context(steep))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))
-    other = replace(found.quantization, branch={key: -value for key, value in found.quantization.branch.items()})
+    other = replace(found.quantization, svdquant={key: -value for key, value in found.quantization.svdquant.items()})
     assert found.evolve(quantization=other).hash != found.hash
 
 
 def test_a_rank_that_leaves_nothing_makes_no_branch(steep, context):
-    found = quantize(steep, QuantizeConfig(**PTQ, format="w4a8", branch_rank=32), context(steep))
-    assert not any(key.startswith(LAYER) for key in found.quantization.branch)
+    found = quantize(steep, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=32), context(steep))
+    assert not any(key.startswith(LAYER) for key in found.quantization.svdquant)
 
 
 def test_training_with_a_branch_is_refused():
-    with pytest.raises(ValidationError, match="branch_rank is for mode ptq"):
-        QuantizeConfig(mode="qat", branch_rank=8)
+    with pytest.raises(ValidationError, match="svdquant_rank is for mode ptq"):
+        QuantizeConfig(mode="qat", svdquant_rank=8)

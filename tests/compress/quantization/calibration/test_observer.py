@@ -18,7 +18,7 @@ from diffpress.compress.quantization.calibration.calibrate import calibrate
 from diffpress.compress.quantization.layer_selection import choose_formats
 from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.errors import BadInput
+from diffpress.runtime.errors import InvalidInputError
 
 
 def scales(checkpoint: Checkpoint, ctx: Context, **settings) -> dict[str, torch.Tensor]:
@@ -110,7 +110,7 @@ def test_a_saved_state_that_cannot_be_read_is_refused(unet, context):
     ctx = context(unet)
     ctx.work.mkdir()
     (ctx.work / "calibrate.safetensors").write_bytes(b"half a fi")
-    with pytest.raises(BadInput, match="calibrate.safetensors: .* delete it to start over"):
+    with pytest.raises(InvalidInputError, match="calibrate.safetensors: .* delete it to start over"):
         scales(unet, ctx)
 
 
@@ -148,7 +148,7 @@ def test_the_first_layer_that_is_not_finite_is_named_with_its_timestep_at_once(v
     checkpoint = custom(Breaks(value, below=40.0), plan_steps=5)
     timesteps = checkpoint.spec.plan.timesteps
     broken = next(t for t in timesteps if t < 40)
-    with pytest.raises(BadInput, match=rf"layer 'gate' is not finite at timestep {broken:g} ") as raised:
+    with pytest.raises(InvalidInputError, match=rf"layer 'gate' is not finite at timestep {broken:g} ") as raised:
         scales(checkpoint, context(checkpoint))
     assert "\n" not in str(raised.value)
     assert asked == [*timesteps[: timesteps.index(broken) + 1], broken]  # once more, to find where
@@ -160,7 +160,7 @@ def test_a_broken_weight_is_named_though_nobody_reads_its_output(custom, context
         model.last.weight.fill_(float("nan"))
     checkpoint = custom(model)
     first = checkpoint.spec.plan.timesteps[0]
-    with pytest.raises(BadInput, match=re.escape(f"layer 'last' is not finite at timestep {first:g} ")):
+    with pytest.raises(InvalidInputError, match=re.escape(f"layer 'last' is not finite at timestep {first:g} ")):
         scales(checkpoint, context(checkpoint))
 
 
@@ -173,13 +173,13 @@ def test_formats_that_round_no_activation_do_not_run_the_model(unet, context, as
 
 
 def test_entropy_is_refused_for_floats_before_anything_is_run(unet, context, asked):
-    with pytest.raises(BadInput, match=r"entropy weighs integers, and layer '.*' is in fp8; take mse"):
+    with pytest.raises(InvalidInputError, match=r"entropy weighs integers, and layer '.*' is in fp8; take mse"):
         scales(unet, context(unet), calibration="entropy", format="fp8")
     assert not asked
 
 
 def test_a_few_step_student_is_calibrated_on_exactly_its_few_steps(unet, context, asked):
-    student = schedule(unet, ScheduleConfig(solver="dpmpp_2m", steps=2, grid="logsnr"), context(unet))
+    student = schedule(unet, ScheduleConfig(solver="dpmpp_2m", steps=2, spacing="logsnr"), context(unet))
     scales(student, context(unet), samples=4, batch=2)
     assert asked == [round(t) for t in student.spec.plan.timesteps] * 2 and len(asked) == 4
 

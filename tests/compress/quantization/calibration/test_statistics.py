@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffpress.compress.quantization.calibration.observer import NotFinite
+from diffpress.compress.quantization.calibration.observer import NonFiniteError
 from diffpress.compress.quantization.calibration.statistics import BINS, no_statistics, observe_
 
 
@@ -54,7 +54,7 @@ def test_zeros_are_counted_before_and_after_there_is_anything_else():
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_is_refused(value):
-    with pytest.raises(NotFinite):
+    with pytest.raises(NonFiniteError):
         observe_(no_statistics(["x"], 1), 0, torch.tensor([[1.0, value]]), 0, 1)
 
 

@@ -18,7 +18,7 @@ from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import load_engine, open_engine
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.options import EngineOptions
-from diffpress.runtime.errors import Unfit
+from diffpress.runtime.errors import EngineUnavailableError
 from diffpress.runtime.sampler import generate
 from tests.runtime.small_graphs import sample_inputs
 
@@ -41,7 +41,7 @@ def graph(request, float_graph: Path, quantized_graph: Callable[..., Path]) -> P
 
 def ran(graph: Path, options: EngineOptions) -> tuple[np.ndarray, object]:
     with closing(load_engine(graph, "openvino", options=options)) as engine:
-        return engine.run(sample_inputs()), engine.account(sample_inputs())
+        return engine.run(sample_inputs()), engine.precision_report(sample_inputs())
 
 
 def test_a_cached_model_gives_the_same_bits_and_the_same_account(graph: Path, cached, monkeypatch) -> None:
@@ -132,20 +132,20 @@ def test_a_precision_that_the_processor_has_not_is_one_clear_line(float_graph: P
         return ["FP32", "INT8"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     monkeypatch.setattr(openvino.Core, "get_property", incapable)
-    with pytest.raises(Unfit, match="does not compute in bf16; leave it at f32") as caught:
+    with pytest.raises(EngineUnavailableError, match="does not compute in bf16; leave it at f32") as caught:
         load_engine(float_graph, "openvino", options=EngineOptions(precision="bf16"))
     assert "\n" not in str(caught.value)
 
 
 def test_a_precision_that_the_processor_has_is_asked_for(float_graph: Path, monkeypatch) -> None:
     """Whether this processor has bf16 or not: what OpenVINO is told is what was asked."""
-    real, told = openvino.Core.get_property, []
+    real, cond = openvino.Core.get_property, []
 
     def capable(self, device, name, *rest):
         return ["FP32", "BF16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     def compiling(self, model, device, properties):
-        told.append(properties["INFERENCE_PRECISION_HINT"])
+        cond.append(properties["INFERENCE_PRECISION_HINT"])
         return real_compile(self, model, device, properties)
 
     real_compile = openvino.Core.compile_model
@@ -153,7 +153,7 @@ def test_a_precision_that_the_processor_has_is_asked_for(float_graph: Path, monk
     monkeypatch.setattr(openvino.Core, "compile_model", compiling)
     for precision in ("bf16", "f32"):
         load_engine(float_graph, "openvino", options=EngineOptions(precision=precision)).run(sample_inputs())
-    assert told == ["bf16", "f32"]
+    assert cond == ["bf16", "f32"]
 
 
 def test_streams_answer_at_once_what_they_answer_alone(graph: Path) -> None:

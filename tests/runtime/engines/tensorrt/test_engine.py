@@ -20,7 +20,7 @@ from diffpress.runtime.engines.tensorrt.library import call, gpu_capability
 from diffpress.runtime.engines.tensorrt.messages import build_error, one_line
 from diffpress.runtime.engines.tensorrt.monitor import Phases, monitor
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
-from diffpress.runtime.errors import Unfit
+from diffpress.runtime.errors import EngineUnavailableError
 from tests.runtime.fake_cuda import Cuda
 
 FOLDER = Path("runtime/engines/trt")
@@ -89,7 +89,7 @@ def test_what_the_context_refuses_frees_its_buffers():
     cuda = Cuda()
     context = Context(cuda)
     context.set_tensor_address = lambda name, address: name != "out"
-    with pytest.raises(Unfit, match="refuses the address of out"):
+    with pytest.raises(EngineUnavailableError, match="refuses the address of out"):
         Binding(cuda, context, 7, {"x": (3, 4), "t": (3,)}, TYPES)
     assert cuda.memory == {}
 
@@ -105,9 +105,9 @@ def test_what_cuda_says_is_one_line():
     cuda = SimpleNamespace(
         cudaGetDeviceCount=lambda: (35, None), cudaGetErrorString=lambda error: (0, b"driver too old")
     )
-    with pytest.raises(Unfit, match="there is no NVIDIA GPU that can be used .*cudaGetDeviceCount.*driver too old"):
+    with pytest.raises(EngineUnavailableError, match="there is no NVIDIA GPU that can be used .*cudaGetDeviceCount.*driver too old"):
         gpu_capability(cuda)
-    with pytest.raises(Unfit, match="there is no NVIDIA GPU$"):
+    with pytest.raises(EngineUnavailableError, match="there is no NVIDIA GPU$"):
         gpu_capability(SimpleNamespace(cudaGetDeviceCount=lambda: (0, 0)))
     assert call(SimpleNamespace(f=lambda a: (0, a, 2)), "f", 1) == (1, 2)
 
@@ -168,17 +168,17 @@ class Terminal(io.StringIO):
 )
 def test_progress_is_live_on_a_terminal_and_rare_elsewhere(stream, expected, monkeypatch):
     monkeypatch.setattr("diffpress.runtime.engines.tensorrt.monitor.LIVE_EVERY_S", 0.0)
-    watch = monitor(SimpleNamespace(IProgressMonitor=object), "g", stream)
-    watch.phase_start("build", None, 2)
-    assert watch.step_complete("build", 0)
-    watch.phase_finish("build")
+    observe = monitor(SimpleNamespace(IProgressMonitor=object), "g", stream)
+    observe.phase_start("build", None, 2)
+    assert observe.step_complete("build", 0)
+    observe.phase_finish("build")
     assert stream.getvalue() == expected
 
 
 def test_an_interrupt_stops_the_build(monkeypatch):
-    watch = monitor(SimpleNamespace(IProgressMonitor=object), "g", io.StringIO())
-    watch._tell = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
-    assert watch.step_complete("build", 0) is False and watch.interrupted
+    observe = monitor(SimpleNamespace(IProgressMonitor=object), "g", io.StringIO())
+    observe._tell = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    assert observe.step_complete("build", 0) is False and observe.interrupted
 
 
 HARDWARE = (

@@ -19,13 +19,13 @@ from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.tensorrt import engine as tensorrt_engine
 from diffpress.runtime.engines.tensorrt.builder import choose, graph_sha256
-from diffpress.runtime.engines.tensorrt.compatibility import misfit, uncovered
+from diffpress.runtime.engines.tensorrt.compatibility import incompatibility, uncovered
 from diffpress.runtime.engines.tensorrt.engine import reasons
-from diffpress.runtime.engines.tensorrt.engine_files import plan_for
+from diffpress.runtime.engines.tensorrt.engine_files import engine_for
 from diffpress.runtime.engines.tensorrt.library import Device
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
 from diffpress.runtime.engines.tensorrt.profile import profile_shapes
-from diffpress.runtime.errors import BadInput, MissingExtra, Unfit
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError, MissingDependencyError
 
 needs_tensorrt = pytest.mark.skipif(
     importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed: no plan was built here"
@@ -50,7 +50,7 @@ def entry_of(**changes):
 
 
 def test_a_plan_for_this_machine_fits():
-    assert misfit(entry_of(), HERE, "g") is None
+    assert incompatibility(entry_of(), HERE, "g") is None
 
 
 @pytest.mark.parametrize(
@@ -66,12 +66,12 @@ def test_a_plan_for_this_machine_fits():
     ],
 )
 def test_a_plan_that_does_not_fit_says_why(changes, reason):
-    assert reason in misfit(entry_of(**changes), HERE, "g")
+    assert reason in incompatibility(entry_of(**changes), HERE, "g")
 
 
 def test_a_library_that_is_not_there_is_named():
     other = Device("8.9", {"tensorrt": "10.9.0"})
-    assert "tensorrt-rtx 1.7.1, which is not installed" in misfit(entry_of(), other, "g")
+    assert "tensorrt-rtx 1.7.1, which is not installed" in incompatibility(entry_of(), other, "g")
 
 
 @pytest.mark.parametrize(
@@ -80,14 +80,14 @@ def test_a_library_that_is_not_there_is_named():
 def test_version_compatible_plans_run_in_later_versions_alone(built, fits):
     options = BuildOptions(version_compatible=True).to_json()
     entry = entry_of(library="tensorrt", version=built, options=options)
-    assert (misfit(entry, HERE, "g") is None) == fits
+    assert (incompatibility(entry, HERE, "g") is None) == fits
 
 
 def test_hardware_compatible_plans_run_from_ampere_on():
     options = BuildOptions(hardware_compatible="ampere_plus").to_json()
     entry = entry_of(compute_capabilities=["8.0"], options=options)
-    assert misfit(entry, HERE, "g") is None
-    assert misfit(entry, Device("7.5", HERE.libraries), "g") is not None
+    assert incompatibility(entry, HERE, "g") is None
+    assert incompatibility(entry, Device("7.5", HERE.libraries), "g") is not None
 
 
 def test_shapes_outside_of_the_profile_are_named():
@@ -115,25 +115,25 @@ def built(tmp_path, graph, content=b"plan", **changes):
 
 def test_of_several_plans_the_one_that_fits_is_taken(tmp_path, graph):
     wrong, right = built(tmp_path, graph, compute_capabilities=["12.0"]), built(tmp_path, graph)
-    plan, entry = plan_for(graph, EngineOptions(), [wrong, right], HERE)
+    plan, entry = engine_for(graph, EngineOptions(), [wrong, right], HERE)
     assert plan == b"plan" and entry == right.entry
 
 
 def test_where_none_fits_every_reason_is_said_in_one_line(tmp_path, graph):
     plans = [built(tmp_path, graph, compute_capabilities=["12.0"]), built(tmp_path, graph, version="1.6.0")]
-    with pytest.raises(Unfit, match="this GPU has 8.9.*1.7.1 is installed.*build one with --rebuild") as caught:
-        plan_for(graph, EngineOptions(), plans, HERE)
+    with pytest.raises(EngineUnavailableError, match="this GPU has 8.9.*1.7.1 is installed.*build one with --rebuild") as caught:
+        engine_for(graph, EngineOptions(), plans, HERE)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
-    with pytest.raises(Unfit, match="none was built for it"):
-        plan_for(graph, EngineOptions(), [], HERE)
+    with pytest.raises(EngineUnavailableError, match="none was built for it"):
+        engine_for(graph, EngineOptions(), [], HERE)
 
 
 def test_a_changed_graph_makes_its_plan_useless(tmp_path, graph):
     plan = built(tmp_path, graph)
     other = tmp_path / "denoiser.onnx"
     other.write_bytes(graph.read_bytes() + b"\0")
-    with pytest.raises(Unfit, match="built from another denoiser.onnx"):
-        plan_for(other, EngineOptions(), [plan], HERE)
+    with pytest.raises(EngineUnavailableError, match="built from another denoiser.onnx"):
+        engine_for(other, EngineOptions(), [plan], HERE)
 
 
 def test_100_random_damages_are_refused_or_change_nothing(tmp_path, graph):
@@ -149,8 +149,8 @@ def test_100_random_damages_are_refused_or_change_nothing(tmp_path, graph):
             entry[key] = draw.choice([None, 1, "x", [], {}, [[1]], {"a": 1}])
         (tmp_path / "a.plan").write_bytes(bytes(content))
         try:
-            plan, _ = plan_for(graph, EngineOptions(), [Built(tmp_path / "a.plan", entry)], HERE)
-        except BadInput as error:
+            plan, _ = engine_for(graph, EngineOptions(), [Built(tmp_path / "a.plan", entry)], HERE)
+        except InvalidInputError as error:
             refused += 1
             assert "\n" not in str(error)
         else:
@@ -169,7 +169,7 @@ def test_weights_beside_the_graph_count_as_the_graph(tmp_path):
 
 @pytest.mark.skipif(tensorrt_engine.missing() is None, reason="TensorRT and cuda-python are installed")
 def test_without_the_package_its_extra_is_named(graph):
-    with pytest.raises(MissingExtra, match=r"engine 'tensorrt' needs .* pip install 'diffpress\[tensorrt\]'"):
+    with pytest.raises(MissingDependencyError, match=r"engine 'tensorrt' needs .* pip install 'diffpress\[tensorrt\]'"):
         load_engine(graph, "tensorrt")
 
 
@@ -177,7 +177,7 @@ def test_without_the_package_its_extra_is_named(graph):
 def test_without_a_gpu_it_says_so_in_one_line(graph):
     if tensorrt_engine.unusable() is None:
         pytest.skip("there is a GPU")
-    with pytest.raises(Unfit, match="engine 'tensorrt' cannot run here: there is no NVIDIA GPU") as caught:
+    with pytest.raises(EngineUnavailableError, match="engine 'tensorrt' cannot run here: there is no NVIDIA GPU") as caught:
         load_engine(graph, "tensorrt")
     assert "\n" not in str(caught.value)
 
@@ -189,13 +189,13 @@ def test_rebuilding_builds_for_this_gpu_and_finds_it_again(tmp_path, graph, bund
     device = Device("8.9", {"tensorrt-rtx": tensorrt_rtx.__version__})
     old = built(tmp_path, graph, compute_capabilities=["12.0"], options=BuildOptions(batch=(1, 2, 4)).to_json())
     cache = Cache(tmp_path / "cache", bundle.hash)
-    plan, entry = plan_for(graph, EngineOptions(rebuild=True, cache=cache), [old], device)
+    plan, entry = engine_for(graph, EngineOptions(rebuild=True, cache=cache), [old], device)
     assert entry["compute_capabilities"] == ["8.9"] and entry["options"]["batch"] == (1, 2, 4)
-    assert misfit({**json.loads(json.dumps(entry)), "file": "x"}, device, graph_sha256(graph)) is None
-    again, _ = plan_for(graph, EngineOptions(cache=cache), [old], device)
+    assert incompatibility({**json.loads(json.dumps(entry)), "file": "x"}, device, graph_sha256(graph)) is None
+    again, _ = engine_for(graph, EngineOptions(cache=cache), [old], device)
     assert again == plan
-    with pytest.raises(Unfit):
-        plan_for(graph, EngineOptions(cache=cache), [old], Device("8.6", device.libraries))
+    with pytest.raises(EngineUnavailableError):
+        engine_for(graph, EngineOptions(cache=cache), [old], Device("8.6", device.libraries))
 
 
 @needs_tensorrt
@@ -203,7 +203,7 @@ def test_a_rebuilt_plan_is_bytes_whose_header_the_library_reads(tmp_path, graph)
     import tensorrt_rtx
 
     device = Device("8.9", {"tensorrt-rtx": tensorrt_rtx.__version__})
-    plan, entry = plan_for(graph, EngineOptions(rebuild=True), [], device)
+    plan, entry = engine_for(graph, EngineOptions(rebuild=True), [], device)
     assert type(plan) is bytes and len(plan) == entry["bytes"]
     assert hashlib.sha256(plan).hexdigest() == entry["sha256"]
     runtime = tensorrt_rtx.Runtime(tensorrt_rtx.Logger())
@@ -242,7 +242,7 @@ def test_where_tensorrt_is_there_too_it_builds_for_such_a_gpu(monkeypatch):
 def test_a_gpu_that_tensorrt_rtx_has_no_name_for_is_refused_before_building(asked, monkeypatch):
     machine_with(monkeypatch, "9.0", ["8.9"])
     assert choose(["8.9"]) == ("tensorrt-rtx", ["8.9"])
-    with pytest.raises(Unfit, match="tensorrt-rtx cannot build for compute capability .* on a GPU of 9.0"):
+    with pytest.raises(EngineUnavailableError, match="tensorrt-rtx cannot build for compute capability .* on a GPU of 9.0"):
         choose(asked)
 
 
@@ -254,7 +254,7 @@ def test_the_profile_follows_the_names_of_dimensions(bundle):
     )
     assert shapes["sample"] == tuple((n, channels, height, width) for n in (1, 2, 4))
     assert shapes["timestep"] == ((1,), (2,), (4,))
-    with pytest.raises(BadInput, match="dimension 'depth' of input 'sample'"):
+    with pytest.raises(InvalidInputError, match="dimension 'depth' of input 'sample'"):
         profile_shapes({"sample": ["depth"]}, spec, BuildOptions())
 
 
@@ -278,7 +278,7 @@ def test_text_and_latents_get_their_own_ranges(bundle):
     latents = {"latent_sample": ["batch", 4, "latent_height", "latent_width"]}
     decoder = profile_shapes(latents, spec, options, "vae_decoder")
     assert decoder["latent_sample"] == ((1, 4, 4, 8), (1, 4, 8, 8), (1, 4, 16, 12))
-    with pytest.raises(BadInput, match="sizes: 36 and 128 must be multiples of 8"):
+    with pytest.raises(InvalidInputError, match="sizes: 36 and 128 must be multiples of 8"):
         profile_shapes(inputs, spec, BuildOptions(sizes=((36, 64), (128, 96))))
 
 
@@ -294,7 +294,7 @@ def test_text_and_latents_get_their_own_ranges(bundle):
     ],
 )
 def test_options_that_make_no_sense_are_refused(wrong):
-    with pytest.raises(BadInput):
+    with pytest.raises(InvalidInputError):
         BuildOptions(**wrong)
 
 
@@ -302,5 +302,5 @@ def test_options_come_back_from_json():
     options = BuildOptions((1, 2, 3), ((8, 8), (16, 16)), 5, 64, True, True, True, True, True, "ampere_plus")
     assert BuildOptions.from_json(json.loads(json.dumps(options.to_json())), "x") == options
     for damaged in ({"batch": [1, 2]}, {"tf32": 1}, {"batch": "123"}, {"new": 1}, {"workspace_mib": True}, None):
-        with pytest.raises(BadInput, match="^x: "):
+        with pytest.raises(InvalidInputError, match="^x: "):
             BuildOptions.from_json(damaged, "x")

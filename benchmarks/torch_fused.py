@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from diffpress.compress.checkpoint import Checkpoint  # noqa: E402
 from diffpress.compress.models.adapter import adapter_for  # noqa: E402
 from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
-from diffpress.runtime.errors import Unfit  # noqa: E402
-from diffpress.runtime.fused.program import FIRST_PAST, Program  # noqa: E402
-from diffpress.runtime.network_inputs import told_timesteps  # noqa: E402
+from diffpress.runtime.errors import EngineUnavailableError  # noqa: E402
+from diffpress.runtime.fused.program import FIRST_HISTORY, Program  # noqa: E402
+from diffpress.runtime.network_inputs import typed_timesteps  # noqa: E402
 
 KINDS = ("eager", "bf16", "compiled")
 
@@ -37,28 +37,28 @@ class TorchWalk:
         self.inputs = TorchNetwork(model, checkpoint.spec).inputs
 
     def run(self, _: dict[str, np.ndarray]) -> np.ndarray:
-        raise Unfit("this plan is no walk of sums: see runtime/fused/program.py")
+        raise EngineUnavailableError("this plan is no walk of sums: see runtime/fused/program.py")
 
-    def walk(self, program: Program, told: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
+    def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
         rows = program.halves * len(start)
-        feed = {name: torch.from_numpy(array).to(self._device) for name, array in told.items()}
-        times = [told_timesteps([t] * rows, self.inputs["timestep"]) for t in program.timesteps]
+        feed = {name: torch.from_numpy(array).to(self._device) for name, array in static_inputs.items()}
+        times = [typed_timesteps([t] * rows, self.inputs["timestep"]) for t in program.timesteps]
         times, offsets = (torch.from_numpy(np.stack(a)).to(self._device) for a in (times, program.offsets))
-        x, past = torch.from_numpy(start).to(self._device), []
+        x, history = torch.from_numpy(start).to(self._device), []
         for step in range(program.steps):
             torch.compiler.cudagraph_mark_step_begin()
             with torch.no_grad(), torch.autocast(self._device, torch.bfloat16, enabled=self._bf16):
                 sample = torch.cat([x] * program.halves)
                 out = self._forward(self._model, {"sample": sample, "timestep": times[step], **feed}).float()
             if program.halves == 2:
-                given, null = out.chunk(2)
-                out = null + program.guidance * (given - null)
+                cond_out, uncond_out = out.chunk(2)
+                out = uncond_out + program.guidance * (cond_out - uncond_out)
             a, b = program.reads[step].tolist()
             x0 = a * x + b * out + offsets[step, :, None, None]
             x0 = x0 if program.bounds is None else x0.clamp(*program.bounds)
-            terms = [x, x0, x0.clamp(-1.0, 1.0), *past]
+            terms = [x, x0, x0.clamp(-1.0, 1.0), *history]
             kept, x = (self._sum(row[step], terms) for row in (program.kept, program.moved))
-            past = [kept, x0, *past][: program.kept.shape[1] - FIRST_PAST]
+            history = [kept, x0, *history][: program.kept.shape[1] - FIRST_HISTORY]
         return x.cpu().numpy()
 
     def _sum(self, weights: np.ndarray, terms: list[Any]) -> Any:
