@@ -102,7 +102,8 @@ print(json.dumps([(end - start) * 1e3, (end - opening) * 1e3, time.process_time(
 
 def loads(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of a load without the cache, of the first with it and of the second, in turns: of the whole process
-    up to the first answer, of opening the engine and that answer alone, and of processor time."""
+    up to the first answer, of opening the engine and that answer alone, and of processor time.
+    """
     rows = []
     for name in available():
         times: dict[str, list[list[float]]] = {"no cache": [], "first": [], "second": []}

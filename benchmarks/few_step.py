@@ -53,7 +53,9 @@ def steps_for(solver: str, calls: int) -> int:
     return max((n for n in range(1, calls + 1) if solver_evaluations(solver, n) <= calls), default=0)
 
 
-def planned(engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: int, refine: int) -> tuple[SamplingPlan, Row]:
+def planned(
+    engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: int, refine: int
+) -> tuple[SamplingPlan, Row]:
     """The plan of a row, and for a searched one what the search (through the engine) measured and took."""
     from diffpress.compress.config import ScheduleConfig
     from diffpress.compress.sampling_schedule.search import search

@@ -60,7 +60,7 @@ def main() -> int:
     python = environment((args.venv or work / "venv").resolve())
     if python is None:
         return 2
-    return 0 if all([compare(kind, work / kind, python) for kind in CLASSES]) else 1
+    return 0 if all(compare(kind, work / kind, python) for kind in CLASSES) else 1
 
 
 def compare(kind: str, folder: Path, python: Path) -> bool:

@@ -118,7 +118,8 @@ def write_random(name: str, folder: Path) -> Path:
 
 def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[str, Path], DenoiserSpec]:
     """Write the fp32 ONNX file, diffpress's int8 file and NNCF's int8 IR: their paths by precision, and the spec of
-    diffpress's, whose plan takes off what rounding does on the average."""
+    diffpress's, whose plan takes off what rounding does on the average.
+    """
     from diffpress.compress.config import QuantizeConfig
     from diffpress.compress.context import Context
     from diffpress.compress.quantization.quantize import quantize
@@ -249,7 +250,9 @@ def paired_psnr(engines: Engines, specs: dict[str, DenoiserSpec], samples: int, 
 
 def outside(precision_report: PrecisionReport, kept: Sequence[str]) -> float:
     """The integer share among the products of all but the `kept` layers, which diffpress leaves in float by default."""
-    return precision_report.integer_mac_share / (1.0 - sum(precision_report.float_layers.get(layer, 0.0) for layer in kept))
+    return precision_report.integer_mac_share / (
+        1.0 - sum(precision_report.float_layers.get(layer, 0.0) for layer in kept)
+    )
 
 
 def size(path: Path) -> int:

@@ -1,8 +1,8 @@
 """PyTorch on a GPU as one would use it: model, samples and solver stay there from the noise to the image.
 
-    eager      as PyTorch comes, in float32, with TF32 in convolutions
-    bf16       the same under autocast to bfloat16
-    compiled   torch.compile(mode="reduce-overhead"), which replays CUDA graphs
+eager      as PyTorch comes, in float32, with TF32 in convolutions
+bf16       the same under autocast to bfloat16
+compiled   torch.compile(mode="reduce-overhead"), which replays CUDA graphs
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from diffpress.compress.checkpoint import Checkpoint  # noqa: E402
-from diffpress.compress.models.adapter import adapter_for  # noqa: E402
-from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
-from diffpress.runtime.errors import EngineUnavailableError  # noqa: E402
-from diffpress.runtime.fused.program import FIRST_HISTORY, Program  # noqa: E402
-from diffpress.runtime.network_inputs import typed_timesteps  # noqa: E402
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.runtime.errors import EngineUnavailableError
+from diffpress.runtime.fused.program import FIRST_HISTORY, Program
+from diffpress.runtime.network_inputs import typed_timesteps
 
 KINDS = ("eager", "bf16", "compiled")
 

@@ -40,7 +40,9 @@ def run(args: argparse.Namespace) -> int:
 
     for name in ("samples", "seeds", "batch"):
         if getattr(args, name) < (8 if name == "samples" else 1):
-            raise InvalidInputError(f"--{name} {getattr(args, name)}: too few (samples: at least 8, seeds and batch: 1)")
+            raise InvalidInputError(
+                f"--{name} {getattr(args, name)}: too few (samples: at least 8, seeds and batch: 1)"
+            )
     network, spec = open_network(args.subject, args.engine, args.threads)
     with closing(network):
         spec = requested_spec(spec, args.steps)

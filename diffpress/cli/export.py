@@ -36,7 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="HxW", help="fix height and width of the image, in pixels")
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
-        "--fixed-timesteps", "--fixed-plan", action="store_true", help="for the plan's own timesteps alone: time embeddings become constants"
+        "--fixed-timesteps",
+        "--fixed-plan",
+        action="store_true",
+        help="for the plan's own timesteps alone: time embeddings become constants",
     )
     parser.add_argument(
         "--revert-slower", action="store_true", help="engines that int8 slows down on this machine take the float graph"

@@ -82,7 +82,9 @@ def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
     elif recipe.data is None:
         prompts = ()
     else:
-        raise InvalidInputError(f"{recipe.data}: a model of latents learns from what its teacher makes; leave 'data' out")
+        raise InvalidInputError(
+            f"{recipe.data}: a model of latents learns from what its teacher makes; leave 'data' out"
+        )
     return TeacherData(teacher, recipe.teacher_samples, out / "stages", prompts)
 
 

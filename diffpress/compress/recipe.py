@@ -145,7 +145,9 @@ def _stage(entry: Any, index: int, path: Path) -> Stage:
     if isinstance(entry, str):
         entry = {entry: {}}
     if not isinstance(entry, dict) or len(entry) != 1:
-        raise InvalidInputError(f"{path}: {where}: a stage is one name with its settings, like  - prune: {{ratio: 0.3}}")
+        raise InvalidInputError(
+            f"{path}: {where}: a stage is one name with its settings, like  - prune: {{ratio: 0.3}}"
+        )
     name, settings = next(iter(entry.items()))
     _refuse_unknown({name: None}, tuple(STAGE_CONFIGS), str(path), where)
     config = STAGE_CONFIGS[name]

@@ -141,9 +141,7 @@ def write_bundle(
     return load_bundle(folder)
 
 
-def check_targets(
-    targets: Sequence[str], capabilities: Sequence[str] = (), build: BuildOptions = DEFAULTS
-) -> None:
+def check_targets(targets: Sequence[str], capabilities: Sequence[str] = (), build: BuildOptions = DEFAULTS) -> None:
     """Raise InvalidInputError for an unknown target or GPU, and MissingDependencyError for a target whose package is not installed."""
     for target in targets:
         if target not in TARGETS:
@@ -159,7 +157,9 @@ def check_precision(precision: str, quantized: bool, targets: Sequence[str]) -> 
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
     if not runs(precision):
-        raise InvalidInputError(f"precision {precision}: ONNX Runtime cannot run it on the CPU; install openvino, or take fp16")
+        raise InvalidInputError(
+            f"precision {precision}: ONNX Runtime cannot run it on the CPU; install openvino, or take fp16"
+        )
     if quantized and precision != FLOAT and "tensorrt" not in targets:
         raise InvalidInputError(
             f"precision {precision}: what a quantized model computes in float stays fp32 in engines on the CPU, which "
@@ -270,7 +270,7 @@ def _content(
 
 
 def _tensors(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Any]:
-    """name -> {dtype as numpy calls it, shape with a name for what is dynamic}."""
+    """Name -> {dtype as numpy calls it, shape with a name for what is dynamic}."""
     found = {}
     for value in values:
         tensor = value.type.tensor_type

@@ -135,12 +135,15 @@ def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, 
     metrics |= {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
     variants = float_variants(graph, latencies) if config.revert_slower else []
     options = {"float_graph": graph, "variants": variants, "components_from": baseline, "precision": config.precision}
-    return _written(checkpoint, out / "bundle", config.targets, "student", metrics, **options, **_tensorrt_options(config))
+    return _written(
+        checkpoint, out / "bundle", config.targets, "student", metrics, **options, **_tensorrt_options(config)
+    )
 
 
 def _stored_latencies(checkpoint: Checkpoint, config: ExportConfig, out: Path) -> list[Latency] | None:
     """What a run before measured of this very checkpoint: measured again it would be another figure, and perhaps
-    another bundle."""
+    another bundle.
+    """
     if checkpoint.quantization is None:
         return []
     stored = read_json(out / LATENCY) if (out / LATENCY).is_file() else {}
@@ -202,7 +205,7 @@ def _written(
 
 
 def running_parity(bundle: Bundle) -> dict[str, dict[str, float]]:
-    """engine -> parity of the graph that it takes."""
+    """Engine -> parity of the graph that it takes."""
     variants = bundle.manifest["graphs"]["denoiser"]["variants"]
     return bundle.manifest["parity"] | {e: entry["parity"] for e, entry in variants.items() if "parity" in entry}
 

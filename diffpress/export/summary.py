@@ -21,9 +21,7 @@ def summary(bundle: Bundle) -> list[str]:
         lines.append("  " + (engine_check_line(entry) if "integer_mac_share" in entry else tensorrt_line(entry)))
     for engine, row in manifest["parity"].items():
         size = f"{row['samples']} samples, {row['steps']} steps"
-        lines.append(
-            f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB"
-        )
+        lines.append(f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB")
     for engine, entry in denoiser["variants"].items():
         proof = f": parity SQNR {entry['parity']['sqnr_db']:.1f} dB" if "parity" in entry else ""
         lines.append(f"  {engine} takes {entry['file']}, {entry['precision']}{proof}")

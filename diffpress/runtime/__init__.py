@@ -40,10 +40,10 @@ _HOMES = {
 }
 
 __all__ = [
-    "InvalidInputError",
     "Bundle",
     "DenoiserSpec",
     "DiffpressError",
+    "InvalidInputError",
     "NoiseSchedule",
     "SamplingPlan",
     "generate",

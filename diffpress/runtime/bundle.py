@@ -57,7 +57,9 @@ class Bundle:
         """
         graphs = self.manifest["graphs"]
         if name not in graphs:
-            raise InvalidInputError(f"{self.path}: has no {name} (it has {', '.join(graphs)}); export the whole pipeline")
+            raise InvalidInputError(
+                f"{self.path}: has no {name} (it has {', '.join(graphs)}); export the whole pipeline"
+            )
         entry = graphs[name]
         return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
 
@@ -119,7 +121,9 @@ def load_bundle(path: str | Path) -> Bundle:
     folder = Path(path)
     file = folder / MANIFEST
     if not file.is_file():
-        raise InvalidInputError(f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'compress')")
+        raise InvalidInputError(
+            f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'compress')"
+        )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
@@ -131,7 +135,9 @@ def load_bundle(path: str | Path) -> Bundle:
             "the bundle again"
         )
     if manifest.get("hash") != manifest_hash(manifest):
-        raise InvalidInputError(f"{file}: the manifest does not match its own hash, it was changed; export the bundle again")
+        raise InvalidInputError(
+            f"{file}: the manifest does not match its own hash, it was changed; export the bundle again"
+        )
     _verify_files(folder, manifest)
     _check_requires(manifest, file)
     if manifest["format"] == 1:
@@ -186,4 +192,6 @@ def _verify_file(folder: Path, name: str, entry: Any) -> None:
     if not path.is_file():
         raise InvalidInputError(f"{path}: listed in the manifest but missing; copy the bundle again")
     if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-        raise InvalidInputError(f"{path}: does not match its sha256 in the manifest, it is damaged; copy the bundle again")
+        raise InvalidInputError(
+            f"{path}: does not match its sha256 in the manifest, it is damaged; copy the bundle again"
+        )

@@ -22,7 +22,8 @@ CONDITIONINGS = ("none", "class", "text")
 @dataclass(frozen=True)
 class TextEncoder:
     """One text encoder: its graph's name in the bundle (`text_encoder_2`), the folder of its tokenizer, and how
-    prompts become ids: `length` tokens, cut or filled with `pad`; `lower` for models taught lower case only."""
+    prompts become ids: `length` tokens, cut or filled with `pad`; `lower` for models taught lower case only.
+    """
 
     graph: str
     tokenizer: str

@@ -150,5 +150,3 @@ def corrected(out: np.ndarray, correction: OutputCorrection) -> np.ndarray:
     bias = np.asarray(correction.bias, np.float32)[:, None, None]
     result: np.ndarray = (out - bias) * np.float32(1.0 / (1.0 + correction.slope))
     return result
-
-

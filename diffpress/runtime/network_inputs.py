@@ -66,8 +66,7 @@ def dummy_conditioning(spec: DenoiserSpec, count: int) -> ConditioningInputs:
         for name, entry in spec.conditioning.inputs.items()
     }
     uncond = {
-        name: array if spec.conditioning.inputs[name].is_plain else np.zeros_like(array)
-        for name, array in cond.items()
+        name: array if spec.conditioning.inputs[name].is_plain else np.zeros_like(array) for name, array in cond.items()
     }
     return ConditioningInputs(cond, uncond)
 
@@ -97,7 +96,8 @@ def static_inputs(
     network: Network, spec: DenoiserSpec, conditions: ConditioningInputs, count: int
 ) -> dict[str, np.ndarray]:
     """The graph's inputs besides sample and timestep in every call for `count` samples by the spec's plan, as it takes
-    them; under guidance both halves, the given one first. Raises InvalidInputError as `make_predictor` does."""
+    them; under guidance both halves, the given one first. Raises InvalidInputError as `make_predictor` does.
+    """
     cond = _network_conditioning(spec, conditions, is_guided(spec, spec.plan.guidance))
     return _typed_conditioning(network, spec, count * evaluations_per_step(spec), cond, spec.plan.guidance)
 
@@ -145,4 +145,6 @@ def check_inputs(network: Network, spec: DenoiserSpec) -> None:
     wanted |= {GUIDANCE} if conditioning.guidance_input else set()
     if set(network.inputs) != wanted:
         found = ", ".join(sorted(network.inputs))
-        raise InvalidInputError(f"the graph's inputs are {found}; by its spec they should be {', '.join(sorted(wanted))}")
+        raise InvalidInputError(
+            f"the graph's inputs are {found}; by its spec they should be {', '.join(sorted(wanted))}"
+        )

@@ -79,7 +79,9 @@ def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0
     if kind not in BETAS:
         raise unknown_name("beta schedule", kind, BETAS)
     if T < 2 or not 0.0 < start <= end < 1.0:
-        raise InvalidInputError(f"beta schedule: {T} timesteps from {start} to {end}; need at least 2 and 0 < start <= end < 1")
+        raise InvalidInputError(
+            f"beta schedule: {T} timesteps from {start} to {end}; need at least 2 and 0 < start <= end < 1"
+        )
     abar = np.cumprod(1.0 - BETAS[kind](T, start, end))
     return NoiseSchedule(_floats(np.sqrt(abar)), _floats(np.sqrt(1.0 - abar)))
 

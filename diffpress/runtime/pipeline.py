@@ -151,7 +151,9 @@ def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> D
         raise InvalidInputError(f"size {_by(size)}: this bundle's graph makes {_by(spec.image_size)} images only")
     if min(size) < unit or size[0] % unit or size[1] % unit:
         near = _by(tuple(max(unit, round(side / unit) * unit) for side in size))
-        raise InvalidInputError(f"size {_by(size)}: sides must be multiples of {unit} for this model; the nearest is {near}")
+        raise InvalidInputError(
+            f"size {_by(size)}: sides must be multiples of {unit} for this model; the nearest is {near}"
+        )
     shape = (spec.sample_shape[0], size[0] // factor, size[1] // factor)
     own, *others = (
         reshifted(timesteps, spec.spacing, spec.tokens(spec.sample_shape), spec.tokens(shape), spec.schedule)

@@ -78,7 +78,9 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], encoder: TextEncoder)
     """
     fewest = tokenizer.num_special_tokens_to_add(False)
     if encoder.length < fewest:
-        raise InvalidInputError(f"{encoder.graph}: {encoder.length} tokens, but its tokenizer alone adds {fewest} special ones")
+        raise InvalidInputError(
+            f"{encoder.graph}: {encoder.length} tokens, but its tokenizer alone adds {fewest} special ones"
+        )
     tokenizer.no_padding()
     tokenizer.enable_truncation(encoder.length)
     ids = np.full((len(prompts), encoder.length), encoder.pad, dtype=np.int64)
@@ -201,7 +203,9 @@ def _row(
     sides = {part.shape[:-1] for part in parts}
     if len(sides) != 1 or parts[0].ndim != len(shape) + 1 or len(parts[0]) != count:
         found = ", ".join(f"{piece} {part.shape}" for piece, part in zip(row, parts, strict=True))
-        raise InvalidInputError(f"input '{name}' for {count} samples of shape {shape} cannot be made of {found or 'nothing'}")
+        raise InvalidInputError(
+            f"input '{name}' for {count} samples of shape {shape} cannot be made of {found or 'nothing'}"
+        )
     joined = np.concatenate(parts, axis=-1)
     narrow = shape[-1] - joined.shape[-1]
     if narrow > 0 and len(shape) > 1:  # a vector or a mask that is too short is a mistake, not a row to be filled
@@ -213,7 +217,9 @@ def _run(graph: str, network: TextNetwork, ids: np.ndarray, mask: np.ndarray) ->
     """One encoder's outputs by 'graph.output', and its attention mask, which some denoisers want to see too."""
     types, given = network.inputs, {IDS: ids, MASK: mask}
     if IDS not in types or not set(types) <= set(given):
-        raise InvalidInputError(f"{graph}: its inputs are {', '.join(types)}; they should be {IDS} and, if need be, {MASK}")
+        raise InvalidInputError(
+            f"{graph}: its inputs are {', '.join(types)}; they should be {IDS} and, if need be, {MASK}"
+        )
     outputs = network.run_all({name: given[name].astype(dtype) for name, dtype in types.items()})
     return {f"{graph}.{name}": array for name, array in {MASK: mask, **outputs}.items()}
 

@@ -69,7 +69,9 @@ def _trained_plans(spec: DenoiserSpec) -> str:
 
 def _is_trained_for(spec: DenoiserSpec, plan: SamplingPlan) -> bool:
     """Whether a distilled network was taught this plan: its own, or it over other timesteps that it knows."""
-    return plan == spec.plan or any(plan == spec.plan.without_corrections.over(other) for other in spec.distilled_timesteps)
+    return plan == spec.plan or any(
+        plan == spec.plan.without_corrections.over(other) for other in spec.distilled_timesteps
+    )
 
 
 def _warn(line: str) -> None:

@@ -13,6 +13,7 @@ ahead (diffpress.runtime.fused.program); whatever it cannot walk comes back to t
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -74,7 +75,7 @@ def sample(
     levels = plan_levels(schedule, plan.timesteps, plan.end)
     x = _started(noise, levels[0], plan)
     past: deque[PreviousStep] = deque(maxlen=MAX_HISTORY)
-    for index, (now, after) in enumerate(zip(levels, levels[1:], strict=False)):
+    for index, (now, after) in enumerate(itertools.pairwise(levels)):
         x0 = denoise(x, now)
 
         def fresh(k: int, stream: int = index + 1) -> np.ndarray:
@@ -132,7 +133,8 @@ def noise_for(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...], stream:
 
 class _Generator(threading.local):
     """One for each thread, set to a seed's state each time: a new one asks the system for entropy that it then drops,
-    and with cold caches takes twice as long as the noise of a small image."""
+    and with cold caches takes twice as long as the noise of a small image.
+    """
 
     def __init__(self) -> None:
         self.philox = np.random.Philox(key=0)

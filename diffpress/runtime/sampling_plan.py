@@ -24,7 +24,9 @@ class OutputCorrection:
 
     def __post_init__(self) -> None:
         if not (np.isfinite(self.slope) and self.slope > -1.0 and np.isfinite(self.bias).all()):
-            raise InvalidInputError(f"plan: a correction's slope {self.slope:g} must lie above -1, and slope and bias be finite")
+            raise InvalidInputError(
+                f"plan: a correction's slope {self.slope:g} must lie above -1, and slope and bias be finite"
+            )
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,9 @@ class Threshold:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.ratio <= 1.0 or not (self.max is None or (np.isfinite(self.max) and self.max >= 1.0)):
-            raise InvalidInputError(f"threshold: ratio {self.ratio:g} must lie in (0, 1], and max {self.max} be at least 1")
+            raise InvalidInputError(
+                f"threshold: ratio {self.ratio:g} must lie in (0, 1], and max {self.max} be at least 1"
+            )
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ class SamplingPlan:
     def __post_init__(self) -> None:
         t = np.asarray(self.timesteps, dtype=float)
         if t.size < 1 or not np.isfinite(t).all() or (t < 0).any() or (np.diff(t) >= 0).any():
-            raise InvalidInputError("plan: timesteps must be one or more finite, non-negative, strictly descending numbers")
+            raise InvalidInputError(
+                "plan: timesteps must be one or more finite, non-negative, strictly descending numbers"
+            )
         if not (np.isfinite(self.guidance) and np.isfinite(self.eta) and 0.0 <= self.eta <= 1.0):
             raise InvalidInputError(f"plan: guidance {self.guidance} must be finite and eta {self.eta} lie in [0, 1]")
         if not 0.0 <= self.guidance_rescale <= 1.0:
@@ -91,7 +97,9 @@ class SamplingPlan:
         if self.end is not None and not 0.0 <= self.end <= t[-1]:
             raise InvalidInputError(f"plan: end {self.end} must be a timestep not above the last one, {t[-1]:g}")
         if self.output_corrections and len(self.output_corrections) != t.size:
-            raise InvalidInputError(f"plan: {len(self.output_corrections)} corrections for {t.size} timesteps; one each, or none")
+            raise InvalidInputError(
+                f"plan: {len(self.output_corrections)} corrections for {t.size} timesteps; one each, or none"
+            )
 
     @property
     def steps(self) -> int:

@@ -141,5 +141,3 @@ def _shape(values: Any) -> tuple[int, int, int]:
 def _range(values: Any) -> tuple[float, float]:
     low, high = (float(v) for v in values)
     return low, high
-
-

@@ -62,7 +62,9 @@ class TimestepSpacing:
 
     def __post_init__(self) -> None:
         if self.offset < 0 or not (np.isfinite(self.shift) and self.shift > 0):
-            raise InvalidInputError(f"spacing: offset {self.offset} must not be negative and shift {self.shift} be above 0")
+            raise InvalidInputError(
+                f"spacing: offset {self.offset} must not be negative and shift {self.shift} be above 0"
+            )
 
 
 def spacing_from_json(data: Any, where: str = "spacing") -> TimestepSpacing:
@@ -189,7 +191,9 @@ def _flow_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
 def _lcm(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     taught = min(LCM_TIMESTEPS, len(schedule))
     if steps > taught:
-        raise InvalidInputError(f"{steps} steps: a latent consistency model was taught {taught} timesteps, ask for no more")
+        raise InvalidInputError(
+            f"{steps} steps: a latent consistency model was taught {taught} timesteps, ask for no more"
+        )
     places = taught - np.floor(np.linspace(0, taught, steps, endpoint=False))
     return places * (len(schedule) // taught) - 1
 
@@ -272,12 +276,14 @@ def reshifted(
 
 
 def _shift_factor(spacing: TimestepSpacing, tokens: int | None) -> float:
-    """k of the shift: constant, or exp(m) with m on the line through the spacing's two image sizes."""
+    """K of the shift: constant, or exp(m) with m on the line through the spacing's two image sizes."""
     if spacing.dynamic is None:
         return spacing.shift
     low, high, fewest, most = spacing.dynamic
     if tokens is None or fewest == most:
-        raise InvalidInputError(f"spacing: the shift {spacing.dynamic} needs two image sizes and the number of image tokens")
+        raise InvalidInputError(
+            f"spacing: the shift {spacing.dynamic} needs two image sizes and the number of image tokens"
+        )
     return math.exp(low + (high - low) * (tokens - fewest) / (most - fewest))
 
 

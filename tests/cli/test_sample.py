@@ -160,7 +160,10 @@ def test_a_distilled_network_keeps_its_solver_and_promises_nothing_for_other_ste
 def test_a_distilled_network_takes_the_other_plans_that_it_was_taught(tiny, tmp_path, capsys) -> None:
     spec = load_bundle(tiny).spec
     taught = replace(
-        spec, plan=replace(spec.plan, solver="euler"), distilled="trajectory", distilled_timesteps=((45.0,), (47.0, 20.0))
+        spec,
+        plan=replace(spec.plan, solver="euler"),
+        distilled="trajectory",
+        distilled_timesteps=((45.0,), (47.0, 20.0)),
     )
     for count, timesteps in ((1, (45.0,)), (2, (47.0, 20.0)), (8, spec.plan.timesteps)):
         assert requested_plan(taught, count, None, None, None) == taught.plan.over(timesteps)

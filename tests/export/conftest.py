@@ -32,7 +32,8 @@ def _one_thread() -> Iterator[None]:
 
 class Everything(nn.Module):
     """Every operator that can carry a layer's weight: 2d and 1d convolution, a strided one back up, Gemm and MatMul
-    with and without bias, an embedding; two equal layers; a layer that is called twice."""
+    with and without bias, an embedding; two equal layers; a layer that is called twice.
+    """
 
     def __init__(self) -> None:
         super().__init__()

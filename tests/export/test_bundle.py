@@ -52,7 +52,7 @@ def test_the_manifest_says_what_the_graph_is(bundle, quantized):
     stored = [onnx.numpy_helper.to_array(tensor) for tensor in onnx.load(bundle.denoiser).graph.initializer]
     kinds = ("int8", "float32", "int64", "uint8")
     sizes = {kind: sum(a.nbytes for a in stored if a.dtype == kind) for kind in kinds}
-    assert denoiser["bytes_by_precision"] == sizes and list(denoiser["bytes_by_precision"])[0] == "int8"
+    assert denoiser["bytes_by_precision"] == sizes and next(iter(denoiser["bytes_by_precision"])) == "int8"
     assert set(manifest["parity"]) >= {"torch_fake_quant", "onnxruntime"}
     assert [record["stage"] for record in manifest["history"]] == ["quantize"]
     assert "seconds" not in manifest["history"][0]

@@ -104,7 +104,9 @@ def test_what_cannot_be_is_refused_before_any_work(precision, quantized, targets
 
 def test_bf16_needs_an_engine_that_runs_it(monkeypatch):
     monkeypatch.setattr("diffpress.export.verify.parity.available", lambda: ["onnxruntime"])
-    with pytest.raises(InvalidInputError, match="precision bf16: ONNX Runtime cannot run it.* install openvino, or take fp16"):
+    with pytest.raises(
+        InvalidInputError, match="precision bf16: ONNX Runtime cannot run it.* install openvino, or take fp16"
+    ):
         check_precision("bf16", False, ["onnx"])
     check_precision("fp16", False, ["onnx"])
 

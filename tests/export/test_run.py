@@ -31,7 +31,10 @@ def measured(monkeypatch):
 @pytest.fixture
 def run(wide, wide_graph, scales, tmp_path, monkeypatch):
     """Deliver the quantized checkpoint to one and the same folder."""
-    for place in ("diffpress.export.bundle.to_onnx", "diffpress.export.graph.to_onnx.to_onnx"):  # tracing is tested elsewhere, and slow
+    for place in (
+        "diffpress.export.bundle.to_onnx",
+        "diffpress.export.graph.to_onnx.to_onnx",
+    ):  # tracing is tested elsewhere, and slow
         monkeypatch.setattr(place, lambda checkpoint, fixed_size=False: wide_graph)
     quantized = wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))
 

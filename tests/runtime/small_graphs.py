@@ -14,7 +14,7 @@ def sample_inputs(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write_float_graph(path: Path) -> None:
-    """sample [N, 8, 8, 8] -> Conv 3x3 to 16 channels -> tokens -> MatMul 16x16 -> mean -> Gemm 16x4."""
+    """Sample [N, 8, 8, 8] -> Conv 3x3 to 16 channels -> tokens -> MatMul 16x16 -> mean -> Gemm 16x4."""
     onnx = pytest.importorskip("onnx")
     helper, rng = onnx.helper, np.random.default_rng(0)
 

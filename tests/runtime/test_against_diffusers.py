@@ -86,7 +86,7 @@ EULER = [
 
 @pytest.mark.parametrize(("kind", "prediction", "grid"), EULER)
 def test_euler_follows_diffusers(fake_network, noise, kind, prediction, grid) -> None:
-    """diffusers walks in X = x / alpha; x = X / sqrt(1 + sigma^2). 10 steps: its linspace is then whole too."""
+    """Diffusers walks in X = x / alpha; x = X / sqrt(1 + sigma^2). 10 steps: its linspace is then whole too."""
     start = noise(3, 1, 4, 4)
     ours, _, network = ours_and_network(
         fake_network, kind, prediction, lambda s: make_plan("euler", 10, s, spacing=grid, clip=False), start
@@ -129,7 +129,7 @@ PLMS = [(kind, prediction) for kind in KINDS for prediction in ("epsilon", "v")]
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 20, 50])
 def test_plms_follows_diffusers(fake_network, noise, kind, prediction, offset, clean, steps) -> None:
-    """diffusers' first two calls are our first step, and its second timestep comes twice."""
+    """Diffusers' first two calls are our first step, and its second timestep comes twice."""
     start = noise(3, 1, 4, 4)
     solver = {"epsilon": "plms", "v": "plms_v"}[prediction]
 

@@ -179,7 +179,7 @@ def test_a_changed_manifest_with_a_hash_to_match_is_refused_or_makes_sense(sound
         manifest["hash"] = manifest_hash(manifest)
         (work / MANIFEST).write_text(json.dumps(manifest))
         refused += isinstance(outcome(work), str)
-    assert 0.2 * COUNT < refused
+    assert refused > 0.2 * COUNT
 
 
 @pytest.mark.parametrize("damage", BYTES)
@@ -191,7 +191,7 @@ def test_damaged_graphs_and_engines_are_refused(sound: Path, work: Path, damage:
         content = (sound / file).read_bytes()
         (work / file).write_bytes(damaged := damage(content, rng))
         found = outcome(work)
-        assert damaged == content or isinstance(found, str) and file.name in found, seed
+        assert damaged == content or (isinstance(found, str) and file.name in found), seed
         (work / file).write_bytes(content)
 
 

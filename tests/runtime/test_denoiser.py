@@ -281,7 +281,11 @@ def test_wishes_that_do_not_fit_the_model_are_refused(fake_network, conditioning
     [
         (None, 1.0, "is told encoder_attention_mask, encoder_hidden_states, time_ids, and nothing was given"),
         (ConditioningInputs({"time_ids": words(1.0)["time_ids"]}), 1.0, "and time_ids was given"),
-        (ConditioningInputs(words(1.0) | {"class_labels": np.array([1])}), 1.0, "and class_labels, encoder_attention_mask"),
+        (
+            ConditioningInputs(words(1.0) | {"class_labels": np.array([1])}),
+            1.0,
+            "and class_labels, encoder_attention_mask",
+        ),
         (ConditioningInputs(words(1.0)), 2.0, "guidance needs an encoded negative prompt"),
     ],
 )
@@ -293,4 +297,6 @@ def test_words_that_do_not_fit_the_model_are_refused(fake_network, conditions, g
 
 def test_conditions_for_a_model_that_is_told_nothing_are_refused(fake_network) -> None:
     with pytest.raises(InvalidInputError, match="is told nothing, and class_labels was given"):
-        make_denoiser(fake_network("v", COSINE), spec_of("v"), conditions=ConditioningInputs({"class_labels": np.array([1])}))
+        make_denoiser(
+            fake_network("v", COSINE), spec_of("v"), conditions=ConditioningInputs({"class_labels": np.array([1])})
+        )

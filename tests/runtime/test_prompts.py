@@ -238,7 +238,9 @@ def test_the_line_stays_one_line_of_bounded_length(pair: Any) -> None:
 
 def test_an_encoder_with_other_inputs_is_refused(pair: Any) -> None:
     pair["text_encoder_2"].inputs["token_type_ids"] = INT64
-    with pytest.raises(InvalidInputError, match="text_encoder_2: its inputs are input_ids, attention_mask, token_type_ids"):
+    with pytest.raises(
+        InvalidInputError, match="text_encoder_2: its inputs are input_ids, attention_mask, token_type_ids"
+    ):
         encode(["b"], SDXL, pair, LETTERS, SIZE)
 
 
@@ -338,7 +340,8 @@ def test_clip_ids_and_masks_are_those_of_transformers(
     clip_like: Path, length: int, pad_token: str, tmp_path: Path
 ) -> None:
     """SDXL's second tokenizer fills with '!', which transformers then reads as one token inside a prompt as well:
-    the file that it saves says so."""
+    the file that it saves says so.
+    """
     transformers = pytest.importorskip("transformers")
     oracle = transformers.PreTrainedTokenizerFast(tokenizer_file=str(clip_like), pad_token=pad_token)
     oracle.save_pretrained(tmp_path)
@@ -419,7 +422,9 @@ def test_a_file_that_is_no_tokenizer_is_named(content: bytes | None, tmp_path: P
 
 def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(MissingDependencyError, match=r"needs the package 'tokenizers': pip install 'diffpress\[text\]'"):
+    with pytest.raises(
+        MissingDependencyError, match=r"needs the package 'tokenizers': pip install 'diffpress\[text\]'"
+    ):
         open_tokenizer("tokenizer.json")
 
 

@@ -97,13 +97,13 @@ def pairs(
 def image_at(
     model: nn.Module, spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors
 ) -> torch.Tensor:
-    """f at the timesteps `t` [B] of the lines through `x0` and `noise`, [B, C, H, W]."""
+    """F at the timesteps `t` [B] of the lines through `x0` and `noise`, [B, C, H, W]."""
     x_t = add_noise(spec, x0, noise, t)
     return x0_of(spec, forward(model, spec, x_t, t, cond), x_t, *coefficients(spec, t))
 
 
 def levels(spec: DenoiserSpec, t: torch.Tensor) -> torch.Tensor:
-    """r = sigma / alpha at timesteps `t` [B], shaped [B, 1, 1, 1]; finite where alpha is zero."""
+    """R = sigma / alpha at timesteps `t` [B], shaped [B, 1, 1, 1]; finite where alpha is zero."""
     alpha, sigma = coefficients(spec, t)
     return sigma / alpha.clamp_min(1e-4)
 

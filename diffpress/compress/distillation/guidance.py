@@ -37,7 +37,9 @@ def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Ch
     if spec.conditioning.guidance_input:
         raise InvalidInputError("distill: {kind: guidance}: the model takes the guidance weight as an input already")
     if not data.uncond:
-        raise InvalidInputError("distill: {kind: guidance}: the model knows no null label or prompt, so nothing guides it")
+        raise InvalidInputError(
+            "distill: {kind: guidance}: the model knows no null label or prompt, so nothing guides it"
+        )
     low, high = config.weights or (config.weight or spec.plan.guidance,) * 2
     if low == high == 1.0:
         raise InvalidInputError("distill: {kind: guidance}: weight 1 is no guidance; set weight to more")

@@ -110,9 +110,7 @@ def in_v(teacher: nn.Module, spec: DenoiserSpec, data: Data, batch: int) -> Obje
         t = torch.randint(0, len(spec.schedule), (batch,), generator=generator)
         return x0, torch.randn(x0.shape, generator=generator), t, cond
 
-    def loss(
-        student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors
-    ) -> torch.Tensor:
+    def loss(student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors) -> torch.Tensor:
         teacher.to(x0.device)
         x_t, (alpha, sigma) = add_noise(spec, x0, noise, t), coefficients(spec, t)
         with torch.no_grad():

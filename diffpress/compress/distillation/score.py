@@ -107,7 +107,8 @@ def generated(
     noise: list[torch.Tensor],
 ) -> torch.Tensor:
     """Images [B, C, H, W] as the generator sees them at the step that the last of `noise` leads to; gradients through
-    that step alone."""
+    that step alone.
+    """
     first, *fresh = noise
     x = first * initial_std(points[0], spec.plan.start)
     for step in range(len(noise)):

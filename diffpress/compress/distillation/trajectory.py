@@ -13,6 +13,7 @@ of them, and no two share a timestep (few_steps.plans_apart).
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import torch
@@ -48,7 +49,9 @@ def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -
     fine, kept = refined(ctx.teacher.spec.plan, stops, config.trajectory_steps, spec.schedule)
     fine = replace(fine, guidance=guidance_in(checkpoint))
     ctx.notes["guidance"] = fine.guidance
-    paths = TeacherTrajectories(ctx.teacher, fine, kept, config.trajectories, ctx.conditions(config.trajectories), SEED, ctx.work.parent)
+    paths = TeacherTrajectories(
+        ctx.teacher, fine, kept, config.trajectories, ctx.conditions(config.trajectories), SEED, ctx.work.parent
+    )
     paths.make()
     spec = student_spec(spec, config.kind, "euler", own, tuple(others))
     levels = plan_levels(spec.schedule, stops)
@@ -64,7 +67,7 @@ def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -
         x = states[:, way[0]]
         places = [place(levels, number, x) for number in way]
         with torch.no_grad():
-            for here, there in zip(places[:-2], places[1:], strict=False):
+            for here, there in itertools.pairwise(places):
                 x = transfer(x, predicted_x0(student, spec, x, here, conditions), here, there)
         here, there = places[-2:]
         # one step leads from x to both: their distance is that of the images they imply

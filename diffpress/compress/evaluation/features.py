@@ -83,7 +83,9 @@ def load_reference(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> R
     else:
         images, _ = read_npz(path)
         if images.shape[1:] != tuple(spec.sample_shape):
-            raise InvalidInputError(f"{path}: images are {list(images.shape[1:])}, the model makes {list(spec.sample_shape)}")
+            raise InvalidInputError(
+                f"{path}: images are {list(images.shape[1:])}, the model makes {list(spec.sample_shape)}"
+            )
         low, high = spec.data_range
         scaled = [
             images[i : i + 256].astype(np.float32) * ((high - low) / 255.0) + low for i in range(0, len(images), 256)

@@ -19,7 +19,8 @@ BASELINE_SOLVER, BASELINE_STEPS = "ddim", 50
 
 def torch_subject(reference: str, threads: int | None = None) -> Subject:
     """The checkpoint in PyTorch eager, float32: models of pixels sampled with DDIM-50, what most people run today, and
-    those of latents by the plan their pipeline has."""
+    those of latents by the plan their pipeline has.
+    """
     if threads:
         torch.set_num_threads(threads)
     checkpoint = load_checkpoint(reference)

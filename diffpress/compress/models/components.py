@@ -156,7 +156,9 @@ def _pieces(spec: DenoiserSpec) -> list[tuple[str, ...]]:
 
 def _refuse_unknown(folder: Path, kind: str, known: tuple[str, ...]) -> None:
     if kind not in known:
-        raise InvalidInputError(f"{folder / 'config.json'}: class '{kind}' is not known here (known: {', '.join(known)})")
+        raise InvalidInputError(
+            f"{folder / 'config.json'}: class '{kind}' is not known here (known: {', '.join(known)})"
+        )
 
 
 def _from_pretrained(library: str, kind: str, folder: Path, **options: Any) -> nn.Module:

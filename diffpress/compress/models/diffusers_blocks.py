@@ -28,7 +28,8 @@ from torch import nn
 class Member:
     """One side of one layer of a coupled group: index i of the group is its positions
     offset + i * width ... offset + (i + 1) * width - 1. Side 'norm' is a GroupNorm's channels, side 'heads' the
-    attribute that counts an attention's heads."""
+    attribute that counts an attention's heads.
+    """
 
     layer: Any
     side: Literal["out", "in", "norm", "heads"]
@@ -39,7 +40,8 @@ class Member:
 @dataclass(frozen=True)
 class Coupled:
     """`channels` indices (channels, or whole heads) that every member loses together; where `norm_groups` is above 1,
-    equally many from each of so many runs. The groups of one list share no side of a layer."""
+    equally many from each of so many runs. The groups of one list share no side of a layer.
+    """
 
     members: tuple[Member, ...]
     channels: int
@@ -63,7 +65,8 @@ def attentions(model: nn.Module) -> list[Coupled]:
 
 def residual_outputs(model: nn.Module) -> list[str]:
     """What writes a U-Net's stream and its skips, beside the convolutions that change the resolution: the first
-    convolution, and the blocks that add their branch to their input."""
+    convolution, and the blocks that add their branch to their input.
+    """
     sums = (ResnetBlock2D, Transformer2DModel)
     return [
         name

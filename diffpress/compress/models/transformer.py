@@ -26,7 +26,8 @@ def cache_cuts(model: Any) -> list[str]:
 
 def layers_named(model: nn.Module, *, outside: tuple[str, ...], inside: tuple[str, ...] = ()) -> list[str]:
     """Linear and convolution layers whose name begins with one of `outside`, or, in a block, whose name within the
-    block begins with one of `inside` ('norm1.' finds 'transformer_blocks.3.norm1.linear')."""
+    block begins with one of `inside` ('norm1.' finds 'transformer_blocks.3.norm1.linear').
+    """
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):

@@ -17,7 +17,8 @@ MIN_KEPT = 0.25
 @dataclass(frozen=True)
 class Candidate:
     """A coupled group of channels: a score [C] for each channel, the number of normalisation groups its channels
-    fall into, the unit that it shrinks by, what one channel costs, and how channels are removed, by their indices."""
+    fall into, the unit that it shrinks by, what one channel costs, and how channels are removed, by their indices.
+    """
 
     scores: torch.Tensor
     norm_groups: int
@@ -67,7 +68,9 @@ def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
     while removed < ratio * channels:
         if not offers:
             possible = removed / max(channels, 1)
-            raise InvalidInputError(f"prune: ratio {ratio:g} leaves too little of some layer; at most {possible:.2f} can go")
+            raise InvalidInputError(
+                f"prune: ratio {ratio:g} leaves too little of some layer; at most {possible:.2f} can go"
+            )
         _, best = heapq.heappop(offers)
         keeps[best] -= candidates[best].unit
         removed += candidates[best].unit

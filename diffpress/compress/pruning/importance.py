@@ -1,9 +1,9 @@
 """Importance of the channels of a coupled group, summed over every weight that a channel touches.
 
-    random      uniform noise
-    magnitude   sum |w|
-    taylor      sum |w * dL/dw|, gradients of the denoising loss accumulated over timesteps from low noise
-                upward until L_t < T * max L   (Fang et al. 2023, Diff-Pruning, eq. 5-6 and alg. 1)
+random      uniform noise
+magnitude   sum |w|
+taylor      sum |w * dL/dw|, gradients of the denoising loss accumulated over timesteps from low noise
+            upward until L_t < T * max L   (Fang et al. 2023, Diff-Pruning, eq. 5-6 and alg. 1)
 """
 
 from __future__ import annotations

@@ -95,4 +95,6 @@ def _check_runs(adapter: Adapter, model: nn.Module, inputs: dict[str, torch.Tens
     with torch.no_grad():
         out = adapter.forward(model.eval(), inputs)
     if out.shape != inputs["sample"].shape or not torch.isfinite(out).all():
-        raise InvalidInputError(f"prune: the pruned model gives {list(out.shape)}, not a finite {list(inputs['sample'].shape)}")
+        raise InvalidInputError(
+            f"prune: the pruned model gives {list(out.shape)}, not a finite {list(inputs['sample'].shape)}"
+        )

@@ -1,9 +1,9 @@
 """Which layer gets which format.
 
-    keep, mixture                       the longest prefix of a layer's name decides, where any does: a format or float
-    fragile, or not among `layers`      float arithmetic; linear layers store their weights as int8 all the same, since
-                                        time and class embeddings weigh much in the file and little in time
-    the rest                            the stage's format, but fp8 where nvfp4 does not fit
+keep, mixture                       the longest prefix of a layer's name decides, where any does: a format or float
+fragile, or not among `layers`      float arithmetic; linear layers store their weights as int8 all the same, since
+                                    time and class embeddings weigh much in the file and little in time
+the rest                            the stage's format, but fp8 where nvfp4 does not fit
 """
 
 from __future__ import annotations
@@ -86,7 +86,9 @@ def rounded_outputs(checkpoint: Checkpoint, formats: dict[str, str], config: Qua
     # what was told to be in another format takes its sums along
     apart = (*config.ignored_layers, *(name for name, kind in config.format_overrides.items() if kind != config.format))
     convolutions = set(rounded) - linear
-    residual_outputs = [name for name in adapter_for(model).residual_outputs(model) if convolutions and not name.startswith(apart)]
+    residual_outputs = [
+        name for name in adapter_for(model).residual_outputs(model) if convolutions and not name.startswith(apart)
+    ]
     return [*rounded, *(name for name in residual_outputs if name not in rounded)]
 
 

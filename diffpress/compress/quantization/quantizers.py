@@ -57,7 +57,9 @@ def _refuse_foreign(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor]
         if what == "weight" and weight is not None and fits:
             fits = tuple(value.shape) == scale_shape(FORMATS[formats[layer]], weight.shape)
         if not fits or (what != "weight" and value.numel() != 1):
-            raise InvalidInputError(f"scale '{key}' with {value.numel()} values does not fit this model; quantize it again")
+            raise InvalidInputError(
+                f"scale '{key}' with {value.numel()} values does not fit this model; quantize it again"
+            )
 
 
 def with_quantizers(model: nn.Module, formats: Mapping[str, str], outputs: Iterable[str]) -> Any:

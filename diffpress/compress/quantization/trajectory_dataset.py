@@ -33,7 +33,9 @@ class _Recorder(TorchNetwork):
         return super().run(inputs)
 
 
-def sample_trajectories(model: nn.Module, checkpoint: Checkpoint, count: int, batch: int, ctx: Context) -> TrajectoryDataset:
+def sample_trajectories(
+    model: nn.Module, checkpoint: Checkpoint, count: int, batch: int, ctx: Context
+) -> TrajectoryDataset:
     """The inputs of every call while `model` makes `count` samples by the checkpoint's own plan, `batch` at a time."""
     calls: TrajectoryDataset = []
     network = _Recorder(model, checkpoint, calls)

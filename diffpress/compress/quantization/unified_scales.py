@@ -86,7 +86,7 @@ class _Flow(TorchFunctionMode):
         elif func in PARAMETERS:
             arguments = dict(zip(PARAMETERS[func], args, strict=False)) | (kwargs or {})
             zeros = arguments.get("mode", "constant") == "constant" and not arguments.get("value")
-            if func is F.interpolate and arguments.get("mode", "nearest") == "nearest" or func is F.pad and zeros:
+            if (func is F.interpolate and arguments.get("mode", "nearest") == "nearest") or (func is F.pad and zeros):
                 self._joins([arguments["input"]], out)
         return out
 

@@ -76,7 +76,9 @@ def search(
     shown = {name: round(value, 5) for name, value in losses.items()}
     say(f"search: distance to {config.fine} steps of {TEACHER}: {shown}")
     if config.refine:
-        best, seen[best] = refined(best, seen[best], loss_of, config.refine, len(spec.schedule) - 1, spec.spacing.integer)
+        best, seen[best] = refined(
+            best, seen[best], loss_of, config.refine, len(spec.schedule) - 1, spec.spacing.integer
+        )
         shown["refined"] = round(seen[best], 5)
         say(f"search: refined to {shown['refined']}")
     return best, {"timesteps": list(best), "loss": shown, "samples": config.samples, "fine": list(fine)}
@@ -117,7 +119,9 @@ def jump_costs(
         ends.append(end)
     final = np.concatenate(ends)
     if not np.isfinite(final).all():
-        raise InvalidInputError("schedule: the samples of the fine grid hold NaN or infinite values; nothing can be searched")
+        raise InvalidInputError(
+            "schedule: the samples of the fine grid hold NaN or infinite values; nothing can be searched"
+        )
     return total / count, final
 
 
@@ -137,7 +141,12 @@ def best_path(costs: np.ndarray, steps: int, gamma: float) -> tuple[int, ...]:
 
 
 def loss(
-    network: Network, spec: DenoiserSpec, timesteps: Timesteps, ends: np.ndarray, batch: int, conditions: ConditioningInputs
+    network: Network,
+    spec: DenoiserSpec,
+    timesteps: Timesteps,
+    ends: np.ndarray,
+    batch: int,
+    conditions: ConditioningInputs,
 ) -> float:
     """How far the plan over these timesteps ends from `ends` [N, C, H, W], from the same noise: mean over samples."""
     plan, total = spec.plan.over(timesteps), 0.0

@@ -28,7 +28,9 @@ def load_custom_module(file: Path, weights: Path) -> Checkpoint:
     where = str(weights)
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InvalidInputError(f"{original}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken")
+            raise InvalidInputError(
+                f"{original}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken"
+            )
     source = Source("custom", file=file, weights=original, original=widths_of(module))
     if record is not None:
         apply_widths_(module, record.get("widths", {}), where)

@@ -89,7 +89,9 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
         found = ADAPTERS[layout.kind].describe(layout)
         latent = _latent(layout, found.sample_shape[0])
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInputError(f"{where}: an entry in it is missing or makes no sense ({first_line(error)})") from error
+        raise InvalidInputError(
+            f"{where}: an entry in it is missing or makes no sense ({first_line(error)})"
+        ) from error
     # a whole pipeline says how it wants to be sampled; a bare denoiser gets what suits it
     follow = bool(latent) or found.conditioning.kind == "text"
     # a DDIMPipeline too; a DDPMPipeline would take a thousand random steps
@@ -155,5 +157,7 @@ def _amended(spec: DenoiserSpec, record: dict[str, Any], where: str) -> Denoiser
             clip=with_solver(spec.plan, wish["solver"]).clip,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InvalidInputError(f"{where}: plan needs solver and steps, and may have grid and guidance ({error!r})") from error
+        raise InvalidInputError(
+            f"{where}: plan needs solver and steps, and may have grid and guidance ({error!r})"
+        ) from error
     return spec.with_plan(plan)

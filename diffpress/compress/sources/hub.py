@@ -15,4 +15,6 @@ def downloaded(hub_id: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except Exception as error:  # the hub client raises dozens of unrelated types
-        raise InvalidInputError(f"{hub_id}: no such folder here, and the hub did not give it ({first_line(error)})") from error
+        raise InvalidInputError(
+            f"{hub_id}: no such folder here, and the hub did not give it ({first_line(error)})"
+        ) from error

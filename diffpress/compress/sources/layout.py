@@ -82,11 +82,15 @@ class Layout:
         from transformers import AutoTokenizer
 
         if not any((self.folder / part / name).is_file() for name in VOCABULARIES):
-            raise InvalidInputError(f"{self.folder / part}: no {', '.join(VOCABULARIES)} in it; copy the whole pipeline again")
+            raise InvalidInputError(
+                f"{self.folder / part}: no {', '.join(VOCABULARIES)} in it; copy the whole pipeline again"
+            )
         try:
             return AutoTokenizer.from_pretrained(self.folder / part)
         except Exception as error:  # each tokenizer class has failures of its own
-            raise InvalidInputError(f"{self.folder / part}: no tokenizer can be read from it ({first_line(error)})") from error
+            raise InvalidInputError(
+                f"{self.folder / part}: no tokenizer can be read from it ({first_line(error)})"
+            ) from error
 
 
 def read_layout(folder: Path) -> Layout:
@@ -99,7 +103,9 @@ def read_layout(folder: Path) -> Layout:
     promised = [part for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]]
     for part in promised:
         if part in USED and not (folder / part).is_dir():
-            raise InvalidInputError(f"{folder}: {INDEX} names a part '{part}', which is missing; copy the whole pipeline again")
+            raise InvalidInputError(
+                f"{folder}: {INDEX} names a part '{part}', which is missing; copy the whole pipeline again"
+            )
     present = promised if index else [part for part in USED if (folder / part).is_dir()]
     configs = {
         part: read_json(folder / part / "config.json")
@@ -116,7 +122,9 @@ def _denoiser_folder(folder: Path, index: dict[str, Any]) -> Path:
             return candidate
     named = [part for part in DENOISERS if part in index]
     if named:
-        raise InvalidInputError(f"{folder}: {INDEX} names a part '{named[0]}', which is missing; copy the whole pipeline again")
+        raise InvalidInputError(
+            f"{folder}: {INDEX} names a part '{named[0]}', which is missing; copy the whole pipeline again"
+        )
     raise InvalidInputError(f"{folder}: no unet/ or transformer/ with a config.json in it, and no config.json itself")
 
 
@@ -167,7 +175,9 @@ def load_weights_(model: nn.Module, files: list[Path], dtype: torch.dtype = torc
             if tensor.is_floating_point():
                 # a NaN is both ends of its tensor: this needs no second tensor of the same size
                 if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
-                    raise InvalidInputError(f"{file}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken")
+                    raise InvalidInputError(
+                        f"{file}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken"
+                    )
                 tensor = tensor.to(dtype)
             _put_(model, name, tensor)
             missing.discard(name)
@@ -178,7 +188,7 @@ def load_weights_(model: nn.Module, files: list[Path], dtype: torch.dtype = torc
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():
+            for name in tensors:
                 yield name, tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
         raise InvalidInputError(f"{file}: not readable as safetensors ({error}); truncated? copy it again") from error

@@ -81,5 +81,3 @@ def _scratch() -> Path:
     folder = Path(tempfile.mkdtemp(prefix="diffpress-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder / "pipeline"
-
-

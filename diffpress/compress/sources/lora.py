@@ -71,7 +71,9 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not math.isfinite(scale):
         raise InvalidInputError(f"--lora {text}: the scale is not a finite number")
     if path.suffix in PICKLES:
-        raise InvalidInputError(f"{path}: a pickle can run any code when read, so diffpress does not; save it as safetensors")
+        raise InvalidInputError(
+            f"{path}: a pickle can run any code when read, so diffpress does not; save it as safetensors"
+        )
     file = path / LORA_FILE if path.is_dir() else path
     if not file.is_file():
         within = f"has no {LORA_FILE}; name the file in it" if path.is_dir() else "no such file"

@@ -26,7 +26,7 @@ def history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tup
     file = folder / "quantization.safetensors"
     try:
         with safe_open(file, framework="pt") as tensors:
-            found = {name: tensors.get_tensor(name) for name in tensors.keys()}
+            found = {name: tensors.get_tensor(name) for name in tensors}
         if record.get("format") == 1:
             found = {upgraded_tensor_name(name): value for name, value in found.items()}
     except (SafetensorError, OSError) as error:

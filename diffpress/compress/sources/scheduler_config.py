@@ -71,10 +71,14 @@ SCHEDULERS = {
     "HeunDiscreteScheduler": SchedulerMapping("heun", EULER, followed={"clip_sample": (False,)}),
     "DPMSolverMultistepScheduler": SchedulerMapping("dpmpp_2m", DPM),
     "DPMSolverSDEScheduler": SchedulerMapping("dpmpp_sde", EULER, note=OWN_NOISE),
-    "DEISMultistepScheduler": SchedulerMapping("deis_2", DPM, followed={"solver_type": ("logrho",), "use_flow_sigmas": (False,)}),
+    "DEISMultistepScheduler": SchedulerMapping(
+        "deis_2", DPM, followed={"solver_type": ("logrho",), "use_flow_sigmas": (False,)}
+    ),
     "UniPCMultistepScheduler": SchedulerMapping("unipc_2", DPM, followed=UNIPC),
     "LCMScheduler": SchedulerMapping("lcm", dict.fromkeys(PLAIN, "lcm")),
-    "PNDMScheduler": SchedulerMapping("ipndm", PLAIN, note="its Runge-Kutta warm-up is replaced by plain steps", followed=STEPPED),
+    "PNDMScheduler": SchedulerMapping(
+        "ipndm", PLAIN, note="its Runge-Kutta warm-up is replaced by plain steps", followed=STEPPED
+    ),
     "DPMSolverSinglestepScheduler": SchedulerMapping("dpmpp_2m", DPM, note=SUBSTITUTED),
     "LMSDiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
     "KDPM2DiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
@@ -217,7 +221,9 @@ def _flow_facts(config: dict[str, Any], name: str, pipeline_sigmas: bool | None)
         prediction="flow",
         # diffusers counts a flow's time in T-ths up to T itself: T + 1 timesteps
         schedule=flow_schedule(int(settings["num_train_timesteps"]) + 1),
-        spacing=TimestepSpacing("flow_trailing" if own else "flow_linspace", integer=False, shift=shift, dynamic=dynamic),
+        spacing=TimestepSpacing(
+            "flow_trailing" if own else "flow_linspace", integer=False, shift=shift, dynamic=dynamic
+        ),
         solver=mapping.solver,
         clip=False,
         note=_note(name, mapping, settings),
@@ -225,7 +231,7 @@ def _flow_facts(config: dict[str, Any], name: str, pipeline_sigmas: bool | None)
 
 
 def _built(name: str, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """diffusers' scheduler, and its own settings: files carry along those of the class they once were of."""
+    """Diffusers' scheduler, and its own settings: files carry along those of the class they once were of."""
     cls = getattr(diffusers, name)
     if hasattr(cls, "_backends"):  # an empty shell, where a package it needs is not installed: one with its settings
         cls = diffusers.EulerDiscreteScheduler

@@ -32,7 +32,9 @@ def from_single_file(file: Path, into: Path, config: str | None = None) -> Path:
     kind = infer_diffusers_model_type(shapes)
     if kind == "v1" and not any(name.startswith("model.diffusion_model.") for name in shapes):
         # what diffusers calls every file that it does not recognise
-        raise InvalidInputError(f"{file}: not in an original layout that diffusers knows; give a pipeline folder instead")
+        raise InvalidInputError(
+            f"{file}: not in an original layout that diffusers knows; give a pipeline folder instead"
+        )
     source = config or DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
     local = Path(source).is_dir()
     try:

@@ -28,12 +28,14 @@ GRACE_S = 30.0  # in which a launcher ends the others: on a busy machine a proce
 
 
 def _state() -> PartialState | None:
-    """accelerate's view of the processes, None where there is but one; the first call meets the others."""
+    """Accelerate's view of the processes, None where there is but one; the first call meets the others."""
     if get_int_from_env(SIZES, 1) < 2:
         return None
     for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
-            raise InvalidInputError(f"accelerate is set to {kind}, which splits a model; launch with --multi_gpu, which copies")
+            raise InvalidInputError(
+                f"accelerate is set to {kind}, which splits a model; launch with --multi_gpu, which copies"
+            )
     # accelerate takes processes without a GPU for unrelated ones unless it is told
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
     return PartialState(on_cpu, timeout=PATIENCE)

@@ -53,7 +53,9 @@ def load_images(path: Path, spec: DenoiserSpec) -> ImageData:
         if labels is None:
             raise InvalidInputError(f"{path}: has no labels 'y', but the model is class-conditional")
         if labels.min() < 0 or labels.max() >= spec.conditioning.classes:
-            raise InvalidInputError(f"{path}: labels reach {labels.max()}, the model has {spec.conditioning.classes} classes")
+            raise InvalidInputError(
+                f"{path}: labels reach {labels.max()}, the model has {spec.conditioning.classes} classes"
+            )
     else:
         labels = None
     return ImageData(x, labels, hashlib.sha256(path.read_bytes()).hexdigest(), spec)

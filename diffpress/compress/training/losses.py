@@ -23,7 +23,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def coefficients(spec: DenoiserSpec, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """alpha and sigma at integer timesteps `t` [B], shaped [B, 1, 1, 1]."""
+    """Alpha and sigma at integer timesteps `t` [B], shaped [B, 1, 1, 1]."""
     alphas, sigmas = _tables(spec.schedule, t.device)
     return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
 

@@ -46,4 +46,6 @@ def read_state(path: Path, what: str) -> tuple[Tensors, dict[str, str]] | None:
             metadata = opened.metadata() or {}
         return load_file(path), metadata
     except (OSError, SafetensorError) as error:
-        raise InvalidInputError(f"{path}: the saved {what} cannot be read ({error}); delete it to start over") from error
+        raise InvalidInputError(
+            f"{path}: the saved {what} cannot be read ({error}); delete it to start over"
+        ) from error

@@ -81,7 +81,9 @@ class TeacherData:
 
     @cached_property
     def _paths(self) -> TeacherTrajectories:
-        return TeacherTrajectories(self.teacher, self.teacher.spec.plan, (), self.count, self._network_conditioning, SEED, self.cache)
+        return TeacherTrajectories(
+            self.teacher, self.teacher.spec.plan, (), self.count, self._network_conditioning, SEED, self.cache
+        )
 
 
 def data_for(ctx: Context, count: int) -> Data:

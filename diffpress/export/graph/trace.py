@@ -122,7 +122,7 @@ def _exported(
     module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], axes: dict[str, dict[int, str]]
 ) -> torch.onnx.ONNXProgram:
     # not a named Dim: diffusers takes a harmless branch at a batch of 64, for which that is traced a second time
-    dynamic = tuple({dim: torch.export.Dim.DYNAMIC for dim in axes.get(name, {})} for name in inputs)
+    dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     program = torch.onnx.export(
         module,
         tuple(value.to("cpu", _widened(value.dtype)) for value in inputs.values()),
@@ -140,7 +140,7 @@ def _exported(
 
 
 def _squeezed(tensor: Any, dim: int) -> Any:
-    """torch leaves an axis alone that is longer than 1 (PixArt's last `squeeze`); ONNX's Squeeze refuses it."""
+    """Torch leaves an axis alone that is longer than 1 (PixArt's last `squeeze`); ONNX's Squeeze refuses it."""
     shape = tensor.shape or ()
     if not shape or (isinstance(shape[dim], int) and shape[dim] != 1):
         return op.Identity(tensor)

@@ -101,7 +101,9 @@ def _floats(graph: Graph) -> set[str]:
     for node in inner.node:
         unknown = [name for name in node.output if name and not types.get(name)]
         if unknown or any(attribute.HasField("g") for attribute in node.attribute):
-            raise InvalidInputError(f"node '{node.name}': {node.op_type} cannot be put into half precision; export in fp32")
+            raise InvalidInputError(
+                f"node '{node.name}': {node.op_type} cannot be put into half precision; export in fp32"
+            )
     return {name for name, kind in types.items() if kind == TensorProto.FLOAT}
 
 

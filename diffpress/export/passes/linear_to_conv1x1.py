@@ -29,7 +29,8 @@ ENTRY, CHANNELS = "enter/", "channels/"
 
 def linear_to_conv1x1(graph: Graph, layers: Collection[str]) -> Graph:
     """`graph` (of `diffpress.export.graph.to_onnx`), itself left as it is, with those of `layers` that are MatMuls over [B, L, I] as
-    convolutions of the same names; their bias moves in. Layers over other shapes stay as they are."""
+    convolutions of the same names; their bias moves in. Layers over other shapes stay as they are.
+    """
     old, ranks, biases = graph.proto.graph, _ranks(graph.proto), bias_additions(graph.proto.graph)
     rewrite = Rewrite(graph)
     rewrite.add(AXIS, np.array([2], np.int64))

@@ -67,7 +67,8 @@ class Placement:
 
     def round_entry_(self, node: onnx.NodeProto, scale: np.ndarray) -> None:
         """Let the node that begins a layer written as a convolution (export/passes/linear_to_conv1x1.py) read its activation rounded:
-        in front of the transposition, which then moves a quarter of the bytes or none."""
+        in front of the transposition, which then moves a quarter of the bytes or none.
+        """
         node.input[0] = self._rounded(node.input[0], node.name, scale, INT8)
         self.scales[channels_of(node)] = scale
 

@@ -43,7 +43,9 @@ def smoothed(graph: Graph, smooth: Mapping[str, torch.Tensor]) -> Graph:
         rewrite.nodes.append(node)
     if missing:
         name = min(missing)
-        raise InvalidInputError(f"layer '{name}': the graph has no node that applies its weight; is it another model's?")
+        raise InvalidInputError(
+            f"layer '{name}': the graph has no node that applies its weight; is it another model's?"
+        )
     return rewrite.graph()
 
 

@@ -39,7 +39,9 @@ def svdquant(graph: Graph, svdquant: Mapping[str, torch.Tensor]) -> Graph:
             factors = (svdquant[f"{layer}.{side}"].detach().cpu().numpy().astype(np.float32) for side in ("down", "up"))
             _branch_(rewrite, node, *factors)
     if missing:
-        raise InvalidInputError(f"layer '{min(missing)}': the graph has no node that applies its weight; is it another model's?")
+        raise InvalidInputError(
+            f"layer '{min(missing)}': the graph has no node that applies its weight; is it another model's?"
+        )
     return rewrite.graph()
 
 

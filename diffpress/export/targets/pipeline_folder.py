@@ -1,10 +1,10 @@
 """The files by which other tools recognise a bundle: a pipeline folder of ONNX graphs, as optimum reads it.
 
-    model_index.json, scheduler/          as in the checkpoint; parts that sampling needs not are left out
-    tokenizer*/                           tokenizer.json for our runtime; vocabulary and merges for slow tokenizers
-    unet/model.onnx, config.json          a second small graph file over the weights that denoiser.onnx refers to:
-    unet/model.onnx_data                  the weights lie here once
-    vae_decoder/, text_encoder*/          the same
+model_index.json, scheduler/          as in the checkpoint; parts that sampling needs not are left out
+tokenizer*/                           tokenizer.json for our runtime; vocabulary and merges for slow tokenizers
+unet/model.onnx, config.json          a second small graph file over the weights that denoiser.onnx refers to:
+unet/model.onnx_data                  the weights lie here once
+vae_decoder/, text_encoder*/          the same
 """
 
 from __future__ import annotations
@@ -62,7 +62,8 @@ def _index(index: dict[str, Any]) -> dict[str, Any]:
 
 def _write_tokenizer(layout: Layout, part: str, target: Path) -> None:
     """tokenizer.json as the loaded tokenizer has it (a stored one may lack what its configuration adds), the vocabulary
-    files as stored, and those of a CLIP tokenizer that was stored as tokenizer.json alone."""
+    files as stored, and those of a CLIP tokenizer that was stored as tokenizer.json alone.
+    """
     tokenizer = layout.tokenizer(part)
     target.mkdir()
     tokenizer.save_pretrained(target)

@@ -46,7 +46,9 @@ def check_variants(variants: Sequence[Variant]) -> None:
         if engine not in ENGINES:
             raise unknown_name("engine", engine, ENGINES)
         if engines.count(engine) > 1:
-            raise InvalidInputError(f"engine '{engine}': takes one graph, and variants {_names(variants, engine)} are given")
+            raise InvalidInputError(
+                f"engine '{engine}': takes one graph, and variants {_names(variants, engine)} are given"
+            )
 
 
 def write_variants(
@@ -76,7 +78,7 @@ def write_variants(
 
 
 def bytes_by_precision(graph: Graph) -> dict[str, int]:
-    """dtype as numpy calls it -> bytes of all initializers in it, wherever they are stored; the largest first."""
+    """Dtype as numpy calls it -> bytes of all initializers in it, wherever they are stored; the largest first."""
     found: dict[str, int] = {}
     for tensor in graph.proto.graph.initializer:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name

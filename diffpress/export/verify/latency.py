@@ -97,7 +97,7 @@ def alternated(engines: Sequence[Engine], inputs: dict[str, np.ndarray]) -> list
         engine.run(inputs)
     times: list[list[float]] = [[] for _ in engines]
     began = time.perf_counter()
-    while len(times[0]) < ROUNDS or len(times[0]) < MAX_ROUNDS and _ms_since(began) < ENOUGH_MS:
+    while len(times[0]) < ROUNDS or (len(times[0]) < MAX_ROUNDS and _ms_since(began) < ENOUGH_MS):
         for engine, measured in zip(engines, times, strict=True):
             start = time.perf_counter()
             engine.run(inputs)

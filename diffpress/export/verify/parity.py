@@ -127,7 +127,12 @@ def runs(precision: str) -> list[str]:
 
 
 def check_component(
-    part: Component, graph: Path, *, engines: list[str] | None = None, threads: int | None = None, precision: str = "fp32"
+    part: Component,
+    graph: Path,
+    *,
+    engines: list[str] | None = None,
+    threads: int | None = None,
+    precision: str = "fp32",
 ) -> dict[str, float]:
     """{engine: SQNR in dB} of the least faithful output of a part's graph; GateFailedError below COMPONENT_SQNR_DB."""
     inputs = {name: tensor.numpy() for name, tensor in part.examples.items()}

@@ -40,6 +40,7 @@ ENGINES: dict[str, ModuleType] = {
     "onnxruntime": onnxruntime_engine,
 }
 
+
 class Engine(Protocol):
     """A loaded graph. It may be called from as many threads at once as its options have streams.
 
@@ -60,7 +61,9 @@ class Engine(Protocol):
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Every output by name, for graphs with several."""
 
-    def precision_report(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> PrecisionReport:
+    def precision_report(
+        self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()
+    ) -> PrecisionReport:
         """Which convolutions and matrix products execute on integers, for inputs of these shapes.
 
         `promised` are the layers that should: a manifest's `quantized_layers`.

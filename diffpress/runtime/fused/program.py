@@ -68,7 +68,9 @@ class Program:
 class FusedSampler(Protocol):
     """A network that can walk a whole program by itself (diffpress.runtime.network_inputs.Network is its other half)."""
 
-    def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
+    def run_fused(
+        self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray
+    ) -> np.ndarray | None:
         """The last sample, float32 [N, C, H, W], of the walk from `start`; None for one that it cannot do here.
 
         `static_inputs` are the graph's inputs besides sample and timestep, [halves N, ...] each, the same in all steps.
@@ -173,7 +175,12 @@ def _sums(
 
 
 def _step(
-    solver: Solver, schedule: NoiseSchedule, plan: SamplingPlan, levels: tuple[NoiseLevel, ...], index: int, terms: np.ndarray
+    solver: Solver,
+    schedule: NoiseSchedule,
+    plan: SamplingPlan,
+    levels: tuple[NoiseLevel, ...],
+    index: int,
+    terms: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """One step of the solver on `terms` [TERMS, n] in the place of samples: `kept` and x'."""
     pairs = terms[FIRST_HISTORY:].reshape(MAX_HISTORY, 2, -1)[: min(index, MAX_HISTORY)]

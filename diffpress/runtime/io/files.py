@@ -23,7 +23,9 @@ def write_bytes(path: Path, data: Any) -> None:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+        raise InvalidInputError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -35,4 +37,6 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path}: not readable as JSON ({error}); run the command that wrote it again") from error
+        raise InvalidInputError(
+            f"{path}: not readable as JSON ({error}); run the command that wrote it again"
+        ) from error

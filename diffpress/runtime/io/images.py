@@ -56,7 +56,9 @@ def write_png(pixels: np.ndarray, path: Path) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise InvalidInputError(f"{path}: cannot be written ({error.strerror or error}); choose another place") from error
+        raise InvalidInputError(
+            f"{path}: cannot be written ({error.strerror or error}); choose another place"
+        ) from error
 
 
 def _umask() -> int:

@@ -90,7 +90,7 @@ class Solver:
 
 
 def transfer(x: np.ndarray, x0: np.ndarray, now: NoiseLevel, next: NoiseLevel) -> np.ndarray:
-    """alpha' x_0 + (sigma' / sigma)(x - alpha x_0); without noise to begin with, none is left."""
+    """Alpha' x_0 + (sigma' / sigma)(x - alpha x_0); without noise to begin with, none is left."""
     kept = next.sigma / now.sigma if now.sigma > 0 else 0.0
     return (next.alpha - kept * now.alpha) * x0 + kept * x
 
@@ -116,7 +116,7 @@ def removed_variance(now: NoiseLevel, next: NoiseLevel) -> float:
 
 
 def half_log_snr(level: NoiseLevel) -> float:
-    """lambda = log(alpha / sigma), minus infinity at pure noise and plus infinity at a clean sample."""
+    """Lambda = log(alpha / sigma), minus infinity at pure noise and plus infinity at a clean sample."""
     if level.sigma == 0.0:
         return math.inf
     return math.log(level.alpha / level.sigma) if level.alpha > 0 else -math.inf
@@ -128,7 +128,7 @@ def is_all_noise(level: NoiseLevel) -> bool:
 
 
 def noise_in(x: np.ndarray, x0: np.ndarray, level: NoiseLevel) -> np.ndarray:
-    """eps = (x - alpha x_0) / sigma."""
+    """Eps = (x - alpha x_0) / sigma."""
     return (x - level.alpha * x0) / level.sigma
 
 

@@ -15,7 +15,9 @@ from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_all_noise, noise_in, transfer
 
 
-def mixed_transfer(prediction: str, seen: Sequence[PreviousStep], weights: Sequence[float], next: NoiseLevel) -> np.ndarray:
+def mixed_transfer(
+    prediction: str, seen: Sequence[PreviousStep], weights: Sequence[float], next: NoiseLevel
+) -> np.ndarray:
     """The transfer from the first of `seen`, with x_0 read off the weighted sum of the outputs at all of them."""
     now, x, _ = seen[0]
     out = sum(w * _output(prediction, *place) for w, place in zip(weights, seen, strict=False))

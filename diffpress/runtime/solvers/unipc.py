@@ -61,7 +61,9 @@ def _reach(history: Sequence[PreviousStep], order: int) -> Sequence[PreviousStep
     return list(reversed(history))[: order - 1]
 
 
-def _slopes(history: Sequence[PreviousStep], base: PreviousStep, h: float) -> tuple[tuple[float, ...], list[np.ndarray]]:
+def _slopes(
+    history: Sequence[PreviousStep], base: PreviousStep, h: float
+) -> tuple[tuple[float, ...], list[np.ndarray]]:
     ratios = tuple((_lambda(before.level) - _lambda(base.level)) / h for before in history)
     return ratios, [(before.x0 - base.x0) / r for before, r in zip(history, ratios, strict=True)]
 

@@ -29,7 +29,7 @@ def test_timesteps_descend_and_leave_the_last_step_a_long_way(kind, steps):
     schedule = betas_schedule(kind)
     found = few_timesteps(steps, schedule)
     assert len(found) == steps and list(found) == sorted(set(found), reverse=True)
-    assert found[0] > 0.9 * len(schedule) and found[-1] > 150 / steps or steps == 500
+    assert (found[0] > 0.9 * len(schedule) and found[-1] > 150 / steps) or steps == 500
 
 
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])

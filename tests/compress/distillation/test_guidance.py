@@ -34,7 +34,10 @@ def config(**settings) -> GuidanceConfig:
 def answers(checkpoint, weight: float) -> np.ndarray:
     """What a sampler under this weight is told at one point."""
     x = np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32)
-    network, cond = TorchNetwork(checkpoint.model, checkpoint.spec), class_conditioning(checkpoint.spec, np.arange(6) % 3)
+    network, cond = (
+        TorchNetwork(checkpoint.model, checkpoint.spec),
+        class_conditioning(checkpoint.spec, np.arange(6) % 3),
+    )
     predict = make_predictor(network, checkpoint.spec, conditions=cond, guidance=weight)
     return predict(x, noise_level_at(checkpoint.spec.schedule, 50))
 

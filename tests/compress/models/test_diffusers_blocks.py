@@ -1,5 +1,6 @@
 """compress/models/diffusers_blocks.py: every family people ship shrinks inside its blocks, and computes what the
-unpruned network computes when the removed channels and heads are silenced in it."""
+unpruned network computes when the removed channels and heads are silenced in it.
+"""
 
 from __future__ import annotations
 

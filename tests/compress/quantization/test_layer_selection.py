@@ -19,7 +19,10 @@ def config(**settings) -> QuantizeConfig:
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_the_stages_format_goes_to_what_is_not_fragile(kind, unet):
-    chosen, sensitive_layers = choose_formats(unet.model, config(format=kind)), adapter_for(unet.model).sensitive_layers(unet.model)
+    chosen, sensitive_layers = (
+        choose_formats(unet.model, config(format=kind)),
+        adapter_for(unet.model).sensitive_layers(unet.model),
+    )
     assert {chosen[name] for name in chosen if name not in sensitive_layers} == {kind}
     assert {chosen[name] for name in chosen if name in sensitive_layers} == {"int8_weight_only"}
     assert "conv_in" not in chosen and "time_embedding.linear_1" in chosen
@@ -57,7 +60,12 @@ def test_what_cannot_be_is_refused_in_one_line(settings, message, unet):
 
 
 @pytest.mark.parametrize(
-    "settings", [{"format": "int5"}, {"format_overrides": {"a": "bf16"}}, {"format_overrides": {"a": "int4"}, "ignored_layers": ("a",)}]
+    "settings",
+    [
+        {"format": "int5"},
+        {"format_overrides": {"a": "bf16"}},
+        {"format_overrides": {"a": "int4"}, "ignored_layers": ("a",)},
+    ],
 )
 def test_a_recipe_with_an_unknown_format_or_a_contradiction_is_refused(settings):
     with pytest.raises(ValidationError):

@@ -76,7 +76,9 @@ def test_what_it_does_not_suit_takes_fp8(unet):
 
 
 def test_a_checkpoint_in_nvfp4_is_reloaded_as_it_was(unet, context, output, tmp_path, reopened):
-    checkpoint = quantize(unet, QuantizeConfig(format="nvfp4", samples=2, batch=2, output_correction=False), context(unet))
+    checkpoint = quantize(
+        unet, QuantizeConfig(format="nvfp4", samples=2, batch=2, output_correction=False), context(unet)
+    )
     save_checkpoint(checkpoint, tmp_path / "c")
     again = reopened(str(tmp_path / "c"))
     assert again.hash == checkpoint.hash

@@ -78,7 +78,7 @@ def test_costs_are_the_errors_of_single_jumps() -> None:
 
 def test_straight_trajectories_cost_nothing() -> None:
     """Data that is one image: every jump is exact."""
-    grid, costs, ends = fused(Still(), SPEC)
+    _grid, costs, ends = fused(Still(), SPEC)
     assert costs.max() < 1e-4 and np.abs(ends - 0.3).max() < 1e-5
 
 

@@ -38,7 +38,7 @@ def noises(count: int) -> list[np.ndarray]:
 
 
 def made(name: str, **settings):
-    """diffusers' scheduler, and what we read from the file it saves."""
+    """Diffusers' scheduler, and what we read from the file it saves."""
     scheduler = getattr(diffusers, name)(**settings)
     return scheduler, read_scheduler(json.loads(scheduler.to_json_string()), WHERE, text_or_latent=True)
 
@@ -107,8 +107,7 @@ WALKS = [
     for spacing in ("leading", "trailing", "linspace")
     # DDIM goes on at t - T // N, which linspace does not; two classes know no sample prediction
     if (name, spacing) != ("DDIMScheduler", "linspace")
-    and (name, prediction)
-    not in [("EulerAncestralDiscreteScheduler", "sample"), ("HeunDiscreteScheduler", "sample")]
+    and (name, prediction) not in [("EulerAncestralDiscreteScheduler", "sample"), ("HeunDiscreteScheduler", "sample")]
 ]
 
 
@@ -177,7 +176,8 @@ def test_zero_terminal_snr_is_honoured(name, monkeypatch) -> None:
 @pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
 def test_sigma_grids_come_near(name, option, monkeypatch) -> None:
     """The noise levels are theirs; between two timesteps the network's is interpolated in another way, by 0.05 at most
-    in Euler. DPM-Solver tells the network whole timesteps, rounded for Karras and cut off for the others."""
+    in Euler. DPM-Solver tells the network whole timesteps, rounded for Karras and cut off for the others.
+    """
     pytest.importorskip("scipy")
     scheduler, facts = made(name, timestep_spacing="linspace", **{option: True}, **LATENT)
     cond = (round if "karras" in option else np.floor) if "DPM" in name else float
@@ -228,7 +228,11 @@ def test_the_sde_solver_of_dpm_is_read_whether_or_not_its_noise_can_be_drawn_her
     """Its trajectories: tests/runtime/solvers/test_against_diffusers.py."""
     config = LATENT | {"_class_name": "DPMSolverSDEScheduler", "timestep_spacing": "linspace"}
     facts = read_scheduler(config | {"use_karras_sigmas": True}, WHERE, True)
-    assert (facts.solver, facts.spacing, facts.start) == ("dpmpp_sde", TimestepSpacing("karras", integer=False), "noise")
+    assert (facts.solver, facts.spacing, facts.start) == (
+        "dpmpp_sde",
+        TimestepSpacing("karras", integer=False),
+        "noise",
+    )
     assert "own generator" in str(facts.note) and "stands in" not in str(facts.note)
 
 

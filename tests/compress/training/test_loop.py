@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -167,7 +168,7 @@ def test_what_was_trained_is_placed_anew_by_the_next_training(run, tmp_path, mon
 def test_the_learning_rate_warms_up_and_ends_at_zero():
     factors = [learning_rate_factor(step, 100, 10) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == factors[9] < 1.0
-    assert all(a > b for a, b in zip(factors[9:], factors[10:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(factors))
     assert factors[99] < 1e-3 and factors[100] == pytest.approx(0.0, abs=1e-12)
     assert learning_rate_factor(0, 1, 0) == 1.0
 

@@ -36,7 +36,9 @@ def test_a_full_disk_leaves_what_was_there(error, tmp_path, monkeypatch):
         raise error
 
     monkeypatch.setattr("diffpress.compress.training.resume.save_file", full)
-    with pytest.raises(InvalidInputError, match=rf"state\.safetensors: the {WHAT} cannot be saved \(.*\); make space") as caught:
+    with pytest.raises(
+        InvalidInputError, match=rf"state\.safetensors: the {WHAT} cannot be saved \(.*\); make space"
+    ) as caught:
         write_state(file, {"x": torch.zeros(3)}, {}, WHAT)
     assert "\n" not in str(caught.value)
     assert torch.equal(read_state(file, WHAT)[0]["x"], torch.ones(3))

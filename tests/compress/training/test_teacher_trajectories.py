@@ -52,7 +52,9 @@ def test_only_what_is_missing_is_made_again(paths_in, monkeypatch):
     (paths_in().folder / paths_in()._name(range(4, 6))).unlink()
     asked = []
     fused = TeacherTrajectories._run_fused
-    monkeypatch.setattr(TeacherTrajectories, "_run_fused", lambda self, n, span: asked.append(span) or fused(self, n, span))
+    monkeypatch.setattr(
+        TeacherTrajectories, "_run_fused", lambda self, n, span: asked.append(span) or fused(self, n, span)
+    )
     again, _ = drawn(paths_in())
     assert asked == [range(4, 6)] and torch.equal(before, again)
     drawn(paths_in(count=9))  # more of the same: what is whole is taken over
@@ -79,11 +81,15 @@ def test_other_points_are_other_files_and_a_broken_one_is_named(paths_in):
 def test_several_processes_make_a_share_each_and_miss_nothing(paths_in, monkeypatch):
     asked = []
     fused = TeacherTrajectories._run_fused
-    monkeypatch.setattr(TeacherTrajectories, "_run_fused", lambda self, n, span: asked.append(span) or fused(self, n, span))
+    monkeypatch.setattr(
+        TeacherTrajectories, "_run_fused", lambda self, n, span: asked.append(span) or fused(self, n, span)
+    )
     monkeypatch.setattr(diffpress.compress.training.teacher_trajectories.processes, "count", lambda: 2)
     monkeypatch.setattr(diffpress.compress.training.teacher_trajectories.processes, "index", lambda: 1)
     arrived = []
-    monkeypatch.setattr(diffpress.compress.training.teacher_trajectories.processes, "wait", lambda: arrived.append(len(asked)))
+    monkeypatch.setattr(
+        diffpress.compress.training.teacher_trajectories.processes, "wait", lambda: arrived.append(len(asked))
+    )
     paths_in(count=10).make()
     assert asked[: arrived[0]] == [range(4, 8)]  # the second of three files, before the other process is met
     assert set(asked[1:]) == {range(0, 4), range(8, 10)}  # that one made nothing here, so a batch would lack them

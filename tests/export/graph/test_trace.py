@@ -17,7 +17,8 @@ AXES = {"pixels": {0: "batch", 2: "height", 3: "width"}, "text": {0: "batch", 1:
 
 class Latent(nn.Module):
     """What a text-to-image network is made of: a spatial input of any size, tokens of any number, tied weights, buffers
-    small and large, persistent and not, one of integers, and weights above and below what the optimizer folds."""
+    small and large, persistent and not, one of integers, and weights above and below what the optimizer folds.
+    """
 
     def __init__(self) -> None:
         super().__init__()

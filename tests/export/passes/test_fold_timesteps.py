@@ -45,7 +45,9 @@ def outputs(graph: Graph, checkpoint: Checkpoint, timesteps: list[float], engine
     with closing(load_engine(folder / "graph.onnx", engine, 1)) as network:
         noise = np.random.default_rng(0).standard_normal((count, *checkpoint.spec.sample_shape), dtype=np.float32)
         cond = dummy_conditioning(checkpoint.spec, count).cond
-        return network.run({"sample": noise, "timestep": typed_timesteps(timesteps, network.inputs["timestep"]), **cond})
+        return network.run(
+            {"sample": noise, "timestep": typed_timesteps(timesteps, network.inputs["timestep"]), **cond}
+        )
 
 
 @pytest.mark.parametrize(
@@ -179,7 +181,9 @@ def test_a_bundle_for_one_plan_samples_it_and_refuses_any_other(plain, plain_gra
         for plan in (replace(plain.spec.plan, solver="plms"), plain.spec.plan.over(timesteps[1:3])):
             assert np.isfinite(generate(ours, bundle.spec, range(2), plan=plan)).all()
         other = make_plan("ddim", 5, SCHEDULE)
-        with pytest.raises(InvalidInputError, match=r"timestep \d+ is not one of the 4 .* without --fixed-plan") as caught:
+        with pytest.raises(
+            InvalidInputError, match=r"timestep \d+ is not one of the 4 .* without --fixed-plan"
+        ) as caught:
             generate(ours, bundle.spec, range(2), plan=other)
     assert "\n" not in str(caught.value)
     with pytest.raises(InvalidInputError, match="not one of the 4"):

@@ -130,7 +130,7 @@ def test_files_shrink_and_bytes_are_counted_as_they_are_stored(kind, dtype, most
     size = save_graph(graph, tmp_path / "q.onnx")
     assert size == (tmp_path / "q.onnx").stat().st_size < most * (tmp_path / "f.onnx").stat().st_size
     counted = bytes_by_precision(graph)
-    assert list(counted)[0] == dtype and 0 <= size - sum(counted.values()) < 8000  # the rest: names and nodes
+    assert next(iter(counted)) == dtype and 0 <= size - sum(counted.values()) < 8000  # the rest: names and nodes
     weights = sum(p.numel() for name, p in wide.model.named_parameters() if name.endswith("weight"))
     assert counted[dtype] == pytest.approx(weights * (1 if kind == "fp8" else 0.5), rel=0.002)
 
@@ -229,7 +229,9 @@ def test_scales_of_another_width_are_refused_by_layer(kind, unet, unet_graph):
 
 @pytest.mark.parametrize("kind", ON_CPU)
 def test_the_planned_size_is_that_of_the_file(kind, unet, unet_graph, tmp_path):
-    (tmp_path / "r.yaml").write_text(f"stages: [quantize: {{format: {kind}, samples: 2, batch: 2, output_correction: false}}]\n")
+    (tmp_path / "r.yaml").write_text(
+        f"stages: [quantize: {{format: {kind}, samples: 2, batch: 2, output_correction: false}}]\n"
+    )
     recipe = read_recipe(tmp_path / "r.yaml")
     after = planned(unet, recipe)["stages"][0]["after"]["bytes"]
     scales = quantize(unet, recipe.stages[0].config, Context(0, tmp_path / "work", unet)).quantization

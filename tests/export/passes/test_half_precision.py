@@ -185,7 +185,9 @@ def with_weight(value: float) -> Graph:
 @pytest.mark.parametrize("value", [70000.0, -1e30])
 def test_a_weight_that_overflows_is_refused_by_name_and_bf16_takes_it(value):
     graph = with_weight(value)
-    with pytest.raises(InvalidInputError, match=r"weight 'layer.weight': .* does not fit float16, .* at 65504") as caught:
+    with pytest.raises(
+        InvalidInputError, match=r"weight 'layer.weight': .* does not fit float16, .* at 65504"
+    ) as caught:
         to_half(graph, "fp16")
     assert "\n" not in str(caught.value) and "bf16" in str(caught.value)
     to_half(graph, "bf16")

@@ -58,7 +58,10 @@ def test_engines_keep_what_fake_quantization_keeps(
     engine, outputs, residual_outputs, unet, unet_graph, scales, fake_quant, tmp_path
 ):
     # weights within 7 bits: processors without VNNI saturate otherwise
-    quantization, inputs = scales(unet, outputs=outputs, residual_outputs=residual_outputs, weight_range=127 / 64), inputs_for(unet)
+    quantization, inputs = (
+        scales(unet, outputs=outputs, residual_outputs=residual_outputs, weight_range=127 / 64),
+        inputs_for(unet),
+    )
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     save_graph(insert_qdq(unet_graph, quantization), tmp_path / "q.onnx")
     found = load_engine(tmp_path / "q.onnx", engine, threads=1).run(inputs)

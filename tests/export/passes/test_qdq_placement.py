@@ -29,7 +29,9 @@ def pairs(graph: onnx.GraphProto) -> list[str]:
 
 
 @pytest.mark.parametrize("trunk", [False, True])
-def test_onnxruntime_computes_every_layer_that_is_not_kept_on_integers(residual_outputs, unet, unet_graph, scales, tmp_path):
+def test_onnxruntime_computes_every_layer_that_is_not_kept_on_integers(
+    residual_outputs, unet, unet_graph, scales, tmp_path
+):
     kept = adapter_for(unet.model).sensitive_layers(unet.model)
     quantization = scales(unet, outputs=True, residual_outputs=residual_outputs)
     amax = {k: v for k, v in quantization.amax.items() if k.rsplit(".", 1)[0] not in kept or k == "conv_in.output"}
@@ -44,7 +46,9 @@ def test_onnxruntime_computes_every_layer_that_is_not_kept_on_integers(residual_
 def test_concatenations_of_the_trunk_copy_integers_in_onnxruntime(unet, unet_graph, scales, tmp_path):
     found = {}
     for residual_outputs in (False, True):
-        save_graph(insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)), tmp_path / "q.onnx")
+        save_graph(
+            insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)), tmp_path / "q.onnx"
+        )
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
         onnxruntime.InferenceSession(str(tmp_path / "q.onnx"), options, providers=["CPUExecutionProvider"])
@@ -60,7 +64,9 @@ def test_concatenations_of_the_trunk_copy_integers_in_openvino(unet, unet_graph,
 
     copied, reordered = {}, {}
     for residual_outputs in (False, True):
-        save_graph(insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)), tmp_path / "q.onnx")
+        save_graph(
+            insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)), tmp_path / "q.onnx"
+        )
         core = openvino.Core()
         model = core.read_model(tmp_path / "q.onnx")
         model.reshape({name: array.shape for name, array in inputs_for(unet).items()})

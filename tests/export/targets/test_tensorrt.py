@@ -146,7 +146,9 @@ def test_a_node_that_tensorrt_does_not_know_is_named_in_one_line(wide, tmp_path)
 @needs_tensorrt
 def test_a_graph_made_for_processors_is_refused_with_what_to_do(unet, unet_graph, tmp_path):
     save_graph(insert_qdq(unet_graph, calibrated(unet, "int8")), tmp_path / "g.onnx")
-    with pytest.raises(InvalidInputError, match="cannot parse node '.*' .*zero point.*export with --targets tensorrt") as caught:
+    with pytest.raises(
+        InvalidInputError, match="cannot parse node '.*' .*zero point.*export with --targets tensorrt"
+    ) as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], unet.spec)
     assert one_line(caught)
 
@@ -249,8 +251,6 @@ def test_the_teachers_plans_shrink_with_their_weights(tmp_path):
         # kernels are more than half of these plans, and int8 has more of them than fp16
         assert sizes["int8", capability] < 0.8 * sizes["fp32", capability]
         assert sizes["fp16", capability] < 0.7 * sizes["fp32", capability]
-
-
 
 
 def test_a_recipe_says_how_plans_are_built(tmp_path):

@@ -40,7 +40,7 @@ def test_the_manifest_says_which_engine_takes_which_graph(reverted):
     assert (denoiser["file"], denoiser["precision"]) == ("denoiser.onnx", "int8")
     assert (entry["file"], entry["precision"]) == ("denoiser.float.onnx", "fp32")
     assert entry["bytes"] == (reverted.path / "denoiser.float.onnx").stat().st_size > 3 * denoiser["bytes"]
-    assert list(entry["bytes_by_precision"])[0] == "float32" and entry["parity"]["sqnr_db"] > 80
+    assert next(iter(entry["bytes_by_precision"])) == "float32" and entry["parity"]["sqnr_db"] > 80
     assert set(reverted.manifest["files"]) == {"denoiser.onnx", "denoiser.float.onnx"}
     assert any("onnxruntime takes denoiser.float.onnx, fp32" in line for line in summary(reverted))
 

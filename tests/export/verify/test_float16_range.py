@@ -16,7 +16,7 @@ from diffpress.runtime.errors import GateFailedError
 
 @pytest.fixture
 def graph():
-    """y = (sample @ first) @ second, ones of [4, 4]: sample is summed up, times 4."""
+    """Y = (sample @ first) @ second, ones of [4, 4]: sample is summed up, times 4."""
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in ("sample", "out_sample")]
     nodes = [
         helper.make_node("MatMul", ["sample", "a"], ["between"], "first"),

@@ -55,7 +55,9 @@ def test_a_quantized_graph_is_held_to_fake_quantization(unet, unet_graph, scales
     coarser = {name: amax * (4 if name.endswith(".input") else 1) for name, amax in quantized.quantization.amax.items()}
     wrong = insert_qdq(unet_graph, type(quantized.quantization)("int8", coarser))
     save_graph(wrong, tmp_path / "q.onnx")
-    with pytest.raises(GateFailedError, match=r"q.onnx in onnxruntime: .* dB SQNR .* torch's fake quantization has .* dB"):
+    with pytest.raises(
+        GateFailedError, match=r"q.onnx in onnxruntime: .* dB SQNR .* torch's fake quantization has .* dB"
+    ):
         check_parity(quantized, tmp_path / "q.onnx", trial_of(quantized), engines=["onnxruntime"], threads=1)
 
 

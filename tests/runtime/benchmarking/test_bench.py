@@ -144,7 +144,7 @@ def test_a_bundle_is_a_subject(tiny: Path) -> None:
     )
     assert subject.size_mib * 2**20 == (tiny / "denoiser.onnx").stat().st_size and subject.probes == {}
     row = bench.measure([subject], batches=[2], repeats=1)["rows"][0]
-    assert 0 < row["step_ms"] and 0 < row["image_ms"]
+    assert row["step_ms"] > 0 and row["image_ms"] > 0
 
 
 @pytest.mark.parametrize(

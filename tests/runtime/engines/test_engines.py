@@ -64,7 +64,7 @@ def test_reading_the_share_leaves_no_files_and_no_changed_results(
 
 @pytest.fixture(scope="module")
 def mixed_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """sample [N, 8, 8, 8] -> conv a, b, c, transposed convolution d, product e; all but b read Q/DQ pairs."""
+    """Sample [N, 8, 8, 8] -> conv a, b, c, transposed convolution d, product e; all but b read Q/DQ pairs."""
     onnx = pytest.importorskip("onnx")
     helper, rng = onnx.helper, np.random.default_rng(0)
     constants: list[object] = []
@@ -113,19 +113,25 @@ MIXED = 128 * 16 * 8 * 9 + B + 128 * 16 * 16 + D + 2 * 16 * 16 * 16 * 4
 
 
 def test_the_account_names_the_layer_left_in_float_and_what_fell_back(name: str, mixed_graph: Path) -> None:
-    precision_report = load_engine(mixed_graph, name).precision_report(sample_inputs(), promised=["net.a", "net.c", "net.d", "net.e"])
+    precision_report = load_engine(mixed_graph, name).precision_report(
+        sample_inputs(), promised=["net.a", "net.c", "net.d", "net.e"]
+    )
     in_float = {"net.b": B / MIXED}
     if name == "onnxruntime":  # it has no integer kernel for d; OpenVINO has
         in_float |= {"net.d": D / MIXED}
         assert precision_report.fallbacks == {"net.d": "no integer kernel for transposed convolutions"}
     else:
         assert precision_report.fallbacks == {}
-    assert precision_report.float_layers == pytest.approx(in_float) and list(precision_report.float_layers) == list(in_float)
+    assert precision_report.float_layers == pytest.approx(in_float) and list(precision_report.float_layers) == list(
+        in_float
+    )
     assert precision_report.integer_mac_share == pytest.approx(1 - sum(in_float.values()))
 
 
 def test_a_promise_that_was_not_kept_is_named(name: str, mixed_graph: Path) -> None:
-    precision_report = load_engine(mixed_graph, name).precision_report(sample_inputs(), promised=["net.b", "net.c", "net.f"])
+    precision_report = load_engine(mixed_graph, name).precision_report(
+        sample_inputs(), promised=["net.b", "net.c", "net.f"]
+    )
     reason = {"onnxruntime": "no integer convolution with a float result", "openvino": "no integer kernel matched"}
     assert precision_report.fallbacks == {"net.b": reason[name], "net.f": "not among the layers that ran"}
 
@@ -146,7 +152,9 @@ def test_attention_inside_a_float_subgraph_is_said_to_be(tmp_path: Path) -> None
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
     onnx.save(model, tmp_path / "attention.onnx")
     inputs = {key: np.ones(shapes[key], np.float32) for key in ("q", "k", "v")}
-    precision_report = load_engine(tmp_path / "attention.onnx", "openvino").precision_report(inputs, promised=["scores", "mixed"])
+    precision_report = load_engine(tmp_path / "attention.onnx", "openvino").precision_report(
+        inputs, promised=["scores", "mixed"]
+    )
     assert precision_report.fallbacks == dict.fromkeys(["mixed", "scores"], "fused into a float subgraph")
     assert precision_report.float_layers == {"mixed": 0.5, "scores": 0.5}
 
@@ -164,7 +172,10 @@ def test_the_account_of_products_by_hand() -> None:
     assert precision_report.integer_mac_share == pytest.approx(0.4)
     assert list(precision_report.float_layers.items()) == [("big", 0.4), ("proj", 0.2)]
     assert list(precision_report.fallbacks) == ["big", "proj", "gone"]
-    assert (precision_report.fallbacks["proj"], precision_report.fallbacks["gone"]) == ("why", "not among the layers that ran")
+    assert (precision_report.fallbacks["proj"], precision_report.fallbacks["gone"]) == (
+        "why",
+        "not among the layers that ran",
+    )
     assert precision_report_of([], []) == (0.0, {}, {})
 
 

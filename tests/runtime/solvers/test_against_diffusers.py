@@ -22,7 +22,7 @@ from diffpress.runtime.sampler import sample  # noqa: E402
 from diffpress.runtime.sampling_plan import (  # noqa: E402
     SamplingPlan,
     Threshold,
-    make_plan,  # noqa: E402
+    make_plan,
 )
 
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
@@ -235,7 +235,9 @@ def test_heun_follows_diffusers(format_overrides, kind, prediction, spacing, opt
 
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING)
-def test_dpm_solver_sde_follows_diffusers(format_overrides, kind, prediction, spacing, option, steps, monkeypatch) -> None:
+def test_dpm_solver_sde_follows_diffusers(
+    format_overrides, kind, prediction, spacing, option, steps, monkeypatch
+) -> None:
     """Its noise comes from one Brownian motion in r: W(r) - W(middle), and W(r) - W(r') that contains it."""
     low, high = KINDS[kind]
     settings = {"prediction_type": NAMES[prediction], "timestep_spacing": spacing} | ({option: True} if option else {})
@@ -265,7 +267,7 @@ def test_dpm_solver_sde_follows_diffusers(format_overrides, kind, prediction, sp
 
 
 def _sde_module(monkeypatch) -> ModuleType:
-    """diffusers' module of it, which draws its noise with a package that need not be installed: not used here."""
+    """Diffusers' module of it, which draws its noise with a package that need not be installed: not used here."""
     name = "diffusers.schedulers.scheduling_dpmsolver_sde"
     if name not in sys.modules and "torchsde" not in sys.modules:
         monkeypatch.setitem(sys.modules, "torchsde", ModuleType("torchsde"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -43,7 +44,7 @@ def walk(name: str, denoise, x: np.ndarray, levels, schedule: NoiseSchedule = LI
     solver, history, start = SOLVERS[name], [], x
     # held against an exact solution, no step is near the end, where orders are lower too
     facts = {"steps": len(levels) - 1 if exact is None else 10**6, "denoise": denoise, "schedule": schedule}
-    for index, (now, after) in enumerate(zip(levels, levels[1:], strict=False)):
+    for index, (now, after) in enumerate(itertools.pairwise(levels)):
         warming = exact is not None and index < MAX_HISTORY
         step = stride(x, denoise(x, now), now, after, history[-MAX_HISTORY:], index=index, **facts)
         if solver.correct is not None and not warming:
@@ -129,7 +130,7 @@ def test_noisy_solvers_keep_the_spread_of_the_data(gaussian, name) -> None:
     rng, levels = np.random.default_rng(0), equal_in_log_ratio(300)
     start = levels[0].alpha * (0.3 + 0.5 * rng.standard_normal(20000)) + levels[0].sigma * rng.standard_normal(20000)
     solver, history, x = SOLVERS[name], [], start
-    for now, after in zip(levels, levels[1:], strict=False):
+    for now, after in itertools.pairwise(levels):
         facts = {"denoise": gaussian.denoise, "noise": lambda k: rng.standard_normal(20000)}
         step = stride(x, gaussian.denoise(x, now), now, after, history[-MAX_HISTORY:], **facts)
         history.append(PreviousStep(now, x, step.x0))
@@ -185,7 +186,10 @@ def test_the_last_step_lands_on_x0(name, noise) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_float32_stays_float32(name, noise) -> None:
-    x, earlier = noise(4), [PreviousStep(NoiseLevel(t, a, 0.9), noise(4), noise(4)) for t, a in ((900.0, 0.1), (750.0, 0.3))]
+    x, earlier = (
+        noise(4),
+        [PreviousStep(NoiseLevel(t, a, 0.9), noise(4), noise(4)) for t, a in ((900.0, 0.1), (750.0, 0.3))],
+    )
     facts = {"past": earlier, "denoise": lambda x, level: x, "noise": lambda k: noise(4), "eta": 0.5}
     step = stride(x, x, NOW, NEXT, **facts)
     corrected = SOLVERS[name].correct

@@ -36,9 +36,7 @@ def describe(layout: Layout) -> Description:
         "encoder_hidden_states": TextInput(
             (T5_LENGTH, int(config["joint_attention_dim"])), (("text_encoder_2.last_hidden_state",),)
         ),
-        "pooled_projections": TextInput(
-            (int(config["pooled_projection_dim"]),), (("text_encoder.pooler_output",),)
-        ),
+        "pooled_projections": TextInput((int(config["pooled_projection_dim"]),), (("text_encoder.pooler_output",),)),
     }
     guided = bool(config.get("guidance_embeds"))
     conditioning = text(layout, clip + t5, inputs, guidance_input=guided)

@@ -45,7 +45,9 @@ def describe(layout: Layout) -> Description:
         return Description(shape, text(layout, encoders, inputs, guidance_input=lcm), multiple, *usual)
     pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
     if layout.index.get("requires_aesthetics_score"):
-        raise InvalidInputError(f"{layout.folder}: an SDXL refiner starts from an image; diffpress carries text-to-image models")
+        raise InvalidInputError(
+            f"{layout.folder}: an SDXL refiner starts from an image; diffpress carries text-to-image models"
+        )
     hidden = tuple(penultimate(layout, encoder.graph) for encoder in encoders)
     inputs = {
         "encoder_hidden_states": TextInput((length, width), (hidden,)),
@@ -53,9 +55,7 @@ def describe(layout: Layout) -> Description:
         "time_ids": TextInput((TIME_IDS,), (("size", "corner", "size"),)),
     }
     zero = bool(layout.index.get("force_zeros_for_empty_prompt", True))
-    return Description(
-        shape, text(layout, encoders, inputs, zero_negative=zero, guidance_input=lcm), multiple, *usual
-    )
+    return Description(shape, text(layout, encoders, inputs, zero_negative=zero, guidance_input=lcm), multiple, *usual)
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -64,7 +64,7 @@ def activation_aware(
 
 
 def best_vector(x: torch.Tensor, weights: list[tuple[torch.Tensor, Format]]) -> tuple[torch.Tensor, float]:
-    """s [in] for rows x [N, in] that all of `weights` [out, in] multiply, and its error relative to that without."""
+    """S [in] for rows x [N, in] that all of `weights` [out, in] multiply, and its error relative to that without."""
     products, mean = x.T @ x, x.abs().mean(0)
     mean = mean.clamp(min=float(LEAST_SHARE * mean.mean()) or 1.0)
     errors, vectors = [], []

@@ -84,7 +84,9 @@ def noise_by_layer(checkpoint: Checkpoint, states: States, ctx: Context) -> dict
             for quantizer in quantizers[name]:
                 quantizer.disable()
             if not np.isfinite(noise):
-                raise InvalidInputError(f"quantize: with '{name}' rounded the output is not finite; set ignored_layers: [{name}]")
+                raise InvalidInputError(
+                    f"quantize: with '{name}' rounded the output is not finite; set ignored_layers: [{name}]"
+                )
             found[name] = noise
             write_json(file, {"checkpoint": checkpoint.hash, "noise": found})
             advance(len(found), f"{name} {decibels(noise):.1f} dB")

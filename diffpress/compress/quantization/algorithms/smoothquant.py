@@ -44,7 +44,9 @@ def smoothing(checkpoint: Checkpoint, layers: Iterable[str], config: QuantizeCon
     layer_graph = trace_layer_graph(checkpoint, able)
     whole = {name for name in able if config.smooth and isinstance(modules[name], SMOOTHED)}
     chosen = [
-        group for group in layer_graph.groups if group[0] in whole or (config.split_concats and group[0] in layer_graph.parts)
+        group
+        for group in layer_graph.groups
+        if group[0] in whole or (config.split_concats and group[0] in layer_graph.parts)
     ]
     largest = {group[0]: torch.zeros(modules[group[0]].weight.shape[1]) for group in chosen}
     observers = {

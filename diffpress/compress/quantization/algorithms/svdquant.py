@@ -43,8 +43,10 @@ def with_svdquant(checkpoint: Checkpoint, scales: Quantization, rank: int) -> Qu
 
 
 def product(scales: Quantization, layer: str) -> torch.Tensor | float:
-    """up down [out, in] of a layer's branch, 0 where it has none."""
-    return scales.svdquant[f"{layer}.up"] @ scales.svdquant[f"{layer}.down"] if f"{layer}.up" in scales.svdquant else 0.0
+    """Up down [out, in] of a layer's branch, 0 where it has none."""
+    return (
+        scales.svdquant[f"{layer}.up"] @ scales.svdquant[f"{layer}.down"] if f"{layer}.up" in scales.svdquant else 0.0
+    )
 
 
 def attach_svdquant_(model: nn.Module, scales: Quantization) -> None:

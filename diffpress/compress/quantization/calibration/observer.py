@@ -71,7 +71,9 @@ def collect_activations(
     conditioning = ctx.conditions(config.samples).part(slice(first, None))
     seeds = range(CALIBRATION_SEED + first, CALIBRATION_SEED + config.samples)
     with progress(what, batches * calls, done) as advance:
-        network = _ObservedNetwork(TorchNetwork(model, checkpoint.spec), model, saved, answers, calls * batches, advance, done)
+        network = _ObservedNetwork(
+            TorchNetwork(model, checkpoint.spec), model, saved, answers, calls * batches, advance, done
+        )
         try:
             with network.observing(observers):
                 for _ in generate_batches(network, checkpoint.spec, seeds, batch=config.batch, conditions=conditioning):

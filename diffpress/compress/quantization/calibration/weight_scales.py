@@ -1,6 +1,6 @@
 """The scales of a weight [out, in, ...]: one per output channel, or one per block of its inputs (formats.scale_shape).
 
-    amax[o] = max_i |w[o, i]|        amax[o, b] = max_{i in block b} |w[o, i]|        i over the flat row, in x kernel
+amax[o] = max_i |w[o, i]|        amax[o, b] = max_{i in block b} |w[o, i]|        i over the flat row, in x kernel
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ rest in float.
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -100,7 +101,9 @@ class OnnxRuntimeEngine:
         except Exception as error:
             raise _refused(self._path, "run", error) from error
 
-    def precision_report(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> PrecisionReport:
+    def precision_report(
+        self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()
+    ) -> PrecisionReport:
         """From the kernels of one profiled run in a second session, whose integer kernels are the same."""
         options = _options(self._threads)
         # prepacked weights vanish from the profile's shapes; which kernel runs does not depend on it
@@ -175,7 +178,7 @@ def _first_session(path: Path, options: Any, asked: Sequence[str]) -> tuple[Any,
     names, absent = in_order(asked, onnxruntime.get_available_providers())
     for name in absent:
         warnings.warn(f"onnxruntime: this package has no provider '{name}'; trying {names[0]}", stacklevel=2)
-    for name, following in zip(names, names[1:], strict=False):
+    for name, following in itertools.pairwise(names):
         try:
             session, reason = _session(path, options, name), "it did not start"
             if PROVIDERS[name] in session.get_providers():  # ONNX Runtime drops some that fail without a word

@@ -86,7 +86,8 @@ class OpenVinoEngine:
 
     def run_fused(self, program: Program, static_inputs: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
         """As diffpress.runtime.fused.program.Walker; None for large networks, and in f16, where the steps were never seen to stay
-        in float32."""
+        in float32.
+        """
         precision = self._options["INFERENCE_PRECISION_HINT"]
         if precision == "f16" or self.inputs[SAMPLE] != np.float32 or self._bytes > FUSED_MAX_BYTES:
             return None
@@ -96,11 +97,15 @@ class OpenVinoEngine:
         with self._free(tuple(shapes.items()), program.halves) as run_fused:
             return run_fused.run(program, static_inputs, start)
 
-    def precision_report(self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()) -> PrecisionReport:
+    def precision_report(
+        self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()
+    ) -> PrecisionReport:
         """From the layers of the model compiled for these shapes."""
         compiled = self._compiled_for(tensor_shapes(example_inputs)).model
         with self._compiling:  # the model as read keeps the shapes of whatever was compiled last
-            return precision_report_of(list(products(self._reshaped(tensor_shapes(example_inputs)), compiled)), promised)
+            return precision_report_of(
+                list(products(self._reshaped(tensor_shapes(example_inputs)), compiled)), promised
+            )
 
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
         """From the performance counters of a second compiled model."""
@@ -250,4 +255,6 @@ def _exported(model: Any) -> bytes:
 def _refused(path: Path, verb: str, error: Exception) -> InvalidInputError:
     """One line out of OpenVINO's many: the last is the reason, those before say where in its sources."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
-    return InvalidInputError(f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); export it again")
+    return InvalidInputError(
+        f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); export it again"
+    )

@@ -105,9 +105,13 @@ def choose(capabilities: Sequence[str]) -> tuple[str, list[str]]:
         here = libraries.gpu_capability(libraries.cuda_runtime())
     except (MissingDependencyError, EngineUnavailableError) as error:
         if not capabilities:
-            raise InvalidInputError("target tensorrt: name the GPUs to build for, as in --compute-capability 8.6 8.9") from error
+            raise InvalidInputError(
+                "target tensorrt: name the GPUs to build for, as in --compute-capability 8.6 8.9"
+            ) from error
         if not ahead:
-            raise InvalidInputError(f"TensorRT builds for the GPU that is here alone, and {error}; take tensorrt-rtx") from error
+            raise InvalidInputError(
+                f"TensorRT builds for the GPU that is here alone, and {error}; take tensorrt-rtx"
+            ) from error
         raise unknown_name("compute capability", next(o for o in capabilities if o not in ahead), ahead) from error
     if not capabilities and here in ahead:
         return libraries.RTX, [here]
@@ -125,9 +129,13 @@ def refuse_unsupported(library: str, options: BuildOptions) -> None:
     if library != libraries.RTX:
         return
     if options.version_compatible:
-        raise InvalidInputError(f"{library} has no version-compatible plans; leave that out, and rebuild where versions differ")
+        raise InvalidInputError(
+            f"{library} has no version-compatible plans; leave that out, and rebuild where versions differ"
+        )
     if options.hardware_compatible != "none":
-        raise InvalidInputError(f"{library} has no hardware compatibility levels; name all compute capabilities instead")
+        raise InvalidInputError(
+            f"{library} has no hardware compatibility levels; name all compute capabilities instead"
+        )
 
 
 def graph_sha256(path: Path) -> str:
@@ -193,7 +201,9 @@ def _configured(
         levels = trt.HardwareCompatibilityLevel.__members__
         level = options.hardware_compatible.upper()
         if level not in levels:
-            raise InvalidInputError(f"{library} {trt.__version__} has no hardware compatibility '{options.hardware_compatible}'")
+            raise InvalidInputError(
+                f"{library} {trt.__version__} has no hardware compatibility '{options.hardware_compatible}'"
+            )
         config.hardware_compatibility_level = levels[level]
     return config
 

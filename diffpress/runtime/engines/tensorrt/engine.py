@@ -159,7 +159,9 @@ class TensorRtEngine:
         if key not in self._bindings:
             reason = uncovered(self._profile, shapes)
             if reason is not None:
-                raise EngineUnavailableError(f"{self._path.name}: the TensorRT plan does not cover this: {reason}; export with --sizes")
+                raise EngineUnavailableError(
+                    f"{self._path.name}: the TensorRT plan does not cover this: {reason}; export with --sizes"
+                )
             if len(self._bindings) == KEPT_SHAPES:
                 self._drop(next(iter(self._bindings)))
             self._bindings[key] = self._bound(inputs)
@@ -217,7 +219,9 @@ class TensorRtEngine:
     def _type(self, name: str) -> np.dtype:
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in TYPES:
-            raise EngineUnavailableError(f"{self._path}: '{name}' is of type {kind}, which numpy has not; export it with float inputs")
+            raise EngineUnavailableError(
+                f"{self._path}: '{name}' is of type {kind}, which numpy has not; export it with float inputs"
+            )
         return np.dtype(TYPES[kind])
 
     def _failed(self, verb: str, known: str = "") -> EngineUnavailableError:

@@ -75,7 +75,9 @@ def _spec_beside(path: Path) -> DenoiserSpec:
     """The spec of the bundle that the graph lies in, whose manifest was verified when the bundle was opened."""
     manifest = path.parent / MANIFEST
     if not manifest.is_file():
-        raise InvalidInputError(f"{path}: only graphs of a bundle can be built again; this one has no {MANIFEST} beside it")
+        raise InvalidInputError(
+            f"{path}: only graphs of a bundle can be built again; this one has no {MANIFEST} beside it"
+        )
     return DenoiserSpec.from_json(read_json(manifest).get("spec"), f"{manifest}: spec")
 
 

@@ -48,7 +48,9 @@ class BuildOptions:
     def __post_init__(self) -> None:
         low, opt, high = self.batch
         if not 1 <= low <= opt <= high:
-            raise InvalidInputError(f"batch {low} {opt} {high}: give the fewest, the usual and the most, from 1 upwards")
+            raise InvalidInputError(
+                f"batch {low} {opt} {high}: give the fewest, the usual and the most, from 1 upwards"
+            )
         if not 0 <= self.optimization_level <= 5:
             raise InvalidInputError(f"optimization level {self.optimization_level}: must lie in 0..5")
         if self.workspace_mib is not None and self.workspace_mib < 1:
@@ -58,7 +60,9 @@ class BuildOptions:
         if self.sizes is not None:
             smallest, largest = self.sizes
             if min(smallest) < 1 or any(a > b for a, b in zip(smallest, largest, strict=True)):
-                raise InvalidInputError(f"sizes {smallest} to {largest}: give the smallest and the largest, height and width")
+                raise InvalidInputError(
+                    f"sizes {smallest} to {largest}: give the smallest and the largest, height and width"
+                )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -68,7 +72,9 @@ class BuildOptions:
         """Read them back; anything unknown or of the wrong type raises InvalidInputError naming `where`."""
         known = {f.name for f in fields(BuildOptions)}
         if not isinstance(data, Mapping) or not set(data) <= known:
-            raise InvalidInputError(f"{where}: the plan's build options are not those of this diffpress; export it again")
+            raise InvalidInputError(
+                f"{where}: the plan's build options are not those of this diffpress; export it again"
+            )
         try:
             return BuildOptions(**{name: _typed_conditioning(name, value) for name, value in data.items()})
         except (TypeError, ValueError) as error:

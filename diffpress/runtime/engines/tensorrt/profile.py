@@ -30,7 +30,9 @@ def profile_shapes(inputs: Dimensions, spec: DenoiserSpec, options: BuildOptions
     """
     names = {dim for shape in inputs.values() for dim in shape if isinstance(dim, str)}
     if options.sizes is not None and graph == "denoiser" and not names & {*HEIGHT, *WIDTH}:
-        raise InvalidInputError("sizes: this graph takes one height and width; export without --size, or leave the sizes out")
+        raise InvalidInputError(
+            "sizes: this graph takes one height and width; export without --size, or leave the sizes out"
+        )
     found = {}
     for name, shape in inputs.items():
         ranges = [_range(dim, name, spec, options, graph) for dim in shape]

@@ -228,7 +228,9 @@ def test_a_file_that_cannot_be_read_is_named(small, context):
     ctx = context(small)
     pair(small, context, format="w4a8")
     (ctx.work / "rounding" / "inner.safetensors").write_bytes(b"not at all")
-    with pytest.raises(InvalidInputError, match=r"inner\.safetensors: the saved state of rounding cannot be read .*; delete it"):
+    with pytest.raises(
+        InvalidInputError, match=r"inner\.safetensors: the saved state of rounding cannot be read .*; delete it"
+    ):
         quantize(small, QuantizeConfig(**PTQ, format="w4a8", rounding="gptq"), ctx)
 
 

@@ -66,7 +66,9 @@ def noise(unet, quantized, tmp_path_factory):
 @pytest.fixture
 def known(noise, monkeypatch) -> None:
     """Noise that was measured once."""
-    monkeypatch.setattr("diffpress.compress.quantization.algorithms.mixed_precision.noise_by_layer", lambda *arguments: dict(noise))
+    monkeypatch.setattr(
+        "diffpress.compress.quantization.algorithms.mixed_precision.noise_by_layer", lambda *arguments: dict(noise)
+    )
 
 
 @pytest.fixture
@@ -209,10 +211,14 @@ def test_the_frechet_distance_is_of_the_mixture_itself_and_found_by_bisection(un
         return ratio
 
     monkeypatch.setattr("diffpress.compress.quantization.algorithms.mixed_precision._frechet", frechet)
-    monkeypatch.setattr("diffpress.compress.quantization.algorithms.mixed_precision.load_features", lambda path, spec: None)
+    monkeypatch.setattr(
+        "diffpress.compress.quantization.algorithms.mixed_precision.load_features", lambda path, spec: None
+    )
     ctx = equal.context(context(unet, data=False))
     found = quantize(unet, config(bounds={"max_frechet_ratio": 1.105}), ctx)
-    assert len(quantized_layers(found.quantization)) == 10 and set(quantized_layers(found.quantization)) == set(names[-10:])
+    assert len(quantized_layers(found.quantization)) == 10 and set(quantized_layers(found.quantization)) == set(
+        names[-10:]
+    )
     assert len(scored) == len(set(scored)) <= 8
 
 
@@ -228,13 +234,17 @@ def test_without_an_engine_macs_stand_for_the_gain_and_it_is_said(unet, noise, k
 
 @pytest.mark.parametrize("name", ["max_latency_ratio", "max_size_mib"])
 def test_bounds_on_an_engine_are_refused_at_once_where_there_is_none(name, unet, context, monkeypatch):
-    monkeypatch.setattr("diffpress.compress.quantization.quantize.calibrate", lambda *arguments: pytest.fail("calibrated first"))
+    monkeypatch.setattr(
+        "diffpress.compress.quantization.quantize.calibrate", lambda *arguments: pytest.fail("calibrated first")
+    )
     with pytest.raises(InvalidInputError, match=f"{name} is measured in an engine"):
         quantize(unet, config(bounds={name: 1}), context(unet, data=False))
 
 
 def test_images_that_cannot_be_scored_are_refused_at_once(unet, context, monkeypatch):
-    monkeypatch.setattr("diffpress.compress.quantization.quantize.calibrate", lambda *arguments: pytest.fail("calibrated first"))
+    monkeypatch.setattr(
+        "diffpress.compress.quantization.quantize.calibrate", lambda *arguments: pytest.fail("calibrated first")
+    )
     with pytest.raises(InvalidInputError, match=r"features.onnx.*\[1, 8, 8\]"):
         quantize(unet, config(bounds={"max_frechet_ratio": 1.1}), context(unet, data=False))
 
@@ -245,9 +255,14 @@ def test_images_that_cannot_be_scored_are_refused_at_once(unet, context, monkeyp
 def test_places_in_float_take_all_their_data_along_and_no_others(quantized):
     amax = {"a.weight": 1, "a.input": 1, "a": 1, "a.b.input": 1, "ab.weight": 1}
     tensors = {key: torch.ones(()) for key in amax}
-    formats, svdquant = dict.fromkeys(("a", "a.b", "ab"), "fp8"), dict.fromkeys(("a.up", "a.down", "ab.up"), tensors["a"])
+    formats, svdquant = (
+        dict.fromkeys(("a", "a.b", "ab"), "fp8"),
+        dict.fromkeys(("a.up", "a.down", "ab.up"), tensors["a"]),
+    )
     smooth = dict.fromkeys(("a", "a.b"), tensors["a"])
-    found = replace(quantized.quantization, amax=tensors, formats=formats, smooth=smooth, svdquant=svdquant).without(["a"])
+    found = replace(quantized.quantization, amax=tensors, formats=formats, smooth=smooth, svdquant=svdquant).without(
+        ["a"]
+    )
     assert set(found.amax) == {"a", "a.b.input", "ab.weight"} and set(found.svdquant) == {"ab.up"}
     assert set(found.formats) == {"a.b", "ab"} and set(found.smooth) == {"a.b"}
 

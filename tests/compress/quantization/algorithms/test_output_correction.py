@@ -92,7 +92,9 @@ def test_a_timestep_that_is_asked_twice_is_fitted_to_both_answers():
     states = np.concatenate([x for t, x in exact.states if t == at])
     cond = {"sample": states, "timestep": np.full(12, round(at)), "class_labels": np.tile(labels, 2)}
     wanted = fitted(moments(exact.run(cond), network.run(cond)), at)
-    assert output_corrections[1].slope == pytest.approx(wanted.slope) and output_corrections[1].bias == pytest.approx(wanted.bias)
+    assert output_corrections[1].slope == pytest.approx(wanted.slope) and output_corrections[1].bias == pytest.approx(
+        wanted.bias
+    )
 
 
 def test_beside_noise_the_fit_is_the_nearest_that_one_slope_and_a_bias_each_can_come():

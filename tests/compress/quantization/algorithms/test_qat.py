@@ -114,7 +114,9 @@ def test_a_killed_run_goes_on_from_its_last_save_and_ends_bit_for_bit_as_an_undi
     with pytest.raises(Killed):
         quantize(small, settings, context(small))
     drawn.clear()
-    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw", lambda *arguments: drawn.append(1) or draw(*arguments))
+    monkeypatch.setattr(
+        "diffpress.compress.quantization.algorithms.qat.draw", lambda *arguments: drawn.append(1) or draw(*arguments)
+    )
     assert quantize(small, settings, context(small)).hash == undisturbed.hash
     # those steps that were not saved, and one draw to measure before and one after
     assert len(drawn) == 5 - (step // 2) * 2 + 2

@@ -1,5 +1,6 @@
 """The buffers and the CUDA graph around a plan, with a CUDA of numpy arrays; and that the real libraries have each name
-that is used. No kernel runs here: on a GPU the engine itself is unrun."""
+that is used. No kernel runs here: on a GPU the engine itself is unrun.
+"""
 
 from __future__ import annotations
 
@@ -105,7 +106,9 @@ def test_what_cuda_says_is_one_line():
     cuda = SimpleNamespace(
         cudaGetDeviceCount=lambda: (35, None), cudaGetErrorString=lambda error: (0, b"driver too old")
     )
-    with pytest.raises(EngineUnavailableError, match="there is no NVIDIA GPU that can be used .*cudaGetDeviceCount.*driver too old"):
+    with pytest.raises(
+        EngineUnavailableError, match="there is no NVIDIA GPU that can be used .*cudaGetDeviceCount.*driver too old"
+    ):
         gpu_capability(cuda)
     with pytest.raises(EngineUnavailableError, match="there is no NVIDIA GPU$"):
         gpu_capability(SimpleNamespace(cudaGetDeviceCount=lambda: (0, 0)))

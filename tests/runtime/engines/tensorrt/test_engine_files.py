@@ -121,7 +121,9 @@ def test_of_several_plans_the_one_that_fits_is_taken(tmp_path, graph):
 
 def test_where_none_fits_every_reason_is_said_in_one_line(tmp_path, graph):
     plans = [built(tmp_path, graph, compute_capabilities=["12.0"]), built(tmp_path, graph, version="1.6.0")]
-    with pytest.raises(EngineUnavailableError, match="this GPU has 8.9.*1.7.1 is installed.*build one with --rebuild") as caught:
+    with pytest.raises(
+        EngineUnavailableError, match="this GPU has 8.9.*1.7.1 is installed.*build one with --rebuild"
+    ) as caught:
         engine_for(graph, EngineOptions(), plans, HERE)
     assert "\n" not in str(caught.value) and caught.value.exit_code == 2
     with pytest.raises(EngineUnavailableError, match="none was built for it"):
@@ -177,7 +179,9 @@ def test_without_the_package_its_extra_is_named(graph):
 def test_without_a_gpu_it_says_so_in_one_line(graph):
     if tensorrt_engine.unusable() is None:
         pytest.skip("there is a GPU")
-    with pytest.raises(EngineUnavailableError, match="engine 'tensorrt' cannot run here: there is no NVIDIA GPU") as caught:
+    with pytest.raises(
+        EngineUnavailableError, match="engine 'tensorrt' cannot run here: there is no NVIDIA GPU"
+    ) as caught:
         load_engine(graph, "tensorrt")
     assert "\n" not in str(caught.value)
 
@@ -242,7 +246,9 @@ def test_where_tensorrt_is_there_too_it_builds_for_such_a_gpu(monkeypatch):
 def test_a_gpu_that_tensorrt_rtx_has_no_name_for_is_refused_before_building(asked, monkeypatch):
     machine_with(monkeypatch, "9.0", ["8.9"])
     assert choose(["8.9"]) == ("tensorrt-rtx", ["8.9"])
-    with pytest.raises(EngineUnavailableError, match="tensorrt-rtx cannot build for compute capability .* on a GPU of 9.0"):
+    with pytest.raises(
+        EngineUnavailableError, match="tensorrt-rtx cannot build for compute capability .* on a GPU of 9.0"
+    ):
         choose(asked)
 
 
