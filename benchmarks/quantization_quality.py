@@ -31,8 +31,8 @@ Stages = list[dict[str, Any]]
 
 QUICK = "quick.yaml"
 TEACHER: Stages = []
-EIGHT_STEPS: Stages = [{"schedule": {"solver": "dpmpp_2m", "steps": 8, "grid": "logsnr"}}]
-TWO_STEPS: Stages = [{"schedule": {"solver": "dpmpp_2m", "steps": 2, "grid": "logsnr"}}]
+EIGHT_STEPS: Stages = [{"schedule": {"solver": "dpmpp_2m", "steps": 8, "spacing": "logsnr"}}]
+TWO_STEPS: Stages = [{"schedule": {"solver": "dpmpp_2m", "steps": 2, "spacing": "logsnr"}}]
 FLOAT = "fp32"
 TRAINING = {"mode": "qat", "steps": 300, "batch": 16, "warmup": 20}
 QUANTIZERS: dict[str, dict[str, Any]] = {

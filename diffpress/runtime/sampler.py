@@ -171,6 +171,7 @@ def generate_batches(
     plan: SamplingPlan | None = None,
     batch: int = 8,
     conditions: ConditioningInputs | None = None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """As `generate`, but yields the samples of one batch after the other."""
     if plan is not None:
@@ -187,10 +188,11 @@ def generate_batches(
     counts = {len(array) for array in (*conditions.cond.values(), *(conditions.uncond or {}).values())}
     if not counts <= {len(seeds)}:
         raise InvalidInputError(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one each")
-    run_fused = _fused_program_of(network, spec)
+    # fused sampling does not return its steps, so a callback needs the loop
+    run_fused = _fused_program_of(network, spec) if on_step is None else None
     for start in range(0, len(seeds), batch):
         part = slice(start, start + batch)
-        samples = _one_batch(network, spec, seeds[part], conditions.part(part), run_fused)
+        samples = _one_batch(network, spec, seeds[part], conditions.part(part), run_fused, on_step)
         yield np.clip(samples, *spec.data_range) if spec.plan.clip else samples
 
 
@@ -212,7 +214,7 @@ def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
 
 def _fused_program_of(network: Network, spec: DenoiserSpec) -> FusedSampling | None:
     """The spec's plan as one call of the network, for a network that walks and a plan that it can."""
-    run_fused = getattr(network, "walk", None)  # isinstance(network, Walker) takes as long as a step's arithmetic
+    run_fused = getattr(network, "run_fused", None)  # isinstance(network, Walker) takes as long as a step's arithmetic
     if run_fused is None or (program := fused_program(spec)) is None:
         return None
     return partial(run_fused, program)
@@ -224,6 +226,7 @@ def _one_batch(
     seeds: Sequence[int] | np.ndarray,
     conditions: ConditioningInputs,
     run_fused: FusedSampling | None,
+    on_step: Callable[[Step], None] | None = None,
 ) -> np.ndarray:
     plan = spec.plan
     denoise = plan_denoiser(network, spec, conditions)
@@ -234,4 +237,7 @@ def _one_batch(
         if fused is not None:
             return fused
     steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
-    return deque(steps, maxlen=1).pop().x
+    for step in steps:
+        if on_step is not None:
+            on_step(step)
+    return step.x

@@ -23,11 +23,11 @@ NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 KINDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
 # an epsilon at the end of the cosine schedule (alpha 5e-5) is only known to 1e-7 / 5e-5 in either implementation
 COMBINATIONS = [
-    (kind, prediction, grid)
+    (kind, prediction, spacing)
     for kind in KINDS
     for prediction in NAMES
-    for grid in ("leading", "trailing", "linspace")
-    if not (kind == "squaredcos_cap_v2" and prediction == "epsilon" and grid != "leading")
+    for spacing in ("leading", "trailing", "linspace")
+    if not (kind == "squaredcos_cap_v2" and prediction == "epsilon" and spacing != "leading")
 ]
 TOLERANCE = 1e-4
 
@@ -51,19 +51,19 @@ def answer(network, x, t) -> object:
     return torch.from_numpy(network.run(inputs))
 
 
-# diffusers' DDIM steps to t - T // N whatever the grid, which is not where its own linspace goes on
-@pytest.mark.parametrize(("kind", "prediction", "grid"), [c for c in COMBINATIONS if c[2] != "linspace"])
+# diffusers' DDIM steps to t - T // N whatever the spacing, which is not where its own linspace goes on
+@pytest.mark.parametrize(("kind", "prediction", "spacing"), [c for c in COMBINATIONS if c[2] != "linspace"])
 @pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (0.6, False), (0.0, True)])
-def test_ddim_follows_diffusers(fake_network, noise, kind, prediction, grid, eta, clip) -> None:
+def test_ddim_follows_diffusers(fake_network, noise, kind, prediction, spacing, eta, clip) -> None:
     start, fresh = noise(3, 1, 4, 4), noise(11, 3, 1, 4, 4)[1:]
 
     def plan_of(schedule):
-        return make_plan("ddim", 10, schedule, spacing=grid, eta=eta, clip=clip)
+        return make_plan("ddim", 10, schedule, spacing=spacing, eta=eta, clip=clip)
 
     ours, plan, network = ours_and_network(fake_network, kind, prediction, plan_of, start, lambda k: fresh[k - 1])
     low, high = KINDS[kind]
     scheduler = diffusers.DDIMScheduler(
-        1000, low, high, kind, clip_sample=clip, prediction_type=NAMES[prediction], timestep_spacing=grid
+        1000, low, high, kind, clip_sample=clip, prediction_type=NAMES[prediction], timestep_spacing=spacing
     )
     scheduler.set_timesteps(10)
     x = torch.from_numpy(start)
@@ -77,23 +77,23 @@ def test_ddim_follows_diffusers(fake_network, noise, kind, prediction, grid, eta
 
 
 EULER = [
-    (kind, prediction, grid)
-    for kind, prediction, grid in COMBINATIONS
+    (kind, prediction, spacing)
+    for kind, prediction, spacing in COMBINATIONS
     # it knows no sample prediction, and in float32 its X = 20000 at the end of the cosine schedule rounds by 2e-3
-    if prediction != "sample" and not (kind == "squaredcos_cap_v2" and grid != "leading")
+    if prediction != "sample" and not (kind == "squaredcos_cap_v2" and spacing != "leading")
 ]
 
 
-@pytest.mark.parametrize(("kind", "prediction", "grid"), EULER)
-def test_euler_follows_diffusers(fake_network, noise, kind, prediction, grid) -> None:
+@pytest.mark.parametrize(("kind", "prediction", "spacing"), EULER)
+def test_euler_follows_diffusers(fake_network, noise, kind, prediction, spacing) -> None:
     """Diffusers walks in X = x / alpha; x = X / sqrt(1 + sigma^2). 10 steps: its linspace is then whole too."""
     start = noise(3, 1, 4, 4)
     ours, _, network = ours_and_network(
-        fake_network, kind, prediction, lambda s: make_plan("euler", 10, s, spacing=grid, clip=False), start
+        fake_network, kind, prediction, lambda s: make_plan("euler", 10, s, spacing=spacing, clip=False), start
     )
     low, high = KINDS[kind]
     scheduler = diffusers.EulerDiscreteScheduler(
-        1000, low, high, kind, prediction_type=NAMES[prediction], timestep_spacing=grid
+        1000, low, high, kind, prediction_type=NAMES[prediction], timestep_spacing=spacing
     )
     scheduler.set_timesteps(10)
     x = torch.from_numpy(start) * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
@@ -104,13 +104,13 @@ def test_euler_follows_diffusers(fake_network, noise, kind, prediction, grid) ->
 
 
 @pytest.mark.parametrize(
-    ("kind", "prediction", "grid"),
-    [*COMBINATIONS, *((kind, "v", grid) for kind in KINDS for grid in ("quad", "karras", "logsnr"))],
+    ("kind", "prediction", "spacing"),
+    [*COMBINATIONS, *((kind, "v", spacing) for kind in KINDS for spacing in ("quad", "karras", "logsnr"))],
 )
-def test_dpm_solver_follows_diffusers(fake_network, noise, kind, prediction, grid) -> None:
+def test_dpm_solver_follows_diffusers(fake_network, noise, kind, prediction, spacing) -> None:
     start = noise(3, 1, 4, 4)
     ours, plan, network = ours_and_network(
-        fake_network, kind, prediction, lambda s: make_plan("dpmpp_2m", 10, s, spacing=grid, clip=False), start
+        fake_network, kind, prediction, lambda s: make_plan("dpmpp_2m", 10, s, spacing=spacing, clip=False), start
     )
     low, high = KINDS[kind]
     scheduler = diffusers.DPMSolverMultistepScheduler(1000, low, high, kind, prediction_type=NAMES[prediction])

@@ -237,12 +237,12 @@ def test_stand_ins_are_classes_in_turn_or_noise_and_always_the_same() -> None:
     assert dummy_conditioning(spec_of("v"), 3).cond == {}
 
 
-@pytest.mark.parametrize(("kind", "told"), [(np.int64, 50), (np.float32, 50.4)])
-def test_the_timestep_is_told_in_the_type_of_the_graph(fake_network, noise, kind, cond) -> None:
+@pytest.mark.parametrize(("kind", "expected"), [(np.int64, 50), (np.float32, 50.4)])
+def test_the_timestep_is_passed_in_the_type_of_the_graph(fake_network, noise, kind, expected) -> None:
     network = fake_network("v", COSINE, timestep_type=np.dtype(kind))
     make_denoiser(network, spec_of("v"))(noise(2, 1, 4, 4), noise_level_at(COSINE, 50.4))
     timestep = network.calls[0]["timestep"]
-    assert timestep.dtype == kind and timestep.shape == (2,) and timestep[0] == pytest.approx(cond)
+    assert timestep.dtype == kind and timestep.shape == (2,) and timestep[0] == pytest.approx(expected)
 
 
 def test_example_inputs_are_those_of_the_first_call(fake_network) -> None:

@@ -69,7 +69,7 @@ def test_a_spec_written_before_there_was_text_reads_as_one_without() -> None:
     data = json.loads(json.dumps(SPEC.to_json()))
     for entry in ("latent_factor", "size_multiple", "spacing", "fixed_timesteps"):
         del data[entry]
-    for entry in ("end", "corrections", "start", "threshold", "guidance_interval", "guidance_rescale"):
+    for entry in ("end", "output_corrections", "start", "threshold", "guidance_interval", "guidance_rescale"):
         del data["plan"][entry]
     data["conditioning"] = {"kind": "class", "classes": 10, "null_label": 10}
     assert DenoiserSpec.from_json(data) == SPEC
@@ -131,14 +131,14 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("plan.end", 50.0), "end 50.0 must be a timestep not above the last one"),
         (change("plan.end", -1.0), "end -1.0"),
         (change("plan.end", "soon"), "plan: could not convert"),
-        (lambda data: data["plan"]["corrections"].pop(), "plan: 4 corrections for 5 timesteps; one each, or none"),
-        (lambda data: data["plan"]["corrections"][2].update(slope=-1.0), "slope -1 must lie above -1"),
-        (lambda data: data["plan"]["corrections"][2].update(slope=float("nan")), "be finite"),
-        (lambda data: data["plan"]["corrections"][2].update(slope="steep"), "plan: could not convert"),
-        (lambda data: data["plan"]["corrections"][2].update(bias=[0.0, float("inf"), 0.0, 0.0]), "be finite"),
-        (lambda data: data["plan"]["corrections"][2].update(bias=[0.0] * 3), "a bias for each of 4 channels"),
-        (lambda data: data["plan"]["corrections"][2].pop("bias"), "plan: the entry 'bias' is missing"),
-        (lambda data: data["plan"]["corrections"][2].update(colour=1), "plan: unknown entry 'colour'"),
+        (lambda data: data["plan"]["output_corrections"].pop(), "plan: 4 corrections for 5 timesteps; one each, or none"),
+        (lambda data: data["plan"]["output_corrections"][2].update(slope=-1.0), "slope -1 must lie above -1"),
+        (lambda data: data["plan"]["output_corrections"][2].update(slope=float("nan")), "be finite"),
+        (lambda data: data["plan"]["output_corrections"][2].update(slope="steep"), "plan: could not convert"),
+        (lambda data: data["plan"]["output_corrections"][2].update(bias=[0.0, float("inf"), 0.0, 0.0]), "be finite"),
+        (lambda data: data["plan"]["output_corrections"][2].update(bias=[0.0] * 3), "a bias for each of 4 channels"),
+        (lambda data: data["plan"]["output_corrections"][2].pop("bias"), "plan: the entry 'bias' is missing"),
+        (lambda data: data["plan"]["output_corrections"][2].update(colour=1), "plan: unknown entry 'colour'"),
         (change("plan.corrections", 3), "plan: .*int"),
         (change("fixed_timesteps", [19.0, 14.0]), "timestep 15 is not one of the 2 that this network was exported for"),
         (change("fixed_timesteps", 3), "here: .*int"),

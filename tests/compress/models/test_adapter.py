@@ -53,16 +53,16 @@ def test_an_adapter_has_every_function_with_the_arguments_that_are_given(name):
 def test_what_an_adapter_names_is_in_the_model(kind, checkpoint):
     model = checkpoint(kind).model
     adapter, modules = adapter_for(model), dict(model.named_modules())
-    lists = {name: getattr(adapter, name)(model) for name in ("blocks", "fragile", "skip_concats", "cache_cuts")}
+    lists = {name: getattr(adapter, name)(model) for name in ("blocks", "sensitive_layers", "skip_concats", "cache_cuts")}
     for name, found in lists.items():
         assert set(found) <= set(modules) and len(set(found)) == len(found), name
-    assert lists["blocks"] and lists["fragile"]
+    assert lists["blocks"] and lists["sensitive_layers"]
     assert bool(lists["cache_cuts"]) == (not kind.startswith("flux"))  # the tiny one has one block of a kind
     assert bool(lists["skip_concats"]) == (kind in ("ldm", "sd", "sdxl", "lcm"))
-    kinds = {type(modules[name]) for name in lists["fragile"]}
+    kinds = {type(modules[name]) for name in lists["sensitive_layers"]}
     assert kinds <= {nn.Linear, nn.Conv2d, nn.Embedding}
     weighty = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
-    assert len(lists["fragile"]) < len(weighty), "something must be left to quantize"
+    assert len(lists["sensitive_layers"]) < len(weighty), "something must be left to quantize"
     if adapter.coupled(model) is None:
         assert adapter.fixed(model) and set(adapter.fixed(model)) <= set(modules)
 

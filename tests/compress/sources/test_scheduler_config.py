@@ -321,7 +321,7 @@ def test_a_stand_in_is_told(name) -> None:
 
 
 @pytest.mark.parametrize(
-    ("settings", "told"),
+    ("settings", "note"),
     [
         ({"_class_name": "TCDScheduler"}, "TCDScheduler: it is not known"),
         ({}, "no scheduler class: it is not known"),
@@ -345,8 +345,8 @@ def test_a_stand_in_is_told(name) -> None:
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "clip_sample": False}, "linspace"),
     ],
 )
-def test_what_is_not_followed_is_told(settings, cond) -> None:
-    assert cond in str(read_scheduler(settings, WHERE, True).note)
+def test_what_is_not_followed_is_named(settings, note) -> None:
+    assert note in str(read_scheduler(settings, WHERE, True).note)
 
 
 @pytest.mark.parametrize(

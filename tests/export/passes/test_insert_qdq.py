@@ -39,7 +39,7 @@ def test_a_quantized_layer_computes_what_torch_fake_quantization_does(
     assert sqnr_db(plain, wanted) < 95
 
 
-@pytest.mark.parametrize(("outputs", "trunk"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(("outputs", "residual_outputs"), [(False, False), (True, False), (True, True)])
 def test_a_quantized_unet_computes_what_torch_fake_quantization_does(
     outputs, residual_outputs, unet, unet_graph, scales, fake_quant
 ):
@@ -52,7 +52,7 @@ def test_a_quantized_unet_computes_what_torch_fake_quantization_does(
 
 
 @pytest.mark.parametrize("engine", available())
-@pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("residual_outputs", [False, True])
 @pytest.mark.parametrize("outputs", [False, True])
 def test_engines_keep_what_fake_quantization_keeps(
     engine, outputs, residual_outputs, unet, unet_graph, scales, fake_quant, tmp_path

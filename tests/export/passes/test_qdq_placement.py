@@ -28,7 +28,7 @@ def pairs(graph: onnx.GraphProto) -> list[str]:
     return [node.name for node in graph.node if node.op_type == "QuantizeLinear"]
 
 
-@pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("residual_outputs", [False, True])
 def test_onnxruntime_computes_every_layer_that_is_not_kept_on_integers(
     residual_outputs, unet, unet_graph, scales, tmp_path
 ):

@@ -69,10 +69,10 @@ def test_the_numbers_walk_as_the_solver_does(fake_network, solver, prediction, c
 
 
 @pytest.mark.parametrize("solver", ONE_CALL)
-@pytest.mark.parametrize("grid", ["leading", "linspace", "quad", "logsnr", "karras"])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "quad", "logsnr", "karras"])
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_on_any_grid_and_number_of_steps(fake_network, solver, grid, steps):
-    spec = spec_of(solver, "v", steps, spacing=grid)
+def test_on_any_spacing_and_number_of_steps(fake_network, solver, spacing, steps):
+    spec = spec_of(solver, "v", steps, spacing=spacing)
     wanted, found = both(fake_network, spec)
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
 

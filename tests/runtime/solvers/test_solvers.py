@@ -190,7 +190,7 @@ def test_float32_stays_float32(name, noise) -> None:
         noise(4),
         [PreviousStep(NoiseLevel(t, a, 0.9), noise(4), noise(4)) for t, a in ((900.0, 0.1), (750.0, 0.3))],
     )
-    facts = {"past": earlier, "denoise": lambda x, level: x, "noise": lambda k: noise(4), "eta": 0.5}
+    facts = {"history": earlier, "denoise": lambda x, level: x, "noise": lambda k: noise(4), "eta": 0.5}
     step = stride(x, x, NOW, NEXT, **facts)
     corrected = SOLVERS[name].correct
     assert SOLVERS[name].move(step).dtype == np.float32
