@@ -1,13 +1,12 @@
-"""Arguments that several verbs share, and what they become."""
+"""Arguments that several verbs share, and the objects that they are turned into."""
 
 from __future__ import annotations
 
 import argparse
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpress.compress.builtin import RECIPES, TEACHER
+from diffpress.compress.builtin import RECIPES, TEACHER, recipe_file
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.onnxruntime.providers import PROVIDERS
 from diffpress.runtime.engines.options import PRECISIONS, EngineOptions
@@ -20,29 +19,26 @@ DEFAULT_RECIPE = RECIPES / "quick.yaml"
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """How the positional CHECKPOINT is to be read."""
+    """Add the options that say how the positional CHECKPOINT is read."""
     parser.add_argument(
-        "--lora", action="append", default=[], metavar="PATH[:SCALE]", help="fuse a LoRA into it; may be repeated"
+        "--lora", action="append", default=[], metavar="PATH[:SCALE]", help="fuse a LoRA first; may be repeated"
     )
     parser.add_argument(
-        "--config", metavar="FOLDER", help="pipeline folder or hub id that says how a single .safetensors file is built"
+        "--config",
+        metavar="FOLDER",
+        help="pipeline folder or hub id that describes how a single .safetensors file is built",
     )
 
 
 def loaded(args: argparse.Namespace, **options: Any) -> Checkpoint:
-    """The checkpoint that the arguments name."""
+    """Load the checkpoint that the arguments name."""
     from diffpress.compress.sources.load import load_checkpoint
 
     return load_checkpoint(args.checkpoint, loras=args.lora, config=args.config, **options)
 
 
-def recipe_path(text: str) -> Path:
-    """A recipe's file; a bare name that is no file here means a built-in recipe."""
-    built_in = RECIPES / f"{text}.yaml"
-    return built_in if not Path(text).exists() and built_in.is_file() else Path(text)
-
-
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add CHECKPOINT, its options, and the recipe with its overrides."""
     parser.add_argument(
         "checkpoint",
         nargs="?",
@@ -53,7 +49,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     add_checkpoint_arguments(parser)
     parser.add_argument(
         "--recipe",
-        type=recipe_path,
+        type=recipe_file,
         default=DEFAULT_RECIPE,
         metavar="R",
         help=f"a YAML file, or the name of a built-in one: {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}",
@@ -68,21 +64,29 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments that become EngineOptions; an engine refuses those that it does not know."""
+    """Add the arguments that become EngineOptions; an engine refuses options that it does not support."""
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads (all)")
-    parser.add_argument("--streams", type=int, default=1, metavar="S", help="batches run at the same time (1)")
+    parser.add_argument("--streams", type=int, default=1, metavar="S", help="batches that run at the same time (1)")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="f32", help="what float layers may compute in, where it can (f32)"
+        "--precision",
+        choices=PRECISIONS,
+        default="f32",
+        help="precision of float layers, where the engine supports it (f32)",
     )
     parser.add_argument(
-        "--providers", nargs="+", default=[], metavar="P", help=f"for onnxruntime, in order: {', '.join(PROVIDERS)}"
+        "--providers",
+        nargs="+",
+        default=[],
+        metavar="P",
+        help=f"onnxruntime execution providers in order: {', '.join(PROVIDERS)}",
     )
     parser.add_argument(
-        "--rebuild", action="store_true", help="for tensorrt: build a plan for this GPU where the bundle has none"
+        "--rebuild", action="store_true", help="tensorrt: build an engine for this GPU if the bundle has none"
     )
 
 
 def engine_options(args: argparse.Namespace, cache: Cache | None) -> EngineOptions:
+    """Return the engine's options; raises InvalidInputError for values that make no sense."""
     return EngineOptions(
         threads=args.threads,
         streams=args.streams,
@@ -94,12 +98,12 @@ def engine_options(args: argparse.Namespace, cache: Cache | None) -> EngineOptio
 
 
 def chosen_engine(args: argparse.Namespace) -> str | None:
-    """The engine that was named; None leaves it to what can run here. Only tensorrt builds anything again."""
+    """Return the engine that was named; None for the first one that can run here. --rebuild implies tensorrt."""
     return args.engine or ("tensorrt" if args.rebuild else None)
 
 
 def parsed_size(text: str) -> tuple[int, int]:
-    """'512x768' -> (512, 768), height first."""
+    """Parse '512x768' as (512, 768), height first."""
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if match is None:
         raise InvalidInputError(f"--size {text}: give height and width in pixels, as in 512x768")

@@ -9,32 +9,36 @@ from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_
 from diffpress.runtime.engines.cache import Cache, cache_folder
 from diffpress.runtime.errors import plain_warnings
 
+EXAMPLE = "diffpress bench work/bundle --baseline work/baseline --batch 1 8 --json bench.json"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    """Add the arguments of `diffpress bench`."""
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
     parser.add_argument(
         "--baseline",
         metavar="CHECKPOINT_OR_BUNDLE",
         action="append",
         default=[],
-        help="what to compare with: a checkpoint runs in PyTorch with DDIM-50, a bundle in each engine "
-        "by its own plan; may be given twice",
+        help="what to compare with; may be repeated: a checkpoint runs in PyTorch with DDIM-50, a bundle in each "
+        "engine under its own sampling plan",
     )
-    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8], metavar="B", help="batch sizes (1 8)")
     parser.add_argument(
         "--engine", nargs="+", help="engines to measure, or 'all' that are installed (default: the preferred one)"
     )
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="alternating rounds (3)")
     add_engine_arguments(parser)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Measure, print the table, and write JSON if asked."""
     from diffpress.compress.evaluation.bench import bench
     from diffpress.runtime.benchmarking.bench import table
     from diffpress.runtime.io.files import write_json
 
-    # `load_ms` is that of a first load; only an engine that has to be built is taken from where it was kept
+    # `load_ms` is that of a first load, so nothing is cached but TensorRT engines built with --rebuild
     options = engine_options(args, Cache(cache_folder()) if args.rebuild else None)
     with plain_warnings():
         result = bench(
@@ -49,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"left out: {what}: {reason}")
     print(table(result["rows"]))
     for name, share in result["sampler_overhead"].items():
-        print(f"sampler's own time outside {name}: {share:.2%} of a sampling at batch {min(args.batch)}")
+        print(f"sampler overhead outside {name}: {share:.2%} of the sampling time at batch {min(args.batch)}")
     if args.json:
         write_json(args.json, result)
         print(f"written to {args.json}")

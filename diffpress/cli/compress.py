@@ -1,4 +1,4 @@
-"""`diffpress compress`: a recipe's stages, then everything a deployment and a reader want of them."""
+"""`diffpress compress`: run a recipe's stages, export the bundle, evaluate it and write the report."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ from pathlib import Path
 
 from diffpress.cli.arguments import add_recipe_arguments, loaded
 
+EXAMPLE = "diffpress compress my-pipeline --recipe int8 --out work"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `diffpress compress`."""
     add_recipe_arguments(parser)
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--update", action="store_true", help="redo in DIR what a changed recipe changes")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for everything the run makes")
+    parser.add_argument("--update", action="store_true", help="redo in DIR only what a changed recipe changes")
 
 
 def run(args: argparse.Namespace) -> int:
-    from diffpress.compress.recipe import read_recipe
+    """Run the recipe; the same command again resumes it."""
+    from diffpress.compress.recipe import Recipe
     from diffpress.export.run import run_recipe
 
-    recipe = read_recipe(args.recipe, tuple(args.set))
+    recipe = Recipe.load(args.recipe, args.set)
     run_recipe(lambda: loaded(args), recipe, args.out, update=args.update, where=str(args.recipe))
     return 0

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from contextlib import closing
 from pathlib import Path
 
 from diffpress.compress.builtin import FEATURES, REFERENCE
-from diffpress.runtime.errors import InvalidInputError
+
+EXAMPLE = "diffpress evaluate work/bundle --against work/baseline --samples 500"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("subject", metavar="BUNDLE_OR_CHECKPOINT")
+    """Add the arguments of `diffpress evaluate`."""
+    parser.add_argument("subject", metavar="BUNDLE_OR_CHECKPOINT", help="what to score")
     parser.add_argument(
         "--reference",
         type=Path,
@@ -20,40 +21,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="npz of real images, or of their features (default: Fashion-MNIST's test images)",
     )
     parser.add_argument("--features", type=Path, default=FEATURES, metavar="NET", help="feature network, ONNX")
-    parser.add_argument("--against", metavar="BUNDLE_OR_CHECKPOINT", help="also PSNR and SSIM to this one, same noise")
+    parser.add_argument(
+        "--against", metavar="BUNDLE_OR_CHECKPOINT", help="also compute PSNR and SSIM to this one, from the same noise"
+    )
     parser.add_argument("--samples", type=int, default=2000, help="images for each seed (2000)")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--steps", type=int, metavar="N", help="another number of steps than its plan's")
-    parser.add_argument("--engine")
-    parser.add_argument("--threads", type=int)
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--seeds", type=int, default=3, help="independent draws (3)")
+    parser.add_argument("--batch", type=int, default=64, help="images sampled together (64)")
+    parser.add_argument("--steps", type=int, metavar="N", help="denoising steps other than the sampling plan's")
+    parser.add_argument("--engine", metavar="E", help="engine of a bundle (the first one that can run here)")
+    parser.add_argument("--threads", type=int, metavar="T", help="processor threads (all)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    from diffpress.compress.config import EvaluateConfig
-    from diffpress.compress.evaluation.evaluate import evaluate, paired
-    from diffpress.compress.evaluation.features import load_features, load_reference
-    from diffpress.compress.evaluation.subject import open_network, print_evaluation
+    """Score the subject's samples, print the scores and write them as JSON where asked."""
+    from diffpress.api import evaluate
+    from diffpress.compress.evaluation.subject import print_evaluation
     from diffpress.runtime.io.files import write_json
-    from diffpress.runtime.requested_plan import requested_spec
 
-    for name in ("samples", "seeds", "batch"):
-        if getattr(args, name) < (8 if name == "samples" else 1):
-            raise InvalidInputError(
-                f"--{name} {getattr(args, name)}: too few (samples: at least 8, seeds and batch: 1)"
-            )
-    network, spec = open_network(args.subject, args.engine, args.threads)
-    with closing(network):
-        spec = requested_spec(spec, args.steps)
-        features = load_features(args.features, spec, args.threads)
-        reference = load_reference(args.reference, features, spec)
-        config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=args.batch)
-        result = evaluate(network, spec, config, features, reference)
-        if args.against:
-            other, _ = open_network(args.against, args.engine, args.threads)
-            with closing(other):
-                result["paired"] = paired(network, other, spec, config, Path(args.against).name)
+    result = evaluate(
+        args.subject,
+        against=args.against,
+        samples=args.samples,
+        seeds=args.seeds,
+        batch=args.batch,
+        steps=args.steps,
+        features=args.features,
+        reference=args.reference,
+        engine=args.engine,
+        threads=args.threads,
+    )
     print_evaluation(Path(args.subject).name, result)
     if args.json:
         write_json(args.json, result)

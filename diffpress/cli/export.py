@@ -1,4 +1,4 @@
-"""`diffpress export`: a checkpoint in, a bundle out, and what is in it."""
+"""`diffpress export`: export a checkpoint to a bundle and print its summary."""
 
 from __future__ import annotations
 
@@ -14,15 +14,20 @@ TARGETS = ("onnx", "openvino", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch
 DEFAULTS = BuildOptions()
+EXAMPLE = "diffpress export work/checkpoint --out bundle --targets onnx openvino"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `diffpress export`."""
+    """Add the arguments of `diffpress export`."""
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, hub id, .safetensors or file.py:weights")
     add_checkpoint_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write the bundle to")
     parser.add_argument(
-        "--targets", nargs="+", choices=TARGETS, default=["onnx"], help="engines to build or prove it for (onnx)"
+        "--targets",
+        nargs="+",
+        choices=TARGETS,
+        default=["onnx"],
+        help="engines to build or check the bundle for (onnx)",
     )
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="fp32", help="how weights are held while exporting (fp32)"
@@ -39,16 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--fixed-timesteps",
         "--fixed-plan",
         action="store_true",
-        help="for the plan's own timesteps alone: time embeddings become constants",
+        help="fold the timestep embedding for the plan's own timesteps into constants",
     )
     parser.add_argument(
-        "--revert-slower", action="store_true", help="engines that int8 slows down on this machine take the float graph"
+        "--revert-slower", action="store_true", help="give the float graph to engines that int8 slows down here"
     )
     add_tensorrt_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Export and say what was written; raises DiffpressError for bad input and for a parity gate that fails."""
+    """Export and print a summary; raises DiffpressError for invalid input or a failed parity gate."""
     import torch
 
     from diffpress.export.bundle import refuse_foreign
@@ -75,14 +80,14 @@ def run(args: argparse.Namespace) -> int:
 
 
 def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
-    """How `diffpress export` builds plans; what is left out is as BuildOptions has it."""
+    """Add the arguments that control TensorRT engine builds; defaults are those of BuildOptions."""
     group = parser.add_argument_group("target tensorrt")
     group.add_argument(
         "--compute-capability",
         nargs="+",
         default=[],
         metavar="CC",
-        help="GPUs to build for, as 8.9 (without one: that of this machine)",
+        help="compute capabilities of the GPUs to build for, e.g. 8.9 (default: the GPU of this machine)",
     )
     group.add_argument(
         "--batch",
@@ -90,27 +95,33 @@ def add_tensorrt_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=DEFAULTS.batch,
         metavar=("MIN", "OPT", "MAX"),
-        help=f"samples in one call ({' '.join(map(str, DEFAULTS.batch))})",
+        help=f"smallest, usual and largest batch size of the engine ({' '.join(map(str, DEFAULTS.batch))})",
     )
     group.add_argument(
-        "--sizes", nargs=2, metavar="HxW", help="smallest and largest image in pixels (the model's own size alone)"
+        "--sizes", nargs=2, metavar="HxW", help="smallest and largest image in pixels (default: only the model's size)"
     )
     group.add_argument(
-        "--optimization-level", type=int, default=DEFAULTS.optimization_level, metavar="L", help="0 to 5 (3)"
+        "--optimization-level",
+        type=int,
+        default=DEFAULTS.optimization_level,
+        metavar="L",
+        help="builder optimization level, 0 to 5 (3)",
     )
-    group.add_argument("--workspace-mib", type=int, metavar="M", help="memory that kernels may take (all)")
+    group.add_argument(
+        "--workspace-mib", type=int, metavar="M", help="GPU memory in MiB for the workspace of kernels (default: all)"
+    )
     group.add_argument(
         "--hardware-compatible",
         choices=HARDWARE,
         default=DEFAULTS.hardware_compatible,
-        help="other GPUs to run on (tensorrt alone, not tensorrt-rtx)",
+        help="other GPUs the engine also runs on (tensorrt only, not tensorrt-rtx)",
     )
     for name, what in SWITCHES.items():
         group.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=what)
 
 
 def build_options(args: argparse.Namespace) -> BuildOptions:
-    """What the arguments of `add_tensorrt_arguments` say; raises InvalidInputError for what makes no sense."""
+    """Return the BuildOptions of the parsed arguments; raises InvalidInputError for invalid values."""
     return BuildOptions(
         batch=tuple(args.batch),
         sizes=None if args.sizes is None else (_size(args.sizes[0]), _size(args.sizes[1])),

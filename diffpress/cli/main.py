@@ -12,7 +12,7 @@ from typing import Any
 from diffpress import __version__
 from diffpress.runtime.errors import DiffpressError, extra_for, report_error
 
-# verb -> what it does; the verb's module is diffpress/cli/<verb>.py with `add_arguments(parser)` and `run(args)`
+# verb -> what it does; diffpress/cli/<verb>.py has `EXAMPLE`, `add_arguments(parser)` and `run(args) -> exit code`
 VERBS = {
     "plan": "show what a recipe would do to a checkpoint, without doing it",
     "compress": "run a recipe's stages on a checkpoint, then export the bundle",
@@ -21,10 +21,15 @@ VERBS = {
     "bench": "measure a bundle against its baselines, in one run",
     "evaluate": "score a bundle's or checkpoint's samples",
     "report": "gather what a run measured into report.html and report.json",
+    "info": "describe a checkpoint or bundle: family, precision, sizes, sampling plan, history",
+    "recipes": "list the built-in recipes",
+    "init": "write a built-in recipe to a file, to edit",
+    "doctor": "check what this machine can run, and which extras are missing",
 }
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Run one command line, `sys.argv` by default, and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser("diffpress", description="Make a pretrained diffusion model deployable.")
     parser.add_argument("--version", action="version", version=f"diffpress {__version__}")
@@ -36,10 +41,13 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run_verb(verb: str, load: Callable[[], Any], words: list[str]) -> int:
-    """Run a verb's module (`add_arguments(parser)`, `run(args)`); every expected error becomes one line and its code."""
+    """Run a verb's module and return its exit code; every expected error becomes one line on stderr."""
     try:
         module = load()
-        parser = argparse.ArgumentParser(f"diffpress {verb}", description=VERBS.get(verb))
+        example = getattr(module, "EXAMPLE", None)
+        parser = argparse.ArgumentParser(
+            f"diffpress {verb}", description=VERBS.get(verb), epilog=example and f"example: {example}"
+        )
         module.add_arguments(parser)
         return int(module.run(parser.parse_args(words)))
     except DiffpressError as error:
@@ -50,7 +58,7 @@ def run_verb(verb: str, load: Callable[[], Any], words: list[str]) -> int:
             raise
         return report_error(str(extra), extra.exit_code)
     except KeyboardInterrupt:
-        return report_error("interrupted; the same command goes on where it stood", 130)
+        return report_error("interrupted; run the same command again to resume", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left; nothing more to say
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has gone
         return 0

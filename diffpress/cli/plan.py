@@ -1,4 +1,4 @@
-"""`diffpress plan`: what a recipe would do to a checkpoint, without doing it."""
+"""`diffpress plan`: a dry run. What a recipe would do to a checkpoint, without doing it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,22 @@ from pathlib import Path
 
 from diffpress.cli.arguments import add_recipe_arguments, loaded
 
+EXAMPLE = "diffpress plan my-pipeline --recipe int8 --set quantize.samples=16"
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `diffpress plan`."""
     add_recipe_arguments(parser)
-    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="as JSON, to FILE or to the screen")
+    parser.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or print it")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Print the resolved stages with the sizes before and after."""
     from diffpress.compress.dry_run import planned
-    from diffpress.compress.recipe import read_recipe
+    from diffpress.compress.recipe import Recipe
     from diffpress.runtime.io.files import write_json
 
-    recipe = read_recipe(args.recipe, tuple(args.set))
+    recipe = Recipe.load(args.recipe, args.set)
     result = planned(loaded(args), recipe)
     if args.json == "-":
         print(json.dumps(result, indent=1))
@@ -30,12 +34,12 @@ def run(args: argparse.Namespace) -> int:
     for number, stage in enumerate(result["stages"]):
         settings = ", ".join(f"{k}={v}" for k, v in stage["config"].items())
         print(f"  {number + 1}. {stage['name']:<9} {settings}")
-        print(f"     -> {_sizes_in_words(stage['after'])}")
-    print(f"before: {_sizes_in_words(result['before'])}")
+        print(f"     -> {_describe_sizes(stage['after'])}")
+    print(f"before: {_describe_sizes(result['before'])}")
     return 0
 
 
-def _sizes_in_words(sizes: dict[str, int] | None) -> str:
+def _describe_sizes(sizes: dict[str, int] | None) -> str:
     if sizes is None:
-        return "sizes depend on the importance, measured when it runs"
+        return "sizes depend on the importance, which is measured in the run"
     return f"{sizes['parameters']:,} parameters, {sizes['macs']:,} MACs, {sizes['bytes'] / 2**20:.2f} MiB of weights"

@@ -1,4 +1,4 @@
-"""`diffpress sample`: a bundle and a few wishes in, one PNG grid out."""
+"""`diffpress sample`: sample a bundle without torch and write one PNG with all images."""
 
 from __future__ import annotations
 
@@ -15,38 +15,40 @@ from diffpress.runtime.engines.cache import Cache, cache_folder
 from diffpress.runtime.errors import InvalidInputError, plain_warnings
 from diffpress.runtime.solvers import SOLVERS
 
+EXAMPLE = 'diffpress sample work/bundle --prompt "a lighthouse in the fog" -n 4 --steps 20 --out lighthouse.png'
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The arguments of `diffpress sample`; what is left out follows the bundle's own plan."""
+    """Add the arguments of `diffpress sample`; what is left out follows the bundle's own sampling plan."""
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
-    parser.add_argument("-n", "--number", type=int, default=16, metavar="N", help="how many images (16)")
+    parser.add_argument("-n", "--number", type=int, default=16, metavar="N", help="number of images (16)")
     parser.add_argument("--seed", type=int, default=0, help="image i starts from seed + i (0)")
     parser.add_argument(
-        "--out", type=Path, default=Path("grid.png"), metavar="PNG", help="where the grid goes (grid.png)"
+        "--out", type=Path, default=Path("grid.png"), metavar="PNG", help="file for the image grid (grid.png)"
     )
-    wish = parser.add_mutually_exclusive_group()
-    wish.add_argument("--label", type=int, metavar="K", help="class of all images (all classes in turn)")
-    wish.add_argument("--prompt", metavar="TEXT", help="text, for a model conditioned on text")
+    request = parser.add_mutually_exclusive_group()
+    request.add_argument("--label", type=int, metavar="K", help="class of all images (default: all classes in turn)")
+    request.add_argument("--prompt", metavar="TEXT", help="text, for a model conditioned on text")
     parser.add_argument("--negative", metavar="TEXT", help="what the image should not show; needs guidance above 1")
-    parser.add_argument("--size", metavar="HxW", help="height and width in pixels, where the model allows others")
+    parser.add_argument("--size", metavar="HxW", help="height and width in pixels, for models that allow other sizes")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--solver", metavar="S", help=", ".join(SOLVERS))
     parser.add_argument(
-        "--spacing", "--grid", metavar="G", help="spacing of the steps: leading, trailing, linspace, quad, karras, ..."
+        "--spacing", "--grid", metavar="S", help="timestep spacing: leading, trailing, linspace, quad, karras, ..."
     )
-    parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance weight, 1 is off")
+    parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance weight; 1 is off")
     parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="images sampled together (8)")
     add_engine_arguments(parser)
     parser.add_argument(
         "--no-cache",
         action="store_true",
-        help=f"keep nothing of what was compiled (else in {cache_folder()}, or where DIFFPRESS_CACHE says)",
+        help=f"do not cache compiled graphs (default: in {cache_folder()}, or in DIFFPRESS_CACHE)",
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sample, write the grid, say where it is and how long an image took; raises DiffpressError."""
+    """Sample, write the image grid, and print where it is and the time per image; raises DiffpressError."""
     import numpy as np
 
     from diffpress.runtime.bundle import load_bundle
@@ -66,11 +68,11 @@ def run(args: argparse.Namespace) -> int:
     if args.size is not None:
         spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
     spec = requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance)
-    _check_wishes(spec.conditioning, args.label, args.prompt, args.negative)
+    _check_request(spec.conditioning, args.label, args.prompt, args.negative)
     with plain_warnings(), closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
         spec = bundle.spec_for(pipeline.denoiser.name, spec)
         if pipeline.spec.plan.output_corrections and not spec.plan.output_corrections:
-            _warn("this plan is not the bundle's own: the corrections of rounding measured for that are left out")
+            _warn("the requested plan differs from the bundle's: its output corrections do not apply and are disabled")
         conditions = pipeline.conditions(
             args.number,
             spec,
@@ -79,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
             negatives=None if args.negative is None else [args.negative] * args.number,
             warn=_warn,
         )
-        # compiling for this batch size belongs to loading, not to the time per image
+        # compiling for this batch size is part of loading, not of the time per image
         warm_up(pipeline.denoiser, spec, min(args.batch, args.number))
         start = time.perf_counter()
         seeds = np.arange(args.seed, args.seed + args.number)
@@ -92,20 +94,20 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _check_wishes(conditioning: Conditioning, label: int | None, prompt: str | None, negative: str | None) -> None:
-    """InvalidInputError for a label or a prompt that this kind of model does not take, or the lack of one that it needs."""
+def _check_request(conditioning: Conditioning, label: int | None, prompt: str | None, negative: str | None) -> None:
+    """Raise InvalidInputError for a label or prompt that this model does not take, or for a missing prompt."""
     if conditioning.kind != "text" and (prompt is not None or negative is not None):
         flag = "--prompt" if prompt is not None else "--negative"
-        raise InvalidInputError(f"{flag}: the model is not conditioned on text; {_instead(conditioning)}")
+        raise InvalidInputError(f"{flag}: the model is not conditioned on text; {_alternative(conditioning)}")
     if conditioning.kind == "text" and prompt is None:
-        raise InvalidInputError("the model is conditioned on text: say what to show with --prompt TEXT")
+        raise InvalidInputError("the model is conditioned on text: give a prompt with --prompt TEXT")
     if label is not None and conditioning.kind != "class":
         raise InvalidInputError("--label: the model is not class-conditional; leave the label out")
     if label is not None and not 0 <= label < conditioning.classes:
-        raise InvalidInputError(f"--label {label}: the model knows the classes 0..{conditioning.classes - 1}")
+        raise InvalidInputError(f"--label {label}: the model has the classes 0..{conditioning.classes - 1}")
 
 
-def _instead(conditioning: Conditioning) -> str:
+def _alternative(conditioning: Conditioning) -> str:
     return f"use --label 0..{conditioning.classes - 1}" if conditioning.kind == "class" else "leave it out"
 
 

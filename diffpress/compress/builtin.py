@@ -1,14 +1,20 @@
-"""Where the built-in data lies: the default teacher, its images, and the feature network that scores."""
+"""Paths of the built-in data: default teacher, reference images, prompts, feature network and recipes."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-_PACKAGED = _PACKAGE / "calib_data"  # in a wheel; a checkout keeps it beside the package
+_PACKAGED = _PACKAGE / "calib_data"  # exists in a wheel; in a checkout the folder lies beside the package
 CALIB_DATA = _PACKAGED if _PACKAGED.is_dir() else _PACKAGE.parent / "calib_data"
 TEACHER = CALIB_DATA / "teacher"
 FEATURES = CALIB_DATA / "features.onnx"
 PROMPTS = CALIB_DATA / "prompts.txt"
 REFERENCE = CALIB_DATA / "reference.npz"
 RECIPES = Path(__file__).resolve().parent / "recipes"
+
+
+def recipe_file(name: str | Path) -> Path:
+    """Return the path of a recipe; a name without such a file may be that of a built-in recipe."""
+    path, built_in = Path(name), RECIPES / f"{name}.yaml"
+    return built_in if not path.exists() and built_in.is_file() else path

@@ -1,8 +1,8 @@
-"""A recipe: one YAML file that says everything a run does. Read, checked and ordered before any work begins.
+"""A recipe: one YAML file that describes a whole run. It is read, checked and ordered before any work begins.
 
     seed: 0
     data: images.npz            # prompts.txt for a model of text
-    teacher_samples: 64         # what models of latents learn from: the teacher's own samples
+    teacher_samples: 64         # training data for models of latents: samples of the teacher
     stages:
       - prune: {method: taylor, ratio: 0.3}
       - distill: {kind: recover, steps: 2000}
@@ -11,20 +11,21 @@
     evaluate: {samples: 256, seeds: 3}
     gates: {frechet_ratio: 1.3}
 
-Unknown keys are refused with their path and the nearest match. Paths in it are relative to the recipe's folder.
+Unknown keys are refused with their path and the nearest match. Paths are relative to the recipe's folder.
 """
 
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import yaml
 from pydantic import ValidationError
 
-from diffpress.compress.builtin import CALIB_DATA
+from diffpress.compress.builtin import CALIB_DATA, recipe_file
 from diffpress.compress.config import (
     Config,
     EvaluateConfig,
@@ -49,7 +50,7 @@ KEYS = ("seed", "data", "teacher_samples", "stages", *SECTIONS)
 
 TEACHER_SAMPLES = 64
 
-# stage -> the stages that may not come before it, and why
+# stage -> the stages that may not come before it, and the reason
 ORDER: dict[str, tuple[tuple[str, ...], str]] = {
     "prune": (("quantize",), "scales are calibrated for one set of channels"),
     "distill": (("quantize",), "training moves the weights away from their calibrated scales"),
@@ -77,12 +78,23 @@ RENAMED_VALUES = {("rounding", "adaround"): "gptq"}
 
 
 class Stage(NamedTuple):
+    """One entry of `stages`: the stage's name and its checked configuration."""
+
     name: str
     config: Any
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """A checked recipe, every default filled in.
+
+    Example:
+        >>> import diffpress as dp
+        >>> recipe = dp.Recipe.load("int8")
+        >>> [stage.name for stage in recipe.stages]
+        ['quantize']
+    """
+
     seed: int
     data: Path | None
     teacher_samples: int
@@ -91,8 +103,49 @@ class Recipe:
     evaluate: EvaluateConfig | None
     gates: GatesConfig
 
+    @staticmethod
+    def load(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+        """Read a recipe file, or a built-in recipe by its name, and check it.
+
+        Args:
+            path: A YAML file, or "quick", "int8" and so on (`diffpress recipes` lists them).
+            overrides: Settings to replace, each "stages.prune.ratio=0.2" or shorter, "prune.ratio=0.2".
+
+        Raises:
+            InvalidInputError: For everything that is wrong with it: file, key and hint in one line.
+        """
+        return read_recipe(recipe_file(path), tuple(overrides))
+
+    @staticmethod
+    def of(
+        stages: Sequence[Config],
+        *,
+        data: str | Path | None = None,
+        seed: int = 0,
+        teacher_samples: int = TEACHER_SAMPLES,
+    ) -> Recipe:
+        """Make a recipe of stage objects (`diffpress.Prune`, `Quantize`, ...), without export, scores and gates.
+
+        Args:
+            stages: What to do, in this order.
+            data: Training images (.npz), or prompts (.txt) for models of text.
+            seed: Every random draw of the run follows from it.
+            teacher_samples: How many samples of the teacher models of latents learn from.
+
+        Raises:
+            InvalidInputError: For an impossible order of stages, data that is not there, or a seed out of range.
+        """
+        from diffpress.compress.stages import stage_name
+
+        where = Path("stages")
+        raw = {"seed": seed, "data": data, "teacher_samples": teacher_samples}
+        recipe = _resolve(raw, where if data is None else Path.cwd() / "stages")
+        made = tuple(Stage(stage_name(config), config) for config in stages)
+        _check_order(made, where)
+        return replace(recipe, stages=made)
+
     def to_json(self) -> dict[str, Any]:
-        """The resolved recipe, every default written out."""
+        """Return the resolved recipe as JSON, every default written out."""
         return {
             "seed": self.seed,
             "data": str(self.data) if self.data else None,
@@ -105,9 +158,9 @@ class Recipe:
 
 
 def read_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read, override (`key.path=value`), validate and order-check a recipe file; every problem is a InvalidInputError."""
+    """Read a recipe file, apply overrides (`key.path=value`) and check it; every problem is an InvalidInputError."""
     try:
-        raw = yaml.safe_load(path.read_text())
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidInputError(f"{path}: the recipe cannot be read ({error.strerror})") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -1,54 +1,142 @@
-"""A whole bundle at work: labels or prompts in, images out, without torch.
+"""An open bundle: prompts or labels in, images out, without torch.
 
-    prompt -> text encoders -> conditions;   noise -> denoiser, step by step -> latent;   latent -> decoder -> image
+    prompt -> text encoders -> conditioning;   noise -> denoiser, step by step -> latent;   latent -> decoder -> image
 
-Engines beside the denoiser's are opened when their turn comes. Text encoders may be larger than all the rest: each is
-closed again at once. The decoder stays open for the next batch.
+The engines of the other components are opened when they are needed. A text encoder may be larger than everything else,
+so each one is closed directly after use. The decoder stays open for the next batch.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from diffpress.runtime.bundle import Bundle
+from diffpress.runtime.bundle import Bundle, load_bundle
+from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.engines import Engine, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
+from diffpress.runtime.io.images import to_pil
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning
 from diffpress.runtime.prompts import Warn, encode, open_tokenizer, unconditional
-from diffpress.runtime.sampler import generate, generate_batches, labels_in_turn
+from diffpress.runtime.requested_plan import requested_spec
+from diffpress.runtime.sampler import Step, generate, generate_batches, labels_in_turn
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import reshifted
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 DECODER = "vae_decoder"
 
 
 class Pipeline:
-    """An open bundle; `spec` says what it samples by default. Raises InvalidInputError and MissingDependencyError as its parts do."""
+    """An open bundle: call it to sample images.
+
+    Args:
+        bundle: The bundle's folder, or a loaded `Bundle`.
+        engine: "openvino", "onnxruntime" or "tensorrt"; None for the first one that can run here.
+        threads: Processor threads; None for all.
+        options: Further options of the engine, such as its precision and streams.
+
+    Raises:
+        InvalidInputError: If the folder is no bundle, is damaged, or lacks a component that sampling needs.
+        EngineUnavailableError: If the engine cannot run the bundle on this machine.
+        MissingDependencyError: If the engine's package is not installed.
+
+    Example:
+        >>> import diffpress as dp
+        >>> with dp.Pipeline(bundle) as pipe:
+        ...     images = pipe(labels=1, seeds=range(2))
+        >>> images[0].size
+        (8, 8)
+    """
 
     def __init__(
         self,
-        bundle: Bundle,
+        bundle: str | Path | Bundle,
         engine: str | None = None,
         threads: int | None = None,
         *,
         options: EngineOptions | None = None,
     ) -> None:
-        self.bundle = bundle
-        for graph in (e.graph for e in bundle.spec.conditioning.encoders):
-            bundle.graph(graph)  # what is missing is said before the work, not after it
-        if bundle.spec.latent_factor > 1:
-            bundle.graph(DECODER)
+        self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        spec = self.bundle.spec
+        for graph in (e.graph for e in spec.conditioning.encoders):
+            self.bundle.graph(graph)  # a missing component is reported before any work
+        if spec.latent_factor > 1:
+            self.bundle.graph(DECODER)
         self._options = (options or EngineOptions()).with_threads(threads)
-        self.denoiser = open_engine(bundle, engine, options=self._options)
-        self.spec = bundle.spec_for(self.denoiser.name)
+        self.denoiser = open_engine(self.bundle, engine, options=self._options)
+        self.spec = self.bundle.spec_for(self.denoiser.name)
         self._decoder: Engine | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        *,
+        negative_prompt: str | Sequence[str] | None = None,
+        labels: int | Sequence[int] | None = None,
+        seeds: int | Iterable[int] | None = None,
+        steps: int | None = None,
+        solver: str | None = None,
+        spacing: str | None = None,
+        guidance: float | None = None,
+        size: tuple[int, int] | None = None,
+        batch: int = 8,
+        callback: Callable[[Step], None] | None = None,
+    ) -> list[Image.Image]:
+        """Sample one image per seed; whatever is left out follows the bundle's own sampling plan.
+
+        Args:
+            prompt: Text for all images, or one text per image, for models conditioned on text.
+            negative_prompt: What the images should not show; needs guidance.
+            labels: The class of all images, or one class per image; None takes the classes in turn.
+            seeds: One seed per image, or a single seed. None takes 0, 1, ... for as many images as there are prompts
+                or labels (one if neither is a list). An image depends on its seed, conditioning and plan alone.
+            steps: Denoising steps.
+            solver: Name of a solver, such as "dpmpp_2m".
+            spacing: Timestep spacing, such as "trailing" or "karras".
+            guidance: Weight of classifier-free guidance; 1 switches it off.
+            size: Height and width in pixels, for models that allow other sizes.
+            batch: Images sampled together.
+            callback: Called after every step with its `Step`: index, timestep t, and x and x0 float32 [N, C, H, W].
+                Sampling then runs step by step, without fused sampling.
+
+        Returns:
+            PIL images, in the order of the seeds.
+
+        Raises:
+            InvalidInputError: If an argument does not fit the model or the bundle.
+        """
+        chosen = _seeds(seeds, prompt, labels)
+        spec = self.bundle.spec
+        if size is not None:
+            spec = resized(spec, size, has_fixed_size(self.bundle))
+        spec = self.bundle.spec_for(self.denoiser.name, requested_spec(spec, steps, solver, spacing, guidance))
+        check_request(spec.conditioning, prompt=prompt, negative_prompt=negative_prompt, labels=labels)
+        conditioning = self.conditions(
+            len(chosen),
+            spec,
+            labels=_per_image(labels, len(chosen), "labels"),
+            prompts=_per_image(prompt, len(chosen), "prompts"),
+            negatives=_per_image(negative_prompt, len(chosen), "negative prompts"),
+        )
+        batches = self.images(chosen, conditioning, spec, batch, on_step=callback)
+        return [image for images in batches for image in to_pil(images, spec.data_range)]
 
     def images(
         self,
@@ -56,13 +144,19 @@ class Pipeline:
         conditions: ConditioningInputs,
         spec: DenoiserSpec | None = None,
         batch: int = 8,
+        *,
+        on_step: Callable[[Step], None] | None = None,
     ) -> Iterator[np.ndarray]:
         """Images float32 [B, C, H, W] in the data range, batch by batch, one for each seed.
 
-        `spec` is the bundle's own or one with another plan or size (`resized`).
+        `spec` is the bundle's own or one with another plan or size (`resized`). `on_step` is called after every step.
         """
         spec = spec or self.spec
-        for samples in in_streams(self.denoiser, spec, seeds, conditions, batch, self._options.streams):
+        if on_step is not None:
+            batches = generate_batches(self.denoiser, spec, seeds, batch=batch, conditions=conditions, on_step=on_step)
+        else:
+            batches = in_streams(self.denoiser, spec, seeds, conditions, batch, self._options.streams)
+        for samples in batches:
             yield self.decode(samples, spec)
 
     def conditions(
@@ -75,7 +169,7 @@ class Pipeline:
         negatives: Sequence[str] | None = None,
         warn: Warn = warnings.warn,
     ) -> ConditioningInputs:
-        """What `count` samples are told: `labels` (None: the classes in turn) or `prompts`, one for each sample."""
+        """Conditioning of `count` samples: `labels` (None: the classes in turn) or `prompts`, one for each sample."""
         spec = spec or self.spec
         if spec.conditioning.kind != "text":
             classes = labels_in_turn(spec, count) if labels is None else np.asarray(labels)
@@ -85,7 +179,7 @@ class Pipeline:
         guided = is_guided(spec, spec.plan.guidance)
         if negatives is not None and not guided:
             raise InvalidInputError("a negative prompt needs guidance above 1, which this model or plan does without")
-        text = _Text(self.bundle, self._open)
+        text = _TextEncoders(self.bundle, self._open)
         conditioning, size = spec.conditioning, spec.image_size
         cond = encode(prompts, conditioning, text.encoders, text.tokenizers, size, warn)
         if not guided:
@@ -94,7 +188,10 @@ class Pipeline:
         return ConditioningInputs(cond, uncond)
 
     def decode(self, samples: np.ndarray, spec: DenoiserSpec | None = None) -> np.ndarray:
-        """Images of latents, one at a time: a decoder's memory grows with the batch. Pixels are images already."""
+        """Decode latents into images, one at a time, since a decoder's memory grows with the batch.
+
+        Samples of a model of pixels are returned as they are.
+        """
         spec = spec or self.spec
         if spec.latent_factor == 1:
             return samples
@@ -106,7 +203,7 @@ class Pipeline:
         return np.clip(np.concatenate(pictures), *spec.data_range)
 
     def _open(self, graph: str) -> Engine:
-        """Another graph in the denoiser's engine; they run one batch at a time."""
+        """Open another graph in the denoiser's engine; it runs one batch at a time."""
         return open_engine(self.bundle, self.denoiser.name, graph=graph, options=replace(self._options, streams=1))
 
     def close(self) -> None:
@@ -124,11 +221,11 @@ def in_streams(
     batch: int,
     streams: int = 1,
 ) -> Iterator[np.ndarray]:
-    """As `diffpress.runtime.sampler.generate_batches`, with `streams` batches under way at the same time; in the seeds' order."""
+    """Generate batches as `generate_batches` does, `streams` of them at the same time, in the order of the seeds."""
     if streams == 1:
         yield from generate_batches(network, spec, seeds, batch=batch, conditions=conditions)
         return
-    from concurrent.futures import ThreadPoolExecutor  # 20 ms that most do without
+    from concurrent.futures import ThreadPoolExecutor  # an import of 20 ms that most callers do not need
 
     seeds, parts = np.asarray(seeds), [slice(start, start + batch) for start in range(0, len(seeds), batch)]
 
@@ -139,10 +236,62 @@ def in_streams(
         yield from pool.map(sampled, parts)
 
 
-def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> DenoiserSpec:
-    """The spec for images of `size` (height, width) in pixels, its plan shifted as the model wants it for that size.
+def check_request(
+    conditioning: Conditioning,
+    *,
+    prompt: object = None,
+    negative_prompt: object = None,
+    labels: object = None,
+) -> None:
+    """Raise InvalidInputError for a prompt or label that this kind of model does not take, or a missing prompt."""
+    kind = conditioning.kind
+    if kind != "text" and (prompt is not None or negative_prompt is not None):
+        hint = f"give labels of 0..{conditioning.classes - 1}" if kind == "class" else "leave the prompt out"
+        raise InvalidInputError(f"prompt: the model is not conditioned on text; {hint}")
+    if kind == "text" and prompt is None:
+        raise InvalidInputError("the model is conditioned on text: give a prompt")
+    if labels is None:
+        return
+    if kind != "class":
+        raise InvalidInputError("labels: the model is not class-conditional; leave the labels out")
+    for label in np.ravel(np.asarray(labels)).tolist():
+        if label not in range(conditioning.classes):
+            raise InvalidInputError(f"labels: {label!r} is not a class of the model, 0..{conditioning.classes - 1}")
 
-    Raises InvalidInputError for a size that the model cannot make; `fixed` says that its graph is made for one size.
+
+def _seeds(seeds: int | Iterable[int] | None, prompt: object, labels: object) -> list[int]:
+    """Return one seed per image; without seeds, 0, 1, ... for each prompt or label that was listed."""
+    if seeds is None:
+        lists = [value for value in (prompt, labels) if isinstance(value, Sequence) and not isinstance(value, str)]
+        return list(range(len(lists[0]) if lists else 1))
+    try:
+        chosen = [int(seeds)] if isinstance(seeds, int | np.integer) else [int(seed) for seed in seeds]
+    except (TypeError, ValueError) as error:
+        raise InvalidInputError(f"seeds: expected integers, found {seeds!r}") from error
+    if not chosen:
+        raise InvalidInputError("seeds: give at least one seed")
+    return chosen
+
+
+def _per_image(value: Any, count: int, what: str) -> Any:
+    """Return a list with one entry per image, from one value for all or from one value per image."""
+    if value is None:
+        return None
+    if not _is_list(value):
+        return [value] * count
+    if len(value) != count:
+        raise InvalidInputError(f"{len(value)} {what} for {count} seeds: give one each, or one for all")
+    return list(value)
+
+
+def _is_list(value: Any) -> bool:
+    return value is not None and not isinstance(value, str) and hasattr(value, "__len__")
+
+
+def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> DenoiserSpec:
+    """Return the spec for images of `size` (height, width) in pixels, with its plan shifted for that size.
+
+    `fixed` means that the graph was made for one size. Raises InvalidInputError for a size the model cannot make.
     """
     factor, unit = spec.latent_factor, spec.latent_factor * spec.size_multiple
     if size == spec.image_size:
@@ -163,13 +312,13 @@ def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> D
 
 
 def has_fixed_size(bundle: Bundle) -> bool:
-    """Whether the denoiser's graph was made for one height and width, or does not say for which."""
+    """Return whether the denoiser's graph was made for one height and width, or does not say for which."""
     sample = bundle.manifest["graphs"]["denoiser"].get("inputs", {}).get("sample", {})
     return all(isinstance(side, int) for side in sample.get("shape", ())[2:])
 
 
-class _Text:
-    """A bundle's text encoders and tokenizers by name, opened when they are asked for."""
+class _TextEncoders:
+    """A bundle's text encoders and tokenizers by name, opened when they are needed."""
 
     def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine]) -> None:
         encoders = bundle.spec.conditioning.encoders

@@ -1,0 +1,238 @@
+"""The Python interface: load, compress, export, bench and evaluate. `diffpress.Pipeline` samples.
+
+Heavy packages are imported inside the functions, so that each needs only what it uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from diffpress.compress.builtin import FEATURES, REFERENCE
+from diffpress.runtime.errors import InvalidInputError
+
+if TYPE_CHECKING:
+    from diffpress.compress.checkpoint import Checkpoint
+    from diffpress.compress.config import Config
+    from diffpress.compress.recipe import Recipe
+    from diffpress.runtime.bundle import Bundle
+    from diffpress.runtime.engines.options import EngineOptions
+    from diffpress.runtime.engines.tensorrt.options import BuildOptions
+
+
+def load(reference: str | Path, *, loras: Sequence[str] = (), config: str | Path | None = None) -> Checkpoint:
+    """Load a pretrained model.
+
+    Args:
+        reference: A diffusers pipeline folder, a checkpoint that a run saved, a hub id "owner/name", a single
+            .safetensors file, or a custom module as "my_model.py:weights.safetensors".
+        loras: LoRAs to fuse first, each "PATH" or "PATH:SCALE".
+        config: Pipeline folder or hub id that describes how a single .safetensors file is built.
+
+    Returns:
+        A frozen checkpoint: `model` (torch module), `spec` and `history`.
+
+    Raises:
+        InvalidInputError: If it cannot be found, read or understood. Weights are never unpickled.
+
+    Example:
+        >>> import diffpress as dp
+        >>> model = dp.load(checkpoint)
+        >>> model.spec.sample_shape
+        (1, 8, 8)
+    """
+    from diffpress.compress.sources.load import load_checkpoint
+
+    return load_checkpoint(reference, loras=loras, config=None if config is None else str(config))
+
+
+def compress(
+    model: Checkpoint | str | Path,
+    stages: Sequence[Config] | Recipe | str | Path,
+    *,
+    out: str | Path,
+    data: str | Path | None = None,
+    seed: int | None = None,
+    update: bool = False,
+) -> Checkpoint:
+    """Run stages on a model and return the smaller checkpoint; finished stages are kept and reused.
+
+    Args:
+        model: A checkpoint from `load`, or what `load` takes.
+        stages: Stage objects (`Prune`, `Recover`, `Quantize`, ...) in order, a `Recipe`, a recipe's file, or the name
+            of a built-in recipe. Only the stages of a recipe are run: `export` and `evaluate` are separate functions.
+        out: Folder for the finished stages. The same call again resumes there.
+        data: Training images (.npz), or prompts (.txt) for models of text. A recipe names its own.
+        seed: Every random draw follows from it (0). A recipe names its own.
+        update: Accept an `out` that was made with other settings, and redo only what changed.
+
+    Raises:
+        InvalidInputError: For settings that do not fit the model, an impossible order, or a folder of another run.
+
+    Example:
+        >>> import diffpress as dp
+        >>> small = dp.compress(checkpoint, [dp.Prune(method="magnitude", ratio=0.5, round_to=4)], out=folder / "work")
+        >>> [record.stage for record in small.history]
+        ['prune']
+    """
+    from diffpress.compress.checkpoint import Checkpoint
+    from diffpress.compress.pipeline import claim_folder, run_stages
+    from diffpress.compress.recipe import Recipe
+    from diffpress.export.targets.engine_cost import costs_in
+
+    if isinstance(stages, str | Path):
+        stages = Recipe.load(stages)
+    if isinstance(stages, Recipe):
+        if data is not None or seed is not None:
+            raise InvalidInputError("compress: the recipe names data and seed itself; leave them out of the call")
+        recipe = stages
+    else:
+        recipe = Recipe.of(stages, data=data, seed=seed or 0)
+    teacher = model if isinstance(model, Checkpoint) else load(model)
+    claim_folder(Path(out), teacher, recipe, update)
+    return run_stages(teacher, recipe, Path(out), costs_in)
+
+
+def export(
+    checkpoint: Checkpoint | str | Path,
+    out: str | Path,
+    *,
+    targets: Sequence[str] = ("onnx",),
+    precision: str = "fp32",
+    size: tuple[int, int] | None = None,
+    fixed_timesteps: bool = False,
+    revert_slower: bool = False,
+    compute_capabilities: Sequence[str] = (),
+    build: BuildOptions | None = None,
+    threads: int | None = None,
+) -> Bundle:
+    """Export a checkpoint as a bundle: the folder that is deployed and sampled from without torch.
+
+    Args:
+        checkpoint: From `load` or `compress`, or what `load` takes.
+        out: The bundle's folder. One that holds anything but a bundle is refused.
+        targets: Of "onnx", "openvino" and "tensorrt": the engines to build or check the bundle for.
+        precision: "fp32", "fp16" or "bf16", of the float graphs; norms, softmax and decoders stay fp32.
+        size: Height and width of the image in pixels, to fix them in the graphs.
+        fixed_timesteps: Fold the timestep embedding for the plan's own timesteps into constants.
+        revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
+        compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
+        build: How TensorRT engines are built.
+        threads: Processor threads of the parity check; None for all.
+
+    Raises:
+        InvalidInputError: For options that do not fit the checkpoint, and where parity with torch fails.
+
+    Example:
+        >>> import diffpress as dp
+        >>> exported = dp.export(checkpoint, folder / "bundle", threads=1)
+        >>> exported.path.name
+        'bundle'
+    """
+    from diffpress.compress.checkpoint import Checkpoint
+    from diffpress.export.export import export as export_checkpoint
+
+    return export_checkpoint(
+        checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint),
+        out,
+        targets=targets,
+        precision=precision,
+        size=size,
+        fixed_timesteps=fixed_timesteps,
+        revert_slower=revert_slower,
+        compute_capabilities=compute_capabilities,
+        build=build,
+        threads=threads,
+    )
+
+
+def bench(
+    bundle: str | Path,
+    baselines: Sequence[str | Path] = (),
+    *,
+    batch: Sequence[int] = (1, 8),
+    engines: Sequence[str | None] = (None,),
+    repeats: int = 3,
+    options: EngineOptions | None = None,
+) -> dict[str, Any]:
+    """Measure a bundle against its baselines in one run; returns what `diffpress bench --json` writes.
+
+    Args:
+        bundle: The bundle's folder.
+        baselines: Checkpoints, which run in PyTorch eager, and bundles, which run in each engine.
+        batch: The batch sizes to measure.
+        engines: Names of engines; None for the preferred one, `["all"]` for all that are installed.
+        repeats: Alternating rounds, of which medians are taken.
+        options: Threads, precision and so on, for every engine.
+
+    Example:
+        >>> import diffpress as dp
+        >>> result = dp.bench(bundle, batch=[1], repeats=1)
+        >>> [row["batch"] for row in result["rows"]]
+        [1]
+    """
+    from diffpress.compress.evaluation.bench import bench as measure_bundle
+
+    return measure_bundle(bundle, baselines, batch=batch, engines=engines, repeats=repeats, options=options)
+
+
+def evaluate(
+    subject: str | Path,
+    *,
+    against: str | Path | None = None,
+    samples: int = 2000,
+    seeds: int = 3,
+    batch: int = 64,
+    steps: int | None = None,
+    features: str | Path = FEATURES,
+    reference: str | Path = REFERENCE,
+    engine: str | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """Score samples of a bundle or checkpoint; returns what `diffpress evaluate --json` writes.
+
+    Args:
+        subject: A bundle, which runs in an engine, or a checkpoint, which runs in torch.
+        against: Another bundle or checkpoint, for PSNR and SSIM from the same noise.
+        samples: Images for each seed, at least 8.
+        seeds: Independent draws, of which mean and standard deviation are given.
+        batch: Images sampled together.
+        steps: Denoising steps other than the sampling plan's.
+        features: Feature network (ONNX: input "sample", outputs "features" and "logits").
+        reference: Real images as .npz, or their features.
+        engine: Engine of a bundle; None for the first one that can run here.
+        threads: Processor threads; None for all.
+
+    Raises:
+        InvalidInputError: If the feature network does not fit the model's images, or too few samples are asked for.
+
+    Example:
+        >>> import diffpress as dp
+        >>> scores = dp.evaluate("calib_data/teacher", samples=8, seeds=1, steps=1)
+        >>> sorted(scores["kid"])
+        ['mean', 'sd']
+    """
+    from diffpress.compress.config import EvaluateConfig
+    from diffpress.compress.evaluation.evaluate import evaluate as score_samples
+    from diffpress.compress.evaluation.evaluate import paired
+    from diffpress.compress.evaluation.features import load_features, load_reference
+    from diffpress.compress.evaluation.subject import open_network
+    from diffpress.runtime.requested_plan import requested_spec
+
+    for name, value, least in (("samples", samples, 8), ("seeds", seeds, 1), ("batch", batch, 1)):
+        if value < least:
+            raise InvalidInputError(f"{name} = {value}: too few, give at least {least}")
+    network, spec = open_network(str(subject), engine, threads)
+    with closing(network):
+        spec = requested_spec(spec, steps)
+        feature_network = load_features(Path(features), spec, threads)
+        real = load_reference(Path(reference), feature_network, spec)
+        config = EvaluateConfig(samples=samples, seeds=seeds, batch=batch)
+        result = score_samples(network, spec, config, feature_network, real)
+        if against is not None:
+            other, _ = open_network(str(against), engine, threads)
+            with closing(other):
+                result["paired"] = paired(network, other, spec, config, Path(against).name)
+    return result

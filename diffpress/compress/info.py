@@ -1,0 +1,108 @@
+"""What a checkpoint or bundle is, read from its configs and file headers alone: no weight is loaded."""
+
+from __future__ import annotations
+
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from diffpress.runtime.bundle import MANIFEST, load_bundle
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.spec import DenoiserSpec
+
+
+def describe(path: str | Path) -> dict[str, Any]:
+    """Return family, precision, sizes, sampling plan, history and engines of a checkpoint folder or bundle.
+
+    Raises InvalidInputError for a path that is neither.
+    """
+    folder = Path(path)
+    if (folder / MANIFEST).is_file():
+        return _describe_bundle(folder)
+    if folder.is_dir():
+        return _describe_checkpoint(folder)
+    raise InvalidInputError(f"{folder}: no such folder; give a bundle or a checkpoint in diffusers' layout")
+
+
+def _describe_bundle(folder: Path) -> dict[str, Any]:
+    bundle = load_bundle(folder)
+    manifest, denoiser = bundle.manifest, bundle.manifest["graphs"]["denoiser"]
+    return {
+        "kind": "bundle",
+        "path": str(folder),
+        "format": manifest["format"],
+        "name": manifest.get("name"),
+        "family": manifest.get("family"),
+        "precision": denoiser.get("precision"),
+        "parameters": denoiser.get("parameters"),
+        "size_mib": round(sum(entry["bytes"] for entry in manifest["files"].values()) / 2**20, 2),
+        "components": [name for name in manifest["graphs"] if name != "denoiser"],
+        **_describe_sampling(bundle.spec),
+        "history": [record["stage"] for record in manifest.get("history", [])],
+        "engines": [
+            {key: entry.get(key) for key in ("engine", "version", "integer_mac_share") if key in entry}
+            for entry in manifest["engines"]
+        ],
+    }
+
+
+def _describe_checkpoint(folder: Path) -> dict[str, Any]:
+    from diffpress.compress.sources.diffusers_folder import spec_of_folder
+    from diffpress.compress.sources.layout import read_layout, weight_files
+    from diffpress.compress.sources.record import read_record
+
+    record = read_record(folder) or {}
+    if record.get("kind") == "custom":
+        files, family, components = [folder / "weights.safetensors"], "custom module", []
+        spec = DenoiserSpec.from_json(record.get("spec"), f"{folder}: spec")
+    else:
+        layout = read_layout(folder)
+        files, family = weight_files(layout.denoiser), layout.kind
+        components = sorted(name for name in layout.configs)
+        spec = spec_of_folder(folder)
+    parameters = _parameters_by_dtype(files)
+    quantization = record.get("quantization") or {}
+    return {
+        "kind": "checkpoint",
+        "path": str(folder),
+        "format": record.get("format"),
+        "name": folder.resolve().name,
+        "family": family,
+        "precision": quantization.get("format") or ", ".join(sorted(parameters)),
+        "parameters": sum(parameters.values()),
+        "size_mib": round(sum(file.stat().st_size for file in files) / 2**20, 2),
+        "components": components,
+        **_describe_sampling(spec),
+        "history": [entry["stage"] for entry in record.get("history", [])],
+        "engines": [],
+    }
+
+
+def _parameters_by_dtype(files: list[Path]) -> Counter[str]:
+    from safetensors import safe_open
+
+    counts: Counter[str] = Counter()
+    for file in files:
+        with safe_open(file, framework="numpy") as tensors:
+            for name in tensors.keys():
+                part = tensors.get_slice(name)
+                counts[part.get_dtype()] += prod(part.get_shape())
+    return counts
+
+
+def _describe_sampling(spec: DenoiserSpec) -> dict[str, Any]:
+    plan, conditioning = spec.plan, spec.conditioning
+    return {
+        "prediction": spec.prediction,
+        "sample_shape": list(spec.sample_shape),
+        "image_size": list(spec.image_size),
+        "conditioning": conditioning.kind if conditioning.kind != "class" else f"{conditioning.classes} classes",
+        "plan": {
+            "solver": plan.solver,
+            "steps": plan.steps,
+            "guidance": plan.guidance,
+            "output_corrections": bool(plan.output_corrections),
+        },
+        "distilled": spec.distilled or None,
+    }

@@ -1,0 +1,140 @@
+"""The stages of a run as typed objects: what a recipe's entry says, checked when it is made.
+
+Each is the configuration of one stage, so its arguments are the keys that a recipe may use.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from diffpress.compress.config import Config, FormatName, PruneConfig, QuantizeConfig, ScheduleConfig
+from diffpress.compress.distillation.config import (
+    ConsistencyConfig,
+    DistillConfig,
+    GuidanceConfig,
+    ProgressiveConfig,
+    RecoverConfig,
+    ScoreConfig,
+    TrajectoryConfig,
+)
+from diffpress.runtime.errors import InvalidInputError
+
+
+class Schedule(ScheduleConfig):
+    """Choose the solver and the timesteps that the model is sampled with; weights stay as they are.
+
+    Example:
+        >>> import diffpress as dp
+        >>> dp.Schedule(solver="unipc_2", steps=8).solver
+        'unipc_2'
+    """
+
+
+class Prune(PruneConfig):
+    """Remove the fraction `ratio` of channels and attention heads.
+
+    Example:
+        >>> import diffpress as dp
+        >>> dp.Prune(ratio=0.3).method
+        'taylor'
+    """
+
+
+class Recover(RecoverConfig):
+    """Train a pruned model to reproduce the model it was pruned from.
+
+    Example:
+        >>> import diffpress as dp
+        >>> dp.Recover(steps=2000).steps
+        2000
+    """
+
+
+class Guidance(GuidanceConfig):
+    """Train one evaluation to replace the two of classifier-free guidance.
+
+    Example:
+        >>> import diffpress as dp
+        >>> dp.Guidance(weight=7.5).kind
+        'guidance'
+    """
+
+    kind: Literal["guidance"] = "guidance"
+
+
+class Progressive(ProgressiveConfig):
+    """Halve the number of steps repeatedly (progressive distillation).
+
+    Example:
+        >>> import diffpress as dp
+        >>> dp.Progressive(start_steps=16, sample_steps=2).sample_steps
+        2
+    """
+
+    kind: Literal["progressive"] = "progressive"
+
+
+class Trajectory(TrajectoryConfig):
+    """Train a few steps to follow the teacher's fine trajectory (SFD).
+
+    Example:
+        >>> import diffpress as dp
+        >>> dp.Trajectory(sample_steps=4).kind
+        'trajectory'
+    """
+
+    kind: Literal["trajectory"] = "trajectory"
+
+
+class Consistency(ConsistencyConfig):
+    """Train every point of a trajectory to map to the same image (ECT).
+
+    Example:
+        >>> import diffpress as dp
+        >>> dp.Consistency(sample_steps=2).kind
+        'consistency'
+    """
+
+    kind: Literal["consistency"] = "consistency"
+
+
+class Score(ScoreConfig):
+    """Train a few-step generator by the difference of two scores (DMD2 without its GAN).
+
+    Example:
+        >>> import diffpress as dp
+        >>> dp.Score(sample_steps=1).kind
+        'score'
+    """
+
+    kind: Literal["score"] = "score"
+
+
+class Quantize(QuantizeConfig):
+    """Quantize weights and activations to `format`, calibrated on the model's own trajectory.
+
+    Example:
+        >>> import diffpress as dp
+        >>> dp.Quantize("int8", samples=16).format
+        'int8'
+    """
+
+    def __init__(self, format: FormatName = "int8", **settings: Any) -> None:
+        super().__init__(format=format, **settings)
+
+
+# configuration class -> name of the stage in a recipe
+STAGE_NAMES: dict[type[Config], str] = {
+    ScheduleConfig: "schedule",
+    PruneConfig: "prune",
+    DistillConfig: "distill",
+    QuantizeConfig: "quantize",
+}
+
+
+def stage_name(config: object) -> str:
+    """Return the recipe's name of a stage object; InvalidInputError for anything that is no stage."""
+    for kind, name in STAGE_NAMES.items():
+        if isinstance(config, kind):
+            return name
+    raise InvalidInputError(f"stages: {config!r} is no stage; use diffpress.Prune(...), Quantize(...) and so on")

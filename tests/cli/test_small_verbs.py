@@ -1,0 +1,107 @@
+"""`info`, `recipes`, `init`, `doctor`, `--version`, and an example in the help of every verb."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from diffpress import __version__
+from diffpress.cli.main import VERBS, main
+
+ROOT = Path(__file__).parents[2]
+TINY = ROOT / "tests" / "runtime" / "tiny_bundle"
+FORMAT_1 = ROOT / "tests" / "fixtures" / "format_1"
+
+
+def output(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) -> str:
+    """Run one command in this process and return what it printed."""
+    capsys.readouterr()
+    try:
+        found = main([str(word) for word in words])
+    except SystemExit as stop:  # argparse's --help and --version
+        found = int(stop.code or 0)
+    said = capsys.readouterr()
+    assert found == code, said.err
+    return said.out if code == 0 else said.err
+
+
+def test_recipes_lists_every_built_in_recipe_with_a_line_about_it(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = output(capsys, "recipes").splitlines()
+    assert [line.split()[0] for line in lines] == ["int8", "quick", "smallest"]
+    assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
+
+
+def test_init_writes_a_recipe_that_can_be_read_and_overwrites_nothing(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pydantic")
+    from diffpress.compress.recipe import Recipe
+
+    monkeypatch.chdir(tmp_path)
+    assert "quick.yaml" in output(capsys, "init")
+    assert Recipe.load("quick.yaml") == Recipe.load(ROOT / "compress" / "recipes" / "quick.yaml")
+    assert "exists already" in output(capsys, "init", code=2)
+    output(capsys, "init", "int8", "--out", tmp_path / "mine.yaml")
+    assert "did you mean 'int8'" in output(capsys, "init", "int9", code=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "quick.yaml"]
+
+
+def test_info_describes_a_bundle(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "info", FORMAT_1 / "bundle")
+    assert "format 1" in text and "w4a8" in text and "3 steps of" in text and "output corrections" in text
+    assert "prune -> distill -> quantize" in text and "onnxruntime" in text and "distilled" in text
+    facts = json.loads(output(capsys, "info", TINY, "--json"))
+    assert facts["kind"] == "bundle" and facts["plan"] == {
+        "solver": "dpmpp_2m",
+        "steps": 8,
+        "guidance": 1.0,
+        "output_corrections": False,
+    }
+
+
+def test_info_describes_a_checkpoint_without_loading_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torch")
+    facts = json.loads(output(capsys, "info", FORMAT_1 / "checkpoint", "--json"))
+    assert facts["kind"] == "checkpoint" and facts["family"] == "UNet2DModel" and facts["precision"] == "w4a8"
+    assert facts["parameters"] == 36453 and facts["history"] == ["prune", "distill", "quantize"]
+    text = output(capsys, "info", ROOT / "calib_data" / "teacher")
+    assert "UNet2DModel" in text and "F16" in text and "20 steps of dpmpp_2m" in text and "10 classes" in text
+
+
+def test_info_refuses_what_is_neither(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "no such folder" in output(capsys, "info", tmp_path / "nothing", code=2)
+
+
+def test_doctor_names_every_extra_and_engine(capsys: pytest.CaptureFixture[str]) -> None:
+    text = output(capsys, "doctor")
+    for name in ("compress", "openvino", "tensorrt", "text", "onnxruntime"):
+        assert re.search(rf"^(extra|engine) +{name} ", text, re.M), text
+    assert __version__ in text and "onnxruntime runs here" in text
+
+
+def test_doctor_says_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    text = output(capsys, "doctor")
+    assert "missing tokenizers: pip install 'diffpress[text]'" in text and text.count("pip install") == 4
+
+
+def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
+    assert output(capsys, "--version") == f"diffpress {__version__}\n"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_of_a_verb_has_an_example_that_parses(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    import argparse
+    import importlib
+
+    text = " ".join(output(capsys, verb, "--help").split())
+    module = importlib.import_module(f"diffpress.cli.{verb}")
+    assert f"example: {module.EXAMPLE}" in text
+    command, found, *words = shlex.split(module.EXAMPLE)
+    parser = argparse.ArgumentParser(exit_on_error=True)
+    module.add_arguments(parser)
+    assert (command, found) == ("diffpress", verb) and parser.parse_args(words) is not None
