@@ -1,13 +1,14 @@
 # install   .venv with the pinned dependencies
 # demo      compress, sample and benchmark the built-in teacher into build/demo
 # test      the tests
-# lint      style and types
+# lint      style, format and types
+# docs      the documentation site into build/site
 
 VENV := .venv
 BIN := $(VENV)/bin
 DEMO := build/demo
 
-.PHONY: install demo test lint
+.PHONY: install demo test lint docs
 
 install: $(VENV)/.done
 
@@ -17,7 +18,7 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 demo: install
-	$(BIN)/diffpress compress --recipe compress/recipes/quick.yaml --out $(DEMO)
+	$(BIN)/diffpress compress --recipe quick --out $(DEMO)
 	$(BIN)/diffpress sample $(DEMO)/bundle -n 16 --seed 0 --out $(DEMO)/samples.png
 	$(BIN)/diffpress bench $(DEMO)/bundle --baseline calib_data/teacher --baseline $(DEMO)/baseline --batch 8 --repeats 2 --json $(DEMO)/bench.json
 	$(BIN)/diffpress report $(DEMO)
@@ -27,4 +28,9 @@ test: install
 
 lint: install
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict -q -d build/site
