@@ -1,15 +1,15 @@
-"""Engines and their options on one bundle: threads, streams, the cache, what the sampler adds, what imports take.
+"""Measure one bundle in every engine: threads, streams, precision, cache, sampler overhead, import time.
 
     python benchmarks/engines.py BUNDLE [--batch 1 8] [--rounds 5] [--json FILE]
 
-Every figure is the median of rounds in which all subjects take their turns. Steps and loads are measured apart:
+Every figure is the median over rounds in which all subjects run in alternation:
 
-    step        one sampling of a whole batch, divided by steps and images; one batch for each stream
-    psnr        of its 16 images to those of the same engine with the first options, from the same noise
-    load        a fresh process from the bundle's folder to the first answer, with an empty cache and with a full one
-    overhead    the share of a sampling at batch 1 that goes beyond the engine's calls, by the bundle's plan and by one
-                of 50 steps, where what begins and ends a sampling counts little
-    imports     a fresh interpreter
+    step        time to sample one batch per stream, divided by steps and images
+    psnr        PSNR of 16 images against the same engine with the first options, from the same noise
+    load        time from a fresh process to the first output: without a cache, with an empty and with a filled one
+    overhead    share of the sampling time at batch 1 spent outside the engine, under the bundle's plan and under a
+                plan of 50 steps, where the fixed cost of a sampling run matters little
+    imports     import time in a fresh interpreter
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
+from diffpress.compress.evaluation.metrics import psnr_db
+from diffpress.runtime.benchmarking.bench import machine, sample_once, sampler_overhead
+from diffpress.runtime.bundle import Bundle, load_bundle
+from diffpress.runtime.engines import available, installed, open_engine
+from diffpress.runtime.engines.cache import Cache
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.errors import DiffpressError
+from diffpress.runtime.sampling_plan import make_plan
 
-from diffpress.compress.evaluation.metrics import psnr_db  # noqa: E402
-from diffpress.runtime.benchmarking.bench import machine, sample_once, sampler_overhead  # noqa: E402
-from diffpress.runtime.bundle import Bundle, load_bundle  # noqa: E402
-from diffpress.runtime.engines import available, installed, open_engine  # noqa: E402
-from diffpress.runtime.engines.cache import Cache  # noqa: E402
-from diffpress.runtime.engines.options import EngineOptions  # noqa: E402
-from diffpress.runtime.errors import DiffpressError  # noqa: E402
-from diffpress.runtime.sampling_plan import make_plan  # noqa: E402
+ROOT = Path(__file__).parent.parent
 
 OPTIONS = {
     "1 thread": EngineOptions(threads=1),
@@ -45,15 +44,22 @@ OPTIONS = {
     "2 threads, f16": EngineOptions(threads=2, precision="f16"),
 }
 PAIRED = 16
-MANY_STEPS = 50  # so many that what begins and ends a sampling is little of it
+MANY_STEPS = 50  # enough for the fixed cost of a sampling run to be negligible
 IMPORTS = {
-    "import runtime": "import runtime",
-    "from runtime import generate, load_bundle, open_engine": "from runtime import generate, load_bundle, open_engine",
+    "import diffpress.runtime": "import diffpress.runtime",
+    "from diffpress.runtime import generate, load_bundle, open_engine": (
+        "from diffpress.runtime import generate, load_bundle, open_engine"
+    ),
 }
 
 
 def steps(bundle: Bundle, batches: list[int], rounds: int) -> tuple[list[dict[str, Any]], dict[str, str]]:
-    """Rows of {engine, options, batch, step_ms, psnr_db}, and the reasons of what could not be opened."""
+    """Measure step time and PSNR for all engines and options.
+
+    Returns:
+        Rows of {engine, options, batch, step_ms, least_ms, psnr_db}, and the reason for each combination that could
+        not be opened.
+    """
     rows, refused = [], dict[str, str]()
     with ExitStack() as stack:
         subjects = []
@@ -66,11 +72,11 @@ def steps(bundle: Bundle, batches: list[int], rounds: int) -> tuple[list[dict[st
                     continue
                 subjects.append((name, label, engine, options.streams, bundle.spec_for(name)))
         images = {(name, label): sample_once(engine, spec, PAIRED) for name, label, engine, _, spec in subjects}
-        plain = next(iter(OPTIONS))
+        reference = next(iter(OPTIONS))
         low, high = bundle.spec.data_range
         for batch in batches:
             times: list[list[float]] = [[] for _ in subjects]
-            for turn in range(rounds + 1):  # the first warms up
+            for turn in range(rounds + 1):  # the first round is a warm-up
                 for (_, _, engine, streams, spec), measured in zip(subjects, times, strict=True):
                     start = time.perf_counter()
                     sample_once(engine, spec, batch, streams)
@@ -78,7 +84,7 @@ def steps(bundle: Bundle, batches: list[int], rounds: int) -> tuple[list[dict[st
                         measured.append((time.perf_counter() - start) * 1e3 / (batch * streams * spec.plan.steps))
             for (name, label, *_), measured in zip(subjects, times, strict=True):
                 row = {"engine": name, "options": label, "batch": batch, "step_ms": statistics.median(measured)}
-                psnr = psnr_db(images[name, plain], images[name, label], high - low)
+                psnr = psnr_db(images[name, reference], images[name, label], high - low)
                 rows.append(row | {"least_ms": min(measured), "psnr_db": psnr})
     return rows, refused
 
@@ -101,8 +107,11 @@ print(json.dumps([(end - start) * 1e3, (end - opening) * 1e3, time.process_time(
 
 
 def loads(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
-    """Milliseconds of a load without the cache, of the first with it and of the second, in turns: of the whole process
-    up to the first answer, of opening the engine and that answer alone, and of processor time.
+    """Measure loading without a cache, with an empty cache and with a filled one, in alternation.
+
+    Returns:
+        Rows of {engine, load, whole_ms, engine_ms, cpu_ms}: milliseconds of the process up to the first output, of
+        opening the engine and computing that output, and of processor time.
     """
     rows = []
     for name in available():
@@ -116,13 +125,13 @@ def loads(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
                     done = subprocess.run(run, cwd=ROOT, capture_output=True, text=True, check=True)
                     measured.append(json.loads(done.stdout))
         for label, measured in times.items():
-            whole, opened, cpu = (statistics.median(column) for column in zip(*measured, strict=True))
-            rows.append({"engine": name, "load": label, "whole_ms": whole, "engine_ms": opened, "cpu_ms": cpu})
+            total, opened, cpu = (statistics.median(column) for column in zip(*measured, strict=True))
+            rows.append({"engine": name, "load": label, "whole_ms": total, "engine_ms": opened, "cpu_ms": cpu})
     return rows
 
 
 def overheads(bundle: Bundle, rounds: int) -> list[dict[str, Any]]:
-    """Rows of {engine, steps, share}: by the bundle's plan and, where it can walk others, by a long one."""
+    """Return rows of {engine, steps, share} under the bundle's plan and, if it accepts others, a long one."""
     rows = []
     for name in available():
         spec = bundle.spec_for(name)
@@ -137,7 +146,7 @@ def overheads(bundle: Bundle, rounds: int) -> list[dict[str, Any]]:
 
 
 def imports(rounds: int) -> dict[str, float]:
-    """Milliseconds, the time of the interpreter itself left out."""
+    """Return the import times in milliseconds, without the interpreter's own start."""
     found: dict[str, list[float]] = {label: [] for label in IMPORTS}
     for _ in range(rounds):
         for label, code in IMPORTS.items():
@@ -166,14 +175,14 @@ def main() -> None:
     }
     for row in rows:
         print(f"{row['engine']}, {row['options']}, batch {row['batch']}: ", end="")
-        print(f"{row['step_ms']:.2f} ms a step and image, {row['psnr_db']:.1f} dB")
+        print(f"{row['step_ms']:.2f} ms per step and image, {row['psnr_db']:.1f} dB")
     for what, reason in refused.items():
         print(f"refused: {what}: {reason}")
     for row in result["loads"]:
-        print(f"{row['engine']}, load, {row['load']}: {row['whole_ms']:.0f} ms, of them the engine ", end="")
-        print(f"{row['engine_ms']:.0f}; processor {row['cpu_ms']:.0f} ms")
+        print(f"{row['engine']}, load, {row['load']}: {row['whole_ms']:.0f} ms, of which engine ", end="")
+        print(f"{row['engine_ms']:.0f} ms; processor time {row['cpu_ms']:.0f} ms")
     for row in result["overheads"]:
-        print(f"sampler outside {row['engine']}, batch 1, {row['steps']} steps: {row['share']:.2%} of the sampling")
+        print(f"time outside {row['engine']}, batch 1, {row['steps']} steps: {row['share']:.2%} of the sampling time")
     for label, ms in result["imports"].items():
         print(f"{label}: {ms:.0f} ms")
     if args.json:

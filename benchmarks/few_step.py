@@ -1,15 +1,14 @@
-"""Few steps: Frechet distance of every solver, grid and searched schedule at 3 to 10 calls, on the built-in teacher.
+"""Fréchet distance of every solver and timestep spacing at 3 to 10 network evaluations, on the built-in teacher.
 
     python benchmarks/few_step.py solvers [--steps 3 4 5 6 8 10] [--only TEXT ...] [--samples 2000] [--seeds 3]
                                           [--refine 6] [--engine E] [--precision bf16] [--work DIR] [--json FILE]
 
-    calls     passes through the network for one image
+    NFE       network evaluations per image, without guidance
     Frechet   distance of the samples to Fashion-MNIST's test images in the built-in features: mean and sd over seeds
 
-A schedule is searched for solvers that draw no noise. Sampled through the fastest engine installed, or with `--engine
-torch` in PyTorch, on a GPU where there is one. Each row
-is written to --json as soon as it is done, and a row that stands there is not made again: a run that was killed goes
-on, and rows can be added. Needs diffpress[compress].
+Searched timesteps are measured for the solvers that add no noise. Samples come from the fastest installed engine, or
+from PyTorch with `--engine torch`, on a GPU if there is one. Each row is written to --json when it is done and is not
+measured again, so a killed run resumes and rows can be added later. Needs diffpress[compress].
 """
 
 from __future__ import annotations
@@ -32,45 +31,45 @@ if TYPE_CHECKING:
 SOLVERS = ("ddim", "dpmpp_2m", "dpmpp_3m", "unipc_1", "unipc_2", "unipc_3", "deis_2", "deis_3", "ipndm", "plms", "heun")
 NOISY = ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_sde", "lcm")
 SPACINGS = ("trailing", "logsnr", "karras")
-SEARCHED, START = "searched", "trailing"  # where a search begins
+SEARCHED, START = "searched", "trailing"  # the search starts from START
 SEARCH = {"search": "gits", "samples": 64, "fine": 60, "batch": 64}
 Row = dict[str, Any]
 
 
-def rows_of(steps: list[int], only: list[str] | None) -> Iterator[tuple[str, str, int]]:
-    """(solver, grid, calls) of all rows asked for."""
-    for calls in steps:
+def requested_rows(steps: list[int], only: list[str] | None) -> Iterator[tuple[str, str, int]]:
+    """Yield (solver, spacing, evaluations) of every requested row."""
+    for evaluations in steps:
         for solver in (*SOLVERS, *NOISY):
-            for grid in SPACINGS if solver in NOISY else (*SPACINGS, SEARCHED):
-                if not only or any(text in f"{solver} {grid} {calls}" for text in only):
-                    yield solver, grid, calls
+            for spacing in SPACINGS if solver in NOISY else (*SPACINGS, SEARCHED):
+                if not only or any(text in f"{solver} {spacing} {evaluations}" for text in only):
+                    yield solver, spacing, evaluations
 
 
-def steps_for(solver: str, calls: int) -> int:
-    """The most steps that this solver walks with so many calls; 0 for none."""
+def steps_for(solver: str, evaluations: int) -> int:
+    """Return the largest number of steps within this number of evaluations; 0 if there is none."""
     from diffpress.runtime.solvers import solver_evaluations
 
-    return max((n for n in range(1, calls + 1) if solver_evaluations(solver, n) <= calls), default=0)
+    return max((n for n in range(1, evaluations + 1) if solver_evaluations(solver, n) <= evaluations), default=0)
 
 
-def planned(
-    engine: Network, spec: DenoiserSpec, solver: str, grid: str, steps: int, refine: int
+def plan_of(
+    engine: Network, spec: DenoiserSpec, solver: str, spacing: str, steps: int, refine: int
 ) -> tuple[SamplingPlan, Row]:
-    """The plan of a row, and for a searched one what the search (through the engine) measured and took."""
+    """Return the sampling plan of a row and, for searched timesteps, the record and duration of the search."""
     from diffpress.compress.config import ScheduleConfig
     from diffpress.compress.sampling_schedule.search import search
     from diffpress.runtime.network_inputs import dummy_conditioning
     from diffpress.runtime.solvers import with_solver
     from diffpress.runtime.timesteps import timesteps_for
 
-    timesteps = timesteps_for(START if grid == SEARCHED else grid, steps, spec.schedule)
+    timesteps = timesteps_for(START if spacing == SEARCHED else spacing, steps, spec.schedule)
     plan = replace(with_solver(spec.plan, solver), timesteps=timesteps)
-    if grid != SEARCHED:
+    if spacing != SEARCHED:
         return plan, {}
     config = ScheduleConfig.model_validate({"solver": solver, "steps": steps, "refine": refine, **SEARCH})
-    began = time.monotonic()
+    start = time.monotonic()
     found, found_by = search(engine, spec.with_plan(plan), config, dummy_conditioning(spec, config.samples))
-    return plan.over(found), {"search_s": round(time.monotonic() - began, 1), **found_by}
+    return plan.over(found), {"search_s": round(time.monotonic() - start, 1), **found_by}
 
 
 def solvers(args: argparse.Namespace) -> None:
@@ -96,20 +95,20 @@ def solvers(args: argparse.Namespace) -> None:
     config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=args.batch)
     rows: dict[str, Row] = json.loads(args.json.read_text()) if args.json.is_file() else {}
     with closing(engine):
-        for solver, grid, calls in rows_of(args.steps, args.only):
-            steps = steps_for(solver, calls)
-            key = f"{solver} {grid} {calls} calls, {args.samples} x {args.seeds}" + (
-                f", refine {args.refine}" if grid == SEARCHED else ""
+        for solver, spacing, evaluations in requested_rows(args.steps, args.only):
+            steps = steps_for(solver, evaluations)
+            key = f"{solver} {spacing} {evaluations} calls, {args.samples} x {args.seeds}" + (
+                f", refine {args.refine}" if spacing == SEARCHED else ""
             )
-            if key in rows or solver_evaluations(solver, steps) != calls:
+            if key in rows or solver_evaluations(solver, steps) != evaluations:
                 continue
-            plan, took = planned(engine, spec, solver, grid, steps, args.refine)
-            began = time.monotonic()
+            plan, search_record = plan_of(engine, spec, solver, spacing, steps, args.refine)
+            start = time.monotonic()
             scores = evaluate(engine, replace(spec, plan=plan), config, features, reference, what=key)
             rows[key] = {
                 "solver": solver,
-                "grid": grid,
-                "calls": calls,
+                "grid": spacing,
+                "calls": evaluations,
                 "steps": steps,
                 "samples": args.samples,
                 "seeds": args.seeds,
@@ -117,26 +116,29 @@ def solvers(args: argparse.Namespace) -> None:
                 "label_accuracy": scores["label_accuracy"],
                 "timesteps": list(plan.timesteps),
                 "engine": name if name == "torch" else f"{name} {args.precision}",
-                "evaluate_s": round(time.monotonic() - began, 1),
-                **({"search": took} if took else {}),
+                "evaluate_s": round(time.monotonic() - start, 1),
+                **({"search": search_record} if search_record else {}),
             }
             write_json(args.json, rows)
             print(f"{key}: {_cell(scores['frechet'], 0.0)}, in {rows[key]['engine']}", flush=True)
 
 
 def show(rows: Mapping[str, Row]) -> None:
-    """One line a solver and grid, one column a number of calls; the best of a column in bold."""
+    """Print one line per solver and spacing, one column per NFE, the best of each column in bold."""
     cells = {(row["solver"], row["grid"], row["calls"]): row["frechet"] for row in rows.values()}
-    columns = sorted({calls for *_, calls in cells})
-    best = {column: min(cell["mean"] for (*_, calls), cell in cells.items() if calls == column) for column in columns}
-    print(f"\n| solver | grid | {' | '.join(f'{column} calls' for column in columns)} |")
+    columns = sorted({evaluations for *_, evaluations in cells})
+    best = {
+        column: min(cell["mean"] for (*_, evaluations), cell in cells.items() if evaluations == column)
+        for column in columns
+    }
+    print(f"\n| solver | spacing | {' | '.join(f'{column} NFE' for column in columns)} |")
     print("|---" * (2 + len(columns)) + "|")
     for solver in (*SOLVERS, *NOISY):
-        for grid in (*SPACINGS, SEARCHED):
-            found = [cells.get((solver, grid, column)) for column in columns]
+        for spacing in (*SPACINGS, SEARCHED):
+            found = [cells.get((solver, spacing, column)) for column in columns]
             texts = [_cell(cell, best[column]) for cell, column in zip(found, columns, strict=True)]
             if any(found):
-                print(f"| {solver} | {grid} | {' | '.join(texts)} |", flush=True)
+                print(f"| {solver} | {spacing} | {' | '.join(texts)} |", flush=True)
 
 
 def _cell(frechet: Mapping[str, float] | None, best: float) -> str:
@@ -149,15 +151,17 @@ def _cell(frechet: Mapping[str, float] | None, best: float) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["solvers"])
-    parser.add_argument("--steps", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10], metavar="CALLS")
-    parser.add_argument("--only", nargs="*", metavar="TEXT", help="only rows 'SOLVER GRID CALLS' with one of these")
+    parser.add_argument("--steps", type=int, nargs="+", default=[3, 4, 5, 6, 8, 10], metavar="NFE")
+    parser.add_argument(
+        "--only", nargs="*", metavar="TEXT", help="only rows 'SOLVER SPACING NFE' that contain one of these"
+    )
     parser.add_argument("--samples", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--engine", help="openvino, onnxruntime, tensorrt or torch (default: the fastest installed)")
-    parser.add_argument("--precision", default="f32", help="what the engine computes in: f32, bf16 or f16")
+    parser.add_argument("--precision", default="f32", help="precision of the engine: f32, bf16 or f16")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--refine", type=int, default=6, help="rounds of the search")
+    parser.add_argument("--refine", type=int, default=6, help="refinement rounds of the search")
     parser.add_argument("--work", type=Path, default=Path("build/few_step"), help="folder of the teacher's bundle")
     parser.add_argument("--json", type=Path, default=Path("build/few_step/solvers.json"), metavar="FILE")
     args = parser.parse_args()
@@ -169,5 +173,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.exit(main())

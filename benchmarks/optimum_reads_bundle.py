@@ -1,16 +1,16 @@
-"""Does optimum-onnx read a bundle as it stands, and give the images that diffusers gives?
+"""Check that optimum-onnx loads a bundle unchanged and produces the same images as diffusers.
 
-    tiny pipeline of diffusers' own classes --diffpress export--> bundle --optimum-onnx--> images
-                    |                                                                        |
-                    +------------------------------ diffusers ------> images <---- PSNR -----+
+    tiny diffusers pipeline --diffpress export--> bundle --optimum-onnx--> images
+             |                                                               |
+             +----------------- diffusers --------------> images <-- PSNR ---+
 
-for Stable Diffusion and Stable Diffusion XL, from the same noise, with the scheduler that lies in the bundle.
-optimum-onnx needs an older transformers than ours, so it runs in a virtual environment of its own (made at the first
-run) and loads the bundle with what is in it, without a hub. Beside each figure stands what other prompts score.
+Runs Stable Diffusion and Stable Diffusion XL from the same noise, with the scheduler stored in the bundle.
+optimum-onnx needs an older transformers than diffpress, so it runs in its own virtual environment, created by the first
+run, and loads the bundle offline. The PSNR of images of other prompts is printed beside each figure for comparison.
 
     python benchmarks/optimum_reads_bundle.py [--work DIR] [--venv DIR]
 
-Exit code 0: all images reach 60 dB; 1: one does not, or optimum fails; 2: its environment cannot be made.
+Exit code 0: all images reach 60 dB; 1: an image does not, or optimum fails; 2: the environment cannot be created.
 """
 
 from __future__ import annotations
@@ -40,22 +40,27 @@ CLASSES = {"sd": "ORTStableDiffusionPipeline", "sdxl": "ORTStableDiffusionXLPipe
 PROMPTS = ["a photo of a cat", "red dog"]
 NEGATIVES = ["dog", "a photo"]
 STEPS = 3
-# guidance, and whether optimum binds buffers by the graphs' dimension names, which it does on CUDA. Bound, it is wrong
-# without guidance, whatever the graph: the denoiser's output is written over the latents.
+# (guidance, I/O binding): on CUDA optimum binds buffers by the graphs' dimension names. With binding and without
+# guidance optimum is wrong for any graph, since the denoiser's output overwrites the latents; that case is left out.
 ROWS = ((1.0, False), (7.5, False), (7.5, True))
-ENOUGH_DB = 60.0  # float32 on both sides gives above 100; without guidance other prompts still score 42
+ENOUGH_DB = 60.0  # float32 on both sides gives above 100 dB; without guidance other prompts still reach 42 dB
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Compare optimum-onnx on bundles with diffusers on their pipelines.")
-    parser.add_argument("--work", type=Path, default=ROOT / "build" / "optimum", help="for pipelines and bundles")
-    parser.add_argument("--venv", type=Path, help="optimum-onnx's environment, made if need be (WORK/venv)")
-    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)  # this file again, in that environment
+    parser = argparse.ArgumentParser(
+        description="Compare images of bundles in optimum-onnx with those of the pipelines in diffusers."
+    )
+    parser.add_argument(
+        "--work", type=Path, default=ROOT / "build" / "optimum", help="folder for pipelines and bundles"
+    )
+    parser.add_argument(
+        "--venv", type=Path, help="virtual environment of optimum-onnx, created if missing (default: WORK/venv)"
+    )
+    parser.add_argument("--read", type=Path, help=argparse.SUPPRESS)  # this script runs itself in that environment
     args = parser.parse_args()
     if args.read is not None:
         read_with_optimum(args.read)
         return 0
-    sys.path.insert(0, str(ROOT))
     work = args.work.resolve()
     python = environment((args.venv or work / "venv").resolve())
     if python is None:
@@ -64,7 +69,7 @@ def main() -> int:
 
 
 def compare(kind: str, folder: Path, python: Path) -> bool:
-    """Build, export and sample one kind of pipeline on both sides, and print what each of ROWS scores."""
+    """Build, export and sample one kind of pipeline in both libraries; print the PSNR of each of ROWS."""
     from tests.pipelines import tiny_pipeline
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -72,11 +77,11 @@ def compare(kind: str, folder: Path, python: Path) -> bool:
     expected, others = sampled_with_diffusers(pipeline, folder / "noise.npy")
     export = [sys.executable, "-m", "diffpress", "export", pipeline, "--out", bundle]
     if subprocess.run(export, cwd=ROOT).returncode != 0:
-        print(f"{kind}: diffpress does not export {pipeline}")
+        print(f"{kind}: diffpress export of {pipeline} failed")
         return False
     read, offline = [python, "-W", "ignore", __file__, "--read", folder], os.environ | {"HF_HUB_OFFLINE": "1"}
     if subprocess.run(read, env=offline).returncode != 0:
-        print(f"{kind}: {CLASSES[kind]} does not read {bundle}")
+        print(f"{kind}: {CLASSES[kind]} failed to load or sample {bundle}")
         return False
     images = np.load(folder / "images.npy")
     passed = True
@@ -89,7 +94,7 @@ def compare(kind: str, folder: Path, python: Path) -> bool:
 
 
 def worst_db(images: np.ndarray, others: np.ndarray) -> float:
-    """The lowest PSNR of images [N, H, W, 3] in [0, 1]; a NaN stays one."""
+    """Return the lowest PSNR over images [N, H, W, 3] in [0, 1]; NaN if any is NaN."""
     from diffpress.compress.evaluation.metrics import psnr_db
 
     pairs = zip(images, others, strict=True)
@@ -97,7 +102,7 @@ def worst_db(images: np.ndarray, others: np.ndarray) -> float:
 
 
 def sampled_with_diffusers(pipeline: Path, noise_file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Images [row, N, H, W, 3] in [0, 1] of the prompts, and of the prompts in another order; saves the noise."""
+    """Save the noise; return images [row, N, H, W, 3] in [0, 1] of the prompts and of the prompts reversed."""
     from diffusers import DiffusionPipeline
 
     from tests.pipelines import noise, sampled
@@ -115,7 +120,7 @@ def sampled_with_diffusers(pipeline: Path, noise_file: Path) -> tuple[np.ndarray
 
 
 def read_with_optimum(folder: Path) -> None:
-    """Sample the bundle in `folder` from the noise beside it into images.npy [row, N, H, W, 3], in [0, 1]."""
+    """Sample the bundle in `folder` from the saved noise into images.npy [row, N, H, W, 3], in [0, 1]."""
     import torch
     from optimum import onnxruntime
 
@@ -127,21 +132,21 @@ def read_with_optimum(folder: Path) -> None:
     images = []
     for guidance, bound in ROWS:
         pipe.use_io_binding = bound
-        given = {"negative_prompt": NEGATIVES, "latents": latents.clone(), "guidance_scale": guidance}
-        images.append(pipe(PROMPTS, **given, **options).images)
+        arguments = {"negative_prompt": NEGATIVES, "latents": latents.clone(), "guidance_scale": guidance}
+        images.append(pipe(PROMPTS, **arguments, **options).images)
     np.save(folder / "images.npy", np.stack(images))
 
 
 def environment(venv: Path) -> Path | None:
-    """The python of a virtual environment with what is pinned above, made if it is not there; None if it cannot be."""
+    """Create the virtual environment with PINNED if needed and return its Python; None on failure."""
     python, installed = venv / ("Scripts" if os.name == "nt" else "bin") / "python", venv / "pinned.txt"
     pins = "\n".join(PINNED)
     if installed.is_file() and installed.read_text() == pins:
         return python
-    print(f"making {venv}")
+    print(f"creating {venv}")
     for command in ([sys.executable, "-m", "venv", venv], [python, "-m", "pip", "install", "-q", *PINNED]):
         if subprocess.run(command).returncode != 0:
-            print(f"{venv}: cannot be made; {command[0]} says why above", file=sys.stderr)
+            print(f"{venv}: cannot be created; see the output of {command[0]} above", file=sys.stderr)
             return None
     installed.write_text(pins)
     return python

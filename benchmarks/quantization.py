@@ -1,23 +1,24 @@
-"""int8 against fp32 in each engine, and against OpenVINO with NNCF's own post-training quantization: one run, in turns.
+"""Compare int8 with fp32 in each engine, and with NNCF's post-training quantization in OpenVINO, in one run.
 
     python benchmarks/quantization.py [teacher|cifar|dit ...] [--threads 2] [--repeats 15] [--batch 8] [--json FILE]
 
-    teacher   the built-in teacher, by its own plan
-    cifar     a U-Net of the shape of DDPM's for CIFAR-10 (Ho et al. 2020), 35.7M, random weights
-    dit       a class-conditional DiT of about DiT-S/2's shape (Peebles & Xie 2023), 35M, random weights
+    teacher   the built-in teacher, under its own sampling plan
+    cifar     a U-Net with the shape of DDPM's for CIFAR-10 (Ho et al. 2020), 35.7M, random weights
+    dit       a class-conditional DiT with about the shape of DiT-S/2 (Peebles & Xie 2023), 35M, random weights
 
-From one fp32 ONNX file come diffpress's int8 file and NNCF's int8 model, calibrated on the same inputs: those of the
-calls that diffpress's own calibration made, recorded and handed to NNCF. Both hold weights to 7 bits on processors
-without integer dot products, as NNCF's documentation advises too. NNCF's model runs through our OpenVINO engine, so
-shapes, threads and precision hints are the same.
+diffpress's int8 file and NNCF's int8 model are made from one fp32 ONNX file and calibrated on the same inputs: those of
+diffpress's own calibration run are recorded and passed to NNCF. Both use 7-bit weights on processors without integer
+dot products, as NNCF's documentation advises. NNCF's model runs in diffpress's OpenVINO engine, so shapes, threads and
+precision hints are the same.
 
-    step ms   one step of the plan at the batch size: median over rounds in which every subject takes its turn
-    PSNR      final samples against OpenVINO's in fp32, from the same noise, in the data range; the mean over samples
-    int MACs  share of all multiply-accumulates, those of the layers kept in float too, that the engine ran on integers
+    step ms   one step of the plan at the batch size: median over rounds in which all subjects run in alternation
+    PSNR      final samples against OpenVINO's in fp32, from the same noise, in the data range; mean over samples
+    int MACs  integer MAC share: multiply-accumulates run on integers / all of them, layers kept in float included
     file      bytes relative to the fp32 ONNX file
 
-Random networks are sampled as if they predicted v, which keeps their trajectory bounded; their PSNR compares two
-quantizations of one network and says nothing about images. Needs diffpress[compress,openvino], and `pip install nncf`.
+Random networks are sampled as v-prediction models, which keeps their trajectory bounded. Their PSNR compares two
+quantizations of one network and is no measure of image quality. Needs diffpress[compress,openvino] and
+`pip install nncf`.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ CIFAR: dict[str, Any] = {
 DIT: dict[str, Any] = {
     "sample_size": 32,
     "in_channels": 4,
-    "out_channels": 8,  # the learned variance too
+    "out_channels": 8,  # noise and learned variance
     "patch_size": 2,
     "num_layers": 12,
     "num_attention_heads": 6,
@@ -71,10 +72,10 @@ MODELS = ("teacher", *RANDOM)
 TRANSFORMERS = ("dit",)
 SCHEDULER = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
 
-# of random networks: steps of the plan, and samples that calibrate
+# random networks: steps of the plan, and calibration samples
 RANDOM_STEPS, RANDOM_SAMPLES = 8, 8
 PSNR_SAMPLES = {"teacher": 64, "cifar": 8, "dit": 8}
-SEED = 7_000_000  # far from calibration's
+SEED = 7_000_000  # disjoint from the calibration seeds
 
 DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 Key = tuple[str, str]  # engine, model
@@ -98,27 +99,29 @@ def load_model(name: str, folder: Path) -> Checkpoint:
 
 
 def write_random(name: str, folder: Path) -> Path:
-    """Write a diffusers folder with the network in weights that keep the variance, none of its layers at zero."""
+    """Write a diffusers folder of the network with variance-preserving random weights; no layer is zero."""
     import diffusers
     import torch
 
-    kind, part, config = RANDOM[name]
+    kind, component, config = RANDOM[name]
     model, generator = getattr(diffusers, kind)(**config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, tensor in model.named_parameters():
             if tensor.dim() > 1:
                 tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
             else:
-                tensor.fill_(float(key.endswith("weight")))  # norms start at identity
-    model.save_pretrained(folder / part)
+                tensor.fill_(float(key.endswith("weight")))  # norms start as the identity
+    model.save_pretrained(folder / component)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
     return folder
 
 
 def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[str, Path], DenoiserSpec]:
-    """Write the fp32 ONNX file, diffpress's int8 file and NNCF's int8 IR: their paths by precision, and the spec of
-    diffpress's, whose plan takes off what rounding does on the average.
+    """Write the fp32 ONNX file, diffpress's int8 file and NNCF's int8 IR.
+
+    Returns:
+        The paths by precision, and the spec of diffpress's model, whose plan has the output correction.
     """
     from diffpress.compress.config import QuantizeConfig
     from diffpress.compress.context import Context
@@ -133,37 +136,38 @@ def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[st
     samples = {} if name == "teacher" else {"samples": RANDOM_SAMPLES, "batch": RANDOM_SAMPLES}
     config = QuantizeConfig(reduce_range=not has_dot_products(), **samples)
     plan = checkpoint.spec.plan
-    calibrating = config.samples // config.batch * solver_evaluations(plan.solver, plan.steps)
-    with recorded_calls() as calls:
+    calibration_evaluations = config.samples // config.batch * solver_evaluations(plan.solver, plan.steps)
+    with recorded_inputs() as recorded:
         quantized = quantize(checkpoint, config, Context(0, folder / "work", checkpoint))
     save_graph(insert_qdq(graph, quantized.quantization), files[OURS])
-    # beside them are single samples, which show how the network is wired, and later ones, for the corrections
-    whole = [call for call in calls if len(call["sample"]) == config.batch]
-    quantize_with_nncf(files[FLOAT], whole[:calibrating], name in TRANSFORMERS, files[PEER])
+    # the recording also has single samples (tracing the layer graph) and, after calibration, output correction
+    batches = [inputs for inputs in recorded if len(inputs["sample"]) == config.batch]
+    quantize_with_nncf(files[FLOAT], batches[:calibration_evaluations], name in TRANSFORMERS, files[PEER])
     return files, quantized.spec
 
 
 @contextlib.contextmanager
-def recorded_calls() -> Iterator[list[dict[str, np.ndarray]]]:
-    """Inside, the list that comes gathers the inputs of every call of a torch network."""
+def recorded_inputs() -> Iterator[list[dict[str, np.ndarray]]]:
+    """Record the inputs of every evaluation of a torch network inside the block."""
     from diffpress.compress.models.torch_network import TorchNetwork
 
-    calls: list[dict[str, np.ndarray]] = []
+    recorded: list[dict[str, np.ndarray]] = []
     run = TorchNetwork.run
 
     def recording(network: TorchNetwork, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        calls.append(inputs)
+        recorded.append(inputs)
         return run(network, inputs)
 
     with mock.patch.object(TorchNetwork, "run", recording):
-        yield calls
+        yield recorded
 
 
-def quantize_with_nncf(graph: Path, calls: Sequence[dict[str, np.ndarray]], transformer: bool, out: Path) -> None:
-    """NNCF's post-training quantization of `graph`, saved as an OpenVINO IR.
+def quantize_with_nncf(graph: Path, batches: Sequence[dict[str, np.ndarray]], transformer: bool, out: Path) -> None:
+    """Quantize `graph` with NNCF's post-training quantization and save it as an OpenVINO IR.
 
-    Presets are NNCF's own for the kind of model. On the teacher `mixed`, advised for activations other than ReLU, lost
-    3 dB to it; calls split into single samples lost as much again, for NNCF's ranges are means of what a call holds.
+    The preset is NNCF's default for the model type. On the teacher, `mixed`, advised for activations other than ReLU,
+    was 3 dB worse. Splitting the batches into single samples cost another 3 dB, since NNCF averages its ranges over
+    the entries of the dataset.
     """
     import nncf
     import openvino
@@ -172,23 +176,23 @@ def quantize_with_nncf(graph: Path, calls: Sequence[dict[str, np.ndarray]], tran
     with contextlib.redirect_stdout(sys.stderr):
         model = nncf.quantize(
             openvino.Core().read_model(graph),
-            nncf.Dataset(calls),
+            nncf.Dataset(batches),
             model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-            subset_size=len(calls),
+            subset_size=len(batches),
             advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
         )
     openvino.save_model(model, out, compress_to_fp16=False)
 
 
 def has_dot_products() -> bool:
-    """Whether this processor multiplies 8-bit integers without an intermediate sum of 16 bits, which may overflow."""
+    """Return whether this processor multiplies 8-bit integers without a 16-bit intermediate sum, which can overflow."""
     from diffpress.runtime.benchmarking.bench import machine
 
     return not DOT_PRODUCTS.isdisjoint(machine()["instruction_sets"])
 
 
 def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> dict[str, Any]:
-    """Make the three files in `work` and measure them in both engines; returns what `--json` prints of one model."""
+    """Write the three files in `work` and measure them in both engines; return one model's entry of the JSON report."""
     from diffpress.compress.models.adapter import adapter_for
     from diffpress.runtime.engines import load_engine
     from diffpress.runtime.network_inputs import dummy_inputs
@@ -205,8 +209,8 @@ def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> di
         specs = {FLOAT: checkpoint.spec, OURS: corrected, PEER: checkpoint.spec}
         psnr = paired_psnr(engines, specs, PSNR_SAMPLES[name], batch)
         inputs = dummy_inputs(engines[REFERENCE], checkpoint.spec, batch)
-        accounts = {key: opened.precision_report(inputs) for key, opened in engines.items()}
-    kept = adapter_for(checkpoint.model).sensitive_layers(checkpoint.model)
+        reports = {key: opened.precision_report(inputs) for key, opened in engines.items()}
+    sensitive = adapter_for(checkpoint.model).sensitive_layers(checkpoint.model)
     rows = [
         {
             "engine": key[0],
@@ -214,8 +218,8 @@ def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> di
             "step_ms": step_ms[key],
             "ratio": step_ms[key] / step_ms[key[0], FLOAT],
             "psnr_db": psnr.get(key),
-            "integer_mac_share": accounts[key].integer_mac_share,
-            "integer_outside_kept": outside(accounts[key], kept),
+            "integer_mac_share": reports[key].integer_mac_share,
+            "integer_outside_kept": integer_share_outside(reports[key], sensitive),
             "file_ratio": size(files[key[1]]) / size(files[FLOAT]),
         }
         for key in engines
@@ -225,7 +229,7 @@ def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> di
 
 
 def medians(engines: Engines, spec: DenoiserSpec, batch: int, repeats: int) -> dict[Key, float]:
-    """Median milliseconds of the plan's first step in each engine; they take turns, and the first round warms up."""
+    """Return the median milliseconds of the plan's first step per engine, in alternation after a warm-up round."""
     from diffpress.runtime.benchmarking.bench import sample_once
 
     first = spec.with_plan(replace(spec.plan, timesteps=spec.plan.timesteps[:1]))
@@ -239,7 +243,7 @@ def medians(engines: Engines, spec: DenoiserSpec, batch: int, repeats: int) -> d
 
 
 def paired_psnr(engines: Engines, specs: dict[str, DenoiserSpec], samples: int, batch: int) -> dict[Key, float]:
-    """PSNR of every other engine's final samples against REFERENCE's, which start from the same noise and labels."""
+    """Return the PSNR of each engine's final samples against REFERENCE's, from the same noise and labels."""
     from diffpress.compress.evaluation.metrics import psnr_db
     from diffpress.runtime.sampler import generate
 
@@ -248,34 +252,39 @@ def paired_psnr(engines: Engines, specs: dict[str, DenoiserSpec], samples: int, 
     return {key: psnr_db(made[REFERENCE], ours, high - low) for key, ours in made.items() if key != REFERENCE}
 
 
-def outside(precision_report: PrecisionReport, kept: Sequence[str]) -> float:
-    """The integer share among the products of all but the `kept` layers, which diffpress leaves in float by default."""
+def integer_share_outside(precision_report: PrecisionReport, sensitive: Sequence[str]) -> float:
+    """Return the integer MAC share without the `sensitive` layers, which diffpress keeps in float by default."""
     return precision_report.integer_mac_share / (
-        1.0 - sum(precision_report.float_layers.get(layer, 0.0) for layer in kept)
+        1.0 - sum(precision_report.float_layers.get(layer, 0.0) for layer in sensitive)
     )
 
 
 def size(path: Path) -> int:
-    """Bytes of a model: an IR keeps its weights beside its graph."""
+    """Return the bytes of a model; an OpenVINO IR stores its weights in a second file."""
     return sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """What is asked for: {"what", "value", "bound", "passed"}, each value to be below or above its bound."""
+    """Compare the results with their bounds; return rows of {"what", "value", "bound", "passed"}."""
     table = {(row["engine"], row["precision"]): row for row in rows}
     ours, theirs, other = table["openvino", OURS], table["openvino", PEER], table["onnxruntime", OURS]
-    asked = [
+    checks = [
         ("OpenVINO int8 / fp32", ours["ratio"], "<=", OPENVINO_RATIO),
         ("ONNX Runtime int8 / fp32", other["ratio"], "<=", ONNXRUNTIME_RATIO),
-        ("integer MACs outside the kept layers, OpenVINO", ours["integer_outside_kept"], ">=", INTEGER_SHARE),
-        ("integer MACs outside the kept layers, ONNX Runtime", other["integer_outside_kept"], ">=", INTEGER_SHARE),
+        ("integer MAC share outside the sensitive layers, OpenVINO", ours["integer_outside_kept"], ">=", INTEGER_SHARE),
+        (
+            "integer MAC share outside the sensitive layers, ONNX Runtime",
+            other["integer_outside_kept"],
+            ">=",
+            INTEGER_SHARE,
+        ),
         ("file / fp32 file", ours["file_ratio"], "<=", FILE_RATIO),
-        ("step / NNCF's, OpenVINO", ours["step_ms"] / theirs["step_ms"], "<=", 1.0),
-        ("PSNR and NNCF's, OpenVINO, dB", ours["psnr_db"], ">=", theirs["psnr_db"]),
+        ("step / NNCF's step, OpenVINO", ours["step_ms"] / theirs["step_ms"], "<=", 1.0),
+        ("PSNR against NNCF's PSNR, OpenVINO, dB", ours["psnr_db"], ">=", theirs["psnr_db"]),
     ]
     return [
         {"what": what, "value": value, "bound": f"{sign} {bound:.4g}", "passed": _holds(value, sign, bound)}
-        for what, value, sign, bound in asked
+        for what, value, sign, bound in checks
     ]
 
 
@@ -284,7 +293,7 @@ def _holds(value: float, sign: str, bound: float) -> bool:
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """Print one model's table in markdown, and a line for each verdict."""
+    """Print one model's results as a Markdown table, followed by one line per verdict."""
     print(f"\n**{result['model']}**, {result['parameters'] / 1e6:.1f}M parameters, batch {result['batch']}\n")
     print("| engine | model | step ms | / fp32 | PSNR dB | int MACs | file |\n|---|---|---|---|---|---|---|")
     for row in result["rows"]:
@@ -315,7 +324,7 @@ def main() -> int:
     if min(args.threads, args.repeats, args.batch) < 1:
         parser.error("--threads, --repeats and --batch must be at least 1")
     if importlib.util.find_spec("nncf") is None:
-        parser.error("NNCF, which this compares with, is not installed: pip install nncf")
+        parser.error("NNCF is not installed: pip install nncf")
     import torch
 
     from diffpress.runtime.benchmarking.bench import machine
@@ -336,5 +345,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.exit(main())

@@ -1,15 +1,15 @@
-"""What quantization costs in quality: every row a recipe, exported and sampled by an engine, three seeds.
+"""Quality cost of quantization: each row is a recipe, exported, and sampled in an engine with three seeds.
 
     python benchmarks/quantization_quality.py [--rows TEXT ...] [--samples 500] [--seeds 3] [--work DIR] [--json FILE]
 
     Frechet   distance of the samples to Fashion-MNIST's test images in the built-in features: mean and sd over seeds
-    PSNR      of the samples to the same subject's in fp32, from the same noise (256 samples)
-    within    whether the mean is within the spread (the larger sd of the two) of the subject's in fp32, or below it
+    PSNR      of the samples against the fp32 samples of the same subject, from the same noise (256 samples)
+    within    whether the mean exceeds that of the subject in fp32 by at most the larger of the two sds
 
-Subjects are the built-in teacher by its own plan, a student of eight steps pruned and recovered as in
-compress/recipes/quick.yaml, and that student in two steps. Stages are kept in --work: a run that was killed goes on.
-The int8 student is also read in a fresh process, sampled and exported again: bundle and figures must be the same.
-Needs diffpress[compress].
+Subjects are the built-in teacher under its own plan, an eight-step student pruned and recovered as in
+compress/recipes/quick.yaml, and the same student in two steps. Stages are kept in --work, so a killed run resumes. The
+int8 student is also loaded in a fresh process, sampled and exported again; bundle and figures must be identical. Needs
+diffpress[compress].
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ FLOAT = "fp32"
 TRAINING = {"mode": "qat", "steps": 300, "batch": 16, "warmup": 20}
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "int8": {},
-    "int8, nothing kept": {"keep_sensitive_layers": False},
-    "int8, nothing kept, QAT": {"keep_sensitive_layers": False, **TRAINING, "learning_rate": 2e-5},
+    "int8, all layers": {"keep_sensitive_layers": False},
+    "int8, all layers, QAT": {"keep_sensitive_layers": False, **TRAINING, "learning_rate": 2e-5},
     "w4a8": {"format": "w4a8"},
-    "w4a8, AdaRound": {"format": "w4a8", "rounding": "gptq"},
+    "w4a8, GPTQ": {"format": "w4a8", "rounding": "gptq"},
     "w4a8, QAT": {"format": "w4a8", **TRAINING, "learning_rate": 1e-4},
 }
 ROWS = {
@@ -53,7 +53,7 @@ AGAIN = "student, 8 steps: int8"
 
 
 def subjects() -> dict[str, Stages]:
-    """Stages of every subject before it is quantized; pruning and training are those of the demo's recipe."""
+    """Return the stages of every subject before quantization; pruning and training are the demo recipe's."""
     import yaml
 
     from diffpress.compress.builtin import RECIPES
@@ -64,7 +64,7 @@ def subjects() -> dict[str, Stages]:
 
 
 def made(stages: Stages, work: Path) -> Checkpoint:
-    """The teacher after these stages, of which those in `work` are read."""
+    """Run the stages on the teacher; those already in `work` are loaded."""
     import yaml
 
     from diffpress.compress.builtin import TEACHER as FOLDER
@@ -78,7 +78,7 @@ def made(stages: Stages, work: Path) -> Checkpoint:
 
 
 def measured(checkpoint: Checkpoint, bundle: Path, samples: int, seeds: int, reference: Path | None) -> dict[str, Any]:
-    """Export the checkpoint, and score what the fastest engine installed samples from it."""
+    """Export the checkpoint and score its samples from the fastest installed engine."""
     from diffpress.compress.builtin import FEATURES, REFERENCE
     from diffpress.compress.config import EvaluateConfig
     from diffpress.compress.evaluation.evaluate import evaluate, paired
@@ -93,19 +93,19 @@ def measured(checkpoint: Checkpoint, bundle: Path, samples: int, seeds: int, ref
     with closing(load_engine(exported.graph("denoiser"), name)) as engine:
         scores = evaluate(engine, exported.spec, config, features, load_reference(REFERENCE, features, exported.spec))
         if reference is not None:
-            fewer = config.model_copy(update={"samples": PAIRED_SAMPLES})
+            paired_config = config.model_copy(update={"samples": PAIRED_SAMPLES})
             with closing(load_engine(load_bundle(reference).graph("denoiser"), name)) as other:
-                scores["paired"] = paired(engine, other, exported.spec, fewer, FLOAT)
+                scores["paired"] = paired(engine, other, exported.spec, paired_config, FLOAT)
     return scores | {"engine": name, "bundle": exported.hash}
 
 
-def within(found: Mapping[str, float], wanted: Mapping[str, float]) -> bool:
-    """Whether a Frechet distance is no further above the other than the larger of their spreads."""
-    return found["mean"] - wanted["mean"] <= max(found["sd"], wanted["sd"])
+def within(found: Mapping[str, float], baseline: Mapping[str, float]) -> bool:
+    """Return whether a Fréchet distance exceeds the baseline by at most the larger of their sds."""
+    return found["mean"] - baseline["mean"] <= max(found["sd"], baseline["sd"])
 
 
 def repeated(checkpoint: Checkpoint, work: Path, samples: int, seeds: int) -> dict[str, Any]:
-    """What a fresh process measures of the checkpoint that is saved here and read there."""
+    """Save the checkpoint and return what a fresh process measures after loading it."""
     from diffpress.compress.checkpoint import save_checkpoint
 
     folder, out = work / "saved", work / "again.json"
@@ -145,10 +145,10 @@ def show(rows: Sequence[Mapping[str, Any]]) -> None:
 def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     rows, same, stages = [], None, subjects()
     for subject, kinds in ROWS.items():
-        asked = [kind for kind in kinds if not args.rows or any(text in f"{subject}: {kind}" for text in args.rows)]
+        requested = [kind for kind in kinds if not args.rows or any(text in f"{subject}: {kind}" for text in args.rows)]
         base: dict[str, Any] = {}
         floats = work / _plain(f"{subject} {FLOAT}")
-        for kind in [FLOAT, *(kind for kind in asked if kind != FLOAT)] if asked else []:
+        for kind in [FLOAT, *(kind for kind in requested if kind != FLOAT)] if requested else []:
             quantize = [] if kind == FLOAT else [{"quantize": {"samples": 32, "batch": 16, **QUANTIZERS[kind]}}]
             checkpoint = made(stages[subject] + quantize, work)
             bundle, reference = work / _plain(f"{subject} {kind}"), None if kind == FLOAT else floats
@@ -159,7 +159,7 @@ def run(args: argparse.Namespace, work: Path) -> dict[str, Any]:
             if f"{subject}: {kind}" == AGAIN:
                 again = repeated(checkpoint, work, args.samples, args.seeds)
                 same = {name: again[name] == scores[name] for name in ("bundle", "frechet", "kid")}
-                print(f"read, sampled and exported again in a fresh process: identical {same}", flush=True)
+                print(f"loaded, sampled and exported again in a fresh process: identical {same}", flush=True)
     show(rows)
     return {"samples": args.samples, "seeds": args.seeds, "rows": rows, "identical_after_reload": same}
 
@@ -170,10 +170,10 @@ def _plain(text: str) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", nargs="*", metavar="TEXT", help="only rows 'SUBJECT: KIND' that hold one of these")
+    parser.add_argument("--rows", nargs="*", metavar="TEXT", help="only rows 'SUBJECT: KIND' that contain one of these")
     parser.add_argument("--samples", type=int, default=500)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--work", type=Path, help="folder to keep stages and bundles in (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="folder for stages and bundles (default: a temporary one)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--again", metavar="CHECKPOINT", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -192,5 +192,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.exit(main())

@@ -1,10 +1,11 @@
-"""Memory and time at real size: the U-Nets of Stable Diffusion 1.5 (860M) and SDXL (2.6B), with random weights.
+"""Memory and time at full model size: U-Nets of Stable Diffusion 1.5 (860M) and SDXL (2.6B), random weights.
 
     python benchmarks/real_size.py sd15     load, int8 PTQ of weights and activations (8 steps), export
     python benchmarks/real_size.py sdxl     load in bf16, export
 
-Weights need no download, and decide neither memory nor time. They are written by one process and read by another, whose
-peak resident memory (VmHWM: mapped files count too) is the figure. Prints one row of benchmarks/README.md's table.
+Random weights need no download, and memory and time do not depend on weight values. One process writes the weights and
+a second one reads them. The reported figure is the second one's peak resident memory (VmHWM, which includes mapped
+files). Prints one row of the table in benchmarks/README.md.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ PTQ_STEPS = 8
 
 
 def write_unet(name: str, folder: Path) -> None:
-    """Write the model's config and random weights of healthy scale, in the type it is usually stored in."""
+    """Write the model's config and variance-preserving random weights, in the dtype it is usually stored in."""
     import torch
     from accelerate import init_empty_weights
     from diffusers import UNet2DConditionModel
@@ -65,7 +66,7 @@ def write_unet(name: str, folder: Path) -> None:
 
 
 def compress(name: str, folder: Path, out: Path) -> None:
-    """What is measured: load, quantize (sd15) and export, with each step's seconds and the peak so far."""
+    """Load, quantize (sd15) and export the model; print the seconds and the peak memory so far after each step."""
     import torch
 
     from diffpress.compress.config import QuantizeConfig
@@ -81,7 +82,7 @@ def compress(name: str, folder: Path, out: Path) -> None:
         checkpoint = checkpoint.evolve(spec=checkpoint.spec.with_plan(plan))
         context = Context(0, out / "work", checkpoint)
         config = QuantizeConfig(samples=1, batch=1)
-        checkpoint = timed("int8 PTQ", lambda given=checkpoint: quantize(given, config, context))
+        checkpoint = timed("int8 PTQ", lambda loaded=checkpoint: quantize(loaded, config, context))
     bundle = timed("export", lambda: write_bundle(checkpoint, out / "bundle"))
     print(json.dumps({"parity": bundle.manifest["parity"]}))
 
@@ -99,8 +100,10 @@ def timed(what: str, work: Callable[[], Any]) -> Any:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
-    parser.add_argument("--work", type=Path, help="folder for weights and bundle, 20 GB (default: a temporary one)")
-    parser.add_argument("--part", choices=("write", "compress"), help=argparse.SUPPRESS)  # the two processes
+    parser.add_argument(
+        "--work", type=Path, help="folder for weights and bundle, needs 20 GB (default: a temporary one)"
+    )
+    parser.add_argument("--part", choices=("write", "compress"), help=argparse.SUPPRESS)  # which of the two processes
     args = parser.parse_args()
     if args.part == "write":
         write_unet(args.model, args.work / args.model)
@@ -109,9 +112,9 @@ def main() -> int:
     else:
         with tempfile.TemporaryDirectory() as temporary:
             work = args.work or Path(temporary)
-            for part in ("write", "compress"):
-                if part == "compress" or not (work / args.model).is_dir():
-                    command = [sys.executable, __file__, args.model, "--work", str(work), "--part", part]
+            for process in ("write", "compress"):
+                if process == "compress" or not (work / args.model).is_dir():
+                    command = [sys.executable, __file__, args.model, "--work", str(work), "--part", process]
                     subprocess.run(command, check=True)
             weights = work / args.model / "unet" / "diffusion_pytorch_model.safetensors"
             print(json.dumps({"weights_mib": round(weights.stat().st_size / 2**20)}))
@@ -119,5 +122,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
     sys.exit(main())

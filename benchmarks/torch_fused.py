@@ -1,21 +1,17 @@
-"""PyTorch on a GPU as one would use it: model, samples and solver stay there from the noise to the image.
+"""PyTorch baseline on a GPU: the model, the samples and the solver stay on the device from noise to image.
 
-eager      as PyTorch comes, in float32, with TF32 in convolutions
+eager      PyTorch's defaults: float32, with TF32 in convolutions
 bf16       the same under autocast to bfloat16
 compiled   torch.compile(mode="reduce-overhead"), which replays CUDA graphs
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.adapter import adapter_for
@@ -27,8 +23,11 @@ from diffpress.runtime.network_inputs import typed_timesteps
 KINDS = ("eager", "bf16", "compiled")
 
 
-class TorchWalk:
-    """A checkpoint's model as diffpress.runtime.fused.program.Walker; `kind` is one of KINDS."""
+class TorchFusedSampler:
+    """Fused sampling of a checkpoint in PyTorch (diffpress.runtime.fused.program.FusedSampler).
+
+    `kind` is one of KINDS.
+    """
 
     def __init__(self, checkpoint: Checkpoint, kind: str, device: str = "cuda") -> None:
         self._device, model = device, checkpoint.model.to(device).eval()
@@ -37,7 +36,7 @@ class TorchWalk:
         self.inputs = TorchNetwork(model, checkpoint.spec).inputs
 
     def run(self, _: dict[str, np.ndarray]) -> np.ndarray:
-        raise EngineUnavailableError("this plan is no walk of sums: see runtime/fused/program.py")
+        raise EngineUnavailableError("this sampling plan has no fused sampling program: see runtime/fused/program.py")
 
     def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
         rows = program.halves * len(start)

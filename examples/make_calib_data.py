@@ -1,17 +1,16 @@
-"""Build the data folder that ships with the project, each file with a hash, a licence and a source.
+r"""Build the data folder that ships with the project, with a hash, a licence and a source for each file.
 
-    teacher/         the default checkpoint as a whole diffusers pipeline, weights stored in half precision
-    student/         a small student of it as diffpress saves one, weights stored in half precision
+    teacher/         the default checkpoint as a complete diffusers pipeline, weights stored as float16
+    student/         a small student of it as a diffpress checkpoint, weights stored as float16
     calibration.npz  a class-balanced draw of training images: x uint8 [N, 28, 28], y uint8 [N]
-    reference.npz    the held-out images in feature space: features [N, 64] for the kernel distance, mean m
-                     and covariance S for the Frechet distance |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))
+    reference.npz    held-out images in feature space: features [N, 64] for the kernel distance, mean m and
+                     covariance S for the Frechet distance |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))
     MANIFEST.json    {path: {sha256, bytes, licence, source}} of every data file
 
-`features.onnx`, whose features these are, comes from train_features.py and has to be in the folder first, as has
-`prompts.txt`, which no script makes.
-The same inputs give the same bytes on the same machine: archives carry no time stamps.
+The folder must already contain `features.onnx`, the feature network written by train_features.py, and `prompts.txt`,
+which no script generates. The same inputs give the same bytes on the same machine: archives have fixed time stamps.
 
-    python examples/make_calib_data.py --teacher TEACHER --student STAGE --images TRAIN.npz --test TEST.npz \\
+    python examples/make_calib_data.py --teacher TEACHER --student STAGE --images TRAIN.npz --test TEST.npz \
         --out calib_data
 """
 
@@ -32,9 +31,9 @@ CALIBRATION_IMAGES = 2048
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIGS = ("unet/config.json", "scheduler/scheduler_config.json")
 
-# Licence and source of each file; sizes and hashes are added once the files are written.
 PLAN = {"solver": "dpmpp_2m", "steps": 20, "grid": "logsnr"}
 
+# Licence and source of each file; sizes and hashes are added once the files are written.
 PROVENANCE = {
     "teacher/diffpress.json": ("Apache-2.0", MADE_HERE),
     "teacher/model_index.json": ("Apache-2.0", MADE_HERE),
@@ -53,9 +52,13 @@ PROVENANCE = {
 
 
 def load_images(path: Path, labels: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read `x` uint8 [N, H, W] or [N, H, W, C] and, where there is one, `y` [N] from an npz file.
+    """Read `x` uint8 [N, H, W] or [N, H, W, C] and `y` [N], if present, from an npz file.
 
-    Returns x as uint8 [N, C, H, W] and y as int64 [N] or None. SystemExit with one line otherwise.
+    Returns:
+        x as uint8 [N, C, H, W], and y as int64 [N] or None.
+
+    Raises:
+        SystemExit: The file is not readable, has other arrays, or lacks the `labels` that were required.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -67,7 +70,7 @@ def load_images(path: Path, labels: bool = False) -> tuple[np.ndarray, np.ndarra
         found = f"{x.dtype} {list(x.shape)}"
         raise SystemExit(f"{path}: x must be uint8 [N, H, W] or [N, H, W, C], found {found}")
     if labels and y is None:
-        raise SystemExit(f"{path}: holds no labels `y`, which this script needs")
+        raise SystemExit(f"{path}: has no labels `y`, which this script needs")
     if y is not None and (y.shape != (len(x),) or y.min() < 0):
         raise SystemExit(f"{path}: y must be {len(x)} labels of 0 or more, found an array {list(y.shape)}")
     x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)
@@ -75,7 +78,7 @@ def load_images(path: Path, labels: bool = False) -> tuple[np.ndarray, np.ndarra
 
 
 def save_npz(path: Path, **arrays: np.ndarray) -> None:
-    """np.savez_compressed with a fixed time stamp on each entry, so that equal arrays give equal bytes."""
+    """Save arrays like np.savez_compressed, with fixed time stamps so that equal arrays give equal bytes."""
     with zipfile.ZipFile(path, "w") as archive:
         for name, array in arrays.items():
             entry = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
@@ -88,14 +91,14 @@ def write_json(path: Path, value: dict) -> None:
     path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def save_halved(source: Path, out: Path) -> dict[str, dict]:
-    """Copy a U-Net and its scheduler, weights as float16; returns the two configs."""
+def save_half_precision(source: Path, out: Path) -> dict[str, dict]:
+    """Copy a U-Net and its scheduler with float16 weights; return the two configs."""
     try:
         configs = {name: json.loads((source / name).read_text(encoding="utf-8")) for name in CONFIGS}
         weights = load_file(source / WEIGHTS)
     except (OSError, ValueError, SafetensorError) as error:
-        wanted = ", ".join((WEIGHTS, *CONFIGS))
-        raise SystemExit(f"{source}: not a checkpoint, which has {wanted}: {error}") from error
+        required = ", ".join((WEIGHTS, *CONFIGS))
+        raise SystemExit(f"{source}: not a checkpoint with {required}: {error}") from error
     limit = np.finfo(np.float16).max
     for name, weight in weights.items():
         if np.abs(weight).max() > limit:
@@ -103,28 +106,28 @@ def save_halved(source: Path, out: Path) -> dict[str, dict]:
     for name, config in configs.items():
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         write_json(out / name, config)
-    # diffusers reads the "format" entry to tell whose tensors these are.
-    halves = {name: weight.astype(np.float16) for name, weight in weights.items()}
-    save_file(halves, out / WEIGHTS, metadata={"format": "pt"})
+    # diffusers reads the "format" entry to determine the framework of the tensors.
+    half_weights = {name: weight.astype(np.float16) for name, weight in weights.items()}
+    save_file(half_weights, out / WEIGHTS, metadata={"format": "pt"})
     return configs
 
 
 def save_student(source: Path, out: Path) -> None:
-    """Copy a checkpoint that diffpress saved: plan, widths and history beside the halved weights, and their hash."""
+    """Copy a diffpress checkpoint with float16 weights: sampling plan, widths, history and the new hash."""
     from diffpress.compress.sources.load import load_checkpoint
 
-    save_halved(source, out)
+    save_half_precision(source, out)
     try:
-        facts = json.loads((source / "diffpress.json").read_text(encoding="utf-8"))
+        description = json.loads((source / "diffpress.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{source}: not a checkpoint of diffpress: {error}") from error
-    write_json(out / "diffpress.json", facts)
-    write_json(out / "diffpress.json", facts | {"hash": load_checkpoint(str(out)).hash})
+        raise SystemExit(f"{source}: not a diffpress checkpoint: {error}") from error
+    write_json(out / "diffpress.json", description)
+    write_json(out / "diffpress.json", description | {"hash": load_checkpoint(str(out)).hash})
 
 
 def save_teacher(source: Path, out: Path) -> None:
-    """Copy a U-Net and its scheduler into a pipeline folder, weights as float16."""
-    configs = save_halved(source, out)
+    """Copy a U-Net and its scheduler into a pipeline folder with float16 weights."""
+    configs = save_half_precision(source, out)
     index = {
         "_class_name": "DDPMPipeline",
         "_diffusers_version": configs[CONFIGS[0]]["_diffusers_version"],
@@ -132,30 +135,30 @@ def save_teacher(source: Path, out: Path) -> None:
         "unet": ["diffusers", configs[CONFIGS[0]]["_class_name"]],
     }
     write_json(out / "model_index.json", index)
-    # diffusers has no field for the null label that guidance needs, nor for the plan the model does well with.
+    # diffusers has no field for the null label of guidance, nor for the recommended sampling plan.
     classes = configs[CONFIGS[0]]["num_class_embeds"] - 1
     conditioning = {"kind": "class", "classes": classes, "null_label": classes}
     write_json(out / "diffpress.json", {"conditioning": conditioning, "plan": PLAN})
 
 
 def balanced_draw(y: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Indices of `count` images, every class as often as any other or once more, in mixed order."""
+    """Return indices of `count` images in random order, with class counts that differ by at most one."""
     rng = np.random.default_rng(seed)
     classes = np.unique(y)
-    each, extra = divmod(count, len(classes))
+    per_class, extra = divmod(count, len(classes))
     larger = set(rng.choice(classes, extra, replace=False).tolist())
     picked = []
     for label in classes.tolist():
         (members,) = np.nonzero(y == label)
-        wanted = each + (label in larger)
-        if len(members) < wanted:
-            raise SystemExit(f"class {label} has {len(members)} images, {wanted} are needed")
-        picked.append(rng.choice(members, wanted, replace=False))
-    return rng.permutation(np.concatenate(picked))  # mixed, so that any first part is a fair sample too
+        needed = per_class + (label in larger)
+        if len(members) < needed:
+            raise SystemExit(f"class {label} has {len(members)} images, but {needed} are needed")
+        picked.append(rng.choice(members, needed, replace=False))
+    return rng.permutation(np.concatenate(picked))  # shuffled, so that a prefix is balanced as well
 
 
 def extract(network: Path, x: np.ndarray, batch: int = 500) -> tuple[np.ndarray, np.ndarray]:
-    """uint8 [N, 1, 28, 28] -> (features float32 [N, 64], the recognised labels int64 [N])."""
+    """Compute features float32 [N, 64] and predicted labels int64 [N] of images uint8 [N, 1, 28, 28]."""
     session = onnxruntime.InferenceSession(network, providers=["CPUExecutionProvider"])
     features, labels = [], []
     for start in range(0, len(x), batch):
@@ -171,10 +174,10 @@ def fingerprint(path: Path) -> str:
 
 
 def save_reference(network: Path, x: np.ndarray, y: np.ndarray, path: Path) -> float:
-    """Write the statistics of real images in feature space; returns the network's accuracy on them.
+    """Write the statistics of real images in feature space and return the network's accuracy on them.
 
-    The moments come from the float32 features; the features themselves are kept as float16, enough for a
-    kernel distance, at half the size.
+    The moments are computed from float32 features. The features themselves are stored as float16, which is precise
+    enough for a kernel distance.
     """
     features, recognised = extract(network, x)
     save_npz(
@@ -210,17 +213,21 @@ def load_grey(path: Path) -> tuple[np.ndarray, np.ndarray]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Build the data folder that ships with the project.")
     parser.add_argument("--teacher", type=Path, required=True, help="folder with unet/ and scheduler/")
-    parser.add_argument("--student", type=Path, required=True, help="a stage that compress left, such as stages/02-...")
+    parser.add_argument(
+        "--student", type=Path, required=True, help="stage folder of a compress run, such as stages/02-..."
+    )
     parser.add_argument("--images", type=Path, required=True, help="npz with the training images")
     parser.add_argument("--test", type=Path, required=True, help="npz with the held-out images")
-    parser.add_argument("--out", type=Path, required=True, help="folder to fill; has features.onnx and prompts.txt")
-    parser.add_argument("--seed", type=int, default=0, help="of the calibration draw")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="output folder, with features.onnx and prompts.txt in it"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the calibration draw")
     args = parser.parse_args(argv)
     network = args.out / "features.onnx"
     if not network.is_file():
-        raise SystemExit(f"{network} is missing: make it with examples/train_features.py first")
+        raise SystemExit(f"{network} is missing: create it with examples/train_features.py first")
     if not (args.out / "prompts.txt").is_file():
-        raise SystemExit(f"{args.out / 'prompts.txt'} is missing: copy it from calib_data, no script makes it")
+        raise SystemExit(f"{args.out / 'prompts.txt'} is missing: copy it from calib_data, no script generates it")
     x, y = load_grey(args.images)
     test_x, test_y = load_grey(args.test)
 
@@ -232,8 +239,8 @@ def main(argv: list[str] | None = None) -> None:
     entries = manifest(args.out)
     write_json(args.out / "MANIFEST.json", entries)
 
-    print(f"features.onnx recognises {accuracy:.4f} of {len(test_x):,} held-out images")
-    for name, entry in entries.items():  # the table of the folder's README
+    print(f"accuracy of features.onnx: {accuracy:.4f} on {len(test_x):,} held-out images")
+    for name, entry in entries.items():  # rows of the table in the folder's README
         size, licence, source, sha256 = (entry[key] for key in ("bytes", "licence", "source", "sha256"))
         print(f"| `{name}` | {size:,} | {licence} | {source} | `{sha256}` |")
 

@@ -1,17 +1,15 @@
-"""Train a class-conditional teacher from images: the checkpoint that the rest of the project compresses.
+"""Train a class-conditional teacher on images, as a checkpoint to compress.
 
 The network learns v = sqrt(a_t) e - sqrt(1 - a_t) x_0 from x_t = sqrt(a_t) x_0 + sqrt(1 - a_t) e, where a_t
 is the cumulative alpha (Salimans & Ho 2022, arXiv:2202.00512), under the loss
 
     mean over t, e of  min(SNR_t, 5) / (SNR_t + 1) * |v - v_theta(x_t, t, label)|^2,   SNR_t = a_t / (1 - a_t)
 
-(min-SNR-5, Hang et al. 2023, arXiv:2303.09556). One label in ten is replaced by the null label, the one
-after the last class, so that classifier-free guidance can be used in sampling (Ho & Salimans 2022,
-arXiv:2207.12598).
+(min-SNR-5, Hang et al. 2023, arXiv:2303.09556). One label in ten is replaced by the null label, the label after the
+last class, so that the model can be sampled with classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598).
 
-Every random draw of step k comes from a generator seeded with (seed, k). A run that was stopped therefore
-goes on, with --resume, to the same weights bit for bit on the same machine, and keeps no generator's state
-on disk.
+All random draws of step k come from a generator seeded with (seed, k). A stopped run that is resumed with --resume
+therefore ends at bit-identical weights on the same machine, without saving any generator state.
 
     python examples/pretrain.py --images TRAIN.npz --out teacher
 """
@@ -40,13 +38,13 @@ LABEL_DROPOUT = 0.1
 SNR_CLIP = 5.0
 EMA_DECAY = 0.9995
 GRADIENT_NORM = 1.0
-PARTS = ("unet", "ema", "optimizer", "schedule")  # of a training run, each with a state_dict
+STATEFUL = ("unet", "ema", "optimizer", "schedule")  # fields of Training with a state_dict
 GRID_STEPS, GRID_COLUMNS, GRID_ROWS = 15, 8, 10
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What decides the result. A checkpoint carries it, and a run can only be resumed with the same."""
+    """Settings that determine the result. They are saved in the checkpoint, and resuming requires the same settings."""
 
     steps: int
     batch: int
@@ -57,7 +55,7 @@ class Settings:
 
 @dataclass
 class Training:
-    """Everything that a step changes."""
+    """State that a training step changes."""
 
     unet: UNet2DModel
     ema: EMAModel
@@ -66,16 +64,16 @@ class Training:
     step: int = 0
 
     def state(self) -> dict:
-        return {name: getattr(self, name).state_dict() for name in PARTS} | {"step": self.step}
+        return {name: getattr(self, name).state_dict() for name in STATEFUL} | {"step": self.step}
 
     def load_(self, state: dict) -> None:
-        for name in PARTS:
+        for name in STATEFUL:
             getattr(self, name).load_state_dict(state[name])
         self.step = state["step"]
 
 
 def build_unet(shape: tuple[int, int, int], classes: int | None) -> UNet2DModel:
-    """The teacher's architecture for images [C, H, W]; the last embedding is the null label's."""
+    """Build the teacher's architecture for images [C, H, W]; the last class embedding is the null label."""
     channels, height, width = shape
     return UNet2DModel(
         sample_size=height if height == width else (height, width),
@@ -99,7 +97,7 @@ def build_training(unet: UNet2DModel, settings: Settings) -> Training:
     optimizer = torch.optim.AdamW(unet.parameters(), lr=settings.lr)
     warmup = min(200, settings.steps // 10)
     schedule = get_cosine_schedule_with_warmup(optimizer, warmup, settings.steps)
-    # EMAModel's own warm-up: the decay of step k is (1 + k) / (10 + k) until that passes EMA_DECAY.
+    # EMAModel has a warm-up: the decay of step k is min((1 + k) / (10 + k), EMA_DECAY).
     ema = EMAModel(unet.parameters(), decay=EMA_DECAY, foreach=True)
     return Training(unet, ema, optimizer, schedule)
 
@@ -110,14 +108,14 @@ def pick_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # a torch without CUDA raises AssertionError here
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA raises AssertionError
         raise SystemExit(f"--device {name}: not usable on this machine: {error}") from error
     return device
 
 
 @lru_cache
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware; elsewhere autocast would only slow it down."""
+    """Return whether the device multiplies bf16 in hardware; otherwise autocast would only slow training down."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
@@ -125,10 +123,10 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def indices(step: int, count: int, batch: int, seed: int) -> np.ndarray:
-    """Which images a step sees: the parts of one permutation per epoch, without a last short one."""
-    epoch, part = divmod(step, count // batch)
+    """Return the image indices of a step: batches of one permutation per epoch, without an incomplete last batch."""
+    epoch, position = divmod(step, count // batch)
     order = np.random.default_rng([seed, 0, epoch]).permutation(count)
-    return order[part * batch : (part + 1) * batch]
+    return order[position * batch : (position + 1) * batch]
 
 
 def loss_of_step(
@@ -139,7 +137,7 @@ def loss_of_step(
     step: int,
     settings: Settings,
 ) -> Tensor:
-    """The weighted v loss on the images, labels, times and noise that (seed, step) determine."""
+    """Compute the weighted v loss on the images, labels, timesteps and noise that (seed, step) determines."""
     rng = np.random.default_rng([settings.seed, 1, step])
     picked = indices(step, len(x), settings.batch, settings.seed)
     device = unet.device
@@ -177,13 +175,13 @@ def train_step_(
 
 
 def save_state(training: Training, settings: Settings, path: Path) -> None:
-    """Write beside, flush, rename: whatever happens, `path` holds one whole checkpoint."""
-    beside = path.with_suffix(".partial")
-    with beside.open("wb") as file:
+    """Write to a temporary file, flush and rename, so that `path` is always a complete checkpoint."""
+    temporary = path.with_suffix(".partial")
+    with temporary.open("wb") as file:
         torch.save(training.state() | {"settings": asdict(settings)}, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(beside, path)
+    temporary.replace(path)
 
 
 def load_state_(training: Training, settings: Settings, path: Path) -> None:
@@ -194,16 +192,16 @@ def load_state_(training: Training, settings: Settings, path: Path) -> None:
         if not wrong:
             training.load_(state)
             training.ema.to(training.unet.device)
-    except Exception as error:  # torch.load has a type for each way in which a file can be broken
+    except Exception as error:  # torch.load raises many types for damaged files
         raise SystemExit(f"{path}: not a checkpoint of this script: {error}") from error
     if wrong:
         changed = ", ".join(f"{name} {before[name]}, now {getattr(settings, name)}" for name in wrong)
-        raise SystemExit(f"{path}: made with other settings ({changed}); repeat them or take another --out")
+        raise SystemExit(f"{path}: made with other settings ({changed}); use the same settings or another --out")
 
 
 @contextmanager
 def averaged_weights(training: Training) -> Iterator[UNet2DModel]:
-    """The network with its EMA weights inside the block and its own after it."""
+    """Use the EMA weights inside the block and restore the network's own weights afterwards."""
     training.ema.store(training.unet.parameters())
     training.ema.copy_to(training.unet.parameters())
     try:
@@ -214,7 +212,7 @@ def averaged_weights(training: Training) -> Iterator[UNet2DModel]:
 
 @torch.no_grad()
 def save_grid(unet: UNet2DModel, scheduler: DDPMScheduler, path: Path) -> None:
-    """Sample one row per class, without guidance and from the same noise each time, and write a PNG."""
+    """Sample one row per class, without guidance and always from the same noise, and write a PNG."""
     solver = DPMSolverMultistepScheduler.from_config(scheduler.config)
     solver.set_timesteps(GRID_STEPS)
     size = unet.config.sample_size
@@ -236,7 +234,7 @@ def save_grid(unet: UNet2DModel, scheduler: DDPMScheduler, path: Path) -> None:
 
 @contextmanager
 def progress(steps: int, start: int, every: int) -> Iterator:
-    """A bar with loss and time left on a terminal, one line every `every` steps elsewhere."""
+    """Show a progress bar with loss and time left on a terminal, otherwise print a line every `every` steps."""
     console = Console()
     columns = (
         BarColumn(),
@@ -260,7 +258,7 @@ def progress(steps: int, start: int, every: int) -> Iterator:
 def train_(
     training: Training, x: np.ndarray, y: np.ndarray | None, settings: Settings, args: argparse.Namespace
 ) -> None:
-    """Steps up to --stop-at or --steps, checkpoints and sample grids on the way."""
+    """Train up to --stop-at or --steps, writing checkpoints and sample grids."""
     scheduler, state_path = build_scheduler(), args.out / "training.pt"
     last = min(settings.steps, args.stop_at or settings.steps)
     smooth = None
@@ -271,7 +269,7 @@ def train_(
             report(training.step, smooth.item())
             if training.step % args.save_every == 0 or training.step == last:
                 if not torch.isfinite(smooth):
-                    raise SystemExit(f"loss not finite at step {training.step}: start again with a smaller --lr")
+                    raise SystemExit(f"loss is not finite at step {training.step}: restart with a smaller --lr")
                 save_state(training, settings, state_path)
             if training.step % args.sample_every == 0 or training.step == settings.steps:
                 with averaged_weights(training) as unet:
@@ -292,17 +290,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=8e-4, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out, if any")
-    parser.add_argument("--stop-at", type=int, help="end early at this step, for machines lent by the hour")
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --out, if any")
+    parser.add_argument("--stop-at", type=int, help="stop early at this step, to resume later")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
     parser.add_argument("--sample-every", type=int, default=1000, help="steps between sample grids")
-    parser.add_argument("--log-every", type=int, default=50, help="steps between lines without a terminal")
+    parser.add_argument("--log-every", type=int, default=50, help="steps between log lines without a terminal")
     args = parser.parse_args(argv)
     for name in ("steps", "batch", "stop_at", "save_every", "sample_every", "log_every"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise SystemExit(f"--{name.replace('_', '-')} must be at least 1")
     if args.lr <= 0 or args.seed < 0:
-        raise SystemExit("--lr must be above 0 and --seed not negative")
+        raise SystemExit("--lr must be above 0 and --seed must not be negative")
     return args
 
 
@@ -316,12 +314,12 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--batch {args.batch} is more than the {len(x)} images of {args.images}")
     state_path = args.out / "training.pt"
     if state_path.exists() and not args.resume:
-        raise SystemExit(f"{state_path} exists: pass --resume to go on from it, or take another --out")
+        raise SystemExit(f"{state_path} exists: pass --resume to resume from it, or use another --out")
     device = pick_device(args.device)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SystemExit(f"--out {args.out}: cannot be made: {error}") from error
+        raise SystemExit(f"--out {args.out}: cannot be created: {error}") from error
 
     digest = hashlib.sha256(x.tobytes() + (b"" if y is None else y.tobytes())).hexdigest()
     settings = Settings(args.steps, args.batch, args.lr, args.seed, digest)
@@ -330,15 +328,15 @@ def main(argv: list[str] | None = None) -> None:
     training = build_training(unet, settings)
     if state_path.exists():
         load_state_(training, settings, state_path)
-        print(f"goes on at step {training.step} of {args.steps}")
+        print(f"resuming at step {training.step} of {args.steps}")
 
     try:
         train_(training, x, y, settings, args)
     except KeyboardInterrupt:
-        print(f"interrupted at step {training.step}; --resume goes on from the last checkpoint")
+        print(f"interrupted at step {training.step}; --resume continues from the last checkpoint")
         raise SystemExit(130) from None
     if training.step < args.steps:
-        print(f"stopped at step {training.step} of {args.steps}; --resume goes on")
+        print(f"stopped at step {training.step} of {args.steps}; --resume continues")
         return
     with averaged_weights(training) as unet:
         DDPMPipeline(unet, build_scheduler()).save_pretrained(args.out)

@@ -1,13 +1,13 @@
 """Train the small network whose features score generated images, and write it as one ONNX file.
 
-A Fréchet distance needs a feature space in which what looks alike lies close. For 28 x 28 grey images the
-layer before the logits of a classifier of such images serves, here a residual network:
+A Fréchet distance needs a feature space in which similar images are close. For 28 x 28 grayscale images this is the
+layer before the logits of a classifier, here a residual network:
 
     x [B, 1, 28, 28] in [-1, 1] -> 28 x 28 x 32 -> 14 x 14 x 32 -> 7 x 7 x 64 -> mean -> features [B, 64]
                                                                  features -> linear -> logits [B, 10]
 
-The features are averages over space of what comes out of the last ReLU. The network only ever *scores*: no
-student may be trained, selected or calibrated on it, since a figure that was optimised no longer measures.
+The features are the spatial mean of the last ReLU's output. The network is used for *scoring* only: no student may be
+trained, selected or calibrated on it, because an optimised score no longer measures quality.
 
     python examples/train_features.py --images TRAIN.npz --test TEST.npz --out features.onnx
 """
@@ -26,16 +26,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 OPSET = 18
 CLASSES = 10
-PAD = 2  # pixels of shift that the crop augmentation allows, about 7 % of the side
+PAD = 2  # maximum shift of the crop augmentation in pixels, about 7 % of the side
 
 
 def to_unit_range(x: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 [-1, 1], the range in which the denoiser works."""
+    """Convert uint8 0..255 to float32 [-1, 1], the data range of the denoiser."""
     return x.float() / 127.5 - 1.0
 
 
 class ConvNorm(nn.Module):
-    """A 3 x 3 convolution and its BatchNorm, which `fold_` merges for inference."""
+    """A 3 x 3 convolution with BatchNorm; `fold_` merges the two for inference."""
 
     def __init__(self, in_width: int, out_width: int, stride: int = 1) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class ConvNorm(nn.Module):
 
 
 class Residual(nn.Module):
-    """relu(x + conv(relu(conv(x)))), each convolution followed by its normalisation."""
+    """Residual block relu(x + conv(relu(conv(x)))), each convolution followed by BatchNorm."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -63,7 +63,7 @@ class Residual(nn.Module):
 
 
 class FeatureNet(nn.Module):
-    """sample [B, 1, 28, 28] -> (features [B, 64], logits [B, 10])."""
+    """Classifier from sample [B, 1, 28, 28] to (features [B, 64], logits [B, 10])."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class FeatureNet(nn.Module):
 
 
 def augment(x: Tensor, rng: torch.Generator) -> Tensor:
-    """Shift each image of [B, C, H, W] by up to PAD pixels and mirror half of them."""
+    """Shift each image of [B, C, H, W] by up to PAD pixels and mirror half of the images."""
     batch, _, height, width = x.shape
     padded = F.pad(x, (PAD, PAD, PAD, PAD), value=-1.0)  # -1 is the black background
     top, left = torch.randint(0, 2 * PAD + 1, (2, batch, 1), generator=rng)
@@ -88,11 +88,11 @@ def augment(x: Tensor, rng: torch.Generator) -> Tensor:
     mirror = torch.rand(batch, 1, generator=rng) < 0.5
     columns = torch.where(mirror, columns.flip(1), columns)
     picked = padded[torch.arange(batch)[:, None, None], :, rows[:, :, None], columns[:, None, :]]
-    return picked.permute(0, 3, 1, 2)  # advanced indices move the channel last
+    return picked.permute(0, 3, 1, 2)  # advanced indexing moves the channel to the end
 
 
 def train(x: Tensor, y: Tensor, epochs: int, batch: int, lr: float, seed: int) -> FeatureNet:
-    """SGD with Nesterov momentum under a one-cycle schedule; a line per epoch."""
+    """Train with SGD, Nesterov momentum and a one-cycle schedule; print one line per epoch."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
     net = FeatureNet().to(memory_format=torch.channels_last)
@@ -120,7 +120,7 @@ def train(x: Tensor, y: Tensor, epochs: int, batch: int, lr: float, seed: int) -
 
 
 def to_onnx(net: FeatureNet) -> onnx.ModelProto:
-    """Fold each BatchNorm into its convolution and export with a free batch dimension."""
+    """Fold each BatchNorm into its convolution and export with a dynamic batch dimension."""
     net = net.eval().to(memory_format=torch.contiguous_format)
     for module in net.modules():
         if isinstance(module, ConvNorm):
@@ -139,7 +139,7 @@ def to_onnx(net: FeatureNet) -> onnx.ModelProto:
         verbose=False,
     )
     model = onnx.load_from_string(buffer.getvalue())
-    # The exporter notes the source line of every node, with the paths of the machine that ran it.
+    # The exporter records the source line of every node, including local paths.
     del model.metadata_props[:], model.graph.metadata_props[:]
     for item in [*model.graph.node, *model.graph.input, *model.graph.output, *model.graph.value_info]:
         del item.metadata_props[:]

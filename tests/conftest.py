@@ -1,4 +1,4 @@
-"""What several folders of tests share; nothing heavy is imported before a test asks for it."""
+"""Fixtures that several test folders share; heavy packages are imported only inside the fixtures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
-    """The folder of a tiny pipeline (tests/pipelines.py), made once for each kind; not to be changed."""
+    """Folder of a tiny pipeline (tests/pipelines.py), created once per kind; do not modify."""
     made: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:
@@ -25,7 +25,7 @@ def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def sd_bundle(tiny_folder, tmp_path_factory) -> Path:
-    """The tiny Stable Diffusion as a bundle for both engines, its height and width open; not to be changed."""
+    """Bundle of the tiny Stable Diffusion for both engines, with dynamic height and width; do not modify."""
     from diffpress.cli.main import main
 
     out = tmp_path_factory.mktemp("exported") / "sd"

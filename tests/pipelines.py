@@ -1,10 +1,10 @@
-"""Tiny pipelines of diffusers' own classes, random weights, built offline: the oracle for every model family.
+"""Tiny diffusers pipelines with random weights, built offline: the reference for every model family.
 
-    tiny_pipeline('sd', folder)               what save_pretrained of the real class writes, a few hundred KiB
-    sampled(pipe, noise(pipe, 2), ...)        images [N, 3, H, W] in [0, 1] as diffusers itself samples them
+    tiny_pipeline('sd', folder)               write a pipeline folder with save_pretrained, a few hundred KiB
+    sampled(pipe, noise(pipe, 2), ...)        images [N, 3, H, W] in [0, 1], sampled by diffusers
 
-The schedulers and all that decides how a model is sampled (prediction, scaling, null inputs, tokens) are as in the
-published checkpoint that the kind is named for; only widths, depths and sizes are small.
+The scheduler and everything else that determines sampling (prediction type, scaling, unconditional inputs, tokens) are
+those of the published checkpoint that the kind is named after; only widths, depths and sizes are small.
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ from transformers import (
     T5Tokenizer,
 )
 
-CLIP_TOKENS = 16  # 77 in the published ones
+CLIP_TOKENS = 16  # 77 in published checkpoints
 T5_TOKENS = 24
-CLASSES = 1000  # DiTPipeline writes its null label, 1000, into the code
+CLASSES = 1000  # DiTPipeline hard-codes its null label, 1000
 WORDS = ("cat", "dog", "photo", "red", "of", "a")
 SPIECE = "\u2581"
 
@@ -66,26 +66,26 @@ SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_sche
 
 
 def tiny_pipeline(kind: str, folder: Path, seed: int = 0, tokenizer_json: bool = True) -> Path:
-    """Write a tiny pipeline of this kind into `folder`, safetensors only; the same weights for the same seed.
+    """Write a tiny pipeline of this kind to `folder`, safetensors only; the same seed gives the same weights.
 
-    Without `tokenizer_json` its tokenizers are only in the older files, as in most published folders: vocab.json and
-    merges.txt of CLIP, spiece.model of T5.
+    Without `tokenizer_json` the tokenizers are stored only in the older formats, as in most published folders:
+    vocab.json and merges.txt for CLIP, spiece.model for T5.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipe = KINDS[kind]()
-        for part in pipe.components.values():
-            if isinstance(part, nn.Module):
-                _enliven_(part)
+        for component in pipe.components.values():
+            if isinstance(component, nn.Module):
+                _fill_zeros_(component)
     pipe.save_pretrained(folder, safe_serialization=True)
-    for name, part in pipe.components.items():
-        if isinstance(part, CLIPTokenizer):
-            part.backend_tokenizer.model.save(str(folder / name))
-        elif isinstance(part, T5Tokenizer):
-            (folder / name / "spiece.model").write_bytes(_sentencepiece(part))
-        if isinstance(part, CLIPTokenizer | T5Tokenizer) and not tokenizer_json:
+    for name, component in pipe.components.items():
+        if isinstance(component, CLIPTokenizer):
+            component.backend_tokenizer.model.save(str(folder / name))
+        elif isinstance(component, T5Tokenizer):
+            (folder / name / "spiece.model").write_bytes(_sentencepiece(component))
+        if isinstance(component, CLIPTokenizer | T5Tokenizer) and not tokenizer_json:
             (folder / name / "tokenizer.json").unlink()
-    if isinstance(pipe, DiTPipeline):  # save_pretrained forgets the names; the published folder has them
+    if isinstance(pipe, DiTPipeline):  # save_pretrained drops the class names; the published folder has them
         index = json.loads((folder / "model_index.json").read_text())
         names = {str(label): f"thing {label}, object {label}" for label in range(CLASSES)}
         (folder / "model_index.json").write_text(json.dumps({**index, "id2label": names}))
@@ -93,7 +93,7 @@ def tiny_pipeline(kind: str, folder: Path, seed: int = 0, tokenizer_json: bool =
 
 
 def noise(pipe: DiffusionPipeline, count: int, seed: int = 0) -> torch.Tensor:
-    """Standard normal latents [count, C, H, W] of the size these pipelines are small enough for."""
+    """Draw standard normal latents [count, C, 8, 8], the size of these pipelines."""
     model = getattr(pipe, "transformer", None) or pipe.unet
     channels = model.config.in_channels // (4 if isinstance(pipe, FluxPipeline) else 1)
     return torch.randn(count, channels, 8, 8, generator=torch.Generator().manual_seed(seed))
@@ -107,16 +107,21 @@ def sampled(
     steps: int = 2,
     **options: Any,
 ) -> torch.Tensor:
-    """Images [N, 3, H, W] in [0, 1] from standard normal `latents` [N, C, h, w], by the pipeline's own loop.
+    """Sample images [N, 3, H, W] in [0, 1] from standard normal `latents` [N, C, h, w] with the pipeline's own loop.
 
-    `prompts` or `labels` as the pipeline takes them, one a sample; `options` go to its call (guidance_scale; for LCM,
-    which draws noise between steps, a generator; ...).
+    Args:
+        pipe: A pipeline of one of KINDS.
+        latents: Initial noise.
+        prompts: One prompt per sample, for text-conditional pipelines.
+        labels: One label per sample, for class-conditional pipelines.
+        steps: Number of steps.
+        **options: Passed to the pipeline's call: guidance_scale; a generator for LCM, which adds noise between steps.
     """
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": steps, **options}
     if isinstance(pipe, DiTPipeline | LDMPipeline):
         count = {"class_labels": list(labels)} if isinstance(pipe, DiTPipeline) else {"batch_size": len(latents)}
-        with _drawing(pipe, latents):
+        with _patched_noise(pipe, latents):
             images = pipe(**count, **options, output_type="np").images
         return torch.from_numpy(images).permute(0, 3, 1, 2)
     height, width = (side * pipe.vae_scale_factor for side in latents.shape[-2:])
@@ -131,19 +136,21 @@ def sampled(
 
 
 @contextlib.contextmanager
-def _drawing(pipe: DiffusionPipeline, latents: torch.Tensor) -> Iterator[None]:
-    """Two pipelines take no latents: what they draw is put in their hands."""
-    with mock.patch.object(sys.modules[type(pipe).__module__], "randn_tensor", lambda *_, **__: latents.clone()):
+def _patched_noise(pipe: DiffusionPipeline, latents: torch.Tensor) -> Iterator[None]:
+    """Replace the noise that the pipeline draws, for pipelines without a `latents` argument."""
+    with mock.patch.object(
+        sys.modules[type(pipe).__module__], "randn_tensor", side_effect=lambda *_, **__: latents.clone()
+    ):
         yield
 
 
-def _enliven_(model: nn.Module) -> None:
-    """Give every parameter that starts at zero (adaLN-zero, output layers, biases) small values, so that all act."""
+def _fill_zeros_(model: nn.Module) -> None:
+    """Give parameters initialized to zero (adaLN-zero, output layers, biases) small random values."""
     for name, parameter in model.named_parameters():
         if not parameter.any():
             nn.init.normal_(parameter, std=0.05)
         elif name.endswith("quantize.embedding.weight"):
-            nn.init.normal_(parameter)  # drawn within 1 / codes of zero, where latents of unit size all share a code
+            nn.init.normal_(parameter)  # initialized within 1 / codes of zero, where all unit latents share a code
 
 
 # --- autoencoders ----------------------------------------------------------------------------------------------
@@ -179,7 +186,7 @@ def vq() -> VQModel:
 
 
 def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
-    """CLIP's byte-level pairs: every byte, every byte as the end of a word, and the merges of a few words."""
+    """Build a byte-level BPE tokenizer: every byte, every byte ending a word, and the merges of WORDS."""
     letters = sorted(ByteLevel.alphabet())
     names, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
     for word in WORDS:
@@ -197,7 +204,7 @@ def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
 
 
 def t5_tokenizer() -> T5Tokenizer:
-    """A unigram model over letters and a few words; no sentinels."""
+    """Build a unigram tokenizer over letters and WORDS, without sentinel tokens."""
     letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,!?-'"
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), (SPIECE, -2.0)]
     pieces += [(SPIECE + word, -3.0) for word in WORDS] + [(letter, -5.0) for letter in letters]
@@ -205,7 +212,7 @@ def t5_tokenizer() -> T5Tokenizer:
 
 
 def _sentencepiece(tokenizer: T5Tokenizer) -> bytes:
-    """The unigram model as sentencepiece writes it."""
+    """Serialize the unigram model in sentencepiece's format."""
     proto = sentencepiece_model_pb2
     kinds = {"<pad>": proto.ModelProto.SentencePiece.CONTROL, "</s>": proto.ModelProto.SentencePiece.CONTROL}
     kinds["<unk>"] = proto.ModelProto.SentencePiece.UNKNOWN
@@ -217,7 +224,7 @@ def _sentencepiece(tokenizer: T5Tokenizer) -> bytes:
 
 
 def clip_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel, width: int = 32, **config: Any) -> Any:
-    # 2 is what the published configs say; transformers then takes the highest token, which is the end
+    # eos_token_id is 2 as in published configs; transformers then uses the highest token, which is the end token
     settings = {
         "vocab_size": len(tokenizer),
         "hidden_size": width,
@@ -267,7 +274,7 @@ def unet(cross_attention_dim: int = 32, **config: Any) -> UNet2DConditionModel:
 def pixart(**config: Any) -> PixArtTransformer2DModel:
     settings = {
         "num_attention_heads": 2,
-        "attention_head_dim": 24,  # heads * dim is a multiple of 3: the size conditioning divides it
+        "attention_head_dim": 24,  # heads * dim must be a multiple of 3 for the size conditioning
         "cross_attention_dim": 48,
         "caption_channels": 24,
         "num_layers": 2,
@@ -449,7 +456,7 @@ KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
     "lcm": _lcm,
     "dit": _dit,
     "pixart-alpha": lambda: _pixart(PixArtAlphaPipeline, pixart(), vae()),
-    # conditioned on resolution and aspect ratio, which the pipeline gives where the config says 128
+    # conditioned on resolution and aspect ratio, which the pipeline passes if sample_size is 128
     "pixart-alpha-1024": lambda: _pixart(PixArtAlphaPipeline, pixart(sample_size=128), vae()),
     "pixart-sigma": lambda: _pixart(
         PixArtSigmaPipeline,

@@ -1,4 +1,4 @@
-"""`accelerate launch` with two processes on the CPU: gradients are averaged, one writes, and what ends one ends all."""
+"""`accelerate launch` with two CPU processes: averaged gradients, one writer, one error."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from safetensors.torch import load_file  # noqa: E402
 from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
 from diffpress.compress.training.loop import step_generator, train  # noqa: E402
 from diffpress.runtime.bundle import load_bundle  # noqa: E402
-from tests.together import SEED, Two, chosen, drawing_late, loss_on, run_in, together  # noqa: E402
+from tests.together import SEED, TwoLayers, chosen_layer, drawing_late, loss_on, run_in, together  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m")
@@ -28,7 +28,7 @@ RECIPE = ROOT / "examples" / "distill_sd.yaml"
 SMALL = (
     *("teacher_samples=4", "quantize.samples=1"),
     *("stages.0.distill.steps=2", "stages.0.distill.batch=2", "stages.1.distill.steps=2", "stages.1.distill.batch=2"),
-    *("stages.1.distill.paths=4", "stages.1.distill.trajectory_steps=4"),
+    *("stages.1.distill.trajectories=4", "stages.1.distill.trajectory_steps=4"),
 )
 
 
@@ -40,19 +40,19 @@ def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 def weights_of(folder: Path) -> list[dict[str, torch.Tensor]]:
-    """Both processes' after a training in `folder`."""
+    """Return the weights of both processes after a training in `folder`."""
     return [load_file(folder / f"process-{i}.safetensors") for i in range(2)]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> tuple[Path, Path]:
-    """The folders of an undisturbed training, and of one that was killed and then went on."""
-    undisturbed, killed = (tmp_path_factory.mktemp(name) for name in ("undisturbed", "killed"))
+    """Folders of an uninterrupted training and of one that was killed and resumed."""
+    uninterrupted, killed = (tmp_path_factory.mktemp(name) for name in ("uninterrupted", "killed"))
     done = launched("tests.together", "try", "kill", killed)
     assert done.returncode != 0 and [path.name for path in killed.iterdir()] == ["work"]
-    done = launched("tests.together", "try", "train", undisturbed, killed)
+    done = launched("tests.together", "try", "train", uninterrupted, killed)
     assert done.returncode == 0, done.stderr
-    return undisturbed, killed
+    return uninterrupted, killed
 
 
 def test_gradients_are_averaged_over_processes(trained, tmp_path):
@@ -62,21 +62,21 @@ def test_gradients_are_averaged_over_processes(trained, tmp_path):
     def both_batches(model, generator, share):
         step = next(steps)
         first, second = (step_generator(SEED, 2 * step + i) for i in range(2))
-        which = chosen(first)
-        chosen(second)
+        which = chosen_layer(first)
+        chosen_layer(second)
         return 0.5 * (loss_on(model, which, first) + loss_on(model, which, second))
 
-    expected = train(Two(), drawing_late(both_batches), run_in(tmp_path / "both")).state_dict()
-    alone = train(Two(), drawing_late(together), run_in(tmp_path / "alone")).state_dict()
+    expected = train(TwoLayers(), drawing_late(both_batches), run_in(tmp_path / "both")).state_dict()
+    alone = train(TwoLayers(), drawing_late(together), run_in(tmp_path / "alone")).state_dict()
     for name in expected:
         assert torch.equal(one[name], other[name])
         torch.testing.assert_close(one[name], expected[name], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(one["a.weight"], alone["a.weight"], atol=1e-3)
 
 
-def test_a_killed_training_ends_as_an_undisturbed_one(trained):
-    undisturbed, killed = map(weights_of, trained)
-    for found, expected in zip(killed, undisturbed, strict=True):
+def test_a_killed_training_ends_like_an_uninterrupted_one(trained):
+    uninterrupted, killed = map(weights_of, trained)
+    for found, expected in zip(killed, uninterrupted, strict=True):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -84,22 +84,22 @@ def test_a_killed_training_ends_as_an_undisturbed_one(trained):
     ("words", "line"),
     [
         (("refuse", "0"), "bad input of process 0"),
-        # nobody else has failed: in the time that it gives the launcher nothing happens
+        # only this process fails: it waits for the launcher in vain, then exits
         (("refuse", "1", "1"), "bad input of process 1"),
         (("diverge", "."), "distill test: the loss is nan at step 7 of 12"),
     ],
 )
-def test_what_goes_wrong_in_one_process_ends_both_with_one_line_and_code_2(words, line, tmp_path):
+def test_a_failure_in_one_process_ends_both_with_one_line_and_code_2(words, line, tmp_path):
     done = launched("tests.together", "try", *(tmp_path if word == "." else word for word in words))
-    ours = [entry for entry in done.stderr.splitlines() if entry.startswith("diffpress: ")]
-    assert len(ours) == 1 and line in ours[0], done.stderr
-    # the launcher's own account: it ends with a traceback of its own, and names the code of the first that failed
+    error_lines = [entry for entry in done.stderr.splitlines() if entry.startswith("diffpress: ")]
+    assert len(error_lines) == 1 and line in error_lines[0], done.stderr
+    # the launcher ends with its own traceback, which names the exit code of the first failure
     assert done.stderr.count("Traceback") == 1 and "ChildFailedError" in done.stderr
     assert re.search(r"exitcode\s*: 2\b", done.stderr)
     assert done.stdout.splitlines() == ["  here"]
 
 
-def test_the_stages_of_a_recipe_are_walked_by_both_and_written_by_one(tiny_folder, tmp_path):
+def test_both_processes_run_the_stages_of_a_recipe_and_one_writes(tiny_folder, tmp_path):
     done = launched("tests.together", "try", "stages", tiny_folder("sd"), RECIPE, tmp_path, *SMALL)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -107,7 +107,7 @@ def test_the_stages_of_a_recipe_are_walked_by_both_and_written_by_one(tiny_folde
     assert sum(line.startswith("  distill trajectory: 2/2") for line in lines) == 1
     stages = sorted((tmp_path / "stages").iterdir())
     kept = [re.sub("[0-9a-f]{12,16}", "", path.name) for path in stages]
-    assert kept == ["00-distill-", "01-distill-", "02-quantize-", *["paths-.npy"] * 2]  # and nothing is left over
+    assert kept == ["00-distill-", "01-distill-", "02-quantize-", *["paths-.npy"] * 2]  # and no other files
     student = load_checkpoint(stages[2])
     assert student.quantization is not None
     assert [record.changed.get("processes") for record in student.history] == [2, 2, None]
@@ -115,7 +115,7 @@ def test_the_stages_of_a_recipe_are_walked_by_both_and_written_by_one(tiny_folde
 
 
 @pytest.mark.slow
-def test_a_stable_diffusion_is_distilled_by_two_processes_into_one_bundle(tiny_folder, tmp_path):
+def test_two_processes_distill_a_stable_diffusion_into_one_bundle(tiny_folder, tmp_path):
     words = ["--recipe", RECIPE, *(word for setting in SMALL for word in ("--set", setting)), "--out", tmp_path / "out"]
     done = launched("diffpress", "compress", tiny_folder("sd"), *words)
     assert done.returncode == 0, done.stderr

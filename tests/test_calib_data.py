@@ -1,4 +1,4 @@
-"""The data that ships: it is what the manifest says, and it does what its README says."""
+"""The shipped data matches the manifest and behaves as its README describes."""
 
 import hashlib
 import json
@@ -43,7 +43,7 @@ def test_manifest_lists_every_data_file_and_no_other():
 
 
 @pytest.mark.parametrize("name", MANIFEST)
-def test_file_has_the_size_and_hash_of_the_manifest_and_the_readme(name):
+def test_file_matches_size_and_hash_in_the_manifest_and_the_readme(name):
     content, entry = (DATA / name).read_bytes(), MANIFEST[name]
     assert len(content) == entry["bytes"]
     assert hashlib.sha256(content).hexdigest() == entry["sha256"]
@@ -52,7 +52,7 @@ def test_file_has_the_size_and_hash_of_the_manifest_and_the_readme(name):
     assert entry["licence"] in ("MIT", "Apache-2.0") and entry["source"]
 
 
-def test_the_folder_stays_small():
+def test_the_folder_is_small():
     assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 25 * 10**6
 
 
@@ -61,7 +61,7 @@ def test_calibration_images_are_balanced_over_the_classes(calibration):
     assert (x.dtype, x.shape, y.dtype, y.shape) == (np.uint8, (2048, 28, 28), np.uint8, (2048,))
     assert set(np.bincount(y, minlength=10).tolist()) == {204, 205}
     assert len({image.tobytes() for image in x}) == 2048
-    assert np.bincount(y[:256], minlength=10).min() >= 10  # mixed: the first part alone has every class
+    assert np.bincount(y[:256], minlength=10).min() >= 10  # shuffled: a prefix contains every class
 
 
 def test_prompts_are_200_different_lines_of_2_to_60_words():
@@ -72,7 +72,7 @@ def test_prompts_are_200_different_lines_of_2_to_60_words():
     assert min(lengths) == 2 and 50 <= max(lengths) <= 60
 
 
-def test_teacher_is_a_whole_pipeline_with_finite_output():
+def test_teacher_is_a_complete_pipeline_with_finite_output():
     pipeline = DDPMPipeline.from_pretrained(DATA / "teacher")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.unet.config.num_class_embeds == NULL_LABEL + 1
@@ -85,7 +85,7 @@ def test_teacher_is_a_whole_pipeline_with_finite_output():
 
 
 def test_teacher_predicts_the_velocity_of_real_images_by_class(calibration):
-    """At t = 800 the label carries what the noise hides: the right label has to beat a wrong one."""
+    """At t = 800 the label matters because noise hides the image: the right label must beat a wrong one."""
     pipeline = DDPMPipeline.from_pretrained(DATA / "teacher")
     rng = torch.Generator().manual_seed(0)
     clean = torch.from_numpy(calibration["x"][:64, None]).float() / 127.5 - 1.0
@@ -100,7 +100,7 @@ def test_teacher_predicts_the_velocity_of_real_images_by_class(calibration):
     assert right < 0.2 * target.square().mean()
 
 
-def test_student_is_smaller_and_draws_the_class_asked_for_in_two_calls():
+def test_student_is_smaller_and_samples_the_requested_class_in_two_steps():
     student = load_checkpoint(str(DATA / "student"))
     assert (student.spec.plan.solver, student.spec.plan.steps) == ("consistency", 2)
     assert sum(p.numel() for p in student.model.parameters()) < 1.4e6
@@ -113,33 +113,33 @@ def test_student_is_smaller_and_draws_the_class_asked_for_in_two_calls():
 
 
 def test_feature_network_recognises_the_calibration_images(calibration):
-    """Training images, so this tells that the file is whole; the README has the held-out accuracy."""
+    """Detects a damaged file only, since these are training images; the README has the held-out accuracy."""
     _, logits = run_network(calibration["x"])
     assert (logits.argmax(1) == calibration["y"]).mean() >= 0.92
 
 
-def test_feature_network_gives_the_same_features_at_any_batch_size(calibration):
+def test_feature_network_is_independent_of_the_batch_size(calibration):
     x = calibration["x"][:7]
     together, _ = run_network(x)
     alone = np.concatenate([run_network(image[None])[0] for image in x])
     assert together.shape == (7, 64)
-    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)  # float32 sums in another order
+    np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)  # float32 sums in a different order
 
 
-def test_feature_network_is_one_small_plain_file():
+def test_feature_network_is_one_small_standard_onnx_file():
     model = onnx.load(DATA / "features.onnx", load_external_data=False)
     assert (DATA / "features.onnx").stat().st_size <= 2 * 10**6
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
     assert not any(tensor.external_data for tensor in model.graph.initializer)
     assert "BatchNormalization" not in {node.op_type for node in model.graph.node}
-    assert b".py" not in model.SerializeToString()  # the exporter's notes with local paths are gone
+    assert b".py" not in model.SerializeToString()  # the exporter's metadata with local paths is removed
 
 
 def test_reference_moments_are_those_of_its_features(reference):
     features = reference["features"].astype(np.float64)
     assert (reference["features"].dtype, features.shape) == (np.float16, (10000, 64))
     assert np.bincount(reference["labels"]).tolist() == [1000] * 10
-    # float16 keeps 11 bits, so each feature is off by at most 2^-11 of itself, and its sums by no more.
+    # float16 has 11 significant bits, so the relative error of a feature, and of sums of them, is at most 2^-11.
     np.testing.assert_allclose(reference["mean"], features.mean(axis=0), rtol=2**-11, atol=1e-6)
     covariance = np.cov(features, rowvar=False, ddof=1)
     scale = np.sqrt(np.outer(*[(features**2).mean(axis=0)] * 2))
@@ -147,12 +147,12 @@ def test_reference_moments_are_those_of_its_features(reference):
     assert np.linalg.eigvalsh(reference["covariance"]).min() > 0
 
 
-def test_reference_names_the_network_that_it_was_measured_in(reference):
+def test_reference_records_the_hash_of_its_feature_network(reference):
     assert str(reference["features_sha256"]) == MANIFEST["features.onnx"]["sha256"]
 
 
 def test_calibration_images_lie_close_to_the_reference_in_feature_space(reference, calibration):
-    """Training and test images of one data set: the means differ by little of the spread between images."""
+    """Training and test images are from one data set: the means differ by little compared with the spread."""
     features, _ = run_network(calibration["x"])
     distance = np.square(features.mean(axis=0) - reference["mean"]).sum()
     assert distance < 0.01 * np.trace(reference["covariance"])

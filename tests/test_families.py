@@ -1,8 +1,8 @@
-"""Every family of pipelines, end to end: our images against those that diffusers itself makes of the same folder.
+"""Every pipeline family end to end: diffpress' images against those of diffusers for the same folder.
 
-Same weights, noise, prompts and scheduler on both sides. Where torch runs the networks, what differs is the order of
-float32 additions: 60 dB PSNR is far above any mistake in a formula and far below what was measured (126 dB and more).
-Where an ONNX engine runs them, its kernels differ as well, and the issue asks for 40 dB.
+Both sides use the same weights, noise, prompts and scheduler. If torch runs the networks, only the order of float32
+additions differs: 60 dB PSNR is far above what a wrong formula reaches, and far below the measured 126 dB and more. If
+an ONNX engine runs them, its kernels differ as well, and the bound is 40 dB.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ from tests.pipelines import CLIP_TOKENS, KINDS, sampled, unet  # noqa: E402
 ROOT = Path(__file__).parents[1]
 PROMPTS, LABELS, SEEDS = ["a photo of a cat", "Red dog!"], [3, 7], [0, 1]
 
-LARGE = ("pixart-alpha-1024", "pixart-sigma")  # latents of 128 x 128, which their position embedding fixes
+LARGE = ("pixart-alpha-1024", "pixart-sigma")  # their position embedding fixes latents of 128 x 128
 EVERY_KIND = [pytest.param(kind, marks=pytest.mark.slow if kind in LARGE else ()) for kind in KINDS]
-# what our adapters take from the pipelines' defaults, which the tiny tokenizers' limit would lower
+# the pipelines' default lengths, which the adapters use; the tiny tokenizers' limit would lower them
 T5_LENGTHS = {"sd3": 256, "sd3.5": 256, "flux": 512, "flux-schnell": 512, "pixart-alpha": 120, "pixart-alpha-1024": 120}
 T5_LENGTHS["pixart-sigma"] = 300
 
@@ -66,33 +66,33 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def brought_down(checkpoint: Checkpoint, steps: int, guidance: float | None = None) -> Checkpoint:
-    """The checkpoint with a short plan, at a size that is quick: Flux's config does not say that it is tiny."""
+def with_short_plan(checkpoint: Checkpoint, steps: int, guidance: float | None = None) -> Checkpoint:
+    """Return the checkpoint with a short plan and a small size; Flux's config does not store its size."""
     spec = checkpoint.spec
     if checkpoint.source.kind == "FluxTransformer2DModel":
         spec = resized(spec, (32, 32))
     return checkpoint.evolve(spec=spec.with_plan(requested_plan(spec, steps, None, None, guidance)))
 
 
-def in_torch(checkpoint: Checkpoint, negatives: Sequence[str] | None = None) -> np.ndarray:
-    """Images [N, 3, H, W] in [0, 1]: the runtime's sampler over torch's networks."""
-    spec, cond = checkpoint.spec, ConditioningInputs()
+def sampled_in_torch(checkpoint: Checkpoint, negatives: Sequence[str] | None = None) -> np.ndarray:
+    """Sample images [N, 3, H, W] in [0, 1] with the runtime's sampler and torch networks."""
+    spec, conditioning = checkpoint.spec, ConditioningInputs()
     if spec.conditioning.kind == "text":
         uncond = encoded_prompts(checkpoint, negatives, pytest.fail)
         uncond = {name: np.broadcast_to(array, (len(SEEDS), *array.shape[1:])) for name, array in uncond.items()}
-        cond = ConditioningInputs(encoded_prompts(checkpoint, PROMPTS, pytest.fail), uncond)
+        conditioning = ConditioningInputs(encoded_prompts(checkpoint, PROMPTS, pytest.fail), uncond)
     elif spec.conditioning.kind == "class":
-        cond = class_conditioning(spec, np.array(LABELS))
-    latents = generate(TorchNetwork(checkpoint.model, spec), spec, SEEDS, conditions=cond)
+        conditioning = class_conditioning(spec, np.array(LABELS))
+    latents = generate(TorchNetwork(checkpoint.model, spec), spec, SEEDS, conditions=conditioning)
     latents = latents / np.float32(spec.latent_scale) + np.float32(spec.latent_shift)
     images = load_component(checkpoint, DECODER).run_all({"latent_sample": latents})["sample"]
     return np.clip(images, -1, 1) / 2 + 0.5
 
 
-def by_diffusers(folder: Path, checkpoint: Checkpoint, number: int = 2, **options: Any) -> np.ndarray:
-    """Images [N, 3, H, W] in [0, 1] by diffusers' pipeline, from the noise that our seeds stand for.
+def sampled_by_diffusers(folder: Path, checkpoint: Checkpoint, number: int = 2, **options: Any) -> np.ndarray:
+    """Sample images [N, 3, H, W] in [0, 1] with diffusers' pipeline, from the noise of SEEDS.
 
-    LCM adds noise at every step: it is handed the streams of our seeds, in turn.
+    LCM adds noise at every step; it receives the noise streams of the seeds one after the other.
     """
     spec, kind = checkpoint.spec, folder.name
     pipe = options.pop("pipe", None) or DiffusionPipeline.from_pretrained(folder, local_files_only=True)
@@ -111,57 +111,57 @@ def by_diffusers(folder: Path, checkpoint: Checkpoint, number: int = 2, **option
 
 
 def psnr_db(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """For images in [0, 1]; the small number keeps equal ones finite."""
-    assert ours.shape == theirs.shape and theirs.std() > 0.02, "an image of one colour shows nothing"
+    """Return the PSNR of images in [0, 1], finite also for equal images."""
+    assert ours.shape == theirs.shape and theirs.std() > 0.02, "a constant image cannot be compared"
     return float(-10 * np.log10(np.mean((ours - theirs) ** 2, dtype=np.float64) + 1e-20))
 
 
-# --- the sampler and the parts, in torch -----------------------------------------------------------------------
+# --- sampler and components, in torch --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_our_sampler_makes_the_images_of_diffusers(kind, tiny_folder):
-    checkpoint = brought_down(load_checkpoint(tiny_folder(kind)), steps=3)
-    assert psnr_db(in_torch(checkpoint), by_diffusers(tiny_folder(kind), checkpoint)) >= 60
+def test_the_sampler_reproduces_the_images_of_diffusers(kind, tiny_folder):
+    checkpoint = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=3)
+    assert psnr_db(sampled_in_torch(checkpoint), sampled_by_diffusers(tiny_folder(kind), checkpoint)) >= 60
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_negative_prompts_and_guidance_are_those_of_diffusers(kind, tiny_folder):
-    checkpoint = brought_down(load_checkpoint(tiny_folder(kind)), steps=3, guidance=3.0)
+def test_negative_prompts_and_guidance_match_diffusers(kind, tiny_folder):
+    checkpoint = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=3, guidance=3.0)
     negatives = ["dog", "a red photo"]
-    ours = in_torch(checkpoint, negatives)
-    theirs = by_diffusers(tiny_folder(kind), checkpoint, guidance_scale=3.0, negative_prompt=negatives)
+    ours = sampled_in_torch(checkpoint, negatives)
+    theirs = sampled_by_diffusers(tiny_folder(kind), checkpoint, guidance_scale=3.0, negative_prompt=negatives)
     assert psnr_db(ours, theirs) >= 60
-    # the words do act
-    assert psnr_db(in_torch(checkpoint), theirs) < 40
+    # the negative prompts have an effect
+    assert psnr_db(sampled_in_torch(checkpoint), theirs) < 40
 
 
-def test_without_its_t5_a_model_is_told_zeros_in_its_place(tiny_folder, tmp_path):
+def test_a_model_without_its_t5_encoder_is_conditioned_on_zeros(tiny_folder, tmp_path):
     gone = {"text_encoder_3": None, "tokenizer_3": None}
     pipe = DiffusionPipeline.from_pretrained(tiny_folder("sd3"), local_files_only=True, **gone)
     pipe.save_pretrained(tmp_path / "sd3")
-    checkpoint = brought_down(load_checkpoint(tmp_path / "sd3"), steps=3)
-    assert psnr_db(in_torch(checkpoint), by_diffusers(tmp_path / "sd3", checkpoint, pipe=pipe)) >= 60
+    checkpoint = with_short_plan(load_checkpoint(tmp_path / "sd3"), steps=3)
+    assert psnr_db(sampled_in_torch(checkpoint), sampled_by_diffusers(tmp_path / "sd3", checkpoint, pipe=pipe)) >= 60
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_consistency_model_adds_the_noise_that_it_is_given(steps, tiny_folder):
-    checkpoint = brought_down(load_checkpoint(tiny_folder("lcm")), steps)
+def test_a_consistency_model_adds_the_noise_of_the_seeds(steps, tiny_folder):
+    checkpoint = with_short_plan(load_checkpoint(tiny_folder("lcm")), steps)
     assert checkpoint.spec.plan.solver == "lcm"
-    assert psnr_db(in_torch(checkpoint), by_diffusers(tiny_folder("lcm"), checkpoint)) >= 60
+    assert psnr_db(sampled_in_torch(checkpoint), sampled_by_diffusers(tiny_folder("lcm"), checkpoint)) >= 60
 
 
 @pytest.mark.parametrize("settings", [{}, {"clip_sample": False, "timestep_spacing": "trailing"}])
-def test_a_pipeline_of_pixels_makes_the_images_of_its_own_ddim(settings, tmp_path):
+def test_a_pixel_space_pipeline_reproduces_its_own_ddim_images(settings, tmp_path):
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 8}
     model = UNet2DModel(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, **blocks)
     pipe = DDIMPipeline(model, DDIMScheduler(**settings))
     pipe.save_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
-    checkpoint = brought_down(load_checkpoint(tmp_path), steps=10)
+    checkpoint = with_short_plan(load_checkpoint(tmp_path), steps=10)
     noise = torch.from_numpy(noise_for(SEEDS, checkpoint.spec.sample_shape))
-    with mock.patch("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", lambda *_, **__: noise.clone()):
+    with mock.patch("diffusers.pipelines.ddim.pipeline_ddim.randn_tensor", side_effect=lambda *_, **__: noise.clone()):
         theirs = pipe(batch_size=2, num_inference_steps=10, output_type="np").images.transpose(0, 3, 1, 2)
     ours = generate(TorchNetwork(checkpoint.model, checkpoint.spec), checkpoint.spec, SEEDS)
     assert psnr_db(np.clip(ours, -1, 1) / 2 + 0.5, theirs) >= 60
@@ -188,7 +188,7 @@ def recipe(tmp_path) -> Callable[[str], Path]:
     return write
 
 
-# sdxl and lcm are the network of sd, and pixart's is made of dit's blocks
+# sdxl and lcm have sd's network, and pixart is built from dit's blocks
 FAMILIES = {"ldm": "magnitude", "sd": "taylor", "sdxl": "magnitude", "lcm": "magnitude", "dit": "taylor"}
 FAMILIES |= dict.fromkeys(("pixart-alpha", "sd3", "flux"), "magnitude")
 BOTH = [pytest.param(kind, "magnitude", marks=pytest.mark.slow) for kind in ("sd", "dit")]
@@ -196,11 +196,11 @@ BOTH = [pytest.param(kind, "magnitude", marks=pytest.mark.slow) for kind in ("sd
 
 @pytest.mark.parametrize(("kind", "method"), [*FAMILIES.items(), *BOTH])
 def test_every_family_is_pruned_distilled_and_quantized(kind, method, tiny_folder, recipe, tmp_path):
-    teacher = brought_down(load_checkpoint(tiny_folder(kind)), steps=2)
+    teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=2)
     result = run_stages(teacher, read_recipe(recipe(method)), tmp_path / "run")
 
     before, after = (count(one.model, one.spec) for one in (teacher, result))
-    # inner widths alone shrink, and two heads stay two: in tiny PixArt they are a quarter of the work
+    # only inner widths shrink and both heads remain; in tiny PixArt these widths are a quarter of the MACs
     assert after.parameters < before.parameters and after.macs < 0.95 * before.macs
     assert [record.stage for record in result.history] == ["prune", "distill", "quantize"]
     assert result.quantization is not None and len(result.quantization.layers) > 5
@@ -214,9 +214,9 @@ def test_every_family_is_pruned_distilled_and_quantized(kind, method, tiny_folde
     assert [one.hash for one in saved] == [record.after for record in result.history]
     assert saved[-1].hash == result.hash and saved[-1].spec == result.spec
     for name in component_names(saved[-1]):
-        part = load_component(saved[-1], name)
-        found = part.run_all({k: v.numpy() for k, v in part.examples.items()})
-        assert list(found) == part.outputs and all(np.isfinite(array).all() for array in found.values())
+        component = load_component(saved[-1], name)
+        found = component.run_all({k: v.numpy() for k, v in component.examples.items()})
+        assert list(found) == component.outputs and all(np.isfinite(array).all() for array in found.values())
 
 
 # --- through the command line ----------------------------------------------------------------------------------
@@ -230,46 +230,46 @@ def run(*words: object) -> int:
 
 
 def picture(file: Path) -> np.ndarray:
-    """A PNG of one image as [1, 3, H, W] in [0, 1]."""
+    """Read a PNG of one image as [1, 3, H, W] in [0, 1]."""
     return np.asarray(Image.open(file).convert("RGB"), np.float32).transpose(2, 0, 1)[None] / 255
 
 
 @pytest.fixture
-def drawn(sd_bundle, tmp_path) -> Callable[..., np.ndarray]:
-    """One image of the bundle by the command line."""
+def sampled_image(sd_bundle, tmp_path) -> Callable[..., np.ndarray]:
+    """Sample one image of the bundle on the command line."""
     file = tmp_path / "image.png"
 
-    def draw(*wishes: object, prompt: str = PROMPTS[0]) -> np.ndarray:
-        assert run("sample", sd_bundle, "-n", 1, "--out", file, "--threads", 1, "--prompt", prompt, *wishes) == 0
+    def sample_image(*arguments: object, prompt: str = PROMPTS[0]) -> np.ndarray:
+        assert run("sample", sd_bundle, "-n", 1, "--out", file, "--threads", 1, "--prompt", prompt, *arguments) == 0
         return picture(file)
 
-    return draw
+    return sample_image
 
 
-def test_a_bundle_draws_from_the_command_line_what_diffusers_draws(tiny_folder, drawn, capsys):
-    wishes = ("--negative", "dog", "--steps", 4, "--guidance", 3, "--engine", "onnxruntime")
-    checkpoint = brought_down(load_checkpoint(tiny_folder("sd")), steps=4)
-    cond = {"guidance_scale": 3.0, "negative_prompt": ["dog"]}
-    assert psnr_db(drawn(*wishes), by_diffusers(tiny_folder("sd"), checkpoint, 1, **cond)) >= 40
+def test_a_bundle_sampled_on_the_command_line_matches_diffusers(tiny_folder, sampled_image, capsys):
+    arguments = ("--negative", "dog", "--steps", 4, "--guidance", 3, "--engine", "onnxruntime")
+    checkpoint = with_short_plan(load_checkpoint(tiny_folder("sd")), steps=4)
+    guidance = {"guidance_scale": 3.0, "negative_prompt": ["dog"]}
+    assert psnr_db(sampled_image(*arguments), sampled_by_diffusers(tiny_folder("sd"), checkpoint, 1, **guidance)) >= 40
     assert "4 steps of ddim in onnxruntime" in capsys.readouterr().out
 
-    # another solver, spaced as the model's own scheduler has it
+    # another solver, with the timestep spacing of the model's own scheduler
     pipe = DiffusionPipeline.from_pretrained(tiny_folder("sd"), local_files_only=True)
     pipe.scheduler = EulerDiscreteScheduler.from_config(pipe.scheduler.config)
-    theirs = by_diffusers(tiny_folder("sd"), checkpoint, 1, pipe=pipe, **cond)
-    assert psnr_db(drawn(*wishes, "--solver", "euler"), theirs) >= 40
+    theirs = sampled_by_diffusers(tiny_folder("sd"), checkpoint, 1, pipe=pipe, **guidance)
+    assert psnr_db(sampled_image(*arguments, "--solver", "euler"), theirs) >= 40
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 32)])
-def test_one_bundle_draws_several_sizes_and_its_engines_agree(size, drawn, tiny_folder):
-    wishes = ("--steps", 4, "--size", f"{size[0]}x{size[1]}", "--engine")
-    one = drawn(*wishes, "onnxruntime")
+def test_one_bundle_samples_several_sizes_and_its_engines_agree(size, sampled_image, tiny_folder):
+    arguments = ("--steps", 4, "--size", f"{size[0]}x{size[1]}", "--engine")
+    one = sampled_image(*arguments, "onnxruntime")
     assert one.shape == (1, 3, *size)
-    checkpoint = brought_down(load_checkpoint(tiny_folder("sd")), steps=4)
+    checkpoint = with_short_plan(load_checkpoint(tiny_folder("sd")), steps=4)
     checkpoint = checkpoint.evolve(spec=resized(checkpoint.spec, size))
-    assert psnr_db(one, by_diffusers(tiny_folder("sd"), checkpoint, 1)) >= 40
+    assert psnr_db(one, sampled_by_diffusers(tiny_folder("sd"), checkpoint, 1)) >= 40
     pytest.importorskip("openvino")
-    assert psnr_db(drawn(*wishes, "openvino"), one) >= 40
+    assert psnr_db(sampled_image(*arguments, "openvino"), one) >= 40
 
 
 BLOCKED = ("torch", "transformers", "diffusers")
@@ -285,35 +285,35 @@ for name in {BLOCKED}:
         __import__(name)
     except ModuleNotFoundError:
         continue
-    sys.exit(f"{{name}} can be imported: nothing is tested")
+    sys.exit(f"{{name}} can be imported: the test is void")
 from diffpress.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_prompt_becomes_an_image_without_torch_transformers_and_diffusers(sd_bundle, drawn, tmp_path):
-    wishes = ["-n", "1", "--prompt", PROMPTS[0], "--steps", "2", "--engine", "onnxruntime", "--threads", "1"]
-    command = [sys.executable, "-c", ALONE, "sample", str(sd_bundle), "--out", str(tmp_path / "alone.png"), *wishes]
+def test_a_prompt_becomes_an_image_without_torch_transformers_and_diffusers(sd_bundle, sampled_image, tmp_path):
+    arguments = ["-n", "1", "--prompt", PROMPTS[0], "--steps", "2", "--engine", "onnxruntime", "--threads", "1"]
+    command = [sys.executable, "-c", ALONE, "sample", str(sd_bundle), "--out", str(tmp_path / "alone.png"), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert np.array_equal(picture(tmp_path / "alone.png"), drawn("--steps", 2, "--engine", "onnxruntime"))
+    assert np.array_equal(picture(tmp_path / "alone.png"), sampled_image("--steps", 2, "--engine", "onnxruntime"))
 
 
-def test_a_prompt_longer_than_the_tokenizer_is_cut_with_a_warning(drawn, capsys):
-    fitting = " ".join(["cat"] * (CLIP_TOKENS - 2))  # the start and the end take a token each
-    expected = drawn("--steps", 2, prompt=fitting)
+def test_a_prompt_longer_than_the_tokenizers_limit_is_truncated_with_a_warning(sampled_image, capsys):
+    fitting = " ".join(["cat"] * (CLIP_TOKENS - 2))  # the start and end markers are one token each
+    expected = sampled_image("--steps", 2, prompt=fitting)
     assert capsys.readouterr().err == ""
-    assert np.array_equal(drawn("--steps", 2, prompt=f"{fitting} red dog"), expected)
-    said = capsys.readouterr().err
-    assert said.startswith("warning: ") and said.count("\n") == 1 and "left out 'red dog'" in said
+    assert np.array_equal(sampled_image("--steps", 2, prompt=f"{fitting} red dog"), expected)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and warning.count("\n") == 1 and "left out 'red dog'" in warning
 
 
-# --- bad input -------------------------------------------------------------------------------------------------
+# --- invalid input ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def refused(capsys) -> Callable[..., None]:
-    """The command ends with exit code 2 and one line on stderr that names each of `words`."""
+    """Assert that the command exits with code 2 and one line on stderr that contains each of `words`."""
 
     def check(command: Sequence[object], *words: str) -> None:
         capsys.readouterr()
@@ -326,22 +326,22 @@ def refused(capsys) -> Callable[..., None]:
 
 @pytest.fixture
 def copied(tiny_folder, tmp_path) -> Callable[[str], Path]:
-    """A tiny pipeline that a test may spoil."""
-    return lambda kind: shutil.copytree(tiny_folder(kind), tmp_path / "spoiled" / kind)
+    """Copy a tiny pipeline, for a test to damage."""
+    return lambda kind: shutil.copytree(tiny_folder(kind), tmp_path / "damaged" / kind)
 
 
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
-def test_a_pipeline_without_one_of_its_parts_is_refused_by_name(part, copied, refused, tmp_path):
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_is_refused_by_name(component, copied, refused, tmp_path):
     folder = copied("sd")
-    shutil.rmtree(folder / part)
-    refused(("export", folder, "--out", tmp_path / "out"), str(folder), f"'{part}'", "missing")
+    shutil.rmtree(folder / component)
+    refused(("export", folder, "--out", tmp_path / "out"), str(folder), f"'{component}'", "missing")
 
 
-def test_a_decoder_of_other_latents_is_refused(copied, refused, tmp_path):
+def test_a_decoder_with_other_latent_channels_is_refused(copied, refused, tmp_path):
     folder = copied("sd")
     edit(folder / "vae" / "config.json", latent_channels=16)
     refused(("export", folder, "--out", tmp_path / "out"), "4 latent channels", "vae decodes 16")
@@ -363,7 +363,7 @@ def test_a_tokenizer_without_a_vocabulary_is_refused(copied, refused, tmp_path):
     refused(("export", folder, "--out", tmp_path / "out"), str(folder / "tokenizer"), "vocab.json")
 
 
-def test_an_unknown_class_is_named_with_the_way_around(copied, refused, tmp_path):
+def test_an_unknown_class_is_named_with_the_alternative(copied, refused, tmp_path):
     folder = copied("sd")
     edit(folder / "unet" / "config.json", _class_name="KandinskyUNet")
     edit(folder / "model_index.json", _class_name="KandinskyPipeline")
@@ -371,14 +371,14 @@ def test_an_unknown_class_is_named_with_the_way_around(copied, refused, tmp_path
     refused(("export", folder, "--out", tmp_path / "out"), *words)
 
 
-def test_a_size_that_cannot_be_made_names_the_nearest(sd_bundle, refused, tiny_folder, tmp_path):
+def test_an_impossible_size_names_the_nearest_possible_one(sd_bundle, refused, tiny_folder, tmp_path):
     export = ("export", tiny_folder("sd"), "--out", tmp_path / "out")
     for command in (("sample", sd_bundle, "--prompt", "a cat"), export):
         refused((*command, "--size", "30x18"), "30x18", "multiples of 4", "32x16")
         refused((*command, "--size", "large"), "--size large", "512x768")
 
 
-def test_a_denoiser_exported_alone_takes_no_prompt_and_no_other_size(refused, tmp_path):
+def test_a_denoiser_exported_alone_accepts_no_prompt_and_no_other_size(refused, tmp_path):
     out, image = tmp_path / "bare", tmp_path / "image.png"
     blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
     unet(block_out_channels=[16], mid_block_type=None, **blocks).save_pretrained(tmp_path / "sd" / "unet")
@@ -389,26 +389,26 @@ def test_a_denoiser_exported_alone_takes_no_prompt_and_no_other_size(refused, tm
     assert not image.exists()
 
 
-def test_words_that_a_model_does_not_take_are_refused(sd_bundle, refused):
+def test_prompts_that_a_model_does_not_accept_are_refused(sd_bundle, refused):
     refused(("sample", sd_bundle), "--prompt")
     refused(("sample", sd_bundle, "--prompt", "a cat", "--negative", "dog", "--guidance", 1), "negative", "guidance")
 
 
-# --- everything, of every kind ---------------------------------------------------------------------------------
+# --- complete pipeline, every kind -----------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_compressed_exported_and_drawn(kind, tiny_folder, recipe, tmp_path):
+def test_every_kind_is_compressed_exported_and_sampled(kind, tiny_folder, recipe, tmp_path):
     folder, out, image = tmp_path / "teacher", tmp_path / "out", tmp_path / "image.png"
-    teacher = brought_down(load_checkpoint(tiny_folder(kind)), steps=3)
+    teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=3)
     save_checkpoint(teacher, folder)
     assert run("compress", folder, "--recipe", recipe("magnitude"), "--out", out) == 0
-    wish = {"text": ("--prompt", PROMPTS[0]), "class": ("--label", LABELS[0]), "none": ()}
-    sample = ("-n", 1, "--out", image, "--engine", "onnxruntime", *wish[teacher.spec.conditioning.kind])
+    conditioning = {"text": ("--prompt", PROMPTS[0]), "class": ("--label", LABELS[0]), "none": ()}
+    sample = ("-n", 1, "--out", image, "--engine", "onnxruntime", *conditioning[teacher.spec.conditioning.kind])
 
     assert run("sample", out / "baseline", *sample) == 0
-    theirs = by_diffusers(tiny_folder(kind), teacher, 1)
+    theirs = sampled_by_diffusers(tiny_folder(kind), teacher, 1)
     assert psnr_db(picture(image), theirs) >= 40
     image.unlink()
     assert run("sample", out / "bundle", *sample) == 0

@@ -1,12 +1,12 @@
-"""What every process of tests/test_accelerate.py runs, as a verb of diffpress: a tiny training, or an end that fails.
+"""The verb that the processes of tests/test_accelerate.py run: a tiny training, or a failure.
 
-    accelerate launch ... -m tests.together try train FOLDER ...        a training in each folder
-    accelerate launch ... -m tests.together try kill FOLDER             one that is killed on its way
-    accelerate launch ... -m tests.together try stages CHECKPOINT RECIPE OUT [key=value ...]     a recipe, no export
-    accelerate launch ... -m tests.together try refuse PROCESS [GRACE_S]     that process alone finds bad input
-    accelerate launch ... -m tests.together try diverge FOLDER          the loss of process 1 is no number
+    accelerate launch ... -m tests.together try train FOLDER ...             train in each folder
+    accelerate launch ... -m tests.together try kill FOLDER                  train, killed before the end
+    accelerate launch ... -m tests.together try stages CHECKPOINT RECIPE OUT [KEY=VALUE ...]     run a recipe's stages
+    accelerate launch ... -m tests.together try refuse PROCESS [GRACE_S]     fail with invalid input in one process
+    accelerate launch ... -m tests.together try diverge FOLDER               train with a NaN loss in process 1
 
-Training and stages are imported where they are asked for: diffusers takes seconds to load, and bad input needs none.
+Training and stages are imported in the functions that need them, since importing diffusers takes seconds.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ STEPS, SEED = 12, 3
 KILLED_AT = 8
 
 
-class Two(nn.Module):
-    """Two layers of which a step trains one, as `score` does."""
+class TwoLayers(nn.Module):
+    """Two layers; a step trains one of them, as in `score`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def run_in(folder: Path) -> Training:
     return Training(STEPS, 0.05, 2, 0.8, SEED, 3, folder / "work", "distill test", partial=True)
 
 
-def chosen(generator: torch.Generator) -> int:
+def chosen_layer(generator: torch.Generator) -> int:
     return int(torch.randint(0, 2, (), generator=generator))
 
 
@@ -65,11 +65,11 @@ def loss_on(model: nn.Module, which: int, generator: torch.Generator) -> torch.T
 
 
 def together(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
-    return loss_on(model, distributed.agreed(chosen(generator)), generator)
+    return loss_on(model, distributed.from_main(chosen_layer(generator)), generator)
 
 
 def drawing_late(loss_of: Callable[[nn.Module, torch.Generator, float], torch.Tensor]) -> Objective:
-    """An objective whose loss draws for itself, which on one device it may."""
+    """Return an objective whose loss draws its own random numbers, which works on the CPU only."""
     from diffpress.compress.training.loop import Objective
 
     return Objective(lambda generator, share: (generator, share), loss_of)
@@ -80,24 +80,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    what, where, *rest = args.words
+    action, target, *rest = args.words
     with distributed.together():
         say("here")
-        if what == "refuse":
+        if action == "refuse":
             with distributed.main_first():
-                if distributed.index() == int(where):
+                if distributed.index() == int(target):
                     distributed.GRACE_S = float(rest[0]) if rest else distributed.GRACE_S
-                    raise InvalidInputError(f"bad input of process {where}")
+                    raise InvalidInputError(f"bad input of process {target}")
             distributed.wait()
-        elif what == "stages":
-            _walk(where, *rest)
+        elif action == "stages":
+            _run_stages(target, *rest)
         else:
-            for folder in (where, *rest):
-                _train(what, Path(folder))
+            for folder in (target, *rest):
+                _train(action, Path(folder))
     return 0
 
 
-def _walk(checkpoint: str, recipe: str, out: str, *settings: str) -> None:
+def _run_stages(checkpoint: str, recipe: str, out: str, *settings: str) -> None:
     from diffpress.compress.pipeline import run_stages
     from diffpress.compress.recipe import read_recipe
     from diffpress.compress.sources.load import load_checkpoint
@@ -105,16 +105,16 @@ def _walk(checkpoint: str, recipe: str, out: str, *settings: str) -> None:
     run_stages(load_checkpoint(checkpoint), read_recipe(Path(recipe), settings), Path(out))
 
 
-def _train(what: str, folder: Path) -> None:
+def _train(action: str, folder: Path) -> None:
     from diffpress.compress.training.loop import train
 
     def loss_of(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
-        if what == "kill" and round(share * STEPS) == KILLED_AT and distributed.index() == 1:
+        if action == "kill" and round(share * STEPS) == KILLED_AT and distributed.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
-        bad = what == "diverge" and share > 0.5 and distributed.index() == 1
+        bad = action == "diverge" and share > 0.5 and distributed.index() == 1
         return together(model, generator, share) * (float("nan") if bad else 1.0)
 
-    found = train(Two(), drawing_late(loss_of), run_in(folder))
+    found = train(TwoLayers(), drawing_late(loss_of), run_in(folder))
     save_file(found.state_dict(), folder / f"process-{distributed.index()}.safetensors")
 
 

@@ -1,10 +1,10 @@
-"""Checkpoint = (model, spec, history), frozen; a stage returns a new one.
+"""Checkpoint: a frozen (model, spec, history); each stage returns a new one.
 
-On disk it is the diffusers layout plus diffpress.json, which holds what diffusers has no place for:
+On disk a checkpoint is the diffusers layout plus diffpress.json, which holds what diffusers cannot store:
 
     unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/...     (or weights.safetensors)
-    vae/, text_encoder/, tokenizer/ ...     the pipeline's other parts, unchanged: hard links where the disk allows
-    quantization.safetensors    scales, if it was quantized
+    vae/, text_encoder/, tokenizer/ ...     the pipeline's other components, unchanged; hard links if supported
+    quantization.safetensors    quantization scales, if the checkpoint is quantized
     diffpress.json              spec, per-layer widths, quantized layers, history
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass, field, replace
@@ -33,14 +32,14 @@ from diffpress.runtime.spec import DenoiserSpec
 
 FORMAT = 2
 RECORD = "diffpress.json"
-TENSOR_KINDS = ("amax", "smooth", "svdquant")  # of a Quantization, each a field of it
+TENSOR_KINDS = ("amax", "smooth", "svdquant")  # the tensor fields of Quantization
 
 
 @dataclass(frozen=True)
 class Record:
-    """What one stage did: enough to repeat it and to see what it gained and cost.
+    """History entry of one stage: its config, and what it changed.
 
-    `seconds` are those of the process that finished it: a run that was killed and went on took longer.
+    `seconds` is the wall time of the process that finished the stage; a resumed stage took longer in total.
     """
 
     stage: str
@@ -54,14 +53,18 @@ class Record:
 
 @dataclass(frozen=True)
 class Quantization:
-    """Formats and scales as data. The checkpoint's weights stay in floating point; `fake_quantized` puts quantizers in.
+    """Quantization formats and scales. The weights stay in floating point; `fake_quantized` inserts quantizers.
 
-    `amax` maps '<layer>.weight' ([out]), '<layer>.input' and '<module>.output' (scalars) to the largest magnitude that
-    is not clipped. A layer is in `format` unless `formats` says otherwise (compress/quantization/formats.py). Where
-    `smooth` has a layer ([in], positive), its activations are divided by it before they are rounded and its weight is
-    multiplied by it, which changes nothing but what is rounded (SmoothQuant, Xiao et al. 2023); amax is of the results.
-    `svdquant` maps '<layer>.down' ([rank, in]) and '<layer>.up' ([out, rank]) to factors whose product is taken from the
-    weight before it is rounded, and computed in floating point beside the layer (compress/quantization/algorithms/svdquant.py).
+    Attributes:
+        format: Default format of the quantized layers (compress/quantization/formats.py).
+        amax: Largest unclipped magnitude of each quantized tensor: '<layer>.weight' [out]; '<layer>.input' and
+            '<module>.output' scalars. Computed after smoothing.
+        formats: Per-layer overrides of `format`.
+        smooth: Layer -> positive smoothing factors [in]. Activations are divided by them before rounding and the weight
+            is multiplied by them, so the float output is unchanged (SmoothQuant, Xiao et al. 2023).
+        svdquant: '<layer>.down' [rank, in] and '<layer>.up' [out, rank]. Their product is subtracted from the weight
+            before rounding and computed in floating point beside the layer
+            (compress/quantization/algorithms/svdquant.py).
     """
 
     format: str
@@ -72,41 +75,44 @@ class Quantization:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of them by the name under which a file stores them: 'amax.<layer>.input', 'smooth.<layer>'."""
+        """All tensors by their name in the safetensors file: 'amax.<layer>.input', 'smooth.<layer>'."""
         return {f"{kind}.{name}": value for kind in TENSOR_KINDS for name, value in getattr(self, kind).items()}
 
     @property
     def layers(self) -> list[str]:
+        """Sorted names of the layers with a quantized weight."""
         return sorted(name.removesuffix(".weight") for name in self.amax if name.endswith(".weight"))
 
     @property
     def layer_formats(self) -> dict[str, str]:
-        """Layer -> name of its format, for every layer."""
+        """Format name of every quantized layer."""
         return {layer: self.format_of(layer) for layer in self.layers}
 
     def format_of(self, layer: str) -> str:
-        """The name of the layer's format; what has no scale for its input is stored in it and no more."""
+        """Return the layer's format; without an input scale only the layer's weight is stored in it."""
         return self.formats.get(layer, self.format)
 
-    def without(self, places: Collection[str]) -> Quantization:
-        """The same with these layers, and modules whose outputs are rounded, in float."""
+    def without(self, modules: Collection[str]) -> Quantization:
+        """Return a copy with these layers, and these modules' outputs, in float."""
         amax, svdquant = (
-            {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in places}
+            {key: value for key, value in tensors.items() if key.rpartition(".")[0] not in modules}
             for tensors in (self.amax, self.svdquant)
         )
-        formats = {layer: kind for layer, kind in self.formats.items() if layer not in places}
-        smooth = {layer: vector for layer, vector in self.smooth.items() if layer not in places}
+        formats = {layer: kind for layer, kind in self.formats.items() if layer not in modules}
+        smooth = {layer: vector for layer, vector in self.smooth.items() if layer not in modules}
         return replace(self, amax=amax, formats=formats, smooth=smooth, svdquant=svdquant)
 
     def facts(self) -> dict[str, Any]:
+        """Return the part that is stored as JSON in diffpress.json."""
         return {"format": self.format, "formats": self.formats}
 
 
 @dataclass(frozen=True)
 class Source:
-    """How the unpruned module is built again: a diffusers class and config, or a user's file and weights.
+    """How to rebuild the unpruned module: a diffusers class and config, or a user's file and weights.
 
-    `parts` is the pipeline folder that holds what the denoiser needs around it: text encoders, tokenizers, decoder.
+    `pipeline_folder` holds the other components of the pipeline: text encoders, tokenizers, decoder. `original` holds
+    the widths of the unpruned module.
     """
 
     kind: str
@@ -115,12 +121,14 @@ class Source:
     folder: str = "unet"
     file: Path | None = None
     weights: Path | None = None
-    parts: Path | None = None
+    pipeline_folder: Path | None = None
     original: Widths = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
+    """A denoiser with its spec, source, history and quantization."""
+
     model: nn.Module
     spec: DenoiserSpec
     source: Source
@@ -128,20 +136,21 @@ class Checkpoint:
     quantization: Quantization | None = None
 
     def clone_model(self) -> nn.Module:
-        """A copy that a stage may change: no stage changes its input."""
+        """Return a deep copy, for stages that modify weights: a stage never modifies its input."""
         return copy.deepcopy(self.model)
 
     def shared_model(self) -> nn.Module:
-        """A copy with modules of its own and this one's tensors: for hooks and quantizers, not for training."""
+        """Return a copy that shares this model's tensors: for hooks and quantizers, not for training."""
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
 
     def evolve(self, **changes: Any) -> Checkpoint:
+        """Return a copy with the given fields replaced."""
         return replace(self, **changes)
 
     @cached_property
     def hash(self) -> str:
-        """sha256 over everything that decides what this checkpoint computes and how it is sampled."""
+        """SHA-256 over everything that affects the checkpoint's output and sampling; history is excluded."""
         digest = hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode())
         tensors = dict(self.model.state_dict())
         if self.quantization is not None:
@@ -162,12 +171,16 @@ class Checkpoint:
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:
-    """Write the checkpoint under a temporary name and rename it into place."""
+    """Write the checkpoint to a temporary folder and rename it to `folder`."""
     write_folder(folder, lambda temporary: _write(checkpoint, temporary))
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
-    """Fill a temporary neighbour of `folder`, then put it in place, so that no half-written folder is ever seen."""
+    """Call `fill` on a temporary sibling folder and rename it to `folder`, so that no partial folder is ever visible.
+
+    Raises:
+        InvalidInputError: The folder cannot be written.
+    """
     temporary = folder.with_name(f".{folder.name}.partial")
     outgoing = folder.with_name(f".{folder.name}.outgoing")
     try:
@@ -176,13 +189,13 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
         temporary.mkdir(parents=True)
         fill(temporary)
         if folder.exists():
-            os.replace(folder, outgoing)
-        os.replace(temporary, folder)
+            folder.replace(outgoing)
+        temporary.replace(folder)
         shutil.rmtree(outgoing, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a type of its own
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own type
         reason = getattr(error, "strerror", None) or error
         raise InvalidInputError(
-            f"{folder}: cannot be written ({reason}); choose a folder with space that you may write to"
+            f"{folder}: cannot be written ({reason}); choose a writable folder with enough space"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -197,12 +210,12 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
             copy_to = folder / f"original{source.weights.suffix}"
             (shutil.copytree if source.weights.is_dir() else shutil.copyfile)(source.weights, copy_to)
     else:
-        parts = folder / source.folder
-        parts.mkdir()
-        (parts / "config.json").write_text(json.dumps(source.config, indent=2, sort_keys=True) + "\n")
-        save_file(state, parts / "diffusion_pytorch_model.safetensors")
-        if source.parts is not None:
-            link_components(source.parts, folder, skip=(source.folder,))
+        denoiser = folder / source.folder
+        denoiser.mkdir()
+        (denoiser / "config.json").write_text(json.dumps(source.config, indent=2, sort_keys=True) + "\n")
+        save_file(state, denoiser / "diffusion_pytorch_model.safetensors")
+        if source.pipeline_folder is not None:
+            link_components(source.pipeline_folder, folder, skip=(source.folder,))
         elif source.scheduler is not None:
             (folder / "scheduler").mkdir()
             text = json.dumps(source.scheduler, indent=2, sort_keys=True) + "\n"
@@ -223,7 +236,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
 
 
 def _unshared(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Contiguous CPU tensors, each with storage of its own: safetensors refuses tied weights otherwise."""
+    """Return contiguous CPU tensors with separate storage: safetensors refuses tied weights."""
     seen: set[int] = set()
     result = {}
     for name, tensor in state.items():

@@ -1,4 +1,4 @@
-"""What a stage needs besides its checkpoint and config: the seed, the data, and a folder to resume from."""
+"""Context of a stage: seed, training data, work folder, and engine measurements."""
 
 from __future__ import annotations
 
@@ -17,44 +17,58 @@ from diffpress.runtime.network_inputs import ConditioningInputs, Network, dummy_
 
 
 class Data(Protocol):
-    """What training and pruning learn from (compress/training/image_data.py, compress/training/teacher_data.py)."""
+    """Training data of a stage (compress/training/image_data.py, compress/training/teacher_data.py)."""
 
     @property
-    def hash(self) -> str: ...
+    def hash(self) -> str:
+        """Hash that identifies the data."""
+        ...
 
     @property
-    def uncond(self) -> dict[str, torch.Tensor]: ...
+    def uncond(self) -> dict[str, torch.Tensor]:
+        """Conditioning of the unconditional half of guidance, [1, ...]."""
+        ...
 
-    def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]: ...
+    def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Draw x_0 [size, C, H, W] and its conditioning."""
+        ...
 
-    def conditions(self, count: int) -> ConditioningInputs: ...
+    def conditions(self, count: int) -> ConditioningInputs:
+        """Return the conditioning of `count` samples."""
+        ...
 
 
 class EngineCosts(Protocol):
-    """What quantizing one checkpoint costs and gains in an engine, measured there (export/targets/engine_cost.py)."""
+    """Latency and size of a quantized checkpoint, measured in an engine (export/targets/engine_cost.py)."""
 
     def gains_ms(self, quantization: Quantization) -> dict[str, float]:
-        """Module with scales -> its milliseconds in the float graph less those in the quantized graph."""
+        """Return, per module with scales, its time in the float graph minus its time in the quantized graph, in ms."""
 
     def latency_ratio(self, quantization: Quantization) -> float:
-        """One step of the quantized graph against one of the float graph."""
+        """Return the latency of one step of the quantized graph divided by that of the float graph."""
 
     def size_mib(self, quantization: Quantization) -> float:
-        """Of the quantized graph's file."""
+        """Return the file size of the quantized graph in MiB."""
 
     def network(self, quantization: Quantization | None) -> AbstractContextManager[Network]:
-        """The graph in the engine; None for the float one."""
+        """Open the quantized graph in the engine; None opens the float graph."""
 
 
-# (float checkpoint, name of an engine); `export` knows engines, and what runs a recipe passes this in
+# (float checkpoint, engine name). Passed in by whoever runs the recipe: `compress` does not import `export`.
 CostsIn = Callable[[Checkpoint, str], AbstractContextManager[EngineCosts]]
 
 
 @dataclass(frozen=True)
 class Context:
-    """`teacher` is the checkpoint the run began with; `work` keeps what a killed stage needs to go on.
+    """What a stage receives besides its checkpoint and config.
 
-    `costs_in` measures in an engine, where the run has one; what a stage puts into `notes` stands in its record.
+    Attributes:
+        seed: Seed of the stage.
+        work: Folder for the state from which an interrupted stage resumes.
+        teacher: The checkpoint the run started from.
+        data: Training data, if the recipe has any.
+        costs_in: Opens engine measurements, if an engine is available.
+        notes: Entries that a stage adds to its history record.
     """
 
     seed: int
@@ -66,19 +80,21 @@ class Context:
 
     @property
     def logs(self) -> Path:
-        """Where the run keeps what is to be looked at: DIR/logs/STAGE for what works in DIR/stages/.STAGE.work."""
+        """Log folder of the stage: DIR/logs/STAGE for the work folder DIR/stages/.STAGE.work."""
         return self.work.parent.parent / "logs" / self.work.name.removeprefix(".").removesuffix(".work")
 
     def require_data(self, purpose: str) -> Data:
+        """Return the training data; InvalidInputError naming `purpose` if there is none."""
         if self.data is None:
             raise InvalidInputError(f"{purpose} needs images: set 'data: FILE.npz' in the recipe")
         return self.data
 
     def conditions(self, count: int) -> ConditioningInputs:
-        """What `count` samples are told while the model samples for calibration."""
+        """Return the conditioning of `count` samples generated for calibration."""
         return dummy_conditioning(self.teacher.spec, count) if self.data is None else self.data.conditions(count)
 
 
 def say(text: str) -> None:
+    """Print an indented progress line from the main process."""
     if is_main():
         print(f"  {text}", flush=True)

@@ -1,4 +1,4 @@
-"""Dry run: the resolved recipe, and the sizes of a checkpoint before and after each stage."""
+"""Dry run: the resolved recipe and the size of the checkpoint before and after each stage."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from diffpress.compress.recipe import Recipe
 
 
 def planned(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
-    """The resolved recipe, the stage order, and sizes before and, where they can be known, after each stage."""
+    """Return the resolved recipe, the stage order, and the sizes before and (if predictable) after each stage."""
     before = _sizes(checkpoint)
     sizes: dict[str, int] | None = before
     stages: list[dict[str, Any]] = []
     for stage in recipe.stages:
         if stage.name == "prune" and stage.config.scope == "global":
-            sizes = None  # what goes where depends on the importance, which is measured when it runs
+            sizes = None  # the widths depend on the importance, which is measured in the run
         elif stage.name == "prune" and sizes:
-            # the widths depend on the ratio alone: any criterion shows the sizes, and this one needs no data
-            dry = stage.config.model_copy(update={"method": "magnitude"})
-            checkpoint = prune(checkpoint, dry, Context(recipe.seed, Path(), checkpoint))
+            # the widths depend on the ratio alone, and this criterion needs no data
+            dry_config = stage.config.model_copy(update={"method": "magnitude"})
+            checkpoint = prune(checkpoint, dry_config, Context(recipe.seed, Path(), checkpoint))
             sizes = _sizes(checkpoint)
         elif stage.name == "quantize" and sizes:
             sizes = {**sizes, "bytes": _quantized_bytes(checkpoint, stage.config)}

@@ -1,7 +1,7 @@
-"""The whole way, on one screen:  load -> stages -> export -> evaluate -> gates -> report.
+"""Run a recipe's stages on a checkpoint.
 
-Every finished stage is saved in DIR/stages under a key made of its input's hash and its settings, so a run that was
-killed goes on where it stood, and a changed recipe redoes only what changed. Nothing here knows what a stage does.
+Every finished stage is saved in DIR/stages under a key made of its input's hash and its settings. An interrupted run
+therefore resumes, and a changed recipe redoes only what changed. Nothing here knows what a stage does.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ STAGES: dict[str, StageFunction] = {
 def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path, costs_in: CostsIn | None = None) -> Checkpoint:
     """Apply the recipe's stages to the teacher, reusing what `out`/stages already holds.
 
-    Of several processes all train, and the main one does the rest; what it saves is what the others go on with.
-    `costs_in` is for stages that weigh what they do against its cost in an engine (export/targets/engine_cost.py has one).
+    With several processes, all of them train and the main one does the rest; the others load what it saved. `costs_in`
+    measures costs in an engine for the stages that need them (export/targets/engine_cost.py).
     """
     data = open_data(teacher, recipe, out)
     checkpoint = teacher
@@ -55,7 +55,7 @@ def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path, costs_in: CostsIn
         key = stage_key(checkpoint, teacher, stage, recipe.seed, data)
         folder = out / "stages" / f"{number:02d}-{stage.name}-{key[:12]}"
         done = folder.is_dir()
-        distributed.wait()  # all have looked before one writes
+        distributed.wait()  # no process may write before all have looked
         if done:
             say(f"done before, read from {folder}")
         elif distributed.is_main() or trains(stage):
@@ -68,12 +68,12 @@ def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path, costs_in: CostsIn
 
 
 def trains(stage: Stage) -> bool:
-    """Does the stage run the training loop, in which processes share the work?"""
+    """Return whether the stage runs the training loop, in which several processes share the work."""
     return stage.name == "distill" or (stage.name == "quantize" and stage.config.mode == "qat")
 
 
 def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
-    """The recipe's images; for models of latents or text what the teacher makes, under the recipe's prompts."""
+    """Return the recipe's images; for models of latents or text, samples of the teacher under the recipe's prompts."""
     spec = teacher.spec
     if spec.is_pixel_space:
         return load_images(recipe.data, spec) if recipe.data else None
@@ -83,13 +83,13 @@ def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
         prompts = ()
     else:
         raise InvalidInputError(
-            f"{recipe.data}: a model of latents learns from what its teacher makes; leave 'data' out"
+            f"{recipe.data}: a model of latents learns from samples of its teacher; leave 'data' out"
         )
     return TeacherData(teacher, recipe.teacher_samples, out / "stages", prompts)
 
 
 def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) -> Checkpoint:
-    """Run one stage; the main process appends its record to the history, saves it, and drops what was for resuming."""
+    """Run one stage; the main process adds its record to the history, saves it, and deletes the resume data."""
     began = time.monotonic()
     result = STAGES[stage.name](checkpoint, stage.config, ctx)
     if not distributed.is_main():
@@ -97,13 +97,13 @@ def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) 
     before, after = count(checkpoint.model, checkpoint.spec), count(result.model, result.spec)
     changed: dict[str, Any] = {name: [getattr(before, name), getattr(after, name)] for name in ("parameters", "macs")}
     changed["plan"] = [_plan(checkpoint), _plan(result)]
-    changed["sqnr_db_to_teacher"] = teacher_sqnr_db(result, ctx.teacher, ctx.data)
+    changed["teacher_sqnr_db"] = teacher_sqnr_db(result, ctx.teacher, ctx.data)
     changed |= ctx.notes
     if trains(stage) and distributed.count() > 1:
-        changed["processes"] = distributed.count()  # each of which took batches of the config's size
+        changed["processes"] = distributed.count()  # each with batches of the configured size
     say(
         f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
-        f"SQNR to the teacher {changed['sqnr_db_to_teacher']} dB"
+        f"SQNR to the teacher {changed['teacher_sqnr_db']} dB"
     )
     record = Record(
         stage.name,
@@ -121,11 +121,12 @@ def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) 
 
 
 def _work(folder: Path) -> Path:
-    """Where a stage that is saved in `folder` keeps what it needs to go on after a kill."""
+    """Return the folder for the resume data of the stage that is saved in `folder`."""
     return folder.with_name(f".{folder.name}.work")
 
 
 def stage_key(checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: Data | None) -> str:
+    """Return the sha256 of everything that decides the stage's result."""
     facts = [
         checkpoint.hash,
         teacher.hash,
@@ -138,13 +139,13 @@ def stage_key(checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: i
 
 
 def reference_to(folder: Path, teacher: Checkpoint) -> str:
-    """How `load_checkpoint` is told to read a saved stage of this teacher: custom modules need their file again."""
+    """Return what `load_checkpoint` takes for a saved stage of this teacher; a custom module needs its file again."""
     return f"{teacher.source.file}:{folder}" if teacher.source.file else str(folder)
 
 
 def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -> None:
     """Make `out` this run's folder; one that belongs to another run is refused and left as it is."""
-    # the data by its content: a moved project is the same project
+    # data is compared by content, so that a project may be moved
     facts = {**recipe.to_json(), "teacher": teacher.hash, "data": sha256(recipe.data) if recipe.data else None}
     file = out / "recipe.json"
     if file.is_file() and not update:
@@ -160,7 +161,7 @@ def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str:
-    """Where two JSON values first differ, in words; '' where they are equal."""
+    """Describe where two JSON values first differ; '' if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in sorted({*old, *new})]
     elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):

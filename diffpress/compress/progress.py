@@ -1,4 +1,4 @@
-"""Progress of long work: one live bar with ETA on a terminal, a plain line every few seconds elsewhere."""
+"""Progress of long tasks: a live bar with ETA on a terminal, otherwise a plain line every few seconds."""
 
 from __future__ import annotations
 
@@ -14,12 +14,16 @@ PLAIN_EVERY_S = 10.0
 
 
 class Advance(Protocol):
-    def __call__(self, done: int, note: str = "") -> None: ...
+    """Callback that reports progress: `done` so far, and a figure to show, such as the loss."""
+
+    def __call__(self, done: int, note: str = "") -> None:
+        """Report `done` of the total, and `note` beside it."""
+        ...
 
 
 @contextmanager
 def progress(what: str, total: int, start: int = 0) -> Iterator[Advance]:
-    """Yield `advance(done, note)`; `done` counts from 0 to `total`, `note` is a figure to show (a loss, say)."""
+    """Show progress of `what`; yield `advance(done, note)`, where `done` counts from 0 to `total`."""
     if not is_main():
         yield lambda done, note="": None
     elif sys.stdout.isatty():

@@ -1,7 +1,7 @@
-"""`diffpress report`: what a run did and measured, gathered into report.json and a report.html that needs no network.
+"""`diffpress report`: collect the results of a run into report.json and a self-contained report.html.
 
-It only reads what the run left in DIR: the history in the bundle, evaluation.json, latency.json, bench.json, and the
-picture.
+It only reads the output of the run in DIR: the history in the bundle, evaluation.json, latency.json, bench.json, and
+the comparison image.
 """
 
 from __future__ import annotations
@@ -22,7 +22,11 @@ SHOWN_LAYERS = 10
 
 
 def write_report(folder: Path) -> dict[str, Any]:
-    """Gather, write report.json and report.html, and return the facts."""
+    """Write report.json and report.html into the folder of a compress run and return the report.
+
+    Raises:
+        InvalidInputError: `folder` has no recipe.json.
+    """
     if not (folder / "recipe.json").is_file():
         raise InvalidInputError(f"{folder}: not the folder of a compress run, it has no recipe.json")
     bundle, baseline = load_bundle(folder / "bundle"), load_bundle(folder / "baseline")
@@ -46,7 +50,7 @@ def write_report(folder: Path) -> dict[str, Any]:
 
 
 def summary(facts: dict[str, Any]) -> str:
-    """The closing table: the teacher as people run it, against the bundle."""
+    """Format the summary table that compares the teacher with the bundle."""
     bundle, baseline = facts["bundle"], facts["baseline"]
     lines = [("", "teacher", "bundle", "ratio")]
     lines.append(
@@ -61,16 +65,16 @@ def summary(facts: dict[str, Any]) -> str:
         if entry.get("integer_mac_share") is not None:
             lines.append((f"integer MACs, {entry['engine']}", "", f"{100 * entry['integer_mac_share']:.1f} %", ""))
         if entry.get("fallbacks"):
-            lines.append(("  promised layers that ran in float", "", str(len(entry["fallbacks"])), ""))
+            lines.append(("  quantized layers that ran in float", "", str(len(entry["fallbacks"])), ""))
     for mixed in _mixed(facts):
-        back = f"{len(mixed['in_float'])} of {len(mixed['places'])}"
-        lines.append(("back in float, to keep the bounds", "", back, ""))
+        in_float = f"{len(mixed['in_float'])} of {len(mixed['places'])}"
+        lines.append(("kept in float to meet the target", "", in_float, ""))
     for row in (facts["latency"] or {}).get("engines", []):
-        label = f"ms a step before and after quantization, {row['engine']}"
+        label = f"ms per step before and after quantization, {row['engine']}"
         ratio = f"{row['latency_ratio']:.2f}" + (", slower" if row["slower"] else "")
         lines.append((label, f"{row['float_ms']:.1f}", f"{row['quantized_ms']:.1f}", ratio))
     for engine, entry in facts["variants"].items():
-        lines.append((f"  {engine} takes {entry['file']}, MiB", "", f"{entry['bytes'] / 2**20:.2f}", ""))
+        lines.append((f"  {engine} uses {entry['file']}, MiB", "", f"{entry['bytes'] / 2**20:.2f}", ""))
     evaluation = facts["evaluation"]
     if evaluation:
         ours, theirs = evaluation["bundle"], evaluation["baseline"]
@@ -82,10 +86,10 @@ def summary(facts: dict[str, Any]) -> str:
                 f"{ours['frechet']['mean'] / theirs['frechet']['mean']:.3f}",
             )
         )
-        lines.append(("  real against real", f"{theirs['frechet']['floor']:.3f}", "", ""))
+        lines.append(("  real images", f"{theirs['frechet']['floor']:.3f}", "", ""))
         lines.append(("KID", _spread(theirs["kid"], 4), _spread(ours["kid"], 4), ""))
         if ours["label_accuracy"] is not None:
-            lines.append(("labels recognised", f"{theirs['label_accuracy']:.3f}", f"{ours['label_accuracy']:.3f}", ""))
+            lines.append(("label accuracy", f"{theirs['label_accuracy']:.3f}", f"{ours['label_accuracy']:.3f}", ""))
         if ours["paired"]:
             lines.append(("PSNR to the teacher, same plan, dB", "", f"{ours['paired']['psnr_db']:.1f}", ""))
     for name, old, new, ratio in _speeds(facts["bench"]):
@@ -107,7 +111,7 @@ def _speeds(bench: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
         for other in same:
             if other["engine"] in (TORCH, row["engine"]):
                 label = (
-                    f"ms an image, batch {row['batch']}: {other['engine']} {other['steps']} steps -> {row['engine']}"
+                    f"ms per image, batch {row['batch']}: {other['engine']} {other['steps']} steps -> {row['engine']}"
                 )
                 found.append(
                     (
@@ -124,19 +128,23 @@ def _spread(value: dict[str, float], digits: int = 3) -> str:
     return f"{value['mean']:.{digits}f} ± {value['sd']:.{digits}f}"
 
 
+def _teacher_sqnr_db(changed: dict[str, Any]) -> Any:
+    return changed.get("teacher_sqnr_db", changed.get("sqnr_db_to_teacher"))  # the second name is that of diffpress 0.1
+
+
 def _page(facts: dict[str, Any], folder: Path) -> str:
     picture = folder / PICTURE
     image = ""
     if picture.is_file():
         data = base64.b64encode(picture.read_bytes()).decode()
         image = (
-            f'<figure><img src="data:image/png;base64,{data}"><figcaption>above the teacher, below the bundle, from '
-            "the same noise</figcaption></figure>"
+            f'<figure><img src="data:image/png;base64,{data}"><figcaption>Top: teacher. Bottom: bundle, from the '
+            "same noise.</figcaption></figure>"
         )
     stages = "".join(
         f"<tr><td>{html.escape(r['stage'])}</td><td>{html.escape(_settings(r['config']))}</td>"
         f"<td>{r['changed']['parameters'][1]:,}</td><td>{r['changed']['macs'][1]:,}</td>"
-        f"<td>{html.escape(str(r['changed']['plan'][1]))}</td><td>{r['changed']['sqnr_db_to_teacher']}</td></tr>"
+        f"<td>{html.escape(str(r['changed']['plan'][1]))}</td><td>{_teacher_sqnr_db(r['changed'])}</td></tr>"
         for r in facts["history"]
     )
     bench = f"<h2>Speed</h2><pre>{html.escape(table(facts['bench']['rows']))}</pre>" if facts["bench"] else ""
@@ -153,19 +161,19 @@ pre{{overflow-x:auto;background:#f5f5f5;padding:1rem}}</style>
 {stages}</table>
 {"".join(map(_sensitivity, _mixed(facts)))}
 {bench}
-<h2>Everything</h2>
+<h2>All data</h2>
 <details><summary>report.json</summary><pre>{html.escape(json.dumps(facts, indent=1))}</pre></details>
 </html>
 """
 
 
 def _mixed(facts: dict[str, Any]) -> list[dict[str, Any]]:
-    """What quantize stages under bounds measured and chose (compress/quantization/algorithms/mixed_precision.py)."""
+    """Return the results of mixed precision (compress/quantization/algorithms/mixed_precision.py) of each stage."""
     return [record["changed"]["mixed"] for record in facts["history"] if "mixed" in record["changed"]]
 
 
 def _sensitivity(mixed: dict[str, Any]) -> str:
-    """The places that rounding hurts most, with what quantizing each gains."""
+    """Format the most sensitive layers, with what quantizing each of them gains."""
     names = list(mixed["places"])[:SHOWN_LAYERS]
     heads = list(mixed["places"][names[0]])
     rows = "".join(
@@ -175,9 +183,9 @@ def _sensitivity(mixed: dict[str, Any]) -> str:
         for name in names
     )
     figures = "; ".join(f"{what}: {_settings(mixed[what])}" for what in ("all_quantized", "chosen"))
-    titles = "".join(f"<th>{head}</th>" for head in ("place", *heads, "kept in"))
+    titles = "".join(f"<th>{head}</th>" for head in ("layer", *heads, "kept in"))
     return (
-        f"<h2>Where rounding hurts most</h2><p>Output SQNR with this place alone rounded, target {mixed['target']}. "
+        f"<h2>Quantization sensitivity</h2><p>Output SQNR with only this layer quantized, target {mixed['target']}. "
         f"{html.escape(figures)}</p><table><tr>{titles}</tr>{rows}</table>"
     )
 

@@ -1,13 +1,13 @@
-"""Checkpoint -> bundle: graph, proof, engines, manifest, in a temporary folder that is renamed when it is whole.
+"""Checkpoint -> bundle: graphs, checks, engines and manifest, written atomically via a temporary folder.
 
-    denoiser.onnx (+ .data)   float, or with Q/DQ where the checkpoint has scales; or in half precision
-    denoiser.*.onnx           other forms of it, for engines that run those better (export/targets/variants.py) or no other
+    denoiser.onnx (+ .data)   float, half precision, or with Q/DQ if the checkpoint has scales
+    denoiser.*.onnx           variants for engines that run these faster (export/targets/variants.py) or run no other
     text_encoder*.onnx, vae_decoder.onnx, tokenizer*/ and more     of a pipeline (see export/targets/pipeline_folder.py)
-    engines/...               plans that were built ahead of time
+    engines/...               TensorRT engines built ahead of time
     manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
 
-Nothing that depends on the clock or on a path enters: the same checkpoint, exported again, gives the same bytes. Target
-tensorrt is the exception: TensorRT does not repeat a plan's bytes, and a plan's entry says how long it took to build.
+Nothing in a bundle depends on the clock or on a path: exporting the same checkpoint again gives the same bytes. Target
+tensorrt is the exception, because TensorRT builds are not reproducible and the manifest records the build time.
 """
 
 from __future__ import annotations
@@ -66,19 +66,31 @@ def write_bundle(
     precision: str = FLOAT,
     build: BuildOptions = DEFAULTS,
 ) -> Bundle:
-    """Export the checkpoint to a bundle in `folder`, check its parity with torch, and load it back.
+    """Export the checkpoint to a bundle in `folder`, check its parity with torch, and load it.
 
-    `float_graph` is what `export_float` gave for this checkpoint's network, where it was made already; `name` defaults
-    to the network's class. `variants` are for engines that shall not run denoiser.onnx itself. `capabilities` are the
-    GPUs that target tensorrt builds for, such as '8.9', in the way of `build`; `threads` is for the engines that check
-    parity; `fixed_size` makes the denoiser's graph for the spec's height and width alone; `components_from` is a bundle of
-    the same pipeline whose text encoders and decoder are taken over. `precision` 'fp16' or 'bf16' is that of denoiser
-    and text encoders. The decoder, which overflows fp16, stays fp32, and so does what engines on the CPU take of a
-    quantized denoiser: ONNX Runtime has no integer kernels with scales in fp16. Raises InvalidInputError for an unknown target
-    or a folder that is something else, MissingDependencyError for a target whose package is not installed, and GateFailedError where
-    an engine's images are not torch's.
+    Args:
+        checkpoint: The checkpoint to export.
+        folder: The bundle's folder; an existing bundle is replaced.
+        targets: Of "onnx", "openvino" and "tensorrt".
+        name: Name in the manifest; by default the class of the network.
+        float_graph: Result of `to_onnx` or `export_float` for this checkpoint, if it exists already.
+        variants: Graphs for engines that should not run denoiser.onnx itself.
+        metrics: Metrics for the manifest.
+        capabilities: GPUs that target tensorrt builds for, such as '8.9'.
+        threads: Threads of the engines that check parity.
+        fixed_size: Fix the denoiser's height and width to the spec's.
+        components_from: Bundle of the same pipeline whose text encoders and decoder are reused.
+        precision: Precision of the denoiser and text encoders: 'fp32', 'fp16' or 'bf16'. The decoder overflows fp16 and
+            stays fp32. So do the float parts of a quantized denoiser in engines on the CPU, because ONNX Runtime has no
+            integer kernels with fp16 scales.
+        build: Build options of TensorRT engines.
+
+    Raises:
+        InvalidInputError: For an unknown target, or if `folder` contains something else than a bundle.
+        MissingDependencyError: If the package of a target is not installed.
+        GateFailedError: If an engine's output differs from torch's.
     """
-    # what can be refused is refused before the tracing, which may take minutes
+    # reject invalid arguments before tracing, which may take minutes
     refuse_foreign(folder)
     check_targets(targets, capabilities, build)
     check_precision(precision, checkpoint.quantization is not None, targets)
@@ -95,46 +107,49 @@ def write_bundle(
 
     def fill(temporary: Path) -> None:
         size = _write_denoiser(checkpoint, graph, temporary)
-        parts = {}
-        for part in component_names(checkpoint):
-            wanted = FLOAT if part == DECODER else precision
-            if components_from is None or components_from.manifest["graphs"][part]["precision"] != wanted:
-                parts[part] = _write_component(checkpoint, part, temporary, threads, wanted)
+        components = {}
+        for component in component_names(checkpoint):
+            component_precision = FLOAT if component == DECODER else precision
+            if (
+                components_from is None
+                or components_from.manifest["graphs"][component]["precision"] != component_precision
+            ):
+                components[component] = _write_component(checkpoint, component, temporary, threads, component_precision)
             else:
-                link_graph(components_from.path, temporary, part)
-                parts[part] = components_from.manifest["graphs"][part]
+                link_graph(components_from.path, temporary, component)
+                components[component] = components_from.manifest["graphs"][component]
         trial = trial_of(checkpoint, fixed_size)
         parity = check_parity(checkpoint, temporary / GRAPH, trial, threads=threads, precision=computed_in)
-        taken = write_variants(checkpoint, variants, temporary, trial, threads)
+        replacements = write_variants(checkpoint, variants, temporary, trial, threads)
         computed = {engine: variant.quantization for variant in variants for engine in variant.engines}
         engines = []
         for engine in checked_engines(checkpoint.quantization is not None, targets):
-            entry = taken.get(engine, {"file": GRAPH, "bytes": size})
+            entry = replacements.get(engine, {"file": GRAPH, "bytes": size})
             quantization = computed.get(engine, checkpoint.quantization)
-            proof = check_engine(engine, temporary / entry["file"], trial.spec, entry["bytes"], promised(quantization))
-            engines.append(proof | {"emulated": emulated(layer_formats(quantization).values())})
+            report = check_engine(engine, temporary / entry["file"], trial.spec, entry["bytes"], promised(quantization))
+            engines.append(report | {"emulated": emulated(layer_formats(quantization).values())})
         if "tensorrt" in targets:
-            path, in_plan = temporary / GRAPH, computed_in
+            path, trt_precision = temporary / GRAPH, computed_in
             if checkpoint.quantization is not None:
-                in_plan = precision_of(checkpoint.quantization) + ("" if precision == FLOAT else f"+{precision}")
+                trt_precision = precision_of(checkpoint.quantization) + ("" if precision == FLOAT else f"+{precision}")
                 path, what = temporary / TENSORRT_GRAPH, "denoiser for TensorRT"
                 rounded = insert_qdq(exact, checkpoint.quantization, tensorrt=True)
                 for_tensorrt = _rounded(rounded, checkpoint.model, precision, what)
                 save_graph(for_tensorrt, path)
-                if precision != FLOAT:  # no engine on the CPU takes this graph otherwise
+                if precision != FLOAT:  # otherwise unchecked: engines on the CPU run the fp32 graph
                     _check_rounded(checkpoint, for_tensorrt, path, trial, threads, precision)
-                taken[TENSORRT] = {
+                replacements[TENSORRT] = {
                     "file": path.name,
-                    "precision": in_plan,
+                    "precision": trt_precision,
                     "bytes": path.stat().st_size,
                     "bytes_by_precision": bytes_by_precision(for_tensorrt),
                 }
-            sources = {part: (temporary / entry["file"], entry["precision"]) for part, entry in parts.items()}
-            sources = {"denoiser": (path, in_plan), **sources}
+            sources = {key: (temporary / entry["file"], entry["precision"]) for key, entry in components.items()}
+            sources = {"denoiser": (path, trt_precision), **sources}
             engines += build_engines(temporary, sources, capabilities, checkpoint.spec, build, components_from)
         content = _content(checkpoint, name, graph, engines, metrics or {}, parity, computed_in)
-        content["graphs"]["denoiser"] |= {"bytes": size, "variants": taken}
-        content["graphs"] |= parts
+        content["graphs"]["denoiser"] |= {"bytes": size, "variants": replacements}
+        content["graphs"] |= components
         seal(temporary, content)
 
     write_folder(folder, fill)
@@ -142,7 +157,12 @@ def write_bundle(
 
 
 def check_targets(targets: Sequence[str], capabilities: Sequence[str] = (), build: BuildOptions = DEFAULTS) -> None:
-    """Raise InvalidInputError for an unknown target or GPU, and MissingDependencyError for a target whose package is not installed."""
+    """Check that the targets can be built.
+
+    Raises:
+        InvalidInputError: For an unknown target or GPU.
+        MissingDependencyError: If the package of a target is not installed.
+    """
     for target in targets:
         if target not in TARGETS:
             raise unknown_name("export target", target, TARGETS)
@@ -153,32 +173,37 @@ def check_targets(targets: Sequence[str], capabilities: Sequence[str] = (), buil
 
 
 def check_precision(precision: str, quantized: bool, targets: Sequence[str]) -> None:
-    """Raise InvalidInputError for a precision that is unknown, that no engine here could check, or that no graph would be in."""
+    """Check that the precision can be exported and verified.
+
+    Raises:
+        InvalidInputError: If the precision is unknown, if no installed engine can check it, or if no graph would
+            use it.
+    """
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
     if not runs(precision):
         raise InvalidInputError(
-            f"precision {precision}: ONNX Runtime cannot run it on the CPU; install openvino, or take fp16"
+            f"precision {precision}: ONNX Runtime cannot run it on the CPU; install openvino, or use fp16"
         )
     if quantized and precision != FLOAT and "tensorrt" not in targets:
         raise InvalidInputError(
-            f"precision {precision}: what a quantized model computes in float stays fp32 in engines on the CPU, which "
-            "would lose their integer kernels; add target tensorrt, or leave the precision out"
+            f"precision {precision}: the float layers of a quantized model stay fp32 in engines on the CPU, which "
+            "would lose their integer kernels; add target tensorrt, or remove the precision"
         )
 
 
 def checked_engines(quantized: bool, targets: Sequence[str]) -> list[str]:
-    """The engines that are run for the manifest's account of a bundle for these targets."""
-    proven = ["openvino"] if "openvino" in targets else []
-    # every bundle runs in ONNX Runtime, and parity has shown it: there it is the account of the integers
-    return [*proven, "onnxruntime"] if quantized else proven
+    """Return the engines whose executed precision is recorded in the manifest for these targets."""
+    engines = ["openvino"] if "openvino" in targets else []
+    # every bundle runs in ONNX Runtime, as parity has shown; only quantized ones need a precision report there
+    return [*engines, "onnxruntime"] if quantized else engines
 
 
 def _write_denoiser(checkpoint: Checkpoint, graph: Graph, folder: Path) -> int:
     source = checkpoint.source
-    if source.parts is None:
+    if source.pipeline_folder is None:
         return save_graph(graph, folder / GRAPH)
-    write_pipeline_files(read_layout(source.parts), folder)
+    write_pipeline_files(read_layout(source.pipeline_folder), folder)
     return write_graph(graph, folder, Path(GRAPH).stem, source.folder, source.config)
 
 
@@ -193,7 +218,7 @@ def _rounded(graph: Graph, module: nn.Module, precision: str, what: str) -> Grap
 def _check_rounded(
     checkpoint: Checkpoint, graph: Graph, path: Path, trial: Trial, threads: int | None, precision: str
 ) -> None:
-    """Parity of the quantized graph in half precision that lies at `path`."""
+    """Check parity of the quantized graph in half precision at `path`."""
     if precision != "bf16":
         check_parity(checkpoint, path, trial, engines=runs(precision)[-1:], threads=threads, precision=precision)
         return
@@ -207,25 +232,29 @@ def _check_rounded(
 def _write_component(
     checkpoint: Checkpoint, name: str, folder: Path, threads: int | None, precision: str
 ) -> dict[str, Any]:
-    """Export one of the parts around the denoiser; returns its manifest entry."""
-    part = load_component(checkpoint, name)
-    graph = trace(part.module, part.forward, part.examples, part.outputs, part.axes)
-    graph = _rounded(graph, part.module, precision, name)
-    size = write_graph(graph, folder, part.name, part.name, part.config)
+    """Export a pipeline component other than the denoiser; return its manifest entry."""
+    component = load_component(checkpoint, name)
+    graph = trace(component.module, component.forward, component.examples, component.outputs, component.axes)
+    graph = _rounded(graph, component.module, precision, name)
+    size = write_graph(graph, folder, component.name, component.name, component.config)
     return {
-        "file": f"{part.name}.onnx",
+        "file": f"{component.name}.onnx",
         "inputs": _tensors(graph.proto.graph.input),
         "outputs": _tensors(graph.proto.graph.output),
         "opset": opset_of(graph),
         "precision": precision,
         "bytes": size,
-        "parameters": sum(parameter.numel() for parameter in part.module.parameters()),
-        "parity": check_component(part, folder / f"{part.name}.onnx", threads=threads, precision=precision),
+        "parameters": sum(parameter.numel() for parameter in component.module.parameters()),
+        "parity": check_component(component, folder / f"{component.name}.onnx", threads=threads, precision=precision),
     }
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise InvalidInputError where writing a bundle to `folder` would replace something that is not one."""
+    """Check that writing a bundle to `folder` replaces nothing but a bundle.
+
+    Raises:
+        InvalidInputError: Otherwise.
+    """
     if (folder / MANIFEST).is_file() or not folder.exists():
         return
     if not folder.is_dir() or any(folder.iterdir()):
@@ -260,6 +289,7 @@ def _content(
         denoiser["timesteps"] = list(checkpoint.spec.fixed_timesteps)
     return {
         "name": name or type(checkpoint.model).__name__,
+        "family": checkpoint.source.kind,
         "spec": checkpoint.spec.to_json(),
         "graphs": {"denoiser": denoiser},
         "engines": engines,
@@ -270,7 +300,7 @@ def _content(
 
 
 def _tensors(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Any]:
-    """Name -> {dtype as numpy calls it, shape with a name for what is dynamic}."""
+    """Return name -> {numpy dtype name, shape with names for dynamic dimensions}."""
     found = {}
     for value in values:
         tensor = value.type.tensor_type

@@ -1,15 +1,15 @@
-"""`diffpress compress`: stages, then everything a deployment and a reader want of them.
+"""`diffpress compress`: run the stages, then export, measure and report.
 
     DIR/stages/               every finished stage
     DIR/checkpoint/           the final compressed checkpoint
     DIR/float/denoiser.onnx   the same network before quantization
-    DIR/baseline/             a bundle of the uncompressed model in fp32
-    DIR/bundle/               what to deploy
-    DIR/latency.json          one step of the quantized graph against the float one in each engine, on this machine
-    DIR/comparison.png        teacher above, bundle below, same noise
-    DIR/report.json, .html    what it gained and cost
+    DIR/baseline/             bundle of the uncompressed model in fp32
+    DIR/bundle/               the bundle to deploy
+    DIR/latency.json          time per step of the quantized and the float graph in each engine, on this machine
+    DIR/comparison.png        the teacher's images above, the bundle's below, from the same noise
+    DIR/report.json, .html    gains and costs
 
-(`export` may import `compress`, not the other way round: that is why the verb that needs both lives here.)
+(`export` may import `compress`, but not vice versa, so the command that needs both is here.)
 """
 
 from __future__ import annotations
@@ -57,9 +57,12 @@ COLUMNS, LATENT_COLUMNS = 10, 4
 def run_recipe(
     open_teacher: Callable[[], Checkpoint], recipe: Recipe, out: Path, *, update: bool = False, where: str = "recipe"
 ) -> None:
-    """Run the recipe's stages, then export, measure, report and judge into `out`; resumes what was begun there.
+    """Run the recipe's stages, export, measure, report and check gates in `out`; resumes an unfinished run.
 
-    `where` names the recipe in errors. Raises GateFailedError last, when everything is written.
+    `where` names the recipe in error messages.
+
+    Raises:
+        GateFailedError: If a gate failed, after everything is written.
     """
     with distributed.together():
         with distributed.main_first():
@@ -73,7 +76,7 @@ def run_recipe(
 
 
 def _check(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
-    """What would be refused at the end is refused before any work."""
+    """Raise errors that would otherwise occur at the end, before any work is done."""
     if recipe.evaluate is not None:
         load_features(FEATURES, teacher.spec)
     for number, stage in enumerate(recipe.stages):
@@ -81,8 +84,8 @@ def _check(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
             check_bounds(stage.config, teacher.spec, has_engines=True)
             if trains(stage) and stage.config.bounds and distributed.count() > 1:
                 raise InvalidInputError(
-                    f"{where}: stages[{number}]: quantize: mode qat with bounds goes by times that differ from "
-                    "process to process; run it with one process, which keeps the stages that several have finished"
+                    f"{where}: stages[{number}]: quantize: mode qat with bounds depends on latencies that differ "
+                    "between processes; run it with one process, which keeps stages that several processes finished"
                 )
     quantized = any(stage.name == "quantize" for stage in recipe.stages)
     check_precision(recipe.export.precision, quantized, recipe.export.targets)
@@ -90,20 +93,26 @@ def _check(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
 
 
 def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Path) -> None:
-    """Export, measure, report and judge; raises GateFailedError last, when everything is written."""
+    """Export, measure, report and check gates.
+
+    Raises:
+        GateFailedError: If a gate failed, after everything is written.
+    """
     targets = recipe.export.targets
     print("[export]", flush=True)
     save_checkpoint(checkpoint, out / "checkpoint")
-    metrics, plans = _metrics(teacher, recipe.export), _tensorrt_options(recipe.export)
+    metrics, tensorrt_options = _metrics(teacher, recipe.export), _tensorrt_options(recipe.export)
     baseline = _done_before(out / "baseline", metrics) or _written(
-        teacher, out / "baseline", targets, "teacher", metrics, **plans
+        teacher, out / "baseline", targets, "teacher", metrics, **tensorrt_options
     )
     bundle = _student(checkpoint, teacher, recipe.export, out, baseline)
-    with closing(Pipeline(bundle)) as ours, closing(Pipeline(baseline)) as theirs:
-        write_comparison(ours, theirs, out / PICTURE)
+    with closing(Pipeline(bundle)) as student_pipeline, closing(Pipeline(baseline)) as teacher_pipeline:
+        write_comparison(student_pipeline, teacher_pipeline, out / PICTURE)
         if recipe.evaluate is not None:
             print("[evaluate]", flush=True)
-            scores = _evaluated(ours.denoiser, bundle, theirs.denoiser, baseline, recipe.evaluate, out)
+            scores = _evaluated(
+                student_pipeline.denoiser, bundle, teacher_pipeline.denoiser, baseline, recipe.evaluate, out
+            )
             write_json(out / "evaluation.json", scores)
     gates = judged(recipe.gates, bundle, read_json(out / "evaluation.json") if recipe.evaluate else None)
     write_json(out / "gates.json", gates)
@@ -114,7 +123,7 @@ def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Pa
 
 
 def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, out: Path, baseline: Bundle) -> Bundle:
-    """The bundle to deploy, and beside it the float graph and what int8 gains in each engine."""
+    """Write the bundle to deploy, the float graph, and the latency of int8 in each engine."""
     if checkpoint.quantization is None:
         (out / LATENCY).unlink(missing_ok=True)
     latencies = _stored_latencies(checkpoint, config, out)
@@ -141,8 +150,9 @@ def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, 
 
 
 def _stored_latencies(checkpoint: Checkpoint, config: ExportConfig, out: Path) -> list[Latency] | None:
-    """What a run before measured of this very checkpoint: measured again it would be another figure, and perhaps
-    another bundle.
+    """Return the latencies that an earlier run measured for this checkpoint, None if there are none.
+
+    Measuring again would give other numbers, and possibly another bundle.
     """
     if checkpoint.quantization is None:
         return []
@@ -159,18 +169,18 @@ def _measured_latencies(checkpoint: Checkpoint, graph: Graph, config: ExportConf
 
 
 def _store_latencies(latencies: Sequence[Latency], checkpoint: Checkpoint, config: ExportConfig, out: Path) -> None:
-    judged = ("latency_ratio", "slower")
-    rows = [asdict(latency) | {key: getattr(latency, key) for key in judged} for latency in latencies]
+    derived = ("latency_ratio", "slower")
+    rows = [asdict(latency) | {key: getattr(latency, key) for key in derived} for latency in latencies]
     write_json(out / LATENCY, {**_graph_metrics(checkpoint, config), "batch": BATCH, "engines": rows})
 
 
 def _metrics(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
-    plans = {"tensorrt": config.tensorrt.model_dump(mode="json")} if "tensorrt" in config.targets else {}
-    return {"checkpoint": checkpoint.hash, "targets": list(config.targets), **plans}
+    tensorrt = {"tensorrt": config.tensorrt.model_dump(mode="json")} if "tensorrt" in config.targets else {}
+    return {"checkpoint": checkpoint.hash, "targets": list(config.targets), **tensorrt}
 
 
 def _tensorrt_options(config: ExportConfig) -> dict[str, Any]:
-    """How TensorRT plans are built, as `write_bundle` takes it."""
+    """Return the build options of TensorRT engines as keyword arguments of `write_bundle`."""
     return {"capabilities": config.tensorrt.compute_capabilities, "build": config.tensorrt.options}
 
 
@@ -185,7 +195,7 @@ def _student_metrics(checkpoint: Checkpoint, config: ExportConfig, latencies: Se
 
 
 def _done_before(folder: Path, metrics: dict[str, Any]) -> Bundle | None:
-    """The bundle that is there already, if it was made with these metrics."""
+    """Return the existing bundle if it was made with these metrics."""
     if not (folder / MANIFEST).is_file():
         return None
     found = load_bundle(folder)
@@ -205,7 +215,7 @@ def _written(
 
 
 def running_parity(bundle: Bundle) -> dict[str, dict[str, float]]:
-    """Engine -> parity of the graph that it takes."""
+    """Return engine -> parity of the graph that the engine runs."""
     variants = bundle.manifest["graphs"]["denoiser"]["variants"]
     return bundle.manifest["parity"] | {e: entry["parity"] for e, entry in variants.items() if "parity" in entry}
 
@@ -217,9 +227,10 @@ def _float_graph(checkpoint: Checkpoint, folder: Path) -> Graph:
 
 
 def write_comparison(ours: Pipeline, theirs: Pipeline, path: Path) -> None:
-    """The teacher's images above, the bundle's below, each by its own plan from the same noise and words.
+    """Write the teacher's images above and the bundle's below, from the same noise and conditioning.
 
-    Two rows of each, and one short row from models of latents, which may take minutes an image.
+    Each pipeline uses its own sampling plan. There are two rows of each, and one short row for latent models, which may
+    take minutes per image.
     """
     pixels = theirs.spec.is_pixel_space
     columns = COLUMNS if pixels else LATENT_COLUMNS
@@ -233,7 +244,7 @@ def write_comparison(ours: Pipeline, theirs: Pipeline, path: Path) -> None:
 
 
 def _comparison_conditioning(pipeline: Pipeline, count: int) -> ConditioningInputs:
-    """The first built-in prompts, or the classes in turn; stand-ins for a denoiser without its text encoders."""
+    """Return the first built-in prompts or the classes in turn; dummies without text encoders."""
     conditioning = pipeline.spec.conditioning
     if conditioning.kind == "text" and not conditioning.encoders:
         return dummy_conditioning(pipeline.spec, count)
@@ -244,7 +255,7 @@ def _comparison_conditioning(pipeline: Pipeline, count: int) -> ConditioningInpu
 def _evaluated(
     ours: Engine, bundle: Bundle, theirs: Engine, baseline: Bundle, config: EvaluateConfig, out: Path
 ) -> dict[str, Any]:
-    """Both bundles' scores, each by its own plan; kept from before where nothing changed."""
+    """Return both bundles' scores, each under its own plan; reuse stored scores if nothing changed."""
     key = {"bundle": bundle.hash, "baseline": baseline.hash, "config": config.model_dump(mode="json")}
     before = read_json(out / "evaluation.json") if (out / "evaluation.json").is_file() else {}
     if before.get("key") == key:
@@ -263,7 +274,7 @@ def _evaluated(
 
 
 def judged(gates: GatesConfig, bundle: Bundle, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
-    """Each gate of the recipe with its bound, the measured value and whether it was passed."""
+    """Return each gate of the recipe with its bound, the measured value and whether it passed."""
     found = []
     if gates.frechet_ratio is not None and evaluation is not None:
         ratio = evaluation["bundle"]["frechet"]["mean"] / evaluation["baseline"]["frechet"]["mean"]

@@ -1,4 +1,4 @@
-"""A bundle in a few lines of text."""
+"""Text summary of a bundle."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from diffpress.runtime.bundle import Bundle
 
 
 def summary(bundle: Bundle) -> list[str]:
-    """A bundle in a few lines: its files with sizes, what is quantized, its engines, its parity."""
+    """Summarize a bundle in a few lines: files with sizes, quantized layers, engines, parity."""
     manifest = bundle.manifest
     denoiser = manifest["graphs"]["denoiser"]
     lines = [f"{bundle.path}: {manifest['name']}, {denoiser['parameters']:,} parameters, {denoiser['precision']}"]
@@ -23,8 +23,8 @@ def summary(bundle: Bundle) -> list[str]:
         size = f"{row['samples']} samples, {row['steps']} steps"
         lines.append(f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB")
     for engine, entry in denoiser["variants"].items():
-        proof = f": parity SQNR {entry['parity']['sqnr_db']:.1f} dB" if "parity" in entry else ""
-        lines.append(f"  {engine} takes {entry['file']}, {entry['precision']}{proof}")
+        parity = f": parity SQNR {entry['parity']['sqnr_db']:.1f} dB" if "parity" in entry else ""
+        lines.append(f"  {engine} runs {entry['file']}, {entry['precision']}{parity}")
     for name, graph in manifest["graphs"].items():
         for engine, sqnr_db in graph.get("parity", {}).items():
             lines.append(f"  parity {engine}: {name}, SQNR {sqnr_db:.1f} dB")

@@ -1,15 +1,16 @@
-"""A bundle: one folder with everything a deployment must know, described and sealed by its manifest.json.
+"""A bundle: one folder with everything a deployment needs, described and sealed by its manifest.json.
 
-    manifest.json   format, requires, name, spec (with the plan), graphs, engines, history, metrics, every file's sha256
-    denoiser.onnx   the portable truth
-    denoiser.*.onnx     the same network in a form that serves one engine better; the manifest says which takes which
-    text_encoder*.onnx, vae_decoder.onnx, tokenizer*/      where the model has them
-    engines/...     caches of it for one device or library
-    unet/, ... , model_index.json      the same graphs where the ONNX pipelines of optimum look for them
+    manifest.json                       format, requires, name, spec (with the sampling plan), graphs, engines, history,
+                                        metrics, and the size and sha256 of every file
+    denoiser.onnx                       the portable graph
+    denoiser.*.onnx                     variants of that network for single engines; the manifest maps engines to them
+    text_encoder*.onnx, tokenizer*/, vae_decoder.onnx       if the model has them
+    engines/...                         files built ahead of time for one engine and device
+    unet/, ..., model_index.json        the same graphs in the layout that optimum's ONNX pipelines read
 
-`hash` names the whole bundle: the sha256 of the canonical manifest without that entry. Nothing in a manifest
-depends on the clock, so the same work gives the same hash (but for TensorRT plans, whose bytes differ each time they
-are built). A bundle whose files do not match is refused.
+`hash` identifies the bundle: it is the sha256 of the canonical manifest without that entry. A manifest contains no
+timestamps, so the same inputs give the same hash, except for TensorRT engines, whose bytes differ with every build.
+`load_bundle` refuses a bundle whose files do not match its manifest.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from diffpress.runtime.spec import DenoiserSpec
 FORMAT = 2
 MANIFEST = "manifest.json"
 
-# features beyond format 2 that this runtime knows; a bundle lists those that a reader must know under `requires`
+# features beyond format 2 that this runtime supports; a bundle lists those it needs under `requires`
 FEATURES: frozenset[str] = frozenset()
 
 
 class Built(NamedTuple):
-    """A file that was built for one engine ahead of time, and its entry in the manifest's `engines`."""
+    """A file built ahead of time for one engine, with its entry in the manifest's `engines`."""
 
     file: Path
     entry: dict[str, Any]
@@ -40,7 +41,7 @@ class Built(NamedTuple):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: its folder, its spec and the manifest as read."""
+    """A verified bundle: its folder, its spec and its parsed manifest."""
 
     path: Path
     spec: DenoiserSpec
@@ -48,12 +49,18 @@ class Bundle:
 
     @property
     def denoiser(self) -> Path:
+        """The denoiser's ONNX file."""
         return self.graph("denoiser")
 
     def graph(self, name: str, engine: str | None = None) -> Path:
-        """The file of a graph: 'denoiser', and where the model has them 'text_encoder', 'vae_decoder' and so on.
+        """Return the ONNX file of a graph.
 
-        `engine` gets the variant that was made for it, where there is one.
+        Args:
+            name: 'denoiser', or 'text_encoder', 'vae_decoder' and so on if the model has them.
+            engine: Return the variant for this engine if there is one.
+
+        Raises:
+            InvalidInputError: The bundle has no such graph.
         """
         graphs = self.manifest["graphs"]
         if name not in graphs:
@@ -64,7 +71,7 @@ class Bundle:
         return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
 
     def built(self, graph: str, engine: str) -> tuple[Built, ...]:
-        """The files that were built ahead of time for this engine, from the form of the graph that it takes."""
+        """Return the files built ahead of time for this engine from the variant of the graph that it uses."""
         source = self.graph(graph, engine).relative_to(self.path).as_posix()
         return tuple(
             Built(self.path / entry["file"], entry)
@@ -73,9 +80,9 @@ class Bundle:
         )
 
     def spec_for(self, engine: str, spec: DenoiserSpec | None = None) -> DenoiserSpec:
-        """The spec as this engine's graph wants it: what corrects rounding in the plan is not for a float variant.
+        """Return the spec for this engine's graph: without output corrections if it uses an fp32 variant.
 
-        `spec` is the bundle's own or one with another plan.
+        `spec` defaults to the bundle's own; pass one to use another plan or size.
         """
         spec = spec or self.spec
         variant = self.manifest["graphs"]["denoiser"].get("variants", {}).get(engine)
@@ -85,25 +92,26 @@ class Bundle:
 
     @property
     def hash(self) -> str:
+        """The sha256 that identifies the bundle."""
         return str(self.manifest["hash"])
 
 
 def sha256(path: Path) -> str:
+    """Return the sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def manifest_hash(manifest: dict[str, Any]) -> str:
+    """Return the sha256 of the canonical manifest without its `hash` entry."""
     content = {key: value for key, value in manifest.items() if key != "hash"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write `folder`/manifest.json from `content` plus the sha256 and size of every file; returns the
-    manifest.
+    """Write the manifest from `content` plus the size and sha256 of every file, and return it.
 
-    The folder is still the writer's temporary one: it is renamed into place afterwards, so no half bundle is
-    seen.
+    `folder` is expected to be temporary and renamed afterwards, so that no incomplete bundle is ever visible.
     """
     files = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
@@ -117,12 +125,16 @@ def seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
 
 
 def load_bundle(path: str | Path) -> Bundle:
-    """Open a bundle and verify every file against the manifest; anything off raises InvalidInputError."""
+    """Open a bundle and verify every file against its manifest.
+
+    Raises:
+        InvalidInputError: The folder is no bundle, its format is unknown, or a file is missing, damaged or changed.
+    """
     folder = Path(path)
     file = folder / MANIFEST
     if not file.is_file():
         raise InvalidInputError(
-            f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'compress')"
+            f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'diffpress compress')"
         )
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
@@ -131,12 +143,12 @@ def load_bundle(path: str | Path) -> Bundle:
     if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise InvalidInputError(
-            f"{file}: bundle format {found!r}, this diffpress reads 1 and {FORMAT}; install a newer diffpress or export "
-            "the bundle again"
+            f"{file}: bundle format {found!r}, but this diffpress reads 1 and {FORMAT}; install a newer diffpress or "
+            "export the bundle again"
         )
     if manifest.get("hash") != manifest_hash(manifest):
         raise InvalidInputError(
-            f"{file}: the manifest does not match its own hash, it was changed; export the bundle again"
+            f"{file}: does not match its own hash, so it was changed after export; export the bundle again"
         )
     _verify_files(folder, manifest)
     _check_requires(manifest, file)
@@ -147,12 +159,12 @@ def load_bundle(path: str | Path) -> Bundle:
 
 
 def _check_requires(manifest: dict[str, Any], file: Path) -> None:
-    """Refuse, by name, a bundle that needs a feature which this runtime does not have."""
+    """Refuse a bundle that needs a feature this runtime does not support, naming the feature."""
     requires = manifest.get("requires", [])
     unknown = sorted({str(name) for name in requires} - FEATURES) if isinstance(requires, list) else ["?"]
     if unknown:
         raise InvalidInputError(
-            f"{file}: requires {', '.join(unknown)}, which this diffpress does not know; install a newer diffpress"
+            f"{file}: requires {', '.join(unknown)}, which this diffpress does not support; install a newer diffpress"
         )
 
 
@@ -170,7 +182,7 @@ def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
     engines = manifest.get("engines")
     if not isinstance(engines, list) or not all(_is_engine(entry, listed) for entry in engines):
         raise InvalidInputError(
-            f"{folder / MANIFEST}: an entry of 'engines' names no engine, no graph or a file that is not listed; "
+            f"{folder / MANIFEST}: an entry of 'engines' has no engine, no graph or a file that is not listed; "
             "export the bundle again"
         )
     for name, entry in listed.items():
@@ -193,5 +205,5 @@ def _verify_file(folder: Path, name: str, entry: Any) -> None:
         raise InvalidInputError(f"{path}: listed in the manifest but missing; copy the bundle again")
     if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
         raise InvalidInputError(
-            f"{path}: does not match its sha256 in the manifest, it is damaged; copy the bundle again"
+            f"{path}: does not match its sha256 in the manifest, so it is damaged; copy the bundle again"
         )

@@ -1,10 +1,9 @@
-"""Conditioning: what a denoiser is told besides the noisy sample, as plain data that travels as JSON.
+"""Conditioning: the inputs of a denoiser besides sample and timestep, as JSON-serializable data.
 
-Each kind adds inputs to the two that every denoiser has, the sample and the timestep:
-
-    none
-    class    class_labels               a label for each sample, or the null label
-    text     whatever `inputs` names    prompts, through the bundle's text encoders (runtime/prompts.py)
+kind     inputs                     values
+none
+class    class_labels               one label per sample, or the null label
+text     those named in `inputs`    prompts encoded by the bundle's text encoders (runtime/prompts.py)
 """
 
 from __future__ import annotations
@@ -21,8 +20,14 @@ CONDITIONINGS = ("none", "class", "text")
 
 @dataclass(frozen=True)
 class TextEncoder:
-    """One text encoder: its graph's name in the bundle (`text_encoder_2`), the folder of its tokenizer, and how
-    prompts become ids: `length` tokens, cut or filled with `pad`; `lower` for models taught lower case only.
+    """A text encoder of the bundle and how its prompts are tokenized.
+
+    Attributes:
+        graph: Name of its graph in the bundle, such as `text_encoder_2`.
+        tokenizer: Folder of its tokenizer in the bundle.
+        length: Number of tokens; longer prompts are truncated, shorter ones are padded.
+        pad: Token id used for padding.
+        lower: Whether prompts are stripped and lower-cased first, for models trained on lower case only.
     """
 
     graph: str
@@ -33,17 +38,20 @@ class TextEncoder:
 
     def __post_init__(self) -> None:
         if self.length < 1 or self.pad < 0:
-            raise InvalidInputError(f"{self.graph}: {self.length} tokens filled with {self.pad} make no sense")
+            raise InvalidInputError(
+                f"{self.graph}: {self.length} tokens padded with id {self.pad}; length must be at least 1 and pad not "
+                "negative"
+            )
 
 
 @dataclass(frozen=True)
 class TextInput:
-    """One input of the denoiser that is made of encoded text: `shape` of one sample, and where it comes from.
+    """One text input of the denoiser: the `shape` of one sample and the pieces it is assembled from.
 
-    `rows` follow each other along the sequence, the pieces of a row lie side by side along the features, and
-    narrow rows are filled with zeros up to `shape[-1]`. A piece is an encoder's output ('text_encoder.pooler_output',
-    'text_encoder.attention_mask'), 'size' (height and width of the image in pixels) or 'corner' (0, 0); a row that is
-    a number stands for that many rows of zeros. An input without a sequence has one row.
+    `rows` are concatenated along the sequence, the pieces of a row along the features; narrow rows are padded with
+    zeros to `shape[-1]`. A piece is an encoder's output ('text_encoder.pooler_output'), its attention mask
+    ('text_encoder.attention_mask'), 'size' (height and width of the image in pixels) or 'corner' (0, 0). An integer
+    row stands for that many rows of zeros. An input without a sequence has exactly one row.
     """
 
     shape: tuple[int, ...]
@@ -51,17 +59,23 @@ class TextInput:
 
     @property
     def is_plain(self) -> bool:
-        """Whether it holds sizes or a mask instead of features."""
+        """Whether the input holds sizes or a mask instead of features."""
         pieces = [piece for row in self.rows if not isinstance(row, int) for piece in row]
         return bool(pieces) and all(p in ("size", "corner") or p.endswith(".attention_mask") for p in pieces)
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """What the denoiser is told besides the noisy sample: nothing, a class label, or text.
+    """Conditioning of a denoiser: none, a class label, or text.
 
-    `zero_negative`: no negative prompt means inputs of zeros, instead of the encoding of the empty text (SDXL).
-    `guidance_input`: the guidance weight is an input of the network, and one call does for two (LCM, Flux).
+    Attributes:
+        kind: One of CONDITIONINGS.
+        classes: Number of classes.
+        null_label: Label of the unconditional half under guidance, if the model has one.
+        encoders: Text encoders that prompts go through.
+        inputs: Text inputs of the denoiser by name.
+        zero_negative: Without a negative prompt, use zeros instead of the encoded empty prompt (SDXL).
+        guidance_input: The guidance weight is an input of the network, so that one evaluation suffices (LCM, Flux).
     """
 
     kind: str = "none"
@@ -82,14 +96,18 @@ class Conditioning:
 
 
 def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioning:
-    """Read a conditioning back; anything unknown or of the wrong type raises InvalidInputError naming `where`."""
+    """Read a conditioning from its JSON form.
+
+    Raises:
+        InvalidInputError: An entry is unknown or has the wrong type; the message starts with `where`.
+    """
     raw = known(Conditioning, data, where)
     with reading(where):
-        null = raw.get("null_label")
+        label = raw.get("null_label")
         return Conditioning(
             kind=str(raw.get("kind", "none")),
             classes=int(raw.get("classes", 0)),
-            null_label=None if null is None else int(null),
+            null_label=None if label is None else int(label),
             encoders=tuple(TextEncoder(**known(TextEncoder, entry, where)) for entry in raw.get("encoders", ())),
             inputs={str(name): _text_input(entry, where) for name, entry in raw.get("inputs", {}).items()},
             zero_negative=boolean(raw.get("zero_negative", False)),

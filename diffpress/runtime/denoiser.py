@@ -1,17 +1,9 @@
-"""From a network to one contract for every solver: denoise(x, point) -> x_0.
+"""The denoiser contract of every solver: denoise(x, level) -> x_0, made of a network and a spec.
 
-With x = alpha x_0 + sigma eps, each prediction is one linear map away from x_0 (float32 throughout):
-
-    epsilon   x_0 = (x - sigma out) / alpha
-    v         x_0 = (alpha x - sigma out) / (alpha^2 + sigma^2)        from out = alpha eps - sigma x_0
-    sample    x_0 = out
-    flow      x_0 = (x - sigma out) / (alpha + sigma)                  from out = eps - x_0
-
-Classifier-free guidance (Ho & Salimans 2022) mixes out = null + w (label - null); the label half and the null
-half go through the network in one call. Its spread, which w widens, may be taken back towards that of the label half
-(Lin et al. 2024, eq. 15-16), out (phi std(label) / std(out) + 1 - phi), and outside an interval of noise the label half
-goes alone (Kynkaanniemi et al. 2024). What rounding does to a quantized network on the average is taken off then,
-(out - bias[channel]) / (1 + slope), each timestep's own (diffpress.runtime.sampling_plan.Correction).
+predict   the network's output; under guidance the cond and uncond halves share one batch (guidance.py)
+correct   (out - bias[channel]) / (1 + slope), per timestep (sampling_plan.OutputCorrection)
+x_0       from the output, by the prediction type (parameterization.py)
+bound     clip to the data range, or dynamic thresholding (sampling_plan.Threshold)
 """
 
 from __future__ import annotations
@@ -50,12 +42,22 @@ def make_denoiser(
     interval: Interval | None = None,
     rescale: float = 0.0,
 ) -> Denoise:
-    """The function (x float32 [N, C, H, W], point) -> x_0 of the same shape, for N samples under these conditions.
+    """Return the function (x float32 [N, C, H, W], level) -> x_0 of the same shape.
 
-    `clip` bounds x_0 to the data range, `threshold` in its place; `output_corrections` go by timestep; `interval` and
-    `rescale` are the plan's of guidance. A `guidance` of 1, or one that the network takes
-    as an input, makes one network evaluation a step; any other weight makes two. Raises InvalidInputError where the conditions,
-    the guidance or the graph's inputs do not fit the spec.
+    Args:
+        network: The denoiser network.
+        spec: Its spec; the plan in it is ignored, see `plan_denoiser`.
+        conditions: Conditioning of the N samples.
+        guidance: Guidance weight; 1, or a weight that is an input of the network, takes one evaluation per step, any
+            other weight two.
+        clip: Clip x_0 to the data range.
+        output_corrections: Corrections of the network's output by timestep.
+        threshold: Dynamic thresholding, instead of clipping.
+        interval: Guidance interval in sigma / alpha.
+        rescale: phi of the rescaled guidance.
+
+    Raises:
+        InvalidInputError: The conditioning, the guidance or the graph's inputs do not match the spec.
     """
     predict = make_predictor(
         network, spec, conditions=conditions, guidance=guidance, interval=interval, rescale=rescale
@@ -64,7 +66,7 @@ def make_denoiser(
 
 
 def plan_denoiser(network: Network, spec: DenoiserSpec, conditions: ConditioningInputs | None = None) -> Denoise:
-    """`make_denoiser` with everything as the spec's plan has it."""
+    """Return `make_denoiser` with all options taken from the spec's plan."""
     plan = spec.plan
     return make_denoiser(
         network,
@@ -72,7 +74,7 @@ def plan_denoiser(network: Network, spec: DenoiserSpec, conditions: Conditioning
         conditions=conditions,
         guidance=plan.guidance,
         clip=plan.clip,
-        output_corrections=dict(zip(plan.timesteps, plan.output_corrections, strict=False)),  # one for each, or none
+        output_corrections=dict(zip(plan.timesteps, plan.output_corrections, strict=False)),  # one each, or none
         threshold=plan.threshold,
         interval=plan.guidance_interval,
         rescale=plan.guidance_rescale,
@@ -88,25 +90,25 @@ def make_predictor(
     interval: Interval | None = None,
     rescale: float = 0.0,
 ) -> Predict:
-    """The function (x, point) -> the network's output after guidance; as `make_denoiser`, of which it is the half."""
+    """Return the function (x, level) -> network output after guidance: the first half of `make_denoiser`."""
     check_inputs(network, spec)
     conditions = conditions or ConditioningInputs()
-    alone = _network_conditioning(spec, conditions, guided=False)
-    both = _network_conditioning(spec, conditions, guided=True) if is_guided(spec, guidance) else alone
+    cond_only = _network_conditioning(spec, conditions, guided=False)
+    both = _network_conditioning(spec, conditions, guided=True) if is_guided(spec, guidance) else cond_only
 
     def predict(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         if spec.fixed_timesteps and level.t not in spec.fixed_timesteps:
             raise InvalidInputError(
                 f"timestep {level.t:g} is not one of the {len(spec.fixed_timesteps)} that this network was exported "
-                "for, and the plan's solver asks there; take another solver, or export again without --fixed-plan"
+                "for, but the plan's solver evaluates it; use another solver, or export again without --fixed-timesteps"
             )
         weight = guidance if guidance_acts(interval, level) else 1.0
         if not is_guided(spec, weight):
-            return network.run(network_feed(network, spec, x, level.t, alone, weight))
+            return network.run(network_feed(network, spec, x, level.t, cond_only, weight))
         out = network.run(network_feed(network, spec, np.concatenate([x, x]), level.t, both, weight))
-        label, uncond = np.split(out, 2)
-        mixed: np.ndarray = uncond + weight * (label - uncond)
-        return rescaled(mixed, label, rescale) if rescale > 0 else mixed
+        cond, uncond = np.split(out, 2)
+        mixed: np.ndarray = uncond + weight * (cond - uncond)
+        return rescaled(mixed, cond, rescale) if rescale > 0 else mixed
 
     return predict
 
@@ -119,14 +121,14 @@ def denoiser_of(
     output_corrections: Mapping[float, OutputCorrection] | None = None,
     threshold: Threshold | None = None,
 ) -> Denoise:
-    """The other half: x_0 read off what `predict` returns, after the timestep's correction where it has one."""
+    """Return the function (x, level) -> x_0 for the outputs of `predict`: the second half of `make_denoiser`."""
     low, high = spec.data_range
-    known = {} if output_corrections is None else output_corrections
+    corrections = {} if output_corrections is None else output_corrections
 
     def denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         out = predict(x, level)
-        if level.t in known:
-            out = corrected(out, known[level.t])
+        if level.t in corrections:
+            out = corrected(out, corrections[level.t])
         x0 = to_x0(spec.prediction, x, out, level)
         if threshold is not None:
             return thresholded(x0, threshold, spec.data_range)
@@ -136,7 +138,7 @@ def denoiser_of(
 
 
 def thresholded(x0: np.ndarray, threshold: Threshold, data_range: tuple[float, float]) -> np.ndarray:
-    """x_0 [N, ...] by dynamic thresholding (diffpress.runtime.sampling_plan.Threshold), of data in any range."""
+    """Apply dynamic thresholding (sampling_plan.Threshold) to x_0 [N, ...] of data in any range."""
     middle, half = sum(data_range) / 2.0, (data_range[1] - data_range[0]) / 2.0
     unit = (x0 - middle) / half
     s = np.quantile(np.abs(unit).reshape(len(unit), -1), threshold.ratio, axis=1)
@@ -146,7 +148,7 @@ def thresholded(x0: np.ndarray, threshold: Threshold, data_range: tuple[float, f
 
 
 def corrected(out: np.ndarray, correction: OutputCorrection) -> np.ndarray:
-    """(out - bias) / (1 + slope) of outputs [N, C, H, W], float32."""
+    """Return the corrected outputs (out - bias) / (1 + slope), float32 [N, C, H, W]."""
     bias = np.asarray(correction.bias, np.float32)[:, None, None]
     result: np.ndarray = (out - bias) * np.float32(1.0 / (1.0 + correction.slope))
     return result

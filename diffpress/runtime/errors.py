@@ -1,7 +1,6 @@
-"""One small family of errors: each message says what was wrong, where, and what to do about it.
+"""Exceptions of diffpress: each message states what is wrong, where, and what to do.
 
-The command line turns a `DiffpressError` into that one line and its exit code; a traceback means a defect of
-ours.
+The command line prints a `DiffpressError` as one line and exits with its code; a traceback means a bug in diffpress.
 """
 
 from __future__ import annotations
@@ -14,21 +13,21 @@ from contextlib import contextmanager
 
 
 class DiffpressError(Exception):
-    """Base of all errors that are meant to be read by a person."""
+    """Base class of all errors whose message is meant for the user."""
 
     exit_code = 2
 
 
 class InvalidInputError(DiffpressError):
-    """A file, a flag or a value that cannot be used."""
+    """A file, flag or value cannot be used."""
 
 
 class EngineUnavailableError(InvalidInputError):
-    """An engine cannot run this on this machine, in this version or with these options; another one may."""
+    """An engine cannot run a graph on this machine, in this version or with these options; another engine may."""
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InvalidInputError:
-    """The error for a name that is not in a table: it names the nearest match, or all there is."""
+    """Return the error for an unknown name, which suggests the nearest match or lists all valid names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(names)}"
@@ -36,21 +35,21 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> InvalidInputErro
 
 
 class MissingDependencyError(DiffpressError):
-    """A package is not installed: one that comes with an extra, or (`extra` None) with diffpress itself."""
+    """A required package is missing; `extra` installs it, or diffpress itself if `extra` is None."""
 
     def __init__(self, package: str, extra: str | None, purpose: str) -> None:
-        wanted = f"'diffpress[{extra}]'" if extra else "diffpress"
-        super().__init__(f"{purpose} needs the package '{package}': pip install {wanted}")
+        requirement = f"'diffpress[{extra}]'" if extra else "diffpress"
+        super().__init__(f"{purpose} needs the package '{package}': pip install {requirement}")
 
 
 class GateFailedError(DiffpressError):
-    """A gate of the recipe was not passed; the work is kept."""
+    """A gate of the recipe failed; the output is kept."""
 
     exit_code = 1
 
 
 def report_error(message: str, code: int) -> int:
-    """Say it on stderr, as the command line does, and give the exit code back."""
+    """Print an error message to stderr in the format of the command line and return `code`."""
     print(f"diffpress: {message}", file=sys.stderr)
     return code
 
@@ -80,7 +79,7 @@ EXTRAS = {
 
 
 def extra_for(error: ModuleNotFoundError, purpose: str) -> MissingDependencyError | None:
-    """The readable form of a failed import, where the package belongs to one of diffpress's extras."""
+    """Convert a failed import to a readable error; None if the package belongs to no extra of diffpress."""
     package = (error.name or "").partition(".")[0]
     extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
     return MissingDependencyError(package, extra, purpose) if extra else None
@@ -88,15 +87,15 @@ def extra_for(error: ModuleNotFoundError, purpose: str) -> MissingDependencyErro
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Warnings of ours as one line each on stderr, for the command line: without their place in the sources."""
+    """Print each UserWarning as one line on stderr, without its source location."""
     with warnings.catch_warnings():
-        usual = warnings.showwarning
+        default_showwarning = warnings.showwarning
 
-        def show(message: Warning | str, category: type[Warning], *place: object) -> None:
+        def show(message: Warning | str, category: type[Warning], *location: object) -> None:
             if category is UserWarning:
                 print(f"warning: {message}", file=sys.stderr)
             else:
-                usual(message, category, *place)  # type: ignore[arg-type]
+                default_showwarning(message, category, *location)  # type: ignore[arg-type]
 
         warnings.showwarning = show  # type: ignore[assignment]
         warnings.simplefilter("always", UserWarning)

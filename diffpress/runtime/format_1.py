@@ -1,6 +1,6 @@
-"""Format 1 (diffpress 0.1) in the names of format 2, so that bundles and checkpoints of then still load.
+"""Conversion of format 1 (diffpress 0.1) to the names of format 2, so that older bundles and checkpoints load.
 
-Only names changed between the two: the numbers, the graphs and what they compute are the same.
+Only names changed between the two formats; numbers and graphs are the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ SPEC_NAMES = {"distilled_also": "distilled_timesteps"}
 
 
 def upgraded_spec(spec: Any) -> Any:
-    """The JSON of a format-1 `DenoiserSpec` as format 2 names it; anything that is no object comes back as it is."""
+    """Rename the entries of a format-1 `DenoiserSpec` in JSON; values that are no objects are returned unchanged."""
     spec = _renamed(spec, SPEC_NAMES)
     if isinstance(spec, dict):
         spec = _replaced(spec, "spacing", SPACING_NAMES)
@@ -25,7 +25,7 @@ def upgraded_spec(spec: Any) -> Any:
 
 
 def upgraded_tensor_name(name: str) -> str:
-    """The name of a tensor in a format-1 quantization.safetensors as format 2 has it."""
+    """Return the format-2 name of a tensor in a format-1 quantization.safetensors."""
     return f"svdquant.{name.removeprefix('branch.')}" if name.startswith("branch.") else name
 
 

@@ -1,4 +1,12 @@
-"""Classifier-free guidance: where it acts and how many network evaluations it takes."""
+"""Classifier-free guidance (Ho & Salimans 2022): when it applies, what it costs, and how it is rescaled.
+
+    out        uncond + w (cond - uncond)
+    rescaled   out (phi std(cond) / std(out) + 1 - phi)     w increases the standard deviation of out, phi restores that
+                                                            of cond (Lin et al. 2024, eq. 15-16)
+    interval   out where low < sigma / alpha <= high, cond elsewhere                       (Kynkaanniemi et al. 2024)
+
+A guided step takes two network evaluations per sample, unless the weight is an input of the network.
+"""
 
 from __future__ import annotations
 
@@ -10,31 +18,31 @@ from diffpress.runtime.spec import DenoiserSpec
 Interval = tuple[float, float | None]
 
 
-def rescaled(mixed: np.ndarray, label: np.ndarray, phi: float) -> np.ndarray:
-    """Guided outputs [N, ...] with their spread brought `phi` of the way back to that of the label half."""
+def rescaled(mixed: np.ndarray, cond: np.ndarray, phi: float) -> np.ndarray:
+    """Rescale guided outputs [N, ...] by `phi` towards the standard deviation of the cond half, per sample."""
     axes = tuple(range(1, mixed.ndim))
-    spread, wanted = (array.std(axis=axes, keepdims=True) for array in (mixed, label))
-    result: np.ndarray = mixed * (phi * wanted / np.maximum(spread, np.finfo(np.float32).tiny) + (1.0 - phi))
+    mixed_std, cond_std = (array.std(axis=axes, keepdims=True) for array in (mixed, cond))
+    result: np.ndarray = mixed * (phi * cond_std / np.maximum(mixed_std, np.finfo(np.float32).tiny) + (1.0 - phi))
     return result
 
 
 def is_guided(spec: DenoiserSpec, guidance: float) -> bool:
-    """Whether this weight takes two network evaluations: 1 leaves the given half alone."""
+    """Whether this guidance weight needs two evaluations; a weight of 1 needs the cond half only."""
     return guidance != 1.0 and not spec.conditioning.guidance_input
 
 
 def evaluations_per_step(spec: DenoiserSpec) -> int:
-    """Network evaluations for one call for one sample by the spec's plan: two under guidance, where it acts."""
+    """Return the network evaluations per sample and noise level under the spec's plan: 2 with guidance, else 1."""
     return 2 if is_guided(spec, spec.plan.guidance) else 1
 
 
 def evaluations_at(spec: DenoiserSpec, level: NoiseLevel) -> int:
-    """As `evaluations_per_step`, at this point: outside the guidance interval it is one."""
+    """Return `evaluations_per_step` at this noise level: 1 outside the guidance interval."""
     return evaluations_per_step(spec) if guidance_acts(spec.plan.guidance_interval, level) else 1
 
 
 def guidance_acts(interval: Interval | None, level: NoiseLevel) -> bool:
-    """Whether guidance acts there: low < sigma / alpha <= high."""
+    """Whether guidance applies at this noise level: low < sigma / alpha <= high."""
     if interval is None:
         return True
     low, high = interval

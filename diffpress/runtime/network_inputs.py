@@ -1,4 +1,13 @@
-"""What one evaluation of a denoiser takes: the network protocol, conditioning arrays, and typed inputs."""
+"""Inputs of one denoiser evaluation: the network protocol, conditioning arrays and typed graph inputs.
+
+    sample          [B, C, H, W]
+    timestep        [B]             rounded if the graph takes integers
+    class_labels    [B]             class-conditional models
+    guidance        [B]             models that take the guidance weight as an input
+    text inputs     [B, ...]        as named in the spec's conditioning
+
+B is N for N samples; under guidance it is 2 N, the cond half followed by the uncond half.
+"""
 
 from __future__ import annotations
 
@@ -16,50 +25,60 @@ SAMPLE, TIMESTEP, LABELS, GUIDANCE = "sample", "timestep", "class_labels", "guid
 
 
 class Network(Protocol):
-    """What a denoiser needs of an engine; anything that has these two can be sampled."""
+    """The interface of a denoiser network; anything that implements it can be sampled."""
 
     @property
     def inputs(self) -> Mapping[str, np.dtype]:
-        """The graph's inputs and their types."""
+        """The graph's input names and their dtypes."""
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """The network's output for one batch, shaped like `sample`."""
+        """Return the network's output for one batch, shaped like `sample`."""
 
 
 @dataclass(frozen=True)
 class ConditioningInputs:
-    """What N samples are told: graph inputs [N, ...] by name, and the same for guidance's unconditional half."""
+    """Conditioning of N samples: graph inputs [N, ...] by name, with their unconditional counterparts for guidance."""
 
     cond: Mapping[str, np.ndarray] = field(default_factory=dict)
     uncond: Mapping[str, np.ndarray] | None = None
 
     def part(self, members: slice) -> ConditioningInputs:
+        """Return the conditioning of these samples alone."""
         uncond = None if self.uncond is None else {name: array[members] for name, array in self.uncond.items()}
         return ConditioningInputs({name: array[members] for name, array in self.cond.items()}, uncond)
 
 
 def class_conditioning(spec: DenoiserSpec, labels: np.ndarray | None) -> ConditioningInputs:
-    """Conditions of class labels, integers [N]; empty for None. Raises InvalidInputError for labels the model does not know."""
+    """Return the conditioning for integer class labels [N], empty for None.
+
+    Raises:
+        InvalidInputError: The model is not class-conditional or a label is out of range.
+    """
     if labels is None:
         return ConditioningInputs()
     conditioning = spec.conditioning
     if conditioning.kind != "class":
-        raise InvalidInputError("a label was asked for, but the model is not class-conditional")
-    labels, uncond = np.asarray(labels), conditioning.null_label
-    whole, known = labels.dtype.kind in "iu", range(conditioning.classes)
-    unknown = [label for label in labels.ravel().tolist() if label not in known and label != uncond] if whole else []
-    if not whole or unknown:
+        raise InvalidInputError("labels were given, but the model is not class-conditional")
+    labels, null_label = np.asarray(labels), conditioning.null_label
+    is_integer, known = labels.dtype.kind in "iu", range(conditioning.classes)
+    unknown = [v for v in labels.ravel().tolist() if v not in known and v != null_label] if is_integer else []
+    if not is_integer or unknown:
         raise InvalidInputError(f"labels {unknown[:4] or labels.dtype}: not among 0..{conditioning.classes - 1}")
-    return ConditioningInputs({LABELS: labels}, None if uncond is None else {LABELS: np.full_like(labels, uncond)})
+    return ConditioningInputs(
+        {LABELS: labels}, None if null_label is None else {LABELS: np.full_like(labels, null_label)}
+    )
 
 
 def dummy_conditioning(spec: DenoiserSpec, count: int) -> ConditioningInputs:
-    """Conditions for measuring and comparing networks: the classes in turn, or noise in place of encoded text."""
+    """Return conditioning for timing and comparing networks: the classes in turn, or noise for encoded text.
+
+    It is the same in every call.
+    """
     if spec.conditioning.kind == "class":
         return class_conditioning(spec, np.arange(count) % spec.conditioning.classes)
     noise = np.random.Generator(np.random.Philox(1))
     cond = {
-        # sizes and masks are no features: ones are as good a size as any, and a mask that lets everything be seen
+        # sizes and masks hold no features: ones are a valid size and a mask without padding
         name: np.ones((count, *entry.shape), np.float32)
         if entry.is_plain
         else noise.standard_normal((count, *entry.shape), dtype=np.float32)
@@ -72,7 +91,7 @@ def dummy_conditioning(spec: DenoiserSpec, count: int) -> ConditioningInputs:
 
 
 def dummy_inputs(network: Network, spec: DenoiserSpec, batch: int) -> dict[str, np.ndarray]:
-    """Inputs of the first call of sampling `batch` images by the spec's plan: noise under stand-in conditions."""
+    """Return inputs of the first evaluation for `batch` samples under the spec's plan: noise and dummy conditioning."""
     count = batch * evaluations_per_step(spec)
     noise = np.random.Generator(np.random.Philox(0))
     x = noise.standard_normal((count, *spec.sample_shape), dtype=np.float32)
@@ -83,7 +102,7 @@ def dummy_inputs(network: Network, spec: DenoiserSpec, batch: int) -> dict[str, 
 def network_feed(
     network: Network, spec: DenoiserSpec, x: np.ndarray, t: float, cond: Mapping[str, np.ndarray], guidance: float
 ) -> dict[str, np.ndarray]:
-    """One call's inputs in the graph's own types."""
+    """Return the inputs of one evaluation in the graph's dtypes; x and `cond` already have both guidance halves."""
     types = network.inputs
     feed = {
         SAMPLE: x.astype(types[SAMPLE], copy=False),
@@ -95,8 +114,12 @@ def network_feed(
 def static_inputs(
     network: Network, spec: DenoiserSpec, conditions: ConditioningInputs, count: int
 ) -> dict[str, np.ndarray]:
-    """The graph's inputs besides sample and timestep in every call for `count` samples by the spec's plan, as it takes
-    them; under guidance both halves, the given one first. Raises InvalidInputError as `make_predictor` does.
+    """Return the inputs that are constant over all steps of the spec's plan: all but sample and timestep.
+
+    They have the graph's dtypes and, under guidance, 2 * `count` rows: the cond half, then the uncond half.
+
+    Raises:
+        InvalidInputError: The conditioning or the guidance does not match the spec.
     """
     cond = _network_conditioning(spec, conditions, is_guided(spec, spec.plan.guidance))
     return _typed_conditioning(network, spec, count * evaluations_per_step(spec), cond, spec.plan.guidance)
@@ -105,46 +128,47 @@ def static_inputs(
 def _typed_conditioning(
     network: Network, spec: DenoiserSpec, count: int, cond: Mapping[str, np.ndarray], guidance: float
 ) -> dict[str, np.ndarray]:
-    """What `count` samples are told, and the weight of guidance where that is an input, in the graph's own types."""
+    """The conditioning of `count` rows, and the guidance weight if it is an input, in the graph's dtypes."""
     types = network.inputs
     weight = {GUIDANCE: np.full(count, guidance, types[GUIDANCE])} if spec.conditioning.guidance_input else {}
     return weight | {name: array.astype(types[name], copy=False) for name, array in cond.items()}
 
 
 def typed_timesteps(timesteps: Sequence[float], dtype: np.dtype) -> np.ndarray:
-    """Timesteps as a graph is told them that takes this type: one that takes whole numbers, the nearest."""
-    whole = np.dtype(dtype).kind in "iu"
-    return np.array([round(t) if whole else t for t in timesteps], dtype)
+    """Return timesteps in the graph's dtype, rounded to the nearest if that is an integer type."""
+    is_integer = np.dtype(dtype).kind in "iu"
+    return np.array([round(t) if is_integer else t for t in timesteps], dtype)
 
 
 def _network_conditioning(spec: DenoiserSpec, conditions: ConditioningInputs, guided: bool) -> dict[str, np.ndarray]:
-    """The conditions of one call: the given ones, followed by the null ones under guidance."""
+    """The conditioning of one evaluation: the cond half, followed by the uncond half under guidance."""
     conditioning = spec.conditioning
-    wanted = {LABELS} if conditioning.kind == "class" else set(conditioning.inputs)
-    if set(conditions.cond) != wanted:
+    expected = {LABELS} if conditioning.kind == "class" else set(conditioning.inputs)
+    if set(conditions.cond) != expected:
         if conditioning.kind == "class":
             raise InvalidInputError(
                 f"the model is class-conditional: give one label of 0..{conditioning.classes - 1} per sample"
             )
-        found = ", ".join(sorted(conditions.cond)) or "nothing"
-        raise InvalidInputError(f"the model is told {', '.join(sorted(wanted)) or 'nothing'}, and {found} was given")
+        found = ", ".join(sorted(conditions.cond)) or "none"
+        raise InvalidInputError(
+            f"conditioning does not match: the model expects {', '.join(sorted(expected)) or 'none'}, got {found}"
+        )
     if not guided:
         return dict(conditions.cond)
     if conditioning.kind == "none":
-        raise InvalidInputError("guidance was asked for, but the model is not conditional; use guidance 1")
+        raise InvalidInputError("guidance was set, but the model is not conditional; use guidance 1")
     if conditions.uncond is None:
         what = "a null label" if conditioning.kind == "class" else "an encoded negative prompt"
-        raise InvalidInputError(f"guidance needs {what}, and there is none; use guidance 1")
+        raise InvalidInputError(f"guidance needs {what}, but there is none; use guidance 1")
     return {name: np.concatenate([array, conditions.uncond[name]]) for name, array in conditions.cond.items()}
 
 
 def check_inputs(network: Network, spec: DenoiserSpec) -> None:
+    """Raise InvalidInputError if the graph's inputs are not those that the spec requires."""
     conditioning = spec.conditioning
-    wanted = {SAMPLE, TIMESTEP, *conditioning.inputs}
-    wanted |= {LABELS} if conditioning.kind == "class" else set()
-    wanted |= {GUIDANCE} if conditioning.guidance_input else set()
-    if set(network.inputs) != wanted:
+    expected = {SAMPLE, TIMESTEP, *conditioning.inputs}
+    expected |= {LABELS} if conditioning.kind == "class" else set()
+    expected |= {GUIDANCE} if conditioning.guidance_input else set()
+    if set(network.inputs) != expected:
         found = ", ".join(sorted(network.inputs))
-        raise InvalidInputError(
-            f"the graph's inputs are {found}; by its spec they should be {', '.join(sorted(wanted))}"
-        )
+        raise InvalidInputError(f"the graph's inputs are {found}; its spec requires {', '.join(sorted(expected))}")

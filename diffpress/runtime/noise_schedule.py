@@ -1,13 +1,11 @@
-"""Noise schedules and timestep grids: how much noise a timestep means, and which timesteps a sampler visits.
+"""Noise schedules: alpha_t and sigma_t of x_t = alpha_t x_0 + sigma_t eps, as tables over the timesteps 0..T-1.
 
-A variance-preserving schedule is made from betas:   abar_t = prod_{s<=t} (1 - beta_s),
-                                                     alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
-A flow-matching schedule is a straight line:         alpha_t = 1 - s,  sigma_t = s,  s = t / (T - 1)
+    variance preserving, from betas     abar_t = prod_{s<=t} (1 - beta_s)
+                                        alpha_t = sqrt(abar_t),  sigma_t = sqrt(1 - abar_t)
+    flow matching, a straight line      alpha_t = 1 - s,  sigma_t = s,  s = t / (T - 1)
 
-A trajectory is the timesteps of a grid (runtime/timesteps.py) and then the clean end, alpha = 1, sigma = 0 (diffusers'
-`set_alpha_to_one`, `final_sigmas_type="zero"`), or the point the plan ends at.
-
-Flow models shift their grid, s' = k s / (1 + (k - 1) s) with s = t / T (Esser et al. 2024, section 5.3.2).
+`noise_level_at` reads a table at any timestep, integer or not; `timesteps_at` is its inverse in sigma / alpha. Which
+timesteps a sampler visits is decided in timesteps.py.
 """
 
 from __future__ import annotations
@@ -25,7 +23,7 @@ from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """alpha_t and sigma_t at the integer timesteps 0..T-1 (t grows with the noise), float64 [T] each."""
+    """Tables of alpha_t and sigma_t at the integer timesteps 0..T-1, T values each; noise grows with t."""
 
     alphas: tuple[float, ...]
     sigmas: tuple[float, ...]
@@ -40,7 +38,7 @@ class NoiseSchedule:
             raise InvalidInputError("noise schedule: alphas and sigmas must be finite numbers")
         if (alphas < 0).any() or (sigmas < 0).any() or (np.diff(alphas) > 0).any() or (np.diff(sigmas) < 0).any():
             raise InvalidInputError(
-                "noise schedule: with growing t, alphas must fall and sigmas must grow, and none be negative"
+                "noise schedule: as t grows, alphas must fall and sigmas must grow, and none may be negative"
             )
 
     def __len__(self) -> int:
@@ -51,15 +49,15 @@ class NoiseSchedule:
 
     @cached_property
     def _hash(self) -> int:
-        """Of two long tables, which every batch would walk through again to find its program."""
+        """Cached because every batch looks up its fused sampling program by the schedule, and the tables are long."""
         return hash((self.alphas, self.sigmas))
 
 
-MAX_BETA = 0.999  # what diffusers caps a cosine beta at
+MAX_BETA = 0.999  # diffusers' upper limit for the betas of the cosine schedule
 
 
 class NoiseLevel(NamedTuple):
-    """One place on a trajectory: x_t = alpha * x_0 + sigma * eps, and the timestep the network is told."""
+    """Noise level of a sample x_t = alpha * x_0 + sigma * eps, with the timestep that the network gets for it."""
 
     t: float
     alpha: float
@@ -70,11 +68,17 @@ CLEAN = NoiseLevel(t=0.0, alpha=1.0, sigma=0.0)
 
 
 def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0.02) -> NoiseSchedule:
-    """The variance-preserving schedule of T betas of a diffusers `beta_schedule`, in float64.
+    """Return the variance-preserving schedule of a diffusers `beta_schedule`, computed in float64.
 
-    `kind` is linear, scaled_linear (linear in sqrt(beta), latent diffusion) or squaredcos_cap_v2 (cosine,
-    Nichol and Dhariwal 2021, eq. 17; takes no start and end). Raises InvalidInputError for another kind or a range
-    outside (0, 1).
+    Args:
+        kind: 'linear', 'scaled_linear' (linear in sqrt(beta), latent diffusion) or 'squaredcos_cap_v2' (cosine, Nichol
+            & Dhariwal 2021, eq. 17; ignores `start` and `end`).
+        T: Number of timesteps.
+        start: First beta.
+        end: Last beta.
+
+    Raises:
+        InvalidInputError: Unknown kind, or betas outside (0, 1).
     """
     if kind not in BETAS:
         raise unknown_name("beta schedule", kind, BETAS)
@@ -87,7 +91,7 @@ def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0
 
 
 def flow_schedule(T: int = 1000) -> NoiseSchedule:
-    """Rectified flow over T timesteps: pure data at t = 0, pure noise at t = T - 1."""
+    """Return the rectified flow schedule over T timesteps: data at t = 0, pure noise at t = T - 1."""
     if T < 2:
         raise InvalidInputError(f"flow schedule: {T} timesteps; need at least 2")
     s = np.arange(T) / (T - 1)
@@ -95,28 +99,31 @@ def flow_schedule(T: int = 1000) -> NoiseSchedule:
 
 
 def noise_level_at(schedule: NoiseSchedule, t: float) -> NoiseLevel:
-    """The point at a whole or fractional timestep: alpha and sigma linear in between.
+    """Return the noise level at an integer or fractional timestep, interpolated linearly in alpha and sigma.
 
-    Exact for a flow; for variance-preserving tables alpha^2 + sigma^2 strays from 1 by at most a quarter of
-    the squared angle between neighbours (about 1e-5 with 1000 timesteps). Raises InvalidInputError outside 0..T-1.
+    This is exact for a flow. For variance-preserving tables alpha^2 + sigma^2 deviates from 1 by at most a quarter of
+    the squared angle between neighbours, about 1e-5 with 1000 timesteps.
+
+    Raises:
+        InvalidInputError: The timestep is outside 0..T-1.
     """
     last = len(schedule) - 1
     if not 0.0 <= t <= last:
-        raise InvalidInputError(f"timestep {t:g} lies outside the model's 0..{last}")
+        raise InvalidInputError(f"timestep {t:g} is outside the model's 0..{last}")
     low = min(int(t), last - 1)
-    part = t - low
-    alpha = (1.0 - part) * schedule.alphas[low] + part * schedule.alphas[low + 1]
-    sigma = (1.0 - part) * schedule.sigmas[low] + part * schedule.sigmas[low + 1]
+    fraction = t - low
+    alpha = (1.0 - fraction) * schedule.alphas[low] + fraction * schedule.alphas[low + 1]
+    sigma = (1.0 - fraction) * schedule.sigmas[low] + fraction * schedule.sigmas[low + 1]
     return NoiseLevel(float(t), float(alpha), float(sigma))
 
 
 def noise_level_at_ratio(schedule: NoiseSchedule, ratio: float) -> NoiseLevel:
-    """The point where sigma / alpha is `ratio`, or that end of the schedule which it lies beyond."""
+    """Return the noise level where sigma / alpha is `ratio`, clamped to the ends of the schedule."""
     return noise_level_at(schedule, float(timesteps_at(np.array([ratio]), schedule)[0]))
 
 
 def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
-    """A variance-preserving schedule stretched so that it ends in pure noise (Lin et al. 2024, algorithm 1)."""
+    """Rescale a variance-preserving schedule so that it ends in pure noise (Lin et al. 2024, algorithm 1)."""
     alphas = np.asarray(schedule.alphas)
     alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
     return NoiseSchedule(_floats(alphas), _floats(np.sqrt(1.0 - alphas**2)))
@@ -147,10 +154,10 @@ def _floats(values: np.ndarray) -> tuple[float, ...]:
 
 
 def timesteps_at(ratios: np.ndarray, schedule: NoiseSchedule) -> np.ndarray:
-    """The fractional timesteps where sigma / alpha equals `ratios`, the exact inverse of schedule.noise_level_at.
+    """Return the fractional timesteps where sigma / alpha equals `ratios`: the exact inverse of `noise_level_at`.
 
-    Between neighbours:  sigma + f dsigma = r (alpha + f dalpha)  gives  f = (r alpha - sigma) / (dsigma - r
-    dalpha).
+    Between neighbours, sigma + f dsigma = r (alpha + f dalpha) gives f = (r alpha - sigma) / (dsigma - r dalpha).
+    Ratios beyond the schedule give its ends.
     """
     alphas, sigmas = np.asarray(schedule.alphas), np.asarray(schedule.sigmas)
     # the angle atan2(sigma, alpha) grows with sigma / alpha and stays finite where alpha is zero

@@ -1,4 +1,12 @@
-"""What a network predicts, and x_0 from it."""
+"""Prediction types: x_0 computed from what the network returns.
+
+With x = alpha x_0 + sigma eps, x_0 is linear in x and the output `out` for each of them (float32 throughout):
+
+    epsilon   x_0 = (x - sigma out) / alpha
+    v         x_0 = (alpha x - sigma out) / (alpha^2 + sigma^2)        from out = alpha eps - sigma x_0
+    sample    x_0 = out
+    flow      x_0 = (x - sigma out) / (alpha + sigma)                  from out = eps - x_0
+"""
 
 from __future__ import annotations
 
@@ -9,7 +17,11 @@ from diffpress.runtime.noise_schedule import NoiseLevel
 
 
 def to_x0(prediction: str, x: np.ndarray, out: np.ndarray, level: NoiseLevel) -> np.ndarray:
-    """x_0 from what the network returned at x (see above); raises InvalidInputError for epsilon at pure noise."""
+    """Return x_0 for the network's output `out` at x.
+
+    Raises:
+        InvalidInputError: An epsilon prediction at pure noise (alpha = 0), which does not determine x_0.
+    """
     alpha, sigma = level.alpha, level.sigma
     if prediction == "sample":
         return out
@@ -19,7 +31,7 @@ def to_x0(prediction: str, x: np.ndarray, out: np.ndarray, level: NoiseLevel) ->
         return (x - sigma * out) / (alpha + sigma)
     if alpha == 0.0:
         raise InvalidInputError(
-            f"timestep {level.t:g} is pure noise (alpha 0), where an epsilon prediction says nothing about "
-            "the image; start the plan at an earlier timestep"
+            f"timestep {level.t:g} is pure noise (alpha 0), where an epsilon prediction does not determine the "
+            "image; start the plan at an earlier timestep"
         )
     return (x - sigma * out) / alpha

@@ -1,16 +1,16 @@
-"""From prompts to the denoiser's text inputs: tokenize, encode, assemble.
+"""Prompts to text inputs of the denoiser: tokenize, encode, assemble.
 
     prompt --tokenizer--> ids, mask [N, L] --text encoder--> hidden states [N, L, D], pooled [N, D] --rows--> inputs
 
-Which encoders there are and how their outputs are laid side by side is data (diffpress.runtime.conditioning.Conditioning), so one
-assembly serves them all; with | side by side along the features, and / below each other along the sequence:
+The encoders and the layout of their outputs are data (conditioning.Conditioning), so that one function assembles the
+inputs of every model. With | for concatenation along the features and / along the sequence:
 
     SD 1.x, PixArt   encoder_hidden_states = hidden
     SDXL             encoder_hidden_states = hidden_1 | hidden_2,          time_ids = size | corner | size
     SD3              encoder_hidden_states = (hidden_1 | hidden_2 | 0) / hidden_3
     Flux             txt_ids = L rows of zeros
 
-Tokenizers are files of the `tokenizers` library (tokenizer.json), which the extra `text` brings.
+Tokenizers are files of the `tokenizers` library (tokenizer.json), which the extra `text` installs.
 """
 
 from __future__ import annotations
@@ -31,32 +31,37 @@ if TYPE_CHECKING:
 
 IDS, MASK = "input_ids", "attention_mask"
 SIZE, CORNER = "size", "corner"
-BATCH = 8  # prompts that go through an encoder at once: bounds the memory of its activations
+BATCH = 8  # prompts per encoder run; bounds the memory of its activations
 
 Warn = Callable[[str], None]
 
 
 class TextNetwork(Protocol):
-    """What encoding needs of a text encoder; engines have it, and so has a thin wrapper of a torch module."""
+    """The interface of a text encoder: an engine, or a thin wrapper around a torch module."""
 
     @property
     def inputs(self) -> Mapping[str, np.dtype]:
-        """The graph's inputs and their types: `input_ids`, and `attention_mask` where it takes one."""
+        """The graph's inputs and their dtypes: `input_ids`, and `attention_mask` if it takes one."""
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """All outputs by name, each [N, ...], for one batch of ids [N, L]."""
+        """Return all outputs by name, each [N, ...], for one batch of ids [N, L]."""
 
 
 class Tokens(NamedTuple):
-    """Prompts as an encoder takes them, and what of each prompt was left out."""
+    """Tokenized prompts, and the truncated part of each prompt."""
 
     ids: np.ndarray  # int64 [N, L]
-    mask: np.ndarray  # int64 [N, L]: 1 for a token of the prompt, special ones included, 0 for filling
-    unread: tuple[str, ...]  # N texts, empty where the whole prompt fits
+    mask: np.ndarray  # int64 [N, L]: 1 for tokens of the prompt, special ones included, 0 for padding
+    unread: tuple[str, ...]  # N texts, empty if the prompt was not truncated
 
 
 def open_tokenizer(file: str | Path) -> Tokenizer:
-    """Read a `tokenizer.json`; raises InvalidInputError for a file that is none, MissingDependencyError without the library."""
+    """Read a `tokenizer.json`.
+
+    Raises:
+        InvalidInputError: The file is missing or not a tokenizer.json.
+        MissingDependencyError: The `tokenizers` library is not installed.
+    """
     try:
         from tokenizers import Tokenizer
     except ModuleNotFoundError as error:
@@ -70,11 +75,14 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], encoder: TextEncoder) -> Tokens:
-    """Ids of exactly `encoder.length` tokens a prompt: cut before the closing special token, or filled with `pad`.
+    """Tokenize prompts to exactly `encoder.length` ids each: truncated before the final special token, or padded.
 
-    The same as transformers' `padding="max_length", truncation=True`; `encoder.lower` first does what PixArt does
-    to prompts (diffusers, `_text_preprocessing` without `clean_caption`). Raises InvalidInputError where not even the
-    special tokens fit. Sets the tokenizer's own truncation and padding, which a file may carry from training.
+    Equal to transformers' `padding="max_length", truncation=True`. `encoder.lower` applies PixArt's preprocessing first
+    (diffusers, `_text_preprocessing` without `clean_caption`). The tokenizer's own truncation and padding, which a file
+    may contain from training, are overwritten.
+
+    Raises:
+        InvalidInputError: `encoder.length` is smaller than the number of special tokens.
     """
     fewest = tokenizer.num_special_tokens_to_add(False)
     if encoder.length < fewest:
@@ -91,11 +99,11 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], encoder: TextEncoder)
         encoding = tokenizer.encode(text)
         ids[row, : len(encoding.ids)] = encoding.ids
         mask[row, : len(encoding.ids)] = 1
-        # the overflow has special tokens of its own, which stand nowhere in the text
+        # the overflow contains special tokens, which have no position in the text
         lost = (
-            at[0]
-            for part in encoding.overflowing
-            for at, special in zip(part.offsets, part.special_tokens_mask, strict=True)
+            span[0]
+            for overflow in encoding.overflowing
+            for span, special in zip(overflow.offsets, overflow.special_tokens_mask, strict=True)
             if not special
         )
         unread.append(text[next(lost, len(text)) :].strip())
@@ -110,19 +118,26 @@ def encode(
     size: tuple[int, int],
     warn: Warn = warnings.warn,
 ) -> dict[str, np.ndarray]:
-    """The denoiser's text inputs for these prompts: `{name: float32 [N, *shape]}`.
+    """Encode prompts into the denoiser's text inputs, `{name: float32 [N, *shape]}`. Equal prompts are encoded once.
 
-    `encoders` go by graph (`TextEncoder.graph`), `tokenizers` by folder (`TextEncoder.tokenizer`); `size` is the
-    image's (height, width) in pixels. Equal prompts are encoded once. `warn` gets one line for each prompt that is
-    too long, with the words that were left out. Raises InvalidInputError as `tokenize` and `assemble` do.
+    Args:
+        prompts: N prompts.
+        conditioning: The model's conditioning.
+        encoders: Text encoders by graph (`TextEncoder.graph`).
+        tokenizers: Tokenizers by folder (`TextEncoder.tokenizer`).
+        size: The image's (height, width) in pixels.
+        warn: Called with one line per prompt that is too long, including the truncated text.
+
+    Raises:
+        InvalidInputError: As in `tokenize` and `assemble`.
     """
     unique = list(dict.fromkeys(prompts))
-    place = {prompt: index for index, prompt in enumerate(unique)}
-    index = np.array([place[prompt] for prompt in prompts], dtype=np.int64)
-    tokens = {it.graph: tokenize(tokenizers[it.tokenizer], unique, it) for it in conditioning.encoders}
-    _warn_of_cuts(unique, conditioning.encoders, tokens, warn)
+    position = {prompt: index for index, prompt in enumerate(unique)}
+    index = np.array([position[prompt] for prompt in prompts], dtype=np.int64)
+    tokens = {e.graph: tokenize(tokenizers[e.tokenizer], unique, e) for e in conditioning.encoders}
+    _warn_if_truncated(unique, conditioning.encoders, tokens, warn)
 
-    result = {name: np.empty((len(prompts), *form.shape), np.float32) for name, form in conditioning.inputs.items()}
+    result = {name: np.empty((len(prompts), *entry.shape), np.float32) for name, entry in conditioning.inputs.items()}
     for start in range(0, len(unique), BATCH):
         batch = slice(start, min(start + BATCH, len(unique)))
         outputs: dict[str, np.ndarray] = {}
@@ -143,49 +158,58 @@ def unconditional(
     size: tuple[int, int],
     warn: Warn = warnings.warn,
 ) -> dict[str, np.ndarray]:
-    """The text inputs of guidance's null half for `count` samples, as `encode` gives them for the other half.
+    """Return the text inputs of the uncond half of `count` samples, in the form that `encode` returns.
 
-    Negative prompts are encoded like any. Without them it is the empty prompt, or, with `zero_negative`, zeros and
-    no encoder runs (diffusers, SDXL's `force_zeros_for_empty_prompt`); inputs that no encoder has a part in, such as
-    `time_ids`, stay what they are. Raises InvalidInputError unless there is one negative prompt per sample.
+    Negative prompts are encoded like any prompt. Without them the empty prompt is encoded; with `zero_negative` the
+    inputs are zeros instead and no encoder runs (diffusers, SDXL's `force_zeros_for_empty_prompt`), except for inputs
+    that contain no encoder output, such as `time_ids`.
+
+    Raises:
+        InvalidInputError: The number of negative prompts is not `count`.
     """
     if negatives is not None and len(negatives) != count:
-        raise InvalidInputError(f"{len(negatives)} negative prompts for {count} samples: give one each")
+        raise InvalidInputError(f"{len(negatives)} negative prompts for {count} samples: give one per sample")
     if negatives is not None or not conditioning.zero_negative:
         return encode([""] * count if negatives is None else negatives, conditioning, encoders, tokenizers, size, warn)
-    plain = {name: form for name, form in conditioning.inputs.items() if not _reads_text(form)}
+    plain = {name: entry for name, entry in conditioning.inputs.items() if not _reads_text(entry)}
     result = assemble(replace(conditioning, inputs=plain), {}, count, size)
     return {
-        name: result[name] if name in plain else np.zeros((count, *form.shape), np.float32)
-        for name, form in conditioning.inputs.items()
+        name: result[name] if name in plain else np.zeros((count, *entry.shape), np.float32)
+        for name, entry in conditioning.inputs.items()
     }
 
 
 def assemble(
     conditioning: Conditioning, outputs: Mapping[str, np.ndarray], count: int, size: tuple[int, int]
 ) -> dict[str, np.ndarray]:
-    """Lay the encoders' outputs out as diffpress.runtime.conditioning.TextInput says: `{name: float32 [N, *shape]}`, N = `count`.
+    """Assemble the text inputs from the encoders' outputs (conditioning.TextInput): `{name: float32 [N, *shape]}`.
 
-    `outputs` has arrays [N, ...] by 'graph.output'; `size` is the image's (height, width) in pixels. Raises InvalidInputError
-    naming the input whose parts are missing or do not give its declared shape.
+    Args:
+        conditioning: The model's conditioning.
+        outputs: Encoder outputs [N, ...] by 'graph.output'.
+        count: N.
+        size: The image's (height, width) in pixels.
+
+    Raises:
+        InvalidInputError: The pieces of an input are missing or do not have its declared shape.
     """
     pieces = {
         **outputs,
         SIZE: np.tile(np.asarray(size, np.float32), (count, 1)),
         CORNER: np.zeros((count, 2), np.float32),
     }
-    return {name: _assemble(name, form, pieces, count) for name, form in conditioning.inputs.items()}
+    return {name: _assemble(name, entry, pieces, count) for name, entry in conditioning.inputs.items()}
 
 
-def _assemble(name: str, form: TextInput, pieces: Mapping[str, np.ndarray], count: int) -> np.ndarray:
-    if len(form.shape) == 1 and (len(form.rows) != 1 or isinstance(form.rows[0], int)):
-        raise InvalidInputError(f"input '{name}' has no sequence (shape {form.shape}), so it takes one row of pieces")
-    if not form.rows:
-        raise InvalidInputError(f"input '{name}' has no rows to be made of")
-    rows = [_row(name, row, form.shape, pieces, count) for row in form.rows]
-    if sum(row.shape[1] for row in rows) != form.shape[0] or any(row.shape[2:] != form.shape[1:] for row in rows):
+def _assemble(name: str, entry: TextInput, pieces: Mapping[str, np.ndarray], count: int) -> np.ndarray:
+    if len(entry.shape) == 1 and (len(entry.rows) != 1 or isinstance(entry.rows[0], int)):
+        raise InvalidInputError(f"input '{name}' has no sequence (shape {entry.shape}), so it takes one row of pieces")
+    if not entry.rows:
+        raise InvalidInputError(f"input '{name}' has no rows")
+    rows = [_row(name, row, entry.shape, pieces, count) for row in entry.rows]
+    if sum(row.shape[1] for row in rows) != entry.shape[0] or any(row.shape[2:] != entry.shape[1:] for row in rows):
         shapes = " / ".join(str(row.shape[1:]) for row in rows)
-        raise InvalidInputError(f"input '{name}' is declared as {form.shape} per sample, its rows give {shapes}")
+        raise InvalidInputError(f"input '{name}' is declared as {entry.shape} per sample, but its rows give {shapes}")
     return np.concatenate(rows, axis=1, dtype=np.float32)
 
 
@@ -195,54 +219,52 @@ def _row(
     """One row as [N, length, shape[-1]], or [N, features] for an input without a sequence."""
     if isinstance(row, int):
         return np.zeros((count, row, *shape[1:]), np.float32)
-    parts = []
+    arrays = []
     for piece in row:
         if piece not in pieces:
-            raise unknown_name(f"part of input '{name}',", piece, pieces)
-        parts.append(pieces[piece])
-    sides = {part.shape[:-1] for part in parts}
-    if len(sides) != 1 or parts[0].ndim != len(shape) + 1 or len(parts[0]) != count:
-        found = ", ".join(f"{piece} {part.shape}" for piece, part in zip(row, parts, strict=True))
+            raise unknown_name(f"piece of input '{name}',", piece, pieces)
+        arrays.append(pieces[piece])
+    leading = {array.shape[:-1] for array in arrays}
+    if len(leading) != 1 or arrays[0].ndim != len(shape) + 1 or len(arrays[0]) != count:
+        found = ", ".join(f"{piece} {array.shape}" for piece, array in zip(row, arrays, strict=True))
         raise InvalidInputError(
-            f"input '{name}' for {count} samples of shape {shape} cannot be made of {found or 'nothing'}"
+            f"input '{name}' for {count} samples of shape {shape} cannot be assembled from {found or 'nothing'}"
         )
-    joined = np.concatenate(parts, axis=-1)
-    narrow = shape[-1] - joined.shape[-1]
-    if narrow > 0 and len(shape) > 1:  # a vector or a mask that is too short is a mistake, not a row to be filled
-        return np.pad(joined, [(0, 0)] * len(shape) + [(0, narrow)])
+    joined = np.concatenate(arrays, axis=-1)
+    missing = shape[-1] - joined.shape[-1]
+    if missing > 0 and len(shape) > 1:  # a vector or a mask that is too short is an error and is not padded
+        return np.pad(joined, [(0, 0)] * len(shape) + [(0, missing)])
     return joined
 
 
 def _run(graph: str, network: TextNetwork, ids: np.ndarray, mask: np.ndarray) -> dict[str, np.ndarray]:
-    """One encoder's outputs by 'graph.output', and its attention mask, which some denoisers want to see too."""
-    types, given = network.inputs, {IDS: ids, MASK: mask}
-    if IDS not in types or not set(types) <= set(given):
-        raise InvalidInputError(
-            f"{graph}: its inputs are {', '.join(types)}; they should be {IDS} and, if need be, {MASK}"
-        )
-    outputs = network.run_all({name: given[name].astype(dtype) for name, dtype in types.items()})
+    """One encoder's outputs by 'graph.output', with its attention mask, which some denoisers take as an input."""
+    types, available = network.inputs, {IDS: ids, MASK: mask}
+    if IDS not in types or not set(types) <= set(available):
+        raise InvalidInputError(f"{graph}: its inputs are {', '.join(types)}; expected {IDS} and optionally {MASK}")
+    outputs = network.run_all({name: available[name].astype(dtype) for name, dtype in types.items()})
     return {f"{graph}.{name}": array for name, array in {MASK: mask, **outputs}.items()}
 
 
-def _reads_text(form: TextInput) -> bool:
-    return any(piece not in (SIZE, CORNER) for row in form.rows if not isinstance(row, int) for piece in row)
+def _reads_text(entry: TextInput) -> bool:
+    return any(piece not in (SIZE, CORNER) for row in entry.rows if not isinstance(row, int) for piece in row)
 
 
-def _warn_of_cuts(
+def _warn_if_truncated(
     prompts: Sequence[str], encoders: Sequence[TextEncoder], tokens: Mapping[str, Tokens], warn: Warn
 ) -> None:
-    """One line for a prompt and what is lost of it, however many encoders lose the same."""
-    losing: dict[tuple[str, int, str], list[str]] = {}
+    """Warn once per truncated prompt and truncated text, naming all encoders concerned."""
+    truncated: dict[tuple[str, int, str], list[str]] = {}
     for encoder in encoders:
         for prompt, unread in zip(prompts, tokens[encoder.graph].unread, strict=True):
             if unread:
-                losing.setdefault((prompt, encoder.length, unread), []).append(encoder.graph)
-    for (prompt, length, unread), graphs in losing.items():
-        losers = f"{', '.join(graphs)} ({length} tokens)"
-        warn(f"the prompt '{_brief(prompt, 40)}' is too long for {losers}: left out '{_brief(unread, 200)}'")
+                truncated.setdefault((prompt, encoder.length, unread), []).append(encoder.graph)
+    for (prompt, length, unread), graphs in truncated.items():
+        names = f"{', '.join(graphs)} ({length} tokens)"
+        warn(f"the prompt '{_brief(prompt, 40)}' is too long for {names}: left out '{_brief(unread, 200)}'")
 
 
 def _brief(text: str, limit: int) -> str:
-    """The text on one line, cut to `limit` characters."""
+    """The text on one line, truncated to `limit` characters."""
     line = " ".join(text.split())
     return line if len(line) <= limit else f"{line[:limit]}..."

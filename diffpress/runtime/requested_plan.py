@@ -1,4 +1,4 @@
-"""The sampling plan that was requested: the bundle's own with other steps, spacing, solver or guidance."""
+"""The sampling plan that a user requests: the bundle's own with other steps, spacing, solver or guidance."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import spaced_timesteps
 
-EQUIVALENT_SOLVERS = {"ddim", "euler"}  # without fresh noise the same step
+EQUIVALENT_SOLVERS = {"ddim", "euler"}  # identical without fresh noise
 
 
 def requested_spec(
@@ -21,28 +21,35 @@ def requested_spec(
     spacing: str | None = None,
     guidance: float | None = None,
 ) -> DenoiserSpec:
-    """The spec with the plan that was asked for (requested_plan); says so where a distilled network was not taught it."""
+    """Return the spec with the requested plan; warn if a distilled network was not trained for it.
+
+    Raises:
+        InvalidInputError: As in `requested_plan`.
+    """
     plan = requested_plan(spec, steps, solver, spacing, guidance)
     if spec.distilled and not _is_trained_for(spec, plan):
-        _warn(f"this network was distilled for {_trained_plans(spec)}; the quality of other plans is not promised")
+        _warn(f"this network was distilled for {_trained_plans(spec)}; other plans may reduce the image quality")
     return spec.with_plan(plan)
 
 
 def requested_plan(
     spec: DenoiserSpec, steps: int | None, solver: str | None, spacing: str | None, guidance: float | None
 ) -> SamplingPlan:
-    """The spec's plan with what was asked for in its place; new timesteps lie as the model's spacing has them, or as a
-    distilled network was taught so many.
+    """Return the spec's plan with the requested changes; None keeps the plan's value.
 
-    A plan that differs from the spec's in anything is left without its corrections. Raises InvalidInputError for a solver that
-    does not fit a distilled network.
+    New timesteps follow the model's spacing, or, for a distilled network, the plan with that number of steps that it
+    was trained for. A plan that differs from the spec's in any way loses its output corrections.
+
+    Raises:
+        InvalidInputError: Unknown solver or spacing, an impossible number of steps, or a solver that a distilled
+            network was not trained for.
     """
     plan = spec.plan.without_corrections
     if steps is not None or spacing is not None:
         count = plan.steps if steps is None else steps
         layout = spec.spacing if spacing is None else replace(spec.spacing, kind=spacing, offset=0)
-        taught = (spec.plan.timesteps, *spec.distilled_timesteps) if spec.distilled and spacing is None else ()
-        timesteps = next((known for known in taught if len(known) == count), None)
+        trained = (spec.plan.timesteps, *spec.distilled_timesteps) if spec.distilled and spacing is None else ()
+        timesteps = next((known for known in trained if len(known) == count), None)
         if timesteps is None:
             timesteps = spaced_timesteps(layout, count, spec.schedule, spec.tokens(spec.sample_shape))
         plan = plan.over(timesteps)
@@ -50,8 +57,8 @@ def requested_plan(
         plan = with_solver(plan, solver)
         if spec.distilled and not {solver, spec.plan.solver} <= EQUIVALENT_SOLVERS and solver != spec.plan.solver:
             raise InvalidInputError(
-                f"--solver {solver}: this network was distilled ({spec.distilled}) for {_trained_plans(spec)}, and other "
-                "solvers do not fit it; leave the solver out"
+                f"--solver {solver}: this network was distilled ({spec.distilled}) for {_trained_plans(spec)} and "
+                "supports no other solver; omit --solver"
             )
     if guidance is not None:
         plan = replace(plan, guidance=guidance)
@@ -59,6 +66,7 @@ def requested_plan(
 
 
 def plan_description(spec: DenoiserSpec) -> str:
+    """Return the number of steps and the solver in words, such as '4 steps of euler'."""
     return f"{spec.plan.steps} {'step' if spec.plan.steps == 1 else 'steps'} of {spec.plan.solver}"
 
 
@@ -68,7 +76,7 @@ def _trained_plans(spec: DenoiserSpec) -> str:
 
 
 def _is_trained_for(spec: DenoiserSpec, plan: SamplingPlan) -> bool:
-    """Whether a distilled network was taught this plan: its own, or it over other timesteps that it knows."""
+    """Whether a distilled network was trained for this plan: its own, possibly over its other timesteps."""
     return plan == spec.plan or any(
         plan == spec.plan.without_corrections.over(other) for other in spec.distilled_timesteps
     )

@@ -1,14 +1,14 @@
 """The sampler: one loop from noise to image that yields every step.
 
-    x_N = noise;   x_0 = denoise(x, point);   x' = solver(x, x_0, point, next, ...);   until sigma = 0
+    x_N = noise;   x_0 = denoise(x, level);   x' = solver(x, x_0, level, next level, ...);   until the plan's end
 
-Noise comes from one counter-based generator per sample (Philox, Salmon et al. 2011), keyed by that sample's
-seed: an image depends on its seed, its label and the plan, and on nothing else in its batch. Stream 0 is the
-starting noise, stream k the noise that step k adds where eta > 0 or the solver is a noisy one; a second noise in one
+Noise comes from one counter-based generator per sample (Philox, Salmon et al. 2011), keyed by the sample's seed, so
+that an image depends on its seed, its conditioning and the plan, but not on the rest of its batch. Stream 0 is the
+initial noise, stream k the noise that step k adds if eta > 0 or the solver is stochastic; a second noise in the same
 step is stream k + N.
 
-A network that can walk by itself, without handing out every step, is given the whole of it where its numbers are known
-ahead (diffpress.runtime.fused.program); whatever it cannot walk comes back to the loop.
+An engine that supports fused sampling runs the whole plan in one call if its coefficients are known in advance
+(diffpress.runtime.fused.program); otherwise the Python loop runs it.
 """
 
 from __future__ import annotations
@@ -46,16 +46,18 @@ FusedSampling = Callable[[dict[str, np.ndarray], np.ndarray], np.ndarray | None]
 
 
 class Step(NamedTuple):
-    """One finished step: its number from 0, its timestep, the sample after it and the x_0 it used."""
+    """A finished step: its index, its timestep, the sample after it and the x_0 it used."""
 
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a step
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     t: float
     x: np.ndarray
     x0: np.ndarray
 
 
 def _no_noise(k: int) -> np.ndarray:
-    raise InvalidInputError("a noisy solver, and any plan with eta above 0, adds noise at every step: pass fresh_noise")
+    raise InvalidInputError(
+        "a stochastic solver, or a plan with eta above 0, adds noise in every step: pass fresh_noise"
+    )
 
 
 def sample(
@@ -65,32 +67,39 @@ def sample(
     plan: SamplingPlan,
     fresh_noise: Callable[[int], np.ndarray] = _no_noise,
 ) -> Iterator[Step]:
-    """Walk the plan from unit `noise` (float32 [N, C, H, W]); the last step's x is the result.
+    """Sample with a plan and yield every step; the x of the last step is the result.
 
-    `denoise(x, level) -> x_0` is the model (it applies guidance and clipping), `fresh_noise(k)` gives unit
-    noise like x for step k = 1, 2, ... (and for k + N where a step needs two) and is needed where plan.eta > 0 and by
-    noisy solvers. Raises InvalidInputError for an unknown solver.
+    Args:
+        denoise: The model, (x, level) -> x_0, including guidance and clipping.
+        noise: Unit noise to start from, float32 [N, C, H, W].
+        schedule: Noise schedule.
+        plan: Sampling plan.
+        fresh_noise: Returns unit noise shaped like x for step k = 1, 2, ..., and for k + N if a step needs a second
+            one. Required by stochastic solvers and if plan.eta > 0.
+
+    Raises:
+        InvalidInputError: Unknown solver, or `fresh_noise` is missing.
     """
     solver = solver_named(plan.solver)
     levels = plan_levels(schedule, plan.timesteps, plan.end)
     x = _started(noise, levels[0], plan)
-    past: deque[PreviousStep] = deque(maxlen=MAX_HISTORY)
+    history: deque[PreviousStep] = deque(maxlen=MAX_HISTORY)
     for index, (now, after) in enumerate(itertools.pairwise(levels)):
         x0 = denoise(x, now)
 
         def fresh(k: int, stream: int = index + 1) -> np.ndarray:
             return fresh_noise(stream + k * plan.steps)
 
-        step = StepState(x, x0, now, after, tuple(past), index, plan.steps, denoise, fresh, plan.eta, schedule)
+        step = StepState(x, x0, now, after, tuple(history), index, plan.steps, denoise, fresh, plan.eta, schedule)
         if solver.correct is not None:
             step = step._replace(x=solver.correct(step))
         x = solver.move(step)
-        past.append(PreviousStep(now, step.x, x0))
+        history.append(PreviousStep(now, step.x, x0))
         yield Step(index, now.t, x, x0)
 
 
 def initial_std(level: NoiseLevel, start: str) -> float:
-    """The standard deviation of the noise to start from; 'marginal' is that of noised data of unit variance."""
+    """Return the standard deviation of the initial noise; 'marginal' is that of noised data of unit variance."""
     return {"marginal": float(np.hypot(level.alpha, level.sigma)), "noise": level.sigma, "unit": 1.0}[start]
 
 
@@ -100,31 +109,31 @@ def _started(noise: np.ndarray, level: NoiseLevel, plan: SamplingPlan) -> np.nda
 
 
 def network_evaluations(spec: DenoiserSpec) -> int:
-    """Network evaluations for one image by the spec's plan, both halves under guidance."""
+    """Return the network evaluations (NFE) for one image under the spec's plan; guidance counts both halves."""
     return sum(evaluations_at(spec, level) for level in evaluated_levels(spec))
 
 
 def evaluated_levels(spec: DenoiserSpec) -> list[NoiseLevel]:
-    """Where the spec's plan asks the network, call by call: found out on an empty batch."""
+    """Return the noise levels at which the spec's plan evaluates the denoiser, in order, by sampling an empty batch."""
     levels: list[NoiseLevel] = []
-    nothing = np.zeros((0, *spec.sample_shape), np.float32)
+    empty = np.zeros((0, *spec.sample_shape), np.float32)
 
     def denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         levels.append(level)
         return x
 
-    deque(sample(denoise, nothing, spec.schedule, spec.plan, lambda k: nothing), maxlen=0)
+    deque(sample(denoise, empty, spec.schedule, spec.plan, lambda k: empty), maxlen=0)
     return levels
 
 
 def noise_for(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...], stream: int = 0) -> np.ndarray:
-    """Unit normal noise, float32 [len(seeds), *shape]; one generator per seed (0 to 2^63 - 1) and stream."""
+    """Return unit normal noise, float32 [len(seeds), *shape], one generator per seed (0 to 2^63 - 1) and stream."""
     noise = np.empty((len(seeds), *shape), np.float32)
-    # the highest word of the 256-bit counter: no stream ever runs into the next
+    # the highest word of the 256-bit counter, so that streams never overlap
     _generator.start["state"]["counter"][3] = stream
     for row, seed in zip(noise, seeds, strict=True):
         if not 0 <= seed <= MAX_SEED:
-            raise InvalidInputError(f"seed {seed}: must lie in 0..{MAX_SEED}")
+            raise InvalidInputError(f"seed {seed}: must be in 0..{MAX_SEED}")
         _generator.start["state"]["key"][0] = int(seed)
         _generator.philox.state = _generator.start
         _generator.normal(out=row, dtype=np.float32)
@@ -132,8 +141,10 @@ def noise_for(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...], stream:
 
 
 class _Generator(threading.local):
-    """One for each thread, set to a seed's state each time: a new one asks the system for entropy that it then drops,
-    and with cold caches takes twice as long as the noise of a small image.
+    """One generator per thread, reset to a seed's state for each sample.
+
+    Creating one per sample would read unused entropy from the system and, with cold caches, take twice as long as
+    drawing the noise of a small image.
     """
 
     def __init__(self) -> None:
@@ -153,12 +164,21 @@ def generate(
     batch: int = 8,
     conditions: ConditioningInputs | None = None,
 ) -> np.ndarray:
-    """Samples float32 [N, C, H, W], one per seed, made `batch` at a time (the last may be smaller): images in the data
-    range, or latents for `diffpress.runtime.pipeline.decode`.
+    """Return samples float32 [N, C, H, W], one per seed: images in the data range, or latents.
 
-    `labels` are N class labels; None takes the classes in turn where the model has them. A model of text takes
-    `conditions` instead (diffpress.runtime.pipeline). `plan` defaults to the spec's. Raises InvalidInputError where any of these do not
-    fit.
+    `diffpress.runtime.pipeline.Pipeline.decode` turns latents into images.
+
+    Args:
+        network: The denoiser network.
+        spec: Its spec.
+        seeds: N seeds.
+        labels: N class labels; None takes the classes of a class-conditional model in turn.
+        plan: Sampling plan; defaults to the spec's.
+        batch: Batch size; the last batch may be smaller.
+        conditions: Conditioning of the N samples instead of labels, for text-conditional models.
+
+    Raises:
+        InvalidInputError: The arguments do not fit the model or each other.
     """
     return np.concatenate(list(generate_batches(network, spec, seeds, labels, plan, batch, conditions)))
 
@@ -173,7 +193,10 @@ def generate_batches(
     conditions: ConditioningInputs | None = None,
     on_step: Callable[[Step], None] | None = None,
 ) -> Iterator[np.ndarray]:
-    """As `generate`, but yields the samples of one batch after the other."""
+    """Yield the samples of `generate` batch by batch.
+
+    `on_step` is called with every finished step of every batch, which disables fused sampling.
+    """
     if plan is not None:
         spec = spec.with_plan(plan)
     if batch < 1 or len(seeds) < 1:
@@ -187,17 +210,17 @@ def generate_batches(
         raise InvalidInputError("give labels or conditions, not both")
     counts = {len(array) for array in (*conditions.cond.values(), *(conditions.uncond or {}).values())}
     if not counts <= {len(seeds)}:
-        raise InvalidInputError(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one each")
+        raise InvalidInputError(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one per seed")
     # fused sampling does not return its steps, so a callback needs the loop
     run_fused = _fused_program_of(network, spec) if on_step is None else None
     for start in range(0, len(seeds), batch):
-        part = slice(start, start + batch)
-        samples = _one_batch(network, spec, seeds[part], conditions.part(part), run_fused, on_step)
+        members = slice(start, start + batch)
+        samples = _one_batch(network, spec, seeds[members], conditions.part(members), run_fused, on_step)
         yield np.clip(samples, *spec.data_range) if spec.plan.clip else samples
 
 
 def warm_up(network: Network, spec: DenoiserSpec, batch: int) -> None:
-    """One step of a batch of this size, for an engine that compiles what it is first asked to run."""
+    """Run one step with a batch of this size, for engines that compile on the first run."""
     if _fused_program_of(network, spec) is None:
         network.run(dummy_inputs(network, spec, batch))
         return
@@ -206,15 +229,15 @@ def warm_up(network: Network, spec: DenoiserSpec, batch: int) -> None:
 
 
 def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
-    """0, 1, ... over the model's classes and round again, int64 [count]; None for a model without classes."""
+    """Return the model's classes 0, 1, ... in turn, int64 [count]; None for a model without classes."""
     if spec.conditioning.kind != "class":
         return None
     return np.arange(count) % spec.conditioning.classes
 
 
 def _fused_program_of(network: Network, spec: DenoiserSpec) -> FusedSampling | None:
-    """The spec's plan as one call of the network, for a network that walks and a plan that it can."""
-    run_fused = getattr(network, "run_fused", None)  # isinstance(network, Walker) takes as long as a step's arithmetic
+    """The fused sampling of the spec's plan; None if the network does not support it or the plan cannot be fused."""
+    run_fused = getattr(network, "run_fused", None)  # isinstance(network, FusedSampler) takes as long as a solver step
     if run_fused is None or (program := fused_program(spec)) is None:
         return None
     return partial(run_fused, program)

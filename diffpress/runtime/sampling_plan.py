@@ -1,4 +1,8 @@
-"""The sampling plan: solver, timesteps, guidance and corrections that a model is sampled with."""
+"""The sampling plan: solver, timesteps, guidance and corrections that a model is sampled with.
+
+The levels of a plan are those at its descending timesteps, followed by the end: clean data, alpha = 1 and sigma = 0
+(diffusers' `set_alpha_to_one`, `final_sigmas_type="zero"`), or the noise level of the timestep `end`.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +21,7 @@ STARTS = ("marginal", "noise", "unit")
 
 @dataclass(frozen=True)
 class OutputCorrection:
-    """What takes off what rounding does to a network's output on the average: (out - bias[channel]) / (1 + slope)."""
+    """Correction of the mean quantization error of the output at one timestep: (out - bias[channel]) / (1 + slope)."""
 
     slope: float
     bias: tuple[float, ...]
@@ -25,15 +29,15 @@ class OutputCorrection:
     def __post_init__(self) -> None:
         if not (np.isfinite(self.slope) and self.slope > -1.0 and np.isfinite(self.bias).all()):
             raise InvalidInputError(
-                f"plan: a correction's slope {self.slope:g} must lie above -1, and slope and bias be finite"
+                f"plan: a correction's slope {self.slope:g} must lie above -1, and its slope and bias must be finite"
             )
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """Dynamic thresholding (Saharia et al. 2022, Imagen, section 2.3): x_0 is bounded to -s..s and divided by s.
+    """Dynamic thresholding (Saharia et al. 2022, Imagen, section 2.3): x_0 is clipped to -s..s and divided by s.
 
-    s is each sample's `ratio` quantile of |x_0|, at least 1 and at most `max` (None: no bound), on data in -1..1.
+    s is the `ratio` quantile of |x_0| of each sample, at least 1 and at most `max` (None: no limit), for data in -1..1.
     """
 
     ratio: float = 0.995
@@ -42,25 +46,32 @@ class Threshold:
     def __post_init__(self) -> None:
         if not 0.0 < self.ratio <= 1.0 or not (self.max is None or (np.isfinite(self.max) and self.max >= 1.0)):
             raise InvalidInputError(
-                f"threshold: ratio {self.ratio:g} must lie in (0, 1], and max {self.max} be at least 1"
+                f"threshold: ratio {self.ratio:g} must lie in (0, 1], and max {self.max} must be at least 1"
             )
 
 
 @dataclass(frozen=True)
 class SamplingPlan:
-    """How the model is meant to be sampled: a solver's name, the descending timesteps, and the guidance
-    weight.
+    """How a model is sampled.
 
-    `guidance` is the classifier-free guidance weight w of eps_null + w * (eps_label - eps_null); 1 switches
-    it off and costs one call a step instead of two. It acts where low < sigma / alpha <= high for
-    `guidance_interval` (low, high; None: without end), and elsewhere a step costs one call (Kynkaanniemi et al. 2024);
-    `guidance_rescale` is phi of Lin et al. 2024, eq. 15-16: how far the guided output gets back the spread of the
-    given half's. `eta` is DDIM's noise share. `clip` bounds the predicted x_0 to the data range at each step,
-    `threshold` in its place by each sample's own values. `start` is the spread of the noise to start from: 'marginal'
-    that of noised data, 'noise' sigma alone, 'unit' 1; they differ by parts in a thousand. `end` is the timestep at
-    whose noise the last step stops, None for clean data (some checkpoints end at timestep 0, diffusers'
-    `set_alpha_to_one: false`). `output_corrections` take off a quantized network's output what rounding does to it on the
-    average, one for each timestep, or none (PTQD, He et al. 2023).
+    Attributes:
+        solver: Name of the solver.
+        timesteps: Strictly descending timesteps, integer or fractional.
+        guidance: Classifier-free guidance weight w of uncond + w (cond - uncond). 1 disables guidance and takes one
+            evaluation per step instead of two.
+        eta: Share of fresh noise in DDIM.
+        clip: Clip the predicted x_0 to the data range in every step.
+        end: Timestep at whose noise level the last step ends; None for clean data. Some checkpoints end at timestep 0
+            (diffusers' `set_alpha_to_one: false`).
+        output_corrections: Corrections of a quantized network's output, one per timestep or none (PTQD, He et al.
+            2023).
+        start: Standard deviation of the initial noise: 'marginal' for that of noised data, 'noise' for sigma, 'unit'
+            for 1. They differ by parts in a thousand.
+        threshold: Dynamic thresholding of x_0, instead of clipping.
+        guidance_interval: (low, high): guidance applies where low < sigma / alpha <= high, and other steps take one
+            evaluation (Kynkaanniemi et al. 2024). A `high` of None means no upper end.
+        guidance_rescale: phi of Lin et al. 2024, eq. 15-16: how far the guided output is rescaled to the standard
+            deviation of the cond half.
     """
 
     solver: str
@@ -82,7 +93,9 @@ class SamplingPlan:
                 "plan: timesteps must be one or more finite, non-negative, strictly descending numbers"
             )
         if not (np.isfinite(self.guidance) and np.isfinite(self.eta) and 0.0 <= self.eta <= 1.0):
-            raise InvalidInputError(f"plan: guidance {self.guidance} must be finite and eta {self.eta} lie in [0, 1]")
+            raise InvalidInputError(
+                f"plan: guidance {self.guidance} must be finite, and eta {self.eta} must lie in [0, 1]"
+            )
         if not 0.0 <= self.guidance_rescale <= 1.0:
             raise InvalidInputError(f"plan: guidance_rescale {self.guidance_rescale} must lie in [0, 1]")
         if self.guidance_interval is not None:
@@ -98,24 +111,30 @@ class SamplingPlan:
             raise InvalidInputError(f"plan: end {self.end} must be a timestep not above the last one, {t[-1]:g}")
         if self.output_corrections and len(self.output_corrections) != t.size:
             raise InvalidInputError(
-                f"plan: {len(self.output_corrections)} corrections for {t.size} timesteps; one each, or none"
+                f"plan: {len(self.output_corrections)} output corrections for {t.size} timesteps; use one each or none"
             )
 
     @property
     def steps(self) -> int:
+        """Number of steps."""
         return len(self.timesteps)
 
     @property
     def without_corrections(self) -> SamplingPlan:
-        """The plan for another network than the one that the corrections were measured on."""
+        """The plan without output corrections, for any network but the one they were measured on."""
         return replace(self, output_corrections=())
 
     def over(self, timesteps: tuple[float, ...]) -> SamplingPlan:
-        """The plan over these timesteps; corrections hold for those alone that they were measured at."""
+        """Return the plan with these timesteps; output corrections are dropped if the timesteps change."""
         return self if timesteps == self.timesteps else replace(self, timesteps=timesteps, output_corrections=())
 
 
 def plan_from_json(data: Any, where: str = "plan") -> SamplingPlan:
+    """Read a sampling plan from its JSON form.
+
+    Raises:
+        InvalidInputError: An entry is missing, unknown or of the wrong type; the message starts with `where`.
+    """
     raw = known(SamplingPlan, data, where)
     with reading(where):
         return SamplingPlan(
@@ -152,7 +171,7 @@ def _interval(values: Any) -> tuple[float, float | None]:
 def plan_levels(
     schedule: NoiseSchedule, timesteps: tuple[float, ...], end: float | None = None
 ) -> tuple[NoiseLevel, ...]:
-    """The points at `timesteps`, and the clean end or that at the timestep `end`: one more point than steps."""
+    """Return the noise levels at `timesteps`, followed by that at `end` or by clean data: one more than steps."""
     return (*(noise_level_at(schedule, t) for t in timesteps), CLEAN if end is None else noise_level_at(schedule, end))
 
 
@@ -167,5 +186,9 @@ def make_plan(
     clip: bool = True,
     end: float | None = None,
 ) -> SamplingPlan:
-    """A plan that visits `steps` timesteps of the spacing `spacing`; raises InvalidInputError as `timesteps_for` and `SamplingPlan` do."""
+    """Return a plan over `steps` integer timesteps of the given spacing.
+
+    Raises:
+        InvalidInputError: Unknown spacing, an impossible number of steps, or invalid options (see `SamplingPlan`).
+    """
     return SamplingPlan(solver, timesteps_for(spacing, steps, schedule), guidance=guidance, eta=eta, clip=clip, end=end)

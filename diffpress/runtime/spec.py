@@ -1,7 +1,7 @@
-"""DenoiserSpec: everything a sampler must know about a denoiser, as plain data that travels as JSON.
+"""DenoiserSpec: everything a sampler needs to know about a denoiser, as JSON-serializable data.
 
-The forward process is  x_t = alpha_t * x_0 + sigma_t * eps,  given as two tables over the model's integer
-timesteps instead of a scheduler's class name, so variance-preserving and flow-matching models look alike:
+The forward process x_t = alpha_t * x_0 + sigma_t * eps is stored as two tables over the model's integer timesteps
+instead of a scheduler's class name, so that variance-preserving and flow-matching models are treated alike:
 
     prediction   the network returns                      alpha_t, sigma_t
     epsilon      eps                                      any
@@ -30,15 +30,24 @@ PREDICTIONS = ("epsilon", "v", "sample", "flow")
 
 @dataclass(frozen=True)
 class DenoiserSpec:
-    """One denoiser, completely described for a sampler.
+    """Complete description of a denoiser for a sampler.
 
-    `sample_shape` is (channels, height, width) of what is denoised by default; a latent is decoded from
-    latent / latent_scale + latent_shift, each cell to `latent_factor` pixels a side. Other sizes must have sides that
-    are multiples of `size_multiple` cells. `data_range` is what pixel values mean at the end, `spacing` lays out the
-    timesteps of plans with other numbers of steps. `fixed_timesteps` are those that the network knows, where it was
-    exported for one plan (export/passes/fold_timesteps.py); none means all. `distilled` is the kind of distillation that taught the
-    network to sample by this plan's few steps alone; '' for a network that any plan fits. `distilled_timesteps` are the
-    timesteps of other plans that it was taught, the solver being the same.
+    Attributes:
+        prediction: One of PREDICTIONS.
+        schedule: Noise schedule.
+        sample_shape: Default (channels, height, width) of a sample: pixels or latents.
+        plan: Sampling plan.
+        conditioning: Inputs besides sample and timestep.
+        latent_scale: A latent is decoded from latent / latent_scale + latent_shift.
+        latent_shift: See `latent_scale`.
+        data_range: Lowest and highest pixel value.
+        latent_factor: Pixels per latent cell along one side; 1 for pixel-space models and denoisers without decoder.
+        size_multiple: Other image sizes must have sides that are multiples of this many cells.
+        spacing: Timestep spacing for plans with another number of steps.
+        fixed_timesteps: The only timesteps the network supports, if it was exported for one plan
+            (export/passes/fold_timesteps.py); empty if it supports all.
+        distilled: Kind of distillation, if it trained the network for specific sampling plans; '' if any plan fits.
+        distilled_timesteps: Timesteps of other plans with the same solver that a distilled network was trained for.
     """
 
     prediction: str
@@ -66,21 +75,23 @@ class DenoiserSpec:
             )
         if max(self.plan.timesteps) > len(self.schedule) - 1:
             raise InvalidInputError(
-                f"plan: timestep {max(self.plan.timesteps):g} lies beyond the last, {len(self.schedule) - 1}"
+                f"plan: timestep {max(self.plan.timesteps):g} lies beyond the last one, {len(self.schedule) - 1}"
             )
         foreign = [t for t in self.plan.timesteps if self.fixed_timesteps and t not in self.fixed_timesteps]
         if foreign:
             raise InvalidInputError(
                 f"plan: timestep {foreign[0]:g} is not one of the {len(self.fixed_timesteps)} that this network was "
-                "exported for; keep its own steps, or export again without --fixed-plan"
+                "exported for; keep the bundle's own steps, or export again without --fixed-timesteps"
             )
         if any(len(correction.bias) != self.sample_shape[0] for correction in self.plan.output_corrections):
-            raise InvalidInputError(f"plan: each correction needs a bias for each of {self.sample_shape[0]} channels")
+            raise InvalidInputError(
+                f"plan: each output correction needs a bias for each of {self.sample_shape[0]} channels"
+            )
         if not self.data_range[0] < self.data_range[1]:
             raise InvalidInputError(f"data range {self.data_range} is empty")
         if not (np.isfinite(self.latent_scale) and np.isfinite(self.latent_shift) and self.latent_scale != 0):
             raise InvalidInputError(
-                f"latent scale {self.latent_scale}, shift {self.latent_shift}: finite, and the scale not zero"
+                f"latent scale {self.latent_scale}, shift {self.latent_shift}: both must be finite, the scale not zero"
             )
 
         if self.latent_factor < 1 or self.size_multiple < 1:
@@ -95,22 +106,31 @@ class DenoiserSpec:
 
     @property
     def is_pixel_space(self) -> bool:
-        """Whether samples are images already; a denoiser of text that came without its decoder works on latents too."""
+        """Whether samples are images. Text-conditional denoisers exported without a decoder have latents as well."""
         return self.latent_factor == 1 and self.conditioning.kind != "text"
 
     def tokens(self, shape: tuple[int, int, int]) -> int:
-        """Image tokens of a sample of this shape, which dynamic shifts count: cells of `size_multiple` a side."""
+        """Return the number of image tokens of a sample of this shape, as dynamic shifts count them.
+
+        A token covers `size_multiple` x `size_multiple` latent cells.
+        """
         return (shape[1] // self.size_multiple) * (shape[2] // self.size_multiple)
 
     def with_plan(self, plan: SamplingPlan) -> DenoiserSpec:
+        """Return the spec with another sampling plan."""
         return replace(self, plan=plan)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the spec as JSON-serializable data."""
         return asdict(self)
 
     @staticmethod
     def from_json(data: Any, where: str = "spec") -> DenoiserSpec:
-        """Read a spec back; anything missing, unknown or of the wrong type raises InvalidInputError naming `where`."""
+        """Read a spec from its JSON form.
+
+        Raises:
+            InvalidInputError: An entry is missing, unknown or of the wrong type; the message starts with `where`.
+        """
         raw = known(DenoiserSpec, data, where)
         with reading(where):
             return DenoiserSpec(

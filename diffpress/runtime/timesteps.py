@@ -1,31 +1,31 @@
-"""Timestep grids: which N descending timesteps out of 0..T-1 a sampler visits.
+"""Timestep spacings: which N descending timesteps out of 0..T-1 a sampler visits.
 
 With i = 0..N-1, w = 1 - i / (N - 1) and r = sigma / alpha:
 
     leading      (T // N) * (N - 1 - i)                                  Lin et al. 2024, table 2
-    trailing     round(T - i * T / N) - 1                                the same
-    linspace     (T - 1) * w                                             the same
+    trailing     round(T - i * T / N) - 1                                same table
+    linspace     (T - 1) * w                                             same table
     quad         (T - 1) * w^2                                           after Song et al. 2021 (DDIM), D.3
     karras       r^(1/7) = r_min^(1/7) + w * (r_max^(1/7) - r_min^(1/7)) Karras et al. 2022, eq. 5
-    exponential  log r = log r_min + w * (log r_max - log r_min)         over the whole table
-    logsnr       the same line, for -2 log r is the log-SNR              Lu et al. 2022, section 3.3
+    exponential  log r = log r_min + w * (log r_max - log r_min)         r over the full noise schedule
+    logsnr       the same, as the log-SNR is -2 log r                    Lu et al. 2022, section 3.3
     beta         r = r_min + F(w) * (r_max - r_min)                      Lee et al. 2024; F the quantile of
                                                                          Beta(0.6, 0.6)
-    ays_*        noise levels made for Stable Diffusion, SDXL and        Sabour et al. 2024; other numbers than
-                 Stable Video Diffusion                                  ten lie between in log r, as there
+    ays_*        ten noise levels optimized for Stable Diffusion,        Sabour et al. 2024; other step counts are
+                 SDXL and Stable Video Diffusion                         interpolated in log r, as in the paper
 
-and those that some schedulers of diffusers have of their own. Flow tables have T + 1 entries here, t = 0..T:
+Spacings specific to some schedulers of diffusers. Flow schedules have T + 1 entries here, t = 0..T:
 
-    dpm_leading    (T // (N + 1)) * (N - i)                              DPM-Solver's family: one point more, and
-    dpm_linspace   round((T - 1) * (N - i) / N)                          the last, t = 0, left out
+    dpm_leading    (T // (N + 1)) * (N - i)                              DPM-Solver family: N + 1 timesteps without
+    dpm_linspace   round((T - 1) * (N - i) / N)                          the last, t = 0
     dpm_flow       (T - 1) * (N - i) / N                                 the same with `use_flow_sigmas`
     unipc_flow     1 + (T - 1) * (N - i) / N                             UniPC with `use_flow_sigmas`
-    flow_trailing  T * (N - i) / N                                       the pipelines of Flux and its kin
-    flow_linspace  1 + (T - 1) * w                                       FlowMatchEulerDiscreteScheduler by itself (SD3)
-    lcm            (T // 50) * (50 - floor(50 i / N)) - 1                Luo et al. 2023; taught on 50 timesteps
+    flow_trailing  T * (N - i) / N                                       pipelines of Flux and similar models
+    flow_linspace  1 + (T - 1) * w                                       FlowMatchEulerDiscreteScheduler alone (SD3)
+    lcm            (T // 50) * (50 - floor(50 i / N)) - 1                Luo et al. 2023; trained on 50 timesteps
 
-Karras and logsnr stay between LOG_RATIO_MIN and LOG_RATIO_MAX: a cosine table ends at r = 20000 and a flow at
-infinity, where no image is left to be seen and steps are spent in vain.
+karras and logsnr stay between LOG_RATIO_MIN and LOG_RATIO_MAX: a cosine schedule ends at r = 20000 and a flow at
+infinity, where a sample contains no visible image and steps are wasted.
 """
 
 from __future__ import annotations
@@ -45,13 +45,17 @@ from diffpress.runtime.noise_schedule import NoiseSchedule, _floats, timesteps_a
 
 @dataclass(frozen=True)
 class TimestepSpacing:
-    """How a model's timesteps are laid out for any number of steps and any image size.
+    """How a model's timesteps are spaced, for any number of steps and any image size.
 
-    `kind` is a name in SPACINGS, `offset` is added to its timesteps ('leading' grids of latent
-    diffusion start at 1), `integer` rounds them. Flow models then move s = t / (T - 1) towards the noise,
-    s' = k s / (1 + (k - 1) s), with k = `shift`, or, where `dynamic` is given as (shift at the fewest tokens, shift
-    at the most, fewest, most), k = exp(m) with m on the line through these for the image's number of tokens
-    (Esser et al. 2024, section 5.3.2; Flux).
+    Flow models shift s = t / (T - 1) towards the noise, s' = k s / (1 + (k - 1) s) (Esser et al. 2024, section 5.3.2).
+
+    Attributes:
+        kind: A name in SPACINGS.
+        offset: Added to the timesteps; latent diffusion's 'leading' spacing starts at 1.
+        integer: Round to integer timesteps.
+        shift: The k of the shift.
+        dynamic: (m at the fewest tokens, m at the most, fewest, most): the shift becomes k = exp(m), with m linear in
+            the image's number of tokens (Flux).
     """
 
     kind: str = "trailing"
@@ -63,12 +67,16 @@ class TimestepSpacing:
     def __post_init__(self) -> None:
         if self.offset < 0 or not (np.isfinite(self.shift) and self.shift > 0):
             raise InvalidInputError(
-                f"spacing: offset {self.offset} must not be negative and shift {self.shift} be above 0"
+                f"spacing: offset {self.offset} must not be negative and shift {self.shift} must be above 0"
             )
 
 
 def spacing_from_json(data: Any, where: str = "spacing") -> TimestepSpacing:
-    """Read a spacing back; anything unknown or of the wrong type raises InvalidInputError naming `where`."""
+    """Read a timestep spacing from its JSON form.
+
+    Raises:
+        InvalidInputError: An entry is unknown or of the wrong type; the message starts with `where`.
+    """
     raw = known(TimestepSpacing, data, where)
     with reading(where):
         dynamic = raw.get("dynamic")
@@ -87,11 +95,11 @@ def _four(values: Any) -> tuple[float, float, float, float]:
 
 
 LOG_RATIO_MIN = -6.2  # r = 0.002, EDM's sigma_min
-LOG_RATIO_MAX = 5.1  # r = 164, where DPM-Solver++ clips the cosine schedule too
+LOG_RATIO_MAX = 5.1  # r = 164, where DPM-Solver++ also clips the cosine schedule
 KARRAS_RHO = 7.0
 LCM_TIMESTEPS = 50  # `original_inference_steps` of every published latent consistency model
 BETA_SHAPE = 0.6  # both parameters of the Beta distribution, as published
-# r of the published ten steps
+# r at the ten published steps
 AYS = {
     "ays_sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152),
     "ays_sdxl": (14.615, 6.315, 3.771, 2.181, 1.342, 0.862, 0.555, 0.380, 0.234, 0.113),
@@ -102,16 +110,23 @@ AYS = {
 def timesteps_for(
     kind: str, steps: int, schedule: NoiseSchedule, *, integer: bool = True, offset: int = 0
 ) -> tuple[float, ...]:
-    """`steps` strictly descending timesteps of the spacing `kind` (see the top of this file), `offset` above it.
+    """Return `steps` strictly descending timesteps.
 
-    `integer` rounds them to the integer timesteps a discrete-time network was trained on; where two would fall
-    together the noisier one moves up. Raises InvalidInputError for an unknown kind, no steps, or more steps than
-    timesteps.
+    Args:
+        kind: Timestep spacing, see the module docstring.
+        steps: Number of timesteps.
+        schedule: Noise schedule of the model.
+        integer: Round to the integer timesteps that a discrete-time network was trained on; if two coincide, the
+            noisier one moves up.
+        offset: Added to every timestep.
+
+    Raises:
+        InvalidInputError: Unknown spacing, no steps, or more steps than timesteps.
     """
     if kind not in SPACINGS:
         raise unknown_name("timestep spacing", kind, SPACINGS)
     if not 1 <= steps <= len(schedule):
-        raise InvalidInputError(f"{steps} steps: the model has {len(schedule)} timesteps, ask for 1 to {len(schedule)}")
+        raise InvalidInputError(f"{steps} steps: the model has {len(schedule)} timesteps, use 1 to {len(schedule)}")
     t = np.clip(SPACINGS[kind](steps, schedule) + offset, 0, len(schedule) - 1)
     return tuple((_apart(np.round(t), len(schedule) - 1) if integer else t).tolist())
 
@@ -151,10 +166,10 @@ def _beta(steps: int, schedule: NoiseSchedule) -> np.ndarray:
 
 
 def beta_quantile(p: np.ndarray, shape: float = BETA_SHAPE) -> np.ndarray:
-    """The quantiles of Beta(shape, shape) at probabilities p, float64; right to 1e-7.
+    """Return the quantiles of Beta(shape, shape) at probabilities p, in float64, accurate to 1e-7.
 
-    With x = u^(1 / shape) the integral of x^(shape - 1) (1 - x)^(shape - 1) has no pole at 0: the trapezoidal rule on
-    0..1/2, inverted by interpolation; the other half mirrors it.
+    With x = u^(1 / shape) the integral of x^(shape - 1) (1 - x)^(shape - 1) has no pole at 0. It is computed on 0..1/2
+    with the trapezoidal rule and inverted by interpolation; the other half is its mirror image.
     """
     u = np.linspace(0.0, 0.5**shape, 8193)
     density = (1.0 - u ** (1.0 / shape)) ** (shape - 1.0)
@@ -164,8 +179,8 @@ def beta_quantile(p: np.ndarray, shape: float = BETA_SHAPE) -> np.ndarray:
 
 
 def _aligned(ratios: tuple[float, ...], steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    places = np.linspace(0.0, len(ratios) - 1.0, steps)
-    return timesteps_at(np.exp(np.interp(places, np.arange(len(ratios)), np.log(ratios))), schedule)
+    positions = np.linspace(0.0, len(ratios) - 1.0, steps)
+    return timesteps_at(np.exp(np.interp(positions, np.arange(len(ratios)), np.log(ratios))), schedule)
 
 
 def _dpm_leading(steps: int, schedule: NoiseSchedule) -> np.ndarray:
@@ -189,13 +204,13 @@ def _flow_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
 
 
 def _lcm(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    taught = min(LCM_TIMESTEPS, len(schedule))
-    if steps > taught:
+    trained = min(LCM_TIMESTEPS, len(schedule))
+    if steps > trained:
         raise InvalidInputError(
-            f"{steps} steps: a latent consistency model was taught {taught} timesteps, ask for no more"
+            f"{steps} steps: a latent consistency model is trained on {trained} timesteps, use at most as many steps"
         )
-    places = taught - np.floor(np.linspace(0, taught, steps, endpoint=False))
-    return places * (len(schedule) // taught) - 1
+    positions = trained - np.floor(np.linspace(0, trained, steps, endpoint=False))
+    return positions * (len(schedule) // trained) - 1
 
 
 SPACINGS: dict[str, Callable[[int, NoiseSchedule], np.ndarray]] = {
@@ -212,14 +227,14 @@ SPACINGS: dict[str, Callable[[int, NoiseSchedule], np.ndarray]] = {
     "dpm_linspace": _dpm_linspace,
     "dpm_flow": _dpm_flow,
     "unipc_flow": _unipc_flow,
-    "flow_trailing": _dpm_linspace,  # one line, rounded there and not here
+    "flow_trailing": _dpm_linspace,  # the same line; only dpm_linspace is rounded
     "flow_linspace": _flow_linspace,
     "lcm": _lcm,
 }
 
 
 def _ramp(steps: int) -> np.ndarray:
-    """1 down to 0; a single step starts at the noisy end (in diffusers' linspace at the clean one)."""
+    """Descend from 1 to 0. A single step is 1, the noisy end; diffusers' linspace would take the clean end."""
     return np.linspace(1.0, 0.0, steps)
 
 
@@ -229,11 +244,13 @@ def _log_spaced(steps: int, schedule: NoiseSchedule, ends: tuple[float, float]) 
 
 
 def _table_ends(schedule: NoiseSchedule) -> tuple[float, float]:
-    """log(sigma / alpha) at the first and the last timestep where neither is zero."""
+    """Return log(sigma / alpha) at the first and the last timestep where neither is zero."""
     alphas, sigmas = np.asarray(schedule.alphas), np.asarray(schedule.sigmas)
     usable = np.flatnonzero((alphas > 0) & (sigmas > 0))
     if not usable.size:
-        raise InvalidInputError("noise schedule: at every timestep alpha or sigma is zero, no grid over log-SNR exists")
+        raise InvalidInputError(
+            "noise schedule: alpha or sigma is zero at every timestep, so no spacing in sigma / alpha is possible"
+        )
     first, last = usable[0], usable[-1]
     return math.log(sigmas[first] / alphas[first]), math.log(sigmas[last] / alphas[last])
 
@@ -244,23 +261,30 @@ def _bounded_ends(schedule: NoiseSchedule) -> tuple[float, float]:
 
 
 def _apart(t: np.ndarray, last: int) -> np.ndarray:
-    """Whole timesteps, moved up where they do not strictly descend, down again where that passes the last."""
-    places = np.arange(t.size)
-    up = np.maximum.accumulate((t + places)[::-1])[::-1] - places
-    return np.minimum(up, last - places)
+    """Make integer timesteps strictly descending: move them up, or down if that would exceed the last timestep."""
+    index = np.arange(t.size)
+    up = np.maximum.accumulate((t + index)[::-1])[::-1] - index
+    return np.minimum(up, last - index)
 
 
 def spaced_timesteps(
     spacing: TimestepSpacing, steps: int, schedule: NoiseSchedule, tokens: int | None = None
 ) -> tuple[float, ...]:
-    """`steps` timesteps laid out by a model's spacing; `tokens` is the image's number of tokens, for dynamic shifts.
+    """Return `steps` timesteps in a model's spacing, shifted.
 
-    Raises InvalidInputError as `timesteps_for` does, and for a dynamic spacing without `tokens`.
+    Args:
+        spacing: The model's timestep spacing.
+        steps: Number of timesteps.
+        schedule: The model's noise schedule.
+        tokens: The image's number of tokens, needed for dynamic shifts.
+
+    Raises:
+        InvalidInputError: As in `timesteps_for`, and for a dynamic shift without `tokens`.
     """
     t = np.asarray(timesteps_for(spacing.kind, steps, schedule, integer=spacing.integer, offset=spacing.offset))
     k, last = _shift_factor(spacing, tokens), len(schedule) - 1
     if spacing.kind == "flow_linspace" and spacing.dynamic is None:
-        # diffusers draws the line down to its least sigma, which is shifted already, and then shifts the line
+        # diffusers' linspace ends at its smallest sigma, which is already shifted, and is then shifted again
         t = np.interp(t, (1.0, last), (float(_shifted(np.ones(()), k, last)), last))
     return _floats(_shifted(t, k, last))
 
@@ -268,7 +292,7 @@ def spaced_timesteps(
 def reshifted(
     timesteps: tuple[float, ...], spacing: TimestepSpacing, old_tokens: int, new_tokens: int, schedule: NoiseSchedule
 ) -> tuple[float, ...]:
-    """The same plan for an image of another size: shifts compose by multiplying their k, so k_new / k_old does it."""
+    """Return a plan's timesteps for another image size; shifts compose, so shifting by k_new / k_old suffices."""
     if spacing.dynamic is None:
         return timesteps
     k = _shift_factor(spacing, new_tokens) / _shift_factor(spacing, old_tokens)
@@ -276,19 +300,19 @@ def reshifted(
 
 
 def _shift_factor(spacing: TimestepSpacing, tokens: int | None) -> float:
-    """K of the shift: constant, or exp(m) with m on the line through the spacing's two image sizes."""
+    """The k of the shift: constant, or exp(m) with m linear between the spacing's two image sizes."""
     if spacing.dynamic is None:
         return spacing.shift
     low, high, fewest, most = spacing.dynamic
     if tokens is None or fewest == most:
         raise InvalidInputError(
-            f"spacing: the shift {spacing.dynamic} needs two image sizes and the number of image tokens"
+            f"spacing: the dynamic shift {spacing.dynamic} needs two different sizes and the number of image tokens"
         )
     return math.exp(low + (high - low) * (tokens - fewest) / (most - fewest))
 
 
 def _shifted(t: np.ndarray, k: float, last: int) -> np.ndarray:
     if k == 1.0:
-        return t  # whole timesteps stay whole to the last bit
+        return t  # keeps integer timesteps exact
     s = t / last
     return last * k * s / (1.0 + (k - 1.0) * s)

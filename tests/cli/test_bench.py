@@ -1,4 +1,4 @@
-"""`diffpress bench --engine all`: every engine that is installed, and a line for each that cannot run the bundle."""
+"""`diffpress bench --engine all`: all installed engines, and one line for each that cannot run the bundle."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def run(*arguments: object) -> int:
 
 
 @pytest.fixture(autouse=True)
-def no_other_processes(monkeypatch) -> list:
-    probed = []
-    monkeypatch.setattr(diffpress.runtime.benchmarking.bench, "probe", lambda *a: probed.append(a) or Probe(1.0, 2.0))
-    return probed
+def probe_calls(monkeypatch) -> list:
+    calls = []
+    monkeypatch.setattr(diffpress.runtime.benchmarking.bench, "probe", lambda *a: calls.append(a) or Probe(1.0, 2.0))
+    return calls
 
 
 @pytest.fixture
-def unfit(monkeypatch) -> None:
+def unusable_engine(monkeypatch) -> None:
     def load(*_: object) -> None:
         raise EngineUnavailableError("plan.engine: built for another GPU")
 
@@ -41,7 +41,7 @@ def unfit(monkeypatch) -> None:
     monkeypatch.setitem(ENGINES, "elsewhere", backend)
 
 
-def test_all_engines_are_compared_and_the_one_that_cannot_is_a_line(unfit, tmp_path: Path, capsys) -> None:
+def test_all_engines_are_compared_and_an_unusable_one_is_reported(unusable_engine, tmp_path: Path, capsys) -> None:
     runnable = [name for name in available() if name != "elsewhere"]
     assert run("--engine", "all", "--baseline", TINY, "--json", tmp_path / "b.json") == 0
     found = json.loads((tmp_path / "b.json").read_text())
@@ -54,14 +54,14 @@ def test_all_engines_are_compared_and_the_one_that_cannot_is_a_line(unfit, tmp_p
     assert sorted(found["sampler_overhead"]) == sorted(runnable)
 
 
-def test_an_engine_that_was_asked_for_by_name_has_to_run(unfit) -> None:
+def test_an_engine_requested_by_name_must_be_usable(unusable_engine) -> None:
     with pytest.raises(InvalidInputError, match="another GPU"):
         run("--engine", "elsewhere")
 
 
-def test_options_reach_the_engines_and_the_fresh_processes(no_other_processes, tmp_path: Path, capsys) -> None:
+def test_options_are_passed_to_the_engines_and_the_probe_processes(probe_calls, tmp_path: Path, capsys) -> None:
     run("--engine", "onnxruntime", "--threads", 1, "--streams", 2, "--json", tmp_path / "b.json")
-    ((_, engine, batch, options),) = no_other_processes
+    ((_, engine, batch, options),) = probe_calls
     assert (engine, batch, options.threads, options.streams, options.cache) == ("onnxruntime", 2, 1, 2, None)
     with pytest.raises(InvalidInputError, match="engine 'onnxruntime' has no option 'precision'"):
         run("--engine", "onnxruntime", "--precision", "bf16")

@@ -1,3 +1,5 @@
+"""`diffpress export`: dtype, size and output folder."""
+
 import argparse
 
 import pytest
@@ -16,14 +18,14 @@ def run(*words: str) -> int:
     return export_command(parser.parse_args([str(word) for word in words]))
 
 
-def test_export_writes_a_bundle_and_says_what_is_in_it(unet, unet_graph, tmp_path, capsys, monkeypatch):
-    # tracing is tested elsewhere, and slow
+def test_export_writes_a_bundle_and_lists_its_content(unet, unet_graph, tmp_path, capsys, monkeypatch):
+    # tracing is slow and tested elsewhere
     monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda checkpoint, fixed_size: unet_graph)
     save_checkpoint(unet, tmp_path / "checkpoint")
     assert run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", "--threads", 1) == 0
-    said = capsys.readouterr().out
-    assert "denoiser.onnx" in said and "MiB" in said
-    assert "parity onnxruntime: 16 samples, 4 steps, largest difference" in said
+    output = capsys.readouterr().out
+    assert "denoiser.onnx" in output and "MiB" in output
+    assert "parity onnxruntime: 16 samples, 4 steps, largest difference" in output
     assert load_bundle(tmp_path / "bundle").manifest["graphs"]["denoiser"]["precision"] == "fp32"
 
 
@@ -36,34 +38,34 @@ def test_export_writes_a_bundle_and_says_what_is_in_it(unet, unet_graph, tmp_pat
         (("--size", "8x8"), torch.float32, (8, 8), True),
     ],
 )
-def test_weights_and_size_are_those_asked_for(words, dtype, size, fixed, unet, tmp_path, monkeypatch):
-    class Stop(Exception):
+def test_dtype_and_size_match_the_arguments(words, dtype, size, fixed, unet, tmp_path, monkeypatch):
+    class StopError(Exception):
         pass
 
     def write_bundle(checkpoint, folder, targets, *, fixed_size, **options):
         assert {p.dtype for p in checkpoint.model.parameters()} == {dtype}
         assert checkpoint.spec.image_size == size and fixed_size == fixed
-        raise Stop
+        raise StopError
 
     monkeypatch.setattr("diffpress.export.export.write_bundle", write_bundle)
     save_checkpoint(unet, tmp_path / "checkpoint")
-    with pytest.raises(Stop):
+    with pytest.raises(StopError):
         run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", *words)
 
 
 @pytest.mark.parametrize(("size", "message"), [("16", "as in 512x768"), ("0x8", "nearest"), ("-8x8", "as in 512x768")])
-def test_a_size_that_is_none_is_refused(size, message, unet, tmp_path):
+def test_an_invalid_size_is_refused(size, message, unet, tmp_path):
     save_checkpoint(unet, tmp_path / "checkpoint")
     with pytest.raises(InvalidInputError, match=message):
         run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", f"--size={size}")
 
 
-def test_an_output_that_is_something_else_is_refused_before_any_work(tmp_path):
+def test_an_output_path_that_is_not_a_bundle_is_refused_before_any_work(tmp_path):
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(InvalidInputError, match="notes: exists and is not a bundle"):
         run(tmp_path / "no-such-checkpoint", "--out", tmp_path / "notes")
 
 
-def test_a_missing_checkpoint_is_bad_input(tmp_path):
+def test_a_missing_checkpoint_is_invalid_input(tmp_path):
     with pytest.raises(InvalidInputError, match="no-such-checkpoint"):
         run(tmp_path / "no-such-checkpoint", "--out", tmp_path / "bundle")

@@ -1,4 +1,4 @@
-"""cli/main.py: exit codes, one clear line for what is wrong, and no torch where none is needed."""
+"""The command line: exit codes, one-line errors, and no torch import where it is not needed."""
 
 from __future__ import annotations
 
@@ -54,22 +54,22 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def call(capsys):
-    """Run one command in this process: its exit code, and what it said on stdout and stderr."""
+    """Run one command in this process; return its exit code, stdout and stderr."""
 
     def run(*words: object) -> tuple[int, str, str]:
         try:
             code = main([str(word) for word in words])
         except SystemExit as stop:  # argparse
             code = int(stop.code or 0)
-        said = capsys.readouterr()
-        return code, said.out, said.err
+        output = capsys.readouterr()
+        return code, output.out, output.err
 
     return run
 
 
 @pytest.fixture
 def refused(call):
-    """The command ends with exit code 2 and one line on stderr that names each of `words`."""
+    """Assert that the command exits with code 2 and one line on stderr that contains each of `words`."""
 
     def check(command: tuple[object, ...], *words: str) -> None:
         code, _, error = call(*command)
@@ -79,8 +79,10 @@ def refused(call):
     return check
 
 
-def alone(*words: object, code: str = "", blocked: str = "", cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
-    """`python -m diffpress ...` in a fresh interpreter, where the package `blocked` is not installed."""
+def in_fresh_process(
+    *words: object, code: str = "", blocked: str = "", cwd: Path = ROOT
+) -> subprocess.CompletedProcess[str]:
+    """Run `python -m diffpress ...` in a fresh interpreter in which the package `blocked` cannot be imported."""
     program = f"""
 import runpy, sys
 class Missing:
@@ -108,7 +110,7 @@ def packages(done: subprocess.CompletedProcess[str]) -> set[str]:
 # --- what is imported ------------------------------------------------------------------------------------------
 
 
-def test_the_front_door_itself_loads_nothing_heavy():
+def test_importing_diffpress_loads_no_heavy_package():
     done = subprocess.run(
         [sys.executable, "-c", f"import sys, diffpress; {LOADED}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -117,7 +119,7 @@ def test_the_front_door_itself_loads_nothing_heavy():
 
 
 def test_help_names_every_verb_without_loading_torch():
-    done = alone("--help", code=LOADED)
+    done = in_fresh_process("--help", code=LOADED)
     assert done.returncode == 0 and all(verb in done.stdout for verb in VERBS)
     assert not packages(done) & {"torch", "numpy"}
 
@@ -132,7 +134,7 @@ def test_help_names_every_verb_without_loading_torch():
     ids=lambda words: words[0],
 )
 def test_verbs_that_need_no_torch_run_without_it(words, tmp_path):
-    done = alone(*words, blocked="torch", code=LOADED, cwd=tmp_path)
+    done = in_fresh_process(*words, blocked="torch", code=LOADED, cwd=tmp_path)
     assert done.returncode == (2 if words[0] == "report" else 0), done.stderr
     assert "torch" not in packages(done)
 
@@ -148,8 +150,8 @@ def test_verbs_that_need_no_torch_run_without_it(words, tmp_path):
     ],
     ids=lambda words: words[0],
 )
-def test_a_missing_extra_says_what_to_install(words, tmp_path):
-    done = alone(*words, blocked="torch", cwd=tmp_path)
+def test_a_missing_extra_is_named_with_its_install_command(words, tmp_path):
+    done = in_fresh_process(*words, blocked="torch", cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"diffpress: diffpress {words[0]} needs the package 'torch'")
     assert "pip install 'diffpress[compress]'" in done.stderr
@@ -172,7 +174,7 @@ def test_a_missing_extra_says_what_to_install(words, tmp_path):
         (("export", "x", "--out", "y", "--targets", "coreml"), "coreml"),
     ],
 )
-def test_words_that_make_no_command_are_refused(words, culprit, call):
+def test_invalid_command_lines_are_refused(words, culprit, call):
     code, _, error = call(*words)
     assert code == 2 and culprit in error.splitlines()[-1] and "Traceback" not in error
 
@@ -220,19 +222,19 @@ def test_a_ratio_that_removes_nothing_is_refused(teacher, recipe, refused):
     refused(("plan", teacher, "--recipe", recipe, *words), "prune: ratio 0.01", "removes nothing")
 
 
-def test_a_report_on_a_folder_that_is_no_run_is_refused(refused, tmp_path):
+def test_a_report_on_a_folder_that_is_not_a_run_is_refused(refused, tmp_path):
     refused(("report", tmp_path), str(tmp_path), "not the folder of a compress run")
     refused(("report", tmp_path / "nowhere"), "nowhere")
-    (tmp_path / "recipe.json").write_text("{}")  # a run that was killed early
+    (tmp_path / "recipe.json").write_text("{}")  # as a run killed early leaves it
     refused(("report", tmp_path), str(tmp_path / "bundle"))
 
 
 @pytest.mark.parametrize("flag", [("--samples", 4), ("--seeds", 0), ("--batch", 0)])
-def test_too_little_to_evaluate_is_refused(flag, teacher, refused):
-    refused(("evaluate", teacher, *flag), flag[0], "too few")
+def test_too_few_samples_to_evaluate_are_refused(flag, teacher, refused):
+    refused(("evaluate", teacher, *flag), flag[0].removeprefix("--"), "too few")
 
 
-def test_a_student_is_evaluated_in_other_steps_with_a_warning(call, monkeypatch):
+def test_evaluating_a_student_with_other_steps_prints_a_warning(call, monkeypatch):
     from diffpress.compress.evaluation import evaluate as module
 
     def evaluate(network, spec, *rest):
@@ -246,11 +248,11 @@ def test_a_student_is_evaluated_in_other_steps_with_a_warning(call, monkeypatch)
     assert error.endswith("diffpress: 3 steps\n")
 
 
-def test_images_that_the_feature_network_does_not_know_are_refused(teacher, refused):
+def test_images_of_a_shape_the_feature_network_does_not_support_are_refused(teacher, refused):
     refused(("evaluate", teacher), "features.onnx", "[1, 28, 28]", "[1, 8, 8]", "--features")
 
 
-def test_what_cannot_be_evaluated_at_the_end_is_refused_at_the_start(teacher, recipe, refused, tmp_path, monkeypatch):
+def test_an_evaluation_that_cannot_run_is_refused_before_any_work(teacher, recipe, refused, tmp_path, monkeypatch):
     from diffpress.export import run as module
 
     monkeypatch.setattr(module, "write_bundle", lambda *a, **k: pytest.fail("exported before the check"))
@@ -258,7 +260,7 @@ def test_what_cannot_be_evaluated_at_the_end_is_refused_at_the_start(teacher, re
     refused(words, "features.onnx", "[1, 28, 28]")
 
 
-def test_an_interrupted_command_says_that_it_can_go_on(call, monkeypatch):
+def test_an_interrupted_command_says_how_to_resume(call, monkeypatch):
     from diffpress.cli import plan
 
     def interrupt(args):
@@ -266,10 +268,10 @@ def test_an_interrupted_command_says_that_it_can_go_on(call, monkeypatch):
 
     monkeypatch.setattr(plan, "run", interrupt)
     code, _, error = call("plan")
-    assert code == 130 and error.count("\n") == 1 and "goes on where it stood" in error
+    assert code == 130 and error.count("\n") == 1 and "run the same command again to resume" in error
 
 
-def test_a_defect_of_ours_keeps_its_traceback(call, monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(call, monkeypatch):
     from diffpress.cli import plan
 
     monkeypatch.setattr(plan, "run", lambda args: 1 // 0)
@@ -290,11 +292,11 @@ def test_plan_as_json_has_the_documented_shape(teacher, recipe, call, tmp_path):
     schedule, prune = result["stages"]
     assert schedule["after"] == result["before"] and prune["name"] == "prune" and prune["config"]["ratio"] == 0.25
     assert all(0 < prune["after"][key] < result["before"][key] for key in result["before"])
-    code, said, _ = call("plan", teacher, "--recipe", recipe, "--json", tmp_path / "plan.json")
-    assert code == 0 and "schedule" in said and json.loads((tmp_path / "plan.json").read_text())["order"]
+    code, output, _ = call("plan", teacher, "--recipe", recipe, "--json", tmp_path / "plan.json")
+    assert code == 0 and "schedule" in output and json.loads((tmp_path / "plan.json").read_text())["order"]
 
 
-def test_plan_knows_that_quantizing_shrinks_the_bytes_alone(teacher, recipe, call):
+def test_plan_estimates_that_quantization_reduces_only_the_bytes(teacher, recipe, call):
     recipe.write_text("stages: [quantize]")
     result = json.loads(call("plan", teacher, "--recipe", recipe, "--json")[1])
     before, after = result["before"], result["stages"][0]["after"]
@@ -313,7 +315,7 @@ def test_plan_works_for_the_built_in_teacher_and_recipe_and_writes_nothing(call,
 
 @pytest.fixture(scope="module")
 def run(teacher, tmp_path_factory) -> tuple[int, Path]:
-    """A whole run whose gate asks for too much: its exit code and its folder."""
+    """A complete run with a gate it cannot pass: its exit code and its folder."""
     pytest.importorskip("onnxscript")
     folder = tmp_path_factory.mktemp("run")
     (folder / "recipe.yaml").write_text(RECIPE)
@@ -321,7 +323,7 @@ def run(teacher, tmp_path_factory) -> tuple[int, Path]:
     return main([str(word) for word in command]), folder
 
 
-def test_a_gate_that_fails_gives_exit_code_1_and_keeps_the_work(run):
+def test_a_failed_gate_gives_exit_code_1_and_keeps_the_output(run):
     code, folder = run
     assert code == 1
     kept = {path.name for path in (folder / "out").iterdir()}
@@ -331,13 +333,13 @@ def test_a_gate_that_fails_gives_exit_code_1_and_keeps_the_work(run):
     assert [record["stage"] for record in report["history"]] == ["schedule", "prune"]
 
 
-def test_the_same_run_again_only_reads_what_is_there(run, teacher, call, monkeypatch):
+def test_repeating_a_run_only_loads_existing_results(run, teacher, call, monkeypatch):
     from diffpress.export import run as module
 
     _, folder = run
     monkeypatch.setattr(module, "write_bundle", lambda *a, **k: pytest.fail("exported again"))
-    code, said, error = call("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", folder / "out")
-    assert code == 1 and said.count("done before") >= 4
+    code, output, error = call("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", folder / "out")
+    assert code == 1 and output.count("done before") >= 4
     assert error.count("\n") == 1 and "gate failed: parity_sqnr_db is " in error and "the bound is 190" in error
 
 
@@ -347,37 +349,39 @@ def test_another_recipe_in_the_same_folder_is_refused(run, teacher, refused):
     refused(words, "made by another recipe", "seed: 0 there, 9 here", "--update")
 
 
-def test_a_gate_that_is_passed_gives_exit_code_0(run, teacher, call, tmp_path):
+def test_a_passed_gate_gives_exit_code_0(run, teacher, call, tmp_path):
     _, folder = run
     out = shutil.copytree(folder / "out", tmp_path / "out")
     words = ("--update", "--set", "gates.parity_sqnr_db=30")
     assert call("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", out, *words)[0] == 0
 
 
-def test_a_report_is_made_again_from_what_a_run_left(run, call, tmp_path):
+def test_a_report_is_rebuilt_from_the_output_of_a_run(run, call, tmp_path):
     out = shutil.copytree(run[1] / "out", tmp_path / "out")
     before = json.loads((out / "report.json").read_text())
     for name in ("report.json", "report.html"):
         (out / name).unlink()
-    code, said, _ = call("report", out)
-    assert code == 0 and "denoiser.onnx, MiB" in said
+    code, output, _ = call("report", out)
+    assert code == 0 and "denoiser.onnx, MiB" in output
     assert json.loads((out / "report.json").read_text()) == before
     assert "http" not in (out / "report.html").read_text().replace("http-equiv", "")
 
 
 def test_the_run_ends_with_a_bundle_that_samples_without_torch(run, tmp_path):
-    done = alone("sample", run[1] / "out" / "bundle", "-n", 2, "--out", tmp_path / "grid.png", blocked="torch")
+    done = in_fresh_process(
+        "sample", run[1] / "out" / "bundle", "-n", 2, "--out", tmp_path / "grid.png", blocked="torch"
+    )
     assert done.returncode == 0 and (tmp_path / "grid.png").stat().st_size > 0, done.stderr
 
 
-def test_every_folder_of_the_package_is_one():
-    """A wheel takes what is in `diffpress/`; a folder of code without `__init__.py` would be no package."""
+def test_every_folder_of_the_package_has_an_init_file():
+    """A folder of code without `__init__.py` is not a package and would not be installed correctly."""
     folders = {path.parent for path in (ROOT / "diffpress").rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
-def test_nothing_imports_through_the_links():
-    """`compress`, `export` and `runtime` at the top level are links: imported by those names, a module loads twice."""
+def test_no_module_is_imported_through_the_symlinks():
+    """`compress`, `export` and `runtime` are symlinks; a module imported through them would be loaded twice."""
     bare = re.compile(r"^\s*(?:from|import) (?:compress|export|runtime)\b", re.M)
     trees = ("diffpress", "tests", "benchmarks", "examples")
     files = [path for tree in trees for path in (ROOT / tree).rglob("*.py")]

@@ -1,4 +1,4 @@
-"""`diffpress sample` from its arguments to the grid on disk, and the one line that bad input gets."""
+"""`diffpress sample`: from the arguments to the image grid on disk, and one-line errors for invalid input."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffpress.cli.sample import run as sample_command
 from diffpress.runtime.bundle import MANIFEST, load_bundle, manifest_hash
 from diffpress.runtime.engines import available, open_engine
 from diffpress.runtime.errors import DiffpressError, MissingDependencyError
-from diffpress.runtime.io.images import grid, to_uint8
+from diffpress.runtime.io.images import image_grid, to_uint8
 from diffpress.runtime.requested_plan import requested_plan
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.sampling_plan import OutputCorrection
@@ -47,52 +47,53 @@ def with_spec(bundle: Path, spec: DenoiserSpec, folder: Path) -> Path:
     return folder
 
 
-def test_the_grid_is_what_the_python_api_samples(tiny: Path, tmp_path: Path, capsys) -> None:
+def test_the_image_grid_matches_the_python_api(tiny: Path, tmp_path: Path, capsys) -> None:
     out = tmp_path / "new" / "grid.png"
     assert run(tiny, "-n", 7, "--seed", 5, "--out", out, "--engine", "onnxruntime", "--batch", 3) == 0
     bundle = load_bundle(tiny)
     images = generate(open_engine(bundle, "onnxruntime"), bundle.spec, range(5, 12))
-    assert np.array_equal(pixels(out), grid(to_uint8(images))[:, :, 0])
+    assert np.array_equal(pixels(out), image_grid(to_uint8(images))[:, :, 0])
     line = capsys.readouterr().out
     assert re.fullmatch(
         rf"{re.escape(str(out))}: 7 images, 8 steps of dpmpp_2m in onnxruntime, \d+\.\d ms per image\n", line
     )
 
 
-def test_streams_and_the_cache_do_not_change_the_grid(tiny: Path, tmp_path: Path, no_cache_of_the_user: Path) -> None:
+def test_streams_and_the_cache_do_not_change_the_images(tiny: Path, tmp_path: Path, no_cache_of_the_user: Path) -> None:
     if "openvino" not in available():
         pytest.skip("openvino is not installed")
     usual = (tiny, "-n", 7, "--engine", "openvino", "--batch", 2, "--threads", 2)
     run(*usual, "--no-cache", "--out", tmp_path / "0.png")
     assert list(no_cache_of_the_user.iterdir()) == []
     run(*usual, "--out", tmp_path / "1.png")
-    assert len(list(no_cache_of_the_user.iterdir())) == 3  # what the graph is like, and it compiled for 2 and for 1
+    # the graph's description, and the compiled models for batch sizes 2 and 1
+    assert len(list(no_cache_of_the_user.iterdir())) == 3
     run(*usual, "--out", tmp_path / "2.png")
     run(*usual, "--streams", 3, "--out", tmp_path / "3.png")
     assert len({pixels(tmp_path / f"{i}.png").tobytes() for i in range(4)}) == 1
 
 
-def test_the_batch_size_does_not_change_the_grid(tiny: Path, tmp_path: Path) -> None:
+def test_the_batch_size_does_not_change_the_images(tiny: Path, tmp_path: Path) -> None:
     for batch in (1, 4, 9):
         run(tiny, "-n", 9, "--batch", batch, "--engine", "onnxruntime", "--out", tmp_path / f"{batch}.png")
     first, *others = [pixels(tmp_path / f"{batch}.png").astype(int) for batch in (1, 4, 9)]
     assert all(np.abs(first - other).max() <= 1 for other in others)
 
 
-def test_a_label_makes_all_images_of_that_class(tiny: Path, tmp_path: Path) -> None:
+def test_label_sets_the_class_of_all_images(tiny: Path, tmp_path: Path) -> None:
     run(tiny, "-n", 4, "--label", 2, "--out", tmp_path / "grid.png", "--engine", "onnxruntime")
     checker = np.where(np.indices((8, 8)).sum(axis=0) % 2 == 0, 0.7, -0.7)
     corner = pixels(tmp_path / "grid.png")[10:18, 10:18] / 127.5 - 1
     assert np.abs(corner - checker).max() < 0.3
 
 
-def test_the_size_that_the_bundle_makes_may_be_asked_for(tiny: Path, tmp_path: Path) -> None:
-    for name, words in (("plain", ()), ("sized", ("--size", "8x8"))):
-        run(tiny, "-n", 2, "--engine", "onnxruntime", "--out", tmp_path / f"{name}.png", *words)
+def test_the_bundles_own_size_is_accepted(tiny: Path, tmp_path: Path) -> None:
+    for name, arguments in (("plain", ()), ("sized", ("--size", "8x8"))):
+        run(tiny, "-n", 2, "--engine", "onnxruntime", "--out", tmp_path / f"{name}.png", *arguments)
     assert (tmp_path / "sized.png").read_bytes() == (tmp_path / "plain.png").read_bytes()
 
 
-def test_what_is_asked_for_replaces_the_plan_of_the_bundle(tiny: Path) -> None:
+def test_requested_settings_replace_those_of_the_bundles_plan(tiny: Path) -> None:
     spec = load_bundle(tiny).spec
     assert requested_plan(spec, None, None, None, None) == spec.plan
     assert requested_plan(spec, 5, None, None, None).timesteps == (49, 39, 29, 19, 9)
@@ -102,13 +103,13 @@ def test_what_is_asked_for_replaces_the_plan_of_the_bundle(tiny: Path) -> None:
     assert (swapped.solver, swapped.guidance, swapped.timesteps) == ("ipndm", 3.0, spec.plan.timesteps)
 
 
-def test_new_steps_lie_as_the_models_spacing_has_them(tiny: Path) -> None:
+def test_a_new_number_of_steps_uses_the_models_timestep_spacing(tiny: Path) -> None:
     spec = replace(load_bundle(tiny).spec, spacing=TimestepSpacing("leading", offset=1))
     assert requested_plan(spec, 5, None, None, None).timesteps == (41, 31, 21, 11, 1)
     assert requested_plan(spec, 5, None, "trailing", None).timesteps == (49, 39, 29, 19, 9)
 
 
-def test_where_to_end_goes_with_the_solver_that_it_came_with(tiny: Path) -> None:
+def test_the_end_of_the_plan_applies_only_to_its_own_solver(tiny: Path) -> None:
     spec = load_bundle(tiny).spec
     spec = spec.with_plan(replace(spec.plan, end=0.0))
     assert requested_plan(spec, 5, None, None, None).end == 0.0
@@ -116,69 +117,74 @@ def test_where_to_end_goes_with_the_solver_that_it_came_with(tiny: Path) -> None
     assert requested_plan(spec, None, "ipndm", None, None).end is None
 
 
-def test_corrections_serve_the_bundles_own_plan_and_others_are_warned(tiny: Path, tmp_path: Path, capsys) -> None:
+def test_output_corrections_apply_to_the_bundles_own_plan_and_others_get_a_warning(
+    tiny: Path, tmp_path: Path, capsys
+) -> None:
     spec = load_bundle(tiny).spec
     plan = replace(spec.plan, output_corrections=(OutputCorrection(0.1, (0.2,)),) * 8)
     bundle = with_spec(tiny, spec.with_plan(plan), tmp_path / "corrected")
     made = {}
-    for name, folder, words in (
+    for name, folder, arguments in (
         ("plain", tiny, ()),
         ("corrected", bundle, ()),
-        ("the same words", bundle, ("--steps", 8, "--solver", plan.solver, "--guidance", 1)),
+        ("same plan", bundle, ("--steps", 8, "--solver", plan.solver, "--guidance", 1)),
         ("fewer", bundle, ("--steps", 5)),
-        ("plainly fewer", tiny, ("--steps", 5)),
+        ("plain, fewer", tiny, ("--steps", 5)),
     ):
-        run(folder, "-n", 2, "--engine", "onnxruntime", "--out", tmp_path / f"{name}.png", *words)
+        run(folder, "-n", 2, "--engine", "onnxruntime", "--out", tmp_path / f"{name}.png", *arguments)
         made[name] = pixels(tmp_path / f"{name}.png"), capsys.readouterr().err
     assert (made["corrected"][0] != made["plain"][0]).any() and not made["corrected"][1]
-    assert (made["corrected"][0] == made["the same words"][0]).all() and not made["the same words"][1]
-    assert (made["fewer"][0] == made["plainly fewer"][0]).all()
-    assert made["fewer"][1].startswith("warning: this plan is not the bundle's own") and not made["plainly fewer"][1]
+    assert (made["corrected"][0] == made["same plan"][0]).all() and not made["same plan"][1]
+    assert (made["fewer"][0] == made["plain, fewer"][0]).all()
+    assert made["fewer"][1].startswith("warning: the requested plan differs from the bundle's")
+    assert not made["plain, fewer"][1]
     for change in ((5, None, None, None), (None, "ipndm", None, None), (None, None, None, 2.0)):
         assert not requested_plan(spec.with_plan(plan), *change).output_corrections
     assert not with_solver(plan, "ipndm").output_corrections and with_solver(plan, plan.solver) == plan
 
 
-def test_a_distilled_network_keeps_its_solver_and_promises_nothing_for_other_steps(tiny, tmp_path, capsys) -> None:
+def test_a_distilled_network_keeps_its_solver_and_warns_about_other_steps(tiny, tmp_path, capsys) -> None:
     spec = load_bundle(tiny).spec
     plan = replace(spec.plan, solver="euler")
     bundle = with_spec(tiny, replace(spec, plan=plan, distilled="trajectory"), tmp_path / "distilled")
-    for words in ((), ("--solver", "euler"), ("--steps", 8)):
-        run(bundle, "-n", 1, "--out", tmp_path / "own.png", *words)
+    for arguments in ((), ("--solver", "euler"), ("--steps", 8)):
+        run(bundle, "-n", 1, "--out", tmp_path / "own.png", *arguments)
         assert not capsys.readouterr().err
-    for words in (("--steps", 3), ("--solver", "ddim"), ("--grid", "karras")):
-        run(bundle, "-n", 1, "--out", tmp_path / "other.png", *words)
+    for arguments in (("--steps", 3), ("--solver", "ddim"), ("--grid", "karras")):
+        run(bundle, "-n", 1, "--out", tmp_path / "other.png", *arguments)
         assert capsys.readouterr().err == (
-            "warning: this network was distilled for its own plan, 8 steps of euler; the quality of other plans is not "
-            "promised\n"
+            "warning: this network was distilled for its own plan, 8 steps of euler; other plans may reduce the image "
+            "quality\n"
         )
-    with pytest.raises(DiffpressError, match="distilled \\(trajectory\\) for its own plan, 8 steps of euler") as caught:
+    with pytest.raises(DiffpressError, match=r"distilled \(trajectory\) for its own plan, 8 steps of euler") as caught:
         run(bundle, "--solver", "dpmpp_2m", "--out", tmp_path / "refused.png")
     assert caught.value.exit_code == 2 and not (tmp_path / "refused.png").exists()
 
 
-def test_a_distilled_network_takes_the_other_plans_that_it_was_taught(tiny, tmp_path, capsys) -> None:
+def test_a_distilled_network_accepts_the_other_plans_it_was_trained_for(tiny, tmp_path, capsys) -> None:
     spec = load_bundle(tiny).spec
-    taught = replace(
+    spec_of_student = replace(
         spec,
         plan=replace(spec.plan, solver="euler"),
         distilled="trajectory",
         distilled_timesteps=((45.0,), (47.0, 20.0)),
     )
     for count, timesteps in ((1, (45.0,)), (2, (47.0, 20.0)), (8, spec.plan.timesteps)):
-        assert requested_plan(taught, count, None, None, None) == taught.plan.over(timesteps)
-    assert requested_plan(taught, 2, None, "trailing", None).timesteps != (47.0, 20.0)
-    bundle = with_spec(tiny, taught, tmp_path / "distilled")
-    assert load_bundle(bundle).spec == taught
-    run(bundle, "-n", 1, "--steps", 2, "--out", tmp_path / "taught.png")
+        assert requested_plan(spec_of_student, count, None, None, None) == spec_of_student.plan.over(timesteps)
+    assert requested_plan(spec_of_student, 2, None, "trailing", None).timesteps != (47.0, 20.0)
+    bundle = with_spec(tiny, spec_of_student, tmp_path / "distilled")
+    assert load_bundle(bundle).spec == spec_of_student
+    run(bundle, "-n", 1, "--steps", 2, "--out", tmp_path / "trained.png")
     assert not capsys.readouterr().err
-    for words in (("--steps", 3), ("--steps", 2, "--solver", "ddim")):
-        run(bundle, "-n", 1, "--out", tmp_path / "other.png", *words)
-        assert "for its own plan, 8 steps of euler (or 1 or 2); the quality" in capsys.readouterr().err
+    for arguments in (("--steps", 3), ("--steps", 2, "--solver", "ddim")):
+        run(bundle, "-n", 1, "--out", tmp_path / "other.png", *arguments)
+        assert "for its own plan, 8 steps of euler (or 1 or 2); other plans" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [["--steps", 5], ["--grid", "karras"], ["--steps", 7, "--solver", "plms"]])
-def test_a_bundle_for_one_plan_refuses_other_timesteps_with_one_line(tiny: Path, tmp_path: Path, arguments) -> None:
+def test_a_bundle_with_fixed_timesteps_refuses_others_with_a_one_line_error(
+    tiny: Path, tmp_path: Path, arguments
+) -> None:
     spec = load_bundle(tiny).spec
     bundle = with_spec(tiny, replace(spec, fixed_timesteps=spec.plan.timesteps), tmp_path / "fixed")
     assert run(bundle, "-n", 1, "--solver", "plms", "--out", tmp_path / "grid.png") == 0  # the same timesteps
@@ -195,7 +201,7 @@ def test_a_bundle_for_one_plan_refuses_other_timesteps_with_one_line(tiny: Path,
         (["--engine", "openvin"], "did you mean 'openvino'?"),
         (["--steps", 51], "51 steps: the model has 50 timesteps"),
         (["--steps", 0], "0 steps"),
-        (["--label", 3], "--label 3: the model knows the classes 0..2"),
+        (["--label", 3], "--label 3: the model has the classes 0..2"),
         (["--label", -1], "--label -1"),
         (["--prompt", "a cat"], "--prompt: the model is not conditioned on text; use --label 0..2"),
         (["--negative", "a cat"], "--negative: the model is not conditioned on text; use --label 0..2"),
@@ -210,7 +216,9 @@ def test_a_bundle_for_one_plan_refuses_other_timesteps_with_one_line(tiny: Path,
         (["--guidance", "nan"], "guidance nan must be finite"),
     ],
 )
-def test_bad_wishes_get_one_clear_line_and_no_file(tiny: Path, tmp_path: Path, arguments, message: str) -> None:
+def test_invalid_arguments_give_a_one_line_error_and_no_file(
+    tiny: Path, tmp_path: Path, arguments, message: str
+) -> None:
     with pytest.raises(DiffpressError) as caught:
         run(tiny, "--out", tmp_path / "grid.png", *arguments)
     assert message in str(caught.value) and "\n" not in str(caught.value) and caught.value.exit_code == 2

@@ -1,4 +1,4 @@
-"""Tiny denoisers with random weights, images to train them on, and a module file such as a user would bring."""
+"""Fixtures: tiny denoisers with random weights, training images, and a user's module file."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def make_unet(classes: int = 0, prediction: str = "v", **config: Any) -> Checkpoint:
-    """A UNet2DModel [1, 8, 8] with attention and a plan of four steps; the last of its classes is the null label."""
+    """Make a UNet2DModel [1, 8, 8] with attention and a 4-step plan; the last class is the null label."""
     config = {**UNET, **({"num_class_embeds": classes} if classes else {}), **config}
     torch.manual_seed(0)
     model = UNet2DModel.from_config(config).eval()
@@ -91,14 +91,14 @@ def make_unet(classes: int = 0, prediction: str = "v", **config: Any) -> Checkpo
 
 
 def make_custom(model: torch.nn.Module, prediction: str = "v", plan_steps: int = 3) -> Checkpoint:
-    """Any module called as module(sample [B, 1, 8, 8], timestep) as a checkpoint."""
+    """Make a checkpoint of any module called as module(sample [B, 1, 8, 8], timestep)."""
     schedule = betas_schedule("linear", 50)
     spec = DenoiserSpec(prediction, schedule, (1, 8, 8), make_plan("ddim", plan_steps, schedule))
     return Checkpoint(model.eval(), spec, Source("custom", original=widths_of(model)))
 
 
-def answer(checkpoint: Checkpoint) -> torch.Tensor:
-    """What the checkpoint computes, through fake quantization where it is quantized, on fixed inputs."""
+def outputs_of(checkpoint: Checkpoint) -> torch.Tensor:
+    """Return the checkpoint's output on fixed inputs, with fake quantization if it is quantized."""
     model = fake_quantized(checkpoint)
     with torch.no_grad():
         return adapter_for(model).forward(model, dummy_inputs(checkpoint.spec, 3, seed=5))
@@ -116,7 +116,7 @@ def custom() -> Callable[..., Checkpoint]:
 
 @pytest.fixture(scope="session")
 def output() -> Callable[[Checkpoint], torch.Tensor]:
-    return answer
+    return outputs_of
 
 
 @pytest.fixture(scope="session")
@@ -143,18 +143,18 @@ def quantized(pruned: Checkpoint, unet: Checkpoint) -> Checkpoint:
 @pytest.fixture(scope="session")
 def images(unet: Checkpoint) -> ImageData:
     """Stripes and checkerboards of three classes, uint8 [48, 1, 8, 8]."""
-    x, labels = picture_arrays()
+    x, labels = image_arrays()
     return ImageData(x[:, None], labels, "images", unet.spec)
 
 
 @pytest.fixture
 def npz(tmp_path: Path) -> Path:
-    x, labels = picture_arrays()
+    x, labels = image_arrays()
     np.savez(tmp_path / "images.npz", x=x, y=labels)
     return tmp_path / "images.npz"
 
 
-def picture_arrays() -> tuple[np.ndarray, np.ndarray]:
+def image_arrays() -> tuple[np.ndarray, np.ndarray]:
     rows, columns = np.indices((8, 8))
     classes = np.stack([rows % 2, columns % 2, (rows + columns) % 2]) * 200
     labels = np.arange(48) % 3
@@ -174,7 +174,7 @@ def context(images: ImageData, tmp_path: Path) -> Callable[..., Context]:
 
 @pytest.fixture
 def custom_files(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
-    """A user's module file and its weights, for one prediction."""
+    """A user's module file and its weights, for a given prediction type."""
 
     def make(prediction: str = "epsilon") -> tuple[Path, Path]:
         file, weights = tmp_path / "mine.py", tmp_path / "mine.safetensors"
@@ -190,7 +190,7 @@ def custom_files(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
 
 @pytest.fixture
 def pipeline_folder(plain: Checkpoint, tmp_path: Path) -> Path:
-    """What diffusers itself would have saved: unet/ and scheduler/."""
+    """A folder as diffusers saves it: unet/ and scheduler/."""
     folder = tmp_path / "pipeline"
     plain.model.save_pretrained(folder / "unet")
     write_scheduler(folder)

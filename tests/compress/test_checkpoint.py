@@ -1,4 +1,4 @@
-"""compress/checkpoint.py: what is saved is what is loaded, whole or not at all, and nothing is pickled."""
+"""compress/checkpoint.py: checkpoints round-trip, are written atomically, and contain no pickle."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def test_a_saved_checkpoint_loads_with_the_same_hash_and_outputs(kind, request, 
     assert torch.equal(output(loaded), output(checkpoint))
 
 
-def test_a_checkpoint_that_was_loaded_saves_to_the_same_hash_again(quantized, tmp_path):
+def test_a_loaded_checkpoint_saves_to_the_same_hash(quantized, tmp_path):
     save_checkpoint(quantized, tmp_path / "one")
     save_checkpoint(load_checkpoint(tmp_path / "one"), tmp_path / "two")
     assert load_checkpoint(tmp_path / "two").hash == quantized.hash
     assert (tmp_path / "one" / "diffpress.json").read_text() == (tmp_path / "two" / "diffpress.json").read_text()
 
 
-def test_the_history_travels_with_the_checkpoint(plain, tmp_path):
+def test_the_history_is_saved_with_the_checkpoint(plain, tmp_path):
     record = Record("prune", {"ratio": 0.3}, 7, {"parameters": [10, 7]}, "a" * 64, "b" * 64, 1.5)
     save_checkpoint(plain.evolve(history=(record,)), tmp_path / "saved")
     assert load_checkpoint(tmp_path / "saved").history == (record,)
@@ -63,7 +63,7 @@ print(load_checkpoint(sys.argv[1]).hash)
     assert done.stdout.strip() == quantized.hash, done.stderr
 
 
-def test_the_hash_sees_weights_plan_and_scales_but_not_the_history(quantized):
+def test_the_hash_covers_weights_plan_and_scales_but_not_the_history(quantized):
     amax = quantized.quantization.amax
     changed = {name: value * (2 if i == 0 else 1) for i, (name, value) in enumerate(sorted(amax.items()))}
     moved = quantized.clone_model()
@@ -85,10 +85,10 @@ def test_a_checkpoint_is_frozen_and_its_clone_is_a_copy(plain):
         plain.model = None
     before = plain.hash
     nn.init.zeros_(plain.clone_model().conv_in.weight)
-    assert plain.evolve().hash == before  # evolve: a hash is kept once it was made
+    assert plain.evolve().hash == before  # evolve, because the hash is cached
 
 
-def test_what_evolves_from_a_checkpoint_has_a_hash_of_its_own(plain):
+def test_an_evolved_checkpoint_computes_its_own_hash(plain):
     model = plain.clone_model()
     checkpoint = plain.evolve(model=model)
     assert checkpoint.hash == plain.hash
@@ -96,7 +96,7 @@ def test_what_evolves_from_a_checkpoint_has_a_hash_of_its_own(plain):
     assert checkpoint.evolve().hash != plain.hash == plain.evolve().hash
 
 
-def test_a_shared_model_has_the_same_tensors_in_modules_of_its_own(plain):
+def test_a_shared_model_has_separate_modules_with_the_same_tensors(plain):
     shared = plain.shared_model()
     assert not {id(module) for module in shared.modules()} & {id(module) for module in plain.model.modules()}
     ours, theirs = plain.model.state_dict(keep_vars=True), shared.state_dict(keep_vars=True)
@@ -107,7 +107,7 @@ def test_a_shared_model_has_the_same_tensors_in_modules_of_its_own(plain):
         assert plain.model(torch.zeros(1, 1, 8, 8), torch.tensor([1])).sample.shape == (1, 1, 8, 8)
 
 
-def test_saving_where_a_checkpoint_is_replaces_it(plain, unet, tmp_path):
+def test_saving_over_a_checkpoint_replaces_it(plain, unet, tmp_path):
     save_checkpoint(plain, tmp_path / "saved")
     save_checkpoint(unet, tmp_path / "saved")
     assert load_checkpoint(tmp_path / "saved").hash == unet.hash
@@ -135,20 +135,20 @@ def test_tied_weights_are_saved(custom, tmp_path):
 # --- custom modules --------------------------------------------------------------------------------------------
 
 
-def test_a_saved_custom_checkpoint_reopens_with_its_file(custom_files, context, output, tmp_path):
+def test_a_saved_custom_checkpoint_loads_with_its_file(custom_files, context, output, tmp_path):
     file, weights = custom_files("v")
     loaded = load_checkpoint(f"{file}:{weights}")
     small = prune(loaded, PruneConfig(ratio=0.5, round_to=4, batch=4, timesteps=2), context(loaded))
     assert small.hash != loaded.hash
     save_checkpoint(small, tmp_path / "saved")
-    weights.unlink()  # the saved folder stands alone
+    weights.unlink()  # the saved folder is self-contained
     again = load_checkpoint(f"{file}:{tmp_path / 'saved'}")
     assert again.hash == small.hash and torch.equal(output(again), output(small))
-    with pytest.raises(InvalidInputError, match=r"custom module; open it as FILE\.py:.*saved"):
+    with pytest.raises(InvalidInputError, match=r"custom module; load it as FILE\.py:.*saved"):
         load_checkpoint(tmp_path / "saved")
 
 
-def test_a_custom_checkpoint_whose_weights_are_a_folder_reopens_too(custom_files, tmp_path):
+def test_a_custom_checkpoint_with_a_weights_folder_loads_after_saving(custom_files, tmp_path):
     file, weights = custom_files("v")
     folder = tmp_path / "mine"
     folder.mkdir()
@@ -189,7 +189,7 @@ def load(path):
 """
 
 
-def test_pruning_a_layer_whose_widths_cannot_be_recorded_is_refused_by_name(context, tmp_path):
+def test_pruning_a_layer_whose_widths_cannot_be_saved_is_refused_by_name(context, tmp_path):
     (tmp_path / "mixed.py").write_text(LAYERS_FILE)
     (tmp_path / "weights").write_bytes(b"")
     loaded = load_checkpoint(f"{tmp_path / 'mixed.py'}:{tmp_path / 'weights'}")
@@ -197,44 +197,44 @@ def test_pruning_a_layer_whose_widths_cannot_be_recorded_is_refused_by_name(cont
         prune(loaded, PruneConfig(method="magnitude", ratio=0.5, round_to=1), context(loaded))
 
 
-# --- whole or not at all ---------------------------------------------------------------------------------------
+# --- atomic writes ---------------------------------------------------------------------------------------------
 
 
 def full_disk(tensors, path, *args, **kwargs):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def full_disk_as_safetensors_says_it(tensors, path, *args, **kwargs):
+def full_disk_in_safetensors(tensors, path, *args, **kwargs):
     raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
 
-@pytest.mark.parametrize("failure", [full_disk, full_disk_as_safetensors_says_it])
-def test_a_full_disk_is_one_clear_line_and_leaves_what_was_there(failure, plain, unet, tmp_path, monkeypatch):
+@pytest.mark.parametrize("failure", [full_disk, full_disk_in_safetensors])
+def test_a_full_disk_raises_a_one_line_error_and_keeps_the_old_checkpoint(failure, plain, unet, tmp_path, monkeypatch):
     save_checkpoint(plain, tmp_path / "saved")
     monkeypatch.setattr("diffpress.compress.checkpoint.save_file", failure)
-    with pytest.raises(InvalidInputError, match="saved: cannot be written .*No space left"):
+    with pytest.raises(InvalidInputError, match=r"saved: cannot be written .*No space left"):
         save_checkpoint(unet, tmp_path / "saved")
     assert [path.name for path in tmp_path.iterdir()] == ["saved"]
     assert load_checkpoint(tmp_path / "saved").hash == plain.hash
 
 
-def test_a_read_only_place_is_bad_input(plain, tmp_path, monkeypatch):
+def test_a_read_only_folder_is_refused(plain, tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
-    monkeypatch.setattr("diffpress.compress.checkpoint.os.replace", refuse)
-    with pytest.raises(InvalidInputError, match="saved: cannot be written .*Read-only"):
+    monkeypatch.setattr("diffpress.compress.checkpoint.Path.replace", refuse)
+    with pytest.raises(InvalidInputError, match=r"saved: cannot be written .*Read-only"):
         save_checkpoint(plain, tmp_path / "saved")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_place_below_a_file_is_bad_input(plain, tmp_path):
+def test_a_folder_below_a_file_is_refused(plain, tmp_path):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(InvalidInputError, match="saved: cannot be written"):
         save_checkpoint(plain, tmp_path / "file" / "saved")
 
 
-def test_an_error_while_filling_leaves_no_half_written_folder(tmp_path):
+def test_an_error_while_writing_leaves_no_partial_folder(tmp_path):
     def fill(folder: Path) -> None:
         save_file({"x": torch.zeros(3)}, folder / "x.safetensors")
         raise InvalidInputError("something else")
@@ -244,7 +244,7 @@ def test_an_error_while_filling_leaves_no_half_written_folder(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_what_a_killed_run_left_half_written_is_cleared_away(plain, tmp_path):
+def test_leftovers_of_a_killed_run_are_removed(plain, tmp_path):
     (tmp_path / ".saved.partial").mkdir()
     (tmp_path / ".saved.partial" / "junk").write_text("junk")
     save_checkpoint(plain, tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""compress/recipe.py: what a recipe may say is resolved in full, what it may not is refused before any work."""
+"""compress/recipe.py: valid recipes are resolved with all defaults, invalid ones are refused before any stage."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_resolved_recipe_writes_out_every_default_as_json(recipe):
     assert found["evaluate"] is None and found["seed"] == 3
 
 
-def test_a_resolved_recipe_read_again_says_the_same(recipe):
+def test_a_resolved_recipe_reads_back_unchanged(recipe):
     found = recipe().to_json()
     again = recipe(json.dumps({key: value for key, value in found.items() if value is not None}))
     assert again.to_json() == found
@@ -73,7 +73,7 @@ TWO_STEPS = "[{distill: {kind: trajectory, sample_steps: 2}}, "
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
-def test_the_recipes_that_come_with_it_are_valid(path):
+def test_the_built_in_recipes_are_valid(path):
     assert read_recipe(path).stages
 
 
@@ -83,7 +83,7 @@ def test_the_number_of_teacher_samples_is_read(recipe, refused):
         refused(f"teacher_samples: {value}", "r.yaml", "teacher_samples", "a whole number from 1")
 
 
-def test_a_gate_on_the_frechet_distance_brings_the_evaluation_it_needs(recipe):
+def test_a_gate_on_the_frechet_distance_enables_the_evaluation(recipe):
     assert recipe("gates: {frechet_ratio: 1.2}").evaluate is not None
     assert recipe("gates: {parity_sqnr_db: 20}").evaluate is None
 
@@ -113,7 +113,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_match(text, key
     refused(text, "r.yaml", f"unknown key {key}", f"did you mean {nearest}?")
 
 
-def test_a_key_that_resembles_nothing_gets_the_list(refused):
+def test_an_unknown_key_without_a_near_match_lists_the_known_keys(refused):
     refused("xyzzy: 1", "'xyzzy'", "known are seed, data, teacher_samples, stages, export, evaluate, gates")
 
 
@@ -135,7 +135,7 @@ def test_a_key_that_resembles_nothing_gets_the_list(refused):
         ("stages: [{prune: {method: magic}}]", "stages[0].prune.method: "),
         ("stages: [{schedule: {steps: 0}}]", "stages[0].schedule.steps: "),
         ("stages: [{schedule: {solver: magic}}]", "magic"),
-        ("stages: [{schedule: {grid: sideways}}]", "sideways"),
+        ("stages: [{schedule: {spacing: sideways}}]", "sideways"),
         ("stages: [prune, {distill: {steps: 1.5}}]", "stages[1].distill.steps: "),
         ("stages: [{quantize: {format: int3}}]", "stages[0].quantize.format: "),
         ("export: {targets: [coreml]}", "export.targets.0: "),
@@ -146,7 +146,7 @@ def test_a_key_that_resembles_nothing_gets_the_list(refused):
         ("data: [a, b]", "data: "),
     ],
 )
-def test_a_value_of_the_wrong_kind_is_refused_where_it_stands(text, where, refused):
+def test_a_value_of_the_wrong_type_is_refused_with_its_path(text, where, refused):
     refused(text, "r.yaml", where)
 
 
@@ -160,7 +160,7 @@ def test_a_file_that_is_no_mapping_is_refused(text, refused):
     refused(text, "r.yaml", "a recipe is a mapping", "stages")
 
 
-def test_a_recipe_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_recipe_is_refused(tmp_path):
     for path in (tmp_path / "nowhere.yaml", tmp_path):
         with pytest.raises(InvalidInputError, match=f"{path.name}: the recipe cannot be read"):
             read_recipe(path)
@@ -168,7 +168,7 @@ def test_a_recipe_that_is_not_there_is_refused(tmp_path):
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path):
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\xfa")
-    with pytest.raises(InvalidInputError, match="r.yaml: not valid YAML"):
+    with pytest.raises(InvalidInputError, match=r"r.yaml: not valid YAML"):
         read_recipe(tmp_path / "r.yaml")
 
 
@@ -196,9 +196,13 @@ def test_a_possible_order_is_kept(stages, recipe):
     assert [stage.name for stage in recipe(f"stages: {stages}").stages] == stages.strip("[]").split(", ")
 
 
-def test_a_kind_of_distillation_takes_its_own_settings_alone(refused, recipe):
+def test_a_kind_of_distillation_accepts_only_its_own_settings(refused, recipe):
     stages = recipe("stages: [{distill: {kind: trajectory, sample_steps: 3}}]").stages
-    assert (stages[0].config.kind, stages[0].config.sample_steps, stages[0].config.paths) == ("trajectory", 3, 4096)
+    assert (stages[0].config.kind, stages[0].config.sample_steps, stages[0].config.trajectories) == (
+        "trajectory",
+        3,
+        4096,
+    )
     refused("stages: [{distill: {kind: trajektory}}]", "stages[0].distill: kind", "did you mean 'trajectory'?")
     refused("stages: [{distill: {kind: trajectory, task_weight: 1}}]", "unknown key 'stages[0].distill.task_weight'")
 
@@ -213,7 +217,7 @@ def test_a_setting_is_overridden(override, recipe):
     assert recipe(RECIPE, override).stages[0].config.ratio == 0.4
 
 
-def test_overrides_apply_in_turn_and_reach_every_level(recipe):
+def test_overrides_apply_in_order_and_at_every_level(recipe):
     found = recipe(
         RECIPE,
         "seed=5",
@@ -229,11 +233,11 @@ def test_overrides_apply_in_turn_and_reach_every_level(recipe):
 
 @pytest.mark.parametrize("text", ["stages: [{prune: {}}]", "stages: [{prune: }]", "stages: [prune]"])
 @pytest.mark.parametrize("override", ["stages.0.prune.ratio=0.4", "stages.prune.ratio=0.4"])
-def test_a_stage_that_was_written_without_settings_takes_one(override, text, recipe):
+def test_a_stage_without_settings_accepts_an_override(override, text, recipe):
     assert recipe(text, override).stages[0].config.ratio == 0.4
 
 
-def test_the_example_that_the_help_gives_works():
+def test_the_example_in_the_help_works():
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     example = re.search(r"like (\S+=\S+\b)", " ".join(parser.format_help().split()))
@@ -254,15 +258,15 @@ def test_the_example_that_the_help_gives_works():
         ("stages.prune.ratio=[", "stages.prune.ratio=["),
     ],
 )
-def test_an_override_that_leads_nowhere_is_refused(override, word, refused):
+def test_an_override_of_an_unknown_setting_is_refused(override, word, refused):
     refused(RECIPE, word, overrides=(override,))
 
 
-def test_a_name_that_stands_for_two_stages_is_refused(refused):
+def test_a_name_shared_by_two_stages_is_refused(refused):
     refused("stages: [prune, prune]", "no single 'prune'", overrides=("stages.prune.ratio=0.4",))
 
 
-def test_bounds_of_a_quantization_are_read_and_a_wrong_one_is_named_with_its_path(recipe, refused):
+def test_quantization_bounds_are_read_and_an_invalid_one_is_named_with_its_path(recipe, refused):
     found = recipe("stages: [{quantize: {bounds: {min_sqnr_db: 30, max_size_mib: 4}, target: openvino}}]").stages[0]
     assert found.config.bounds.min_sqnr_db == 30 and found.config.bounds.max_latency_ratio is None
     assert found.config.target == "openvino"

@@ -1,4 +1,4 @@
-"""The trainer of the teacher: a tiny run gives a pipeline that loads, and a stopped run goes on exactly."""
+"""examples/pretrain.py: a tiny run writes a loadable pipeline, and a stopped run resumes exactly."""
 
 import json
 import shutil
@@ -19,7 +19,7 @@ def pretrain():
         patch.syspath_prepend(str(ROOT / "examples"))
         import pretrain
 
-        patch.setattr(pretrain, "GRID_STEPS", 2)  # the sample grid would take longer than the training
+        patch.setattr(pretrain, "GRID_STEPS", 2)  # sampling would take longer than training
         yield pretrain
 
 
@@ -40,13 +40,13 @@ def stopped(pretrain, images, tmp_path_factory) -> Path:
 
 
 def run(pretrain, images: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
-    """Run the trainer as the command line would; the weights that it wrote, or none if it stopped early."""
+    """Run the script as from the command line; return the weights it wrote, empty if it stopped early."""
     pretrain.main(["--images", str(images), "--out", str(out), "--batch", "8", "--device", "cpu", *options])
     weights = out / "unet" / "diffusion_pytorch_model.safetensors"
     return load_file(weights) if weights.exists() else {}
 
 
-def test_a_tiny_run_writes_a_pipeline_that_gives_finite_output(pretrain, images, tmp_path):
+def test_a_tiny_run_writes_a_pipeline_with_finite_output(pretrain, images, tmp_path):
     run(pretrain, images, tmp_path, "--steps", "3")
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -58,15 +58,16 @@ def test_a_tiny_run_writes_a_pipeline_that_gives_finite_output(pretrain, images,
     assert (tmp_path / "samples" / "step_000003.png").stat().st_size > 0
 
 
-def test_a_stopped_and_resumed_run_equals_an_undisturbed_one_bit_for_bit(pretrain, images, stopped, tmp_path):
-    parts = shutil.copytree(stopped, tmp_path / "parts")
-    whole = run(pretrain, images, tmp_path / "whole", "--steps", "4")
-    resumed = run(pretrain, images, parts, "--steps", "4", "--resume")
-    assert whole.keys() == resumed.keys()
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    states = [torch.load(tmp_path / name / "training.pt", weights_only=True) for name in ("whole", "parts")]
-    assert all(torch.equal(states[0]["unet"][name], states[1]["unet"][name]) for name in whole)
-    assert any(not torch.equal(whole[name], states[0]["unet"][name]) for name in whole)  # EMA is what is kept
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(pretrain, images, stopped, tmp_path):
+    copy = shutil.copytree(stopped, tmp_path / "resumed")
+    uninterrupted = run(pretrain, images, tmp_path / "uninterrupted", "--steps", "4")
+    resumed = run(pretrain, images, copy, "--steps", "4", "--resume")
+    assert uninterrupted.keys() == resumed.keys()
+    assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
+    states = [torch.load(tmp_path / name / "training.pt", weights_only=True) for name in ("uninterrupted", "resumed")]
+    assert all(torch.equal(states[0]["unet"][name], states[1]["unet"][name]) for name in uninterrupted)
+    # the pipeline has the EMA weights
+    assert any(not torch.equal(uninterrupted[name], states[0]["unet"][name]) for name in uninterrupted)
 
 
 def test_color_images_without_labels_train_an_unconditional_network(pretrain, tmp_path):
@@ -77,7 +78,7 @@ def test_color_images_without_labels_train_an_unconditional_network(pretrain, tm
     assert (config["in_channels"], config["sample_size"], config["num_class_embeds"]) == (3, [8, 12], None)
 
 
-def test_the_network_and_schedule_are_those_of_the_shipped_teacher(pretrain):
+def test_network_and_scheduler_match_the_shipped_teacher(pretrain):
     teacher = ROOT / "calib_data" / "teacher"
     for built, path in (
         (pretrain.build_unet((1, 28, 28), 10), "unet/config.json"),
@@ -91,7 +92,7 @@ def test_the_network_and_schedule_are_those_of_the_shipped_teacher(pretrain):
 
 
 def test_loss_weight_is_min_snr_over_snr_plus_one(pretrain):
-    """A network that always answers 0 has the loss E[w |v|^2]; here that is written out with numpy."""
+    """A network that always outputs 0 has the loss E[w |v|^2], computed here with numpy."""
     scheduler = pretrain.build_scheduler()
     x = np.full((4, 1, 8, 8), 255, np.uint8)  # x_0 = 1 everywhere
     unet = pretrain.build_unet((1, 8, 8), None)
@@ -108,7 +109,7 @@ def test_loss_weight_is_min_snr_over_snr_plus_one(pretrain):
     assert loss.item() == pytest.approx(expected, rel=1e-4)  # float32 against float64
 
 
-def test_every_image_is_seen_once_per_epoch(pretrain):
+def test_every_image_is_used_once_per_epoch(pretrain):
     epoch = np.concatenate([pretrain.indices(step, 64, 8, seed=0) for step in range(8)])
     assert sorted(epoch) == list(range(64))
     assert not np.array_equal(pretrain.indices(0, 64, 8, seed=0), pretrain.indices(8, 64, 8, seed=0))
@@ -123,18 +124,18 @@ def test_every_image_is_seen_once_per_epoch(pretrain):
         (["--steps", "0"], "--steps must be at least 1"),
     ],
 )
-def test_bad_options_end_with_one_clear_line(pretrain, images, stopped, options, message):
+def test_invalid_options_exit_with_a_one_line_error(pretrain, images, stopped, options, message):
     with pytest.raises(SystemExit, match=message):
         run(pretrain, images, stopped, *options)
 
 
-def test_a_file_that_is_no_npz_ends_with_one_clear_line(pretrain, tmp_path):
-    (tmp_path / "text.npz").write_text("no archive")
+def test_a_file_that_is_not_npz_exits_with_a_one_line_error(pretrain, tmp_path):
+    (tmp_path / "text.npz").write_text("not an archive")
     for name in ("text.npz", "missing.npz"):
         with pytest.raises(SystemExit, match=name):
             run(pretrain, tmp_path / name, tmp_path / "out", "--steps", "1")
+    np.savez(tmp_path / "ok.npz", x=np.zeros((8, 8, 8), np.uint8))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "training.pt").write_bytes(b"broken")
     with pytest.raises(SystemExit, match="not a checkpoint"):
-        np.savez(tmp_path / "ok.npz", x=np.zeros((8, 8, 8), np.uint8))
-        (tmp_path / "out").mkdir()
-        (tmp_path / "out" / "training.pt").write_bytes(b"broken")
         run(pretrain, tmp_path / "ok.npz", tmp_path / "out", "--steps", "1", "--resume")

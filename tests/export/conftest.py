@@ -1,4 +1,4 @@
-"""Tiny denoisers with random weights, their graphs and scales, and fake quantization in plain torch as the oracle."""
+"""Tiny random denoisers, their graphs and scales, and fake quantization in plain torch as the oracle."""
 
 from __future__ import annotations
 
@@ -31,8 +31,10 @@ def _one_thread() -> Iterator[None]:
 
 
 class Everything(nn.Module):
-    """Every operator that can carry a layer's weight: 2d and 1d convolution, a strided one back up, Gemm and MatMul
-    with and without bias, an embedding; two equal layers; a layer that is called twice.
+    """All operators that can have a layer's weight.
+
+    2d and 1d convolution, a transposed one, Gemm and MatMul with and without bias, an embedding; two equal layers, and
+    a layer that is called twice.
     """
 
     def __init__(self) -> None:
@@ -57,7 +59,7 @@ class Everything(nn.Module):
 
 
 class Wide(nn.Module):
-    """Weights heavy enough that the rest of the file does not count."""
+    """Weights that are large compared to the rest of the file."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ def _checkpoint(model: nn.Module, spec: DenoiserSpec, kind: str = "custom", conf
 
 
 def _unet(conditioning: Conditioning, **settings: int) -> Checkpoint:
-    """A UNet2DModel [1, 8, 8] with attention, v-prediction, a plan of four steps."""
+    """Return a UNet2DModel [1, 8, 8] with attention, v-prediction and a sampling plan of four steps."""
     config = {
         "_class_name": "UNet2DModel",
         "sample_size": 8,
@@ -95,13 +97,13 @@ def _unet(conditioning: Conditioning, **settings: int) -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def unet() -> Checkpoint:
-    """Class-conditional."""
+    """Class-conditional U-Net."""
     return _unet(Conditioning("class", 4, 3), num_class_embeds=4)
 
 
 @pytest.fixture(scope="session")
 def plain() -> Checkpoint:
-    """Without classes: the timestep alone reaches the projections of every block."""
+    """U-Net without classes: the timestep alone determines the time projections of every block."""
     return _unet(Conditioning())
 
 
@@ -114,7 +116,7 @@ def everything() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def wide() -> Checkpoint:
-    """A flow model: its timesteps are floats."""
+    """Flow model with floating-point timesteps."""
     torch.manual_seed(2)
     schedule = flow_schedule(20)
     plan = make_plan("euler", 3, schedule, spacing="linspace")
@@ -147,7 +149,7 @@ def fake_quant() -> Callable[..., np.ndarray]:
 
 
 def fake_quant_run(checkpoint: Checkpoint, quantization: Quantization, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """The model's output where every tensor with an amax is rounded to s * clip(round(x / s)), s = amax / 127."""
+    """Return the model's output with s * clip(round(x / s)), s = amax / 127, for tensors with an amax."""
     model, amax = checkpoint.clone_model(), quantization.amax
     for name, layer in layers_of(model):
         if f"{name}.weight" in amax:

@@ -1,4 +1,4 @@
-"""What tests of the graph compare with: nodes executed as they are written, and scales read from one batch."""
+"""Reference for graph tests: execution of nodes without optimization, and scales measured on one batch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 def run_exactly(graph: Graph | onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """The first output in ONNX Runtime without optimisation: it executes Q and DQ as they are written, in float."""
+    """Return the first output in ONNX Runtime without optimization: Q and DQ run as written, in float."""
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
@@ -43,10 +43,10 @@ def measured_scales(
     residual_outputs: bool = False,
     weight_range: float = 1.0,
 ) -> Quantization:
-    """The largest magnitudes over one batch of example inputs; weights times `weight_range`; embeddings by row.
+    """Return the largest magnitudes over one batch of example inputs; embeddings by row.
 
-    `formats` has the layers, by default all of them in `kind`. `outputs` adds those of layers on integers, `residual_outputs` the
-    sums of blocks, with the scales that are shared.
+    `formats` maps layers to formats, by default all layers to `kind`. Weights are multiplied by `weight_range`.
+    `outputs` adds the outputs of integer layers; `residual_outputs` adds residual sums, with unified scales.
     """
     amax: dict[str, torch.Tensor] = {}
     hooks = []
@@ -82,7 +82,7 @@ def measured_scales(
 
 
 def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """What has a weight that a scale can belong to, by name."""
+    """Return the layers, by name, whose weight can have a scale."""
     kinds = (*CONVOLUTIONS, nn.Linear, nn.Embedding)
     return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
 

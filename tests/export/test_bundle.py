@@ -1,3 +1,5 @@
+"""Bundles: files, manifest, parity, reproducibility and rejected input."""
+
 import importlib.util
 import json
 
@@ -32,14 +34,14 @@ def bundle(quantized, unet_graph, tmp_path_factory):
     return write_bundle(quantized, folder, ["onnx"], float_graph=unet_graph, metrics={"frechet": 1.5}, threads=1)
 
 
-def test_a_bundle_is_whole_and_samples(bundle, quantized):
+def test_a_bundle_is_complete_and_samples(bundle, quantized):
     assert load_bundle(bundle.path).hash == bundle.hash
     assert bundle.spec == quantized.spec
     images = generate(open_engine(bundle, "onnxruntime", 1), bundle.spec, seeds=range(2))
     assert images.shape == (2, 1, 8, 8) and np.isfinite(images).all()
 
 
-def test_the_manifest_says_what_the_graph_is(bundle, quantized):
+def test_the_manifest_describes_the_graph(bundle, quantized):
     manifest = bundle.manifest
     denoiser = manifest["graphs"]["denoiser"]
     assert manifest["name"] == "UNet2DModel" and manifest["metrics"] == {"frechet": 1.5}
@@ -58,8 +60,8 @@ def test_the_manifest_says_what_the_graph_is(bundle, quantized):
     assert "seconds" not in manifest["history"][0]
 
 
-def test_the_manifest_counts_what_onnxruntime_ran_in_float(bundle, quantized):
-    """The scales have no outputs, without which ONNX Runtime has no integer convolution."""
+def test_the_manifest_counts_layers_that_onnxruntime_ran_in_float(bundle, quantized):
+    """Without output scales, ONNX Runtime has no integer convolution."""
     (entry,) = bundle.manifest["engines"]
     promised = bundle.manifest["graphs"]["denoiser"]["quantized_layers"]
     convolutions = {n for n, layer in quantized.model.named_modules() if isinstance(layer, torch.nn.Conv2d)}
@@ -67,11 +69,11 @@ def test_the_manifest_counts_what_onnxruntime_ran_in_float(bundle, quantized):
     assert entry["engine"] == "onnxruntime" and entry["integer_mac_share"] < 0.2
     assert convolutions <= reasons.keys() <= set(promised) and len(reasons) <= entry["float_layers"]
     assert {reasons[name] for name in convolutions} == {"no integer convolution with a float result"}
-    said = next(line for line in summary(bundle) if "onnxruntime 1" in line)
-    assert f"{len(reasons)} of the promised fell back: " in said and said.endswith(f"{len(reasons) - 3} more")
+    text = next(line for line in summary(bundle) if "onnxruntime 1" in line)
+    assert f"{len(reasons)} quantized layers fell back to float: " in text and text.endswith(f"{len(reasons) - 3} more")
 
 
-def test_a_large_graph_is_not_run_again_for_its_account(bundle):
+def test_a_large_graph_is_not_run_again_for_its_precision_report(bundle):
     entry = check_engine("onnxruntime", bundle.denoiser, bundle.spec, 2**30 + 1)
     assert entry["graph_sha256"] == sha256(bundle.denoiser)
     assert [entry[key] for key in ("integer_mac_share", "float_layers", "fallbacks")] == [None, None, None]
@@ -98,12 +100,12 @@ def test_the_stored_graph_is_the_quantized_one(bundle, quantized, unet_graph, tm
     assert sha256(bundle.denoiser) == sha256(tmp_path / "q.onnx")
 
 
-def test_a_damaged_bundle_is_refused(quantized, unet_graph, tmp_path):
+def test_a_damaged_bundle_is_rejected(quantized, unet_graph, tmp_path):
     folder = write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, threads=1).path
     content = bytearray((folder / "denoiser.onnx").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "denoiser.onnx").write_bytes(content)
-    with pytest.raises(InvalidInputError, match="denoiser.onnx: does not match its sha256"):
+    with pytest.raises(InvalidInputError, match=r"denoiser\.onnx: does not match its sha256"):
         load_bundle(folder)
 
 
@@ -118,12 +120,12 @@ def test_a_bundle_replaces_a_bundle_and_nothing_else(quantized, unet_graph, tmp_
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
 
-def test_an_unknown_target_is_refused_with_the_nearest(unet, unet_graph, tmp_path):
+def test_an_unknown_target_is_rejected_with_the_closest_name(unet, unet_graph, tmp_path):
     with pytest.raises(InvalidInputError, match="unknown export target 'openvin': did you mean 'openvino'"):
         write_bundle(unet, tmp_path / "b", ["openvin"], float_graph=unet_graph)
 
 
-def test_a_graph_of_another_model_fails_its_parity_and_leaves_nothing(unet, unet_graph, tmp_path):
+def test_a_graph_of_another_model_fails_parity_and_writes_nothing(unet, unet_graph, tmp_path):
     other = unet.evolve(model=unet.clone_model())
     other.model.conv_out.bias.data += 0.1
     with pytest.raises(GateFailedError, match="samples differ"):
@@ -132,7 +134,7 @@ def test_a_graph_of_another_model_fails_its_parity_and_leaves_nothing(unet, unet
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs openvino")
-def test_target_openvino_leaves_a_fingerprint_and_no_second_copy(wide, wide_graph, scales, tmp_path):
+def test_target_openvino_records_precision_and_stores_no_second_copy(wide, wide_graph, scales, tmp_path):
     checkpoint = wide.evolve(quantization=scales(wide, weight_range=SAFE))
     bundle = write_bundle(checkpoint, tmp_path / "b", ["onnx", "openvino"], float_graph=wide_graph, threads=1)
     entry, other = bundle.manifest["engines"]

@@ -1,4 +1,4 @@
-"""Bundles in half precision: what is in the manifest, what parity holds them to, and what is refused."""
+"""Bundles in half precision: manifest, parity bounds and rejected options."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ def bundles(unet, unet_graph, tmp_path_factory):
 
 @both
 @needs_openvino
-def test_the_manifest_says_what_the_graph_is_and_its_surface_is_float32(precision, bundles):
-    half, whole = bundles(precision).manifest["graphs"]["denoiser"], bundles("fp32").manifest["graphs"]["denoiser"]
-    assert (half["precision"], whole["precision"]) == (precision, "fp32")
-    assert (half["inputs"], half["outputs"]) == (whole["inputs"], whole["outputs"])
+def test_the_manifest_describes_the_graph_and_its_inputs_and_outputs_are_float32(precision, bundles):
+    half, full = bundles(precision).manifest["graphs"]["denoiser"], bundles("fp32").manifest["graphs"]["denoiser"]
+    assert (half["precision"], full["precision"]) == (precision, "fp32")
+    assert (half["inputs"], half["outputs"]) == (full["inputs"], full["outputs"])
     assert {entry["dtype"] for entry in half["outputs"].values()} == {"float32"}
     sizes = half["bytes_by_precision"]
     name = {"fp16": "float16", "bf16": "bfloat16"}[precision]
-    assert sizes[name] == pytest.approx(whole["bytes_by_precision"]["float32"] / 2, rel=0.02)
-    assert sizes["float32"] < 0.02 * sizes[name] and half["bytes"] < 0.62 * whole["bytes"]
+    assert sizes[name] == pytest.approx(full["bytes_by_precision"]["float32"] / 2, rel=0.02)
+    assert sizes["float32"] < 0.02 * sizes[name] and half["bytes"] < 0.62 * full["bytes"]
 
 
 @both
 @needs_openvino
-def test_parity_is_of_whole_trajectories_in_the_engines_that_run_it(precision, bundles):
+def test_parity_covers_full_trajectories_in_the_engines_that_run_it(precision, bundles):
     found = bundles(precision).manifest["parity"]
     assert set(found) == set(runs(precision)) == set(available()) - ({"onnxruntime"} if precision == "bf16" else set())
     assert all(row["steps"] == 4 and HALF_SQNR_DB[precision] < row["sqnr_db"] < 100 for row in found.values())
@@ -65,24 +65,24 @@ def test_the_same_runtime_samples_it(bundles):
     for precision in ("fp32", "fp16", "bf16"):
         engine = open_engine(bundles(precision), "openvino", threads=1)
         images[precision] = generate(engine, bundles(precision).spec, seeds=range(2))
-    apart = {name: np.abs(image - images["fp32"]).max() for name, image in images.items()}
-    assert 0 == apart["fp32"] < apart["fp16"] < apart["bf16"] < 0.2
+    differences = {name: np.abs(image - images["fp32"]).max() for name, image in images.items()}
+    assert 0 == differences["fp32"] < differences["fp16"] < differences["bf16"] < 0.2
 
 
 @needs_openvino
-def test_onnxruntime_refuses_bf16_in_one_line(bundles):
-    with pytest.raises(InvalidInputError, match="denoiser.onnx: ONNX Runtime cannot load it") as caught:
+def test_onnxruntime_rejects_bf16_in_one_line(bundles):
+    with pytest.raises(InvalidInputError, match=r"denoiser\.onnx: ONNX Runtime cannot load it") as caught:
         open_engine(bundles("bf16"), "onnxruntime", threads=1)
     assert "\n" not in str(caught.value)
 
 
-def test_a_half_graph_that_strays_fails(unet, unet_graph, tmp_path):
+def test_a_half_precision_graph_that_deviates_fails(unet, unet_graph, tmp_path):
     half, _ = to_half(unet_graph, "fp16")
     proto = load_all(half)
     bias = next(tensor for tensor in proto.graph.initializer if tensor.name.startswith("conv_out.bias"))
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(0.05), bias.name))
     save_graph(Graph(proto), tmp_path / "g.onnx")
-    with pytest.raises(GateFailedError, match=r"g.onnx in onnxruntime: .* dB SQNR to torch, 40 dB are asked for"):
+    with pytest.raises(GateFailedError, match=r"g.onnx in onnxruntime: .* dB SQNR to torch, 40 dB are required"):
         check_parity(unet, tmp_path / "g.onnx", trial_of(unet), engines=["onnxruntime"], threads=1, precision="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
 
@@ -91,10 +91,10 @@ def test_a_half_graph_that_strays_fails(unet, unet_graph, tmp_path):
     ("precision", "quantized", "targets", "message"),
     [
         ("fp8", False, ["onnx"], "unknown precision 'fp8': choose from fp32, fp16, bf16"),
-        ("fp16", True, ["onnx", "openvino"], "stays fp32 in engines on the CPU.* add target tensorrt"),
+        ("fp16", True, ["onnx", "openvino"], "stay fp32 in engines on the CPU.* add target tensorrt"),
     ],
 )
-def test_what_cannot_be_is_refused_before_any_work(precision, quantized, targets, message):
+def test_impossible_precisions_are_rejected_before_any_work(precision, quantized, targets, message):
     with pytest.raises(InvalidInputError, match=message) as caught:
         check_precision(precision, quantized, targets)
     assert "\n" not in str(caught.value)
@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused_before_any_work(precision, quantized, targets
 def test_bf16_needs_an_engine_that_runs_it(monkeypatch):
     monkeypatch.setattr("diffpress.export.verify.parity.available", lambda: ["onnxruntime"])
     with pytest.raises(
-        InvalidInputError, match="precision bf16: ONNX Runtime cannot run it.* install openvino, or take fp16"
+        InvalidInputError, match=r"precision bf16: ONNX Runtime cannot run it.* install openvino, or use fp16"
     ):
         check_precision("bf16", False, ["onnx"])
     check_precision("fp16", False, ["onnx"])
@@ -116,7 +116,7 @@ def test_bf16_needs_an_engine_that_runs_it(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 @needs_openvino
-def test_a_pipelines_text_encoder_is_halved_and_its_decoder_is_not(precision, tiny_folder, sd_bundle, tmp_path):
+def test_a_pipelines_text_encoder_is_in_half_precision_but_not_its_decoder(precision, tiny_folder, sd_bundle, tmp_path):
     checkpoint, graph = load_checkpoint(str(tiny_folder("sd"))), Graph(onnx.load(load_bundle(sd_bundle).denoiser))
     bundle = write_bundle(checkpoint, tmp_path / "b", float_graph=graph, threads=1, precision=precision)
     graphs = bundle.manifest["graphs"]
@@ -135,14 +135,14 @@ def test_a_pipelines_text_encoder_is_halved_and_its_decoder_is_not(precision, ti
 
 @pytest.mark.slow
 @needs_openvino
-def test_parts_of_another_bundle_are_taken_over_where_they_are_the_same(tiny_folder, tmp_path):
+def test_components_of_another_bundle_are_reused_where_they_are_the_same(tiny_folder, tmp_path):
     checkpoint = load_checkpoint(str(tiny_folder("sd")))
-    whole = write_bundle(checkpoint, tmp_path / "whole", threads=1)
-    half = write_bundle(checkpoint, tmp_path / "half", threads=1, components_from=whole, precision="fp16")
+    full = write_bundle(checkpoint, tmp_path / "whole", threads=1)
+    half = write_bundle(checkpoint, tmp_path / "half", threads=1, components_from=full, precision="fp16")
     data = "model.onnx_data"
     shared = {
-        part: (half.path / part / data).stat().st_ino == (whole.path / part / data).stat().st_ino
-        for part in ("text_encoder", "vae_decoder")
+        component: (half.path / component / data).stat().st_ino == (full.path / component / data).stat().st_ino
+        for component in ("text_encoder", "vae_decoder")
     }
     assert shared == {"text_encoder": False, "vae_decoder": True}
     assert half.manifest["graphs"]["text_encoder"]["precision"] == "fp16"
@@ -156,8 +156,8 @@ def test_parts_of_another_bundle_are_taken_over_where_they_are_the_same(tiny_fol
 def test_tensorrt_builds_it_strongly_typed(precision, unet, unet_graph, tmp_path):
     options = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6", "12.0"]}
     bundle = write_bundle(unet, tmp_path / "b", ["tensorrt"], precision=precision, **options)
-    plan = next(entry for entry in bundle.manifest["engines"] if "compute_capabilities" in entry)
-    assert (bundle.path / plan["file"]).stat().st_size > 100_000
+    engine = next(entry for entry in bundle.manifest["engines"] if "compute_capabilities" in entry)
+    assert (bundle.path / engine["file"]).stat().st_size > 100_000
 
 
 @both

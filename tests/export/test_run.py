@@ -1,4 +1,4 @@
-"""export/run.py: what int8 gains is measured once, kept beside the bundle, told, and reverted where asked."""
+"""export/run.py: int8 latency is measured once, stored and reported; slower engines can be reverted."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ QUICK, SLOW = Latency("onnxruntime", "int8", 10.0, 6.0), Latency("onnxruntime", 
 
 @pytest.fixture
 def measured(monkeypatch):
-    """What the clock will say; how often it was asked."""
+    """Replace the latency measurement; returns a list with one entry per measurement."""
 
     def prepare(*latencies: Latency) -> list[int]:
-        asked: list[int] = []
-        monkeypatch.setattr("diffpress.export.run.measure_latency", lambda *a: asked.append(1) or list(latencies))
-        return asked
+        timings: list[int] = []
+        monkeypatch.setattr("diffpress.export.run.measure_latency", lambda *a: timings.append(1) or list(latencies))
+        return timings
 
     return prepare
 
 
 @pytest.fixture
 def run(wide, wide_graph, scales, tmp_path, monkeypatch):
-    """Deliver the quantized checkpoint to one and the same folder."""
-    for place in (
+    """Deliver the quantized checkpoint repeatedly to the same folder."""
+    for target in (
         "diffpress.export.bundle.to_onnx",
         "diffpress.export.graph.to_onnx.to_onnx",
     ):  # tracing is tested elsewhere, and slow
-        monkeypatch.setattr(place, lambda checkpoint, fixed_size=False: wide_graph)
+        monkeypatch.setattr(target, lambda checkpoint, fixed_size=False: wide_graph)
     quantized = wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))
 
     def once(revert: bool, checkpoint=quantized):
@@ -48,11 +48,11 @@ def run(wide, wide_graph, scales, tmp_path, monkeypatch):
     return once
 
 
-def test_a_slower_engine_is_reported_and_left_alone_unless_asked(run, measured, capsys):
+def test_a_slower_engine_is_reported_and_not_reverted_by_default(run, measured, capsys):
     measured(SLOW)
     out = run(revert=False)
-    said, bundle = capsys.readouterr().out, load_bundle(out / "bundle")
-    assert "int8 is 1.20x of fp32 in onnxruntime: slower" in said
+    printed, bundle = capsys.readouterr().out, load_bundle(out / "bundle")
+    assert "int8 is 1.20x of fp32 in onnxruntime: slower" in printed
     assert bundle.graph("denoiser", "onnxruntime").name == "denoiser.onnx"
     row = json.loads((out / "latency.json").read_text())["engines"][0]
     assert row == {
@@ -63,10 +63,10 @@ def test_a_slower_engine_is_reported_and_left_alone_unless_asked(run, measured, 
         "latency_ratio": 1.2,
         "slower": True,
     }
-    assert "1.20, slower" in said and "1.20, slower" in (out / "report.html").read_text()
+    assert "1.20, slower" in printed and "1.20, slower" in (out / "report.html").read_text()
 
 
-def test_on_request_it_takes_the_float_graph_and_no_time_enters_the_bundle(run, measured, capsys):
+def test_on_request_it_runs_the_float_graph_and_no_timing_enters_the_bundle(run, measured, capsys):
     measured(SLOW)
     out = run(revert=True)
     bundle = load_bundle(out / "bundle")
@@ -74,35 +74,35 @@ def test_on_request_it_takes_the_float_graph_and_no_time_enters_the_bundle(run, 
     assert sha256(bundle.path / "denoiser.float.onnx") == sha256(out / "float" / "denoiser.onnx")
     assert bundle.manifest["metrics"]["reverted"] == ["onnxruntime"]
     assert "_ms" not in (out / "bundle" / "manifest.json").read_text()
-    assert "onnxruntime takes denoiser.float.onnx, MiB" in capsys.readouterr().out
+    assert "onnxruntime uses denoiser.float.onnx, MiB" in capsys.readouterr().out
     report = json.loads((out / "report.json").read_text())
     assert report["variants"]["onnxruntime"]["precision"] == "fp32" and report["latency"]["batch"] == 8
 
 
-def test_what_was_measured_once_decides_again_and_the_bundle_stays(run, measured, capsys):
+def test_a_stored_measurement_is_reused_and_the_bundle_stays_the_same(run, measured, capsys):
     measured(SLOW)
     first = load_bundle(run(revert=True) / "bundle").hash
-    asked = measured(QUICK)  # the clock would say otherwise now
+    timings = measured(QUICK)  # a new measurement would give another result
     out = run(revert=True)
-    assert not asked and load_bundle(out / "bundle").hash == first
+    assert not timings and load_bundle(out / "bundle").hash == first
     assert capsys.readouterr().out.count("done before") == 2  # baseline and bundle
 
 
-def test_another_wish_makes_another_bundle_of_the_same_measurement(run, measured):
-    asked = measured(SLOW)
+def test_another_setting_gives_another_bundle_from_the_same_measurement(run, measured):
+    timings = measured(SLOW)
     run(revert=True)
     assert load_bundle(run(revert=False) / "bundle").manifest["graphs"]["denoiser"]["variants"] == {}
-    assert asked == [1]
+    assert timings == [1]
 
 
-def test_a_quick_engine_keeps_its_integers_though_reverting_was_asked_for(run, measured):
+def test_a_faster_engine_keeps_the_int8_graph_when_reverting_is_enabled(run, measured):
     measured(QUICK)
     assert load_bundle(run(revert=True) / "bundle").manifest["graphs"]["denoiser"]["variants"] == {}
 
 
-def test_a_float_checkpoint_is_not_timed_and_its_float_graph_is_its_own(run, measured, wide):
-    asked = measured(SLOW)
+def test_a_float_checkpoint_is_not_timed_and_has_only_its_float_graph(run, measured, wide):
+    timings = measured(SLOW)
     run(revert=True)
     out = run(revert=True, checkpoint=wide)
-    assert asked == [1] and not (out / "latency.json").exists()
+    assert timings == [1] and not (out / "latency.json").exists()
     assert list(load_bundle(out / "bundle").manifest["files"]) == ["denoiser.onnx"]

@@ -1,4 +1,4 @@
-"""Oracles: denoisers that are known in closed form, and a network that answers in any prediction."""
+"""Oracles: denoisers known in closed form, and a network that returns them in any prediction type."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Gaussian:
         return self.mean + gain * (x - level.alpha * self.mean)
 
     def flow(self, x: np.ndarray, start: NoiseLevel, end: NoiseLevel) -> np.ndarray:
-        """Where the exact probability flow carries x from `start` to `end`."""
+        """Return where the exact probability flow moves x from `start` to `end`."""
         return end.alpha * self.mean + (x - start.alpha * self.mean) * self._spread(end) / self._spread(start)
 
     def _spread(self, level: NoiseLevel) -> float:
@@ -53,10 +53,10 @@ class Mixture:
 
 @dataclass
 class FakeNetwork:
-    """A network that answers with `oracle`'s x_0 in the given prediction, float32, and counts its calls.
+    """A network that returns the `oracle`'s x_0 in the given prediction type, float32, and records its calls.
 
-    A label k adds k / 10 to the answer, and each input of `cond` a tenth of the mean of its values; timesteps are
-    whole unless `timestep_type` says otherwise.
+    A label k adds k / 10 to the output, and each input in `cond` a tenth of the mean of its values. Timesteps have the
+    dtype `timestep_type`.
     """
 
     prediction: str
@@ -85,7 +85,7 @@ class FakeNetwork:
 
 @dataclass
 class Distorted:
-    """Another network's answers with a known error: (1 + slope) out + bias[channel], by timestep."""
+    """Another network's outputs with a known error by timestep: (1 + slope) out + bias[channel]."""
 
     network: FakeNetwork
     errors: dict[float, tuple[float, tuple[float, ...]]]
@@ -101,7 +101,7 @@ class Distorted:
 
 
 def prediction_of(prediction: str, x: np.ndarray, x0: np.ndarray, level: NoiseLevel) -> np.ndarray:
-    """What a network of that prediction would return for a given x_0, from the definitions in runtime/spec.py."""
+    """Return the output of a network with this prediction type for an x_0, as defined in runtime/spec.py."""
     if prediction == "sample":
         return x0
     eps = (x - level.alpha * x0) / level.sigma
@@ -118,7 +118,7 @@ def gaussian() -> Gaussian:
 
 
 @pytest.fixture(scope="module")
-def format_overrides() -> Mixture:
+def mixture() -> Mixture:
     return Mixture()
 
 
@@ -151,7 +151,7 @@ def float_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def quantized_graph(float_graph: Path) -> Callable[..., Path]:
-    """The small graph with operators of these kinds quantized."""
+    """Write the small graph with operators of these kinds quantized."""
 
     def quantized(*kinds: str) -> Path:
         path = float_graph.with_name(f"{'_'.join(kinds)}.onnx")
@@ -163,7 +163,7 @@ def quantized_graph(float_graph: Path) -> Callable[..., Path]:
 
 @pytest.fixture(autouse=True)
 def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Whatever is cached while a test runs lies in a new folder."""
+    """Cache into a new folder while a test runs."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("DIFFPRESS_CACHE", str(folder))
     return folder

@@ -1,4 +1,4 @@
-"""A CUDA of main memory: what runtime/engines/trt asks of a GPU, without one."""
+"""CUDA in main memory: the CUDA functions that runtime/engines/tensorrt uses, without a GPU."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 
 class Cuda:
-    """cuda.bindings.runtime on main memory: 'device' addresses are buffers of ctypes, a graph is a list of calls."""
+    """cuda.bindings.runtime in main memory: device addresses are ctypes buffers, a graph is a list of calls."""
 
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)
-    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)
+    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
+    cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
     def __init__(self):
         self.memory, self.recorded, self.log = {}, None, []
@@ -23,13 +23,13 @@ class Cuda:
         self.memory[ctypes.addressof(buffer)] = buffer
         return 0, ctypes.addressof(buffer)
 
-    cudaMallocHost = cudaMalloc
+    cudaMallocHost = cudaMalloc  # noqa: N815
 
     def cudaFree(self, address):
         del self.memory[address]
         return (0,)
 
-    cudaFreeHost = cudaFree
+    cudaFreeHost = cudaFree  # noqa: N815
 
     def cudaMemcpyAsync(self, to, origin, size, kind, stream):
         self.do(lambda: ctypes.memmove(to, origin, size))

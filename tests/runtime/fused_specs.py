@@ -1,4 +1,4 @@
-"""The solvers that ask once a step, and small specs to walk by."""
+"""The solvers with one evaluation per step, and small specs for fused sampling."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from diffpress.runtime.sampling_plan import make_plan
 from diffpress.runtime.solvers import SOLVERS, solver_evaluations
 from diffpress.runtime.spec import Conditioning, DenoiserSpec
 
-ONE_CALL = sorted(n for n, solver in SOLVERS.items() if not solver.noisy and solver_evaluations(n, 7) == 7)
-OTHERS = sorted(set(SOLVERS) - set(ONE_CALL))
-UNTOLD, CLASSES = Conditioning(), Conditioning("class", classes=4, null_label=4)
+ONE_EVALUATION = sorted(n for n, solver in SOLVERS.items() if not solver.noisy and solver_evaluations(n, 7) == 7)
+OTHERS = sorted(set(SOLVERS) - set(ONE_EVALUATION))
+UNCONDITIONAL, CLASSES = Conditioning(), Conditioning("class", classes=4, null_label=4)
 SCHEDULES = {"vp": betas_schedule("scaled_linear", 1000, 0.00085, 0.012), "flow": flow_schedule(1000)}
 SHAPE = (2, 3, 4)
 
 
-def spec_of(solver, prediction="epsilon", steps=9, conditioning=UNTOLD, spacing="trailing", **plan):
+def spec_of(solver, prediction="epsilon", steps=9, conditioning=UNCONDITIONAL, spacing="trailing", **plan):
     schedule = SCHEDULES["flow" if prediction == "flow" else "vp"]
     clip = plan.pop("clip", solver != "ddim_clip")
     made = make_plan(solver, steps, schedule, spacing=spacing, clip=clip)

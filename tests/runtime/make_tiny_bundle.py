@@ -1,13 +1,12 @@
-"""Make tests/runtime/tiny_bundle: the exact denoiser of three known images, as an ONNX graph of a few
-kilobytes.
+"""Make tests/runtime/tiny_bundle: the exact denoiser of three known images, as an ONNX graph of a few kilobytes.
 
-The data of class k is Gaussian around one image m_k with deviation c, so the best guess is known in closed
+The data of class k is Gaussian around one image m_k with standard deviation c, so the ideal x_0 is known in closed
 form:
 
     x_0 = m_k + g (x - alpha m_k),  g = alpha c^2 / (alpha^2 c^2 + sigma^2),     v = (alpha x - x_0) / sigma
 
-The graph looks up, by timestep, what v takes of x and of m_k, and m_k by label (the last one is the null
-label: their mean). Run from the repository's root:  python -m tests.runtime.make_tiny_bundle
+The graph looks up the weights of x and m_k in v by timestep, and m_k by label; the null label's m is their mean. Run
+from the repository's root:  python -m tests.runtime.make_tiny_bundle
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ TIMESTEPS, SIZE, CLASSES, DEVIATION = 50, 8, 3, 0.05
 
 
 def means() -> np.ndarray:
-    """The three images and their mean, float32 [4, 1, 8, 8]: a ramp across, a ramp down, a checkerboard."""
+    """Return the images and their mean, float32 [4, 1, 8, 8]: a horizontal ramp, a vertical ramp, a checkerboard."""
     ramp = np.linspace(-0.8, 0.8, SIZE)
     across, down = np.meshgrid(ramp, ramp)
     checker = np.where(np.indices((SIZE, SIZE)).sum(axis=0) % 2 == 0, 0.7, -0.7)
@@ -66,8 +65,8 @@ def graph() -> onnx.ModelProto:
     ]
     outputs = [helper.make_tensor_value_info("out_sample", TensorProto.FLOAT, image)]
     constants = [numpy_helper.from_array(table, name) for name, table in tables.items()]
-    whole = helper.make_graph(nodes, "tiny", inputs, outputs, constants)
-    return helper.make_model(whole, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    tiny = helper.make_graph(nodes, "tiny", inputs, outputs, constants)
+    return helper.make_model(tiny, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
 
 
 def main() -> None:
@@ -78,7 +77,7 @@ def main() -> None:
     (FOLDER / "denoiser.onnx").write_bytes(model.SerializeToString())
     content = {"name": "tiny", "spec": spec().to_json(), "graphs": {"denoiser": {"file": "denoiser.onnx"}}}
     manifest = seal(FOLDER, {**content, "engines": [], "history": [], "metrics": {}})
-    print(f"{FOLDER}: {manifest['hash']}")
+    print(f"{FOLDER}: {manifest['hash']}")  # noqa: T201
 
 
 if __name__ == "__main__":

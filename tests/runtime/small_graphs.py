@@ -1,4 +1,4 @@
-"""A graph with one product of each kind, in float and between Q/DQ pairs."""
+"""A graph with one Conv, one MatMul and one Gemm, in float and quantized with Q/DQ pairs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def sample_inputs(seed: int = 0) -> dict[str, np.ndarray]:
 
 
 def write_float_graph(path: Path) -> None:
-    """Sample [N, 8, 8, 8] -> Conv 3x3 to 16 channels -> tokens -> MatMul 16x16 -> mean -> Gemm 16x4."""
+    """Write the graph: [N, 8, 8, 8] -> Conv 3x3 to 16 channels -> tokens -> MatMul 16x16 -> mean -> Gemm 16x4."""
     onnx = pytest.importorskip("onnx")
     helper, rng = onnx.helper, np.random.default_rng(0)
 
@@ -45,15 +45,15 @@ def write_float_graph(path: Path) -> None:
 
 
 def write_quantized_graph(float_graph: Path, path: Path, kinds: Sequence[str]) -> None:
-    """Q/DQ pairs around the operators of the given types, weights in int8."""
+    """Write the graph with Q/DQ pairs around the operators of these types, weights in int8."""
     quantization = pytest.importorskip("onnxruntime.quantization")
 
     class Reader(quantization.CalibrationDataReader):
         def __init__(self) -> None:
-            self.left = [sample_inputs(seed) for seed in range(4)]
+            self.remaining = [sample_inputs(seed) for seed in range(4)]
 
         def get_next(self):
-            return self.left.pop() if self.left else None
+            return self.remaining.pop() if self.remaining else None
 
     quantization.quantize_static(
         float_graph, path, Reader(), quant_format=quantization.QuantFormat.QDQ, op_types_to_quantize=list(kinds),

@@ -1,6 +1,6 @@
-"""Whole trajectories against diffusers' schedulers: the same network, the same noise, every step within 1e-4.
+"""Full trajectories against diffusers' schedulers: same network, same noise, every step within 1e-4.
 
-diffusers keeps its tables in float32; 1e-4 is some hundred roundings of numbers of order one.
+diffusers keeps its tables in float32; 1e-4 corresponds to about a hundred roundings of numbers of order one.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from diffpress.runtime.timesteps import timesteps_for  # noqa: E402
 
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 KINDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
-# an epsilon at the end of the cosine schedule (alpha 5e-5) is only known to 1e-7 / 5e-5 in either implementation
+# both implementations know epsilon at the end of the cosine schedule (alpha 5e-5) only to 1e-7 / 5e-5
 COMBINATIONS = [
     (kind, prediction, spacing)
     for kind in KINDS
@@ -45,13 +45,13 @@ def ours_and_network(fake_network, kind, prediction, plan_of, noise, fresh=None)
     return [step.x for step in steps], plan, network
 
 
-def answer(network, x, t) -> object:
-    """The network's output on a torch tensor."""
+def evaluate(network, x, t) -> object:
+    """Return the network's output for a torch tensor."""
     inputs = {"sample": x.numpy().astype(np.float32), "timestep": np.full(len(x), float(t), np.float32)}
     return torch.from_numpy(network.run(inputs))
 
 
-# diffusers' DDIM steps to t - T // N whatever the spacing, which is not where its own linspace goes on
+# diffusers' DDIM always steps to t - T // N, which is not the next timestep of its own linspace
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), [c for c in COMBINATIONS if c[2] != "linspace"])
 @pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (0.6, False), (0.0, True)])
 def test_ddim_follows_diffusers(fake_network, noise, kind, prediction, spacing, eta, clip) -> None:
@@ -68,8 +68,8 @@ def test_ddim_follows_diffusers(fake_network, noise, kind, prediction, spacing, 
     scheduler.set_timesteps(10)
     x = torch.from_numpy(start)
     for k, t in enumerate(scheduler.timesteps):
-        out = answer(network, x, t)
-        options = {"use_clipped_model_output": clip}  # as ours: eps is read off the clipped x_0
+        out = evaluate(network, x, t)
+        options = {"use_clipped_model_output": clip}  # as ours: eps is computed from the clipped x_0
         if eta:
             options["variance_noise"] = torch.from_numpy(fresh[k])
         x = scheduler.step(out, t, x, eta=eta, **options).prev_sample
@@ -79,14 +79,14 @@ def test_ddim_follows_diffusers(fake_network, noise, kind, prediction, spacing, 
 EULER = [
     (kind, prediction, spacing)
     for kind, prediction, spacing in COMBINATIONS
-    # it knows no sample prediction, and in float32 its X = 20000 at the end of the cosine schedule rounds by 2e-3
+    # it does not support sample prediction, and X = 20000 at the end of the cosine schedule has 2e-3 rounding error
     if prediction != "sample" and not (kind == "squaredcos_cap_v2" and spacing != "leading")
 ]
 
 
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), EULER)
 def test_euler_follows_diffusers(fake_network, noise, kind, prediction, spacing) -> None:
-    """Diffusers walks in X = x / alpha; x = X / sqrt(1 + sigma^2). 10 steps: its linspace is then whole too."""
+    """Diffusers samples X = x / alpha; x = X / sqrt(1 + sigma^2). With 10 steps its linspace is integer as well."""
     start = noise(3, 1, 4, 4)
     ours, _, network = ours_and_network(
         fake_network, kind, prediction, lambda s: make_plan("euler", 10, s, spacing=spacing, clip=False), start
@@ -98,7 +98,7 @@ def test_euler_follows_diffusers(fake_network, noise, kind, prediction, spacing)
     scheduler.set_timesteps(10)
     x = torch.from_numpy(start) * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
     for k, t in enumerate(scheduler.timesteps):
-        out = answer(network, scheduler.scale_model_input(x, t), t)
+        out = evaluate(network, scheduler.scale_model_input(x, t), t)
         x = scheduler.step(out, t, x).prev_sample
         assert close(ours[k], x / (scheduler.sigmas[k + 1] ** 2 + 1) ** 0.5), f"step {k}"
 
@@ -117,7 +117,7 @@ def test_dpm_solver_follows_diffusers(fake_network, noise, kind, prediction, spa
     scheduler.set_timesteps(timesteps=[int(t) for t in plan.timesteps])
     x = torch.from_numpy(start)
     for k, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(answer(network, x, t), t, x).prev_sample
+        x = scheduler.step(evaluate(network, x, t), t, x).prev_sample
         assert close(ours[k], x), f"step {k}"
 
 
@@ -129,7 +129,7 @@ PLMS = [(kind, prediction) for kind in KINDS for prediction in ("epsilon", "v")]
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 20, 50])
 def test_plms_follows_diffusers(fake_network, noise, kind, prediction, offset, clean, steps) -> None:
-    """Diffusers' first two calls are our first step, and its second timestep comes twice."""
+    """Diffusers' first two steps are our first, and its second timestep is repeated."""
     start = noise(3, 1, 4, 4)
     solver = {"epsilon": "plms", "v": "plms_v"}[prediction]
 
@@ -145,7 +145,7 @@ def test_plms_follows_diffusers(fake_network, noise, kind, prediction, offset, c
     assert len(scheduler.timesteps) == solver_evaluations(solver, steps) == len(network.calls)
     x, theirs = torch.from_numpy(start), []
     for t in scheduler.timesteps:
-        x = scheduler.step(answer(network, x, t), t, x).prev_sample
+        x = scheduler.step(evaluate(network, x, t), t, x).prev_sample
         theirs.append(x)
     assert [call["timestep"][0] for call in network.calls[: len(theirs)]] == scheduler.timesteps.tolist()
     for k, other in enumerate(theirs[1:] if steps > 1 else theirs):
@@ -163,22 +163,22 @@ def test_flow_follows_diffusers_at_fractional_timesteps(fake_network, noise) -> 
     scheduler.set_timesteps(sigmas=sigmas)
     x = torch.from_numpy(start)
     for k, t in enumerate(scheduler.timesteps):
-        x = scheduler.step(answer(network, x, t), t, x).prev_sample
+        x = scheduler.step(evaluate(network, x, t), t, x).prev_sample
         assert close(ours[k], x), f"step {k}"
 
 
-def test_karras_euler_follows_diffusers_at_fractional_timesteps(format_overrides, noise) -> None:
-    """The denoiser sees noise levels alone: diffusers rounds the network's timestep in another way between two."""
+def test_karras_euler_follows_diffusers_at_fractional_timesteps(mixture, noise) -> None:
+    """The denoiser depends on the noise level only, as diffusers rounds fractional timesteps differently."""
     pytest.importorskip("scipy")
     schedule, start = betas_schedule("linear", 1000), noise(3, 1, 4, 4)
     plan = SamplingPlan("euler", timesteps_for("karras", 10, schedule, integer=False), clip=False)
-    ours = [step.x for step in sample(format_overrides.denoise, start, schedule, plan)]
+    ours = [step.x for step in sample(mixture.denoise, start, schedule, plan)]
     scheduler = diffusers.EulerDiscreteScheduler(1000, timestep_spacing="linspace", use_karras_sigmas=True)
     scheduler.set_timesteps(10)
     x = torch.from_numpy(start) * (scheduler.sigmas[0] ** 2 + 1) ** 0.5
     for k, t in enumerate(scheduler.timesteps):
         scaled = scheduler.scale_model_input(x, t)
-        point = noise_level_at(schedule, plan.timesteps[k])
-        eps = (scaled.numpy() - point.alpha * format_overrides.denoise(scaled.numpy(), point)) / point.sigma
+        level = noise_level_at(schedule, plan.timesteps[k])
+        eps = (scaled.numpy() - level.alpha * mixture.denoise(scaled.numpy(), level)) / level.sigma
         x = scheduler.step(torch.from_numpy(eps.astype(np.float32)), t, x).prev_sample
         assert close(ours[k], x / (scheduler.sigmas[k + 1] ** 2 + 1) ** 0.5), f"step {k}"

@@ -1,4 +1,4 @@
-"""runtime/bundle.py: a bundle opens where every byte is as sealed, and is refused otherwise."""
+"""runtime/bundle.py: a bundle opens if every byte is as it was sealed, and is refused otherwise."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], Any], rehash: bool = True) -> None:
-    """Change the manifest; with `rehash` as one would who knows how the hash is made."""
+    """Change the manifest; `rehash` also updates its hash, as a deliberate change would."""
     manifest = json.loads((folder / MANIFEST).read_text())
     change(manifest)
     if rehash:
@@ -28,7 +28,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any], rehash: bool = T
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def test_a_sound_bundle_opens_wherever_it_was_copied(tiny: Path, copy: Path) -> None:
+def test_an_intact_bundle_opens_from_any_folder(tiny: Path, copy: Path) -> None:
     first, second = load_bundle(tiny), load_bundle(str(copy))
     assert first.spec == second.spec and first.hash == second.hash
     assert second.denoiser == copy / "denoiser.onnx" and first.spec.conditioning.classes == 3
@@ -42,7 +42,7 @@ def test_every_graph_is_found_by_its_name(copy: Path) -> None:
         bundle.graph("text_encoder")
 
 
-def test_an_engine_gets_its_variant_and_all_others_the_graph_itself(copy: Path) -> None:
+def test_an_engine_gets_its_variant_and_all_others_the_main_graph(copy: Path) -> None:
     shutil.copy(copy / "denoiser.onnx", copy / "denoiser.float.onnx")
     content = {k: v for k, v in load_bundle(copy).manifest.items() if k not in ("format", "files", "hash")}
     content["graphs"]["denoiser"]["variants"] = {"openvino": {"file": "denoiser.float.onnx", "precision": "fp32"}}
@@ -59,27 +59,27 @@ def test_sealing_the_same_files_again_gives_the_same_hash(copy: Path) -> None:
     assert seal(copy, content)["hash"] == before.hash
 
 
-def test_a_flipped_byte_is_found(copy: Path) -> None:
+def test_a_flipped_byte_is_detected(copy: Path) -> None:
     data = bytearray((copy / "denoiser.onnx").read_bytes())
     data[len(data) // 2] ^= 1
     (copy / "denoiser.onnx").write_bytes(data)
-    with pytest.raises(InvalidInputError, match="denoiser.onnx: does not match its sha256"):
+    with pytest.raises(InvalidInputError, match=r"denoiser\.onnx: does not match its sha256"):
         load_bundle(copy)
 
 
-def test_a_truncated_file_is_found(copy: Path) -> None:
+def test_a_truncated_file_is_detected(copy: Path) -> None:
     (copy / "denoiser.onnx").write_bytes((copy / "denoiser.onnx").read_bytes()[:-1])
     with pytest.raises(InvalidInputError, match="is damaged"):
         load_bundle(copy)
 
 
-def test_a_missing_file_is_found(copy: Path) -> None:
+def test_a_missing_file_is_detected(copy: Path) -> None:
     (copy / "denoiser.onnx").unlink()
     with pytest.raises(InvalidInputError, match="listed in the manifest but missing"):
         load_bundle(copy)
 
 
-def test_an_edited_manifest_is_found(copy: Path) -> None:
+def test_an_edited_manifest_is_detected(copy: Path) -> None:
     edit(copy, lambda manifest: manifest["spec"]["plan"].update(guidance=3.0), rehash=False)
     with pytest.raises(InvalidInputError, match="was changed"):
         load_bundle(copy)
@@ -98,7 +98,7 @@ def upwards(manifest: dict[str, Any]) -> None:
     [
         (absolute, "points outside the bundle"),
         (upwards, "points outside the bundle"),
-        (lambda m: m.update(format=2), "bundle format 2"),
+        (lambda m: m.update(format=3), "bundle format 3"),
         (lambda m: m.pop("files"), "no list of files"),
         (lambda m: m.update(files=[]), "no list of files"),
         (lambda m: m.update(graphs={}), "no denoiser graph"),
@@ -113,19 +113,19 @@ def upwards(manifest: dict[str, Any]) -> None:
         (lambda m: m.update(engines={}), "an entry of 'engines'"),
         (lambda m: m.update(engines=["tensorrt"]), "an entry of 'engines'"),
         (lambda m: m.update(engines=[{"engine": "tensorrt"}]), "an entry of 'engines'"),
-        (lambda m: m.update(engines=[{"engine": "e", "graph": "g", "file": "x.plan"}]), "a file that is not listed"),
+        (lambda m: m.update(engines=[{"engine": "e", "graph": "g", "file": "x.engine"}]), "a file that is not listed"),
         (lambda m: m.pop("spec"), "spec: expected a JSON object"),
         (lambda m: m["spec"].update(prediction="noise"), "prediction 'noise'"),
     ],
 )
-def test_manifests_that_make_no_sense_are_refused(copy: Path, change: Callable, message: str) -> None:
+def test_invalid_manifests_are_refused(copy: Path, change: Callable, message: str) -> None:
     (copy.parent / "outside.onnx").write_bytes((copy / "denoiser.onnx").read_bytes())
     edit(copy, change)
     with pytest.raises(InvalidInputError, match=message):
         load_bundle(copy)
 
 
-def test_a_link_out_of_the_bundle_is_refused(copy: Path) -> None:
+def test_a_symlink_out_of_the_bundle_is_refused(copy: Path) -> None:
     outside = copy.parent / "outside.onnx"
     shutil.move(copy / "denoiser.onnx", outside)
     (copy / "denoiser.onnx").symlink_to(outside)
@@ -134,12 +134,12 @@ def test_a_link_out_of_the_bundle_is_refused(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"{", b"[]", b"", b"\xff\xfe\x00"])
-def test_a_manifest_that_is_no_json_object_is_refused(copy: Path, content: bytes) -> None:
+def test_a_manifest_that_is_not_a_json_object_is_refused(copy: Path, content: bytes) -> None:
     (copy / MANIFEST).write_bytes(content)
     with pytest.raises(InvalidInputError, match=MANIFEST):
         load_bundle(copy)
 
 
-def test_a_folder_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
+def test_a_folder_without_a_manifest_is_not_a_bundle(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="not a bundle"):
         load_bundle(tmp_path)

@@ -1,4 +1,4 @@
-"""runtime/conditioning.py: it survives JSON, and what is missing, unknown or impossible is refused by name."""
+"""runtime/conditioning.py: it round-trips through JSON; missing, unknown or invalid entries are refused by name."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ TEXT = Conditioning(
 
 
 @pytest.mark.parametrize("conditioning", [Conditioning(), Conditioning("class", 10, null_label=10), TEXT])
-def test_a_conditioning_survives_json(conditioning: Conditioning) -> None:
+def test_a_conditioning_round_trips_through_json(conditioning: Conditioning) -> None:
     assert conditioning_from_json(json.loads(json.dumps(asdict(conditioning)))) == conditioning
 
 
-def test_what_is_left_out_is_no_conditioning() -> None:
+def test_missing_entries_mean_no_conditioning() -> None:
     assert conditioning_from_json({}) == Conditioning()
 
 
-def test_sizes_and_masks_are_told_from_features() -> None:
+def test_sizes_and_masks_are_distinguished_from_features() -> None:
     assert TEXT.inputs["time_ids"].is_plain and not TEXT.inputs["encoder_hidden_states"].is_plain
     assert TextInput((7,), (("t5.attention_mask",),)).is_plain and not TextInput((7, 3), (7,)).is_plain
 

@@ -1,4 +1,4 @@
-"""runtime/denoiser.py: predictions all lead to the same x_0, guidance equals two calls, misfits are refused."""
+"""runtime/denoiser.py: all predictions give the same x_0, guidance equals two evaluations, misfits are refused."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from diffpress.runtime.spec import DenoiserSpec
 
 COSINE = betas_schedule("squaredcos_cap_v2", 100)
 CLASSES = Conditioning("class", classes=10, null_label=10)
-WORDS = {
+TEXT_INPUTS = {
     "encoder_hidden_states": TextInput((5, 6), (("text_encoder.last_hidden_state",),)),
     "encoder_attention_mask": TextInput((5,), (("text_encoder.attention_mask",),)),
     "time_ids": TextInput((4,), (("size", "corner"),)),
 }
-TEXT = Conditioning("text", inputs=WORDS)
+TEXT = Conditioning("text", inputs=TEXT_INPUTS)
 
 
 def spec_of(
@@ -45,10 +45,11 @@ def labelled_denoiser(network: Network, spec: DenoiserSpec, labels: np.ndarray |
     return make_denoiser(network, spec, conditions=class_conditioning(spec, labels), **options)
 
 
-def words(*samples: float) -> dict[str, np.ndarray]:
-    """Text inputs of one sample each, full of that number."""
+def text_inputs(*samples: float) -> dict[str, np.ndarray]:
+    """Return text inputs with one sample per value, filled with it."""
     return {
-        name: np.stack([np.full(form.shape, value, np.float32) for value in samples]) for name, form in WORDS.items()
+        name: np.stack([np.full(form.shape, value, np.float32) for value in samples])
+        for name, form in TEXT_INPUTS.items()
     }
 
 
@@ -64,12 +65,12 @@ def words(*samples: float) -> dict[str, np.ndarray]:
     ],
 )
 @pytest.mark.parametrize("t", [1, 50, 90])
-def test_every_prediction_is_translated_to_x0(fake_network, format_overrides, noise, prediction, schedule, t) -> None:
+def test_every_prediction_is_converted_to_x0(fake_network, mixture, noise, prediction, schedule, t) -> None:
     network = fake_network(prediction, schedule)
     x, level = noise(3, 1, 4, 4), noise_level_at(schedule, t)
     x0 = make_denoiser(network, spec_of(prediction, schedule), clip=False)(x, level)
-    # float32 rounding of the network's answer, blown up by the division by alpha
-    assert np.abs(x0 - format_overrides.denoise(x, level)).max() < 1e-6 * (1 + level.sigma / max(level.alpha, 0.01))
+    # float32 rounding error of the network's output, amplified by the division by alpha
+    assert np.abs(x0 - mixture.denoise(x, level)).max() < 1e-6 * (1 + level.sigma / max(level.alpha, 0.01))
     assert x0.dtype == np.float32
 
 
@@ -96,7 +97,7 @@ def test_clipping_follows_the_data_range(fake_network, noise) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
-def test_guidance_equals_two_separate_calls(fake_network, noise, prediction) -> None:
+def test_guidance_equals_two_separate_evaluations(fake_network, noise, prediction) -> None:
     spec = spec_of(prediction, conditioning=CLASSES)
     x, level, labels = noise(3, 1, 4, 4), noise_level_at(COSINE, 40), np.array([1, 7, 4])
     network = fake_network(prediction, COSINE, labelled=True)
@@ -114,7 +115,7 @@ def test_guidance_equals_two_separate_calls(fake_network, noise, prediction) -> 
 
 
 @pytest.mark.parametrize(("interval", "acts"), [((0.5, 2.0), True), ((2.0, None), False), ((0.1, 0.9), False)])
-def test_outside_of_its_interval_guidance_is_one_call_of_the_given_half(fake_network, noise, interval, acts) -> None:
+def test_outside_its_interval_guidance_evaluates_the_cond_half_only(fake_network, noise, interval, acts) -> None:
     spec, labels, x = spec_of("v", conditioning=CLASSES), np.array([1, 7, 4]), noise(3, 1, 4, 4)
     level = NoiseLevel(50.0, 0.7, 0.7)  # sigma / alpha = 1
     network = fake_network("v", COSINE, labelled=True)
@@ -127,16 +128,18 @@ def test_outside_of_its_interval_guidance_is_one_call_of_the_given_half(fake_net
     assert evaluations_at(spec.with_plan(plan), level) == (2 if acts else 1)
 
 
-def test_a_weight_that_is_an_input_is_one_outside_of_its_interval(fake_network, noise) -> None:
+def test_a_guidance_input_is_one_outside_its_interval(fake_network, noise) -> None:
     spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
-    network = fake_network("v", COSINE, cond=(*WORDS, "guidance"))
-    denoise = make_denoiser(network, spec, conditions=ConditioningInputs(words(1.0)), guidance=3.5, interval=(0.5, 2.0))
+    network = fake_network("v", COSINE, cond=(*TEXT_INPUTS, "guidance"))
+    denoise = make_denoiser(
+        network, spec, conditions=ConditioningInputs(text_inputs(1.0)), guidance=3.5, interval=(0.5, 2.0)
+    )
     for sigma in (0.7, 0.1):
         denoise(noise(1, 1, 4, 4), NoiseLevel(50.0, 0.7, sigma))
     assert [call["guidance"].tolist() for call in network.calls] == [[3.5], [1.0]]
 
 
-def test_guidance_is_rescaled_as_diffusers_does(noise) -> None:
+def test_guidance_is_rescaled_as_in_diffusers(noise) -> None:
     torch = pytest.importorskip("torch")
     pipeline = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
     label = noise(3, 4, 8, 8)
@@ -146,7 +149,7 @@ def test_guidance_is_rescaled_as_diffusers_does(noise) -> None:
         assert np.abs(rescaled(mixed, label, phi) - theirs.numpy()).max() < 1e-5
 
 
-def test_rescaled_guidance_is_in_the_denoiser(fake_network, noise) -> None:
+def test_the_denoiser_rescales_guidance(fake_network, noise) -> None:
     spec, labels, level = spec_of("sample", conditioning=CLASSES), np.array([1, 7]), noise_level_at(COSINE, 40)
     network, x = fake_network("sample", COSINE, labelled=True), noise(2, 1, 4, 4)
     plan = replace(spec.plan, guidance=4.0, guidance_rescale=1.0, clip=False)
@@ -157,25 +160,25 @@ def test_rescaled_guidance_is_in_the_denoiser(fake_network, noise) -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0)])
-def test_dynamic_thresholding_keeps_the_data_range(noise, low, high) -> None:
+def test_dynamic_thresholding_stays_in_the_data_range(noise, low, high) -> None:
     x0 = (high - low) / 2 * 3 * noise(4, 2, 8, 8) + (low + high) / 2
     bounded = thresholded(x0, Threshold(0.9), (low, high))
     assert bounded.dtype == np.float32 and bounded.min() >= low - 1e-6 and bounded.max() <= high + 1e-6
-    # a tenth of all values lie at the ends, in each sample
+    # in each sample a tenth of the values is at the ends
     ends = (np.abs(bounded - (low + high) / 2) > (high - low) / 2 - 1e-6).mean(axis=(1, 2, 3))
     assert np.abs(ends - 0.1).max() < 0.02
     small = (high - low) / 2 * 0.2 * np.tanh(noise(4, 2, 8, 8)) + (low + high) / 2
     assert np.abs(thresholded(small, Threshold(0.9), (low, high)) - small).max() < 1e-6
 
 
-def test_a_solver_that_asks_at_another_timestep_than_the_graph_knows_is_refused(fake_network, noise) -> None:
+def test_evaluating_a_timestep_that_was_not_exported_is_refused(fake_network, noise) -> None:
     spec = spec_of("v")
     spec = replace(spec, fixed_timesteps=spec.plan.timesteps)
-    with pytest.raises(InvalidInputError, match="timestep 41.5 is not one of the 4 .* take another solver"):
+    with pytest.raises(InvalidInputError, match=r"timestep 41\.5 is not one of the 4 .* use another solver"):
         make_denoiser(fake_network("v", COSINE), spec)(noise(1, 1, 4, 4), noise_level_at(COSINE, 41.5))
 
 
-def test_guidance_one_costs_one_half(fake_network, noise) -> None:
+def test_guidance_one_evaluates_the_cond_half_only(fake_network, noise) -> None:
     network = fake_network("v", COSINE, labelled=True)
     spec = spec_of("v", conditioning=CLASSES)
     labelled_denoiser(network, spec, np.array([1, 2, 3]))(noise(3, 1, 4, 4), noise_level_at(COSINE, 40))
@@ -185,27 +188,32 @@ def test_guidance_one_costs_one_half(fake_network, noise) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])
-def test_guidance_by_text_equals_two_separate_calls(fake_network, noise, prediction) -> None:
+def test_text_guidance_equals_two_separate_evaluations(fake_network, noise, prediction) -> None:
     spec = spec_of(prediction, conditioning=TEXT)
-    x, level, cond, uncond = noise(2, 1, 4, 4), noise_level_at(COSINE, 40), words(1.0, 2.0), words(-3.0, -3.0)
-    network = fake_network(prediction, COSINE, cond=tuple(WORDS))
+    x, level, cond, uncond = (
+        noise(2, 1, 4, 4),
+        noise_level_at(COSINE, 40),
+        text_inputs(1.0, 2.0),
+        text_inputs(-3.0, -3.0),
+    )
+    network = fake_network(prediction, COSINE, cond=tuple(TEXT_INPUTS))
 
     def alone(these: dict[str, np.ndarray]) -> np.ndarray:
         return make_denoiser(network, spec, conditions=ConditioningInputs(these), clip=False)(x, level)
 
     expected = alone(uncond) + 2.5 * (alone(cond) - alone(uncond))
-    guided_network = fake_network(prediction, COSINE, cond=tuple(WORDS))
+    guided_network = fake_network(prediction, COSINE, cond=tuple(TEXT_INPUTS))
     both = ConditioningInputs(cond, uncond)
     guided = make_denoiser(guided_network, spec, conditions=both, guidance=2.5, clip=False)(x, level)
     assert np.abs(guided - expected).max() < 1e-5
     (call,) = guided_network.calls
-    assert all(np.array_equal(call[name], np.concatenate([cond[name], uncond[name]])) for name in WORDS)
+    assert all(np.array_equal(call[name], np.concatenate([cond[name], uncond[name]])) for name in TEXT_INPUTS)
 
 
-def test_a_guidance_that_is_an_input_costs_one_call_and_is_told(fake_network, noise) -> None:
+def test_a_guidance_input_takes_one_evaluation_and_gets_the_weight(fake_network, noise) -> None:
     spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
-    network = fake_network("v", COSINE, cond=(*WORDS, "guidance"))
-    cond = ConditioningInputs(words(1.0, 2.0))
+    network = fake_network("v", COSINE, cond=(*TEXT_INPUTS, "guidance"))
+    cond = ConditioningInputs(text_inputs(1.0, 2.0))
     make_denoiser(network, spec, conditions=cond, guidance=3.5)(noise(2, 1, 4, 4), noise_level_at(COSINE, 40))
     (call,) = network.calls
     assert call["guidance"].tolist() == [3.5, 3.5] and call["guidance"].dtype == np.float32
@@ -213,24 +221,24 @@ def test_a_guidance_that_is_an_input_costs_one_call_and_is_told(fake_network, no
     assert evaluations_per_step(spec.with_plan(replace(spec.plan, guidance=3.5))) == 1
 
 
-def test_a_part_of_the_conditions_is_what_those_samples_are_told() -> None:
-    cond = ConditioningInputs(words(1.0, 2.0, 3.0), words(4.0, 5.0, 6.0)).part(slice(1, 3))
+def test_part_selects_the_conditioning_of_those_samples() -> None:
+    cond = ConditioningInputs(text_inputs(1.0, 2.0, 3.0), text_inputs(4.0, 5.0, 6.0)).part(slice(1, 3))
     assert cond.uncond is not None
-    assert all(np.array_equal(cond.cond[name], words(2.0, 3.0)[name]) for name in WORDS)
-    assert all(np.array_equal(cond.uncond[name], words(5.0, 6.0)[name]) for name in WORDS)
-    assert ConditioningInputs(words(1.0)).part(slice(1)).uncond is None
+    assert all(np.array_equal(cond.cond[name], text_inputs(2.0, 3.0)[name]) for name in TEXT_INPUTS)
+    assert all(np.array_equal(cond.uncond[name], text_inputs(5.0, 6.0)[name]) for name in TEXT_INPUTS)
+    assert ConditioningInputs(text_inputs(1.0)).part(slice(1)).uncond is None
 
 
-def test_stand_ins_are_classes_in_turn_or_noise_and_always_the_same() -> None:
+def test_dummy_conditioning_is_classes_in_turn_or_noise_and_deterministic() -> None:
     labels = dummy_conditioning(spec_of("v", conditioning=CLASSES), 12)
     assert labels.cond["class_labels"].tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 0, 1]
     assert labels.uncond is not None and set(labels.uncond["class_labels"].tolist()) == {10}
     spec = spec_of("v", conditioning=TEXT)
     first, again = dummy_conditioning(spec, 3), dummy_conditioning(spec, 3)
-    assert {name: array.shape[1:] for name, array in first.cond.items()} == {n: f.shape for n, f in WORDS.items()}
-    assert all(np.array_equal(first.cond[name], again.cond[name]) for name in WORDS)
+    assert {name: array.shape[1:] for name, array in first.cond.items()} == {n: f.shape for n, f in TEXT_INPUTS.items()}
+    assert all(np.array_equal(first.cond[name], again.cond[name]) for name in TEXT_INPUTS)
     assert np.std(first.cond["encoder_hidden_states"]) > 0.5
-    # nobody's features are in sizes and masks
+    # sizes and masks hold no features
     assert (first.cond["encoder_attention_mask"] == 1).all() and (first.cond["time_ids"] == 1).all()
     assert first.uncond is not None and (first.uncond["encoder_attention_mask"] == 1).all()
     assert (first.uncond["encoder_hidden_states"] == 0).all()
@@ -245,7 +253,7 @@ def test_the_timestep_is_passed_in_the_type_of_the_graph(fake_network, noise, ki
     assert timestep.dtype == kind and timestep.shape == (2,) and timestep[0] == pytest.approx(expected)
 
 
-def test_example_inputs_are_those_of_the_first_call(fake_network) -> None:
+def test_dummy_inputs_are_those_of_the_first_evaluation(fake_network) -> None:
     spec = spec_of("v", conditioning=CLASSES)
     network = fake_network("v", COSINE, labelled=True)
     plain = dummy_inputs(network, spec, 3)
@@ -264,13 +272,15 @@ def test_example_inputs_are_those_of_the_first_call(fake_network) -> None:
         (Conditioning("class", 10), True, {"labels": np.array([1]), "guidance": 2.0}, "needs a null label"),
         (Conditioning(), False, {"labels": np.array([1])}, "not class-conditional"),
         (Conditioning(), False, {"guidance": 2.0}, "not conditional; use guidance 1"),
-        (TEXT, False, {}, "by its spec they should be encoder_attention_mask, encoder_hidden_states, sample, time"),
+        (TEXT, False, {}, "its spec requires encoder_attention_mask, encoder_hidden_states, sample, time"),
         (TEXT, False, {"labels": np.array([1])}, "not class-conditional"),
-        (Conditioning(), True, {}, "inputs are class_labels, sample, timestep; by its spec"),
-        (CLASSES, False, {"labels": np.array([1])}, "by its spec they should be class_labels"),
+        (Conditioning(), True, {}, "inputs are class_labels, sample, timestep; its spec requires"),
+        (CLASSES, False, {"labels": np.array([1])}, "its spec requires class_labels"),
     ],
 )
-def test_wishes_that_do_not_fit_the_model_are_refused(fake_network, conditioning, labelled, options, message) -> None:
+def test_arguments_that_do_not_fit_the_model_are_refused(
+    fake_network, conditioning, labelled, options, message
+) -> None:
     network = fake_network("v", COSINE, labelled=labelled)
     with pytest.raises(InvalidInputError, match=message):
         labelled_denoiser(network, spec_of("v", conditioning=conditioning), **{"labels": None, **options})
@@ -279,24 +289,24 @@ def test_wishes_that_do_not_fit_the_model_are_refused(fake_network, conditioning
 @pytest.mark.parametrize(
     ("conditions", "guidance", "message"),
     [
-        (None, 1.0, "is told encoder_attention_mask, encoder_hidden_states, time_ids, and nothing was given"),
-        (ConditioningInputs({"time_ids": words(1.0)["time_ids"]}), 1.0, "and time_ids was given"),
+        (None, 1.0, "expects encoder_attention_mask, encoder_hidden_states, time_ids, got none"),
+        (ConditioningInputs({"time_ids": text_inputs(1.0)["time_ids"]}), 1.0, ", got time_ids"),
         (
-            ConditioningInputs(words(1.0) | {"class_labels": np.array([1])}),
+            ConditioningInputs(text_inputs(1.0) | {"class_labels": np.array([1])}),
             1.0,
-            "and class_labels, encoder_attention_mask",
+            ", got class_labels, encoder_attention_mask",
         ),
-        (ConditioningInputs(words(1.0)), 2.0, "guidance needs an encoded negative prompt"),
+        (ConditioningInputs(text_inputs(1.0)), 2.0, "guidance needs an encoded negative prompt"),
     ],
 )
-def test_words_that_do_not_fit_the_model_are_refused(fake_network, conditions, guidance, message) -> None:
-    network = fake_network("v", COSINE, cond=tuple(WORDS))
+def test_text_inputs_that_do_not_fit_the_model_are_refused(fake_network, conditions, guidance, message) -> None:
+    network = fake_network("v", COSINE, cond=tuple(TEXT_INPUTS))
     with pytest.raises(InvalidInputError, match=message):
         make_denoiser(network, spec_of("v", conditioning=TEXT), conditions=conditions, guidance=guidance)
 
 
-def test_conditions_for_a_model_that_is_told_nothing_are_refused(fake_network) -> None:
-    with pytest.raises(InvalidInputError, match="is told nothing, and class_labels was given"):
+def test_conditioning_for_an_unconditional_model_is_refused(fake_network) -> None:
+    with pytest.raises(InvalidInputError, match="expects none, got class_labels"):
         make_denoiser(
             fake_network("v", COSINE), spec_of("v"), conditions=ConditioningInputs({"class_labels": np.array([1])})
         )

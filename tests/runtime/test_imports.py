@@ -1,4 +1,4 @@
-"""runtime stays light: a fresh interpreter shows what it loads, and that this check can fail."""
+"""runtime imports nothing heavy: checked in a fresh interpreter, along with the check itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MODULES = sorted(
 
 
 def loaded(code: str) -> set[str]:
-    """The modules in a fresh interpreter after running `code`."""
+    """Return the modules loaded in a fresh interpreter after running `code`."""
     program = f"{code}\nimport sys, json; print(json.dumps(sorted(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     return set(json.loads(done.stdout.splitlines()[-1]))
@@ -29,13 +29,13 @@ def test_importing_runtime_loads_nothing_heavy() -> None:
     assert not loaded("import diffpress.runtime") & (HEAVY | {"numpy"})
 
 
-def test_importing_every_module_of_runtime_loads_neither_engines_nor_torch() -> None:
+def test_importing_all_runtime_modules_loads_neither_engines_nor_torch() -> None:
     assert len(MODULES) > 10
     assert not loaded("import " + ", ".join(MODULES)) & HEAVY
 
 
 @pytest.mark.parametrize("package", ["onnxruntime", "PIL", "tokenizers"])
-def test_this_check_can_fail(package: str) -> None:
+def test_heavy_modules_are_detected_when_loaded(package: str) -> None:
     pytest.importorskip(package)
     assert package in loaded(f"import diffpress.runtime, {package}") & HEAVY
 
@@ -59,7 +59,7 @@ def test_importing_runtime_takes_less_than_a_third_of_a_second() -> None:
     assert min(float(run.stdout) for run in runs) < 0.3
 
 
-def test_every_public_name_can_be_had() -> None:
+def test_every_public_name_can_be_imported() -> None:
     from diffpress import runtime
 
     assert all(getattr(runtime, name) is not None for name in runtime.__all__)

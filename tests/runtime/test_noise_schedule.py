@@ -1,4 +1,4 @@
-"""runtime/noise_schedule.py against diffusers' tables and against the formulas it states."""
+"""runtime/noise_schedule.py against diffusers' tables and its own formulas."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_alphas_and_sigmas_equal_those_of_diffusers(kind: str, T: int, start: fl
     assert np.abs(np.square(ours.sigmas) - (1 - reference.numpy())).max() < 1e-6
 
 
-def test_points_between_timesteps_are_interpolated() -> None:
+def test_noise_levels_between_timesteps_are_interpolated() -> None:
     flow = noise_level_at(flow_schedule(11), 2.5)
     assert flow == pytest.approx((2.5, 0.75, 0.25))
     between = noise_level_at(LINEAR, 500.5)
@@ -48,14 +48,14 @@ def test_points_between_timesteps_are_interpolated() -> None:
 
 
 @pytest.mark.parametrize("ratio", [0.02, 1.0, 77.0])
-def test_a_point_is_found_by_its_noise(ratio: float) -> None:
+def test_a_noise_level_is_found_by_its_ratio(ratio: float) -> None:
     level = noise_level_at_ratio(LINEAR, ratio)
     assert level.sigma / level.alpha == pytest.approx(ratio, rel=1e-9) and noise_level_at(LINEAR, level.t) == level
     assert noise_level_at_ratio(LINEAR, 1e6).t == 999.0 and noise_level_at_ratio(LINEAR, 0.0).t == 0.0
 
 
 @pytest.mark.parametrize(("kind", "start", "end"), [("linear", 1e-4, 0.02), ("scaled_linear", 0.00085, 0.012)])
-def test_a_schedule_stretched_to_pure_noise_is_that_of_diffusers(kind: str, start: float, end: float) -> None:
+def test_zero_terminal_snr_matches_diffusers(kind: str, start: float, end: float) -> None:
     diffusers = pytest.importorskip("diffusers")
     theirs = diffusers.DDIMScheduler(1000, start, end, kind, rescale_betas_zero_snr=True).alphas_cumprod.numpy()
     ours = zero_terminal_snr(betas_schedule(kind, 1000, start, end))
@@ -63,7 +63,7 @@ def test_a_schedule_stretched_to_pure_noise_is_that_of_diffusers(kind: str, star
     assert np.abs(np.square(ours.alphas) - theirs).max() < 1e-6
 
 
-def test_a_trajectory_ends_clean() -> None:
+def test_a_trajectory_ends_at_clean_data() -> None:
     levels = plan_levels(COSINE, (999.0, 500.0))
     assert len(levels) == 3 and levels[-1][1:] == (1.0, 0.0)
 
@@ -73,11 +73,11 @@ def test_a_flow_runs_from_data_to_pure_noise() -> None:
     assert (flow.alphas[0], flow.sigmas[0], flow.alphas[-1], flow.sigmas[-1]) == (1.0, 0.0, 0.0, 1.0)
 
 
-def test_a_trajectory_may_end_at_the_noise_of_a_timestep() -> None:
+def test_a_trajectory_may_end_at_the_noise_level_of_a_timestep() -> None:
     assert plan_levels(COSINE, (999.0, 500.0), end=0.0)[-1] == noise_level_at(COSINE, 0.0)
 
 
-def test_a_spacing_adds_its_offset_and_rounds_where_it_says_so() -> None:
+def test_a_spacing_adds_its_offset_and_rounds_if_integer() -> None:
     assert spaced_timesteps(TimestepSpacing("leading", offset=1), 4, LINEAR) == (751.0, 501.0, 251.0, 1.0)
     assert spaced_timesteps(TimestepSpacing("linspace"), 3, LINEAR) == (999.0, 500.0, 0.0)
     assert spaced_timesteps(TimestepSpacing("linspace", integer=False), 3, LINEAR) == (999.0, 499.5, 0.0)
@@ -90,7 +90,7 @@ def test_a_shift_moves_a_flow_towards_the_noise() -> None:
     assert shifted == pytest.approx((1000.0, 900.0, 750.0, 500.0))  # 3 s / (1 + 2 s)
 
 
-def test_a_dynamic_shift_is_read_off_the_line_between_two_sizes() -> None:
+def test_a_dynamic_shift_is_interpolated_between_two_sizes() -> None:
     spacing = TimestepSpacing("flow_trailing", integer=False, dynamic=(0.0, np.log(9.0), 100, 300))
     at = [spaced_timesteps(spacing, 4, FLOW, tokens)[2] for tokens in (100, 200, 300)]
     assert at == pytest.approx([500.0, 750.0, 900.0])  # k = 1, 3, 9
@@ -106,7 +106,7 @@ def test_a_dynamic_shift_without_its_sizes_is_refused(dynamic, tokens) -> None:
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])
 def test_impossible_step_counts_are_refused(steps: int) -> None:
-    with pytest.raises(InvalidInputError, match="ask for 1 to 1000"):
+    with pytest.raises(InvalidInputError, match="use 1 to 1000"):
         make_plan("ddim", steps, COSINE)
 
 
@@ -120,6 +120,6 @@ def test_impossible_step_counts_are_refused(steps: int) -> None:
         (lambda: flow_schedule(1), "at least 2"),
     ],
 )
-def test_bad_schedule_input_is_refused(call, message: str) -> None:
+def test_invalid_schedule_arguments_are_refused(call, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         call()

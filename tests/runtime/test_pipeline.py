@@ -1,4 +1,4 @@
-"""runtime/pipeline.py over engines that answer in closed form: sizes, words, and the way from latents to images."""
+"""runtime/pipeline.py with engines known in closed form: sizes, prompts, and decoding of latents to images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TEXT = Conditioning(
 
 
 def make_spec(conditioning: Conditioning | None = None, **changes: Any) -> DenoiserSpec:
-    """Latents of 4 x 8 x 8, each cell 4 pixels, in sizes of two cells."""
+    """Return a spec with latents of 4 x 8 x 8, 4 pixels per cell, and sizes in multiples of two cells."""
     plan = make_plan("euler", 2, SCHEDULE, guidance=3.0 if conditioning is TEXT else 1.0, clip=False)
     spec = DenoiserSpec("flow", SCHEDULE, (4, 8, 8), plan, conditioning or Conditioning(), latent_factor=4)
     return replace(spec, size_multiple=2, **changes)
@@ -48,8 +48,8 @@ def make_bundle(spec: DenoiserSpec, sides: tuple[Any, ...] = ("height", "width")
 
 
 @dataclass
-class Desk:
-    """Stands for the engines: which graphs were opened, which are open still, and with what batches they ran."""
+class FakeEngines:
+    """Replaces the engines and records which graphs were opened, which are still open, and their batch sizes."""
 
     opened: list[str] = field(default_factory=list)
     running: list[str] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Desk:
         def run(feed: dict[str, np.ndarray]) -> np.ndarray:
             first = next(iter(feed.values()))
             self.batches.append((graph, len(first)))
-            # a decoder that shows the first three channels, each cell as one pixel
+            # the decoder returns the first three channels, one pixel per cell
             return first[:, :3].copy() if graph == "vae_decoder" else np.zeros_like(first)
 
         def run_all(feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -79,14 +79,14 @@ class Desk:
 
 
 @pytest.fixture
-def desk(monkeypatch) -> Desk:
-    one = Desk()
-    monkeypatch.setattr(diffpress.runtime.pipeline, "open_engine", one.open)
-    return one
+def engines(monkeypatch) -> FakeEngines:
+    fake = FakeEngines()
+    monkeypatch.setattr(diffpress.runtime.pipeline, "open_engine", fake.open)
+    return fake
 
 
 class Letters:
-    """A tokenizer whose ids are the letters' places in the alphabet."""
+    """A tokenizer whose ids are the letters' positions in the alphabet."""
 
     def __init__(self, *_: Any) -> None:
         pass
@@ -114,7 +114,7 @@ def letters(monkeypatch) -> None:
 # --- sizes -----------------------------------------------------------------------------------------------------
 
 
-def test_another_size_changes_the_sample_and_nothing_else() -> None:
+def test_another_size_changes_only_the_sample_shape() -> None:
     spec = make_spec()
     other = resized(spec, (48, 24))
     assert other.sample_shape == (4, 12, 6) and other.image_size == (48, 24)
@@ -126,17 +126,17 @@ def test_another_size_changes_the_sample_and_nothing_else() -> None:
     ("size", "nearest"),
     [((30, 32), "32x32"), ((32, 45), "32x48"), ((3, 3), "8x8"), ((0, 8), "8x8"), ((50, 70), "48x72")],
 )
-def test_a_size_off_the_multiples_is_refused_with_the_nearest(size: tuple[int, int], nearest: str) -> None:
+def test_a_size_that_is_no_multiple_is_refused_with_the_nearest_one(size: tuple[int, int], nearest: str) -> None:
     with pytest.raises(InvalidInputError, match=rf"{size[0]}x{size[1]}.*multiples of 8.*nearest is {nearest}"):
         resized(make_spec(), size)
 
 
-def test_a_graph_of_one_size_refuses_another() -> None:
-    with pytest.raises(InvalidInputError, match="size 48x24.*makes 32x32 images only"):
+def test_a_fixed_size_graph_refuses_other_sizes() -> None:
+    with pytest.raises(InvalidInputError, match=r"size 48x24.*makes 32x32 images only"):
         resized(make_spec(), (48, 24), fixed=True)
 
 
-def test_whether_a_size_is_fixed_is_read_off_the_graph() -> None:
+def test_a_fixed_size_is_recognized_from_the_graph_inputs() -> None:
     assert has_fixed_size(make_bundle(make_spec(), (8, 8)))
     assert not has_fixed_size(make_bundle(make_spec()))
     silent = make_bundle(make_spec())
@@ -145,7 +145,7 @@ def test_whether_a_size_is_fixed_is_read_off_the_graph() -> None:
 
 
 def test_a_larger_image_is_shifted_further_towards_the_noise() -> None:
-    # shift exp(m), m on the line through (16 tokens, 0.5) and (64 tokens, 1.25), as Flux has it
+    # shift exp(m), m linear from 0.5 at 16 tokens to 1.25 at 64 tokens, as in Flux
     spacing = TimestepSpacing("linspace", integer=False, dynamic=(0.5, 1.25, 16, 64))
     spec = make_spec(spacing=spacing)
     steps = spaced_timesteps(spacing, 4, SCHEDULE, spec.tokens(spec.sample_shape))
@@ -161,35 +161,39 @@ def test_a_larger_image_is_shifted_further_towards_the_noise() -> None:
 # --- from latents to images ------------------------------------------------------------------------------------
 
 
-def test_latents_are_scaled_and_shifted_before_they_are_decoded_one_by_one(desk: Desk) -> None:
+def test_latents_are_scaled_and_shifted_before_they_are_decoded_one_by_one(engines: FakeEngines) -> None:
     spec = make_spec(latent_scale=0.25, latent_shift=-0.5)
     pipeline = Pipeline(make_bundle(spec))
     latents = np.linspace(-0.6, 0.6, 2 * 4 * 64, dtype=np.float32).reshape(2, 4, 8, 8)
     expected = np.clip(latents[:, :3] / 0.25 - 0.5, -1, 1)
     np.testing.assert_allclose(pipeline.decode(latents), expected, rtol=0, atol=1e-6)
-    assert expected.min() == -1 and expected.max() == 1, "the bounds are tried"
-    assert desk.batches == [("vae_decoder", 1)] * 2
+    assert expected.min() == -1 and expected.max() == 1, "both bounds are reached"
+    assert engines.batches == [("vae_decoder", 1)] * 2
 
 
-def test_pixels_need_no_decoder(desk: Desk) -> None:
+def test_pixels_need_no_decoder(engines: FakeEngines) -> None:
     pixels = np.ones((2, 3, 8, 8), np.float32)
     spec = replace(make_spec(), latent_factor=1, sample_shape=(3, 8, 8))
-    assert Pipeline(make_bundle(spec)).decode(pixels) is pixels and desk.opened == ["denoiser"]
+    assert Pipeline(make_bundle(spec)).decode(pixels) is pixels and engines.opened == ["denoiser"]
 
 
-def test_images_come_batch_by_batch_and_only_the_decoder_stays_open_beside_it(desk: Desk, letters: None) -> None:
+def test_images_come_batch_by_batch_and_only_denoiser_and_decoder_stay_open(
+    engines: FakeEngines, letters: None
+) -> None:
     pipeline = Pipeline(make_bundle(make_spec(TEXT)))
     conditions = pipeline.conditions(3, prompts=["a", "b", "c"])
-    assert desk.running == ["denoiser"] and set(desk.opened) == {"denoiser", "text_encoder"}
+    assert engines.running == ["denoiser"] and set(engines.opened) == {"denoiser", "text_encoder"}
     found = [len(images) for images in pipeline.images([0, 1, 2], conditions, batch=2)]
-    assert found == [2, 1] and desk.running == ["denoiser", "vae_decoder"] and desk.opened.count("vae_decoder") == 1
-    # guidance makes two of each, two steps a batch
-    assert [size for graph, size in desk.batches if graph == "denoiser"] == [4, 4, 2, 2]
+    assert (
+        found == [2, 1] and engines.running == ["denoiser", "vae_decoder"] and engines.opened.count("vae_decoder") == 1
+    )
+    # guidance doubles the batch, two steps each
+    assert [size for graph, size in engines.batches if graph == "denoiser"] == [4, 4, 2, 2]
     pipeline.close()
-    assert desk.running == []
+    assert engines.running == []
 
 
-def test_an_image_does_not_depend_on_its_batch(desk: Desk) -> None:
+def test_an_image_does_not_depend_on_its_batch(engines: FakeEngines) -> None:
     pipeline = Pipeline(make_bundle(make_spec()))
     three = np.concatenate(list(pipeline.images([5, 6, 7], ConditioningInputs(), batch=3)))
     (one,) = pipeline.images([7], ConditioningInputs())
@@ -208,52 +212,56 @@ def test_streams_change_neither_the_images_nor_their_order(tiny: Path, streams: 
     np.testing.assert_array_equal(images(streams), images(1))
 
 
-# --- words -----------------------------------------------------------------------------------------------------
+# --- prompts ---------------------------------------------------------------------------------------------------
 
 
-def test_prompts_and_negatives_are_encoded_into_the_two_halves(desk: Desk, letters: None) -> None:
-    said: list[str] = []
+def test_prompts_and_negative_prompts_become_the_cond_and_uncond_halves(engines: FakeEngines, letters: None) -> None:
+    warned: list[str] = []
     pipeline = Pipeline(make_bundle(make_spec(TEXT)))
-    conditions = pipeline.conditions(2, prompts=["ab", "abcz"], negatives=["c", "c"], warn=said.append)
+    conditions = pipeline.conditions(2, prompts=["ab", "abcz"], negatives=["c", "c"], warn=warned.append)
     assert conditions.cond["states"][:, :, 0].tolist() == [[1, 2, 0], [1, 2, 3]]
     assert conditions.uncond is not None and conditions.uncond["states"][:, :, 0].tolist() == [[3, 0, 0]] * 2
-    assert len(said) == 1 and "left out 'z'" in said[0]
+    assert len(warned) == 1 and "left out 'z'" in warned[0]
     plain = pipeline.conditions(2, prompts=["ab", "b"])
     assert plain.uncond is not None and not plain.uncond["states"].any()
 
 
-def test_without_guidance_only_the_prompts_are_encoded(desk: Desk, letters: None) -> None:
+def test_without_guidance_only_the_prompts_are_encoded(engines: FakeEngines, letters: None) -> None:
     spec = make_spec(TEXT)
     spec = spec.with_plan(replace(spec.plan, guidance=1.0))
     assert Pipeline(make_bundle(spec)).conditions(1, prompts=["a"]).uncond is None
 
 
-def refused(desk: Desk, spec: DenoiserSpec, wishes: dict[str, Any], *words: str) -> None:
+def assert_refused(engines: FakeEngines, spec: DenoiserSpec, arguments: dict[str, Any], *words: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
-        Pipeline(make_bundle(spec)).conditions(1, **wishes)
+        Pipeline(make_bundle(spec)).conditions(1, **arguments)
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_a_model_of_text_needs_a_prompt(desk: Desk) -> None:
-    refused(desk, make_spec(TEXT), {}, "give a prompt")
+def test_a_text_conditional_model_needs_a_prompt(engines: FakeEngines) -> None:
+    assert_refused(engines, make_spec(TEXT), {}, "give a prompt")
 
 
-def test_a_negative_prompt_needs_guidance(desk: Desk) -> None:
-    spec, wishes = make_spec(TEXT), {"prompts": ["a"], "negatives": ["b"]}
-    refused(desk, spec.with_plan(replace(spec.plan, guidance=1.0)), wishes, "negative prompt", "guidance above 1")
-    # where the weight is an input of the network there is no other half
-    refused(desk, replace(spec, conditioning=replace(TEXT, guidance_input=True)), wishes, "negative prompt")
+def test_a_negative_prompt_needs_guidance(engines: FakeEngines) -> None:
+    spec, arguments = make_spec(TEXT), {"prompts": ["a"], "negatives": ["b"]}
+    assert_refused(
+        engines, spec.with_plan(replace(spec.plan, guidance=1.0)), arguments, "negative prompt", "guidance above 1"
+    )
+    # a weight that is an input of the network needs no uncond half
+    assert_refused(
+        engines, replace(spec, conditioning=replace(TEXT, guidance_input=True)), arguments, "negative prompt"
+    )
 
 
-def test_a_bundle_without_its_text_encoder_takes_no_prompt(desk: Desk) -> None:
+def test_a_bundle_without_text_encoder_refuses_prompts(engines: FakeEngines) -> None:
     bare = make_spec(replace(TEXT, encoders=()))
     bare = bare.with_plan(replace(bare.plan, guidance=3.0))
-    refused(desk, bare, {"prompts": ["a"]}, "there", "no text encoder", "whole pipeline")
+    assert_refused(engines, bare, {"prompts": ["a"]}, "there", "no text encoder", "whole pipeline")
 
 
-def test_labels_follow_each_other_where_none_are_asked_for(desk: Desk) -> None:
+def test_without_labels_the_classes_are_taken_in_turn(engines: FakeEngines) -> None:
     pipeline = Pipeline(make_bundle(make_spec(Conditioning("class", classes=2))))
     assert pipeline.conditions(3).cond["class_labels"].tolist() == [0, 1, 0]
     assert pipeline.conditions(2, labels=[1, 1]).cond["class_labels"].tolist() == [1, 1]
-    refused(desk, make_spec(), {"labels": [1]}, "not class-conditional")
+    assert_refused(engines, make_spec(), {"labels": [1]}, "not class-conditional")

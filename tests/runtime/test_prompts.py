@@ -1,4 +1,4 @@
-"""Prompts become the denoiser's inputs: tokens against transformers' own, the assembly against hand-laid arrays."""
+"""runtime/prompts.py: tokens against transformers, assembled inputs against arrays written by hand."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ PROMPTS = [
     "x",
 ]
 
-# SDXL's two encoders side by side, and its vectors; sizes small
+# SDXL's two encoders, concatenated, and its vectors, in small sizes
 SDXL = Conditioning(
     kind="text",
     encoders=(
@@ -74,31 +74,31 @@ def one_input(shape: tuple[int, ...], *rows: tuple[str, ...] | int) -> Condition
 # --- assemble: needs no tokenizer
 
 
-def test_pieces_of_a_row_lie_side_by_side_and_vectors_follow_each_other() -> None:
-    given = outputs(2)
-    result = assemble(SDXL, given, 2, SIZE)
+def test_pieces_of_a_row_are_concatenated_along_the_features() -> None:
+    pieces = outputs(2)
+    result = assemble(SDXL, pieces, 2, SIZE)
     assert list(result) == ["encoder_hidden_states", "text_embeds", "time_ids"]
-    np.testing.assert_array_equal(result["encoder_hidden_states"][:, :, :2], given["text_encoder.hidden"])
-    np.testing.assert_array_equal(result["encoder_hidden_states"][:, :, 2:], given["text_encoder_2.hidden"])
-    np.testing.assert_array_equal(result["text_embeds"], given["text_encoder_2.pooled"])
+    np.testing.assert_array_equal(result["encoder_hidden_states"][:, :, :2], pieces["text_encoder.hidden"])
+    np.testing.assert_array_equal(result["encoder_hidden_states"][:, :, 2:], pieces["text_encoder_2.hidden"])
+    np.testing.assert_array_equal(result["text_embeds"], pieces["text_encoder_2.pooled"])
     np.testing.assert_array_equal(result["time_ids"], [[64, 96, 0, 0, 64, 96]] * 2)
     assert all(array.dtype == np.float32 for array in result.values())
 
 
-def test_rows_follow_each_other_and_narrow_ones_end_in_zeros() -> None:
-    """SD3: CLIP's hidden states side by side, filled up to T5's width, then T5's; without T5, rows of zeros."""
-    given = outputs(2)
+def test_rows_are_concatenated_along_the_sequence_and_narrow_ones_padded() -> None:
+    """SD3: CLIP's hidden states, concatenated and padded to T5's width, then T5's; without T5, rows of zeros."""
+    pieces = outputs(2)
     clip, t5 = ("text_encoder.hidden", "text_encoder_2.hidden"), ("text_encoder_3.hidden",)
-    states = assemble(one_input((10, 7), clip, t5), given, 2, SIZE)["states"]
-    np.testing.assert_array_equal(states[:, :4, 2:5], given["text_encoder_2.hidden"])
+    states = assemble(one_input((10, 7), clip, t5), pieces, 2, SIZE)["states"]
+    np.testing.assert_array_equal(states[:, :4, 2:5], pieces["text_encoder_2.hidden"])
     np.testing.assert_array_equal(states[:, :4, 5:], np.zeros((2, 4, 2)))
-    np.testing.assert_array_equal(states[:, 4:], given["text_encoder_3.hidden"])
-    without = assemble(one_input((10, 7), clip, 6), given, 2, SIZE)["states"]
+    np.testing.assert_array_equal(states[:, 4:], pieces["text_encoder_3.hidden"])
+    without = assemble(one_input((10, 7), clip, 6), pieces, 2, SIZE)["states"]
     np.testing.assert_array_equal(without[:, :4], states[:, :4])
     np.testing.assert_array_equal(without[:, 4:], np.zeros((2, 6, 7)))
 
 
-def test_masks_and_rows_of_zeros_alone_work_too() -> None:
+def test_masks_and_rows_of_zeros_work_alone() -> None:
     mask = assemble(one_input((4,), ("text_encoder.attention_mask",)), outputs(3), 3, SIZE)["states"]
     np.testing.assert_array_equal(mask, [[1, 1, 0, 0]] * 3)
     assert mask.dtype == np.float32
@@ -113,20 +113,32 @@ def test_half_precision_outputs_become_float32() -> None:
 @pytest.mark.parametrize(
     ("shape", "rows", "message"),
     [
-        ((5, 2), [("text_encoder.hidden",)], r"'states' is declared as \(5, 2\) per sample, its rows give \(4, 2\)"),
-        ((4, 1), [("text_encoder.hidden",)], r"'states' is declared as \(4, 1\) per sample, its rows give \(4, 2\)"),
+        (
+            (5, 2),
+            [("text_encoder.hidden",)],
+            r"'states' is declared as \(5, 2\) per sample, but its rows give \(4, 2\)",
+        ),
+        (
+            (4, 1),
+            [("text_encoder.hidden",)],
+            r"'states' is declared as \(4, 1\) per sample, but its rows give \(4, 2\)",
+        ),
         ((9, 2), [("text_encoder.hidden",), 4], r"rows give \(4, 2\) / \(4, 2\)"),
-        ((4,), [("text_encoder_2.pooled",)], r"declared as \(4,\) per sample, its rows give \(3,\)"),
+        ((4,), [("text_encoder_2.pooled",)], r"declared as \(4,\) per sample, but its rows give \(3,\)"),
         ((3,), [("text_encoder_2.pooled",)] * 2, "'states' has no sequence .* one row"),
         ((3,), [3], "'states' has no sequence .* one row"),
         ((4, 2), [], "'states' has no rows"),
-        ((4, 2), [()], "'states' .* cannot be made of nothing"),
-        ((4, 3), [("text_encoder_2.pooled",)], r"'states' .* cannot be made of text_encoder_2.pooled \(2, 3\)"),
-        ((4, 9), [("text_encoder.hidden", "text_encoder_3.hidden")], r"cannot be made of .*\(2, 4, 2\).*\(2, 6, 7\)"),
-        ((4, 2), [("text_encoder.hiden",)], "part of input 'states', 'text_encoder.hiden': did you mean 'text_enc"),
+        ((4, 2), [()], "'states' .* cannot be assembled from nothing"),
+        ((4, 3), [("text_encoder_2.pooled",)], r"'states' .* cannot be assembled from text_encoder_2.pooled \(2, 3\)"),
+        (
+            (4, 9),
+            [("text_encoder.hidden", "text_encoder_3.hidden")],
+            r"cannot be assembled from .*\(2, 4, 2\).*\(2, 6, 7\)",
+        ),
+        ((4, 2), [("text_encoder.hiden",)], "piece of input 'states', 'text_encoder.hiden': did you mean 'text_enc"),
     ],
 )
-def test_an_input_that_cannot_be_made_is_named(shape: tuple[int, ...], rows: list[Any], message: str) -> None:
+def test_an_input_that_cannot_be_assembled_is_named(shape: tuple[int, ...], rows: list[Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         assemble(one_input(shape, *rows), outputs(2), 2, SIZE)
 
@@ -140,7 +152,7 @@ def test_outputs_for_another_number_of_samples_are_refused() -> None:
 
 
 class Letters:
-    """Stands in for a tokenizer: 'b' -> 2, ...; 1 closes a prompt, which `enable_truncation` cuts."""
+    """Fake tokenizer: 'b' -> 2, ...; 1 is the final special token, `enable_truncation` truncates before it."""
 
     def num_special_tokens_to_add(self, _: bool) -> int:
         return 1
@@ -159,7 +171,7 @@ class Letters:
 
 
 class FakeEncoder:
-    """hidden[n, l, :] = id, pooled[n, :] = sum of ids; remembers its calls."""
+    """hidden[n, l, :] = id, pooled[n, :] = sum of ids; records its calls."""
 
     def __init__(self, width: int, **inputs: np.dtype) -> None:
         self.width, self.inputs = width, {"input_ids": INT64, **inputs}
@@ -188,7 +200,7 @@ def test_each_prompt_is_encoded_into_its_own_rows(pair: Any) -> None:
     np.testing.assert_array_equal(result["time_ids"], [[64, 96, 0, 0, 64, 96]] * 3)
 
 
-def test_graphs_get_their_own_types_and_only_the_inputs_they_have(pair: Any) -> None:
+def test_graphs_get_their_own_dtypes_and_only_their_own_inputs(pair: Any) -> None:
     pair["text_encoder"].inputs = {"input_ids": INT32}
     encode(["bc"], SDXL, pair, LETTERS, SIZE)
     (first,), (second,) = pair["text_encoder"].calls, pair["text_encoder_2"].calls
@@ -198,7 +210,7 @@ def test_graphs_get_their_own_types_and_only_the_inputs_they_have(pair: Any) -> 
     assert second["attention_mask"].tolist() == [[1, 1, 1, 0]]
 
 
-def test_a_denoiser_can_be_told_the_mask_of_an_encoder_that_takes_none(pair: Any) -> None:
+def test_a_denoiser_can_take_the_mask_of_an_encoder_that_takes_none(pair: Any) -> None:
     masked = replace(SDXL, inputs={"mask": TextInput((4,), (("text_encoder.attention_mask",),))})
     assert encode(["bc", ""], masked, pair, LETTERS, SIZE)["mask"].tolist() == [[1, 1, 1, 0], [1, 0, 0, 0]]
 
@@ -213,24 +225,24 @@ def test_equal_prompts_are_encoded_once_and_never_more_than_eight_at_a_time(pair
         assert all((alone[name][0] == array[number]).all() for name, array in result.items())
 
 
-def test_lower_also_strips_what_a_tokenizer_might_keep() -> None:
+def test_lower_also_strips_whitespace() -> None:
     encoder = TextEncoder("text_encoder", "tokenizer", 4, lower=True)
     assert tokenize(LETTERS["tokenizer"], [" BC\n"], encoder).ids.tolist() == [[2, 3, 1, 0]]
 
 
-def test_no_prompts_give_inputs_without_samples(pair: Any) -> None:
+def test_no_prompts_give_empty_inputs(pair: Any) -> None:
     assert encode([], SDXL, pair, LETTERS, SIZE)["encoder_hidden_states"].shape == (0, 4, 5)
     assert pair["text_encoder"].calls == []
 
 
-def test_a_prompt_that_is_too_long_gives_one_line_for_all_encoders(pair: Any) -> None:
+def test_a_truncated_prompt_gives_one_warning_for_all_encoders(pair: Any) -> None:
     lines: list[str] = []
     result = encode(["bcdefg", "b", "bcdefg"], SDXL, pair, LETTERS, SIZE, lines.append)
     assert lines == ["the prompt 'bcdefg' is too long for text_encoder, text_encoder_2 (4 tokens): left out 'efg'"]
     assert result["encoder_hidden_states"][0, :, 0].tolist() == [2, 3, 4, 1]
 
 
-def test_the_line_stays_one_line_of_bounded_length(pair: Any) -> None:
+def test_the_warning_is_one_line_of_bounded_length(pair: Any) -> None:
     lines: list[str] = []
     encode(["b\n" * 400], SDXL, pair, LETTERS, SIZE, lines.append)
     assert len(lines) == 1 and "\n" not in lines[0] and len(lines[0]) < 400
@@ -251,10 +263,10 @@ def test_without_a_negative_prompt_text_is_zero_but_sizes_stay(pair: Any) -> Non
     assert list(result) == list(prompted)
     assert not result["encoder_hidden_states"].any() and not result["text_embeds"].any()
     np.testing.assert_array_equal(result["time_ids"], prompted["time_ids"])
-    assert len(pair["text_encoder"].calls) == 1  # of the prompt
+    assert len(pair["text_encoder"].calls) == 1  # for the prompt
 
 
-def test_without_zero_negative_it_is_the_empty_prompt(pair: Any) -> None:
+def test_without_zero_negative_the_empty_prompt_is_encoded(pair: Any) -> None:
     result = unconditional(None, 2, replace(SDXL, zero_negative=False), pair, LETTERS, SIZE)
     for name, array in encode(["", ""], SDXL, pair, LETTERS, SIZE).items():
         np.testing.assert_array_equal(result[name], array)
@@ -274,7 +286,7 @@ def test_negative_prompts_are_encoded_one_per_sample(pair: Any) -> None:
 
 @pytest.fixture(scope="module")
 def clip_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.json like CLIP's: lower case, byte-level BPE with </w>, start and end tokens."""
+    """Write a tokenizer.json like CLIP's: lower case, byte-level BPE with </w>, start and end tokens."""
     tokenizers = pytest.importorskip("tokenizers")
     start, end = "<|startoftext|>", "<|endoftext|>"
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token=end, end_of_word_suffix="</w>"))
@@ -301,7 +313,7 @@ def clip_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def t5_like(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tokenizer.json like T5's: unigram, word marks, an end token and no start."""
+    """Write a tokenizer.json like T5's: unigram, Metaspace word marks, an end token and no start token."""
     tokenizers = pytest.importorskip("tokenizers")
     tokenizer = tokenizers.Tokenizer(tokenizers.models.Unigram())
     tokenizer.normalizer = tokenizers.normalizers.NFKC()
@@ -321,53 +333,51 @@ def save(tokenizer: Any, folder: Path) -> Path:
     return folder / "tokenizer.json"
 
 
-def check(file: Path, encoder: TextEncoder, oracle: Any, prepare: Callable[[str], str] = str) -> None:
-    """Our ids and masks are those of `oracle`, a tokenizer of transformers."""
+def assert_same_tokens(file: Path, encoder: TextEncoder, oracle: Any, prepare: Callable[[str], str] = str) -> None:
+    """Compare our ids and masks with those of `oracle`, a tokenizer of transformers."""
     tokens = tokenize(open_tokenizer(file), PROMPTS, encoder)
     texts = [prepare(prompt) for prompt in PROMPTS]
-    wanted = oracle(texts, padding="max_length", truncation=True, max_length=encoder.length, return_tensors="np")
+    expected = oracle(texts, padding="max_length", truncation=True, max_length=encoder.length, return_tensors="np")
     assert tokens.ids.dtype == tokens.mask.dtype == np.int64
-    np.testing.assert_array_equal(tokens.ids, wanted["input_ids"])
-    np.testing.assert_array_equal(tokens.mask, wanted["attention_mask"])
-    whole = oracle(texts)["input_ids"]
-    assert [bool(unread) for unread in tokens.unread] == [len(ids) > encoder.length for ids in whole]
-    assert len({tuple(ids) for ids in whole}) >= len(whole) - 3  # the oracle tells the prompts apart
+    np.testing.assert_array_equal(tokens.ids, expected["input_ids"])
+    np.testing.assert_array_equal(tokens.mask, expected["attention_mask"])
+    untruncated = oracle(texts)["input_ids"]
+    assert [bool(unread) for unread in tokens.unread] == [len(ids) > encoder.length for ids in untruncated]
+    assert len({tuple(ids) for ids in untruncated}) >= len(untruncated) - 3  # the oracle distinguishes the prompts
 
 
 @pytest.mark.parametrize("length", [2, 3, LENGTH, 77])
 @pytest.mark.parametrize("pad_token", ["<|endoftext|>", "!"])
-def test_clip_ids_and_masks_are_those_of_transformers(
-    clip_like: Path, length: int, pad_token: str, tmp_path: Path
-) -> None:
-    """SDXL's second tokenizer fills with '!', which transformers then reads as one token inside a prompt as well:
-    the file that it saves says so.
-    """
+def test_clip_ids_and_masks_match_transformers(clip_like: Path, length: int, pad_token: str, tmp_path: Path) -> None:
+    """SDXL's second tokenizer pads with '!', which the saved file makes a single token inside prompts as well."""
     transformers = pytest.importorskip("transformers")
     oracle = transformers.PreTrainedTokenizerFast(tokenizer_file=str(clip_like), pad_token=pad_token)
     oracle.save_pretrained(tmp_path)
     encoder = TextEncoder("text_encoder", "tokenizer", length, pad=oracle.pad_token_id)
-    check(tmp_path / "tokenizer.json", encoder, oracle)
+    assert_same_tokens(tmp_path / "tokenizer.json", encoder, oracle)
 
 
-def test_a_saved_cliptokenizer_is_read_as_transformers_reads_it(clip_like: Path, tmp_path: Path) -> None:
+def test_a_saved_cliptokenizer_tokenizes_as_in_transformers(clip_like: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     model = json.loads(clip_like.read_text(encoding="utf-8"))["model"]
     oracle = transformers.CLIPTokenizer(vocab=model["vocab"], merges=[tuple(pair) for pair in model["merges"]])
     oracle.save_pretrained(tmp_path)
-    check(tmp_path / "tokenizer.json", TextEncoder("text_encoder", "tokenizer", LENGTH, oracle.pad_token_id), oracle)
+    assert_same_tokens(
+        tmp_path / "tokenizer.json", TextEncoder("text_encoder", "tokenizer", LENGTH, oracle.pad_token_id), oracle
+    )
 
 
 @pytest.mark.parametrize("length", [1, 5, LENGTH, 120])
 @pytest.mark.parametrize("lower", [False, True])
-def test_t5_ids_and_masks_are_those_of_transformers(t5_like: Path, length: int, lower: bool) -> None:
-    """`lower` against the preprocessing that PixArt's pipeline does before its tokenizer."""
+def test_t5_ids_and_masks_match_transformers(t5_like: Path, length: int, lower: bool) -> None:
+    """`lower` matches the preprocessing in PixArt's pipeline."""
     transformers = pytest.importorskip("transformers")
     oracle = transformers.PreTrainedTokenizerFast(tokenizer_file=str(t5_like), pad_token="<pad>")
     encoder = TextEncoder("text_encoder", "tokenizer", length, lower=lower)
-    check(t5_like, encoder, oracle, (lambda text: text.lower().strip()) if lower else str)
+    assert_same_tokens(t5_like, encoder, oracle, (lambda text: text.lower().strip()) if lower else str)
 
 
-def test_lower_case_changes_what_the_encoder_reads(t5_like: Path) -> None:
+def test_lower_changes_the_ids(t5_like: Path) -> None:
     plain = TextEncoder("text_encoder", "tokenizer", LENGTH)
     tokenizer = open_tokenizer(t5_like)
     upper, lower = (tokenize(tokenizer, ["The Old SEA"], replace(plain, lower=flag)).ids for flag in (False, True))
@@ -375,16 +385,16 @@ def test_lower_case_changes_what_the_encoder_reads(t5_like: Path) -> None:
     assert (lower == tokenize(tokenizer, ["the old sea"], plain).ids).all()
 
 
-def test_padding_and_truncation_in_the_file_do_not_disturb(clip_like: Path, tmp_path: Path) -> None:
+def test_padding_and_truncation_in_the_file_are_ignored(clip_like: Path, tmp_path: Path) -> None:
     tokenizer = open_tokenizer(clip_like)
     encoder = TextEncoder("text_encoder", "tokenizer", LENGTH, pad=7)
-    wanted = tokenize(tokenizer, PROMPTS, encoder)
+    expected = tokenize(tokenizer, PROMPTS, encoder)
     tokenizer.enable_truncation(5, stride=2, strategy="only_first", direction="left")
     tokenizer.enable_padding(direction="left", pad_id=3, length=40)
     found = tokenize(open_tokenizer(save(tokenizer, tmp_path)), PROMPTS, encoder)
-    np.testing.assert_array_equal(found.ids, wanted.ids)
-    np.testing.assert_array_equal(found.mask, wanted.mask)
-    assert found.unread == wanted.unread
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.mask, expected.mask)
+    assert found.unread == expected.unread
 
 
 def test_one_tokenizer_can_serve_encoders_of_different_lengths(clip_like: Path) -> None:
@@ -395,8 +405,8 @@ def test_one_tokenizer_can_serve_encoders_of_different_lengths(clip_like: Path) 
     np.testing.assert_array_equal(tokenize(tokenizer, PROMPTS, short).ids, first)
 
 
-def test_what_is_left_out_is_the_end_of_the_prompt(clip_like: Path, t5_like: Path) -> None:
-    prompt = "é a red cat on a blue mat, the old lighthouse"  # 1 and 2 bytes a letter: offsets count letters
+def test_the_unread_text_is_the_end_of_the_prompt(clip_like: Path, t5_like: Path) -> None:
+    prompt = "é a red cat on a blue mat, the old lighthouse"  # letters of 1 and 2 bytes: offsets count letters
     for file in (clip_like, t5_like):
         tokenizer = open_tokenizer(file)
         (unread,) = tokenize(tokenizer, [prompt], TextEncoder("text_encoder", "tokenizer", 9)).unread
@@ -411,12 +421,12 @@ def test_a_length_below_the_special_tokens_is_refused(clip_like: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{}", b"\xff\xfe nothing"])
-def test_a_file_that_is_no_tokenizer_is_named(content: bytes | None, tmp_path: Path) -> None:
+def test_an_invalid_tokenizer_file_is_named(content: bytes | None, tmp_path: Path) -> None:
     pytest.importorskip("tokenizers")
     file = tmp_path / "tokenizer.json"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(InvalidInputError, match="tokenizer.json: (no such file|not a tokenizer.json)"):
+    with pytest.raises(InvalidInputError, match=r"tokenizer\.json: (no such file|not a tokenizer\.json)"):
         open_tokenizer(file)
 
 
@@ -428,7 +438,7 @@ def test_without_the_library_the_extra_is_named(monkeypatch: pytest.MonkeyPatch)
         open_tokenizer("tokenizer.json")
 
 
-def test_importing_text_does_not_import_tokenizers() -> None:
+def test_importing_prompts_does_not_import_tokenizers() -> None:
     code = "import sys, diffpress.runtime.prompts; print('tokenizers' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]

@@ -1,4 +1,4 @@
-"""runtime/sampler.py: every step is yielded, and an image depends on its seed, label and plan alone."""
+"""runtime/sampler.py: every step is yielded, and an image depends on its seed, label and plan only."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ def spec_of(plan: SamplingPlan = PLAN, classes: int = 0) -> DenoiserSpec:
     return DenoiserSpec("v", COSINE, (2, 4, 4), plan, conditioning)
 
 
-def test_every_step_is_yielded_with_its_timestep_and_its_x0(format_overrides, noise) -> None:
+def test_every_step_is_yielded_with_its_timestep_and_its_x0(mixture, noise) -> None:
     seen = []
 
-    def denoise(x, point):
+    def denoise(x, level):
         seen.append(x)
-        return format_overrides.denoise(x, point)
+        return mixture.denoise(x, level)
 
     steps = list(sample(denoise, noise(3, 2, 4, 4), COSINE, PLAN))
     assert [step.index for step in steps] == [0, 1, 2, 3, 4]
@@ -39,14 +39,14 @@ def test_every_step_is_yielded_with_its_timestep_and_its_x0(format_overrides, no
     assert np.abs(steps[-1].x - steps[-1].x0).max() < 1e-12
 
 
-def test_a_step_can_be_taken_without_paying_for_the_rest(format_overrides, noise) -> None:
+def test_steps_are_computed_lazily(mixture, noise) -> None:
     calls = []
-    steps = sample(lambda x, p: calls.append(p) or format_overrides.denoise(x, p), noise(1, 2, 4, 4), COSINE, PLAN)
+    steps = sample(lambda x, p: calls.append(p) or mixture.denoise(x, p), noise(1, 2, 4, 4), COSINE, PLAN)
     next(steps)
     assert len(calls) == 1
 
 
-def test_the_start_has_the_spread_of_the_schedule(noise) -> None:
+def test_the_initial_noise_has_the_standard_deviation_of_the_schedule(noise) -> None:
     ratios = tuple(np.linspace(0.01, 80.0, 10))
     exploding = NoiseSchedule((1.0,) * 10, ratios)
     seen = []
@@ -59,14 +59,14 @@ def test_the_start_has_the_spread_of_the_schedule(noise) -> None:
 def test_an_image_does_not_depend_on_its_batch(fake_network, solver, eta) -> None:
     network = fake_network("v", COSINE, labelled=True)
     spec = spec_of(replace(PLAN, solver=solver, eta=eta), classes=3)
-    whole = generate(network, spec, range(7), batch=7)
-    parts = generate(network, spec, range(7), batch=3)
+    together = generate(network, spec, range(7), batch=7)
+    batched = generate(network, spec, range(7), batch=3)
     alone = generate(network, spec, [5], labels=[2])
-    assert whole.shape == (7, 2, 4, 4) and whole.dtype == np.float32
-    assert np.array_equal(whole, parts) and np.array_equal(whole[5:6], alone)
+    assert together.shape == (7, 2, 4, 4) and together.dtype == np.float32
+    assert np.array_equal(together, batched) and np.array_equal(together[5:6], alone)
 
 
-def test_seeds_and_labels_make_the_image(fake_network) -> None:
+def test_seeds_and_labels_determine_the_image(fake_network) -> None:
     network, spec = fake_network("v", COSINE, labelled=True), spec_of(classes=3)
     first, again, other_seed = generate(network, spec, [4, 4, 5], labels=[0, 0, 0])
     other_label = generate(network, spec, [4], labels=[1])[0]
@@ -74,7 +74,7 @@ def test_seeds_and_labels_make_the_image(fake_network) -> None:
     assert np.abs(first - other_seed).max() > 0.1 and np.abs(first - other_label).max() > 0.01
 
 
-def test_eta_changes_the_image_but_not_its_repeatability(fake_network) -> None:
+def test_sampling_with_eta_is_reproducible_and_changes_the_image(fake_network) -> None:
     network = fake_network("v", COSINE)
     noisy = spec_of(replace(PLAN, solver="ddim", eta=1.0))
     assert np.array_equal(generate(network, noisy, [3]), generate(network, noisy, [3]))
@@ -82,10 +82,10 @@ def test_eta_changes_the_image_but_not_its_repeatability(fake_network) -> None:
     assert np.abs(generate(network, noisy, [3]) - still).max() > 0.05
 
 
-@pytest.mark.parametrize(("solver", "eta", "named"), [("ddim", 0.5, "eta above 0"), ("lcm", 0.0, "noisy solver")])
-def test_fresh_noise_without_a_source_is_refused(format_overrides, noise, solver, eta, named) -> None:
+@pytest.mark.parametrize(("solver", "eta", "named"), [("ddim", 0.5, "eta above 0"), ("lcm", 0.0, "stochastic solver")])
+def test_fresh_noise_without_a_source_is_refused(mixture, noise, solver, eta, named) -> None:
     with pytest.raises(InvalidInputError, match=f"{named}.*pass fresh_noise"):
-        list(sample(format_overrides.denoise, noise(1, 2, 4, 4), COSINE, replace(PLAN, solver=solver, eta=eta)))
+        list(sample(mixture.denoise, noise(1, 2, 4, 4), COSINE, replace(PLAN, solver=solver, eta=eta)))
 
 
 def test_noise_is_normal_and_streams_are_independent() -> None:
@@ -98,13 +98,13 @@ def test_noise_is_normal_and_streams_are_independent() -> None:
     assert abs((start[:-1] * start[1:]).mean()) < 5 / n**0.5
 
 
-def test_noise_of_a_seed_is_fixed_for_ever() -> None:
-    """These values are in every published image: a change of generator would change all of them."""
-    remembered = [[0.05991104, 0.01555963], [0.9518664, -1.0147828]]
-    assert np.allclose(noise_for([0, MAX_SEED], (2,)), remembered, atol=1e-6)
+def test_the_noise_of_a_seed_never_changes() -> None:
+    """Published images depend on these values: another generator would change all of them."""
+    recorded = [[0.05991104, 0.01555963], [0.9518664, -1.0147828]]
+    assert np.allclose(noise_for([0, MAX_SEED], (2,)), recorded, atol=1e-6)
 
 
-def test_batches_stream_one_after_the_other(fake_network) -> None:
+def test_batches_are_yielded_one_by_one(fake_network) -> None:
     network = fake_network("v", COSINE)
     batches = generate_batches(network, spec_of(), range(5), batch=2)
     assert len(next(batches)) == 2 and len(network.calls) == PLAN.steps
@@ -117,15 +117,15 @@ def test_classes_are_taken_in_turn() -> None:
     assert labels_in_turn(spec_of(), 5) is None
 
 
-def test_a_given_plan_overrides_the_spec(fake_network) -> None:
+def test_a_plan_argument_overrides_the_spec(fake_network) -> None:
     network = fake_network("v", COSINE)
     generate(network, spec_of(), [0], plan=make_plan("ddim", 2, COSINE))
     assert len(network.calls) == 2
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_images_stay_in_the_data_range_where_the_plan_clips(fake_network, clip) -> None:
-    network = fake_network("v", COSINE, oracle=lambda x, point: 3 * np.tanh(x))
+def test_images_stay_in_the_data_range_if_the_plan_clips(fake_network, clip) -> None:
+    network = fake_network("v", COSINE, oracle=lambda x, level: 3 * np.tanh(x))
     images = generate(network, spec_of(replace(PLAN, clip=clip)), range(4))
     assert (np.abs(images).max() <= 1.0) is np.bool_(clip)
 
@@ -135,7 +135,7 @@ def test_a_flow_model_samples_from_pure_noise(fake_network) -> None:
     spec = DenoiserSpec("flow", flow, (1, 4, 4), make_plan("dpmpp_2m", 20, flow))
     images = generate(fake_network("flow", flow), spec, range(16))
     distance = np.abs(images[..., None] - np.array([-0.8, -0.1, 0.7])).min(axis=-1)
-    assert distance.mean() < 0.2  # the format_overrides's modes have a deviation of 0.2
+    assert distance.mean() < 0.2  # the mixture's modes have a deviation of 0.2
 
 
 @pytest.mark.parametrize(
@@ -154,14 +154,14 @@ def test_a_flow_model_samples_from_pure_noise(fake_network) -> None:
         ({"seeds": [0], "plan": SamplingPlan("ddim", (500.0,))}, "timestep 500"),
     ],
 )
-def test_impossible_samplings_are_refused(fake_network, options, message) -> None:
+def test_invalid_sampling_arguments_are_refused(fake_network, options, message) -> None:
     with pytest.raises(InvalidInputError, match=message):
         generate(fake_network("v", COSINE), spec_of(), **options)
 
 
-@pytest.mark.parametrize("solver", ["dpmpp_2m", "plms"])  # plms asks a second time at one timestep
+@pytest.mark.parametrize("solver", ["dpmpp_2m", "plms"])  # plms evaluates one timestep twice
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_a_corrected_plan_undoes_a_known_error_of_the_network(solver, guidance, fake_network, distorted) -> None:
+def test_output_corrections_undo_a_known_error_of_the_network(solver, guidance, fake_network, distorted) -> None:
     errors = {t: (0.1 * k - 0.2, (0.3 - 0.1 * k, 0.05 * k)) for k, t in enumerate(PLAN.timesteps)}
     plan = replace(PLAN, solver=solver, guidance=guidance)
     wrong = distorted(fake_network("v", COSINE, labelled=True), errors)

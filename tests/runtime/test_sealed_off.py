@@ -1,4 +1,4 @@
-"""A bundle that was copied to another name, is read-only, and finds no network: it samples as it did at home."""
+"""A bundle that is renamed, read-only and without network access gives the same samples as the original."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ assert code == 0, code
 """
 
 
-def sampled(bundle: Path, where: str, engine: str, out: Path, cache: Path) -> np.ndarray:
+def run_sample(bundle: Path, where: str, engine: str, out: Path, cache: Path) -> np.ndarray:
     from PIL import Image
 
     done = subprocess.run(
@@ -53,13 +53,13 @@ def test_a_read_only_copy_without_a_network_makes_the_same_image(engine: str, ti
         pytest.skip(f"{engine} is not installed")
     copy = Path(shutil.copytree(tiny, tmp_path / "another name"))
     before = {path: path.read_bytes() for path in copy.iterdir()}
-    (tmp_path / "cache").write_text("")  # a home that keeps nothing
+    (tmp_path / "cache").write_text("")  # a file in place of the cache folder, so that nothing can be cached
     for path in (*copy.iterdir(), copy):
         path.chmod(0o555 if path.is_dir() else 0o444)
     try:
-        at_home = sampled(tiny, "at home", engine, tmp_path / "a.png", tmp_path / "home")
-        away = sampled(copy, "alone", engine, tmp_path / "b.png", tmp_path / "cache")
+        original = run_sample(tiny, "at home", engine, tmp_path / "a.png", tmp_path / "home")
+        copied = run_sample(copy, "alone", engine, tmp_path / "b.png", tmp_path / "cache")
     finally:
         copy.chmod(0o755)
-    assert np.array_equal(at_home, away)
+    assert np.array_equal(original, copied)
     assert {path: path.read_bytes() for path in copy.iterdir()} == before

@@ -1,4 +1,4 @@
-"""runtime/spec.py: a spec survives JSON, and what is missing, unknown or impossible is refused by name."""
+"""runtime/spec.py: a spec round-trips through JSON; missing, unknown or invalid entries are refused by name."""
 
 from __future__ import annotations
 
@@ -61,11 +61,11 @@ TEXT = replace(
 
 
 @pytest.mark.parametrize("spec", [SPEC, TEXT], ids=["classes", "text"])
-def test_a_spec_survives_json_bit_for_bit(spec: DenoiserSpec) -> None:
+def test_a_spec_round_trips_through_json_exactly(spec: DenoiserSpec) -> None:
     assert DenoiserSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-def test_a_spec_written_before_there_was_text_reads_as_one_without() -> None:
+def test_a_spec_without_the_newer_entries_reads_with_their_defaults() -> None:
     data = json.loads(json.dumps(SPEC.to_json()))
     for entry in ("latent_factor", "size_multiple", "spacing", "fixed_timesteps"):
         del data[entry]
@@ -75,12 +75,12 @@ def test_a_spec_written_before_there_was_text_reads_as_one_without() -> None:
     assert DenoiserSpec.from_json(data) == SPEC
 
 
-def test_sizes_and_tokens_follow_from_the_latent() -> None:
+def test_image_size_and_tokens_follow_from_the_latent() -> None:
     assert TEXT.image_size == (64, 128) and SPEC.image_size == (8, 16)
     assert TEXT.tokens(TEXT.sample_shape) == 4 * 8 and TEXT.tokens((4, 16, 16)) == 64
 
 
-def test_a_plan_survives_json() -> None:
+def test_a_plan_round_trips_through_json() -> None:
     assert plan_from_json(json.loads(json.dumps(SPEC.to_json()["plan"]))) == SPEC.plan
 
 
@@ -104,7 +104,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("prediction", "noise"), "prediction 'noise'"),
         (change("plan.start", "loud"), "start 'loud' is not one of marginal, noise, unit"),
         (change("plan.threshold", {"ratio": 0.0}), "ratio 0 must lie in"),
-        (change("plan.threshold", {"ratio": 0.9, "max": 0.5}), "max 0.5 be at least 1"),
+        (change("plan.threshold", {"ratio": 0.9, "max": 0.5}), "max 0.5 must be at least 1"),
         (change("plan.threshold", {"ratio": 0.9, "least": 1}), "unknown entry 'least'"),
         (change("plan.guidance_interval", [2.0, 1.0]), "0 <= low < high"),
         (change("plan.guidance_interval", [-1.0, None]), "0 <= low < high"),
@@ -131,7 +131,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("plan.end", 50.0), "end 50.0 must be a timestep not above the last one"),
         (change("plan.end", -1.0), "end -1.0"),
         (change("plan.end", "soon"), "plan: could not convert"),
-        (lambda data: data["plan"]["output_corrections"].pop(), "plan: 4 corrections for 5 timesteps; one each, or none"),
+        (lambda data: data["plan"]["output_corrections"].pop(), "plan: 4 output corrections for 5 timesteps"),
         (lambda data: data["plan"]["output_corrections"][2].update(slope=-1.0), "slope -1 must lie above -1"),
         (lambda data: data["plan"]["output_corrections"][2].update(slope=float("nan")), "be finite"),
         (lambda data: data["plan"]["output_corrections"][2].update(slope="steep"), "plan: could not convert"),
@@ -139,7 +139,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (lambda data: data["plan"]["output_corrections"][2].update(bias=[0.0] * 3), "a bias for each of 4 channels"),
         (lambda data: data["plan"]["output_corrections"][2].pop("bias"), "plan: the entry 'bias' is missing"),
         (lambda data: data["plan"]["output_corrections"][2].update(colour=1), "plan: unknown entry 'colour'"),
-        (change("plan.corrections", 3), "plan: .*int"),
+        (change("plan.output_corrections", 3), "plan: .*int"),
         (change("fixed_timesteps", [19.0, 14.0]), "timestep 15 is not one of the 2 that this network was exported for"),
         (change("fixed_timesteps", 3), "here: .*int"),
         (change("spacing.shift", 0.0), "spacing: offset 1 must not be negative and shift 0.0"),
@@ -157,7 +157,7 @@ def test_broken_specs_are_refused_by_name(edit: Callable[[dict[str, Any]], Any],
 
 
 @pytest.mark.parametrize("data", [None, [], "spec", 3])
-def test_what_is_no_object_is_refused(data: Any) -> None:
+def test_json_that_is_no_object_is_refused(data: Any) -> None:
     with pytest.raises(InvalidInputError, match="expected a JSON object"):
         DenoiserSpec.from_json(data)
 
@@ -167,21 +167,21 @@ def test_a_new_plan_makes_a_new_spec() -> None:
     assert SPEC.with_plan(plan) == replace(SPEC, plan=plan) and SPEC.plan.solver == "dpmpp_2m" and plan.steps == 2
 
 
-def test_corrections_stay_with_the_timesteps_they_were_measured_at() -> None:
+def test_corrections_are_dropped_with_other_timesteps() -> None:
     plan = TEXT.plan
     assert plan.over(plan.timesteps) == plan and len(plan.output_corrections) == plan.steps == 5
     fewer = plan.over(plan.timesteps[:2])
     assert fewer == replace(plan.without_corrections, timesteps=plan.timesteps[:2]) and fewer.output_corrections == ()
 
 
-def test_a_network_for_one_plan_takes_no_other_timesteps() -> None:
+def test_a_network_exported_for_one_plan_refuses_other_timesteps() -> None:
     fixed = replace(SPEC, fixed_timesteps=SPEC.plan.timesteps)
     assert fixed.with_plan(SPEC.plan.over(SPEC.plan.timesteps[1:3])).plan.steps == 2
-    with pytest.raises(InvalidInputError, match="timestep 4 is not one of the 5 .* without --fixed-plan"):
+    with pytest.raises(InvalidInputError, match=r"timestep 4 is not one of the 5 .* without --fixed-plan"):
         fixed.with_plan(SPEC.plan.over((*SPEC.plan.timesteps[:2], 4.0)))
 
 
-def test_a_schedule_may_be_flat_but_not_turn_back() -> None:
+def test_a_schedule_may_be_flat_but_must_be_monotonic() -> None:
     assert len(NoiseSchedule((1.0, 1.0), (0.5, 0.5))) == 2
     with pytest.raises(InvalidInputError, match="sigmas must grow"):
         NoiseSchedule((1.0, 0.9), (0.5, 0.4))

@@ -1,11 +1,11 @@
-"""Distillation: a student learns from a teacher what pruning took, or to need fewer calls of the network.
+"""Distillation: train a student on a teacher, to recover from pruning or to need fewer evaluations.
 
-recover      outputs and features of the model it was pruned from
-guidance     one call in the place of guidance's two
-progressive  one step in the place of the teacher's two, again and again
-trajectory   a few steps that keep to the teacher's fine trajectory
-consistency  every point of a trajectory to the same image, in one or two calls
-score        a generator of few steps, moved by the difference of two scores
+recover      match the outputs and features of the model that was pruned
+guidance     replace the two evaluations of classifier-free guidance with one
+progressive  replace two steps of the teacher with one, repeatedly
+trajectory   follow the teacher's fine trajectory in a few steps
+consistency  map every point of a trajectory to the same image, in one or two evaluations
+score        train a few-step generator with the difference of two scores
 
-Each kind is a file with one function (checkpoint, its settings, ctx) -> checkpoint, and a line in stage.KINDS.
+Each kind is one file with one function (checkpoint, config, ctx) -> checkpoint, and one entry in distill.KINDS.
 """

@@ -1,7 +1,7 @@
-"""What a network thinks on the way: the outputs of its blocks, and how far two networks' are apart.
+"""Block outputs of a network and the distance between those of two networks.
 
 Widths differ after pruning, so a feature f is compared through its energy map e = mean over channels of f^2, as in
-attention transfer (Zagoruyko & Komodakis 2017): no projection has to be learned and thrown away.
+attention transfer (Zagoruyko & Komodakis 2017). This needs no learned projection between the two widths.
 """
 
 from __future__ import annotations
@@ -15,32 +15,37 @@ from torch import nn
 Features = dict[str, torch.Tensor]
 
 
-def feature_distance(found: Features, wanted: Features) -> torch.Tensor:
-    """Mean over blocks of the relative squared distance between energy maps: [B, H, W], or [B, tokens]."""
-    terms = []
-    for name, reference in wanted.items():
+def feature_distance(student: Features, references: Features) -> torch.Tensor:
+    """Return the relative squared distance between energy maps, averaged over blocks.
+
+    Energy maps are [B, H, W], or [B, tokens] for transformers. `student` has at least the blocks of `references`.
+    """
+    distances = []
+    for name, reference in references.items():
         channels = 1 if reference.dim() == 4 else -1
-        ours, theirs = found[name].square().mean(channels), reference.square().mean(channels)
-        terms.append(torch.mean((ours - theirs) ** 2) / torch.mean(theirs**2).clamp_min(1e-12))
-    return torch.stack(terms).mean()
+        student_energy, reference_energy = student[name].square().mean(channels), reference.square().mean(channels)
+        distances.append(
+            torch.mean((student_energy - reference_energy) ** 2) / torch.mean(reference_energy**2).clamp_min(1e-12)
+        )
+    return torch.stack(distances).mean()
 
 
 @contextmanager
 def captured(model: nn.Module, names: list[str]) -> Iterator[Features]:
-    """Collect the outputs of the named blocks during the forwards inside the context."""
+    """Collect the outputs of the named blocks in every forward pass inside the context."""
     features: Features = {}
-    modules = dict(getattr(model, "module", model).named_modules())  # under DDP the model is wrapped
+    modules = dict(getattr(model, "module", model).named_modules())  # DDP wraps the model
     with ExitStack() as stack:
         for name in names:
-            hook = modules[name].register_forward_hook(_keep(features, name))
+            hook = modules[name].register_forward_hook(_store_output(features, name))
             stack.callback(hook.remove)
         yield features
 
 
-def _keep(features: Features, name: str) -> Callable[..., None]:
+def _store_output(features: Features, name: str) -> Callable[..., None]:
     def hook(module: nn.Module, inputs: object, output: object) -> None:
         if isinstance(output, tuple):
-            # U-Net blocks give (stream, (skip, ...), ...), joint transformer blocks (text, stream)
+            # U-Net blocks return (hidden states, (skip, ...), ...), joint transformer blocks (text, hidden states)
             output = output[0] if isinstance(output[-1], tuple) or len(output) > 2 else output[-1]
         features[name] = output  # type: ignore[assignment]
 

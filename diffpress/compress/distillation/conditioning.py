@@ -1,4 +1,4 @@
-"""What networks are told in training: students now and then nothing, and guided teachers both halves."""
+"""Conditioning in training: random dropping for students, classifier-free guidance for teachers."""
 
 from __future__ import annotations
 
@@ -11,32 +11,41 @@ from diffpress.runtime.network_inputs import GUIDANCE
 from diffpress.runtime.spec import DenoiserSpec
 
 
-def drop_conditions(
-    conditions: dict[str, torch.Tensor],
-    null: dict[str, torch.Tensor],
+def drop_conditioning(
+    inputs: dict[str, torch.Tensor],
+    uncond_inputs: dict[str, torch.Tensor],
     generator: torch.Generator,
     share: float = 0.1,
 ) -> dict[str, torch.Tensor]:
-    """Tell a tenth of the batch nothing, `null` [1, ...], so that guidance keeps working (Ho & Salimans 2022)."""
-    if not null:
-        return conditions
-    batch = len(next(iter(conditions.values())))
+    """Replace the conditioning of random samples by the unconditional one (Ho & Salimans 2022).
+
+    This keeps classifier-free guidance usable after training. Inputs without an unconditional counterpart are kept.
+
+    Args:
+        inputs: Conditioning [B, ...] by name.
+        uncond_inputs: Unconditional counterparts [1, ...] by name; if empty, `inputs` is returned unchanged.
+        generator: Source of randomness.
+        share: Probability of dropping a sample's conditioning.
+    """
+    if not uncond_inputs:
+        return inputs
+    batch = len(next(iter(inputs.values())))
     dropped = torch.rand((batch,), generator=generator) < share
-    kept = {name: value for name, value in conditions.items() if name not in null}
+    kept = {name: value for name, value in inputs.items() if name not in uncond_inputs}
     return kept | {
-        name: torch.where(dropped.view(-1, *[1] * (conditions[name].dim() - 1)), nothing, conditions[name])
-        for name, nothing in null.items()
+        name: torch.where(dropped.view(-1, *[1] * (inputs[name].dim() - 1)), uncond_value, inputs[name])
+        for name, uncond_value in uncond_inputs.items()
     }
 
 
-def guidance_in(checkpoint: Checkpoint) -> float:
-    """The weight of the guidance in its answers: its plan's, or what an earlier stage has put into its weights."""
-    taught = [record.changed["guidance"] for record in checkpoint.history if "guidance" in record.changed]
-    own = checkpoint.spec.plan.guidance
-    return float(taught[-1]) if taught and own == 1.0 else own
+def effective_guidance(checkpoint: Checkpoint) -> float:
+    """Return the checkpoint's guidance weight: that of its plan, or the one an earlier stage baked in."""
+    baked_in = [record.changed["guidance"] for record in checkpoint.history if "guidance" in record.changed]
+    planned = checkpoint.spec.plan.guidance
+    return float(baked_in[-1]) if baked_in and planned == 1.0 else planned
 
 
-def guided(
+def guided_output(
     teacher: nn.Module,
     spec: DenoiserSpec,
     x_t: torch.Tensor,
@@ -45,10 +54,19 @@ def guided(
     uncond: Tensors,
     weight: torch.Tensor | float,
 ) -> torch.Tensor:
-    """The teacher's answer under guidance `weight`, one or [B], without gradients; `uncond` [1, ...] is the
-    unconditional half.
+    """Return the teacher's output [B, C, H, W] under classifier-free guidance, without gradients.
 
-    One call where the one weight is 1 or the weight is an input.
+    Takes one evaluation if `weight` is the number 1 or the weight is an input of the network, otherwise one
+    evaluation of a batch of 2 B.
+
+    Args:
+        teacher: The network.
+        spec: Its spec.
+        x_t: Noisy samples [B, C, H, W].
+        t: Integer timesteps [B].
+        cond: Conditional inputs [B, ...] by name.
+        uncond: Unconditional inputs [1, ...] by name.
+        weight: Guidance weight, one number or a tensor [B].
     """
     if spec.conditioning.guidance_input:
         weights = torch.full((len(x_t),), weight, device=x_t.device) if isinstance(weight, float) else weight
@@ -56,8 +74,8 @@ def guided(
     if isinstance(weight, float) and weight == 1.0:
         with torch.no_grad():
             return forward(teacher, spec, x_t, t, cond)
-    nothing = {name: uncond[name].expand_as(value) if name in uncond else value for name, value in cond.items()}
-    both = {name: torch.cat([value, nothing[name]]) for name, value in cond.items()}
+    uncond_value = {name: uncond[name].expand_as(value) if name in uncond else value for name, value in cond.items()}
+    both = {name: torch.cat([value, uncond_value[name]]) for name, value in cond.items()}
     with torch.no_grad():
         cond_out, uncond_out = forward(teacher, spec, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
     return uncond_out + (weight if isinstance(weight, float) else weight.view(-1, 1, 1, 1)) * (cond_out - uncond_out)

@@ -1,4 +1,4 @@
-"""The settings of each kind of distillation: `distill: {kind: ..., ...}` in a recipe takes those of its kind alone."""
+"""Settings of each kind of distillation: the keys of `distill: {kind: ..., ...}` in a recipe."""
 
 from __future__ import annotations
 
@@ -10,129 +10,141 @@ from diffpress.compress.config import Config
 
 
 class DistillConfig(Config):
-    """What every kind takes: how the one training loop runs (compress/training/loop.py).
+    """Settings shared by all kinds: how the training loop runs (compress/training/loop.py)."""
 
-    `precision` bf16 computes under autocast, the weights stay float32. `cuda_graphs` replays steps on a GPU: several
-    times faster for small networks, for one process and networks without dropout. `preview_every` steps (0: never) a
-    grid of samples is drawn into the run's `logs/`, where `tensorboard` writes the loss too. Where the recipe has no
-    data, the kinds that learn from images take `samples` of the teacher's, made once.
-    """
-
-    kind: str
-    steps: int = Field(1000, ge=1)
-    batch: int = Field(32, ge=1)
-    learning_rate: float = Field(5e-4, gt=0.0)
-    warmup: int = Field(20, ge=0)
-    ema: float = Field(0.99, ge=0.0, lt=1.0)
-    save_every: int = Field(100, ge=1)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    cuda_graphs: bool = False
-    preview_every: int = Field(0, ge=0)
-    tensorboard: bool = False
-    samples: int = Field(2048, ge=1)
+    kind: str = Field(description="kind of distillation")
+    steps: int = Field(1000, ge=1, description="number of optimizer steps of each training phase")
+    batch: int = Field(32, ge=1, description="samples per step in each process")
+    learning_rate: float = Field(5e-4, gt=0.0, description="peak learning rate of AdamW")
+    warmup: int = Field(20, ge=0, description="steps of linear learning-rate warm-up")
+    ema: float = Field(0.99, ge=0.0, lt=1.0, description="final decay of the exponential moving average of the weights")
+    save_every: int = Field(100, ge=1, description="steps between two saves of the training state, for resuming")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="compute precision; bf16 runs under autocast, the weights stay float32"
+    )
+    cuda_graphs: bool = Field(
+        False,
+        description="replay training steps as CUDA graphs on a GPU: several times faster for small networks; "
+        "one process only, and no dropout",
+    )
+    preview_every: int = Field(
+        0, ge=0, description="steps between two image grids of samples, written to the run's logs/; 0: never"
+    )
+    tensorboard: bool = Field(False, description="log the loss for TensorBoard to the run's logs/")
+    samples: int = Field(
+        2048,
+        ge=1,
+        description="number of teacher samples to train on if the recipe has no data; generated once, "
+        "and only for kinds that learn from images",
+    )
 
 
 class RecoverConfig(DistillConfig):
-    """A pruned student learns to answer like the model it was pruned from (recover.py)."""
+    """Train a pruned student to match the model it was pruned from (recover.py)."""
 
-    kind: Literal["recover"] = "recover"
-    output_weight: float = Field(1.0, ge=0.0)
-    feature_weight: float = Field(0.1, ge=0.0)
-    task_weight: float = Field(0.0, ge=0.0)
-    timesteps: Literal["all", "plan"] = "all"
+    kind: Literal["recover"] = Field("recover", description="kind of distillation")
+    output_weight: float = Field(1.0, ge=0.0, description="weight of the output loss against the teacher")
+    feature_weight: float = Field(0.1, ge=0.0, description="weight of the block feature loss against the teacher")
+    task_weight: float = Field(0.0, ge=0.0, description="weight of the denoising loss on the training images")
+    timesteps: Literal["all", "plan"] = Field(
+        "all", description="timesteps to train on: all of the noise schedule, or those of the sampling plan"
+    )
 
 
 class GuidanceConfig(DistillConfig):
-    """One call learns what guidance takes two for (guidance.py).
+    """Train one evaluation to replace the two of classifier-free guidance (guidance.py)."""
 
-    `weight` (None: that of the plan) is baked in; `weights`, the least and the most, becomes an input of the network.
-    """
-
-    kind: Literal["guidance"]
-    learning_rate: float = Field(1e-4, gt=0.0)
-    weight: float | None = Field(None, gt=0.0)
-    weights: tuple[float, float] | None = None
+    kind: Literal["guidance"] = Field(description="kind of distillation")
+    learning_rate: float = Field(1e-4, gt=0.0, description="peak learning rate of AdamW")
+    weight: float | None = Field(
+        None, gt=0.0, description="guidance weight baked into the student; null: that of the sampling plan"
+    )
+    weights: tuple[float, float] | None = Field(
+        None, description="minimum and maximum guidance weight; makes the weight an input of the network"
+    )
 
     @model_validator(mode="after")
-    def _one_way(self) -> GuidanceConfig:
+    def _check_weights(self) -> GuidanceConfig:
         if self.weight is not None and self.weights is not None:
-            raise ValueError("weight bakes one in, weights makes it an input; give one of them")
+            raise ValueError("set either weight (baked in) or weights (an input of the network), not both")
         if self.weights is not None and not 0.0 < self.weights[0] < self.weights[1]:
-            raise ValueError("weights are the least and the most, both above 0")
+            raise ValueError("weights must be [minimum, maximum] with 0 < minimum < maximum")
         return self
 
 
 class ProgressiveConfig(DistillConfig):
-    """Steps are halved from `start_steps` down to `sample_steps`, with `steps` of training each time (progressive.py).
+    """Halve the number of sampling steps repeatedly, training `steps` for each (progressive.py).
 
-    A network that predicts epsilon is first taught, as many steps, to predict v.
+    A network that predicts epsilon is first trained, for another `steps`, to predict v.
     """
 
-    kind: Literal["progressive"]
-    learning_rate: float = Field(2e-4, gt=0.0)
-    start_steps: int = Field(16, ge=2)
-    sample_steps: int = Field(2, ge=1)
+    kind: Literal["progressive"] = Field(description="kind of distillation")
+    learning_rate: float = Field(2e-4, gt=0.0, description="peak learning rate of AdamW")
+    start_steps: int = Field(16, ge=2, description="number of sampling steps before the first halving")
+    sample_steps: int = Field(2, ge=1, description="number of sampling steps of the resulting student")
 
     @model_validator(mode="after")
-    def _halving_leads_there(self) -> ProgressiveConfig:
+    def _check_halving(self) -> ProgressiveConfig:
         steps = self.start_steps
         while steps > self.sample_steps and steps % 2 == 0:
             steps //= 2
         if steps != self.sample_steps or steps == self.start_steps:
-            raise ValueError(f"halving {self.start_steps} steps does not lead to {self.sample_steps}")
+            raise ValueError(
+                f"halving start_steps = {self.start_steps} does not give sample_steps = {self.sample_steps}"
+            )
         return self
 
 
 class TrajectoryConfig(DistillConfig):
-    """The student's own few steps learn to keep to the teacher's fine trajectory (trajectory.py).
+    """Train the student's few steps to follow the teacher's fine trajectory (trajectory.py)."""
 
-    `trajectories` of the teacher are made once, `trajectory_steps` fine steps each. `other_steps` are further numbers
-    of steps that the same student learns to sample in; `sample_steps` is what its plan says.
-    """
-
-    kind: Literal["trajectory"]
-    sample_steps: int = Field(2, ge=1)
-    other_steps: tuple[Annotated[int, Field(ge=1)], ...] = ()
-    trajectories: int = Field(4096, ge=1)
-    trajectory_steps: int = Field(12, ge=1)
+    kind: Literal["trajectory"] = Field(description="kind of distillation")
+    sample_steps: int = Field(2, ge=1, description="number of sampling steps of the student's plan")
+    other_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (), description="further numbers of sampling steps that the same student learns"
+    )
+    trajectories: int = Field(4096, ge=1, description="number of teacher trajectories to train on; generated once")
+    trajectory_steps: int = Field(12, ge=1, description="number of fine steps of each teacher trajectory")
 
     @model_validator(mode="after")
-    def _paths_are_finer(self) -> TrajectoryConfig:
+    def _check_step_counts(self) -> TrajectoryConfig:
         counts = (self.sample_steps, *self.other_steps)
         if len(set(counts)) < len(counts):
-            raise ValueError("other_steps name a number of steps twice, or that of sample_steps")
+            raise ValueError("other_steps lists a number of steps twice, or repeats sample_steps")
         if self.trajectory_steps < max(counts):
-            raise ValueError(f"{self.trajectory_steps} fine steps are fewer than the student's {max(counts)}")
+            raise ValueError(
+                f"trajectory_steps = {self.trajectory_steps} is fewer than the student's {max(counts)} steps"
+            )
         return self
 
 
 class ConsistencyConfig(DistillConfig):
-    """Points of one noise line, ever further apart, learn to give the same image (consistency.py).
+    """Train points of one noise line, increasingly far apart, to give the same image (consistency.py)."""
 
-    Noise levels are drawn log-normal. The gap between the two shrinks by `q` in each of the training's `stages`.
-    """
-
-    kind: Literal["consistency"]
-    learning_rate: float = Field(1e-4, gt=0.0)
-    sample_steps: int = Field(2, ge=1)
-    q: float = Field(2.0, gt=1.0)
-    stages: int = Field(8, ge=1)
-    level_mean: float = -0.4
-    level_sd: float = Field(2.0, gt=0.0)
+    kind: Literal["consistency"] = Field(description="kind of distillation")
+    learning_rate: float = Field(1e-4, gt=0.0, description="peak learning rate of AdamW")
+    sample_steps: int = Field(2, ge=1, description="number of sampling steps of the student's plan")
+    q: float = Field(2.0, gt=1.0, description="factor by which the gap between the two noise levels shrinks per stage")
+    stages: int = Field(8, ge=1, description="number of equal stages into which the training is divided")
+    level_mean: float = Field(-0.4, description="mean of log(sigma / alpha) of the log-normal noise levels")
+    level_sd: float = Field(
+        2.0, gt=0.0, description="standard deviation of log(sigma / alpha) of the log-normal noise levels"
+    )
 
 
 class ScoreConfig(DistillConfig):
-    """A generator of few steps, moved by the difference of two scores: no images, no pairs (score.py).
+    """Train a few-step generator with the difference of two scores, without images or pairs (score.py).
 
-    The score of what it makes is learned beside it, `score_steps` updates for each of the generator's. `guidance` is
-    the teacher's (None: that of the plan).
+    The critic, which learns the score of the generated images, is trained along with the generator.
     """
 
-    kind: Literal["score"]
-    learning_rate: float = Field(5e-5, gt=0.0)
-    sample_steps: int = Field(1, ge=1)
-    score_steps: int = Field(4, ge=1)
-    guidance: float | None = Field(None, gt=0.0)
+    kind: Literal["score"] = Field(description="kind of distillation")
+    learning_rate: float = Field(5e-5, gt=0.0, description="peak learning rate of AdamW")
+    sample_steps: int = Field(1, ge=1, description="number of sampling steps of the generator")
+    score_steps: int = Field(4, ge=1, description="average number of critic updates per generator update")
+    guidance: float | None = Field(
+        None, gt=0.0, description="guidance weight of the teacher; null: that of the sampling plan"
+    )
 
 
 KINDS: dict[str, type[DistillConfig]] = {
@@ -143,5 +155,5 @@ KINDS: dict[str, type[DistillConfig]] = {
     "consistency": ConsistencyConfig,
     "score": ScoreConfig,
 }
-# those whose students sample by the plan that they were taught alone
+# kinds whose students can be sampled only under the plans they were trained for
 FEW_STEP_KINDS = ("progressive", "trajectory", "consistency", "score")

@@ -1,4 +1,4 @@
-"""The `distill` stage: weights are trained so that less is lost, or fewer calls of the network are needed."""
+"""The `distill` stage: train the weights to recover quality or to need fewer evaluations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ KINDS: dict[str, Callable[[Checkpoint, Any, Context], Checkpoint]] = {
 
 
 def distill(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Checkpoint:
-    """Train the checkpoint's model as `config.kind` says; the result has new weights and perhaps a new plan."""
+    """Train a copy of the checkpoint's model by `config.kind`; some kinds also change the plan."""
     student = KINDS[config.kind](checkpoint, config, ctx)
-    ctx.teacher.model.to("cpu")  # training took it to the student's device
+    ctx.teacher.model.to("cpu")  # training moved it to the student's device
     return student

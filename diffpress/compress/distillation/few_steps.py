@@ -1,12 +1,12 @@
-"""What students of few steps share: where they step, and one step of theirs as torch computes it.
+"""Shared by all few-step students: their timesteps, and one sampling step computed in torch.
 
-    x_0 = what the output implies at x = alpha x_0 + sigma eps     (diffpress.runtime.parameterization.to_x0)
-    x'  = alpha' x_0 + (sigma' / sigma) (x - alpha x_0)            (diffpress.runtime.solvers.transfer: deterministic DDIM)
+    x_0 implied by the output at x = alpha x_0 + sigma eps    (diffpress.runtime.parameterization.to_x0)
+    x' = alpha' x_0 + (sigma' / sigma) (x - alpha x_0)        (diffpress.runtime.solvers.contract.transfer)
 
-The timesteps of N steps are even in t, the first of them where an image begins to be seen, as those of LCM,
-SDXL-Lightning and DMD2 are. Half of the way of two steps is then r = sigma / alpha of 1 for a cosine table and 2 for
-Stable Diffusion's, where there is still something to be decided. Grids even in a power or the logarithm of r put it at
-5 and more, next to nothing but noise: their two steps do little more than one.
+The N timesteps are even in t, and the first is where solvers start (LOG_RATIO_MAX), as in LCM, SDXL-Lightning and
+DMD2. With two steps, the second then starts at r = sigma / alpha = 1 for a cosine schedule and 2 for Stable
+Diffusion's, where part of the image is still undecided. Spacings even in a power or the logarithm of r start it at 5
+or more, which is almost pure noise: two such steps do little more than one.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import LOG_RATIO_MAX, LOG_RATIO_MIN, timesteps_for
 
-TELLING = 125  # the share of all timesteps by which two plans must differ for a network to tell them apart
+MIN_GAP_DIVISOR = 125  # plans differ by 1/125 of the timesteps or more, so that a network can distinguish them
 
 
 def few_timesteps(steps: int, schedule: NoiseSchedule) -> tuple[float, ...]:
-    """`steps` whole timesteps for a student: see the top of this file."""
+    """Return `steps` integer timesteps for a student, descending (see the module docstring)."""
     first, *rest = timesteps_for("trailing", steps, schedule)
-    (seen,) = timesteps_for("karras", 1, schedule)  # which begins at the noise where solvers do (LOG_RATIO_MAX)
-    many = bool(rest) and rest[0] >= seen
-    return (first if many else min(first, seen), *rest)
+    (solver_start,) = timesteps_for("karras", 1, schedule)  # the timestep at LOG_RATIO_MAX, where solvers start
+    is_fine = bool(rest) and rest[0] >= solver_start
+    return (first if is_fine else min(first, solver_start), *rest)
 
 
-def plans_apart(counts: Sequence[int], schedule: NoiseSchedule) -> list[tuple[float, ...]]:
-    """`few_timesteps` of several numbers of steps for one student, no timestep in two of them.
+def disjoint_timesteps(counts: Sequence[int], schedule: NoiseSchedule) -> list[tuple[float, ...]]:
+    """Return `few_timesteps` of several numbers of steps for one student, with no timestep in two plans.
 
-    From the same noise long and short steps need other images, and the timestep is all that tells the network which
-    plan it walks (SFD-v gives it an input of its own for that). Later plans give way, downwards. Raises InvalidInputError where
-    the schedule has no room for that.
+    Steps of different length need different outputs at the same state, and only the timestep identifies the plan to
+    the network (SFD-v has a separate input for it). Timesteps of later plans are shifted down where they collide.
+
+    Raises:
+        InvalidInputError: The schedule has too few timesteps.
     """
     taken: set[float] = set()
     plans = []
@@ -53,12 +55,13 @@ def plans_apart(counts: Sequence[int], schedule: NoiseSchedule) -> list[tuple[fl
         timesteps = []
         for t in few_timesteps(count, schedule):
             while t in taken:
-                t -= max(1, len(schedule) // TELLING)
+                t -= max(1, len(schedule) // MIN_GAP_DIVISOR)
             timesteps.append(t)
         if timesteps != sorted(set(timesteps), reverse=True) or timesteps[-1] < 0:
             others = ", ".join(str(other) for other in counts if other != count)
             raise InvalidInputError(
-                f"other_steps: {count} steps find no place beside {others} among {len(schedule)} timesteps"
+                f"other_steps: a plan of {count} steps cannot avoid the timesteps of {others} steps in a schedule of "
+                f"{len(schedule)} timesteps; use fewer steps"
             )
         taken.update(timesteps)
         plans.append(tuple(timesteps))
@@ -72,31 +75,39 @@ def student_spec(
     timesteps: tuple[float, ...],
     others: tuple[tuple[float, ...], ...] = (),
 ) -> DenoiserSpec:
-    """The spec of a student that `kind` taught to sample by this plan alone: one call a step, without guidance.
+    """Return the spec of a student whose plan takes one evaluation per step, without guidance.
 
-    `others` are the timesteps of further plans that it was taught. A weight that is an input stays as it was.
+    Args:
+        spec: Spec to derive it from. If the guidance weight is an input of the network, the plan keeps its value.
+        kind: Kind of distillation.
+        solver: Solver of the plan.
+        timesteps: Timesteps of the plan.
+        others: Timesteps of the further plans that the student was trained for.
     """
     weight = spec.plan.guidance if spec.conditioning.guidance_input else 1.0
     plan = SamplingPlan(solver, timesteps, guidance=weight, clip=spec.plan.clip, start=spec.plan.start)
     return replace(spec, plan=plan, distilled=kind, distilled_timesteps=others)
 
 
-def refined(
+def refine_plan(
     plan: SamplingPlan, timesteps: tuple[float, ...], steps: int, schedule: NoiseSchedule
 ) -> tuple[SamplingPlan, tuple[int, ...]]:
-    """`plan` over some `steps` timesteps, even in log-SNR between `timesteps`, and at which of its steps those are.
+    """Refine `timesteps` to about `steps` integer timesteps, even in log-SNR between them.
 
-    Each way between two gets its share of the steps, by its length in log-SNR, one at least. Whole timesteps: where
-    there are not so many between two, there are fewer steps.
+    Each interval gets a number of steps in proportion to its length in log-SNR, at least one, and fewer if it does
+    not contain as many integer timesteps.
+
+    Returns:
+        `plan` over the fine timesteps, and the indices of `timesteps` among them.
     """
     ratios = np.clip(log_ratios(schedule), LOG_RATIO_MIN, LOG_RATIO_MAX)
     marks = [*(float(ratios[round(t)]) for t in timesteps), float(ratios[0])]
     found: list[float] = []
     kept = []
     for start, stop, (high, low) in zip(timesteps, (*timesteps[1:], -1.0), pairwise(marks), strict=True):
-        each = max(1, math.ceil(steps * (high - low) / (marks[0] - marks[-1]) - 1e-9))
-        # the way to the clean end stops at the least noisy timestep and goes on from there; the others stop short
-        ramp = np.linspace(high, low, each if stop < 0 else each + 1)
+        interval_steps = max(1, math.ceil(steps * (high - low) / (marks[0] - marks[-1]) - 1e-9))
+        # the last interval includes the least noisy timestep, the others exclude their end
+        ramp = np.linspace(high, low, interval_steps if stop < 0 else interval_steps + 1)
         inner = {round(float(t)) for t in np.interp(ramp, ratios, np.arange(len(schedule)))}
         kept.append(len(found))
         found += [float(t) for t in sorted(inner | {round(start)}, reverse=True) if stop < t <= start]
@@ -104,40 +115,40 @@ def refined(
 
 
 def log_ratios(schedule: NoiseSchedule) -> np.ndarray:
-    """log(sigma / alpha) of every timestep, finite and rising."""
+    """Return log(sigma / alpha) of every timestep, finite and increasing, float64 [T]."""
     alphas, sigmas = np.asarray(schedule.alphas), np.asarray(schedule.sigmas)
     return np.log(np.maximum(sigmas, 1e-8)) - np.log(np.maximum(alphas, 1e-8))
 
 
-class Places(NamedTuple):
-    """Where each sample of a batch is: timesteps int64 [B]; alpha and sigma float32 [B, 1, 1, 1]."""
+class NoiseLevelBatch(NamedTuple):
+    """Noise level of each sample of a batch: timesteps int64 [B]; alpha and sigma float32 [B, 1, 1, 1]."""
 
     t: torch.Tensor
     alpha: torch.Tensor
     sigma: torch.Tensor
 
 
-def places(levels: tuple[NoiseLevel, ...], index: torch.Tensor) -> Places:
-    """The points of those numbers, int64 [B], on their device."""
+def gather_levels(levels: tuple[NoiseLevel, ...], index: torch.Tensor) -> NoiseLevelBatch:
+    """Return the levels at `index`, int64 [B], on its device."""
     t, alpha, sigma = _table(levels, index.device)[index].unbind(1)
-    return Places(t.round().long(), alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1))
+    return NoiseLevelBatch(t.round().long(), alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1))
 
 
-def place(levels: tuple[NoiseLevel, ...], number: int, x: torch.Tensor) -> Places:
-    """One of the points for all of a batch, on the device of `x` [B, ...]."""
-    return places(levels, torch.full((len(x),), number, device=x.device))
+def expand_level(levels: tuple[NoiseLevel, ...], number: int, x: torch.Tensor) -> NoiseLevelBatch:
+    """Return the level at `number` for every sample of `x` [B, ...], on its device."""
+    return gather_levels(levels, torch.full((len(x),), number, device=x.device))
 
 
 @lru_cache(maxsize=32)
 def _table(levels: tuple[NoiseLevel, ...], device: torch.device) -> torch.Tensor:
-    """float32 [P, 3]; moved to the device once, which a step that is captured cannot do."""
+    """Return the levels as float32 [P, 3]; cached, since a CUDA graph capture cannot copy to the device."""
     return torch.tensor(levels, dtype=torch.float32).to(device)
 
 
 def x0_of(
     spec: DenoiserSpec, out: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
 ) -> torch.Tensor:
-    """x_0 from the output [B, C, H, W] at x; `alpha` and `sigma` broadcast to it."""
+    """Return x_0 from the output at x, both [B, C, H, W]; `alpha` and `sigma` broadcast to them."""
     if spec.prediction == "sample":
         return out
     if spec.prediction == "v":
@@ -147,26 +158,28 @@ def x0_of(
     return (x - sigma * out) / alpha.clamp_min(1e-4)
 
 
-def clipped(spec: DenoiserSpec, x0: torch.Tensor) -> torch.Tensor:
-    """x_0 within the data range where the plan clips, with the gradient it would have had outside."""
+def clip_x0(spec: DenoiserSpec, x0: torch.Tensor) -> torch.Tensor:
+    """Clip x_0 to the data range if the plan clips, with a straight-through gradient."""
     if not spec.plan.clip:
         return x0
     return x0 + (x0.clamp(*spec.data_range) - x0).detach()
 
 
-def predicted_x0(model: nn.Module, spec: DenoiserSpec, x: torch.Tensor, here: Places, cond: Tensors) -> torch.Tensor:
-    """The model's x_0, [B, C, H, W], clipped as the plan says."""
+def predict_x0(
+    model: nn.Module, spec: DenoiserSpec, x: torch.Tensor, here: NoiseLevelBatch, cond: Tensors
+) -> torch.Tensor:
+    """Return the model's x_0 at x, [B, C, H, W], clipped if the plan clips."""
     out = forward(model, spec, x, here.t, cond)
-    return clipped(spec, x0_of(spec, out, x, here.alpha, here.sigma))
+    return clip_x0(spec, x0_of(spec, out, x, here.alpha, here.sigma))
 
 
-def transfer(x: torch.Tensor, x0: torch.Tensor, here: Places, there: Places) -> torch.Tensor:
-    """The deterministic step along the line that x_0 defines."""
+def transfer(x: torch.Tensor, x0: torch.Tensor, here: NoiseLevelBatch, there: NoiseLevelBatch) -> torch.Tensor:
+    """Take the deterministic step from x towards `there`, given x_0."""
     kept = there.sigma / here.sigma
     return (there.alpha - kept * here.alpha) * x0 + kept * x
 
 
-def implied_x0(x: torch.Tensor, moved: torch.Tensor, here: Places, there: Places) -> torch.Tensor:
-    """The x_0 with which `transfer` leads from x to `moved`."""
+def implied_x0(x: torch.Tensor, moved: torch.Tensor, here: NoiseLevelBatch, there: NoiseLevelBatch) -> torch.Tensor:
+    """Return the x_0 with which `transfer` leads from x to `moved`."""
     kept = there.sigma / here.sigma
     return (moved - kept * x) / (there.alpha - kept * here.alpha)

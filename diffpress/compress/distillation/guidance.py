@@ -1,10 +1,10 @@
-"""`guidance`: one call of the network learns what classifier-free guidance takes two for (Meng et al. 2023, stage one).
+"""`guidance`: train one evaluation to replace the two of guidance (Meng et al. 2023, stage one).
 
     L = |o_s(x_t, t, c[, w]) - (o_t(x_t, t, null) + w (o_t(x_t, t, c) - o_t(x_t, t, null)))|^2
 
-With `weight` a number, that weight is baked in and the new plan's guidance is 1. With `weights` a range, w is drawn
-from it and becomes an input of the network, as in latent consistency models (Luo et al. 2023, section 4.1), where the
-kind of denoiser has room for one: the layer that takes it in starts at zero, so the student starts as the teacher.
+With `weight`, a number, that weight is baked in and the guidance of the new plan is 1. With `weights`, a range, w is
+drawn from it and becomes an input of the network, as in latent consistency models (Luo et al. 2023, section 4.1), for
+denoisers that support this input. Its layer is initialized to zero, so the student starts equal to the teacher.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.conditioning import guided
+from diffpress.compress.distillation.conditioning import guided_output
 from diffpress.compress.distillation.config import GuidanceConfig
-from diffpress.compress.distillation.student import trained
+from diffpress.compress.distillation.student import train_student
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.widths import widths_of
 from diffpress.compress.training.loop import Objective
@@ -29,20 +29,22 @@ from diffpress.runtime.network_inputs import GUIDANCE
 
 
 def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Checkpoint:
-    """Train the checkpoint's model to answer as the guided teacher; returns it with a plan that needs one call a step.
+    """Train the checkpoint's model to match the guided teacher in one evaluation per step.
 
-    Raises InvalidInputError for a model that has nothing to be guided with, and for `weights` where it has no such input.
+    Raises:
+        InvalidInputError: The model has no unconditional input, already takes the guidance weight as an input, or
+            cannot take it although `weights` is set; or the weight is 1.
     """
     spec, data = checkpoint.spec, data_for(ctx, config.samples)
     if spec.conditioning.guidance_input:
-        raise InvalidInputError("distill: {kind: guidance}: the model takes the guidance weight as an input already")
+        raise InvalidInputError("distill: {kind: guidance}: the model already takes the guidance weight as an input")
     if not data.uncond:
         raise InvalidInputError(
-            "distill: {kind: guidance}: the model knows no null label or prompt, so nothing guides it"
+            "distill: {kind: guidance}: the model has no null label or prompt, so it cannot be guided"
         )
     low, high = config.weights or (config.weight or spec.plan.guidance,) * 2
     if low == high == 1.0:
-        raise InvalidInputError("distill: {kind: guidance}: weight 1 is no guidance; set weight to more")
+        raise InvalidInputError("distill: {kind: guidance}: weight 1 is no guidance; set a larger weight")
     student = with_guidance_input(checkpoint) if config.weights else checkpoint
     plan = spec.plan if config.weights else replace(spec.plan, guidance=1.0)
     if not config.weights:
@@ -68,21 +70,25 @@ def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Ch
     ) -> torch.Tensor:
         teacher.to(x0.device)
         x_t = add_noise(spec, x0, noise, t)
-        wanted = guided(teacher, spec, x_t, t, cond, uncond, weight)
+        target = guided_output(teacher, spec, x_t, t, cond, uncond, weight)
         cond |= {GUIDANCE: weight} if config.weights else {}
-        return torch.mean((forward(model, student.spec, x_t, t, cond) - wanted) ** 2)
+        return torch.mean((forward(model, student.spec, x_t, t, cond) - target) ** 2)
 
-    return student.evolve(model=trained(student, Objective(draw, loss), config, ctx))
+    return student.evolve(model=train_student(student, Objective(draw, loss), config, ctx))
 
 
 def with_guidance_input(checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with the guidance weight as an input that does nothing yet; InvalidInputError where there is no room."""
+    """Return the checkpoint with the guidance weight as an input that has no effect before training.
+
+    Raises:
+        InvalidInputError: The model's family does not support this input.
+    """
     model, spec, source = checkpoint.clone_model(), checkpoint.spec, checkpoint.source
     add_ = getattr(adapter_for(model), "add_guidance_input_", None)
     if add_ is None:
         raise InvalidInputError(
             f"distill: {{kind: guidance}}: a {source.kind} has no input for the guidance weight; "
-            "bake one in with weight"
+            "set weight to bake one in"
         )
     source = replace(source, config=source.config | add_(model))
     new = {name: widths for name, widths in widths_of(model).items() if name not in widths_of(checkpoint.model)}

@@ -1,4 +1,4 @@
-"""One training of a student by the shared loop (compress/training/loop.py), as a distillation's settings ask for it."""
+"""Train a student with the shared loop (compress/training/loop.py) and draw previews of it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from diffpress.runtime.network_inputs import dummy_conditioning
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.spec import DenoiserSpec
 
-PREVIEWED = 16
+PREVIEW_SAMPLES = 16
 
 
-def trained(
+def train_student(
     checkpoint: Checkpoint,
     objective: Objective,
     config: DistillConfig,
@@ -30,18 +30,25 @@ def trained(
     student: nn.Module | None = None,
     partial: bool = False,
 ) -> Any:
-    """A copy of the checkpoint's model, or `student`, after training: the EMA weights, in eval mode on the CPU.
+    """Train a student and return it with the EMA weights, in eval mode on the CPU.
 
-    `phase` names one of several trainings within a stage; one that was finished before is not done again. `partial`:
-    not every step uses every parameter. Previews are sampled by the plan of the checkpoint's spec.
+    Args:
+        checkpoint: Its model is copied for the student, and its spec's plan samples the previews.
+        objective: What each step draws and minimizes.
+        config: Settings of the training loop.
+        ctx: Seed and folders of the stage.
+        phase: Name of this training among several of one stage; a phase that was completed before is loaded, not
+            trained again. Empty if the stage has a single training.
+        student: Module to train instead of a copy of the checkpoint's model.
+        partial: Allow steps that leave some parameters without a gradient.
     """
     student = checkpoint.clone_model() if student is None else student
     folder = ctx.work / phase.replace(" ", "-")
-    finished = folder / "finished.safetensors"
+    result_file = folder / "finished.safetensors"
     facts = {"run": f"{checkpoint.hash} {config.model_dump_json()} {ctx.seed}"}
-    before = read_state(finished, "result of training") if phase else None
-    if before is not None and before[1] == facts:
-        student.load_state_dict(before[0])
+    completed = read_state(result_file, "result of training") if phase else None
+    if completed is not None and completed[1] == facts:
+        student.load_state_dict(completed[0])
         return student.eval()
     run = Training(
         config.steps,
@@ -62,15 +69,17 @@ def trained(
     )
     student = train(student, objective, run)
     if phase:
-        write_state(finished, student.state_dict(), facts, "result of training")
+        write_state(result_file, student.state_dict(), facts, "result of training")
     return student
 
 
 def draw_samples(model: nn.Module, spec: DenoiserSpec, file: Path) -> None:
-    """Write a grid of what the model makes of the first seeds by the spec's plan; nothing for models of latents."""
+    """Write an image grid of samples under the spec's plan; do nothing for latent models."""
     if not spec.is_pixel_space:
         return
-    conditions = dummy_conditioning(spec, PREVIEWED)
-    images = generate(TorchNetwork(model, spec), spec, range(PREVIEWED), batch=PREVIEWED, conditions=conditions)
+    conditions = dummy_conditioning(spec, PREVIEW_SAMPLES)
+    images = generate(
+        TorchNetwork(model, spec), spec, range(PREVIEW_SAMPLES), batch=PREVIEW_SAMPLES, conditions=conditions
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     write_png(image_grid(to_uint8(images, spec.data_range)), file)

@@ -1,1 +1,1 @@
-"""Scores of samples: feature distances, paired metrics, and SQNR to the teacher."""
+"""Evaluation: feature distances and paired metrics of samples, SQNR to the teacher, benchmarks."""

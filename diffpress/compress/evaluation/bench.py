@@ -1,6 +1,6 @@
-"""A bundle against its baselines, in one run. Torch is imported only for a torch baseline.
+"""Benchmark of a bundle against its baselines in one run. Torch is imported only for a torch baseline.
 
-PyTorch eager     the baseline checkpoint as people run it today: DDIM with 50 steps, or as its pipeline does
+PyTorch eager     the baseline checkpoint, sampled with DDIM and 50 steps, or as its pipeline does (torch_baseline.py)
 the same engine   the baseline bundle in fp32
 """
 
@@ -33,9 +33,9 @@ def bench(
         bundle: The bundle's folder.
         baselines: Checkpoints, which run in PyTorch eager, and bundles, which run in each engine.
         batch: The batch sizes to measure.
-        engines: Names of engines; None for the preferred one, `["all"]` for all that are installed.
-        repeats: Alternating rounds, of which medians are taken.
-        options: Threads, precision and so on, for every engine.
+        engines: Names of engines; None for the preferred one, `["all"]` for all installed engines.
+        repeats: Number of alternating rounds; the medians are reported.
+        options: Threads, precision and other options of every engine.
     """
     options = options or EngineOptions()
     opened = load_bundle(bundle)
@@ -51,7 +51,7 @@ def bench(
                 engine = stack.enter_context(closing(open_engine(of, name, options=options)))
                 subjects.append(bundle_subject(of, engine, batches=batch, options=options))
             except DiffpressError as error:
-                if not every:  # it was asked for by name
+                if not every:  # the engine was requested by name
                     raise
                 left_out[f"{of.path.name} in {name}"] = str(error)
                 return None

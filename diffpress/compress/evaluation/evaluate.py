@@ -1,11 +1,10 @@
-"""How good are the samples: two kinds of figures, never one alone.
+"""Quality of the samples: distributional and paired metrics.
 
 distributional   Frechet distance and KID of N samples to the reference, in a named feature network, for each of K
-                 seeds, and the floor: the same distance for N real images against the others, for half of
-                 them where N is more
-paired           the same noise and labels through this model and another: PSNR and SSIM of the images
+                 seeds; and the floor: the Frechet distance of N real images (at most half of them) to the others
+paired           PSNR and SSIM between the images of this model and another from the same noise and labels
 
-The feature network only ever scores; nothing is trained on it or selected by it.
+The feature network is used only for scoring: nothing is trained on it or selected by it.
 """
 
 from __future__ import annotations
@@ -43,29 +42,45 @@ def evaluate(
     plan: SamplingPlan | None = None,
     what: str = "evaluate",
 ) -> dict[str, Any]:
-    """Sample `config.samples` images for each of `config.seeds` seeds and score them, as `evaluate --json` shows it."""
+    """Sample `config.samples` images for each of `config.seeds` seeds and score them.
+
+    Args:
+        network: The network to sample from.
+        spec: Its spec.
+        config: Number of samples and seeds, batch size.
+        features: Feature network.
+        reference: Features of real images.
+        plan: Sampling plan; None for the spec's.
+        what: Label of the progress bar.
+
+    Returns:
+        The result in the layout of `evaluate --json`; `paired` is None.
+
+    Raises:
+        InvalidInputError: There are fewer reference images than samples.
+    """
     labels = labels_in_turn(spec, config.samples)
     if config.samples > len(reference.features):
         raise InvalidInputError(
-            f"{config.samples} samples need at least as many reference images, "
+            f"{config.samples} samples require at least as many reference images, "
             f"{reference.source['file']} has {len(reference.features)}"
         )
     real = moments(reference.features)
-    distances, kids, hits = [], [], []
+    distances, kids, accuracies = [], [], []
     with progress(what, config.seeds * config.samples) as advance:
         for seed in range(config.seeds):
             seeds = np.arange(config.samples) + (seed + 1) * SEED_STRIDE
-            found, guessed = [], []
+            found, predicted = [], []
             for images in generate_batches(network, spec, seeds, labels, plan, config.batch):
                 embedded, logits = features.run(images)
                 found.append(embedded)
-                guessed.append(logits.argmax(1))
+                predicted.append(logits.argmax(1))
                 advance(seed * config.samples + sum(map(len, found)))
             sampled = np.concatenate(found)
             distances.append(frechet_distance(*moments(sampled), *real))
             kids.append(kernel_distance(sampled, reference.features, reference.kernel_within))
             if labels is not None:
-                hits.append(float((np.concatenate(guessed) == labels).mean()))
+                accuracies.append(float((np.concatenate(predicted) == labels).mean()))
     return {
         "samples": config.samples,
         "seeds": config.seeds,
@@ -73,15 +88,15 @@ def evaluate(
         "frechet": {**_spread(distances), "floor": real_floor(reference.features, config.samples, config.seeds)},
         "kid": _spread(kids),
         "paired": None,
-        "label_accuracy": statistics.fmean(hits) if hits else None,
+        "label_accuracy": statistics.fmean(accuracies) if accuracies else None,
         "reference": reference.source,
     }
 
 
 def real_floor(features: np.ndarray, samples: int, seeds: int) -> float:
-    """Frechet distance of `samples` real images, half of them at most, to the others, mean over `seeds` draws.
+    """Return the Frechet distance of `samples` real images (at most half) to the others, mean over `seeds` draws.
 
-    No model is told below it.
+    A smaller distance between samples and reference is not meaningful.
     """
     floors, samples = [], min(samples, len(features) // 2)
     for seed in range(seeds):
@@ -93,9 +108,9 @@ def real_floor(features: np.ndarray, samples: int, seeds: int) -> float:
 def paired(
     network: Network, other: Network, spec: DenoiserSpec, config: EvaluateConfig, against: str
 ) -> dict[str, Any]:
-    """PSNR and SSIM between the images that two networks make of the same noise and labels by the spec's plan.
+    """Return PSNR and SSIM between the images of two networks from the same noise and labels under the spec's plan.
 
-    Corrections in the plan are those of `network`.
+    Output corrections in the plan belong to `network` and are not applied to `other`.
     """
     seeds = np.arange(config.samples)
     ours = generate(network, spec, seeds, batch=config.batch)

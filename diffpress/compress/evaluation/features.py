@@ -1,4 +1,4 @@
-"""Feature networks that score images, and the features of real images to compare with."""
+"""Feature networks for scoring images, and reference features of real images."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from diffpress.runtime.spec import DenoiserSpec
 
 @dataclass(frozen=True)
 class Reference:
-    """Features [M, D] of real images, where they come from, and what they were made with."""
+    """Features [M, D] of real images; `source` records their file, its hash and the number of images."""
 
     features: np.ndarray
     source: dict[str, Any]
 
     @cached_property
     def kernel_within(self) -> float:
-        """The part of a KID that is the reference's alone."""
+        """Term of the KID that depends only on the reference."""
         return kernel_within(self.features)
 
 
 @dataclass(frozen=True)
 class FeatureNetwork:
-    """`run(images float32 [N, C, H, W])` -> features [N, D], logits [N, classes]."""
+    """Feature network: `run(images float32 [N, C, H, W])` returns features [N, D] and logits [N, classes]."""
 
     name: str
     sha256: str
@@ -41,6 +41,11 @@ class FeatureNetwork:
 
 
 def load_features(path: Path, spec: DenoiserSpec, threads: int | None = None) -> FeatureNetwork:
+    """Load an ONNX feature network and check that it accepts the model's samples.
+
+    Raises:
+        InvalidInputError: The file is not readable, the model works in latent space, or the shapes differ.
+    """
     import onnxruntime as ort
 
     options = ort.SessionOptions()
@@ -51,13 +56,14 @@ def load_features(path: Path, spec: DenoiserSpec, threads: int | None = None) ->
         raise InvalidInputError(f"{path}: not readable as a feature network ({str(error).splitlines()[0]})") from error
     if not spec.is_pixel_space:
         raise InvalidInputError(
-            "evaluate scores models of pixels; sample the bundle of a model of latents, and score the images elsewhere"
+            "evaluate supports only pixel-space models; for a latent model, sample the bundle and score the images "
+            "with another tool"
         )
     shape = tuple(session.get_inputs()[0].shape[1:])
     if shape != tuple(spec.sample_shape):
         raise InvalidInputError(
-            f"{path}: this feature network sees images {list(shape)}, the model makes {list(spec.sample_shape)}; "
-            "give one that fits with --features NET.onnx (input 'sample', outputs 'features' and 'logits')"
+            f"{path}: this feature network expects images {list(shape)}, the model samples {list(spec.sample_shape)}; "
+            "pass a matching one with --features NET.onnx (input 'sample', outputs 'features' and 'logits')"
         )
 
     def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -68,7 +74,11 @@ def load_features(path: Path, spec: DenoiserSpec, threads: int | None = None) ->
 
 
 def load_reference(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> Reference:
-    """Stored features made with this network, or images, which are put through it here."""
+    """Load reference features from an npz file, or compute them from its images.
+
+    Raises:
+        InvalidInputError: The file is not readable, its features come from another network, or the shapes differ.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
@@ -77,18 +87,18 @@ def load_reference(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> R
     if "features" in stored:
         if str(stored.get("features_sha256")) != network.sha256:
             raise InvalidInputError(
-                f"{path}: its features were made by another network than {network.name}; give images instead"
+                f"{path}: its features were computed by a network other than {network.name}; pass images instead"
             )
         features = stored["features"].astype(np.float64)
     else:
         images, _ = read_npz(path)
         if images.shape[1:] != tuple(spec.sample_shape):
             raise InvalidInputError(
-                f"{path}: images are {list(images.shape[1:])}, the model makes {list(spec.sample_shape)}"
+                f"{path}: images are {list(images.shape[1:])}, the model samples {list(spec.sample_shape)}"
             )
         low, high = spec.data_range
         scaled = [
             images[i : i + 256].astype(np.float32) * ((high - low) / 255.0) + low for i in range(0, len(images), 256)
         ]
-        features = np.concatenate([network.run(part)[0] for part in scaled]).astype(np.float64)
+        features = np.concatenate([network.run(batch)[0] for batch in scaled]).astype(np.float64)
     return Reference(features, {"file": path.name, "sha256": sha256(path), "images": len(features)})

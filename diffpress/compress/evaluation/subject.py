@@ -1,4 +1,4 @@
-"""What is evaluated: a bundle in an engine or a checkpoint in torch, and its scores in words."""
+"""Open the subject of an evaluation (a bundle in an engine, or a checkpoint in torch) and print its scores."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffpress.runtime.spec import DenoiserSpec
 def open_network(
     reference: str, engine: str | None, threads: int | None, options: EngineOptions | None = None
 ) -> tuple[Any, DenoiserSpec]:
-    """A bundle in an engine, or a checkpoint in torch (fake-quantized where it was quantized)."""
+    """Open a bundle in an engine, or a checkpoint in torch (fake-quantized if quantized); return it with its spec."""
     if (Path(reference) / MANIFEST).is_file():
         bundle = load_bundle(reference)
         opened = open_engine(bundle, engine, threads, options=options)
@@ -31,6 +31,7 @@ def open_network(
 
 
 def print_evaluation(name: str, result: dict[str, Any]) -> None:
+    """Print the result of `evaluate` in up to three lines."""
     frechet, kid = result["frechet"], result["kid"]
     say(
         f"{name}: Frechet {frechet['mean']:.3f} ± {frechet['sd']:.3f} (real images {frechet['floor']:.3f}), "
@@ -38,7 +39,7 @@ def print_evaluation(name: str, result: dict[str, Any]) -> None:
         f"features {result['features']['name']}"
     )
     if result["label_accuracy"] is not None:
-        say(f"{name}: {result['label_accuracy']:.1%} of the labels recognised")
+        say(f"{name}: label accuracy {result['label_accuracy']:.1%}")
     if result["paired"]:
         say(
             f"{name}: PSNR {result['paired']['psnr_db']:.1f} dB, SSIM {result['paired']['ssim']:.3f} "

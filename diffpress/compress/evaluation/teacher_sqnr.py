@@ -1,7 +1,7 @@
-"""How far a checkpoint's answers have moved from the teacher's: one cheap figure after every stage.
+"""SQNR between a checkpoint's output and the teacher's, computed after every stage.
 
-SQNR in dB of the network's output against the teacher's on the same noised inputs, over timesteps spread from clean
-to noise. It follows a model through the stages; the verdict on the images is `evaluate`'s.
+Both networks are evaluated on the same noised inputs at timesteps from low to high noise. The SQNR tracks a model
+through the stages; the quality of its samples is measured by `evaluate`.
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from diffpress.compress.training.losses import add_noise, forward
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
 
 BATCH = 16
-LARGE_BATCH = 2  # for models whose one call takes seconds
-SHARES = (0.1, 0.4, 0.7, 0.95)  # of the way to pure noise
+LARGE_BATCH = 2  # for models whose evaluation takes seconds
+SHARES = (0.1, 0.4, 0.7, 0.95)  # fractions of the last timestep
 
 
 def teacher_sqnr_db(checkpoint: Checkpoint, teacher: Checkpoint, data: Data | None) -> float:
-    """SQNR of `checkpoint`'s output against `teacher`'s, in dB; quantized checkpoints answer through fake-quant.
+    """Return the SQNR in dB of `checkpoint`'s output relative to `teacher`'s; quantized checkpoints are fake-quantized.
 
-    On real images where there are some, else on noise alone under stand-in conditions: having the teacher make samples
-    for this figure would cost more than the stage it judges.
+    Uses real images if there are any, else pure noise with dummy conditioning: generating samples with the teacher
+    would cost more than the stage itself.
     """
     spec, generator = teacher.spec, torch.Generator().manual_seed(0)
     batch = LARGE_BATCH if is_large(teacher.model) else BATCH
@@ -37,11 +37,11 @@ def teacher_sqnr_db(checkpoint: Checkpoint, teacher: Checkpoint, data: Data | No
     else:
         x0, inputs = torch.zeros(batch, *spec.sample_shape), dummy_inputs(spec, batch)
         conditions = {name: value for name, value in inputs.items() if name not in (SAMPLE, TIMESTEP)}
-    model, wanted, found = fake_quantized(checkpoint), [], []
+    model, expected, found = fake_quantized(checkpoint), [], []
     with torch.no_grad():
         for share in SHARES:
             t = torch.full((batch,), round(share * (len(spec.schedule) - 1)))
             x_t = add_noise(spec, x0, torch.randn(x0.shape, generator=generator), t)
-            wanted.append(forward(teacher.model, spec, x_t, t, conditions).numpy())
+            expected.append(forward(teacher.model, spec, x_t, t, conditions).numpy())
             found.append(forward(model, spec, x_t, t, conditions).numpy())
-    return round(sqnr_db(np.concatenate(wanted), np.concatenate(found)), 2)
+    return round(sqnr_db(np.concatenate(expected), np.concatenate(found)), 2)

@@ -1,4 +1,4 @@
-"""PyTorch eager as a subject of the benchmark: the checkpoint as people run it today."""
+"""Benchmark subject that runs a checkpoint in PyTorch eager."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ BASELINE_SOLVER, BASELINE_STEPS = "ddim", 50
 
 
 def torch_subject(reference: str, threads: int | None = None) -> Subject:
-    """The checkpoint in PyTorch eager, float32: models of pixels sampled with DDIM-50, what most people run today, and
-    those of latents by the plan their pipeline has.
+    """Return the checkpoint in PyTorch eager, float32, as a benchmark subject.
+
+    Pixel-space models are sampled with DDIM and 50 steps, the common default; latent models under their pipeline's
+    plan.
     """
     if threads:
         torch.set_num_threads(threads)

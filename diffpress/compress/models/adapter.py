@@ -1,21 +1,9 @@
-"""Family adapters: what the passes must know about one kind of denoiser, so that no pass names a family.
+"""Family adapters: everything the stages need to know about one denoiser class, so that no stage names a family.
 
-An adapter is a module with what follows; adding a family is one file and one line in `ADAPTERS`, under the name of its
-diffusers class.
+An adapter is a module with the members of `Adapter`. Adding a family takes one file and one line in `ADAPTERS`, under
+the name of its diffusers class. Optional member:
 
-    describe(layout)       -> the shape of a sample, the conditioning, the usual steps and guidance (description.py)
-    forward(model, inputs) -> out_sample [B, C, H, W]   inputs named as the ecosystem names them
-    blocks(model)          -> names of the modules whose outputs feature distillation compares
-    fragile(model)         -> names of layers that compute in high precision by default
-    skip_concats(model)      -> names of the modules that read a skip connection beside the stream
-    trunk(model)           -> names of the modules that write the stream and the skips that are joined to it
-    cache_cuts(model)      -> names of the modules whose output can be kept for later steps, skipping what made it
-    attentions(model)      -> the heads of each attention, which pruning removes whole
-    coupled(model)         -> inner widths that pruning may shrink, or None: the dependency graph finds them, and then
-    fixed(model)           -> names of layers whose output widths are never pruned (only asked for in that case)
-    refresh_(model)        -> bring stored static attributes in line with the layers' widths
-    add_guidance_input_(model) -> the settings that changed; only where the kind has room for the weight as an input
-    RESIZABLE              whether height and width may change from call to call
+    add_guidance_input_(model) -> config entries that changed; adds the guidance weight as an input of the network
 """
 
 from __future__ import annotations
@@ -34,19 +22,53 @@ from diffpress.runtime.spec import DenoiserSpec
 
 
 class Adapter(Protocol):
+    """What the stages need to know about a denoiser class; `RESIZABLE`: whether height and width may vary."""
+
     RESIZABLE: bool
 
-    def describe(self, layout: Layout) -> Description: ...
-    def forward(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor: ...
-    def blocks(self, model: nn.Module) -> list[str]: ...
-    def sensitive_layers(self, model: nn.Module) -> list[str]: ...
-    def skip_concats(self, model: nn.Module) -> list[str]: ...
-    def residual_outputs(self, model: nn.Module) -> list[str]: ...
-    def cache_cuts(self, model: nn.Module) -> list[str]: ...
-    def attentions(self, model: nn.Module) -> list[Coupled]: ...
-    def coupled(self, model: nn.Module) -> list[Coupled] | None: ...
-    def fixed(self, model: nn.Module) -> list[str]: ...
-    def refresh_(self, model: nn.Module) -> None: ...
+    def describe(self, layout: Layout) -> Description:
+        """Return sample shape, conditioning, default steps and guidance, read from the pipeline's configs."""
+        ...
+
+    def forward(self, model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Evaluate the network on inputs by name (see `dummy_inputs`); returns [B, C, H, W]."""
+        ...
+
+    def blocks(self, model: nn.Module) -> list[str]:
+        """Return the names of the modules whose outputs feature distillation compares."""
+        ...
+
+    def sensitive_layers(self, model: nn.Module) -> list[str]:
+        """Return the names of the layers that stay in high precision by default."""
+        ...
+
+    def skip_concats(self, model: nn.Module) -> list[str]:
+        """Return the names of the modules that read a concatenation of hidden states and a skip connection."""
+        ...
+
+    def residual_outputs(self, model: nn.Module) -> list[str]:
+        """Return the names of the modules that write the residual stream and its skip connections."""
+        ...
+
+    def cache_cuts(self, model: nn.Module) -> list[str]:
+        """Return the names of the modules whose output can be cached for later steps."""
+        ...
+
+    def attentions(self, model: nn.Module) -> list[Coupled]:
+        """Return the heads of each attention; pruning removes complete heads."""
+        ...
+
+    def coupled(self, model: nn.Module) -> list[Coupled] | None:
+        """Return the inner widths that pruning may shrink; None: use the dependency graph."""
+        ...
+
+    def fixed(self, model: nn.Module) -> list[str]:
+        """Return the names of layers whose output widths are never pruned; only used if `coupled` returns None."""
+        ...
+
+    def refresh_(self, model: nn.Module) -> None:
+        """Update size attributes that modules store to the present layer widths."""
+        ...
 
 
 ADAPTERS: dict[str, Any] = {
@@ -60,21 +82,22 @@ ADAPTERS: dict[str, Any] = {
 
 
 def adapter_for(model: nn.Module) -> Adapter:
+    """Return the adapter of a model's class; unknown classes get `any_module`."""
     bare = getattr(model, "module", model) if isinstance(model, DistributedDataParallel) else model
     return cast(Adapter, ADAPTERS.get(type(bare).__name__, any_module))
 
 
 def timestep_dtype(spec: DenoiserSpec) -> torch.dtype:
-    """Whole timesteps for discrete-time models in pixel space, as they were trained; else float32."""
-    whole = spec.prediction != "flow" and spec.conditioning.kind != "text" and spec.spacing.integer
-    return torch.int64 if whole else torch.float32
+    """Return int64 for discrete-time models without text conditioning, as they were trained; else float32."""
+    integer = spec.prediction != "flow" and spec.conditioning.kind != "text" and spec.spacing.integer
+    return torch.int64 if integer else torch.float32
 
 
 def dummy_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs of the right names, shapes and dtypes for any family.
+    """Return random inputs with the names, shapes and dtypes that the model expects.
 
-    sample float32 [B, C, H, W], timestep int64 or float32 [B], and by the conditioning: class_labels int64 [B], the
-    text inputs float32 [B, ...], guidance float32 [B].
+    sample float32 [B, C, H, W], timestep int64 or float32 [B], and depending on the conditioning: class_labels int64
+    [B], text inputs float32 [B, ...], guidance float32 [B].
     """
     generator = torch.Generator().manual_seed(seed)
     conditioning = spec.conditioning
@@ -93,10 +116,10 @@ def dummy_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, tor
 
 
 def dynamic_axes(model: nn.Module, spec: DenoiserSpec, fixed_size: bool = False) -> dict[str, dict[int, str]]:
-    """The dimensions of every input that may change from call to call, by name: batch, height, width, sequence."""
+    """Return the dynamic axes of every input, named as for ONNX export: batch, steps, height, width, sequence."""
     axes: dict[str, dict[int, str]] = {name: {0: "batch"} for name in dummy_inputs(spec, 1)}
     if spec.conditioning.kind == "text":
-        # pipelines of diffusers' making pass one timestep for a batch: the graph spreads it, if the names differ
+        # diffusers pipelines pass one timestep for a batch: the graph broadcasts it only if the axis names differ
         axes["timestep"] = {0: "steps"}
     if adapter_for(model).RESIZABLE and not fixed_size:
         axes["sample"] |= {2: "height", 3: "width"}

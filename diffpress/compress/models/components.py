@@ -1,12 +1,12 @@
-"""The parts around a denoiser, one at a time: text encoders and the decoder of latents, to be run or exported.
+"""Components of a pipeline besides the denoiser: text encoders and the latent decoder, to run or to export.
 
     text_encoder   input_ids int64 [B, L] (, attention_mask int64 [B, L])  ->
                        CLIP: [text_embeds,] last_hidden_state [, pooler_output], hidden_states.0 ... in this order
                        T5:   last_hidden_state
     vae_decoder    latent_sample f32 [B, C, h, w]                          ->  sample f32 [B, 3, H, W]
 
-Names and order are those of the ONNX pipelines of optimum, so that these read a bundle too. A part is loaded from the
-checkpoint's folder when it is needed, and dropped afterwards: only one of them is in memory beside the denoiser.
+Names and order are those of optimum's ONNX pipelines, so that optimum can load a bundle. A component is loaded from the
+checkpoint's folder when it is needed and dropped afterwards.
 """
 
 from __future__ import annotations
@@ -37,9 +37,17 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Component:
-    """A module with what tracing needs: how it is called, example inputs, names of outputs, dimensions that may change.
+    """A component with everything needed to trace it; it can also be run like an engine.
 
-    `folder` is the part's name in a diffusers pipeline, `name` that of its graph. It runs like an engine, too.
+    Attributes:
+        name: Name of its graph.
+        folder: Name of its folder in the diffusers pipeline.
+        config: Its config.json.
+        module: The torch module.
+        forward: Function that runs `module` on inputs by name and returns the outputs.
+        examples: Example inputs.
+        outputs: Names of the outputs.
+        axes: Dynamic axes of the inputs.
     """
 
     name: str
@@ -53,31 +61,36 @@ class Component:
 
     @property
     def inputs(self) -> Mapping[str, np.dtype]:
+        """Input names and dtypes."""
         return {name: tensor.numpy().dtype for name, tensor in self.examples.items()}
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The part's outputs for one batch, as an engine gives them."""
+        """Run one batch and return all outputs by name, as an engine does."""
         feed = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
         with torch.no_grad():
             found = self.forward(self.module, feed)
         return {name: tensor.float().numpy() for name, tensor in zip(self.outputs, found, strict=True)}
 
     def close(self) -> None:
-        """Nothing to release; here so that it can stand where an engine does."""
+        """Do nothing; part of the engine interface."""
 
 
 def component_names(checkpoint: Checkpoint) -> list[str]:
-    """The graphs a bundle has beside the denoiser, text encoders first."""
-    if checkpoint.source.parts is None:
+    """Return the names of the component graphs of a bundle, text encoders first."""
+    if checkpoint.source.pipeline_folder is None:
         return []
     encoders = [encoder.graph for encoder in checkpoint.spec.conditioning.encoders]
     return [*encoders, DECODER] if checkpoint.spec.latent_factor > 1 else encoders
 
 
 def load_component(checkpoint: Checkpoint, name: str) -> Component:
-    """Load one of `component_names`; InvalidInputError where its class is not known or its weights cannot be read."""
-    assert checkpoint.source.parts is not None  # component_names gave the name
-    layout = read_layout(checkpoint.source.parts)
+    """Load one of `component_names`.
+
+    Raises:
+        InvalidInputError: Its class is not supported, or its weights cannot be read.
+    """
+    assert checkpoint.source.pipeline_folder is not None  # else component_names is empty
+    layout = read_layout(checkpoint.source.pipeline_folder)
     if name in TEXT_ENCODERS:
         return _text_encoder(layout.folder / name, layout.configs[name], checkpoint.spec)
     assert layout.decoder is not None
@@ -86,12 +99,12 @@ def load_component(checkpoint: Checkpoint, name: str) -> Component:
 
 def _text_encoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Component:
     kind = (config.get("architectures") or ["without a name"])[0]
-    _refuse_unknown(folder, kind, TEXT_MODELS)
+    _check_supported(folder, kind, TEXT_MODELS)
     module = _from_pretrained("transformers", kind, folder, torch_dtype=torch.float32)
     length = next(e.length for e in spec.conditioning.encoders if e.graph == folder.name)
     examples = {"input_ids": torch.zeros(2, length, dtype=torch.int64)}
-    if any(f"{folder.name}.{MASK}" in rows for rows in _pieces(spec)):
-        # where the denoiser is shown the mask, its text encoder was too
+    if any(f"{folder.name}.{MASK}" in rows for rows in _encoder_outputs(spec)):
+        # if the denoiser receives the mask, so does its text encoder
         examples[MASK] = torch.ones(2, length, dtype=torch.int64)
     axes = {name: {0: "batch", 1: "sequence"} for name in examples}
     outputs = ["last_hidden_state"]
@@ -104,8 +117,8 @@ def _text_encoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> C
 
 def _outputs_of(names: list[str]) -> Callable[[nn.Module, Tensors], tuple[torch.Tensor, ...]]:
     def forward(module: nn.Module, inputs: Tensors) -> tuple[torch.Tensor, ...]:
-        wanted = any(name.startswith("hidden_states.") for name in names)
-        found = module(**inputs, output_hidden_states=wanted)
+        hidden = any(name.startswith("hidden_states.") for name in names)
+        found = module(**inputs, output_hidden_states=hidden)
         values = []
         for name in names:
             kind, _, index = name.partition(".")
@@ -117,9 +130,9 @@ def _outputs_of(names: list[str]) -> Callable[[nn.Module, Tensors], tuple[torch.
 
 def _decoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Component:
     kind = str(config.get("_class_name"))
-    _refuse_unknown(folder, kind, DECODER_MODELS)
+    _check_supported(folder, kind, DECODER_MODELS)
     module: Any = _from_pretrained("diffusers", kind, folder, torch_dtype=torch.float32)
-    del module.encoder  # decoding needs it not
+    del module.encoder  # not needed for decoding
     examples = {"latent_sample": torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))}
     axes = {"latent_sample": {0: "batch", 2: "latent_height", 3: "latent_width"}}
     return Component(DECODER, folder.name, config, module, _decode, examples, ["sample"], axes)
@@ -132,16 +145,22 @@ def _decode(module: Any, inputs: Tensors) -> tuple[torch.Tensor, ...]:
 def encoded_prompts(
     checkpoint: Checkpoint, prompts: Sequence[str] | None, warn: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
-    """The denoiser's text inputs for these prompts, float32 [N, ...], made by the checkpoint's own text encoders.
+    """Encode prompts with the checkpoint's text encoders into the denoiser's text inputs, float32 [N, ...].
 
-    None gives those of guidance's unconditional half, [1, ...].
+    Args:
+        checkpoint: The checkpoint, loaded from a complete pipeline.
+        prompts: N prompts; None returns the inputs of the unconditional half of guidance, [1, ...].
+        warn: Receives warnings, such as a truncated prompt.
+
+    Raises:
+        InvalidInputError: The checkpoint has no text encoders.
     """
     conditioning = checkpoint.spec.conditioning
-    if checkpoint.source.parts is None or not conditioning.encoders:
+    if checkpoint.source.pipeline_folder is None or not conditioning.encoders:
         raise InvalidInputError(
-            "the model is conditioned on text and came without its text encoders; name the whole pipeline's folder"
+            "the model is conditioned on text but its text encoders are missing; load the whole pipeline's folder"
         )
-    layout = read_layout(checkpoint.source.parts)
+    layout = read_layout(checkpoint.source.pipeline_folder)
     tokenizers = {e.tokenizer: layout.tokenizer(e.tokenizer).backend_tokenizer for e in conditioning.encoders}
     encoders = {e.graph: load_component(checkpoint, e.graph) for e in conditioning.encoders}
     size = checkpoint.spec.image_size
@@ -150,14 +169,14 @@ def encoded_prompts(
     return encode(prompts, conditioning, encoders, tokenizers, size, warn)
 
 
-def _pieces(spec: DenoiserSpec) -> list[tuple[str, ...]]:
+def _encoder_outputs(spec: DenoiserSpec) -> list[tuple[str, ...]]:
     return [row for entry in spec.conditioning.inputs.values() for row in entry.rows if not isinstance(row, int)]
 
 
-def _refuse_unknown(folder: Path, kind: str, known: tuple[str, ...]) -> None:
-    if kind not in known:
+def _check_supported(folder: Path, kind: str, supported: tuple[str, ...]) -> None:
+    if kind not in supported:
         raise InvalidInputError(
-            f"{folder / 'config.json'}: class '{kind}' is not known here (known: {', '.join(known)})"
+            f"{folder / 'config.json'}: class '{kind}' is not supported (supported: {', '.join(supported)})"
         )
 
 
@@ -167,5 +186,5 @@ def _from_pretrained(library: str, kind: str, folder: Path, **options: Any) -> n
             folder, use_safetensors=True, local_files_only=True, variant=variant_of(folder), **options
         )
     except Exception as error:  # both libraries raise many types
-        raise InvalidInputError(f"{folder}: {kind} cannot be read ({first_line(error)}); copy it again") from error
+        raise InvalidInputError(f"{folder}: {kind} cannot be loaded ({first_line(error)}); copy it again") from error
     return module.eval().requires_grad_(False)

@@ -1,7 +1,7 @@
-"""Parameters, multiply-accumulates and bytes of a denoiser, counted on one real forward.
+"""Parameters, multiply-accumulates (MACs) and bytes of a denoiser, counted during one evaluation.
 
 MACs of a convolution or linear layer: output elements * weight elements per output channel. Attention products
-are counted from the executed matmuls' shapes (torch's own flop counter, halved).
+are counted from the shapes of the executed matmuls (half of torch's FlopCounterMode count).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diffpress.runtime.spec import DenoiserSpec
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one sample: parameters, multiply-accumulates of one denoiser call, bytes of the fp32 weights."""
+    """Parameters, MACs of one evaluation for one sample, and bytes of the fp32 weights."""
 
     parameters: int
     macs: int
@@ -30,13 +30,14 @@ LARGE = 100_000_000  # parameters
 
 
 def is_large(model: nn.Module) -> bool:
-    """Whether one call of it takes seconds on a processor, and its weights count against the machine's memory."""
+    """Return whether the model has over 100 M parameters: one evaluation takes seconds on a CPU."""
     return sum(p.numel() for p in model.parameters()) > LARGE
 
 
 def count(model: nn.Module, spec: DenoiserSpec) -> Counts:
+    """Count parameters, MACs and bytes of a denoiser."""
     parameters, inputs = sum(p.numel() for p in model.parameters()), dummy_inputs(spec, 1)
-    if is_large(model):  # a call would take many seconds: on the meta device only the shapes are worked out
+    if is_large(model):  # an evaluation would take many seconds; the meta device computes only shapes
         tensors = [*model.parameters(), *model.buffers()]
         model = copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})
         inputs = {name: tensor.to("meta") for name, tensor in inputs.items()}

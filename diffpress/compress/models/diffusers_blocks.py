@@ -1,11 +1,11 @@
-"""The parts that diffusers' denoisers are built of, and what may shrink inside each; shared by the families' adapters.
+"""Prunable widths inside the blocks of diffusers' denoisers; shared by the family adapters.
 
-Nothing of the residual trunk is listed: its width is tied to layer norms, adaptive-norm chunks, positional
-embeddings and skips. What shrinks lies inside one branch, between the layers that write it and those that read it:
+The width of the residual stream is never pruned: it is tied to layer norms, adaptive-norm chunks, positional embeddings
+and skip connections. Only widths inside one branch shrink, between the layers that write and read them:
 
     FeedForward                net[0].proj out (GEGLU: both halves [2 * C], same index in each) -> net[2] in
     ResnetBlock2D              conv1 out, time_emb_proj out (scale_shift: both halves), norm2 -> conv2 in
-    Attention, FluxAttention   heads: to_q, to_k, to_v out -> to_out[0] in; where text attends jointly also
+    Attention, FluxAttention   heads: to_q, to_k, to_v out -> to_out[0] in; with joint text attention also
                                add_q_proj, add_k_proj, add_v_proj out -> to_add_out in, the same heads in both streams
     Flux's single block        heads: to_q, to_k, to_v out -> proj_out in, its first columns [heads * head_dim];
                                proj_mlp out -> proj_out in, the columns that follow
@@ -26,9 +26,10 @@ from torch import nn
 
 @dataclass(frozen=True)
 class Member:
-    """One side of one layer of a coupled group: index i of the group is its positions
-    offset + i * width ... offset + (i + 1) * width - 1. Side 'norm' is a GroupNorm's channels, side 'heads' the
-    attribute that counts an attention's heads.
+    """One side of a layer in a coupled group.
+
+    Index i of the group corresponds to positions offset + i * width ... offset + (i + 1) * width - 1. Side 'norm' means
+    the channels of a GroupNorm, side 'heads' the `heads` attribute of an attention.
     """
 
     layer: Any
@@ -39,8 +40,10 @@ class Member:
 
 @dataclass(frozen=True)
 class Coupled:
-    """`channels` indices (channels, or whole heads) that every member loses together; where `norm_groups` is above 1,
-    equally many from each of so many runs. The groups of one list share no side of a layer.
+    """A coupled group: `channels` indices (channels or heads) that are removed from all members together.
+
+    If `norm_groups` > 1, the indices form that many contiguous runs, and equally many are removed from each. The groups
+    of one list share no side of a layer.
     """
 
     members: tuple[Member, ...]
@@ -49,23 +52,25 @@ class Coupled:
 
 
 def attentions(model: nn.Module) -> list[Coupled]:
-    """Each attention's heads, one index a head.
+    """Return the heads of each attention, one index per head.
 
-    Left alone: grouped queries (fewer key heads than query heads), and text keys that are added to self-attention
-    (`AttnAddedKVProcessor2_0` needs heads * head_dim to be the trunk's width).
+    Excluded: grouped-query attention (fewer key heads than query heads), and text keys added to self-attention
+    (`AttnAddedKVProcessor2_0` requires heads * head_dim to equal the width of the residual stream).
     """
     found = []
     for module in model.modules():
         if isinstance(module, FluxSingleTransformerBlock):
             found.append(_heads(module.attn, [module.proj_out]))
-        elif isinstance(module, (Attention, FluxAttention)) and _has_whole_heads(module):
+        elif isinstance(module, (Attention, FluxAttention)) and _has_prunable_heads(module):
             found.append(_heads(module, _readers(module)))
     return found
 
 
 def residual_outputs(model: nn.Module) -> list[str]:
-    """What writes a U-Net's stream and its skips, beside the convolutions that change the resolution: the first
-    convolution, and the blocks that add their branch to their input.
+    """Return the names of the modules that write a U-Net's residual stream and skip connections.
+
+    These are the first convolution and the blocks that add their branch to their input; resampling convolutions are
+    not included.
     """
     sums = (ResnetBlock2D, Transformer2DModel)
     return [
@@ -78,7 +83,7 @@ def residual_outputs(model: nn.Module) -> list[str]:
 
 
 def coupled(model: nn.Module) -> list[Coupled]:
-    """The inner widths that can shrink, as they stand: ask again after heads have gone."""
+    """Return the inner widths that can shrink; call it again after removing heads, which changes the offsets."""
     return [
         inner(module)
         for module in model.modules()
@@ -88,7 +93,7 @@ def coupled(model: nn.Module) -> list[Coupled]:
 
 
 def refresh_(model: nn.Module) -> None:
-    """Stored sizes after the layers' widths; `heads` itself goes with the heads, and is recorded as a width."""
+    """Update stored sizes to the layer widths; `heads` is updated during pruning and recorded as a width."""
     for module in model.modules():
         if isinstance(module, (Attention, FluxAttention)):
             module.inner_dim = module.to_q.out_features
@@ -97,7 +102,7 @@ def refresh_(model: nn.Module) -> None:
             module.sliceable_head_dim = module.heads
         if isinstance(module, FluxSingleTransformerBlock):
             module.mlp_hidden_dim, reader = module.proj_mlp.out_features, cast(Any, module.proj_out)
-            # where tensor parallelism splits the concatenated columns
+            # where tensor parallelism splits the concatenated columns of proj_out
             reader._tp_packed_row_blocks = [module.attn.to_q.out_features, module.mlp_hidden_dim]
 
 
@@ -119,7 +124,7 @@ def _mlp(block: Any) -> Coupled:
 
 
 def _outputs(layer: nn.Linear, channels: int) -> tuple[Member, ...]:
-    """A linear layer that writes `channels` outputs once, or twice in a row as two halves."""
+    """Return the output members of a linear layer that writes `channels` outputs once, or twice as two halves."""
     return tuple(Member(layer, "out", offset) for offset in range(0, layer.out_features, channels))
 
 
@@ -133,14 +138,14 @@ def _heads(attention: Any, readers: list[Any]) -> Coupled:
     return Coupled((*members, Member(attention, "heads")), attention.heads)
 
 
-def _has_whole_heads(attention: Any) -> bool:
+def _has_prunable_heads(attention: Any) -> bool:
     joint = getattr(attention, "add_q_proj", None) is not None
     widths = {None if layer is None else layer.out_features for layer in (attention.to_k, attention.to_v)}
-    whole = widths == {attention.to_q.out_features} and (joint or attention.added_kv_proj_dim is None)
-    return whole and bool(_readers(attention))
+    prunable = widths == {attention.to_q.out_features} and (joint or attention.added_kv_proj_dim is None)
+    return prunable and bool(_readers(attention))
 
 
 def _readers(attention: Any) -> list[Any]:
-    """What reads an attention's output: none where a parent does (Flux's single block), two where text has its own."""
+    """Return the layers that read an attention's output: none if the parent does, two if text has its own."""
     out, text_out = getattr(attention, "to_out", None), getattr(attention, "to_add_out", None)
     return [layer for layer in (None if out is None else out[0], text_out) if layer is not None]

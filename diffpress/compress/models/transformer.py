@@ -1,4 +1,4 @@
-"""What the transformer families share: a row of blocks of one width, without skips."""
+"""Adapter functions shared by the transformer families: a sequence of blocks of one width, without skips."""
 
 from __future__ import annotations
 
@@ -8,32 +8,37 @@ from torch import nn
 
 
 def blocks(model: Any) -> list[str]:
+    """Return the names of the transformer blocks."""
     return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
 
 
 def skip_concats(model: Any) -> list[str]:
+    """Return no names: transformers have no skip concatenations."""
     return []
 
 
 def residual_outputs(model: Any) -> list[str]:
+    """Return no names: transformers have no skip connections."""
     return []
 
 
 def cache_cuts(model: Any) -> list[str]:
-    # the stream may be kept after any block: they all have its width
+    """Return all blocks but the last: the hidden states have the same shape after each."""
     return blocks(model)[:-1]
 
 
 def layers_named(model: nn.Module, *, outside: tuple[str, ...], inside: tuple[str, ...] = ()) -> list[str]:
-    """Linear and convolution layers whose name begins with one of `outside`, or, in a block, whose name within the
-    block begins with one of `inside` ('norm1.' finds 'transformer_blocks.3.norm1.linear').
+    """Return the names of linear and convolution layers that match a prefix.
+
+    Layers outside the blocks match if their name starts with one of `outside`; layers inside a block match if their
+    name within the block starts with one of `inside` ('norm1.' finds 'transformer_blocks.3.norm1.linear').
     """
     found = []
     for name, module in model.named_modules():
         if not isinstance(module, (nn.Conv2d, nn.Linear)):
             continue
-        _, in_block, place = name.partition("transformer_blocks.")
-        within = place.partition(".")[2]
+        _, in_block, path = name.partition("transformer_blocks.")
+        within = path.partition(".")[2]
         if within.startswith(inside) if in_block else name.startswith(outside):
             found.append(name)
     return found

@@ -1,1 +1,1 @@
-"""Structured pruning: importance, coupled groups, allocation of the ratio."""
+"""Structured pruning: channel importance, coupled groups, allocation of the pruning ratio."""

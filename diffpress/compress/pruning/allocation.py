@@ -1,4 +1,4 @@
-"""How many channels of each group to keep, and which: the least important go first."""
+"""Choose how many channels of each group to keep, and which to remove: the least important."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ MIN_KEPT = 0.25
 
 @dataclass(frozen=True)
 class Candidate:
-    """A coupled group of channels: a score [C] for each channel, the number of normalisation groups its channels
-    fall into, the unit that it shrinks by, what one channel costs, and how channels are removed, by their indices.
+    """A prunable coupled group.
+
+    Attributes:
+        scores: Importance of each channel, [C].
+        norm_groups: Number of normalization groups that the channels fall into.
+        unit: Channels are removed in multiples of this.
+        cost: Cost of one channel (share of all weights plus share of all MACs).
+        remove: Removes the channels with the given indices from the model.
     """
 
     scores: torch.Tensor
@@ -28,36 +34,45 @@ class Candidate:
 
     @property
     def channels(self) -> int:
+        """Number of channels C."""
         return len(self.scores)
 
 
 def keep_count(channels: int, ratio: float, unit: int) -> int:
-    """Channels to keep: (1 - ratio) of them, rounded to a multiple of `unit`; InvalidInputError where that is none."""
-    wanted = round(channels * (1.0 - ratio) / unit) * unit
-    if wanted == 0 and unit < channels:
+    """Return the number of channels to keep: (1 - ratio) of them, rounded to a multiple of `unit`.
+
+    Raises:
+        InvalidInputError: The result is zero.
+    """
+    keep = round(channels * (1.0 - ratio) / unit) * unit
+    if keep == 0 and unit < channels:
         raise InvalidInputError(
-            f"prune: ratio {ratio:g} leaves nothing of a layer with {channels} channels, which go in units of {unit}; "
-            f"the most is {1 - unit / channels:.2f}"
+            f"prune: ratio {ratio:g} leaves nothing of a layer with {channels} channels, removed in units of {unit}; "
+            f"at most {1 - unit / channels:.2f} can be removed"
         )
-    return min(channels, max(unit, wanted))
+    return min(channels, max(unit, keep))
 
 
 def choose_removed(scores: torch.Tensor, keep: int, groups: int) -> list[int]:
-    """Indices [C - keep] of the least important channels, equally many from each of `groups` runs of channels."""
+    """Return the sorted indices [C - keep] of the least important channels, equally many from each of `groups` runs."""
     order = _least_first(scores, groups)
     return sorted(order[:, : order.shape[1] - keep // groups].flatten().tolist())
 
 
 def _least_first(scores: torch.Tensor, groups: int) -> torch.Tensor:
-    """Indices [groups, C / groups] of each of `groups` runs of channels, the least important first."""
+    """Return the indices [groups, C / groups] of each of `groups` runs of channels, least important first."""
     order = scores.reshape(groups, -1).argsort(dim=1, stable=True)
     return order + torch.arange(groups)[:, None] * order.shape[1]
 
 
 def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
-    """Channels to keep of each candidate, so that `ratio` of all channels go where a cost unit hurts least.
+    """Return the number of channels to keep per candidate, removing `ratio` of all channels globally.
 
-    Units are removed one by one in the order of score lost per cost saved; a group keeps a quarter of itself.
+    Units are removed greedily in order of score lost per cost saved; each group keeps at least `MIN_KEPT` of its
+    channels.
+
+    Raises:
+        InvalidInputError: The ratio cannot be reached.
     """
     channels = sum(candidate.channels for candidate in candidates)
     keeps = [candidate.channels for candidate in candidates]
@@ -69,7 +84,7 @@ def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
         if not offers:
             possible = removed / max(channels, 1)
             raise InvalidInputError(
-                f"prune: ratio {ratio:g} leaves too little of some layer; at most {possible:.2f} can go"
+                f"prune: ratio {ratio:g} leaves too little of some layer; at most {possible:.2f} can be removed"
             )
         _, best = heapq.heappop(offers)
         keeps[best] -= candidates[best].unit
@@ -80,7 +95,7 @@ def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
 
 
 def _prices(candidate: Candidate) -> Iterator[float]:
-    """Score lost per cost saved by each further unit, down to the quarter that stays."""
+    """Yield the score lost per cost saved by each further unit, until only `MIN_KEPT` remains."""
     scores, gone = candidate.scores, torch.zeros(candidate.channels, dtype=torch.bool)
     order, lost = _least_first(scores, candidate.norm_groups), torch.zeros(())
     for keep in range(candidate.channels - candidate.unit, -1, -candidate.unit):

@@ -1,4 +1,4 @@
-"""Coupled groups of channels: from the family's adapter, or from torch-pruning's dependency graph."""
+"""Coupled groups of channels, from the family's adapter or from torch-pruning's dependency graph; their removal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LAYERS = (nn.Conv2d, nn.Linear)
 def dependency_graph_groups(
     model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor], config: PruneConfig, importance: Importance
 ) -> list[Candidate]:
-    """Every coupled group that torch-pruning's dependency graph finds, outside fixed layers and attention."""
+    """Return the coupled groups that torch-pruning's dependency graph finds, except in fixed layers and attentions."""
     modules = dict(model.named_modules())
     fixed = [modules[name] for name in adapter.fixed(model)]
     fixed += [member.layer for heads in adapter.attentions(model) for member in heads.members if member.side == "out"]
@@ -46,36 +46,37 @@ def _graph_candidate(
 ) -> Candidate:
     channels = graph.get_out_channels(root)
     group = graph.get_pruning_group(root, prune_out, idxs=list(range(channels)))
-    scores, touched, norms = torch.zeros(channels), [], [1]
+    scores, affected, norms = torch.zeros(channels), [], [1]
     for dependency, indices in group:
         layer: Any = dependency.target.module
         if isinstance(layer, nn.GroupNorm):
             norms.append(layer.num_groups)
         if not isinstance(layer, LAYERS) or len(indices) != channels:
             continue
-        # Dependencies list this group's channels in the root's order, so scores add up element by element.
+        # dependencies list the channels in the root's order, so scores add up element by element
         incoming = dependency.handler.__name__ == "prune_in_channels"
         values = importance(layer.weight)
         scores += (values[:, indices].transpose(0, 1) if incoming else values[indices]).flatten(1).sum(1)
-        touched.append((layer, layer.weight.numel() // layer.weight.shape[1 if incoming else 0]))
+        affected.append((layer, layer.weight.numel() // layer.weight.shape[1 if incoming else 0]))
 
     def remove(chosen: list[int]) -> None:
         graph.get_pruning_group(root, prune_out, idxs=chosen).prune()
 
-    return _candidate(scores, math.lcm(*norms), touched, config, pixels, remove)
+    return _candidate(scores, math.lcm(*norms), affected, config, pixels, remove)
 
 
 def adapter_groups(
     groups: list[Coupled], config: PruneConfig, importance: Importance, pixels: dict[Any, int]
 ) -> list[Candidate]:
+    """Return candidates for the coupled groups that the family's adapter lists."""
     return [
         _candidate(
             group_scores(group, importance),
             group.norm_groups,
-            [(m.layer, _weights_touched(m)) for m in group.members if m.side in ("out", "in")],
+            [(m.layer, _weights_per_channel(m)) for m in group.members if m.side in ("out", "in")],
             config,
             pixels,
-            partial(_remove_, group),
+            partial(remove_indices_, group),
         )
         for group in groups
     ]
@@ -84,15 +85,15 @@ def adapter_groups(
 def _candidate(
     scores: torch.Tensor,
     norm_groups: int,
-    touched: list[tuple[Any, int]],
+    affected: list[tuple[Any, int]],
     config: PruneConfig,
     pixels: dict[Any, int],
     remove: Callable[[list[int]], None],
 ) -> Candidate:
-    """`touched`: the layers a channel has weights in, and how many."""
-    # File size and time count alike: a channel's share of all weights plus its share of all MACs.
+    """Build a candidate; `affected` lists the layers in which a channel has weights, and how many."""
+    # size and time weigh the same: a channel's share of all weights plus its share of all MACs
     weights = {layer: layer.weight.numel() for layer in pixels}
-    parameters, macs = sum(n for _, n in touched), sum(n * pixels.get(layer, 1) for layer, n in touched)
+    parameters, macs = sum(n for _, n in affected), sum(n * pixels.get(layer, 1) for layer, n in affected)
     total_macs = sum(size * pixels[layer] for layer, size in weights.items())
     return Candidate(
         scores,
@@ -104,7 +105,7 @@ def _candidate(
 
 
 def output_pixels(model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor]) -> dict[Any, int]:
-    """How often each layer's weight is applied to one sample: output positions of a convolution or linear layer."""
+    """Return the number of output positions per sample of each convolution and linear layer."""
     found: dict[Any, int] = {}
 
     def hook(layer: nn.Module, arguments: object, out: torch.Tensor) -> None:
@@ -119,24 +120,24 @@ def output_pixels(model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Te
     return found
 
 
-def _weights_touched(member: Member) -> int:
+def _weights_per_channel(member: Member) -> int:
     weight = member.layer.weight
     return weight.numel() // weight.shape[0 if member.side == "out" else 1] * member.width
 
 
-def _remove_(group: Coupled, indices: list[int]) -> None:
-    """Take `indices` of a coupled group out of each of its layers."""
+def remove_indices_(group: Coupled, indices: list[int]) -> None:
+    """Remove `indices` of a coupled group from all its layers."""
     positions: dict[tuple[Any, str], list[int]] = {}
     for m in group.members:
-        lost = [m.offset + i * m.width + j for i in indices for j in range(m.width)]
-        # Two halves of one layer go in one cut: the first would move the second's positions.
-        positions.setdefault((m.layer, m.side), []).extend(lost)
-    for (layer, side), lost in positions.items():
+        removed = [m.offset + i * m.width + j for i in indices for j in range(m.width)]
+        # cut both halves of a layer together: removing the first would shift the second
+        positions.setdefault((m.layer, m.side), []).extend(removed)
+    for (layer, side), removed in positions.items():
         if side == "heads":
-            layer.heads -= len(lost)
+            layer.heads -= len(removed)
         elif side == "norm":
-            tp.prune_groupnorm_out_channels(layer, lost)
+            tp.prune_groupnorm_out_channels(layer, removed)
         elif isinstance(layer, nn.Conv2d):
-            (tp.prune_conv_out_channels if side == "out" else tp.prune_conv_in_channels)(layer, lost)
+            (tp.prune_conv_out_channels if side == "out" else tp.prune_conv_in_channels)(layer, removed)
         else:
-            (tp.prune_linear_out_channels if side == "out" else tp.prune_linear_in_channels)(layer, lost)
+            (tp.prune_linear_out_channels if side == "out" else tp.prune_linear_in_channels)(layer, removed)

@@ -1,4 +1,4 @@
-"""Importance of the channels of a coupled group, summed over every weight that a channel touches.
+"""Importance of the channels of a coupled group, summed over all weights of the channel.
 
 random      uniform noise
 magnitude   sum |w|
@@ -24,6 +24,7 @@ Importance = Callable[[torch.Tensor], torch.Tensor]
 
 
 def importance_of(model: nn.Module, checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Importance:
+    """Return a function that maps a weight to the importance of its elements; taylor leaves gradients in `model`."""
     if config.method == "magnitude":
         return lambda weight: weight.detach().abs()
     if config.method == "random":
@@ -47,13 +48,13 @@ def _accumulate_gradients_(model: nn.Module, checkpoint: Checkpoint, config: Pru
             loss = epsilon_loss(model, checkpoint.spec, x0, noise, step, conditions)
             largest = max(largest, loss.item())
             if loss.item() < config.threshold * largest:
-                break  # the high-noise steps that follow say little about content
+                break  # the remaining high-noise timesteps carry little information about content
             loss.backward()
             advance(done + 1, f"loss {loss.item():.4f}")
 
 
 def group_scores(group: Coupled, importance: Importance) -> torch.Tensor:
-    """I_c [C]: importance of every weight that the members hold for index c."""
+    """Return I_c [C]: the importance of all weights that the members hold for index c."""
     scores = torch.zeros(group.channels)
     for m in group.members:
         if m.side in ("out", "in"):

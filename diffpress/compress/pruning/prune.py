@@ -1,18 +1,14 @@
 """Structured channel pruning over coupled groups, in three steps.
 
-1. importance  I_c of channel c of a coupled group, summed over every weight the channel touches:
-       random      uniform noise
-       magnitude   sum |w|
-       taylor      sum |w * dL/dw|, gradients of the denoising loss accumulated over timesteps from low noise
-                   upward until L_t < T * max L   (Fang et al. 2023, Diff-Pruning, eq. 5-6 and alg. 1)
-2. choice      local: the least important `ratio` of each group; global: `ratio` of all channels, taken where the
-               loss of importance per saved cost is least. Where a GroupNorm reads the group, the same number goes
-               out of each of its normalisation groups (top-k inside each), so the kept widths stay divisible.
-3. removal     every layer that writes or reads a channel of the group loses it.
+1. importance  I_c of channel c of a coupled group, summed over all its weights (importance.py)
+2. allocation  local: the least important `ratio` of each group; global: `ratio` of all channels, removed where the
+               loss of importance per saved cost is smallest. If a GroupNorm reads the group, equally many channels are
+               removed from each of its normalization groups, so that the kept widths stay divisible (allocation.py)
+3. removal     the channel is removed from every layer that writes or reads it (groups.py)
 
-Which channels are coupled, the family's adapter says (`coupled`); where it does not, torch-pruning's dependency graph
-finds it out, through residual adds and skip concatenations. Attention loses whole heads, chosen by the same
-importance, summed over a head.
+The family's adapter lists the coupled groups (`coupled`); otherwise torch-pruning's dependency graph finds them,
+through residual adds and skip concatenations. Attention loses complete heads, chosen by the same importance summed
+over a head.
 """
 
 from __future__ import annotations
@@ -29,13 +25,17 @@ from diffpress.compress.models.adapter import Adapter, adapter_for, dummy_inputs
 from diffpress.compress.models.diffusers_blocks import Coupled
 from diffpress.compress.models.widths import refuse_unrecorded
 from diffpress.compress.pruning.allocation import allocate, choose_removed, keep_count
-from diffpress.compress.pruning.groups import _remove_, adapter_groups, dependency_graph_groups, output_pixels
+from diffpress.compress.pruning.groups import adapter_groups, dependency_graph_groups, output_pixels, remove_indices_
 from diffpress.compress.pruning.importance import Importance, group_scores, importance_of
 from diffpress.runtime.errors import InvalidInputError
 
 
 def prune(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Checkpoint:
-    """Remove the fraction `config.ratio` of channels and heads; returns a smaller checkpoint."""
+    """Remove the fraction `config.ratio` of channels and heads; return the smaller checkpoint.
+
+    Raises:
+        InvalidInputError: Nothing can be removed, or the pruned model cannot be saved or run.
+    """
     adapter = adapter_for(checkpoint.model)
     model = checkpoint.clone_model()
     importance = importance_of(model, checkpoint, config, ctx)
@@ -45,16 +45,13 @@ def prune(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Checkpoi
     if removed == 0:
         raise InvalidInputError(
             f"prune: ratio {config.ratio:g} with round_to {config.round_to} removes nothing from this model; "
-            "raise ratio or lower round_to"
+            "increase ratio or decrease round_to"
         )
     refuse_unrecorded(model, {name: p.shape for name, p in checkpoint.model.named_parameters()})
     adapter.refresh_(model)
     model.zero_grad(set_to_none=True)
     _check_runs(adapter, model, inputs)
     return checkpoint.evolve(model=model)
-
-
-# --- removal ---------------------------------------------------------------------------------------------------
 
 
 def _prune_channels_(
@@ -79,15 +76,15 @@ def _prune_channels_(
 
 
 def _prune_heads_(attentions: list[Coupled], ratio: float, importance: Importance) -> int:
-    """Remove whole heads of each attention; returns how many went."""
+    """Remove heads of each attention; return the number removed."""
     removed = 0
     for group in attentions:
         heads = group.channels
-        keep = max(1, math.ceil(heads * (1.0 - ratio) - 1e-9))  # a head is large: never more than asked for
+        keep = max(1, math.ceil(heads * (1.0 - ratio) - 1e-9))  # round up: heads are large
         if keep < heads:
-            lost = group_scores(group, importance).argsort(stable=True)[: heads - keep].tolist()
-            _remove_(group, lost)
-            removed += len(lost)
+            chosen = group_scores(group, importance).argsort(stable=True)[: heads - keep].tolist()
+            remove_indices_(group, chosen)
+            removed += len(chosen)
     return removed
 
 
@@ -96,5 +93,5 @@ def _check_runs(adapter: Adapter, model: nn.Module, inputs: dict[str, torch.Tens
         out = adapter.forward(model.eval(), inputs)
     if out.shape != inputs["sample"].shape or not torch.isfinite(out).all():
         raise InvalidInputError(
-            f"prune: the pruned model gives {list(out.shape)}, not a finite {list(inputs['sample'].shape)}"
+            f"prune: the pruned model returns {list(out.shape)}, not a finite {list(inputs['sample'].shape)}"
         )

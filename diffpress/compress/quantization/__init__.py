@@ -1,26 +1,29 @@
-"""Quantization: float checkpoint in, the same weights with scales as data out.
+"""Quantization: takes a float checkpoint, returns the same weights with scales as data.
 
-stage         the stage itself, on one screen
-formats       int8, fp8, int4, ...: which numbers weights and activations are rounded to
-layers        which layer gets which format
-weight_scales one scale for an output channel of a weight, or for a block of its inputs
-quantizers    nvidia-modelopt's quantizers put into a model, and taken out as data
-nvfp4         4-bit floats in torch, as a backend of those
-calibration   every amax, weights' and activations', and what smooths which layer
-trajectory    the model samples by its own plan and is watched; resumable
-statistics    what is remembered of a tensor that streams by
-amax          max, percentile, mse, entropy, step_means: a limit read from that
-smooth        magnitude moved from activations into weights, by channel or by the halves of a join
-trunk         the sums that blocks end in on integers, and one scale for what is joined
-wiring        which layers read the same tensor, and which a concatenation
-correction    what rounding does to the output on the average, step by step
-sensitivity   what rounding each place costs in output SQNR
-mixed         places returned to float until the stage's bounds are kept
-states        states of a trajectory, to learn from
-layer_rows    what one layer multiplies, as rows of a matrix
-rounding      every weight up or down, by what that does to the layer's output
-awq           finer steps for the input channels that matter, under 4-bit weights
-low_rank      a float branch beside a rounded layer
-qat           training through the quantizers
-updates       what training changes: all parameters, or factors of low rank
+quantize              the stage
+formats               int8, fp8, int4, ...: the number formats of weights and activations
+layer_selection       the format of every layer
+layer_graph           layers that share an input, and layers that read a concatenation
+unified_scales        one scale for all tensors of a concatenation
+quantizers            nvidia-modelopt's fake quantizers in a model
+nvfp4                 4-bit floats in torch, as a backend of these quantizers
+trajectory_dataset    network inputs recorded while sampling
+
+calibration/
+    calibrate         the amax of every quantizer, and the smoothing vectors
+    observer          samples the model with activation observers; resumable
+    statistics        streaming histogram of a tensor's magnitudes
+    clip_range        max, percentile, mse, entropy, step_means: amax from these statistics
+    weight_scales     one scale per output channel of a weight, or per block of its inputs
+algorithms/
+    smoothquant       moves magnitude from activations into weights, per channel or per concatenated tensor
+    awq               scales the input channels of 4-bit weights
+    svdquant          float low-rank branch beside a quantized layer
+    gptq              rounds every weight up or down to minimize the error of the layer's output
+    layer_rows        the inputs of one layer as rows of a matrix
+    sensitivity       output noise caused by quantizing each layer
+    mixed_precision   returns layers to float until the stage's bounds hold
+    output_correction mean quantization error of the output, per timestep (PTQD)
+    qat               training through the fake quantizers
+    qat_updates       what QAT trains: all parameters, or low-rank factors
 """

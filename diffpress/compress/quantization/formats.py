@@ -1,13 +1,13 @@
-"""The number formats: what a layer's weights and activations are rounded to.
+"""Number formats of a layer's weights and activations.
 
-int8               W8A8   8-bit integers, a scale per output channel of a weight, one per activation
-int8_weight_only   W8A16  the weights alone: what fragile linear layers are stored in
-fp8                W8A8   8-bit floats (E4M3: 4 bits of exponent, 3 of mantissa, at most 448), scales as those of int8
-int4               W4A16  the weights alone in 4 bits, a scale for every 32 inputs of an output channel
-w4a8               W4A8   4-bit weights with a scale per output channel: engines multiply them as 8-bit integers
-nvfp4              W4A4   4-bit floats (E2M1, at most 6), an E4M3 scale for every 16 inputs, one float over all of those
+int8               W8A8   8-bit integers, one scale per output channel of a weight, one per activation
+int8_weight_only   W8A16  8-bit weights only; the storage format of sensitive linear layers
+fp8                W8A8   8-bit floats (E4M3: 4 exponent bits, 3 mantissa bits, at most 448), scales as for int8
+int4               W4A16  4-bit weights only, one scale per 32 inputs of an output channel
+w4a8               W4A8   4-bit weights with one scale per output channel; engines multiply them as 8-bit integers
+nvfp4              W4A4   4-bit floats (E2M1, at most 6), one E4M3 scale per 16 inputs and one float per tensor
 
-An amax is the largest magnitude that is not clipped, and becomes the format's largest number: scale = amax / largest.
+An amax is the largest magnitude that is not clipped. It maps to the format's largest number: scale = amax / largest.
 """
 
 from __future__ import annotations
@@ -19,9 +19,12 @@ from math import prod
 
 @dataclass(frozen=True)
 class Number:
-    """What one value is rounded to; `largest` is the number that an amax becomes, `bits` as modelopt writes it.
+    """Number type of one value.
 
-    `name` is what numpy with ml_dtypes calls it, and ONNX in capitals.
+    Attributes:
+        name: The dtype name of numpy with ml_dtypes; ONNX uses it in capitals.
+        largest: The number that an amax maps to.
+        bits: As in modelopt: bits of an integer, or (exponent, mantissa) bits of a float.
     """
 
     name: str
@@ -30,19 +33,24 @@ class Number:
 
     @property
     def is_integer(self) -> bool:
+        """Whether the type is an integer."""
         return isinstance(self.bits, int)
 
     @property
     def width(self) -> int:
-        """How many bits it takes."""
+        """Storage size in bits."""
         return self.bits if isinstance(self.bits, int) else 1 + sum(self.bits)
 
 
 @dataclass(frozen=True)
 class Format:
-    """`activations` None: they stay in floating point. `block`: how many inputs share a weight's scale, 0 for a row.
+    """Number format of a layer.
 
-    `scales`: what those of blocks are rounded to themselves, None for float32.
+    Attributes:
+        weights: Number type of the weights.
+        activations: Number type of the activations; None keeps them in floating point.
+        block: Number of inputs that share a weight scale; 0 means one scale per output channel.
+        scales: Number type of the block scales; None means float32.
     """
 
     weights: Number
@@ -67,10 +75,10 @@ FORMATS: dict[str, Format] = {
 
 
 def scale_shape(form: Format, weight: Sequence[int]) -> tuple[int, ...]:
-    """The shape of the scales of a weight [out, in, ...]: [out], or [out, blocks] where inputs share them.
+    """Return the shape of the scales of a weight [out, in, ...]: [out] or [out, blocks].
 
-    Blocks lie along the row of inputs that makes one output, in x kernel. A row that the block does not divide takes
-    half the block, and one scale where that does not divide it either.
+    Blocks lie along the flattened row (in x kernel) of one output. If the block does not divide the row, half the block
+    is used; if that does not divide it either, one scale per row.
     """
     row = prod(weight[1:])
     for block in (form.block, form.block // 2):
@@ -80,6 +88,6 @@ def scale_shape(form: Format, weight: Sequence[int]) -> tuple[int, ...]:
 
 
 def stored_bytes(form: Format, weight: Sequence[int]) -> int:
-    """What a file needs for a weight of this shape and its scales."""
+    """Return the file size in bytes of a weight of this shape and its scales."""
     scale = form.scales.width // 8 if form.scales else 4
     return -(-prod(weight) * form.weights.width // 8) + scale * prod(scale_shape(form, weight))

@@ -1,7 +1,7 @@
-"""Which layers read the same tensor, and which read a concatenation: seen while the model runs once.
+"""Layer graph of a model, traced in one evaluation: shared inputs and concatenations.
 
-A concatenation of channels stays one through what keeps channels apart: normalisation, activation, resampling. That
-finds a U-Net's joins of stream and skip wherever they are, with the widths that pruning left them.
+A concatenation of channels is followed through operations that act on each channel separately: normalization,
+activation, resampling. This finds the concatenations of stream and skip in a U-Net, with the widths left by pruning.
 """
 
 from __future__ import annotations
@@ -32,46 +32,51 @@ CHANNEL_WISE = (
 
 @dataclass(frozen=True)
 class LayerGraph:
-    """`groups`: layers that read one tensor, each layer in one group; `parts`: layer -> widths of what was joined."""
+    """Layers with a common input, and layers that read a concatenation.
+
+    Attributes:
+        groups: Layers that read the same tensor; every layer is in one group.
+        parts: Layer -> channel counts of the tensors concatenated in its input.
+    """
 
     groups: list[list[str]]
     parts: dict[str, tuple[int, ...]]
 
 
 def trace_layer_graph(checkpoint: Checkpoint, layers: Iterable[str]) -> LayerGraph:
-    """How these layers' inputs hang together, by one call of the network; a layer that it does not reach is alone."""
+    """Trace how the inputs of `layers` are related, in one evaluation; a layer that does not run is its own group."""
     model = checkpoint.shared_model()
-    network, observe = TorchNetwork(model, checkpoint.spec), _Watch()
+    network, concats = TorchNetwork(model, checkpoint.spec), _ConcatTracker()
     group = {layer: [layer] for layer in layers}
     parts: dict[str, tuple[int, ...]] = {}
     readers: Any = WeakTensorKeyDictionary()
 
-    def look(layer: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def record_input(layer: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         x = args[0]
         other = group[readers.setdefault(x, layer)]
         if other is not group[layer]:
             other += group[layer]
             group.update(dict.fromkeys(other, other))
-        axis, widths = observe.joined.get(x, (None, ()))
+        axis, widths = concats.joined.get(x, (None, ()))
         if axis == channel_axis(module) % x.dim():
             parts[layer] = widths
 
     with ExitStack() as stack:
         for layer in group:
-            hook: Callable[..., None] = lambda module, args, layer=layer: look(layer, module, args)  # noqa: E731
+            hook: Callable[..., None] = lambda module, args, layer=layer: record_input(layer, module, args)  # noqa: E731
             stack.callback(model.get_submodule(layer).register_forward_pre_hook(hook).remove)
-        stack.enter_context(observe)
+        stack.enter_context(concats)
         network.run(dummy_inputs(network, checkpoint.spec, 1))
     return LayerGraph([members for layer, members in group.items() if members[0] == layer], parts)
 
 
 def channel_axis(layer: nn.Module) -> int:
-    """Where the channels of a layer's input lie."""
+    """Return the channel axis of the layer's input."""
     return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
-class _Watch(TorchFunctionMode):
-    """Keeps of every concatenation its axis and widths, as long as the tensor lives."""
+class _ConcatTracker(TorchFunctionMode):
+    """Maps every live tensor that is a concatenation to its axis and widths."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -89,5 +94,5 @@ class _Watch(TorchFunctionMode):
 
 
 def joined(tensors: Any, dim: int = 0, *, axis: int | None = None, out: None = None) -> tuple[Any, int]:
-    """The tensors and the axis of one of CONCATS, from its arguments."""
+    """Return the tensors and the axis from the arguments of one of CONCATS."""
     return tensors, dim if axis is None else axis

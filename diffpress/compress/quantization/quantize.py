@@ -1,8 +1,8 @@
-"""The quantize stage: choose formats, calibrate on the model's own trajectory, and train if asked to.
+"""The quantize stage: choose formats, calibrate on the model's own sampling trajectory and, in mode qat, train.
 
-The result is data, not a patched module: the checkpoint keeps its float weights beside the amax of every quantizer,
-and `fake_quantized` puts the quantizers back wherever the quantized model has to be run in torch. What rounding does to
-the output on the average goes into the plan, and the sampler takes it off (compress/quantization/algorithms/output_correction.py).
+The result is data, not a patched module: the checkpoint keeps its float weights and the amax of every quantizer.
+`fake_quantized` inserts the quantizers where the quantized model runs in torch. The mean quantization error of the
+output is stored in the sampling plan, and the sampler subtracts it (algorithms/output_correction.py).
 """
 
 from __future__ import annotations
@@ -23,16 +23,21 @@ from diffpress.compress.quantization.unified_scales import unify_scales
 
 
 def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
-    """Calibrate; returns the same float model with the scales of every quantized layer. Mode qat then trains it."""
+    """Return the checkpoint with the scales of every quantized layer; mode qat also trains its weights.
+
+    Raises:
+        InvalidInputError: The settings do not fit the model, or a scale is zero, infinite or missing.
+        GateFailedError: `config.bounds` cannot be kept together.
+    """
     check_bounds(config, checkpoint.spec, ctx.costs_in is not None)
     formats = choose_formats(checkpoint.model, config)
     outputs = rounded_outputs(checkpoint, formats, config)
     amax, smooth = calibrate(checkpoint, formats, outputs, config, ctx)
-    # a smoothed layer reads another tensor than the one that is joined
+    # a smoothed layer quantizes a scaled copy of the concatenated tensor, so its input scale is its own
     amax |= unify_scales(checkpoint, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
     others = {name: kind for name, kind in formats.items() if kind != config.format}
     scales = Quantization(config.format, amax, others, smooth)
-    say(_counted(formats))
+    say(_format_counts(formats))
     if config.bounds is not None:
         scales = mix(checkpoint, scales, config, ctx)
     if config.svdquant_rank:
@@ -46,6 +51,6 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     return correct(quantized, checkpoint.model, config, ctx) if config.output_correction else quantized
 
 
-def _counted(formats: dict[str, str]) -> str:
+def _format_counts(formats: dict[str, str]) -> str:
     counts = {kind: list(formats.values()).count(kind) for kind in FORMATS}
     return ", ".join(f"{count} layers in {kind}" for kind, count in counts.items() if count)

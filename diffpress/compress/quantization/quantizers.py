@@ -1,9 +1,9 @@
-"""Quantizers put into a model, from nvidia-modelopt: what the quantized engine should compute, in torch.
+"""Fake quantization with nvidia-modelopt's quantizers: the reference in torch for the quantized engine.
 
     integers    q(x) = clip(round(x / s), -m, m) * s,     s = amax / m,      m = 127 or 7 (activations: from -128)
     floats      q(x) = E4M3(clip(x / s, -448, 448)) * s,  s = amax / 448,    rounded to the nearest, ties to even
 
-and nvfp4.py for 4-bit floats.
+4-bit floats are in nvfp4.py.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ from diffpress.runtime.errors import InvalidInputError
 
 
 def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
-    """The checkpoint's model with modelopt's quantizers in place, in eval mode: what the int8 engine should compute."""
+    """Return the checkpoint's model with modelopt's quantizers inserted, in eval mode.
+
+    A checkpoint without quantization returns its own model.
+
+    Raises:
+        InvalidInputError: The scales do not fit the model.
+    """
     if checkpoint.quantization is None:
         return checkpoint.model
     quantization = checkpoint.quantization
     amax, formats = quantization.amax, quantization.layer_formats
     model = checkpoint.shared_model()
-    _refuse_foreign(dict(model.named_modules()), amax, formats)
+    _check_scales_fit(dict(model.named_modules()), amax, formats)
     outputs = [key.removesuffix(".output") for key in amax if key.endswith(".output")]
     model = with_quantizers(model, formats, outputs)
     modules = dict(model.named_modules())
@@ -49,7 +55,7 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
     return model.eval()
 
 
-def _refuse_foreign(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor], formats: dict[str, str]) -> None:
+def _check_scales_fit(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor], formats: dict[str, str]) -> None:
     for key, value in amax.items():
         layer, what = key.rsplit(".", 1)
         weight = getattr(modules.get(layer), "weight", None)
@@ -63,45 +69,45 @@ def _refuse_foreign(modules: dict[str, nn.Module], amax: dict[str, torch.Tensor]
 
 
 def with_quantizers(model: nn.Module, formats: Mapping[str, str], outputs: Iterable[str]) -> Any:
-    """`model` changed in place: every layer of `formats` with quantizers, and one behind each module of `outputs`."""
+    """Insert quantizers in place: into every layer of `formats`, and after each module of `outputs`."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # modelopt warns about optional plugins, and prints how many it inserted
+        warnings.simplefilter("ignore")  # modelopt warns about optional plugins and prints a summary
         import modelopt.torch.quantization as mtq
         from modelopt.torch.opt.dynamic import DynamicModule
 
         rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-        behind = set(outputs)
+        output_modules = set(outputs)
         for name, kind in formats.items():
             form = FORMATS[kind]
-            rules.append(_rule(f"{name}.weight", _weight_settings(form, model.get_submodule(name))))
+            rules.append(_quantizer_config(f"{name}.weight", _weight_settings(form, model.get_submodule(name))))
             if form.activations:
-                rules.append(_rule(f"{name}.input", _activation_settings(form)))
-            if name in behind:
-                rules.append(_rule(f"{name}.output", _activation_settings(form)))
+                rules.append(_quantizer_config(f"{name}.input", _activation_settings(form)))
+            if name in output_modules:
+                rules.append(_quantizer_config(f"{name}.output", _activation_settings(form)))
         quantized = mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
     for name, module in list(quantized.named_modules()):
-        # what has no scales becomes again what it was: modelopt's attention, for one, knows no gradient
+        # revert modules without scales: modelopt's attention, for example, has no gradient
         if isinstance(module, DynamicModule) and name not in formats:
             module.export()
-    for name in behind - set(formats):
-        _round_output_(quantized.get_submodule(name))
+    for name in output_modules - set(formats):
+        _quantize_output_(quantized.get_submodule(name))
     return quantized
 
 
-def _round_output_(module: nn.Module) -> None:
-    """Put an int8 quantizer behind a module that is no quantized layer; of a tuple it rounds the first."""
+def _quantize_output_(module: nn.Module) -> None:
+    """Add an int8 output quantizer to a module that is not a quantized layer; of a tuple, it quantizes the first."""
     from modelopt.torch.quantization.config import QuantizerAttributeConfig
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     module.output_quantizer = TensorQuantizer(QuantizerAttributeConfig(num_bits=8, axis=None))
-    module.register_forward_hook(_rounded)
+    module.register_forward_hook(_quantized_output)
 
 
-def _rounded(module: Any, _: Any, out: Any) -> Any:
+def _quantized_output(module: Any, _: Any, out: Any) -> Any:
     return (module.output_quantizer(out[0]), *out[1:]) if isinstance(out, tuple) else module.output_quantizer(out)
 
 
-def _rule(key: str, cfg: dict[str, Any]) -> dict[str, Any]:
+def _quantizer_config(key: str, cfg: dict[str, Any]) -> dict[str, Any]:
     return {"quantizer_name": f"{key}_quantizer", "cfg": cfg}
 
 
@@ -123,17 +129,17 @@ def _nvfp4_settings() -> dict[str, Any]:
 def _weight_settings(form: Format, layer: Any) -> dict[str, Any]:
     if form.weights is FP4:
         return _nvfp4_settings()
-    # -128 and -8 are never stored, so that a weight and its opposite round alike
+    # narrow range: -128 and -8 are never stored, so that w and -w round symmetrically
     settings: dict[str, Any] = {"num_bits": form.weights.bits, "narrow_range": form.weights.is_integer}
     shape = scale_shape(form, layer.weight.shape)
     if len(shape) == 1:
         return settings | {"axis": 0}
     if layer.weight.dim() == 2:
         return settings | {"block_sizes": {-1: layer.weight.shape[1] // shape[1]}}
-    return settings | {"axis": None}  # blocks over a kernel modelopt does not know: an amax for every weight
+    return settings | {"axis": None}  # modelopt has no blocks over a kernel: use one amax per weight
 
 
 def quantizer_amax(amax: torch.Tensor, layer: Any) -> torch.Tensor:
-    """A weight's `amax` [out] or [out, blocks] in the shape in which modelopt's quantizer of `layer` keeps it."""
+    """Reshape a weight's `amax` [out] or [out, blocks] to what modelopt's quantizer of `layer` expects."""
     blocks_of_matrix = amax.dim() == 2 == layer.weight.dim()
     return amax.reshape(-1, 1) if blocks_of_matrix else spread(amax, layer.weight)

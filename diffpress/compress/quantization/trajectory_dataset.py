@@ -1,7 +1,7 @@
-"""States of a model's own trajectory: what rounding and training learn from, as in EfficientDM (He et al. 2023).
+"""Network inputs recorded while the model samples: the data of rounding and QAT, as in EfficientDM (He et al. 2023).
 
-The model samples by its own plan, under its guidance and conditions, and every call of the network is kept. No images
-are needed, and no timestep is looked at that sampling never visits.
+The model samples under its own plan, guidance and conditioning, and the inputs of every evaluation are recorded. This
+needs no images, and only contains timesteps that sampling visits.
 """
 
 from __future__ import annotations
@@ -16,42 +16,42 @@ from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
 from diffpress.runtime.sampler import generate_batches
 
-TRAJECTORY_SEED = 3_000_000  # far from the seeds that people sample, calibrate and evaluate with
+TRAJECTORY_SEED = 3_000_000  # disjoint from the seeds used for sampling, calibration and evaluation
 
 TrajectoryDataset = list[dict[str, np.ndarray]]
 
 
 class _Recorder(TorchNetwork):
-    """A network that keeps the inputs of every call: [B, ...] by name, twice the samples under guidance."""
+    """Records the inputs of every evaluation: [B, ...] by name; under guidance B is twice the number of samples."""
 
-    def __init__(self, model: nn.Module, checkpoint: Checkpoint, calls: TrajectoryDataset) -> None:
+    def __init__(self, model: nn.Module, checkpoint: Checkpoint, dataset: TrajectoryDataset) -> None:
         super().__init__(model, checkpoint.spec)
-        self._calls = calls
+        self._dataset = dataset
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        self._calls.append(inputs)
+        self._dataset.append(inputs)
         return super().run(inputs)
 
 
 def sample_trajectories(
     model: nn.Module, checkpoint: Checkpoint, count: int, batch: int, ctx: Context
 ) -> TrajectoryDataset:
-    """The inputs of every call while `model` makes `count` samples by the checkpoint's own plan, `batch` at a time."""
-    calls: TrajectoryDataset = []
-    network = _Recorder(model, checkpoint, calls)
+    """Record the inputs of every evaluation while `model` generates `count` samples under the checkpoint's plan."""
+    dataset: TrajectoryDataset = []
+    network = _Recorder(model, checkpoint, dataset)
     seeds, conditioning = range(TRAJECTORY_SEED, TRAJECTORY_SEED + count), ctx.conditions(count)
     with progress("trajectories", count) as advance:
         done = 0
         for samples in generate_batches(network, checkpoint.spec, seeds, batch=batch, conditions=conditioning):
             done += len(samples)
             advance(done)
-    return calls
+    return dataset
 
 
-def draw(calls: TrajectoryDataset, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """`size` rows [size, ...] by name, uniform over all rows of all calls."""
-    ends = np.cumsum([len(next(iter(call.values()))) for call in calls])
+def draw(dataset: TrajectoryDataset, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Draw `size` rows [size, ...] by input name, uniformly over all rows of all evaluations, with replacement."""
+    ends = np.cumsum([len(next(iter(evaluation.values()))) for evaluation in dataset])
     picks = torch.randint(0, int(ends[-1]), (size,), generator=generator).numpy()
-    places = [(which := int(np.searchsorted(ends, pick, "right")), int(pick - ends[which])) for pick in picks]
-    # rows are counted from a call's end: -1 is its last
-    return {name: torch.from_numpy(np.stack([calls[c][name][row] for c, row in places])) for name in calls[0]}
+    indices = [(index := int(np.searchsorted(ends, pick, "right")), int(pick - ends[index])) for pick in picks]
+    # row indices are negative, counted from the end of an evaluation's batch
+    return {name: torch.from_numpy(np.stack([dataset[i][name][row] for i, row in indices])) for name in dataset[0]}

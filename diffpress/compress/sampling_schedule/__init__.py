@@ -1,1 +1,1 @@
-"""The schedule stage: which solver and timesteps a model is sampled with, and the search for them."""
+"""The `schedule` stage: choose the solver and the timesteps of a model, optionally by a search."""

@@ -1,4 +1,4 @@
-"""The `schedule` stage: choose the solver and the timesteps the model is sampled with. Weights stay as they are."""
+"""The `schedule` stage: choose the model's solver and timesteps; the weights do not change."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from diffpress.runtime.timesteps import spaced_timesteps
 
 
 def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Checkpoint:
-    """Give the checkpoint's spec a new plan; a grid keeps the shift that a flow model came with.
+    """Return the checkpoint with a new sampling plan.
 
-    Raises InvalidInputError for a network that was distilled for its own plan alone.
+    A timestep spacing keeps the timestep shift of a flow model.
+
+    Raises:
+        InvalidInputError: The network was distilled for specific sampling plans.
     """
     spec, old = checkpoint.spec, checkpoint.spec.plan
     if spec.distilled:
         raise InvalidInputError(
-            f"schedule: this network was distilled ({spec.distilled}) for {old.steps} steps of {old.solver}, and no "
-            "other plan fits it; leave the stage out"
+            f"schedule: this network was distilled ({spec.distilled}) for {old.steps} steps of {old.solver} and cannot "
+            "use another plan; remove the stage"
         )
     spacing = spec.spacing if config.spacing is None else replace(spec.spacing, kind=config.spacing, offset=0)
     timesteps = config.timesteps
     if timesteps is None:
         timesteps = spaced_timesteps(spacing, config.steps, spec.schedule, spec.tokens(spec.sample_shape))
-    plan = replace(_wishes(old, config), timesteps=timesteps)
+    plan = replace(_with_options(old, config), timesteps=timesteps)
     result = checkpoint.evolve(spec=replace(spec, plan=plan, spacing=spacing))
-    how = "given" if config.timesteps else spacing.kind
+    how = "explicit" if config.timesteps else spacing.kind
     if config.search is not None:
         network = TorchNetwork(checkpoint.model, spec)
         found, ctx.notes["search"] = search(network, result.spec, config, ctx.conditions(config.samples))
@@ -42,8 +45,8 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
     return result
 
 
-def _wishes(old: SamplingPlan, config: ScheduleConfig) -> SamplingPlan:
-    """The old plan with the solver and the options that are asked for, over the old timesteps."""
+def _with_options(old: SamplingPlan, config: ScheduleConfig) -> SamplingPlan:
+    """Return the old plan with the solver and options of the config, and the old timesteps."""
     plan = replace(with_solver(old.without_corrections, config.solver), eta=config.eta)
     if config.guidance is not None:
         plan = replace(plan, guidance=config.guidance)

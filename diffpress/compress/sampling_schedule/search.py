@@ -1,23 +1,23 @@
-"""The best N timesteps for a solver: dynamic programming over the model's own trajectories, then a search around them.
+"""Search for the best N timesteps of a solver: dynamic programming (GITS), then refinement.
 
-GITS (Chen et al. 2024, "On the trajectory regularity of ODE-based diffusion sampling", section 4): on trajectories of a
-fine grid t_0 > t_1 > ... > end, with x(i -> j) where one Euler step from x_i leads,
+GITS (Chen et al. 2024, "On the trajectory regularity of ODE-based diffusion sampling", section 4). On the model's
+trajectories over fine timesteps t_0 > t_1 > ... > end, let x(i -> j) be the result of one Euler step from x_i to t_j:
 
-    cost[i, j] = mean over samples of |x(i -> j) - x_j|         one jump's error: no call but those of the trajectory
+    cost[i, j] = mean over samples of |x(i -> j) - x_j|         needs no evaluations besides those of the trajectory
     V_1[i] = cost[i, end],   V_k[i] = min_j cost[i, j] + gamma V_(k-1)[j]
 
-and the path behind V_N[0] is the schedule; with gamma above 1 late errors weigh more. The paper takes Euler's cost for
-multistep solvers too. It measures in X = x / alpha; there the errors next to pure noise drown all others where a table
-goes as far as a cosine one (r = 20000): on the built-in teacher, iPNDM over 5 steps, its path came within 0.141 of the
-fine grid, that by x within 0.099, and even timesteps within 0.151. Which gamma suits the solver at hand is measured:
-each path, and the plan's own timesteps, are walked from the same noise, and the one whose samples lie nearest to the
-fine grid's is kept,
+The path of V_N[0] gives the timesteps; gamma above 1 gives late errors more weight. Like the paper, this uses the Euler
+cost for multistep solvers too. The paper measures errors in X = x / alpha. For noise schedules that reach as far as a
+cosine one (r = sigma / alpha = 20000), errors near pure noise then dominate: on the built-in teacher with iPNDM over 5
+steps, the samples of that path were within 0.141 of those of the fine timesteps, of the path by x within 0.099, and of
+even timesteps within 0.151. The best gamma depends on the solver: each path, and the plan's own timesteps, are sampled
+from the same noise, and the one with the lowest loss is kept,
 
-    loss = mean over samples of |x_end - x_end(fine grid)|
+    loss = mean over samples of |x_end - x_end(fine timesteps)|
 
-`refine` rounds then move one timestep at a time towards a lower loss: the aim of LD3 (Tong et al. 2024: learned
-timesteps that make the student's samples the teacher's) with a pattern search in place of gradients, as there are but
-N numbers. Nothing here sees a feature network that scores.
+Then `refine` rounds move one timestep at a time to lower the loss. This is the objective of LD3 (Tong et al. 2024),
+minimized by a pattern search instead of gradients, since there are only N variables. The search does not use the
+feature networks of the evaluation.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from diffpress.runtime.solvers.contract import transfer
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import timesteps_for
 
-SEARCH_SEED = 7_000_000  # far from the seeds that people sample, calibrate and evaluate with
-GAMMAS = (0.8, 0.9, 1.0, 1.15)  # 1.15 is the paper's
-TEACHER = "dpmpp_2m"  # walks the fine grid
-FIRST_MOVE = 0.25  # of the gap to the neighbour, in the first round of `refine`
-LEAST_MOVE = 0.5  # timesteps, below which a timestep rests
+SEARCH_SEED = 7_000_000  # far from the seeds used for sampling, calibration and evaluation
+GAMMAS = (0.8, 0.9, 1.0, 1.15)  # 1.15 is the value of the paper
+FINE_SOLVER = "dpmpp_2m"  # solver over the fine timesteps
+INITIAL_MOVE = 0.25  # first move of a timestep, as a fraction of the gap to the next one
+MIN_MOVE = 0.5  # in timesteps; refinement stops when all moves are smaller
 
 Timesteps = tuple[float, ...]
 
@@ -55,10 +55,19 @@ Timesteps = tuple[float, ...]
 def search(
     network: Network, spec: DenoiserSpec, config: ScheduleConfig, conditions: ConditioningInputs
 ) -> tuple[Timesteps, dict[str, Any]]:
-    """The timesteps for the solver of the spec's plan, as many as it has, and what was measured on the way.
+    """Search the timesteps of the spec's plan, keeping its solver and their number.
 
-    `conditions` are what `config.samples` samples are told. Raises InvalidInputError where the samples of the fine grid are no
-    numbers.
+    Args:
+        network: The network to sample.
+        spec: Its spec.
+        config: Settings of the search.
+        conditions: Conditioning of `config.samples` samples.
+
+    Returns:
+        The timesteps, and the measured losses and settings for the history.
+
+    Raises:
+        InvalidInputError: The samples of the fine timesteps are NaN or infinite.
     """
     fine = fine_timesteps(spec, config.fine)
     costs, ends = jump_costs(network, spec, fine, config.samples, config.batch, conditions)
@@ -74,9 +83,9 @@ def search(
         losses[name] = seen[path] = seen[path] if path in seen else loss_of(path)
         best = path if losses[name] < seen[best] else best
     shown = {name: round(value, 5) for name, value in losses.items()}
-    say(f"search: distance to {config.fine} steps of {TEACHER}: {shown}")
+    say(f"search: distance to {config.fine} steps of {FINE_SOLVER}: {shown}")
     if config.refine:
-        best, seen[best] = refined(
+        best, seen[best] = refine_timesteps(
             best, seen[best], loss_of, config.refine, len(spec.schedule) - 1, spec.spacing.integer
         )
         shown["refined"] = round(seen[best], 5)
@@ -85,9 +94,10 @@ def search(
 
 
 def fine_timesteps(spec: DenoiserSpec, count: int) -> Timesteps:
-    """About `count` timesteps from the plan's first on: half of them even in t, half in log-SNR, and the plan's own.
+    """Return about `count` timesteps, starting at the plan's first, descending.
 
-    Where steps are best taken lies between these two: few models want less of either.
+    Half of them are even in t and half in log-SNR, since the best timesteps lie between these two spacings; the plan's
+    own timesteps are included.
     """
     first, halves = spec.plan.timesteps[0], (count // 2, count - count // 2)
     kinds = zip(("trailing", "logsnr"), halves, strict=True)
@@ -98,35 +108,44 @@ def fine_timesteps(spec: DenoiserSpec, count: int) -> Timesteps:
 def jump_costs(
     network: Network, spec: DenoiserSpec, fine: Timesteps, count: int, batch: int, conditions: ConditioningInputs
 ) -> tuple[np.ndarray, np.ndarray]:
-    """cost[i, j] over the fine grid and the end behind it, float64 [M + 1, M + 1], and the ends [N, C, H, W]."""
+    """Compute the cost matrix of the fine timesteps and the samples they lead to.
+
+    Returns:
+        cost[i, j] over the M fine timesteps and the end, float64 [M + 1, M + 1], and the samples [N, C, H, W].
+
+    Raises:
+        InvalidInputError: The samples are NaN or infinite.
+    """
     own = spec.plan
-    plan = replace(with_solver(own, TEACHER), timesteps=fine, start=own.start, end=own.end)
+    plan = replace(with_solver(own, FINE_SOLVER), timesteps=fine, start=own.start, end=own.end)
     levels = plan_levels(spec.schedule, fine, plan.end)
     total, ends = np.zeros((len(levels), len(levels))), []
-    for part in _parts(count, batch, "search: fine grid"):
-        ask = plan_denoiser(network, spec.with_plan(plan), conditions.part(part))
+    for part in _batches(count, batch, "search: fine timesteps"):
+        network_denoise = plan_denoiser(network, spec.with_plan(plan), conditions.part(part))
         visited: list[tuple[np.ndarray, np.ndarray]] = []
 
-        def denoise(x: np.ndarray, level: NoiseLevel, ask: Denoise = ask, visited: list[Any] = visited) -> np.ndarray:
-            visited.append((x, ask(x, level)))
+        def denoise(
+            x: np.ndarray, level: NoiseLevel, network_denoise: Denoise = network_denoise, visited: list[Any] = visited
+        ) -> np.ndarray:
+            visited.append((x, network_denoise(x, level)))
             return visited[-1][1]
 
-        end = _end(denoise, spec, plan, part)
+        end = _final_samples(denoise, spec, plan, part)
         states = [*(x for x, _ in visited), end]
         for i, (x, x0) in enumerate(visited):
             for j in range(i + 1, len(levels)):
-                total[i, j] += _sizes(transfer(x, x0, levels[i], levels[j]) - states[j]).sum()
+                total[i, j] += _sample_rms(transfer(x, x0, levels[i], levels[j]) - states[j]).sum()
         ends.append(end)
     final = np.concatenate(ends)
     if not np.isfinite(final).all():
         raise InvalidInputError(
-            "schedule: the samples of the fine grid hold NaN or infinite values; nothing can be searched"
+            "schedule: the samples over the fine timesteps contain NaN or infinite values; the search cannot run"
         )
     return total / count, final
 
 
 def best_path(costs: np.ndarray, steps: int, gamma: float) -> tuple[int, ...]:
-    """The `steps` places, the first of them 0, from which to jump on to the next and in the end to the last place."""
+    """Return the `steps` indices, starting with 0, whose jumps to the end have the lowest total cost."""
     last = len(costs) - 1
     reach = np.where(np.triu(np.ones_like(costs, dtype=bool), 1), costs, np.inf)
     values, choices = reach[:, last].copy(), []
@@ -148,32 +167,49 @@ def loss(
     batch: int,
     conditions: ConditioningInputs,
 ) -> float:
-    """How far the plan over these timesteps ends from `ends` [N, C, H, W], from the same noise: mean over samples."""
+    """Return the mean RMS distance from `ends` [N, C, H, W] of the samples over these timesteps."""
     plan, total = spec.plan.over(timesteps), 0.0
-    for part in _parts(len(ends), batch):
+    for part in _batches(len(ends), batch):
         denoise = plan_denoiser(network, spec.with_plan(plan), conditions.part(part))
-        total += float(_sizes(_end(denoise, spec, plan, part) - ends[part]).sum())
+        total += float(_sample_rms(_final_samples(denoise, spec, plan, part) - ends[part]).sum())
     value = total / len(ends)
     return value if np.isfinite(value) else np.inf
 
 
-def refined(
-    timesteps: Timesteps, value: float, loss_of: Callable[[Timesteps], float], rounds: int, top: float, whole: bool
+def refine_timesteps(
+    timesteps: Timesteps,
+    value: float,
+    loss_of: Callable[[Timesteps], float],
+    rounds: int,
+    max_timestep: float,
+    integral: bool,
 ) -> tuple[Timesteps, float]:
-    """The timesteps after `rounds` of moving each in turn, and their loss, which is never above `value`.
+    """Refine timesteps by a pattern search over `rounds` of moving each in turn.
 
-    A timestep moves by a share of the gap below it, further after a success, half as far the other way after none. It
-    stays between its neighbours, `top` and 0, and on whole numbers where they are `whole`.
+    The move of a timestep starts as a fraction of the gap to the next one. It is tried in both directions, multiplied
+    by 1.5 after a success and by 0.5 after a failure. Timesteps stay between their neighbors and within
+    [0, max_timestep].
+
+    Args:
+        timesteps: Descending timesteps to start from.
+        value: Their loss.
+        loss_of: Loss of timesteps.
+        rounds: Maximum number of rounds.
+        max_timestep: Largest timestep.
+        integral: Keep timesteps at integers.
+
+    Returns:
+        The refined timesteps and their loss, which is never above `value`.
     """
     best = list(timesteps)
-    moves = [FIRST_MOVE * (t - below) for t, below in zip(best, [*best[1:], 0.0], strict=True)]
+    moves = [INITIAL_MOVE * (t - below) for t, below in zip(best, [*best[1:], 0.0], strict=True)]
     with progress("search: refine", rounds) as advance:
         for done in range(1, rounds + 1):
             for k, old in enumerate(tuple(best)):
                 for move in (moves[k], -moves[k]):
-                    moved = float(round(old + move)) if whole else old + move
-                    above, below = [top + 1.0, *best][k], [*best, -1.0][k + 1]
-                    if moved == old or not below < moved < above or not 0.0 <= moved <= top:
+                    moved = float(round(old + move)) if integral else old + move
+                    above, below = [max_timestep + 1.0, *best][k], [*best, -1.0][k + 1]
+                    if moved == old or not below < moved < above or not 0.0 <= moved <= max_timestep:
                         continue
                     candidate = (*best[:k], moved, *best[k + 1 :])
                     found = loss_of(candidate)
@@ -183,19 +219,19 @@ def refined(
                 else:
                     moves[k] = 0.5 * moves[k]
             advance(done, f"{value:.5f}")
-            if max(map(abs, moves)) < LEAST_MOVE:
+            if max(map(abs, moves)) < MIN_MOVE:
                 break
     return tuple(best), value
 
 
-def _end(denoise: Denoise, spec: DenoiserSpec, plan: SamplingPlan, part: slice) -> np.ndarray:
-    """Where the plan leads that part of the search's samples."""
+def _final_samples(denoise: Denoise, spec: DenoiserSpec, plan: SamplingPlan, part: slice) -> np.ndarray:
+    """Return the final samples of one batch of the search's seeds under the plan."""
     seeds = range(SEARCH_SEED, SEARCH_SEED + part.stop)[part]
     (*_, last) = sample(denoise, noise_for(seeds, spec.sample_shape), spec.schedule, plan)
     return last.x
 
 
-def _parts(count: int, batch: int, what: str | None = None) -> Iterator[slice]:
+def _batches(count: int, batch: int, what: str | None = None) -> Iterator[slice]:
     slices = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
     with progress(what, len(slices)) if what else nullcontext() as advance:
         for done, part in enumerate(slices, 1):
@@ -204,7 +240,7 @@ def _parts(count: int, batch: int, what: str | None = None) -> Iterator[slice]:
                 advance(done)
 
 
-def _sizes(apart: np.ndarray) -> np.ndarray:
-    """Root mean square of each sample [N, ...], float64 [N]."""
-    rms: np.ndarray = np.sqrt(np.square(apart.reshape(len(apart), -1), dtype=np.float64).mean(axis=1))
+def _sample_rms(difference: np.ndarray) -> np.ndarray:
+    """Return the root mean square of each sample [N, ...], float64 [N]."""
+    rms: np.ndarray = np.sqrt(np.square(difference.reshape(len(difference), -1), dtype=np.float64).mean(axis=1))
     return rms

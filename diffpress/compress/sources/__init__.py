@@ -1,1 +1,1 @@
-"""What a user may name as input: diffusers folders, hub ids, single files, LoRAs, custom modules."""
+"""Checkpoint loading: diffusers folders, hub ids, single files, LoRAs, custom modules."""

@@ -1,4 +1,4 @@
-"""A folder in diffusers' layout -> Checkpoint."""
+"""Load a checkpoint from a folder in the diffusers layout."""
 
 from __future__ import annotations
 
@@ -35,50 +35,77 @@ from diffpress.runtime.timesteps import spaced_timesteps
 
 
 def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
+    """Load a pipeline folder, a bare denoiser folder, or a saved checkpoint; weights are held as `dtype`.
+
+    The spec comes from diffpress.json if it holds one, else from the denoiser's and the scheduler's configs.
+
+    Raises:
+        InvalidInputError: The folder, its configs or its weights cannot be used.
+    """
     record = read_record(folder)
     if record is not None and record.get("kind") == "custom":
         raise InvalidInputError(
-            f"{folder}: made from a custom module; open it as FILE.py:{folder} with the file that defines it"
+            f"{folder}: saved from a custom module; load it as FILE.py:{folder} with the file that defines the module"
         )
     layout = read_layout(folder)
     if layout.ignored:
         say(f"{folder}: {', '.join(layout.ignored)} not needed for sampling, left out")
-    model = _built(layout)
-    part = layout.denoiser.name if layout.denoiser.name in DENOISERS else None
-    scheduler_file = (layout.denoiser.parent if part else folder) / "scheduler" / "scheduler_config.json"
-    scheduler = read_json(scheduler_file) if scheduler_file.is_file() else None
+    model = _build_empty(layout)
+    scheduler, scheduler_file = _scheduler_of(layout)
     source = Source(
         layout.kind,
         layout.config,
         scheduler,
-        folder=part or "unet",
+        folder=layout.denoiser.name if layout.denoiser.name in DENOISERS else "unet",
         original=widths_of(model),
-        parts=folder if layout.configs else None,
+        pipeline_folder=folder if layout.configs else None,
     )
     if record is not None and record.get("widths"):
         apply_widths_(model, record["widths"], str(folder / RECORD))
         adapter_for(model).refresh_(model)
     load_weights_(model, weight_files(layout.denoiser), dtype)
-    if record is not None and "spec" in record:
-        spec = DenoiserSpec.from_json(record["spec"], f"{folder / RECORD}: spec")
-    else:
-        spec = _amended(_spec_of(layout, scheduler, scheduler_file), record or {}, str(folder / RECORD))
+    spec = _recorded_spec(folder, record) or _spec_of(layout, scheduler, scheduler_file)
+    if record is not None and "spec" not in record:
+        spec = _apply_record(spec, record, str(folder / RECORD))
     return Checkpoint(model.eval(), spec, source, *history_and_scales(record, folder))
 
 
-def _built(layout: Layout) -> nn.Module:
-    """The denoiser's module without weights: its parameters are on the meta device, its computed tables are real."""
+def spec_of_folder(folder: Path) -> DenoiserSpec:
+    """Return the spec that `load_diffusers_folder` would give the checkpoint, without reading any weight."""
+    record = read_record(folder)
+    recorded = _recorded_spec(folder, record)
+    if recorded is not None:
+        return recorded
+    layout = read_layout(folder)
+    return _apply_record(_spec_of(layout, *_scheduler_of(layout)), record or {}, str(folder / RECORD))
+
+
+def _recorded_spec(folder: Path, record: dict[str, Any] | None) -> DenoiserSpec | None:
+    if record is None or "spec" not in record:
+        return None
+    return DenoiserSpec.from_json(record["spec"], f"{folder / RECORD}: spec")
+
+
+def _scheduler_of(layout: Layout) -> tuple[dict[str, Any] | None, Path]:
+    """Return the scheduler's config, None if there is none, and the file it is or would be in."""
+    beside = layout.denoiser.parent if layout.denoiser.name in DENOISERS else layout.folder
+    file = beside / "scheduler" / "scheduler_config.json"
+    return (read_json(file) if file.is_file() else None), file
+
+
+def _build_empty(layout: Layout) -> nn.Module:
+    """Build the denoiser without weights: parameters on the meta device, buffers materialized."""
     where = layout.denoiser / "config.json"
     if layout.kind not in ADAPTERS:
         of = f" of a {layout.pipeline}" if layout.pipeline else ""
         raise InvalidInputError(
-            f"{where}: denoiser class '{layout.kind}'{of} is not known (known: {', '.join(ADAPTERS)}); "
-            "bring it as a custom module, file.py:weights"
+            f"{where}: denoiser class '{layout.kind}'{of} is not supported (supported: {', '.join(ADAPTERS)}); "
+            "load it as a custom module, file.py:weights"
         )
     try:
         with init_empty_weights(include_buffers=False):
             module: nn.Module = getattr(diffusers, layout.kind).from_config(layout.config)
-    except Exception as error:  # torch and diffusers raise many types for settings that make no sense
+    except Exception as error:  # torch and diffusers raise many types for invalid settings
         raise InvalidInputError(f"{where}: {layout.kind} cannot be built from it ({first_line(error)})") from error
     return module
 
@@ -89,12 +116,10 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
         found = ADAPTERS[layout.kind].describe(layout)
         latent = _latent(layout, found.sample_shape[0])
     except (KeyError, TypeError, ValueError) as error:
-        raise InvalidInputError(
-            f"{where}: an entry in it is missing or makes no sense ({first_line(error)})"
-        ) from error
-    # a whole pipeline says how it wants to be sampled; a bare denoiser gets what suits it
+        raise InvalidInputError(f"{where}: an entry is missing or invalid ({first_line(error)})") from error
+    # a full pipeline is sampled with its own scheduler; a bare denoiser gets a default
     follow = bool(latent) or found.conditioning.kind == "text"
-    # a DDIMPipeline too; a DDPMPipeline would take a thousand random steps
+    # so is a DDIMPipeline, but not a DDPMPipeline: it would take 1000 stochastic steps
     follow |= bool(layout.index) and (scheduler or {}).get("_class_name") == "DDIMScheduler"
     facts = read_scheduler(scheduler, scheduler_file, follow, found.own_sigmas)
     if facts.note:
@@ -123,15 +148,15 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
 
 
 def _latent(layout: Layout, channels: int) -> dict[str, Any]:
-    """Scale, shift and factor of a latent space, from its decoder's config; nothing for a model of pixels."""
-    part = layout.decoder
-    if part is None:
+    """Return scale, shift and factor of the latent space from the decoder's config; {} in pixel space."""
+    component = layout.decoder
+    if component is None:
         return {}
-    config = layout.configs[part]
+    config = layout.configs[component]
     if int(config["latent_channels"]) != channels:
         raise InvalidInputError(
-            f"{layout.folder}: the denoiser works on {channels} latent channels, {part} decodes "
-            f"{config['latent_channels']}; they do not belong together"
+            f"{layout.folder}: the denoiser has {channels} latent channels, but {component} decodes "
+            f"{config['latent_channels']}; they come from different models"
         )
     return {
         "latent_scale": float(config.get("scaling_factor") or 1.0),
@@ -140,24 +165,24 @@ def _latent(layout: Layout, channels: int) -> dict[str, Any]:
     }
 
 
-def _amended(spec: DenoiserSpec, record: dict[str, Any], where: str) -> DenoiserSpec:
-    """What a hand-written diffpress.json says that no diffusers config can: the null label, the plan."""
+def _apply_record(spec: DenoiserSpec, record: dict[str, Any], where: str) -> DenoiserSpec:
+    """Apply a hand-written diffpress.json: the null label and the plan, which diffusers configs cannot express."""
     if "conditioning" in record:
         spec = replace(spec, conditioning=conditioning_from_json(record["conditioning"], where))
-    wish = record.get("plan")
-    if wish is None:
+    entry = record.get("plan")
+    if entry is None:
         return spec
     try:
         plan = make_plan(
-            wish["solver"],
-            int(wish["steps"]),
+            entry["solver"],
+            int(entry["steps"]),
             spec.schedule,
-            spacing=wish.get("spacing", wish.get("grid", "trailing")),
-            guidance=float(wish.get("guidance", 1.0)),
-            clip=with_solver(spec.plan, wish["solver"]).clip,
+            spacing=entry.get("spacing", entry.get("grid", "trailing")),
+            guidance=float(entry.get("guidance", 1.0)),
+            clip=with_solver(spec.plan, entry["solver"]).clip,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInputError(
-            f"{where}: plan needs solver and steps, and may have grid and guidance ({error!r})"
+            f"{where}: plan must have solver and steps, and may have spacing and guidance ({error!r})"
         ) from error
     return spec.with_plan(plan)

@@ -1,4 +1,4 @@
-"""A hub id -> the folder of its pipeline in the local cache, by diffusers' own download."""
+"""Download a pipeline from the Hugging Face hub through diffusers."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from diffpress.compress.sources.layout import first_line
 from diffpress.runtime.errors import InvalidInputError
 
 
-def downloaded(hub_id: str) -> Path:
-    """The folder of a hub id's pipeline in the local cache, safetensors only."""
+def download_pipeline(hub_id: str) -> Path:
+    """Download a pipeline (safetensors only) and return its folder in the local cache."""
     from diffusers import DiffusionPipeline
 
     try:
         return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
     except Exception as error:  # the hub client raises dozens of unrelated types
         raise InvalidInputError(
-            f"{hub_id}: no such folder here, and the hub did not give it ({first_line(error)})"
+            f"{hub_id}: no such local folder, and the download from the hub failed ({first_line(error)})"
         ) from error

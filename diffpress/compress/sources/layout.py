@@ -1,11 +1,11 @@
-"""The diffusers layout on disk: which folder is the denoiser, what its other parts say, and its weights, streamed.
+"""The diffusers layout on disk: locate the denoiser, read the components' configs, stream the weights.
 
-    model_index.json                       the pipeline's class and the class of every part
-    unet/ or transformer/                  config.json + safetensors (one file, or several with an index)
+    model_index.json                       the pipeline's class and the class of every component
+    unet/ or transformer/                  config.json + safetensors (one file, or shards with an index)
     vae/ or vqvae/, text_encoder*/         the same
     tokenizer*/, scheduler/                files
 
-A folder without model_index.json is taken for what it holds; a bare unet/ folder is a denoiser alone.
+Without model_index.json the components are those whose folders exist; a bare unet/ folder is a denoiser alone.
 """
 
 from __future__ import annotations
@@ -32,22 +32,31 @@ TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
 USED = (*DENOISERS, *DECODERS, *TEXT_ENCODERS, *TOKENIZERS, "scheduler")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-# what diffusers splits a class into when it reads older folders, by the config's norm_type
+# (old class, norm_type) -> present class, as diffusers maps older folders
 RENAMED = {
     ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
     ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
 }
-VOCABULARIES = ("tokenizer.json", "vocab.json", "spiece.model")  # without one transformers knows no word, and is silent
+VOCABULARIES = (
+    "tokenizer.json",
+    "vocab.json",
+    "spiece.model",
+)  # without one transformers silently builds an empty tokenizer
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 VARIANT = re.compile(r"\.(\w+)(?:-\d+-of-\d+)?\.safetensors$")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A pipeline folder as found: the denoiser's own folder, the index ({} where there is none), every part's config.
+    """Layout of a pipeline folder.
 
-    `configs` holds the config.json of the denoiser's companions by part name; `ignored` are parts that sampling needs
-    not, such as a safety checker.
+    Attributes:
+        folder: The pipeline folder.
+        denoiser: The denoiser's folder.
+        config: The denoiser's config.json.
+        index: model_index.json, {} if there is none.
+        configs: config.json of the decoder and the text encoders, by component name.
+        ignored: Components that sampling does not need, such as a safety checker.
     """
 
     folder: Path
@@ -59,124 +68,135 @@ class Layout:
 
     @property
     def kind(self) -> str:
-        """The denoiser's class, under its present name."""
+        """Class of the denoiser, under its present name."""
         name = str(self.config.get("_class_name"))
         return RENAMED.get((name, str(self.config.get("norm_type"))), name)
 
     @property
     def pipeline(self) -> str:
+        """Class of the pipeline, '' if there is no index."""
         return str(self.index.get("_class_name", ""))
 
     @property
     def decoder(self) -> str | None:
-        """The part that turns latents into images."""
-        return next((part for part in DECODERS if part in self.configs), None)
+        """Name of the component that decodes latents, None in pixel space."""
+        return next((component for component in DECODERS if component in self.configs), None)
 
     @property
     def encoders(self) -> list[tuple[str, str]]:
-        """(text encoder, its tokenizer) for those the pipeline has."""
+        """(text encoder, tokenizer) pairs of the pipeline."""
         return [pair for pair in zip(TEXT_ENCODERS, TOKENIZERS, strict=True) if pair[0] in self.configs]
 
-    def tokenizer(self, part: str) -> Any:
-        """The transformers tokenizer in the folder `part`."""
+    def tokenizer(self, component: str) -> Any:
+        """Load the transformers tokenizer in the subfolder `component`."""
         from transformers import AutoTokenizer
 
-        if not any((self.folder / part / name).is_file() for name in VOCABULARIES):
+        if not any((self.folder / component / name).is_file() for name in VOCABULARIES):
             raise InvalidInputError(
-                f"{self.folder / part}: no {', '.join(VOCABULARIES)} in it; copy the whole pipeline again"
+                f"{self.folder / component}: has no {', '.join(VOCABULARIES)}; copy the whole pipeline again"
             )
         try:
-            return AutoTokenizer.from_pretrained(self.folder / part)
-        except Exception as error:  # each tokenizer class has failures of its own
+            return AutoTokenizer.from_pretrained(self.folder / component)
+        except Exception as error:  # tokenizer classes raise many types
             raise InvalidInputError(
-                f"{self.folder / part}: no tokenizer can be read from it ({first_line(error)})"
+                f"{self.folder / component}: the tokenizer cannot be loaded ({first_line(error)})"
             ) from error
 
 
 def read_layout(folder: Path) -> Layout:
-    """Read a pipeline's configs; InvalidInputError where a part that the index promises is missing."""
+    """Read the configs of a pipeline folder.
+
+    Raises:
+        InvalidInputError: A component that the index lists is missing.
+    """
     index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
     denoiser = _denoiser_folder(folder, index)
     config = {k: v for k, v in read_json(denoiser / "config.json").items() if not k.startswith("_name_or_path")}
     if denoiser == folder:
         return Layout(folder, denoiser, config)
-    promised = [part for part, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]]
-    for part in promised:
-        if part in USED and not (folder / part).is_dir():
+    listed = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]]
+    for name in listed:
+        if name in USED and not (folder / name).is_dir():
             raise InvalidInputError(
-                f"{folder}: {INDEX} names a part '{part}', which is missing; copy the whole pipeline again"
+                f"{folder}: component '{name}' of {INDEX} is missing; copy the whole pipeline again"
             )
-    present = promised if index else [part for part in USED if (folder / part).is_dir()]
+    present = listed if index else [name for name in USED if (folder / name).is_dir()]
     configs = {
-        part: read_json(folder / part / "config.json")
-        for part in present
-        if part in (*DECODERS, *TEXT_ENCODERS) and part != denoiser.name
+        name: read_json(folder / name / "config.json")
+        for name in present
+        if name in (*DECODERS, *TEXT_ENCODERS) and name != denoiser.name
     }
-    ignored = tuple(part for part in promised if part not in USED)
+    ignored = tuple(name for name in listed if name not in USED)
     return Layout(folder, denoiser, config, index, configs, ignored)
 
 
 def _denoiser_folder(folder: Path, index: dict[str, Any]) -> Path:
-    for candidate in (*(folder / part for part in DENOISERS), folder):
+    for candidate in (*(folder / name for name in DENOISERS), folder):
         if (candidate / "config.json").is_file():
             return candidate
-    named = [part for part in DENOISERS if part in index]
-    if named:
+    listed = [name for name in DENOISERS if name in index]
+    if listed:
         raise InvalidInputError(
-            f"{folder}: {INDEX} names a part '{named[0]}', which is missing; copy the whole pipeline again"
+            f"{folder}: component '{listed[0]}' of {INDEX} is missing; copy the whole pipeline again"
         )
-    raise InvalidInputError(f"{folder}: no unet/ or transformer/ with a config.json in it, and no config.json itself")
+    raise InvalidInputError(f"{folder}: has neither unet/config.json nor transformer/config.json nor config.json")
 
 
-# --- weights ---------------------------------------------------------------------------------------------------
+def weight_files(component: Path) -> list[Path]:
+    """Return the safetensors files of a component's folder.
 
-
-def weight_files(part: Path) -> list[Path]:
-    """The safetensors files of one part; InvalidInputError where there are none, several without an index, or pickles only."""
-    variant = variant_of(part)
+    Raises:
+        InvalidInputError: There are none, several without an index, or only pickles.
+    """
+    variant = variant_of(component)
     for name in WEIGHTS:
-        index = part / (f"{name}.index.{variant}.json" if variant else f"{name}.index.json")
+        index = component / (f"{name}.index.{variant}.json" if variant else f"{name}.index.json")
         if index.is_file():
             names = read_json(index).get("weight_map")
             if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
-                raise InvalidInputError(f"{index}: has no weight_map of tensor names to files; copy it again")
-            return [part / file for file in sorted(set(names.values()))]
-    plain = [part / name for name in WEIGHTS if (part / name).is_file()]
-    found = plain[:1] or sorted(part.glob("*.safetensors"))
+                raise InvalidInputError(f"{index}: has no weight_map from tensor names to files; copy it again")
+            return [component / file for file in sorted(set(names.values()))]
+    plain = [component / name for name in WEIGHTS if (component / name).is_file()]
+    found = plain[:1] or sorted(component.glob("*.safetensors"))
     if len(found) == 1:
         return found
-    pickles = sorted(p.name for p in part.iterdir() if p.suffix in PICKLES)
+    pickles = sorted(p.name for p in component.iterdir() if p.suffix in PICKLES)
     if pickles and not found:
         raise InvalidInputError(
-            f"{part}: has only {pickles[0]}; a pickle can run any code when read, so diffpress does not: "
+            f"{component}: has only {pickles[0]}; pickles can run arbitrary code and are not loaded: "
             "save it as safetensors first (model.save_pretrained)"
         )
     count = f"several ({', '.join(p.name for p in found)})" if found else "no"
-    raise InvalidInputError(f"{part}: {count} weight files; {WEIGHTS[0]} is expected")
+    raise InvalidInputError(f"{component}: {count} weight files; expected {WEIGHTS[0]}")
 
 
 def load_weights_(model: nn.Module, files: list[Path], dtype: torch.dtype = torch.float32) -> None:
-    """Put safetensors into the module tensor by tensor as `dtype`, checking names, shapes and finiteness.
+    """Load safetensors into `model` tensor by tensor as `dtype`, checking names, shapes and finiteness.
 
-    A tensor that is stored in this dtype already stays a view of the mapped file: nothing is held twice, and a module
-    built on the meta device never holds anything else.
+    A tensor that is stored as `dtype` stays a view of the memory-mapped file, so nothing is held twice; a module built
+    on the meta device allocates nothing else.
+
+    Raises:
+        InvalidInputError: A file is unreadable, or a tensor is unknown, missing, of the wrong shape or not finite.
     """
     state = model.state_dict(keep_vars=True)
     missing = set(state)
     for file in files:
         for name, tensor in _tensors(file):
             if name not in state:
-                raise InvalidInputError(f"{file}: tensor '{name}' does not belong to this model; a foreign checkpoint?")
+                raise InvalidInputError(
+                    f"{file}: tensor '{name}' does not belong to this model; is it a foreign checkpoint?"
+                )
             if tensor.shape != state[name].shape:
                 raise InvalidInputError(
                     f"{file}: tensor '{name}' has shape {list(tensor.shape)}, "
-                    f"the config asks for {list(state[name].shape)}"
+                    f"the config requires {list(state[name].shape)}"
                 )
             if tensor.is_floating_point():
-                # a NaN is both ends of its tensor: this needs no second tensor of the same size
+                # aminmax propagates NaN and, unlike isfinite on the tensor, allocates no second tensor
                 if tensor.numel() and not all(torch.isfinite(end) for end in tensor.aminmax()):
                     raise InvalidInputError(
-                        f"{file}: tensor '{name}' holds NaN or infinite values; the checkpoint is broken"
+                        f"{file}: tensor '{name}' contains NaN or infinite values; the checkpoint is broken"
                     )
                 tensor = tensor.to(dtype)
             _put_(model, name, tensor)
@@ -188,10 +208,12 @@ def load_weights_(model: nn.Module, files: list[Path], dtype: torch.dtype = torc
 def _tensors(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
     try:
         with safe_open(file, framework="pt") as tensors:
-            for name in tensors:
+            for name in tensors.keys():
                 yield name, tensors.get_tensor(name)
     except (SafetensorError, OSError) as error:
-        raise InvalidInputError(f"{file}: not readable as safetensors ({error}); truncated? copy it again") from error
+        raise InvalidInputError(
+            f"{file}: not readable as safetensors ({error}); it may be truncated, copy it again"
+        ) from error
 
 
 def _put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -204,13 +226,10 @@ def _put_(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
         module._buffers[leaf] = tensor
 
 
-# --- files -----------------------------------------------------------------------------------------------------
-
-
 def link_components(source: Path, target: Path, skip: tuple[str, ...]) -> None:
-    """Give `target` the files of a pipeline except the parts in `skip`: hard links where the disk allows, else copies.
+    """Link the files of a pipeline into `target`, except the components in `skip`; copy where links are unsupported.
 
-    A stage changes the denoiser alone, and the others may weigh gigabytes.
+    Stages change only the denoiser, and the other components can be gigabytes.
     """
     for entry in sorted(source.iterdir()):
         if entry.name in skip or entry.name not in (*USED, INDEX):
@@ -222,7 +241,7 @@ def link_components(source: Path, target: Path, skip: tuple[str, ...]) -> None:
 
 
 def link_or_copy(source: str, target: str) -> None:
-    """A hard link to `source` at `target`, a copy where the disk has none."""
+    """Create a hard link to `source` at `target`, or a copy if the file system does not support links."""
     try:
         os.link(os.path.realpath(source), target)  # hub caches hold symlinks
     except OSError:
@@ -230,6 +249,7 @@ def link_or_copy(source: str, target: str) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object; InvalidInputError naming the file if it is not one."""
     try:
         data = json.loads(path.read_text())
     except (OSError, UnicodeDecodeError, ValueError) as error:
@@ -240,13 +260,13 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of a message: some libraries write pages."""
+    """Return the first line of an error message, at most 200 characters."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
-def variant_of(part: Path) -> str | None:
-    """'fp16' where a part is stored as model.fp16.safetensors (or in pieces) alone, None for the plain names."""
-    if any((part / name).is_file() or (part / f"{name}.index.json").is_file() for name in WEIGHTS):
+def variant_of(component: Path) -> str | None:
+    """Return the variant of a component's weights, such as 'fp16' for model.fp16.safetensors; None for plain names."""
+    if any((component / name).is_file() or (component / f"{name}.index.json").is_file() for name in WEIGHTS):
         return None
-    found = [VARIANT.search(file.name) for file in sorted(part.glob("*.safetensors"))]
+    found = [VARIANT.search(file.name) for file in sorted(component.glob("*.safetensors"))]
     return next((match[1] for match in found if match), None)

@@ -1,15 +1,15 @@
-"""Anything a user may call a checkpoint -> `Checkpoint`: a folder, one file, a hub id, or `file.py:weights`.
+"""Load a `Checkpoint` from a folder, a single file, a hub id, or `file.py:weights`.
 
-    folder with model_index.json or unet/     a diffusers pipeline; or the unet/ folder itself
-    folder with diffpress.json                what a stage saved: config + widths + safetensors; or, written by
-                                              hand, the `conditioning` (null label) and `plan` that no
-                                              diffusers config can say
-    file.safetensors                          a finetune in one file, where diffusers can read it
-    owner/name                                a hub id, passed to diffusers' own download
-    file.py:weights                           the file gives  load(path) -> (module, DenoiserSpec)
+    folder with model_index.json or unet/     a diffusers pipeline, or the unet/ folder itself
+    folder with diffpress.json                a saved checkpoint: config + widths + safetensors; or a pipeline with
+                                              a hand-written record of the `conditioning` (null label) and `plan`,
+                                              which diffusers configs cannot express
+    file.safetensors                          a single-file checkpoint, if diffusers can read it
+    owner/name                                a hub id, downloaded by diffusers
+    file.py:weights                           the file defines  load(path) -> (module, DenoiserSpec)
 
-Weights come from safetensors only, and are streamed: nothing is ever unpickled, and nothing held twice. Only the
-denoiser is read here; text encoders and decoders stay on disk until they are run or exported (compress/models/components.py).
+Weights are streamed from safetensors: nothing is unpickled, and no tensor is held twice. Only the denoiser is loaded;
+text encoders and decoders stay on disk until they are run or exported (compress/models/components.py).
 """
 
 from __future__ import annotations
@@ -26,11 +26,9 @@ import torch
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.sources.custom_module import load_custom_module
 from diffpress.compress.sources.diffusers_folder import load_diffusers_folder
-from diffpress.compress.sources.hub import downloaded
-from diffpress.compress.sources.layout import (
-    PICKLES,
-)
-from diffpress.compress.sources.lora import fused
+from diffpress.compress.sources.hub import download_pipeline
+from diffpress.compress.sources.layout import PICKLES
+from diffpress.compress.sources.lora import fuse_loras
 from diffpress.compress.sources.single_file import from_single_file
 from diffpress.runtime.errors import InvalidInputError
 
@@ -42,19 +40,27 @@ def load_checkpoint(
     config: str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
-    """Load a checkpoint from a folder, a file, a hub id or `file.py:weights`; every problem is a InvalidInputError.
+    """Load a checkpoint from a folder, a file, a hub id or `file.py:weights`.
 
-    `loras` are fused into a pipeline's weights, 'PATH' or 'PATH:scale' each; `config` is a pipeline folder that says
-    how a single file is built; the denoiser's weights are held as `dtype`.
+    Args:
+        reference: What to load.
+        loras: LoRAs to fuse into the pipeline's weights, each 'PATH' or 'PATH:SCALE'.
+        config: Pipeline folder or hub id that supplies the configs of a single file.
+        dtype: Floating-point type of the denoiser's weights in memory.
+
+    Raises:
+        InvalidInputError: The checkpoint cannot be loaded.
     """
     text = str(reference)
     custom = re.fullmatch(r"(.+\.py):(.+)", text)
     if custom:
         if loras:
-            raise InvalidInputError(f"{text}: a LoRA can be fused into a diffusers pipeline, not into a custom module")
+            raise InvalidInputError(
+                f"{text}: a LoRA cannot be fused into a custom module, only into a diffusers pipeline"
+            )
         return load_custom_module(Path(custom[1]), Path(custom[2]))
     folder = _folder_of(text, config)
-    return load_diffusers_folder(fused(folder, loras, _scratch()) if loras else folder, dtype)
+    return load_diffusers_folder(fuse_loras(folder, loras, _temporary_folder()) if loras else folder, dtype)
 
 
 def _folder_of(text: str, config: str | None) -> Path:
@@ -62,22 +68,22 @@ def _folder_of(text: str, config: str | None) -> Path:
     if path.is_dir():
         return path
     if path.is_file() and path.suffix == ".safetensors":
-        return from_single_file(path, _scratch(), config)
+        return from_single_file(path, _temporary_folder(), config)
     if path.exists():
         raise InvalidInputError(_not_a_folder(path))
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
-        return downloaded(text)
+        return download_pipeline(text)
     raise InvalidInputError(f"{text}: no such checkpoint folder, and not a hub id of the form owner/name")
 
 
 def _not_a_folder(path: Path) -> str:
     if path.suffix in PICKLES:
-        return f"{path}: a pickle can run any code when read, so diffpress does not; convert it to safetensors first"
+        return f"{path}: pickles can run arbitrary code and are not loaded; convert it to safetensors first"
     return f"{path}: a checkpoint is a folder in diffusers' layout, a hub id, a .safetensors file, or file.py:weights"
 
 
-def _scratch() -> Path:
-    """A place for a converted pipeline; it goes when the program ends."""
+def _temporary_folder() -> Path:
+    """Return a path for a converted pipeline, deleted at exit."""
     folder = Path(tempfile.mkdtemp(prefix="diffpress-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder / "pipeline"

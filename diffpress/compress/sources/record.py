@@ -1,4 +1,4 @@
-"""What diffpress.json adds to a diffusers folder: history, and the scales of a quantized checkpoint."""
+"""Read diffpress.json, and the history and quantization scales of a saved checkpoint."""
 
 from __future__ import annotations
 
@@ -15,18 +15,23 @@ from diffpress.runtime.format_1 import upgraded_spec, upgraded_tensor_name
 
 
 def history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tuple[Record, ...], Quantization | None]:
+    """Return the history and the quantization of a checkpoint folder; () and None without a record.
+
+    Raises:
+        InvalidInputError: The history or a scale is invalid.
+    """
     if record is None:
         return (), None
     try:
         history = tuple(Record(**entry) for entry in record.get("history", []))
     except TypeError as error:
-        raise InvalidInputError(f"{folder / RECORD}: history cannot be read ({error})") from error
+        raise InvalidInputError(f"{folder / RECORD}: invalid history ({error})") from error
     if not record.get("quantization"):
         return history, None
     file = folder / "quantization.safetensors"
     try:
         with safe_open(file, framework="pt") as tensors:
-            found = {name: tensors.get_tensor(name) for name in tensors}
+            found = {name: tensors.get_tensor(name) for name in tensors.keys()}
         if record.get("format") == 1:
             found = {upgraded_tensor_name(name): value for name, value in found.items()}
     except (SafetensorError, OSError) as error:
@@ -36,17 +41,22 @@ def history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tup
         if not torch.isfinite(value).all() or (not signed and (value <= 0).any()):
             raise InvalidInputError(f"{file}: scale '{name}' is zero, negative or not finite; quantize again")
         if name.partition(".")[0] not in TENSOR_KINDS:
-            raise InvalidInputError(f"{file}: '{name}' is no scale of this diffpress; quantize again")
+            raise InvalidInputError(f"{file}: unknown scale '{name}'; quantize again")
     facts = record["quantization"]
-    kinds = {kind: _under(found, kind) for kind in TENSOR_KINDS}
+    kinds = {kind: _of_kind(found, kind) for kind in TENSOR_KINDS}
     return history, Quantization(str(facts["format"]), formats=dict(facts.get("formats", {})), **kinds)
 
 
-def _under(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
+def _of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:
     return {name.removeprefix(f"{kind}."): value for name, value in tensors.items() if name.startswith(f"{kind}.")}
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
+    """Read diffpress.json, upgrading format 1; None if the folder has none.
+
+    Raises:
+        InvalidInputError: The file is not readable or has an unknown format.
+    """
     file = folder / RECORD
     if not file.is_file():
         return None

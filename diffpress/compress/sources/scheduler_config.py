@@ -1,8 +1,8 @@
-"""A diffusers scheduler's config, read into what a sampler without diffusers needs.
+"""Map a diffusers scheduler config to a noise schedule, a timestep spacing and a solver.
 
-diffusers builds the scheduler itself, so its own defaults and its own noise table hold; what is left is a table: which
-of our solvers walks as the class does, and on which grids (runtime/noise_schedule.py). Settings that are not followed, and
-classes that another solver stands in for, are told in one sentence, `note`.
+diffusers builds the scheduler from the config, so its defaults and its noise table apply. The table `SCHEDULERS` then
+maps each class to the equivalent solver and timestep spacings (runtime/timesteps.py). Settings that are not followed,
+and classes that are replaced by another solver, are reported in one sentence, `note`.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
 @dataclass(frozen=True)
 class SchedulerFacts:
-    """What a scheduler's config says of a model: its network's prediction, its noise, and how it is sampled.
+    """Prediction type, noise schedule and sampling settings read from a scheduler config.
 
-    `start`, `end` and `threshold` are those of diffpress.runtime.sampling_plan.Plan, `clip` whether x_0 is bounded at each step, `note`
-    what of the config is not followed to the letter.
+    `start`, `end` and `threshold` are as in `diffpress.runtime.sampling_plan.SamplingPlan`; `clip` is whether x_0 is
+    clipped at each step; `note` describes how sampling differs from the config.
     """
 
     prediction: str
@@ -46,24 +46,26 @@ class SchedulerFacts:
 
 
 class SchedulerMapping(NamedTuple):
-    """How a class of scheduler is walked: our solver, the grids its spacings mean, and where that is not the same."""
+    """Equivalent of a scheduler class: our solver, our spacing for each `timestep_spacing`, and known differences."""
 
     solver: str
     spacings: Mapping[str, str]
     note: str | None = None
-    followed: Mapping[str, tuple[Any, ...]] = {}  # as FOLLOWED, for this class alone
+    followed: Mapping[str, tuple[Any, ...]] = {}  # like FOLLOWED, for this class only
 
 
 PLAIN = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
-EULER = dict(PLAIN)  # the same grids, but linspace is not rounded
+EULER = dict(PLAIN)  # the same spacings, but linspace is not rounded
 DPM = {"leading": "dpm_leading", "trailing": "trailing", "linspace": "dpm_linspace"}
-STEPPED = {"timestep_spacing": ("leading", "trailing")}  # they step by T // N, which is not where linspace goes on
+STEPPED = {
+    "timestep_spacing": ("leading", "trailing")
+}  # these step by T // N, which differs from the linspace timesteps
 UNIPC = {"solver_type": ("bh2",), "predict_x0": (True,), "disable_corrector": ([],), "solver_p": (None,)}
-SUBSTITUTED = "another solver stands in for it, so images differ from those of its pipeline"
-OWN_NOISE = "the noise it adds at each step is drawn by diffpress's own generator"
+SUBSTITUTED = "another solver is used instead, so images differ from those of the diffusers pipeline"
+OWN_NOISE = "the noise added at each step is drawn by diffpress's own generator"
 
 SCHEDULERS = {
-    # it keeps eps when it bounds x_0, by whatever rule
+    # it keeps eps when it clips or thresholds x_0
     "DDIMScheduler": SchedulerMapping("ddim", PLAIN, followed={**STEPPED, "thresholding": (False,)}),
     "DDPMScheduler": SchedulerMapping("ddpm", PLAIN),
     "EulerDiscreteScheduler": SchedulerMapping("euler", EULER),
@@ -77,14 +79,14 @@ SCHEDULERS = {
     "UniPCMultistepScheduler": SchedulerMapping("unipc_2", DPM, followed=UNIPC),
     "LCMScheduler": SchedulerMapping("lcm", dict.fromkeys(PLAIN, "lcm")),
     "PNDMScheduler": SchedulerMapping(
-        "ipndm", PLAIN, note="its Runge-Kutta warm-up is replaced by plain steps", followed=STEPPED
+        "ipndm", PLAIN, note="its Runge-Kutta warm-up is replaced by multistep updates", followed=STEPPED
     ),
     "DPMSolverSinglestepScheduler": SchedulerMapping("dpmpp_2m", DPM, note=SUBSTITUTED),
     "LMSDiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
     "KDPM2DiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
     "KDPM2AncestralDiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
 }
-# solver_order of a class (and algorithm_type, where it has several) -> our solver
+# (class, algorithm_type if it has several) -> our solver for solver_order 1, 2, ...
 ORDERS: dict[tuple[str, str | None], tuple[str, ...]] = {
     ("DPMSolverMultistepScheduler", "dpmsolver++"): ("ddim", "dpmpp_2m", "dpmpp_3m"),
     ("DPMSolverMultistepScheduler", "sde-dpmsolver++"): ("ddpm", "dpmpp_2m_sde"),
@@ -96,9 +98,9 @@ FLOWS = {
     "FlowMatchEulerDiscreteScheduler": SchedulerMapping("euler", {}, followed=NO_SIGMAS),
     "FlowMatchHeunDiscreteScheduler": SchedulerMapping("heun_flow", {}),
 }
-UNKNOWN = SchedulerMapping("ddim", PLAIN, note="it is not known, and deterministic DDIM stands in for it")
+UNKNOWN = SchedulerMapping("ddim", PLAIN, note="unknown scheduler, deterministic DDIM is used instead")
 
-# The values our solvers walk by, of any class that has such a setting.
+# Values that our solvers implement, for every class that has the setting; others are reported in `note`.
 FOLLOWED: dict[str, tuple[Any, ...]] = {
     "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
     "solver_type": ("midpoint",),
@@ -121,11 +123,18 @@ FOLLOWED: dict[str, tuple[Any, ...]] = {
 def read_scheduler(
     config: dict[str, Any] | None, where: Path, text_or_latent: bool, pipeline_sigmas: bool | None = None
 ) -> SchedulerFacts:
-    """The facts in a scheduler_config.json; raises InvalidInputError naming `where` for settings that make no sense.
+    """Read a scheduler_config.json.
 
-    Models of pixels (`text_or_latent` False) are sampled by DDIM on a trailing grid whatever the class; others follow
-    theirs. `pipeline_sigmas`: their pipeline lays out a flow's timesteps itself, as Flux's does and SD3's does not;
-    None takes that from the config: where the shift is dynamic, or none.
+    Args:
+        config: The parsed file; None for the defaults.
+        where: Its path, for error messages.
+        text_or_latent: Whether to follow the scheduler class; False (pixel-space models) means DDIM with trailing
+            spacing, whatever the class.
+        pipeline_sigmas: Whether the diffusers pipeline passes its own sigmas to a flow scheduler, as Flux does and SD3
+            does not; None infers it from the config: yes if the shift is dynamic or 1.
+
+    Raises:
+        InvalidInputError: The settings are invalid.
     """
     config = config or {}
     name = str(config.get("_class_name", ""))
@@ -140,8 +149,8 @@ def read_scheduler(
         return _flow_facts(config, name, pipeline_sigmas) if flow else _facts(config, name, kind)
     except InvalidInputError as error:
         raise InvalidInputError(f"{where}: {error}") from error
-    except Exception as error:  # torch's and diffusers' own types for settings that make no sense
-        raise InvalidInputError(f"{where}: no noise schedule can be made from it ({first_line(error)})") from error
+    except Exception as error:  # torch and diffusers raise many types for invalid settings
+        raise InvalidInputError(f"{where}: no noise schedule can be built from it ({first_line(error)})") from error
 
 
 def _pixel_facts(config: dict[str, Any], flow: bool, kind: str) -> SchedulerFacts:
@@ -154,18 +163,18 @@ def _pixel_facts(config: dict[str, Any], flow: bool, kind: str) -> SchedulerFact
 
 
 def _facts(config: dict[str, Any], name: str, kind: str) -> SchedulerFacts:
-    scheduler, settings = _built(name if name in SCHEDULERS else "DDPMScheduler", config)
+    scheduler, settings = _build_scheduler(name if name in SCHEDULERS else "DDPMScheduler", config)
     mapping, settings = _mapping_of(name, kind, settings)
     start = SamplingPlan.start
     if _has_flow_sigmas(config, name):
         schedule = flow_schedule(int(config.get("num_train_timesteps", 1000)) + 1)
-        kind = "unipc_flow" if name == "UniPCMultistepScheduler" else "dpm_flow"
-        spacing, start = TimestepSpacing(kind, integer=False, shift=float(settings["flow_shift"])), "unit"
+        flow_spacing = "unipc_flow" if name == "UniPCMultistepScheduler" else "dpm_flow"
+        spacing, start = TimestepSpacing(flow_spacing, integer=False, shift=float(settings["flow_shift"])), "unit"
     else:
         schedule, spacing = _table(scheduler), _spacing(settings, mapping)
         if mapping.spacings is EULER and settings.get("timestep_spacing") != "leading":
             start = "noise"
-    # a consistency model ends at its clean guess whatever the config says
+    # a consistency model always ends at its estimate of x_0
     noisy = settings.get("set_alpha_to_one") is False or settings.get("final_sigmas_type") == "sigma_min"
     noisy |= name == "DEISMultistepScheduler"
     threshold = None
@@ -185,7 +194,7 @@ def _facts(config: dict[str, Any], name: str, kind: str) -> SchedulerFacts:
 
 
 def _mapping_of(name: str, kind: str, settings: dict[str, Any]) -> tuple[SchedulerMapping, dict[str, Any]]:
-    """How that class walks with these settings, and the settings without those that this has taken care of."""
+    """Return the mapping of a class with these settings, and the settings that it does not yet cover."""
     mapping = SCHEDULERS.get(name, UNKNOWN)
     orders = ORDERS.get((name, settings.get("algorithm_type")))
     if orders is not None:
@@ -199,27 +208,27 @@ def _mapping_of(name: str, kind: str, settings: dict[str, Any]) -> tuple[Schedul
     if name == "DDIMScheduler" and settings["clip_sample"]:  # it keeps eps when it clips x_0
         return mapping._replace(solver=CLIPPING), settings | {"clip_sample": False}
     if name == "DDPMScheduler" and settings["variance_type"] == "fixed_large":
-        # on other grids theirs adds noise to the clean sample that it ends at
+        # with other spacings diffusers adds noise to the final clean sample
         exact = settings["timestep_spacing"] == "leading" and settings["steps_offset"] == 0
         return mapping._replace(solver="ddpm_large"), settings | ({"variance_type": None} if exact else {})
-    if settings.get("skip_prk_steps"):  # PNDM without its Runge-Kutta steps, which mixes what the network returns
+    if settings.get("skip_prk_steps"):  # PNDM without Runge-Kutta steps averages network outputs
         return mapping._replace(solver="plms_v" if kind == "v_prediction" else "plms", note=None), settings
     return mapping, settings
 
 
 def _flow_facts(config: dict[str, Any], name: str, pipeline_sigmas: bool | None) -> SchedulerFacts:
     mapping = FLOWS.get(name, FLOWS["FlowMatchEulerDiscreteScheduler"]._replace(note=SUBSTITUTED))
-    _, settings = _built(name if name in FLOWS else "FlowMatchEulerDiscreteScheduler", config)
+    _, settings = _build_scheduler(name if name in FLOWS else "FlowMatchEulerDiscreteScheduler", config)
     shift = float(settings["shift"])
     dynamic = None
     if settings.get("use_dynamic_shifting"):
         low, high = float(settings["base_shift"]), float(settings["max_shift"])
         dynamic = low, high, float(settings["base_image_seq_len"]), float(settings["max_image_seq_len"])
     own = (dynamic is not None or shift == 1.0) if pipeline_sigmas is None else pipeline_sigmas
-    own &= mapping.solver == "euler"  # no pipeline lays them out for Heun
+    own &= mapping.solver == "euler"  # no pipeline passes sigmas to Heun
     return SchedulerFacts(
         prediction="flow",
-        # diffusers counts a flow's time in T-ths up to T itself: T + 1 timesteps
+        # flow timesteps run from 0 to T inclusive: T + 1 entries
         schedule=flow_schedule(int(settings["num_train_timesteps"]) + 1),
         spacing=TimestepSpacing(
             "flow_trailing" if own else "flow_linspace", integer=False, shift=shift, dynamic=dynamic
@@ -230,10 +239,10 @@ def _flow_facts(config: dict[str, Any], name: str, pipeline_sigmas: bool | None)
     )
 
 
-def _built(name: str, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Diffusers' scheduler, and its own settings: files carry along those of the class they once were of."""
+def _build_scheduler(name: str, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Build diffusers' scheduler; return it with the settings its class has, without leftovers of other classes."""
     cls = getattr(diffusers, name)
-    if hasattr(cls, "_backends"):  # an empty shell, where a package it needs is not installed: one with its settings
+    if hasattr(cls, "_backends"):  # placeholder for a missing dependency; Euler has the same settings
         cls = diffusers.EulerDiscreteScheduler
     scheduler = cls.from_config(config)
     own = inspect.signature(cls.__init__).parameters
@@ -245,9 +254,9 @@ def _has_flow_sigmas(config: dict[str, Any], name: str) -> bool:
 
 
 def _table(scheduler: Any) -> NoiseSchedule:
-    """Any scheduler of the beta family is one table; diffusers itself makes it from the config."""
+    """Return the noise schedule as the table that diffusers computed from the config."""
     abar = scheduler.alphas_cumprod.double().numpy()
-    with np.errstate(invalid="ignore"):  # NoiseSchedule refuses what is no number then
+    with np.errstate(invalid="ignore"):  # NoiseSchedule then rejects NaN
         return NoiseSchedule(tuple(np.sqrt(abar).tolist()), tuple(np.sqrt(1.0 - abar).tolist()))
 
 
@@ -262,16 +271,16 @@ def _spacing(settings: dict[str, Any], mapping: SchedulerMapping) -> TimestepSpa
     if settings.get("use_beta_sigmas"):
         return TimestepSpacing("beta", integer=False)
     ours = mapping.spacings[kind]
-    # diffusers adds the offset to leading grids alone
+    # diffusers adds the offset only with leading spacing
     offset = int(settings["steps_offset"]) if ours.endswith("leading") else 0
     return TimestepSpacing(ours, offset, integer=not (mapping.spacings is EULER and ours == "linspace"))
 
 
 def _note(name: str, mapping: SchedulerMapping, settings: dict[str, Any]) -> str | None:
-    """One sentence on what differs from the scheduler, or None."""
+    """Describe in one sentence how sampling differs from the scheduler; None if it does not."""
     followed = {**FOLLOWED, **mapping.followed}
     if mapping.spacings is EULER and settings.get("timestep_spacing") != "linspace":
-        followed |= NO_SIGMAS  # there they run between the ends of that grid, not of the table
+        followed |= NO_SIGMAS  # diffusers computes these sigmas between the ends of the timesteps, not of the table
     odd = [f"{key} {settings[key]}" for key, values in followed.items() if settings.get(key, values[0]) not in values]
     parts = [mapping.note] if mapping.note else []
     parts += [] if mapping.note is SUBSTITUTED else [f"not followed exactly: {', '.join(odd)}"] * bool(odd)

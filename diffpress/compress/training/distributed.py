@@ -1,9 +1,9 @@
-"""Several processes under `accelerate launch`: all walk a recipe's stages, the main one alone writes and speaks.
+"""Several processes under `accelerate launch`: all run the stages, the main one writes and prints.
 
     accelerate launch --multi_gpu --num_processes 4 -m diffpress compress ...
 
-What is done once the main process does while the others `wait`, and then they read what it wrote: all must see the same
-folders. Without a launcher there is one process, the main one, and nothing here does anything.
+Work that is done once is done by the main process while the others `wait`; then they read its files, so all processes
+must see the same folders. Without a launcher there is a single process, the main one, and these functions do nothing.
 """
 
 from __future__ import annotations
@@ -22,41 +22,47 @@ from accelerate.utils import broadcast, get_int_from_env, parse_flag_from_env
 
 from diffpress.runtime.errors import DiffpressError, InvalidInputError, report_error
 
-SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # what launchers tell
-PATIENCE = timedelta(days=30)  # torch's own, minutes, is less than a stage of the main process may take
-GRACE_S = 30.0  # in which a launcher ends the others: on a busy machine a process takes seconds to be gone
+WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by launchers
+COLLECTIVE_TIMEOUT = timedelta(days=30)  # the others wait during the main process's stages; torch's default is minutes
+GRACE_S = 30.0  # time for the launcher to terminate a process, which takes seconds on a busy machine
 
 
 def _state() -> PartialState | None:
-    """Accelerate's view of the processes, None where there is but one; the first call meets the others."""
-    if get_int_from_env(SIZES, 1) < 2:
+    """Return accelerate's process state, or None for a single process.
+
+    The first call initializes the process group.
+    """
+    if get_int_from_env(WORLD_SIZE_VARIABLES, 1) < 2:
         return None
     for kind in ("DEEPSPEED", "FSDP", "MEGATRON_LM"):
         if parse_flag_from_env(f"ACCELERATE_USE_{kind}"):
             raise InvalidInputError(
-                f"accelerate is set to {kind}, which splits a model; launch with --multi_gpu, which copies"
+                f"accelerate is configured for {kind}, which shards the model; launch with --multi_gpu instead"
             )
-    # accelerate takes processes without a GPU for unrelated ones unless it is told
+    # without this flag accelerate does not group processes that have no GPU
     on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
-    return PartialState(on_cpu, timeout=PATIENCE)
+    return PartialState(on_cpu, timeout=COLLECTIVE_TIMEOUT)
 
 
 def count() -> int:
+    """Return the number of processes."""
     state = _state()
     return state.num_processes if state else 1
 
 
 def index() -> int:
+    """Return the rank of this process."""
     state = _state()
     return state.process_index if state else 0
 
 
 def is_main() -> bool:
+    """Return whether this is the main process."""
     return index() == 0
 
 
 def wait() -> None:
-    """Go on when all are here."""
+    """Wait until all processes have reached this call."""
     state = _state()
     if state is not None:
         state.wait_for_everyone()
@@ -64,7 +70,7 @@ def wait() -> None:
 
 @contextmanager
 def main_first() -> Iterator[None]:
-    """The main process runs the block before the others do; they never do where it fails."""
+    """Run the block in the main process first, then in the others unless it fails."""
     if not is_main():
         wait()
     yield
@@ -72,18 +78,19 @@ def main_first() -> Iterator[None]:
         wait()
 
 
-def agreed(value: int) -> int:
-    """The main process's value, in all."""
+def from_main(value: int) -> int:
+    """Return the main process's `value` in all processes."""
     state = _state()
     return value if state is None else int(broadcast(torch.tensor(value, device=state.device)))
 
 
 @contextmanager
 def together() -> Iterator[None]:
-    """What the processes do together; after it there is the main one alone, and the others may end.
+    """Run a block in all processes; at its end wait for all and close the process group.
 
-    What ends one ends all, and one of them says why: the launcher stops the others when one has failed. So whoever has
-    lost its partners, or may be about to say what the main process says already, gives the launcher the time for that.
+    Only the main process has work left afterwards. If one process fails, the launcher terminates the others, and one
+    error message is printed: a process that has lost its peers, or would repeat the message of the main process, first
+    waits GRACE_S for the launcher.
     """
     try:
         yield
@@ -94,7 +101,7 @@ def together() -> Iterator[None]:
             if not (is_main() and isinstance(error, DiffpressError)):
                 time.sleep(GRACE_S)
             if isinstance(error, DiffpressError):
-                _leave(report_error(str(error), error.exit_code))
+                _exit_now(report_error(str(error), error.exit_code))
         raise
     state = _state()
     if state is not None:
@@ -102,8 +109,8 @@ def together() -> Iterator[None]:
         state.destroy_process_group()
 
 
-def _leave(code: int) -> NoReturn:
-    """End here and now: threads of gloo, which the others have not let go, abort an interpreter that takes its time."""
+def _exit_now(code: int) -> NoReturn:
+    """Exit without interpreter shutdown, in which gloo's threads abort if peers are still connected."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

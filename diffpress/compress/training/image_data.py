@@ -1,4 +1,7 @@
-"""Images for calibration and training: an npz with `x` uint8 [N, H, W] or [N, H, W, C] and optionally `y` [N]."""
+"""Images for calibration and training, read from an npz file.
+
+The file has `x`, uint8 [N, H, W] or [N, H, W, C], and optionally labels `y` [N].
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,14 @@ from diffpress.runtime.spec import DenoiserSpec
 
 @dataclass(frozen=True)
 class ImageData:
-    """x uint8 [N, C, H, W] as stored, labels int64 [N] or None, and the file's hash; scaled batch by batch."""
+    """Images as stored, scaled to the data range batch by batch.
+
+    Attributes:
+        x: uint8 [N, C, H, W].
+        labels: int64 [N], or None.
+        hash: Hash of the file.
+        spec: Spec of the model that the images are for.
+    """
 
     x: np.ndarray
     labels: np.ndarray | None
@@ -28,7 +38,7 @@ class ImageData:
         return len(self.x)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """A random batch: float32 [B, C, H, W] in the data range, and {'class_labels': int64 [B]} if labelled."""
+        """Draw random images, float32 [B, C, H, W] in the data range, and their class_labels int64 [B]."""
         picks = torch.randint(0, len(self.x), (size,), generator=generator).numpy()
         low, high = self.spec.data_range
         x = torch.from_numpy(self.x[picks].astype(np.float32)) * ((high - low) / 255.0) + low
@@ -36,22 +46,27 @@ class ImageData:
 
     @property
     def uncond(self) -> dict[str, torch.Tensor]:
-        """The conditions that stand for none, [1]; empty where the model knows no such label."""
+        """The null label, int64 [1], by input name; empty without labels or without a null label."""
         label = self.spec.conditioning.null_label
         return {} if self.labels is None or label is None else {"class_labels": torch.tensor([label])}
 
     def conditions(self, count: int) -> ConditioningInputs:
-        """What `count` samples are told: the classes in turn, or nothing."""
+        """Return the conditioning of `count` samples: the classes in turn, or none."""
         return dummy_conditioning(self.spec, count)
 
 
 def load_images(path: Path, spec: DenoiserSpec) -> ImageData:
+    """Load the images of an npz file for a model.
+
+    Raises:
+        InvalidInputError: The file is unreadable, or its images or labels do not fit the spec.
+    """
     x, labels = read_npz(path)
     if x.shape[1:] != tuple(spec.sample_shape):
-        raise InvalidInputError(f"{path}: images are {list(x.shape[1:])}, the model works on {list(spec.sample_shape)}")
+        raise InvalidInputError(f"{path}: images are {list(x.shape[1:])}, the model expects {list(spec.sample_shape)}")
     if spec.conditioning.kind == "class":
         if labels is None:
-            raise InvalidInputError(f"{path}: has no labels 'y', but the model is class-conditional")
+            raise InvalidInputError(f"{path}: no labels 'y', but the model is class-conditional")
         if labels.min() < 0 or labels.max() >= spec.conditioning.classes:
             raise InvalidInputError(
                 f"{path}: labels reach {labels.max()}, the model has {spec.conditioning.classes} classes"
@@ -62,18 +77,22 @@ def load_images(path: Path, spec: DenoiserSpec) -> ImageData:
 
 
 def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
-    """uint8 [N, C, H, W] and int64 [N] or None."""
+    """Read images, uint8 [N, C, H, W], and labels, int64 [N] or None.
+
+    Raises:
+        InvalidInputError: The file is unreadable, or its arrays have the wrong shape or dtype.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             if "x" not in file:
-                raise InvalidInputError(f"{path}: has no array 'x'; expected uint8 images [N, H, W] or [N, H, W, C]")
+                raise InvalidInputError(f"{path}: no array 'x'; expected uint8 images [N, H, W] or [N, H, W, C]")
             x, labels = file["x"], file["y"].astype(np.int64) if "y" in file else None
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise InvalidInputError(f"{path}: not readable as an npz of images ({error})") from error
+        raise InvalidInputError(f"{path}: not readable as an npz file of images ({error})") from error
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise InvalidInputError(f"{path}: 'x' is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W] or [N, H, W, C]")
     if len(x) == 0:
-        raise InvalidInputError(f"{path}: holds no images")
+        raise InvalidInputError(f"{path}: contains no images")
     if labels is not None and labels.shape != (len(x),):
         raise InvalidInputError(f"{path}: 'y' has shape {list(labels.shape)}, expected [{len(x)}]")
     x = x[:, None] if x.ndim == 3 else x.transpose(0, 3, 1, 2)

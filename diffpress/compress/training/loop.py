@@ -1,13 +1,13 @@
-"""The one training loop that every training stage shares.
+"""The training loop shared by all training stages.
 
     for step in steps:   loss(student, *draw(generator of this step, step / steps))   ->  AdamW  ->  EMA
 
-`accelerate` places the model and averages gradients over processes, so `accelerate launch` runs it unchanged. Batch k,
-step * processes + process, is drawn from a generator seeded by (seed, k): a run that was killed goes on from its last
-save and ends bit for bit as an undisturbed one of as many processes. The EMA weights are the result.
+`accelerate` places the model and averages gradients over processes, so `accelerate launch` runs the loop unchanged.
+Batch k = step * processes + process is drawn from a generator seeded by (seed, k): a killed run resumes from its last
+save and ends bit-identical to an uninterrupted run with the same number of processes. The result is the EMA weights.
 
-What a step draws is drawn on the processor and moved by the loop; what it computes is computed on the device alone,
-without asking it for a number on the way. So loss and gradients may be replayed as one CUDA graph (replay.py).
+Random numbers are drawn on the CPU and moved to the device by the loop. A step computes on the device only and does not
+synchronize with it, so that its loss and gradients can be replayed as one CUDA graph (cuda_graph.py).
 """
 
 from __future__ import annotations
@@ -37,11 +37,12 @@ STATE = "training.safetensors"
 
 
 class Objective(NamedTuple):
-    """What a training minimises.
+    """What a training minimizes.
 
-    `draw(generator, share of the training that is behind)` gives everything of a step that is random or read from
-    memory: tensors, and lists and dicts of them, which the loop moves to the device, and plain values as they are.
-    `loss(model, *drawn)` is a scalar, computed on the device of what it is given.
+    Attributes:
+        draw: `draw(generator, completed fraction of the training)` returns all random values and data of a step:
+            tensors and lists and dicts of tensors, which the loop moves to the device, and plain values.
+        loss: `loss(model, *drawn)` returns a scalar tensor, computed on the device of its arguments.
     """
 
     draw: Callable[[torch.Generator, float], tuple[Any, ...]]
@@ -50,11 +51,24 @@ class Objective(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """`ema` is the decay the moving average settles at; `save_every` and `preview_every` are in steps.
+    """Settings of one training.
 
-    `precision` bf16 computes losses under autocast; `partial` allows steps that leave parameters out. Into `logs` go
-    the loss, where `tensorboard` is asked for, and what `preview(model with the EMA weights, file)` draws.
-    `cuda_graphs` replays steps on a GPU.
+    Attributes:
+        steps: Number of optimizer steps.
+        learning_rate: Peak learning rate.
+        warmup: Steps of linear warm-up.
+        ema: Final decay of the moving average of the weights.
+        seed: Seed of the batches.
+        save_every: Steps between two saves of the training state.
+        work: Folder of the training state.
+        what: Name of the training in progress and error messages.
+        precision: fp32, or bf16 to compute the loss under autocast.
+        cuda_graphs: Replay steps as CUDA graphs on a GPU.
+        partial: Allow steps that leave some parameters without a gradient.
+        logs: Folder of TensorBoard logs and previews.
+        tensorboard: Log the loss for TensorBoard.
+        preview_every: Steps between two previews; 0 for none.
+        preview: `preview(model with the EMA weights, file)` writes a preview image.
     """
 
     steps: int
@@ -74,24 +88,28 @@ class Training:
     preview: Callable[[nn.Module, Path], None] | None = None
 
 
-class TrainingDiverged(DiffpressError):
-    """The loss is not a number any more; the last good state is kept."""
+class TrainingDivergedError(DiffpressError):
+    """The loss became NaN or infinite; the last saved state is kept."""
 
 
 def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
-    """Train `student` in place and load the EMA weights into it at the end; resumes from `run.work`.
+    """Train `student` in place and load the EMA weights into it at the end; resume from `run.work`.
 
-    Raises InvalidInputError where `run.cuda_graphs` cannot be had, and TrainingDiverged where the loss is no number.
+    Raises:
+        InvalidInputError: `run.cuda_graphs` is set and the steps cannot be captured.
+        MissingDependencyError: `run.tensorboard` is set and tensorboard is not installed.
+        TrainingDivergedError: The loss is NaN or infinite.
     """
     accelerator = _accelerator(run)
     if run.cuda_graphs:
         refuse_cuda_graph(student, run.what)
     optimizer = torch.optim.AdamW(student.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0)
-    # foreach: one kernel for many tensors, where small networks spend their time launching
+    # foreach: one kernel for many tensors, since small networks are bound by launch overhead
     ema = EMAModel(student.parameters(), decay=run.ema, min_decay=0.0, use_ema_warmup=True, power=3 / 4, foreach=True)
     start = _restore_(student, optimizer, ema, run)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch has renamed what accelerate calls broadcast_buffers
+        # torch has renamed the broadcast_buffers argument that accelerate passes
+        warnings.simplefilter("ignore", FutureWarning)
         model, optimizer = accelerator.prepare(student.train(), optimizer)
     ema.to(accelerator.device)
     device = accelerator.device
@@ -108,15 +126,15 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate * learning_rate_factor(step, run.steps, run.warmup)
             batch = step * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(batch)  # dropout too repeats when a run is resumed
+            torch.manual_seed(batch)  # makes dropout repeat when a run resumes
             drawn = objective.draw(step_generator(run.seed, batch), step / run.steps)
             optimizer.zero_grad()
             loss = step_of(*send_to_device(drawn, device))
-            value = accelerator.reduce(loss, reduction="mean").item()  # a NaN in one process is one in all
+            value = accelerator.reduce(loss, reduction="mean").item()  # a NaN in one process stops all
             if not math.isfinite(value):
-                raise TrainingDiverged(
+                raise TrainingDivergedError(
                     f"{run.what}: the loss is {value} at step {step} of {run.steps}; lower learning_rate "
-                    f"(now {run.learning_rate:g}). The last good state is kept in {run.work}"
+                    f"(now {run.learning_rate:g}). The last saved state is kept in {run.work}"
                 )
             accelerator.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
             optimizer.step()
@@ -133,7 +151,7 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
     for tracker in accelerator.trackers:
         tracker.finish()
     student = accelerator.unwrap_model(model).to("cpu")
-    # accelerate's mark: a copy that has it is left where it is, on the processor, by the next stage's training
+    # accelerate does not move a model with this mark, so a copy would stay on the CPU in the next training
     vars(student).pop("_is_accelerate_prepared", None)
     ema.to("cpu")
     ema.copy_to(student.parameters())
@@ -141,10 +159,10 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
 
 
 def _accelerator(run: Training) -> Accelerator:
-    """Places the model, and writes the loss for TensorBoard; raises MissingDependencyError where that is wanted and not there."""
-    # buffers are tables that training leaves alone; sent about in every call they would break a second one
+    """Return the accelerator that places the model, with a TensorBoard tracker if `run` asks for one."""
+    # buffers are constant tables; broadcasting them in every forward pass would break a second pass before backward
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=run.partial, broadcast_buffers=False)]
-    # the recipe says how to compute, not the launcher
+    # the recipe sets the precision, not the launcher
     settings: dict[str, Any] = {"kwargs_handlers": handlers, "mixed_precision": "no"}
     if not run.tensorboard:
         return Accelerator(**settings)
@@ -156,7 +174,7 @@ def _accelerator(run: Training) -> Accelerator:
 
 
 def _preview(model: nn.Module, ema: EMAModel, step: int, run: Training) -> None:
-    """Draw what the average makes now; the weights in training are put back."""
+    """Draw a preview with the EMA weights and restore the weights in training."""
     if run.preview is None or run.logs is None:
         return
     ema.store(model.parameters())
@@ -166,16 +184,17 @@ def _preview(model: nn.Module, ema: EMAModel, step: int, run: Training) -> None:
 
 
 def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
-    """Linear warm-up, then half a cosine down to zero."""
+    """Return the learning-rate factor of a step: linear warm-up, then half a cosine down to zero."""
     ramp = min(1.0, (step + 1) / max(warmup, 1))
     return ramp * 0.5 * (1.0 + math.cos(math.pi * step / steps))
 
 
 def step_generator(seed: int, index: int) -> torch.Generator:
+    """Return the random generator of batch `index`."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
-# --- resuming: tensors as safetensors, numbers as JSON, put in place by one rename -----------------------------
+# --- resuming: tensors in a safetensors file, settings as its metadata, written atomically ----------------------
 
 
 def _save(model: nn.Module, optimizer: Any, ema: EMAModel, step: int, run: Training) -> None:

@@ -1,8 +1,7 @@
-"""What a killed run needs to go on: tensors in one safetensors file with metadata, put in place by one rename."""
+"""Resumable state: tensors in one safetensors file with metadata, written atomically by a rename."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,28 +16,41 @@ Tensors = dict[str, torch.Tensor]
 
 
 def write_state(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], what: str) -> None:
-    """Write `path`, and its folder where there is none; tensors of any layout, on any device.
+    """Write tensors of any layout and device to `path`, in the main process only.
 
-    Only the main process writes.
+    Creates the folder if it does not exist.
 
-    Raises InvalidInputError, calling it `what` ('state of calibration'), where the disk does not take it.
+    Args:
+        path: The safetensors file.
+        tensors: Tensors by name.
+        metadata: Strings to store with them.
+        what: Name of the state in error messages, such as 'state of calibration'.
+
+    Raises:
+        InvalidInputError: The file cannot be written.
     """
     if not is_main():
         return
-    # clones, for safetensors refuses tensors that share storage, as tied weights do
+    # cloned, since safetensors refuses tensors that share storage, such as tied weights
     stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
     temporary = path.with_suffix(".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file(stored, temporary, metadata=metadata)
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk in a type of its own
+        temporary.replace(path)
+    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own exception
         reason = getattr(error, "strerror", None) or error
-        raise InvalidInputError(f"{path}: the {what} cannot be saved ({reason}); make space and run again") from error
+        raise InvalidInputError(
+            f"{path}: the {what} cannot be saved ({reason}); free disk space and run again"
+        ) from error
 
 
 def read_state(path: Path, what: str) -> tuple[Tensors, dict[str, str]] | None:
-    """The tensors and metadata of `path`, None where there is no such file; raises InvalidInputError for one that is broken."""
+    """Read the tensors and metadata of `path`; return None if there is no such file.
+
+    Raises:
+        InvalidInputError: The file is unreadable. The message calls it `what`.
+    """
     if not path.is_file():
         return None
     try:

@@ -1,9 +1,9 @@
-"""Training data made by the teacher itself, for models of latents and of text, and where there are no images.
+"""Training data sampled from the teacher, for latent and text models and recipes without images.
 
-    sample i = what the teacher makes by its own plan under prompt i (class i, ...) from seed i
+    sample i = the teacher's sample under its own plan, with prompt i (class i, ...) and seed SEED + i
 
-Prompts come from the recipe's `data: FILE.txt`, one a line, else from calib_data/prompts.txt. Nothing is sampled before
-a stage asks for a batch, and what was sampled is kept in the run's folder: a run that was killed does not sample again.
+Prompts come from the recipe's `data: FILE.txt`, one per line, or from calib_data/prompts.txt. Samples are generated
+when a stage first needs them and are kept in the run's folder, so a resumed run does not generate them again.
 """
 
 from __future__ import annotations
@@ -26,14 +26,21 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
 
-SEED = 2_000_000  # far from the seeds that people sample, calibrate and evaluate with
+SEED = 2_000_000  # far from the seeds used for sampling, calibration and evaluation
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class TeacherData:
-    """`count` samples of the teacher, with what it was told; kept in `cache` and read from there batch by batch."""
+    """Samples of the teacher with their conditioning, read from the cache batch by batch.
+
+    Attributes:
+        teacher: The checkpoint to sample from.
+        count: Number of samples.
+        cache: Folder of the samples.
+        prompts: Prompts of a text-conditional model, used in turn.
+    """
 
     teacher: Checkpoint
     count: int
@@ -42,31 +49,32 @@ class TeacherData:
 
     @cached_property
     def hash(self) -> str:
-        facts = [self.teacher.hash, self.count, SEED, list(self.prompts)]
-        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+        """Hash of everything that determines the samples."""
+        inputs = [self.teacher.hash, self.count, SEED, list(self.prompts)]
+        return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
-    def make(self) -> None:
-        """Sample now what was not sampled before, several processes together."""
-        self._paths.make()
+    def generate(self) -> None:
+        """Generate the samples that are not in the cache, divided among the processes."""
+        self._trajectories.generate()
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
-        """A random batch: float32 [B, C, H, W], and the conditions [B, ...] by input name."""
-        states, cond = self._paths.batch(size, generator)
+        """Draw a random batch: samples, float32 [B, C, H, W], and their conditioning [B, ...] by name."""
+        states, cond = self._trajectories.batch(size, generator)
         return states[:, -1], cond
 
     @cached_property
     def uncond(self) -> Tensors:
-        """The conditions of the unconditional half, [1, ...] by input name; empty where there is none."""
+        """The unconditional inputs, [1, ...] by name; empty if there are none."""
         uncond = self._network_conditioning.uncond or {}
         return {name: torch.from_numpy(array[:1]) for name, array in uncond.items()}
 
     def conditions(self, count: int) -> ConditioningInputs:
-        """What `count` samples are told: the prompts in turn, the classes in turn, or nothing."""
+        """Return the conditioning of `count` samples: the prompts in turn, the classes in turn, or none."""
         spec = self.teacher.spec
         if spec.conditioning.kind != "text":
             return dummy_conditioning(spec, count)
         if not spec.conditioning.encoders:
-            say("the model came without its text encoders: noise stands in for encoded prompts")
+            say("the model came without its text encoders: random noise replaces the encoded prompts")
             return dummy_conditioning(spec, count)
         prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
         cond = encoded_prompts(self.teacher, prompts, warn=say)
@@ -80,25 +88,29 @@ class TeacherData:
         return self.conditions(self.count)
 
     @cached_property
-    def _paths(self) -> TeacherTrajectories:
+    def _trajectories(self) -> TeacherTrajectories:
         return TeacherTrajectories(
             self.teacher, self.teacher.spec.plan, (), self.count, self._network_conditioning, SEED, self.cache
         )
 
 
 def data_for(ctx: Context, count: int) -> Data:
-    """What the run learns from, made where it has to be; where it was given nothing, `count` samples of its teacher."""
+    """Return the run's training data, or `count` samples of its teacher if the recipe has no data."""
     data = ctx.data
     if data is None:
         prompts = read_prompts(None) if ctx.teacher.spec.conditioning.kind == "text" else ()
         data = TeacherData(ctx.teacher, count, ctx.work.parent, prompts)
     if isinstance(data, TeacherData):
-        data.make()
+        data.generate()
     return data
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
-    """The prompts of a text file, one a line; None takes the built-in ones."""
+    """Read the prompts of a text file, one per line; None reads the built-in ones.
+
+    Raises:
+        InvalidInputError: The file is unreadable or contains no prompts.
+    """
     file = path or PROMPTS
     try:
         lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
@@ -106,5 +118,5 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
         raise InvalidInputError(f"{file}: not readable as a text file of prompts ({error})") from error
     prompts = tuple(line for line in lines if line)
     if not prompts:
-        raise InvalidInputError(f"{file}: holds no prompts; write one a line")
+        raise InvalidInputError(f"{file}: contains no prompts; write one per line")
     return prompts

@@ -1,16 +1,15 @@
-"""Trajectories of the teacher, made once and kept on disk: what students learn from where there are no images.
+"""Trajectories of the teacher, generated once and kept on disk: training data that needs no images.
 
-    path i = the teacher's states at the wanted points of a plan, from the noise of seed i under condition i
+    trajectory i = the teacher's states at chosen steps of a plan, from seed `seed` + i with conditioning i
 
-Every 256 paths are a file of their own, put in place by one rename: a run that was killed makes only those that are
-missing, and a batch reads its rows from the disk, so that memory does not grow with their number.
+Each file holds 256 trajectories and is written atomically by a rename: a resumed run generates only the missing files.
+A batch reads its rows from disk, so memory does not grow with the number of trajectories.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -29,16 +28,26 @@ from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.sampler import initial_std, noise_for, sample
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
 
-ROWS = 256
-BATCH, LATENT_BATCH = 64, 4
+ROWS_PER_FILE = 256
+PIXEL_BATCH, LATENT_BATCH = 64, 4
 
 Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class TeacherTrajectories:
-    """`count` paths of the teacher by `plan`, each float32 [P, C, H, W]: its states before the steps `kept` and, last,
-    the end. `conditions` tell them apart, and seeds from `seed` on; `folder` keeps them.
+    """Trajectories of a teacher, each float32 [P, C, H, W].
+
+    A trajectory holds the states before the steps `kept`, followed by the final state.
+
+    Attributes:
+        teacher: The checkpoint to sample from.
+        plan: Sampling plan of the trajectories.
+        kept: Indices of the steps whose initial states are kept, P - 1 of them.
+        count: Number of trajectories.
+        conditions: Conditioning of each trajectory.
+        seed: Seed of the first trajectory; each further one adds 1.
+        folder: Folder of the files.
     """
 
     teacher: Checkpoint
@@ -49,29 +58,29 @@ class TeacherTrajectories:
     seed: int
     folder: Path
 
-    def make(self) -> None:
-        """Make what is missing now and not at the first batch; of several processes each makes its share."""
-        self._make_missing(list(self._spans)[distributed.index() :: distributed.count()])
+    def generate(self) -> None:
+        """Generate the missing files now, divided among the processes, rather than at the first batch."""
+        self._generate_missing(list(self._spans)[distributed.index() :: distributed.count()])
         distributed.wait()
         len(self._files)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
-        """Random paths, float32 [B, P, C, H, W], and what they were told, [B, ...] by input name."""
+        """Draw random trajectories, float32 [B, P, C, H, W], and their conditioning [B, ...] by name."""
         picks = torch.randint(0, self.count, (size,), generator=generator).numpy()
-        rows = np.stack([self._files[pick // ROWS][pick % ROWS] for pick in picks])
+        rows = np.stack([self._files[pick // ROWS_PER_FILE][pick % ROWS_PER_FILE] for pick in picks])
         cond = {name: torch.from_numpy(array[picks]) for name, array in self.conditions.cond.items()}
         return torch.from_numpy(rows), cond
 
     @cached_property
     def _files(self) -> list[np.ndarray]:
-        """The rows of every file, mapped and not read; made here where they are missing."""
-        self._make_missing(self._spans)
-        return [_mapped(path) for path in self._spans]
+        """The rows of every file, memory-mapped; missing files are generated here."""
+        self._generate_missing(self._spans)
+        return [_memory_map(path) for path in self._spans]
 
     @cached_property
     def _spans(self) -> dict[Path, range]:
-        """Which paths every file holds."""
-        spans = (range(start, min(start + ROWS, self.count)) for start in range(0, self.count, ROWS))
+        """Range of trajectories of each file."""
+        spans = (range(start, min(start + ROWS_PER_FILE, self.count)) for start in range(0, self.count, ROWS_PER_FILE))
         return {self.folder / self._name(span): span for span in spans}
 
     def _name(self, span: range) -> str:
@@ -80,29 +89,29 @@ class TeacherTrajectories:
         facts = [self.teacher.hash, asdict(self.plan), self.kept, self.seed, span.start, span.stop, digests]
         return f"paths-{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}.npy"
 
-    def _make_missing(self, wanted: Iterable[Path]) -> None:
-        missing = {path: self._spans[path] for path in wanted if not path.is_file()}
+    def _generate_missing(self, paths: Iterable[Path]) -> None:
+        missing = {path: self._spans[path] for path in paths if not path.is_file()}
         if missing:
-            self._make(missing)
+            self._generate(missing)
 
-    def _make(self, missing: Mapping[Path, range]) -> None:
+    def _generate(self, missing: Mapping[Path, range]) -> None:
         spec = self.teacher.spec.with_plan(self.plan)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        pixels = ROWS if device == "cuda" else BATCH  # a GPU is no faster with fewer
-        batch, done = pixels if spec.is_pixel_space else LATENT_BATCH, 0
+        pixel_batch = ROWS_PER_FILE if device == "cuda" else PIXEL_BATCH  # smaller batches are no faster on a GPU
+        batch, done = pixel_batch if spec.is_pixel_space else LATENT_BATCH, 0
         with progress("samples of the teacher", sum(map(len, missing.values()))) as advance:
             network = TorchNetwork(self.teacher.model.to(device), spec)
             for path, span in missing.items():
-                parts = []
+                chunks = []
                 for first in range(span.start, span.stop, batch):
-                    parts.append(self._run_fused(network, range(first, min(first + batch, span.stop))))
-                    done += len(parts[-1])
+                    chunks.append(self._sample(network, range(first, min(first + batch, span.stop))))
+                    done += len(chunks[-1])
                     advance(done)
-                _write(path, np.concatenate(parts))
+                _write(path, np.concatenate(chunks))
         self.teacher.model.to("cpu")
 
-    def _run_fused(self, network: TorchNetwork, members: range) -> np.ndarray:
-        """float32 [len(members), P, C, H, W]."""
+    def _sample(self, network: TorchNetwork, members: range) -> np.ndarray:
+        """Sample the trajectories `members`, float32 [len(members), P, C, H, W]."""
         plan, spec = self.plan, self.teacher.spec.with_plan(self.plan)
         denoise = plan_denoiser(network, spec, self.conditions.part(slice(members.start, members.stop)))
         seeds = [self.seed + member for member in members]
@@ -116,12 +125,12 @@ class TeacherTrajectories:
         return np.stack([states[index] for index in (*self.kept, plan.steps)], axis=1)
 
 
-def _mapped(path: Path) -> np.ndarray:
-    """The array in a file, read from the disk row by row as it is asked for."""
+def _memory_map(path: Path) -> np.ndarray:
+    """Memory-map the array of a file, so that rows are read on access."""
     try:
         rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise InvalidInputError(f"{path}: cannot be read ({error}); delete it, and it is made again") from error
+        raise InvalidInputError(f"{path}: cannot be read ({error}); delete it to generate it again") from error
     return rows
 
 
@@ -131,7 +140,7 @@ def _write(path: Path, rows: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             np.save(file, rows, allow_pickle=False)
-        os.replace(temporary, path)
+        temporary.replace(path)
     except OSError as error:
         reason = error.strerror or error
-        raise InvalidInputError(f"{path}: cannot be written ({reason}); make space and run again") from error
+        raise InvalidInputError(f"{path}: cannot be written ({reason}); free disk space and run again") from error

@@ -1,12 +1,12 @@
-"""An ONNX graph whose weights stay where they are until they are written: never a second copy of a model in memory.
+"""ONNX graph whose weights are read lazily, so that a model is never held in memory twice.
 
-    proto     nodes, inputs, outputs, constants; of each layer's weight a stub (name, dtype, shape, no bytes)
-    weights   name of the stub -> Weight, whose read() makes the one array that is being written
+    proto     nodes, inputs, outputs, constants; for each layer weight a stub (name, dtype, shape, no bytes)
+    weights   stub name -> Weight, whose read() creates the array when it is written
 
-A file is written in one pass, one array after the other, in one of two forms:
+A file is written in one pass, one array at a time, in one of two forms:
 
     inline    graph.onnx alone: a protobuf message is a sequence of (tag, length, bytes), so it can be streamed
-    external  graph.onnx with references to a data file: [weight | zeros up to the next page]*
+    external  graph.onnx with references to a data file: [weight | zero padding up to the next page]*
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-# protobuf cannot hold a message of 2 GiB; the graph itself needs some of it
+# a protobuf message is limited to 2 GiB, and the graph itself needs some of it
 MAX_INLINE_BYTES = 2**31 - 2**24
 
-# what is not larger never goes to a data file
+# tensors up to this size are never stored in a data file
 SMALL_BYTES = 1024
 
-# ONNX asks that offsets be multiples of a page, so that an engine can map the file instead of reading it
+# ONNX recommends page-aligned offsets, so that an engine can memory-map the file
 PAGE = 4096
 
 # field numbers of onnx.proto: ModelProto.graph, GraphProto.initializer, TensorProto.raw_data
 GRAPH_FIELD, INITIALIZER_FIELD, RAW_DATA_FIELD = 7, 5, 9
 LENGTH_DELIMITED = 2
 
-# types that ml_dtypes keeps in a byte each
+# 4-bit types, which ml_dtypes stores in one byte each
 FOUR_BITS = ("int4", "uint4", "float4_e2m1fn")
 
 
 class Weight(NamedTuple):
-    """A tensor that is made when it is asked for.
+    """Lazily read tensor.
 
-    `read` gives the array, of this dtype (bfloat16 and the like: ml_dtypes') and shape; it may be a view.
+    `read` returns the array in this dtype (ml_dtypes for bfloat16 and similar) and shape; it may be a view.
     """
 
     dtype: np.dtype
@@ -50,17 +50,16 @@ class Weight(NamedTuple):
 
     @property
     def nbytes(self) -> int:
-        """As a file stores it: two 4-bit numbers take a byte."""
+        """Size in a file, where two 4-bit numbers share one byte."""
         count = int(np.prod(self.shape, dtype=np.int64))
         return -(-count // 2) if self.dtype.name in FOUR_BITS else count * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Graph:
-    """An ONNX graph whose weights are not in the proto (see the top of this file).
+    """ONNX graph whose weights are stored outside the proto (see the module docstring).
 
-    Weights made from a torch model refer to it: as long as the graph lives so does the model, and what changes there
-    changes here.
+    Weights made from a torch model refer to its tensors: the graph keeps the model alive and sees later changes to it.
     """
 
     proto: onnx.ModelProto
@@ -68,13 +67,17 @@ class Graph:
 
 
 def stub(name: str, weight: Weight) -> TensorProto:
-    """The initializer that stands for `weight` in a proto."""
+    """Return the initializer that represents `weight` in a proto, without its bytes."""
     data_type = helper.np_dtype_to_tensor_dtype(weight.dtype)
     return TensorProto(name=name, data_type=data_type, dims=weight.shape, data_location=TensorProto.EXTERNAL)
 
 
 def weight_of(graph: Graph, name: str) -> Weight:
-    """Any initializer of the graph, one that is in the proto too. Raises KeyError where it has none of that name."""
+    """Return any initializer of the graph as a `Weight`, including those stored in the proto.
+
+    Raises:
+        KeyError: If the graph has no initializer of that name.
+    """
     if name in graph.weights:
         return graph.weights[name]
     tensor = next((tensor for tensor in graph.proto.graph.initializer if tensor.name == name), None)
@@ -85,7 +88,7 @@ def weight_of(graph: Graph, name: str) -> Weight:
 
 
 def load_all(graph: Graph) -> onnx.ModelProto:
-    """A proto with every weight in it: for small graphs and for tests."""
+    """Return a proto that contains every weight. For small graphs and tests."""
     proto = _copied(graph.proto)
     for tensor in proto.graph.initializer:
         if tensor.name in graph.weights:
@@ -94,11 +97,21 @@ def load_all(graph: Graph) -> onnx.ModelProto:
 
 
 def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> int:
-    """Check the graph and write it to `path`, reading one weight at a time; returns the bytes written.
+    """Check the graph and write it to `path`, reading one weight at a time.
 
-    Weights go into the same file; into `data`, relative to the folder of `path` ('unet/model.onnx_data'), where it is
-    given; and into `path`.data where one protobuf file cannot hold them. The same graph gives the same bytes. Raises
-    onnx.checker.ValidationError for a graph that is none.
+    The same graph always gives the same bytes.
+
+    Args:
+        graph: The graph to write.
+        path: The ONNX file.
+        data: File for the weights, relative to the folder of `path` ('unet/model.onnx_data'). By default they are
+            stored in `path` itself, or in `path`.data if the graph exceeds the protobuf size limit.
+
+    Returns:
+        The number of bytes written.
+
+    Raises:
+        onnx.checker.ValidationError: If the graph is invalid.
     """
     _check(graph)
     if data is None and _inline_bytes(graph) <= MAX_INLINE_BYTES:
@@ -111,9 +124,10 @@ def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> int:
 
 
 def write_view(path: Path, view: Path) -> None:
-    """Write the graph of `path` to `view` as well, a second small file over the same data file.
+    """Write the graph of `path` also to `view`, a second small file that refers to the same data file.
 
-    The data must lie in the folder of `view` or below it, for ONNX refuses references upwards (ValueError).
+    Raises:
+        ValueError: If the data is not in the folder of `view` or below it; ONNX does not allow references upwards.
     """
     proto = onnx.load(path, load_external_data=False)
     for tensor in proto.graph.initializer:
@@ -130,7 +144,7 @@ def _copied(proto: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _check(graph: Graph) -> None:
-    """The checker looks at structure only, so the weights are shown to it as inputs of their dtypes and shapes."""
+    """Check the graph's structure; weights are passed to the checker as inputs of their dtype and shape."""
     proto = _copied(graph.proto)
     del proto.graph.initializer[:]
     for tensor in graph.proto.graph.initializer:
@@ -146,7 +160,7 @@ def _inline_bytes(graph: Graph) -> int:
 
 
 def _write_inline(graph: Graph, file: BinaryIO) -> None:
-    """The message that `load_all(graph)` is, except that its weights come after the other initializers."""
+    """Stream the message of `load_all(graph)`, except that weights follow the other initializers."""
     outer, inner = _copied(graph.proto), onnx.GraphProto()
     outer.ClearField("graph")
     inner.CopyFrom(graph.proto.graph)
@@ -167,7 +181,7 @@ def _write_inline(graph: Graph, file: BinaryIO) -> None:
 
 
 def _tag(number: int, length: int) -> bytes:
-    """What stands before the bytes of a field: its number and their length, as varints (7 bits a byte, low first)."""
+    """Return a field's header: its number and its length in bytes as varints (7 bits per byte, low first)."""
     out = bytearray()
     for value in (number << 3 | LENGTH_DELIMITED, length):
         while value > 0x7F:
@@ -199,13 +213,13 @@ def _fill_(tensor: TensorProto, weight: Weight) -> None:
 
 
 def _bytes(name: str, weight: Weight) -> memoryview:
-    # viewed as bytes, for ml_dtypes' arrays have no buffer; a transposed array is copied here
+    # viewed as bytes because ml_dtypes arrays have no buffer protocol; a transposed array is copied here
     stored = np.ascontiguousarray(_array(name, weight)).reshape(-1).view(np.uint8)
     return (_packed(stored) if weight.dtype.name in FOUR_BITS else stored).data
 
 
 def _packed(numbers: np.ndarray) -> np.ndarray:
-    """uint8 [N], of which the lower 4 bits count -> uint8 [ceil(N / 2)], the first of two in the lower half."""
+    """Pack uint8 [N] with 4 significant bits into uint8 [ceil(N / 2)]; the first of two takes the low bits."""
     pairs = np.pad(numbers, (0, numbers.size % 2)).reshape(-1, 2) & 0x0F
     return pairs[:, 0] | pairs[:, 1] << 4
 
@@ -214,7 +228,7 @@ def _array(name: str, weight: Weight) -> np.ndarray:
     array = weight.read()
     if array.dtype != weight.dtype or array.shape != weight.shape:
         raise ValueError(
-            f"weight '{name}' is {array.dtype} {array.shape} now, {weight.dtype} {weight.shape} when it was traced; "
+            f"weight '{name}' is {array.dtype} {array.shape}, but was {weight.dtype} {weight.shape} when traced; "
             "export again after changing the model"
         )
     return array

@@ -1,8 +1,9 @@
-"""The opset a graph needs for the number formats in it.
+"""ONNX opset that a graph's number formats require.
 
-Graphs are traced at `diffpress.export.graph.trace.OPSET`, which gives the fastest ones; a format whose type came later raises the
-number that the written file imports, and nothing else in it: between the two, the operators of our graphs gained types
-and attributes whose defaults are what was there before (onnx's Changelog). GroupNormalization did not: it is refused.
+Graphs are traced at `diffpress.export.graph.trace.OPSET`, which gives the fastest graphs. A format whose type was added
+in a later opset raises only the imported opset number: between the two versions, the operators in our graphs gained
+types and attributes whose defaults keep the old behaviour (ONNX Changelog). GroupNormalization was redefined, so it is
+rejected.
 """
 
 from __future__ import annotations
@@ -15,29 +16,33 @@ from diffpress.compress.quantization.formats import FORMATS
 from diffpress.export.graph.model import Graph
 from diffpress.runtime.errors import InvalidInputError
 
-# type -> the opset in which QuantizeLinear and DequantizeLinear take it; opset -> the IR version that goes with it
+# type -> first opset whose QuantizeLinear and DequantizeLinear support it; opset -> its IR version
 TYPE_OPSETS = {"float8_e4m3fn": 19, "int4": 21, "float4_e2m1fn": 23}
 IR_VERSIONS = {19: 9, 21: 10, 22: 10, 23: 11}
 
-# operator -> the first opset in which it means something else
+# operator -> first opset with a redefined meaning
 REDEFINED = {"GroupNormalization": 21}
 
 
 def needed_opset(formats: Iterable[str]) -> int:
-    """The least opset that has the types of these formats, 0 where any will do."""
+    """Return the lowest opset that supports the types of these formats, or 0 if any opset does."""
     numbers = [number for kind in formats for number in (FORMATS[kind].weights, FORMATS[kind].activations) if number]
     return max((TYPE_OPSETS.get(number.name, 0) for number in numbers), default=0)
 
 
 def raised(graph: Graph, opset: int) -> Graph:
-    """`graph` importing at least `opset`; InvalidInputError for an operator that means something else there."""
+    """Return `graph` with an imported opset of at least `opset`.
+
+    Raises:
+        InvalidInputError: If an operator of the graph was redefined up to that opset.
+    """
     if opset_of(graph) >= opset:
         return graph
     for node in graph.proto.graph.node:
         if REDEFINED.get(node.op_type, opset + 1) <= opset:
             raise InvalidInputError(
-                f"node '{node.name}': {node.op_type} means something else in ONNX opset {opset}, which this format "
-                "needs; take format int8"
+                f"node '{node.name}': {node.op_type} was redefined in ONNX opset {opset}, which this format requires; "
+                "use format int8"
             )
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.proto)
@@ -50,6 +55,7 @@ def raised(graph: Graph, opset: int) -> Graph:
 
 
 def opset_of(graph: Graph) -> int:
+    """Return the version of the default operator set that the graph imports."""
     return int(_default(graph.proto).version)
 
 

@@ -1,4 +1,4 @@
-"""A graph being written from another one: initializers by name, nodes in order."""
+"""Builder that rewrites an ONNX graph: initializers by name, nodes in order."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from diffpress.export.graph.model import Graph, Weight, stub
 
 @dataclass
 class Rewrite:
-    """Begins with the initializers and weights of `source`, and no nodes.
+    """Graph under construction; starts with the initializers and weights of `source` and no nodes.
 
-    `done` names what was made from a tensor and the bytes of its scale, so that it is made once.
+    `done` maps (tensor, scale bytes) to the tensor created for them, so that each is created only once.
     """
 
     source: Graph
@@ -30,15 +30,17 @@ class Rewrite:
         self.weights = dict(self.source.weights)
 
     def add(self, name: str, value: np.ndarray) -> str:
+        """Add a small constant, stored in the proto; returns its name."""
         self.initializers[name] = numpy_helper.from_array(value, name)
         return name
 
     def add_weight(self, name: str, weight: Weight) -> str:
+        """Add a weight that is read when the graph is written; returns its name."""
         self.initializers[name], self.weights[name] = stub(name, weight), weight
         return name
 
     def graph(self) -> Graph:
-        """The graph as written, without nodes and initializers that nothing reads."""
+        """Return the rewritten graph without unused nodes and initializers."""
         model = self.source.proto
         old = model.graph
         nodes = ancestors(self.nodes, [value.name for value in old.output])
@@ -56,17 +58,17 @@ class Rewrite:
 
 
 def ancestors(nodes: Sequence[onnx.NodeProto], names: Iterable[str]) -> list[onnx.NodeProto]:
-    """Those of `nodes`, which are in order, that make these tensors, in the same order."""
-    wanted, found = set(names), []
+    """Return those of `nodes` (in topological order) that the tensors `names` depend on, in the same order."""
+    needed, found = set(names), []
     for node in reversed(nodes):
-        if not wanted.isdisjoint(node.output):
-            wanted.update(node.input)
+        if not needed.isdisjoint(node.output):
+            needed.update(node.input)
             found.append(node)
     return found[::-1]
 
 
 def copies(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """These nodes one by one, each free to be changed."""
+    """Yield a copy of each node, which may be modified."""
     for original in nodes:
         node = onnx.NodeProto()
         node.CopyFrom(original)

@@ -1,10 +1,10 @@
-"""Checkpoint -> float ONNX graph, the portable truth that everything else is made from.
+"""Checkpoint -> float ONNX graph, from which all other graphs are derived.
 
     sample [B, C, H, W] f32, timestep [B] i64 or f32, class_labels [B] i64, text inputs [B, ...] f32, guidance [B] f32
         ->   out_sample [B, C, H, W] f32
 
-with those of the inputs that the model takes. B is dynamic, and H, W and the text's length where the model allows.
-`diffpress.export.graph.trace` says how it is made and what names it keeps.
+Only inputs that the model accepts are present. B is dynamic; H, W and the text length are dynamic if the model allows
+it. `diffpress.export.graph.trace` describes the tracing and the node names.
 """
 
 from __future__ import annotations
@@ -18,14 +18,17 @@ from diffpress.export.graph.trace import trace
 
 OUT = "out_sample"
 
-# torch.export would fix a batch of one in the graph
+# torch.export would specialize the graph to a batch size of 1
 TRACED_BATCH = 2
 
 
 def export_float(checkpoint: Checkpoint, path: Path) -> Graph:
-    """Write the checkpoint's network in float32 to `path` (and `path`.data above 2 GiB); returns the graph.
+    """Write the checkpoint's network in float32 to `path` (and `path`.data above 2 GiB); return the graph.
 
-    The same checkpoint gives the same bytes in any process. Raises InvalidInputError where the module cannot be traced.
+    The same checkpoint gives the same bytes in any process.
+
+    Raises:
+        InvalidInputError: If the module cannot be traced.
     """
     graph = to_onnx(checkpoint)
     save_graph(graph, path)
@@ -33,9 +36,9 @@ def export_float(checkpoint: Checkpoint, path: Path) -> Graph:
 
 
 def to_onnx(checkpoint: Checkpoint, fixed_size: bool = False) -> Graph:
-    """The checkpoint's network as an ONNX graph whose weights read the checkpoint's (see the top of this file).
+    """Return the checkpoint's network as a float32 ONNX graph whose weights read the checkpoint's tensors.
 
-    `fixed_size` keeps height and width as the spec has them also where the model would allow others.
+    `fixed_size` fixes height and width to the spec's, even if the model supports other sizes.
     """
     inputs = dummy_inputs(checkpoint.spec, TRACED_BATCH)
     axes = dynamic_axes(checkpoint.model, checkpoint.spec, fixed_size)

@@ -1,14 +1,15 @@
-"""Torch module -> float32 ONNX graph, of which no weight is copied: the graph's weights read the module's tensors.
+"""Torch module -> float32 ONNX graph whose weights read the module's tensors without a copy.
 
-    module --deepcopy--> the same module over fake tensors (shapes without bytes, float32 for bf16 and fp16)
-           --torch.export, ONNX translation--> graph, in which layers' weights have no values and nothing folds them
-           --optimize, name layers, strip--> Graph, its weights: name -> the real module's tensor, widened when written
+    module --deepcopy--> the same module with fake tensors (shapes without bytes, float32 for bf16 and fp16)
+           --torch.export, ONNX translation--> graph whose layer weights have no values, so nothing folds them
+           --optimize, name layers, strip--> Graph with weights: name -> the real tensor, cast to float32 when written
 
-The exporter puts a linear layer's weight behind a Transpose, and would fold it into a second copy of the weight: here
-the Transpose moves into `Weight.read`. The graph depends on the network alone: no traces, paths or times. A node that
-applies a layer's weight is named after that layer ('mid_block.resnets.0.conv1'; '#2' and so on where it is called
-again), and the sum in which a module ends after the module ('mid_block.resnets.0'): this is how quantization finds
-them.
+The exporter places a Transpose on a linear layer's weight and would fold it into a second copy of the weight; here the
+Transpose moves into `Weight.read`. The graph depends on the network alone: it contains no traces, paths or times.
+
+Quantization finds layers by node name. A node that applies a layer's weight is named after that layer
+('mid_block.resnets.0.conv1'; '#2' and so on for repeated uses), and the final sum of a module is named after the module
+('mid_block.resnets.0').
 """
 
 from __future__ import annotations
@@ -35,28 +36,28 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from diffpress.export.graph.model import Graph, Weight, stub
 from diffpress.runtime.errors import InvalidInputError
 
-# Opset 18 writes GroupNorm as reshape + InstanceNormalization, which gave the fastest int8 graph in OpenVINO: 45 ms
-# against 56 with opset 21's GroupNormalization and 58 with opset 23; in fp32 they hardly differ.
+# Opset 18 decomposes GroupNorm into Reshape and InstanceNormalization, which gave the fastest int8 graph in OpenVINO:
+# 45 ms, 56 ms with opset 21's GroupNormalization, 58 ms with opset 23. In fp32 the difference is negligible.
 OPSET = 18
 
-# operator -> which of its inputs is the layer's weight
+# operator -> index of the input that is the layer's weight
 WEIGHT_INPUT = {"Conv": 1, "ConvTranspose": 1, "Gemm": 1, "MatMul": 1, "Gather": 0}
 
-# what a residual block ends in: the sum, or the division of it by a constant
+# last node of a residual block: the sum, or its division by a constant
 SUMS = ("Add", "Div")
 
-# What is larger is no constant to the optimizer, nor is a layer's weight of any size; biases and norms are folded.
+# The optimizer sees tensors up to this size as constants (biases, norms), but never a layer's weight.
 FOLDED_BYTES = 2**16
 
-# of the module inside the one that is exported
+# name prefix of the wrapped module
 PREFIX = "model."
 SCOPES = "pkg.torch.onnx.name_scopes"
 
 Forward = Callable[[nn.Module, dict[str, Tensor]], Tensor | tuple[Tensor, ...]]
 
 
-class _Called(nn.Module):
-    """`forward(model, {name: tensor})` as a module of positional tensors."""
+class _PositionalWrapper(nn.Module):
+    """Wrap `forward(model, {name: tensor})` as a module that takes positional tensors."""
 
     def __init__(self, model: nn.Module, forward: Forward, names: list[str]) -> None:
         super().__init__()
@@ -73,23 +74,30 @@ def trace(
     outputs: list[str],
     axes: dict[str, dict[int, str]],
 ) -> Graph:
-    """The graph of `forward(module, inputs)`, its outputs named `outputs`, in evaluation mode.
+    """Trace `forward(module, inputs)` in evaluation mode into an ONNX graph.
 
-    `inputs` are examples (float ones become float32); `axes` names what is dynamic in them, {'sample': {0: 'batch'}}. A
-    dynamic dimension needs an example of at least 2: torch would fix a 1 in the graph. The module is left as it is, and
-    may be of any dtype and on any device. Raises InvalidInputError where it cannot be traced.
+    Args:
+        module: The module, of any dtype and on any device; it is not modified.
+        forward: Called with a copy of the module and the inputs by name.
+        inputs: Example inputs; floating-point ones become float32.
+        outputs: Names of the outputs.
+        axes: Names of the inputs' dynamic dimensions, {'sample': {0: 'batch'}}. The example must have a
+            size of at least 2 there, because torch specializes the graph to a size of 1.
+
+    Raises:
+        InvalidInputError: If the module cannot be traced.
     """
     try:
         with _quiet():
-            program = _exported(_Called(_faked(module), forward, list(inputs)).eval(), inputs, outputs, axes)
+            program = _exported(_PositionalWrapper(_faked(module), forward, list(inputs)).eval(), inputs, outputs, axes)
             tensors = {f"{PREFIX}{name}": tensor for name, tensor in _tensors(module)}
             weights = _take_weights_(program.model.graph, tensors)
             program.optimize()
-    except Exception as error:  # tracing, decomposing and translating each raise types of their own
+    except Exception as error:  # tracing, decomposition and translation each raise their own types
         kind = type(module).__name__
         raise InvalidInputError(
-            f"{kind}: cannot be traced into an ONNX graph ({_reason(error)}); its forward must be made of tensor "
-            "operations, without branches on tensor values"
+            f"{kind}: cannot be traced into an ONNX graph ({_reason(error)}); its forward must consist of "
+            "tensor operations without branches on tensor values"
         ) from error
     graph = _assembled(program.model, weights)
     _name_layers_(graph.proto.graph, module)
@@ -105,8 +113,8 @@ def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _faked(module: nn.Module) -> nn.Module:
-    """A copy of `module` on the CPU whose parameters and buffers have shapes and no bytes."""
-    memo: dict[int, object] = {}  # what deepcopy has copied already, as far as it knows; tied weights stay tied
+    """Return a copy of `module` on the CPU whose parameters and buffers have shapes but no bytes."""
+    memo: dict[int, object] = {}  # deepcopy takes these for copied already; tied weights stay tied
     with FakeTensorMode():
         for _, tensor in _tensors(module):
             fake = torch.empty(tensor.shape, dtype=_widened(tensor.dtype), device="cpu")
@@ -121,7 +129,7 @@ def _widened(dtype: torch.dtype) -> torch.dtype:
 def _exported(
     module: nn.Module, inputs: dict[str, Tensor], outputs: list[str], axes: dict[str, dict[int, str]]
 ) -> torch.onnx.ONNXProgram:
-    # not a named Dim: diffusers takes a harmless branch at a batch of 64, for which that is traced a second time
+    # not a named Dim: diffusers has a harmless branch at batch size 64, for which it would be traced twice
     dynamic = tuple(dict.fromkeys(axes.get(name, {}), torch.export.Dim.DYNAMIC) for name in inputs)
     program = torch.onnx.export(
         module,
@@ -135,12 +143,12 @@ def _exported(
         verbose=False,
         custom_translation_table={torch.ops.aten.squeeze.dim: _squeezed},
     )
-    assert program is not None  # None only where a file was asked for
+    assert program is not None  # None only if a file was requested
     return program
 
 
 def _squeezed(tensor: Any, dim: int) -> Any:
-    """Torch leaves an axis alone that is longer than 1 (PixArt's last `squeeze`); ONNX's Squeeze refuses it."""
+    """Squeeze as torch does: an axis longer than 1 stays (PixArt's last `squeeze`); ONNX rejects it."""
     shape = tensor.shape or ()
     if not shape or (isinstance(shape[dim], int) and shape[dim] != 1):
         return op.Identity(tensor)
@@ -149,19 +157,19 @@ def _squeezed(tensor: Any, dim: int) -> Any:
 
 
 def _take_weights_(graph: onnx_ir.Graph, tensors: dict[str, Tensor]) -> dict[onnx_ir.Value, Weight]:
-    """Give the small fakes their real values and the rest none at all; returns what the rest are."""
+    """Give small fake tensors their real values, strip the others of values, and return those as weights."""
     weights = {}
     for name, value in graph.initializers.items():
         if not isinstance(getattr(value.const_value, "raw", None), FakeTensor):
-            continue  # a constant of the forward's own
+            continue  # a constant created in forward
         tensor = tensors[name]
-        dtype, as_it_is = _widened(tensor.dtype), tuple(range(tensor.dim()))
-        layers = isinstance(tensor, nn.Parameter) and tensor.dim() > 1
-        if not layers and tensor.numel() * dtype.itemsize <= FOLDED_BYTES:
-            value.const_value = onnx_ir.tensor(_read(tensor, as_it_is).copy(), name=name)
+        dtype, identity = _widened(tensor.dtype), tuple(range(tensor.dim()))
+        is_layer_weight = isinstance(tensor, nn.Parameter) and tensor.dim() > 1
+        if not is_layer_weight and tensor.numel() * dtype.itemsize <= FOLDED_BYTES:
+            value.const_value = onnx_ir.tensor(_read(tensor, identity).copy(), name=name)
         else:
             value.const_value = None
-            order = _move_transposes_(graph, value) or as_it_is
+            order = _move_transposes_(graph, value) or identity
             assert value.dtype is not None
             shape = tuple(tensor.shape[i] for i in order)
             weights[value] = Weight(value.dtype.numpy(), shape, partial(_read, tensor, order))
@@ -174,7 +182,7 @@ def _read(tensor: Tensor, order: tuple[int, ...]) -> np.ndarray:
 
 
 def _move_transposes_(graph: onnx_ir.Graph, value: onnx_ir.Value) -> tuple[int, ...] | None:
-    """Where every reader transposes the value in one way, remove them and return the permutation it now stands for."""
+    """Remove the Transpose that all readers of a weight share; return its permutation, None otherwise."""
     readers = [node for node, _ in value.uses()]
     orders = {_permutation(node) for node in readers}
     if len(orders) != 1 or None in orders:
@@ -189,14 +197,14 @@ def _move_transposes_(graph: onnx_ir.Graph, value: onnx_ir.Value) -> tuple[int, 
 
 
 def _permutation(node: onnx_ir.Node) -> tuple[int, ...] | None:
-    """The permutation of a Transpose that the exporter wrote, None for any other node."""
+    """Return the permutation of a Transpose written by the exporter, or None for any other node."""
     if node.op_type != "Transpose" or node.outputs[0].is_graph_output() or "perm" not in node.attributes:
         return None
     return tuple(node.attributes["perm"].as_ints())
 
 
 def _assembled(model: onnx_ir.Model, weights: dict[onnx_ir.Value, Weight]) -> Graph:
-    """The proto, with the wrapper's prefix taken off the names, and stubs for the weights."""
+    """Convert to a proto with stubs for the weights and without the wrapper's name prefix."""
     used = {}
     for value, weight in weights.items():
         if value.name is not None and model.graph.initializers.pop(value.name, None) is not None:
@@ -212,7 +220,7 @@ def _assembled(model: onnx_ir.Model, weights: dict[onnx_ir.Value, Weight]) -> Gr
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the exporter's prints, warnings and log lines to itself: errors come as exceptions."""
+    """Suppress prints, warnings and log messages of the exporter; errors are raised as exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
@@ -225,7 +233,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line: the exporter wraps the first cause in a page of advice."""
+    """Return the root cause in one line; the exporter wraps it in a page of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -233,47 +241,47 @@ def _reason(error: BaseException) -> str:
 
 
 def _name_layers_(graph: onnx.GraphProto, module: nn.Module) -> None:
-    """Name the nodes that apply a layer's weight after the layer."""
+    """Name the nodes that apply a layer's weight after that layer."""
     layers = {name for name, child in module.named_modules() if hasattr(child, "weight")}
     stored = {tensor.name for tensor in graph.initializer}
-    calls: dict[str, int] = {}
+    uses: dict[str, int] = {}
     for node in graph.node:
         layer, index = _layer(node), WEIGHT_INPUT.get(node.op_type)
         if index is not None and layer in layers and node.input[index] in stored:
-            calls[layer] = calls.get(layer, 0) + 1
-            node.name = layer if calls[layer] == 1 else f"{layer}#{calls[layer]}"
+            uses[layer] = uses.get(layer, 0) + 1
+            node.name = layer if uses[layer] == 1 else f"{layer}#{uses[layer]}"
 
 
 def _name_sums_(graph: onnx.GraphProto, module: nn.Module) -> None:
-    """Name the sum in which a module without a weight of its own ends after the module.
+    """Name the final sum of a module that has no weight after the module.
 
-    It is made in the module itself and read outside; where there are two, as in a module called twice, none is named.
+    It is computed in the module and read outside of it. If there are two, as in a module called twice, none is named.
     """
     modules = {name for name, child in module.named_modules() if name and not hasattr(child, "weight")}
     readers: dict[str, list[str]] = {value.name: [""] for value in graph.output}
     for node in graph.node:
         for name in node.input:
             readers.setdefault(name, []).append(_layer(node))
-    ends: dict[str, list[onnx.NodeProto]] = {}
+    sums: dict[str, list[onnx.NodeProto]] = {}
     for node in graph.node:
         name = _layer(node)
         outside = any(not f"{reader}.".startswith(f"{name}.") for reader in readers[node.output[0]])
         if name in modules and node.op_type in SUMS and outside:
-            ends.setdefault(name, []).append(node)
-    for name, found in ends.items():
+            sums.setdefault(name, []).append(node)
+    for name, found in sums.items():
         if len(found) == 1:
             found[0].name = name
 
 
 def _layer(node: onnx.NodeProto) -> str:
-    """The innermost module the exporter was in when it made this node."""
+    """Return the name of the innermost module in which the exporter created this node."""
     scopes = next((entry.value for entry in node.metadata_props if entry.key == SCOPES), "[]")
-    modules = ast.literal_eval(scopes)[:-1]  # the last scope is the operation's own
+    modules = ast.literal_eval(scopes)[:-1]  # the last scope is the operation itself
     return str(modules[-1]).removeprefix(PREFIX) if modules else ""
 
 
 def _name_axes_(graph: onnx.GraphProto, axes: dict[str, dict[int, str]]) -> None:
-    """Name the inputs' dynamic dimensions as `axes` does, and the outputs' by what they follow from ('8 * height')."""
+    """Name the inputs' dynamic dimensions as in `axes`, and the outputs' by formula ('8 * height')."""
     names: dict[str, str] = {}
     for value in graph.input:
         for dim, name in axes.get(value.name, {}).items():
@@ -284,14 +292,14 @@ def _name_axes_(graph: onnx.GraphProto, axes: dict[str, dict[int, str]]) -> None
         for size in value.type.tensor_type.shape.dim:
             if size.dim_param:
                 named = re.sub(r"\w+", lambda symbol: names.get(symbol[0], symbol[0]), size.dim_param)
-                # optimum evaluates these, and takes what stands between spaces for a name, a number or an operator
+                # optimum evaluates these and expects names, numbers and operators separated by spaces
                 size.dim_param = " ".join(re.findall(r"\w+|//|[^\w\s]", named))
 
 
 def _strip_(model: onnx.ModelProto) -> None:
-    """Remove what an engine does not read: stack traces, scopes, doc strings, inferred shapes."""
+    """Remove what engines do not read: stack traces, scopes, doc strings, inferred shapes."""
     graph = model.graph
     del graph.value_info[:]
-    for part in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
-        part.ClearField("doc_string")
-        del part.metadata_props[:]
+    for message in (model, graph, *graph.node, *graph.initializer, *graph.input, *graph.output):
+        message.ClearField("doc_string")
+        del message.metadata_props[:]

@@ -1,9 +1,9 @@
-"""A graph in bfloat16 -> the same graph, the same rounded weights, computed in float32: for engines to check it in.
+"""bfloat16 graph -> the same graph and rounded weights in float32, so that engines can check it.
 
-ONNX Runtime has no bfloat16 kernels on the CPU. OpenVINO has, and runs them right in a float graph; between Q/DQ it
-does not on processors with AVX512-BF16 (2026.4.1: one call of a U-Net comes out with an SQNR of -0.5 dB, 24.6 where the
-same graph is computed in float32). So what a quantized bfloat16 graph says is checked this way; that activations are
-rounded as well costs what bfloat16 costs a float graph.
+ONNX Runtime has no bfloat16 kernels on the CPU. OpenVINO has them and runs float graphs correctly, but not Q/DQ graphs
+on processors with AVX512-BF16 (2026.4.1: one evaluation of a U-Net has an SQNR of -0.5 dB, and of 24.6 dB if the same
+graph is computed in float32). Quantized bfloat16 graphs are therefore checked in float32. The additional rounding of
+activations costs as much as bfloat16 costs a float graph.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from diffpress.export.graph.rewrite import Rewrite, copies
 
 
 def widened(graph: Graph) -> Graph:
-    """`graph`, itself left as it is, with every bfloat16 in it a float32 of the same value. Reads no weight yet."""
+    """Return a copy of `graph` with every bfloat16 tensor cast to float32. Reads no weight yet."""
     rewrite = Rewrite(graph)
     for tensor in graph.proto.graph.initializer:
         if tensor.data_type != TensorProto.BFLOAT16:

@@ -1,10 +1,9 @@
-"""Activations in nvfp4, as TensorRT takes them: 4-bit floats whose block scales are found at run time.
+"""nvfp4 activations for TensorRT: 4-bit floats whose block scales are computed at run time.
 
-    x -> TRT_FP4DynamicQuantize -> x4 [E2M1], s8 [E4M3, one for 16]      s8 -> DequantizeLinear by top -> s
+    x -> TRT_FP4DynamicQuantize -> x4 [E2M1], s8 [E4M3, one per 16]      s8 -> DequantizeLinear by top -> s
     x4 -> DequantizeLinear by s, in blocks of 16 along the last axis         top = amax / (6 * 448)
 
-ONNX has no such operator: this one is TensorRT's own, in its domain, and the graphs for the CPU leave activations in
-float.
+The operator belongs to TensorRT's own domain; ONNX has none, so graphs for the CPU keep these activations in float.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ BLOCK = FORMATS["nvfp4"].block
 
 
 def quantize_dynamically_(rewrite: Rewrite, node: onnx.NodeProto, scale: np.ndarray) -> None:
-    """Let the layer's node read its activation in nvfp4; `scale` is the tensor's amax over the largest 4-bit float."""
+    """Make the layer's node read its activation in nvfp4; `scale` is amax / 6, the largest 4-bit float."""
     index = 1 - WEIGHT_INPUT[node.op_type]
     tensor, prefix = node.input[index], f"{node.name}.input"
     key = (tensor, scale.tobytes())

@@ -1,16 +1,16 @@
-"""A graph for one plan: what depends on the timestep alone becomes a table with a row for each timestep of the plan.
+"""Fold the timestep embedding into constants: a table with one row per timestep of the sampling plan.
 
-    timestep [B] --Equal(known)--> [B, 1 + S] --ArgMax--> row [B] --Gather(table)--> what the time embedding would give
+    timestep [B] --Equal(known)--> [B, 1 + S] --ArgMax--> row [B] --Gather(table)--> output of the time embedding
 
-The tables stand as deep in the graph as the timestep alone reaches: behind the projections of every block, or, where
-class labels or text are added to the embedding, behind its own layers. They are computed once, in float32 from float
-weights, which then leave the file. A table goes no deeper than where it pays: it must not be larger than the weights
-that it makes superfluous, at one byte a weight. (TFMQ, Huang et al. 2024: time embeddings are a finite set.) It is
-the file that gains: of an int8 U-Net of CIFAR's shape without classes 7.7 %, of the class-conditional default teacher
-1 %; a step gained 0 to 4 %, little more than the clock strays.
+The tables replace everything that depends on the timestep alone: up to the projections of every block, or, if class
+labels or text are added to the embedding, only its own layers. They are computed once, in float32 from float weights,
+and these weights leave the file. A table is moved only as deep as it pays off: it must not be larger than the weights
+it replaces, at one byte per weight. (TFMQ, Huang et al. 2024: time embeddings are a finite set.) The gain is file
+size: 7.7 % for an int8 U-Net of CIFAR's shape without classes, 1 % for the class-conditional default teacher. A step
+became 0 to 4 % faster, little more than the measurement noise.
 
-Row 0 belongs to every other timestep, and there a NaN is added to the output: whoever runs the file beside our runtime,
-which refuses such a plan (DenoiserSpec.fixed_timesteps), sees no image instead of a wrong one.
+Row 0 stands for all other timesteps and adds NaN to the output: our runtime rejects such a plan
+(DenoiserSpec.fixed_timesteps), and other software gets no image instead of a wrong one.
 """
 
 from __future__ import annotations
@@ -31,48 +31,51 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import TIMESTEP, typed_timesteps
 from diffpress.runtime.sampler import evaluated_levels
 
-# a table up to this size needs no weights to make up for it
+# a table up to this size always pays off
 SMALL_TABLE = 2**16
 
-# what a tensor depends on: nothing but stored values and the shapes of inputs, the timestep too, or anything else
+# what a tensor depends on: only stored values and input shapes; also the timestep; anything else
 FIXED, TIME, OTHER = range(3)
 
-# of a tensor's largest value: how far the same row may be apart in batches of two sizes
+# tolerance for the same row in batches of two sizes, relative to the tensor's largest value
 SAME = 1e-5
 
 PREFIX = "fold_timesteps"
-SIDE = 16  # for the dynamic sizes of inputs of which nothing but the shape is read
+SIDE = 16  # dynamic size of inputs of which only the shape is used
 
 Tables = dict[str, np.ndarray]
 
 
 def fold_timesteps(checkpoint: Checkpoint, graph: Graph) -> tuple[Checkpoint, Graph]:
-    """The checkpoint and its float `graph` for the timesteps of its plan alone; both are left as they are. Raises
-    InvalidInputError for a solver that asks between them.
+    """Restrict the checkpoint and its float `graph` to the timesteps of its sampling plan.
 
-    What the layers in the tables were quantized to goes: fake quantization of the new checkpoint is what the new graph
-    with Q/DQ computes. Where no layer depends on the timestep alone, both come back unchanged.
+    Quantization of the folded layers is removed, so that fake quantization of the new checkpoint computes the same as
+    the new graph with Q/DQ. If no layer depends on the timestep alone, both are returned unchanged. The arguments are
+    not modified.
+
+    Raises:
+        InvalidInputError: If the solver evaluates the network between the plan's timesteps.
     """
     plan = checkpoint.spec.plan
     between = {level.t for level in evaluated_levels(checkpoint.spec)} - set(plan.timesteps)
     if between:
         raise InvalidInputError(
-            f"fixed plan: solver {plan.solver} asks the network between the plan's timesteps too, as at "
-            f"{max(between):g}; take a solver that does not, or leave the fixed plan out"
+            f"fixed_timesteps: solver {plan.solver} also evaluates the network between the plan's timesteps, e.g. at "
+            f"{max(between):g}; choose another solver, or remove fixed_timesteps"
         )
-    baked = fold_timestep_branch(graph, plan.timesteps)
-    gone = _layers(graph) - _layers(baked)
-    if not gone:
-        say("fixed plan: no layer depends on the timestep alone, the graph takes any")
+    folded_graph = fold_timestep_branch(graph, plan.timesteps)
+    folded_layers = _layers(graph) - _layers(folded_graph)
+    if not folded_layers:
+        say("fixed_timesteps: no layer depends on the timestep alone; the graph accepts any timestep")
         return checkpoint, graph
-    say(f"fixed plan: {len(gone)} layers became tables of {checkpoint.spec.plan.steps} timesteps")
+    say(f"fixed_timesteps: {len(folded_layers)} layers became tables of {checkpoint.spec.plan.steps} timesteps")
     spec = replace(checkpoint.spec, fixed_timesteps=checkpoint.spec.plan.timesteps)
-    quantization = checkpoint.quantization and checkpoint.quantization.without(gone)
-    return checkpoint.evolve(spec=spec, quantization=quantization), baked
+    quantization = checkpoint.quantization and checkpoint.quantization.without(folded_layers)
+    return checkpoint.evolve(spec=spec, quantization=quantization), folded_graph
 
 
 def fold_timestep_branch(graph: Graph, timesteps: Iterable[float]) -> Graph:
-    """`graph`, itself left as it is, with tables for these timesteps; for any other its output is NaN."""
+    """Return a copy of `graph` with tables for these timesteps; for others its output is NaN."""
     old = graph.proto.graph
     dtype = next(_dtype(value) for value in old.input if value.name == TIMESTEP)
     known = np.unique(typed_timesteps(list(timesteps), dtype))
@@ -86,7 +89,7 @@ def fold_timestep_branch(graph: Graph, timesteps: Iterable[float]) -> Graph:
 
 
 def _kinds(graph: onnx.GraphProto) -> dict[str, int]:
-    """What each tensor of the graph depends on."""
+    """Return what each tensor of the graph depends on."""
     inputs = {value.name for value in graph.input}
     kinds = {name: TIME if name == TIMESTEP else OTHER for name in inputs}
     kinds |= {tensor.name: FIXED for tensor in graph.initializer}
@@ -102,32 +105,32 @@ def _kinds(graph: onnx.GraphProto) -> dict[str, int]:
 
 
 def _rows(graph: Graph, kinds: Mapping[str, int], known: np.ndarray) -> Tables:
-    """Tensor -> its values [S, ...] at the known timesteps; without those of which one row is not one sample's."""
+    """Return tensor -> values [S, ...] at the known timesteps, except tensors that mix a batch's samples."""
     old = graph.proto.graph
     names = [name for node in old.node for name in node.output if kinds[name] == TIME and name]
     nodes = ancestors(old.node, names)
     used = {name for node in nodes for name in node.input}
     inputs = [value for value in old.input if value.name in used]
-    part = onnx.ModelProto(ir_version=graph.proto.ir_version, opset_import=graph.proto.opset_import)
+    time_model = onnx.ModelProto(ir_version=graph.proto.ir_version, opset_import=graph.proto.opset_import)
     outputs = [onnx.ValueInfoProto(name=name) for name in names]
-    part.graph.CopyFrom(onnx.GraphProto(name="time", node=nodes, input=inputs, output=outputs))
-    part.graph.initializer.extend(tensor for tensor in old.initializer if tensor.name in used)
-    proto = load_all(Graph(part, graph.weights))
+    time_model.graph.CopyFrom(onnx.GraphProto(name="time", node=nodes, input=inputs, output=outputs))
+    time_model.graph.initializer.extend(tensor for tensor in old.initializer if tensor.name in used)
+    proto = load_all(Graph(time_model, graph.weights))
     count, first = len(known), known[:1]
-    alone = _run(proto, known, SIDE)
-    among = _run(proto, np.concatenate([known, first.repeat(count)]), 2 * SIDE)
+    rows_alone = _run(proto, known, SIDE)
+    rows_in_batch = _run(proto, np.concatenate([known, first.repeat(count)]), 2 * SIDE)
     found = {}
-    for name, table in alone.items():
-        # among others and for another size, a row must be the same, or it is not the timestep's own
-        if table.shape[:1] == (count,) and among[name].shape == (2 * count, *table.shape[1:]):
-            apart = np.subtract(among[name][:count], table, dtype=np.float64)
-            if np.abs(apart).max(initial=0.0) <= SAME * float(np.abs(table).max(initial=0.0)):
+    for name, table in rows_alone.items():
+        # a row depends on the timestep alone only if it is the same in another batch and at another size
+        if table.shape[:1] == (count,) and rows_in_batch[name].shape == (2 * count, *table.shape[1:]):
+            difference = np.subtract(rows_in_batch[name][:count], table, dtype=np.float64)
+            if np.abs(difference).max(initial=0.0) <= SAME * float(np.abs(table).max(initial=0.0)):
                 found[name] = table
     return found
 
 
 def _run(proto: onnx.ModelProto, timesteps: np.ndarray, side: int) -> Tables:
-    """All outputs for a batch of these timesteps; of other inputs nothing but the shape is read."""
+    """Return all outputs for a batch of these timesteps; of other inputs only the shape is used."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -143,7 +146,7 @@ def _run(proto: onnx.ModelProto, timesteps: np.ndarray, side: int) -> Tables:
 
 
 def _retreat_(graph: onnx.GraphProto, inside: set[int], rows: Tables, count: int) -> list[str]:
-    """Take out of `inside`, from its end, nodes whose table would not pay; returns what the others hand on."""
+    """Remove nodes whose table does not pay off from the end of `inside`; return the remaining outputs."""
     makers = {name: index for index, node in enumerate(graph.node) for name in node.output}
     stored = {tensor.name: int(np.prod(tensor.dims)) for tensor in graph.initializer}
     outputs = {value.name for value in graph.output}
@@ -152,8 +155,8 @@ def _retreat_(graph: onnx.GraphProto, inside: set[int], rows: Tables, count: int
         frontier = [name for index in sorted(inside) for name in graph.node[index].output if name in read]
         behind = {name: _behind(graph, makers, inside, name) for name in frontier}
         for name in frontier:
-            alone = behind[name].difference(*(behind[other] for other in frontier if other != name))
-            saved = sum(stored.get(weight, 0) for index in alone for weight in graph.node[index].input)
+            exclusive = behind[name].difference(*(behind[other] for other in frontier if other != name))
+            saved = sum(stored.get(weight, 0) for index in exclusive for weight in graph.node[index].input)
             row = rows.get(name)
             if row is None or (count + 1) * row[0].nbytes > max(saved, SMALL_TABLE):
                 inside.discard(makers[name])
@@ -163,7 +166,7 @@ def _retreat_(graph: onnx.GraphProto, inside: set[int], rows: Tables, count: int
 
 
 def _behind(graph: onnx.GraphProto, makers: Mapping[str, int], inside: set[int], name: str) -> set[int]:
-    """The nodes inside that `name` is made by."""
+    """Return the nodes in `inside` that the tensor `name` depends on."""
     found: set[int] = set()
     todo = [name]
     while todo:
@@ -195,12 +198,12 @@ def _rewritten(graph: Graph, inside: set[int], tables: Tables, known: np.ndarray
 
 
 def _add_index(rewrite: Rewrite, known: np.ndarray) -> str:
-    """The name of each sample's row [B]: 0 for a timestep that is not known."""
-    # no timestep equals the first entry: whole ones are never negative, and NaN equals nothing
+    """Add nodes that compute each sample's row [B], 0 for an unknown timestep; return the tensor's name."""
+    # no timestep equals the first entry: integer timesteps are never negative, and NaN equals nothing
     nothing = np.full(1, -1 if np.issubdtype(known.dtype, np.integer) else np.nan, known.dtype)
     table = rewrite.add(f"{PREFIX}.timesteps", np.concatenate([nothing, known])[None])
     axis = rewrite.add(f"{PREFIX}.axis", np.array([1], np.int64))
-    column, same, ones, index = (f"{PREFIX}.{part}" for part in ("column", "same", "ones", "row"))
+    column, same, ones, index = (f"{PREFIX}.{suffix}" for suffix in ("column", "same", "ones", "row"))
     rewrite.nodes += [
         helper.make_node("Unsqueeze", [TIMESTEP, axis], [column], f"{PREFIX}/Unsqueeze"),
         helper.make_node("Equal", [column, table], [same], f"{PREFIX}/Equal"),

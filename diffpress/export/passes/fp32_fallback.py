@@ -1,14 +1,14 @@
-"""Which nodes of a graph compute in float32 when the rest computes in half precision.
+"""Select the nodes that stay in float32 when the rest of a graph computes in half precision.
 
     dangerous      norms, softmax, large sums, squares, powers, exponentials: they overflow or cancel
-    not yet met    all that has met no layer: timesteps and their sinusoids, masks, positions, the sample itself
+    before layers  nodes not preceded by any layer: timesteps and their sinusoids, masks, positions, the sample itself
     kept           layers that the model's authors name (transformers' and diffusers' _keep_in_fp32_modules)
-    between        what lies on a way from one of these to another without a layer on it: epsilons, masked scores
-    finishing      arithmetic on nothing but results and operands of an island: x * rsqrt(mean x^2), scale and shift
+    between        nodes on a path between two of these without a layer: epsilons, masked scores
+    finishing      arithmetic on only results and operands of such nodes: x * rsqrt(mean x^2), scale and shift
 
-Whatever overflows float16 but not float32 must do so inside: x^2 for |x| > 255, sums over a channel, exp(x) for x > 11;
-a timestep of 999 is 1000 in bfloat16, and 1e-8 is 0 in float16. What joins an island as 'finishing' adds no Cast: its
-operands are there in float32 already. Sigmoid, tanh and erf saturate and stay outside.
+Values that overflow float16 but not float32 must do so within these nodes: x^2 for |x| > 255, sums over a channel,
+exp(x) for x > 11. A timestep of 999 becomes 1000 in bfloat16, and 1e-8 becomes 0 in float16. 'Finishing' nodes add no
+Cast, because their operands exist in float32. Sigmoid, tanh and erf saturate and need no fallback.
 """
 
 from __future__ import annotations
@@ -38,10 +38,13 @@ MASKING = {"Add", "Sub", "Mul", "Div", "Where"}
 def fp32_nodes(
     graph: onnx.GraphProto, floats: set[str], lacking: Collection[str] = (), keep: Collection[str] = ()
 ) -> set[int]:
-    """Indices of the nodes that compute in float32.
+    """Return the indices of the nodes that compute in float32.
 
-    `floats` are the names of all float32 tensors, `lacking` operators that half precision does not have; `keep` are
-    names of modules, 'wo', of which a layer's name has one as a part or several in a row.
+    Args:
+        graph: The graph.
+        floats: Names of all float32 tensors.
+        lacking: Operators that the half-precision type does not support.
+        keep: Module names such as 'wo'; a layer stays float32 if its name contains one as one or more full components.
     """
     stored = _stored(graph)
     found = {
@@ -49,7 +52,7 @@ def fp32_nodes(
         for index, node in enumerate(graph.node)
         if node.op_type in DANGEROUS or node.op_type in lacking or _is_square(node) or _is_kept(node, keep)
     }
-    found |= _not_met(graph, stored)
+    found |= _before_layers(graph, stored)
     _mask_(graph, found)
     while True:
         more = _between(graph, floats, found) | _finishing(graph, floats - stored, found)
@@ -59,7 +62,7 @@ def fp32_nodes(
 
 
 def _stored(graph: onnx.GraphProto) -> set[str]:
-    """Initializers, and what is computed from nothing else, as a weight is that was stored in few bits."""
+    """Return initializers and tensors computed only from them, such as a dequantized weight."""
     found = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         if node.input and found.issuperset(name for name in node.input if name):
@@ -75,8 +78,8 @@ def _is_kept(node: onnx.NodeProto, keep: Collection[str]) -> bool:
     return any(f".{module}." in f".{layer_of(node)}." for module in keep)
 
 
-def _not_met(graph: onnx.GraphProto, stored: set[str]) -> set[int]:
-    """Nodes that depend on inputs of the graph, through no layer; what becomes of weights alone is none of them."""
+def _before_layers(graph: onnx.GraphProto, stored: set[str]) -> set[int]:
+    """Return nodes that depend on graph inputs through no layer; nodes on weights alone are excluded."""
     fresh, found = {value.name for value in graph.input}, set()
     for index, node in enumerate(graph.node):
         index_of_weight = WEIGHT_INPUT.get(node.op_type)
@@ -90,7 +93,7 @@ def _not_met(graph: onnx.GraphProto, stored: set[str]) -> set[int]:
 
 
 def _mask_(graph: onnx.GraphProto, found: set[int]) -> None:
-    """Add what masks or scales the scores that a softmax reads: half precision has no room for a mask's -3e38."""
+    """Add nodes that mask or scale the scores of a softmax: a mask's -3e38 does not fit half precision."""
     readers = _readers(graph)
     for index, node in reversed(list(enumerate(graph.node))):
         if node.op_type in MASKING and node.output[0] in readers:
@@ -102,7 +105,7 @@ def _mask_(graph: onnx.GraphProto, found: set[int]) -> None:
 def _between(graph: onnx.GraphProto, floats: set[str], found: set[int]) -> set[int]:
     nodes = list(enumerate(graph.node))
     free = {i for i, node in nodes if i not in found and node.op_type not in PATH_ENDS}
-    after: set[str] = set()  # floats that come from an island through free nodes
+    after: set[str] = set()  # floats that depend on a float32 node through free nodes
     for index, node in nodes:
         if index in found or (index in free and not after.isdisjoint(node.input)):
             after.update(name for name in node.output if name in floats)

@@ -1,14 +1,14 @@
-"""Float32 graph -> the same graph in half precision, with islands of float32 (export/passes/fp32_fallback.py says where).
+"""Float32 graph -> the same graph in half precision, with fp32 fallback (passes/fp32_fallback.py).
 
     sample f32 -> Cast -> layers, activations: float16 or bfloat16 -> Cast -> norm, softmax: float32 -> Cast -> ...
 
-Inputs and outputs keep their names and types, nodes their names and order. Every float tensor is made in one of the two
-types, and a Cast stands where somebody reads the other, one for each tensor. Weights are rounded when they are written,
-one at a time: to nearest, ties to even. float16 ends at 65504, and below 6.1e-5 it has fewer digits with every halving;
-bfloat16 has the range of float32 and 8 bits where float16 has 11.
+Inputs and outputs keep their names and types, nodes their names and order. Every float tensor is computed in one of the
+two types, and a Cast, one per tensor, converts it for readers of the other. Weights are rounded when they are written,
+one at a time: to nearest, ties to even. float16 ends at 65504, and below 6.1e-5 it loses a bit with every halving;
+bfloat16 has the range of float32 and 8 significant bits, where float16 has 11.
 
-onnxruntime.transformers.float16 knows no bfloat16, needs all weights in one proto below 2 GiB, and clips what overflows
-without a word; modelopt's AutoCast wants an older ONNX and onnx-graphsurgeon, and loads all weights as well.
+onnxruntime.transformers.float16 does not support bfloat16, needs all weights in one proto below 2 GiB, and silently
+clips overflows. modelopt's AutoCast requires an older ONNX and onnx-graphsurgeon, and also loads all weights.
 """
 
 from __future__ import annotations
@@ -32,40 +32,43 @@ FLOAT = "fp32"
 HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
 PRECISIONS = (FLOAT, *HALVES)
 
-# convolutions take bfloat16 from this opset on; DequantizeLinear takes a float16 scale
+# first opsets with bfloat16 convolutions and with float16 scales of DequantizeLinear
 BF16_OPSET, SCALE_OPSET = 22, 19
 
 FLOAT32 = np.dtype(np.float32)
 
-# operator -> inputs that are float32 whatever the others are
+# operator -> inputs that are always float32
 ALWAYS_FLOAT = {"Resize": (2,)}
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Of `total` numbers stored in half precision: how many became 0, and how many have fewer digits than usual."""
+    """Precision lost by `total` numbers in half precision: how many became 0 or subnormal."""
 
     zero: int = 0
     subnormal: int = 0
     total: int = 0
 
     def __str__(self) -> str:
-        return f"of {self.total:,} weights {self.zero:,} became 0 and {self.subnormal:,} lost digits below the range"
+        return f"of {self.total:,} weights {self.zero:,} became 0 and {self.subnormal:,} became subnormal"
 
     def __add__(self, other: Lost) -> Lost:
         return Lost(self.zero + other.zero, self.subnormal + other.subnormal, self.total + other.total)
 
 
 def kept_modules(module: object, precision: str) -> tuple[str, ...]:
-    """The modules in it that overflow float16, as transformers and diffusers know them: 'wo' of T5, for one."""
+    """Return the modules that overflow float16 according to transformers and diffusers, e.g. 'wo' of T5."""
     return tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if precision == "fp16" else ()
 
 
 def to_half(graph: Graph, precision: str, keep: Collection[str] = ()) -> tuple[Graph, Lost]:
-    """`graph`, itself left as it is, in 'fp16' or 'bf16', and what its weights lost.
+    """Return a copy of `graph` in 'fp16' or 'bf16', and the precision lost by its weights.
 
-    Layers in modules `keep` stay float32. Reads every weight once. Raises InvalidInputError for a weight that overflows, naming
-    it, and for a graph with branches or operators whose types ONNX does not know.
+    Layers in modules `keep` stay float32. Reads every weight once.
+
+    Raises:
+        InvalidInputError: If a weight overflows (the message names it), or if the graph has branches or operators whose
+            output types ONNX cannot infer.
     """
     if precision not in HALVES:
         raise unknown_name("half precision", precision, HALVES)
@@ -85,12 +88,12 @@ def _needed_opset(graph: Graph, precision: str) -> int:
 
 
 def _floats(graph: Graph) -> set[str]:
-    """The names of all float32 tensors."""
+    """Return the names of all float32 tensors."""
     proto = onnx.ModelProto()
     proto.CopyFrom(graph.proto)
     inner = proto.graph
     del inner.initializer[:]
-    for tensor in graph.proto.graph.initializer:  # a weight has no bytes here; its type is all that is asked for
+    for tensor in graph.proto.graph.initializer:  # a weight has no bytes here; only its type is needed
         if tensor.name in graph.weights:
             inner.input.append(helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
         else:
@@ -102,25 +105,25 @@ def _floats(graph: Graph) -> set[str]:
         unknown = [name for name in node.output if name and not types.get(name)]
         if unknown or any(attribute.HasField("g") for attribute in node.attribute):
             raise InvalidInputError(
-                f"node '{node.name}': {node.op_type} cannot be put into half precision; export in fp32"
+                f"node '{node.name}': {node.op_type} cannot be converted to half precision; export in fp32"
             )
     return {name for name, kind in types.items() if kind == TensorProto.FLOAT}
 
 
 def _lacking(graph: Graph, half: np.dtype) -> set[str]:
-    """The operators of the graph that ONNX does not define for this type."""
-    version, wanted = opset_of(graph), f"tensor({half.name})"
+    """Return the graph's operators that ONNX does not define for this type."""
+    version, half_type = opset_of(graph), f"tensor({half.name})"
     found = set()
     for kind, domain in {(node.op_type, node.domain) for node in graph.proto.graph.node}:
         allowed = [entry.allowed_type_strs for entry in onnx.defs.get_schema(kind, version, domain).type_constraints]
-        if any("tensor(float)" in types and wanted not in types for types in allowed):
+        if any("tensor(float)" in types and half_type not in types for types in allowed):
             found.add(kind)
     return found
 
 
 @dataclass
 class _Halving:
-    """The graph that is being written; `made` has the type in which each float tensor was made."""
+    """Graph under construction; `made` maps each float tensor to the type it is computed in."""
 
     source: Graph
     half: np.dtype
@@ -138,11 +141,11 @@ class _Halving:
             self._make_(value.name, FLOAT32, value.name)
 
     def add_(self, node: onnx.NodeProto, dtype: np.dtype) -> None:
-        """Write the node so that it reads and makes `dtype` where it read and made float32."""
-        # a Cast reads anything
+        """Add the node so that it reads and writes `dtype` instead of float32."""
+        # a Cast reads any type
         for index, name in enumerate(node.input if node.op_type != "Cast" else []):
             if name in self.floats:
-                node.input[index] = self._version(name, self._wanted(node, index, dtype))
+                node.input[index] = self._version(name, self._input_type(node, index, dtype))
         if node.op_type == "Cast":
             node.input[0] = self.versions.get((node.input[0], self.made.get(node.input[0], FLOAT32)), node.input[0])
         self._retype_(node, dtype)
@@ -154,11 +157,11 @@ class _Halving:
                 if renamed:
                     self._cast(name, FLOAT32, name)
 
-    def _wanted(self, node: onnx.NodeProto, index: int, dtype: np.dtype) -> np.dtype:
+    def _input_type(self, node: onnx.NodeProto, index: int, dtype: np.dtype) -> np.dtype:
         return FLOAT32 if index in ALWAYS_FLOAT.get(node.op_type, ()) else dtype
 
     def _retype_(self, node: onnx.NodeProto, dtype: np.dtype) -> None:
-        """Change the attributes that say what the node makes."""
+        """Change the attributes that define the output type."""
         if node.output[0] not in self.floats:
             return
         for attribute in node.attribute:
@@ -173,7 +176,7 @@ class _Halving:
         return name
 
     def _version(self, tensor: str, dtype: np.dtype) -> str:
-        """The name of the tensor in `dtype`, cast or stored where it is not there yet."""
+        """Return the name of the tensor in `dtype`, adding a Cast or a stored copy if it does not exist yet."""
         if (tensor, dtype) not in self.versions:
             if tensor in self.stored:
                 self.versions[tensor, dtype] = self._store(tensor, dtype)
@@ -208,8 +211,8 @@ def _lost(name: str, exact: np.ndarray, dtype: np.dtype) -> Lost:
     overflow = np.isfinite(size) & (size > float(limits.max))
     if overflow.any():
         raise InvalidInputError(
-            f"weight '{name}': {float(size[overflow].max()):g} does not fit {dtype.name}, which ends at "
-            f"{float(limits.max):g}; take --precision {'bf16' if dtype == np.float16 else FLOAT}"
+            f"weight '{name}': {float(size[overflow].max()):g} exceeds the {dtype.name} maximum of "
+            f"{float(limits.max):g}; use --precision {'bf16' if dtype == np.float16 else FLOAT}"
         )
     zero = int(((size > 0) & (size <= float(limits.smallest_subnormal) / 2)).sum())
     small = int(((size > 0) & (size < float(limits.smallest_normal))).sum())

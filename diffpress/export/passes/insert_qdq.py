@@ -1,16 +1,16 @@
-"""Float graph + scales -> Q/DQ graph, whose numbers are the engine's and whose algebra is the fake-quant model's.
+"""Float graph + scales -> Q/DQ graph that computes the same function as the fake-quantized torch model.
 
-    activation   x -> QuantizeLinear -> DequantizeLinear     export/passes/qdq_placement.py says where and why there
+    activation   x -> QuantizeLinear -> DequantizeLinear     placement: export/passes/qdq_placement.py
     weight       initializer         -> DequantizeLinear     export/passes/quantize_weights.py
 
-A layer's '.weight' scales store it in few bits and drop the float copy, so the file shrinks to about a quarter; without
-an '.input' scale the layer computes in float from what is stored. An '.output' scale rounds what a layer, or the sum
-that a block ends in, writes.
+A layer with a '.weight' scale stores its weight in few bits without a float copy, so the file shrinks to about a
+quarter. Without an '.input' scale the layer computes in float from the stored weight. An '.output' scale quantizes the
+output of a layer, or of the sum at the end of a block.
 
-Processors without VNNI add pairs of 8-bit products in 16 bits, which saturate where weights use their whole range: on
-such a machine OpenVINO's result fell from 32 to 24 dB. An amax of 127/64 times the largest weight rules this out.
+Processors without VNNI add pairs of 8-bit products in 16 bits, which saturate if weights use their whole range: on
+such a machine OpenVINO's SQNR fell from 32 to 24 dB. An amax of 127/64 times the largest weight prevents this.
 
-A layer is found by the names that `diffpress.export.graph.trace` gives to nodes, and its weight is quantized when it is written.
+Layers are found by the node names that `diffpress.export.graph.trace` assigns; weights are quantized when written.
 """
 
 from __future__ import annotations
@@ -33,18 +33,23 @@ from diffpress.export.passes.svdquant import svdquant
 from diffpress.runtime.errors import InvalidInputError
 
 KINDS = (".weight", ".input", ".output")
-# what takes an output scale: layers, and the sums that blocks end in
+# operators that accept an output scale: layers, and the sums at the end of blocks
 ROUNDED = ("Conv", "ConvTranspose", "Gemm", "MatMul", *SUMS)
 
 Scales = dict[str, np.ndarray]
 
 
 def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False) -> Graph:
-    """`graph` (made by `diffpress.export.graph.to_onnx`), itself left as it is, computing in few bits where `quantization` has scales.
+    """Return a copy of `graph` that computes in few bits where `quantization` has scales.
 
-    `tensorrt` writes it as TensorRT takes it, where that is another way than that of the engines on the CPU. Raises
-    InvalidInputError, naming the layer, for a scale that is not positive and finite or does not fit the layer's weight, and for
-    a layer the graph does not have.
+    Args:
+        graph: Float graph from `diffpress.export.graph.to_onnx`.
+        quantization: Formats and scales by layer.
+        tensorrt: Write the graph for TensorRT, if it needs another form than engines on the CPU.
+
+    Raises:
+        InvalidInputError: If a scale is not positive and finite or does not match the layer's weight, or if the graph
+            has no such layer; the message names the layer.
     """
     formats = quantization.layer_formats
     for kind in (quantization.format, *formats.values()):
@@ -60,7 +65,7 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
     rewrite = Rewrite(graph)
     placement = Placement(rewrite, tensorrt)
     biases = {bias.name: product for product, bias in bias_additions(old).items()}
-    ends: dict[str, str] = {}  # product without its bias -> the layer, whose output comes after the bias
+    ends: dict[str, str] = {}  # product without its bias -> its layer, whose output follows the bias
     for node in copies(old.node):
         layer, form = layer_of(node), None
         if entered(node) in inputs:
@@ -88,12 +93,12 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
 
 
 def _module_of(node: onnx.NodeProto) -> str:
-    """The torch module after which the node is named: the layer whose weight it applies, or the block that it ends."""
+    """Return the module the node is named after: the layer whose weight it applies, or the block it ends."""
     return node.name.partition("#")[0]
 
 
 def _scales(quantization: Quantization, kind: str) -> Scales:
-    """Layer -> float32 scale(s), amax over the largest number of the layer's format."""
+    """Return layer -> float32 scale(s): amax divided by the largest number of the layer's format."""
     found = {}
     for key, amax in quantization.amax.items():
         if not key.endswith(kind):
@@ -130,10 +135,10 @@ def _check_layers(graph: onnx.GraphProto, weights: Scales, inputs: Scales, outpu
     for name in outputs:
         if operators.get(name) not in ROUNDED:
             raise InvalidInputError(
-                f"layer '{name}': only layers and the sums of blocks take an output amax, this is a "
-                f"{operators.get(name, 'module that the graph does not know')}"
+                f"layer '{name}': only layers and residual sums accept an output amax, but this is a "
+                f"{operators.get(name, 'module that is not in the graph')}"
             )
     for kind, scales in (("input", inputs), ("output", outputs)):
         for name, scale in scales.items():
             if scale.size != 1:
-                raise InvalidInputError(f"layer '{name}': its {kind} amax has {scale.size} values, one is expected")
+                raise InvalidInputError(f"layer '{name}': its {kind} amax has {scale.size} values, but one is expected")

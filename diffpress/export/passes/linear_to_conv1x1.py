@@ -1,11 +1,12 @@
-"""A linear layer over a sequence, written as a 1 x 1 convolution: the same products, and as integers faster.
+"""Rewrite linear layers over a sequence as 1x1 convolutions: the same products, but faster as integers.
 
     x [B, L, I] -> Unsqueeze -> Transpose [B, I, L, 1] -> Conv [O, I, 1, 1] -> Transpose -> Squeeze -> [B, L, O]
 
-Engines keep the channels of integer convolutions innermost, as they lie in x: the transpositions move nothing. On a
-processor without integer dot products their kernels for such convolutions are far better than those for products:
-384 -> 1536 -> 384 over 8 x 256 tokens, four times, took OpenVINO 260 ms in fp32, 262 as integer products and 149 as
-convolutions; ONNX Runtime 234, 260 and 117 ms (one thread, AVX2, least of eight alternating rounds).
+Engines store the channels of integer convolutions innermost, as x does, so the transpositions move no data. On
+processors without integer dot products, their kernels for such convolutions are far better than those for matrix
+products: 384 -> 1536 -> 384 over 8 x 256 tokens, four times, took OpenVINO 260 ms in fp32, 262 ms as integer products
+and 149 ms as convolutions; ONNX Runtime took 234, 260 and 117 ms (one thread, AVX2, minimum of eight alternating
+rounds).
 """
 
 from __future__ import annotations
@@ -23,13 +24,16 @@ from diffpress.export.graph.rewrite import Rewrite
 from diffpress.export.passes.quantize_weights import layer_of
 
 AXIS = "sequence_axis"
-# before the layer's name: the node that reads what the layer reads, and what comes out of the transposition
+# name prefixes: the node that reads the layer's input, and the transposed tensor
 ENTRY, CHANNELS = "enter/", "channels/"
 
 
 def linear_to_conv1x1(graph: Graph, layers: Collection[str]) -> Graph:
-    """`graph` (of `diffpress.export.graph.to_onnx`), itself left as it is, with those of `layers` that are MatMuls over [B, L, I] as
-    convolutions of the same names; their bias moves in. Layers over other shapes stay as they are.
+    """Return a copy of `graph` with `layers` that are MatMuls over [B, L, I] rewritten as convolutions.
+
+    The convolutions keep the layers' names and include their biases. Layers over other shapes are not changed.
+
+    `graph` comes from `diffpress.export.graph.to_onnx`.
     """
     old, ranks, biases = graph.proto.graph, _ranks(graph.proto), bias_additions(graph.proto.graph)
     rewrite = Rewrite(graph)
@@ -46,17 +50,17 @@ def linear_to_conv1x1(graph: Graph, layers: Collection[str]) -> Graph:
 
 
 def entered(node: onnx.NodeProto) -> str:
-    """The layer whose convolution begins with this node, '' where none does."""
+    """Return the layer whose convolution starts with this node, or '' if none does."""
     return node.name.removeprefix(ENTRY).partition("#")[0] if node.name.startswith(ENTRY) else ""
 
 
 def channels_of(node: onnx.NodeProto) -> str:
-    """The tensor that the convolution reads which begins with this node."""
+    """Return the tensor read by the convolution that starts with this node."""
     return f"{CHANNELS}{node.name.removeprefix(ENTRY)}"
 
 
 def bias_additions(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
-    """Tensor that a MatMul gives -> the addition of a stored vector that alone reads it."""
+    """Return MatMul output -> the Add of a stored vector that is its only reader."""
     products = {node.output[0] for node in graph.node if node.op_type == "MatMul"}
     vectors = {tensor.name for tensor in graph.initializer if len(tensor.dims) == 1}
     readers = Counter(name for node in graph.node for name in node.input)
@@ -71,8 +75,8 @@ def bias_additions(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
 def _convolve_(rewrite: Rewrite, node: onnx.NodeProto, bias: onnx.NodeProto | None) -> None:
     name, out = node.name, (bias or node).output[0]
     weight = weight_of(rewrite.source, node.input[1])
-    inner, width = weight.shape
-    kernel = Weight(weight.dtype, (width, inner, 1, 1), partial(_kernel, weight))
+    in_channels, out_channels = weight.shape
+    kernel = Weight(weight.dtype, (out_channels, in_channels, 1, 1), partial(_kernel, weight))
     inputs = [f"{CHANNELS}{name}", rewrite.add_weight(f"{node.input[1]}_1x1", kernel)]
     if bias is not None:
         inputs.append(_other(bias, node.output[0]))
@@ -94,7 +98,7 @@ def _other(addition: onnx.NodeProto, term: str) -> str:
 
 
 def _ranks(model: onnx.ModelProto) -> dict[str, int]:
-    """Tensor -> number of dimensions, as far as ONNX can infer it."""
+    """Return tensor -> number of dimensions, as far as ONNX can infer it."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     values = [*graph.input, *graph.value_info]
     return {value.name: len(value.type.tensor_type.shape.dim) for value in values}

@@ -1,23 +1,23 @@
-"""Where activations are rounded: Q/DQ pairs, placed so that engines fuse them and integers flow.
+"""Placement of activation Q/DQ pairs so that engines fuse them and pass integers between layers.
 
     x -> QuantizeLinear -> DequantizeLinear     q = clip(round(x / s), -128, 127),  s = amax / 127   (fp8: amax / 448)
 
-Rounding is half to even. The pairs stand
+Rounding is half to even. Pairs are placed
 
-    before a layer's input        one serves all readers of a tensor that share a scale, such as to_q, to_k and to_v
-    behind a layer's output       ONNX Runtime has no integer convolution with a float result: without these pairs the
-                                  default teacher takes 170 ms a step instead of 75 (batch 8, one thread, AVX2)
-    behind a residual sum         and what reads it at its scale needs no pair of its own
-    behind a concatenation, a nearest resizing or a padding with zeros of tensors of one scale: it copies integers
-    before a product of two rounded tensors, as q k^T of attention: on their own integer_scales, so that nothing is rounded anew
+    before a layer's input        one for all readers of a tensor that share a scale, such as to_q, to_k and to_v
+    after a layer's output        ONNX Runtime has no integer convolution with a float result: without these pairs the
+                                  default teacher takes 170 ms per step instead of 75 (batch 8, one thread, AVX2)
+    after a residual sum          readers with its scale need no pair of their own
+    after a concatenation, a nearest-neighbour resize or a zero padding of tensors with one scale: it copies integers
+    before a product of two rounded tensors, as q k^T of attention: with their own scales, so nothing is rounded again
 
-and nowhere else; above all not inside of SiLU, nor between a norm and it: engines fuse those with the rounding that
-follows, and OpenVINO took 20 ms instead of 15 for them where NNCF had put pairs in between.
+and nowhere else. In particular there are none inside SiLU or between a norm and SiLU: engines fuse these with the
+rounding that follows. With the pairs that NNCF places there, OpenVINO took 20 ms instead of 15.
 
-Integers are stored as uint8 with zero point 128, q + 128: the same numbers, but ONNX Runtime has integer kernels of
-x86 for no other type. It turns int8 with zero point 0 into that by itself where a pair has one reader, and nowhere
-else: 4 % of the default teacher's products and 22 % of a DiT's then ran in float; and version 1.32 cannot load a graph
-of opset 21 in which it moves an int8 pair over a Reshape. TensorRT takes zero point 0 alone.
+Integers are stored as uint8 with zero point 128, q + 128: the same numbers, but on x86 ONNX Runtime has integer kernels
+for no other type. It converts int8 with zero point 0 to uint8 only if a pair has one reader; with int8, 4 % of the
+default teacher's products and 22 % of a DiT's ran in float. Version 1.32 also cannot load an opset 21 graph in which it
+moves an int8 pair across a Reshape. TensorRT accepts only zero point 0.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ MOVES = ("Reshape", "Transpose", "Squeeze", "Unsqueeze")  # nodes that only move
 
 
 class IntegerScale(NamedTuple):
-    """Where values lie: `factor` times those of `tensor`, which are whole multiples of `scale`."""
+    """Scale of a tensor: its values are `factor` times those of `tensor`, which are multiples of `scale`."""
 
     tensor: str
     scale: np.ndarray
@@ -49,10 +49,10 @@ class IntegerScale(NamedTuple):
 
 @dataclass
 class Placement:
-    """The pairs in a graph that is being written; `tensorrt` as its parser wants them.
+    """Q/DQ pairs of a graph under construction; `tensorrt` writes them as TensorRT's parser expects.
 
-    `scales` has the float32 scale of every tensor that comes out of a pair, `integer_scales` tells of those of int8, and of what
-    was made from them by moving values and by a constant factor.
+    `scales` holds the float32 scale of every tensor that a pair outputs. `integer_scales` holds those of int8, and of
+    tensors derived from them by moving values or by a constant factor.
     """
 
     rewrite: Rewrite
@@ -61,42 +61,44 @@ class Placement:
     integer_scales: dict[str, IntegerScale] = field(default_factory=dict)
 
     def round_input_(self, node: onnx.NodeProto, scale: np.ndarray, number: Number) -> None:
-        """Let the layer's node read its activation rounded."""
+        """Make the layer's node read a quantized activation."""
         index = 1 - WEIGHT_INPUT[node.op_type]
         node.input[index] = self._rounded(node.input[index], node.name, scale, number)
 
     def round_entry_(self, node: onnx.NodeProto, scale: np.ndarray) -> None:
-        """Let the node that begins a layer written as a convolution (export/passes/linear_to_conv1x1.py) read its activation rounded:
-        in front of the transposition, which then moves a quarter of the bytes or none.
+        """Make the first node of a layer written as a convolution read a quantized activation.
+
+        The pair is placed before the transposition, which then moves a quarter of the bytes or none
+        (export/passes/linear_to_conv1x1.py).
         """
         node.input[0] = self._rounded(node.input[0], node.name, scale, INT8)
         self.scales[channels_of(node)] = scale
 
     def round_output_(self, node: onnx.NodeProto, scale: np.ndarray, number: Number = INT8) -> None:
-        """Put a pair between the node and the tensor it wrote, whose name its readers keep."""
+        """Insert a pair between the node and its output tensor, which keeps its name."""
         tensor = node.output[0]
         node.output[0] = f"{node.name}.output_float"
         self._add_pair(node.output[0], f"{node.name}.output", scale, number, tensor)
 
     def round_product_(self, node: onnx.NodeProto) -> None:
-        """Let a product of two tensors that lie on integer_scales read integers; the pairs take over their factors.
+        """Make a product of two tensors with integer scales read integers; the pairs absorb their factors.
 
-        So ONNX Runtime computes q k^T of a DiT on integers (attention in 0.9x of the time), and OpenVINO goes on with
-        its float kernel for attention as a whole. What softmax gives lies on no grid: rounded to 1/255 it broke that
-        kernel (1.2 to 1.4x), and cost a DiT 3 dB. TensorRT too fuses attention as a whole.
+        ONNX Runtime then computes q k^T of a DiT on integers (attention takes 0.9x of the time), and OpenVINO still
+        uses its fused float attention kernel. The softmax output has no integer scale: rounding it to 1/255 disabled
+        that kernel (1.2x to 1.4x of the time) and cost a DiT 3 dB. TensorRT fuses attention as well.
         """
         if node.op_type == "MatMul" and not self.tensorrt and all(name in self.integer_scales for name in node.input):
-            node.input[:] = [self._on_grid(name) for name in node.input]
+            node.input[:] = [self._dequantized(name) for name in node.input]
 
     def pass_on_(self, node: onnx.NodeProto) -> None:
-        """Round what the node only copies from tensors of one scale: nothing changes, and it can copy integers."""
+        """Quantize a copy of tensors that share a scale: values do not change, and integers can be copied."""
         self._follow_(node)
         scales = [self.scales.get(name) for name in self._copied(node)]
         if scales and scales[0] is not None and all(_equal(scale, scales[0]) for scale in scales):
             self.round_output_(node, scales[0])
 
     def _copied(self, node: onnx.NodeProto) -> list[str]:
-        """The inputs of which the node copies values, and adds nothing but zeros; none where it does more."""
+        """Return the inputs whose values the node copies, adding nothing but zeros; otherwise none."""
         settings = {entry.name: helper.get_attribute_value(entry) for entry in node.attribute}
         if node.op_type == "Concat":
             return list(node.input)
@@ -109,7 +111,7 @@ class Placement:
         return []
 
     def _follow_(self, node: onnx.NodeProto) -> None:
-        """Note on which grid the node's output lies, where it only moves values, or scales them by a constant."""
+        """Record the integer scale of an output whose node moves values or multiplies them by a constant."""
         integer_scales = [(name, self.integer_scales[name]) for name in node.input if name in self.integer_scales]
         if len(integer_scales) != 1:
             return
@@ -120,15 +122,15 @@ class Placement:
             self.integer_scales[node.output[0]] = IntegerScale(integer.tensor, integer.scale, integer.factor * factor)
 
     def _factor(self, name: str) -> float | None:
-        """A stored positive number, None for anything else."""
+        """Return a stored positive scalar, or None for anything else."""
         stored = self.rewrite.initializers.get(name)
         if stored is None or name in self.rewrite.weights or list(stored.dims) not in ([], [1]):
             return None
         value = float(numpy_helper.to_array(stored).item())
         return value if value > 0 else None
 
-    def _on_grid(self, tensor: str) -> str:
-        """The tensor behind a pair that changes no value, made once."""
+    def _dequantized(self, tensor: str) -> str:
+        """Return the tensor after a pair that changes no value; created once."""
         integer = self.integer_scales[tensor]
         if tensor in self.scales:
             return tensor
@@ -139,7 +141,7 @@ class Placement:
         return done[key]
 
     def _rounded(self, tensor: str, prefix: str, scale: np.ndarray, number: Number) -> str:
-        """The tensor behind a pair, made once for all readers at this scale; itself where it comes out of one."""
+        """Return the tensor after a pair, shared by all readers with this scale; `tensor` if it already is one."""
         if _equal(self.scales.get(tensor), scale):
             return tensor
         key, done = (tensor, scale.tobytes()), self.rewrite.done
@@ -151,7 +153,7 @@ class Placement:
     def _add_pair(
         self, tensor: str, prefix: str, scale: np.ndarray, number: Number, out: str, factor: float = 1.0
     ) -> None:
-        """Write `tensor`, rounded and times `factor`, to `out`."""
+        """Write `tensor`, rounded and multiplied by `factor`, to `out`."""
         parameters = [self.rewrite.add(f"{prefix}_scale", scale.reshape(())), self._zero(number)]
         numbers, wider = f"{prefix}_quantized", scale * np.float32(factor)
         self.rewrite.nodes.append(helper.make_node("QuantizeLinear", [tensor, *parameters], [numbers], f"{prefix}/Q"))

@@ -1,4 +1,4 @@
-"""Float weight + scales -> the numbers that a file stores, and the nodes that read them, by format:
+"""Quantize weights as stored in a file, and add the nodes that dequantize them, by format.
 
     int8, fp8            int8 or float8        -> DequantizeLinear, a scale per output channel
     w4a8                 int4 -> Cast to int8  -> DequantizeLinear
@@ -6,15 +6,15 @@
     int4, convolutions   int4 -> Cast to float -> Mul -> Reshape     (TensorRT: -> DequantizeLinear -> Reshape)
     nvfp4                4-bit codes -> Gather -> Mul -> Reshape     (TensorRT: float4 -> DequantizeLinear)
 
-with q = round(w / scale), clipped to the format's largest number. Two 4-bit integers take a byte. ONNX Runtime 1.32 and
-OpenVINO 2026.4 fold the Casts when they load a graph: w4a8 then runs the kernels of int8, which a DequantizeLinear from
-int4 does not (measured in both), and convolutions those of float; a DequantizeLinear would be computed again at every
-step (1.3x the time of the default teacher in ONNX Runtime). For matrix products ONNX Runtime has a kernel that reads
-blocks of int4 and keeps its memory small (1.02x the time of float).
+with q = round(w / scale), clipped to the format's largest number. Two 4-bit integers share a byte. ONNX Runtime 1.32
+and OpenVINO 2026.4 fold the Casts when they load a graph: w4a8 then runs int8 kernels, which it does not with a
+DequantizeLinear from int4 (measured in both), and convolutions run float kernels. A DequantizeLinear would be
+recomputed at every step (1.3x the time of the default teacher in ONNX Runtime). For matrix products ONNX Runtime has a
+kernel that reads blocks of int4 and keeps its memory small (1.02x the time of float).
 
-TensorRT takes quantized numbers from an initializer alone: there the 4-bit integers of w4a8 are stored as int8.
+TensorRT accepts quantized numbers only from an initializer, so there the 4-bit integers of w4a8 are stored as int8.
 
-A weight is quantized when it is written, with one float copy of it in memory at a time.
+Weights are quantized when they are written, with one float copy of a weight in memory at a time.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONVOLUTIONS = ("Conv", "ConvTranspose")
 
 
 class _Job(NamedTuple):
-    """A weight to be stored: output channels lie along `axis` of it; `scale` is [out] or [out, blocks]."""
+    """Weight to be stored: its output channels are on axis `axis`; `scale` is [out] or [out, blocks]."""
 
     rewrite: Rewrite
     prefix: str
@@ -50,15 +50,17 @@ class _Job(NamedTuple):
 
     @property
     def blocked(self) -> bool:
+        """Whether there is a scale per block of inputs."""
         return self.scale.ndim == 2
 
     @property
     def block(self) -> int:
+        """Number of weights per scale."""
         return prod(self.weight.shape) // self.scale.size
 
     @property
     def layout(self) -> tuple[int, ...]:
-        """The weight's shape; where it has blocks they have an axis: [out, blocks, block] or [blocks, block, out]."""
+        """The weight's shape; with blocks, [out, blocks, block] or [blocks, block, out]."""
         if not self.blocked:
             return self.weight.shape
         out, blocks = self.scale.shape
@@ -66,25 +68,29 @@ class _Job(NamedTuple):
 
     @property
     def divisor(self) -> np.ndarray:
-        """The scales, in a shape that broadcasts with the layout."""
+        """The scales in a shape that broadcasts with the layout."""
         if self.blocked:
             return self.scale.T[:, None] if self.axis else self.scale[..., None]
         return self.scale.reshape([-1 if i == self.axis else 1 for i in range(len(self.weight.shape))])
 
 
 def numpy_type(number: Number) -> np.dtype:
+    """Return the numpy dtype (of ml_dtypes, if numpy has none) of a number format."""
     return np.dtype(getattr(ml_dtypes, number.name, number.name))
 
 
 def layer_of(node: onnx.NodeProto) -> str:
-    """The torch layer whose weight this node applies, '' where it is none."""
+    """Return the torch layer whose weight this node applies, or '' if it applies none."""
     return node.name.partition("#")[0] if node.op_type in WEIGHT_INPUT else ""
 
 
 def quantize_weight(
     rewrite: Rewrite, node: onnx.NodeProto, scale: np.ndarray, form: Format, tensorrt: bool = False
 ) -> str:
-    """The name of the node's weight as it is read back; `scale` is of formats.scale_shape, output channels first."""
+    """Quantize the weight of `node`; return the name of the dequantized tensor.
+
+    `scale` has the shape `formats.scale_shape`, output channels first.
+    """
     name = node.input[WEIGHT_INPUT[node.op_type]]
     key = (name, scale.tobytes())
     if key not in rewrite.done:
@@ -97,12 +103,12 @@ def quantize_weight(
 
 def _check_fit(node: onnx.NodeProto, scale: np.ndarray, shape: tuple[int, ...], axis: int, form: Format) -> None:
     channels = shape[axis]
-    # blocks of inputs do not lie together in a transposed convolution's weight
-    wanted = (channels,) if node.op_type == "ConvTranspose" else scale_shape(form, (channels, prod(shape) // channels))
-    if scale.shape != wanted:
+    # blocks of inputs are not contiguous in a transposed convolution's weight
+    needed = (channels,) if node.op_type == "ConvTranspose" else scale_shape(form, (channels, prod(shape) // channels))
+    if scale.shape != needed:
         raise InvalidInputError(
-            f"layer '{layer_of(node)}': {scale.size} weight scales for {' x '.join(map(str, wanted))} "
-            f"{'blocks' if len(wanted) > 1 else 'channels'}; was it pruned after it was quantized? quantize again"
+            f"layer '{layer_of(node)}': {scale.size} weight scales for {' x '.join(map(str, needed))} "
+            f"{'blocks' if len(needed) > 1 else 'channels'}; was it pruned after it was quantized? quantize again"
         )
 
 
@@ -124,17 +130,17 @@ def _stored(job: _Job, convolution: bool, tensorrt: bool) -> str:
 
 
 def _stored_fp4(job: _Job, tensorrt: bool) -> str:
-    """nvfp4's two scales (compress/quantization/nvfp4.py); in engines without 4-bit floats 4-bit codes and a table."""
+    """Store nvfp4 with its two scales (compress/quantization/nvfp4.py); the CPU gets codes and a table."""
     largest = np.float32(FP8.largest)
     top = job.scale.max() / largest
-    shares = np.clip(job.scale / top, np.float32(LEAST_SCALE), largest).astype(numpy_type(FP8))
-    job = job._replace(scale=shares.astype(np.float32) * top)
-    inputs = [_constant(job, "shares", shares.T if job.axis else shares), _constant(job, "top", top)]
+    block_scales = np.clip(job.scale / top, np.float32(LEAST_SCALE), largest).astype(numpy_type(FP8))
+    job = job._replace(scale=block_scales.astype(np.float32) * top)
+    inputs = [_constant(job, "shares", block_scales.T if job.axis else block_scales), _constant(job, "top", top)]
     if tensorrt:
         scales, numbers = _node(job, "DequantizeLinear", inputs, "scales"), _numbers(job, FP4, job.weight.shape)
-        along = 1 - job.axis
-        return _node(job, "DequantizeLinear", [numbers, scales], "dequantized", axis=along, block_size=job.block)
-    inputs[0] = _constant(job, "shares", shares.T[:, None] if job.axis else shares[..., None])
+        axis = 1 - job.axis
+        return _node(job, "DequantizeLinear", [numbers, scales], "dequantized", axis=axis, block_size=job.block)
+    inputs[0] = _constant(job, "shares", block_scales.T[:, None] if job.axis else block_scales[..., None])
     scales = _node(job, "Mul", [_node(job, "Cast", inputs[:1], "widened", to=TensorProto.FLOAT), inputs[1]], "scales")
     table = job.rewrite.add("float4_values", np.arange(16, dtype=np.uint8).view(numpy_type(FP4)).astype(np.float32))
     numbers = _numbers(job, FP4, job.layout, np.dtype(ml_dtypes.uint4))
@@ -156,9 +162,9 @@ def _reshaped(job: _Job, rows: str) -> str:
 
 
 def _numbers(job: _Job, number: Number, shape: tuple[int, ...], coded: np.dtype | None = None) -> str:
-    """The name of the stored numbers: of the job's format, in the type of `number` and in `shape`.
+    """Store the quantized numbers in the type of `number` and in `shape`; return their name.
 
-    `coded` is the type whose integers are to have the bits of these numbers, where it is that which is stored.
+    With `coded`, integers of that type are stored that have the bits of these numbers.
     """
     dtype = coded or numpy_type(number)
     read = partial(_rounded, job.weight, job.layout, job.divisor, job.form.weights, numpy_type(number), coded, shape)
@@ -174,7 +180,7 @@ def _rounded(
     coded: np.dtype | None,
     shape: tuple[int, ...],
 ) -> np.ndarray:
-    """clip(round(w / s)) in `dtype`, with one float copy of the weight at a time."""
+    """Return clip(round(w / s)) in `dtype`, with one float copy of the weight at a time."""
     levels = weight.read().reshape(layout) / divisor
     if number.is_integer:
         np.rint(levels, out=levels)
@@ -193,7 +199,7 @@ def _node(job: _Job, operator: str, inputs: list[str], what: str, **attributes: 
 
 
 def channel_axis(node: onnx.NodeProto) -> int:
-    """Where a weight keeps its output channels (an embedding: its rows)."""
+    """Return the axis of a weight's output channels (of an embedding: its rows)."""
     if node.op_type == "Gemm":
         return 0 if any(entry.name == "transB" and entry.i for entry in node.attribute) else 1
     return 1 if node.op_type in ("MatMul", "ConvTranspose") else 0

@@ -1,9 +1,11 @@
-"""Float graph + what smooths its layers -> the same function, in which what is rounded next is smoother.
+"""SmoothQuant: a float graph computes the same function with smoother activations.
 
-    y = w x   becomes   y = (w diag(s)) (x * (1 / s))       s [in], positive: compress/quantization/algorithms/smoothquant.py
+    y = w x   becomes   y = (w diag(s)) (x * (1 / s))       s [in], positive
 
-The factor 1 / s is a Mul in front of the layer, one for all readers of a tensor that share s; a weight is multiplied
-when it is read.
+    source: compress/quantization/algorithms/smoothquant.py
+
+The factor 1 / s is a Mul before the layer, shared by all readers of a tensor with the same s. Weights are multiplied
+when they are read.
 """
 
 from __future__ import annotations
@@ -26,10 +28,11 @@ LAST = ("Gemm", "MatMul")  # operators whose input has its channels on the last 
 
 
 def smoothed(graph: Graph, smooth: Mapping[str, torch.Tensor]) -> Graph:
-    """`graph`, itself left as it is, with the layers of `smooth` ([in] by name) smoothed.
+    """Return a copy of `graph` with the layers of `smooth` (name -> factors [in]) smoothed.
 
-    Raises InvalidInputError, naming the layer, for a vector that is not positive and finite or does not fit the layer's weight,
-    and for a layer the graph does not have.
+    Raises:
+        InvalidInputError: If factors are not positive and finite or do not match the layer's weight, or if the graph
+            has no such layer; the message names the layer.
     """
     if not smooth:
         return graph
@@ -44,7 +47,7 @@ def smoothed(graph: Graph, smooth: Mapping[str, torch.Tensor]) -> Graph:
     if missing:
         name = min(missing)
         raise InvalidInputError(
-            f"layer '{name}': the graph has no node that applies its weight; is it another model's?"
+            f"layer '{name}': the graph has no node that applies its weight; was it exported from another model?"
         )
     return rewrite.graph()
 
@@ -55,8 +58,8 @@ def _smooth_(rewrite: Rewrite, node: onnx.NodeProto, s: np.ndarray) -> None:
     weight, axis = weight_of(rewrite.source, name), 1 - channel_axis(node)
     if s.size != weight.shape[axis] or not (np.isfinite(s).all() and (s > 0).all()):
         raise InvalidInputError(
-            f"layer '{layer}': what smooths it must be {weight.shape[axis]} positive numbers, one for each input; "
-            "quantize again"
+            f"layer '{layer}': its smoothing factors must be {weight.shape[axis]} positive numbers, one per input "
+            "channel; quantize again"
         )
     wide = s.reshape([-1 if i == axis else 1 for i in range(len(weight.shape))])
     node.input[index] = rewrite.add_weight(

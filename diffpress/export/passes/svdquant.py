@@ -1,8 +1,9 @@
-"""Float graph + branches of low rank -> the same function, in which the layers that are quantized next have less left.
+"""SVDQuant: move part of each weight of a float graph into a low-rank branch that is not quantized.
 
     y = w x   becomes   y = (w - up down) x + up (down x)       compress/quantization/algorithms/svdquant.py
 
-as two MatMuls beside the layer and an Add behind it. A weight loses what its branch has when it is read.
+The branch is two MatMuls beside the layer and an Add after it. The branch's product is subtracted from a weight when
+the weight is read.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ from diffpress.runtime.errors import InvalidInputError
 
 
 def svdquant(graph: Graph, svdquant: Mapping[str, torch.Tensor]) -> Graph:
-    """`graph`, itself left as it is, with the branches '<layer>.down' [rank, in] and '<layer>.up' [out, rank].
+    """Return a copy of `graph` with the branches '<layer>.down' [rank, in] and '<layer>.up' [out, rank].
 
-    Raises InvalidInputError, naming the layer, for factors that do not fit its weight and for a layer the graph does not have.
+    Raises:
+        InvalidInputError: If factors do not match the layer's weight, or if the graph has no such layer; the message
+            names the layer.
     """
     missing = {key.rpartition(".")[0] for key in svdquant}
     if not missing:
@@ -40,7 +43,8 @@ def svdquant(graph: Graph, svdquant: Mapping[str, torch.Tensor]) -> Graph:
             _branch_(rewrite, node, *factors)
     if missing:
         raise InvalidInputError(
-            f"layer '{min(missing)}': the graph has no node that applies its weight; is it another model's?"
+            f"layer '{min(missing)}': the graph has no node that applies its weight; "
+            "was it exported from another model?"
         )
     return rewrite.graph()
 
@@ -50,10 +54,10 @@ def _branch_(rewrite: Rewrite, node: onnx.NodeProto, down: np.ndarray, up: np.nd
     name, tensor = node.input[index], node.input[1 - index]
     weight, axis = weight_of(rewrite.source, name), channel_axis(node)
     if len(weight.shape) != 2 or (up.shape[0], down.shape[1]) != (weight.shape[axis], weight.shape[1 - axis]):
-        raise InvalidInputError(f"layer '{layer}': its branch does not fit its weight {weight.shape}; quantize again")
-    left = Weight(np.dtype(np.float32), weight.shape, partial(_residual, weight, axis, down, up))
-    node.input[index] = rewrite.add_weight(f"{layer}.weight_left", left)
-    out, rounded, narrow, wide = node.output[0], *(f"{node.name}.{part}" for part in ("rounded", "narrow", "wide"))
+        raise InvalidInputError(f"layer '{layer}': branch does not match weight {weight.shape}; quantize again")
+    residual = Weight(np.dtype(np.float32), weight.shape, partial(_residual, weight, axis, down, up))
+    node.input[index] = rewrite.add_weight(f"{layer}.weight_left", residual)
+    out, rounded, narrow, wide = node.output[0], *(f"{node.name}.{suffix}" for suffix in ("rounded", "narrow", "wide"))
     node.output[0] = rounded
     inputs = [rewrite.add(f"{layer}.branch_{side}", value.T.copy()) for side, value in (("down", down), ("up", up))]
     rewrite.nodes += [
@@ -65,5 +69,5 @@ def _branch_(rewrite: Rewrite, node: onnx.NodeProto, down: np.ndarray, up: np.nd
 
 def _residual(weight: Weight, axis: int, down: np.ndarray, up: np.ndarray) -> np.ndarray:
     product = up @ down
-    left: np.ndarray = weight.read().astype(np.float32) - (product if axis == 0 else product.T)
-    return left
+    residual: np.ndarray = weight.read().astype(np.float32) - (product if axis == 0 else product.T)
+    return residual

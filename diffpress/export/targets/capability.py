@@ -1,4 +1,4 @@
-"""Which engine runs which number format, and how.
+"""Number formats that each engine supports, and how it computes them.
 
                         ONNX Runtime, OpenVINO (CPU)    TensorRT-RTX, from compute capability
     int8                integers                        7.5
@@ -8,9 +8,9 @@
     fp8                 float, rounded as fp8: slower   8.9
     nvfp4               float, stored in 4 bits         12.0
 
-What a CPU computes in float though its format says otherwise still samples, and its images can be checked; the manifest
-calls the format emulated. (Of nvfp4 it has the weights alone, and its images are better than the GPU's.) A target that
-cannot run a format is refused.
+A format that a CPU computes in float still samples, and its images can be checked; the manifest lists the format as
+emulated. (For nvfp4 the CPU quantizes only the weights, so its images are better than the GPU's.) A target that cannot
+run a format is rejected.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ from diffpress.runtime.errors import InvalidInputError
 
 @dataclass(frozen=True)
 class Support:
-    """`on_gpu`: least compute capability; `on_cpu`: what engines on the CPU do with it, if not compute in it."""
+    """Support for one format.
+
+    `on_gpu` is the minimum compute capability; `on_cpu` describes what engines on the CPU do if they do not compute in
+    it.
+    """
 
     on_gpu: tuple[int, int]
     on_cpu: str = ""
@@ -42,7 +46,11 @@ SUPPORT: dict[str, Support] = {
 
 
 def check_runs(formats: Iterable[str], capabilities: Sequence[str]) -> None:
-    """Raise InvalidInputError where a GPU of these compute capabilities ('8.9') does not run one of the formats."""
+    """Check that GPUs of these compute capabilities ('8.9') run all of the formats.
+
+    Raises:
+        InvalidInputError: If one does not.
+    """
     for kind in sorted(set(formats)):
         for capability in capabilities:
             if _version(capability) < SUPPORT[kind].on_gpu:
@@ -55,12 +63,12 @@ def check_runs(formats: Iterable[str], capabilities: Sequence[str]) -> None:
 
 
 def emulated(formats: Iterable[str]) -> list[str]:
-    """Those of the formats that engines on the CPU compute in float."""
+    """Return those of the formats that engines on the CPU compute in float."""
     return sorted(kind for kind in set(formats) if SUPPORT[kind].on_cpu)
 
 
 def emulation(formats: Iterable[str]) -> str:
-    """What becomes of formats that engines on the CPU compute in float, in a line; '' where there are none."""
+    """Describe in one line how engines on the CPU emulate the formats; '' if they emulate none."""
     return "; ".join(
         f"{kind}: engines on the CPU {SUPPORT[kind].on_cpu} and compute in float, no faster than fp32; TensorRT "
         f"multiplies in it from compute capability {'.'.join(map(str, SUPPORT[kind].on_gpu))} on"
@@ -69,7 +77,7 @@ def emulation(formats: Iterable[str]) -> str:
 
 
 def promised(quantization: Quantization | None) -> list[str]:
-    """The layers that engines on the CPU should run on integers."""
+    """Return the layers that engines on the CPU should run on integers."""
     formats = layer_formats(quantization)
     return [name for name in computing_layers(quantization) if not SUPPORT[formats[name]].on_cpu]
 

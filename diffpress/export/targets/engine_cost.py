@@ -1,11 +1,12 @@
-"""What quantizing a checkpoint costs and gains in an engine: by layer from its profile, as a whole from its clock.
+"""Cost and gain of quantizing a checkpoint in an engine: per layer from profiles, in total from timing.
 
     gain(layer) = its time in the float graph - its time in the quantized graph       medians over a few runs
 
-A layer's time is that of the kernel that multiplies by its weight, with what the engine fused into it, and of its own
-Q/DQ nodes where they run alone. What is fused into neither (norms, layout changes) is nobody's. A sum that is rounded
-has no kernel of its own: graphs with and without all of them are timed, and each gains its part of the difference. So
-gains do for an order; a bound is held by the time of the whole graph, which `latency_ratio` measures.
+A layer's time is that of the kernel that multiplies by its weight, including what the engine fused into it, plus its
+own Q/DQ nodes where they run separately. Other kernels (norms, layout changes) belong to no layer. A quantized sum has
+no kernel of its own: graphs with and without all quantized sums are timed, and each sum gets an equal share of the
+difference. Gains are therefore good for ranking layers; bounds are checked with the time of the whole graph
+(`latency_ratio`).
 """
 
 from __future__ import annotations
@@ -36,7 +37,11 @@ QUANTIZED, WITHOUT_SUMS = "quantized.onnx", "without_sums.onnx"
 
 @contextmanager
 def costs_in(checkpoint: Checkpoint, engine: str) -> Iterator[EngineCosts]:
-    """Costs of quantizing the float `checkpoint` in `engine`; raises MissingDependencyError where that is not installed."""
+    """Open the costs of quantizing the float `checkpoint` in `engine`.
+
+    Raises:
+        MissingDependencyError: If the engine is not installed.
+    """
     graph = to_onnx(checkpoint)
     with TemporaryDirectory() as folder:
         exact = Path(folder) / "float.onnx"
@@ -46,22 +51,23 @@ def costs_in(checkpoint: Checkpoint, engine: str) -> Iterator[EngineCosts]:
 
 
 class _Costs:
-    """See diffpress.compress.context.EngineCosts."""
+    """Implementation of diffpress.compress.context.EngineCosts."""
 
     def __init__(self, checkpoint: Checkpoint, graph: Graph, folder: Path, exact: Engine) -> None:
         self._graph, self._exact, self._folder = graph, exact, folder
         self._inputs = dummy_inputs(exact, trial_of(checkpoint).spec, BATCH)
 
     def gains_ms(self, quantization: Quantization) -> dict[str, float]:
+        """Return layer -> milliseconds that quantizing it saves per evaluation."""
         quantized, _ = self._written(quantization)
         before = layer_times(self._exact.kernel_times(self._inputs, PROFILED_RUNS), self._graph)
         with self._opened() as rounded:
             after = layer_times(rounded.kernel_times(self._inputs, PROFILED_RUNS), quantized)
-            of_sums = self._gains_of_sums(quantization, rounded)
-        return {layer: before.get(layer, 0.0) - after.get(layer, 0.0) for layer in quantization.layers} | of_sums
+            sum_gains = self._gains_of_sums(quantization, rounded)
+        return {layer: before.get(layer, 0.0) - after.get(layer, 0.0) for layer in quantization.layers} | sum_gains
 
     def _gains_of_sums(self, quantization: Quantization, rounded: Engine) -> dict[str, float]:
-        """What it is worth to round sums between layers, by the clock and in equal parts."""
+        """Return the measured gain of quantizing residual sums, divided equally among them."""
         sums = [layer for layer in quantized_layers(quantization) if layer not in quantization.layers]
         if not sums:
             return {}
@@ -71,16 +77,19 @@ class _Costs:
         return dict.fromkeys(sums, (without_ms - with_ms) / len(sums))
 
     def latency_ratio(self, quantization: Quantization) -> float:
+        """Return the time of the quantized graph divided by that of the float graph."""
         self._written(quantization)
         with self._opened() as rounded:
             exact_ms, rounded_ms = alternated((self._exact, rounded), self._inputs)
         return rounded_ms / exact_ms
 
     def size_mib(self, quantization: Quantization) -> float:
+        """Return the size of the quantized graph with its weights in MiB."""
         return self._written(quantization)[1] / 2**20
 
     @contextmanager
     def network(self, quantization: Quantization | None) -> Iterator[Engine]:
+        """Open the quantized graph in the engine, or the float graph for None."""
         if quantization is None:
             yield self._exact
             return
@@ -97,7 +106,7 @@ class _Costs:
 
 
 def _owners(graph: onnx.GraphProto) -> dict[str, str]:
-    """Name -> layer: engines name a kernel by the node, by the tensor it writes, or by the addition of the bias."""
+    """Return node or tensor name -> layer; engines name a kernel by node, output tensor or bias addition."""
     stored = {tensor.name for tensor in graph.initializer}
     owners: dict[str, str] = {}
     for node in graph.node:
@@ -110,13 +119,13 @@ def _owners(graph: onnx.GraphProto) -> dict[str, str]:
 
 
 def layer_times(kernels: Sequence[Kernel], graph: Graph) -> dict[str, float]:
-    """Layer -> milliseconds of the kernels that are its own among those that an engine executed of `graph`."""
+    """Return layer -> milliseconds spent in the kernels of `graph` that belong to the layer."""
     owners = _owners(graph.proto.graph)
     found: dict[str, float] = {}
     for names, ms in kernels:
-        mine = [owners[name] for name in names if name in owners]
-        if not mine and len(names) == 1:  # '<layer>.input/Q', alone; fused with others it is mostly theirs
-            mine = [owners[name] for name in (names[0].rpartition(".")[0],) if name in owners]
-        for layer in mine[:1]:
+        layers = [owners[name] for name in names if name in owners]
+        if not layers and len(names) == 1:  # a separate '<layer>.input/Q'; a fused one counts for the others
+            layers = [owners[name] for name in (names[0].rpartition(".")[0],) if name in owners]
+        for layer in layers[:1]:
             found[layer] = found.get(layer, 0.0) + ms
     return found

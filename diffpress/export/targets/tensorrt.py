@@ -1,13 +1,13 @@
-"""Target `tensorrt`: plans of all of a bundle's graphs, for the GPUs that were named, on a machine without any.
+"""Target `tensorrt`: build engines of all of a bundle's graphs ahead of time, without a GPU.
 
-    engines/tensorrt/denoiser_sm86_sm89.plan      batch MIN..MAX, tuned for OPT
-    engines/tensorrt/vae_decoder_sm86_sm89.plan   ... and the text encoders, where the model has them
+    engines/tensorrt/denoiser_sm86_sm89.engine    batch MIN..MAX, tuned for OPT
+    engines/tensorrt/vae_decoder_sm86_sm89.engine and the text encoders, if the model has them
 
-One plan serves several compute capabilities at the size of one, since they share the weights. It runs on those alone,
-and only in the library version it was built with: the manifest keeps both, with the hash of the graph, the shapes and
-the options it was built with and the seconds that took. (A plan's bytes are not the same from build to build, so a
-bundle with this target is the one kind whose hash does not repeat anyway.) The builder is the runtime's own, which can
-build again what does not fit: runtime/engines/tensorrt/builder.py.
+One engine serves several compute capabilities without growing, because they share the weights. It runs only on those
+GPUs and only in the library version it was built with. The manifest records both, together with the graph's hash, the
+shapes, the build options and the build time. (TensorRT builds are not reproducible byte for byte, so a bundle with
+this target has no reproducible hash.) The builder is part of the runtime, which can rebuild an engine that does not
+fit: runtime/engines/tensorrt/builder.py.
 """
 
 from __future__ import annotations
@@ -33,18 +33,31 @@ def build_engine(
     spec: DenoiserSpec,
     options: BuildOptions = DEFAULTS,
     *,
-    part: str = "denoiser",
+    component: str = "denoiser",
     precision: str = "fp32",
 ) -> dict[str, Any]:
-    """Build `graph` for compute capabilities such as '8.6' into `folder`/engines; returns the manifest entry.
+    """Build an engine of `graph` into `folder`/engines.
 
-    `part` is its name among the bundle's graphs and `precision` what it computes in. Raises MissingDependencyError without a
-    library, and InvalidInputError for no or an unknown capability and for a graph that cannot be parsed or built (naming the
-    node).
+    Args:
+        graph: The ONNX file.
+        folder: The bundle's folder.
+        capabilities: Compute capabilities such as '8.6'.
+        spec: The denoiser's spec.
+        options: Build options.
+        component: Name of the graph in the bundle.
+        precision: The precision that the graph computes in, for the manifest.
+
+    Returns:
+        The manifest entry.
+
+    Raises:
+        MissingDependencyError: If no TensorRT library is installed.
+        InvalidInputError: For a missing or unknown compute capability, and for a graph that cannot be parsed or built
+            (the message names the node).
     """
-    made = build(graph, spec, options, capabilities, part=part)
+    made = build(graph, spec, options, capabilities, component=component)
     targets = "_".join("sm" + one.replace(".", "") for one in made.entry["compute_capabilities"])
-    path = folder / "engines" / ENGINE / f"{part}_{targets}.plan"
+    path = folder / "engines" / ENGINE / f"{component}_{targets}.engine"
     write_bytes(path, made.data)
     return {
         "engine": ENGINE,
@@ -62,24 +75,27 @@ def build_engines(
     options: BuildOptions = DEFAULTS,
     made_before: Bundle | None = None,
 ) -> list[dict[str, Any]]:
-    """`build_engine` for each of a bundle's graphs, name -> (file, precision); returns their manifest entries.
+    """Build engines of all graphs of a bundle, given as name -> (file, precision).
 
-    A plan that `made_before` holds of the very same graph, built in the same way, is taken over: parts of a pipeline
-    stay what they are when its denoiser is compressed.
+    An engine in `made_before` is reused if its graph and build options are identical; a pipeline's other components do
+    not change when its denoiser is compressed.
+
+    Returns:
+        The manifest entries.
     """
     entries = []
-    for part, (graph, precision) in graphs.items():
-        entry = None if made_before is None else _taken_over(made_before, part, graph, capabilities, options, folder)
+    for component, (graph, precision) in graphs.items():
+        entry = None if made_before is None else _reused(made_before, component, graph, capabilities, options, folder)
         entries.append(
-            entry or build_engine(graph, folder, capabilities, spec, options, part=part, precision=precision)
+            entry or build_engine(graph, folder, capabilities, spec, options, component=component, precision=precision)
         )
     return entries
 
 
-def _taken_over(
-    bundle: Bundle, part: str, graph: Path, capabilities: Sequence[str], options: BuildOptions, folder: Path
+def _reused(
+    bundle: Bundle, component: str, graph: Path, capabilities: Sequence[str], options: BuildOptions, folder: Path
 ) -> dict[str, Any] | None:
-    for file, entry in bundle.built(part, ENGINE):
+    for file, entry in bundle.built(component, ENGINE):
         same = entry["compute_capabilities"] == list(capabilities) and entry["graph_sha256"] == graph_sha256(graph)
         if same and BuildOptions.from_json(entry["options"], str(file)) == options:
             path = folder / entry["file"]
@@ -90,17 +106,17 @@ def _taken_over(
 
 
 def check_build(capabilities: Sequence[str], options: BuildOptions = DEFAULTS) -> None:
-    """Raise, as `build_engine` would, for what can be refused before any work."""
+    """Raise the errors of `build_engine` that can be detected without building."""
     library, _ = choose(capabilities)
     refuse_unsupported(library, options)
 
 
 def tensorrt_line(entry: Mapping[str, Any]) -> str:
-    """One line on a plan, from its manifest entry."""
-    low, usual, high = entry["options"]["batch"]
+    """Describe an engine in one line, from its manifest entry."""
+    low, optimum, high = entry["options"]["batch"]
     targets = ", ".join(entry["compute_capabilities"])
     return (
         f"{entry['library']} {entry['version']}: {entry['file']} {entry['bytes'] / 2**20:.2f} MiB, "
-        f"{entry['precision']} for compute capability {targets}, batch {low} to {high} (tuned for {usual}), "
+        f"{entry['precision']} for compute capability {targets}, batch {low} to {high} (tuned for {optimum}), "
         f"built in {entry['build_seconds']:.1f} s, not run"
     )

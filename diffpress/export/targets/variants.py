@@ -1,9 +1,9 @@
-"""Other forms of the denoiser's graph, for engines that run them better than denoiser.onnx.
+"""Alternative graphs of the denoiser, for engines that run them faster than denoiser.onnx.
 
-    denoiser.onnx           the portable truth, which every engine can run
-    denoiser.<name>.onnx    what some engines take in its place: float where integers are slower, other Q/DQ placement
+    denoiser.onnx           the portable graph, which every engine can run
+    denoiser.<name>.onnx    what some engines run instead: float where integers are slower, or other Q/DQ placement
 
-The manifest's graph entry says which: variants: {engine: {file, precision, bytes, bytes_by_precision, parity}}.
+The manifest's graph entry lists them: variants: {engine: {file, precision, bytes, bytes_by_precision, parity}}.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ FLOAT = "float"
 
 @dataclass(frozen=True)
 class Variant:
-    """`graph` for these engines (names of diffpress.runtime.engines); `quantization` is what it computes, None for float."""
+    """Graph that replaces denoiser.onnx in `engines` (names of diffpress.runtime.engines).
+
+    `quantization` is what the graph computes, None for float.
+    """
 
     name: str
     engines: tuple[str, ...]
@@ -36,36 +39,45 @@ class Variant:
 
     @property
     def file(self) -> str:
+        """File name in the bundle."""
         return f"denoiser.{self.name}.onnx"
 
 
 def check_variants(variants: Sequence[Variant]) -> None:
-    """Raise InvalidInputError for an engine that does not exist or would have two variants."""
+    """Check that every engine exists and has at most one variant.
+
+    Raises:
+        InvalidInputError: Otherwise.
+    """
     engines = [engine for variant in variants for engine in variant.engines]
     for engine in engines:
         if engine not in ENGINES:
             raise unknown_name("engine", engine, ENGINES)
         if engines.count(engine) > 1:
             raise InvalidInputError(
-                f"engine '{engine}': takes one graph, and variants {_names(variants, engine)} are given"
+                f"engine '{engine}': has variants {_names(variants, engine)}, but an engine runs only one graph"
             )
 
 
 def write_variants(
     checkpoint: Checkpoint, variants: Sequence[Variant], folder: Path, trial: Trial, threads: int | None = None
 ) -> dict[str, dict[str, Any]]:
-    """Write the variants of the checkpoint's graph into a bundle's folder; returns engine -> manifest entry.
+    """Write the variants into a bundle's folder and check their parity.
 
-    Raises GateFailedError where an engine's images from its variant are not torch's (export/verify/parity.py).
+    Returns:
+        Engine -> manifest entry.
+
+    Raises:
+        GateFailedError: If an engine's output from its variant differs from torch's (export/verify/parity.py).
     """
     entries = {}
     for variant in variants:
-        path, computed = folder / variant.file, checkpoint.evolve(quantization=variant.quantization)
+        path, variant_checkpoint = folder / variant.file, checkpoint.evolve(quantization=variant.quantization)
         size = save_graph(variant.graph, path)
-        # what corrects rounding in the plan is not for floats
+        # output corrections apply to the quantized graph only
         plan = trial.spec.plan if variant.quantization else trial.spec.plan.without_corrections
-        tried = replace(trial, spec=trial.spec.with_plan(plan))
-        parity = check_parity(computed, path, tried, engines=list(variant.engines), threads=threads)
+        variant_trial = replace(trial, spec=trial.spec.with_plan(plan))
+        parity = check_parity(variant_checkpoint, path, variant_trial, engines=list(variant.engines), threads=threads)
         for engine in variant.engines:
             entries[engine] = {
                 "file": variant.file,
@@ -78,7 +90,7 @@ def write_variants(
 
 
 def bytes_by_precision(graph: Graph) -> dict[str, int]:
-    """Dtype as numpy calls it -> bytes of all initializers in it, wherever they are stored; the largest first."""
+    """Return numpy dtype name -> bytes of all initializers of that dtype, the largest first."""
     found: dict[str, int] = {}
     for tensor in graph.proto.graph.initializer:
         dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name

@@ -1,14 +1,14 @@
-"""Prove that an engine compiles and runs the bundle's graph, and leave a fingerprint of what it really executed.
+"""Check that an engine compiles and runs the bundle's graph, and record what precision it executed.
 
-    {engine, version of the library, the graph it takes and its sha256,
+    {engine, version of the library, the graph it runs and its sha256,
      integer_mac_share: of all multiply-accumulates, float_layers: how many, fallbacks: [{layer, reason}]}
 
-`fallbacks` are layers that the graph promises on integers and the engine ran in float (see diffpress.runtime.engines.precision_report).
-The last three are null for a graph that is too large for the engine to be run a second time.
+`fallbacks` are layers that should run on integers but ran in float (see diffpress.runtime.engines.precision_report).
+The last three are null if the graph is too large to be run again.
 
-No OpenVINO IR is stored, for it would double the bundle and gain nothing: on the default teacher, reading and compiling
-took 744 ms from the ONNX file and 787 ms from the IR in fp32, 1925 and 1927 ms in int8 (medians in alternation), and
-the XML of a Q/DQ graph alone weighs a third of the ONNX file.
+No OpenVINO IR is stored, because it would double the bundle without a benefit: for the default teacher, reading and
+compiling took 744 ms from ONNX and 787 ms from IR in fp32, and 1925 and 1927 ms in int8 (medians in alternation). The
+XML of a Q/DQ graph alone is a third of the size of the ONNX file.
 """
 
 from __future__ import annotations
@@ -26,17 +26,25 @@ from diffpress.runtime.spec import DenoiserSpec
 
 BATCH = 2
 
-# ONNX Runtime's account takes two more sessions of the graph, each with its weights in memory
+# ONNX Runtime's precision report opens two more sessions, each with the weights in memory
 MAX_ONNXRUNTIME_BYTES = 2**30
 
 
 def check_engine(
     name: str, graph: Path, spec: DenoiserSpec, size: int, promised: Collection[str] = ()
 ) -> dict[str, Any]:
-    """The manifest entry of `graph` (`size` bytes with its weights) in the engine `name` that is installed here.
+    """Run `graph` in an installed engine and return its manifest entry.
 
-    `promised` are the layers that should run on integers. Raises MissingDependencyError where the engine is not installed and
-    InvalidInputError where it does not take the graph.
+    Args:
+        name: The engine.
+        graph: The ONNX file.
+        spec: The denoiser's spec.
+        size: Bytes of the graph with its weights.
+        promised: Layers that should run on integers.
+
+    Raises:
+        MissingDependencyError: If the engine is not installed.
+        InvalidInputError: If the engine cannot run the graph.
     """
     entry = {"engine": name, "version": importlib.metadata.version(name), "graph": graph.name}
     entry["graph_sha256"] = sha256(graph)
@@ -54,10 +62,10 @@ def check_engine(
 
 
 def engine_check_line(entry: dict[str, Any], shown: int = 3) -> str:
-    """An entry of `check_engine` in words, with the first `shown` fallbacks by name."""
+    """Describe an entry of `check_engine` in one line, naming the first `shown` fallbacks."""
     head = f"{entry['engine']} {entry['version']}"
     if entry["integer_mac_share"] is None:
-        return f"{head}: too large to be run again, integer MACs not counted"
+        return f"{head}: too large to run again, integer MACs not counted"
     line = f"{head}: integer MACs {100 * entry['integer_mac_share']:.1f} %, {entry['float_layers']} layers in float"
     if entry.get("emulated"):
         line += f" (it computes {' and '.join(entry['emulated'])} in float, no faster than fp32)"
@@ -67,4 +75,4 @@ def engine_check_line(entry: dict[str, Any], shown: int = 3) -> str:
     named = [f"{found['layer']} ({found['reason']})" for found in fallbacks[:shown]]
     if len(fallbacks) > shown:
         named.append(f"{len(fallbacks) - shown} more")
-    return f"{line}, {len(fallbacks)} of the promised fell back: {', '.join(named)}"
+    return f"{line}, {len(fallbacks)} quantized layers fell back to float: {', '.join(named)}"

@@ -1,7 +1,7 @@
-"""Does what a graph in float16 computes fit into float16?  largest = max |x| over every float16 tensor, as it samples.
+"""Check the range of a float16 graph: largest = max |x| over every float16 tensor, while sampling.
 
-Engines on the CPU do not show an overflow: they compute in float32, and ONNX Runtime removes Casts between nodes that
-it runs so. A second file beside the graph, over the same weights, adds to its outputs one number a tensor.
+Engines on the CPU do not reveal an overflow: they compute in float32, and ONNX Runtime removes Casts between such
+nodes. A second file beside the graph, over the same weights, outputs one additional number per tensor.
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ LIMIT = float(np.finfo(np.float16).max)
 
 
 def write_probed(graph: Path, probed: Path) -> list[str]:
-    """Write `graph`, whose data files lie in its folder, to `probed` there, with the output LARGEST; float32 [n].
+    """Write `graph` to `probed`, in the same folder, with the additional output LARGEST, float32 [n].
 
-    Returns the names of the n nodes whose outputs it is about.
+    Returns:
+        The names of the n nodes that the entries of LARGEST belong to.
     """
     proto = onnx.load(graph, load_external_data=False)
     inferred = shape_inference.infer_shapes(proto).graph
@@ -50,7 +51,7 @@ def write_probed(graph: Path, probed: Path) -> list[str]:
 
 
 class Probed:
-    """An engine that runs a probed graph, as a network that remembers how large each node's output became."""
+    """Engine that runs a probed graph and records the largest output of each node."""
 
     def __init__(self, engine: Engine, nodes: list[str]) -> None:
         self._engine, self._nodes = engine, nodes
@@ -58,23 +59,30 @@ class Probed:
 
     @property
     def inputs(self) -> Mapping[str, np.dtype]:
+        """The engine's inputs."""
         return self._engine.inputs
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the first output of one evaluation."""
         return next(iter(self.run_all(inputs).values()))
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return all outputs of one evaluation except LARGEST, which is recorded."""
         outputs = self._engine.run_all(inputs)
-        self._largest = np.maximum(self._largest, outputs.pop(LARGEST))  # NaN stays
+        self._largest = np.maximum(self._largest, outputs.pop(LARGEST))  # NaN propagates
         return outputs
 
     def check(self, name: str) -> float:
-        """The largest number; raises GateFailedError, naming the node, where it is beyond float16."""
+        """Return the largest number recorded.
+
+        Raises:
+            GateFailedError: If it exceeds the float16 range; the message names the node.
+        """
         fits = self._largest <= LIMIT
         if not fits.all():
             first = int(np.argmin(fits))
             raise GateFailedError(
-                f"{name}: node '{self._nodes[first]}' writes {self._largest[first]:g}, and float16 ends at {LIMIT:g}; "
-                "take --precision bf16"
+                f"{name}: node '{self._nodes[first]}' writes {self._largest[first]:g}, which exceeds the float16 "
+                f"maximum of {LIMIT:g}; use --precision bf16"
             )
         return float(self._largest.max())

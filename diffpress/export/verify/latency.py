@@ -1,9 +1,9 @@
-"""Is quantization worth it: a step of the quantized graph against one of the float graph in each engine, in turns.
+"""Latency of the quantized graph relative to the float graph in each engine, measured in alternation.
 
-    latency_ratio = median time of the quantized graph / median time of the float graph      above SLOWER it is slower
+    latency_ratio = median time of the quantized graph / median time of the float graph      slower if above SLOWER
 
-Figures of a clock do not repeat, and a bundle must: they are printed and stored beside the bundle, and what enters it
-is the decision alone, which engine takes the float graph (export/targets/variants.py).
+Timings are not reproducible, but a bundle must be. They are printed and stored beside the bundle; the bundle contains
+only the decision which engines run the float graph (export/targets/variants.py).
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from diffpress.runtime.network_inputs import dummy_inputs
 BATCH = 8
 ROUNDS, MAX_ROUNDS, ENOUGH_MS = 5, 30, 2000.0
 
-# what lies within it is noise, and the smaller file wins
+# ratios up to this are noise, and the smaller file is preferred
 SLOWER = 1.02
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Medians in milliseconds of one call of the network at batch BATCH."""
+    """Median milliseconds of one evaluation at batch size BATCH."""
 
     engine: str
     precision: str
@@ -46,10 +46,12 @@ class Latency:
 
     @property
     def latency_ratio(self) -> float:
+        """Time of the quantized graph divided by that of the float graph."""
         return self.quantized_ms / self.float_ms
 
     @property
     def slower(self) -> bool:
+        """Whether the quantized graph is slower by more than the measurement noise."""
         return self.latency_ratio > SLOWER
 
     def __str__(self) -> str:
@@ -65,13 +67,13 @@ def measure_latency(
     threads: int | None = None,
     fixed_size: bool = False,
 ) -> list[Latency]:
-    """Time the float graph of the checkpoint against `quantized`, engine -> the graph it would run.
+    """Time the checkpoint's float graph against `quantized`, engine -> the graph it would run.
 
-    Nothing for a model of more than 100 million parameters, and it says so: two of it may not fit, and a call takes
-    seconds.
+    Returns an empty list for models of more than 100 million parameters (with a message): two copies may not fit into
+    memory, and one evaluation takes seconds.
     """
     if is_large(checkpoint.model):
-        say("not timed against the float graph, with more than 100 million parameters: see 'diffpress bench'")
+        say("latency not measured for more than 100 million parameters; use 'diffpress bench'")
         return []
     spec, precision = trial_of(checkpoint, fixed_size).spec, precision_of(checkpoint.quantization)
     with TemporaryDirectory() as folder:
@@ -92,7 +94,7 @@ def measure_latency(
 
 
 def alternated(engines: Sequence[Engine], inputs: dict[str, np.ndarray]) -> list[float]:
-    """Median milliseconds of one call of each engine; they take turns, so that a busy machine slows all alike."""
+    """Return median milliseconds of one evaluation per engine; alternating spreads other load evenly."""
     for engine in engines:
         engine.run(inputs)
     times: list[list[float]] = [[] for _ in engines]
@@ -106,7 +108,7 @@ def alternated(engines: Sequence[Engine], inputs: dict[str, np.ndarray]) -> list
 
 
 def float_variants(float_graph: Graph, latencies: Sequence[Latency]) -> list[Variant]:
-    """The float graph for the engines that the quantized one slows down."""
+    """Return the float graph as a variant for the engines in which the quantized graph is slower."""
     slower = tuple(latency.engine for latency in latencies if latency.slower)
     return [Variant(FLOAT, slower, float_graph, None)] if slower else []
 

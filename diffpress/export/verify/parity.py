@@ -1,15 +1,16 @@
-"""Parity: one whole trajectory through torch and through every engine, on the same noise, conditions and plan.
+"""Parity of engines with torch over one full trajectory: same noise, conditioning and sampling plan.
 
     max_abs   max |engine - torch|  over the final samples
-    sqnr_db   10 log10(sum torch^2 / sum (engine - torch)^2)  of each final sample, the mean over samples
+    sqnr_db   10 log10(sum torch^2 / sum (engine - torch)^2)  of each final sample, averaged over samples
 
-against the float torch model in both cases. A float graph must stay within MAX_ABS of it, relative to the largest
-value where that is above 1; one in half precision must keep HALF_SQNR_DB. A quantized graph is held to what torch's own
-fake quantization loses: its SQNR may be at most WITHIN_DB lower. One forward would not do: rounding that a single step
-hides is fed back into the next.
+Both compare with the float torch model. A float graph must stay within MAX_ABS, relative to the largest value if that
+exceeds 1; a half-precision graph must reach HALF_SQNR_DB. A quantized graph is compared with torch's own fake
+quantization: its SQNR may be at most WITHIN_DB lower. A single evaluation is not sufficient: rounding errors that one
+step hides are fed back into the next.
 
-A small model of pixels is tried by its own plan. One of latents may weigh gigabytes and take a minute a call: it is
-tried on fewer and smaller samples, over as many steps as show the feedback, and the manifest says how many.
+A small pixel-space model is tested under its own plan. A latent model may have gigabytes of weights and take a minute
+per evaluation: it is tested on fewer and smaller samples, with just enough steps to show the feedback. The manifest
+records how many.
 """
 
 from __future__ import annotations
@@ -39,23 +40,23 @@ from diffpress.runtime.network_inputs import Network, dummy_conditioning
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.spec import DenoiserSpec
 
-SAMPLES = 16  # the SQNR of four strays by a decibel from draw to draw
+SAMPLES = 16  # with four samples, the SQNR varies by 1 dB between draws
 MAX_ABS = 1e-3
 WITHIN_DB = 1.0
 COMPONENT_SQNR_DB = {"fp32": 60.0, "fp16": 45.0, "bf16": 30.0}
 
-# between what rounding costs and what a lost island does: measured were 55 to 70 dB in fp16 and 18 less in bf16
+# between the cost of rounding (55 to 70 dB in fp16, 18 dB less in bf16) and that of a missing fp32 fallback
 HALF_SQNR_DB = {"fp16": 40.0, "bf16": 22.0}
 
 # ONNX Runtime has no kernels for bfloat16 on the CPU (1.32: no Conv, Gemm, MatMul or Add)
 CANNOT_RUN = {"bf16": (onnxruntime_engine.NAME,)}
 
-# above this, one engine is tried, and its weights stay in the file: a second packed copy might not fit
+# above this, one engine is tested, and its weights stay in the file: a second packed copy might not fit in memory
 LARGE_BYTES = 4 * 2**30
 
-# of latent models
+# for latent models
 LATENT_SAMPLES, LATENT_STEPS, LATENT_SIDE = 2, 4, 16
-LATENT_WITHIN_DB = 3.0  # two samples stray further than sixteen
+LATENT_WITHIN_DB = 3.0  # two samples vary more than sixteen
 
 FAKE_QUANT = "torch_fake_quant"
 
@@ -64,7 +65,7 @@ Parity = dict[str, dict[str, float]]
 
 @dataclass(frozen=True)
 class Trial:
-    """What parity is checked on: `samples` samples by the spec's plan at the spec's size."""
+    """Parity test case: `samples` samples under the spec's plan at the spec's size."""
 
     spec: DenoiserSpec
     samples: int
@@ -72,7 +73,7 @@ class Trial:
 
 
 def trial_of(checkpoint: Checkpoint, fixed_size: bool = False) -> Trial:
-    """The trial that suits the checkpoint (see the top of this file)."""
+    """Return the parity test case for the checkpoint (see the module docstring)."""
     spec = checkpoint.spec
     if spec.is_pixel_space and not is_large(checkpoint.model):
         return Trial(spec, SAMPLES, WITHIN_DB)
@@ -94,10 +95,21 @@ def check_parity(
     threads: int | None = None,
     precision: str = "fp32",
 ) -> Parity:
-    """{engine: {max_abs, sqnr_db, samples, steps}} of `graph`, the checkpoint's, against its float torch model.
+    """Compare `graph` with the checkpoint's float torch model.
 
-    `engines` None takes all that are installed and run its `precision`. A quantized checkpoint adds the row
-    'torch_fake_quant'. Raises GateFailedError where an engine strays further than the bounds above.
+    Args:
+        checkpoint: The checkpoint that was exported.
+        graph: Its ONNX file.
+        trial: The test case.
+        engines: Engines to test; by default all installed ones that support `precision`.
+        threads: Threads of the engines.
+        precision: The precision that the graph computes in.
+
+    Returns:
+        {engine: {max_abs, sqnr_db, samples, steps}}, plus a row 'torch_fake_quant' for a quantized checkpoint.
+
+    Raises:
+        GateFailedError: If an engine deviates by more than the bounds above.
     """
     exact = replace(trial, spec=trial.spec.with_plan(trial.spec.plan.without_corrections))
     reference = _samples(TorchNetwork(checkpoint.model, exact.spec), exact)
@@ -109,45 +121,52 @@ def check_parity(
             _hold(graph, name, row["sqnr_db"], HALF_SQNR_DB[precision])
         elif FAKE_QUANT not in measured and not row["max_abs"] <= allowed:
             raise GateFailedError(
-                f"{graph.name} in {name}: samples differ from torch's by {row['max_abs']:.2g} at most "
-                f"({row['sqnr_db']:.1f} dB), {allowed:.2g} is allowed"
+                f"{graph.name} in {name}: samples differ from torch's by up to {row['max_abs']:.2g} "
+                f"({row['sqnr_db']:.1f} dB); the limit is {allowed:.2g}"
             )
         if FAKE_QUANT in measured and not row["sqnr_db"] >= measured[FAKE_QUANT]["sqnr_db"] - trial.within_db:
             raise GateFailedError(
                 f"{graph.name} in {name}: {row['sqnr_db']:.1f} dB SQNR to the float model (largest difference "
                 f"{row['max_abs']:.2g}), torch's fake quantization has {measured[FAKE_QUANT]['sqnr_db']:.1f} dB and "
-                f"{trial.within_db:g} dB less is allowed"
+                f"at most {trial.within_db:g} dB less is allowed"
             )
     return measured
 
 
 def runs(precision: str) -> list[str]:
-    """The engines that are installed and run graphs in this precision (TensorRT runs plans, made from them later)."""
+    """Return installed engines that run graphs in this precision; not TensorRT, which is built later."""
     return [name for name in available() if name not in (*CANNOT_RUN.get(precision, ()), "tensorrt")]
 
 
 def check_component(
-    part: Component,
+    component: Component,
     graph: Path,
     *,
     engines: list[str] | None = None,
     threads: int | None = None,
     precision: str = "fp32",
 ) -> dict[str, float]:
-    """{engine: SQNR in dB} of the least faithful output of a part's graph; GateFailedError below COMPONENT_SQNR_DB."""
-    inputs = {name: tensor.numpy() for name, tensor in part.examples.items()}
-    wanted, found = part.run_all(inputs), {}
+    """Compare a component's graph with torch.
+
+    Returns:
+        {engine: SQNR in dB of the output with the lowest SQNR}.
+
+    Raises:
+        GateFailedError: If it is below COMPONENT_SQNR_DB.
+    """
+    inputs = {name: tensor.numpy() for name, tensor in component.examples.items()}
+    expected, found = component.run_all(inputs), {}
     for name in runs(precision) if engines is None else engines:
         with _opened(graph, name, threads, lean=False, precision=precision) as engine:
             outputs = engine.run_all(inputs)
-        found[name] = round(min(mean_sqnr_db(wanted[key], outputs[key]) for key in wanted), 1)
+        found[name] = round(min(mean_sqnr_db(expected[key], outputs[key]) for key in expected), 1)
         _hold(graph, name, found[name], COMPONENT_SQNR_DB[precision])
     return found
 
 
 def _hold(graph: Path, engine: str, sqnr_db: float, least: float) -> None:
     if not sqnr_db >= least:  # NaN is not
-        raise GateFailedError(f"{graph.name} in {engine}: {sqnr_db:.1f} dB SQNR to torch, {least:g} dB are asked for")
+        raise GateFailedError(f"{graph.name} in {engine}: {sqnr_db:.1f} dB SQNR to torch, {least:g} dB are required")
 
 
 def _engines(precision: str, large: bool) -> list[str]:
@@ -164,7 +183,7 @@ def _measured(
     threads: int | None,
     precision: str,
 ) -> Parity:
-    """The figures, rounded so that they repeat."""
+    """Return the measurements, rounded so that they are reproducible."""
     found: dict[str, Callable[[], np.ndarray]] = {}
     if checkpoint.quantization is not None:
         found[FAKE_QUANT] = lambda: _samples(TorchNetwork(fake_quantized(checkpoint), trial.spec), trial)
@@ -183,7 +202,7 @@ def _in_engine(opened: Callable[[], AbstractContextManager[Network]], trial: Tri
 
 @contextmanager
 def _opened(graph: Path, name: str, threads: int | None, lean: bool, precision: str) -> Iterator[Engine | Probed]:
-    """The engine; in fp16 ONNX Runtime says as well whether everything fits, and raises GateFailedError in the end."""
+    """Open the engine; in fp16, ONNX Runtime also checks the float16 range at the end (GateFailedError)."""
     options = EngineOptions(lean=lean)
     if precision != "fp16" or name != onnxruntime_engine.NAME:
         with closing(load_engine(graph, name, threads, options=options)) as engine:
@@ -201,10 +220,10 @@ def _opened(graph: Path, name: str, threads: int | None, lean: bool, precision: 
 
 
 def _bytes(graph: Path) -> int:
-    """Of a graph with its weights, wherever they lie."""
+    """Return the size of a graph including its weights, wherever they are stored."""
     proto = onnx.load(graph, load_external_data=False)
-    places = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
-    return sum(path.stat().st_size for path in (graph, *(graph.parent / place for place in places)))
+    data_files = {entry.value for t in proto.graph.initializer for entry in t.external_data if entry.key == "location"}
+    return sum(path.stat().st_size for path in (graph, *(graph.parent / file for file in data_files)))
 
 
 def _samples(network: Network, trial: Trial) -> np.ndarray:

@@ -1,1 +1,1 @@
-"""Latency and memory of bundles, measured in one run."""
+"""Benchmarks: latency and memory of bundles, measured in one run."""

@@ -1,13 +1,12 @@
-"""Speed as ratios measured in one run: all subjects take turns, and the medians are compared.
+"""Speed ratios measured in one run: all subjects alternate, and their medians are compared.
 
-    image_ms               median time of sampling one whole batch (one for each stream) / images in it
+    image_ms               median time of sampling one batch (one per stream) / number of images
     step_ms                median time of one step: the network (both guidance halves) and the solver
-    speedup_vs_torch       image_ms of the torch subject with the most steps / this image_ms, same batch size
-    speedup_vs_same_engine image_ms of this engine's fp32 subject with the most steps / this image_ms
-    sampler_overhead       1 - (time of the engine's calls alone) / (time of the whole sampling)
+    speedup_vs_torch       image_ms of the torch subject with the most evaluations / this image_ms, same batch size
+    speedup_vs_same_engine image_ms of this engine's fp32 subject with the most evaluations / this image_ms
+    sampler_overhead       1 - (time of the network evaluations alone) / (time of sampling)
 
-Turns matter: a machine that warms up or is shared slows down whatever runs just then, and in turns that is
-shared too.
+Subjects alternate so that thermal throttling and other load on the machine affect all of them alike.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from diffpress.runtime.sampler import network_evaluations, warm_up
 from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.spec import DenoiserSpec
 
-TORCH, FLOAT, HALVES = "torch", "fp32", ("fp16", "bf16")
+TORCH, FLOAT, HALF_PRECISIONS = "torch", "fp32", ("fp16", "bf16")
 INSTRUCTION_SETS = (
     "avx2",
     "avx512f",
@@ -48,7 +47,7 @@ INSTRUCTION_SETS = (
 )
 PACKAGES = ("numpy", "onnxruntime", "openvino")
 
-# heading of the printed table: (key of the row, digits)
+# column heading of the printed table -> (key of the row, digits)
 COLUMNS = {
     "name": ("name", 0),
     "engine": ("engine", 0),
@@ -69,11 +68,10 @@ COLUMNS = {
 
 @dataclass(frozen=True)
 class Subject:
-    """One thing to measure: `sample(batch)` makes that many images, `step(batch)` runs one step of it.
+    """A model to measure: `sample(batch)` samples that many images, `step(batch)` runs one step.
 
-    With `streams`, both run so many batches at the same time. `nfe` counts network evaluations per image, two a step
-    under guidance. `probes` holds, by batch size, what loading took in a fresh process; where a batch size is missing,
-    its row says null.
+    Both run `streams` batches concurrently. `nfe` is the number of network evaluations per image, two per step under
+    guidance. `probes` maps batch sizes to load time and memory in a fresh process; without a probe these are null.
     """
 
     name: str
@@ -95,16 +93,24 @@ def measure(
     repeats: int = 5,
     baseline: str | None = None,
 ) -> dict[str, Any]:
-    """Measure the subjects in turns; returns {"machine", "baseline", "rows"} as `bench --json` prints it.
+    """Measure the subjects alternately: one warm-up, then `repeats` rounds per batch size.
 
-    One warm-up and then `repeats` rounds for each batch size. `baseline` names the subject that the report
-    leads with (by default the torch one, else the first); raises InvalidInputError for no subjects, batches or
-    repeats.
+    Args:
+        subjects: Models to measure.
+        batches: Batch sizes.
+        repeats: Rounds whose median is taken.
+        baseline: Name of the subject the report leads with; default: the torch subject, else the first.
+
+    Returns:
+        {"machine", "baseline", "rows"}, as printed by `bench --json`.
+
+    Raises:
+        InvalidInputError: There are no subjects, batches or repeats.
     """
     if not subjects or not batches or min(batches) < 1 or repeats < 1:
         raise InvalidInputError(
             f"bench: {len(subjects)} subjects, batches {list(batches)}, {repeats} repeats; "
-            "at least one of each is needed"
+            "at least one of each is required"
         )
     if baseline is None:
         baseline = next((subject.name for subject in subjects if subject.engine == TORCH), subjects[0].name)
@@ -121,11 +127,18 @@ def bundle_subject(
     batches: Sequence[int] = (),
     options: EngineOptions | None = None,
 ) -> Subject:
-    """The subject of a bundle in an open engine, sampled with `plan` (the bundle's own by default).
+    """Return the subject of a bundle in an open engine.
 
-    `batches` are the batch sizes to probe in fresh processes, `options` those that the engine has. `precision` is int8
-    where the engine runs most products on integers, else the float type of the graph, or of `options` for a float32
-    one; where the engine does not tell, what the file promises.
+    The subject's precision is int8 if the engine runs most MACs on integers, else the float type of the graph (of
+    `options` for a float32 graph). If the engine reports no precision, it is that of the manifest.
+
+    Args:
+        bundle: The opened bundle.
+        engine: The engine its denoiser is loaded in.
+        name: Name of the subject; default: the bundle's name.
+        plan: Sampling plan; default: the bundle's plan.
+        batches: Batch sizes to probe in fresh processes.
+        options: Options the engine was opened with.
     """
     spec = bundle.spec_for(engine.name)
     spec = spec if plan is None else spec.with_plan(plan)
@@ -149,16 +162,16 @@ def bundle_subject(
 
 def _executed(bundle: Bundle, engine: str, integer_mac_share: float | None, options: EngineOptions) -> str:
     graph = bundle.manifest["graphs"]["denoiser"]
-    promised = str(graph.get("variants", {}).get(engine, graph).get("precision", FLOAT))
-    if integer_mac_share is None or promised in HALVES:
-        return promised
+    exported = str(graph.get("variants", {}).get(engine, graph).get("precision", FLOAT))
+    if integer_mac_share is None or exported in HALF_PRECISIONS:
+        return exported
     if integer_mac_share > 0.5:
         return "int8"
     return FLOAT if options.precision == "f32" else options.precision
 
 
 def sample_once(network: Network, spec: DenoiserSpec, batch: int, streams: int = 1) -> np.ndarray:
-    """One batch for each stream by the spec's plan under stand-in conditions, to be timed."""
+    """Sample one batch per stream under the spec's sampling plan with dummy conditioning, for timing."""
     count = batch * streams
     return np.concatenate(
         list(in_streams(network, spec, range(count), dummy_conditioning(spec, count), batch, streams))
@@ -166,27 +179,27 @@ def sample_once(network: Network, spec: DenoiserSpec, batch: int, streams: int =
 
 
 def sampler_overhead(engine: Network, spec: DenoiserSpec, batch: int = 8, repeats: int = 3) -> float:
-    """The share of a sampling's time that goes beyond the engine's calls, taken in turns with those calls alone.
+    """Return the share of sampling time not spent in network evaluations, as the median of `repeats` rounds.
 
-    What an engine does in its graph for the sampler counts too (diffpress.runtime.fused.program.Walker). The median of `repeats`
-    turns; noise may bring it below zero.
+    Each round times a sampling run and its network evaluations alone. Solver steps that the engine runs in its graph
+    (diffpress.runtime.fused.program.FusedSampler) count as overhead. Timing noise may make the result negative.
     """
-    step_by_step = _Recording(engine)
-    sample_once(step_by_step, spec, batch)
+    recording = _RecordingNetwork(engine)
+    sample_once(recording, spec, batch)
     warm_up(engine, spec, batch)
     shares = []
     for _ in range(repeats):
         start = time.perf_counter()
         sample_once(engine, spec, batch)
         sampled = time.perf_counter()
-        for inputs in step_by_step.calls:
+        for inputs in recording.feeds:
             engine.run(inputs)
         shares.append(1.0 - (time.perf_counter() - sampled) / (sampled - start))
     return statistics.median(shares)
 
 
 def machine() -> dict[str, Any]:
-    """What the numbers were measured on; a package's version is null where it is not installed."""
+    """Describe the machine of a measurement; the version of a missing package is None."""
     info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
     fields = dict(line.split(":", 1) for line in reversed(info.splitlines()) if ":" in line)
     fields = {key.strip(): value.strip() for key, value in fields.items()}
@@ -202,7 +215,7 @@ def machine() -> dict[str, Any]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as plain text, one line each, a dash for null."""
+    """Format the rows as a plain text table, with a dash for None."""
     heads = list(COLUMNS)
     cells = [[_cell(row[key], digits) for key, digits in COLUMNS.values()] for row in rows]
     widths = [max(len(line[i]) for line in [heads, *cells]) for i in range(len(heads))]
@@ -210,14 +223,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(_aligned(line, widths) for line in rows_of_text)
 
 
-class _Recording:
-    """A network that keeps the inputs of its calls, and does not walk by itself."""
+class _RecordingNetwork:
+    """A network that records the inputs of its evaluations, without support for fused sampling."""
 
     def __init__(self, engine: Network) -> None:
-        self._engine, self.inputs, self.calls = engine, engine.inputs, list[dict[str, np.ndarray]]()
+        self._engine, self.inputs, self.feeds = engine, engine.inputs, list[dict[str, np.ndarray]]()
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        self.calls.append(inputs)
+        self.feeds.append(inputs)
         return self._engine.run(inputs)
 
 
@@ -228,7 +241,7 @@ def _measure_batch(subjects: Sequence[Subject], batch: int, repeats: int) -> lis
     for _ in range(repeats):
         for subject, (steps, samples) in zip(subjects, times, strict=True):
             samples.append(_milliseconds(subject.sample, batch))
-            # after its own sampling: a first step finds the caches full of the subject before it
+            # after the subject's own sampling, so that the CPU caches are warm
             steps.append(_milliseconds(subject.step, batch))
     image_ms = [
         statistics.median(samples) / (batch * subject.streams)
@@ -241,9 +254,9 @@ def _measure_batch(subjects: Sequence[Subject], batch: int, repeats: int) -> lis
 def _row(subjects: Sequence[Subject], index: int, batch: int, step_ms: float, image_ms: list[float]) -> dict[str, Any]:
     subject = subjects[index]
     probed = subject.probes.get(batch)
-    torch = _slowest_plan(subjects, [i for i, s in enumerate(subjects) if s.engine == TORCH])
+    torch = _most_evaluations(subjects, [i for i, s in enumerate(subjects) if s.engine == TORCH])
     same = [i for i, s in enumerate(subjects) if s.engine == subject.engine and s.precision == FLOAT]
-    engine = _slowest_plan(subjects, same)
+    engine = _most_evaluations(subjects, same)
     return {
         "name": subject.name,
         "engine": subject.engine,
@@ -262,8 +275,8 @@ def _row(subjects: Sequence[Subject], index: int, batch: int, step_ms: float, im
     }
 
 
-def _slowest_plan(subjects: Sequence[Subject], among: list[int]) -> int | None:
-    """The baseline among these subjects: the one with the most network evaluations, the first of equals."""
+def _most_evaluations(subjects: Sequence[Subject], among: list[int]) -> int | None:
+    """Return the index of the baseline: the most network evaluations, the first of equals."""
     return max(among, key=lambda i: subjects[i].nfe, default=None)
 
 
@@ -281,7 +294,7 @@ def _version(package: str) -> str | None:
 
 
 def _aligned(line: Sequence[str], widths: Sequence[int]) -> str:
-    """Words to the left, numbers to the right."""
+    """Align the first three columns left, the numbers right."""
     padded = [
         text.ljust(width) if i < 3 else text.rjust(width)
         for i, (text, width) in enumerate(zip(line, widths, strict=True))

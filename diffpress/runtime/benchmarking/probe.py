@@ -1,10 +1,11 @@
-"""What loading costs, measured where it is honest: in a fresh process.
+"""Load time and peak memory of a bundle, measured in a fresh process.
 
-    python -m diffpress.runtime.benchmarking.probe BUNDLE --engine E --batch B --options JSON     prints {"load_ms": ..., "peak_mib": ...}
+    python -m diffpress.runtime.benchmarking.probe BUNDLE --engine E --batch B --options JSON
+    prints {"load_ms": ..., "peak_mib": ...}
 
-`load_ms` runs from the bundle's folder to the first finished call of the network at that batch size:
-importing the engine, verifying hashes, reading, compiling, running. `peak_mib` is the most memory the process
-held while it then sampled one whole batch.
+`load_ms` is the time from the bundle's folder to the first finished network evaluation at that batch size: importing
+the engine, verifying hashes, reading, compiling and running. `peak_mib` is the peak memory of the process, which then
+also samples one batch.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ if TYPE_CHECKING:
 
 
 class Probe(NamedTuple):
-    """Load time and peak resident memory of one fresh process (None where the system keeps no count)."""
+    """Load time and peak resident memory of a fresh process; None if the system does not report memory."""
 
     load_ms: float
     peak_mib: float | None
 
 
 def probe(bundle: Path, engine: str, batch: int, options: EngineOptions | None = None) -> Probe:
-    """Measure a bundle in a fresh Python process; InvalidInputError with that process's last line where it fails."""
+    """Measure a bundle in a fresh Python process; raises InvalidInputError with its last error line if it fails."""
     command = [
         sys.executable,
         "-m",
@@ -45,15 +46,15 @@ def probe(bundle: Path, engine: str, batch: int, options: EngineOptions | None =
     ]
     if options is not None:
         command += ["--options", json.dumps(options.to_json())]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
-    if done.returncode != 0:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise InvalidInputError(f"{bundle}: measuring it in a process of its own failed: {reason}")
-    return Probe(**json.loads(done.stdout.splitlines()[-1]))
+    completed = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[3])
+    if completed.returncode != 0:
+        reason = (completed.stderr.strip().splitlines() or ["no output"])[-1]
+        raise InvalidInputError(f"{bundle}: measuring it in a separate process failed: {reason}")
+    return Probe(**json.loads(completed.stdout.splitlines()[-1]))
 
 
 def measure_here(bundle_path: Path, engine_name: str | None, batch: int, options: dict[str, Any]) -> Probe:
-    """The measurement itself, meaningful in a process that has done nothing else."""
+    """Measure in this process, which must not have completed anything else."""
     start = time.perf_counter()
     from diffpress.runtime.bundle import load_bundle
     from diffpress.runtime.engines import open_engine
@@ -72,10 +73,9 @@ def measure_here(bundle_path: Path, engine_name: str | None, batch: int, options
 
 
 def peak_mib() -> float | None:
-    """The most memory this process ever held, in MiB.
+    """Return the peak resident memory of this process in MiB, or None if the system does not report it.
 
-    Linux's VmHWM belongs to this program alone; getrusage's maximum also counts the parent it was forked
-    from.
+    Linux's VmHWM counts this program only; getrusage's maximum also counts the parent process it was forked from.
     """
     status = Path("/proc/self/status")
     if status.is_file():
@@ -91,6 +91,7 @@ def peak_mib() -> float | None:
 
 
 def main() -> int:
+    """Run the measurement from the command line and print it as JSON; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m diffpress.runtime.benchmarking.probe")
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--engine")

@@ -1,16 +1,16 @@
-"""Engines run a bundle's graphs. A backend is one file with the same few names, and a line in ENGINES.
+"""Inference engines for the graphs of a bundle. A backend is one module with these names, registered in ENGINES.
 
-    EXTRA                       the extra of diffpress that brings its package (None: always there)
-    OPTIONS                     the fields of EngineOptions that it knows; others are refused before it is asked
-    missing() -> str | None     the package to install where that is absent, else None
-    unusable() -> str | None    why this machine cannot run it although the package is there, in plain words, else None
+    EXTRA                       the extra of diffpress that installs its package (None: always installed)
+    OPTIONS                     the fields of EngineOptions that it supports; others raise before `load` is called
+    missing() -> str | None     the package to install, or None if it is installed
+    unusable() -> str | None    the reason why this machine cannot run an installed backend, or None
     load(path, options, built) -> Engine
-                                `path` is the ONNX graph, `built` are the files that the bundle holds for this engine
-                                and graph, with their manifest entries. Raises Unfit for what this machine, library
-                                version or graph does not allow, where another engine may do, and InvalidInputError for a file
-                                that cannot be read or run, each in one line.
+                                `path` is the ONNX graph; `built` are the bundle's prebuilt files for this engine and
+                                graph, with their manifest entries. Raises EngineUnavailableError if this machine,
+                                library version or graph is not supported (another engine may work), and
+                                InvalidInputError for a file that cannot be read or run; both messages are one line.
 
-The backends import their package inside functions: listing them costs nothing. The sampler sees an `Engine` alone.
+Backends import their package inside functions, so listing them is cheap. The sampler only sees an `Engine`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport
 from diffpress.runtime.engines.tensorrt import engine as tensorrt_engine
 from diffpress.runtime.errors import EngineUnavailableError, MissingDependencyError, unknown_name
 
-# the preferred one first
+# in order of preference
 ENGINES: dict[str, ModuleType] = {
     "tensorrt": tensorrt_engine,
     "openvino": openvino_engine,
@@ -42,55 +42,54 @@ ENGINES: dict[str, ModuleType] = {
 
 
 class Engine(Protocol):
-    """A loaded graph. It may be called from as many threads at once as its options have streams.
+    """A loaded graph, callable from as many threads concurrently as its options have streams.
 
-    One that can do the solver's steps where it computes also has `run_fused`, of diffpress.runtime.fused.program.Walker: it is handed
-    the whole of a walk, where that is one of plain sums.
+    Engines that support fused sampling also implement `run_fused` of diffpress.runtime.fused.program.FusedSampler.
     """
 
     name: str
-    device: str  # what it runs on: 'cpu', 'cuda', ...
+    device: str  # 'cpu', 'cuda', ...
 
     @property
     def inputs(self) -> Mapping[str, np.dtype]:
-        """The graph's inputs by name, with the types they take."""
+        """Inputs of the graph: name -> dtype."""
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """The first output for one batch; the array is the caller's own."""
+        """Return the first output for one batch; the array is not reused by later calls."""
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every output by name, for graphs with several."""
+        """Return all outputs by name, for graphs with several."""
 
     def precision_report(
-        self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()
+        self, example_inputs: dict[str, np.ndarray], quantized_layers: Collection[str] = ()
     ) -> PrecisionReport:
-        """Which convolutions and matrix products execute on integers, for inputs of these shapes.
+        """Report which convolutions and matrix products execute on integers, for inputs of these shapes.
 
-        `promised` are the layers that should: a manifest's `quantized_layers`.
+        `quantized_layers` are the layers expected to run on integers (the manifest's `quantized_layers`).
         """
 
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
-        """Everything it executes for inputs of these shapes, and the median of `runs` runs, after one that warms up."""
+        """Time each executed kernel for inputs of these shapes: median of `runs` runs after one warm-up run."""
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float | None:
-        """The account's share of all multiply-accumulates that executes on integers; None where it has no account."""
+        """Return the integer MAC share of `precision_report`; None if the engine cannot report precision."""
 
     def close(self) -> None:
         """Release the engine's memory; it cannot run afterwards."""
 
 
 def installed() -> list[str]:
-    """The engines whose package is installed, the preferred one first."""
+    """List the engines whose package is installed, in order of preference."""
     return [name for name, backend in ENGINES.items() if backend.missing() is None]
 
 
 def available() -> list[str]:
-    """The engines that are installed and that this machine can run, the preferred one first."""
+    """List the installed engines that this machine can run, in order of preference."""
     return [name for name in installed() if ENGINES[name].unusable() is None]
 
 
 def preferred() -> str:
-    """The engine that is tried first where none is asked for."""
+    """Return the engine that is tried first if none is named."""
     return next(iter(available()), "onnxruntime")
 
 
@@ -102,11 +101,19 @@ def load_engine(
     options: EngineOptions | None = None,
     built: Sequence[Built] = (),
 ) -> Engine:
-    """Load one graph file in the engine `name`; None takes the preferred one of those that can run here.
+    """Load one graph file in an engine.
 
-    `threads` goes before that of `options`. Raises InvalidInputError for an unknown name, for options that make no sense or
-    that the engine does not have, and for an unreadable file; Unfit where the engine cannot run this here; and
-    MissingDependencyError where its package is not installed.
+    Args:
+        path: ONNX graph.
+        name: Engine name; None picks the preferred available engine.
+        threads: CPU threads; overrides `options.threads`.
+        options: Engine options, default EngineOptions().
+        built: Prebuilt engine files of the bundle with their manifest entries.
+
+    Raises:
+        InvalidInputError: Unknown engine, invalid or unsupported options, or an unreadable file.
+        EngineUnavailableError: The engine cannot run this graph on this machine.
+        MissingDependencyError: The engine's package is not installed.
     """
     name = preferred() if name is None else name
     if name not in ENGINES:
@@ -132,15 +139,16 @@ def open_engine(
     *,
     options: EngineOptions | None = None,
 ) -> Engine:
-    """Load a bundle's denoiser, or another of its graphs, in the form made for this engine; as `load_engine`.
+    """Load the denoiser of a bundle, or another of its graphs, in the variant exported for this engine.
 
-    Where no engine is named and the preferred one does not fit, the next is taken, with a warning that says why.
+    If no engine is named and the preferred one is unavailable, the next one is tried, with a warning that states the
+    reason. Arguments and errors are those of `load_engine`.
     """
     names = [name] if name is not None else available() or [preferred()]
     options = options or EngineOptions()
     for candidate in names:
         path = bundle.graph(graph, candidate)
-        # the bundle's hash covers every file of it
+        # the bundle's hash covers all of its files
         cache = options.cache and options.cache.of(f"{bundle.hash} {path.relative_to(bundle.path).as_posix()}")
         try:
             return load_engine(
@@ -153,10 +161,10 @@ def open_engine(
         except EngineUnavailableError as error:
             if candidate == names[-1]:
                 raise
-            warnings.warn(f"{error}; the next engine is tried", stacklevel=2)
+            warnings.warn(f"{error}; trying the next engine", stacklevel=2)
     raise AssertionError("unreachable: there is at least one name")
 
 
 def ran_in(engine: Engine) -> str:
-    """The engine's name, and what it ran on where that is not the processor."""
+    """Return the engine's name, with its device if that is not the CPU."""
     return engine.name if engine.device == CPU else f"{engine.name} ({engine.device})"

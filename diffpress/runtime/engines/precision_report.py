@@ -1,11 +1,12 @@
-"""What an engine really executed, told apart by layer: which products ran on integers, which in float, and why.
+"""Precision report: which layers an engine executed on integers, which in float, and why.
 
     integer_mac_share   MACs on integers / all MACs
-    float_layers        layer -> its float MACs / all MACs, the largest first
-    fallbacks           layer that was promised on integers, but not seen there -> reason, the largest first
+    float_layers        layer -> its float MACs / all MACs, largest first
+    fallbacks           layer expected to run on integers that did not -> reason, largest first
 
-A layer has the name of its ONNX node, which is that of the torch layer where diffpress.export.graph.trace knows one; calls of one
-layer ('proj', 'proj#2') count together. Names end up in manifests, so none may depend on the run.
+A layer is named after its ONNX node, which has the name of the torch layer if diffpress.export.graph.trace knows it;
+repeated uses of one layer ('proj', 'proj#2') are summed. Names are stored in manifests, so they must not vary between
+runs.
 """
 
 from __future__ import annotations
@@ -13,13 +14,13 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-CALL = "#"
+CALL = "#"  # precedes the number of a repeated use in a node name
 UNMATCHED = "no integer kernel matched"
 UNSEEN = "not among the layers that ran"
 
 
 class Product(NamedTuple):
-    """An operation that was executed, its multiply-accumulates, and why in float where it was (plain words)."""
+    """An executed operation with its MACs; `reason` states why it ran in float, if it did."""
 
     name: str
     macs: int
@@ -28,25 +29,25 @@ class Product(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """What an engine executed at once: the ONNX nodes (or tensors they write) it stands for, and its median time."""
+    """An executed kernel: the ONNX nodes (or their output tensors) it covers, and its median time in ms."""
 
     names: tuple[str, ...]
     ms: float
 
 
 class PrecisionReport(NamedTuple):
-    """See the top of this file."""
+    """Precision of the executed layers; fields are described at the top of this file."""
 
     integer_mac_share: float
     float_layers: dict[str, float]
     fallbacks: dict[str, str]
 
 
-def precision_report_of(products: Sequence[Product], promised: Collection[str] = ()) -> PrecisionReport:
-    """The account of one run; `promised` are the layers that the manifest lists as quantized.
+def precision_report_of(products: Sequence[Product], quantized_layers: Collection[str] = ()) -> PrecisionReport:
+    """Summarize the operations of one run.
 
-    A promised layer that is in no product is a fallback too, for nothing shows that it ran on integers. The share is 0
-    where there is nothing to multiply.
+    A layer of `quantized_layers` that is in no product also counts as a fallback, since nothing shows that it ran on
+    integers. The integer MAC share is 0 if there are no MACs.
     """
     products = [product for product in products if product.macs]
     total = sum(product.macs for product in products) or 1
@@ -62,8 +63,8 @@ def precision_report_of(products: Sequence[Product], promised: Collection[str] =
     return PrecisionReport(
         integer_mac_share=sum(product.macs for product in products if product.integer) / total,
         float_layers={layer: floats[layer] / total for layer in largest_first},
-        fallbacks={layer: reasons[layer] for layer in largest_first if layer in promised}
-        | dict.fromkeys(sorted(set(promised) - seen), UNSEEN),
+        fallbacks={layer: reasons[layer] for layer in largest_first if layer in quantized_layers}
+        | dict.fromkeys(sorted(set(quantized_layers) - seen), UNSEEN),
     )
 
 

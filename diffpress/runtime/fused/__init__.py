@@ -1,1 +1,1 @@
-"""Fused sampling: the solver's steps compiled into the engine."""
+"""Fused sampling: the sampling loop compiled into the engine."""

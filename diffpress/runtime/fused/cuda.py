@@ -1,13 +1,13 @@
-"""A walk on the GPU: samples, solver and network stay there from the starting noise to the last sample.
+"""Fused sampling on the GPU: samples, solver and network stay on the device from the initial noise to the last sample.
 
-    one step = one CUDA graph:   network -> `step`, elementwise -> `advance`, the next timestep
+    one step = one CUDA graph:   network -> `step` (elementwise solver step) -> `advance` (next timestep)
 
-`step` does for each number of a sample what a Program says (diffpress.runtime.fused.program): guidance, x_0 read off the output,
-bounds, and the sums that are the solver. Past steps lie in a ring of MAX_HISTORY pairs. Where the walk stands is a counter
-in the GPU's memory, so the same graph is launched for every step; nothing comes back before the last one.
+`step` applies a Program (diffpress.runtime.fused.program) to each element: guidance, x_0 from the output, clipping and
+the solver's weighted sums. Previous steps are stored in a ring buffer of MAX_HISTORY pairs. The step index is a counter
+in GPU memory, so the same graph is launched for every step, and only the last sample is copied back.
 
-The two kernels are compiled by NVRTC when an engine walks for the first time; where it is not installed, the sampler's
-own loop does the same with a copy to and fro in each step.
+The two kernels are compiled by NVRTC on first use. Without NVRTC the sampler's loop runs instead, with copies to and
+from the GPU at each step.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ ADVANCE_TYPES = (*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
 
 
 class Kernels:
-    """`step` and `advance`, compiled for this GPU; raises Unfit where NVRTC is not there or refuses."""
+    """The kernels `step` and `advance` for this GPU; raises EngineUnavailableError if NVRTC is missing or fails."""
 
     def __init__(self, capability: str) -> None:
         try:
@@ -79,72 +79,81 @@ class Kernels:
             cubin = _compiled(importlib.import_module("cuda.bindings.nvrtc"), capability)
         except EngineUnavailableError:
             raise
-        except Exception as error:  # cuda-python says in ways of its own that a library is missing
-            raise EngineUnavailableError(f"NVRTC cannot be used: {' '.join(str(error).split())}") from error
+        except Exception as error:  # cuda-python reports a missing library by various exceptions
+            raise EngineUnavailableError(f"NVRTC is not available: {' '.join(str(error).split())}") from error
         self._module = call(self._driver, "cuModuleLoadData", cubin)
         self.step, self.advance = (
             call(self._driver, "cuModuleGetFunction", self._module, name) for name in (b"step", b"advance")
         )
 
-    def launch(self, kernel: Any, blocks: int, stream: Any, given: tuple[Any, ...], types: tuple[Any, ...]) -> None:
-        """Enqueue a kernel on so many blocks."""
-        call(self._driver, "cuLaunchKernel", kernel, blocks, 1, 1, THREADS, 1, 1, 0, int(stream), (given, types), 0)
+    def launch(self, kernel: Any, blocks: int, stream: Any, arguments: tuple[Any, ...], types: tuple[Any, ...]) -> None:
+        """Enqueue a kernel with this number of blocks of THREADS threads."""
+        call(self._driver, "cuLaunchKernel", kernel, blocks, 1, 1, THREADS, 1, 1, 0, int(stream), (arguments, types), 0)
 
 
 class FusedSampling:
-    """The walks of one Binding: buffers that stay, and one graph for a step of any program."""
+    """Fused sampling with one Binding: persistent buffers, and one CUDA graph for the steps of all programs."""
 
     def __init__(self, cuda: Any, kernels: Kernels, binding: Binding, stream: Any) -> None:
         self._cuda, self._kernels, self._binding, self._stream = cuda, kernels, binding, stream
         self._buffers: dict[str, tuple[int, int]] = {}  # name -> (address, bytes)
         self._graph: Any = None
-        self._known: tuple[Any, ...] = ()
+        self._arguments: tuple[Any, ...] = ()
 
     def run(self, program: Program, feed: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
-        """The last sample, float32 [N, C, H, W], of a walk from `start`; `feed` are the inputs of its first call."""
+        """Run all steps of a program.
+
+        Args:
+            program: Coefficients of the steps.
+            feed: Inputs of the first evaluation, by name.
+            start: Initial sample, float32 [N, C, H, W].
+
+        Returns:
+            The final sample, float32 [N, C, H, W].
+        """
         count, (channels, *sides) = start.size, start.shape[1:]
-        timestep, at = feed[TIMESTEP].dtype, self._binding.device
-        # one behind the last, for `advance` to read after the last step
-        times = typed_timesteps([*program.timesteps, program.timesteps[-1]], timestep)
+        timestep, tensors = feed[TIMESTEP].dtype, self._binding.device
+        # one extra entry, which `advance` reads after the last step
+        timesteps = typed_timesteps([*program.timesteps, program.timesteps[-1]], timestep)
         self._upload("x", start)
         self._upload("table", program.table)
         self._upload("offsets", program.offsets)
-        self._upload("times", times)
+        self._upload("times", timesteps)
         self._upload("counter", np.zeros(1, np.int32))
         self._reserve("past", MAX_HISTORY * 2 * count * 4)
         self._binding.upload(feed)
         low, high = program.bounds or (-math.inf, math.inf)
-        own = {name: address for name, (address, _) in self._buffers.items()}
+        addresses = {name: address for name, (address, _) in self._buffers.items()}
         step = (
-            *(own["x"], at[SAMPLE], at[self._binding.outputs[0]]),
-            *(own["past"], own["table"], own["offsets"], own["counter"]),
+            *(addresses["x"], tensors[SAMPLE], tensors[self._binding.outputs[0]]),
+            *(addresses["past"], addresses["table"], addresses["offsets"], addresses["counter"]),
             *(count, math.prod(sides), channels, program.halves),
             *(float(program.guidance), float(low), float(high)),
         )
-        advance = (own["counter"], at[TIMESTEP], own["times"], len(feed[TIMESTEP]), timestep.itemsize)
+        advance = (addresses["counter"], tensors[TIMESTEP], addresses["times"], len(feed[TIMESTEP]), timestep.itemsize)
         for _ in range(program.steps):
-            self._one(step, advance)
+            self._run_step(step, advance)
         return self._download(start.shape)
 
     def close(self) -> None:
-        """Release graph and buffers; the binding stays."""
+        """Release graph and buffers, but not the binding."""
         if self._graph is not None:
             call(self._cuda, "cudaGraphExecDestroy", self._graph)
         for address, _ in self._buffers.values():
             call(self._cuda, "cudaFree", address)
-        self._buffers, self._graph, self._known = {}, None, ()
+        self._buffers, self._graph, self._arguments = {}, None, ()
 
-    def _one(self, step: tuple[Any, ...], advance: tuple[Any, ...]) -> None:
-        """A step: as it is with new arguments, for the libraries to allocate in; then by a graph of these very ones."""
-        if (step, advance) == self._known and self._graph is not None:
+    def _run_step(self, step: tuple[Any, ...], advance: tuple[Any, ...]) -> None:
+        """Run one step: directly for new arguments, since libraries allocate in it; then by a captured graph."""
+        if (step, advance) == self._arguments and self._graph is not None:
             call(self._cuda, "cudaGraphLaunch", self._graph, self._stream)
             return
         self._enqueue(step, advance)
-        if (step, advance) != self._known:
+        if (step, advance) != self._arguments:
             call(self._cuda, "cudaStreamSynchronize", self._stream)
             if self._graph is not None:
                 call(self._cuda, "cudaGraphExecDestroy", self._graph)
-            self._known = (step, advance)
+            self._arguments = (step, advance)
             self._graph = self._binding.captured(lambda: self._enqueue(step, advance))
 
     def _enqueue(self, step: tuple[Any, ...], advance: tuple[Any, ...]) -> None:
@@ -154,10 +163,10 @@ class FusedSampling:
         self._kernels.launch(self._kernels.advance, 1, self._stream, advance, ADVANCE_TYPES)
 
     def _reserve(self, name: str, size: int) -> int:
-        """The address of a buffer of at least that size."""
-        address, there = self._buffers.get(name, (0, 0))
-        if there < size:
-            if there:
+        """Return the address of a buffer of at least `size` bytes."""
+        address, allocated = self._buffers.get(name, (0, 0))
+        if allocated < size:
+            if allocated:
                 call(self._cuda, "cudaFree", self._buffers.pop(name)[0])
             address = int(call(self._cuda, "cudaMalloc", size))
             self._buffers[name] = (address, size)
@@ -165,9 +174,9 @@ class FusedSampling:
 
     def _upload(self, name: str, array: np.ndarray) -> None:
         array = np.ascontiguousarray(array)
-        to, kind = self._reserve(name, max(array.nbytes, 1)), self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        call(self._cuda, "cudaMemcpyAsync", to, array.ctypes.data, array.nbytes, kind, self._stream)
-        # ordinary memory is read while the call runs, unless a driver defers it: the array must outlive that
+        target, kind = self._reserve(name, max(array.nbytes, 1)), self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        call(self._cuda, "cudaMemcpyAsync", target, array.ctypes.data, array.nbytes, kind, self._stream)
+        # a driver may defer reading pageable memory: the array must outlive the copy
         call(self._cuda, "cudaStreamSynchronize", self._stream)
 
     def _download(self, shape: tuple[int, ...]) -> np.ndarray:
@@ -180,18 +189,18 @@ class FusedSampling:
 
 
 def _compiled(nvrtc: Any, capability: str) -> bytes:
-    """The kernels as machine code for that GPU."""
-    program = _said(nvrtc, nvrtc.nvrtcCreateProgram(SOURCE.encode(), b"walk.cu", 0, [], []))
+    """Compile the kernels to a cubin for this compute capability."""
+    program = _result(nvrtc, nvrtc.nvrtcCreateProgram(SOURCE.encode(), b"fused.cu", 0, [], []))
     target = f"--gpu-architecture=sm_{capability.replace('.', '')}".encode()
-    _said(nvrtc, nvrtc.nvrtcCompileProgram(program, 1, [target]))
-    cubin = b" " * _said(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
-    _said(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
-    _said(nvrtc, nvrtc.nvrtcDestroyProgram(program))
+    _result(nvrtc, nvrtc.nvrtcCompileProgram(program, 1, [target]))
+    cubin = b" " * _result(nvrtc, nvrtc.nvrtcGetCUBINSize(program))
+    _result(nvrtc, nvrtc.nvrtcGetCUBIN(program, cubin))
+    _result(nvrtc, nvrtc.nvrtcDestroyProgram(program))
     return cubin
 
 
-def _said(nvrtc: Any, answer: tuple[Any, ...]) -> Any:
-    error, *found = answer
+def _result(nvrtc: Any, returned: tuple[Any, ...]) -> Any:
+    error, *found = returned
     if int(error) != 0:
         raise EngineUnavailableError(f"NVRTC: {nvrtc.nvrtcGetErrorString(error)[1]!r}")
     return found[0] if found else None

@@ -1,14 +1,14 @@
-"""Walks that are weighted sums of arrays, as a table of numbers: for engines that keep samples where they compute.
+"""Fused sampling program: each step of a deterministic solver as a weighted sum of arrays.
 
-    x_0   = a x + b out + offset[channel], bounded     out = null + w (label - null) under guidance
-    kept  = sum_j kept_j term_j                        the sample at hand after the solver's corrector
+    x_0   = a x + b out + offset[channel], clipped     out = uncond + w (cond - uncond) under guidance
+    kept  = sum_j kept_j term_j                        the current sample after the solver's corrector
     x'    = sum_j moved_j term_j                       the next sample
 
-    terms   x, x_0, x_0 bounded to -1..1, then kept and x_0 of the last step, of the one before, ...
+    terms   x, x_0, x_0 clipped to -1..1, then kept and x_0 of the previous step, of the one before it, ...
 
-Every deterministic solver that asks the network once a step is such a sum, whatever its formula is. So nothing is
-written twice: the solver walks on unit vectors in the place of samples, and what comes out are its numbers. That they
-are all there is to it is tried with a draw of other arrays.
+Every deterministic solver with one network evaluation per step has this form, so an engine can run the whole loop.
+The weights are read off the solver itself, which is run on unit vectors instead of samples; a run on random arrays
+then verifies that the step is linear in its terms.
 """
 
 from __future__ import annotations
@@ -31,19 +31,27 @@ from diffpress.runtime.solvers import solver_named
 from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, Solver, StepState
 from diffpress.runtime.spec import DenoiserSpec
 
-SAMPLE_TERM, GUESS, BOUNDED = 0, 1, 2
+SAMPLE_TERM, X0_TERM, CLIPPED_TERM = 0, 1, 2
 FIRST_HISTORY = 3
 TERMS = FIRST_HISTORY + 2 * MAX_HISTORY
-COLUMNS = 2 + 2 * TERMS  # of a program's table
+COLUMNS = 2 + 2 * TERMS  # of Program.table
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """One walk from the starting sample to the last: see the top of this file.
+    """Coefficients of all steps of one sampling run; see the top of this file for the formulas.
 
-    `timesteps` are what the network is told step by step, `halves` is 2 under guidance, whose weight `guidance` is (the
-    given half first, then the null one), `bounds` those of x_0 or None. float32: `reads` [steps, 2] are a and b,
-    `offsets` [steps, channels], `kept` and `moved` [steps, TERMS]. Terms of steps before the first count as zeros.
+    Terms of steps before the first are zero.
+
+    Attributes:
+        timesteps: Network timestep of each step.
+        halves: 2 under guidance (cond half first, then uncond), else 1.
+        guidance: Guidance weight.
+        bounds: Clip range of x_0, or None.
+        reads: a and b, float32 [steps, 2].
+        offsets: float32 [steps, channels].
+        kept: Weights of the corrected sample, float32 [steps, TERMS].
+        moved: Weights of the next sample, float32 [steps, TERMS].
     """
 
     timesteps: tuple[float, ...]
@@ -57,6 +65,7 @@ class Program:
 
     @property
     def steps(self) -> int:
+        """Number of steps."""
         return len(self.timesteps)
 
     @cached_property
@@ -66,46 +75,54 @@ class Program:
 
 
 class FusedSampler(Protocol):
-    """A network that can walk a whole program by itself (diffpress.runtime.network_inputs.Network is its other half)."""
+    """A network that can run a whole program in one call, in addition to diffpress.runtime.network_inputs.Network."""
 
     def run_fused(
         self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray
     ) -> np.ndarray | None:
-        """The last sample, float32 [N, C, H, W], of the walk from `start`; None for one that it cannot do here.
+        """Run all steps of a program.
 
-        `static_inputs` are the graph's inputs besides sample and timestep, [halves N, ...] each, the same in all steps.
+        Args:
+            program: Coefficients of the steps.
+            static_inputs: Inputs besides sample and timestep, constant over all steps, [halves N, ...] each.
+            start: Initial sample, float32 [N, C, H, W].
+
+        Returns:
+            The final sample, float32 [N, C, H, W], or None if this network cannot run the program.
         """
 
 
 def step_by_step(network: Any) -> Any:
-    """The network without its own walk: the sampler's loop asks it for every step."""
+    """Wrap a network without `run_fused`, so that the sampler's loop evaluates it step by step."""
     return SimpleNamespace(inputs=network.inputs, run=network.run)
 
 
 def fused_only(network: Any) -> Any:
-    """The network's own walk without its single steps: Unfit where it leaves a walk to the loop."""
+    """Wrap a network so that it raises EngineUnavailableError if the sampler falls back to single steps."""
 
-    def refused(_: dict[str, np.ndarray]) -> NoReturn:
-        raise EngineUnavailableError("it does not walk this plan by itself, or not here")
+    def unsupported(_: dict[str, np.ndarray]) -> NoReturn:
+        raise EngineUnavailableError("this engine does not support fused sampling of this plan on this machine")
 
-    return SimpleNamespace(inputs=network.inputs, run=refused, run_fused=network.run_fused)
+    return SimpleNamespace(inputs=network.inputs, run=unsupported, run_fused=network.run_fused)
 
 
-class _NotLinear(Exception):
-    """The step draws noise, asks the network again, or is no sum of its terms."""
+class _NotLinearError(Exception):
+    """The step draws noise, evaluates the network again, or is not a linear function of its terms."""
 
 
 def fused_program(spec: DenoiserSpec) -> Program | None:
-    """The spec's plan as a program; None where it is none, and only the sampler itself can walk it.
+    """Return the program of a spec's sampling plan, or None if only the sampler's loop can run the plan.
 
-    The same program for the same plan: it is made once. Raises InvalidInputError as the sampler does, for an unknown solver and
-    for an epsilon prediction at pure noise.
+    Programs are cached: equal plans share one program.
+
+    Raises:
+        InvalidInputError: As in the sampler, for an unknown solver or an epsilon prediction at pure noise.
     """
     guided = is_guided(spec, spec.plan.guidance)
     return _program(spec.prediction, spec.schedule, spec.sample_shape[0], spec.data_range, guided, spec.plan)
 
 
-@lru_cache(maxsize=64)  # on a GPU one image of a small model takes no longer than its table
+@lru_cache(maxsize=64)  # on a GPU, one image of a small model takes no longer than building its program
 def _program(
     prediction: str,
     schedule: NoiseSchedule,
@@ -118,10 +135,10 @@ def _program(
         return None
     solver, levels = solver_named(plan.solver), plan_levels(schedule, plan.timesteps, plan.end)
     try:
-        sums = [_sums(solver, schedule, plan, levels, index) for index in range(plan.steps)]
-    except _NotLinear:
+        step_weights = [_weights_of_step(solver, schedule, plan, levels, index) for index in range(plan.steps)]
+    except _NotLinearError:
         return None
-    reads = [_read(prediction, channels, plan, index, level) for index, level in enumerate(levels[:-1])]
+    reads = [_x0_coefficients(prediction, channels, plan, index, level) for index, level in enumerate(levels[:-1])]
     return Program(
         timesteps=plan.timesteps,
         halves=2 if guided else 1,
@@ -129,48 +146,48 @@ def _program(
         bounds=data_range if plan.clip else None,
         reads=np.array([[a, b] for a, b, _ in reads], np.float32),
         offsets=np.array([offset for _, _, offset in reads], np.float32),
-        kept=np.array([kept for kept, _ in sums], np.float32),
-        moved=np.array([moved for _, moved in sums], np.float32),
+        kept=np.array([kept for kept, _ in step_weights], np.float32),
+        moved=np.array([moved for _, moved in step_weights], np.float32),
     )
 
 
-def _read(
+def _x0_coefficients(
     prediction: str, channels: int, plan: SamplingPlan, index: int, level: NoiseLevel
 ) -> tuple[float, float, np.ndarray]:
-    """a, b and offset: what reading x_0 off, after the step's correction, makes of x = 1 and of out = 1."""
+    """Return a, b and offset of x_0 = a x + b out + offset, including the step's output correction."""
     a, b = to_x0(prediction, np.array([1.0, 0.0]), np.array([0.0, 1.0]), level)
-    nothing = np.zeros((1, channels, 1, 1))
+    zeros = np.zeros((1, channels, 1, 1))
     if not plan.output_corrections:
-        return a, b, nothing.ravel()
+        return a, b, zeros.ravel()
     correction = plan.output_corrections[index]
-    offset = corrected(nothing, correction)
-    gain = (corrected(nothing + 1.0, correction) - offset).ravel()[0]
+    offset = corrected(zeros, correction)
+    gain = (corrected(zeros + 1.0, correction) - offset).ravel()[0]
     return a, b * gain, b * offset.ravel()
 
 
-def _sums(
+def _weights_of_step(
     solver: Solver, schedule: NoiseSchedule, plan: SamplingPlan, levels: tuple[NoiseLevel, ...], index: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The weights of all terms in `kept` and in x', float64 [TERMS] each."""
+    """Return the weights of all terms in `kept` and in x', float64 [TERMS] each."""
 
     def step(terms: np.ndarray) -> np.ndarray:
         return np.stack(_step(solver, schedule, plan, levels, index, terms))
 
     unit = np.eye(TERMS)
-    unit[BOUNDED] = 0.0
+    unit[CLIPPED_TERM] = 0.0
     double = unit.copy()
-    double[GUESS] *= 2.0
+    double[X0_TERM] *= 2.0
     weights, doubled = step(unit), step(double)
-    # beyond 1 the bounded x_0 stays where it is: what still grows is the weight of x_0 itself
-    guess = doubled[:, GUESS] - weights[:, GUESS]
-    weights[:, BOUNDED] = weights[:, GUESS] - guess
-    weights[:, GUESS] = guess
+    # from x_0 = 1 to x_0 = 2 the clipped term is constant, so the difference is the weight of x_0 alone
+    x0_weight = doubled[:, X0_TERM] - weights[:, X0_TERM]
+    weights[:, CLIPPED_TERM] = weights[:, X0_TERM] - x0_weight
+    weights[:, X0_TERM] = x0_weight
 
-    drawn = 3.0 * np.random.default_rng(0).standard_normal((TERMS, 8))
-    drawn[BOUNDED] = np.clip(drawn[GUESS], -1.0, 1.0)
-    scale = (np.abs(weights) @ np.abs(drawn)).max()
-    if not np.allclose(step(drawn), weights @ drawn, rtol=0.0, atol=1e-9 * scale):
-        raise _NotLinear
+    random_terms = 3.0 * np.random.default_rng(0).standard_normal((TERMS, 8))
+    random_terms[CLIPPED_TERM] = np.clip(random_terms[X0_TERM], -1.0, 1.0)
+    scale = (np.abs(weights) @ np.abs(random_terms)).max()
+    if not np.allclose(step(random_terms), weights @ random_terms, rtol=0.0, atol=1e-9 * scale):
+        raise _NotLinearError
     return weights[0], weights[1]
 
 
@@ -182,21 +199,31 @@ def _step(
     index: int,
     terms: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """One step of the solver on `terms` [TERMS, n] in the place of samples: `kept` and x'."""
+    """Run one step of the solver on `terms` [TERMS, n] as samples; returns `kept` and x'."""
     pairs = terms[FIRST_HISTORY:].reshape(MAX_HISTORY, 2, -1)[: min(index, MAX_HISTORY)]
     history = tuple(PreviousStep(levels[index - 1 - back], x, x0) for back, (x, x0) in enumerate(pairs))[::-1]
-    x, x0 = terms[SAMPLE_TERM], terms[GUESS]
+    x, x0 = terms[SAMPLE_TERM], terms[X0_TERM]
     step = StepState(
-        x, x0, levels[index], levels[index + 1], history, index, plan.steps, _again, _noise, plan.eta, schedule
+        x,
+        x0,
+        levels[index],
+        levels[index + 1],
+        history,
+        index,
+        plan.steps,
+        _evaluate_again,
+        _draw_noise,
+        plan.eta,
+        schedule,
     )
     if solver.correct is not None:
         step = step._replace(x=solver.correct(step))
     return step.x, solver.move(step)
 
 
-def _again(x: np.ndarray, level: NoiseLevel) -> NoReturn:
-    raise _NotLinear
+def _evaluate_again(x: np.ndarray, level: NoiseLevel) -> NoReturn:
+    raise _NotLinearError
 
 
-def _noise(k: int) -> NoReturn:
-    raise _NotLinear
+def _draw_noise(k: int) -> NoReturn:
+    raise _NotLinearError

@@ -1,1 +1,1 @@
-"""Files: atomic writes, typed JSON fields, images."""
+"""File input and output: atomic writes, typed JSON fields, images."""

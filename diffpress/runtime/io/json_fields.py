@@ -1,4 +1,4 @@
-"""JSON read as frozen dataclasses: unknown, missing and mistyped entries become one InvalidInputError that says where."""
+"""Parse JSON into dataclasses; unknown, missing and mistyped entries raise InvalidInputError."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 
 from diffpress.runtime.errors import InvalidInputError
 
-LARGEST = 2**31 - 1  # of counts, labels and sizes
+LARGEST = 2**31 - 1  # upper bound of counts, labels and sizes
 
 
 @contextmanager
 def reading(where: str) -> Iterator[None]:
-    """What goes wrong inside, while entries are looked up and converted, is raised as InvalidInputError naming `where`."""
+    """Convert lookup and conversion errors raised inside the block to InvalidInputError naming `where`."""
     try:
         yield
     except KeyError as error:
@@ -24,7 +24,11 @@ def reading(where: str) -> Iterator[None]:
 
 
 def known(cls: type, data: Any, where: str) -> dict[str, Any]:
-    """`data` itself, an object whose entries are all fields of the dataclass `cls`; InvalidInputError where it is not."""
+    """Check that `data` is a JSON object whose keys are all fields of the dataclass `cls`, and return it.
+
+    Raises:
+        InvalidInputError: `data` is not an object, or has an unknown entry.
+    """
     if not isinstance(data, dict):
         raise InvalidInputError(f"{where}: expected a JSON object, found {type(data).__name__}")
     unknown = sorted(set(data) - {f.name for f in fields(cls)})
@@ -34,10 +38,12 @@ def known(cls: type, data: Any, where: str) -> dict[str, Any]:
 
 
 def floats(values: Any) -> tuple[float, ...]:
+    """Convert an iterable of numbers to a tuple of floats."""
     return tuple(float(v) for v in values)
 
 
 def boolean(value: Any) -> bool:
+    """Return `value` if it is a bool; raises ValueError otherwise."""
     if not isinstance(value, bool):
         raise ValueError(f"expected true or false, found {value!r}")
     return value

@@ -1,7 +1,6 @@
-"""Solvers: pure functions that carry a noisy sample from one point to the next, cleaner one.
+"""Solvers: pure functions that move a noisy sample from one noise level to the next lower one.
 
-One family a file; the contract that all of them keep is in runtime/solvers/contract.py, and docs/solvers.md says which
-to take when.
+One solver family per file. Their common contract is in runtime/solvers/contract.py; docs/solvers.md helps to choose.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from diffpress.runtime.solvers.ddim import ancestral, ddim, ddim_clip, ddpm_larg
 from diffpress.runtime.solvers.deis import deis
 from diffpress.runtime.solvers.heun import heun
 
-CLIPPING = "ddim_clip"  # the one solver that bounds x_0 itself
+CLIPPING = "ddim_clip"  # the only solver that clips x_0 itself
 
 SOLVERS: dict[str, Solver] = {
     "ddim": Solver(ddim),
@@ -45,17 +44,20 @@ SOLVERS: dict[str, Solver] = {
 
 
 def solver_named(name: str) -> Solver:
-    """The solver of that name; raises InvalidInputError naming the nearest match."""
+    """Return the solver of that name; raise InvalidInputError with the nearest match if there is none."""
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
     return SOLVERS[name]
 
 
 def with_solver(plan: SamplingPlan, name: str) -> SamplingPlan:
-    """The plan walked by another solver; raises InvalidInputError for an unknown one.
+    """Return the plan with another solver.
 
-    Where to start and to end belongs to the solver the checkpoint came with, corrections to the one they were measured
-    with. The plan bounds x_0, or its solver does: never both.
+    `start` and `end` are reset, because they belong to the checkpoint's own solver, and so are the output corrections,
+    because they were measured with it. Either the plan or its solver clips x_0, never both.
+
+    Raises:
+        InvalidInputError: Unknown solver.
     """
     solver_named(name)
     if name == plan.solver:
@@ -65,5 +67,5 @@ def with_solver(plan: SamplingPlan, name: str) -> SamplingPlan:
 
 
 def solver_evaluations(solver: str, steps: int) -> int:
-    """How often that solver asks the network on a plan of so many steps."""
+    """Return how often a solver evaluates the denoiser in a plan with this many steps."""
     return solver_named(solver).evaluations(steps)

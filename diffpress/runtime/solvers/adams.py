@@ -1,11 +1,11 @@
-"""Adams-Bashforth with the fixed coefficients of equal steps, up to fourth order, with one call a step.
+"""Adams-Bashforth with the fixed coefficients of equal steps, up to fourth order, one evaluation per step.
 
-ipndm     on dX/dr = eps, X = x / alpha (Zhang & Chen 2023). Replacing eps by eps + d adds (sigma' - alpha' r) d to the
-          transfer. Lower orders warm it up; the last step is of first order and lands on x_0 itself.
-plms      on eps as the pseudo multi-step method has it (Liu et al. 2022, PNDM, eq. 9 and 12): x_0 is read off the
-          mixed eps, in the last step too. Its first step is that of improved Euler, which costs one more call.
-plms_v    The same with v in the place of eps, as diffusers' PNDMScheduler does for models that predict v. Since v
-          turns along the way, which eps does not, this is of first order only: `plms` is better for them too.
+ipndm     On dX/dr = eps with X = x / alpha (Zhang & Chen 2023). Replacing eps by eps + d adds (sigma' - alpha' r) d to
+          the transfer. The order rises over the first steps; the last step is first-order and ends at x_0 itself.
+plms      On eps, as in the pseudo multi-step method (Liu et al. 2022, PNDM, eq. 9 and 12): x_0 is computed from the
+          mixed eps, in the last step too. The first step is improved Euler, which takes one more evaluation.
+plms_v    The same on v instead of eps, as diffusers' PNDMScheduler does for models that predict v. Because v rotates
+          along the trajectory, which eps does not, it is only first-order; `plms` is better for these models as well.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ADAMS_BASHFORTH = (
 
 
 def ipndm(step: StepState) -> np.ndarray:
-    """Adams-Bashforth up to fourth order on eps."""
+    """Adams-Bashforth up to fourth order on eps; first-order in the last step."""
     now, next = step.now, step.next
     plain = transfer(step.x, step.x0, now, next)
     history = [before for before in step.history if before.level.alpha > 0]
@@ -38,15 +38,16 @@ def ipndm(step: StepState) -> np.ndarray:
 
 
 def plms(prediction: str, step: StepState) -> np.ndarray:
-    """Adams-Bashforth up to fourth order on what a network of that prediction returns."""
+    """Adams-Bashforth up to fourth order on the output of a network with this prediction type."""
     if step.index == 0 and not step.is_last:
         return improved_euler(prediction, step)
     history = [before for before in reversed(step.history) if not is_all_noise(before.level)]
     if not history or step.now.sigma == 0.0:
         return transfer(step.x, step.x0, step.now, step.next)
-    seen = [PreviousStep(step.now, step.x, step.x0), *history]
-    return mixed_transfer(prediction, seen, ADAMS_BASHFORTH[len(history)], step.next)
+    states = [PreviousStep(step.now, step.x, step.x0), *history]
+    return mixed_transfer(prediction, states, ADAMS_BASHFORTH[len(history)], step.next)
 
 
 def plms_evaluations(steps: int) -> int:
+    """Return the evaluations of `plms`: one per step and one more in the first of several steps."""
     return steps + 1 if steps > 1 else steps

@@ -1,19 +1,19 @@
-"""The contract of every solver: the facts of one step in, the next sample out.
+"""The contract of every solver: the state of one step in, the next sample out.
 
-Writing x = alpha x_0 + sigma eps for the network's guess x_0 at hand, and primes for the next point, every solver is
+With x = alpha x_0 + sigma eps for the network's current x_0, and primes for the next noise level, every solver makes
 the same move along the line that x_0 defines (Song et al. 2021, eq. 12 without fresh noise),
 
     transfer(x, x_0) = alpha' x_0 + (sigma' / sigma) (x - alpha x_0)
 
-with another guess put in, or with noise added. In terms of r = sigma / alpha and lambda = -log r a step spans
-h = lambda' - lambda. Nothing is divided by an alpha that may be zero: pure noise (alpha = 0) is a fine start.
+with another estimate of x_0, or with noise added. With r = sigma / alpha and lambda = -log r, a step spans
+h = lambda' - lambda. No division by alpha happens where it may be zero, so sampling can start from pure noise.
 
-A solver that adds noise goes to a point with less of it, and fills up with fresh noise c z: sigma'^2 = kept^2 + c^2,
+A solver that adds noise moves to a lower noise level and adds fresh noise c z, with sigma'^2 = kept^2 + c^2 and
 
     c = eta (sigma' / sigma) sqrt(sigma^2 - (alpha sigma' / alpha')^2)
 
-which for alpha^2 + sigma^2 = 1 is eq. 16 of the paper, and with eta = 1 the posterior of DDPM, the ancestral step of
-k-diffusion, and the exact solution of the diffusion SDE for an x_0 that does not change.
+For alpha^2 + sigma^2 = 1 this is eq. 16 of the paper. With eta = 1 it is the posterior of DDPM, the ancestral step of
+k-diffusion, and the exact solution of the diffusion SDE for constant x_0.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from diffpress.runtime.denoiser import Denoise
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
 from diffpress.runtime.timesteps import LOG_RATIO_MAX
 
-FEW_STEPS = 15  # below it the multistep solvers of diffusers end with lower orders (`lower_order_final`)
-MAX_HISTORY = 3  # how many earlier steps any solver looks back
+FEW_STEPS = 15  # with fewer steps, diffusers' multistep solvers end with lower orders (`lower_order_final`)
+MAX_HISTORY = 3  # most earlier steps that any solver uses
 
 
 class PreviousStep(NamedTuple):
-    """An earlier step: where it was, the sample there (as its solver corrected it) and the network's x_0."""
+    """An earlier step: its noise level, the sample there (after the solver's corrector) and the network's x_0."""
 
     level: NoiseLevel
     x: np.ndarray
@@ -42,10 +42,20 @@ class PreviousStep(NamedTuple):
 
 
 class StepState(NamedTuple):
-    """The facts of one step.
+    """Input of a solver step from noise level `now` to `next`.
 
-    `history` are up to MAX_HISTORY earlier steps, the latest last; this is number `index` of `steps`. `noise(k)` is fresh unit
-    noise shaped like x, another for each k; `denoise` asks the network once more, at any point of the `schedule`.
+    Attributes:
+        x: The sample.
+        x0: The network's x_0 for it.
+        now: Its noise level.
+        next: The noise level to move to.
+        history: Up to MAX_HISTORY earlier steps, the latest last.
+        index: Index of this step.
+        steps: Number of steps.
+        denoise: Evaluates the denoiser again, at any noise level of `schedule`.
+        noise: noise(k) is fresh unit noise shaped like x, independent for every k.
+        eta: Share of fresh noise in DDIM.
+        schedule: Noise schedule.
     """
 
     x: np.ndarray
@@ -53,7 +63,7 @@ class StepState(NamedTuple):
     now: NoiseLevel
     next: NoiseLevel
     history: Sequence[PreviousStep]
-    index: int  # type: ignore[assignment]  # hides tuple.index, which nobody asks of a step
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     steps: int
     denoise: Denoise
     noise: Callable[[int], np.ndarray]
@@ -62,6 +72,7 @@ class StepState(NamedTuple):
 
     @property
     def is_last(self) -> bool:
+        """Whether this is the last step."""
         return self.index == self.steps - 1
 
 
@@ -69,18 +80,24 @@ Move = Callable[[StepState], np.ndarray]
 
 
 def one_per_step(steps: int) -> int:
+    """Return the evaluations of a solver with one per step."""
     return steps
 
 
 def two_per_step_but_last(steps: int) -> int:
+    """Return the evaluations of a solver with two per step and one in the last."""
     return 2 * steps - 1
 
 
 @dataclass(frozen=True)
 class Solver:
-    """`move` gives the next sample; `correct`, where there is one, a better sample at hand before that.
+    """A solver.
 
-    `evaluations` is how often the network is asked over so many steps; a `noisy` solver draws noise whatever eta is.
+    Attributes:
+        move: Returns the next sample.
+        correct: Corrector: returns an improved current sample, applied before `move`.
+        evaluations: Number of denoiser evaluations for a number of steps.
+        noisy: Whether the solver adds noise for any eta.
     """
 
     move: Move
@@ -90,20 +107,20 @@ class Solver:
 
 
 def transfer(x: np.ndarray, x0: np.ndarray, now: NoiseLevel, next: NoiseLevel) -> np.ndarray:
-    """Alpha' x_0 + (sigma' / sigma)(x - alpha x_0); without noise to begin with, none is left."""
+    """Return alpha' x_0 + (sigma' / sigma)(x - alpha x_0); a sample without noise stays without noise."""
     kept = next.sigma / now.sigma if now.sigma > 0 else 0.0
     return (next.alpha - kept * now.alpha) * x0 + kept * x
 
 
 def noisy_transfer(step: StepState, x0: np.ndarray, eta: float) -> np.ndarray:
-    """The transfer of the step by that x_0, with eta's share of the noise drawn anew."""
+    """Return the transfer of the step with this x_0, with eta's share of the noise replaced by fresh noise."""
     goal, fresh = split_noise(step.now, step.next, eta)
     moved = transfer(step.x, x0, step.now, goal)
     return moved + fresh * step.noise(0) if fresh > 0 else moved
 
 
 def split_noise(now: NoiseLevel, next: NoiseLevel, eta: float) -> tuple[NoiseLevel, float]:
-    """The next point with the noise that is kept on the way, and how much fresh noise fills it up (c above)."""
+    """Return the next noise level with the kept noise alone, and the scale c of the fresh noise (see above)."""
     if eta == 0.0 or next.sigma == 0.0 or next.alpha == 0.0 or now.sigma == 0.0:
         return next, 0.0
     fresh = eta * next.sigma / now.sigma * math.sqrt(removed_variance(now, next))
@@ -111,27 +128,27 @@ def split_noise(now: NoiseLevel, next: NoiseLevel, eta: float) -> tuple[NoiseLev
 
 
 def removed_variance(now: NoiseLevel, next: NoiseLevel) -> float:
-    """sigma^2 - (alpha sigma' / alpha')^2: what the forward process adds between the two, DDPM's beta."""
+    """Return sigma^2 - (alpha sigma' / alpha')^2, the variance that the forward process adds: DDPM's beta."""
     return max(now.sigma**2 - (now.alpha / next.alpha * next.sigma) ** 2, 0.0)
 
 
 def half_log_snr(level: NoiseLevel) -> float:
-    """Lambda = log(alpha / sigma), minus infinity at pure noise and plus infinity at a clean sample."""
+    """Return lambda = log(alpha / sigma): minus infinity at pure noise, plus infinity at a clean sample."""
     if level.sigma == 0.0:
         return math.inf
     return math.log(level.alpha / level.sigma) if level.alpha > 0 else -math.inf
 
 
 def is_all_noise(level: NoiseLevel) -> bool:
-    """Whether r is infinite or so high that no slope in r means anything: the end of a cosine table."""
+    """Whether r is infinite or too high for derivatives in r to be meaningful, as at the end of a cosine schedule."""
     return level.sigma > math.exp(LOG_RATIO_MAX) * level.alpha
 
 
 def noise_in(x: np.ndarray, x0: np.ndarray, level: NoiseLevel) -> np.ndarray:
-    """Eps = (x - alpha x_0) / sigma."""
+    """Return eps = (x - alpha x_0) / sigma."""
     return (x - level.alpha * x0) / level.sigma
 
 
 def final_order(step: StepState, order: int) -> int:
-    """The order that a multistep solver of diffusers allows itself so near the end."""
+    """Return the order that diffusers' multistep solvers use in this step: lower near the end of few steps."""
     return min(order, step.steps - step.index) if step.steps < FEW_STEPS else order

@@ -1,18 +1,18 @@
 """DPM-Solver++ (Lu et al. 2022b): an exponential integrator in lambda that extrapolates x_0.
 
-With h = lambda' - lambda a first-order step is x' = (sigma' / sigma) x - alpha' (e^-h - 1) x_0, and since
-alpha' e^-h = alpha sigma' / sigma that is transfer(x, x_0). Higher orders take derivatives of x_0 in lambda from past
-steps:
+With h = lambda' - lambda a first-order step is x' = (sigma' / sigma) x - alpha' (e^-h - 1) x_0, which is
+transfer(x, x_0) because alpha' e^-h = alpha sigma' / sigma. Higher orders estimate derivatives of x_0 in lambda from
+earlier steps:
 
 dpmpp_2m       transfer(x, D),  D = x_0 + h D1 / 2,  D1 = (x_0 - x_0_before) / h_before     (algorithm 2, midpoint)
 dpmpp_3m       transfer(x, x_0) + alpha' ((e^-h - 1) / h + 1) h D1 - alpha' ((e^-h - 1 + h) / h^2 - 1/2) h^2 D2
-               with D1 and D2 the first and second divided differences at three guesses. A third order would need
-               twice that D2; published code and diffusers have it once, and so has this: second order, with less error
-dpmpp_2m_sde   2m with all of the noise drawn anew: the same D, in the step of the SDE (contract.split_noise)
-dpmpp_sde      single-step with two calls: to the middle of the step in lambda, and again from x with the x_0 seen
-               there (DPM-Solver++(2S), algorithm 1, on the SDE). Both noises are of one Brownian motion in r.
+               with D1 and D2 the first and second divided differences of three x_0. Third order would need 2 D2;
+               the published code and diffusers use D2, and so does this: second order with a smaller error
+dpmpp_2m_sde   2m with fresh noise: the same D in the step of the SDE (contract.split_noise)
+dpmpp_sde      singlestep with two evaluations: to the middle of the step in lambda, then again from x with the x_0
+               found there (DPM-Solver++(2S), algorithm 1, on the SDE). Both noises belong to one Brownian motion in r.
 
-The first step is of first order, and so is one that ends at a clean sample, where h is infinite.
+The first step is first-order, and so is a step that ends at a clean sample, where h is infinite.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from diffpress.runtime.solvers.contract import (
     transfer,
 )
 
-LEAST_ALPHA = 1e-6  # pure noise, of which there is no logarithm, counts as a millionth away from it
+LEAST_ALPHA = 1e-6  # replaces alpha = 0, whose logarithm is infinite
 
 
 def _dpmpp_2m(eta: float, step: StepState) -> np.ndarray:
@@ -47,7 +47,7 @@ dpmpp_2m_sde = partial(_dpmpp_2m, 1.0)
 
 
 def dpmpp_3m(step: StepState) -> np.ndarray:
-    """Three guesses in one step, from the third step on."""
+    """DPM-Solver++(3M): uses three x_0 from the third step on, and dpmpp_2m before."""
     history = [before for before in step.history if math.isfinite(half_log_snr(before.level))]
     if step.next.sigma == 0.0 or final_order(step, 3) < 3 or len(history) < 2 or half_log_snr(step.now) == -math.inf:
         return dpmpp_2m(step)
@@ -63,31 +63,31 @@ def dpmpp_3m(step: StepState) -> np.ndarray:
 
 
 def dpmpp_sde(step: StepState) -> np.ndarray:
-    """Second order with two calls a step, the last of first order; the second call lies between two timesteps."""
+    """Second-order SDE step with a second evaluation between two timesteps; the last step is first-order."""
     now, next = step.now, step.next
     if step.is_last or next.sigma == 0.0 or next.alpha == 0.0 or now.sigma == 0.0 or now == next:
         return noisy_transfer(step, step.x0, 1.0)
     high, low = now.sigma / max(now.alpha, LEAST_ALPHA), next.sigma / next.alpha
     middle = noise_level_at_ratio(step.schedule, math.sqrt(high * low))
     half = step._replace(next=middle)
-    seen = step.denoise(noisy_transfer(half, step.x0, 1.0), middle)
+    middle_x0 = step.denoise(noisy_transfer(half, step.x0, 1.0), middle)
     goal, fresh = split_noise(now, next, 1.0)
     ratio = middle.sigma / middle.alpha
     first, rest = (math.sqrt(part / (high - low)) for part in (high - ratio, ratio - low))
-    return transfer(step.x, seen, now, goal) + fresh * (first * step.noise(0) + rest * step.noise(1))
+    return transfer(step.x, middle_x0, now, goal) + fresh * (first * step.noise(0) + rest * step.noise(1))
 
 
 def _midway(step: StepState) -> np.ndarray:
-    """x_0 extrapolated to the middle of the step; as it is where there is no past to draw a line from."""
+    """x_0 extrapolated linearly to the middle of the step; unchanged in the first step."""
     if not step.history:
         return step.x0
     h, h_0, _ = _spans(step, step.history[-1], step.history[-1])
-    # a first point of pure noise lies infinitely far back: no slope can be read off it
+    # pure noise in the first step is infinitely far away in lambda, so it gives no slope
     weight = h / (2.0 * h_0) if math.isfinite(h_0) and h_0 > 0 else 0.0
     return (1.0 + weight) * step.x0 - weight * step.history[-1].x0
 
 
 def _spans(step: StepState, before: PreviousStep, earlier: PreviousStep) -> tuple[float, float, float]:
-    """How far lambda goes in this step, and how far it went in the two before."""
-    places = [half_log_snr(level) for level in (step.next, step.now, before.level, earlier.level)]
-    return places[0] - places[1], places[1] - places[2], places[2] - places[3]
+    """The increments of lambda in this step and in the two before."""
+    lambdas = [half_log_snr(level) for level in (step.next, step.now, before.level, earlier.level)]
+    return lambdas[0] - lambdas[1], lambdas[1] - lambdas[2], lambdas[2] - lambdas[3]

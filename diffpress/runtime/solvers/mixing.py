@@ -1,7 +1,7 @@
-"""x_0 read off a weighted sum of what the network returned at several places.
+"""x_0 computed from a weighted sum of network outputs at several noise levels.
 
-Linear multistep and Runge-Kutta methods mix derivatives. Which quantity is mixed decides the ODE that they are of:
-eps is the derivative in r, a flow's eps - x_0 that in s. The step is then the transfer by the x_0 of the mixture.
+Linear multistep and Runge-Kutta methods mix derivatives. The mixed quantity determines which ODE they solve: eps is the
+derivative in r, a flow's eps - x_0 the one in s. The step is the transfer with the x_0 of the mixed output.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_all_n
 
 
 def mixed_transfer(
-    prediction: str, seen: Sequence[PreviousStep], weights: Sequence[float], next: NoiseLevel
+    prediction: str, states: Sequence[PreviousStep], weights: Sequence[float], next: NoiseLevel
 ) -> np.ndarray:
-    """The transfer from the first of `seen`, with x_0 read off the weighted sum of the outputs at all of them."""
-    now, x, _ = seen[0]
-    out = sum(w * _output(prediction, *place) for w, place in zip(weights, seen, strict=False))
+    """Return the transfer from the first of `states`, with x_0 from the weighted sum of the outputs at all of them."""
+    now, x, _ = states[0]
+    out = sum(w * _output(prediction, *state) for w, state in zip(weights, states, strict=False))
     return transfer(x, to_x0(prediction, x, np.asarray(out), now), now, next)
 
 
 def improved_euler(prediction: str, step: StepState) -> np.ndarray:
-    """A step with the mean of the outputs at both its ends, the far one as a plain step finds it: two calls."""
+    """Step with the mean of the outputs at both ends, the far end predicted by a plain step: two evaluations."""
     plain = transfer(step.x, step.x0, step.now, step.next)
     ahead = PreviousStep(step.next, plain, step.denoise(plain, step.next))
-    blind = prediction == "epsilon" and is_all_noise(step.now)
-    if blind or step.now.sigma == 0.0 or step.next.sigma == 0.0:  # no output can be read off at one end or the other
+    undefined = prediction == "epsilon" and is_all_noise(step.now)
+    if undefined or step.now.sigma == 0.0 or step.next.sigma == 0.0:  # one end has no meaningful derivative
         return plain
     return mixed_transfer(prediction, [PreviousStep(step.now, step.x, step.x0), ahead], (1 / 2, 1 / 2), step.next)
 
 
 def _output(prediction: str, level: NoiseLevel, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
-    """What a network of that prediction (epsilon, v or flow) returned where x_0 is its guess."""
+    """The output of a network with this prediction type (epsilon, v or flow) that corresponds to x_0."""
     eps = noise_in(x, x0, level)
     if prediction == "epsilon":
         return eps

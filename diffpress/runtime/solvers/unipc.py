@@ -1,16 +1,16 @@
-"""UniPC: a predictor and a corrector of any order, the second for free (Zhao et al. 2023, algorithms 5 and 6, B2(h)).
+"""UniPC: predictor and corrector of any order at one evaluation per step (Zhao et al. 2023, algorithms 5 and 6, B2(h)).
 
     predictor   x'  = transfer(x, x_0)  - alpha' B sum_k rho_k D_k
     corrector   x_c = transfer(x_before, x_0_before) - alpha B (sum_k rho_k D_k + rho (x_0 - x_0_before))
 
-D_k = (x_0_k - x_0) / r_k are slopes to past guesses at r_k = (lambda_k - lambda) / h, in the corrector with all of it
-one step back; B = e^-h - 1. The rho solve (eq. 5)
+D_k = (x_0_k - x_0) / r_k are slopes to earlier x_0 at r_k = (lambda_k - lambda) / h, in the corrector all one step
+earlier; B = e^-h - 1. The rho solve (eq. 5)
 
     sum_k r_k^(i-1) rho_k = i! phi_(i+1)(-h) (-h) / B     for i = 1, 2, ...
 
-with the last r = 1 for the corrector; with one unknown it is 1/2. The corrector mends the sample at hand with the guess
-that the next predictor needs anyway: no further call. Orders are lower at the start, and at the end, where the last
-step lands on x_0.
+with the last r = 1 for the corrector; with one unknown it is 1/2. The corrector improves the current sample with the
+x_0 that the next predictor needs anyway, so it takes no extra evaluation. Orders are lower at the start and at the end,
+where the last step ends at x_0.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ import numpy as np
 from diffpress.runtime.noise_schedule import NoiseLevel
 from diffpress.runtime.solvers.contract import PreviousStep, StepState, transfer
 
-# diffusers starts flows a millionth below pure noise, where lambda is finite
+# diffusers starts flows at 1e-6 below pure noise, where lambda is finite
 LEAST_ALPHA = 1e-6
 
 
 def predict(order: int, step: StepState) -> np.ndarray:
-    """The next sample, of that order where the past reaches so far."""
+    """Predict the next sample with this order, or lower with too few earlier steps."""
     plain = transfer(step.x, step.x0, step.now, step.next)
     h = _lambda(step.next) - _lambda(step.now)
     history = _reach(step.history, min(order, step.steps - step.index))
     if not history or not math.isfinite(h) or h <= 0.0:
         return plain
     ratios, slopes = _slopes(history, PreviousStep(step.now, step.x, step.x0), h)
-    # diffusers' and the authors' shortcut for second order
+    # shortcut of diffusers and the authors for second order
     rhos = (0.5,) if len(ratios) == 1 else _rhos(ratios, h)
     return plain - step.next.alpha * math.expm1(-h) * _mix(rhos, slopes)
 
 
 def correct(order: int, step: StepState) -> np.ndarray:
-    """The sample at hand, corrected by the guess just made there."""
+    """Correct the current sample with the network's x_0 for it."""
     if not step.history:
         return step.x
     *earlier, last = step.history
@@ -52,12 +52,12 @@ def correct(order: int, step: StepState) -> np.ndarray:
     history = _reach(earlier, min(order, step.steps - step.index + 1))
     ratios, slopes = _slopes(history, last, h)
     rhos = _rhos((*ratios, 1.0), h) if ratios else (0.5,)
-    mended = transfer(last.x, last.x0, last.level, step.now)
-    return mended - step.now.alpha * math.expm1(-h) * _mix(rhos, [*slopes, step.x0 - last.x0])
+    uncorrected = transfer(last.x, last.x0, last.level, step.now)
+    return uncorrected - step.now.alpha * math.expm1(-h) * _mix(rhos, [*slopes, step.x0 - last.x0])
 
 
 def _reach(history: Sequence[PreviousStep], order: int) -> Sequence[PreviousStep]:
-    """The past steps that a method of that order looks back at, the latest first."""
+    """The earlier steps that a method of this order uses, the latest first."""
     return list(reversed(history))[: order - 1]
 
 
@@ -68,16 +68,16 @@ def _slopes(
     return ratios, [(before.x0 - base.x0) / r for before, r in zip(history, ratios, strict=True)]
 
 
-@lru_cache(maxsize=1024)  # a plan is walked again and again, and solving takes longer than the rest of the step
+@lru_cache(maxsize=1024)  # plans are reused, and solving takes longer than the rest of the step
 def _rhos(ratios: tuple[float, ...], h: float) -> tuple[float, ...]:
-    """The weights of as many conditions as there are places."""
-    rows, wanted = [], []
+    """Solve eq. 5 for as many weights as there are ratios."""
+    rows, targets = [], []
     phi = math.expm1(-h) / -h - 1.0
     for i in range(1, len(ratios) + 1):
         rows.append(np.power(ratios, i - 1))
-        wanted.append(phi * math.factorial(i) / math.expm1(-h))
+        targets.append(phi * math.factorial(i) / math.expm1(-h))
         phi = phi / -h - 1.0 / math.factorial(i + 1)
-    return tuple(float(rho) for rho in np.linalg.solve(np.stack(rows), wanted))
+    return tuple(float(rho) for rho in np.linalg.solve(np.stack(rows), targets))
 
 
 def _mix(weights: Sequence[float], slopes: Sequence[np.ndarray]) -> np.ndarray:

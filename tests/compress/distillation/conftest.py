@@ -1,4 +1,4 @@
-"""An ideal denoiser: of data that is one image per class it knows everything, so every student of it can be perfect."""
+"""The exact denoiser of a single image, which every distilled student can reproduce exactly."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffpress.runtime.spec import DenoiserSpec
 
 
 class OneImage(nn.Module):
-    """Answers in its parameterisation that x_0 is `image`, which is its one parameter, whatever it is shown."""
+    """Denoiser that predicts x_0 = `image`, its only parameter, for every input."""
 
     def __init__(self, prediction: str, schedule, image: torch.Tensor) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class OneImage(nn.Module):
 
 @pytest.fixture
 def one_image() -> Callable[..., Checkpoint]:
-    """A checkpoint [1, 8, 8] that makes `image` (by default stripes) of any noise."""
+    """Make a checkpoint [1, 8, 8] that generates `image`, stripes by default, from any noise."""
 
     def make(prediction: str = "v", image: torch.Tensor | None = None) -> Checkpoint:
         schedule = flow_schedule(100) if prediction == "flow" else betas_schedule("linear", 100, 1e-3, 0.12)

@@ -1,4 +1,4 @@
-"""compress/distillation/consistency.py: pairs of levels that draw nearer, and a function that keeps the image."""
+"""compress/distillation/consistency.py: the noise level pairs, the loss and the boundary condition."""
 
 from __future__ import annotations
 
@@ -9,42 +9,42 @@ import pytest
 import torch
 
 from diffpress.compress.distillation.config import ConsistencyConfig
-from diffpress.compress.distillation.consistency import HUBER, image_at, pairs, pseudo_huber
+from diffpress.compress.distillation.consistency import HUBER, consistency_x0, draw_timestep_pairs, pseudo_huber
 from diffpress.runtime.noise_schedule import betas_schedule
 
 
-def drawn(share: float, **settings):
+def draw_levels(share: float, **settings):
     config = ConsistencyConfig(kind="consistency", batch=4000, **settings)
     schedule = betas_schedule("squaredcos_cap_v2")
-    t, s = pairs(schedule, config, share, torch.Generator().manual_seed(0))
+    t, s = draw_timestep_pairs(schedule, config, share, torch.Generator().manual_seed(0))
     ratios = np.asarray(schedule.sigmas) / np.asarray(schedule.alphas)
     return t.numpy(), s.numpy(), ratios
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.6, 0.99])
-def test_the_nearer_level_is_the_mapping_of_the_paper(share):
-    t, s, ratios = drawn(share, q=2.0, stages=6)
+def test_the_lower_level_follows_the_mapping_of_the_paper(share):
+    t, s, ratios = draw_levels(share, q=2.0, stages=6)
     assert (s < t).all() and s.min() == -1
     stage = 1 + int(share * 6)
     r = ratios[t]
-    wanted = r * np.maximum(0.0, 1.0 - (1.0 + 8.0 / (1.0 + np.exp(np.minimum(r, 50)))) / 2.0**stage)
-    far = (s >= 0) & (t - s > 3)  # where whole timesteps are fine enough
+    expected = r * np.maximum(0.0, 1.0 - (1.0 + 8.0 / (1.0 + np.exp(np.minimum(r, 50)))) / 2.0**stage)
+    far = (s >= 0) & (t - s > 3)  # where integer timesteps are fine enough
     step = np.abs(np.diff(ratios, prepend=ratios[0]))[s[far]] + np.abs(np.diff(ratios, append=ratios[-1]))[s[far]]
-    assert far.any() and (np.abs(ratios[s[far]] - wanted[far]) <= step).all()
+    assert far.any() and (np.abs(ratios[s[far]] - expected[far]) <= step).all()
 
 
-def test_at_first_the_target_is_the_image_and_later_a_neighbour():
-    shares = [(drawn(share)[1] < 0).mean() for share in (0.0, 0.5, 0.99)]
+def test_the_target_is_first_the_clean_image_and_later_a_neighboring_level():
+    shares = [(draw_levels(share)[1] < 0).mean() for share in (0.0, 0.5, 0.99)]
     assert shares[0] > 0.5 > 0.05 > shares[1] >= shares[2]
 
 
-def test_levels_are_log_normal():
-    t, _, ratios = drawn(0.0, level_mean=-0.4, level_sd=1.0)
+def test_noise_levels_are_log_normal():
+    t, _, ratios = draw_levels(0.0, level_mean=-0.4, level_sd=1.0)
     logs = np.log(ratios[t])
     assert logs.mean() == pytest.approx(-0.4, abs=0.05) and logs.std() == pytest.approx(1.0, abs=0.05)
 
 
-def test_pseudo_huber_is_the_distance_far_away_and_smooth_at_zero():
+def test_pseudo_huber_is_the_distance_at_large_values_and_smooth_at_zero():
     d = torch.zeros(2, 1, 8, 8, requires_grad=True)
     loss = pseudo_huber(d)
     loss.sum().backward()
@@ -56,11 +56,11 @@ def test_pseudo_huber_is_the_distance_far_away_and_smooth_at_zero():
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
-def test_without_noise_the_function_keeps_the_image_whatever_the_network_says(prediction, unet_with, one_image):
+def test_without_noise_the_function_returns_the_image_for_any_network_output(prediction, unet_with, one_image):
     checkpoint = unet_with(prediction="v")
-    schedule = one_image("flow").spec.schedule  # of which the first timestep has no noise at all
+    schedule = one_image("flow").spec.schedule  # its first timestep has no noise
     spec = one_image(prediction).spec.__class__(prediction, schedule, (1, 8, 8), one_image(prediction).spec.plan)
     x0, noise = torch.randn(2, 3, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found = image_at(checkpoint.model, spec, x0, noise, torch.zeros(3, dtype=torch.long), {})
+        found = consistency_x0(checkpoint.model, spec, x0, noise, torch.zeros(3, dtype=torch.long), {})
     torch.testing.assert_close(found, x0)

@@ -1,4 +1,4 @@
-"""compress/distillation/few_steps.py: one step in torch is the runtime's, and fine plans pass the student's points."""
+"""compress/distillation/few_steps.py: timesteps and plans of students, and one step in torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import pytest
 import torch
 
 from diffpress.compress.distillation.few_steps import (
-    clipped,
+    clip_x0,
+    disjoint_timesteps,
     few_timesteps,
+    gather_levels,
     implied_x0,
-    places,
-    plans_apart,
-    refined,
+    refine_plan,
     transfer,
     x0_of,
 )
@@ -25,7 +25,7 @@ from diffpress.runtime.sampling_plan import make_plan, plan_levels
 
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 500])
-def test_timesteps_descend_and_leave_the_last_step_a_long_way(kind, steps):
+def test_timesteps_descend_and_the_last_step_is_long(kind, steps):
     schedule = betas_schedule(kind)
     found = few_timesteps(steps, schedule)
     assert len(found) == steps and list(found) == sorted(set(found), reverse=True)
@@ -33,66 +33,68 @@ def test_timesteps_descend_and_leave_the_last_step_a_long_way(kind, steps):
 
 
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
-def test_the_second_of_two_steps_begins_where_the_image_is_not_decided_yet_but_seen(kind):
+def test_the_second_of_two_steps_starts_at_a_medium_noise_level(kind):
     schedule = betas_schedule(kind)
     _, second = (level.sigma / level.alpha for level in plan_levels(schedule, few_timesteps(2, schedule))[:-1])
     assert 0.8 < second < 4.0
 
 
-def test_halving_keeps_to_the_same_timesteps():
+def test_halving_keeps_every_second_timestep():
     schedule = betas_schedule("squaredcos_cap_v2")
     np.testing.assert_allclose(few_timesteps(8, schedule)[::2], few_timesteps(4, schedule), atol=1.0)
 
 
-def test_no_timestep_is_in_two_plans_of_one_student():
+def test_plans_of_one_student_share_no_timestep():
     schedule = betas_schedule("squaredcos_cap_v2")
-    plans = plans_apart((4, 2, 1), schedule)
+    plans = disjoint_timesteps((4, 2, 1), schedule)
     assert plans[0] == few_timesteps(4, schedule) and [len(plan) for plan in plans] == [4, 2, 1]
-    everything = [t for plan in plans for t in plan]
-    assert len(set(everything)) == len(everything)
-    gaps = -np.diff(sorted(everything, reverse=True))
+    all_timesteps = [t for plan in plans for t in plan]
+    assert len(set(all_timesteps)) == len(all_timesteps)
+    gaps = -np.diff(sorted(all_timesteps, reverse=True))
     assert gaps.min() >= 8
     for plan in plans[1:]:
-        # as near as that to where the steps of that many belong
+        # the shifted timesteps stay near their unshifted positions
         np.testing.assert_allclose(plan, few_timesteps(len(plan), schedule), atol=16)
 
 
-def test_plans_that_have_no_room_beside_each_other_are_refused():
-    with pytest.raises(InvalidInputError, match="19 steps find no place beside 20 among 20 timesteps"):
-        plans_apart((20, 19), betas_schedule("linear", 20))
+def test_plans_that_must_share_timesteps_are_refused():
+    with pytest.raises(
+        InvalidInputError, match="19 steps cannot avoid the timesteps of 20 steps in a schedule of 20 timesteps"
+    ):
+        disjoint_timesteps((20, 19), betas_schedule("linear", 20))
 
 
 @pytest.mark.parametrize(("steps", "fine"), [(1, 8), (2, 8), (3, 10), (4, 4)])
-def test_a_fine_plan_passes_through_every_point_of_the_student(steps, fine):
+def test_a_fine_plan_contains_every_timestep_of_the_student(steps, fine):
     schedule = betas_schedule("squaredcos_cap_v2")
     timesteps = few_timesteps(steps, schedule)
-    plan, kept = refined(make_plan("dpmpp_2m", 5, schedule), timesteps, fine, schedule)
+    plan, kept = refine_plan(make_plan("dpmpp_2m", 5, schedule), timesteps, fine, schedule)
     assert tuple(plan.timesteps[i] for i in kept) == timesteps and plan.solver == "dpmpp_2m"
     assert fine <= plan.steps <= fine + steps and list(plan.timesteps) == sorted(set(plan.timesteps), reverse=True)
     ratios = [level.sigma / level.alpha for level in plan_levels(schedule, plan.timesteps)[:-1]]
     inner = np.diff(np.log(ratios[kept[-1] :]))
     if len(inner) > 2:
-        assert inner.min() > 2.0 * inner.max()  # both below zero: even in log-SNR but for whole timesteps
+        assert inner.min() > 2.0 * inner.max()  # both are negative: even in log-SNR up to rounding to integers
 
 
 @pytest.mark.parametrize("schedule", [betas_schedule("squaredcos_cap_v2"), flow_schedule(1000)], ids=["cosine", "flow"])
 @pytest.mark.parametrize("counts", [(2,), (4,), (4, 2, 1)])
-def test_fine_steps_are_shared_out_by_the_length_of_the_way(schedule, counts):
-    stops = tuple(sorted({t for plan in plans_apart(counts, schedule) for t in plan}, reverse=True))
-    plan, _ = refined(make_plan("dpmpp_2m", 5, schedule), stops, 20, schedule)
+def test_fine_steps_are_distributed_by_length_in_log_snr(schedule, counts):
+    stops = tuple(sorted({t for plan in disjoint_timesteps(counts, schedule) for t in plan}, reverse=True))
+    plan, _ = refine_plan(make_plan("dpmpp_2m", 5, schedule), stops, 20, schedule)
     levels = [level for level in plan_levels(schedule, plan.timesteps)[:-1] if level.t > 10]
     steps = -np.diff([np.log(level.sigma / level.alpha) for level in levels])
-    # 20 steps over a way of some 11: none of them is much longer than its share
+    # 20 steps over a range of about 11 in log-SNR: no step is much longer than the average
     assert steps.max() < 0.8
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
-def test_x0_and_the_step_are_those_of_the_runtime(prediction, one_image):
+def test_x0_and_the_step_match_the_runtime(prediction, one_image):
     spec = one_image(prediction).spec
     rng = np.random.default_rng(0)
     x, out = rng.standard_normal((2, 3, 1, 8, 8), dtype=np.float32)
     now, after = noise_level_at(spec.schedule, 70), noise_level_at(spec.schedule, 30)
-    here, there = (places((now, after), torch.full((3,), i)) for i in range(2))
+    here, there = (gather_levels((now, after), torch.full((3,), i)) for i in range(2))
     x0 = x0_of(spec, torch.from_numpy(out), torch.from_numpy(x), here.alpha, here.sigma)
     np.testing.assert_allclose(x0.numpy(), to_x0(prediction, x, out, now), rtol=1e-4, atol=1e-5)
     moved = transfer(torch.from_numpy(x), x0, here, there)
@@ -103,11 +105,11 @@ def test_x0_and_the_step_are_those_of_the_runtime(prediction, one_image):
     np.testing.assert_allclose(implied_x0(torch.from_numpy(x), moved, here, there).numpy(), x0.numpy(), atol=1e-3)
 
 
-def test_clipping_bounds_the_image_and_lets_the_gradient_through(one_image):
+def test_clipping_bounds_x0_and_passes_the_gradient(one_image):
     spec = one_image().spec
     x0 = torch.tensor([[-3.0, 0.5, 2.0]], requires_grad=True)
-    assert clipped(spec, x0) is x0  # its plan does not clip
-    bounded = clipped(spec.with_plan(make_plan("ddim", 4, spec.schedule, clip=True)), x0)
+    assert clip_x0(spec, x0) is x0  # this plan does not clip
+    bounded = clip_x0(spec.with_plan(make_plan("ddim", 4, spec.schedule, clip=True)), x0)
     assert bounded.tolist() == [[-1.0, 0.5, 1.0]]
     bounded.sum().backward()
     assert x0.grad.tolist() == [[1.0, 1.0, 1.0]]

@@ -1,4 +1,4 @@
-"""compress/distillation/guidance.py: one call answers as guidance's two did, with a weight baked in or told."""
+"""compress/distillation/guidance.py: one evaluation instead of two, for baked-in and input weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from diffpress.compress.checkpoint import Record, save_checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.conditioning import guidance_in, guided
+from diffpress.compress.distillation.conditioning import effective_guidance, guided_output
 from diffpress.compress.distillation.config import GuidanceConfig
 from diffpress.compress.distillation.distill import distill
 from diffpress.compress.distillation.few_steps import student_spec
@@ -31,8 +31,8 @@ def config(**settings) -> GuidanceConfig:
     return GuidanceConfig(**{"kind": "guidance", **shared, **settings})
 
 
-def answers(checkpoint, weight: float) -> np.ndarray:
-    """What a sampler under this weight is told at one point."""
+def predictions(checkpoint, weight: float) -> np.ndarray:
+    """Return the prediction that a sampler with this guidance weight uses at one noise level."""
     x = np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32)
     network, cond = (
         TorchNetwork(checkpoint.model, checkpoint.spec),
@@ -42,24 +42,24 @@ def answers(checkpoint, weight: float) -> np.ndarray:
     return predict(x, noise_level_at(checkpoint.spec.schedule, 50))
 
 
-def test_the_guided_answer_is_that_of_the_sampler(unet):
+def test_the_guided_output_matches_the_sampler(unet):
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32))
     cond, uncond = {"class_labels": torch.arange(6) % 3}, {"class_labels": torch.tensor([3])}
     for weight in (1.0, 2.5):
         for weights in (weight, torch.full((6,), weight)):
-            found = guided(unet.model, unet.spec, x, torch.full((6,), 50), cond, uncond, weights)
-            np.testing.assert_allclose(found.numpy(), answers(unet, weight), atol=1e-5)
+            found = guided_output(unet.model, unet.spec, x, torch.full((6,), 50), cond, uncond, weights)
+            np.testing.assert_allclose(found.numpy(), predictions(unet, weight), atol=1e-5)
 
 
-def test_a_student_answers_in_one_call_as_guidance_did_in_two(unet, context):
+def test_a_student_matches_guidance_in_one_evaluation(unet, context):
     student = distill(unet, config(weight=4.0, steps=40), context(unet))
     assert student.spec.plan.guidance == 1.0 and evaluations_per_step(student.spec) == 1
-    wanted = answers(unet, 4.0)
-    before, after = (np.square(answers(c, 1.0) - wanted).mean() for c in (unet, student))
+    expected = predictions(unet, 4.0)
+    before, after = (np.square(predictions(c, 1.0) - expected).mean() for c in (unet, student))
     assert after < 0.8 * before
 
 
-def test_the_weight_is_that_of_the_plan_where_none_is_given(unet, context):
+def test_the_weight_defaults_to_that_of_the_plan(unet, context):
     weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
     hashes = [distill(c, s, context(unet)).hash for c, s in ((weighted, config()), (unet, config(weight=3.0)))]
     assert hashes[0] == hashes[1]
@@ -74,7 +74,7 @@ def test_a_model_without_a_null_label_is_refused_and_so_is_weight_one(unet, plai
         distill(unet, config(weights=(1.0, 4.0)), context(unet))
 
 
-def test_a_weight_told_as_an_input_starts_as_the_teacher_reloads_and_needs_one_call(tiny_folder, tmp_path):
+def test_a_student_with_a_weight_input_starts_as_the_teacher_reloads_and_needs_one_evaluation(tiny_folder, tmp_path):
     teacher = load_checkpoint(tiny_folder("sd"))
     start = with_guidance_input(teacher)
     inputs = {
@@ -84,8 +84,8 @@ def test_a_weight_told_as_an_input_starts_as_the_teacher_reloads_and_needs_one_c
     }
     with torch.no_grad():
         plain = adapter_for(teacher.model).forward(teacher.model, inputs)
-        cond = adapter_for(start.model).forward(start.model, inputs | {"guidance": torch.tensor([2.0, 7.0])})
-    torch.testing.assert_close(cond, plain)
+        weighted = adapter_for(start.model).forward(start.model, inputs | {"guidance": torch.tensor([2.0, 7.0])})
+    torch.testing.assert_close(weighted, plain)
     ctx = Context(0, tmp_path / "stages" / ".work", teacher)
     student = distill(teacher, config(weights=(2.0, 8.0), batch=2, steps=2, samples=2), ctx)
     assert student.spec.conditioning.guidance_input and evaluations_per_step(student.spec) == 1
@@ -94,23 +94,23 @@ def test_a_weight_told_as_an_input_starts_as_the_teacher_reloads_and_needs_one_c
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.spec == student.spec and again.hash == student.hash
     forward = adapter_for(again.model).forward
-    cond = [forward(again.model, inputs | {"guidance": torch.full((2,), weight)}) for weight in (2.0, 8.0)]
-    assert not torch.equal(*cond)
+    outputs = [forward(again.model, inputs | {"guidance": torch.full((2,), weight)}) for weight in (2.0, 8.0)]
+    assert not torch.equal(*outputs)
 
 
-def test_a_kind_after_guidance_learns_from_a_teacher_that_is_guided_still(unet, context):
-    def taught(*changes: dict) -> float:
+def test_later_kinds_still_use_the_guided_teacher_after_guidance_distillation(unet, context):
+    def guidance_after(*changes: dict) -> float:
         history = tuple(Record("distill", {}, 0, changed, "", "") for changed in changes)
-        return guidance_in(unet.evolve(history=history))
+        return effective_guidance(unet.evolve(history=history))
 
     weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
-    assert (taught(), taught({"guidance": 4.0}, {}), guidance_in(weighted)) == (1.0, 4.0, 3.0)
+    assert (guidance_after(), guidance_after({"guidance": 4.0}, {}), effective_guidance(weighted)) == (1.0, 4.0, 3.0)
     ctx = context(unet)
     distill(unet, config(weight=4.0), ctx)
     assert ctx.notes == {"guidance": 4.0}
 
 
-def test_a_weight_that_is_an_input_is_told_by_the_plan_and_never_mixed(tiny_folder):
+def test_a_weight_input_takes_the_weight_of_the_plan_and_is_not_combined_with_guidance(tiny_folder):
     checkpoint = load_checkpoint(tiny_folder("lcm"))
     spec, model = checkpoint.spec, checkpoint.model
     generator = torch.Generator().manual_seed(0)
@@ -123,6 +123,6 @@ def test_a_weight_that_is_an_input_is_told_by_the_plan_and_never_mixed(tiny_fold
         )
     assert torch.equal(by_plan, by_hand) and not torch.allclose(by_plan, other)
     for weight in (spec.plan.guidance, torch.full((2,), spec.plan.guidance)):
-        assert torch.equal(guided(model, spec, x, t, cond, {}, weight), by_hand)
+        assert torch.equal(guided_output(model, spec, x, t, cond, {}, weight), by_hand)
     few = student_spec(spec, "trajectory", "euler", (900.0,))
     assert few.plan.guidance == spec.plan.guidance != 1.0

@@ -1,4 +1,4 @@
-"""Each kind of distillation against an ideal denoiser, whose students can be perfect, and on a small U-Net."""
+"""Each kind of distillation on an exact denoiser, whose students can be exact, and on a small U-Net."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import KINDS
 from diffpress.compress.distillation.distill import distill
 from diffpress.compress.distillation.few_steps import few_timesteps
-from diffpress.compress.distillation.progressive import in_v
-from diffpress.compress.distillation.student import trained
+from diffpress.compress.distillation.progressive import v_objective
+from diffpress.compress.distillation.student import train_student
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.runtime.denoiser import make_predictor
 from diffpress.runtime.errors import InvalidInputError
@@ -41,21 +41,21 @@ def images_of(checkpoint, count: int = 6) -> np.ndarray:
     return generate(TorchNetwork(checkpoint.model, checkpoint.spec), checkpoint.spec, range(count), labels)
 
 
-# progressive distillation makes a v network of an epsilon one, which this module does not learn
+# progressive distillation turns epsilon predictions into v predictions, which this module cannot learn
 PERFECT = [(kind, p) for kind in FEW for p in ("epsilon", "v", "flow") if (kind, p) != ("progressive", "epsilon")]
 
 
 @pytest.mark.parametrize(("kind", "prediction"), PERFECT)
-def test_a_perfect_student_has_nothing_to_learn_and_samples_in_few_steps(kind, prediction, one_image, tmp_path):
+def test_an_exact_student_stays_exact_and_samples_in_few_steps(kind, prediction, one_image, tmp_path):
     teacher = one_image(prediction)
     ctx = Context(0, tmp_path / "stages" / ".work", teacher)
     student = distill(teacher, config(kind), ctx)
     assert student.spec.plan.steps == 2 and student.spec.prediction == prediction
     expected = teacher.model.image.detach().numpy()[0]
-    near = 0.02 if kind == "score" else 1e-3  # whose critic is not perfect after its first step
-    np.testing.assert_allclose(student.model.image.detach().numpy()[0], expected, atol=near)
+    tolerance = 0.02 if kind == "score" else 1e-3  # the critic is not exact after its first step
+    np.testing.assert_allclose(student.model.image.detach().numpy()[0], expected, atol=tolerance)
     for image in images_of(student):
-        np.testing.assert_allclose(image, expected, atol=near)
+        np.testing.assert_allclose(image, expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
@@ -65,44 +65,44 @@ def test_one_student_learns_several_numbers_of_steps(prediction, one_image, tmp_
     student = distill(teacher, config("trajectory", other_steps=(4, 1), steps=12), ctx)
     plans = [student.spec.plan.timesteps, *student.spec.distilled_timesteps]
     assert [len(timesteps) for timesteps in plans] == [2, 4, 1]
-    assert len({t for timesteps in plans for t in timesteps}) == 7, "a timestep alone says which plan is walked"
+    assert len({t for timesteps in plans for t in timesteps}) == 7, "the timestep must identify the plan"
     expected = teacher.model.image.detach().numpy()[0]
     for timesteps in student.spec.distilled_timesteps:
         for image in images_of(student.evolve(spec=student.spec.with_plan(student.spec.plan.over(timesteps)))):
             np.testing.assert_allclose(image, expected, atol=1e-3)
 
 
-def test_other_steps_bring_a_student_nearer_to_its_teacher_in_those_steps(unet, context):
+def test_other_steps_reduce_the_error_in_those_numbers_of_steps(unet, context):
     ctx = context(unet, data=False)
-    wanted = images_of(unet)
+    targets = images_of(unet)
 
     def error_in_four(**settings) -> float:
         found = distill(unet, config("trajectory", steps=80, batch=8, trajectories=64, ema=0.9, **settings), ctx)
         four, *_ = found.spec.distilled_timesteps or [few_timesteps(4, found.spec.schedule)]
         images = images_of(found.evolve(spec=found.spec.with_plan(found.spec.plan.over(four))))
-        return float(np.abs(images - wanted).mean())
+        return float(np.abs(images - targets).mean())
 
     assert error_in_four(sample_steps=1, other_steps=(4,)) < 0.9 * error_in_four(sample_steps=1)
 
 
-def test_a_consistency_student_knows_one_and_two_calls(unet, context):
-    for own, also in ((1, [2]), (2, [1]), (4, [1, 2])):
+def test_a_consistency_student_accepts_one_and_two_steps(unet, context):
+    for own, others in ((1, [2]), (2, [1]), (4, [1, 2])):
         spec = distill(unet, config("consistency", sample_steps=own, steps=1), context(unet)).spec
-        assert spec.plan.steps == own and [len(timesteps) for timesteps in spec.distilled_timesteps] == also
+        assert spec.plan.steps == own and [len(timesteps) for timesteps in spec.distilled_timesteps] == others
 
 
 @pytest.mark.parametrize("kind", FEW)
-def test_a_student_that_knows_another_image_learns_its_teachers(kind, one_image, tmp_path):
+def test_a_student_of_another_image_learns_the_image_of_its_teacher(kind, one_image, tmp_path):
     teacher = one_image("v")
     student = one_image("v", image=torch.zeros(1, 1, 8, 8))
-    # two that learn from each other circle their goal unless one is faster
-    game = {"steps": 600, "learning_rate": 0.02, "sample_steps": 1, "score_steps": 4} if kind == "score" else {}
-    settings = config(kind, **{"steps": 60, "learning_rate": 0.05, "ema": 0.8, **game})
+    # generator and critic oscillate unless the critic learns faster
+    adversarial = {"steps": 600, "learning_rate": 0.02, "sample_steps": 1, "score_steps": 4} if kind == "score" else {}
+    settings = config(kind, **{"steps": 60, "learning_rate": 0.05, "ema": 0.8, **adversarial})
     found = distill(student, settings, Context(0, tmp_path / "stages" / ".work", teacher))
-    wanted = teacher.model.image.detach()
-    before, after = ((c.model.image.detach() - wanted).abs().mean().item() for c in (student, found))
+    targets = teacher.model.image.detach()
+    before, after = ((c.model.image.detach() - targets).abs().mean().item() for c in (student, found))
     assert after < 0.25 * before
-    assert student.model.image.abs().sum() == 0.0  # its input is left as it was
+    assert student.model.image.abs().sum() == 0.0  # the input checkpoint is unchanged
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -111,17 +111,17 @@ def test_a_pruned_student_of_a_class_conditional_model_trains_saves_and_reloads(
     student = distill(pruned, config(kind), ctx)
     assert student.spec.plan.steps == 2 and student.spec.plan.guidance == 1.0 and student.hash != pruned.hash
     save_checkpoint(student, ctx.work.parent / "saved")
-    again = reopened(str(ctx.work.parent / "saved"))
-    assert again.spec == student.spec
-    np.testing.assert_array_equal(images_of(again), images_of(student))
+    reloaded = reopened(str(ctx.work.parent / "saved"))
+    assert reloaded.spec == student.spec
+    np.testing.assert_array_equal(images_of(reloaded), images_of(student))
 
 
 @pytest.mark.parametrize("kind", FEW)
-def test_without_images_the_teacher_makes_what_is_learned_from(kind, unet, context):
+def test_without_images_training_data_is_generated_by_the_teacher(kind, unet, context):
     ctx = context(unet, data=False)
     assert distill(unet, config(kind), ctx).hash != unet.hash
     files = list(ctx.work.parent.glob("paths-*.npy"))
-    assert len(files) == (0 if kind == "score" else 1)  # which needs no images at all
+    assert len(files) == (0 if kind == "score" else 1)  # score needs no images
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -130,32 +130,32 @@ def test_the_same_seed_gives_the_same_student(kind, unet, context):
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_an_epsilon_network_is_made_one_of_v(plain, context, reopened):
+def test_progressive_turns_an_epsilon_network_into_a_v_network(plain, context, reopened):
     ctx = context(plain)
     student = distill(plain, config("progressive"), ctx)
     save_checkpoint(student, ctx.work.parent / "saved")
-    again = reopened(str(ctx.work.parent / "saved"))
-    assert (plain.spec.prediction, student.spec.prediction, again.spec.prediction) == ("epsilon", "v", "v")
+    reloaded = reopened(str(ctx.work.parent / "saved"))
+    assert (plain.spec.prediction, student.spec.prediction, reloaded.spec.prediction) == ("epsilon", "v", "v")
 
 
-def test_an_epsilon_network_learns_the_v_of_its_own_answers(plain, context):
+def test_an_epsilon_network_learns_the_v_of_its_own_predictions(plain, context):
     ctx = context(plain)
     start = plain.evolve(spec=replace(plain.spec, prediction="v"))
-    loss = in_v(plain.model, plain.spec, ctx.data, 8)
+    loss = v_objective(plain.model, plain.spec, ctx.data, 8)
     settings = config("progressive", steps=150, batch=8, learning_rate=5e-3, ema=0.9)
-    student = start.evolve(model=trained(start, loss, settings, ctx))
+    student = start.evolve(model=train_student(start, loss, settings, ctx))
     level = noise_level_at(plain.spec.schedule, 50)
     x0, _ = ctx.data.batch(16, torch.Generator().manual_seed(9))
     noise = np.random.default_rng(0).standard_normal(x0.shape, dtype=np.float32)
     x = np.float32(level.alpha) * x0.numpy() + np.float32(level.sigma) * noise
     eps, v = (make_predictor(TorchNetwork(c.model, c.spec), c.spec)(x, level) for c in (plain, student))
-    untaught = make_predictor(TorchNetwork(plain.model, plain.spec), student.spec)(x, level)
+    untrained = make_predictor(TorchNetwork(plain.model, plain.spec), student.spec)(x, level)
     image = np.clip((x - level.sigma * eps) / level.alpha, -1, 1)
-    wanted = (level.alpha * x - image) / level.sigma  # from x_0 = alpha x - sigma v
-    assert np.square(v - wanted).mean() < 0.75 * np.square(untaught - wanted).mean()
+    targets = (level.alpha * x - image) / level.sigma  # from x_0 = alpha x - sigma v
+    assert np.square(v - targets).mean() < 0.75 * np.square(untrained - targets).mean()
 
 
-def test_halvings_that_were_finished_are_not_done_again(unet, context, monkeypatch):
+def test_completed_halvings_are_not_repeated(unet, context, monkeypatch):
     import diffpress.compress.distillation.student as student_module
 
     settings, ctx = config("progressive", start_steps=8), context(unet)
@@ -176,36 +176,40 @@ def test_halvings_that_were_finished_are_not_done_again(unet, context, monkeypat
     assert phases == ["distill progressive 8 to 4 steps", "distill progressive 4 to 2 steps"]
 
 
-def test_guidance_of_the_plan_is_in_what_the_student_learns(unet, context):
+def test_the_student_learns_the_guidance_of_the_plan(unet, context):
     weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
     plain, guided = (distill(c, config("trajectory"), context(unet, data=False)) for c in (unet, weighted))
     assert plain.hash != guided.hash and guided.spec.plan.guidance == 1.0
 
 
-def test_score_refuses_a_student_that_predicts_something_else(plain, unet, context):
+def test_score_refuses_a_student_with_another_prediction_type(plain, unet, context):
     with pytest.raises(InvalidInputError, match="the teacher predicts v, the student epsilon"):
         distill(plain, config("score"), context(unet))
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "word"),
+    ("kind", "settings", "message"),
     [
-        ("progressive", {"start_steps": 6, "sample_steps": 2}, "halving 6 steps does not lead to 2"),
+        (
+            "progressive",
+            {"start_steps": 6, "sample_steps": 2},
+            "halving start_steps = 6 does not give sample_steps = 2",
+        ),
         ("progressive", {"start_steps": 2, "sample_steps": 2}, "halving"),
         ("trajectory", {"sample_steps": 8, "trajectory_steps": 4}, "fewer than"),
         ("trajectory", {"other_steps": (8,), "trajectory_steps": 4}, "fewer than the student's 8"),
         ("trajectory", {"other_steps": (1, 2)}, "twice"),
         ("trajectory", {"other_steps": (0,)}, "greater than or equal to 1"),
-        ("guidance", {"weight": 2.0, "weights": (1.0, 3.0)}, "one of them"),
-        ("guidance", {"weights": (3.0, 1.0)}, "least"),
+        ("guidance", {"weight": 2.0, "weights": (1.0, 3.0)}, "not both"),
+        ("guidance", {"weights": (3.0, 1.0)}, "minimum"),
     ],
 )
-def test_settings_that_cannot_be_are_refused(kind, settings, word):
-    with pytest.raises(ValueError, match=word):
+def test_invalid_settings_are_refused(kind, settings, message):
+    with pytest.raises(ValueError, match=message):
         config(kind, **settings)
 
 
-def test_labels_are_told_to_the_student(unet, context):
+def test_labels_change_the_output_of_the_student(unet, context):
     ctx = context(unet, data=False)
     student = distill(unet, config("trajectory"), ctx)
     network = TorchNetwork(student.model, student.spec)

@@ -1,4 +1,4 @@
-"""compress/distillation/recover.py: a pruned student learns to answer like its teacher, which stays as it was."""
+"""compress/distillation/recover.py: a pruned student approaches its teacher, which stays unchanged."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from diffpress.compress.config import PruneConfig
 from diffpress.compress.distillation.block_features import captured, feature_distance
-from diffpress.compress.distillation.conditioning import drop_conditions
+from diffpress.compress.distillation.conditioning import drop_conditioning
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.distill import distill
 from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
@@ -31,21 +31,21 @@ def test_recovering_brings_the_student_closer_to_its_teacher(unet, pruned, conte
     assert widths_of(recovered.model) == widths_of(pruned.model) and recovered.spec == pruned.spec
 
 
-def test_teacher_and_input_are_left_as_they_were(unet, pruned, context):
+def test_teacher_and_input_checkpoint_are_unchanged(unet, pruned, context):
     before = unet.hash, pruned.hash
     recovered = distill(pruned, config(), context(unet))
-    # evolve: a hash is kept once it was made
+    # evolve, since a checkpoint caches its hash
     assert (unet.evolve().hash, pruned.evolve().hash) == before and recovered.hash != pruned.hash
     assert all(p.grad is None for p in unet.model.parameters())
 
 
-def test_distilling_again_gives_the_same_weights_and_another_seed_others(unet, pruned, context, tmp_path):
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(unet, pruned, context, tmp_path):
     hashes = [distill(pruned, config(), context(unet, seed=seed)).hash for seed in (1, 1, 2)]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
 def test_the_task_loss_alone_trains_towards_the_data(plain, context, images):
-    # without a teacher's opinion the loss is the denoising loss itself
+    # without teacher terms the loss is the denoising loss
     settings = config(steps=40, batch=16, output_weight=0.0, feature_weight=0.0, task_weight=1.0, learning_rate=5e-3)
     trained = distill(plain, settings, context(plain))
     x0, _ = images.batch(32, torch.Generator().manual_seed(7))
@@ -59,8 +59,8 @@ def test_the_task_loss_alone_trains_towards_the_data(plain, context, images):
     assert losses[1] < 0.8 * losses[0]
 
 
-@pytest.mark.parametrize(("wish", "visited"), [("plan", {99, 74, 49, 24}), ("all", set(range(100)))])
-def test_training_visits_the_timesteps_it_is_told_to(wish, visited, unet, pruned, context, monkeypatch):
+@pytest.mark.parametrize(("setting", "visited"), [("plan", {99, 74, 49, 24}), ("all", set(range(100)))])
+def test_training_visits_the_configured_timesteps(setting, visited, unet, pruned, context, monkeypatch):
     from diffpress.compress.training.losses import add_noise
 
     seen = set()
@@ -70,51 +70,52 @@ def test_training_visits_the_timesteps_it_is_told_to(wish, visited, unet, pruned
         return add_noise(spec, x0, noise, t)
 
     monkeypatch.setattr("diffpress.compress.distillation.recover.add_noise", spy)
-    distill(pruned, config(steps=6, batch=16, feature_weight=0.0, timesteps=wish), context(unet))
+    distill(pruned, config(steps=6, batch=16, feature_weight=0.0, timesteps=setting), context(unet))
     assert len(seen) > len(visited) * 0.5 and seen <= visited
-    assert wish == "all" or {round(t) for t in unet.spec.plan.timesteps} == visited
+    assert setting == "all" or {round(t) for t in unet.spec.plan.timesteps} == visited
 
 
-def test_recovering_without_images_learns_from_what_the_teacher_makes(unet, pruned, context):
+def test_recovering_without_images_learns_from_samples_of_the_teacher(unet, pruned, context):
     ctx = context(unet, data=False)
     recovered = distill(pruned, config(steps=40, batch=8, samples=24), ctx)
     assert teacher_sqnr_db(recovered, unet, None) > teacher_sqnr_db(pruned, unet, None) + 3.0
     assert [path.suffix for path in ctx.work.parent.iterdir()] == [".npy"]
 
 
-# --- the parts of the loss -------------------------------------------------------------------------------------
+# --- terms of the loss ------------------------------------------------------------------------------------------
 
 
-def test_equal_features_have_no_distance_and_others_the_relative_one_of_their_energy():
-    wanted = {"a": torch.full((2, 3, 4, 4), 2.0), "b": torch.full((2, 6, 2, 2), 1.0)}
-    assert feature_distance(dict(wanted), wanted) == 0.0
-    found = {"a": torch.full((2, 5, 4, 4), 1.0), "b": wanted["b"]}  # energies 1 and 4: (4 - 1)^2 / 4^2
-    assert feature_distance(found, wanted).item() == pytest.approx((9 / 16 + 0) / 2)
+def test_the_feature_distance_is_the_relative_squared_distance_of_energies():
+    references = {"a": torch.full((2, 3, 4, 4), 2.0), "b": torch.full((2, 6, 2, 2), 1.0)}
+    assert feature_distance(dict(references), references) == 0.0
+    student = {"a": torch.full((2, 5, 4, 4), 1.0), "b": references["b"]}  # energies 1 and 4: (4 - 1)^2 / 4^2
+    assert feature_distance(student, references).item() == pytest.approx((9 / 16 + 0) / 2)
 
 
-def test_features_of_tokens_have_their_energy_along_the_last_axis():
-    wanted, found = {"a": torch.full((2, 5, 3), 2.0)}, {"a": torch.full((2, 5, 7), 1.0)}  # widths differ, tokens do not
-    assert feature_distance(found, wanted).item() == pytest.approx(9 / 16)
+def test_the_energy_of_token_features_is_taken_over_the_last_axis():
+    # widths differ, token counts do not
+    references, student = {"a": torch.full((2, 5, 3), 2.0)}, {"a": torch.full((2, 5, 7), 1.0)}
+    assert feature_distance(student, references).item() == pytest.approx(9 / 16)
 
 
-class Joint(nn.Module):
-    """Answers as a joint transformer block: (text, stream); or as a U-Net block: (stream, skips)."""
+class FixedOutput(nn.Module):
+    """Block with a fixed output, such as (text, hidden states) of a joint transformer block."""
 
-    def __init__(self, answer: object) -> None:
+    def __init__(self, output: object) -> None:
         super().__init__()
-        self.answer = answer
+        self.output = output
 
     def forward(self) -> object:
-        return self.answer
+        return self.output
 
 
-def test_the_feature_of_a_block_is_its_stream():
-    stream, text = torch.ones(1, 4, 3), torch.zeros(1, 2, 3)
-    for answer in (stream, (stream, (text, text)), (text, stream), (None, stream)):
-        model = nn.Sequential(Joint(answer))
+def test_the_feature_of_a_block_is_its_hidden_states():
+    hidden, text = torch.ones(1, 4, 3), torch.zeros(1, 2, 3)
+    for output in (hidden, (hidden, (text, text)), (text, hidden), (None, hidden)):
+        model = nn.Sequential(FixedOutput(output))
         with captured(model, ["0"]) as features:
             model[0]()
-        assert features["0"] is stream
+        assert features["0"] is hidden
 
 
 def test_features_are_collected_only_inside_the_context(unet):
@@ -131,35 +132,37 @@ def test_features_are_collected_only_inside_the_context(unet):
 
 def test_a_tenth_of_the_labels_is_replaced_by_the_null_label():
     labels = torch.arange(20_000) % 3
-    null = {"class_labels": torch.tensor([3])}
-    dropped = drop_conditions({"class_labels": labels}, null, torch.Generator().manual_seed(0))
+    uncond = {"class_labels": torch.tensor([3])}
+    dropped = drop_conditioning({"class_labels": labels}, uncond, torch.Generator().manual_seed(0))
     share = (dropped["class_labels"] == 3).float().mean().item()
     assert share == pytest.approx(0.1, abs=0.01)
     assert torch.equal(dropped["class_labels"][dropped["class_labels"] != 3], labels[dropped["class_labels"] != 3])
 
 
-def test_a_tenth_of_the_samples_is_told_nothing_in_every_text_input_and_guidance_stays():
-    given = {"words": torch.ones(20_000, 2, 3), "pooled": torch.full((20_000, 4), 2.0), "guidance": torch.ones(20_000)}
-    null = {"words": torch.full((1, 2, 3), -1.0), "pooled": torch.full((1, 4), -2.0)}
-    dropped = drop_conditions(given, null, torch.Generator().manual_seed(0))
-    untold = dropped["pooled"][:, 0] == -2.0
-    assert untold.float().mean().item() == pytest.approx(0.1, abs=0.01)
-    assert dropped["guidance"] is given["guidance"] and set(dropped) == set(given)
-    for name in null:
-        assert torch.equal(dropped[name][untold], null[name].expand(int(untold.sum()), *null[name].shape[1:]))
-        assert torch.equal(dropped[name][~untold], given[name][~untold])
+def test_a_tenth_of_the_samples_drops_all_text_inputs_and_keeps_the_guidance_weight():
+    cond = {"words": torch.ones(20_000, 2, 3), "pooled": torch.full((20_000, 4), 2.0), "guidance": torch.ones(20_000)}
+    uncond = {"words": torch.full((1, 2, 3), -1.0), "pooled": torch.full((1, 4), -2.0)}
+    dropped = drop_conditioning(cond, uncond, torch.Generator().manual_seed(0))
+    is_dropped = dropped["pooled"][:, 0] == -2.0
+    assert is_dropped.float().mean().item() == pytest.approx(0.1, abs=0.01)
+    assert dropped["guidance"] is cond["guidance"] and set(dropped) == set(cond)
+    for name in uncond:
+        assert torch.equal(
+            dropped[name][is_dropped], uncond[name].expand(int(is_dropped.sum()), *uncond[name].shape[1:])
+        )
+        assert torch.equal(dropped[name][~is_dropped], cond[name][~is_dropped])
 
 
-def test_labels_stay_where_there_is_no_null_label():
+def test_labels_are_kept_without_a_null_label():
     conditions = {"class_labels": torch.arange(5)}
-    assert drop_conditions(conditions, {}, torch.Generator()) is conditions
+    assert drop_conditioning(conditions, {}, torch.Generator()) is conditions
 
 
 # --- other networks --------------------------------------------------------------------------------------------
 
 
 class TimeInside(nn.Module):
-    """A flow network of today: its timestep is a float and goes through a linear layer as it is."""
+    """Flow network whose float timestep goes through a linear layer directly."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -172,7 +175,7 @@ class TimeInside(nn.Module):
         return self.last(torch.tanh(self.inner(torch.tanh(x))))
 
 
-def test_a_flow_network_is_told_float_timesteps_in_training_as_in_sampling(custom, context):
+def test_a_flow_network_gets_float_timesteps_in_training_as_in_sampling(custom, context):
     checkpoint = custom(TimeInside(), "flow")
     ctx = context(checkpoint)
     small = prune(checkpoint, PruneConfig(method="taylor", ratio=0.5, round_to=1, batch=4, timesteps=2), ctx)
@@ -180,7 +183,7 @@ def test_a_flow_network_is_told_float_timesteps_in_training_as_in_sampling(custo
     assert teacher_sqnr_db(recovered, checkpoint, ctx.data) < 200.0
 
 
-def test_a_network_wrapped_for_many_devices_is_called_as_the_one_inside(unet):
+def test_a_network_wrapped_in_ddp_is_evaluated_like_the_network_inside(unet):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""compress/evaluation/evaluate.py: the documented shape, the floor, and what cannot be scored."""
+"""compress/evaluation/evaluate.py: layout of the result, the floor, and refused inputs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from diffpress.runtime.errors import InvalidInputError
 
 
 def embed(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Five weighted sums of pixels as features; the label guessed is always 1."""
+    """Return five weighted sums of pixels as features, and logits that always predict label 1."""
     projection = np.random.default_rng(0).standard_normal((64, 5)).astype(np.float32)
     return images.reshape(-1, 64) @ projection, np.eye(3, dtype=np.float32)[np.ones(len(images), dtype=int)]
 
@@ -44,15 +44,15 @@ def test_the_result_has_the_documented_shape(unet, reference):
     assert (result["samples"], result["seeds"], result["paired"]) == (12, 3, None)
     assert set(result["features"]) == {"name", "sha256"} and set(result["kid"]) == {"mean", "sd"}
     assert set(result["frechet"]) == {"mean", "sd", "floor"}
-    assert result["label_accuracy"] == pytest.approx(1 / 3)  # labels 0, 1, 2 in turn, and 1 is guessed
+    assert result["label_accuracy"] == pytest.approx(1 / 3)  # labels are 0, 1, 2 in turn, the prediction is 1
     assert result["reference"] == reference.source
 
 
-def test_a_model_without_labels_has_no_label_accuracy(plain, reference):
+def test_an_unconditional_model_has_no_label_accuracy(plain, reference):
     assert scored(plain, reference)["label_accuracy"] is None
 
 
-def test_scores_repeat_and_do_not_depend_on_the_batch(unet, reference):
+def test_scores_are_deterministic_and_do_not_depend_on_the_batch(unet, reference):
     one, two = scored(unet, reference, batch=5), scored(unet, reference, batch=12)
     assert one["frechet"]["mean"] == pytest.approx(two["frechet"]["mean"], rel=1e-4)
     assert scored(unet, reference) == one
@@ -69,15 +69,17 @@ def test_the_floor_is_positive_and_falls_with_the_number_of_samples(reference):
 
 
 def test_too_few_reference_images_are_refused(unet, reference):
-    with pytest.raises(InvalidInputError, match="81 samples need at least as many reference images, real.npz has 80"):
+    with pytest.raises(
+        InvalidInputError, match=r"81 samples require at least as many reference images, real.npz has 80"
+    ):
         scored(unet, reference, samples=81)
 
 
-def test_beyond_half_of_the_reference_the_floor_is_that_of_half(unet, reference):
+def test_the_floor_uses_at_most_half_of_the_reference(unet, reference):
     assert scored(unet, reference, samples=80)["frechet"]["floor"] == real_floor(reference.features, 40, 3)
 
 
-def test_paired_figures_compare_the_same_noise(unet, quantized):
+def test_paired_metrics_compare_the_same_noise(unet, quantized):
     ours, theirs = (TorchNetwork(c.model, c.spec) for c in (quantized, unet))
     same = paired(theirs, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "itself")
     other = paired(ours, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "teacher")
@@ -88,7 +90,7 @@ def test_paired_figures_compare_the_same_noise(unet, quantized):
 # --- features and references -----------------------------------------------------------------------------------
 
 
-def test_the_built_in_features_and_reference_belong_together(unet):
+def test_the_built_in_feature_network_and_reference_match(unet):
     spec = replace(unet.spec, sample_shape=(1, 28, 28))
     network = load_features(FEATURES, spec, threads=1)
     features, logits = network.run(np.zeros((2, 1, 28, 28), np.float32))
@@ -97,19 +99,19 @@ def test_the_built_in_features_and_reference_belong_together(unet):
     assert stored.source["images"] == len(stored.features) == 10_000
 
 
-def test_a_feature_network_for_other_images_is_refused(unet):
-    with pytest.raises(InvalidInputError, match=r"features.onnx: .*\[1, 28, 28\], the model makes \[1, 8, 8\]"):
+def test_a_feature_network_for_other_image_shapes_is_refused(unet):
+    with pytest.raises(InvalidInputError, match=r"features.onnx: .*\[1, 28, 28\], the model samples \[1, 8, 8\]"):
         load_features(FEATURES, unet.spec)
 
 
-def test_a_feature_network_that_is_none_is_refused(unet, tmp_path):
+def test_an_unreadable_feature_network_is_refused(unet, tmp_path):
     (tmp_path / "net.onnx").write_bytes(b"nothing")
     for name in ("net.onnx", "nowhere.onnx"):
         with pytest.raises(InvalidInputError, match=f"{name}: not readable"):
             load_features(tmp_path / name, unet.spec)
 
 
-def test_reference_images_are_put_through_the_feature_network(unet, npz):
+def test_features_of_reference_images_are_computed(unet, npz):
     with np.load(npz) as stored:
         x = stored["x"]
     found = load_reference(npz, FAKE, unet.spec)
@@ -120,16 +122,18 @@ def test_reference_images_are_put_through_the_feature_network(unet, npz):
 def test_reference_features_of_another_network_are_refused(unet, tmp_path):
     file = tmp_path / "reference.npz"
     np.savez(file, features=np.zeros((9, 5)), features_sha256="other")
-    with pytest.raises(InvalidInputError, match="reference.npz: its features were made by another network than fake"):
+    with pytest.raises(
+        InvalidInputError, match=r"reference.npz: its features were computed by a network other than fake"
+    ):
         load_reference(file, FAKE, unet.spec)
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not an npz", b"PK\x03\x04 cut off"])
-def test_a_reference_that_cannot_be_read_is_refused(content, unet, tmp_path):
+def test_an_unreadable_reference_is_refused(content, unet, tmp_path):
     file: Path = tmp_path / "reference.npz"
     if content is not None:
         file.write_bytes(content)
-    with pytest.raises(InvalidInputError, match="reference.npz: not readable"):
+    with pytest.raises(InvalidInputError, match=r"reference.npz: not readable"):
         load_reference(file, FAKE, unet.spec)
 
 

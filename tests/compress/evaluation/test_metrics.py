@@ -1,4 +1,4 @@
-"""compress/evaluation/metrics.py: every distance against its closed form, a naive loop, or another library."""
+"""compress/evaluation/metrics.py: every distance is checked against a closed form, a naive loop or another library."""
 
 from __future__ import annotations
 
@@ -45,13 +45,13 @@ def test_the_frechet_distance_agrees_with_scipys_matrix_root():
     assert frechet_distance(mean_1, cov_1, mean_2, cov_2) == pytest.approx(expected, rel=1e-9)
 
 
-def test_equal_gaussians_have_no_distance_even_where_they_are_flat():
+def test_equal_gaussians_have_no_distance_even_if_degenerate():
     mean, covariance = moments(features(3, count=4))  # rank 3 of 6
-    # the root of a zero eigenvalue is exact to the root of float64's precision, about 1e-8 of the largest
+    # the root of a zero eigenvalue is accurate to the root of the float64 precision, about 1e-8 of the largest
     assert abs(frechet_distance(mean, covariance, mean, covariance)) < 1e-7 * np.trace(covariance)
 
 
-def test_the_kernel_distance_is_the_naive_double_loop(monkeypatch):
+def test_the_kernel_distance_equals_a_naive_double_loop(monkeypatch):
     x, y = features(4, 7).astype(np.float64), features(5, 9).astype(np.float64)
 
     def k(a, b):
@@ -76,7 +76,7 @@ def test_equal_distributions_have_a_kernel_distance_about_zero_of_either_sign():
     assert kernel_distance(*shifted) > 10 * np.std(values)
 
 
-def test_psnr_is_the_mean_over_images_of_what_one_computes_by_hand():
+def test_psnr_is_the_mean_over_images():
     reference = np.zeros((2, 1, 2, 2), np.float32)
     other = reference + np.array([0.1, 0.2], np.float32).reshape(2, 1, 1, 1)
     expected = np.mean([10 * np.log10(4 / 0.01), 10 * np.log10(4 / 0.04)])  # range 2: 26.0 and 20.0 dB
@@ -84,13 +84,13 @@ def test_psnr_is_the_mean_over_images_of_what_one_computes_by_hand():
     assert np.isfinite(psnr_db(reference, reference, 2.0))
 
 
-def test_sqnr_by_hand_and_bounded_where_there_is_no_noise():
+def test_sqnr_matches_its_definition_and_is_bounded_without_noise():
     x = np.array([3.0, -4.0], np.float32)
     assert sqnr_db(x, np.array([3.0, -3.5], np.float32)) == pytest.approx(20.0)  # 25 against 0.25
     assert sqnr_db(x, x) == HIGHEST_DB
 
 
-def test_a_silent_reference_has_the_lowest_sqnr_and_no_warning():
+def test_a_zero_reference_has_the_lowest_sqnr_and_no_warning():
     with np.errstate(all="raise"):
         assert sqnr_db(np.zeros(3, np.float32), np.ones(3, np.float32)) <= 0.0
 

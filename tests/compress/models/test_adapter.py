@@ -1,4 +1,4 @@
-"""Every family's adapter gives what the passes ask for, and what it names is in the model."""
+"""Family adapters: every adapter implements the protocol, and the modules it names exist."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FUNCTIONS = [name for name, value in vars(Adapter).items() if inspect.isfunction
 
 @pytest.fixture
 def checkpoint(tiny_folder):
-    """A kind's checkpoint; Flux at a size that is quick."""
+    """Load a tiny checkpoint of a kind; Flux at a smaller size."""
 
     def load(kind: str):
         found = load_checkpoint(tiny_folder(kind))
@@ -37,38 +37,40 @@ def checkpoint(tiny_folder):
 
 
 @pytest.mark.parametrize("name", [*ADAPTERS, "any"])
-def test_an_adapter_has_every_function_with_the_arguments_that_are_given(name):
+def test_an_adapter_has_every_function_with_the_expected_parameters(name):
     adapter = ADAPTERS.get(name, any_module)
     assert len(FUNCTIONS) == 11 and isinstance(adapter.RESIZABLE, bool)
     for function in FUNCTIONS:
         if function == "describe" and name == "any":
             continue  # a custom module brings its own spec
         if function == "fixed" and adapter.coupled is diffusers_blocks.coupled:
-            continue  # asked for where the dependency graph finds what may shrink
-        wanted = [arg for arg in inspect.signature(getattr(Adapter, function)).parameters if arg != "self"]
-        assert list(inspect.signature(getattr(adapter, function)).parameters) == wanted, function
+            continue  # only used with the dependency graph
+        expected = [arg for arg in inspect.signature(getattr(Adapter, function)).parameters if arg != "self"]
+        assert list(inspect.signature(getattr(adapter, function)).parameters) == expected, function
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_an_adapter_names_is_in_the_model(kind, checkpoint):
+def test_modules_named_by_an_adapter_are_in_the_model(kind, checkpoint):
     model = checkpoint(kind).model
     adapter, modules = adapter_for(model), dict(model.named_modules())
-    lists = {name: getattr(adapter, name)(model) for name in ("blocks", "sensitive_layers", "skip_concats", "cache_cuts")}
+    lists = {
+        name: getattr(adapter, name)(model) for name in ("blocks", "sensitive_layers", "skip_concats", "cache_cuts")
+    }
     for name, found in lists.items():
         assert set(found) <= set(modules) and len(set(found)) == len(found), name
     assert lists["blocks"] and lists["sensitive_layers"]
-    assert bool(lists["cache_cuts"]) == (not kind.startswith("flux"))  # the tiny one has one block of a kind
+    assert bool(lists["cache_cuts"]) == (not kind.startswith("flux"))  # the tiny one has one block of each kind
     assert bool(lists["skip_concats"]) == (kind in ("ldm", "sd", "sdxl", "lcm"))
     kinds = {type(modules[name]) for name in lists["sensitive_layers"]}
     assert kinds <= {nn.Linear, nn.Conv2d, nn.Embedding}
-    weighty = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
-    assert len(lists["sensitive_layers"]) < len(weighty), "something must be left to quantize"
+    weighted = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert len(lists["sensitive_layers"]) < len(weighted), "something must be left to quantize"
     if adapter.coupled(model) is None:
         assert adapter.fixed(model) and set(adapter.fixed(model)) <= set(modules)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_blocks_make_up_the_model_and_run_in_every_forward(kind, checkpoint):
+def test_all_blocks_run_in_order_in_every_forward(kind, checkpoint):
     one = checkpoint(kind)
     adapter, seen = adapter_for(one.model), []
     for name in adapter.blocks(one.model):
@@ -95,19 +97,19 @@ def test_every_input_reaches_the_output(kind, checkpoint):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_examples_and_stand_ins_have_the_shapes_of_the_spec(kind, checkpoint):
+def test_dummy_inputs_and_conditioning_have_the_shapes_of_the_spec(kind, checkpoint):
     spec = checkpoint(kind).spec
     inputs, conditions = dummy_inputs(spec, 3), dummy_conditioning(spec, 3)
     assert set(conditions.cond) == set(inputs) - {"sample", "timestep", "guidance"}
     for name, array in conditions.cond.items():
         assert array.shape == tuple(inputs[name].shape)
     assert ("guidance" in inputs) == (kind in ("lcm", "flux"))
-    whole = inputs["timestep"].dtype == torch.int64
-    assert whole == (kind in ("ldm", "dit"))
+    integer = inputs["timestep"].dtype == torch.int64
+    assert integer == (kind in ("ldm", "dit"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_height_and_width_are_open_where_the_model_makes_other_sizes(kind, checkpoint):
+def test_height_and_width_are_dynamic_if_the_model_is_resizable(kind, checkpoint):
     one = checkpoint(kind)
     axes = dynamic_axes(one.model, one.spec)
     assert set(axes) == set(dummy_inputs(one.spec, 1)) and all(0 in dims for dims in axes.values())
@@ -128,7 +130,7 @@ def test_height_and_width_are_open_where_the_model_makes_other_sizes(kind, check
 # --- Flux ------------------------------------------------------------------------------------------------------
 
 
-def test_flux_packs_cells_as_its_pipeline_does_and_back():
+def test_flux_packs_and_unpacks_cells_as_its_pipeline_does():
     sample = torch.randn(2, 16, 6, 4)
     tokens = flux.pack(sample)
     assert torch.equal(tokens, FluxPipeline._pack_latents(sample, *sample.shape))
@@ -137,7 +139,7 @@ def test_flux_packs_cells_as_its_pipeline_does_and_back():
     assert torch.equal(flux.unpack(tokens, 3, 2), theirs)
 
 
-def test_flux_numbers_its_cells_as_its_pipeline_does():
+def test_flux_position_ids_are_those_of_its_pipeline():
     theirs = FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32)
     assert torch.equal(flux.positions(3, 2, torch.zeros(1)), theirs)
 

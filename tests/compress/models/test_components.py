@@ -1,4 +1,4 @@
-"""compress/models/components.py: text encoders and decoders say what transformers and diffusers say, in the order optimum names."""
+"""compress/models/components.py: text encoders and decoders match transformers and diffusers, named as in optimum."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def edit(path, **changes) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-HIDDEN = ["hidden_states.0", "hidden_states.1", "hidden_states.2"]  # of two layers: what goes in, and after each
+HIDDEN = ["hidden_states.0", "hidden_states.1", "hidden_states.2"]  # of two layers: the input, and the output of each
 OUTPUTS = [
     ("sd", "text_encoder", ["last_hidden_state", "pooler_output", *HIDDEN]),
     ("sdxl", "text_encoder_2", ["text_embeds", "last_hidden_state", *HIDDEN]),
@@ -47,16 +47,19 @@ OUTPUTS = [
 
 
 @pytest.mark.parametrize(("kind", "name", "names"), OUTPUTS)
-def test_a_text_encoder_gives_the_outputs_of_transformers_by_optimums_names(kind, name, names, tiny_folder):
-    part, own = load_component(load_checkpoint(tiny_folder(kind)), name), getattr(opened(tiny_folder(kind)), name)
-    assert part.outputs == names
-    ids = torch.randint(0, 60, part.examples["input_ids"].shape, generator=torch.Generator().manual_seed(0))
-    feed = {**part.examples, "input_ids": ids}
+def test_a_text_encoder_returns_the_outputs_of_transformers_named_as_in_optimum(kind, name, names, tiny_folder):
+    component, reference = (
+        load_component(load_checkpoint(tiny_folder(kind)), name),
+        getattr(opened(tiny_folder(kind)), name),
+    )
+    assert component.outputs == names
+    ids = torch.randint(0, 60, component.examples["input_ids"].shape, generator=torch.Generator().manual_seed(0))
+    feed = {**component.examples, "input_ids": ids}
     if "attention_mask" in feed:
         feed["attention_mask"] = (torch.arange(ids.shape[1]) < 9).long().expand_as(ids).contiguous()
-    found = part.run_all({key: value.numpy() for key, value in feed.items()})
+    found = component.run_all({key: value.numpy() for key, value in feed.items()})
     with torch.no_grad():
-        expected = own(**feed, output_hidden_states=True)
+        expected = reference(**feed, output_hidden_states=True)
     assert list(found) == names
     for key, array in found.items():
         field, _, index = key.partition(".")
@@ -65,28 +68,28 @@ def test_a_text_encoder_gives_the_outputs_of_transformers_by_optimums_names(kind
 
 
 @pytest.mark.parametrize(("kind", "masked"), [("sd", False), ("pixart-alpha", True), ("sd3", False), ("flux", False)])
-def test_a_mask_is_an_input_where_the_denoiser_sees_it_too(kind, masked, tiny_folder):
+def test_the_mask_is_an_input_only_if_the_denoiser_also_receives_it(kind, masked, tiny_folder):
     checkpoint = load_checkpoint(tiny_folder(kind))
     for encoder in checkpoint.spec.conditioning.encoders:
-        part = load_component(checkpoint, encoder.graph)
-        assert set(part.inputs) == {"input_ids", "attention_mask"} if masked else {"input_ids"}
-        assert part.examples["input_ids"].shape[1] == encoder.length
-        assert set(part.inputs.values()) == {np.dtype(np.int64)}
+        component = load_component(checkpoint, encoder.graph)
+        assert set(component.inputs) == ({"input_ids", "attention_mask"} if masked else {"input_ids"})
+        assert component.examples["input_ids"].shape[1] == encoder.length
+        assert set(component.inputs.values()) == {np.dtype(np.int64)}
 
 
 @pytest.mark.parametrize("kind", ["sd", "ldm"])
 def test_the_decoder_is_that_of_diffusers_without_its_encoder(kind, tiny_folder):
-    part, pipe = load_component(load_checkpoint(tiny_folder(kind)), "vae_decoder"), opened(tiny_folder(kind))
-    own = pipe.vae if kind == "sd" else pipe.vqvae
-    assert (part.folder, part.outputs) == ("vae" if kind == "sd" else "vqvae", ["sample"])
-    assert not hasattr(part.module, "encoder")
+    component, pipe = load_component(load_checkpoint(tiny_folder(kind)), "vae_decoder"), opened(tiny_folder(kind))
+    reference = pipe.vae if kind == "sd" else pipe.vqvae
+    assert (component.folder, component.outputs) == ("vae" if kind == "sd" else "vqvae", ["sample"])
+    assert not hasattr(component.module, "encoder")
     with torch.no_grad():
-        expected = own.decode(part.examples["latent_sample"]).sample
-    found = part.run_all({"latent_sample": part.examples["latent_sample"].numpy()})["sample"]
+        expected = reference.decode(component.examples["latent_sample"]).sample
+    found = component.run_all({"latent_sample": component.examples["latent_sample"].numpy()})["sample"]
     np.testing.assert_array_equal(found, expected.numpy())
 
 
-PARTS = {
+COMPONENTS = {
     "ldm": ["vae_decoder"],
     "dit": ["vae_decoder"],
     "sd": ["text_encoder", "vae_decoder"],
@@ -95,51 +98,55 @@ PARTS = {
 }
 
 
-@pytest.mark.parametrize("kind", PARTS)
+@pytest.mark.parametrize("kind", COMPONENTS)
 def test_the_graphs_around_a_denoiser_are_listed_text_encoders_first(kind, tiny_folder):
     found = component_names(load_checkpoint(tiny_folder(kind)))
-    assert sorted(found) == PARTS[kind] and found[-1] == "vae_decoder"
+    assert sorted(found) == COMPONENTS[kind] and found[-1] == "vae_decoder"
 
 
-def test_a_bare_denoiser_has_no_parts_and_encodes_no_prompts(tiny_folder):
+def test_a_bare_denoiser_has_no_components_and_encodes_no_prompts(tiny_folder):
     checkpoint = load_checkpoint(tiny_folder("sd") / "unet")
     assert component_names(checkpoint) == []
     refused(lambda: encoded_prompts(checkpoint, PROMPTS, print), "text encoders", "whole pipeline")
 
 
-def test_encoded_prompts_are_what_the_pipeline_encodes(tiny_folder):
+def test_encoded_prompts_are_those_of_the_pipeline(tiny_folder):
     checkpoint, pipe = load_checkpoint(tiny_folder("sdxl")), opened(tiny_folder("sdxl"))
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
     found = encoded_prompts(checkpoint, PROMPTS, pytest.fail)
-    # equal but for the order of additions: batches are laid out otherwise
+    # the order of additions differs between batch layouts
     np.testing.assert_allclose(found["encoder_hidden_states"], states, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found["text_embeds"], pooled, rtol=0, atol=1e-5)
     assert found["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
-    null = encoded_prompts(checkpoint, None, pytest.fail)
-    assert not null["encoder_hidden_states"].any() and null["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
+    uncond = encoded_prompts(checkpoint, None, pytest.fail)
+    assert not uncond["encoder_hidden_states"].any() and uncond["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
 
 
 @pytest.mark.parametrize(
-    ("part", "changes", "named"),
+    ("component", "changes", "named"),
     [
         ("text_encoder", {"architectures": ["GemmaModel"]}, "GemmaModel"),
         ("text_encoder", {"architectures": None}, "without a name"),
         ("vae", {"_class_name": "AutoencoderDC"}, "AutoencoderDC"),
     ],
 )
-def test_a_part_of_an_unknown_class_is_refused_by_name(part, changes, named, copied):
+def test_a_component_of_an_unknown_class_is_refused_by_name(component, changes, named, copied):
     folder = copied("sd")
-    edit(folder / part / "config.json", **changes)
+    edit(folder / component / "config.json", **changes)
     checkpoint = load_checkpoint(folder)
-    name = "vae_decoder" if part == "vae" else part
-    refused(lambda: load_component(checkpoint, name), str(folder / part), named, "known")
+    name = "vae_decoder" if component == "vae" else component
+    refused(lambda: load_component(checkpoint, name), str(folder / component), named, "supported")
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "vae"])
-def test_a_part_without_its_weights_is_refused_by_name(part, copied):
+@pytest.mark.parametrize("component", ["text_encoder", "vae"])
+def test_a_component_without_weights_is_refused_by_name(component, copied):
     folder = copied("sd")
-    for file in (folder / part).glob("*.safetensors"):
+    for file in (folder / component).glob("*.safetensors"):
         file.unlink()
     checkpoint = load_checkpoint(folder)
-    refused(lambda: load_component(checkpoint, "vae_decoder" if part == "vae" else part), str(folder / part), "again")
+    refused(
+        lambda: load_component(checkpoint, "vae_decoder" if component == "vae" else component),
+        str(folder / component),
+        "again",
+    )

@@ -1,5 +1,6 @@
-"""compress/models/diffusers_blocks.py: every family people ship shrinks inside its blocks, and computes what the
-unpruned network computes when the removed channels and heads are silenced in it.
+"""compress/models/diffusers_blocks.py: pruning the blocks of every family.
+
+Oracle: the unpruned network with the removed channels and heads silenced.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ UNET: dict[str, Any] = {
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
     "layers_per_block": 1,
     "cross_attention_dim": 32,
-    "attention_head_dim": 8,  # which diffusers takes as the number of heads
+    "attention_head_dim": 8,  # diffusers interprets it as the number of heads
     "norm_num_groups": 8,
 }
 SDXL: dict[str, Any] = {
@@ -67,37 +68,37 @@ SD3 = {**JOINT, "sample_size": 8, "in_channels": 4, "out_channels": 4, "caption_
 SD3 |= {"pos_embed_max_size": 8, "dual_attention_layers": (0,), "qk_norm": "rms_norm"}
 FLUX = {**JOINT, "in_channels": 16, "num_single_layers": 2, "guidance_embeds": True, "axes_dims_rope": (2, 2, 4)}
 
-WORDS = {"encoder_hidden_states": TextInput((6, 32), (("text_encoder.last_hidden_state",),))}
-LONG = {"encoder_hidden_states": TextInput((6, 24), (("text_encoder.last_hidden_state",),))}
+TEXT_32 = {"encoder_hidden_states": TextInput((6, 32), (("text_encoder.last_hidden_state",),))}
+TEXT_24 = {"encoder_hidden_states": TextInput((6, 24), (("text_encoder.last_hidden_state",),))}
 POOLED = {"pooled_projections": TextInput((16,), (("text_encoder.pooler_output",),))}
 ADDED = {"text_embeds": TextInput((16,), (("text_encoder.text_embeds",),)), "time_ids": TextInput((6,), (("size",),))}
 MASK = {"encoder_attention_mask": TextInput((6,), (("text_encoder.attention_mask",),))}
 
 FAMILIES: dict[str, tuple[Any, dict[str, Any], Conditioning]] = {
-    "sd": (UNet2DConditionModel, UNET, Conditioning("text", inputs=WORDS)),
+    "sd": (UNet2DConditionModel, UNET, Conditioning("text", inputs=TEXT_32)),
     "scale_shift": (
         UNet2DConditionModel,
         {**UNET, "resnet_time_scale_shift": "scale_shift"},
-        Conditioning("text", inputs=WORDS),
+        Conditioning("text", inputs=TEXT_32),
     ),
-    "sdxl": (UNet2DConditionModel, SDXL, Conditioning("text", inputs=WORDS | ADDED)),
+    "sdxl": (UNet2DConditionModel, SDXL, Conditioning("text", inputs=TEXT_32 | ADDED)),
     "dit": (DiTTransformer2DModel, {**TRANSFORMER, "num_embeds_ada_norm": 3}, Conditioning("class", 3, 3)),
-    "pixart": (PixArtTransformer2DModel, PIXART, Conditioning("text", inputs=LONG | MASK)),
-    "sd3": (SD3Transformer2DModel, SD3, Conditioning("text", inputs=LONG | POOLED)),
-    "flux": (FluxTransformer2DModel, FLUX, Conditioning("text", inputs=LONG | POOLED, guidance_input=True)),
+    "pixart": (PixArtTransformer2DModel, PIXART, Conditioning("text", inputs=TEXT_24 | MASK)),
+    "sd3": (SD3Transformer2DModel, SD3, Conditioning("text", inputs=TEXT_24 | POOLED)),
+    "flux": (FluxTransformer2DModel, FLUX, Conditioning("text", inputs=TEXT_24 | POOLED, guidance_input=True)),
 }
 family = pytest.mark.parametrize("name", FAMILIES)
 choices = pytest.mark.parametrize(("method", "scope"), [("magnitude", "local"), ("random", "global")])
 
 
-def checkpoint_of(name: str) -> Checkpoint:
+def make_checkpoint(name: str) -> Checkpoint:
     kind, config, conditioning = FAMILIES[name]
     torch.manual_seed(0)
     model = kind(**config).eval()
     with torch.no_grad():
         for layer in model.modules():
             if isinstance(layer, nn.Linear | nn.Conv2d | nn.GroupNorm) and layer.bias is not None:
-                layer.bias.normal_(std=0.3)  # a branch whose removed channels all wrote zeros would prove nothing
+                layer.bias.normal_(std=0.3)  # so that no removed channel writes only zeros
     schedule = betas_schedule("linear", 100)
     spec = DenoiserSpec("epsilon", schedule, (4, 8, 8), make_plan("ddim", 4, schedule), conditioning)
     return Checkpoint(model, spec, Source(kind.__name__, config, original=widths_of(model)))
@@ -105,14 +106,14 @@ def checkpoint_of(name: str) -> Checkpoint:
 
 @pytest.fixture(scope="module")
 def families() -> dict[str, Checkpoint]:
-    return {name: checkpoint_of(name) for name in FAMILIES}
+    return {name: make_checkpoint(name) for name in FAMILIES}
 
 
 def settings(method: str = "magnitude", scope: str = "local", ratio: float = 0.25, **more: Any) -> PruneConfig:
     return PruneConfig(**{"method": method, "scope": scope, "ratio": ratio, "round_to": 8, "timesteps": 1, **more})
 
 
-def answer(checkpoint: Checkpoint, model: nn.Module | None = None) -> torch.Tensor:
+def output_of(checkpoint: Checkpoint, model: nn.Module | None = None) -> torch.Tensor:
     model = checkpoint.model if model is None else model
     with torch.no_grad():
         return adapter_for(model).forward(model, dummy_inputs(checkpoint.spec, 2, seed=5))
@@ -122,7 +123,7 @@ def answer(checkpoint: Checkpoint, model: nn.Module | None = None) -> torch.Tens
 
 
 class KeptNorm(nn.Module):
-    """Group normalisation that sees the kept channels alone, and gives zero for the others."""
+    """Group normalization over the kept channels only; the others are zero."""
 
     def __init__(self, norm: nn.GroupNorm, kept: list[int]) -> None:
         super().__init__()
@@ -137,19 +138,19 @@ class KeptNorm(nn.Module):
 
 
 def kept_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
-    """Which rows of `before` are left in `after`."""
+    """Return the indices of the rows of `before` that are left in `after`."""
     same = (after[:, None] == before[None]).flatten(2).all(2)
     assert same.any(1).all()
     return same.int().argmax(1).tolist()
 
 
 def silence_(reader: nn.Module, kept: list[int], of: int, offset: int = 0) -> None:
-    """Zero what `reader` takes from those of `of` columns, counted from `offset`, that are not kept."""
+    """Zero the weights of `reader` for the columns offset ... offset + of - 1 that are not kept."""
     reader.weight.data[:, [offset + i for i in range(of) if i not in kept]] = 0.0
 
 
 def silenced(original: nn.Module, small: nn.Module) -> nn.Module:
-    """`original`, with everything that `small` lacks taken away at its readers."""
+    """Return `original` with the channels that `small` lacks silenced in the layers that read them."""
     masked = copy.deepcopy(original)
     for name, full in list(masked.named_modules()):
         if isinstance(full, FeedForward):
@@ -179,19 +180,19 @@ def silenced(original: nn.Module, small: nn.Module) -> nn.Module:
 
 @choices
 @family
-def test_a_pruned_model_computes_what_the_silenced_original_does(name, method, scope, families, context):
+def test_a_pruned_model_equals_the_original_with_those_channels_silenced(name, method, scope, families, context):
     checkpoint = families[name]
     small = prune(checkpoint, settings(method, scope), context(checkpoint))
-    expected = answer(checkpoint, silenced(checkpoint.model, small.model))
-    assert (expected - answer(checkpoint)).abs().max() > 1e-2  # what went mattered
-    torch.testing.assert_close(answer(small), expected, atol=1e-5, rtol=0)
+    expected = output_of(checkpoint, silenced(checkpoint.model, small.model))
+    assert (expected - output_of(checkpoint)).abs().max() > 1e-2  # the removed channels mattered
+    torch.testing.assert_close(output_of(small), expected, atol=1e-5, rtol=0)
 
 
 # --- shapes and reloading ----------------------------------------------------------------------------------------
 
 
 @family
-def test_the_shrunk_layers_lose_the_asked_share_of_their_weights(name, families, context):
+def test_pruned_layers_lose_the_requested_share_of_their_weights(name, families, context):
     checkpoint = families[name]
     small = prune(checkpoint, settings(ratio=0.25), context(checkpoint))
     weights = []
@@ -199,12 +200,12 @@ def test_the_shrunk_layers_lose_the_asked_share_of_their_weights(name, families,
         layers = {m.layer for g in attentions(model) + coupled(model) for m in g.members if m.side in ("out", "in")}
         weights.append(sum(layer.weight.numel() for layer in layers))
     assert weights[1] == 0.75 * weights[0]  # all widths and head counts here are divisible
-    assert answer(small).shape == answer(checkpoint).shape
+    assert output_of(small).shape == output_of(checkpoint).shape
 
 
 @choices
 @family
-def test_a_pruned_model_reloads_from_its_config_and_widths(name, method, scope, families, context):
+def test_a_pruned_model_is_rebuilt_from_its_config_and_widths(name, method, scope, families, context):
     checkpoint = families[name]
     small = prune(checkpoint, settings(method, scope), context(checkpoint))
     kind, config, _ = FAMILIES[name]
@@ -212,23 +213,23 @@ def test_a_pruned_model_reloads_from_its_config_and_widths(name, method, scope, 
     apply_widths_(again, changed_widths(small.model, checkpoint.source.original), "here")
     again.load_state_dict(small.model.state_dict())
     adapter_for(again).refresh_(again)
-    assert torch.equal(answer(small), answer(small, again))
+    assert torch.equal(output_of(small), output_of(small, again))
     for module, other in zip(small.model.modules(), again.modules(), strict=True):
         for stored in ("heads", "inner_dim", "inner_kv_dim", "sliceable_head_dim", "mlp_hidden_dim", "out_channels"):
             assert getattr(module, stored, None) == getattr(other, stored, None)
 
 
 @family
-def test_pruning_goes_on_from_a_pruned_model(name, families, context):
+def test_a_pruned_model_can_be_pruned_again(name, families, context):
     checkpoint = families[name]
     small = prune(checkpoint, settings(), context(checkpoint))
     again = prune(small, settings(ratio=0.4), context(small))
-    expected = answer(checkpoint, silenced(checkpoint.model, again.model))
-    torch.testing.assert_close(answer(again), expected, atol=1e-5, rtol=0)
+    expected = output_of(checkpoint, silenced(checkpoint.model, again.model))
+    torch.testing.assert_close(output_of(again), expected, atol=1e-5, rtol=0)
 
 
 @family
-def test_stored_sizes_follow_the_widths_and_the_trunk_keeps_its_own(name, families, context):
+def test_stored_sizes_follow_the_widths_and_the_residual_stream_keeps_its_width(name, families, context):
     checkpoint = families[name]
     small = prune(checkpoint, settings(), context(checkpoint))
     before = dict(checkpoint.model.named_modules())
@@ -249,15 +250,15 @@ def test_stored_sizes_follow_the_widths_and_the_trunk_keeps_its_own(name, famili
 
 def test_attention_slicing_still_works(families, context):
     small = prune(families["sd"], settings(), context(families["sd"]))
-    expected = answer(small)
+    expected = output_of(small)
     small.model.set_attention_slice("auto")
-    torch.testing.assert_close(answer(small), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output_of(small), expected, atol=1e-5, rtol=0)
 
 
-# --- which ---------------------------------------------------------------------------------------------------------
+# --- which channels ------------------------------------------------------------------------------------------------
 
 
-def test_equally_many_channels_leave_each_normalisation_group(families, context):
+def test_equally_many_channels_are_removed_from_each_normalization_group(families, context):
     checkpoint = families["sd"]
     small = prune(checkpoint, settings(), context(checkpoint))
     before, after = checkpoint.model.mid_block.resnets[0], small.model.mid_block.resnets[0]
@@ -265,17 +266,17 @@ def test_equally_many_channels_leave_each_normalisation_group(families, context)
     assert [sum(i // 8 == run for i in kept) for run in range(8)] == [6] * 8
 
 
-def test_a_head_that_matters_to_the_text_alone_stays(families, context):
+def test_a_head_that_matters_only_to_the_text_is_kept(families, context):
     checkpoint = families["sd3"]
     model = checkpoint.clone_model()
     attention = model.transformer_blocks[0].attn
     image = [attention.to_q, attention.to_k, attention.to_v]
-    words = [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj]
+    text = [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj]
     with torch.no_grad():
-        for layer in image + words:
+        for layer in image + text:
             layer.weight[8:16] *= 0.5  # head 1: weaker in both streams
-        for layer, factor in [(layer, 0.01) for layer in image] + [(layer, 10.0) for layer in words]:
-            layer.weight[16:24] *= factor  # head 2: nothing to the image, much to the text
+        for layer, factor in [(layer, 0.01) for layer in image] + [(layer, 10.0) for layer in text]:
+            layer.weight[16:24] *= factor  # head 2: weak for the image, strong for the text
     small = prune(checkpoint.evolve(model=model), settings(), context(checkpoint))
     kept = kept_rows(attention.to_v.weight, small.model.transformer_blocks[0].attn.to_v.weight)
     assert kept == [*range(8), *range(16, 32)]
@@ -291,14 +292,14 @@ def test_taylor_sums_weight_times_gradient_over_both_halves_and_the_reader(famil
     monkeypatch.setattr("diffpress.compress.pruning.importance.epsilon_loss", loss)
     small = prune(checkpoint, settings("taylor"), context(checkpoint))
 
-    place = "mid_block.attentions.0.transformer_blocks.0.ff"
+    path = "mid_block.attentions.0.transformer_blocks.0.ff"
     original = checkpoint.clone_model()
     loss(original).backward()
-    writer, reader = original.get_submodule(place).net[0].proj, original.get_submodule(place).net[2]
+    writer, reader = original.get_submodule(path).net[0].proj, original.get_submodule(path).net[2]
     terms = (writer.weight * writer.weight.grad).abs().sum(1).reshape(2, -1).sum(0)
     terms = terms + (reader.weight * reader.weight.grad).abs().sum(0)
     count = len(terms) * 3 // 4
-    after = small.model.get_submodule(place).net[0].proj.weight
+    after = small.model.get_submodule(path).net[0].proj.weight
     assert kept_rows(writer.weight, after[:count]) == sorted(terms.argsort(descending=True)[:count].tolist())
 
 
@@ -310,7 +311,7 @@ def test_no_two_groups_share_a_side_of_a_layer(name, families):
         assert groups and len(set().union(*sides)) == sum(len(side) for side in sides)
 
 
-def test_heads_that_cannot_go_alone_are_left_alone():
+def test_heads_that_cannot_be_pruned_are_not_listed():
     grouped = Attention(32, heads=4, kv_heads=2, dim_head=8)
     added = UNet2DConditionModel(
         **{

@@ -1,4 +1,4 @@
-"""compress/models/widths.py: the widths of a pruned module, as JSON, turn a freshly built one into it."""
+"""compress/models/widths.py: a freshly built module is resized by the JSON widths of a pruned one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_an_unpruned_module_has_no_changed_widths(unet):
     assert changed_widths(unet.model, unet.source.original) == {}
 
 
-def test_the_changed_widths_give_a_fresh_module_the_pruned_shapes(pruned):
+def test_applying_the_changed_widths_reproduces_the_pruned_shapes(pruned):
     fresh = UNet2DModel.from_config(pruned.source.config)
     assert shapes(fresh) != shapes(pruned.model)
     widths = json.loads(json.dumps(changed_widths(pruned.model, pruned.source.original)))
@@ -28,7 +28,7 @@ def test_the_changed_widths_give_a_fresh_module_the_pruned_shapes(pruned):
     assert shapes(fresh) == shapes(pruned.model) and widths_of(fresh) == widths_of(pruned.model)
 
 
-def test_layers_that_pruning_left_alone_are_not_listed(pruned):
+def test_layers_that_were_not_pruned_are_not_listed(pruned):
     widths = changed_widths(pruned.model, pruned.source.original)
     assert "conv_in" in widths and "time_embedding.linear_1" not in widths
 
@@ -38,17 +38,17 @@ def test_layers_that_pruning_left_alone_are_not_listed(pruned):
     [
         ({"nowhere": {"in_channels": 1, "out_channels": 8, "groups": 1}}, "here: .*'nowhere'"),
         ({"conv_in": {"in_features": 1, "out_features": 8}}, "here: .*'conv_in'"),
-        ({"conv_in": {"in_channels": 1, "out_channels": 0, "groups": 1}}, "here: .*'conv_in' .*above 0"),
+        ({"conv_in": {"in_channels": 1, "out_channels": 0, "groups": 1}}, "here: .*'conv_in' .*positive integer"),
         ({"conv_in": {"in_channels": 1, "out_channels": "8", "groups": 1}}, "here: .*'conv_in'"),
         ({"conv_in": [1, 8, 1]}, "here: .*'conv_in'"),
     ],
 )
-def test_widths_that_do_not_fit_the_module_are_bad_input(widths, message, plain):
+def test_widths_that_do_not_match_the_module_are_refused(widths, message, plain):
     with pytest.raises(InvalidInputError, match=message):
         apply_widths_(plain.clone_model(), widths, "here")
 
 
-def test_a_module_without_weights_stays_without(pruned):
+def test_a_module_on_the_meta_device_stays_there(pruned):
     with torch.device("meta"):
         fresh = UNet2DModel.from_config(pruned.source.config)
     apply_widths_(fresh, changed_widths(pruned.model, pruned.source.original), "here")

@@ -1,4 +1,4 @@
-"""compress/pruning/prune.py: the right channels go, the shapes stay valid, and nothing else changes."""
+"""compress/pruning/prune.py: the right channels are removed, shapes stay valid, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def config(method: str = "magnitude", ratio: float = 0.4, **settings) -> PruneCo
 
 
 def kept_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
-    """Which rows of `before` are left in `after`, where only rows were removed."""
+    """Return the indices of the rows of `before` that are left in `after`, if only rows were removed."""
     return [next(i for i, old in enumerate(before) if torch.equal(old, row)) for row in after]
 
 
 class Chain(nn.Module):
-    """Three coupled groups of 16 channels in a row, no normalisation: what channel c does is easily said."""
+    """A chain of three coupled groups of 16 channels, without normalization."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -75,27 +75,27 @@ def test_kept_widths_are_divisible_by_round_to_and_the_groups_of_each_norm(scope
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_equally_many_channels_leave_each_normalisation_group(method, unet, context):
+def test_equally_many_channels_are_removed_from_each_normalization_group(method, unet, context):
     small = prune(unet, config(method, ratio=0.5), context(unet))
     kept = kept_rows(unet.model.conv_in.weight, small.model.conv_in.weight)
     per_group = [sum(i // 4 == group for i in kept) for group in range(4)]
     assert per_group == [2, 2, 2, 2] and kept == sorted(kept)
 
 
-def test_attention_loses_whole_heads_and_no_more_than_asked_for(unet, context):
+def test_attention_loses_complete_heads_and_no_more_than_requested(unet, context):
     small = prune(unet, config(ratio=0.4), context(unet))
     for name, before in unet.model.named_modules():
         if not hasattr(before, "to_q"):
             continue
         after = small.model.get_submodule(name)
         assert (before.heads, after.heads) == (4, 3)
-        for part in ("to_q", "to_k", "to_v"):
-            # the bias tells the rows apart: input channels are pruned as well
-            kept = kept_rows(getattr(before, part).bias, getattr(after, part).bias)
+        for projection in ("to_q", "to_k", "to_v"):
+            # the biases identify the rows: input channels are pruned as well
+            kept = kept_rows(getattr(before, projection).bias, getattr(after, projection).bias)
             assert len(kept) == 24 and kept == [h * 8 + i for h in sorted({k // 8 for k in kept}) for i in range(8)]
 
 
-def test_the_heads_that_go_have_the_least_weight(unet, context):
+def test_the_heads_with_the_least_weight_are_removed(unet, context):
     model = unet.clone_model()
     attention = model.mid_block.attentions[0]
     with torch.no_grad():
@@ -142,8 +142,8 @@ def test_a_module_with_depthwise_convolutions_is_pruned_validly(custom, context,
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_magnitude_removes_the_channels_that_do_nothing(scope, custom, context, output):
-    # in all three groups the same share is dead, so that either scope has to find exactly these
+def test_magnitude_removes_the_dead_channels(scope, custom, context, output):
+    # the same share of all three groups is dead, so that both scopes must find exactly these channels
     model, dead = Chain(), {"first": [3, 7, 8, 12], "one": [0, 1, 2, 15], "two": [4, 5, 6, 9]}
     chain = [model.first, model.one, model.two, model.last]
     with torch.no_grad():
@@ -159,7 +159,7 @@ def test_magnitude_removes_the_channels_that_do_nothing(scope, custom, context, 
     torch.testing.assert_close(output(small), output(checkpoint), atol=1e-6, rtol=0)
 
 
-def test_global_scope_takes_all_from_the_group_where_it_costs_nothing(custom, context, output):
+def test_global_scope_removes_channels_from_the_group_that_loses_nothing(custom, context, output):
     model, dead = Chain(), list(range(4, 16))
     with torch.no_grad():
         model.one.weight[dead] = model.one.bias[dead] = 0.0
@@ -171,19 +171,19 @@ def test_global_scope_takes_all_from_the_group_where_it_costs_nothing(custom, co
     torch.testing.assert_close(output(small), output(checkpoint), atol=1e-6, rtol=0)
 
 
-def test_local_scope_takes_the_same_share_everywhere(custom, context):
+def test_local_scope_removes_the_same_share_of_every_group(custom, context):
     checkpoint = custom(Chain())
     small = prune(checkpoint, config(ratio=0.25), context(checkpoint))
     assert [getattr(small.model, name).out_channels for name in ("first", "one", "two")] == [12, 12, 12]
 
 
-def test_taylor_removes_what_weight_times_gradient_says(custom, context):
+def test_taylor_ranks_channels_by_weight_times_gradient(custom, context):
     model = Chain()
     checkpoint, ctx = custom(model, "epsilon"), context(custom(model, "epsilon"), seed=5)
     settings = config("taylor", ratio=0.5, threshold=0.0)
     small = prune(checkpoint, settings, ctx)
 
-    # By hand: one batch, one noise, gradients summed over timesteps from the first to the last.
+    # reference: one batch, one noise, gradients summed over the timesteps
     generator = torch.Generator().manual_seed(5)
     x0, _ = ctx.data.batch(4, generator)
     noise = torch.randn(x0.shape, generator=generator)
@@ -201,7 +201,7 @@ def test_taylor_removes_what_weight_times_gradient_says(custom, context):
         assert kept == sorted(score.argsort(descending=True)[:8].tolist())
 
 
-def test_taylor_stops_where_the_loss_has_fallen_below_its_share_of_the_largest(custom, context, monkeypatch):
+def test_taylor_stops_when_the_loss_falls_below_the_threshold(custom, context, monkeypatch):
     losses, seen = iter([1.0, 4.0, 0.3, 0.1, 2.0]), []
 
     def loss_at(model, spec, x0, noise, t, conditions):
@@ -214,7 +214,7 @@ def test_taylor_stops_where_the_loss_has_fallen_below_its_share_of_the_largest(c
     assert seen == [0, 12, 24, 36]
 
 
-def test_choosing_drops_the_least_of_each_group():
+def test_choose_removed_takes_the_least_important_of_each_group():
     scores = torch.tensor([9.0, 1.0, 8.0, 2.0, 0.1, 0.2, 0.4, 0.3])
     assert choose_removed(scores, 4, 2) == [1, 3, 4, 5]
     assert choose_removed(scores, 4, 1) == [4, 5, 6, 7]
@@ -225,25 +225,25 @@ def test_choosing_drops_the_least_of_each_group():
     ("channels", "ratio", "unit", "kept"),
     [(64, 0.25, 8, 48), (64, 0.875, 8, 8), (64, 0.01, 8, 64), (6, 0.5, 8, 6), (8, 0.9, 8, 8), (64, 0.3, 1, 45)],
 )
-def test_how_many_channels_are_kept(channels, ratio, unit, kept):
+def test_the_number_of_kept_channels(channels, ratio, unit, kept):
     assert keep_count(channels, ratio, unit) == kept
 
 
-def test_allocation_takes_where_a_saved_cost_loses_least_and_leaves_a_quarter():
-    cheap = Candidate(torch.full((16,), 1.0), 1, 4, 10.0, print)
-    dear = Candidate(torch.full((16,), 1.0), 1, 4, 1.0, print)
-    assert allocate([cheap, dear], 0.25) == [8, 16]
-    assert allocate([cheap, dear], 0.5) == [4, 12]
-    assert allocate([cheap, dear], 0.75) == [4, 4]
-    with pytest.raises(InvalidInputError, match="ratio 0.99 leaves too little of some layer; at most 0.75 can go"):
-        allocate([cheap, dear], 0.99)
+def test_allocation_removes_what_loses_least_per_saved_cost_and_keeps_a_quarter():
+    high_cost = Candidate(torch.full((16,), 1.0), 1, 4, 10.0, print)
+    low_cost = Candidate(torch.full((16,), 1.0), 1, 4, 1.0, print)
+    assert allocate([high_cost, low_cost], 0.25) == [8, 16]
+    assert allocate([high_cost, low_cost], 0.5) == [4, 12]
+    assert allocate([high_cost, low_cost], 0.75) == [4, 4]
+    with pytest.raises(InvalidInputError, match=r"ratio 0\.99 leaves too little of some layer; at most 0\.75 can be"):
+        allocate([high_cost, low_cost], 0.99)
 
 
-# --- nothing else ----------------------------------------------------------------------------------------------
+# --- determinism and inputs ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_input_is_left_as_it_was(method, unet, context):
+def test_pruning_does_not_change_its_input(method, unet, context):
     before, widths = unet.hash, widths_of(unet.model)
     prune(unet, config(method), context(unet))
     assert unet.evolve().hash == before and widths_of(unet.model) == widths
@@ -251,17 +251,17 @@ def test_the_input_is_left_as_it_was(method, unet, context):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_pruning_again_gives_the_same_checkpoint(method, unet, context):
+def test_pruning_is_deterministic(method, unet, context):
     one, two = (prune(unet, config(method), context(unet, seed=3)) for _ in range(2))
     assert one.hash == two.hash
 
 
-def test_another_seed_prunes_other_channels_at_random(unet, context):
+def test_random_pruning_depends_on_the_seed(unet, context):
     one, two = (prune(unet, config("random"), context(unet, seed=seed)) for seed in (3, 4))
     assert one.hash != two.hash
 
 
-def test_pruning_twice_goes_on_from_the_first(pruned, context):
+def test_a_pruned_checkpoint_can_be_pruned_again(pruned, context):
     again = prune(pruned, config(ratio=0.5), context(pruned))
     assert again.model.conv_in.out_channels < pruned.model.conv_in.out_channels < 16
 
@@ -270,7 +270,7 @@ def test_pruning_twice_goes_on_from_the_first(pruned, context):
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1, float("nan")])
-def test_a_ratio_that_is_no_fraction_is_refused(ratio):
+def test_a_ratio_outside_0_to_1_is_refused(ratio):
     with pytest.raises(ValidationError):
         PruneConfig(ratio=ratio)
 
@@ -282,19 +282,19 @@ def test_a_ratio_that_leaves_nothing_is_refused(scope, message, unet, context):
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_the_most_that_can_go_still_leaves_a_working_model(scope, unet, context, output):
+def test_a_high_ratio_still_leaves_a_working_model(scope, unet, context, output):
     small = prune(unet, config(ratio=0.7, scope=scope), context(unet))
     assert torch.isfinite(output(small)).all()
     assert min(min(widths.values()) for widths in widths_of(small.model).values()) >= 1
 
 
 def test_a_ratio_that_removes_nothing_is_refused(unet, context):
-    with pytest.raises(InvalidInputError, match="prune: ratio 0.01 with round_to 16 removes nothing"):
+    with pytest.raises(InvalidInputError, match=r"prune: ratio 0\.01 with round_to 16 removes nothing"):
         prune(unet, config(ratio=0.01, round_to=16), context(unet))
 
 
 def test_taylor_without_images_is_refused(unet, context):
-    with pytest.raises(InvalidInputError, match="taylor.* needs images: set 'data"):
+    with pytest.raises(InvalidInputError, match=r"taylor.* needs images: set 'data"):
         prune(unet, config("taylor"), context(unet, data=False))
 
 
@@ -303,7 +303,7 @@ class Dead(Chain):
         return super().forward(sample, timestep) / (self.first.out_channels - 8)
 
 
-def test_a_model_that_does_not_survive_is_refused(custom, context):
+def test_a_pruned_model_with_non_finite_output_is_refused(custom, context):
     checkpoint = custom(Dead())
-    with pytest.raises(InvalidInputError, match="prune: the pruned model gives"):
+    with pytest.raises(InvalidInputError, match="prune: the pruned model returns"):
         prune(checkpoint, config(ratio=0.5), context(checkpoint))

@@ -1,4 +1,4 @@
-"""compress/quantization/layer_selection.py: which layer gets which format, from a recipe's words."""
+"""compress/quantization/layer_selection.py: the settings determine the format of every layer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def config(**settings) -> QuantizeConfig:
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_stages_format_goes_to_what_is_not_fragile(kind, unet):
+def test_the_stages_format_applies_to_all_but_sensitive_layers(kind, unet):
     chosen, sensitive_layers = (
         choose_formats(unet.model, config(format=kind)),
         adapter_for(unet.model).sensitive_layers(unet.model),
@@ -28,32 +28,36 @@ def test_the_stages_format_goes_to_what_is_not_fragile(kind, unet):
     assert "conv_in" not in chosen and "time_embedding.linear_1" in chosen
 
 
-def test_nothing_is_kept_back_where_fragile_layers_are_not_kept(unet):
+def test_all_layers_are_quantized_without_keep_sensitive_layers(unet):
     chosen = choose_formats(unet.model, config(keep_sensitive_layers=False))
     assert set(chosen.values()) == {"int8"} and {"conv_in", "conv_out", "time_embedding.linear_1"} <= set(chosen)
 
 
-def test_the_longest_prefix_decides_and_keep_is_short_for_float(unet):
+def test_the_longest_prefix_decides_and_ignored_layers_is_short_for_float(unet):
     format_overrides = {"mid_block": "w4a8", "mid_block.attentions": "int4", "mid_block.attentions.0.to_q": "float"}
     format_overrides |= {"conv_in": "int8"}
-    chosen = choose_formats(unet.model, config(format_overrides=format_overrides, keep=("mid_block.resnets.1",)))
+    chosen = choose_formats(
+        unet.model, config(format_overrides=format_overrides, ignored_layers=("mid_block.resnets.1",))
+    )
     assert chosen["mid_block.resnets.0.conv1"] == "w4a8" and chosen["mid_block.attentions.0.to_k"] == "int4"
     assert "mid_block.attentions.0.to_q" not in chosen and "mid_block.resnets.1.conv1" not in chosen
-    assert chosen["conv_in"] == "int8"  # who names a fragile layer means it
+    assert chosen["conv_in"] == "int8"  # an override also applies to sensitive layers
     assert chosen["up_blocks.0.resnets.0.conv1"] == "int8"
-    kept = choose_formats(unet.model, config(format_overrides={"mid_block.attentions": "int4"}, keep=("mid_block",)))
-    assert kept["mid_block.attentions.0.to_q"] == "int4" and "mid_block.resnets.0.conv1" not in kept
+    chosen_again = choose_formats(
+        unet.model, config(format_overrides={"mid_block.attentions": "int4"}, ignored_layers=("mid_block",))
+    )
+    assert chosen_again["mid_block.attentions.0.to_q"] == "int4" and "mid_block.resnets.0.conv1" not in chosen_again
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"format_overrides": {"up_blocks.7": "int4"}}, "format_overrides names 'up_blocks.7', and no layer"),
-        ({"ignored_layers": ("up_blocks.7",)}, "ignored_layers names 'up_blocks.7', and no layer"),
+        ({"format_overrides": {"up_blocks.7": "int4"}}, r"format_overrides: no layer .* starts with 'up_blocks\.7'"),
+        ({"ignored_layers": ("up_blocks.7",)}, r"ignored_layers: no layer .* starts with 'up_blocks\.7'"),
         ({"format_overrides": {"mid_block": "fp8"}}, "fp8 and int8 in one model"),
     ],
 )
-def test_what_cannot_be_is_refused_in_one_line(settings, message, unet):
+def test_impossible_settings_are_refused_in_one_line(settings, message, unet):
     with pytest.raises(InvalidInputError, match=message) as caught:
         choose_formats(unet.model, config(**settings))
     assert "\n" not in str(caught.value)
@@ -72,7 +76,7 @@ def test_a_recipe_with_an_unknown_format_or_a_contradiction_is_refused(settings)
         config(**settings)
 
 
-def test_outputs_are_rounded_only_where_engines_multiply_integers(unet):
+def test_outputs_are_quantized_only_where_engines_multiply_integers(unet):
     for kind in FORMATS:
         settings = config(format=kind)
         formats = choose_formats(unet.model, settings)

@@ -1,4 +1,4 @@
-"""compress/quantization/nvfp4.py against ml_dtypes' 4-bit floats and the formula in numpy."""
+"""compress/quantization/nvfp4.py: compared with ml_dtypes' 4-bit floats and the formula in numpy."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from diffpress.compress.quantization.quantizers import fake_quantized, quantizer
 FOUR, EIGHT = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
 
 
-def by_formula(x: np.ndarray) -> np.ndarray:
-    """Blocks of 16 along the last axis, with ml_dtypes' own rounding of numbers and scales."""
+def nvfp4_reference(x: np.ndarray) -> np.ndarray:
+    """NVFP4 in blocks of 16 along the last axis, with ml_dtypes' rounding of numbers and scales."""
     blocks = x.reshape(-1, 16)
     top = np.float32(np.abs(x).max() / (6 * 448))
     scales = np.maximum(np.abs(blocks).max(1, keepdims=True) / 6 / top, 2.0**-9).astype(EIGHT).astype(np.float32) * top
     return (np.clip(blocks / scales, -6, 6).astype(FOUR).astype(np.float32) * scales).reshape(x.shape)
 
 
-def test_every_number_goes_to_the_nearest_of_fifteen_and_ties_to_the_even_mantissa():
+def test_e2m1_rounds_to_the_nearest_of_fifteen_numbers_with_ties_to_the_even_mantissa():
     x = torch.cat([torch.linspace(-7, 7, 28001), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])])
     np.testing.assert_array_equal(e2m1(x).numpy(), np.clip(x.numpy(), -6, 6).astype(FOUR).astype(np.float32))
 
@@ -39,23 +39,23 @@ def layer() -> nn.Module:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 24))
     with torch.no_grad():
-        model[0].weight[3, 16:32] = 0.0  # a block of nothing
-        model[0].weight[5] *= 1e-4  # and one whose scale is among the smallest
+        model[0].weight[3, 16:32] = 0.0  # a block of zeros
+        model[0].weight[5] *= 1e-4  # blocks with very small scales
     return model
 
 
-def test_weights_and_activations_are_the_formula(layer):
+def test_weights_and_activations_match_the_formula(layer):
     exact = layer[0].weight.detach().clone()
     with_quantizers(layer, {"0": "nvfp4"}, [])
     layer[0].weight_quantizer.amax = quantizer_amax(weight_amax(exact, FORMATS["nvfp4"]), layer[0])
     x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(1))
     layer[0].input_quantizer.amax = x.abs().max()
-    # the zeroed block has the scale of its channel, and is zero all the same
-    np.testing.assert_allclose(layer[0].weight_quantizer(exact).numpy(), by_formula(exact.numpy()), atol=1e-7)
-    np.testing.assert_allclose(layer[0].input_quantizer(x).numpy(), by_formula(x.numpy()), atol=1e-6)
+    # the block of zeros has the scale of its channel and stays zero
+    np.testing.assert_allclose(layer[0].weight_quantizer(exact).numpy(), nvfp4_reference(exact.numpy()), atol=1e-7)
+    np.testing.assert_allclose(layer[0].input_quantizer(x).numpy(), nvfp4_reference(x.numpy()), atol=1e-6)
 
 
-def test_gradients_pass_straight_through(layer):
+def test_gradients_use_the_straight_through_estimator(layer):
     with_quantizers(layer, {"0": "nvfp4"}, [])
     layer[0].weight_quantizer.amax = quantizer_amax(weight_amax(layer[0].weight, FORMATS["nvfp4"]), layer[0])
     layer[0].input_quantizer.amax = torch.tensor(3.0)
@@ -66,7 +66,7 @@ def test_gradients_pass_straight_through(layer):
     assert layer[0].weight.grad.abs().sum() > 0
 
 
-def test_what_it_does_not_suit_takes_fp8(unet):
+def test_layers_that_nvfp4_does_not_support_use_fp8(unet):
     chosen = choose_formats(unet.model, QuantizeConfig(format="nvfp4"))
     assert chosen["mid_block.attentions.0.to_q"] == "nvfp4" and chosen["mid_block.resnets.0.conv1"] == "fp8"
     assert chosen["time_embedding.linear_1"] == "int8_weight_only"
@@ -75,7 +75,7 @@ def test_what_it_does_not_suit_takes_fp8(unet):
     assert choose_formats(widths, bare) == {"0": "fp8", "1": "nvfp4", "2": "fp8"}
 
 
-def test_a_checkpoint_in_nvfp4_is_reloaded_as_it_was(unet, context, output, tmp_path, reopened):
+def test_a_checkpoint_in_nvfp4_is_reloaded_unchanged(unet, context, output, tmp_path, reopened):
     checkpoint = quantize(
         unet, QuantizeConfig(format="nvfp4", samples=2, batch=2, output_correction=False), context(unet)
     )

@@ -1,4 +1,4 @@
-"""compress/quantization/quantize.py: scales are the magnitudes that were there, and fake quantization is the formula."""
+"""compress/quantization/quantize.py: scales match the observed magnitudes; fake quantization matches its formula."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def config(**settings) -> QuantizeConfig:
 
 @pytest.fixture
 def small(custom_files):
-    """The user's little module: first, time, norm, inner, last; `inner` computes in int8."""
+    """A small custom module: first, time, norm, inner, last; `inner` computes in int8."""
     file, weights = custom_files("v")
     return load_checkpoint(f"{file}:{weights}")
 
@@ -38,7 +38,7 @@ def test_a_weight_scale_is_the_largest_magnitude_of_its_channel(reduced, factor,
     assert len(found.layers) > 20
     for name in found.layers:
         weight = modules[name].weight.detach().numpy()
-        # only where integers are multiplied is the range reduced
+        # the range is reduced only where integers are multiplied
         expected = np.abs(weight.reshape(len(weight), -1)).max(1) * (factor if f"{name}.input" in found.amax else 1.0)
         np.testing.assert_allclose(found.amax[f"{name}.weight"].numpy(), expected, rtol=1e-6)
 
@@ -53,28 +53,28 @@ def test_an_input_scale_is_the_largest_magnitude_on_the_models_own_trajectory(sm
 
 
 @pytest.mark.parametrize("calibration", ["max", "percentile", "mse", "entropy", "step_means"])
-def test_every_calibration_keeps_the_network_near_the_float_one(calibration, small, context, output):
+def test_every_calibration_method_keeps_the_output_close_to_the_float_one(calibration, small, context, output):
     checkpoint = quantize(small, config(calibration=calibration), context(small))
-    # the least of the steps' means clips the other steps
+    # the smallest of the steps' means clips the other steps
     assert sqnr_db(output(small).numpy(), output(checkpoint).numpy()) > (15.0 if calibration == "step_means" else 25.0)
 
 
-def test_a_lower_percentile_gives_a_smaller_scale(small, context):
-    limits = [
+def test_a_lower_percentile_gives_a_smaller_amax(small, context):
+    amaxes = [
         quantize(small, config(percentile=p), context(small)).quantization.amax["inner.input"].item()
         for p in (90.0, 99.0, 100.0)
     ]
-    assert limits[0] < limits[1] < limits[2]
+    assert amaxes[0] < amaxes[1] < amaxes[2]
 
 
 def q(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
     scale = amax / 127
-    return torch.clamp(torch.round(x / scale), -128, 127) * scale  # as int8 saturates in every engine
+    return torch.clamp(torch.round(x / scale), -128, 127) * scale  # int8 saturates like this in every engine
 
 
 @pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("reduced", [True, False])
-def test_fake_quantization_is_the_formula(reduced, outputs, small, context):
+def test_fake_quantization_matches_the_formula(reduced, outputs, small, context):
     checkpoint = quantize(small, config(reduce_range=reduced, outputs=outputs, percentile=95.0), context(small))
     model, seen = fake_quantized(checkpoint), {}
     model.inner.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
@@ -92,7 +92,7 @@ def test_fake_quantization_is_the_formula(reduced, outputs, small, context):
     assert integers == (64 if reduced else 127)
 
 
-def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypatch):
+def test_calibration_evaluates_exactly_the_timesteps_of_the_plan(unet, context, monkeypatch):
     seen, samples = [], []
 
     class Spy(TorchNetwork):
@@ -107,14 +107,14 @@ def test_calibration_visits_exactly_the_plans_timesteps(unet, context, monkeypat
     assert [t for ts, _, _ in seen for t in ts] == plan + plan  # two batches
     assert [size for _, size, _ in seen] == [3] * 4 + [2] * 4
     assert seen[0][2] + seen[4][2] == [0, 1, 2, 0, 1]
-    noise = noise_for(range(CALIBRATION_SEED, CALIBRATION_SEED + 5), (1, 8, 8))  # its own, not what people sample with
+    noise = noise_for(range(CALIBRATION_SEED, CALIBRATION_SEED + 5), (1, 8, 8))  # calibration has its own seeds
     np.testing.assert_allclose(np.concatenate([samples[0], samples[4]]), noise, rtol=1e-5)
 
 
-def test_quantizing_again_gives_the_same_hash_and_leaves_the_input_alone(pruned, quantized, context, unet):
+def test_quantizing_twice_gives_the_same_hash_and_does_not_change_the_input(pruned, quantized, context, unet):
     before = pruned.hash
     assert quantize(pruned, config(), context(unet)).hash == quantized.hash != before
-    assert pruned.evolve().hash == before  # evolve: a hash is kept once it was made
+    assert pruned.evolve().hash == before  # evolve() drops the cached hash
     assert pruned.quantization is None
     fake_quantized(quantized)
     assert quantized.evolve().hash == quantized.hash
@@ -122,51 +122,51 @@ def test_quantizing_again_gives_the_same_hash_and_leaves_the_input_alone(pruned,
     assert not any("quantizer" in name for name, _ in quantized.model.named_modules())
 
 
-def test_the_quantized_model_stays_near_the_float_one(quantized, pruned, output):
+def test_the_quantized_output_stays_close_to_the_float_one(quantized, pruned, output):
     noisy, exact = output(quantized).numpy(), output(pruned).numpy()
     assert 15.0 < sqnr_db(exact, noisy) < 60.0
 
 
-def test_a_checkpoint_without_scales_is_its_own_fake_quantization(plain):
+def test_fake_quantization_of_a_checkpoint_without_scales_is_its_own_model(plain):
     assert fake_quantized(plain) is plain.model
 
 
-# --- which layers ----------------------------------------------------------------------------------------------
+# --- layer selection -------------------------------------------------------------------------------------------
 
 
-def test_fragile_layers_compute_in_float_and_only_the_linear_ones_are_stored_as_integers(quantized):
+def test_sensitive_layers_compute_in_float_and_only_linear_ones_are_stored_as_integers(quantized):
     amax, sensitive_layers = quantized.quantization.amax, adapter_for(quantized.model).sensitive_layers(quantized.model)
     assert not any(f"{name}.input" in amax for name in sensitive_layers)
     assert "time_embedding.linear_1.weight" in amax and "conv_in.weight" not in amax and "conv_out.weight" not in amax
     assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.attentions.0.to_q.input" in amax
 
 
-def test_only_the_kinds_of_layers_asked_for_compute_in_integers(unet, context):
+def test_only_the_configured_kinds_of_layers_compute_in_integers(unet, context):
     amax = quantize(unet, config(layers=("conv",)), context(unet)).quantization.amax
     assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.resnets.0.conv1.output" in amax
     assert "mid_block.attentions.0.to_q.weight" in amax and "mid_block.attentions.0.to_q.input" not in amax
 
 
-def test_outputs_of_layers_that_only_store_integers_are_not_quantized(quantized):
+def test_outputs_of_weight_only_layers_are_not_quantized(quantized):
     amax = quantized.quantization.amax
     assert "mid_block.resnets.0.conv1.output" in amax and "mid_block.attentions.0.to_q.output" in amax
     assert "time_embedding.linear_1.weight" in amax and "time_embedding.linear_1.output" not in amax
 
 
-def test_kept_layers_have_no_scales(unet, context):
-    keep = ("mid_block.attentions", "time_embedding.linear_1")
-    layers = quantize(unet, config(ignored_layers=keep), context(unet)).quantization.layers
-    assert not any(name.startswith(keep) for name in layers)
+def test_ignored_layers_have_no_scales(unet, context):
+    prefixes = ("mid_block.attentions", "time_embedding.linear_1")
+    layers = quantize(unet, config(ignored_layers=prefixes), context(unet)).quantization.layers
+    assert not any(name.startswith(prefixes) for name in layers)
     assert "mid_block.resnets.0.conv1" in layers and "time_embedding.linear_2" in layers
 
 
-def test_keeping_what_is_not_there_is_refused(unet, context):
-    with pytest.raises(InvalidInputError, match="ignored_layers names 'up_blocks.7', and no layer"):
+def test_an_ignored_layer_that_does_not_exist_is_refused(unet, context):
+    with pytest.raises(InvalidInputError, match=r"ignored_layers: no layer name .* starts with 'up_blocks\.7'"):
         quantize(unet, config(ignored_layers=("up_blocks.7",)), context(unet))
 
 
 @pytest.mark.parametrize("cause", ["weight", "input"])
-def test_a_layer_without_a_scale_is_named_with_the_way_out(cause, small, context):
+def test_a_layer_with_a_zero_scale_is_named_with_the_setting_that_fixes_it(cause, small, context):
     model = small.clone_model()
     with torch.no_grad():
         if cause == "weight":
@@ -175,7 +175,7 @@ def test_a_layer_without_a_scale_is_named_with_the_way_out(cause, small, context
             nn.init.zeros_(model.norm.weight)
             nn.init.zeros_(model.norm.bias)
     checkpoint = small.evolve(model=model)
-    with pytest.raises(InvalidInputError, match=rf"layer 'inner' has a {cause} scale .* ignored_layers: \[inner\]"):
+    with pytest.raises(InvalidInputError, match=rf"the {cause} scale of layer 'inner' .* ignored_layers: \[inner\]"):
         quantize(checkpoint, config(), context(small))
     assert quantize(checkpoint, config(ignored_layers=("inner",)), context(small)).quantization.layers == ["time"]
 
@@ -190,7 +190,7 @@ class Spare(nn.Module):
         return self.last(self.inner(self.first(sample)))
 
 
-def test_a_layer_that_sampling_never_reaches_is_named(custom, context):
+def test_a_layer_that_never_runs_while_sampling_is_named(custom, context):
     checkpoint = custom(Spare())
-    with pytest.raises(InvalidInputError, match=r"layer 'spare' has a input scale .* ignored_layers: \[spare\]"):
+    with pytest.raises(InvalidInputError, match=r"the input scale of layer 'spare' .* ignored_layers: \[spare\]"):
         quantize(checkpoint, config(), context(checkpoint))

@@ -1,4 +1,4 @@
-"""compress/quantization/unified_scales.py: sums are rounded, and what meets in a concatenation has one scale."""
+"""compress/quantization/unified_scales.py: residual sums are quantized, and concatenated tensors share one scale."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.unified_scales import unify_scales
 
-# what the little U-Net concatenates: stream, skip, the layers that read both or one of them
+# concatenations of the tiny U-Net: stream, skip, the layers that read both or one of them
 CONCATS = [
     ("mid_block.resnets.1", "down_blocks.1.attentions.0", ["up_blocks.0.resnets.0.conv_shortcut"]),
     (
@@ -34,28 +34,28 @@ def config(**settings) -> QuantizeConfig:
     return QuantizeConfig(**{"samples": 2, "batch": 2, **settings})
 
 
-def numbered(keys) -> dict[str, torch.Tensor]:
+def numbered_scales(keys) -> dict[str, torch.Tensor]:
     return {key: torch.tensor(float(i)) for i, key in enumerate(keys, start=1)}
 
 
-def test_tensors_that_meet_share_the_largest_scale_and_the_rest_keep_their_own(unet, context):
+def test_concatenated_tensors_share_the_largest_scale_and_the_rest_keep_their_own(unet, context):
     found = quantize(unet, config(), context(unet)).quantization.amax
-    own = numbered(key for key in found if not key.endswith(".weight"))
-    shared, left = unify_scales(unet, own), set(own)
+    own = numbered_scales(key for key in found if not key.endswith(".weight"))
+    shared, unshared = unify_scales(unet, own), set(own)
     for stream, skip, readers in CONCATS:
         keys = [f"{stream}.output", f"{skip}.output", *(f"{reader}.input" for reader in readers)]
         assert {shared[key].item() for key in keys} == {max(own[key].item() for key in keys)}
         assert len({found[key].item() for key in keys}) == 1
-        left -= set(keys)
-    enlarged = ["up_blocks.0.attentions.1.output", "up_blocks.0.upsamplers.0.conv.input"]  # through the upsampling
-    assert shared[enlarged[0]] == shared[enlarged[1]] == max(own[key] for key in enlarged)
-    left -= set(enlarged)
-    # one tensor, read by three
-    heads = [key for key in left if key.endswith(("to_q.input", "to_k.input", "to_v.input"))]
-    assert len(heads) == 12 and {key: shared[key] for key in left} == {key: own[key] for key in left}
+        unshared -= set(keys)
+    upsampled = ["up_blocks.0.attentions.1.output", "up_blocks.0.upsamplers.0.conv.input"]
+    assert shared[upsampled[0]] == shared[upsampled[1]] == max(own[key] for key in upsampled)
+    unshared -= set(upsampled)
+    # to_q, to_k and to_v read the same tensor
+    heads = [key for key in unshared if key.endswith(("to_q.input", "to_k.input", "to_v.input"))]
+    assert len(heads) == 12 and {key: shared[key] for key in unshared} == {key: own[key] for key in unshared}
 
 
-def test_every_sum_of_a_unet_is_rounded(unet, context):
+def test_every_residual_sum_of_a_unet_is_quantized(unet, context):
     quantized = quantize(unet, config(), context(unet))
     model, seen = fake_quantized(quantized), {}
     names = adapter_for(unet.model).residual_outputs(unet.model)
@@ -78,35 +78,35 @@ def test_every_sum_of_a_unet_is_rounded(unet, context):
         {"format_overrides": {"down_blocks.0": "float"}},
     ],
 )
-def test_what_is_kept_is_not_rounded_and_joins_nothing(settings, unet, context):
+def test_overridden_blocks_have_no_quantized_outputs_and_unify_no_scales(settings, unet, context):
     amax = quantize(unet, config(**settings), context(unet)).quantization.amax
     assert not any(key.startswith("down_blocks.0") and key.endswith((".input", ".output")) for key in amax)
-    own = numbered(key for key in amax if not key.endswith(".weight"))
+    own = numbered_scales(key for key in amax if not key.endswith(".weight"))
     changed = {key for key, value in unify_scales(unet, own).items() if value != own[key]}
     joined = [f"{stream}.output" for stream, _, _ in CONCATS]
     assert not changed & {joined[1], joined[2]} and changed & {joined[0], "down_blocks.1.attentions.0.output"}
 
 
 @pytest.mark.parametrize("settings", [{"outputs": False}, {"layers": ("linear",)}, {"format": "fp8"}])
-def test_without_integer_convolutions_nothing_but_layers_is_rounded(settings, unet, context):
+def test_without_integer_convolutions_residual_sums_are_not_quantized(settings, unet, context):
     amax = quantize(unet, config(**settings), context(unet)).quantization.amax
     assert not any(f"{name}.output" in amax for name in adapter_for(unet.model).residual_outputs(unet.model))
 
 
-class Meeting(nn.Module):
-    """What unites a and b, and what must not: a mirror's edge, a mean, a sum."""
+class Combined(nn.Module):
+    """Combines the outputs of a and b with the function under test."""
 
-    def __init__(self, how) -> None:
+    def __init__(self, combine) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Conv2d(1, 1, 1) for _ in range(3))
-        self._how = how
+        self._combine = combine
 
     def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return self.c(self._how(self.a(sample), self.b(sample))[:, :1])
+        return self.c(self._combine(self.a(sample), self.b(sample))[:, :1])
 
 
 @pytest.mark.parametrize(
-    ("how", "together"),
+    ("combine", "unified"),
     [
         (lambda a, b: torch.cat([a, b], 1), "ab"),
         (lambda a, b: torch.cat(tensors=(F.pad(a, (0, 1)), F.pad(b, (0, 1), "constant", 0.0)), dim=1), "ab"),
@@ -118,18 +118,18 @@ class Meeting(nn.Module):
         (lambda a, b: a + b, ""),
     ],
 )
-def test_only_what_copies_values_unites(how, together, custom):
-    checkpoint = custom(Meeting(how))
-    own = numbered(f"{name}.output" for name in "abc")
+def test_only_operations_that_copy_values_unify_scales(combine, unified, custom):
+    checkpoint = custom(Combined(combine))
+    own = numbered_scales(f"{name}.output" for name in "abc")
     shared = unify_scales(checkpoint, own)
-    assert shared == ({**own, "a.output": own["b.output"]} if together else own)
+    assert shared == ({**own, "a.output": own["b.output"]} if unified else own)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in checkpoint.model.modules())
 
 
-def test_what_reads_a_joined_tensor_as_it_is_takes_its_scale(custom):
-    class Read(Meeting):
+def test_a_layer_that_reads_a_quantized_output_unchanged_shares_its_scale(custom):
+    class Read(Combined):
         def forward(self, sample, timestep):
             return self.c(self.b(self.a(sample)) + 0)
 
-    own = numbered(["a.output", "b.input", "b.output", "c.input"])
+    own = numbered_scales(["a.output", "b.input", "b.output", "c.input"])
     assert unify_scales(custom(Read(None)), own) == {**own, "a.output": own["b.input"]}

@@ -1,4 +1,4 @@
-"""compress/sampling_schedule/search.py: paths against brute force, costs against their definition, and the stage around it."""
+"""compress/sampling_schedule: paths against brute force, costs by definition, and the stage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import ScheduleConfig
 from diffpress.compress.context import Context
 from diffpress.compress.sampling_schedule.schedule import schedule
-from diffpress.compress.sampling_schedule.search import best_path, fine_timesteps, jump_costs, loss, refined
+from diffpress.compress.sampling_schedule.search import best_path, fine_timesteps, jump_costs, loss, refine_timesteps
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import betas_schedule, noise_level_at
@@ -24,12 +24,12 @@ from diffpress.runtime.spec import DenoiserSpec
 
 COSINE = betas_schedule("squaredcos_cap_v2", 1000)
 SPEC = DenoiserSpec("sample", COSINE, (1, 4, 4), make_plan("ipndm", 4, COSINE, spacing="linspace", clip=False))
-NOTHING = ConditioningInputs()
+UNCONDITIONAL = ConditioningInputs()
 
 
 @dataclass
-class Modes:
-    """Predicts the ideal x_0 of pixels that are 0.7 or -0.7, each with a deviation of `deviation`."""
+class TwoModes:
+    """Exact denoiser of pixels at 0.7 or -0.7 with standard deviation `deviation`."""
 
     deviation: float = 0.2
     calls: list[int] = field(default_factory=list)
@@ -47,98 +47,98 @@ class Modes:
         return (mode + gain * (x - level.alpha * mode)).astype(np.float32)
 
 
-def fused(network, spec: DenoiserSpec, count: int = 12, fine: int = 24):
-    grid = fine_timesteps(spec, fine)
-    return grid, *jump_costs(network, spec, grid, count, 5, NOTHING)
+def costs_of(network, spec: DenoiserSpec, count: int = 12, fine: int = 24):
+    fine_grid = fine_timesteps(spec, fine)
+    return fine_grid, *jump_costs(network, spec, fine_grid, count, 5, UNCONDITIONAL)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 @pytest.mark.parametrize("gamma", [0.8, 1.0, 1.5])
-def test_a_path_is_the_best_of_all(steps, gamma) -> None:
+def test_the_path_is_the_best_of_all_paths(steps, gamma) -> None:
     costs = np.random.default_rng(steps).random((9, 9))
 
     def value(path: tuple[int, ...]) -> float:
         return sum(gamma**k * costs[i, j] for k, (i, j) in enumerate(itertools.pairwise((*path, 8))))
 
-    every = [(0, *rest) for rest in itertools.combinations(range(1, 8), steps - 1)]
-    assert best_path(costs, steps, gamma) == min(every, key=value)
+    all_paths = [(0, *rest) for rest in itertools.combinations(range(1, 8), steps - 1)]
+    assert best_path(costs, steps, gamma) == min(all_paths, key=value)
 
 
 def test_costs_are_the_errors_of_single_jumps() -> None:
-    network = Modes()
-    grid, costs, ends = fused(network, SPEC)
-    # one walk of the fine grid in batches of 5, 5 and 2, and not one call more
-    assert len(network.calls) == 3 * len(grid) and sum(network.calls) == 12 * len(grid)
-    levels = plan_levels(COSINE, grid)
+    network = TwoModes()
+    fine_grid, costs, ends = costs_of(network, SPEC)
+    # one trajectory over the fine timesteps in batches of 5, 5 and 2, and no further evaluation
+    assert len(network.calls) == 3 * len(fine_grid) and sum(network.calls) == 12 * len(fine_grid)
+    levels = plan_levels(COSINE, fine_grid)
     assert costs.shape == (len(levels), len(levels)) and ends.shape == (12, 1, 4, 4)
     assert (costs[np.tril_indices(len(levels))] == 0).all() and (costs[np.triu_indices(len(levels), 2)] > 0).all()
-    # neighbours are near: a long jump is worse than the first of its parts
+    # a long jump has a larger error than its first step
     assert all(costs[i, i + 1] < costs[i, -1] for i in range(len(levels) - 2))
 
 
-def test_straight_trajectories_cost_nothing() -> None:
-    """Data that is one image: every jump is exact."""
-    _grid, costs, ends = fused(Still(), SPEC)
+def test_straight_trajectories_have_no_cost() -> None:
+    """If the data is one image, every jump is exact."""
+    _grid, costs, ends = costs_of(Constant(), SPEC)
     assert costs.max() < 1e-4 and np.abs(ends - 0.3).max() < 1e-5
 
 
-class Still(Modes):
+class Constant(TwoModes):
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         return np.full_like(inputs["sample"], 0.3)
 
 
-def test_a_found_schedule_comes_nearer_and_refining_nearer_still() -> None:
-    network = Modes()
-    grid, costs, ends = fused(network, SPEC, count=24, fine=40)
+def test_searched_timesteps_lower_the_loss_and_refining_lowers_it_further() -> None:
+    network = TwoModes()
+    fine_grid, costs, ends = costs_of(network, SPEC, count=24, fine=40)
 
     def loss_of(timesteps: tuple[float, ...]) -> float:
-        return loss(network, SPEC, timesteps, ends, 8, NOTHING)
+        return loss(network, SPEC, timesteps, ends, 8, UNCONDITIONAL)
 
-    found = tuple(grid[i] for i in best_path(costs, 4, 1.0))
-    nearer, value = refined(found, loss_of(found), loss_of, 6, 999.0, True)
-    assert found[0] == grid[0] and loss_of(found) < loss_of(SPEC.plan.timesteps)
+    found = tuple(fine_grid[i] for i in best_path(costs, 4, 1.0))
+    nearer, value = refine_timesteps(found, loss_of(found), loss_of, 6, 999.0, True)
+    assert found[0] == fine_grid[0] and loss_of(found) < loss_of(SPEC.plan.timesteps)
     assert value == loss_of(nearer) < 0.5 * loss_of(found)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_moved_timesteps_descend_within_the_schedule(whole) -> None:
-    tried = {}
+@pytest.mark.parametrize("integral", [True, False])
+def test_refined_timesteps_descend_within_the_schedule(integral) -> None:
+    losses = {}
 
     def loss_of(timesteps: tuple[float, ...]) -> float:
-        tried[timesteps] = sum(abs(t - wanted) for t, wanted in zip(timesteps, (2000.0, 600.4, -50.0), strict=True))
-        return tried[timesteps]
+        losses[timesteps] = sum(abs(t - target) for t, target in zip(timesteps, (2000.0, 600.4, -50.0), strict=True))
+        return losses[timesteps]
 
-    found, value = refined((900.0, 500.0, 20.0), 1e9, loss_of, 40, 999.0, whole)
-    assert all(999 >= t[0] > t[1] > t[2] >= 0 for t in tried) and value == min(tried.values())
+    found, value = refine_timesteps((900.0, 500.0, 20.0), 1e9, loss_of, 40, 999.0, integral)
+    assert all(999 >= t[0] > t[1] > t[2] >= 0 for t in losses) and value == min(losses.values())
     assert found[1] == pytest.approx(600.4, abs=1.0) and found[0] > 950 and found[2] < 5
-    assert not whole or all(t == round(t) for t in found)
+    assert not integral or all(t == round(t) for t in found)
 
 
-def test_the_fine_grid_holds_the_plan_and_starts_where_it_does() -> None:
+def test_the_fine_timesteps_contain_the_plan_and_start_with_it() -> None:
     spec = SPEC.with_plan(SPEC.plan.over((800.0, 411.0, 3.0)))
-    grid = fine_timesteps(spec, 30)
-    assert grid[0] == 800.0 and set(spec.plan.timesteps) <= set(grid) and 20 < len(grid) <= 33
-    assert list(grid) == sorted(set(grid), reverse=True)
+    fine_grid = fine_timesteps(spec, 30)
+    assert fine_grid[0] == 800.0 and set(spec.plan.timesteps) <= set(fine_grid) and 20 < len(fine_grid) <= 33
+    assert list(fine_grid) == sorted(set(fine_grid), reverse=True)
 
 
 def context_of(checkpoint: Checkpoint, tmp_path: Path) -> Context:
     return Context(0, tmp_path, checkpoint)
 
 
-def test_the_stage_changes_the_plan_alone_and_tells_what_it_found(plain, tmp_path) -> None:
+def test_the_stage_changes_only_the_plan_and_records_the_search(plain, tmp_path) -> None:
     ctx = context_of(plain, tmp_path)
     config = ScheduleConfig(solver="ipndm", steps=3, search="gits", refine=1, samples=4, fine=8, batch=3)
     result = schedule(plain, config, ctx)
-    cond = ctx.notes["search"]
-    assert list(result.spec.plan.timesteps) == cond["timesteps"] and result.spec.plan.solver == "ipndm"
-    assert len(cond["timesteps"]) == 3 and cond["loss"]["refined"] <= min(cond["loss"].values()) + 1e-9
+    notes = ctx.notes["search"]
+    assert list(result.spec.plan.timesteps) == notes["timesteps"] and result.spec.plan.solver == "ipndm"
+    assert len(notes["timesteps"]) == 3 and notes["loss"]["refined"] <= min(notes["loss"].values()) + 1e-9
     assert result.model is plain.model
     assert replace(result.spec, plan=plain.spec.plan) == plain.spec
     again = context_of(plain, tmp_path)
     assert schedule(plain, config, again).spec == result.spec and again.notes == ctx.notes
 
 
-def test_given_timesteps_and_options_become_the_plan(plain, tmp_path) -> None:
+def test_explicit_timesteps_and_options_become_the_plan(plain, tmp_path) -> None:
     last = len(plain.spec.schedule) - 1
     options = {"guidance_interval": (0.2, None), "guidance_rescale": 0.5, "threshold": 0.99}
     config = ScheduleConfig(solver="unipc_2", timesteps=(float(last), 3.0, 1.0), **options)
@@ -156,10 +156,10 @@ def test_given_timesteps_and_options_become_the_plan(plain, tmp_path) -> None:
     [
         ({"solver": "lcm", "search": "gits"}, "search: lcm with eta 0 adds noise"),
         ({"solver": "ddim", "eta": 0.5, "search": "gits"}, "ddim with eta 0.5 adds noise"),
-        ({"refine": 3}, "refine: for a search alone"),
-        ({"timesteps": (9.0, 1.0), "steps": 2}, "timesteps are given: leave out steps"),
-        ({"timesteps": (9.0, 1.0), "search": "gits"}, "timesteps are given: leave out search"),
-        ({"search": "gits", "steps": 50, "fine": 50}, "fine 50 must be more than the 50 steps"),
+        ({"refine": 3}, "refine: only used by a search"),
+        ({"timesteps": (9.0, 1.0), "steps": 2}, "timesteps is set explicitly: remove steps"),
+        ({"timesteps": (9.0, 1.0), "search": "gits"}, "timesteps is set explicitly: remove search"),
+        ({"search": "gits", "steps": 50, "fine": 50}, "fine 50 must be greater than steps 50"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings, message) -> None:
@@ -167,7 +167,7 @@ def test_settings_that_contradict_each_other_are_refused(settings, message) -> N
         ScheduleConfig(**settings)
 
 
-def test_a_model_that_makes_no_numbers_is_refused(plain, tmp_path) -> None:
+def test_a_model_with_nan_outputs_is_refused(plain, tmp_path) -> None:
     broken = plain.evolve(model=plain.clone_model())
     with torch.no_grad():
         next(broken.model.parameters()).fill_(float("nan"))

@@ -1,9 +1,10 @@
-"""compress/sources/layout.py: what a folder holds, and weights that are streamed into a module."""
+"""compress/sources/layout.py: reading pipeline folders, and streaming weights into a module."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,13 +20,13 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 @pytest.fixture
 def copied(tiny_folder, tmp_path):
-    """A tiny pipeline that a test may change."""
+    """Copy a tiny pipeline, for tests that modify it."""
     return lambda kind: shutil.copytree(tiny_folder(kind), tmp_path / kind)
 
 
 @pytest.fixture
 def stored(tmp_path):
-    """A file of tensors."""
+    """Save tensors to a safetensors file."""
 
     def save(**tensors: torch.Tensor):
         save_file(tensors, tmp_path / WEIGHTS)
@@ -45,10 +46,10 @@ def refused(call, *words: str) -> None:
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def mapped(tensor: torch.Tensor) -> str:
-    """The file that the tensor's memory is a map of, '' where it is ordinary memory."""
+def mapped_file(tensor: torch.Tensor) -> str:
+    """Return the file that the tensor's memory maps, '' for ordinary memory."""
     address = tensor.data_ptr()
-    for line in open("/proc/self/maps"):
+    for line in Path("/proc/self/maps").read_text().splitlines():
         span, _, rest = line.partition(" ")
         low, high = (int(end, 16) for end in span.split("-"))
         if low <= address < high:
@@ -59,7 +60,7 @@ def mapped(tensor: torch.Tensor) -> str:
 # --- folders ---------------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_folder_tells_its_denoiser_decoder_and_encoders(tiny_folder):
+def test_the_layout_of_a_pipeline_lists_denoiser_decoder_and_encoders(tiny_folder):
     layout = read_layout(tiny_folder("sdxl"))
     assert (layout.kind, layout.pipeline) == ("UNet2DConditionModel", "StableDiffusionXLPipeline")
     assert layout.denoiser == tiny_folder("sdxl") / "unet" and layout.decoder == "vae"
@@ -67,12 +68,12 @@ def test_a_pipeline_folder_tells_its_denoiser_decoder_and_encoders(tiny_folder):
     assert set(layout.configs) == {"vae", "text_encoder", "text_encoder_2"}
 
 
-def test_a_bare_denoiser_folder_has_nothing_around_it(tiny_folder):
+def test_a_bare_denoiser_folder_has_no_other_components(tiny_folder):
     layout = read_layout(tiny_folder("sd") / "unet")
     assert layout.kind == "UNet2DConditionModel" and layout.configs == {} and layout.decoder is None
 
 
-def test_a_folder_without_an_index_is_taken_for_what_it_holds(copied, tiny_folder):
+def test_without_an_index_the_components_are_the_folders_that_exist(copied, tiny_folder):
     folder = copied("sd")
     (folder / INDEX).unlink()
     layout = read_layout(folder)
@@ -83,7 +84,7 @@ def test_a_folder_without_an_index_is_taken_for_what_it_holds(copied, tiny_folde
 @pytest.mark.parametrize(
     ("kind", "named"), [("dit", "DiTTransformer2DModel"), ("pixart-alpha", "PixArtTransformer2DModel")]
 )
-def test_the_older_name_of_a_transformer_is_understood(kind, named, copied):
+def test_the_old_class_name_of_a_transformer_is_recognized(kind, named, copied):
     folder = copied(kind)
     present = load_checkpoint(folder)
     edit(folder / "transformer" / "config.json", _class_name="Transformer2DModel")
@@ -92,28 +93,28 @@ def test_the_older_name_of_a_transformer_is_understood(kind, named, copied):
     assert older.spec == present.spec
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
-def test_a_part_that_the_index_promises_and_the_folder_lacks_is_named(part, copied):
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
+def test_a_missing_component_of_the_index_is_named(component, copied):
     folder = copied("sd")
-    shutil.rmtree(folder / part)
-    refused(lambda: read_layout(folder), str(folder), f"'{part}'", "missing")
+    shutil.rmtree(folder / component)
+    refused(lambda: read_layout(folder), str(folder), f"'{component}'", "missing")
 
 
-def test_a_safety_checker_is_left_out_with_a_note_be_it_there_or_not(copied, capsys):
+def test_a_safety_checker_is_left_out_with_a_note_whether_or_not_its_folder_exists(copied, capsys):
     folder = copied("sd")
     before = load_checkpoint(folder)
     capsys.readouterr()
     checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     edit(folder / INDEX, **checker, feature_extractor=["transformers", "CLIPImageProcessor"])
-    (folder / "safety_checker").mkdir()  # and no feature_extractor
+    (folder / "safety_checker").mkdir()  # but there is no feature_extractor folder
     assert set(read_layout(folder).ignored) == {"safety_checker", "feature_extractor"}
     after = load_checkpoint(folder)
-    said = capsys.readouterr().out
-    assert "safety_checker" in said and "feature_extractor" in said and "left out" in said
+    output = capsys.readouterr().out
+    assert "safety_checker" in output and "feature_extractor" in output and "left out" in output
     assert after.hash == before.hash
 
 
-def test_parts_are_linked_beside_a_denoiser_and_nothing_else_is(copied, tmp_path):
+def test_only_pipeline_components_are_linked(copied, tmp_path):
     folder, target = copied("sd"), tmp_path / "target"
     (folder / "safety_checker").mkdir()
     target.mkdir()
@@ -132,19 +133,19 @@ def test_parts_are_linked_beside_a_denoiser_and_nothing_else_is(copied, tmp_path
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def test_a_tensor_that_is_stored_in_the_asked_type_stays_a_view_of_the_file(stored):
-    # larger than a page, or no map would be worth it
+def test_a_tensor_stored_in_the_requested_dtype_stays_a_view_of_the_file(stored):
+    # larger than a page, so that it is memory-mapped
     values = torch.randn(64, 64)
     file = stored(weight=values, bias=torch.zeros(64))
     model = nn.Linear(64, 64, device="meta")
     load_weights_(model, [file])
-    assert torch.equal(model.weight, values) and mapped(model.weight) == str(file)
+    assert torch.equal(model.weight, values) and mapped_file(model.weight) == str(file)
     load_weights_(model, [file], torch.bfloat16)
-    assert model.weight.dtype == torch.bfloat16 and mapped(model.weight) != str(file)
+    assert model.weight.dtype == torch.bfloat16 and mapped_file(model.weight) != str(file)
     assert torch.equal(model.weight, values.bfloat16())
 
 
-def test_whole_numbers_keep_their_type_and_parameters_their_gradients(stored):
+def test_integers_keep_their_dtype_and_parameters_their_requires_grad(stored):
     file = stored(weight=torch.ones(2, 2).half(), steps=torch.tensor(7))
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
@@ -155,21 +156,21 @@ def test_whole_numbers_keep_their_type_and_parameters_their_gradients(stored):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_value_that_is_no_number_is_refused_with_its_tensor(value, stored):
+def test_a_non_finite_value_is_refused_with_its_tensor(value, stored):
     weight = torch.zeros(3, 3)
     weight[1, 2] = value
     file = stored(weight=weight, bias=torch.zeros(3))
     refused(lambda: load_weights_(nn.Linear(3, 3), [file]), str(file), "'weight'", "NaN or infinite")
 
 
-def test_tensors_that_do_not_fit_are_refused_by_name(stored):
+def test_mismatched_tensors_are_refused_by_name(stored):
     file = stored(weight=torch.zeros(3, 3), bias=torch.zeros(3))
     refused(lambda: load_weights_(nn.Linear(3, 3, bias=False), [file]), "'bias'", "does not belong")
     refused(lambda: load_weights_(nn.Linear(4, 3), [file]), "'weight'", "[3, 3]", "[3, 4]")
     refused(lambda: load_weights_(nn.Bilinear(3, 3, 3), [stored(bias=torch.zeros(3))]), "'weight'", "is missing")
 
 
-def test_the_files_of_a_part_are_found_whole_in_shards_or_under_their_only_name(tmp_path):
+def test_weight_files_are_found_by_name_by_index_or_as_the_only_file(tmp_path):
     shards = {f"{WEIGHTS}.index.json": json.dumps({"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}})}
     (tmp_path / "a.safetensors").touch()
     assert weight_files(tmp_path) == [tmp_path / "a.safetensors"]
@@ -195,8 +196,8 @@ def test_a_truncated_file_is_refused(stored):
     refused(lambda: load_weights_(nn.Linear(3, 3), [file]), str(file), "truncated")
 
 
-def test_a_whole_denoiser_is_read_as_views_of_its_file(tiny_folder):
+def test_a_denoiser_is_loaded_as_views_of_its_file(tiny_folder):
     file = tiny_folder("sd") / "unet" / WEIGHTS
     model = load_checkpoint(tiny_folder("sd")).model
     large = [name for name, value in load_file(file).items() if value.numel() > 1024]
-    assert large and all(mapped(model.state_dict()[name]) == str(file) for name in large)
+    assert large and all(mapped_file(model.state_dict()[name]) == str(file) for name in large)

@@ -1,4 +1,4 @@
-"""compress/sources/load.py: everything a user may call a checkpoint is read, and everything else is refused by name."""
+"""compress/sources/load.py: every kind of checkpoint is loaded, and invalid ones are refused by name."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ def edit(path: Path, **changes) -> None:
 
 
 def refused(reference, *words: str) -> None:
-    """Refused as bad input, in one line that names each of `words`."""
+    """Assert that loading raises InvalidInputError with one line that contains all `words`."""
     with pytest.raises(InvalidInputError) as caught:
         load_checkpoint(reference)
     message = str(caught.value)
     assert "\n" not in message.strip() and all(word in message for word in words), message
 
 
-# --- what is read ----------------------------------------------------------------------------------------------
+# --- accepted --------------------------------------------------------------------------------------------------
 
 
-def test_a_pipeline_folder_gives_the_model_that_diffusers_saved(pipeline_folder, plain):
+def test_a_pipeline_folder_loads_the_model_that_diffusers_saved(pipeline_folder, plain):
     loaded = load_checkpoint(pipeline_folder)
     x, t = torch.randn(2, 1, 8, 8), torch.tensor([3, 90])
     with torch.no_grad():
@@ -46,16 +46,16 @@ def test_a_pipeline_folder_gives_the_model_that_diffusers_saved(pipeline_folder,
 
 
 @pytest.mark.parametrize("name", ["unet", "transformer"])
-def test_a_bare_denoiser_folder_finds_the_scheduler_beside_it(name, pipeline_folder, scheduler, tmp_path):
+def test_a_bare_denoiser_folder_uses_the_scheduler_beside_it(name, pipeline_folder, scheduler, tmp_path):
     scheduler(pipeline_folder, prediction_type="v_prediction")
     (pipeline_folder / "unet").rename(pipeline_folder / name)
-    whole, bare = load_checkpoint(pipeline_folder), load_checkpoint(str(pipeline_folder / name))
-    assert bare.hash == whole.hash and bare.spec.prediction == "v"
+    pipeline, bare = load_checkpoint(pipeline_folder), load_checkpoint(str(pipeline_folder / name))
+    assert bare.hash == pipeline.hash and bare.spec.prediction == "v"
     save_checkpoint(bare, tmp_path / "saved")
     assert (tmp_path / "saved" / name / WEIGHTS).is_file()
 
 
-def test_a_folder_of_another_name_that_holds_only_the_network_is_read(plain, tmp_path):
+def test_a_denoiser_folder_of_any_name_is_loaded(plain, tmp_path):
     plain.model.save_pretrained(tmp_path / "network")
     loaded = load_checkpoint(tmp_path / "network")
     assert loaded.spec.prediction == "epsilon" and len(loaded.spec.schedule) == 1000
@@ -63,7 +63,7 @@ def test_a_folder_of_another_name_that_holds_only_the_network_is_read(plain, tmp
     assert load_checkpoint(tmp_path / "saved").hash == loaded.hash
 
 
-def test_a_class_conditional_network_says_how_many_classes_it_has(unet, tmp_path):
+def test_the_number_of_classes_is_read_from_the_config(unet, tmp_path):
     unet.model.save_pretrained(tmp_path / "unet")
     conditioning = load_checkpoint(tmp_path).spec.conditioning
     assert (conditioning.kind, conditioning.classes, conditioning.null_label) == ("class", 4, None)
@@ -77,25 +77,27 @@ def test_a_hand_written_record_adds_null_label_and_plan(unet, tmp_path):
     assert spec.conditioning.null_label == 3 and (spec.plan.solver, spec.plan.steps) == ("dpmpp_2m", 5)
 
 
-def test_a_checkpoint_in_half_precision_and_in_shards_is_read_as_float32(pipeline_folder):
-    part = pipeline_folder / "unet"
-    state = {name: tensor.half() for name, tensor in load_file(part / WEIGHTS).items()}
+def test_a_sharded_half_precision_checkpoint_is_loaded_as_float32(pipeline_folder):
+    component = pipeline_folder / "unet"
+    state = {name: tensor.half() for name, tensor in load_file(component / WEIGHTS).items()}
     names = sorted(state)
     shards = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
-    for file, held in shards.items():
-        save_file({name: state[name] for name in held}, part / file)
-    (part / WEIGHTS).unlink()
-    index = {"weight_map": {name: file for file, held in shards.items() for name in held}}
-    (part / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    for file, names_in_file in shards.items():
+        save_file({name: state[name] for name in names_in_file}, component / file)
+    (component / WEIGHTS).unlink()
+    index = {"weight_map": {name: file for file, names_in_file in shards.items() for name in names_in_file}}
+    (component / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
     model = load_checkpoint(pipeline_folder).model
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert all(torch.equal(model.state_dict()[name], state[name].float()) for name in names)
 
 
-@pytest.mark.parametrize(("said", "understood"), [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")])
-def test_every_prediction_type_is_understood(said, understood, pipeline_folder, scheduler):
-    scheduler(pipeline_folder, prediction_type=said)
-    assert load_checkpoint(pipeline_folder).spec.prediction == understood
+@pytest.mark.parametrize(
+    ("setting", "prediction"), [("epsilon", "epsilon"), ("v_prediction", "v"), ("sample", "sample")]
+)
+def test_every_prediction_type_is_read(setting, prediction, pipeline_folder, scheduler):
+    scheduler(pipeline_folder, prediction_type=setting)
+    assert load_checkpoint(pipeline_folder).spec.prediction == prediction
 
 
 @pytest.mark.parametrize("kind", ["linear", "scaled_linear", "squaredcos_cap_v2"])
@@ -108,7 +110,7 @@ def test_the_schedule_is_the_one_diffusers_samples_with(kind, pipeline_folder, s
     np.testing.assert_allclose(np.square(schedule.sigmas), 1.0 - expected, rtol=1e-9, atol=1e-12)
 
 
-def test_a_flow_matching_scheduler_makes_a_flow_model(pipeline_folder, scheduler):
+def test_a_flow_matching_scheduler_is_read_as_a_flow_model(pipeline_folder, scheduler):
     scheduler(pipeline_folder, _class_name="FlowMatchEulerDiscreteScheduler")
     spec, theirs = load_checkpoint(pipeline_folder).spec, FlowMatchEulerDiscreteScheduler(num_train_timesteps=100)
     assert spec.prediction == "flow"
@@ -117,7 +119,7 @@ def test_a_flow_matching_scheduler_makes_a_flow_model(pipeline_folder, scheduler
         assert spec.schedule.alphas[round(t)] == pytest.approx(1.0 - sigma, abs=1e-6)
 
 
-def test_samples_are_clipped_where_the_scheduler_says_so(pipeline_folder, scheduler):
+def test_clip_sample_is_read_from_the_scheduler(pipeline_folder, scheduler):
     found = []
     for clip in (True, False):
         scheduler(pipeline_folder, clip_sample=clip)
@@ -126,7 +128,7 @@ def test_samples_are_clipped_where_the_scheduler_says_so(pipeline_folder, schedu
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
-def test_a_custom_module_of_every_prediction_is_read(prediction, custom_files):
+def test_a_custom_module_of_every_prediction_is_loaded(prediction, custom_files):
     file, weights = custom_files(prediction)
     loaded = load_checkpoint(f"{file}:{weights}")
     assert loaded.spec.prediction == prediction and not loaded.model.training
@@ -135,19 +137,19 @@ def test_a_custom_module_of_every_prediction_is_read(prediction, custom_files):
     assert forward(loaded.model, loaded.spec, inputs["sample"], inputs["timestep"], {}).shape == (2, 1, 8, 8)
 
 
-def test_a_hub_id_is_passed_to_diffusers(pipeline_folder, monkeypatch):
-    asked = []
+def test_a_hub_id_is_downloaded_by_diffusers(pipeline_folder, monkeypatch):
+    calls = []
 
     def download(name, **options):
-        asked.append((name, options))
+        calls.append((name, options))
         return str(pipeline_folder)
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     assert load_checkpoint("someone/model-8.1").hash == load_checkpoint(pipeline_folder).hash
-    assert asked == [("someone/model-8.1", {"use_safetensors": True})]
+    assert calls == [("someone/model-8.1", {"use_safetensors": True})]
 
 
-def test_what_the_hub_answers_is_told_in_one_line(monkeypatch):
+def test_a_hub_error_is_reported_in_one_line(monkeypatch):
     def download(name, **options):
         raise RuntimeError("401 Client Error\nand a page of HTML")
 
@@ -155,7 +157,7 @@ def test_what_the_hub_answers_is_told_in_one_line(monkeypatch):
     refused("someone/model", "someone/model", "401 Client Error")
 
 
-# --- what is refused: weights ----------------------------------------------------------------------------------
+# --- refused weights -------------------------------------------------------------------------------------------
 
 
 def test_a_folder_without_weights_is_refused(pipeline_folder):
@@ -198,7 +200,7 @@ def test_a_wrong_shape_is_refused(pipeline_folder):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_numbers_are_refused(value, pipeline_folder):
+def test_non_finite_weights_are_refused(value, pipeline_folder):
     file = change_weights(pipeline_folder, lambda state: state["conv_in.bias"].fill_(value))
     refused(pipeline_folder, str(file), "'conv_in.bias'", "NaN")
 
@@ -209,7 +211,7 @@ def test_a_folder_with_only_a_pickle_is_refused(pipeline_folder):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ".pth", ".bin"])
-def test_a_pickle_given_as_the_checkpoint_is_refused_unread(suffix, tmp_path):
+def test_a_pickle_named_as_the_checkpoint_is_refused_unread(suffix, tmp_path):
     class Trap:
         def __reduce__(self):
             return (Path.touch, (tmp_path / "sprung",))
@@ -221,10 +223,10 @@ def test_a_pickle_given_as_the_checkpoint_is_refused_unread(suffix, tmp_path):
 
 
 def test_several_weight_files_without_an_index_are_refused(pipeline_folder):
-    part = pipeline_folder / "unet"
-    (part / WEIGHTS).rename(part / "a.safetensors")
-    (part / "b.safetensors").write_bytes((part / "a.safetensors").read_bytes())
-    refused(pipeline_folder, str(part), "several", "a.safetensors, b.safetensors")
+    component = pipeline_folder / "unet"
+    (component / WEIGHTS).rename(component / "a.safetensors")
+    (component / "b.safetensors").write_bytes((component / "a.safetensors").read_bytes())
+    refused(pipeline_folder, str(component), "several", "a.safetensors, b.safetensors")
 
 
 @pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": []}, {"weight_map": {"conv_in.bias": 5}}])
@@ -233,21 +235,21 @@ def test_an_index_that_names_no_files_is_refused(index, pipeline_folder):
     refused(pipeline_folder, f"{WEIGHTS}.index.json")
 
 
-# --- what is refused: configs ----------------------------------------------------------------------------------
+# --- refused configs -------------------------------------------------------------------------------------------
 
 
-def test_nothing_there_is_refused(tmp_path):
+def test_a_missing_folder_is_refused(tmp_path):
     refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "no such checkpoint folder")
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path):
+def test_a_folder_without_a_checkpoint_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
     refused(tmp_path, str(tmp_path), "config.json")
 
 
-def test_a_file_that_is_no_folder_is_refused(tmp_path):
+def test_an_invalid_single_file_is_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
-    refused(tmp_path / "model.safetensors", "model.safetensors", "folder")
+    refused(tmp_path / "model.safetensors", "model.safetensors", "not readable as safetensors")
 
 
 @pytest.mark.parametrize("file", ["unet/config.json", "scheduler/scheduler_config.json", "diffpress.json"])
@@ -275,12 +277,12 @@ def test_an_unknown_class_is_refused(pipeline_folder):
         {"in_channels": None},
     ],
 )
-def test_a_config_that_builds_nothing_is_refused(change, pipeline_folder):
+def test_an_invalid_config_is_refused(change, pipeline_folder):
     edit(pipeline_folder / "unet" / "config.json", **change)
     refused(pipeline_folder, "config.json")
 
 
-def test_a_config_that_leaves_the_channels_to_the_default_is_read(tmp_path):
+def test_a_config_with_default_channels_is_read(tmp_path):
     UNet2DModel(
         block_out_channels=(16, 32),
         down_block_types=("DownBlock2D",) * 2,
@@ -308,7 +310,7 @@ def test_a_config_that_leaves_the_channels_to_the_default_is_read(tmp_path):
         {"beta_start": "small"},
     ],
 )
-def test_a_scheduler_that_makes_no_schedule_is_refused(settings, pipeline_folder, scheduler):
+def test_an_invalid_scheduler_config_is_refused(settings, pipeline_folder, scheduler):
     scheduler(pipeline_folder, **settings)
     refused(pipeline_folder)
 
@@ -323,7 +325,7 @@ def test_a_scheduler_that_makes_no_schedule_is_refused(settings, pipeline_folder
         ({"conditioning": []}, "diffpress.json"),
     ],
 )
-def test_a_hand_written_record_that_makes_no_sense_is_refused(record, word, pipeline_folder):
+def test_an_invalid_hand_written_record_is_refused(record, word, pipeline_folder):
     (pipeline_folder / "diffpress.json").write_text(json.dumps(record))
     refused(pipeline_folder, word)
 
@@ -336,8 +338,8 @@ def test_a_hand_written_record_that_makes_no_sense_is_refused(record, word, pipe
         {"history": [{"stage": "prune"}]},
         {"history": 3},
         {"spec": {"prediction": "v"}},
-        {"quantization": {"format": "int8"}},  # but no scales are there
-        {"format": 99},  # of a later diffpress
+        {"quantization": {"format": "int8"}},  # without a scales file
+        {"format": 99},  # of a newer diffpress
     ],
 )
 def test_a_damaged_record_is_refused(change, pruned, tmp_path):
@@ -362,14 +364,14 @@ def test_scales_of_another_model_are_refused(scales, quantized, tmp_path):
         fake_quantized(load_checkpoint(tmp_path / "saved"))
 
 
-# --- what is refused: custom modules ---------------------------------------------------------------------------
+# --- refused custom modules ------------------------------------------------------------------------------------
 
 
-def test_a_custom_file_that_is_not_there_is_refused(tmp_path):
+def test_a_missing_custom_file_is_refused(tmp_path):
     refused(f"{tmp_path / 'mine.py'}:{tmp_path}", "mine.py", "no such file")
 
 
-def test_custom_weights_that_are_not_there_are_refused(custom_files, tmp_path):
+def test_missing_custom_weights_are_refused(custom_files, tmp_path):
     file, _ = custom_files()
     refused(f"{file}:{tmp_path / 'nowhere'}", "nowhere", "mine.py")
 
@@ -386,7 +388,7 @@ def test_custom_weights_that_are_not_there_are_refused(custom_files, tmp_path):
         ("def load(path): raise SystemExit(0)", "SystemExit"),
     ],
 )
-def test_a_custom_file_that_does_not_do_its_part_is_refused(code, word, custom_files):
+def test_an_invalid_custom_file_is_refused(code, word, custom_files):
     file, weights = custom_files()
     file.write_text(code)
     refused(f"{file}:{weights}", "mine.py", word)

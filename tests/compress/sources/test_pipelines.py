@@ -1,3 +1,5 @@
+"""compress/sources/lora.py, single_file.py and hub.py, compared with diffusers on tiny pipelines."""
+
 from __future__ import annotations
 
 import importlib.util
@@ -11,8 +13,8 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
-from diffpress.compress.sources.hub import downloaded
-from diffpress.compress.sources.lora import fused, parse_lora
+from diffpress.compress.sources.hub import download_pipeline
+from diffpress.compress.sources.lora import fuse_loras, parse_lora
 from diffpress.compress.sources.single_file import from_single_file
 from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
 from tests.pipelines import KINDS, noise, sampled, tiny_pipeline
@@ -23,7 +25,7 @@ LABELS = [3]
 
 @pytest.fixture(scope="session")
 def pipeline(tmp_path_factory):
-    """The folder of a tiny pipeline, made once for each kind and seed."""
+    """The folder of a tiny pipeline, created once per kind and seed."""
     made: dict[tuple[str, int], Path] = {}
 
     def folder(kind: str, seed: int = 0) -> Path:
@@ -52,11 +54,11 @@ def refused(call, *words: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-# --- the oracle itself -----------------------------------------------------------------------------------------
+# --- the tiny pipelines ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tiny_pipeline_samples_images_that_depend_on_its_conditioning(kind, pipeline):
+def test_images_of_a_tiny_pipeline_depend_on_its_conditioning(kind, pipeline):
     pipe = opened(pipeline(kind))
     one = images(pipe)
     assert one.shape == (1, 3, 16, 16) and one.isfinite().all() and one.std() > 0.05
@@ -66,7 +68,7 @@ def test_a_tiny_pipeline_samples_images_that_depend_on_its_conditioning(kind, pi
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "pixart-alpha", "sd3"])
-def test_a_tokenizer_in_the_older_files_gives_the_same_images(kind, pipeline, tmp_path):
+def test_a_tokenizer_in_the_older_format_gives_the_same_images(kind, pipeline, tmp_path):
     old = opened(tiny_pipeline(kind, tmp_path / "old", tokenizer_json=False))
     assert torch.equal(images(old), images(opened(pipeline(kind))))
 
@@ -75,23 +77,23 @@ def test_a_tokenizer_in_the_older_files_gives_the_same_images(kind, pipeline, tm
 
 
 def make_lora(folder: Path, into: Path, seed: int = 0) -> Path:
-    """What a training script saves by diffusers and peft: rank 3, alpha 6, on every part that takes a LoRA."""
+    """Save a LoRA as a training script does: rank 3, alpha 6, on every component that accepts LoRAs."""
     pipe = opened(folder)
     layers = {}
     torch.manual_seed(seed)
-    for part in pipe._lora_loadable_modules:
-        model = getattr(pipe, part)
-        targets = ["to_q", "to_k", "to_v", "to_out.0"] if part in ("unet", "transformer") else ["q_proj", "v_proj"]
+    for component in pipe._lora_loadable_modules:
+        model = getattr(pipe, component)
+        targets = ["to_q", "to_k", "to_v", "to_out.0"] if component in ("unet", "transformer") else ["q_proj", "v_proj"]
         model.add_adapter(LoraConfig(r=3, lora_alpha=6, target_modules=targets, init_lora_weights=False))
-        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(model)
-        layers[f"{part}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
+        layers[f"{component}_lora_layers"] = get_peft_model_state_dict(model)
+        layers[f"{component}_lora_adapter_metadata"] = model.peft_config["default"].to_dict()
     type(pipe).save_lora_weights(into, **layers)
     return into
 
 
 @pytest.fixture(scope="session")
 def lora(pipeline, tmp_path_factory):
-    """The folder of a LoRA for one kind of pipeline, made once for each kind and seed."""
+    """The folder of a LoRA for a kind of pipeline, created once per kind and seed."""
     made: dict[tuple[str, int], Path] = {}
 
     def folder(kind: str, seed: int = 0) -> Path:
@@ -103,14 +105,14 @@ def lora(pipeline, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "lcm", "sd3", "flux"])
-def test_a_fused_lora_samples_as_diffusers_does_with_it_beside_the_weights(kind, pipeline, lora, tmp_path):
+def test_a_fused_lora_gives_the_same_images_as_an_unfused_one_in_diffusers(kind, pipeline, lora, tmp_path):
     pipe = opened(pipeline(kind))
     plain = images(pipe)
     pipe.load_lora_weights(lora(kind), adapter_name="mine")
     pipe.set_adapters("mine", 0.7)
     expected = images(pipe)
     assert (expected - plain).abs().max() > 0.005
-    out = fused(pipeline(kind), [f"{lora(kind)}:0.7"], tmp_path / "fused")
+    out = fuse_loras(pipeline(kind), [f"{lora(kind)}:0.7"], tmp_path / "fused")
     assert (images(opened(out)) - expected).abs().max() <= 1e-5  # W + BA is rounded to float32 once more
 
 
@@ -120,14 +122,14 @@ def test_two_loras_add_up(pipeline, lora, tmp_path):
     pipe.load_lora_weights(one, adapter_name="one")
     pipe.load_lora_weights(two, adapter_name="two")
     pipe.set_adapters(["one", "two"], [1.0, -0.5])
-    out = fused(pipeline("sd"), [str(one), f"{two / 'pytorch_lora_weights.safetensors'}:-0.5"], tmp_path / "fused")
+    out = fuse_loras(pipeline("sd"), [str(one), f"{two / 'pytorch_lora_weights.safetensors'}:-0.5"], tmp_path / "fused")
     assert (images(opened(out)) - images(pipe)).abs().max() <= 1e-5
 
 
-def test_fusing_leaves_the_parts_it_does_not_touch_and_its_input_as_they_were(pipeline, lora, tmp_path):
+def test_fusing_changes_neither_its_input_nor_the_other_components(pipeline, lora, tmp_path):
     folder = pipeline("sd")
     before = contents(folder)
-    out = fused(folder, [str(lora("sd"))], tmp_path / "fused")
+    out = fuse_loras(folder, [str(lora("sd"))], tmp_path / "fused")
     after = contents(out)
     assert contents(folder) == before and after.keys() == before.keys()
     changed = {name for name in before if after[name] != before[name]}
@@ -139,11 +141,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_what_a_user_wrote_beside_the_pipeline_goes_along(pipeline, lora, tmp_path):
+def test_a_hand_written_record_is_copied_along(pipeline, lora, tmp_path):
     folder = tiny_pipeline("sd", tmp_path / "own")
     (folder / "diffpress.json").write_text('{"plan": {"solver": "ddim", "steps": 5}}')
     (folder / "a-leftover.safetensors").write_bytes(b"x" * 10)
-    out = fused(folder, [str(lora("sd"))], tmp_path / "fused")
+    out = fuse_loras(folder, [str(lora("sd"))], tmp_path / "fused")
     assert (out / "diffpress.json").read_bytes() == (folder / "diffpress.json").read_bytes()
     assert not (out / "a-leftover.safetensors").exists()
 
@@ -183,52 +185,54 @@ def test_a_lora_that_cannot_be_read_is_refused(text, words, pipeline, tmp_path, 
     Path("empty").mkdir()
     for name in ("here.safetensors", "here.bin", "here.pt"):
         Path(name).write_bytes(b"nothing")
-    refused(lambda: fused(pipeline("sd"), [text], tmp_path / "fused"), *words)
+    refused(lambda: fuse_loras(pipeline("sd"), [text], tmp_path / "fused"), *words)
     assert not (tmp_path / "fused").exists()
 
 
 def test_foreign_tensors_are_refused(pipeline, tmp_path):
     file = tmp_path / "foreign.safetensors"
     save_file({"encoder.weight": torch.zeros(3)}, file)
-    refused(lambda: fused(pipeline("sd"), [str(file)], tmp_path / "fused"), str(file), "no LoRA")
+    refused(lambda: fuse_loras(pipeline("sd"), [str(file)], tmp_path / "fused"), str(file), "no LoRA")
 
 
 @pytest.mark.parametrize("other", ["sdxl", "sd3"])
 def test_a_lora_of_another_model_is_refused(other, pipeline, lora, tmp_path):
-    refused(lambda: fused(pipeline("sd"), [str(lora(other))], tmp_path / "fused"), str(lora(other)), "another model")
+    refused(
+        lambda: fuse_loras(pipeline("sd"), [str(lora(other))], tmp_path / "fused"), str(lora(other)), "another model"
+    )
 
 
-def test_a_lora_that_fits_only_in_part_is_refused(pipeline, lora, tmp_path):
+def test_a_lora_that_matches_only_some_layers_is_refused(pipeline, lora, tmp_path):
     file = tmp_path / "lora.safetensors"
     state = load_file(lora("sd") / "pytorch_lora_weights.safetensors")
     for half in ("lora_A", "lora_B"):
         known = next(name for name in state if name.startswith("unet.mid_block") and half in name)
         state[known.replace("mid_block", "far_block")] = state[known].clone()
     save_file(state, file)
-    refused(lambda: fused(pipeline("sd"), [str(file)], tmp_path / "fused"), str(file), "only")
+    refused(lambda: fuse_loras(pipeline("sd"), [str(file)], tmp_path / "fused"), str(file), "only")
 
 
 @pytest.mark.parametrize("kind", ["dit", "ldm", "pixart-alpha"])
-def test_a_pipeline_that_takes_no_lora_says_so(kind, pipeline, lora, tmp_path):
-    refused(lambda: fused(pipeline(kind), [str(lora("sd"))], tmp_path / "fused"), str(pipeline(kind)), "no LoRA")
+def test_a_pipeline_without_lora_support_is_refused(kind, pipeline, lora, tmp_path):
+    refused(lambda: fuse_loras(pipeline(kind), [str(lora("sd"))], tmp_path / "fused"), str(pipeline(kind)), "no LoRA")
 
 
-def test_a_lora_needs_a_whole_pipeline(pipeline, lora, tmp_path):
+def test_a_lora_needs_a_complete_pipeline(pipeline, lora, tmp_path):
     unet = pipeline("sd") / "unet"
-    refused(lambda: fused(unet, [str(lora("sd"))], tmp_path / "fused"), str(unet), "model_index.json")
+    refused(lambda: fuse_loras(unet, [str(lora("sd"))], tmp_path / "fused"), str(unet), "model_index.json")
 
 
 def test_a_pipeline_without_its_weights_is_refused(pipeline, lora, tmp_path):
     folder = tiny_pipeline("sd", tmp_path / "own")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
-    refused(lambda: fused(folder, [str(lora("sd"))], tmp_path / "fused"), str(folder), "cannot load")
+    refused(lambda: fuse_loras(folder, [str(lora("sd"))], tmp_path / "fused"), str(folder), "cannot load")
 
 
-def test_without_peft_a_lora_names_the_extra(pipeline, lora, tmp_path, monkeypatch):
+def test_without_peft_the_error_names_the_extra(pipeline, lora, tmp_path, monkeypatch):
     file = lora("sd")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"--lora.*peft.*diffpress\[compress\]"):
-        fused(pipeline("sd"), [str(file)], tmp_path / "fused")
+        fuse_loras(pipeline("sd"), [str(file)], tmp_path / "fused")
 
 
 # --- single files ----------------------------------------------------------------------------------------------
@@ -241,7 +245,7 @@ RESNET = {
     "time_emb_proj": "emb_layers.1",
     "conv_shortcut": "skip_connection",
 }
-UNET = {  # of the tiny one: two blocks of one layer, down and up
+UNET = {  # the tiny U-Net has two down and two up blocks of one layer
     r"time_embedding\.linear_1": "time_embed.0",
     r"time_embedding\.linear_2": "time_embed.2",
     r"conv_in": "input_blocks.0.0",
@@ -270,7 +274,7 @@ VAE = {
     r"mid_block\.attentions\.0": "mid.attn_1",
     r"down_blocks\.(\d)\.resnets": r"down.\1.block",
     r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
-    r"up_blocks\.0\.resnets": "up.1.block",  # counted from the image's end
+    r"up_blocks\.0\.resnets": "up.1.block",  # the original counts from the image's side
     r"up_blocks\.1\.resnets": "up.0.block",
     r"up_blocks\.0\.upsamplers\.0": "up.1.upsample",
     r"group_norm": "norm",
@@ -286,13 +290,13 @@ def renamed(name: str, table: dict[str, str]) -> str:
 
 
 def original_layout(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
-    """A tiny Stable Diffusion as CompVis named its tensors: the inverse of diffusers' converter."""
+    """Rename the tensors of a tiny Stable Diffusion to the CompVis layout, inverting diffusers' converter."""
     state = {}
     for name, tensor in pipe.unet.state_dict().items():
         table = {**UNET, **RESNET} if "resnets" in name else UNET
         state["model.diffusion_model." + renamed(name, table)] = tensor
     for name, tensor in pipe.vae.state_dict().items():
-        square = "mid_block.attentions" in name and tensor.ndim == 2  # attention was made of 1x1 convolutions
+        square = "mid_block.attentions" in name and tensor.ndim == 2  # the original attention uses 1x1 convolutions
         state["first_stage_model." + renamed(name, VAE)] = tensor[:, :, None, None].clone() if square else tensor
     for name, tensor in pipe.text_encoder.state_dict().items():
         state["cond_stage_model.transformer.text_model." + name.removeprefix("text_model.")] = tensor
@@ -306,20 +310,20 @@ def single_file(pipeline, tmp_path):
     return file
 
 
-def test_a_single_file_gives_the_pipeline_it_was_made_of(single_file, pipeline, tmp_path):
-    # the configs of a pipeline with other weights: all that is compared comes from the file
+def test_a_single_file_converts_back_to_its_pipeline(single_file, pipeline, tmp_path):
+    # take the configs from a pipeline with other weights, so that all compared weights come from the file
     out = from_single_file(single_file, tmp_path / "out", str(pipeline("sd", seed=1)))
     one, other = opened(out), opened(pipeline("sd"))
-    for part in ("unet", "vae", "text_encoder"):
-        state = getattr(one, part).state_dict()
-        assert state.keys() == getattr(other, part).state_dict().keys()
-        for name, tensor in getattr(other, part).state_dict().items():
+    for component in ("unet", "vae", "text_encoder"):
+        state = getattr(one, component).state_dict()
+        assert state.keys() == getattr(other, component).state_dict().keys()
+        for name, tensor in getattr(other, component).state_dict().items():
             assert torch.equal(state[name], tensor), name
     assert one.scheduler.config == other.scheduler.config
     assert torch.equal(images(one), images(other))
 
 
-def test_without_the_hub_the_detected_type_and_the_way_out_are_told(single_file, tmp_path, monkeypatch):
+def test_without_the_hub_the_error_names_the_detected_type_and_the_config_option(single_file, tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no network\nand a page of advice")
 
@@ -328,7 +332,7 @@ def test_without_the_hub_the_detected_type_and_the_way_out_are_told(single_file,
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "first_stage_model.decoder.up.", "cond_stage_model."])
-def test_a_single_file_that_lacks_a_part_is_refused(prefix, single_file, pipeline, tmp_path):
+def test_a_single_file_that_lacks_a_component_is_refused(prefix, single_file, pipeline, tmp_path):
     state = load_file(single_file)
     dropped = [name for name in state if name.startswith(prefix)][3:]
     save_file({name: tensor for name, tensor in state.items() if name not in dropped}, single_file)
@@ -337,18 +341,18 @@ def test_a_single_file_that_lacks_a_part_is_refused(prefix, single_file, pipelin
     assert not (tmp_path / "out").exists()
 
 
-def test_a_single_file_of_other_sizes_than_its_config_is_refused(single_file, pipeline, tmp_path):
+def test_a_single_file_that_does_not_match_its_config_is_refused(single_file, pipeline, tmp_path):
     config = str(pipeline("sdxl"))
     refused(lambda: from_single_file(single_file, tmp_path / "out", config), str(single_file), config)
 
 
-def test_a_file_in_no_known_layout_is_refused(pipeline, tmp_path):
+def test_a_file_in_an_unknown_layout_is_refused(pipeline, tmp_path):
     file = tmp_path / "mine.safetensors"
     save_file({"encoder.weight": torch.zeros(3)}, file)
     refused(lambda: from_single_file(file, tmp_path / "out", str(pipeline("sd"))), str(file), "layout")
 
 
-def test_configs_of_a_pipeline_without_single_files_are_refused(single_file, pipeline, tmp_path):
+def test_a_config_of_a_pipeline_without_single_file_support_is_refused(single_file, pipeline, tmp_path):
     config = str(pipeline("dit"))
     refused(lambda: from_single_file(single_file, tmp_path / "out", config), config, "DiTPipeline")
 
@@ -367,15 +371,15 @@ def test_a_single_file_that_cannot_be_read_is_refused(name, word, tmp_path):
 
 
 def test_a_hub_id_is_downloaded_by_diffusers(monkeypatch, tmp_path):
-    asked = []
-    monkeypatch.setattr(DiffusionPipeline, "download", lambda *ids, **how: asked.append((ids, how)) or str(tmp_path))
-    assert downloaded("someone/model-8.1") == tmp_path
-    assert asked == [(("someone/model-8.1",), {"use_safetensors": True})]
+    calls = []
+    monkeypatch.setattr(DiffusionPipeline, "download", lambda *ids, **how: calls.append((ids, how)) or str(tmp_path))
+    assert download_pipeline("someone/model-8.1") == tmp_path
+    assert calls == [(("someone/model-8.1",), {"use_safetensors": True})]
 
 
-def test_what_the_hub_answers_is_told_in_one_line(monkeypatch):
+def test_a_hub_error_is_reported_in_one_line(monkeypatch):
     def download(*_, **__):
         raise RuntimeError("401 Client Error\nand a page of HTML")
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
-    refused(lambda: downloaded("someone/model"), "someone/model", "401 Client Error")
+    refused(lambda: download_pipeline("someone/model"), "someone/model", "401 Client Error")

@@ -1,7 +1,7 @@
-"""compress/sources/scheduler_config.py: what it reads from a config walks, step for step, as diffusers' own scheduler does.
+"""compress/sources/scheduler_config.py: the solver read from a config samples as diffusers' own scheduler does.
 
-The network is an analytic one, x_0 = 0.9 sin(2x + t / 400), asked in every prediction. diffusers keeps its tables in
-float32, and 1e-4 is some hundred roundings of numbers of order one; looser tolerances say why.
+The network is analytic, x_0 = 0.9 sin(2x + t / 400), in every prediction type. diffusers keeps its tables in float32:
+the tolerance of 1e-4 is about a hundred rounding errors of values of order one; looser tolerances are explained.
 """
 
 from __future__ import annotations
@@ -33,36 +33,38 @@ TOLERANCE = 1e-4
 SHAPE = (2, 1, 4, 4)
 
 
-def noises(count: int) -> list[np.ndarray]:
+def draw_noise(count: int) -> list[np.ndarray]:
     return list(np.random.default_rng(1).standard_normal((count, *SHAPE), dtype=np.float32))
 
 
-def made(name: str, **settings):
-    """Diffusers' scheduler, and what we read from the file it saves."""
+def build(name: str, **settings):
+    """Build diffusers' scheduler, and read the config it saves."""
     scheduler = getattr(diffusers, name)(**settings)
     return scheduler, read_scheduler(json.loads(scheduler.to_json_string()), WHERE, text_or_latent=True)
 
 
 def network_of(facts: SchedulerFacts):
     def network(x: np.ndarray, t: float) -> np.ndarray:
-        point = noise_level_at(facts.schedule, float(t))
+        level = noise_level_at(facts.schedule, float(t))
         x0 = 0.9 * np.sin(2 * x.astype(np.float64) + t / 400)
         if facts.prediction == "sample":
             return x0.astype(np.float32)
-        eps = (x - point.alpha * x0) / point.sigma
-        out = {"epsilon": eps, "v": point.alpha * eps - point.sigma * x0, "flow": eps - x0}[facts.prediction]
+        eps = (x - level.alpha * x0) / level.sigma
+        out = {"epsilon": eps, "v": level.alpha * eps - level.sigma * x0, "flow": eps - x0}[facts.prediction]
         return out.astype(np.float32)
 
     return network
 
 
-def our_result(facts: SchedulerFacts, steps: int, noise: list[np.ndarray], tokens=None, cond=float) -> np.ndarray:
+def our_sample(
+    facts: SchedulerFacts, steps: int, noise: list[np.ndarray], tokens=None, network_time=float
+) -> np.ndarray:
     timesteps = spaced_timesteps(facts.spacing, steps, facts.schedule, tokens)
     plan = SamplingPlan(facts.solver, timesteps, clip=facts.clip, end=facts.end, start=facts.start)
     network = network_of(facts)
 
-    def denoise(x, point):
-        x0 = to_x0(facts.prediction, x, network(x, cond(point.t)), point)
+    def denoise(x, level):
+        x0 = to_x0(facts.prediction, x, network(x, network_time(level.t)), level)
         if facts.threshold is not None:
             return thresholded(x0, facts.threshold, (-1.0, 1.0))
         return np.clip(x0, -1, 1) if facts.clip else x0
@@ -70,8 +72,8 @@ def our_result(facts: SchedulerFacts, steps: int, noise: list[np.ndarray], token
     return list(sample(denoise, noise[0], facts.schedule, plan, lambda k: noise[k]))[-1].x
 
 
-def their_result(scheduler, facts: SchedulerFacts, noise: list[np.ndarray], monkeypatch) -> np.ndarray:
-    """The loop of every pipeline; the scheduler draws the same noise."""
+def their_sample(scheduler, facts: SchedulerFacts, noise: list[np.ndarray], monkeypatch) -> np.ndarray:
+    """Run diffusers' sampling loop with the same noise."""
     fresh = iter(noise[1:])
     module = sys.modules[type(scheduler).__module__]
     if hasattr(module, "randn_tensor"):
@@ -83,14 +85,14 @@ def their_result(scheduler, facts: SchedulerFacts, noise: list[np.ndarray], monk
     return x.numpy()
 
 
-def distance(scheduler, facts, steps: int, monkeypatch, cond=float) -> float:
-    noise = noises(steps + 2)
+def distance(scheduler, facts, steps: int, monkeypatch, network_time=float) -> float:
+    noise = draw_noise(steps + 2)
     scheduler.set_timesteps(steps)
-    theirs = their_result(scheduler, facts, noise, monkeypatch)
-    return float(np.abs(our_result(facts, steps, noise, cond=cond) - theirs).max())
+    theirs = their_sample(scheduler, facts, noise, monkeypatch)
+    return float(np.abs(our_sample(facts, steps, noise, network_time=network_time) - theirs).max())
 
 
-WALKS = [
+CASES = [
     (name, prediction, spacing)
     for name in (
         "DDIMScheduler",
@@ -105,7 +107,7 @@ WALKS = [
     )
     for prediction in ("epsilon", "v", "sample")
     for spacing in ("leading", "trailing", "linspace")
-    # DDIM goes on at t - T // N, which linspace does not; two classes know no sample prediction
+    # DDIM continues at t - T // N, which is not a linspace timestep; two classes do not support sample prediction
     if (name, spacing) != ("DDIMScheduler", "linspace")
     and (name, prediction) not in [("EulerAncestralDiscreteScheduler", "sample"), ("HeunDiscreteScheduler", "sample")]
 ]
@@ -113,36 +115,36 @@ WALKS = [
 
 def settings_of(name: str, prediction: str, spacing: str) -> dict:
     settings = LATENT | {"prediction_type": NAMES[prediction], "timestep_spacing": spacing}
-    settings["steps_offset"] = 1  # counts for leading grids alone
+    settings["steps_offset"] = 1  # only used with leading spacing
     return settings | ({"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {})
 
 
 @pytest.mark.parametrize("steps", [2, 4, 10, 20])
-@pytest.mark.parametrize(("name", "prediction", "spacing"), WALKS)
-def test_trajectories_end_where_those_of_diffusers_do(name, prediction, spacing, steps, monkeypatch) -> None:
-    scheduler, facts = made(name, **settings_of(name, prediction, spacing))
-    # where Heun goes all the way in one step, x passes through 70 and is as much less exact in theirs
-    near = TOLERANCE if (name, steps) != ("HeunDiscreteScheduler", 2) else 1e-3
-    assert distance(scheduler, facts, steps, monkeypatch) <= near
+@pytest.mark.parametrize(("name", "prediction", "spacing"), CASES)
+def test_samples_match_those_of_diffusers(name, prediction, spacing, steps, monkeypatch) -> None:
+    scheduler, facts = build(name, **settings_of(name, prediction, spacing))
+    # with Heun in one step x reaches values of 70, and diffusers' error grows accordingly
+    tolerance = TOLERANCE if (name, steps) != ("HeunDiscreteScheduler", 2) else 1e-3
+    assert distance(scheduler, facts, steps, monkeypatch) <= tolerance
 
 
 @pytest.mark.parametrize("steps", COUNTS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-@pytest.mark.parametrize("name", sorted({name for name, *_ in WALKS}))
+@pytest.mark.parametrize("name", sorted({name for name, *_ in CASES}))
 def test_timesteps_are_those_of_diffusers(name, spacing, steps) -> None:
     if steps == 1 and spacing == "linspace" and "Multistep" not in name and name != "LCMScheduler":
-        pytest.skip("one step of their linspace starts at t = 0, where nothing is left to do; ours at the noisy end")
-    scheduler, facts = made(name, **settings_of(name, "epsilon", spacing))
+        pytest.skip("diffusers' linspace with one step starts at t = 0, without noise; ours at the noisy end")
+    scheduler, facts = build(name, **settings_of(name, "epsilon", spacing))
     scheduler.set_timesteps(steps)
     ours = spaced_timesteps(facts.spacing, steps, facts.schedule)
-    theirs = list(dict.fromkeys(scheduler.timesteps.tolist()))  # Heun's come twice
-    assert np.allclose(ours, theirs, rtol=0, atol=1e-4)  # float32, where they are fractional
+    theirs = list(dict.fromkeys(scheduler.timesteps.tolist()))  # Heun repeats each timestep
+    assert np.allclose(ours, theirs, rtol=0, atol=1e-4)  # fractional timesteps are float32
 
 
 @pytest.mark.parametrize("steps", [4, 20])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_ddim_may_end_at_the_noise_of_timestep_0(offset, steps, monkeypatch) -> None:
-    scheduler, facts = made("DDIMScheduler", set_alpha_to_one=False, steps_offset=offset, clip_sample=False, **LATENT)
+def test_ddim_can_end_at_the_noise_of_timestep_0(offset, steps, monkeypatch) -> None:
+    scheduler, facts = build("DDIMScheduler", set_alpha_to_one=False, steps_offset=offset, clip_sample=False, **LATENT)
     assert facts.end == 0.0 and distance(scheduler, facts, steps, monkeypatch) <= TOLERANCE
 
 
@@ -150,49 +152,51 @@ def test_ddim_may_end_at_the_noise_of_timestep_0(offset, steps, monkeypatch) -> 
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_pndm_without_runge_kutta_steps_is_walked_exactly(prediction, offset, clean, steps, monkeypatch) -> None:
+def test_pndm_without_runge_kutta_steps_is_matched_exactly(prediction, offset, clean, steps, monkeypatch) -> None:
     settings = {"set_alpha_to_one": clean, "steps_offset": offset, "prediction_type": NAMES[prediction]}
-    scheduler, facts = made("PNDMScheduler", skip_prk_steps=True, **settings, **LATENT)
+    scheduler, facts = build("PNDMScheduler", skip_prk_steps=True, **settings, **LATENT)
     assert facts.note is None and facts.end == (None if clean else 0.0)
     assert distance(scheduler, facts, steps, monkeypatch) <= TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [4, 20])
-def test_dpm_solver_may_end_at_the_noise_of_timestep_0(steps, monkeypatch) -> None:
-    """Below 15 steps that last step is of first order."""
-    scheduler, facts = made("DPMSolverMultistepScheduler", final_sigmas_type="sigma_min", **LATENT)
+def test_dpm_solver_can_end_at_the_noise_of_timestep_0(steps, monkeypatch) -> None:
+    """Below 15 steps the last step is of first order."""
+    scheduler, facts = build("DPMSolverMultistepScheduler", final_sigmas_type="sigma_min", **LATENT)
     assert facts.end == 0.0 and distance(scheduler, facts, steps, monkeypatch) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_zero_terminal_snr_is_honoured(name, monkeypatch) -> None:
+def test_zero_terminal_snr_is_followed(name, monkeypatch) -> None:
     settings = settings_of(name, "v", "trailing") | {"rescale_betas_zero_snr": True}
-    scheduler, facts = made(name, **settings)
+    scheduler, facts = build(name, **settings)
     assert facts.schedule.alphas[-1] <= 2**-12
     assert distance(scheduler, facts, 10, monkeypatch) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
-def test_sigma_grids_come_near(name, option, monkeypatch) -> None:
-    """The noise levels are theirs; between two timesteps the network's is interpolated in another way, by 0.05 at most
-    in Euler. DPM-Solver tells the network whole timesteps, rounded for Karras and cut off for the others.
+def test_sigma_spacings_match_diffusers(name, option, monkeypatch) -> None:
+    """Noise levels equal those of diffusers; the timesteps passed to the network may differ.
+
+    Euler interpolates timesteps differently, by at most 0.05. DPM-Solver passes integer timesteps, rounded for Karras
+    and truncated for the others.
     """
     pytest.importorskip("scipy")
-    scheduler, facts = made(name, timestep_spacing="linspace", **{option: True}, **LATENT)
-    cond = (round if "karras" in option else np.floor) if "DPM" in name else float
-    assert facts.note is None and distance(scheduler, facts, 12, monkeypatch, cond) <= 2 * TOLERANCE
+    scheduler, facts = build(name, timestep_spacing="linspace", **{option: True}, **LATENT)
+    network_time = (round if "karras" in option else np.floor) if "DPM" in name else float
+    assert facts.note is None and distance(scheduler, facts, 12, monkeypatch, network_time) <= 2 * TOLERANCE
     assert distance(scheduler, facts, 12, monkeypatch) <= (3e-3 if option != "use_beta_sigmas" else 2e-2)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-def test_flow_sigmas_of_dpm_solver(name, monkeypatch) -> None:
-    scheduler, facts = made(name, use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
+def test_flow_sigmas_match_diffusers(name, monkeypatch) -> None:
+    scheduler, facts = build(name, use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
     solver = {"D": "dpmpp_2m", "U": "unipc_2"}[name[0]]
     assert facts.prediction == "flow" and facts.solver == solver and facts.spacing.shift == 3.0
-    # they tell whole timesteps, cut off, UniPC's first a millionth below pure noise
-    cond = np.floor if name.startswith("DPM") else lambda t: np.floor(t - 1e-3)
-    assert distance(scheduler, facts, 10, monkeypatch, cond) <= TOLERANCE
+    # diffusers passes integer timesteps, truncated; UniPC's first is 1e-6 below pure noise
+    network_time = np.floor if name.startswith("DPM") else lambda t: np.floor(t - 1e-3)
+    assert distance(scheduler, facts, 10, monkeypatch, network_time) <= TOLERANCE
     assert distance(scheduler, facts, 10, monkeypatch) <= 5e-3
 
 
@@ -216,16 +220,16 @@ def test_flow_sigmas_of_dpm_solver(name, monkeypatch) -> None:
     ],
 )
 @pytest.mark.parametrize("steps", [2, 7, 20])
-def test_settings_choose_the_solver_that_walks_as_they_do(name, settings, solver, steps, monkeypatch) -> None:
-    scheduler, facts = made(name, **settings, **({} if "Flow" in name else LATENT))
+def test_settings_select_the_equivalent_solver(name, settings, solver, steps, monkeypatch) -> None:
+    scheduler, facts = build(name, **settings, **({} if "Flow" in name else LATENT))
     assert facts.solver == solver and ("sde" in str(settings)) is (facts.note is not None)
-    # theirs takes differences of large integrals in float32; with its coefficients in float64 it is 3e-6
-    near = TOLERANCE if (solver, steps) != ("deis_3", 20) else 1e-3
-    assert distance(scheduler, facts, steps, monkeypatch) <= near
+    # diffusers subtracts large integrals in float32; with float64 coefficients the difference is 3e-6
+    tolerance = TOLERANCE if (solver, steps) != ("deis_3", 20) else 1e-3
+    assert distance(scheduler, facts, steps, monkeypatch) <= tolerance
 
 
-def test_the_sde_solver_of_dpm_is_read_whether_or_not_its_noise_can_be_drawn_here() -> None:
-    """Its trajectories: tests/runtime/solvers/test_against_diffusers.py."""
+def test_the_sde_solver_of_dpm_is_read_even_without_its_noise_sampler() -> None:
+    """Its trajectories are tested in tests/runtime/solvers/test_against_diffusers.py."""
     config = LATENT | {"_class_name": "DPMSolverSDEScheduler", "timestep_spacing": "linspace"}
     facts = read_scheduler(config | {"use_karras_sigmas": True}, WHERE, True)
     assert (facts.solver, facts.spacing, facts.start) == (
@@ -233,46 +237,46 @@ def test_the_sde_solver_of_dpm_is_read_whether_or_not_its_noise_can_be_drawn_her
         TimestepSpacing("karras", integer=False),
         "noise",
     )
-    assert "own generator" in str(facts.note) and "stands in" not in str(facts.note)
+    assert "own generator" in str(facts.note) and "used instead" not in str(facts.note)
 
 
 @pytest.mark.parametrize("steps", COUNTS)
 @pytest.mark.parametrize("shift", [1.5, 3.0])
-def test_flows_walk_as_in_the_pipeline_of_sd3(shift, steps, monkeypatch) -> None:
-    scheduler, facts = made("FlowMatchEulerDiscreteScheduler", shift=shift)
+def test_flow_samples_match_the_pipeline_of_sd3(shift, steps, monkeypatch) -> None:
+    scheduler, facts = build("FlowMatchEulerDiscreteScheduler", shift=shift)
     assert facts.note is None and distance(scheduler, facts, steps, monkeypatch) <= TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [1, 4, 28])
 @pytest.mark.parametrize("tokens", [64, 256, 1024, 4096, 5000])
-def test_flows_walk_as_in_the_pipeline_of_flux(tokens, steps, monkeypatch) -> None:
-    scheduler, facts = made("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, shift=3.0)
+def test_flow_samples_match_the_pipeline_of_flux(tokens, steps, monkeypatch) -> None:
+    scheduler, facts = build("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, shift=3.0)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(tokens))
-    noise = noises(steps + 1)
-    theirs = their_result(scheduler, facts, noise, monkeypatch)
-    assert np.abs(our_result(facts, steps, noise, tokens) - theirs).max() <= TOLERANCE
+    noise = draw_noise(steps + 1)
+    theirs = their_sample(scheduler, facts, noise, monkeypatch)
+    assert np.abs(our_sample(facts, steps, noise, tokens) - theirs).max() <= TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_flows_without_a_shift_are_laid_out_by_their_pipeline(steps, monkeypatch) -> None:
-    """FLUX.1-schnell; the caller may know better."""
-    scheduler, facts = made("FlowMatchEulerDiscreteScheduler")
+def test_flows_without_a_shift_use_the_sigmas_of_their_pipeline(steps, monkeypatch) -> None:
+    """FLUX.1-schnell; `pipeline_sigmas` overrides it."""
+    scheduler, facts = build("FlowMatchEulerDiscreteScheduler")
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
-    noise = noises(1)
-    theirs = their_result(scheduler, facts, noise, monkeypatch)
-    assert np.abs(our_result(facts, steps, noise) - theirs).max() <= TOLERANCE
+    noise = draw_noise(1)
+    theirs = their_sample(scheduler, facts, noise, monkeypatch)
+    assert np.abs(our_sample(facts, steps, noise) - theirs).max() <= TOLERANCE
     config = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     assert read_scheduler(config, WHERE, True, pipeline_sigmas=False).spacing.kind == "flow_linspace"
 
 
-def test_a_dynamic_plan_moves_to_another_size() -> None:
-    _, facts = made("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True)
+def test_dynamic_timesteps_are_reshifted_to_another_size() -> None:
+    _, facts = build("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True)
     small, large = (spaced_timesteps(facts.spacing, 8, facts.schedule, tokens) for tokens in (256, 4096))
     assert np.allclose(reshifted(small, facts.spacing, 256, 4096, facts.schedule), large, rtol=1e-12)
     assert reshifted(small, TimestepSpacing(), 256, 4096, facts.schedule) is small
 
 
-def test_stable_diffusion_1_is_read_as_its_pipeline_walks() -> None:
+def test_the_scheduler_of_stable_diffusion_1_is_followed_exactly() -> None:
     config = LATENT | {
         "_class_name": "PNDMScheduler",
         "skip_prk_steps": True,
@@ -287,18 +291,18 @@ def test_stable_diffusion_1_is_read_as_its_pipeline_walks() -> None:
     assert np.allclose(facts.schedule.alphas, betas_schedule("scaled_linear", 1000, 0.00085, 0.012).alphas, atol=1e-6)
 
 
-def test_pndm_with_runge_kutta_steps_has_a_stand_in() -> None:
+def test_pndm_with_runge_kutta_steps_is_replaced_by_ipndm() -> None:
     assert read_scheduler({"_class_name": "PNDMScheduler"}, WHERE, True).solver == "ipndm"
 
 
-def test_settings_left_over_from_another_class_do_not_count() -> None:
-    """Stable Diffusion XL's file is an Euler one that was once PNDM's."""
+def test_settings_left_over_from_another_class_are_ignored() -> None:
+    """SDXL's Euler config has leftovers of a PNDM config."""
     config = LATENT | {"_class_name": "EulerDiscreteScheduler", "set_alpha_to_one": False, "clip_sample": True}
     facts = read_scheduler(config | {"steps_offset": 1, "timestep_spacing": "leading"}, WHERE, True)
     assert facts.end is None and not facts.clip and facts.note is None and facts.spacing.offset == 1
 
 
-def test_trained_betas_make_the_table() -> None:
+def test_trained_betas_define_the_schedule() -> None:
     betas = np.linspace(0.001, 0.3, 40)
     facts = read_scheduler(
         {"_class_name": "DDIMScheduler", "trained_betas": betas.tolist(), "num_train_timesteps": 40}, WHERE, True
@@ -315,17 +319,17 @@ def test_trained_betas_make_the_table() -> None:
         "DPMSolverSinglestepScheduler",
     ],
 )
-def test_a_stand_in_is_told(name) -> None:
+def test_a_substituted_solver_is_reported(name) -> None:
     facts = read_scheduler({"_class_name": name}, WHERE, True)
-    assert facts.solver == "dpmpp_2m" and str(facts.note).startswith(name) and "stands in" in str(facts.note)
+    assert facts.solver == "dpmpp_2m" and str(facts.note).startswith(name) and "used instead" in str(facts.note)
 
 
 @pytest.mark.parametrize(
     ("settings", "note"),
     [
-        ({"_class_name": "TCDScheduler"}, "TCDScheduler: it is not known"),
-        ({}, "no scheduler class: it is not known"),
-        ({"_class_name": "FlowMatchLCMScheduler"}, "stands in"),
+        ({"_class_name": "TCDScheduler"}, "TCDScheduler: unknown scheduler"),
+        ({}, "no scheduler class: unknown scheduler"),
+        ({"_class_name": "FlowMatchLCMScheduler"}, "used instead"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift_terminal": 0.1}, "shift_terminal 0.1"),
         ({"_class_name": "DPMSolverMultistepScheduler", "algorithm_type": "sde-dpmsolver++"}, "own generator"),
         (
@@ -345,7 +349,7 @@ def test_a_stand_in_is_told(name) -> None:
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "clip_sample": False}, "linspace"),
     ],
 )
-def test_what_is_not_followed_is_named(settings, note) -> None:
+def test_settings_that_are_not_followed_are_named(settings, note) -> None:
     assert note in str(read_scheduler(settings, WHERE, True).note)
 
 
@@ -369,14 +373,14 @@ def test_what_is_not_followed_is_named(settings, note) -> None:
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_shift": None},
     ],
 )
-def test_garbage_is_refused_with_the_file_in_one_line(settings) -> None:
+def test_invalid_settings_are_refused_with_the_file_in_one_line(settings) -> None:
     with pytest.raises(InvalidInputError) as caught:
         read_scheduler({"_class_name": "DDIMScheduler"} | settings, WHERE, True)
     assert str(caught.value).startswith(f"{WHERE}: ") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"])
-def test_models_of_pixels_are_sampled_alike_whatever_the_class(name) -> None:
+def test_pixel_space_models_are_sampled_with_ddim_whatever_the_class(name) -> None:
     config = {"_class_name": name, "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading"}
     facts = read_scheduler(config, WHERE, False)
     table = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double().numpy()
@@ -385,7 +389,7 @@ def test_models_of_pixels_are_sampled_alike_whatever_the_class(name) -> None:
     assert (facts.prediction, facts.spacing, facts.solver, facts.clip, facts.end, facts.start, facts.note) == expected
 
 
-def test_pixel_flows_and_missing_configs_keep_their_defaults() -> None:
+def test_pixel_space_flows_and_missing_configs_use_defaults() -> None:
     flow = read_scheduler({"_class_name": "FlowMatchEulerDiscreteScheduler", "clip_sample": False}, WHERE, False)
     assert (flow.prediction, flow.solver, flow.clip) == ("flow", "ddim", False)
     assert flow.schedule == flow_schedule(1001)

@@ -1,4 +1,4 @@
-"""compress/training/cuda_graph.py: what a graph may stand for, which steps share one, and on a GPU that it computes what they do."""
+"""compress/training/cuda_graph.py: which steps are captured, which share a graph, and GPU results."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from diffpress.compress.training.loop import Objective, Training, train
 from diffpress.runtime.errors import InvalidInputError
 
 
-class Two(nn.Module):
-    """Two convolutional networks of which a step trains one and reads the other, as `score` does."""
+class TwoNetworks(nn.Module):
+    """Two convolutional networks; a step trains one and evaluates the other, as in `score`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ def draw(generator: torch.Generator, share: float) -> tuple[int, dict[str, torch
     return which, {"x": x}, [torch.randn(x.shape, generator=generator) for _ in range(1 + which)]
 
 
-def loss(model: Two, which: int, cond: dict[str, torch.Tensor], noise: list[torch.Tensor]) -> torch.Tensor:
+def loss(model: TwoNetworks, which: int, cond: dict[str, torch.Tensor], noise: list[torch.Tensor]) -> torch.Tensor:
     x = cond["x"]
     with torch.no_grad():
         for one in noise:
@@ -48,28 +48,28 @@ def run_in(folder: Path, **settings) -> Training:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_replayed_steps_train_as_launched_ones(precision, tmp_path):
+def test_replayed_steps_train_like_eager_steps(precision, tmp_path):
     plain, graphs = (
-        train(Two(), Objective(draw, loss), run_in(tmp_path / str(on), precision=precision, cuda_graphs=on))
+        train(TwoNetworks(), Objective(draw, loss), run_in(tmp_path / str(on), precision=precision, cuda_graphs=on))
         for on in (False, True)
     )
-    moved = Two().state_dict()
+    moved = TwoNetworks().state_dict()
     for name, expected in plain.state_dict().items():
         torch.testing.assert_close(graphs.state_dict()[name], expected, atol=1e-4, rtol=1e-3)
         assert not torch.allclose(moved[name], expected, atol=1e-2)
 
 
-def test_on_the_processor_the_setting_changes_nothing(tmp_path):
+def test_the_setting_has_no_effect_on_the_cpu(tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     run = run_in(tmp_path / "a")
-    plain = train(Two(), Objective(draw, loss), run)
-    asked = train(Two(), Objective(draw, loss), replace(run, work=tmp_path / "b", cuda_graphs=True))
-    assert all(torch.equal(asked.state_dict()[name], value) for name, value in plain.state_dict().items())
+    plain = train(TwoNetworks(), Objective(draw, loss), run)
+    with_graphs = train(TwoNetworks(), Objective(draw, loss), replace(run, work=tmp_path / "b", cuda_graphs=True))
+    assert all(torch.equal(with_graphs.state_dict()[name], value) for name, value in plain.state_dict().items())
 
 
 def test_each_kind_of_step_runs_once_before_it_is_captured(monkeypatch):
-    """With a stand-in for the graph: it computes 10 where the step itself computes 1."""
+    """Uses a fake graph that returns 10 where the step itself returns 1."""
     captured = []
 
     class Graph:
@@ -88,8 +88,8 @@ def test_each_kind_of_step_runs_once_before_it_is_captured(monkeypatch):
 
 def test_dropout_and_several_processes_are_refused(monkeypatch):
     refuse_cuda_graph(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), "distill score")
-    with pytest.raises(InvalidInputError, match="distill score: 'cuda_graphs: true' is for networks without dropout"):
+    with pytest.raises(InvalidInputError, match="distill score: 'cuda_graphs: true' does not support dropout"):
         refuse_cuda_graph(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), "distill score")
-    monkeypatch.setattr(cuda_graph.processes, "count", lambda: 2)
+    monkeypatch.setattr(cuda_graph.distributed, "count", lambda: 2)
     with pytest.raises(InvalidInputError, match="one process"):
         refuse_cuda_graph(nn.Linear(2, 2), "distill score")

@@ -1,4 +1,4 @@
-"""compress/training/distributed.py in one process, where nothing has to be waited for; tests/test_accelerate.py has several."""
+"""compress/training/distributed.py in a single process; tests/test_accelerate.py runs several."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from diffpress.runtime.errors import InvalidInputError
 ROOT = Path(__file__).parents[3]
 
 
-def test_without_a_launcher_there_is_one_process_and_it_is_the_main_one():
-    assert (distributed.count(), distributed.index(), distributed.is_main(), distributed.agreed(7)) == (1, 0, True, 7)
+def test_without_a_launcher_the_single_process_is_the_main_one():
+    found = distributed.count(), distributed.index(), distributed.is_main(), distributed.from_main(7)
+    assert found == (1, 0, True, 7)
     done = []
     with distributed.together(), distributed.main_first():
         distributed.wait()
@@ -23,7 +24,7 @@ def test_without_a_launcher_there_is_one_process_and_it_is_the_main_one():
     assert done == [1]
 
 
-def test_errors_pass_at_once(monkeypatch):
+def test_errors_are_raised_immediately(monkeypatch):
     monkeypatch.setattr(distributed.time, "sleep", pytest.fail)
     for error in (InvalidInputError("no"), RuntimeError("no"), KeyboardInterrupt()):
         with pytest.raises(type(error)), distributed.together():
@@ -32,16 +33,17 @@ def test_errors_pass_at_once(monkeypatch):
 
 def test_without_a_launcher_accelerate_is_not_set_up():
     code = (
-        "from compress import processes, context; from accelerate import PartialState\n"
-        "context.say('here')\nwith processes.together(), processes.main_first(): processes.wait()\n"
+        "from diffpress.compress.training import distributed\n"
+        "from diffpress.compress import context; from accelerate import PartialState\n"
+        "context.say('here')\nwith distributed.together(), distributed.main_first(): distributed.wait()\n"
         "print(PartialState._shared_state)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == ["  here", "{}"]
 
 
-def test_a_launcher_that_would_split_the_model_is_refused(monkeypatch):
+def test_a_launcher_that_shards_the_model_is_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InvalidInputError, match="FSDP.*--multi_gpu"):
+    with pytest.raises(InvalidInputError, match=r"FSDP.*--multi_gpu"):
         distributed.count()

@@ -1,4 +1,4 @@
-"""compress/training/loop.py: the loop is AdamW and an EMA, resumes bit for bit, and stops where the loss is lost."""
+"""compress/training/loop.py: AdamW with an EMA, bit-identical resuming, non-finite losses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from diffpress.compress.training.loop import (
     GRADIENT_CLIP,
     Objective,
     Training,
-    TrainingDiverged,
+    TrainingDivergedError,
     learning_rate_factor,
     step_generator,
     train,
@@ -61,17 +61,17 @@ def counting(done: list[int]) -> Objective:
     return Objective(lambda generator, share: done.append(1) or draw(generator), loss_of)
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
 def killed_at(step: int):
-    """The objective of a run that is killed when it has done `step` steps."""
-    calls = iter(range(10_000))
+    """Return the objective of a run that is killed after `step` steps."""
+    step_numbers = iter(range(10_000))
 
     def loss(model, x):
-        if next(calls) == step:
-            raise Killed
+        if next(step_numbers) == step:
+            raise KilledError
         return loss_of(model, x)
 
     return Objective(draw, loss)
@@ -92,15 +92,15 @@ def test_the_loss_falls(run):
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 5, 9])
-def test_a_run_that_was_killed_ends_bit_for_bit_as_an_undisturbed_one(step, run, tmp_path):
-    undisturbed = train(student(), OBJECTIVE, replace(run, work=tmp_path / "other"))
-    with pytest.raises(Killed):
+def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(step, run, tmp_path):
+    uninterrupted = train(student(), OBJECTIVE, replace(run, work=tmp_path / "other"))
+    with pytest.raises(KilledError):
         train(student(), killed_at(step), run)
-    assert states_equal(train(student(), OBJECTIVE, run), undisturbed)
+    assert states_equal(train(student(), OBJECTIVE, run), uninterrupted)
 
 
-def test_a_killed_run_goes_on_from_its_last_save(run):
-    with pytest.raises(Killed):
+def test_a_killed_run_resumes_from_its_last_save(run):
+    with pytest.raises(KilledError):
         train(student(), killed_at(8), run)
     done = []
     train(student(), counting(done), run)
@@ -116,22 +116,22 @@ class Dropout(nn.Module):
         return self.net(self.drop(x))
 
 
-def test_a_network_with_dropout_resumes_bit_for_bit_too(run, tmp_path):
-    undisturbed = train(Dropout(), OBJECTIVE, replace(run, work=tmp_path / "other"))
-    with pytest.raises(Killed):
+def test_a_network_with_dropout_resumes_bit_identically(run, tmp_path):
+    uninterrupted = train(Dropout(), OBJECTIVE, replace(run, work=tmp_path / "other"))
+    with pytest.raises(KilledError):
         train(Dropout(), killed_at(5), run)
-    assert states_equal(train(Dropout(), OBJECTIVE, run), undisturbed)
+    assert states_equal(train(Dropout(), OBJECTIVE, run), uninterrupted)
 
 
-def test_what_a_run_with_other_settings_left_is_not_taken_over(run, tmp_path):
-    with pytest.raises(Killed):
+def test_the_state_of_a_run_with_other_settings_is_ignored(run, tmp_path):
+    with pytest.raises(KilledError):
         train(student(), killed_at(8), run)
     changed = replace(run, learning_rate=0.01)
     fresh = train(student(), OBJECTIVE, replace(changed, work=tmp_path / "other"))
     assert states_equal(train(student(), OBJECTIVE, changed), fresh)
 
 
-def test_the_result_is_adamw_with_a_hand_computed_average(run):
+def test_the_result_matches_adamw_with_a_hand_computed_average(run):
     found = train(student(), OBJECTIVE, run)
 
     model = student().train()
@@ -144,13 +144,13 @@ def test_the_result_is_adamw_with_a_hand_computed_average(run):
         loss_of(model, *draw(step_generator(run.seed, step))).backward()
         nn.utils.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
         optimizer.step()
-        decay = min(run.ema, 1.0 - (1.0 + step) ** -0.75)  # grows from 0, so that the start is forgotten
+        decay = min(run.ema, 1.0 - (1.0 + step) ** -0.75)  # grows from 0, so that the initial weights are forgotten
         average = [decay * a + (1.0 - decay) * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
     for parameter, expected in zip(found.parameters(), average, strict=True):
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_what_was_trained_is_placed_anew_by_the_next_training(run, tmp_path, monkeypatch):
+def test_a_trained_model_is_placed_again_by_the_next_training(run, tmp_path, monkeypatch):
     placed = []
     place = Accelerator.prepare_model
     monkeypatch.setattr(
@@ -162,39 +162,41 @@ def test_what_was_trained_is_placed_anew_by_the_next_training(run, tmp_path, mon
     )
     first = train(student(), OBJECTIVE, run)
     train(copy.deepcopy(first), OBJECTIVE, replace(run, work=tmp_path / "next"))
-    assert placed == [False, False]  # a model with that mark stays on the processor, whatever the device
+    assert placed == [False, False]  # a model with that mark would stay on the CPU
 
 
 def test_the_learning_rate_warms_up_and_ends_at_zero():
     factors = [learning_rate_factor(step, 100, 10) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == factors[9] < 1.0
-    assert all(a > b for a, b in itertools.pairwise(factors))
+    assert all(a > b for a, b in itertools.pairwise(factors[9:]))
     assert factors[99] < 1e-3 and factors[100] == pytest.approx(0.0, abs=1e-12)
     assert learning_rate_factor(0, 1, 0) == 1.0
 
 
-def test_every_step_draws_its_own_noise():
+def test_every_step_draws_different_noise():
     draws = {float(torch.randn((), generator=step_generator(seed, step))) for seed in (0, 1) for step in range(20)}
     assert len(draws) == 40
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_last_good_state(value, run):
-    calls = iter(range(100))
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_saved_state(value, run):
+    step_numbers = iter(range(100))
 
     def loss(model, x):
-        return loss_of(model, x) * (value if next(calls) == 7 else 1.0)
+        return loss_of(model, x) * (value if next(step_numbers) == 7 else 1.0)
 
-    with pytest.raises(TrainingDiverged, match="distill recover: the loss is .* at step 7 of 10; lower learning_rate"):
+    with pytest.raises(
+        TrainingDivergedError, match=r"distill recover: the loss is .* at step 7 of 10; lower learning_rate"
+    ):
         train(student(), Objective(draw, loss), run)
-    assert TrainingDiverged.exit_code == 2
+    assert TrainingDivergedError.exit_code == 2
     done = []
     train(student(), counting(done), run)
-    assert len(done) == 10 - 6  # goes on from the last save, which is good
+    assert len(done) == 10 - 6  # resumes from the last save, which is finite
 
 
-def test_a_damaged_training_state_is_named(run):
-    with pytest.raises(Killed):
+def test_a_damaged_training_state_is_named_in_the_error(run):
+    with pytest.raises(KilledError):
         train(student(), killed_at(8), run)
     file = run.work / "training.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
@@ -206,8 +208,8 @@ def test_a_damaged_training_state_is_named(run):
     "failure",
     [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left on device")],
 )
-def test_a_full_disk_is_one_clear_line_and_keeps_the_state_before(failure, run, monkeypatch):
-    with pytest.raises(Killed):
+def test_a_full_disk_is_reported_in_one_line_and_keeps_the_previous_state(failure, run, monkeypatch):
+    with pytest.raises(KilledError):
         train(student(), killed_at(4), run)
 
     def full(*args, **kwargs):
@@ -216,6 +218,6 @@ def test_a_full_disk_is_one_clear_line_and_keeps_the_state_before(failure, run, 
     before = (run.work / "training.safetensors").read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr("diffpress.compress.training.resume.save_file", full)
-        with pytest.raises(InvalidInputError, match="training.*No space left"):
+        with pytest.raises(InvalidInputError, match=r"training.*No space left"):
             train(student(), OBJECTIVE, run)
     assert (run.work / "training.safetensors").read_bytes() == before

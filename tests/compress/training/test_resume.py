@@ -1,4 +1,4 @@
-"""compress/training/resume.py: what was written is read again, whole or not at all."""
+"""compress/training/resume.py: state is read back as written, completely or not at all."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from diffpress.runtime.errors import InvalidInputError
 WHAT = "state of something"
 
 
-def test_what_was_written_is_read_again_tied_and_transposed_tensors_too(tmp_path):
-    whole = torch.arange(6.0).reshape(2, 3)
-    written = {"whole": whole, "again": whole, "turned": whole.T, "scalar": torch.tensor(7)}
+def test_state_is_read_back_with_tied_and_transposed_tensors(tmp_path):
+    values = torch.arange(6.0).reshape(2, 3)
+    written = {"values": values, "tied": values, "transposed": values.T, "scalar": torch.tensor(7)}
     write_state(tmp_path / "new" / "state.safetensors", written, {"step": "3"}, WHAT)
     tensors, metadata = read_state(tmp_path / "new" / "state.safetensors", WHAT)
     assert metadata == {"step": "3"} and tensors.keys() == written.keys()
@@ -22,12 +22,12 @@ def test_what_was_written_is_read_again_tied_and_transposed_tensors_too(tmp_path
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["state.safetensors"]
 
 
-def test_where_nothing_was_written_nothing_is_read(tmp_path):
+def test_a_missing_file_reads_as_none(tmp_path):
     assert read_state(tmp_path / "state.safetensors", WHAT) is None
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("I/O error")])
-def test_a_full_disk_leaves_what_was_there(error, tmp_path, monkeypatch):
+def test_a_full_disk_keeps_the_previous_file(error, tmp_path, monkeypatch):
     file = tmp_path / "state.safetensors"
     write_state(file, {"x": torch.ones(3)}, {}, WHAT)
 
@@ -37,14 +37,14 @@ def test_a_full_disk_leaves_what_was_there(error, tmp_path, monkeypatch):
 
     monkeypatch.setattr("diffpress.compress.training.resume.save_file", full)
     with pytest.raises(
-        InvalidInputError, match=rf"state\.safetensors: the {WHAT} cannot be saved \(.*\); make space"
+        InvalidInputError, match=rf"state\.safetensors: the {WHAT} cannot be saved \(.*\); free disk space"
     ) as caught:
         write_state(file, {"x": torch.zeros(3)}, {}, WHAT)
     assert "\n" not in str(caught.value)
     assert torch.equal(read_state(file, WHAT)[0]["x"], torch.ones(3))
 
 
-def test_a_file_that_is_none_is_named(tmp_path):
+def test_an_unreadable_file_is_named_in_the_error(tmp_path):
     (tmp_path / "state.safetensors").write_bytes(b"not at all")
     with pytest.raises(InvalidInputError, match=rf"state\.safetensors: the saved {WHAT} cannot be read .*; delete it"):
         read_state(tmp_path / "state.safetensors", WHAT)

@@ -1,4 +1,4 @@
-"""compress/training/teacher_data.py: the teacher's own samples, made once, told in turn, and repeated by their seeds."""
+"""compress/training/teacher_data.py: the teacher's samples, their conditioning and their cache."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PROMPTS = ("a cat", "red dog")
 
 @pytest.fixture
 def teacher(tiny_folder):
-    """A kind's checkpoint with a plan of two steps."""
+    """Load the checkpoint of a tiny pipeline with a plan of two steps."""
 
     def load(kind: str, guidance: float | None = None):
         found = load_checkpoint(tiny_folder(kind))
@@ -44,19 +44,19 @@ def refused(call, *words: str) -> None:
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_samples_are_what_the_teacher_makes_of_its_prompts(text_data):
+def test_samples_are_those_of_the_teacher_under_its_prompts(text_data):
     conditioning, teacher = text_data.conditions(3), text_data.teacher
     network = TorchNetwork(teacher.model, teacher.spec)
     expected = generate(network, teacher.spec, range(SEED, SEED + 3), conditions=conditioning)
     samples, cond = drawn(text_data)
     states = torch.from_numpy(conditioning.cond["encoder_hidden_states"])
     for sample, words in zip(samples, cond["encoder_hidden_states"], strict=True):
-        # each sample comes with the words that it was made of
+        # each sample comes with its own prompt
         index = next(i for i in range(3) if np.array_equal(expected[i], sample))
         assert torch.equal(states[index], words)
 
 
-def test_prompts_are_told_in_turn_and_nothing_is_the_other_half(text_data):
+def test_prompts_are_used_in_turn_with_the_empty_prompt_as_uncond(text_data):
     cond = text_data.conditions(3)
     one = encoded_prompts(text_data.teacher, PROMPTS, pytest.fail)["encoder_hidden_states"]
     uncond = encoded_prompts(text_data.teacher, None, pytest.fail)["encoder_hidden_states"]
@@ -66,7 +66,7 @@ def test_prompts_are_told_in_turn_and_nothing_is_the_other_half(text_data):
     np.testing.assert_array_equal(text_data.uncond["encoder_hidden_states"], uncond)
 
 
-def test_without_guidance_there_is_no_other_half(teacher, tmp_path):
+def test_without_guidance_there_is_no_uncond(teacher, tmp_path):
     data = TeacherData(teacher("sd", guidance=1.0), 2, tmp_path, PROMPTS)
     assert data.conditions(2).uncond is None and data.uncond == {}
 
@@ -77,14 +77,14 @@ def test_the_same_seed_draws_the_same_batch_and_another_does_not(text_data):
     assert all(torch.equal(one[1][name], again[1][name]) for name in one[1])
 
 
-def test_samples_that_were_kept_are_not_made_again(text_data, monkeypatch):
+def test_cached_samples_are_not_generated_again(text_data, monkeypatch):
     samples, _ = drawn(text_data)
     (file,) = text_data.cache.iterdir()
 
     def fail(*_):
         pytest.fail("sampled again")
 
-    monkeypatch.setattr("diffpress.compress.training.teacher_trajectories.TeacherTrajectories._make", fail)
+    monkeypatch.setattr("diffpress.compress.training.teacher_trajectories.TeacherTrajectories._generate", fail)
     again = TeacherData(text_data.teacher, 3, text_data.cache, PROMPTS)
     assert torch.equal(drawn(again)[0], samples)
     file.write_bytes(b"nothing")
@@ -104,7 +104,7 @@ def test_the_hash_follows_the_teacher_the_prompts_and_their_number(teacher, tmp_
     assert data[0].hash == TeacherData(teacher("sd"), 3, tmp_path / "elsewhere", PROMPTS).hash
 
 
-def test_classes_are_told_in_turn_and_the_dropped_label_is_the_other_half(teacher, tmp_path):
+def test_classes_are_used_in_turn_with_the_null_label_as_uncond(teacher, tmp_path):
     data = TeacherData(teacher("dit"), 3, tmp_path)
     conditioning = data.conditions(3)
     assert conditioning.cond["class_labels"].tolist() == [0, 1, 2] and data.uncond["class_labels"].tolist() == [1000]
@@ -112,14 +112,14 @@ def test_classes_are_told_in_turn_and_the_dropped_label_is_the_other_half(teache
     assert samples.shape == (8, 4, 8, 8) and cond["class_labels"].dtype == torch.int64
 
 
-def test_a_model_that_is_told_nothing_gets_nothing(teacher, tmp_path):
+def test_an_unconditional_model_gets_no_conditioning(teacher, tmp_path):
     samples, cond = drawn(TeacherData(teacher("ldm"), 2, tmp_path))
     assert samples.shape == (8, 3, 8, 8) and samples.isfinite().all() and cond == {}
 
 
-def test_noise_stands_in_for_words_where_there_is_no_text_encoder(tiny_folder, tmp_path, capsys):
-    bare = load_checkpoint(tiny_folder("sd") / "unet")
-    cond = TeacherData(bare, 2, tmp_path, PROMPTS).conditions(2)
+def test_noise_replaces_prompts_if_there_is_no_text_encoder(tiny_folder, tmp_path, capsys):
+    unet_only = load_checkpoint(tiny_folder("sd") / "unet")
+    cond = TeacherData(unet_only, 2, tmp_path, PROMPTS).conditions(2)
     assert cond.cond["encoder_hidden_states"].std() > 0.9
     assert "without its text encoders" in capsys.readouterr().out
 
@@ -127,7 +127,7 @@ def test_noise_stands_in_for_words_where_there_is_no_text_encoder(tiny_folder, t
 # --- prompts ---------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_the_lines_of_a_file_that_say_something(tmp_path):
+def test_prompts_are_the_nonempty_lines_of_a_file(tmp_path):
     (tmp_path / "prompts.txt").write_text("\n  a cat \n\n雪\n", encoding="utf-8")
     assert read_prompts(tmp_path / "prompts.txt") == ("a cat", "雪")
     assert len(read_prompts(None)) == 200

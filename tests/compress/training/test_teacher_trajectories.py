@@ -1,4 +1,4 @@
-"""compress/training/teacher_trajectories.py: the states that the sampler passes, made once and read row by row."""
+"""compress/training/teacher_trajectories.py: the sampler's states, generated once, read by row."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from diffpress.runtime.sampler import generate, noise_for, sample
 
 @pytest.fixture
 def paths_in(unet, tmp_path, monkeypatch):
-    monkeypatch.setattr(diffpress.compress.training.teacher_trajectories, "ROWS", 4)
+    monkeypatch.setattr(diffpress.compress.training.teacher_trajectories, "ROWS_PER_FILE", 4)
 
     def make(count: int = 6, kept: tuple[int, ...] = (0, 2), folder=tmp_path / "paths") -> TeacherTrajectories:
         cond = class_conditioning(unet.spec, np.arange(count) % 3)
@@ -30,13 +30,13 @@ def drawn(paths: TeacherTrajectories, size: int = 64):
     return paths.batch(size, torch.Generator().manual_seed(0))
 
 
-def test_paths_are_the_states_that_the_sampler_passes(paths_in, unet):
+def test_trajectories_are_the_states_of_the_sampler(paths_in, unet):
     states, cond = drawn(paths_in())
     labels = np.arange(6) % 3
     network = TorchNetwork(unet.model, unet.spec)
     noise = noise_for(range(50, 56), unet.spec.sample_shape)
-    told_all = class_conditioning(unet.spec, labels)
-    denoise = make_denoiser(network, unet.spec, conditions=told_all, clip=unet.spec.plan.clip)
+    conditioning = class_conditioning(unet.spec, labels)
+    denoise = make_denoiser(network, unet.spec, conditions=conditioning, clip=unet.spec.plan.clip)
     steps = list(sample(denoise, noise, unet.spec.schedule, unet.spec.plan))
     ends = generate(network, unet.spec, range(50, 56), labels)
     for path, label in zip(states.numpy(), cond["class_labels"].tolist(), strict=True):
@@ -46,50 +46,54 @@ def test_paths_are_the_states_that_the_sampler_passes(paths_in, unet):
         np.testing.assert_allclose(path[2], ends[i], atol=1e-5)
 
 
-def test_only_what_is_missing_is_made_again(paths_in, monkeypatch):
+def test_only_missing_files_are_generated_again(paths_in, monkeypatch):
     before, _ = drawn(paths_in())
     assert len(list(paths_in().folder.iterdir())) == 2
     (paths_in().folder / paths_in()._name(range(4, 6))).unlink()
-    asked = []
-    fused = TeacherTrajectories._run_fused
+    generated = []
+    original = TeacherTrajectories._sample
     monkeypatch.setattr(
-        TeacherTrajectories, "_run_fused", lambda self, n, span: asked.append(span) or fused(self, n, span)
+        TeacherTrajectories, "_sample", lambda self, n, span: generated.append(span) or original(self, n, span)
     )
     again, _ = drawn(paths_in())
-    assert asked == [range(4, 6)] and torch.equal(before, again)
-    drawn(paths_in(count=9))  # more of the same: what is whole is taken over
-    assert asked[1:] == [range(4, 8), range(8, 9)]
+    assert generated == [range(4, 6)] and torch.equal(before, again)
+    drawn(paths_in(count=9))  # more trajectories: complete files are reused
+    assert generated[1:] == [range(4, 8), range(8, 9)]
 
 
-def test_rows_stay_on_the_disk(paths_in):
+def test_rows_stay_on_disk(paths_in):
     paths = paths_in()
     drawn(paths)
     assert all(isinstance(rows, np.memmap) for rows in paths._files)
 
 
-def test_other_points_are_other_files_and_a_broken_one_is_named(paths_in):
+def test_other_steps_have_other_files_and_a_broken_one_is_named_in_the_error(paths_in):
     drawn(paths_in())
     states, _ = drawn(paths_in(kept=()))
     assert states.shape[1] == 1 and len(list(paths_in().folder.iterdir())) == 4
     file = next(paths_in().folder.iterdir())
     file.write_bytes(b"nothing")
-    with pytest.raises(InvalidInputError, match=f"{file.name}: cannot be read .* delete it") as refusal:
+    with pytest.raises(InvalidInputError, match=rf"{file.name}: cannot be read .* delete it") as refusal:
         drawn(paths_in()), drawn(paths_in(kept=()))
     assert "\n" not in str(refusal.value)
 
 
-def test_several_processes_make_a_share_each_and_miss_nothing(paths_in, monkeypatch):
-    asked = []
-    fused = TeacherTrajectories._run_fused
+def test_each_process_generates_a_share_and_then_what_is_missing(paths_in, monkeypatch):
+    generated = []
+    original = TeacherTrajectories._sample
     monkeypatch.setattr(
-        TeacherTrajectories, "_run_fused", lambda self, n, span: asked.append(span) or fused(self, n, span)
+        TeacherTrajectories, "_sample", lambda self, n, span: generated.append(span) or original(self, n, span)
     )
-    monkeypatch.setattr(diffpress.compress.training.teacher_trajectories.processes, "count", lambda: 2)
-    monkeypatch.setattr(diffpress.compress.training.teacher_trajectories.processes, "index", lambda: 1)
-    arrived = []
+    monkeypatch.setattr(diffpress.compress.training.teacher_trajectories.distributed, "count", lambda: 2)
+    monkeypatch.setattr(diffpress.compress.training.teacher_trajectories.distributed, "index", lambda: 1)
+    generated_at_wait = []
     monkeypatch.setattr(
-        diffpress.compress.training.teacher_trajectories.processes, "wait", lambda: arrived.append(len(asked))
+        diffpress.compress.training.teacher_trajectories.distributed,
+        "wait",
+        lambda: generated_at_wait.append(len(generated)),
     )
-    paths_in(count=10).make()
-    assert asked[: arrived[0]] == [range(4, 8)]  # the second of three files, before the other process is met
-    assert set(asked[1:]) == {range(0, 4), range(8, 10)}  # that one made nothing here, so a batch would lack them
+    paths_in(count=10).generate()
+    # the second of three files, before waiting for the other process
+    assert generated[: generated_at_wait[0]] == [range(4, 8)]
+    # the other process is simulated and generated nothing, so these are missing
+    assert set(generated[1:]) == {range(0, 4), range(8, 10)}

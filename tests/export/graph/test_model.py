@@ -1,3 +1,5 @@
+"""export/graph/model.py: graphs with lazily read weights, written inline or with external data."""
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -25,7 +27,7 @@ def lazy(name: str, array: np.ndarray, reads: list[str] | None = None) -> tuple[
 
 
 def graph_of(arrays: dict[str, np.ndarray], reads: list[str] | None = None) -> Graph:
-    """One Identity for each array: output '<name>_out' is the array."""
+    """Return a graph with one Identity per array, whose output '<name>_out' is the array."""
     tensors = {name: lazy(name, array, reads) for name, array in arrays.items()}
     nodes = [helper.make_node("Identity", [name], [f"{name}_out"]) for name in arrays]
     outputs = [helper.make_tensor_value_info(f"{n}_out", t.data_type, t.dims) for n, (t, _) in tensors.items()]
@@ -37,7 +39,7 @@ def graph_of(arrays: dict[str, np.ndarray], reads: list[str] | None = None) -> G
 @pytest.mark.parametrize("data", [None, "weights/g.onnx_data"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (40, 70)])
-def test_an_array_of_any_type_and_shape_is_read_back_as_it_was(shape, dtype, data, tmp_path):
+def test_an_array_of_any_type_and_shape_is_read_back_unchanged(shape, dtype, data, tmp_path):
     values = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
     graph = graph_of({"w": values})
     save_graph(graph, tmp_path / "g.onnx", data=data)
@@ -48,7 +50,7 @@ def test_an_array_of_any_type_and_shape_is_read_back_as_it_was(shape, dtype, dat
         np.testing.assert_array_equal(found, values)
 
 
-def test_a_transposed_view_is_written_as_it_reads(tmp_path):
+def test_a_transposed_view_is_written_in_its_own_order(tmp_path):
     values = np.arange(2000, dtype=np.float32).reshape(20, 100).T
     for data in (None, "d"):
         save_graph(graph_of({"w": values}), tmp_path / "g.onnx", data=data)
@@ -59,17 +61,17 @@ def test_a_transposed_view_is_written_as_it_reads(tmp_path):
 
 def test_the_inline_file_is_the_message_protobuf_would_write(unet_graph, tmp_path):
     save_graph(unet_graph, tmp_path / "g.onnx")
-    whole = load_all(unet_graph)
+    complete = load_all(unet_graph)
     order = [t.name for t in onnx.load(tmp_path / "g.onnx").graph.initializer]
     by_name = {t.name: t for t in load_all(unet_graph).graph.initializer}
-    del whole.graph.initializer[:]
-    whole.graph.initializer.extend(by_name[name] for name in order)
-    assert onnx.load(tmp_path / "g.onnx") == whole
-    assert (tmp_path / "g.onnx").stat().st_size == whole.ByteSize()
+    del complete.graph.initializer[:]
+    complete.graph.initializer.extend(by_name[name] for name in order)
+    assert onnx.load(tmp_path / "g.onnx") == complete
+    assert (tmp_path / "g.onnx").stat().st_size == complete.ByteSize()
     onnx.checker.check_model(tmp_path / "g.onnx", full_check=True)
 
 
-def test_writing_reads_one_weight_after_the_other_and_each_once(tmp_path):
+def test_writing_reads_the_weights_one_by_one_and_each_once(tmp_path):
     arrays = {name: np.full(1000, i, np.float32) for i, name in enumerate("abc")}
     for data in (None, "d"):
         reads: list[str] = []
@@ -90,13 +92,13 @@ def test_weights_in_a_subfolder_and_a_second_layout_compute_the_same(
     write_view(root, view)
     files = sorted(p.relative_to(root.parent).as_posix() for p in root.parent.rglob("*") if p.is_file())
     assert files == ["denoiser.onnx", "unet/model.onnx", "unet/model.onnx_data"]
-    wanted = load_engine(tmp_path / "inline.onnx", engine, threads=1).run(inputs_for(unet))
+    expected = load_engine(tmp_path / "inline.onnx", engine, threads=1).run(inputs_for(unet))
     for path in (root, view):
         onnx.checker.check_model(path, full_check=True)
-        np.testing.assert_array_equal(load_engine(path, engine, threads=1).run(inputs_for(unet)), wanted)
+        np.testing.assert_array_equal(load_engine(path, engine, threads=1).run(inputs_for(unet)), expected)
 
 
-def test_data_lies_on_pages_and_only_small_tensors_stay_in_the_graph(unet_graph, tmp_path):
+def test_data_is_page_aligned_and_only_small_tensors_stay_in_the_graph(unet_graph, tmp_path):
     save_graph(unet_graph, tmp_path / "g.onnx", data="g.onnx_data")
     tensors = onnx.load(tmp_path / "g.onnx", load_external_data=False).graph.initializer
     entries = {t.name: {e.key: e.value for e in t.external_data} for t in tensors if t.external_data}
@@ -113,7 +115,7 @@ def test_the_same_graph_gives_the_same_files(unet_graph, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_what_one_protobuf_cannot_hold_goes_beside_it(monkeypatch, tmp_path):
+def test_weights_that_exceed_the_protobuf_limit_go_to_a_data_file(monkeypatch, tmp_path):
     graph = graph_of({"w": np.zeros(5000, np.float32)})
     save_graph(graph, tmp_path / "g.onnx")
     size = (tmp_path / "g.onnx").stat().st_size
@@ -123,14 +125,14 @@ def test_what_one_protobuf_cannot_hold_goes_beside_it(monkeypatch, tmp_path):
     assert (tmp_path / "g.onnx.data").stat().st_size == 20_000
 
 
-def test_a_view_above_its_data_only(unet_graph, tmp_path):
+def test_a_view_must_not_lie_outside_the_folders_above_its_data(unet_graph, tmp_path):
     save_graph(unet_graph, tmp_path / "denoiser.onnx", data="unet/model.onnx_data")
     (tmp_path / "elsewhere").mkdir()
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="is not in the subpath"):
         write_view(tmp_path / "denoiser.onnx", tmp_path / "elsewhere" / "model.onnx")
 
 
-def test_a_graph_that_is_none_is_refused_before_anything_is_written(tmp_path):
+def test_an_invalid_graph_is_rejected_before_anything_is_written(tmp_path):
     graph = graph_of({"w": np.zeros(3, np.float32)})
     graph.proto.graph.node[0].input[0] = "missing"
     with pytest.raises(onnx.checker.ValidationError, match="missing"):
@@ -141,7 +143,7 @@ def test_a_graph_that_is_none_is_refused_before_anything_is_written(tmp_path):
 def test_a_weight_that_changed_its_shape_is_named():
     graph = graph_of({"w": np.zeros(3, np.float32)})
     changed = Graph(graph.proto, {"w": graph.weights["w"]._replace(read=lambda: np.zeros(4, np.float32))})
-    with pytest.raises(ValueError, match=r"weight 'w' is float32 \(4,\) now.*export again"):
+    with pytest.raises(ValueError, match=r"weight 'w' is float32 \(4,\), but was.*export again"):
         load_all(changed)
 
 

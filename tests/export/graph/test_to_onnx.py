@@ -1,3 +1,5 @@
+"""export/graph/to_onnx.py: the float graph computes the same as torch, with stable names and bytes."""
+
 import logging
 import os
 import subprocess
@@ -31,15 +33,15 @@ EXPORT = (
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("model", ["unet", "everything", "wide"])
-def test_onnxruntime_walks_the_same_trajectory_as_torch(model, batch, request, tmp_path):
+def test_onnxruntime_follows_the_same_trajectory_as_torch(model, batch, request, tmp_path):
     checkpoint, graph = request.getfixturevalue(model), request.getfixturevalue(f"{model}_graph")
     save_graph(graph, tmp_path / "g.onnx")
     engine, spec = load_engine(tmp_path / "g.onnx", "onnxruntime", threads=1), checkpoint.spec
-    wanted = generate(TorchNetwork(checkpoint.model, spec), spec, seeds=range(3), batch=batch)
-    assert np.abs(generate(engine, spec, seeds=range(3), batch=batch) - wanted).max() <= 1e-3
+    expected = generate(TorchNetwork(checkpoint.model, spec), spec, seeds=range(3), batch=batch)
+    assert np.abs(generate(engine, spec, seeds=range(3), batch=batch) - expected).max() <= 1e-3
 
 
-def test_inputs_and_outputs_have_the_names_and_types_of_the_ecosystem(unet_graph, wide_graph):
+def test_inputs_and_outputs_have_the_names_and_types_of_diffusers(unet_graph, wide_graph):
     types = {value.name: value.type.tensor_type for value in unet_graph.proto.graph.input}
     assert list(types) == ["sample", "timestep", "class_labels"]
     float32, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
@@ -56,12 +58,12 @@ def test_another_process_writes_the_same_bytes(unet, unet_graph, tmp_path):
     command = [sys.executable, "-c", EXPORT, str(tmp_path / "checkpoint"), str(tmp_path / "there.onnx")]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == ""  # the exporter's chatter stays inside
+    assert done.stdout == ""  # the exporter's messages are suppressed
     save_graph(unet_graph, tmp_path / "here.onnx")
     assert (tmp_path / "there.onnx").read_bytes() == (tmp_path / "here.onnx").read_bytes()
 
 
-def test_the_file_holds_weights_and_little_else(unet, unet_graph, tmp_path):
+def test_the_file_contains_weights_and_little_else(unet, unet_graph, tmp_path):
     save_graph(unet_graph, tmp_path / "g.onnx")
     content = (tmp_path / "g.onnx").read_bytes()
     for path in (str(ROOT), "site-packages", ".py", "pkg.torch"):
@@ -70,20 +72,20 @@ def test_the_file_holds_weights_and_little_else(unet, unet_graph, tmp_path):
     assert not unet_graph.proto.graph.value_info
 
 
-def test_every_layer_is_found_by_its_name_and_weights_keep_theirs(everything, everything_graph):
+def test_every_layer_is_found_by_its_name_and_weights_keep_their_names(everything, everything_graph):
     named = {node.name: node.op_type for node in everything_graph.proto.graph.node}
-    wanted = {
+    expected = {
         **dict.fromkeys(["first", "twin_a", "twin_b", "down", "line", "last"], "Conv"),
         **dict.fromkeys(["matmul", "unbiased", "twice", "twice#2"], "MatMul"),
         **{"up": "ConvTranspose", "embedding": "Gather", "gemm": "Gemm"},
     }
-    assert {name: named.get(name) for name in wanted} == wanted
+    assert {name: named.get(name) for name in expected} == expected
     weights = {tensor.name: numpy_helper.to_array(tensor) for tensor in load_all(everything_graph).graph.initializer}
     np.testing.assert_array_equal(weights["first.weight"], everything.model.first.weight.detach())
     np.testing.assert_array_equal(weights["matmul.weight"], everything.model.matmul.weight.detach().T)
 
 
-def test_exporting_leaves_the_model_and_the_logging_as_they_were(wide):
+def test_exporting_does_not_change_the_model_or_the_logging(wide):
     wide.model.train()
     before = {name: value.clone() for name, value in wide.model.state_dict().items()}
     to_onnx(wide)
@@ -92,16 +94,16 @@ def test_exporting_leaves_the_model_and_the_logging_as_they_were(wide):
     wide.model.eval()
 
 
-def test_weights_beyond_one_file_go_beside_it(wide, monkeypatch, tmp_path):
+def test_weights_that_exceed_one_file_go_to_a_data_file(wide, monkeypatch, tmp_path):
     monkeypatch.setattr(diffpress.export.graph.model, "MAX_INLINE_BYTES", 1000)
     graph = export_float(wide, tmp_path / "g.onnx")
     assert (tmp_path / "g.onnx").stat().st_size < 20_000 < (tmp_path / "g.onnx.data").stat().st_size
     inputs = {name: value.numpy() for name, value in dummy_inputs(wide.spec, 2).items()}
-    wanted = TorchNetwork(wide.model, wide.spec).run(inputs)
-    np.testing.assert_allclose(load_engine(tmp_path / "g.onnx", "onnxruntime", 1).run(inputs), wanted, atol=1e-4)
-    # the graph in memory is still whole
-    whole = onnxruntime.InferenceSession(load_all(graph).SerializeToString(), providers=["CPUExecutionProvider"])
-    np.testing.assert_allclose(whole.run(None, inputs)[0], wanted, atol=1e-4)
+    expected = TorchNetwork(wide.model, wide.spec).run(inputs)
+    np.testing.assert_allclose(load_engine(tmp_path / "g.onnx", "onnxruntime", 1).run(inputs), expected, atol=1e-4)
+    # the graph in memory is still complete
+    session = onnxruntime.InferenceSession(load_all(graph).SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_allclose(session.run(None, inputs)[0], expected, atol=1e-4)
 
 
 class Branching(nn.Module):

@@ -1,3 +1,5 @@
+"""export/graph/trace.py: tracing a module without copying its weights, and the names of nodes and axes."""
+
 import logging
 
 import numpy as np
@@ -16,8 +18,10 @@ AXES = {"pixels": {0: "batch", 2: "height", 3: "width"}, "text": {0: "batch", 1:
 
 
 class Latent(nn.Module):
-    """What a text-to-image network is made of: a spatial input of any size, tokens of any number, tied weights, buffers
-    small and large, persistent and not, one of integers, and weights above and below what the optimizer folds.
+    """Typical contents of a text-to-image network.
+
+    A spatial input of any size, tokens of any number, tied weights, small and large buffers, persistent or not, one of
+    integers, and weights above and below the size that the optimizer folds.
     """
 
     def __init__(self) -> None:
@@ -82,17 +86,17 @@ def run(graph: Graph, inputs: dict[str, torch.Tensor]) -> list[np.ndarray]:
 
 def check(graph: Graph, model: nn.Module, inputs: dict[str, torch.Tensor], atol: float) -> None:
     with torch.no_grad():
-        wanted = forward(model.eval(), inputs)
-    for ours, theirs in zip(run(graph, inputs), wanted, strict=True):
-        np.testing.assert_allclose(ours, theirs.numpy(), atol=atol)
+        expected = forward(model.eval(), inputs)
+    for actual, reference in zip(run(graph, inputs), expected, strict=True):
+        np.testing.assert_allclose(actual, reference.numpy(), atol=atol)
 
 
 @pytest.mark.parametrize("sizes", [(1, 6, 8, 5), (3, 10, 4, 9)])
-def test_every_named_axis_takes_other_sizes(sizes, graph):
+def test_every_named_axis_accepts_other_sizes(sizes, graph):
     check(graph, latent(), examples(*sizes), atol=1e-5)
 
 
-def test_axes_have_their_names_and_outputs_say_what_they_follow_from(graph):
+def test_input_axes_have_their_names_and_output_axes_their_formulas(graph):
     values = (*graph.proto.graph.input, *graph.proto.graph.output)
     shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
     assert shapes["pixels"] == ["batch", 4, "height", "width"]
@@ -112,7 +116,7 @@ def test_a_half_precision_module_gives_a_float32_graph_of_the_same_weights(dtype
     check(half, model.float(), examples(), atol=1e-5)
 
 
-def test_weights_are_the_modules_own_tensors_and_no_copies(model, graph):
+def test_weights_are_the_modules_own_tensors_and_not_copies(model, graph):
     assert {"first.weight", "query.weight", "table"} <= set(graph.weights)
     for name in ("first.weight", "query.weight", "table"):
         tensor = model.get_parameter(name) if name != "table" else model.table
@@ -121,7 +125,7 @@ def test_weights_are_the_modules_own_tensors_and_no_copies(model, graph):
     assert held < 10_000 < sum(weight.nbytes for weight in graph.weights.values())
 
 
-def test_every_layer_is_found_and_no_transpose_stands_before_its_weight(graph):
+def test_every_layer_is_found_and_no_transpose_precedes_its_weight(graph):
     operators = {node.name: node.op_type for node in graph.proto.graph.node}
     linear = ["query", "key", "value", "mix", "tied", "out"]
     assert {name: operators.get(name) for name in linear} == dict.fromkeys(linear, "MatMul")
@@ -134,7 +138,7 @@ def test_tied_weights_are_stored_once(graph):
     assert len({"mix.weight", "tied.weight"} & set(graph.weights)) == 1
 
 
-def test_a_weight_that_is_read_in_two_ways_keeps_its_transpose():
+def test_a_weight_read_both_transposed_and_not_keeps_its_transpose():
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -145,12 +149,12 @@ def test_a_weight_that_is_read_in_two_ways_keeps_its_transpose():
 
     torch.manual_seed(0)
     model, inputs = Both(), {"x": torch.randn(2, 3, 6)}
-    graph = trace(model, lambda m, given: m(given["x"]), inputs, ["y"], {"x": {0: "batch"}})
+    graph = trace(model, lambda m, feed: m(feed["x"]), inputs, ["y"], {"x": {0: "batch"}})
     found = run(graph, {"x": torch.ones(5, 3, 6)})[0]
     np.testing.assert_allclose(found, model(torch.ones(5, 3, 6)).detach(), atol=1e-6)
 
 
-def test_tracing_leaves_the_module_and_the_logging_as_they_were(model, graph):
+def test_tracing_does_not_change_the_module_or_the_logging(model, graph):
     before = latent().state_dict()
     assert model.training and model.first.training and logging.root.manager.disable == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -162,7 +166,7 @@ def test_the_graph_writes_the_same_bytes_when_it_is_traced_again(graph, tmp_path
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_initializers_hold_the_values_of_the_module(model, graph):
+def test_initializers_have_the_values_of_the_module(model, graph):
     stored = {t.name: numpy_helper.to_array(t) for t in load_all(graph).graph.initializer}
     np.testing.assert_array_equal(stored["last.weight"], model.last.weight.detach())
     np.testing.assert_array_equal(stored["key.weight"], model.key.weight.detach().T)
@@ -175,12 +179,12 @@ def test_a_module_that_cannot_be_traced_is_named_in_one_line():
             return x * 2 if x.sum() > 0 else x
 
     with pytest.raises(InvalidInputError, match="Branching: cannot be traced") as caught:
-        trace(Branching(), lambda m, given: m(given["x"]), {"x": torch.ones(2)}, ["y"], {})
+        trace(Branching(), lambda m, feed: m(feed["x"]), {"x": torch.ones(2)}, ["y"], {})
     assert "\n" not in str(caught.value)
 
 
 class Sums(nn.Module):
-    """Blocks that end in a sum, in a divided one, in something else, and one that is called twice."""
+    """Blocks that end in a sum, in a divided sum or in another operation, and one that is called twice."""
 
     class Block(nn.Module):
         def __init__(self, end: str) -> None:
@@ -201,10 +205,10 @@ class Sums(nn.Module):
         return self.last(self.twice(torch.tanh(self.twice(x))) + 2.0)
 
 
-def test_the_sum_in_which_a_module_ends_has_the_modules_name():
+def test_the_final_sum_of_a_module_has_the_modules_name():
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, 4, 3, 3)}
-    graph = trace(Sums().eval(), lambda model, given: model(given["x"]), inputs, ["y"], {"x": {0: "batch"}}).proto.graph
+    graph = trace(Sums().eval(), lambda model, feed: model(feed["x"]), inputs, ["y"], {"x": {0: "batch"}}).proto.graph
     named = {node.name: node for node in graph.node}
     assert named["sum"].op_type == "Add" and named["divided"].op_type == "Div" and named["last"].op_type == "Add"
     assert named["last"].output[0] == "y" and "product" not in named and "twice" not in named

@@ -1,4 +1,4 @@
-"""export/passes/fold_timesteps.py: at the plan's timesteps the same outputs from fewer layers, at any other none at all."""
+"""export/passes/fold_timesteps.py: same outputs at the plan's timesteps, NaN at any other."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def layers(graph: Graph) -> set[str]:
 
 
 def outputs(graph: Graph, checkpoint: Checkpoint, timesteps: list[float], engine: str, folder: Path) -> np.ndarray:
-    """The graph's output for a batch of these timesteps, each with another sample."""
+    """Return the graph's output for a batch of these timesteps, each with another sample."""
     save_graph(graph, folder / "graph.onnx")
     count = len(timesteps)
     with closing(load_engine(folder / "graph.onnx", engine, 1)) as network:
@@ -54,39 +54,39 @@ def outputs(graph: Graph, checkpoint: Checkpoint, timesteps: list[float], engine
     ("name", "engine"),
     [("plain", "onnxruntime"), ("unet", "onnxruntime"), *(("everything", engine) for engine in available())],
 )
-def test_known_timesteps_answer_as_before_and_every_other_is_nan(name, engine, request, tmp_path):
+def test_known_timesteps_give_the_same_output_and_all_others_nan(name, engine, request, tmp_path):
     checkpoint, graph = request.getfixturevalue(name), request.getfixturevalue(f"{name}_graph")
     known = [40.0, 7.0, 0.0, 31.0]
-    baked = fold_timestep_branch(graph, known)
-    wanted, found = (outputs(g, checkpoint, [7, 40, 40, 31, 0, 7], engine, tmp_path) for g in (graph, baked))
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
-    mixed = outputs(baked, checkpoint, [7, 8, 40, -1, 0, 41], engine, tmp_path)
+    folded = fold_timestep_branch(graph, known)
+    expected, found = (outputs(g, checkpoint, [7, 40, 40, 31, 0, 7], engine, tmp_path) for g in (graph, folded))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    mixed = outputs(folded, checkpoint, [7, 8, 40, -1, 0, 41], engine, tmp_path)
     assert np.isnan(mixed[[1, 3, 5]]).all() and not np.isnan(mixed[[0, 2, 4]]).any()
 
 
-def test_tables_stand_as_deep_as_the_timestep_alone_reaches(plain_graph, unet_graph, everything_graph):
-    gone = layers(plain_graph) - layers(fold_timestep_branch(plain_graph, [1.0, 2.0]))
+def test_tables_replace_everything_that_depends_on_the_timestep_alone(plain_graph, unet_graph, everything_graph):
+    removed = layers(plain_graph) - layers(fold_timestep_branch(plain_graph, [1.0, 2.0]))
     blocks = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     projections = {f"{block}.resnets.0.time_emb_proj" for block in blocks}
-    assert {"time_embedding.linear_1", "time_embedding.linear_2", *projections} <= gone
-    # where classes are added to the embedding, the projections need both
-    gone = layers(unet_graph) - layers(fold_timestep_branch(unet_graph, [1.0, 2.0]))
-    assert {"time_embedding.linear_1", "time_embedding.linear_2"} <= gone and not gone & projections
-    gone = layers(everything_graph) - layers(fold_timestep_branch(everything_graph, [1.0, 2.0]))
-    assert {"embedding", "gemm"} <= gone and "matmul" not in gone
+    assert {"time_embedding.linear_1", "time_embedding.linear_2", *projections} <= removed
+    # if classes are added to the embedding, the projections depend on both
+    removed = layers(unet_graph) - layers(fold_timestep_branch(unet_graph, [1.0, 2.0]))
+    assert {"time_embedding.linear_1", "time_embedding.linear_2"} <= removed and not removed & projections
+    removed = layers(everything_graph) - layers(fold_timestep_branch(everything_graph, [1.0, 2.0]))
+    assert {"embedding", "gemm"} <= removed and "matmul" not in removed
 
 
-def test_nothing_of_what_became_a_table_is_left_in_the_file(plain, plain_graph, tmp_path):
+def test_folded_layers_are_removed_from_the_file(plain, plain_graph, tmp_path):
     graph = plain_graph
-    baked = fold_timestep_branch(graph, plain.spec.plan.timesteps)
-    names = {tensor.name for tensor in load_all(baked).graph.initializer}
+    folded = fold_timestep_branch(graph, plain.spec.plan.timesteps)
+    names = {tensor.name for tensor in load_all(folded).graph.initializer}
     assert not any("time_emb" in name and name.endswith((".weight", ".bias")) for name in names)
-    assert any("time_emb" in tensor.name for tensor in graph.proto.graph.initializer)  # the input is left as it was
-    assert save_graph(baked, tmp_path / "baked.onnx") < save_graph(graph, tmp_path / "plain.onnx")
+    assert any("time_emb" in tensor.name for tensor in graph.proto.graph.initializer)  # the input is not changed
+    assert save_graph(folded, tmp_path / "folded.onnx") < save_graph(graph, tmp_path / "plain.onnx")
 
 
 class Added(nn.Module):
-    """A projection of the timestep that is `wide` and one that is small, from one embedding."""
+    """A projection of the timestep of size `wide` and a small one, from one embedding."""
 
     def __init__(self, wide: int) -> None:
         super().__init__()
@@ -107,22 +107,22 @@ def added(wide: int) -> Checkpoint:
 
 
 @pytest.mark.parametrize(
-    ("steps", "gone"), [(12, {"first", "wide", "small"}), (40, {"first", "small"}), (300, {"small"})]
+    ("steps", "removed"), [(12, {"first", "wide", "small"}), (40, {"first", "small"}), (300, {"small"})]
 )
-def test_a_table_that_is_larger_than_the_weights_it_saves_is_not_made(steps, gone, tmp_path):
-    """A row of `wide` has 4 * 2048 bytes and saves 65 * 2048 weights; up to 64 KiB a table needs to save nothing."""
+def test_a_table_larger_than_the_weights_it_saves_is_not_created(steps, removed, tmp_path):
+    """A row of `wide` has 4 * 2048 bytes and saves 65 * 2048 weights; tables up to 64 KiB are exempt."""
     checkpoint = added(2048)
     graph = to_onnx(checkpoint)
     known = [float(t) for t in range(steps)]
-    baked = fold_timestep_branch(graph, known)
-    assert {"first", "wide", "small"} & (layers(graph) - layers(baked)) == gone
+    folded = fold_timestep_branch(graph, known)
+    assert {"first", "wide", "small"} & (layers(graph) - layers(folded)) == removed
     times = [3.0, 11.0, 0.0]
-    wanted, found = (outputs(g, checkpoint, times, "onnxruntime", tmp_path) for g in (graph, baked))
-    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    expected, found = (outputs(g, checkpoint, times, "onnxruntime", tmp_path) for g in (graph, folded))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
 class Batched(nn.Module):
-    """Its time embedding looks at the whole batch: no row is one sample's own."""
+    """Time embedding that depends on the whole batch: no row belongs to one sample."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Batched(nn.Module):
         return self.last(sample) + time[:, :1, None, None]
 
 
-def test_what_is_not_a_samples_own_is_not_tabled(capsys):
+def test_outputs_that_depend_on_the_whole_batch_are_not_folded(capsys):
     torch.manual_seed(4)
     model = Batched().eval()
     spec = DenoiserSpec("v", SCHEDULE, (1, 4, 4), make_plan("ddim", 4, SCHEDULE))
@@ -147,26 +147,26 @@ def test_what_is_not_a_samples_own_is_not_tabled(capsys):
 # --- with quantization, and in a bundle ------------------------------------------------------------------------
 
 
-def test_with_quantization_it_computes_what_fake_quantization_without_those_layers_does(
+def test_a_quantized_folded_graph_matches_fake_quantization_without_the_folded_layers(
     plain, plain_graph, scales, fake_quant, tmp_path
 ):
     time_layers = ("time_embedding.linear_1", "time_embedding.linear_2")
     quantized = plain.evolve(quantization=scales(plain, weight_only=time_layers, weight_range=2.0))
-    fixed, baked = fold_timesteps(quantized, plain_graph)
+    fixed, folded = fold_timesteps(quantized, plain_graph)
     left = fixed.quantization.layers
     assert set(quantized.quantization.layers) - set(left) >= set(time_layers) and len(left) > 20
     assert not any("time_emb" in key for key in fixed.quantization.amax) and quantized.quantization.layers != left
-    graph = insert_qdq(baked, fixed.quantization)
+    graph = insert_qdq(folded, fixed.quantization)
     timesteps = list(plain.spec.plan.timesteps)
     found = outputs(graph, fixed, timesteps, "onnxruntime", tmp_path)
     noise = np.random.default_rng(0).standard_normal(found.shape, dtype=np.float32)
     inputs = {"sample": noise, "timestep": np.array(timesteps, np.int64)}
-    wanted = fake_quant(fixed, fixed.quantization, inputs)
-    # a value that lies on the edge of two integers falls on either side
-    assert np.abs(found - wanted).mean() < 0.01 * np.abs(wanted).mean()
+    expected = fake_quant(fixed, fixed.quantization, inputs)
+    # a value halfway between two integers may round either way
+    assert np.abs(found - expected).mean() < 0.01 * np.abs(expected).mean()
 
 
-def test_a_bundle_for_one_plan_samples_it_and_refuses_any_other(plain, plain_graph, tmp_path):
+def test_a_bundle_with_fixed_timesteps_samples_its_plan_and_rejects_other_timesteps(plain, plain_graph, tmp_path):
     fixed, graph = fold_timesteps(plain, plain_graph)
     bundle = write_bundle(fixed, tmp_path / "bundle", float_graph=graph)
     timesteps = plain.spec.plan.timesteps
@@ -175,9 +175,9 @@ def test_a_bundle_for_one_plan_samples_it_and_refuses_any_other(plain, plain_gra
     assert "timesteps" not in usual.manifest["graphs"]["denoiser"] and usual.spec.fixed_timesteps == ()
     engines = [open_engine(it, "onnxruntime", 1) for it in (bundle, usual)]
     with closing(engines[0]) as ours, closing(engines[1]) as theirs:
-        wanted, found = (generate(e, b.spec, range(3)) for e, b in ((theirs, usual), (ours, bundle)))
-        np.testing.assert_allclose(found, wanted, atol=1e-5)
-        # any solver may walk the same timesteps, that one too which asks a second time at one of them
+        expected, found = (generate(e, b.spec, range(3)) for e, b in ((theirs, usual), (ours, bundle)))
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+        # any solver may use these timesteps, even one that evaluates one of them twice
         for plan in (replace(plain.spec.plan, solver="plms"), plain.spec.plan.over(timesteps[1:3])):
             assert np.isfinite(generate(ours, bundle.spec, range(2), plan=plan)).all()
         other = make_plan("ddim", 5, SCHEDULE)
@@ -190,10 +190,14 @@ def test_a_bundle_for_one_plan_samples_it_and_refuses_any_other(plain, plain_gra
         bundle.spec.with_plan(other)
 
 
-def test_a_solver_that_asks_between_the_timesteps_is_refused_before_any_work(plain, plain_graph):
+def test_a_solver_that_evaluates_between_the_timesteps_is_rejected_before_any_work(plain, plain_graph):
     spec = plain.spec
     between = plain.evolve(spec=spec.with_plan(make_plan("dpmpp_sde", 4, spec.schedule)))
-    with pytest.raises(InvalidInputError, match="solver dpmpp_sde asks the network between the plan's timesteps"):
+    with pytest.raises(
+        InvalidInputError, match="solver dpmpp_sde also evaluates the network between the plan's timesteps"
+    ):
         fold_timesteps(between, plain_graph)
-    heun = plain.evolve(spec=spec.with_plan(make_plan("heun", 4, spec.schedule)))  # twice, but at its timesteps
+    heun = plain.evolve(
+        spec=spec.with_plan(make_plan("heun", 4, spec.schedule))
+    )  # two evaluations, but only at its timesteps
     assert fold_timesteps(heun, plain_graph)[0].spec.fixed_timesteps == heun.spec.plan.timesteps

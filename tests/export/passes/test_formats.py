@@ -1,4 +1,4 @@
-"""Every number format: stored small, and computed by engines as its formula says and as torch's quantizers do."""
+"""Number formats: stored in few bits, and computed in engines as by formula and torch's quantizers."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ OPSETS = {"int8": 18, "fp8": 19, "int4": 21, "w4a8": 21}
 def calibrated(
     checkpoint: Checkpoint, kind: str, layers: Callable[[str], bool] = lambda name: True, weight_range: float = 1.0
 ) -> Quantization:
-    """Scales in `kind` for every convolution and linear layer of `layers`; outputs of integer convolutions too."""
+    """Return scales in `kind` for convolution and linear layers in `layers`, and convolution outputs."""
     chosen = {name: layer for name, layer in checkpoint.model.named_modules() if layers(name)}
     chosen = {name: layer for name, layer in chosen.items() if isinstance(layer, nn.Conv2d | nn.Linear)}
     formats = dict.fromkeys(chosen, kind)
@@ -51,7 +51,7 @@ def calibrated(
 
 
 def rounded(x: torch.Tensor, amax: torch.Tensor, number: str, lowest: int | None = None) -> torch.Tensor:
-    """The formula of each number, in plain torch; a row of inputs is cut into as many blocks as it has scales."""
+    """Return x rounded by the format's formula, in plain torch; a row has as many blocks as it has scales."""
     largest = {"int8": 127, "int4": 7, "float8_e4m3fn": 448}[number]
     rows = x.flatten(1).unflatten(1, (amax[0].numel(), -1)) if amax.dim() else x
     scale = (amax.reshape(len(amax), -1, 1) if amax.dim() else amax) / largest
@@ -82,35 +82,35 @@ def by_formula(checkpoint: Checkpoint, quantization: Quantization, inputs: dict[
 
 @pytest.mark.parametrize("kind", ON_CPU)
 def test_one_layer_computes_its_formula(kind, everything, everything_graph):
-    """A single rounding has no error to carry on: torch's quantizers, the formula and the graph agree."""
+    """A single rounding accumulates no error: torch's quantizers, the formula and the graph agree."""
     for layer in ("twin_b", "down", "gemm", "matmul", "unbiased", "twice"):
-        # the largest weights are clipped, at -7 or -127 as at 7 or 127
+        # the largest weights are clipped, at -7 or -127 and at 7 or 127
         quantization, inputs = calibrated(everything, kind, layer.__eq__, weight_range=0.8), inputs_for(everything)
         plain = TorchNetwork(everything.model, everything.spec).run(inputs)
-        wanted = by_formula(everything, quantization, inputs)
+        expected = by_formula(everything, quantization, inputs)
         modelopts = TorchNetwork(fake_quantized(everything.evolve(quantization=quantization)), everything.spec)
         found = run_exactly(insert_qdq(everything_graph, quantization), inputs)
-        for answer in (modelopts.run(inputs), found):
-            assert np.median(np.abs(answer - wanted)) < 2e-6
-            assert sqnr_db(wanted, answer) > sqnr_db(plain, wanted) + 10
+        for output in (modelopts.run(inputs), found):
+            assert np.median(np.abs(output - expected)) < 2e-6
+            assert sqnr_db(expected, output) > sqnr_db(plain, expected) + 10
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
 def test_a_unet_computes_the_formula_in_torch_and_in_onnxruntime(kind, unet, unet_graph):
     quantization, inputs = calibrated(unet, kind), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
-    wanted = by_formula(unet, quantization, inputs)
+    expected = by_formula(unet, quantization, inputs)
     modelopts = TorchNetwork(fake_quantized(unet.evolve(quantization=quantization)), unet.spec).run(inputs)
     found = run_exactly(insert_qdq(unet_graph, quantization), inputs)
-    assert sqnr_db(plain, wanted) < 40
-    for answer in (modelopts, found):
-        assert sqnr_db(wanted, answer) > (100 if kind == "int4" else sqnr_db(plain, wanted) + 1)
-        assert abs(sqnr_db(plain, answer) - sqnr_db(plain, wanted)) < 1.0
+    assert sqnr_db(plain, expected) < 40
+    for output in (modelopts, found):
+        assert sqnr_db(expected, output) > (100 if kind == "int4" else sqnr_db(plain, expected) + 1)
+        assert abs(sqnr_db(plain, output) - sqnr_db(plain, expected)) < 1.0
 
 
 @pytest.mark.parametrize("engine", available())
 @pytest.mark.parametrize("kind", ON_CPU)
-def test_engines_keep_what_each_format_keeps(kind, engine, unet, unet_graph, tmp_path):
+def test_engines_reach_the_sqnr_of_each_format(kind, engine, unet, unet_graph, tmp_path):
     # int8 within 7 bits: processors without VNNI saturate otherwise
     quantization, inputs = calibrated(unet, kind, weight_range=127 / 64 if kind == "int8" else 1.0), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
@@ -157,20 +157,20 @@ def test_only_a_format_that_needs_it_raises_the_opset(kind, unet, unet_graph):
 
 
 @pytest.mark.parametrize("opset", [19, 21, 23])
-def test_a_raised_opset_changes_nothing(opset, unet, unet_graph):
+def test_a_raised_opset_does_not_change_the_output(opset, unet, unet_graph):
     inputs = inputs_for(unet)
     np.testing.assert_array_equal(run_exactly(raised(unet_graph, opset), inputs), run_exactly(unet_graph, inputs))
 
 
-def test_an_operator_that_means_something_else_in_a_later_opset_is_refused(unet_graph):
+def test_an_operator_redefined_in_a_later_opset_is_rejected(unet_graph):
     proto = load_all(unet_graph)
     proto.graph.node[3].op_type = "GroupNormalization"
-    with pytest.raises(InvalidInputError, match="GroupNormalization means something else in ONNX opset 21"):
+    with pytest.raises(InvalidInputError, match="GroupNormalization was redefined in ONNX opset 21"):
         raised(Graph(proto), 21)
     assert opset_of(raised(Graph(proto), 19)) == 19
 
 
-def test_a_mixture_gives_every_layer_the_numbers_of_its_format(unet, unet_graph):
+def test_format_overrides_store_every_layer_in_its_own_format(unet, unet_graph):
     four = calibrated(unet, "w4a8", lambda name: name.startswith("mid_block"))
     eight = calibrated(unet, "int8", lambda name: not name.startswith("mid_block"))
     mixed = Quantization("int8", eight.amax | four.amax, dict.fromkeys(four.layers, "w4a8"))
@@ -178,17 +178,17 @@ def test_a_mixture_gives_every_layer_the_numbers_of_its_format(unet, unet_graph)
     types = {name: weight_of(graph, name).dtype.name for name in graph.weights}
     assert types["mid_block.resnets.0.conv1.weight_int4"] == "int4" and types["conv_in.weight_int8"] == "int8"
     inputs = inputs_for(unet)
-    wanted = by_formula(unet, mixed, inputs)
+    expected = by_formula(unet, mixed, inputs)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
-    assert sqnr_db(wanted, run_exactly(graph, inputs)) > sqnr_db(plain, wanted) + 1
+    assert sqnr_db(expected, run_exactly(graph, inputs)) > sqnr_db(plain, expected) + 1
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
 def test_the_form_for_tensorrt_has_the_same_numbers(kind, unet, unet_graph):
     quantization, inputs = calibrated(unet, kind), inputs_for(unet)
     graph = insert_qdq(unet_graph, quantization, tensorrt=True)
-    wanted, found = run_exactly(insert_qdq(unet_graph, quantization), inputs), run_exactly(graph, inputs)
-    assert sqnr_db(wanted, found) > 60
+    expected, found = run_exactly(insert_qdq(unet_graph, quantization), inputs), run_exactly(graph, inputs)
+    assert sqnr_db(expected, found) > 60
     for node in graph.proto.graph.node:
         if node.op_type == "QuantizeLinear":
             zero = onnx.numpy_helper.to_array(next(t for t in graph.proto.graph.initializer if t.name == node.input[2]))
@@ -198,10 +198,10 @@ def test_the_form_for_tensorrt_has_the_same_numbers(kind, unet, unet_graph):
 
 
 def test_nvfp4_stores_4_bits_and_the_graph_computes_its_weights():
-    """On the CPU weights alone are rounded, by codes and a table; TensorRT's form has its own operator and types."""
+    """On the CPU only weights are rounded, with codes and a table; TensorRT uses its own operator."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 24, bias=False)).eval(), torch.randn(2, 16, 64)
-    graph = trace(model, lambda m, given: (m(given["sample"]),), {"sample": x}, ["out"], {"sample": {0: "batch"}})
+    graph = trace(model, lambda m, feed: (m(feed["sample"]),), {"sample": x}, ["out"], {"sample": {0: "batch"}})
     amax = weight_amax(model[0].weight, FORMATS["nvfp4"])
     quantization = Quantization("nvfp4", {"0.weight": amax, "0.input": torch.tensor(3.0)})
     rounded_weight = fake_nvfp4(model[0].weight.detach(), SimpleNamespace(amax=amax.reshape(-1, 1)))
@@ -219,16 +219,16 @@ def test_nvfp4_stores_4_bits_and_the_graph_computes_its_weights():
 
 
 @pytest.mark.parametrize("kind", ["int4", "w4a8"])
-def test_scales_of_another_width_are_refused_by_layer(kind, unet, unet_graph):
+def test_scales_of_another_width_are_rejected_by_layer(kind, unet, unet_graph):
     quantization = calibrated(unet, kind, "mid_block.resnets.0.conv1".__eq__)
     amax = dict(quantization.amax)
     amax["mid_block.resnets.0.conv1.weight"] = amax["mid_block.resnets.0.conv1.weight"][:-1]
-    with pytest.raises(InvalidInputError, match="layer 'mid_block.resnets.0.conv1'.*was it pruned"):
+    with pytest.raises(InvalidInputError, match=r"layer 'mid_block\.resnets\.0\.conv1'.*was it pruned"):
         insert_qdq(unet_graph, Quantization(kind, amax))
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
-def test_the_planned_size_is_that_of_the_file(kind, unet, unet_graph, tmp_path):
+def test_the_dry_runs_size_is_that_of_the_file(kind, unet, unet_graph, tmp_path):
     (tmp_path / "r.yaml").write_text(
         f"stages: [quantize: {{format: {kind}, samples: 2, batch: 2, output_correction: false}}]\n"
     )

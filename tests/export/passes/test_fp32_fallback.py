@@ -1,4 +1,4 @@
-"""export/passes/fp32_fallback.py on graphs small enough to see which nodes have to be float32."""
+"""export/passes/fp32_fallback.py on graphs small enough to see which nodes must be float32."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEAD = '<ir_version: 8, opset_import: ["" : 18]>'
 
 
 def inside(body: str, keep: tuple[str, ...] = (), names: Sequence[str] = ()) -> str:
-    """What the nodes write that compute in float32, in order; `names` are those of the first nodes."""
+    """Return the outputs of the float32 nodes in order; `names` are the names of the first nodes."""
     model = onnx.parser.parse_model(f"{HEAD} {body}")
     for node, name in zip(model.graph.node, names, strict=False):
         node.name = name
@@ -23,17 +23,17 @@ def inside(body: str, keep: tuple[str, ...] = (), names: Sequence[str] = ()) -> 
     floats = {value.name for value in values if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
     floats |= {tensor.name for tensor in inferred.initializer if tensor.data_type == onnx.TensorProto.FLOAT}
     found = fp32_nodes(inferred, floats, keep=keep)
-    to_half(Graph(model), "fp16", keep)  # whatever is found can be written
+    to_half(Graph(model), "fp16", keep)  # the selection gives a valid graph
     return " ".join(inferred.node[index].output[0] for index in sorted(found))
 
 
-# every graph begins with a layer: what comes before the first one is float32 anyway
+# every graph starts with a layer, because nodes before the first one are float32 anyway
 LAYER = "x = MatMul(sample, w)"
 W = f"float[4, 4] w = {{{', '.join(['0.5'] * 16)}}}"
 SIGNATURE = f"(float[b, 4] sample) => (float[b, 4] y) <{W}"
 
 
-def test_a_norm_that_was_taken_apart_is_one_island_up_to_its_scale():
+def test_a_decomposed_norm_is_float32_up_to_and_including_its_scale():
     body = f"""g {SIGNATURE}, float two = {{2}}, float eps = {{1e-6}}, float[4] gain = {{1, 1, 1, 1}},
         int64[1] last = {{1}}> {{
         {LAYER}
@@ -49,7 +49,7 @@ def test_a_norm_that_was_taken_apart_is_one_island_up_to_its_scale():
     assert inside(body) == "square mean safe root inverse normed scaled"
 
 
-def test_activations_and_sums_of_layers_stay_outside():
+def test_activations_and_sums_of_layers_are_in_half_precision():
     body = f"""g {SIGNATURE}, float[4] scale = {{1, 1, 1, 1}}, float[4] shift = {{0, 0, 0, 0}}> {{
         {LAYER}
         normed = LayerNormalization(x, scale, shift)
@@ -66,7 +66,7 @@ def test_a_square_is_dangerous_however_it_is_written():
     assert inside(f"g {SIGNATURE}> {{ {LAYER} twice = Mul(x, w) y = MatMul(twice, w) }}") == ""
 
 
-def test_masked_scores_are_float_up_to_the_product_before():
+def test_masked_scores_are_float32_back_to_the_preceding_product():
     body = f"""g {SIGNATURE}, float scale = {{0.125}}, float[4] mask = {{0, 0, 0, -3e38}}> {{
         {LAYER}
         scores = Mul(x, scale)
@@ -77,7 +77,7 @@ def test_masked_scores_are_float_up_to_the_product_before():
     assert inside(body) == "scores masked weights"
 
 
-def test_what_has_met_no_layer_is_float_and_an_embedding_is_a_layer():
+def test_nodes_before_any_layer_are_float32_and_an_embedding_is_a_layer():
     body = f"""g (float[b, 4] sample, int64[b, 1] timestep) => (float[b, 4] y)
         <{W}, float rate = {{0.01}}, int64[1] axis = {{1}}> {{
         time = Cast <to = 1> (timestep)
@@ -87,13 +87,13 @@ def test_what_has_met_no_layer_is_float_and_an_embedding_is_a_layer():
         x = MatMul(moved, w)
         index = Squeeze(timestep, axis)
         label = Gather(w, index)
-        told = Add(x, label)
-        y = Mul(told, wave)
+        labeled = Add(x, label)
+        y = Mul(labeled, wave)
     }}"""
     assert inside(body) == "time angle wave moved index"
 
 
-def test_layers_are_kept_by_the_name_of_a_module_they_are_in():
+def test_layers_are_kept_by_the_name_of_a_module_that_contains_them():
     body = f"g {SIGNATURE}> {{ a = MatMul(sample, w) b = MatMul(a, w) y = MatMul(b, w) }}"
     names = ["encoder.block.0.wo", "encoder.block.0.two", "wo.gate"]
     assert inside(body, keep=("wo",), names=names) == "a y"
@@ -101,8 +101,8 @@ def test_layers_are_kept_by_the_name_of_a_module_they_are_in():
     assert inside(body, names=names) == ""
 
 
-def test_sums_between_what_is_float_are_float():
-    """T5's residual stream behind a layer that is kept: it must not pass through float16 on its way to a norm."""
+def test_sums_between_float32_nodes_are_float32():
+    """T5's residual stream after a kept layer must not pass through float16 on its way to a norm."""
     body = f"""g {SIGNATURE}, float[4] scale = {{1, 1, 1, 1}}> {{
         a = MatMul(sample, w)
         b = MatMul(a, w)

@@ -1,4 +1,4 @@
-"""export/passes/half_precision.py: graphs in half precision against torch, the float32 graph, and ONNX's own rules for types."""
+"""export/passes/half_precision.py against torch, the float32 graph, and ONNX's type rules."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_openvino = pytest.mark.skipif("openvino" not in available(), reason="needs
 
 
 def typed(graph: Graph) -> dict[str, int]:
-    """The type of every tensor, by ONNX's own strict inference: it refuses a node that mixes types."""
+    """Return the type of every tensor, by ONNX's strict inference, which rejects nodes that mix types."""
     proto = onnx.shape_inference.infer_shapes(load_all(graph), check_type=True, strict_mode=True).graph
     types = {value.name: value.type.tensor_type.elem_type for value in (*proto.input, *proto.output, *proto.value_info)}
     return types | {tensor.name: tensor.data_type for tensor in proto.initializer}
@@ -46,11 +46,11 @@ def traced(module: nn.Module, features: int = 8) -> Graph:
 
 
 def run_rounded(graph: Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
-    """The output in ONNX's own reference, which rounds every value of a half graph; engines on the CPU do not."""
+    """Return the output of ONNX's reference, which rounds every value of a half graph; CPU engines do not."""
     return ReferenceEvaluator(load_all(graph)).run(None, inputs)[0]
 
 
-# --- the whole graph -------------------------------------------------------------------------------------------
+# --- the full graph -------------------------------------------------------------------------------------------
 
 
 @both
@@ -65,7 +65,7 @@ def test_every_node_reads_and_writes_types_that_onnx_allows(model, precision, re
 
 
 @both
-def test_islands_of_a_unet_are_float32(precision, unet_graph):
+def test_the_fp32_fallback_of_a_unet_is_float32(precision, unet_graph):
     half, _ = to_half(unet_graph, precision)
     types = typed(half)
     inside = {"InstanceNormalization", "Softmax", "Sin", "Cos"}
@@ -88,22 +88,22 @@ def test_inputs_outputs_and_nodes_keep_their_names_and_no_tensor_is_cast_twice(m
     casts = [node for node in new.node if node.op_type == "Cast" and node.name not in names]
     assert len(casts) + len(names) == len(new.node)
     assert max(Counter((node.input[0], node.attribute[0].i) for node in casts).values()) == 1
-    there = {node.output[0] for node in casts}
-    assert not there.intersection(node.input[0] for node in casts), "a cast of a cast"
+    cast_outputs = {node.output[0] for node in casts}
+    assert not cast_outputs.intersection(node.input[0] for node in casts), "a cast of a cast"
     assert graph.proto.SerializeToString(deterministic=True) == before
 
 
-def test_casts_stand_at_the_borders_of_islands_alone(unet_graph):
+def test_casts_are_only_at_the_borders_of_the_fp32_fallback(unet_graph):
     half, _ = to_half(unet_graph, "fp16")
     kinds = Counter(node.op_type for node in half.proto.graph.node)
     old = Counter(node.op_type for node in unet_graph.proto.graph.node)
-    # into and out of each; and the sample, the sinusoid, the answer
+    # into and out of each; and the sample, the sinusoid, the output
     assert kinds["Cast"] - old["Cast"] <= 2 * (kinds["InstanceNormalization"] + kinds["Softmax"]) + 3
 
 
 @both
 @pytest.mark.parametrize("model", ["unet", "everything"])
-def test_arithmetic_that_rounds_every_value_stays_near_the_float_graph(model, precision, request):
+def test_arithmetic_that_rounds_every_value_is_close_to_the_float_graph(model, precision, request):
     inputs, graph = inputs_for(request.getfixturevalue(model)), request.getfixturevalue(f"{model}_graph")
     found = run_rounded(to_half(graph, precision)[0], inputs)
     # one rounding to 11 bits costs 66 to 72 dB, to 8 bits 48 to 54
@@ -111,20 +111,20 @@ def test_arithmetic_that_rounds_every_value_stays_near_the_float_graph(model, pr
 
 
 @pytest.mark.parametrize("model", ["unet", "everything", "wide"])
-def test_fp16_is_near_the_float_graph_in_every_engine(model, request, tmp_path):
+def test_fp16_is_close_to_the_float_graph_in_every_engine(model, request, tmp_path):
     checkpoint, graph = request.getfixturevalue(model), request.getfixturevalue(f"{model}_graph")
     inputs = inputs_for(checkpoint)
     half, _ = to_half(graph, "fp16")
     save_graph(half, tmp_path / "h.onnx")
-    wanted = run_exactly(graph, inputs)
-    assert mean_sqnr_db(wanted, run_exactly(half, inputs)) > 52
+    expected = run_exactly(graph, inputs)
+    assert mean_sqnr_db(expected, run_exactly(half, inputs)) > 52
     for engine in available():
-        assert mean_sqnr_db(wanted, load_engine(tmp_path / "h.onnx", engine, 1).run(inputs)) > 52
+        assert mean_sqnr_db(expected, load_engine(tmp_path / "h.onnx", engine, 1).run(inputs)) > 52
 
 
 @needs_openvino
 @pytest.mark.parametrize("model", ["unet", "everything", "wide"])
-def test_bf16_is_near_the_float_graph_in_openvino(model, request, tmp_path):
+def test_bf16_is_close_to_the_float_graph_in_openvino(model, request, tmp_path):
     checkpoint, graph = request.getfixturevalue(model), request.getfixturevalue(f"{model}_graph")
     inputs = inputs_for(checkpoint)
     save_graph(to_half(graph, "bf16")[0], tmp_path / "h.onnx")
@@ -146,12 +146,12 @@ def test_weights_are_rounded_as_torch_rounds_them(precision, wide, wide_graph):
     half, _ = to_half(wide_graph, precision)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in load_all(half).graph.initializer}
     found = stored[f"heavy.weight.{HALVES[precision].name}"]
-    wanted = wide.model.heavy.weight.detach().to(TORCH[precision])
-    np.testing.assert_array_equal(found.astype(np.float32), wanted.float().numpy())
+    expected = wide.model.heavy.weight.detach().to(TORCH[precision])
+    np.testing.assert_array_equal(found.astype(np.float32), expected.float().numpy())
 
 
 @both
-def test_weights_go_to_the_file_one_at_a_time(precision, wide_graph, tmp_path, monkeypatch):
+def test_weights_are_written_one_at_a_time(precision, wide_graph, tmp_path, monkeypatch):
     monkeypatch.setattr(diffpress.export.graph.model, "MAX_INLINE_BYTES", 1000)
     copies = 12
     side = 512
@@ -172,7 +172,7 @@ def test_weights_go_to_the_file_one_at_a_time(precision, wide_graph, tmp_path, m
 
 
 def with_weight(value: float) -> Graph:
-    """One product with a weight of ones, of which one is `value`."""
+    """Return one product whose weight is all ones except for one `value`."""
     weight = np.ones((8, 8), np.float32)
     weight[2, 3] = value
     ends = [onnx.helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 8]) for name in "xy"]
@@ -183,10 +183,10 @@ def with_weight(value: float) -> Graph:
 
 
 @pytest.mark.parametrize("value", [70000.0, -1e30])
-def test_a_weight_that_overflows_is_refused_by_name_and_bf16_takes_it(value):
+def test_a_weight_that_overflows_is_rejected_by_name_and_accepted_in_bf16(value):
     graph = with_weight(value)
     with pytest.raises(
-        InvalidInputError, match=r"weight 'layer.weight': .* does not fit float16, .* at 65504"
+        InvalidInputError, match=r"weight 'layer.weight': .* exceeds the float16 maximum of 65504"
     ) as caught:
         to_half(graph, "fp16")
     assert "\n" not in str(caught.value) and "bf16" in str(caught.value)
@@ -205,7 +205,7 @@ def test_a_weight_that_overflows_is_refused_by_name_and_bf16_takes_it(value):
         (1e-20, "bf16", 0, 0),
     ],
 )
-def test_what_falls_below_the_range_is_counted(value, precision, zero, subnormal):
+def test_weights_below_the_range_are_counted(value, precision, zero, subnormal):
     assert to_half(with_weight(value), precision)[1] == Lost(zero, subnormal, 64)
     assert (np.array(value, HALVES[precision]) == 0) == (zero == 1 or value == 0)
 
@@ -214,7 +214,7 @@ def test_what_falls_below_the_range_is_counted(value, precision, zero, subnormal
 
 
 class LoudNorm(nn.Module):
-    """Its activations are about 2000: their squares do not fit float16."""
+    """Activations of about 2000, whose squares do not fit float16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -224,22 +224,22 @@ class LoudNorm(nn.Module):
         return self.last(self.norm(1000 * self.first(sample)))
 
 
-def test_a_norm_of_large_activations_survives_where_torchs_own_halves_do_not():
+def test_a_norm_of_large_activations_works_where_torchs_half_precision_fails():
     module = LoudNorm()
     graph = traced(module)
     sample = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
-    wanted = run_exactly(graph, {"sample": sample.numpy()})
+    expected = run_exactly(graph, {"sample": sample.numpy()})
     with torch.no_grad():
         inside = 1000 * module.first(sample)
     assert 255.9**2 < 65504 < float(inside.square().max()) and float(inside.abs().max()) < 65504
     found = run_rounded(to_half(graph, "fp16")[0], {"sample": sample.numpy()})
-    assert mean_sqnr_db(wanted, found) > 50
+    assert mean_sqnr_db(expected, found) > 50
     naive = inside.half() * torch.rsqrt(inside.half().square().mean(-1, keepdim=True) + 1e-6)
-    assert not naive.any(), "the test's activations are too small to show anything"
+    assert not naive.any(), "the test's activations are too small to overflow"
 
 
 class Gated(nn.Module):
-    """As T5's feed-forward: what `wo` writes is beyond float16, and goes through a sum into a norm."""
+    """Feed-forward layer as in T5: the output of `wo` exceeds float16, and goes through a sum into a norm."""
 
     _keep_in_fp32_modules = ["wo"]
 
@@ -251,15 +251,15 @@ class Gated(nn.Module):
         return self.last(self.norm(sample + self.wo(5000 * self.wi(sample))))
 
 
-def test_layers_that_their_authors_keep_in_float32_do_not_overflow():
+def test_layers_that_the_models_authors_keep_in_float32_do_not_overflow():
     module = Gated()
     graph = traced(module)
     sample = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
-    wanted = run_exactly(graph, {"sample": sample})
+    expected = run_exactly(graph, {"sample": sample})
     assert kept_modules(module, "fp16") == ("wo",)
     assert kept_modules(module, "bf16") == () == kept_modules(nn.ReLU(), "fp16")
     kept = run_rounded(to_half(graph, "fp16", kept_modules(module, "fp16"))[0], {"sample": sample})
-    assert mean_sqnr_db(wanted, kept) > 50
+    assert mean_sqnr_db(expected, kept) > 50
     with np.errstate(all="ignore"):
         assert not np.isfinite(run_rounded(to_half(graph, "fp16")[0], {"sample": sample})).all()
 
@@ -282,26 +282,26 @@ def test_a_quantized_graph_has_scales_in_half_precision(precision, tensorrt, une
         assert mean_sqnr_db(run_exactly(rounded, inputs), run_exactly(half, inputs)) > 28
 
 
-# --- refusals --------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------
 
 
-def test_a_precision_that_does_not_exist_is_refused(wide_graph):
+def test_an_unknown_precision_is_rejected(wide_graph):
     with pytest.raises(InvalidInputError, match="unknown half precision 'fp8'"):
         to_half(wide_graph, "fp8")
 
 
-def test_a_graph_with_branches_is_refused_by_the_nodes_name():
+def test_a_graph_with_branches_is_rejected_with_the_nodes_name():
     text = """<ir_version: 8, opset_import: ["" : 18]> g (bool c, float[2] x) => (float[2] y) {
         y = If (c) <then_branch = t () => (float[2] a) { a = Identity(x) },
                     else_branch = e () => (float[2] b) { b = Neg(x) }>
     }"""
     model = onnx.parser.parse_model(text)
     model.graph.node[0].name = "fork"
-    with pytest.raises(InvalidInputError, match="node 'fork': If cannot be put into half precision"):
+    with pytest.raises(InvalidInputError, match="node 'fork': If cannot be converted to half precision"):
         to_half(Graph(model), "fp16")
 
 
-def test_constants_in_attributes_and_types_in_casts_follow():
+def test_constants_in_attributes_and_target_types_of_casts_are_converted():
     text = """<ir_version: 8, opset_import: ["" : 18]> g (float[b, 1] x) => (float[b, 1] y) <float[1, 1] w = {0.5}> {
         a = MatMul(x, w)
         c = Constant <value = float {2}> ()

@@ -1,3 +1,5 @@
+"""export/passes/insert_qdq.py: Q/DQ graphs compare with fake quantization in torch, in every engine."""
+
 from collections import Counter
 
 import numpy as np
@@ -30,13 +32,13 @@ def test_a_quantized_layer_computes_what_torch_fake_quantization_does(
 ):
     quantization = only(scales(everything, outputs=True), layer)
     inputs = inputs_for(everything)
-    wanted = fake_quant(everything, quantization, inputs)
+    expected = fake_quant(everything, quantization, inputs)
     found = run_exactly(insert_qdq(everything_graph, quantization), inputs)
     plain = TorchNetwork(everything.model, everything.spec).run(inputs)
-    # a few values fall the other way, where torch and ONNX Runtime differ in the last bit before a rounding
-    assert np.median(np.abs(found - wanted)) < 2e-6
-    assert sqnr_db(wanted, found) > sqnr_db(plain, wanted) + 10
-    assert sqnr_db(plain, wanted) < 95
+    # a few values round differently, where torch and ONNX Runtime differ in the last bit before the rounding
+    assert np.median(np.abs(found - expected)) < 2e-6
+    assert sqnr_db(expected, found) > sqnr_db(plain, expected) + 10
+    assert sqnr_db(plain, expected) < 95
 
 
 @pytest.mark.parametrize(("outputs", "residual_outputs"), [(False, False), (True, False), (True, True)])
@@ -45,16 +47,16 @@ def test_a_quantized_unet_computes_what_torch_fake_quantization_does(
 ):
     quantization, inputs = scales(unet, outputs=outputs, residual_outputs=residual_outputs), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
-    wanted = fake_quant(unet, quantization, inputs)
+    expected = fake_quant(unet, quantization, inputs)
     found = run_exactly(insert_qdq(unet_graph, quantization), inputs)
-    assert sqnr_db(wanted, found) > sqnr_db(plain, wanted) + 6
-    assert abs(sqnr_db(plain, found) - sqnr_db(plain, wanted)) < 0.3
+    assert sqnr_db(expected, found) > sqnr_db(plain, expected) + 6
+    assert abs(sqnr_db(plain, found) - sqnr_db(plain, expected)) < 0.3
 
 
 @pytest.mark.parametrize("engine", available())
 @pytest.mark.parametrize("residual_outputs", [False, True])
 @pytest.mark.parametrize("outputs", [False, True])
-def test_engines_keep_what_fake_quantization_keeps(
+def test_engines_reach_the_sqnr_of_fake_quantization(
     engine, outputs, residual_outputs, unet, unet_graph, scales, fake_quant, tmp_path
 ):
     # weights within 7 bits: processors without VNNI saturate otherwise
@@ -92,7 +94,7 @@ def test_weights_are_stored_as_int8_and_no_float_copy_is_left(everything, everyt
     assert not set(stored) - {name for node in graph.node for name in node.input}
 
 
-def test_the_float_graph_is_left_as_it_was(everything_graph, everything, scales):
+def test_the_float_graph_is_not_changed(everything_graph, everything, scales):
     def written(graph: Graph) -> bytes:
         return load_all(graph).SerializeToString(deterministic=True)
 
@@ -102,7 +104,7 @@ def test_the_float_graph_is_left_as_it_was(everything_graph, everything, scales)
     assert written(insert_qdq(everything_graph, scales(everything))) == written(first)
 
 
-def test_a_weight_becomes_int8_when_it_is_written_and_not_before(everything, everything_graph, scales):
+def test_a_weight_is_quantized_only_when_it_is_written(everything, everything_graph, scales):
     reads = []
     observed = {
         name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
@@ -117,15 +119,15 @@ def test_a_weight_becomes_int8_when_it_is_written_and_not_before(everything, eve
         weight = weight[:, :, None, None] if layer == "matmul" else weight  # written as a convolution
         scale = quantization.amax[f"{layer}.weight"].numpy() / np.float32(127)
         shape = [-1 if i == axis else 1 for i in range(weight.ndim)]
-        wanted = np.clip(np.rint(weight / scale.reshape(shape)), -127, 127)
+        expected = np.clip(np.rint(weight / scale.reshape(shape)), -127, 127)
         assert stored.dtype == np.int8 and stored.shape == weight.shape
-        np.testing.assert_array_equal(stored.read(), wanted)
+        np.testing.assert_array_equal(stored.read(), expected)
     assert len(reads) == 5
 
 
 def test_readers_of_one_tensor_with_one_scale_share_a_pair(unet, unet_graph, scales):
     quantization = scales(unet)
-    names = [f"mid_block.attentions.0.{part}" for part in ("to_q", "to_k", "to_v")]
+    names = [f"mid_block.attentions.0.{projection}" for projection in ("to_q", "to_k", "to_v")]
     few = {f"{name}.{kind}": quantization.amax[f"{name}.{kind}"] for name in names for kind in ("weight", "input")}
     graph = insert_qdq(unet_graph, Quantization("int8", few)).proto.graph
     assert Counter(node.op_type for node in graph.node)["QuantizeLinear"] == 1
@@ -145,7 +147,7 @@ def test_a_layer_without_input_scale_computes_in_float(unet, unet_graph, scales,
 
 @pytest.mark.parametrize("kind", ["weight", "input", "output"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None])
-def test_a_scale_that_is_no_scale_is_refused_by_layer(kind, value, unet, unet_graph, scales):
+def test_an_invalid_scale_is_rejected_by_layer(kind, value, unet, unet_graph, scales):
     amax = dict(only(scales(unet, outputs=True), "conv_in").amax)
     bad = amax[f"conv_in.{kind}"].clone().reshape(-1)
     if value is None:
@@ -153,7 +155,7 @@ def test_a_scale_that_is_no_scale_is_refused_by_layer(kind, value, unet, unet_gr
     else:
         bad[-1] = value
     amax[f"conv_in.{kind}"] = bad
-    with pytest.raises(InvalidInputError, match="layer 'conv_in'.*positive and finite"):
+    with pytest.raises(InvalidInputError, match=r"layer 'conv_in'.*positive and finite"):
         insert_qdq(unet_graph, Quantization("int8", amax))
 
 
@@ -162,20 +164,20 @@ def test_a_scale_that_is_no_scale_is_refused_by_layer(kind, value, unet, unet_gr
     [
         ({"conv_in.weight": None}, "layer 'conv_in'.*no weight amax"),
         ({"conv_in.weight": torch.ones(5)}, "layer 'conv_in': 5 weight scales for 16 channels"),
-        ({"conv_in.input": torch.ones(3)}, "layer 'conv_in'.*3 values, one is expected"),
+        ({"conv_in.input": torch.ones(3)}, "layer 'conv_in'.*3 values, but one is expected"),
         ({"elsewhere.weight": torch.ones(3)}, "layer 'elsewhere': the graph has no node"),
         (
             {"class_embedding.weight": torch.ones(4), "class_embedding.output": torch.ones(())},
-            "layer 'class_embedding': only layers and the sums of blocks",
+            "layer 'class_embedding': only layers and residual sums",
         ),
     ],
 )
-def test_scales_that_do_not_fit_the_graph_are_refused_by_layer(change, message, unet, unet_graph, scales):
+def test_scales_that_do_not_fit_the_graph_are_rejected_by_layer(change, message, unet, unet_graph, scales):
     amax = {**only(scales(unet), "conv_in").amax, **change}
     with pytest.raises(InvalidInputError, match=message):
         insert_qdq(unet_graph, Quantization("int8", {k: v for k, v in amax.items() if v is not None}))
 
 
-def test_an_unknown_format_is_refused(unet_graph):
+def test_an_unknown_format_is_rejected(unet_graph):
     with pytest.raises(InvalidInputError, match="format 'fp4'"):
         insert_qdq(unet_graph, Quantization("fp4", {}))

@@ -1,4 +1,4 @@
-"""export/passes/linear_to_conv1x1.py: linear layers over sequences become 1 x 1 convolutions that compute the same."""
+"""export/passes/linear_to_conv1x1.py: linear layers over sequences become equivalent 1x1 convolutions."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ LAYERS = ("plain", "unbiased", "twice", "grid", "flat")
 def graph() -> Graph:
     torch.manual_seed(0)
     axes = {"sample": {0: "batch", 1: "sequence"}}
-    forward = lambda model, given: model(given["sample"])  # noqa: E731
+    forward = lambda model, feed: model(feed["sample"])  # noqa: E731
     return trace(Tokens().eval(), forward, {"sample": torch.randn(2, 5, 6)}, ["out"], axes)
 
 
@@ -45,30 +45,30 @@ def run(graph: Graph, sample: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (1, 1, 6), (3, 9, 6)])
-def test_the_convolutions_compute_what_the_products_did(shape, graph):
+def test_the_convolutions_compute_the_same_as_the_products(shape, graph):
     sample = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     np.testing.assert_allclose(run(linear_to_conv1x1(graph, LAYERS), sample), run(graph, sample), rtol=0, atol=1e-6)
 
 
-def test_layers_over_sequences_are_convolutions_of_the_same_names_and_others_stay(graph):
+def test_layers_over_sequences_become_convolutions_of_the_same_names_and_others_stay(graph):
     made = linear_to_conv1x1(graph, LAYERS).proto.graph
     convolutions = {node.name for node in made.node if node.op_type == "Conv"}
     assert convolutions == {"plain", "unbiased", "twice", "twice#2"}
     assert {node.name for node in made.node if node.op_type in ("MatMul", "Gemm")} == {"grid", "flat"}
-    # their biases moved in: the one left is that of the layer over four dimensions
+    # their biases moved in; the remaining one belongs to the layer over four dimensions
     assert Counter(len(node.input) for node in made.node if node.op_type == "Conv") == {3: 3, 2: 1}
     stored = [tensor.name for tensor in made.initializer]
     assert len(stored) == len(set(stored)) and "plain.weight" not in stored
 
 
-def test_only_the_layers_asked_for_change_and_the_graph_given_does_not(graph):
+def test_only_the_requested_layers_change_and_the_input_graph_does_not(graph):
     before = graph.proto.SerializeToString(deterministic=True)
     made = linear_to_conv1x1(graph, ("unbiased",)).proto.graph
     assert [node.name for node in made.node if node.op_type == "Conv"] == ["unbiased"]
     assert graph.proto.SerializeToString(deterministic=True) == before
 
 
-def test_a_bias_that_others_read_before_it_is_added_stays_outside():
+def test_a_bias_stays_outside_if_the_product_before_it_has_other_readers():
     class Read(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -80,7 +80,7 @@ def test_a_bias_that_others_read_before_it_is_added_stays_outside():
 
     torch.manual_seed(0)
     sample = torch.randn(2, 5, 6)
-    graph = trace(Read().eval(), lambda model, given: model(given["sample"]), {"sample": sample}, ["out"], {})
+    graph = trace(Read().eval(), lambda model, feed: model(feed["sample"]), {"sample": sample}, ["out"], {})
     made = linear_to_conv1x1(graph, ("layer",))
     assert "Add" in {node.op_type for node in made.proto.graph.node}
     np.testing.assert_allclose(run(made, sample.numpy()), run(graph, sample.numpy()), rtol=0, atol=1e-6)

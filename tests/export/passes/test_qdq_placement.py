@@ -1,4 +1,4 @@
-"""export/passes/qdq_placement.py: where pairs stand, in which type, and what the engines make of them."""
+"""export/passes/qdq_placement.py: where Q/DQ pairs are, their types, and how engines run them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffpress.export.passes.qdq_placement import Placement
 from diffpress.runtime.engines import available, load_engine
 from tests.export.oracle import inputs_for, run_exactly
 
-# concatenations of the little U-Net's stream with its skips
+# concatenations of the small U-Net's residual stream with its skip connections
 CONCATS = 4
 
 
@@ -29,21 +29,23 @@ def pairs(graph: onnx.GraphProto) -> list[str]:
 
 
 @pytest.mark.parametrize("residual_outputs", [False, True])
-def test_onnxruntime_computes_every_layer_that_is_not_kept_on_integers(
+def test_onnxruntime_computes_every_layer_that_is_not_sensitive_on_integers(
     residual_outputs, unet, unet_graph, scales, tmp_path
 ):
-    kept = adapter_for(unet.model).sensitive_layers(unet.model)
+    sensitive = adapter_for(unet.model).sensitive_layers(unet.model)
     quantization = scales(unet, outputs=True, residual_outputs=residual_outputs)
-    amax = {k: v for k, v in quantization.amax.items() if k.rsplit(".", 1)[0] not in kept or k == "conv_in.output"}
+    amax = {k: v for k, v in quantization.amax.items() if k.rsplit(".", 1)[0] not in sensitive or k == "conv_in.output"}
     if not residual_outputs:
         amax.pop("conv_in.output")
     save_graph(insert_qdq(unet_graph, Quantization("int8", amax)), tmp_path / "q.onnx")
     precision_report = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).precision_report(inputs_for(unet))
     modules = dict(unet.model.named_modules())
-    assert {layer for layer in precision_report.float_layers if layer in modules} == set(kept) - {"class_embedding"}
+    assert {layer for layer in precision_report.float_layers if layer in modules} == set(sensitive) - {
+        "class_embedding"
+    }
 
 
-def test_concatenations_of_the_trunk_copy_integers_in_onnxruntime(unet, unet_graph, scales, tmp_path):
+def test_residual_concatenations_copy_integers_in_onnxruntime(unet, unet_graph, scales, tmp_path):
     found = {}
     for residual_outputs in (False, True):
         save_graph(
@@ -59,7 +61,7 @@ def test_concatenations_of_the_trunk_copy_integers_in_onnxruntime(unet, unet_gra
 
 
 @pytest.mark.skipif("openvino" not in available(), reason="needs openvino")
-def test_concatenations_of_the_trunk_copy_integers_in_openvino(unet, unet_graph, scales, tmp_path):
+def test_residual_concatenations_copy_integers_in_openvino(unet, unet_graph, scales, tmp_path):
     import openvino
 
     copied, reordered = {}, {}
@@ -79,8 +81,8 @@ def test_concatenations_of_the_trunk_copy_integers_in_openvino(unet, unet_graph,
     assert reordered[True] < reordered[False]
 
 
-def test_integers_are_stored_for_cpus_with_a_shifted_zero_and_for_tensorrt_with_none(unet, unet_graph, scales):
-    quantization, answers = scales(unet, outputs=True, residual_outputs=True), []
+def test_integers_have_a_shifted_zero_point_for_cpus_and_none_for_tensorrt(unet, unet_graph, scales):
+    quantization, results = scales(unet, outputs=True, residual_outputs=True), []
     for tensorrt, zero in ((False, np.uint8(128)), (True, np.int8(0))):
         model = load_all(insert_qdq(unet_graph, quantization, tensorrt=tensorrt))
         stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
@@ -91,14 +93,14 @@ def test_integers_are_stored_for_cpus_with_a_shifted_zero_and_for_tensorrt_with_
                 channels = stored[node.input[0]].shape[node.attribute[0].i]
                 assert stored[node.input[2]].dtype == np.int8 and not stored[node.input[2]].any()
                 assert stored[node.input[1]].shape == stored[node.input[2]].shape == (channels,)
-        answers.append(run_exactly(model, inputs_for(unet)))
-    np.testing.assert_array_equal(*answers)
+        results.append(run_exactly(model, inputs_for(unet)))
+    np.testing.assert_array_equal(*results)
 
 
-def test_a_sum_is_rounded_once_for_all_that_read_it(unet, unet_graph, scales):
+def test_a_sum_is_rounded_once_for_all_its_readers(unet, unet_graph, scales):
     placed = pairs(insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=True)).proto.graph)
     assert len(set(placed)) == len(placed)
-    # read at the scale of what it comes from: a sum, a concatenation, an upsampling
+    # their inputs have the scale of their source: a sum, a concatenation, an upsampling
     readers = ["down_blocks.0.downsamplers.0.conv", "up_blocks.0.resnets.0.conv_shortcut"]
     readers += ["up_blocks.0.upsamplers.0.conv"]
     assert not {f"{layer}.input/Q" for layer in readers} & set(placed)
@@ -113,8 +115,8 @@ def test_a_sum_with_another_scale_than_its_reader_is_rounded_again(unet, unet_gr
     assert "up_blocks.0.upsamplers.0.conv.input/Q" in placed
 
 
-def pairs_behind(node: onnx.NodeProto, scales: dict[str, float], stored: dict[str, np.ndarray]) -> int:
-    """How many pairs stand behind one node whose inputs have these scales."""
+def pairs_after(node: onnx.NodeProto, scales: dict[str, float], stored: dict[str, np.ndarray]) -> int:
+    """Return the number of pairs after a node whose inputs have these scales."""
     rewrite = Rewrite(Graph(onnx.ModelProto(graph=onnx.GraphProto(name="one"))))
     for name, value in stored.items():
         rewrite.add(name, value)
@@ -142,14 +144,14 @@ def pairs_behind(node: onnx.NodeProto, scales: dict[str, float], stored: dict[st
         ("Sigmoid", ["a"], {"a": 0.5}, {}, 0),
     ],
 )
-def test_a_pair_follows_what_only_copies_tensors_of_one_scale(operator, inputs, scales, settings, count):
+def test_a_pair_follows_nodes_that_only_copy_tensors_of_one_scale(operator, inputs, scales, settings, count):
     stored = {"two": np.float32([2]).reshape(()), "zero": np.zeros((), np.float32), "ends": np.int64([0, 1])}
     node = helper.make_node(operator, inputs, ["out"], "node", **settings)
-    assert pairs_behind(node, scales, stored) == count
+    assert pairs_after(node, scales, stored) == count
 
 
 def product_of(left: list[onnx.NodeProto], stored: dict[str, np.ndarray]) -> onnx.ModelProto:
-    """The product of `left`, made from the sum "a", and of the sum "b", moved."""
+    """Return a graph of the product of `left`, computed from sum "a", and of the moved sum "b"."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [4, 4]) for name in "xy")
     nodes = [helper.make_node("Add", [name] * 2, [name * 2], block) for name, block in (("x", "a"), ("y", "b"))]
     nodes += [*left, helper.make_node("Reshape", ["yy", "shape"], ["right"], "moved")]
@@ -173,14 +175,14 @@ def test_a_product_of_moved_and_scaled_integers_reads_them(factor):
     makers = {name: node for node in placed.graph.node for name in node.output}
     product = makers["z"]
     assert [makers[name].op_type for name in product.input] == ["DequantizeLinear"] * 2
-    assert "Mul" not in {node.op_type for node in placed.graph.node}  # the pair has its factor
+    assert "Mul" not in {node.op_type for node in placed.graph.node}  # the pair absorbed its factor
     x, y = np.random.default_rng(0).uniform(-4, 4, (2, 4, 4)).astype(np.float32)
     a, b = np.round(16 * x) / 8, np.round(8 * y) / 4
-    # all of it is exact in float32: steps and factor are powers of two
+    # exact in float32, because steps and factor are powers of two
     np.testing.assert_array_equal(run_exactly(placed, {"x": x, "y": y}), a.T / 4 @ b)
 
 
-def test_what_is_scaled_before_it_is_moved_keeps_its_factor():
+def test_a_tensor_scaled_before_it_is_moved_keeps_its_factor():
     left = [helper.make_node("Mul", ["xx", "factor"], ["times"], "times")]
     left.append(helper.make_node("Transpose", ["times"], ["left"], "turn", perm=[1, 0]))
     placed = load_all(insert_qdq(Graph(product_of(left, {"factor": np.float32(0.25)})), SUMS))
@@ -200,7 +202,7 @@ def test_what_is_scaled_before_it_is_moved_keeps_its_factor():
         ("Transpose", ["xx"], {}, SUMS, True),
     ],
 )
-def test_a_product_with_a_factor_off_the_grid_stays_in_float(operator, inputs, stored, quantization, tensorrt):
+def test_a_product_with_an_input_without_integer_scale_stays_in_float(operator, inputs, stored, quantization, tensorrt):
     model = product_of([helper.make_node(operator, inputs, ["left"], "between")], stored)
     placed = insert_qdq(Graph(model), quantization, tensorrt).proto.graph
     assert {"left", "right"} == set(placed.node[-1].input)

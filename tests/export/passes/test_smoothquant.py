@@ -1,4 +1,4 @@
-"""export/passes/smoothquant.py: the smoothed graph is the same function, and quantized it is what torch computes."""
+"""export/passes/smoothquant.py: smoothing keeps the function; the quantized graph matches torch."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def vectors(checkpoint: Checkpoint, layers: list[str]) -> dict[str, torch.Tensor
 
 @pytest.fixture(scope="module")
 def quantized(unet) -> Checkpoint:
-    """The U-Net with linear layers and joins smoothed."""
+    """The U-Net with smoothed linear layers and concatenations."""
     config = QuantizeConfig(samples=4, batch=4, smooth=0.5, split_concats=True, output_correction=False)
     return quantize(unet, config, Context(0, Path(), unet))
 
@@ -55,15 +55,17 @@ def test_a_smoothed_layer_computes_the_same_function(layer, everything, everythi
 def test_the_quantized_graph_computes_what_torch_fake_quantization_does(quantized, unet, unet_graph):
     inputs = inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
-    wanted = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
+    expected = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
     found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
-    assert sqnr_db(wanted, found) > sqnr_db(plain, wanted) + 6
+    assert sqnr_db(expected, found) > sqnr_db(plain, expected) + 6
     without = insert_qdq(unet_graph, Quantization("int8", quantized.quantization.amax, quantized.quantization.formats))
-    assert sqnr_db(wanted, run_exactly(without, inputs)) < sqnr_db(plain, wanted)  # amax is of what was smoothed
+    assert sqnr_db(expected, run_exactly(without, inputs)) < sqnr_db(
+        plain, expected
+    )  # amax is that of the smoothed tensors
 
 
 @pytest.mark.parametrize("engine", available())
-def test_engines_keep_what_fake_quantization_keeps(engine, quantized, unet, unet_graph, tmp_path):
+def test_engines_reach_the_sqnr_of_fake_quantization(engine, quantized, unet, unet_graph, tmp_path):
     inputs = inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     fake = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
@@ -82,7 +84,7 @@ def test_readers_of_one_tensor_share_the_factor_and_the_rounding(quantized, unet
     assert rounded.op_type == "QuantizeLinear" and makers[rounded.input[0]].op_type == "Mul"
 
 
-def test_a_weight_is_multiplied_when_it_is_read_and_not_before(everything, everything_graph):
+def test_a_weight_is_multiplied_only_when_it_is_read(everything, everything_graph):
     reads = []
     observed = {
         name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
@@ -94,7 +96,7 @@ def test_a_weight_is_multiplied_when_it_is_read_and_not_before(everything, every
     assert reads == ["down.weight"]
 
 
-def test_the_graph_is_left_as_it_was(everything, everything_graph):
+def test_the_graph_is_not_changed(everything, everything_graph):
     before = load_all(everything_graph).SerializeToString(deterministic=True)
     assert smoothed(everything_graph, {}) is everything_graph
     smoothed(everything_graph, vectors(everything, SMOOTHED))
@@ -102,11 +104,11 @@ def test_the_graph_is_left_as_it_was(everything, everything_graph):
 
 
 @pytest.mark.parametrize("bad", [torch.ones(5), torch.zeros(8), torch.full((8,), torch.inf), -torch.ones(8)])
-def test_a_vector_that_does_not_fit_is_refused_by_name(bad, everything_graph):
-    with pytest.raises(InvalidInputError, match="layer 'twin_a': what smooths it must be 8 positive numbers"):
+def test_a_vector_that_does_not_fit_is_rejected_by_name(bad, everything_graph):
+    with pytest.raises(InvalidInputError, match="layer 'twin_a': its smoothing factors must be 8 positive numbers"):
         smoothed(everything_graph, {"twin_a": bad})
 
 
-def test_a_layer_that_the_graph_does_not_have_is_refused(everything_graph):
+def test_a_layer_that_the_graph_does_not_have_is_rejected(everything_graph):
     with pytest.raises(InvalidInputError, match="layer 'elsewhere': the graph has no node"):
         smoothed(everything_graph, {"elsewhere": torch.ones(8)})

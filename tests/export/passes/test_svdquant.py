@@ -1,4 +1,4 @@
-"""export/passes/svdquant.py: with branches the graph is the same function, and quantized it is what torch computes."""
+"""export/passes/svdquant.py: branches keep the function; the quantized graph matches torch."""
 
 from __future__ import annotations
 
@@ -47,12 +47,12 @@ def test_the_quantized_graph_computes_what_torch_fake_quantization_does(settings
     quantized, inputs = quantize(unet, config, Context(0, Path(), unet)), inputs_for(unet)
     assert quantized.quantization.svdquant
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
-    wanted = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
+    expected = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
     found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
-    assert sqnr_db(wanted, found) > sqnr_db(plain, wanted) + 6
+    assert sqnr_db(expected, found) > sqnr_db(plain, expected) + 6
 
 
-def test_the_branch_reads_the_tensor_as_it_was_before_it_was_rounded(unet, unet_graph):
+def test_the_branch_reads_the_tensor_before_rounding(unet, unet_graph):
     config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant_rank=4, smooth=0.5)
     quantized = quantize(unet, config, Context(0, Path(), unet))
     graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
@@ -62,7 +62,7 @@ def test_the_branch_reads_the_tensor_as_it_was_before_it_was_rounded(unet, unet_
     assert readers[f"{layer}.branch_down"].input[0] == old[layer].input[0] != readers[layer].input[0]
 
 
-def test_the_weight_is_read_when_it_is_written_and_the_graph_is_left_as_it_was(everything, everything_graph):
+def test_the_weight_is_read_only_when_written_and_the_graph_is_not_changed(everything, everything_graph):
     before = load_all(everything_graph).SerializeToString(deterministic=True)
     assert svdquant(everything_graph, {}) is everything_graph
     reads = []
@@ -77,10 +77,10 @@ def test_the_weight_is_read_when_it_is_written_and_the_graph_is_left_as_it_was(e
     assert load_all(everything_graph).SerializeToString(deterministic=True) == before
 
 
-def test_factors_that_do_not_fit_are_refused_by_name(everything, everything_graph):
+def test_factors_that_do_not_fit_are_rejected_by_name(everything, everything_graph):
     found = factors(everything, "gemm")
     found["gemm.up"] = torch.ones(3, 3)
-    with pytest.raises(InvalidInputError, match="layer 'gemm': its branch does not fit its weight"):
+    with pytest.raises(InvalidInputError, match="layer 'gemm': branch does not match weight"):
         svdquant(everything_graph, found)
     with pytest.raises(InvalidInputError, match="layer 'elsewhere': the graph has no node"):
         svdquant(everything_graph, {"elsewhere.down": torch.ones(2, 8), "elsewhere.up": torch.ones(8, 2)})

@@ -1,4 +1,4 @@
-"""Layers that only store int8 weights compute in float32, in every engine."""
+"""Layers that only store int8 weights compute in float32 in every engine."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from diffpress.runtime.engines import load_engine
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_a_stored_int8_weight_leaves_its_layers_inputs_as_they_are(engine, tmp_path):
+def test_an_int8_weight_only_layer_does_not_round_its_input(engine, tmp_path):
     pytest.importorskip(engine)
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 64, bias=False)).eval(), torch.randn(2, 16, 64)
-    graph = trace(model, lambda m, given: (m(given["sample"]),), {"sample": x}, ["out"], {"sample": {0: "batch"}})
+    graph = trace(model, lambda m, feed: (m(feed["sample"]),), {"sample": x}, ["out"], {"sample": {0: "batch"}})
     amax = model[0].weight.detach().abs().amax(dim=1)
     save_graph(insert_qdq(graph, Quantization("int8", {"0.weight": amax})), tmp_path / "graph.onnx")
     found = load_engine(tmp_path / "graph.onnx", engine, 1).run({"sample": x.numpy()})

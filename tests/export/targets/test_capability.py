@@ -1,4 +1,4 @@
-"""Which engine runs which format: what the table says, what TensorRT's builder says, what users are told."""
+"""Formats that each engine supports: the table, TensorRT's builder, and the messages to users."""
 
 from __future__ import annotations
 
@@ -29,53 +29,53 @@ ABLE += [("w4a8", "8.6"), ("int4", "8.6"), ("int4", "12.0"), ("nvfp4", "12.0")]
 
 
 def calibrated(checkpoint, kind, weight_range=1.0):
-    """Scales of every layer in `kind`, and of fragile linear layers as int8 weights."""
+    """Return scales of every layer in `kind`, and of sensitive linear layers as int8 weights."""
     formats = {}
-    kept = set(adapter_for(checkpoint.model).sensitive_layers(checkpoint.model))
+    sensitive = set(adapter_for(checkpoint.model).sensitive_layers(checkpoint.model))
     for name, layer in checkpoint.model.named_modules():
         if isinstance(layer, nn.Linear):
-            formats[name] = "int8_weight_only" if name in kept else kind
-        elif isinstance(layer, nn.Conv2d) and name not in kept:
+            formats[name] = "int8_weight_only" if name in sensitive else kind
+        elif isinstance(layer, nn.Conv2d) and name not in sensitive:
             formats[name] = "fp8" if kind == "nvfp4" else kind
     return measured_scales(checkpoint, kind=kind, formats=formats, outputs=True, weight_range=weight_range)
 
 
-def test_the_table_knows_every_format():
+def test_the_table_lists_every_format():
     assert set(SUPPORT) == set(FORMATS)
 
 
-def test_a_gpu_that_cannot_run_a_format_is_refused_and_told_what_it_can():
+def test_a_gpu_that_cannot_run_a_format_is_rejected_with_the_formats_it_can_run():
     check_runs(["fp8", "int8"], ["8.9", "12.0"])
     check_runs(["int8", "int4", "w4a8", "int8_weight_only"], ["7.5", "8.6"])
     message = "capability 8.6 does not run format fp8; 8.9 and later do, and 8.6 runs int8, w4a8"
     with pytest.raises(InvalidInputError, match=message) as caught:
         check_runs(["int8", "fp8"], ["8.9", "8.6"])
     assert "\n" not in str(caught.value)
-    with pytest.raises(InvalidInputError, match="9.0 does not run format nvfp4; 12.0 and later do"):
-        check_runs(["nvfp4"], ["9.0"])  # 9.0 < 12.0 as numbers, not as words
+    with pytest.raises(InvalidInputError, match=r"9\.0 does not run format nvfp4; 12\.0 and later do"):
+        check_runs(["nvfp4"], ["9.0"])  # 9.0 < 12.0 as numbers, not as strings
 
 
-def test_what_a_processor_only_imitates_is_not_promised():
+def test_formats_that_the_cpu_emulates_are_not_expected_on_integers():
     assert emulated(["int8", "fp8", "int8_weight_only"]) == ["fp8"]
     amax = {"a.weight": 1, "a.input": 1, "b.weight": 1, "b.input": 1, "c.weight": 1}
     mixed = Quantization("int8", amax, {"b": "fp8"})
     assert promised(mixed) == ["a"]
 
 
-def test_fp8_on_a_gpu_without_it_is_refused_before_any_work(unet, tmp_path, monkeypatch):
+def test_fp8_on_a_gpu_without_it_is_rejected_before_any_work(unet, tmp_path, monkeypatch):
     monkeypatch.setattr("diffpress.export.bundle.check_build", lambda *_: None)
     monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda *_: pytest.fail("traced before the check"))
     checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
-    with pytest.raises(InvalidInputError, match="8.6 does not run format fp8"):
+    with pytest.raises(InvalidInputError, match=r"8\.6 does not run format fp8"):
         write_bundle(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=["8.6"])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_bundle_in_fp8_says_what_runs_in_float(unet, unet_graph, tmp_path, capsys):
+def test_exporting_an_fp8_bundle_reports_what_runs_in_float(unet, unet_graph, tmp_path, capsys):
     checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
     bundle = write_bundle(checkpoint, tmp_path / "b", float_graph=unet_graph, threads=1)
-    said = "fp8: engines on the CPU round to it and compute in float, no faster than fp32; TensorRT multiplies in it"
-    assert capsys.readouterr().out.count(said) == 1
+    message = "fp8: engines on the CPU round to it and compute in float, no faster than fp32; TensorRT multiplies in it"
+    assert capsys.readouterr().out.count(message) == 1
     denoiser = bundle.manifest["graphs"]["denoiser"]
     assert (denoiser["precision"], denoiser["opset"]) == ("fp8", 19) and denoiser["formats"]["fp8"] > 20
     (entry,) = bundle.manifest["engines"]
@@ -83,11 +83,14 @@ def test_a_bundle_in_fp8_says_what_runs_in_float(unet, unet_graph, tmp_path, cap
     assert any("computes fp8 in float, no faster than fp32" in line for line in summary(bundle))
 
 
-def test_a_bundle_in_four_bit_floats_says_that_its_weights_alone_have_them(unet, unet_graph, tmp_path, capsys):
+def test_exporting_an_nvfp4_bundle_reports_that_only_weights_have_4_bits(unet, unet_graph, tmp_path, capsys):
     quantization = calibrated(unet, "nvfp4")
     bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
-    (cond,) = [line for line in capsys.readouterr().out.splitlines() if "nvfp4" in line]
-    assert "nvfp4: engines on the CPU read weights from 4 bits and compute in float" in cond and "from compute" in cond
+    (message,) = [line for line in capsys.readouterr().out.splitlines() if "nvfp4" in line]
+    assert (
+        "nvfp4: engines on the CPU read weights from 4 bits and compute in float" in message
+        and "from compute" in message
+    )
     (entry,) = bundle.manifest["engines"]
     assert entry["emulated"] == ["fp8", "nvfp4"] and entry["integer_mac_share"] == 0 == len(entry["fallbacks"])
 
@@ -112,14 +115,14 @@ def test_the_label_names_all_formats_that_compute():
 
 @needs_tensorrt
 @pytest.mark.parametrize(("kind", "capability"), ABLE)
-def test_tensorrt_takes_the_graph_of_each_format(kind, capability, unet, unet_graph, tmp_path):
+def test_tensorrt_builds_the_graph_of_each_format(kind, capability, unet, unet_graph, tmp_path):
     save_graph(insert_qdq(unet_graph, calibrated(unet, kind), tensorrt=True), tmp_path / "g.onnx")
     entry = build_engine(tmp_path / "g.onnx", tmp_path, [capability], unet.spec)
     assert (tmp_path / entry["file"]).stat().st_size > 100_000
 
 
 @needs_tensorrt
-def test_tensorrts_builder_refuses_fp8_where_the_table_does(unet, unet_graph, tmp_path):
+def test_tensorrts_builder_rejects_fp8_where_the_table_does(unet, unet_graph, tmp_path):
     save_graph(insert_qdq(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
     with pytest.raises(InvalidInputError, match="fp8") as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.6"], unet.spec)
@@ -127,7 +130,7 @@ def test_tensorrts_builder_refuses_fp8_where_the_table_does(unet, unet_graph, tm
 
 
 @needs_tensorrt
-def test_the_bundle_holds_the_graph_its_plan_was_built_from(unet, unet_graph, tmp_path):
+def test_the_bundle_contains_the_graph_its_engine_was_built_from(unet, unet_graph, tmp_path):
     quantization = calibrated(unet, "int8", weight_range=127 / 64)
     bundle = write_bundle(
         unet.evolve(quantization=quantization),

@@ -1,4 +1,4 @@
-"""export/targets/engine_cost.py: what a layer gains is its own kernels' time, whatever the engine calls them."""
+"""export/targets/engine_cost.py: a layer's gain is measured on its own kernels, however they are named."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ def test_kernels_belong_to_layers_by_node_tensor_bias_and_rounding(everything_gr
     tensor = next(node.output[0] for node in graph.proto.graph.node if node.name == "first")
     bias = next(node.name for node in graph.proto.graph.node if node.op_type == "Add" and "matmul.bias" in node.input)
     kernels = [
-        Kernel((tensor,), 1.0),  # a blocked convolution has the name of what it writes
+        Kernel((tensor,), 1.0),  # a blocked convolution is named after its output
         Kernel(("twin_a", "node_tanh"), 2.0),
         Kernel(("twice#2",), 3.0),
         Kernel(("twice",), 4.0),
         Kernel((bias,), 5.0),
         Kernel(("last.input/Q",), 6.0),
-        Kernel(("last.input/Q", "node_tanh_1"), 100.0),  # mostly the tanh's
+        Kernel(("last.input/Q", "node_tanh_1"), 100.0),  # mostly the time of tanh
         Kernel(("node_tanh_2",), 100.0),
     ]
     expected = {"first": 1.0, "twin_a": 2.0, "twice": 7.0, "matmul": 5.0, "last": 6.0}
@@ -41,13 +41,13 @@ def test_every_layer_that_multiplies_is_found_in_the_profile(engine, unet, unet_
         assert set(heavy) <= found.keys() and all(found[layer] > 0 for layer in heavy), (name, heavy)
 
 
-def test_costs_are_of_the_very_quantization_that_is_asked_about(wide, scales):
+def test_costs_are_those_of_the_given_quantization(wide, scales):
     quantization = scales(wide, weight_range=127 / 64, outputs=True)
     with costs_in(wide, "onnxruntime") as costs:
         gains = costs.gains_ms(quantization)
         assert set(gains) == set(quantization.layers) and gains["heavy"] != 0.0
-        whole, part = costs.size_mib(quantization), costs.size_mib(quantization.without(["heavy"]))
-        assert part - whole == pytest.approx(160 * 160 * 9 * 3 / 2**20, rel=0.02)
+        full, partial = costs.size_mib(quantization), costs.size_mib(quantization.without(["heavy"]))
+        assert partial - full == pytest.approx(160 * 160 * 9 * 3 / 2**20, rel=0.02)
         assert 0.02 < costs.latency_ratio(quantization) < 20
         with costs.network(None) as exact, costs.network(quantization) as rounded:
             inputs = dummy_inputs(exact, wide.spec, 2)

@@ -1,4 +1,4 @@
-"""export/targets/pipeline_folder.py: what makes a bundle a pipeline folder for other tools."""
+"""export/targets/pipeline_folder.py: files that make a bundle a pipeline folder for other tools."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PROMPTS = ["a photo of a cat", "Red dog! 3", ""]
 
 @pytest.fixture
 def written(tmp_path):
-    """The files of a pipeline folder, written into an empty one."""
+    """Write a pipeline's files into an empty folder."""
 
     def write(folder: Path) -> Path:
         (tmp_path / "bundle").mkdir()
@@ -42,17 +42,17 @@ def edit(path: Path, **changes) -> None:
 # --- index, scheduler, tokenizers ------------------------------------------------------------------------------
 
 
-def test_the_index_names_no_part_that_is_not_in_the_bundle(tiny_folder, written, tmp_path):
+def test_the_index_names_no_component_that_is_not_in_the_bundle(tiny_folder, written, tmp_path):
     folder = shutil.copytree(tiny_folder("sd"), tmp_path / "sd")
     checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     edit(folder / INDEX, **checker, feature_extractor=["transformers", "CLIPImageProcessor"])
     edit(folder / INDEX, requires_safety_checker=True)
     index, before = (json.loads((root / INDEX).read_text()) for root in (written(folder), folder))
-    gone = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    assert index == {**before, **gone}
+    removed = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
+    assert index == {**before, **removed}
 
 
-def test_the_index_of_a_pipeline_without_a_checker_stays_as_it_is(tiny_folder, written):
+def test_the_index_of_a_pipeline_without_a_safety_checker_is_unchanged(tiny_folder, written):
     folder = tiny_folder("sdxl")
     assert json.loads((written(folder) / INDEX).read_text()) == json.loads((folder / INDEX).read_text())
 
@@ -72,13 +72,13 @@ def test_the_scheduler_is_copied_and_weights_are_not(tiny_folder, written):
 
 
 @pytest.mark.parametrize("tokenizer_json", [True, False])
-@pytest.mark.parametrize(("kind", "part"), [("sd", "tokenizer"), ("sdxl", "tokenizer_2"), ("flux", "tokenizer_2")])
-def test_a_bundles_tokenizer_reads_as_the_pipelines(kind, part, tokenizer_json, written, tmp_path):
+@pytest.mark.parametrize(("kind", "component"), [("sd", "tokenizer"), ("sdxl", "tokenizer_2"), ("flux", "tokenizer_2")])
+def test_a_bundles_tokenizer_gives_the_same_ids_as_the_pipelines(kind, component, tokenizer_json, written, tmp_path):
     folder = tiny_pipeline(kind, tmp_path / "from", tokenizer_json=tokenizer_json)
-    bundle, own = written(folder), AutoTokenizer.from_pretrained(folder / part)
+    bundle, own = written(folder), AutoTokenizer.from_pretrained(folder / component)
     alone, again = (
-        Tokenizer.from_file(str(bundle / part / "tokenizer.json")),
-        AutoTokenizer.from_pretrained(bundle / part),
+        Tokenizer.from_file(str(bundle / component / "tokenizer.json")),
+        AutoTokenizer.from_pretrained(bundle / component),
     )
     for prompt in PROMPTS:
         ids = own(prompt).input_ids
@@ -86,17 +86,17 @@ def test_a_bundles_tokenizer_reads_as_the_pipelines(kind, part, tokenizer_json, 
     assert (again.model_max_length, again.pad_token_id) == (own.model_max_length, own.pad_token_id)
 
 
-def test_a_clip_tokenizer_of_one_file_gets_the_vocabulary_that_slow_tokenizers_read(tiny_folder, written, tmp_path):
+def test_a_clip_tokenizer_of_one_file_gets_the_vocabulary_files_of_slow_tokenizers(tiny_folder, written, tmp_path):
     folder = shutil.copytree(tiny_folder("sd"), tmp_path / "sd")
     stored = {name: (folder / "tokenizer" / name) for name in ("vocab.json", "merges.txt")}
     ids = CLIPTokenizer.from_pretrained(folder / "tokenizer")(PROMPTS[0]).input_ids
     vocabulary = json.loads(stored["vocab.json"].read_text())
     for file in stored.values():
         file.unlink()
-    place = written(folder) / "tokenizer"
-    assert json.loads((place / "vocab.json").read_text()) == vocabulary
-    (place / "tokenizer.json").unlink()
-    assert CLIPTokenizer.from_pretrained(place)(PROMPTS[0]).input_ids == ids
+    target = written(folder) / "tokenizer"
+    assert json.loads((target / "vocab.json").read_text()) == vocabulary
+    (target / "tokenizer.json").unlink()
+    assert CLIPTokenizer.from_pretrained(target)(PROMPTS[0]).input_ids == ids
 
 
 # --- graphs ----------------------------------------------------------------------------------------------------
@@ -109,12 +109,12 @@ def graph():
     return trace(nn.Linear(64, 64).eval(), lambda m, x: (m(x["sample"]),), examples, ["out"], {"sample": {0: "batch"}})
 
 
-def answer(file: Path) -> np.ndarray:
+def output_of(file: Path) -> np.ndarray:
     engine = load_engine(file, "onnxruntime", 1)
     return engine.run({"sample": np.linspace(-1, 1, 64, dtype=np.float32)[None]})
 
 
-def test_a_graph_and_its_view_share_one_file_of_weights(graph, tmp_path):
+def test_a_graph_and_its_view_share_one_weight_file(graph, tmp_path):
     size = write_graph(graph, tmp_path, "denoiser", "unet", {"sample_size": 8})
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"denoiser.onnx", "unet/model.onnx", "unet/model.onnx_data", "unet/config.json"}
@@ -122,13 +122,13 @@ def test_a_graph_and_its_view_share_one_file_of_weights(graph, tmp_path):
     assert data.stat().st_size >= 4 * 64 * 64
     assert size == (tmp_path / "denoiser.onnx").stat().st_size + data.stat().st_size
     for file in ("denoiser.onnx", "unet/model.onnx"):
-        assert (tmp_path / file).stat().st_size < 4 * 64 * 64, "the weights lie here once more"
+        assert (tmp_path / file).stat().st_size < 4 * 64 * 64, "the weights are stored twice"
     assert json.loads((tmp_path / "unet" / "config.json").read_text()) == {"sample_size": 8}
     onnx.checker.check_model(str(tmp_path / "unet" / "model.onnx"))
-    np.testing.assert_array_equal(answer(tmp_path / "unet" / "model.onnx"), answer(tmp_path / "denoiser.onnx"))
+    np.testing.assert_array_equal(output_of(tmp_path / "unet" / "model.onnx"), output_of(tmp_path / "denoiser.onnx"))
 
 
-def test_a_part_of_another_bundle_is_taken_over_without_a_second_copy(graph, tmp_path):
+def test_a_component_of_another_bundle_is_reused_without_a_second_copy(graph, tmp_path):
     one, other = tmp_path / "one", tmp_path / "other"
     for folder in (one, other):
         folder.mkdir()
@@ -136,6 +136,6 @@ def test_a_part_of_another_bundle_is_taken_over_without_a_second_copy(graph, tmp
     link_graph(one, other, "vae_decoder")
     for file in ("vae_decoder.onnx", "vae_decoder/model.onnx", "vae_decoder/model.onnx_data"):
         assert (one / file).stat().st_ino == (other / file).stat().st_ino
-    expected = answer(one / "vae_decoder.onnx")
+    expected = output_of(one / "vae_decoder.onnx")
     shutil.rmtree(one)
-    np.testing.assert_array_equal(answer(other / "vae_decoder.onnx"), expected)
+    np.testing.assert_array_equal(output_of(other / "vae_decoder.onnx"), expected)

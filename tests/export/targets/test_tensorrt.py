@@ -1,4 +1,4 @@
-"""Plans that TensorRT-RTX builds here without a GPU: what they are for, how large they are, what is refused."""
+"""TensorRT-RTX engines built without a GPU: their targets, sizes, and rejected options."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
 from tests.export.targets.test_capability import calibrated
 
 needs_tensorrt = pytest.mark.skipif(
-    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed: no plan was built here"
+    importlib.util.find_spec("tensorrt_rtx") is None, reason="tensorrt-rtx is not installed: no engine was built here"
 )
 SIZES = ("8.6", "8.9", "12.0")
 
@@ -70,12 +70,12 @@ def test_flags_become_options(flags, expected):
 
 
 @needs_tensorrt
-def test_a_plan_is_built_without_a_gpu_and_its_entry_says_what_for(wide, wide_graph, tmp_path):
+def test_an_engine_is_built_without_a_gpu_and_its_entry_records_the_target(wide, wide_graph, tmp_path):
     save_graph(wide_graph, tmp_path / "g.onnx")
     entry = build_engine(tmp_path / "g.onnx", tmp_path, ["8.6", "12.0"], wide.spec, BuildOptions(batch=(1, 2, 4)))
-    plan = tmp_path / entry["file"]
-    assert entry["file"] == "engines/tensorrt/denoiser_sm86_sm120.plan" and entry["library"] == "tensorrt-rtx"
-    assert plan.stat().st_size == entry["bytes"] > 100_000 and sha256(plan) == entry["sha256"]
+    engine = tmp_path / entry["file"]
+    assert entry["file"] == "engines/tensorrt/denoiser_sm86_sm120.engine" and entry["library"] == "tensorrt-rtx"
+    assert engine.stat().st_size == entry["bytes"] > 100_000 and sha256(engine) == entry["sha256"]
     assert entry["graph_sha256"] == sha256(tmp_path / "g.onnx") and entry["build_seconds"] > 0
     assert entry["profile"]["sample"] == [[1, 1, 8, 8], [2, 1, 8, 8], [4, 1, 8, 8]]
     assert BuildOptions.from_json(entry["options"], "x") == BuildOptions(batch=(1, 2, 4))
@@ -107,13 +107,13 @@ def test_each_option_builds(options, wide, wide_graph, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (BuildOptions(version_compatible=True), "tensorrt-rtx has no version-compatible plans"),
+        (BuildOptions(version_compatible=True), "tensorrt-rtx has no version-compatible engines"),
         (BuildOptions(hardware_compatible="ampere_plus"), "tensorrt-rtx has no hardware compatibility levels"),
-        (BuildOptions(strip_weights=True), "tensorrt-rtx needs a GPU to build a plan without weights"),
-        (BuildOptions(sizes=((8, 8), (16, 16))), "this graph takes one height and width"),
+        (BuildOptions(strip_weights=True), "tensorrt-rtx needs a GPU to build an engine without weights"),
+        (BuildOptions(sizes=((8, 8), (16, 16))), "this graph has a fixed height and width"),
     ],
 )
-def test_what_cannot_be_built_is_refused_in_one_line(options, message, wide, tmp_path):
+def test_options_that_cannot_be_built_are_rejected_in_one_line(options, message, wide, tmp_path):
     save_graph(to_onnx(wide, fixed_size=True), tmp_path / "g.onnx")
     with pytest.raises(InvalidInputError, match=message) as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec, options)
@@ -124,13 +124,13 @@ def test_what_cannot_be_built_is_refused_in_one_line(options, message, wide, tmp
 @pytest.mark.parametrize(
     ("capabilities", "message"), [([], "name the GPUs"), (["8.7"], "unknown compute capability '8.7': did you mean '8")]
 )
-def test_capabilities_that_cannot_be_built_for_are_refused(capabilities, message, wide, tmp_path):
+def test_capabilities_that_cannot_be_built_for_are_rejected(capabilities, message, wide, tmp_path):
     with pytest.raises(InvalidInputError, match=message):
         build_engine(tmp_path / "g.onnx", tmp_path, capabilities, wide.spec)
 
 
 @needs_tensorrt
-def test_a_node_that_tensorrt_does_not_know_is_named_in_one_line(wide, tmp_path):
+def test_a_node_that_tensorrt_does_not_support_is_named_in_one_line(wide, tmp_path):
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
     node = helper.make_node("Nonsense", ["x"], ["y"], "the_node", domain="ours")
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("ours", 1)]
@@ -144,26 +144,26 @@ def test_a_node_that_tensorrt_does_not_know_is_named_in_one_line(wide, tmp_path)
 
 
 @needs_tensorrt
-def test_a_graph_made_for_processors_is_refused_with_what_to_do(unet, unet_graph, tmp_path):
+def test_a_graph_made_for_cpus_is_rejected_with_advice(unet, unet_graph, tmp_path):
     save_graph(insert_qdq(unet_graph, calibrated(unet, "int8")), tmp_path / "g.onnx")
     with pytest.raises(
-        InvalidInputError, match="cannot parse node '.*' .*zero point.*export with --targets tensorrt"
+        InvalidInputError, match=r"cannot parse node '.*' .*zero point.*export with --targets tensorrt"
     ) as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], unet.spec)
     assert one_line(caught)
 
 
 @needs_tensorrt
-def test_fp8_is_refused_on_a_gpu_without_it_by_the_builder_too(unet, unet_graph, tmp_path):
+def test_the_builder_also_rejects_fp8_on_a_gpu_without_it(unet, unet_graph, tmp_path):
     save_graph(insert_qdq(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
-    message = "compute capability 8.6 does not run format fp8 .*8.9 and later do: leave 8.6 out, or quantize to int8"
+    message = r"compute capability 8.6 does not run format fp8 .*8.9 and later do: omit 8.6, or quantize to int8"
     with pytest.raises(InvalidInputError, match=message) as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.6", "8.9"], unet.spec)
     assert one_line(caught)
 
 
 class Heavy(nn.Module):
-    """Nine tenths of what is computed is two convolutions of 2.4 million weights each."""
+    """Nine tenths of the computation are two convolutions of 2.4 million weights each."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -176,8 +176,8 @@ class Heavy(nn.Module):
 
 
 @needs_tensorrt
-def test_weights_are_stored_in_the_plan_as_the_graph_has_them(wide, tmp_path):
-    """Beside the weights a plan holds kernels, more of them for int8: of a small network int8's may be the larger."""
+def test_an_engine_stores_weights_in_the_precision_of_the_graph(wide, tmp_path):
+    """Engines also contain kernels, more of them for int8, whose engine may be larger for a small network."""
     torch.manual_seed(3)
     heavy = wide.evolve(model=Heavy().eval(), source=replace(wide.source, original={}))
     graph = to_onnx(heavy)
@@ -195,7 +195,7 @@ def test_weights_are_stored_in_the_plan_as_the_graph_has_them(wide, tmp_path):
 
 @needs_tensorrt
 @pytest.mark.slow
-def test_bundles_hold_plans_that_the_runtime_finds(unet, unet_graph, tmp_path):
+def test_bundles_contain_engines_that_the_runtime_finds(unet, unet_graph, tmp_path):
     options = {"capabilities": SIZES, "build": BuildOptions(batch=(1, 2, 4)), "float_graph": unet_graph, "threads": 1}
     quantized = unet.evolve(quantization=calibrated(unet, "int8", weight_range=127 / 64))
     for checkpoint, precision, source in ((unet, "fp32", "denoiser"), (quantized, "int8", "denoiser.tensorrt")):
@@ -213,26 +213,26 @@ def test_all_graphs_of_a_latent_pipeline_are_built(tiny_folder, tmp_path):
     bundle = write_bundle(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=SIZES, build=build, threads=1)
     graphs = ["denoiser", "text_encoder", "vae_decoder"]
     entries = {graph: bundle.built(graph, "tensorrt")[0].entry for graph in graphs}
-    low, usual, high = entries["denoiser"]["profile"]["sample"]
+    low, optimum, high = entries["denoiser"]["profile"]["sample"]
     own = list(checkpoint.spec.sample_shape)
     factor = checkpoint.spec.latent_factor
-    assert (low, usual, high) == (
+    assert (low, optimum, high) == (
         [1, own[0], 16 // factor, 16 // factor],
         [2, *own],
         [4, own[0], 64 // factor, 64 // factor],
     )
     assert entries["vae_decoder"]["profile"]["latent_sample"][2][0] == 1
-    # another bundle of this pipeline takes over what has not changed
+    # another bundle of this pipeline reuses unchanged engines
     sources = {graph: (bundle.graph(graph), "fp32") for graph in graphs[1:]}
-    taken = build_engines(tmp_path / "other", sources, SIZES, checkpoint.spec, build, load_bundle(tmp_path / "b"))
-    assert taken == [entries[graph] for graph in graphs[1:]]
-    assert (tmp_path / "other" / taken[0]["file"]).samefile(tmp_path / "b" / taken[0]["file"])
+    reused = build_engines(tmp_path / "other", sources, SIZES, checkpoint.spec, build, load_bundle(tmp_path / "b"))
+    assert reused == [entries[graph] for graph in graphs[1:]]
+    assert (tmp_path / "other" / reused[0]["file"]).samefile(tmp_path / "b" / reused[0]["file"])
 
 
 @needs_tensorrt
 @pytest.mark.slow
-def test_the_teachers_plans_shrink_with_their_weights(tmp_path):
-    """For three GPUs: int8 and fp16 below fp32, fp8 where the GPU has it. Run with -s for the bytes."""
+def test_the_teachers_engines_shrink_with_their_weights(tmp_path):
+    """For three GPUs: int8 and fp16 below fp32, fp8 where the GPU supports it. Run with -s for the bytes."""
     teacher = load_checkpoint("calib_data/teacher")
     graph = to_onnx(teacher)
     half, _ = to_half(graph, "fp16", kept_modules(teacher.model, "fp16"))
@@ -246,14 +246,14 @@ def test_the_teachers_plans_shrink_with_their_weights(tmp_path):
         for capability in [one for one in SIZES if kind != "fp8" or one != "8.6"]:
             entry = build_engine(tmp_path / f"{kind}.onnx", tmp_path / kind, [capability], teacher.spec)
             sizes[kind, capability] = entry["bytes"]
-            print(f"{kind} {capability}: {entry['bytes']} bytes, {entry['build_seconds']} s")
+            print(f"{kind} {capability}: {entry['bytes']} bytes, {entry['build_seconds']} s")  # noqa: T201
     for capability in SIZES:
-        # kernels are more than half of these plans, and int8 has more of them than fp16
+        # kernels are more than half of these engines, and int8 has more of them than fp16
         assert sizes["int8", capability] < 0.8 * sizes["fp32", capability]
         assert sizes["fp16", capability] < 0.7 * sizes["fp32", capability]
 
 
-def test_a_recipe_says_how_plans_are_built(tmp_path):
+def test_a_recipe_sets_the_build_options(tmp_path):
     (tmp_path / "r.yaml").write_text(
         "export: {targets: [tensorrt], tensorrt: {compute_capabilities: ['8.6', '8.9'], batch: [1, 2, 4], tf32: true}}"
     )
@@ -269,9 +269,9 @@ def test_a_recipe_says_how_plans_are_built(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [("{batch: [4, 2, 1]}", "batch 4 2 1: give the fewest"), ("{bach: [1, 2, 4]}", "did you mean 'batch'")],
+    [("{batch: [4, 2, 1]}", "batch 4 2 1: expected the smallest"), ("{bach: [1, 2, 4]}", "did you mean 'batch'")],
 )
-def test_a_recipe_that_cannot_be_built_is_refused_with_its_place(settings, message, tmp_path):
+def test_a_recipe_that_cannot_be_built_is_rejected_with_its_path(settings, message, tmp_path):
     (tmp_path / "r.yaml").write_text(f"export: {{targets: [tensorrt], tensorrt: {settings}}}")
     with pytest.raises(InvalidInputError, match=rf"r.yaml: .*export.tensorrt.*{message}"):
         read_recipe(tmp_path / "r.yaml")
@@ -286,6 +286,6 @@ def test_a_quantized_latent_denoiser_is_built_with_dynamic_sizes(kind, capabilit
     save_graph(graph, tmp_path / "g.onnx")
     options = BuildOptions(batch=(1, 2, 4), sizes=((16, 16), (64, 64)))
     entry = build_engine(tmp_path / "g.onnx", tmp_path, capabilities, checkpoint.spec, options, precision=kind)
-    print(f"{kind} for {capabilities}: {entry['bytes']} bytes, {entry['build_seconds']} s")
+    print(f"{kind} for {capabilities}: {entry['bytes']} bytes, {entry['build_seconds']} s")  # noqa: T201
     low, _, high = entry["profile"]["sample"]
     assert low[2:] < high[2:] and entry["profile"]["encoder_hidden_states"][0][1:] == [16, 32]

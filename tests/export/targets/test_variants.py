@@ -1,4 +1,4 @@
-"""export/targets/variants.py: an engine that shall run another graph gets it, and a bundle with it is still whole."""
+"""export/targets/variants.py: engines with a variant run it, and a bundle with variants is complete."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def quantized(wide, scales):
 
 @pytest.fixture(scope="module")
 def reverted(quantized, wide_graph, tmp_path_factory):
-    """An int8 bundle whose float graph is for ONNX Runtime."""
+    """An int8 bundle with the float graph as variant for ONNX Runtime."""
     folder = tmp_path_factory.mktemp("out") / "bundle"
     variant = Variant(FLOAT, (ONNXRUNTIME,), wide_graph, None)
     return write_bundle(quantized, folder, float_graph=wide_graph, variants=[variant], threads=1)
 
 
-def test_the_manifest_says_which_engine_takes_which_graph(reverted):
+def test_the_manifest_lists_which_engine_runs_which_graph(reverted):
     denoiser = reverted.manifest["graphs"]["denoiser"]
     entry = denoiser["variants"][ONNXRUNTIME]
     assert (denoiser["file"], denoiser["precision"]) == ("denoiser.onnx", "int8")
@@ -42,10 +42,10 @@ def test_the_manifest_says_which_engine_takes_which_graph(reverted):
     assert entry["bytes"] == (reverted.path / "denoiser.float.onnx").stat().st_size > 3 * denoiser["bytes"]
     assert next(iter(entry["bytes_by_precision"])) == "float32" and entry["parity"]["sqnr_db"] > 80
     assert set(reverted.manifest["files"]) == {"denoiser.onnx", "denoiser.float.onnx"}
-    assert any("onnxruntime takes denoiser.float.onnx, fp32" in line for line in summary(reverted))
+    assert any("onnxruntime runs denoiser.float.onnx, fp32" in line for line in summary(reverted))
 
 
-def test_the_account_is_of_the_graph_that_the_engine_takes(reverted):
+def test_the_precision_report_is_of_the_graph_that_the_engine_runs(reverted):
     (entry,) = reverted.manifest["engines"]
     assert entry["engine"] == ONNXRUNTIME and entry["graph"] == "denoiser.float.onnx"
     assert entry["graph_sha256"] == sha256(reverted.path / "denoiser.float.onnx")
@@ -61,9 +61,9 @@ def test_each_engine_opens_its_own_graph(reverted, wide, wide_graph):
         assert share == 0.0 if name == ONNXRUNTIME else share > 0.5
 
 
-def test_a_variant_of_another_placement_is_checked_as_what_it_computes(quantized, wide_graph, tmp_path):
-    weights_alone = {key: value for key, value in quantized.quantization.amax.items() if key.endswith(".weight")}
-    other = replace(quantized.quantization, amax=weights_alone)
+def test_a_variant_with_another_placement_is_checked_against_its_own_quantization(quantized, wide_graph, tmp_path):
+    weights_only = {key: value for key, value in quantized.quantization.amax.items() if key.endswith(".weight")}
+    other = replace(quantized.quantization, amax=weights_only)
     variant = Variant("weights", (ONNXRUNTIME,), insert_qdq(wide_graph, other), other)
     bundle = write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=[variant], threads=1)
     entry = bundle.manifest["graphs"]["denoiser"]["variants"][ONNXRUNTIME]
@@ -71,31 +71,32 @@ def test_a_variant_of_another_placement_is_checked_as_what_it_computes(quantized
     assert entry["parity"]["sqnr_db"] > bundle.manifest["parity"][ONNXRUNTIME]["sqnr_db"]
 
 
-def test_a_bundle_with_variants_is_the_same_whenever_it_is_written(reverted, quantized, wide_graph, tmp_path):
+def test_a_bundle_with_variants_is_reproducible(reverted, quantized, wide_graph, tmp_path):
     variant = Variant(FLOAT, (ONNXRUNTIME,), wide_graph, None)
     again = write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=[variant], threads=1)
     assert again.hash == reverted.hash
 
 
-def test_a_variant_that_is_damaged_or_not_listed_is_refused(quantized, wide_graph, reverted, tmp_path):
+def test_a_bundle_with_a_missing_variant_is_rejected(quantized, wide_graph, reverted, tmp_path):
     import shutil
 
     folder = shutil.copytree(reverted.path, tmp_path / "b")
     (folder / "denoiser.float.onnx").unlink()
-    with pytest.raises(InvalidInputError, match="denoiser.float.onnx: listed in the manifest but missing"):
+    with pytest.raises(InvalidInputError, match=r"denoiser\.float\.onnx: listed in the manifest but missing"):
         load_bundle(folder)
 
 
 @pytest.mark.parametrize(
-    ("engines", "message"), [(("onnxruntim",), "did you mean 'onnxruntime'"), ((ONNXRUNTIME,) * 2, "takes one graph")]
+    ("engines", "message"),
+    [(("onnxruntim",), "did you mean 'onnxruntime'"), ((ONNXRUNTIME,) * 2, "runs only one graph")],
 )
-def test_an_engine_that_is_none_or_would_have_two_graphs_is_refused(engines, message, quantized, wide_graph, tmp_path):
+def test_an_unknown_engine_or_one_with_two_graphs_is_rejected(engines, message, quantized, wide_graph, tmp_path):
     variants = [Variant(f"v{i}", (engine,), wide_graph, None) for i, engine in enumerate(engines)]
     with pytest.raises(InvalidInputError, match=message):
         write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=variants)
 
 
-def test_corrections_of_rounding_are_for_the_rounded_graph_alone(quantized, wide_graph, tmp_path):
+def test_output_corrections_apply_to_the_quantized_graph_only(quantized, wide_graph, tmp_path):
     plan = quantized.spec.plan
     plan = replace(plan, output_corrections=tuple(OutputCorrection(0.001, (0.001,)) for _ in plan.timesteps))
     corrected = quantized.evolve(spec=quantized.spec.with_plan(plan))

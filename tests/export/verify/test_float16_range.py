@@ -1,4 +1,4 @@
-"""export/verify/float16_range.py: an overflow that the engines of the CPU hide is found, and named."""
+"""export/verify/float16_range.py: find overflows that engines on the CPU hide, and name the node."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from diffpress.runtime.errors import GateFailedError
 
 @pytest.fixture
 def graph():
-    """Y = (sample @ first) @ second, ones of [4, 4]: sample is summed up, times 4."""
+    """Graph of y = (sample @ first) @ second with all-ones [4, 4] weights: 4 times the sum of the sample."""
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in ("sample", "out_sample")]
     nodes = [
         helper.make_node("MatMul", ["sample", "a"], ["between"], "first"),
@@ -38,7 +38,7 @@ def run(network: Probed, value: float) -> np.ndarray:
     return network.run({"sample": np.array([[0, 0, 0, value], [0, 0, 0, 1]], np.float32)})
 
 
-def test_the_largest_number_of_all_runs_is_kept_and_the_answer_is_the_graphs(probed, graph):
+def test_the_largest_number_of_all_runs_is_recorded_and_the_output_is_the_graphs(probed, graph):
     for value in (3.0, -500.0, 2.0):
         np.testing.assert_allclose(run(probed, value)[0], 4 * value)
     assert probed.check("g.onnx") == 2000
@@ -51,19 +51,21 @@ def test_a_node_that_overflows_is_named(value, node, probed):
     run(probed, 1.0)
     probed.check("g.onnx")
     run(probed, value)
-    with pytest.raises(GateFailedError, match=f"g.onnx: node .{node}.* writes .*, and float16 ends at 65504") as caught:
+    with pytest.raises(
+        GateFailedError, match=f"g.onnx: node .{node}.* writes .*, which exceeds the float16 maximum of 65504"
+    ) as caught:
         probed.check("g.onnx")
     assert "\n" not in str(caught.value)
 
 
-def test_what_is_not_a_number_does_not_fit(probed):
+def test_nan_is_out_of_range(probed):
     run(probed, np.nan)
     run(probed, 1.0)
     with pytest.raises(GateFailedError, match="writes nan"):
         probed.check("g.onnx")
 
 
-def test_the_graph_beside_it_stays_as_it_is(graph, tmp_path):
+def test_the_original_graph_is_not_changed(graph, tmp_path):
     save_graph(graph, tmp_path / "g.onnx", data="weights")
     before = (tmp_path / "g.onnx").read_bytes()
     nodes = write_probed(tmp_path / "g.onnx", tmp_path / "p.onnx")

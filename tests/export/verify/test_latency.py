@@ -1,4 +1,4 @@
-"""export/verify/latency.py: int8 against float in each engine, by the clock, in words and as a decision."""
+"""export/verify/latency.py: int8 against float in each engine: timing, message and decision."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from diffpress.runtime.engines import available
 
 
 class Sleeper:
-    """An engine whose calls take known times in turn."""
+    """Engine whose evaluations take known times in turn."""
 
     def __init__(self, *milliseconds: float) -> None:
         self.milliseconds, self.calls = milliseconds, []
@@ -23,7 +23,7 @@ class Sleeper:
         time.sleep(self.milliseconds[len(self.calls) % len(self.milliseconds)] / 1e3)
 
 
-def test_engines_take_turns_and_medians_are_compared():
+def test_engines_alternate_and_medians_are_compared():
     one, other = Sleeper(2.0, 2.0, 30.0), Sleeper(8.0)
     first, second = alternated((one, other), {})
     assert 2.0 <= first < 8.0 <= second < 30.0  # a mean of the first would be above 11
@@ -41,7 +41,7 @@ def test_engines_take_turns_and_medians_are_compared():
         (4.8, "int8 is 0.48x of fp32 in openvino: faster"),
     ],
 )
-def test_the_verdict_is_said_in_words(quantized_ms, verdict):
+def test_the_message_states_the_verdict(quantized_ms, verdict):
     latency = Latency("openvino", "int8", 10.0, quantized_ms)
     assert verdict in str(latency) and latency.slower == (quantized_ms > 10.2)
 
@@ -53,13 +53,13 @@ def test_every_engine_is_timed_on_the_graph_it_would_run(wide, wide_graph, scale
     assert all(0.05 < latency.latency_ratio < 20 and latency.float_ms > 0 for latency in found)
 
 
-def test_a_large_model_is_not_timed_and_the_run_says_so(wide, wide_graph, monkeypatch, capsys):
+def test_a_large_model_is_not_timed_and_this_is_reported(wide, wide_graph, monkeypatch, capsys):
     monkeypatch.setattr("diffpress.export.verify.latency.is_large", lambda model: True)
     assert measure_latency(wide, wide_graph, {"onnxruntime": wide_graph}) == []
-    assert "not timed" in capsys.readouterr().out
+    assert "latency not measured" in capsys.readouterr().out
 
 
-def test_only_engines_that_are_slower_take_the_float_graph(wide_graph):
+def test_only_engines_that_are_slower_run_the_float_graph(wide_graph):
     latencies = [Latency("openvino", "int8", 10.0, 6.0), Latency("onnxruntime", "int8", 10.0, 12.0)]
     (variant,) = float_variants(wide_graph, latencies)
     assert variant.engines == ("onnxruntime",) and variant.graph is wide_graph and variant.quantization is None
@@ -67,7 +67,7 @@ def test_only_engines_that_are_slower_take_the_float_graph(wide_graph):
 
 
 @pytest.mark.parametrize("revert", [True, False])
-def test_export_says_what_is_slower_and_reverts_it_on_request(
+def test_export_reports_slower_engines_and_reverts_them_on_request(
     revert, wide, wide_graph, scales, tmp_path, capsys, monkeypatch
 ):
     from tests.cli.test_export import run
@@ -77,8 +77,8 @@ def test_export_says_what_is_slower_and_reverts_it_on_request(
     monkeypatch.setattr("diffpress.cli.export.loaded", lambda args, dtype: checkpoint)
     monkeypatch.setattr("diffpress.export.export.to_onnx", lambda checkpoint, fixed_size: wide_graph)
     monkeypatch.setattr("diffpress.export.export.measure_latency", lambda *arguments: slow)
-    words = ("--revert-slower",) if revert else ()
-    assert run("any", "--out", tmp_path / "bundle", "--threads", 1, *words) == 0
+    flags = ("--revert-slower",) if revert else ()
+    assert run("any", "--out", tmp_path / "bundle", "--threads", 1, *flags) == 0
     assert "int8 is 1.20x of fp32 in onnxruntime: slower (12.0 ms against 10.0 ms a step" in capsys.readouterr().out
-    taken = load_bundle(tmp_path / "bundle").graph("denoiser", "onnxruntime").name
-    assert taken == ("denoiser.float.onnx" if revert else "denoiser.onnx")
+    graph_file = load_bundle(tmp_path / "bundle").graph("denoiser", "onnxruntime").name
+    assert graph_file == ("denoiser.float.onnx" if revert else "denoiser.onnx")

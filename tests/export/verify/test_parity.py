@@ -1,3 +1,5 @@
+"""export/verify/parity.py: engines are compared with torch over a full trajectory."""
+
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +24,7 @@ def shifted(graph: Graph, name: str, by: float) -> Graph:
     return Graph(changed)
 
 
-def test_a_float_graph_gives_torchs_images_in_every_engine(unet, unet_graph, tmp_path):
+def test_a_float_graph_samples_torchs_images_in_every_engine(unet, unet_graph, tmp_path):
     save_graph(unet_graph, tmp_path / "g.onnx")
     found = check_parity(unet, tmp_path / "g.onnx", trial_of(unet), threads=1)
     assert set(found) == set(available())
@@ -30,22 +32,25 @@ def test_a_float_graph_gives_torchs_images_in_every_engine(unet, unet_graph, tmp
     assert all(row["max_abs"] <= 1e-3 and row["sqnr_db"] > 80 for row in found.values())
 
 
-def test_parity_measures_the_difference_that_is_there(unet, unet_graph, tmp_path, monkeypatch):
+def test_parity_measures_a_known_difference(unet, unet_graph, tmp_path, monkeypatch):
     monkeypatch.setattr("diffpress.export.verify.parity.MAX_ABS", np.inf)
-    # the last bias reaches every image, through the last step at least
+    # the last bias affects every image, at least through the last step
     save_graph(shifted(unet_graph, "conv_out.bias", 0.01), tmp_path / "g.onnx")
     found = check_parity(unet, tmp_path / "g.onnx", trial_of(unet), engines=["onnxruntime"], threads=1)
     row = found["onnxruntime"]
     assert 1e-3 < row["max_abs"] < 0.5 and 10 < row["sqnr_db"] < 60
 
 
-def test_a_float_graph_that_strays_fails_with_both_figures(unet, unet_graph, tmp_path):
+def test_a_float_graph_that_deviates_fails_with_both_metrics(unet, unet_graph, tmp_path):
     save_graph(shifted(unet_graph, "conv_out.bias", 0.01), tmp_path / "g.onnx")
-    with pytest.raises(GateFailedError, match=r"g.onnx in onnxruntime: samples differ .* by 0\.\d+ .* dB\), 0.001 is"):
+    with pytest.raises(
+        GateFailedError,
+        match=r"g.onnx in onnxruntime: samples differ .* by up to 0\.\d+ .* dB\); the limit is 0\.001",
+    ):
         check_parity(unet, tmp_path / "g.onnx", trial_of(unet), engines=["onnxruntime"], threads=1)
 
 
-def test_a_quantized_graph_is_held_to_fake_quantization(unet, unet_graph, scales, tmp_path):
+def test_a_quantized_graph_is_compared_with_fake_quantization(unet, unet_graph, scales, tmp_path):
     quantized = unet.evolve(quantization=scales(unet, weight_range=SAFE))
     save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
     found = check_parity(quantized, tmp_path / "q.onnx", trial_of(quantized), threads=1)
@@ -61,7 +66,7 @@ def test_a_quantized_graph_is_held_to_fake_quantization(unet, unet_graph, scales
         check_parity(quantized, tmp_path / "q.onnx", trial_of(quantized), engines=["onnxruntime"], threads=1)
 
 
-def test_pixels_are_tried_by_their_own_plan_and_latents_on_less(unet):
+def test_pixel_models_are_tested_under_their_own_plan_and_latent_models_on_less(unet):
     trial = trial_of(unet)
     assert (trial.spec, trial.samples) == (unet.spec, 16)
     plan = replace(unet.spec.plan, timesteps=tuple(float(t) for t in range(70, 0, -10)))  # 70, 60, ... 10
@@ -71,7 +76,7 @@ def test_pixels_are_tried_by_their_own_plan_and_latents_on_less(unet):
     assert small.spec.plan.timesteps == (70.0, 50.0, 30.0, 10.0) and small.spec.schedule == unet.spec.schedule
 
 
-def test_torch_network_leaves_the_mode_of_the_model_alone(everything):
+def test_torch_network_does_not_change_the_mode_of_the_model(everything):
     network = TorchNetwork(everything.model, everything.spec)
     inputs = {"sample": np.zeros((1, 2, 8, 8), np.float32), "timestep": np.zeros(1, np.int64)}
     everything.model.train()
@@ -82,7 +87,7 @@ def test_torch_network_leaves_the_mode_of_the_model_alone(everything):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_torch_network_computes_in_float32_with_weights_that_are_held_in_less(dtype, unet):
+def test_torch_network_computes_in_float32_with_weights_stored_in_half_precision(dtype, unet):
     narrow, wide = unet.clone_model().to(dtype), unet.clone_model().to(dtype).float()
     x = np.random.default_rng(0).standard_normal((2, 1, 8, 8), dtype=np.float32)
     inputs = {"sample": x, "timestep": np.array([3, 90]), "class_labels": np.array([0, 3])}

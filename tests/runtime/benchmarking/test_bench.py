@@ -1,4 +1,4 @@
-"""runtime/benchmarking/bench.py with a clock of our own, and runtime/benchmarking/probe.py in real fresh processes."""
+"""runtime/benchmarking/bench.py with a fake clock, and runtime/benchmarking/probe.py in real fresh processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ROW_KEYS = [
 
 
 class Clock:
-    """Time that passes only where a subject says so."""
+    """A fake clock that only the subjects advance."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.log = 0.0, []  # type: ignore[var-annotated]
@@ -67,7 +67,7 @@ def report(monkeypatch: pytest.MonkeyPatch):
     return bench.measure(subjects, batches=(1, 8), repeats=3), clock
 
 
-def test_rows_have_the_documented_shape_and_survive_json(report) -> None:
+def test_rows_have_the_documented_keys_and_round_trip_through_json(report) -> None:
     found = json.loads(json.dumps(report[0]))
     assert list(found) == ["machine", "baseline", "rows"] and found["baseline"] == "teacher"
     assert len(found["rows"]) == 10 and all(list(row) == ROW_KEYS for row in found["rows"])
@@ -78,45 +78,45 @@ def test_times_are_medians_per_step_and_per_image(report) -> None:
     bundle = report[0]["rows"][8]
     assert bundle["step_ms"] == pytest.approx(2.0 * 8) and bundle["image_ms"] == pytest.approx(2.0 * 8)
     assert bundle["load_ms"] == 120.0 and bundle["peak_mib"] == 64.0
-    assert report[0]["rows"][3]["load_ms"] is None  # no probe of a batch of one
+    assert report[0]["rows"][3]["load_ms"] is None  # no probe for batch size 1
 
 
 def test_speedups_are_baseline_over_row(report) -> None:
     rows = report[0]["rows"][5:]
     assert [row["speedup_vs_torch"] for row in rows] == pytest.approx([1, 2, 500 / 32, 500 / 16, 500 / 20])
-    # the same engine's baseline is its uncompressed fp32 subject, the one with the most steps
+    # the baseline of an engine is its fp32 subject with the most evaluations
     assert [row["speedup_vs_same_engine"] for row in rows[:4]] == pytest.approx([1, 1, 250 / 32, 250 / 16])
     assert rows[4]["speedup_vs_same_engine"] is None
 
 
-def test_subjects_take_turns_after_a_warm_up(report) -> None:
+def test_subjects_alternate_after_a_warm_up(report) -> None:
     log = [(name, kind) for name, kind, batch in report[1].log if batch == 8]
     names = ("teacher", "teacher", "student", "bundle", "bundle")
-    turn = [(name, kind) for name in names for kind in ("sample", "step")]
-    assert log == turn[1::2] + turn * 3
+    one_round = [(name, kind) for name in names for kind in ("sample", "step")]
+    assert log == one_round[1::2] + one_round * 3
 
 
-def test_medians_ignore_one_slow_turn(monkeypatch) -> None:
+def test_medians_ignore_one_slow_round(monkeypatch) -> None:
     clock = Clock(monkeypatch)
     steady = clock.subject("a", "openvino", "fp32", 4, 1.0)
     pauses = iter([0.0, 5.0, 0.0, 0.0, 0.0])
 
-    def hiccup(batch: int) -> None:
+    def slow_sample(batch: int) -> None:
         steady.sample(batch)
         clock.now += next(pauses)
 
-    row = bench.measure([replace(steady, sample=hiccup)], batches=[2], repeats=5)["rows"][0]
+    row = bench.measure([replace(steady, sample=slow_sample)], batches=[2], repeats=5)["rows"][0]
     assert row["image_ms"] == pytest.approx(4.0) and row["speedup_vs_torch"] is None
 
 
 @pytest.mark.parametrize("options", [{"subjects": []}, {"batches": []}, {"batches": [0]}, {"repeats": 0}])
-def test_nothing_to_measure_is_refused(monkeypatch, options) -> None:
+def test_nothing_to_measure_raises(monkeypatch, options) -> None:
     subjects = [Clock(monkeypatch).subject("a", "openvino", "fp32", 4, 1.0)]
     with pytest.raises(InvalidInputError, match="at least one of each"):
         bench.measure(**{"subjects": subjects, **options})
 
 
-def test_the_table_aligns_and_dashes_what_is_not_known(report) -> None:
+def test_the_table_is_aligned_and_shows_a_dash_for_missing_values(report) -> None:
     lines = bench.table(report[0]["rows"]).splitlines()
     assert len(lines) == 12 and lines[0].split("  ")[0] == "name" and "vs engine" in lines[0]
     assert lines[2].split()[:4] == ["teacher", "torch", "fp32", "1"] and lines[6].split()[-1] == "-"
@@ -130,7 +130,7 @@ def test_the_machine_is_described() -> None:
     assert set(machine["instruction_sets"]) <= set(bench.INSTRUCTION_SETS)
 
 
-def test_a_bundle_is_a_subject(tiny: Path) -> None:
+def test_a_bundle_can_be_measured(tiny: Path) -> None:
     bundle = load_bundle(tiny)
     engine = open_engine(bundle, "onnxruntime", threads=1)
     plan = replace(bundle.spec.plan, guidance=2.0)
@@ -148,23 +148,23 @@ def test_a_bundle_is_a_subject(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("promised", "share", "asked", "said"),
+    ("exported", "share", "requested", "expected"),
     [
         ("int8", 0.9, "f32", "int8"),
-        ("int8", 0.1, "f32", "fp32"),  # what was quantized ran in float
+        ("int8", 0.1, "f32", "fp32"),  # quantized layers ran in float
         ("fp32", 0.0, "bf16", "bf16"),
         ("fp16", 0.0, "f32", "fp16"),
-        ("fp8", None, "f32", "fp8"),  # the engine does not tell
+        ("fp8", None, "f32", "fp8"),  # the engine does not report precision
     ],
 )
-def test_the_precision_is_what_was_executed(tiny: Path, promised, share, asked, said) -> None:
+def test_the_reported_precision_is_the_executed_one(tiny: Path, exported, share, requested, expected) -> None:
     bundle = load_bundle(tiny)
-    manifest = {"graphs": {"denoiser": bundle.manifest["graphs"]["denoiser"] | {"precision": promised}}}
-    options = EngineOptions(precision=asked)
-    assert bench._executed(replace(bundle, manifest=manifest), "onnxruntime", share, options) == said
+    manifest = {"graphs": {"denoiser": bundle.manifest["graphs"]["denoiser"] | {"precision": exported}}}
+    options = EngineOptions(precision=requested)
+    assert bench._executed(replace(bundle, manifest=manifest), "onnxruntime", share, options) == expected
 
 
-def test_evaluations_count_both_halves_of_guidance_unless_the_weight_is_an_input(tiny: Path) -> None:
+def test_evaluations_count_both_guidance_halves_unless_the_weight_is_an_input(tiny: Path) -> None:
     spec = load_bundle(tiny).spec
     assert bench.network_evaluations(spec) == 8
     guided = spec.with_plan(replace(spec.plan, guidance=2.0))
@@ -172,13 +172,13 @@ def test_evaluations_count_both_halves_of_guidance_unless_the_weight_is_an_input
     assert bench.network_evaluations(replace(guided, conditioning=replace(spec.conditioning, guidance_input=True))) == 8
 
 
-def test_overhead_is_the_time_beyond_the_engines_calls(tiny: Path, monkeypatch) -> None:
+def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeypatch) -> None:
     bundle = load_bundle(tiny)
     real = open_engine(bundle, "onnxruntime", threads=1)
     now = [0.0]
     monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
 
-    class Slow:
+    class SlowNetwork:
         inputs = real.inputs
 
         def run(self, inputs):
@@ -191,34 +191,37 @@ def test_overhead_is_the_time_beyond_the_engines_calls(tiny: Path, monkeypatch) 
 
     original = bench.in_streams
     monkeypatch.setattr(bench, "in_streams", in_streams)
-    assert bench.sampler_overhead(Slow(), bundle.spec, batch=2) == pytest.approx(0.01)
+    assert bench.sampler_overhead(SlowNetwork(), bundle.spec, batch=2) == pytest.approx(0.01)
 
-    class Walks(Slow):
-        def run_fused(self, program, cond, start):
+    class SlowFusedNetwork(SlowNetwork):
+        def run_fused(self, program, static_inputs, start):
             now[0] += 0.109 * program.steps
             return start
 
-    # 0.11 s a step, of which a call alone takes 0.099
-    assert bench.sampler_overhead(Walks(), bundle.spec, batch=2) == pytest.approx(0.1)
+    # 0.11 s per step, of which the evaluation takes 0.099
+    assert bench.sampler_overhead(SlowFusedNetwork(), bundle.spec, batch=2) == pytest.approx(0.1)
 
 
 def test_a_fresh_process_measures_loading_and_memory(tiny: Path) -> None:
     found = probe(tiny, "onnxruntime", batch=2, options=EngineOptions(threads=1))
     assert 1 < found.load_ms < 60_000
-    # an interpreter with numpy and an engine, and far from one with torch
+    # an interpreter with numpy and an engine, far below one with torch
     assert found.peak_mib is None or 20 < found.peak_mib < 400
 
 
-def test_the_peak_counts_what_was_held_and_not_the_parent() -> None:
+def test_the_peak_counts_freed_memory_but_not_the_parent_process() -> None:
     if peak_mib() is None:
-        pytest.skip("this system keeps no count")
-    code = "import diffpress.runtime.benchmarking.probe as p; a = p.peak_mib(); x = b'1' * 2**27; del x; print(a, p.peak_mib())"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    before, after = map(float, done.stdout.split())
+        pytest.skip("this system does not report peak memory")
+    code = (
+        "import diffpress.runtime.benchmarking.probe as p; a = p.peak_mib(); x = b'1' * 2**27; del x; "
+        "print(a, p.peak_mib())"
+    )
+    completed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(float, completed.stdout.split())
     assert before < 100 and 120 < after - before < 140
 
 
-def test_a_probe_that_fails_says_why(tiny: Path, tmp_path: Path) -> None:
+def test_a_failed_probe_gives_the_reason(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="not a bundle"):
         probe(tmp_path, "onnxruntime", batch=1)
     with pytest.raises(InvalidInputError, match="did you mean 'openvino'"):

@@ -1,4 +1,4 @@
-"""runtime/engines/cache.py: what was kept comes back byte for byte, or not at all."""
+"""runtime/engines/cache.py: entries are read back byte for byte, or not at all."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ def entries(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir())
 
 
-def test_what_was_kept_comes_back_in_another_process(tmp_path: Path) -> None:
+def test_an_entry_is_read_back_by_another_cache_object(tmp_path: Path) -> None:
     Cache(tmp_path / "c", "graph").write("key", b"data")
     again = Cache(tmp_path / "c", "graph")
     assert again.read("key") == b"data" and again.read("other") is None
     assert Cache(tmp_path / "c").of("other graph").read("key") is None
 
 
-def test_without_the_graphs_name_nothing_is_kept(tmp_path: Path) -> None:
+def test_without_a_graph_nothing_is_stored(tmp_path: Path) -> None:
     Cache(tmp_path).write("key", b"data")
     assert entries(tmp_path) == [] and Cache(tmp_path).read("key") is None
 
 
 @pytest.mark.parametrize("at", range(0, 40, 3))
-def test_a_flipped_bit_anywhere_makes_it_no_entry(tmp_path: Path, at: int) -> None:
+def test_a_flipped_bit_anywhere_invalidates_an_entry(tmp_path: Path, at: int) -> None:
     cache = Cache(tmp_path, "graph")
     cache.write("key", b"datadata")
     (file,) = entries(tmp_path)
@@ -39,7 +39,7 @@ def test_a_flipped_bit_anywhere_makes_it_no_entry(tmp_path: Path, at: int) -> No
 
 
 @pytest.mark.parametrize("length", [0, 5, 32, 39])
-def test_a_cut_file_is_no_entry_and_is_written_over(tmp_path: Path, length: int) -> None:
+def test_a_truncated_file_is_invalid_and_is_overwritten(tmp_path: Path, length: int) -> None:
     cache = Cache(tmp_path, "graph")
     cache.write("key", b"datadata")
     (file,) = entries(tmp_path)
@@ -49,7 +49,7 @@ def test_a_cut_file_is_no_entry_and_is_written_over(tmp_path: Path, length: int)
     assert cache.read("key") == b"datadata" and entries(tmp_path) == [file]
 
 
-def test_an_entry_under_anothers_name_is_none(tmp_path: Path) -> None:
+def test_a_file_under_the_name_of_another_entry_is_invalid(tmp_path: Path) -> None:
     cache = Cache(tmp_path, "graph")
     cache.write("a", b"of a")
     (a,) = entries(tmp_path)
@@ -59,33 +59,33 @@ def test_an_entry_under_anothers_name_is_none(tmp_path: Path) -> None:
     assert cache.read("a") is None and cache.read("b") == b"of b"
 
 
-def test_a_folder_that_cannot_be_written_keeps_nothing_and_says_nothing(tmp_path: Path) -> None:
+def test_an_unwritable_folder_stores_nothing_and_raises_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     cache = Cache(tmp_path / "file", "graph")
     cache.write("key", b"data")
     assert cache.read("key") is None
 
 
-def test_what_was_used_longest_ago_is_forgotten_and_other_files_stay(tmp_path: Path, monkeypatch) -> None:
+def test_the_least_recently_used_entry_is_evicted_and_other_files_are_kept(tmp_path: Path, monkeypatch) -> None:
     cache = Cache(tmp_path, "graph")
     (tmp_path / "precious").write_bytes(b"x" * 1000)
     for number, key in enumerate("abc"):
         cache.write(key, b"x" * 68)  # 100 bytes with its digest
         (newest,) = set(tmp_path.glob("*.compiled")) - {path for path in tmp_path.iterdir() if path.stat().st_mtime < 9}
         os.utime(newest, (number + 1, number + 1))
-    assert cache.read("a") is not None  # now the one that was used last
+    assert cache.read("a") is not None  # now the most recently used
     monkeypatch.setattr(module, "LIMIT", 300)
     cache.write("d", b"x" * 68)
     assert [key for key in "abcd" if cache.read(key) is None] == ["b"] and (tmp_path / "precious").exists()
 
 
-def test_what_is_too_large_is_not_kept(tmp_path: Path, monkeypatch) -> None:
+def test_an_entry_above_the_size_limit_is_not_stored(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(module, "LARGEST", 7)
     Cache(tmp_path, "graph").write("key", b"datadata")
     assert entries(tmp_path) == []
 
 
-def test_the_users_folder_is_the_systems_or_the_one_that_was_chosen(tmp_path: Path, monkeypatch) -> None:
+def test_the_cache_folder_follows_the_environment_variables(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("DIFFPRESS_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("DIFFPRESS_CACHE")

@@ -1,4 +1,4 @@
-"""runtime/engines: the backends agree, count the products they execute, and refuse what is broken."""
+"""runtime/engines: the backends agree, report the precision of executed layers, and reject broken graphs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-def test_a_float_graph_runs_no_products_on_integers(name: str, float_graph: Path) -> None:
+def test_a_float_graph_has_no_integer_macs(name: str, float_graph: Path) -> None:
     assert load_engine(float_graph, name).integer_mac_share(sample_inputs()) == 0.0
 
 
@@ -41,18 +41,18 @@ def test_a_quantized_graph_runs_nearly_all_products_on_integers(name: str, quant
 @pytest.mark.parametrize(
     ("kinds", "integer"), [(("Conv",), CONV), (("MatMul",), PRODUCT), (("Conv", "MatMul"), CONV + PRODUCT)]
 )
-def test_the_share_is_that_of_the_quantized_layers(name: str, quantized_graph, kinds, integer: int) -> None:
+def test_the_integer_mac_share_is_that_of_the_quantized_layers(name: str, quantized_graph, kinds, integer: int) -> None:
     share = load_engine(quantized_graph(*kinds), name).integer_mac_share(sample_inputs())
     assert share == pytest.approx(integer / (CONV + PRODUCT + GEMM), abs=1e-9)
 
 
-def test_the_share_does_not_depend_on_what_ran_before(name: str, quantized_graph) -> None:
+def test_the_integer_mac_share_does_not_depend_on_earlier_runs(name: str, quantized_graph) -> None:
     engine = load_engine(quantized_graph("Conv"), name)
     shares = [engine.integer_mac_share({"sample": np.zeros((n, 8, 8, 8), np.float32)}) for n in (2, 5, 1, 2)]
     assert shares == pytest.approx([CONV / (CONV + PRODUCT + GEMM)] * 4, abs=1e-9)
 
 
-def test_reading_the_share_leaves_no_files_and_no_changed_results(
+def test_reading_the_integer_mac_share_leaves_no_files_and_does_not_change_results(
     name: str, quantized_graph, monkeypatch, tmp_path
 ) -> None:
     engine = load_engine(quantized_graph("Conv"), name)
@@ -64,7 +64,7 @@ def test_reading_the_share_leaves_no_files_and_no_changed_results(
 
 @pytest.fixture(scope="module")
 def mixed_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sample [N, 8, 8, 8] -> conv a, b, c, transposed convolution d, product e; all but b read Q/DQ pairs."""
+    """Sample [N, 8, 8, 8] -> convolutions a, b, c, transposed convolution d, product e; all but b have Q/DQ pairs."""
     onnx = pytest.importorskip("onnx")
     helper, rng = onnx.helper, np.random.default_rng(0)
     constants: list[object] = []
@@ -107,17 +107,17 @@ def mixed_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# its MACs: 2 * 8 * 8 pixels, then four times as many; e multiplies rows of 16 columns, a pixel each
+# its MACs: 2 * 8 * 8 pixels, then four times as many; e multiplies rows of 16 columns, one per pixel
 B, D = 128 * 16 * 16 * 9, 128 * 16 * 16 * 4
 MIXED = 128 * 16 * 8 * 9 + B + 128 * 16 * 16 + D + 2 * 16 * 16 * 16 * 4
 
 
-def test_the_account_names_the_layer_left_in_float_and_what_fell_back(name: str, mixed_graph: Path) -> None:
+def test_the_precision_report_names_float_layers_and_fallbacks(name: str, mixed_graph: Path) -> None:
     precision_report = load_engine(mixed_graph, name).precision_report(
-        sample_inputs(), promised=["net.a", "net.c", "net.d", "net.e"]
+        sample_inputs(), quantized_layers=["net.a", "net.c", "net.d", "net.e"]
     )
     in_float = {"net.b": B / MIXED}
-    if name == "onnxruntime":  # it has no integer kernel for d; OpenVINO has
+    if name == "onnxruntime":  # it has no integer kernel for d; OpenVINO does
         in_float |= {"net.d": D / MIXED}
         assert precision_report.fallbacks == {"net.d": "no integer kernel for transposed convolutions"}
     else:
@@ -128,15 +128,15 @@ def test_the_account_names_the_layer_left_in_float_and_what_fell_back(name: str,
     assert precision_report.integer_mac_share == pytest.approx(1 - sum(in_float.values()))
 
 
-def test_a_promise_that_was_not_kept_is_named(name: str, mixed_graph: Path) -> None:
+def test_a_quantized_layer_that_ran_in_float_is_a_fallback(name: str, mixed_graph: Path) -> None:
     precision_report = load_engine(mixed_graph, name).precision_report(
-        sample_inputs(), promised=["net.b", "net.c", "net.f"]
+        sample_inputs(), quantized_layers=["net.b", "net.c", "net.f"]
     )
     reason = {"onnxruntime": "no integer convolution with a float result", "openvino": "no integer kernel matched"}
     assert precision_report.fallbacks == {"net.b": reason[name], "net.f": "not among the layers that ran"}
 
 
-def test_attention_inside_a_float_subgraph_is_said_to_be(tmp_path: Path) -> None:
+def test_attention_inside_a_float_subgraph_is_reported_as_such(tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     pytest.importorskip("openvino")
     helper = onnx.helper
@@ -153,14 +153,14 @@ def test_attention_inside_a_float_subgraph_is_said_to_be(tmp_path: Path) -> None
     onnx.save(model, tmp_path / "attention.onnx")
     inputs = {key: np.ones(shapes[key], np.float32) for key in ("q", "k", "v")}
     precision_report = load_engine(tmp_path / "attention.onnx", "openvino").precision_report(
-        inputs, promised=["scores", "mixed"]
+        inputs, quantized_layers=["scores", "mixed"]
     )
     assert precision_report.fallbacks == dict.fromkeys(["mixed", "scores"], "fused into a float subgraph")
     assert precision_report.float_layers == {"mixed": 0.5, "scores": 0.5}
 
 
-def test_the_account_of_products_by_hand() -> None:
-    """A layer called twice is one; it fell back where one call did; what multiplies nothing is no layer."""
+def test_the_precision_report_of_given_products() -> None:
+    """A layer used twice counts once, and is a fallback if one use is; operations without MACs are ignored."""
     products = [
         Product("proj", 30, True),
         Product("proj#2", 20, False, "why"),
@@ -168,7 +168,7 @@ def test_the_account_of_products_by_hand() -> None:
         Product("q", 10, True),
         Product("relu", 0, False),
     ]
-    precision_report = precision_report_of(products, promised=["q", "proj", "gone", "big"])
+    precision_report = precision_report_of(products, quantized_layers=["q", "proj", "gone", "big"])
     assert precision_report.integer_mac_share == pytest.approx(0.4)
     assert list(precision_report.float_layers.items()) == [("big", 0.4), ("proj", 0.2)]
     assert list(precision_report.fallbacks) == ["big", "proj", "gone"]
@@ -191,11 +191,11 @@ def test_any_batch_size_runs(name: str, tiny: Path) -> None:
     first = {batch: engine.run(feed) for batch, feed in feeds.items()}
     again = {batch: engine.run({key: value * 1 for key, value in feed.items()}) for batch, feed in feeds.items()}
     assert all(np.array_equal(first[batch], again[batch]) and len(first[batch]) == batch for batch in feeds)
-    # the same noise leads each batch: the samples they share come out alike
+    # batches start with the same noise, so their common samples agree
     assert np.abs(first[6][:3] - first[3]).max() < 1e-5
 
 
-def test_an_output_is_not_overwritten_by_the_next_call(name: str, float_graph: Path) -> None:
+def test_an_output_is_not_overwritten_by_the_next_run(name: str, float_graph: Path) -> None:
     engine = load_engine(float_graph, name)
     first = engine.run(sample_inputs(0))
     kept = first.copy()
@@ -203,7 +203,7 @@ def test_an_output_is_not_overwritten_by_the_next_call(name: str, float_graph: P
     assert np.array_equal(first, kept) and not np.array_equal(first, second)
 
 
-def test_every_output_is_had_by_its_name_and_run_gives_the_first(name: str, tmp_path: Path) -> None:
+def test_run_all_returns_every_output_by_name_and_run_the_first(name: str, tmp_path: Path) -> None:
     onnx = pytest.importorskip("onnx")
     helper, kind = onnx.helper, onnx.TensorProto.FLOAT
     nodes = [helper.make_node("Neg", ["x"], ["z_first"]), helper.make_node("Abs", ["x"], ["a_second"])]
@@ -215,29 +215,29 @@ def test_every_output_is_had_by_its_name_and_run_gives_the_first(name: str, tmp_
     x = np.array([[1, -2, 3], [-4, 5, -6]], np.float32)
     found = engine.run_all({"x": x})
     assert list(found) == ["z_first", "a_second"]
-    engine.run_all({"x": 9 * x})  # overwrites nothing
+    engine.run_all({"x": 9 * x})  # must not overwrite the outputs
     assert np.array_equal(found["z_first"], -x) and np.array_equal(found["a_second"], np.abs(x))
     assert np.array_equal(engine.run({"x": x}), -x)
 
 
-def test_inputs_are_named_with_their_types(name: str, tiny: Path) -> None:
+def test_inputs_maps_names_to_dtypes(name: str, tiny: Path) -> None:
     engine = open_engine(load_bundle(tiny), name, threads=1)
     assert engine.inputs == {"sample": np.float32, "timestep": np.int64, "class_labels": np.int64}
     assert engine.name == name
 
 
-def test_the_default_engine_is_the_first_that_is_installed(tiny: Path, monkeypatch) -> None:
+def test_the_default_engine_is_the_first_installed_one(tiny: Path, monkeypatch) -> None:
     assert open_engine(load_bundle(tiny)).name == available()[0]
     monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
     assert open_engine(load_bundle(tiny)).name == "onnxruntime"
 
 
-def test_a_missing_package_says_which_extra_brings_it(tiny: Path, monkeypatch) -> None:
+def test_a_missing_package_names_the_extra_to_install(tiny: Path, monkeypatch) -> None:
     monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
     with pytest.raises(MissingDependencyError, match=r"pip install 'diffpress\[openvino\]'"):
         open_engine(load_bundle(tiny), "openvino")
     monkeypatch.setattr(ENGINES["onnxruntime"], "missing", lambda: "onnxruntime")
-    with pytest.raises(MissingDependencyError, match="pip install diffpress$"):
+    with pytest.raises(MissingDependencyError, match=r"pip install diffpress$"):
         open_engine(load_bundle(tiny), "onnxruntime")
 
 
@@ -245,7 +245,7 @@ def test_a_missing_package_says_which_extra_brings_it(tiny: Path, monkeypatch) -
     ("options", "message"),
     [({"name": "onxruntime"}, "did you mean 'onnxruntime'"), ({"threads": 0}, "0 threads")],
 )
-def test_unknown_engines_and_impossible_threads_are_refused(tiny: Path, options, message: str) -> None:
+def test_unknown_engines_and_invalid_threads_raise(tiny: Path, options, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         open_engine(load_bundle(tiny), **options)
 
@@ -253,28 +253,28 @@ def test_unknown_engines_and_impossible_threads_are_refused(tiny: Path, options,
 @pytest.mark.parametrize(
     "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a graph", lambda b: b"\x00" * 64]
 )
-def test_a_broken_graph_is_one_clear_line(name: str, tiny: Path, tmp_path: Path, damage, capfd) -> None:
+def test_a_broken_graph_raises_a_one_line_error(name: str, tiny: Path, tmp_path: Path, damage, capfd) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(damage((tiny / "denoiser.onnx").read_bytes()))
-    with pytest.raises(InvalidInputError) as caught:
+    with pytest.raises(InvalidInputError) as caught:  # noqa: PT012  # fails at load or at run, by engine
         engine = load_engine(path, name)
         engine.run(dummy_inputs(engine, load_bundle(tiny).spec, 1))
     assert str(path) in str(caught.value) and "export it again" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
-def test_a_graph_that_does_not_fit_its_inputs_is_one_clear_line(name: str, float_graph: Path) -> None:
-    with pytest.raises(InvalidInputError, match="float.onnx") as caught:
+def test_inputs_of_the_wrong_shape_raise_a_one_line_error(name: str, float_graph: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"float\.onnx") as caught:
         load_engine(float_graph, name).run({"sample": np.zeros((1, 5, 8, 8), np.float32)})
     assert "\n" not in str(caught.value)
 
 
-def test_a_missing_graph_is_named(name: str, tmp_path: Path) -> None:
+def test_a_missing_graph_raises(name: str, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="no such file"):
         load_engine(tmp_path / "none.onnx", name)
 
 
-def test_macs_follow_the_shapes() -> None:
+def test_macs_follow_from_the_shapes() -> None:
     assert macs.convolution([2, 16, 8, 8], [16, 8, 3, 3]) == CONV
     assert macs.convolution([1, 8, 4, 4], [8, 1, 3, 3]) == 8 * 16 * 9  # depthwise
     assert macs.convolution([1, 8, 4, 4], [8, 1, 1, 3, 3]) == 8 * 16 * 9  # the same, groups written out
@@ -288,6 +288,6 @@ def test_macs_follow_the_shapes() -> None:
 def test_every_kernel_has_a_time_and_the_name_of_its_node_or_tensor(name, float_graph):
     engine = load_engine(float_graph, name, 1)
     kernels = engine.kernel_times(sample_inputs(0), runs=2)
-    found = {part for kernel in kernels for part in kernel.names}
+    found = {name_of_node for kernel in kernels for name_of_node in kernel.names}
     assert found & {"conv", "c"} and found & {"matmul", "m"} and found & {"gemm", "out_sample"}
     assert all(kernel.ms >= 0 for kernel in kernels) and 0 < sum(kernel.ms for kernel in kernels) < 1000

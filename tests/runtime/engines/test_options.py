@@ -1,4 +1,4 @@
-"""The contract of the engines: options that a backend knows, providers in order, and the next where one is not fit."""
+"""Engine options, the order of ONNX Runtime providers, and the fallback to the next engine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import ENGINES, available, installed, load_engine, open_engine, preferred
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
-from diffpress.runtime.engines.onnxruntime.providers import PROVIDERS, in_order
+from diffpress.runtime.engines.onnxruntime.providers import PROVIDERS, provider_order
 from diffpress.runtime.engines.options import EngineOptions, check_options
 from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError, plain_warnings
 from tests.runtime.small_graphs import sample_inputs
@@ -24,7 +24,7 @@ FULL = list(PROVIDERS.values())
 
 
 @pytest.mark.parametrize(
-    ("asked", "there", "names", "absent"),
+    ("requested", "available", "names", "missing"),
     [
         ((), FULL, list(PROVIDERS), []),
         ((), ["CPUExecutionProvider", "AzureExecutionProvider"], ["cpu"], []),
@@ -36,13 +36,13 @@ FULL = list(PROVIDERS.values())
         (("directml",), ["CPUExecutionProvider"], ["cpu"], ["directml"]),
     ],
 )  # fmt: skip
-def test_providers_are_tried_in_order_and_the_processor_last(asked, there, names, absent) -> None:
-    assert in_order(asked, there) == (names, absent)
+def test_providers_are_tried_in_order_and_the_cpu_last(requested, available, names, missing) -> None:
+    assert provider_order(requested, available) == (names, missing)
 
 
-def test_a_provider_that_does_not_exist_is_named() -> None:
+def test_an_unknown_provider_raises() -> None:
     with pytest.raises(InvalidInputError, match="unknown provider 'cudda': did you mean 'cuda'"):
-        in_order(["cudda"], FULL)
+        provider_order(["cudda"], FULL)
 
 
 def loaded(graph: Path, *providers: str) -> tuple[Any, list[str]]:
@@ -52,39 +52,39 @@ def loaded(graph: Path, *providers: str) -> tuple[Any, list[str]]:
     return engine, [str(warning.message) for warning in caught]
 
 
-def test_a_provider_that_the_package_has_not_is_passed_over_with_a_warning(float_graph: Path, monkeypatch) -> None:
+def test_a_provider_missing_from_the_package_is_skipped_with_a_warning(float_graph: Path, monkeypatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    plain, silence = loaded(float_graph)
-    engine, said = loaded(float_graph, "cuda")
-    assert silence == [] and said == ["onnxruntime: this package has no provider 'cuda'; trying cpu"]
-    assert plain.device == engine.device == "cpu"
-    assert np.array_equal(plain.run(sample_inputs()), engine.run(sample_inputs()))
+    default, no_messages = loaded(float_graph)
+    engine, messages = loaded(float_graph, "cuda")
+    assert no_messages == [] and messages == ["onnxruntime: this package has no provider 'cuda'; trying cpu"]
+    assert default.device == engine.device == "cpu"
+    assert np.array_equal(default.run(sample_inputs()), engine.run(sample_inputs()))
 
 
-@pytest.mark.parametrize("way", ["raises", "is dropped without a word"])
-def test_a_provider_that_does_not_start_gives_way_to_the_next(float_graph: Path, monkeypatch, way: str, capfd) -> None:
-    """As a package for GPUs does on a machine without one: it lists CUDA, and no session with it comes of that."""
+@pytest.mark.parametrize("failure", ["raises", "is dropped silently"])
+def test_a_provider_that_fails_is_replaced_by_the_next(float_graph: Path, monkeypatch, failure: str, capfd) -> None:
+    """A GPU package on a machine without a GPU lists CUDA, but cannot create a session with it."""
     import onnxruntime
 
     real = onnxruntime.InferenceSession
 
     def session(path, options, providers, **rest):
-        if providers[0] != "CPUExecutionProvider" and way == "raises":
+        if providers[0] != "CPUExecutionProvider" and failure == "raises":
             raise RuntimeError("libcuda.so.1: cannot open shared object file")
         return real(path, options, providers=["CPUExecutionProvider"], **rest)
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: FULL[1:2] + FULL[-1:])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    engine, said = loaded(float_graph)
-    (line,) = said
-    assert engine.device == "cpu" and line.startswith("onnxruntime: provider 'cuda' fails, trying cpu: ")
-    assert ("libcuda" if way == "raises" else "it did not start") in line and "\n" not in line
+    engine, messages = loaded(float_graph)
+    (line,) = messages
+    assert engine.device == "cpu" and line.startswith("onnxruntime: provider 'cuda' failed, trying cpu: ")
+    assert ("libcuda" if failure == "raises" else "it did not start") in line and "\n" not in line
     assert capfd.readouterr() == ("", "")
 
 
-def test_streams_of_onnx_runtime_share_the_threads(float_graph: Path) -> None:
+def test_onnx_runtime_streams_share_the_threads(float_graph: Path) -> None:
     threads = [onnxruntime_engine._threads(EngineOptions(threads=t, streams=s)) for t, s in [(8, 2), (3, 2), (1, 4)]]
     assert threads == [4, 1, 1] and onnxruntime_engine._threads(EngineOptions()) is None
     with (
@@ -102,26 +102,26 @@ def test_streams_of_onnx_runtime_share_the_threads(float_graph: Path) -> None:
         ({"precision": "fp16"}, "unknown precision 'fp16'"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(options: dict, message: str) -> None:
+def test_invalid_options_raise(options: dict, message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         EngineOptions(**options)
 
 
-def test_an_engine_refuses_what_it_does_not_know_and_a_cache_is_no_demand(tmp_path: Path, float_graph: Path) -> None:
+def test_unsupported_options_raise_and_a_cache_is_always_accepted(tmp_path: Path, float_graph: Path) -> None:
     options = EngineOptions(threads=2, precision="bf16", cache=Cache(tmp_path))
     check_options("e", options, {"threads", "precision"})
     check_options("e", EngineOptions(cache=Cache(tmp_path)), ())
-    with pytest.raises(InvalidInputError, match="engine 'onnxruntime' has no option 'precision': leave it out"):
+    with pytest.raises(InvalidInputError, match="engine 'onnxruntime' has no option 'precision': omit it"):
         load_engine(float_graph, "onnxruntime", options=options)
 
 
-def test_options_survive_json(tmp_path: Path) -> None:
+def test_options_round_trip_through_json(tmp_path: Path) -> None:
     options = EngineOptions(2, "bf16", 3, Cache(tmp_path), ("cuda", "cpu"))
     assert EngineOptions.from_json(options.to_json()) == options
     assert EngineOptions.from_json({}) == EngineOptions()
 
 
-def test_every_backend_has_the_names_of_the_contract() -> None:
+def test_every_backend_defines_the_required_names() -> None:
     for name, backend in ENGINES.items():
         assert backend.EXTRA is None or isinstance(backend.EXTRA, str)
         assert set(backend.OPTIONS) <= set(EngineOptions.__dataclass_fields__), name
@@ -130,8 +130,8 @@ def test_every_backend_has_the_names_of_the_contract() -> None:
 
 
 @pytest.fixture
-def unfit(monkeypatch) -> None:
-    """An engine that is preferred, installed, and does not fit."""
+def unavailable_engine(monkeypatch) -> None:
+    """Register an engine that is preferred and installed, but unavailable when loaded."""
 
     def load(*_: object) -> None:
         raise EngineUnavailableError("plan.engine: built for another GPU")
@@ -144,26 +144,26 @@ def unfit(monkeypatch) -> None:
         monkeypatch.setitem(ENGINES, name, module)
 
 
-def test_where_none_is_asked_for_the_next_engine_is_taken_with_a_warning(unfit, tiny: Path, capsys) -> None:
+def test_without_a_named_engine_the_next_one_is_used_with_a_warning(unavailable_engine, tiny: Path, capsys) -> None:
     assert available()[0] == preferred() == "elsewhere"
     with plain_warnings(), closing(open_engine(load_bundle(tiny))) as engine:
         assert engine.name == available()[1]
-    assert capsys.readouterr().err == "warning: plan.engine: built for another GPU; the next engine is tried\n"
+    assert capsys.readouterr().err == "warning: plan.engine: built for another GPU; trying the next engine\n"
 
 
-def test_an_engine_that_is_asked_for_by_name_has_to_fit(unfit, tiny: Path) -> None:
+def test_a_named_engine_that_is_unavailable_raises(unavailable_engine, tiny: Path) -> None:
     with pytest.raises(EngineUnavailableError, match="another GPU"):
         open_engine(load_bundle(tiny), "elsewhere")
 
 
-def test_where_no_engine_fits_the_last_says_why(unfit, tiny: Path, monkeypatch) -> None:
+def test_if_no_engine_is_available_the_last_error_is_raised(unavailable_engine, tiny: Path, monkeypatch) -> None:
     for name in available()[1:]:
         monkeypatch.delitem(ENGINES, name)
     with pytest.raises(EngineUnavailableError, match="another GPU"):
         open_engine(load_bundle(tiny))
 
 
-def test_an_engine_that_this_machine_cannot_run_is_installed_and_not_available(float_graph, monkeypatch) -> None:
+def test_an_engine_this_machine_cannot_run_is_installed_but_not_available(float_graph, monkeypatch) -> None:
     monkeypatch.setattr(ENGINES["onnxruntime"], "unusable", lambda: "there is no GPU")
     assert "onnxruntime" in installed() and "onnxruntime" not in available()
     with pytest.raises(EngineUnavailableError, match="engine 'onnxruntime' cannot run here: there is no GPU"):

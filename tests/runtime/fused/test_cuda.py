@@ -1,4 +1,4 @@
-"""runtime/fused/cuda.py without a GPU: its kernels, compiled for the processor, on a CUDA of main memory."""
+"""runtime/fused/cuda.py without a GPU: its kernels, compiled for the CPU, on a fake CUDA in main memory."""
 
 from __future__ import annotations
 
@@ -33,28 +33,28 @@ SCHEDULE = betas_schedule("scaled_linear", 1000, 0.00085, 0.012)
 
 
 class Kernels:
-    """The kernels as functions of the processor, called for one thread after the other."""
+    """The kernels as CPU functions, called for one thread after the other."""
 
     def __init__(self, cuda, library):
         self.cuda, self.library, self.launched = cuda, library, []
         self.step, self.advance = library.step, library.advance
 
-    def launch(self, kernel, blocks, stream, given, types):
+    def launch(self, kernel, blocks, stream, arguments, types):
         self.launched.append(kernel)
-        typed = [kind(value) for kind, value in zip(types, given, strict=True)]
+        typed = [kind(value) for kind, value in zip(types, arguments, strict=True)]
         self.cuda.do(lambda: self.compute(kernel, blocks, typed))
 
-    def compute(self, kernel, blocks, given):
-        def place(name):
+    def compute(self, kernel, blocks, arguments):
+        def variable(name):
             return ctypes.c_int.in_dll(self.library, name)
 
-        # one thread does the whole of `advance`: without others to wait for, the last write is the last
+        # `advance` runs in a single thread, since __syncthreads is a no-op here
         threads = 1 if kernel is self.advance else THREADS
-        place("blockDim").value = threads
+        variable("blockDim").value = threads
         for block in range(blocks):
             for thread in range(threads):
-                place("blockIdx").value, place("threadIdx").value = block, thread
-                kernel(*given)
+                variable("blockIdx").value, variable("threadIdx").value = block, thread
+                kernel(*arguments)
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +62,17 @@ def library(tmp_path_factory):
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no C++ compiler: the kernels were not run")
-    folder = tmp_path_factory.mktemp("walk")
-    (folder / "walk.cpp").write_text(SHIM + SOURCE)
-    made = folder / "walk.so"
-    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", made, folder / "walk.cpp"], check=True)
-    found = ctypes.CDLL(str(made))
+    folder = tmp_path_factory.mktemp("fused")
+    (folder / "fused.cpp").write_text(SHIM + SOURCE)
+    shared_library = folder / "fused.so"
+    subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", shared_library, folder / "fused.cpp"], check=True)
+    found = ctypes.CDLL(str(shared_library))
     found.step.argtypes, found.advance.argtypes = STEP_TYPES, ADVANCE_TYPES
     return found
 
 
 class Context:
-    """The network of a test, read and written where the addresses say."""
+    """A fake execution context that runs a test network at the given addresses."""
 
     def __init__(self, cuda, network):
         self.cuda, self.network, self.shapes, self.addresses, self.enqueued = cuda, network, {}, {}, 0
@@ -105,68 +105,70 @@ class Context:
 
 
 class OnDevice:
-    """Walks as TensorRtEngine does, without parts: one binding, kept over all calls."""
+    """Fused sampling as in TensorRtEngine, without batch splitting: one binding for all runs."""
 
     def __init__(self, network, library):
         self.cuda, self.network, self.inputs = Cuda(), network, network.inputs
-        self.kernels, self.walk_of, self.context = Kernels(self.cuda, library), None, None
+        self.kernels, self.fused, self.context = Kernels(self.cuda, library), None, None
 
     def run(self, inputs):
-        raise AssertionError("walked step by step")
+        raise AssertionError("sampled step by step")
 
-    def run_fused(self, program, cond, start):
+    def run_fused(self, program, static_inputs, start):
         times = np.full(program.halves * len(start), program.timesteps[0]).astype(self.inputs[TIMESTEP])
-        feed = {**cond, SAMPLE: np.concatenate([start] * program.halves), TIMESTEP: times}
-        if self.walk_of is None:
+        feed = {**static_inputs, SAMPLE: np.concatenate([start] * program.halves), TIMESTEP: times}
+        if self.fused is None:
             self.context = Context(self.cuda, self.network)
             shapes = {name: feed[name].shape for name in self.inputs}
             types = {**self.inputs, "out": np.dtype(np.float32)}
             binding = Binding(self.cuda, self.context, 7, shapes, types)
-            self.walk_of = FusedSampling(self.cuda, self.kernels, binding, 7)
-        return self.walk_of.run(program, feed, start)
+            self.fused = FusedSampling(self.cuda, self.kernels, binding, 7)
+        return self.fused.run(program, feed, start)
 
 
 def spec_of(solver, guidance=1.0, **plan):
-    made = make_plan(solver, 7, SCHEDULE, guidance=guidance, clip=plan.pop("clip", True))
+    sampling_plan = make_plan(solver, 7, SCHEDULE, guidance=guidance, clip=plan.pop("clip", True))
     if plan.pop("corrected", False):
         bias = tuple(tuple(row) for row in np.random.default_rng(0).normal(0, 0.1, (7, 2)).tolist())
-        made = replace(made, output_corrections=tuple(OutputCorrection(0.05, one) for one in bias))
-    cond = Conditioning("class", classes=4, null_label=4)
-    return DenoiserSpec("v", SCHEDULE, SHAPE, made, cond, data_range=(-0.2, 0.4))  # so narrow that bounds are met
+        sampling_plan = replace(sampling_plan, output_corrections=tuple(OutputCorrection(0.05, row) for row in bias))
+    conditioning = Conditioning("class", classes=4, null_label=4)
+    return DenoiserSpec(
+        "v", SCHEDULE, SHAPE, sampling_plan, conditioning, data_range=(-0.2, 0.4)
+    )  # narrow, so that values are clipped
 
 
 @pytest.mark.parametrize("solver", ["ddim", "ddim_clip", "dpmpp_3m", "unipc_3", "ipndm"])
 @pytest.mark.parametrize("settings", [{}, {"guidance": 3.0}, {"clip": False, "corrected": True}])
 @pytest.mark.parametrize("timestep_type", [np.float32, np.int64])
-def test_a_walk_on_the_device_is_the_samplers_own(fake_network, library, solver, settings, timestep_type):
+def test_fused_sampling_on_the_device_equals_the_samplers_loop(fake_network, library, solver, settings, timestep_type):
     settings = settings | ({"clip": False} if solver == "ddim_clip" else {})
     spec = spec_of(solver, **settings)
     network = fake_network("v", SCHEDULE, labelled=True, timestep_type=np.dtype(timestep_type))
     device = OnDevice(network, library)
-    for seeds in (range(3), range(3, 6)):  # the second walk is of graphs alone
-        found, wanted = (generate(one, spec, seeds, batch=3) for one in (device, network))
-        np.testing.assert_allclose(found, wanted, atol=2e-4 * max(1.0, np.abs(wanted).max()))
+    for seeds in (range(3), range(3, 6)):  # the second run only replays graphs
+        found, expected = (generate(one, spec, seeds, batch=3) for one in (device, network))
+        np.testing.assert_allclose(found, expected, atol=2e-4 * max(1.0, np.abs(expected).max()))
 
 
-def test_steps_are_replays_of_one_graph_and_buffers_stay(fake_network, library):
+def test_steps_replay_one_graph_and_buffers_persist(fake_network, library):
     spec = spec_of("dpmpp_2m", guidance=3.0)
     device = OnDevice(fake_network("v", SCHEDULE, labelled=True), library)
     for count in (6, 13, 20):
         generate(device, spec, range(3), batch=3)
         assert device.cuda.log.count("launched") == count  # all steps but the very first
-        assert device.context.enqueued == 2  # as it is, and captured
+        assert device.context.enqueued == 2  # one direct run and one capture
     held = len(device.cuda.memory)
     generate(device, spec, range(3), batch=3)
     assert len(device.cuda.memory) == held
-    device.walk_of.close()
+    device.fused.close()
     assert len(device.cuda.memory) == held - 6 and device.cuda.log[-1] == "destroyed"
 
 
-def test_another_plan_is_another_table_and_not_another_network_call(fake_network, library):
+def test_another_plan_changes_the_table_but_not_the_number_of_evaluations(fake_network, library):
     network = fake_network("v", SCHEDULE, labelled=True)
     device = OnDevice(network, library)
     for solver in ("ddim", "unipc_2", "ddim"):
         spec = spec_of(solver)
         assert fused_program(spec).steps == 7
-        found, wanted = (generate(one, spec, range(2), batch=2) for one in (device, network))
-        np.testing.assert_allclose(found, wanted, atol=2e-4)
+        found, expected = (generate(one, spec, range(2), batch=2) for one in (device, network))
+        np.testing.assert_allclose(found, expected, atol=2e-4)

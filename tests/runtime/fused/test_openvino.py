@@ -1,4 +1,4 @@
-"""runtime/fused/openvino.py: a walk inside the graph gives the samples of the sampler's own loop."""
+"""runtime/fused/openvino.py: fused sampling gives the samples of the sampler's loop."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from diffpress.runtime.fused.program import fused_only, fused_program, step_by_s
 from diffpress.runtime.sampler import generate, warm_up
 from diffpress.runtime.sampling_plan import OutputCorrection
 from diffpress.runtime.spec import DenoiserSpec
-from tests.runtime.fused_specs import CLASSES, ONE_CALL, SHAPE, spec_of
+from tests.runtime.fused_specs import CLASSES, ONE_EVALUATION, SHAPE, spec_of
 
 openvino = pytest.importorskip("openvino")
 
 
 @pytest.fixture(scope="module")
 def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that bends what it is given, by channel, timestep and label, as OpenVINO's own format."""
+    """A nonlinear network of sample, timestep and label, saved as OpenVINO IR."""
     from openvino import opset13 as op
 
     def parameter(name: str, shape: list[int], kind: type) -> object:
@@ -44,8 +44,8 @@ def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     convolved = op.convolution(sample, filters, [1, 1], [1, 1], [1, 1], [1, 1])
     out = op.tanh(op.add(convolved, op.reshape(cond, each, False)))
     out.output(0).set_names({"out_sample"})
-    model = openvino.Model([op.result(out)], [sample, timestep, labels], "bends")
-    path = tmp_path_factory.mktemp("walk") / "bends.xml"
+    model = openvino.Model([op.result(out)], [sample, timestep, labels], "nonlinear")
+    path = tmp_path_factory.mktemp("fused") / "nonlinear.xml"
     openvino.save_model(model, path, compress_to_fp16=False)
     return path
 
@@ -61,79 +61,79 @@ classes_spec = partial(spec_of, prediction="v", conditioning=CLASSES)
 
 
 def both(engine: OpenVinoEngine, spec: DenoiserSpec, count: int = 3, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
-    ways = (step_by_step(engine), fused_only(engine))
-    wanted, found = (generate(way, spec, range(count), batch=batch) for way in ways)
-    return wanted, found
+    networks = (step_by_step(engine), fused_only(engine))
+    expected, found = (generate(network, spec, range(count), batch=batch) for network in networks)
+    return expected, found
 
 
-@pytest.mark.parametrize("solver", ONE_CALL)
+@pytest.mark.parametrize("solver", ONE_EVALUATION)
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("clip", [True, False])
-def test_it_walks_as_the_loop_does(engine: OpenVinoEngine, solver: str, guidance: float, clip: bool) -> None:
+def test_fused_sampling_equals_the_loop(engine: OpenVinoEngine, solver: str, guidance: float, clip: bool) -> None:
     if solver == "ddim_clip" and clip:
-        pytest.skip("either the plan bounds x_0 or this solver does")
-    wanted, found = both(engine, classes_spec(solver, guidance=guidance, clip=clip))
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * max(1.0, np.abs(wanted).max()))
+        pytest.skip("ddim_clip clips x_0 itself")
+    expected, found = both(engine, classes_spec(solver, guidance=guidance, clip=clip))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * max(1.0, np.abs(expected).max()))
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample"])
-def test_corrections_are_each_channels_own(engine: OpenVinoEngine, prediction: str) -> None:
+def test_output_corrections_are_per_channel(engine: OpenVinoEngine, prediction: str) -> None:
     output_corrections = tuple(OutputCorrection(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
     spec = classes_spec("unipc_3", prediction=prediction, output_corrections=output_corrections)
-    wanted, found = both(engine, spec)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    expected, found = both(engine, spec)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
     assert np.abs(both(engine, spec.with_plan(spec.plan.without_corrections))[1] - found).max() > 1e-2
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_any_number_of_steps_walks_in_the_same_graph(engine: OpenVinoEngine, monkeypatch, steps: int) -> None:
+def test_any_number_of_steps_runs_in_the_same_graph(engine: OpenVinoEngine, monkeypatch, steps: int) -> None:
     both(engine, classes_spec("ddim"))
 
     def no_compiling(*_: object) -> None:
-        raise AssertionError("it was compiled before")
+        raise AssertionError("compiled twice")
 
     monkeypatch.setattr(engine, "_compile", no_compiling)
-    wanted, found = both(engine, classes_spec("dpmpp_3m", steps=steps, clip=False))
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5)
+    expected, found = both(engine, classes_spec("dpmpp_3m", steps=steps, clip=False))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
-def test_a_walk_remembers_nothing_of_the_one_before_and_leaves_its_samples_alone(engine: OpenVinoEngine) -> None:
+def test_a_run_does_not_depend_on_the_previous_one_or_overwrite_its_samples(engine: OpenVinoEngine) -> None:
     spec = classes_spec("unipc_2")
     first = generate(fused_only(engine), spec, range(2))
-    kept = first.copy()
+    copied = first.copy()
     other = generate(fused_only(engine), spec, range(2, 4))
-    assert np.array_equal(first, kept) and np.abs(other - first).max() > 0.1
+    assert np.array_equal(first, copied) and np.abs(other - first).max() > 0.1
     assert np.array_equal(generate(fused_only(engine), spec, range(2)), first)
 
 
-def test_the_bundles_exact_denoiser_walks_to_its_images(tiny: Path) -> None:
+def test_the_bundles_exact_denoiser_gives_the_same_images(tiny: Path) -> None:
     bundle = load_bundle(tiny)
     with closing(open_engine(bundle, "openvino", threads=1)) as engine:
-        wanted, found = both(engine, bundle.spec, count=6)
-    np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-6)
+        expected, found = both(engine, bundle.spec, count=6)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
-def test_walks_under_way_at_once_are_what_each_is_alone(graph: Path, engine: OpenVinoEngine) -> None:
+def test_concurrent_runs_equal_sequential_ones(graph: Path, engine: OpenVinoEngine) -> None:
     spec, seeds = classes_spec("unipc_2"), [range(first, first + 2) for first in range(12)]
     options = EngineOptions(threads=2, streams=2)
     with closing(load_engine(graph, "openvino", options=options)) as several, ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(lambda part: generate(fused_only(several), spec, part), seeds))
-    for part, samples in zip(seeds, found, strict=True):
-        assert np.array_equal(samples, generate(fused_only(engine), spec, part))
+        found = list(pool.map(lambda batch_seeds: generate(fused_only(several), spec, batch_seeds), seeds))
+    for batch_seeds, samples in zip(seeds, found, strict=True):
+        assert np.array_equal(samples, generate(fused_only(engine), spec, batch_seeds))
 
 
-def test_the_cache_keeps_the_walking_graph_too(graph: Path, tmp_path: Path, monkeypatch) -> None:
-    options, spec = EngineOptions(threads=1, cache=Cache(tmp_path, "bends")), classes_spec("unipc_2", guidance=2.0)
+def test_the_cache_also_stores_the_fused_graph(graph: Path, tmp_path: Path, monkeypatch) -> None:
+    options, spec = EngineOptions(threads=1, cache=Cache(tmp_path, "nonlinear")), classes_spec("unipc_2", guidance=2.0)
 
     def samples() -> tuple[np.ndarray, np.ndarray]:
         with closing(load_engine(graph, "openvino", options=options)) as engine:
             return both(engine, spec, count=2)
 
     first = samples()
-    assert len(list(tmp_path.iterdir())) == 3  # what the graph is like, as it is, and walking
+    assert len(list(tmp_path.iterdir())) == 3  # tensor description, network, fused graph
 
     def no_reading(*_: object) -> None:
-        raise AssertionError("it was to be taken from the cache")
+        raise AssertionError("expected a cache hit")
 
     monkeypatch.setattr(openvino.Core, "read_model", no_reading)
     assert all(np.array_equal(a, b) for a, b in zip(first, samples(), strict=True))
@@ -141,17 +141,17 @@ def test_the_cache_keeps_the_walking_graph_too(graph: Path, tmp_path: Path, monk
 
 def test_with_the_network_in_bfloat16_the_steps_stay_in_float32(graph: Path, engine: OpenVinoEngine) -> None:
     if "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
-        pytest.skip("this processor does not compute in bfloat16")
+        pytest.skip("this CPU does not support bfloat16")
     spec = classes_spec("unipc_3", steps=20)
     with closing(load_engine(graph, "openvino", options=EngineOptions(threads=1, precision="bf16"))) as half:
-        wanted, found = both(half, spec, count=6)
+        expected, found = both(half, spec, count=6)
     exact = generate(step_by_step(engine), spec, range(6))
-    assert np.abs(wanted - exact).max() > 1e-3  # the network is in bfloat16
-    # samples that lost their lower bits at each step would be as far off again
-    assert np.abs(found - wanted).max() < 0.1 * np.abs(wanted - exact).max()
+    assert np.abs(expected - exact).max() > 1e-3  # the network is in bfloat16
+    # samples rounded to bfloat16 at each step would deviate as much again
+    assert np.abs(found - expected).max() < 0.1 * np.abs(expected - exact).max()
 
 
-def test_f16_is_left_to_the_loop(graph: Path, monkeypatch) -> None:
+def test_f16_is_run_by_the_loop(graph: Path, monkeypatch) -> None:
     real = openvino.Core.get_property
 
     def capable(self, device, name, *rest):
@@ -163,14 +163,14 @@ def test_f16_is_left_to_the_loop(graph: Path, monkeypatch) -> None:
         assert half.run_fused(program, cond, np.zeros((2, *SHAPE), np.float32)) is None
 
 
-def test_large_networks_are_left_to_the_loop(engine: OpenVinoEngine, monkeypatch) -> None:
+def test_large_networks_are_run_by_the_loop(engine: OpenVinoEngine, monkeypatch) -> None:
     program, cond, start = fused_program(classes_spec("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
     assert engine.run_fused(program, cond, start).shape == start.shape
     monkeypatch.setattr("diffpress.runtime.engines.openvino.engine.FUSED_MAX_BYTES", 10)
     assert engine.run_fused(program, cond, start) is None
 
 
-def test_warming_up_compiles_what_the_sampling_then_runs(graph: Path, monkeypatch) -> None:
+def test_warm_up_compiles_what_sampling_then_runs(graph: Path, monkeypatch) -> None:
     compiled = []
     real = openvino.Core.compile_model
 
@@ -180,14 +180,14 @@ def test_warming_up_compiles_what_the_sampling_then_runs(graph: Path, monkeypatc
 
     monkeypatch.setattr(openvino.Core, "compile_model", compiling)
     with closing(load_engine(graph, "openvino", threads=1)) as engine:
-        for solver, wanted in (("ddim", ["walk"]), ("heun", ["walk", "bends"])):
+        for solver, expected in (("ddim", ["fused"]), ("heun", ["fused", "nonlinear"])):
             warm_up(engine, classes_spec(solver), 3)
-            assert compiled == wanted
+            assert compiled == expected
             generate(engine, classes_spec(solver), range(3))
-            assert compiled == wanted
+            assert compiled == expected
 
 
-def test_what_the_graph_cannot_take_is_one_line(engine: OpenVinoEngine) -> None:
+def test_shapes_the_graph_cannot_take_raise_a_one_line_error(engine: OpenVinoEngine) -> None:
     program = fused_program(classes_spec("ddim"))
     with pytest.raises(InvalidInputError, match="OpenVINO cannot compile it") as caught:
         engine.run_fused(program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))

@@ -1,1 +1,1 @@
-"""One module per denoiser family; the table of them is in compress/models/adapter.py."""
+"""Adapters, one module per denoiser family; `ADAPTERS` in compress/models/adapter.py lists them."""

@@ -19,23 +19,26 @@ from diffpress.compress.models.transformer import skip_concats as skip_concats
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning
 
-RESIZABLE = False  # its position embedding is a table for one size
+RESIZABLE = False  # the position embedding is a table for one size
 
 
 def describe(layout: Layout) -> Description:
+    """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
     classes = int(config["num_embeds_ada_norm"])
-    # the embedding has one more row, for the label that was dropped in training
+    # the embedding has one extra row, for the dropped (null) label
     conditioning = Conditioning("class", classes, null_label=classes)
     shape = square(config["in_channels"], config["sample_size"])
     return Description(shape, conditioning, int(config["patch_size"]), steps=50, guidance=4.0)
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Evaluate the network; the learned variance is dropped."""
     sample = inputs["sample"]
     out: torch.Tensor = model(sample, inputs["timestep"], class_labels=inputs["class_labels"], return_dict=False)[0]
-    return out[:, : sample.shape[1]]  # what follows is the learned variance
+    return out[:, : sample.shape[1]]  # the other channels are the learned variance
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:
+    """Return the embedding, modulation and output layers."""
     return layers_named(model, outside=("pos_embed.", "proj_out_"), inside=("norm1.",))

@@ -1,7 +1,7 @@
 """Adapter of diffusers' `FluxTransformer2DModel`: FLUX.1 (Black Forest Labs 2024).
 
-The network works on 2 x 2 cells packed into one token. Packing, unpacking and the positions are made inside the graph,
-so that a sample looks like every other model's: [B, C, H, W].
+The network works on tokens of 2 x 2 latent cells. Packing, unpacking and position ids are part of the graph, so that
+the sample is [B, C, H, W] as for every other model.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from diffpress.runtime.conditioning import TextInput
 RESIZABLE = True
 PACK = 2
 T5_LENGTH = 512
-CELLS = 128  # a side, by default: the config does not say
+CELLS = 128  # default latent height and width: the config has none
 
 
 def describe(layout: Layout) -> Description:
+    """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
-    clip = [text_encoder(layout, part) for part, _ in layout.encoders if part == "text_encoder"]
-    t5 = [text_encoder(layout, part, T5_LENGTH) for part, _ in layout.encoders if part == "text_encoder_2"]
+    clip = [text_encoder(layout, name) for name, _ in layout.encoders if name == "text_encoder"]
+    t5 = [text_encoder(layout, name, T5_LENGTH) for name, _ in layout.encoders if name == "text_encoder_2"]
     inputs = {
         "encoder_hidden_states": TextInput(
             (T5_LENGTH, int(config["joint_attention_dim"])), (("text_encoder_2.last_hidden_state",),)
@@ -41,21 +42,22 @@ def describe(layout: Layout) -> Description:
     guided = bool(config.get("guidance_embeds"))
     conditioning = text(layout, clip + t5, inputs, guidance_input=guided)
     shape = (int(config["in_channels"]) // PACK**2, CELLS, CELLS)
-    # without a guidance input it was distilled to few steps (schnell)
-    usual = (28, 3.5) if guided else (4, 1.0)
-    return Description(shape, conditioning, PACK, *usual, own_sigmas=True)
+    # the variant without a guidance input is distilled to few steps (schnell)
+    defaults = (28, 3.5) if guided else (4, 1.0)
+    return Description(shape, conditioning, PACK, *defaults, own_sigmas=True)
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    sample, words = inputs["sample"], inputs["encoder_hidden_states"]
+    """Evaluate the network on [B, C, H, W]."""
+    sample, text_states = inputs["sample"], inputs["encoder_hidden_states"]
     rows, columns = sample.shape[2] // PACK, sample.shape[3] // PACK
     out: torch.Tensor = model(
         pack(sample),
-        encoder_hidden_states=words,
+        encoder_hidden_states=text_states,
         pooled_projections=inputs["pooled_projections"],
         timestep=inputs["timestep"] / 1000,
         img_ids=positions(rows, columns, sample),
-        txt_ids=torch.zeros(words.shape[1], 3, dtype=sample.dtype, device=sample.device),
+        txt_ids=torch.zeros(text_states.shape[1], 3, dtype=sample.dtype, device=sample.device),
         guidance=inputs.get("guidance"),
         return_dict=False,
     )[0]
@@ -63,30 +65,32 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def pack(sample: torch.Tensor) -> torch.Tensor:
-    """[B, C, H, W] -> [B, H W / 4, 4 C], each token a 2 x 2 cell."""
+    """Pack [B, C, H, W] into tokens [B, H W / 4, 4 C], each a 2 x 2 cell."""
     batch, channels, height, width = sample.shape
     cells = sample.reshape(batch, channels, height // PACK, PACK, width // PACK, PACK)
     return cells.permute(0, 2, 4, 1, 3, 5).reshape(batch, (height // PACK) * (width // PACK), channels * PACK**2)
 
 
 def unpack(tokens: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """The inverse of `pack`."""
+    """Invert `pack`."""
     cells = tokens.reshape(tokens.shape[0], rows, columns, -1, PACK, PACK)
     return cells.permute(0, 3, 1, 4, 2, 5).reshape(tokens.shape[0], -1, rows * PACK, columns * PACK)
 
 
 def positions(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """(0, row, column) of every token, [rows columns, 3]."""
+    """Return the position ids (0, row, column) of every token, [rows * columns, 3]."""
     row = torch.arange(rows, dtype=like.dtype, device=like.device)[:, None].expand(rows, columns)
     column = torch.arange(columns, dtype=like.dtype, device=like.device)[None].expand(rows, columns)
     return torch.stack([torch.zeros_like(row), row, column], dim=-1).reshape(rows * columns, 3)
 
 
 def blocks(model: Any) -> list[str]:
+    """Return the double-stream and the single-stream blocks."""
     double = [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
     return double + [f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))]
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:
+    """Return the embedding, modulation and output layers."""
     outer = ("x_embedder", "context_embedder", "time_text_embed.", "norm_out.", "proj_out")
     return layers_named(model, outside=outer, inside=("norm.", "norm1.", "norm1_context."))

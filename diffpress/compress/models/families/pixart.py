@@ -19,29 +19,31 @@ from diffpress.compress.models.transformer import skip_concats as skip_concats
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
 
-RESIZABLE = False  # its position embedding is computed for one size
+RESIZABLE = False  # the position embedding is computed for one size
 LENGTHS = {"PixArtSigmaPipeline": 300}
 ALPHA_LENGTH = 120
 
 
 def describe(layout: Layout) -> Description:
+    """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
     length = LENGTHS.get(layout.pipeline, ALPHA_LENGTH)
-    encoders = [text_encoder(layout, part, length, lower=True) for part, _ in layout.encoders]
+    encoders = [text_encoder(layout, name, length, lower=True) for name, _ in layout.encoders]
     inputs = {
         "encoder_hidden_states": TextInput(
             (length, int(config["caption_channels"])), (("text_encoder.last_hidden_state",),)
         ),
         "encoder_attention_mask": TextInput((length,), (("text_encoder.attention_mask",),)),
     }
-    if _knows_size(config):
+    if _is_size_conditioned(config):
         inputs["resolution"] = TextInput((2,), (("size",),))
     shape = square(config["in_channels"], config["sample_size"])
     return Description(shape, text(layout, encoders, inputs), int(config["patch_size"]), steps=20, guidance=4.5)
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    # all of one batch in so many words: tracing cannot see otherwise that the reshapes inside fit each other
+    """Evaluate the network; the learned variance is dropped."""
+    # expand all inputs to one batch size: tracing cannot infer otherwise that the reshapes inside agree
     batch = inputs["sample"].shape[0]
     inputs = {name: value.expand(batch, *value.shape[1:]) for name, value in inputs.items()}
     sample, size = inputs["sample"], inputs.get("resolution")
@@ -54,14 +56,15 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         encoder_attention_mask=inputs["encoder_attention_mask"],
         return_dict=False,
     )[0]
-    return out[:, : sample.shape[1]]  # what follows is the learned variance
+    return out[:, : sample.shape[1]]  # the other channels are the learned variance
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:
+    """Return the embedding, modulation and output layers."""
     return layers_named(model, outside=("pos_embed.", "adaln_single.", "caption_projection.", "proj_out"))
 
 
-def _knows_size(config: dict[str, Any]) -> bool:
-    # as the model itself decides
-    wish = config.get("use_additional_conditions")
-    return bool(config["sample_size"] == 128 if wish is None else wish)
+def _is_size_conditioned(config: dict[str, Any]) -> bool:
+    # same rule as PixArtTransformer2DModel
+    setting = config.get("use_additional_conditions")
+    return bool(config["sample_size"] == 128 if setting is None else setting)

@@ -24,13 +24,14 @@ T5_LENGTH = 256
 
 
 def describe(layout: Layout) -> Description:
+    """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
     width = int(config["joint_attention_dim"])
-    clips = [text_encoder(layout, part) for part, _ in layout.encoders if part != "text_encoder_3"]
+    clips = [text_encoder(layout, name) for name, _ in layout.encoders if name != "text_encoder_3"]
     length = clips[0].length if clips else 77
-    t5 = [text_encoder(layout, part, T5_LENGTH) for part, _ in layout.encoders if part == "text_encoder_3"]
+    t5 = [text_encoder(layout, name, T5_LENGTH) for name, _ in layout.encoders if name == "text_encoder_3"]
     hidden = tuple(penultimate(layout, encoder.graph) for encoder in clips)
-    # without its T5 the pipeline puts as many rows of zeros there (since diffusers 0.36; before, as the CLIPs have)
+    # without T5 the pipeline pads with T5_LENGTH rows of zeros (diffusers < 0.36: as many rows as CLIP has)
     last: tuple[str, ...] | int = ("text_encoder_3.last_hidden_state",) if t5 else T5_LENGTH
     inputs = {
         "encoder_hidden_states": TextInput((length + T5_LENGTH, width), (hidden, last)),
@@ -44,6 +45,7 @@ def describe(layout: Layout) -> Description:
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Evaluate the network."""
     out: torch.Tensor = model(
         hidden_states=inputs["sample"],
         encoder_hidden_states=inputs["encoder_hidden_states"],
@@ -55,5 +57,6 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:
+    """Return the embedding, modulation and output layers."""
     outer = ("pos_embed.", "time_text_embed.", "context_embedder", "norm_out.", "proj_out")
     return layers_named(model, outside=outer, inside=("norm1.", "norm1_context."))

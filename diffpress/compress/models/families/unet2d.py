@@ -16,10 +16,11 @@ from diffpress.compress.models.description import Description, square
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning
 
-RESIZABLE = False  # a fixed size makes the simpler, faster graph, and these models are trained for one
+RESIZABLE = False  # these models are trained for one size, and a fixed size makes a simpler, faster graph
 
 
 def describe(layout: Layout) -> Description:
+    """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
     classes = int(config.get("num_class_embeds") or 0)
     conditioning = Conditioning("class", classes) if classes else Conditioning()
@@ -30,6 +31,7 @@ def describe(layout: Layout) -> Description:
 
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Evaluate the network."""
     out: torch.Tensor = model(
         inputs["sample"], inputs["timestep"], class_labels=inputs.get("class_labels"), return_dict=False
     )[0]
@@ -37,7 +39,7 @@ def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def blocks(model: Any) -> list[str]:
-    # The last module of each level: its output is what the next level, or a skip, sees.
+    """Return the resolution levels and the middle block."""
     levels = [f"down_blocks.{i}" for i in range(len(model.down_blocks))]
     levels += ["mid_block"] if model.mid_block is not None else []
     levels += [f"up_blocks.{i}" for i in range(len(model.up_blocks))]
@@ -45,16 +47,17 @@ def blocks(model: Any) -> list[str]:
 
 
 def skip_concats(model: Any) -> list[str]:
-    # every resnet on the way up reads the stream and a skip, concatenated
+    """Return the resnets of the up blocks: each reads hidden states concatenated with a skip connection."""
     return [f"up_blocks.{i}.resnets.{j}" for i, up in enumerate(model.up_blocks) for j in range(len(up.resnets))]
 
 
 def cache_cuts(model: Any) -> list[str]:
-    # what the deeper levels gave may be kept where the next shallower one reads it (DeepCache, Ma et al. 2024)
+    """Return all up blocks but the last: the output of the deeper levels can be cached (DeepCache, Ma et al. 2024)."""
     return [f"up_blocks.{i}" for i in range(len(model.up_blocks) - 1)]
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:
+    """Return the first and last convolution and the embedding and time-projection layers."""
     names = ["conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "class_embedding"]
     names += [n for n, _ in model.named_modules() if n.endswith("time_emb_proj")]
     present = dict(model.named_modules())
@@ -62,28 +65,32 @@ def sensitive_layers(model: nn.Module) -> list[str]:
 
 
 def fixed(model: nn.Module) -> list[str]:
+    """Return the output convolution and the embedding and time-projection layers."""
     names = ["conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "class_embedding"]
     present = dict(model.named_modules())
-    # A resnet's inner width goes with its time projection, which stays: taking whole trunk channels instead gave a
-    # faster int8 engine at the same size (and a scale-and-shift projection's two halves must not be cut unequally).
+    # Fixing the time projections fixes the inner widths of the resnets: removing residual-stream channels instead gave
+    # a faster int8 engine at the same size. The halves of a scale-and-shift projection must also stay equal.
     names += [name for name in present if name.endswith("time_emb_proj")]
     return [name for name in names if present.get(name) is not None]
 
 
 def attentions(model: nn.Module) -> list[Any]:
+    """Return the heads of each attention."""
     return diffusers_blocks.attentions(model)
 
 
 def residual_outputs(model: nn.Module) -> list[str]:
+    """Return the modules that write the residual stream and its skip connections."""
     return diffusers_blocks.residual_outputs(model)
 
 
 def coupled(model: nn.Module) -> None:
+    """Return None: the dependency graph finds the groups."""
     return None
 
 
 def refresh_(model: nn.Module) -> None:
-    # Up- and downsamplers check their input against `channels`; resnets keep their widths for the reader.
+    """Update the widths that resamplers, resnets and attentions store; resamplers check their input against them."""
     for module in model.modules():
         if isinstance(module, (Upsample2D, Downsample2D)) and isinstance(module.conv, nn.Conv2d):
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels

@@ -22,31 +22,36 @@ from diffpress.runtime.errors import InvalidInputError
 
 RESIZABLE = True
 TIME_IDS = 6  # original size, crop corner, target size
-GUIDANCE_WIDTH = 256  # as published latent consistency models have it
-CLIP_LENGTH = 77  # of a denoiser that came without its text encoder
+GUIDANCE_WIDTH = 256  # as in published latent consistency models
+CLIP_LENGTH = 77  # if the denoiser is loaded without its text encoder
 
 
 def describe(layout: Layout) -> Description:
+    """Read sample shape, conditioning and defaults from the pipeline's configs.
+
+    Raises:
+        InvalidInputError: The embedding type is not supported, or the model is an SDXL refiner.
+    """
     config = layout.config
     shape = square(config["in_channels"], config.get("sample_size") or 64)
     multiple = 2 ** (len(config["block_out_channels"]) - 1)
     if config.get("addition_embed_type") not in (None, "text_time") or config.get("class_embed_type"):
         raise InvalidInputError(
             f"{layout.denoiser / 'config.json'}: addition_embed_type '{config.get('addition_embed_type')}' with "
-            f"class_embed_type '{config.get('class_embed_type')}' is not known; bring it as a custom module, "
+            f"class_embed_type '{config.get('class_embed_type')}' is not supported; load it as a custom module, "
             "file.py:weights"
         )
-    encoders = [text_encoder(layout, part) for part, _ in layout.encoders]
+    encoders = [text_encoder(layout, name) for name, _ in layout.encoders]
     length, width = encoders[0].length if encoders else CLIP_LENGTH, _context_width(config)
     lcm = config.get("time_cond_proj_dim") is not None
-    usual = (4, 8.5) if lcm else (50, 5.0 if _is_sdxl(config) else 7.5)
+    defaults = (4, 8.5) if lcm else (50, 5.0 if _is_sdxl(config) else 7.5)
     if not _is_sdxl(config):
         inputs = {"encoder_hidden_states": TextInput((length, width), (("text_encoder.last_hidden_state",),))}
-        return Description(shape, text(layout, encoders, inputs, guidance_input=lcm), multiple, *usual)
+        return Description(shape, text(layout, encoders, inputs, guidance_input=lcm), multiple, *defaults)
     pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
     if layout.index.get("requires_aesthetics_score"):
         raise InvalidInputError(
-            f"{layout.folder}: an SDXL refiner starts from an image; diffpress carries text-to-image models"
+            f"{layout.folder}: SDXL refiners start from an image and are not supported; use a text-to-image model"
         )
     hidden = tuple(penultimate(layout, encoder.graph) for encoder in encoders)
     inputs = {
@@ -55,10 +60,13 @@ def describe(layout: Layout) -> Description:
         "time_ids": TextInput((TIME_IDS,), (("size", "corner", "size"),)),
     }
     zero = bool(layout.index.get("force_zeros_for_empty_prompt", True))
-    return Description(shape, text(layout, encoders, inputs, zero_negative=zero, guidance_input=lcm), multiple, *usual)
+    return Description(
+        shape, text(layout, encoders, inputs, zero_negative=zero, guidance_input=lcm), multiple, *defaults
+    )
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Evaluate the network; guidance inputs w are embedded as w - 1 (latent consistency models)."""
     added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
     embedding = None
     if "guidance" in inputs:
@@ -76,7 +84,7 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def add_guidance_input_(model: Any) -> dict[str, Any]:
-    """Give the time embedding a layer for the guidance weight, zero at first; returns the changed settings."""
+    """Add a zero-initialized guidance projection to the time embedding; returns the changed config entries."""
     first = model.time_embedding.linear_1
     layer = nn.Linear(GUIDANCE_WIDTH, first.in_features, bias=False).to(first.weight)
     nn.init.zeros_(layer.weight)
@@ -86,7 +94,7 @@ def add_guidance_input_(model: Any) -> dict[str, Any]:
 
 
 def guidance_embedding(weight: torch.Tensor, width: int) -> torch.Tensor:
-    """Sines and cosines of 1000 w, [B, width] (Luo et al. 2023, latent consistency models, section 4.1)."""
+    """Return the sinusoidal embedding of 1000 w, [B, width] (Luo et al. 2023, section 4.1)."""
     half = width // 2
     rates = torch.exp(torch.arange(half, device=weight.device, dtype=weight.dtype) * -(math.log(10000.0) / (half - 1)))
     angles = 1000.0 * weight[:, None] * rates
@@ -94,6 +102,7 @@ def guidance_embedding(weight: torch.Tensor, width: int) -> torch.Tensor:
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:
+    """Return the first and last convolution and the embedding and time-projection layers."""
     ends = ("conv_in", "conv_out", "time_emb_proj")
     starts = ("time_embedding.", "add_embedding.")
     layers = [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]

@@ -1,1 +1,1 @@
-"""Optional algorithms of the quantize stage: one per file."""
+"""Optional algorithms of the quantize stage, one per file."""

@@ -1,21 +1,22 @@
-"""Rounding each weight up or down so that the layer's output changes least, as AdaRound asks (Nagel et al. 2020).
+"""GPTQ: round each weight up or down to minimize the error of the layer's output.
 
-With x the rows that a layer of the quantized network multiplies, w a row of its weight, s its scales, H = E[x x^T],
+For the input rows x of a layer in the quantized network, a row w of its weight, its scales s, and H = E[x x^T], choose
 
-    q_i in {floor(w_i / s_i), floor(w_i / s_i) + 1},  |q_i| <= m,    to minimise  (w - s q)^T H (w - s q)       (eq. 13)
+    q_i in {floor(w_i / s_i), floor(w_i / s_i) + 1},  |q_i| <= m,    to minimize  (w - s q)^T H (w - s q)
 
-where m is the largest integer there was, so what `reduce_range` promised still holds. AdaRound relaxes this and trains;
-here it is solved column by column: each is rounded to what is nearer, and the columns to come take up its error, by the
-inverse of H (GPTQ, Frantar et al. 2023, algorithm 1, in the order of falling H_ii). On a 4-bit convolution of the
-default teacher that left 0.18 of the error of nearest rounding after 1 s, the relaxation 0.28 after 12 s.
+(AdaRound, Nagel et al. 2020, eq. 13). m is the largest integer of nearest rounding, so the limit of `reduce_range`
+still holds. AdaRound trains a relaxation. Here the problem is solved column by column: each column is rounded to
+nearest, and the remaining columns compensate its error, using the inverse of H (GPTQ, Frantar et al. 2023, algorithm 1,
+in descending order of H_ii). On a 4-bit convolution of the default teacher this left 0.18 of the error of nearest
+rounding after 1 s, the relaxation 0.28 after 12 s.
 
-All layers are done in one forward over states of the quantized model's own trajectory: a layer is rounded when the
-forward reaches it, so its x is what the layers before it give with their new weights (as in Q-Diffusion, Li et al.
-2023). In memory are that batch, a few thousand rows of one layer's x and its H. A run that was killed takes what it had
-finished from its folder.
+All layers are rounded in one forward pass over states of the quantized model's own trajectory. A layer is rounded when
+the pass reaches it, so its x is computed with the new weights of the layers before it (as in Q-Diffusion, Li et al.
+2023). Memory holds that batch, a few thousand rows of one layer's x, and its H. A killed run reuses the layers it has
+saved.
 
-The result is no new kind of data: float weights that lie on the grid, w = s q, beside the same amax. Rounding them to
-the nearest, as fake quantization and export do, gives q.
+The result has the same data: float weights on the integer grid, w = s q, with unchanged amax. Rounding them to nearest,
+as fake quantization and export do, gives q.
 """
 
 from __future__ import annotations
@@ -42,30 +43,30 @@ from diffpress.compress.quantization.trajectory_dataset import draw, sample_traj
 from diffpress.compress.training.resume import read_state, write_state
 
 ROWS = 4096
-DAMPING = 0.01  # of the mean of H's diagonal, for directions that the rows hardly show
-COLUMNS = 4608  # longer rows of weights are rounded in pieces, for H has the square of this
-PANEL = 128  # columns after which the error is carried beyond them
+DAMPING = 0.01  # fraction of the mean of H's diagonal, for directions with almost no data
+COLUMNS = 4608  # longer weight rows are rounded in pieces: H is quadratic in this
+PANEL = 128  # columns per block; the error is propagated to later blocks after each
 WHAT = "state of rounding"
 
 Tensors = dict[str, torch.Tensor]
 
 
 def round_weights(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
-    """The quantized `checkpoint` with weights on their integer grid, rounded by what outputs lose; the same scales."""
+    """Return the quantized `checkpoint` with weights rounded to their integer grid by GPTQ; scales are unchanged."""
     scales, result = checkpoint.quantization, checkpoint.clone_model()
     assert scales is not None
     layers = [name for name in scales.layers if FORMATS[scales.format_of(name)].weights.is_integer]
     run = json.dumps([checkpoint.hash, config.model_dump(mode="json"), ctx.seed])
     student: Any = fake_quantized(checkpoint.evolve(model=checkpoint.clone_model().float()))
     folder = ctx.work / "rounding"
-    inputs = _kept(folder / "states.safetensors", run, partial(_states, student, checkpoint, config, ctx))
+    inputs = _cached(folder / "states.safetensors", run, partial(_draw_states, student, checkpoint, config, ctx))
     errors: list[float] = []
     with progress("round", len(layers)) as advance:
 
         def visit(name: str, layer: Any, x: torch.Tensor) -> None:
             scale, smooth = integer_step(scales, name, layer), scales.smooth.get(name)
             make = partial(_rounded, layer, layer.input_quantizer(x), scale, smooth)
-            found = _kept(folder / f"{name}.safetensors", run, make)
+            found = _cached(folder / f"{name}.safetensors", run, make)
             layer._parameters["weight"].copy_(found["weight"])
             errors.append(float(found["error"]))
             advance(len(errors))
@@ -74,20 +75,20 @@ def round_weights(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) 
     modules: dict[str, Any] = dict(student.named_modules())
     weights = {name: modules[name]._parameters["weight"] + product(scales, name) for name in layers}
     result.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()}, strict=False)
-    say(f"rounded {len(errors)} layers: their error is {sum(errors) / len(errors):.2f} of that of nearest rounding")
+    say(f"gptq: {len(errors)} layers; mean output error relative to nearest rounding {sum(errors) / len(errors):.2f}")
     return checkpoint.evolve(model=result)
 
 
 def integer_step(scales: Quantization, name: str, layer: Any) -> torch.Tensor:
-    """The size of one integer for every weight of the layer (after smoothing), float32 in the weight's shape."""
+    """Return the quantization step of every weight of the layer (after smoothing), float32 in the weight's shape."""
     weight = layer._parameters["weight"]
     largest = FORMATS[scales.format_of(name)].weights.largest
     return (spread(scales.amax[f"{name}.weight"], weight) / largest).expand_as(weight)
 
 
-def _states(student: Any, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Tensors:
-    calls = sample_trajectories(student, checkpoint, config.samples, config.batch, ctx)
-    return draw(calls, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
+def _draw_states(student: Any, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Tensors:
+    dataset = sample_trajectories(student, checkpoint, config.samples, config.batch, ctx)
+    return draw(dataset, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
 
 
 def _rounded(layer: Any, x: torch.Tensor, scale: torch.Tensor, smooth: torch.Tensor | None) -> Tensors:
@@ -99,39 +100,39 @@ def _rounded(layer: Any, x: torch.Tensor, scale: torch.Tensor, smooth: torch.Ten
     error = nearest = 0.0
     for group in range(len(x)):
         for piece in torch.arange(x.shape[2]).split(COLUMNS):
-            part = (group, slice(None), piece)
-            products = x[part].T @ x[part] / x.shape[1]
-            integers[part] = solve(levels[part], scale[part], products)
-            error += quadratic((levels[part] - integers[part]) * scale[part], products)
-            nearest += quadratic((levels[part] - levels[part].round()) * scale[part], products)
+            block = (group, slice(None), piece)
+            products = x[block].T @ x[block] / x.shape[1]
+            integers[block] = solve(levels[block], scale[block], products)
+            error += quadratic((levels[block] - integers[block]) * scale[block], products)
+            nearest += quadratic((levels[block] - levels[block].round()) * scale[block], products)
     rounded = (integers * scale).reshape(weight.shape) / factor
     return {"weight": rounded, "error": torch.tensor(error / nearest if nearest else 1.0)}
 
 
 def solve(levels: torch.Tensor, scale: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """Integers next to `levels` = w / s [out, K], of scales s [out, K], by `products` = H [K, K]."""
+    """Round `levels` = w / s [out, K] up or down, given the scales s [out, K] and `products` = H [K, K]."""
     low = levels.floor()
-    most = levels.round().abs().amax(1, keepdim=True)
-    low, high = torch.maximum(low, -most), torch.minimum(low + 1, most)
+    limit = levels.round().abs().amax(1, keepdim=True)
+    low, high = torch.maximum(low, -limit), torch.minimum(low + 1, limit)
     damped = products + torch.eye(len(products)) * (DAMPING * products.diagonal().mean() or 1.0)
     order = damped.diagonal().argsort(descending=True)
     factor = torch.linalg.cholesky(damped[order][:, order])
     factor = torch.linalg.cholesky(torch.cholesky_inverse(factor), upper=True)
-    left, scale, low, high = (value[:, order] for value in (levels * scale, scale, low, high))
-    found = torch.empty_like(left)
+    remaining, scale, low, high = (value[:, order] for value in (levels * scale, scale, low, high))
+    found = torch.empty_like(remaining)
     for start in range(0, len(order), PANEL):
         panel = range(start, min(start + PANEL, len(order)))
-        errors = torch.empty(len(left), len(panel))
+        errors = torch.empty(len(remaining), len(panel))
         for i in panel:
-            found[:, i] = (left[:, i] / scale[:, i]).round().clamp(low[:, i], high[:, i])
-            errors[:, i - start] = (left[:, i] - found[:, i] * scale[:, i]) / factor[i, i]
-            left[:, i + 1 : panel.stop] -= errors[:, i - start, None] * factor[i, i + 1 : panel.stop]
-        left[:, panel.stop :] -= errors @ factor[panel.start : panel.stop, panel.stop :]
+            found[:, i] = (remaining[:, i] / scale[:, i]).round().clamp(low[:, i], high[:, i])
+            errors[:, i - start] = (remaining[:, i] - found[:, i] * scale[:, i]) / factor[i, i]
+            remaining[:, i + 1 : panel.stop] -= errors[:, i - start, None] * factor[i, i + 1 : panel.stop]
+        remaining[:, panel.stop :] -= errors @ factor[panel.start : panel.stop, panel.stop :]
     return found[:, order.argsort()]
 
 
-def _kept(file: Path, run: str, make: Callable[[], Tensors]) -> Tensors:
-    """The tensors that this `run` left in `file`, or else those of `make`, which are then left there."""
+def _cached(file: Path, run: str, make: Callable[[], Tensors]) -> Tensors:
+    """Return the tensors that this `run` saved in `file`; otherwise those of `make`, which are saved."""
     saved = read_state(file, WHAT)
     if saved is not None and saved[1].get("run") == run:
         return saved[0]

@@ -1,7 +1,7 @@
-"""What one layer multiplies its weight with, as rows of a matrix, while the model answers to a batch of states.
+"""Inputs of one layer as rows of a matrix, captured while the model runs on a batch of states.
 
 A linear layer or convolution is  y = W x,  W [out, K], for every token or pixel: x is the token, or the patch that the
-kernel covers, K = in * height * width of the kernel. Few enough rows, from random places of every state, stand for all.
+kernel covers, K = in * height * width of the kernel. A random subset of rows from every state is used.
 """
 
 from __future__ import annotations
@@ -21,35 +21,37 @@ Visit = Callable[[str, Any, torch.Tensor], None]
 
 
 def visit_layers(model: nn.Module, layers: Iterable[str], inputs: dict[str, torch.Tensor], visit: Visit) -> None:
-    """Run `model` once on `inputs`; `visit(name, layer, x)` before each of `layers` first sees its input x.
+    """Run `model` once on `inputs`, and call `visit(name, layer, x)` before the first forward of each of `layers`.
 
-    What `visit` does to the layer's weight already counts in this forward, so what later layers see comes after it.
+    Changes that `visit` makes to the layer's weight take effect in the same forward pass.
     """
     modules = dict(model.named_modules())
     seen: set[str] = set()
 
-    def look(name: str, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def hook(name: str, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
         if name not in seen:
             seen.add(name)
             visit(name, layer, args[0])
 
     with ExitStack() as stack, torch.no_grad():
         for name in layers:
-            stack.callback(modules[name].register_forward_pre_hook(partial(look, name)).remove)
+            stack.callback(modules[name].register_forward_pre_hook(partial(hook, name)).remove)
         adapter_for(model).forward(model, inputs)
 
 
 def rows_of(layer: Any, x: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
-    """About `count` rows of x, float32 [groups, rows, K], equally many of each state; only convolutions have groups."""
+    """Return about `count` rows of x, float32 [groups, rows, K], equally many per state; a linear layer is 1 group."""
     each = max(1, count // len(x))
     if not isinstance(layer, nn.Conv2d):
-        return torch.cat([_some(state.reshape(-1, state.shape[-1]), each, generator) for state in x])[None].float()
-    rows = torch.cat([_some(_patches(layer, state), each, generator) for state in x]).float()  # one state's at a time
+        return torch.cat([_sampled(state.reshape(-1, state.shape[-1]), each, generator) for state in x])[None].float()
+    rows = torch.cat(
+        [_sampled(_patches(layer, state), each, generator) for state in x]
+    ).float()  # unfold one state at a time
     return rows.unflatten(1, (layer.groups, -1)).transpose(0, 1)
 
 
 def quadratic(error: torch.Tensor, products: torch.Tensor) -> float:
-    """What errors [out, K] of a weight do to its layer's output: the sum over rows e of e^T H e, H = x^T x [K, K]."""
+    """Return the output error of weight errors [out, K]: the sum over rows e of e^T H e, H = x^T x [K, K]."""
     return float(((error @ products) * error).sum())
 
 
@@ -59,5 +61,5 @@ def _patches(layer: nn.Conv2d, state: torch.Tensor) -> torch.Tensor:
     return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)[0].T  # type: ignore[arg-type]
 
 
-def _some(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
+def _sampled(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     return rows[torch.randperm(len(rows), generator=generator)[:count].to(rows.device)]

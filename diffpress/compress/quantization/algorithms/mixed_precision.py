@@ -1,19 +1,19 @@
-"""Mixed precision by measurement: which layers go back to float, so that a quantized model keeps its bounds.
+"""Mixed precision by measurement: return layers to float until a quantized model keeps its bounds.
 
-    order(p) = noise(p) / gain(p)      noise removed per millisecond given up (per byte, where the size is in the way)
-    S_k      = the k first places by it, in float; the others in their formats
+    order(p) = noise(p) / gain(p)      noise removed per millisecond lost (per byte, if the size bound fails)
+    S_k      = the first k by this order in float, the others in their formats
 
-A place is a layer, or the sum of a block. Its noise (compress/quantization/algorithms/sensitivity.py) and its gain (its time in
-the float graph less that in the quantized one, in the target engine) only order. The bounds are held by what is
-measured on S_k as a whole: its SQNR on states of the trajectory, its step against the float graph's, its file, the
-Fréchet distance of its samples against the float model's.
+p is a layer, or a block whose residual sum is quantized. noise(p) (sensitivity.py) and gain(p) (its time in the float
+graph minus its time in the quantized graph, in the target engine) only determine the order. The bounds are checked by
+measuring S_k itself: SQNR on states of the trajectory, step latency relative to the float graph, file size, and the
+Fréchet distance of its samples relative to the float model's.
 
-    min_sqnr_db, max_frechet_ratio     say how much noise is allowed: the smallest k that keeps them, by bisection
-    max_latency_ratio, max_size_mib    must then hold too; given without the others, the largest k that keeps them
+    min_sqnr_db, max_frechet_ratio     limit the noise: the smallest k that keeps them, by bisection
+    max_latency_ratio, max_size_mib    must then hold as well; without the other two, the largest k that keeps them
 
-Bisection takes quality and cost to grow with k, which measurements do but for their noise; at the k it finds every
-bound has been measured. Where some cannot be kept together the stage fails as a gate does, and says by how much. Mode
-qat trains what was chosen so.
+Bisection assumes that quality and cost grow with k, which holds up to measurement noise; at the k it returns, every
+bound has been measured. If the bounds cannot be kept together, the stage fails like a gate and reports by how much.
+Mode qat trains the result.
 """
 
 from __future__ import annotations
@@ -45,14 +45,19 @@ from diffpress.runtime.spec import DenoiserSpec
 
 FRECHET = EvaluateConfig(samples=128, seeds=1)
 
-# a gain counts for at least this share of all gains: what costs nothing is not taken before what helps
+# lower limit of a gain, as a fraction of all gains: layers without gain must not precede those that reduce noise
 LEAST_GAIN = 1e-3
 
 Measure = Callable[[int], float]
 
 
 def check_bounds(config: QuantizeConfig, spec: DenoiserSpec, has_engines: bool) -> None:
-    """Raise InvalidInputError or MissingDependencyError for bounds that cannot be measured; `has_engines` says whether a run has any."""
+    """Check that the bounds can be measured; `has_engines` tells whether the run has engines.
+
+    Raises:
+        InvalidInputError: A bound cannot be measured for this model or run.
+        MissingDependencyError: The target engine is not installed.
+    """
     bounds = config.bounds
     if bounds is None:
         return
@@ -61,58 +66,61 @@ def check_bounds(config: QuantizeConfig, spec: DenoiserSpec, has_engines: bool) 
     if has_engines and config.target not in available():
         raise MissingDependencyError(config.target, config.target, f"quantize: target {config.target}")
     if not has_engines:
-        _refuse_engine_bounds(bounds, "and none is given here")
+        _refuse_engine_bounds(bounds, "but this run has none")
 
 
 def _refuse_engine_bounds(bounds: BoundsConfig, why: str) -> None:
     for name in ("max_latency_ratio", "max_size_mib"):
         if getattr(bounds, name) is not None:
-            raise InvalidInputError(f"quantize: bounds: {name} is measured in an engine, {why}; leave it out")
+            raise InvalidInputError(f"quantize: bounds: {name} is measured in an engine, {why}; remove it")
 
 
 def mix(checkpoint: Checkpoint, scales: Quantization, config: QuantizeConfig, ctx: Context) -> Quantization:
-    """`scales` of the float `checkpoint` without those of the places that its bounds want in float.
+    """Return `scales` of the float `checkpoint` without the layers and sums that the bounds require in float.
 
-    What was measured goes into the context's notes as 'mixed'. Raises GateFailedError where the bounds contradict each
-    other, and InvalidInputError for a bound that cannot be measured here.
+    The measurements are stored in the context's notes as 'mixed'.
+
+    Raises:
+        GateFailedError: The bounds cannot be kept together.
+        InvalidInputError: A bound cannot be measured in this run.
     """
     assert config.bounds is not None
     bounds, quantized = config.bounds, checkpoint.evolve(quantization=scales)
     with _costs(checkpoint, config, ctx) as costs:
-        frechet = _frechet(checkpoint, bounds, costs)  # first, for it refuses what it cannot score
+        frechet = _frechet(checkpoint, bounds, costs)  # first: it refuses samples that it cannot score
         states = States(checkpoint, config, ctx)
         noise = noise_by_layer(quantized, states, ctx)
         gains = _macs(checkpoint, scales) if costs is None else costs.gains_ms(scales)
         sizes = {layer: _bytes_saved(checkpoint, scales, layer) for layer in noise}
-        tried = []
-        for worth in (gains, sizes) if bounds.max_size_mib is not None else (gains,):
-            trial = _Trial(quantized, _ordered(noise, worth), states, costs, frechet)
-            tried.append((trial, _chosen(trial, bounds)))
-            if not _broken(trial, tried[-1][1], bounds):
+        trials = []
+        for gain in (gains, sizes) if bounds.max_size_mib is not None else (gains,):
+            trial = _Trial(quantized, _noise_order(noise, gain), states, costs, frechet)
+            trials.append((trial, _choose_k(trial, bounds)))
+            if not _violations(trial, trials[-1][1], bounds):
                 break
-        # where no order keeps all the bounds, the first one's failure is told
-        trial, k = tried[-1] if not _broken(*tried[-1], bounds) else tried[0]
+        # if no order keeps all bounds, report the failure of the first
+        trial, k = trials[-1] if not _violations(*trials[-1], bounds) else trials[0]
         figures = {"all_quantized": trial.figures(0), "chosen": trial.figures(k)}
-        broken = _broken(trial, k, bounds)
+        violated = _violations(trial, k, bounds)
     unit = "macs" if costs is None else "gain_ms"
     rows = {
         layer: {"sqnr_db": round(decibels(noise[layer]), 2), unit: round(gains[layer], 4), "bytes": int(sizes[layer])}
         for layer in sorted(noise, key=lambda layer: -noise[layer])
     }
-    kept = trial.order[:k]
-    ctx.notes["mixed"] = {"target": config.target, "in_float": kept, **figures, "places": rows}
-    say(f"{k} of {len(noise)} quantized layers and sums go back to float: {_words(figures['chosen'])}")
-    if broken:
+    in_float = trial.order[:k]
+    ctx.notes["mixed"] = {"target": config.target, "in_float": in_float, **figures, "places": rows}
+    say(f"{k} of {len(noise)} quantized layers and sums return to float: {_formatted(figures['chosen'])}")
+    if violated:
         raise GateFailedError(
             f"quantize: bounds: with {k} of {len(noise)} layers and sums in float "
-            f"(first {', '.join(kept[:3]) or 'none'}) {'; '.join(broken)}; "
-            f"all quantized: {_words(figures['all_quantized'])}. Loosen one of them"
+            f"(first {', '.join(in_float[:3]) or 'none'}) {'; '.join(violated)}; "
+            f"all quantized: {_formatted(figures['all_quantized'])}. Relax one of the bounds"
         )
     return trial.scales(k)
 
 
 class _Trial:
-    """What is measured with the first k places of `order` in float, each k once."""
+    """Measurements with the first k of `order` in float, cached for every k."""
 
     def __init__(
         self,
@@ -132,23 +140,25 @@ class _Trial:
             self.measures["frechet_ratio"] = cache(lambda k: frechet(self.scales(k)))
 
     def scales(self, k: int) -> Quantization:
+        """Return the scales without the first k of the order."""
         assert self._quantized.quantization is not None
         return self._quantized.quantization.without(self.order[:k])
 
     def figures(self, k: int) -> dict[str, float]:
+        """Return all measurements by name, rounded to 4 decimals."""
         return {name: round(measure(k), 4) for name, measure in self.measures.items()}
 
     def _sqnr_db(self, k: int) -> float:
         return decibels(self._states.noise(fake_quantized(self._quantized.evolve(quantization=self.scales(k)))))
 
 
-def _chosen(trial: _Trial, bounds: BoundsConfig) -> int:
-    """How many places of the trial's order go back to float; see the top of this file."""
+def _choose_k(trial: _Trial, bounds: BoundsConfig) -> int:
+    """Return how many of the trial's order return to float; see the module docstring."""
     most, k = len(trial.order), 0
     measure = trial.measures
     if bounds.min_sqnr_db is None and bounds.max_frechet_ratio is None:
-        # with nothing asked of the quality, all of it that the costs allow
-        return most - smallest(0, most, lambda back: not _broken(trial, most - back, bounds))
+        # without a quality bound: the highest quality that the cost bounds allow
+        return most - smallest(0, most, lambda back: not _violations(trial, most - back, bounds))
     if (least := bounds.min_sqnr_db) is not None:
         k = smallest(k, most, lambda k: measure["sqnr_db"](k) >= least)
     if (largest := bounds.max_frechet_ratio) is not None:
@@ -157,7 +167,7 @@ def _chosen(trial: _Trial, bounds: BoundsConfig) -> int:
 
 
 def smallest(low: int, high: int, holds: Callable[[int], bool]) -> int:
-    """The smallest k in low..high from which on `holds` is true, by bisection; `high` where it is true nowhere."""
+    """Return the smallest k in low..high for which `holds` is true, by bisection; `high` if it never is."""
     if holds(low):
         return low
     while high - low > 1:
@@ -166,9 +176,9 @@ def smallest(low: int, high: int, holds: Callable[[int], bool]) -> int:
     return high
 
 
-def _broken(trial: _Trial, k: int, bounds: BoundsConfig) -> list[str]:
-    """What is wrong with k places in float, in words: the bounds that are not kept."""
-    found = ["nothing would be left in low precision"] if k == len(trial.order) else []
+def _violations(trial: _Trial, k: int, bounds: BoundsConfig) -> list[str]:
+    """Describe the bounds that do not hold with the first k in float."""
+    found = ["no layer would remain quantized"] if k == len(trial.order) else []
     for name, bound in bounds.model_dump().items():
         side, _, what = name.partition("_")
         if bound is None:
@@ -179,10 +189,10 @@ def _broken(trial: _Trial, k: int, bounds: BoundsConfig) -> list[str]:
     return found
 
 
-def _ordered(noise: Mapping[str, float], worth: Mapping[str, float]) -> list[str]:
-    """Places by the noise they bring for what quantizing them is worth, the largest first."""
-    floor = LEAST_GAIN * sum(max(value, 0.0) for value in worth.values()) or 1.0
-    return sorted(noise, key=lambda layer: (-noise[layer] / max(worth[layer], floor), layer))
+def _noise_order(noise: Mapping[str, float], gain: Mapping[str, float]) -> list[str]:
+    """Sort by noise per gain, in descending order."""
+    floor = LEAST_GAIN * sum(max(value, 0.0) for value in gain.values()) or 1.0
+    return sorted(noise, key=lambda layer: (-noise[layer] / max(gain[layer], floor), layer))
 
 
 @contextmanager
@@ -193,15 +203,15 @@ def _costs(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Iter
             yield costs
         return
     if ctx.costs_in is not None:
-        _refuse_engine_bounds(config.bounds, "and the model is too large to be timed here")
-    say("not timed in an engine: what a layer gains is taken to be its MACs")
+        _refuse_engine_bounds(config.bounds, "but the model is too large to be timed")
+    say("not timed in an engine: MACs are used as the gain of a layer")
     yield None
 
 
 def _frechet(
     checkpoint: Checkpoint, bounds: BoundsConfig, costs: EngineCosts | None
 ) -> Callable[[Quantization], float] | None:
-    """The Fréchet distance of a quantization's samples over that of the float model's, from the same noise."""
+    """Return a function: scales -> Fréchet distance as a ratio to the float model's, from the same noise."""
     if bounds.max_frechet_ratio is None:
         return None
     spec = checkpoint.spec
@@ -226,18 +236,18 @@ def _frechet(
 
 
 def _macs(checkpoint: Checkpoint, scales: Quantization) -> dict[str, float]:
-    """Place -> multiply-accumulates of one sample that it does in few bits."""
+    """Return layer or block -> low-precision multiply-accumulates per sample."""
     found, hooks = dict.fromkeys(quantized_layers(scales), 0.0), []
     model = checkpoint.shared_model()
 
-    def see(name: str, layer: nn.Module, out: torch.Tensor) -> None:
+    def count_macs(name: str, layer: nn.Module, out: torch.Tensor) -> None:
         weight: Any = layer.weight
         found[name] += out.numel() * weight.numel() / weight.shape[0]
 
     for name in scales.layers:
         if f"{name}.input" in scales.amax:
             layer = model.get_submodule(name)
-            hooks.append(layer.register_forward_hook(lambda layer, _, out, name=name: see(name, layer, out)))
+            hooks.append(layer.register_forward_hook(lambda layer, _, out, name=name: count_macs(name, layer, out)))
     with torch.no_grad():
         adapter_for(model).forward(model.eval(), dummy_inputs(checkpoint.spec, 1))
     return found
@@ -251,5 +261,5 @@ def _bytes_saved(checkpoint: Checkpoint, scales: Quantization, layer: str) -> fl
     return weight.numel() * (4.0 - (bits if isinstance(bits, int) else 1 + sum(bits)) / 8.0)
 
 
-def _words(figures: Mapping[str, float]) -> str:
+def _formatted(figures: Mapping[str, float]) -> str:
     return ", ".join(f"{name} {value:.4g}" for name, value in figures.items())

@@ -1,18 +1,19 @@
-"""What rounding does to the network's output on the average, measured at every timestep of the plan and taken off.
+"""Per-timestep correction of the mean quantization error of the output, after PTQD (He et al. 2023).
 
-With `out` what the float network returns and `out_q` what the quantized one does, after guidance, on the same states
-x_t of the quantized model's own trajectory, the sampler computes (runtime/denoiser.py; after PTQD, He et al. 2023)
+Let `out` and `out_q` be the outputs of the float and the quantized network, after guidance, on the same states x_t of
+the quantized model's own trajectory. The sampler (runtime/denoiser.py) computes
 
-    (out_q - bias_t[channel]) / (1 + slope_t)      nearest to `out` over samples and pixels; one slope for all channels
+    (out_q - bias_t[channel]) / (1 + slope_t)      least squares fit to `out` over samples and pixels
 
-Each timestep is corrected before the next is measured, so that states are those that the deployed sampler visits. PTQD
-fits the other way round, out_q on out, which divides by a slope that noise does not bend, and multiplies the noise: on
-a coarsely rounded toy network that lost 1.3 dB where this fit won 0.5. PTQD's third part, less fresh noise where the
-rounding brings noise of its own, is left out: it needs a sampler that adds noise, and few plans do.
+with one slope for all channels. Each timestep is corrected before the next is measured, so the states are those that
+the deployed sampler visits. PTQD regresses out_q on out instead. That slope is unbiased under noise, but dividing by it
+amplifies the noise: on a coarsely quantized toy network it lost 1.3 dB where this fit gained 0.5. PTQD's third step,
+reducing the sampler's noise by the variance of the quantization noise, is not implemented: it needs a stochastic
+sampler, and few plans use one.
 
 On the default teacher (int8, 64 samples) PSNR to the float model rose from 36.1 to 39.0 dB over 20 steps, from 36.0 to
-38.3 over 8 and by 0.4 over 2; the mean of the samples, 0.013 too low, came within 0.002. After training through the
-quantizers there was nothing to gain (38.4 and 38.3 dB over 8 steps).
+38.3 over 8 and by 0.4 over 2; the mean of the samples, previously 0.013 too low, came within 0.002. After QAT there was
+nothing to gain (38.4 and 38.3 dB over 8 steps).
 """
 
 from __future__ import annotations
@@ -38,43 +39,47 @@ from diffpress.runtime.sampling_plan import OutputCorrection
 from diffpress.runtime.solvers import solver_evaluations
 from diffpress.runtime.spec import DenoiserSpec
 
-OUTPUT_CORRECTION_SEED = 5_000_000  # far from the seeds that people sample, calibrate and evaluate with
+OUTPUT_CORRECTION_SEED = 5_000_000  # disjoint from the seeds used for sampling, calibration and evaluation
 
 
 def correct(checkpoint: Checkpoint, reference: nn.Module, config: QuantizeConfig, ctx: Context) -> Checkpoint:
-    """The quantized `checkpoint` with corrections in its plan, towards `reference`, the full-precision model."""
+    """Return the quantized `checkpoint` with corrections towards `reference`, the float model, in its plan."""
     spec = checkpoint.spec
     network, exact = (TorchNetwork(model, spec) for model in (fake_quantized(checkpoint), reference))
     found = measured(network, exact, spec, config.samples, config.batch, ctx.conditions(config.samples))
     largest = max(abs(correction.slope) for correction in found)
-    say(f"corrections for {len(found)} timesteps: slopes up to {largest:.2%}")
+    say(f"output corrections for {len(found)} timesteps, slopes up to {largest:.2%}")
     return checkpoint.evolve(spec=spec.with_plan(replace(spec.plan, output_corrections=found)))
 
 
 def measured(
     network: Network, reference: Network, spec: DenoiserSpec, count: int, batch: int, conditions: ConditioningInputs
 ) -> tuple[OutputCorrection, ...]:
-    """The corrections of `network` towards `reference`, one for each timestep of the spec's plan.
+    """Measure the corrections of `network` towards `reference`, one for each timestep of the spec's plan.
 
-    All `count` samples walk the plan together, `batch` at a time through the networks. Raises InvalidInputError, naming the
-    timestep, where the outputs have nothing in common or are no numbers.
+    All `count` samples advance through the plan together; the networks evaluate `batch` of them at a time.
+
+    Raises:
+        InvalidInputError: The outputs do not correlate or are not finite; the message names the timestep.
     """
     plan, seeds = spec.plan, range(OUTPUT_CORRECTION_SEED, OUTPUT_CORRECTION_SEED + count)
-    ask, ask_reference = (_in_parts(n, spec, count, batch, conditions) for n in (network, reference))
+    predictor, reference_predictor = (
+        _batched_predictor(n, spec, count, batch, conditions) for n in (network, reference)
+    )
     sums: dict[float, np.ndarray] = {}
     fits: dict[float, OutputCorrection] = {}
-    calls = itertools.count(1)
+    evaluations = itertools.count(1)
     with progress("correct", solver_evaluations(plan.solver, plan.steps)) as advance:
 
-        def predict(x: np.ndarray, point: NoiseLevel) -> np.ndarray:
-            out_q = ask(x, point)
-            # a timestep that is asked twice (by plms, say) has one correction, for both
-            sums[point.t] = sums.get(point.t, 0.0) + moments(ask_reference(x, point), out_q)
-            fits[point.t] = fitted(sums[point.t], point.t)
-            advance(next(calls))
+        def predict(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
+            out_q = predictor(x, level)
+            # a timestep that is evaluated twice (by plms, for example) has one correction for both
+            sums[level.t] = sums.get(level.t, 0.0) + moments(reference_predictor(x, level), out_q)
+            fits[level.t] = fitted(sums[level.t], level.t)
+            advance(next(evaluations))
             return out_q
 
-        # what `predict` has just measured is taken off at once
+        # the denoiser immediately applies the correction that `predict` has just measured
         denoise = denoiser_of(predict, spec, clip=plan.clip, output_corrections=fits, threshold=plan.threshold)
         noise = noise_for(seeds, spec.sample_shape)
         for _ in sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k)):
@@ -83,29 +88,31 @@ def measured(
 
 
 def moments(out: np.ndarray, out_q: np.ndarray) -> np.ndarray:
-    """Sums over samples and pixels of outputs [N, C, H, W]: 1, out, out_q, out_q^2, out out_q, float64 [5, C]."""
+    """Sum 1, out, out_q, out_q^2 and out out_q over samples and pixels of outputs [N, C, H, W]; float64 [5, C]."""
     x, y = (array.astype(np.float64) for array in (out, out_q))
     return np.stack([a.sum((0, 2, 3)) for a in (np.ones_like(x), x, y, y * y, x * y)])
 
 
 def fitted(sums: np.ndarray, t: float) -> OutputCorrection:
-    """The correction of least squares for these `moments`: out = gain out_q + offset, gain = 1 / (1 + slope)."""
+    """Fit the correction to these `moments` by least squares: out = gain out_q + offset, gain = 1 / (1 + slope)."""
     n, x, y, yy, xy = sums
     variance, covariance = float((yy - y * y / n).sum()), float((xy - x * y / n).sum())
     if not (covariance > 0.0 and np.isfinite(covariance)):
         raise InvalidInputError(
-            f"quantize: at timestep {t:g} the quantized network's output has nothing in common with the float one's; "
+            f"quantize: at timestep {t:g} the quantized network's output does not correlate with the float network's; "
             "keep sensitive layers in float (ignored_layers: [...]), or set output_correction: false"
         )
     slope = variance / covariance
     return OutputCorrection(slope - 1.0, tuple(((y - slope * x) / n).tolist()))
 
 
-def _in_parts(network: Network, spec: DenoiserSpec, count: int, batch: int, conditions: ConditioningInputs) -> Predict:
-    """The network's guided output for all samples, asked `batch` at a time."""
+def _batched_predictor(
+    network: Network, spec: DenoiserSpec, count: int, batch: int, conditions: ConditioningInputs
+) -> Predict:
+    """Return a predictor of the network's guided output for all samples, evaluating `batch` at a time."""
     parts = [slice(start, start + batch) for start in range(0, count, batch)]
     plan = spec.plan
-    asks = [
+    predictors = [
         make_predictor(
             network,
             spec,
@@ -116,4 +123,6 @@ def _in_parts(network: Network, spec: DenoiserSpec, count: int, batch: int, cond
         )
         for part in parts
     ]
-    return lambda x, point: np.concatenate([ask(x[part], point) for ask, part in zip(asks, parts, strict=True)])
+    return lambda x, level: np.concatenate(
+        [predictor(x[part], level) for predictor, part in zip(predictors, parts, strict=True)]
+    )

@@ -1,15 +1,15 @@
-"""Quantization-aware training: what rounding cost the model, its weights learn to give back.
+"""Quantization-aware training (QAT): train the weights through the quantizers, towards the full-precision model.
 
-Through modelopt's fake quantizers q, starting from the scales of post-training quantization, with o the outputs, e the
-block energies, and w the weights of the quantized student against w_0, the full-precision model it was made from,
+Training goes through modelopt's fake quantizers q and starts from the scales of post-training quantization. With o the
+outputs, e the block energies, w the weights of the quantized student and w_0 those of the full-precision model,
 
     L = |o(q(w)) - o(w_0)|^2  +  w_feat mean_b |e_s^b - e_t^b|^2 / |e_t^b|^2        (energies: distillation/features.py)
     dq(x)/dx = 1 where |x| <= amax, else 0                (the straight-through estimator, Bengio et al. 2013)
 
-Inputs are states of the full-precision model's own trajectory (states.py). Activation scales and smoothing stay as
-calibration found them; weight scales follow the weights, which change in full or by factors of low rank (updates.py).
-The result is data as that of post-training quantization is: float weights beside the amax of every quantizer. Where
-training ends further from the full-precision answers than it began, the run says so.
+Inputs are states of the full-precision model's own trajectory (trajectory_dataset.py). Activation scales and smoothing
+stay as calibrated; weight scales follow the weights, which are trained in full or by low-rank factors (qat_updates.py).
+As with post-training quantization, the result is float weights and the amax of every quantizer. If training did not
+bring the output closer to the full-precision model's, a message says so.
 """
 
 from __future__ import annotations
@@ -38,14 +38,15 @@ CHECKED_STATES = 32
 def qat(
     checkpoint: Checkpoint, scales: Quantization, student: nn.Module, config: QuantizeConfig, ctx: Context
 ) -> Checkpoint:
-    """Train `student`, a float32 model like the float `checkpoint` with quantizers of these `scales` in place.
+    """Train `student`, a float32 copy of the float `checkpoint`'s model with quantizers of these `scales`.
 
-    Returns the checkpoint with the trained weights and their scales; of what it is given only `student` changes.
+    Returns:
+        The checkpoint with the trained weights and their scales. `student` is modified in place.
     """
     device = Accelerator(mixed_precision="no").device
     teacher = checkpoint.clone_model().float().eval().to(device)
-    calls = sample_trajectories(teacher, checkpoint, config.trajectories, config.batch, ctx)
-    before = _sqnr_db(student.to(device), teacher, calls)
+    dataset = sample_trajectories(teacher, checkpoint, config.trajectories, config.batch, ctx)
+    before = _sqnr_db(student.to(device), teacher, dataset)
     run = Training(
         config.steps, config.learning_rate, config.warmup, config.ema, ctx.seed, config.save_every, ctx.work, "qat"
     )
@@ -55,38 +56,38 @@ def qat(
         if config.updates == "low_rank"
         else Full(student.to("cpu"), scaling)
     )
-    train(trainee, _loss(teacher, calls, config), run)
+    train(trainee, _loss(teacher, dataset, config), run)
     student = trainee.merged()
-    after = _sqnr_db(student.to(device), teacher, calls)
-    say(f"output SQNR to the float model on visited states: {before:.1f} dB before training, {after:.1f} dB after")
+    after = _sqnr_db(student.to(device), teacher, dataset)
+    say(f"output SQNR against the float model: {before:.1f} dB before training, {after:.1f} dB after")
     if not after > before:
-        say("training did not help: lower learning_rate, or take mode ptq")
+        say("training did not improve the output SQNR: lower learning_rate, or use mode ptq")
     trained, model = student.to("cpu").state_dict(), checkpoint.clone_model()
-    model.load_state_dict({name: trained[name] for name in model.state_dict()})  # without the quantizers' own buffers
+    model.load_state_dict({name: trained[name] for name in model.state_dict()})  # without the quantizers' buffers
     amax = {f"{name}.weight": scaling[name].amax(weight) for name, weight in weights_of(model, scaling).items()}
     return checkpoint.evolve(model=model, quantization=replace(scales, amax=scales.amax | amax))
 
 
-def _sqnr_db(model: nn.Module, teacher: nn.Module, calls: TrajectoryDataset) -> float:
-    """SQNR of the model's answers to the teacher's, on the same states whenever it is asked."""
+def _sqnr_db(model: nn.Module, teacher: nn.Module, dataset: TrajectoryDataset) -> float:
+    """Return the SQNR of the model's outputs against the teacher's; the states are the same in every call."""
     device = next(teacher.parameters()).device
-    inputs = draw(calls, CHECKED_STATES, torch.Generator().manual_seed(0))
+    inputs = draw(dataset, CHECKED_STATES, torch.Generator().manual_seed(0))
     inputs = {name: value.to(device) for name, value in inputs.items()}
     with torch.no_grad():
-        wanted, found = (adapter_for(m).forward(m.eval(), inputs).cpu().numpy() for m in (teacher, model))
-    return sqnr_db(wanted, found)
+        reference, found = (adapter_for(m).forward(m.eval(), inputs).cpu().numpy() for m in (teacher, model))
+    return sqnr_db(reference, found)
 
 
-def _loss(teacher: nn.Module, calls: TrajectoryDataset, config: QuantizeConfig) -> Objective:
+def _loss(teacher: nn.Module, dataset: TrajectoryDataset, config: QuantizeConfig) -> Objective:
     blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
 
     def loss(student: nn.Module, inputs: Tensors) -> torch.Tensor:
-        with torch.no_grad(), captured(teacher, blocks) as wanted:
-            answer = adapter_for(teacher).forward(teacher, inputs)
-        trainee: Any = getattr(student, "module", student)  # under DDP it is wrapped
+        with torch.no_grad(), captured(teacher, blocks) as reference:
+            target = adapter_for(teacher).forward(teacher, inputs)
+        trainee: Any = getattr(student, "module", student)  # unwrap DDP
         with captured(trainee.base, blocks) as found:
             out = student(inputs)
-        apart = torch.mean((out - answer) ** 2)
-        return apart + config.feature_weight * feature_distance(found, wanted) if blocks else apart
+        output_loss = torch.mean((out - target) ** 2)
+        return output_loss + config.feature_weight * feature_distance(found, reference) if blocks else output_loss
 
-    return Objective(lambda generator, share: (draw(calls, config.batch, generator),), loss)
+    return Objective(lambda generator, share: (draw(dataset, config.batch, generator),), loss)

@@ -1,15 +1,15 @@
-"""What quantization-aware training changes: every parameter, or factors of low rank beside frozen weights.
+"""What QAT trains: every parameter, or low-rank factors beside frozen weights.
 
     full        W, and all other parameters
     low_rank    W = W_0 + B A,   A [rank, K], B [out, rank]       EfficientDM (He et al. 2023), LoRA (Hu et al. 2022)
 
-for each quantized layer's weight [out, K] (a kernel counts as part of K). B starts at 0 and A at N(0, 1 / rank), so
-that a first step of size e moves a weight by about e, as in full. Only A and B have gradients, moments and an average:
-at rank 16 a 3x3 convolution of 128 channels trains 14 % of what it has, one of 1280 channels 1.6 %. At the end W is one
-matrix again.
+for each quantized layer's weight [out, K] (K includes the kernel). B is initialized to 0 and A to N(0, 1 / rank), so
+that a first step of size e changes a weight by about e, as in full. Only A and B have gradients, optimizer moments and
+an average: at rank 16, a 3x3 convolution of 128 channels trains 14 % of its parameters, one of 1280 channels 1.6 %.
+After training the factors are merged into W.
 
-Before each forward the quantizers follow the weights: an amax is the largest magnitude of its channel or block, times
-what it was before training, 1 or `reduce_range`'s 127/64.
+Before each forward pass the quantizers follow the weights: an amax is the largest magnitude of its channel or block,
+times the ratio it had before training, 1 or `reduce_range`'s 127/64.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Scaling:
-    """How a layer's weight amax comes from its weight: largest magnitudes of weight * smooth, times `proportion`."""
+    """Rule for a layer's weight amax: the largest magnitudes of weight * smooth, times `proportion`."""
 
     form: Format
     proportion: torch.Tensor
     smooth: torch.Tensor
 
     def amax(self, weight: torch.Tensor) -> torch.Tensor:
-        """Float32 [out] or [out, blocks, ...], where the weight is."""
+        """Return the amax, float32 [out] or [out, blocks, ...], on the weight's device."""
         found = weight_amax(weight.detach() * self.smooth.to(weight.device), self.form)
         return found * self.proportion.to(weight.device)
 
 
 def scalings(model: nn.Module, scales: Quantization) -> dict[str, Scaling]:
-    """By layer, how the amax in `scales` belongs to the weights of `model`."""
+    """Return, per layer, the rule that gives the amax in `scales` from the weights of `model`."""
     found = {}
     for name in scales.layers:
         layer, form = model.get_submodule(name), FORMATS[scales.format_of(name)]
@@ -58,28 +58,32 @@ def scalings(model: nn.Module, scales: Quantization) -> dict[str, Scaling]:
 
 
 class Full(nn.Module):
-    """The quantized model, all of whose parameters are trained; called with inputs by name it gives the output."""
+    """The quantized model with all parameters trained."""
 
     def __init__(self, base: nn.Module, scaling: Mapping[str, Scaling]) -> None:
         super().__init__()
         self.base, self._scaling = base, scaling
 
     def forward(self, inputs: Tensors) -> torch.Tensor:
+        """Return the output for inputs by name."""
         follow_(self.base, self._scaling, weights_of(self.base, self._scaling))
         return adapter_for(self.base).forward(self.base, inputs)
 
     def merged(self) -> nn.Module:
-        """The trained model with quantizers that belong to its weights."""
+        """Return the trained model, with quantizers updated to its weights."""
         follow_(self.base, self._scaling, weights_of(self.base, self._scaling))
         return self.base
 
 
 class LowRank(nn.Module):
-    """The factors alone are parameters; `base`, the frozen quantized model, is called with the weights they make."""
+    """Low-rank training: only the factors are parameters; the frozen quantized `base` runs with the updated weights."""
 
     def __init__(self, base: nn.Module, scaling: Mapping[str, Scaling], rank: int, generator: torch.Generator) -> None:
         super().__init__()
-        self._scaling, self._answer = scaling, [_Answer(base.requires_grad_(False))]  # in a list it is no submodule
+        self._scaling, self._forward_module = (
+            scaling,
+            [_ForwardModule(base.requires_grad_(False))],
+        )  # a list hides the submodule
         self.down, self.up = nn.ParameterList(), nn.ParameterList()
         for weight in weights_of(base, scaling).values():
             k = weight[0].numel()
@@ -89,15 +93,17 @@ class LowRank(nn.Module):
 
     @property
     def base(self) -> nn.Module:
-        return self._answer[0].base
+        """The frozen quantized model."""
+        return self._forward_module[0].base
 
     def forward(self, inputs: Tensors) -> torch.Tensor:
+        """Return the output for inputs by name."""
         weights = self._weights()
         follow_(self.base, self._scaling, weights)
-        return cast(torch.Tensor, functional_call(self._answer[0], _by_parameter(weights), (inputs,)))
+        return cast(torch.Tensor, functional_call(self._forward_module[0], _by_parameter(weights), (inputs,)))
 
     def merged(self) -> nn.Module:
-        """The frozen model with the factors in its weights, and quantizers that belong to these."""
+        """Merge the factors into the weights of the base model, update its quantizers, and return it."""
         weights = self._weights()
         follow_(self.base, self._scaling, weights)
         with torch.no_grad():
@@ -111,8 +117,8 @@ class LowRank(nn.Module):
         return {name: weight + (up @ down).view_as(weight) for (name, weight), down, up in factors}
 
 
-class _Answer(nn.Module):
-    """An adapter's forward as a module's, for `functional_call` knows modules."""
+class _ForwardModule(nn.Module):
+    """The adapter's forward as a module, because `functional_call` requires a module."""
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
@@ -127,7 +133,7 @@ def _by_parameter(weights: Tensors) -> Tensors:
 
 
 def weights_of(model: nn.Module, layers: Mapping[str, Scaling]) -> Tensors:
-    """The layers' float weights: asked by its name, modelopt's layer may give the rounded one."""
+    """Return the layers' float weights; the `weight` attribute of a modelopt layer may be the quantized one."""
     return {name: _weight(model.get_submodule(name)) for name in layers}
 
 
@@ -136,7 +142,7 @@ def _weight(layer: nn.Module) -> torch.Tensor:
 
 
 def follow_(model: nn.Module, scaling: Mapping[str, Scaling], weights: Tensors) -> None:
-    """Give every weight quantizer of `model` the amax that belongs to `weights`."""
+    """Set the amax of every weight quantizer of `model` to that of `weights`."""
     for name, rule in scaling.items():
         layer: Any = model.get_submodule(name)
         layer.weight_quantizer.amax = quantizer_amax(rule.amax(weights[name]), layer)

@@ -1,11 +1,11 @@
-"""How much noise the rounding at each place puts into the output: that place alone quantized, all others in float.
+"""Sensitivity: the noise in the output caused by quantizing one module while all others stay in float.
 
     noise(p) = sum |f_p(x) - f(x)|^2 / sum |f(x)|^2        over states x of the model's own trajectory
     SQNR     = -10 log10 noise
 
-A place is a module that has scales: a layer with its weight, input and output, or a block whose sum is rounded. Errors
-made at different places are nearly uncorrelated, so their powers add: noise(S) is about the sum of noise(p) over S.
-That orders places; what a set of them really costs is measured on the set.
+p is a module with scales: a layer with its weight, input and output, or a block whose residual sum is quantized. Errors
+of different modules are nearly uncorrelated, so their powers add: noise(S) is about the sum of noise(p) over S. This is
+accurate enough to order modules; the noise of a set is measured on the set.
 """
 
 from __future__ import annotations
@@ -33,38 +33,40 @@ FILE = "sensitivity.json"
 
 
 class States:
-    """States that the float model visits, and what it answers there."""
+    """States that the float model visits, with its outputs there."""
 
     def __init__(self, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> None:
         rows = ROWS_OF_LARGE if is_large(checkpoint.model) else ROWS
-        calls = sample_trajectories(checkpoint.model, checkpoint, min(rows, config.samples), config.batch, ctx)
-        drawn = draw(calls, rows, torch.Generator().manual_seed(ctx.seed))
+        dataset = sample_trajectories(checkpoint.model, checkpoint, min(rows, config.samples), config.batch, ctx)
+        rows_by_name = draw(dataset, rows, torch.Generator().manual_seed(ctx.seed))
         parts = [slice(start, start + config.batch) for start in range(0, rows, config.batch)]
         self._spec = checkpoint.spec
-        self._inputs = [{name: value[part].numpy() for name, value in drawn.items()} for part in parts]
-        self._answers = self._asked(checkpoint.model)
+        self._inputs = [{name: value[part].numpy() for name, value in rows_by_name.items()} for part in parts]
+        self._reference = self._outputs(checkpoint.model)
 
     def noise(self, model: nn.Module) -> float:
-        """Power of the difference between this model's answers and the float model's, relative to theirs."""
-        pairs = list(zip(self._answers, self._asked(model), strict=True))
-        errors = sum(float(((found - wanted).astype(np.float64) ** 2).sum()) for wanted, found in pairs)
-        return errors / sum(float((wanted.astype(np.float64) ** 2).sum()) for wanted, _ in pairs)
+        """Return the power of the difference between this model's outputs and the float model's, relative to theirs."""
+        pairs = list(zip(self._reference, self._outputs(model), strict=True))
+        errors = sum(float(((found - reference).astype(np.float64) ** 2).sum()) for reference, found in pairs)
+        return errors / sum(float((reference.astype(np.float64) ** 2).sum()) for reference, _ in pairs)
 
-    def _asked(self, model: nn.Module) -> list[np.ndarray]:
+    def _outputs(self, model: nn.Module) -> list[np.ndarray]:
         network = TorchNetwork(model, self._spec)
         return [network.run(inputs) for inputs in self._inputs]
 
 
 def quantized_layers(quantization: Quantization) -> list[str]:
-    """The modules that have scales, in alphabetical order."""
+    """Return the modules that have scales, in alphabetical order."""
     return sorted({key.rpartition(".")[0] for key in quantization.amax})
 
 
 def noise_by_layer(checkpoint: Checkpoint, states: States, ctx: Context) -> dict[str, float]:
-    """Place -> its noise, for every place of the quantized checkpoint, one pass over the states each.
+    """Return module -> noise for every quantized module of the checkpoint, with one pass over the states each.
 
-    What a killed run measured is read from the context's folder. Raises InvalidInputError, naming the place, where it is no
-    number.
+    Measurements of a killed run are read from the context's folder.
+
+    Raises:
+        InvalidInputError: The output is not finite; the message names the module.
     """
     assert checkpoint.quantization is not None
     names, file = quantized_layers(checkpoint.quantization), ctx.work / FILE
@@ -85,7 +87,8 @@ def noise_by_layer(checkpoint: Checkpoint, states: States, ctx: Context) -> dict
                 quantizer.disable()
             if not np.isfinite(noise):
                 raise InvalidInputError(
-                    f"quantize: with '{name}' rounded the output is not finite; set ignored_layers: [{name}]"
+                    f"quantize: the output is not finite with only '{name}' quantized; keep it in float with "
+                    f"ignored_layers: [{name}]"
                 )
             found[name] = noise
             write_json(file, {"checkpoint": checkpoint.hash, "noise": found})
@@ -94,12 +97,12 @@ def noise_by_layer(checkpoint: Checkpoint, states: States, ctx: Context) -> dict
 
 
 def decibels(noise: float) -> float:
-    """The SQNR of a relative noise power, in dB."""
+    """Return the SQNR of a relative noise power, in dB."""
     return float(-10.0 * np.log10(max(noise, 1e-20)))
 
 
 def _quantizers(model: nn.Module) -> dict[str, list[Any]]:
-    """Module -> those of its own quantizers that round."""
+    """Return module -> its enabled quantizers."""
     from modelopt.torch.quantization.nn import TensorQuantizer
 
     found: dict[str, list[Any]] = {}

@@ -1,10 +1,10 @@
-"""A branch of low rank in floating point beside a quantized layer: SVDQuant (Li et al. 2025, section 4.2).
+"""SVDQuant: a low-rank float branch beside a quantized linear layer (Li et al. 2025, section 4.2).
 
     y = w x = q(r diag(s)) q(x / s) + up (down x),    r = w - up down,    up [out, rank], down [rank, in]
 
-with q the layer's rounding and s what smooths it, if anything does. up (down diag(s)) is the best approximation of
-w diag(s) that the rank allows, by its singular values (modelopt's `svd`): what is left to be rounded is smaller, and
-its scales finer. The checkpoint keeps w; down and up are data beside the scales. For linear layers.
+q is the layer's quantization and s its smoothing vector, if it has one. up (down diag(s)) is the best approximation of
+w diag(s) of this rank, from its SVD (modelopt's `svd`). The residual is smaller than the weight, so its scales are
+finer. The checkpoint keeps w; down and up are stored with the scales.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 def with_svdquant(checkpoint: Checkpoint, scales: Quantization, rank: int) -> Quantization:
-    """`scales` with a branch of this rank for every linear layer in the stage's format that has a larger one."""
+    """Add a branch of this rank to `scales` for every linear layer in the stage's format whose rank is larger."""
     from modelopt.torch.quantization.model_calib import svd
 
     svdquant: Tensors = {}
@@ -37,20 +37,20 @@ def with_svdquant(checkpoint: Checkpoint, scales: Quantization, rank: int) -> Qu
         weight, form = layer.weight.detach().float().cpu() * smooth, FORMATS[scales.format]
         up, down = svd(weight, rank)
         svdquant |= {f"{name}.down": (down / smooth).contiguous(), f"{name}.up": up.contiguous()}
-        # what was added to the range stays: see reduce_range
+        # scaling the amax keeps the factor of reduce_range
         amax[f"{name}.weight"] *= weight_amax(weight - up @ down, form) / weight_amax(weight, form)
     return replace(scales, amax=amax, svdquant=svdquant)
 
 
 def product(scales: Quantization, layer: str) -> torch.Tensor | float:
-    """Up down [out, in] of a layer's branch, 0 where it has none."""
+    """Return up @ down [out, in] of a layer's branch, or 0 if it has none."""
     return (
         scales.svdquant[f"{layer}.up"] @ scales.svdquant[f"{layer}.down"] if f"{layer}.up" in scales.svdquant else 0.0
     )
 
 
 def attach_svdquant_(model: nn.Module, scales: Quantization) -> None:
-    """Give the layers of `model`, which have quantizers, what they have left to round, and their branch beside it."""
+    """Replace the weights of the quantized layers of `model` by their residuals, and add the low-rank branches."""
     for key in scales.svdquant:
         name, _, side = key.rpartition(".")
         if side == "up":

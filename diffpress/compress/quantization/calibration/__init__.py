@@ -1,1 +1,1 @@
-"""Activation and weight statistics collected while the model samples, and the scales read from them."""
+"""Activation statistics collected while the model samples, and the scales of activations and weights."""

@@ -1,12 +1,12 @@
-"""Activation and weight scales, gathered while the model samples by its own plan.
+"""Scales of activations and weights, calibrated while the model samples under its own plan.
 
-Weights take one amax per output channel or block, activations one per tensor, read from statistics that are filled
-while the model samples: what it will see when deployed, at every timestep it will visit, and memory for the statistics
-only. Where inputs are smoothed the model samples twice: by what (smooth.py) is known before the result is counted.
+Weights have one amax per output channel or block, activations one per tensor. Activation statistics are streamed while
+the model samples, so they cover the inputs and timesteps of deployment, and memory holds the statistics only. With
+smoothing the model samples twice: the smoothing vectors (smoothquant.py) must be known before statistics are collected.
 
-With `reduce_range` a weight's amax is read as twice what it is, so that its integers stay within -64..64: processors
-without VNNI add two products of a uint8 and an int8 in 16 bits, and 2 * 255 * 64 is the most that fits (onnxruntime's
-and NNCF's documentation name the same remedy).
+With `reduce_range` a weight's amax is multiplied by 127/64, which keeps its integers within -64..64: CPUs without VNNI
+add two products of a uint8 and an int8 in 16 bits, and 2 * 255 * 64 is the largest sum that fits (the documentation of
+onnxruntime and NNCF recommends the same).
 """
 
 from __future__ import annotations
@@ -37,19 +37,28 @@ Tensors = dict[str, torch.Tensor]
 def calibrate(
     checkpoint: Checkpoint, formats: Mapping[str, str], outputs: Iterable[str], config: QuantizeConfig, ctx: Context
 ) -> tuple[Tensors, Tensors]:
-    """The amax of every quantizer, '<layer>.<weight|input|output>' -> float32 tensor, and what smooths which layer.
+    """Calibrate every quantizer; if no activation is quantized, the model is not run.
 
-    `formats` are the layers' and `outputs` the modules whose results are rounded too (compress/quantization/layer_selection.py).
-    Where no activation is rounded the model is not run. Raises InvalidInputError, naming the layer, for a scale that is zero,
-    infinite or missing, and for a value that is not finite.
+    Args:
+        checkpoint: The float checkpoint.
+        formats: Layer -> format name.
+        outputs: Modules whose outputs are quantized too (layer_selection.py).
+        config: Settings of the stage.
+        ctx: Seed, data and working folder of the stage.
+
+    Returns:
+        The amax of every quantizer, '<layer>.<weight|input|output>' -> float32 tensor, and layer -> smoothing vector.
+
+    Raises:
+        InvalidInputError: A scale is zero, infinite or missing, or a value is not finite; the message names the layer.
     """
     modules = dict(checkpoint.model.named_modules())
     numbers = {name: number for name, kind in formats.items() if (number := FORMATS[kind].activations)}
     floats = [name for name, number in numbers.items() if not number.is_integer]
     if config.calibration == "entropy" and floats:
         raise InvalidInputError(
-            f"quantize: calibration entropy weighs integers, and layer '{floats[0]}' is in {formats[floats[0]]}; take "
-            "mse, percentile or max"
+            f"quantize: calibration entropy requires integer formats, but layer '{floats[0]}' is in "
+            f"{formats[floats[0]]}; use mse, percentile or max"
         )
     smooth = smoothing(checkpoint, numbers, config, ctx) | activation_aware(checkpoint, formats, config, ctx)
     keys = [f"{name}.input" for name in numbers] + [f"{name}.output" for name in outputs]
@@ -57,14 +66,16 @@ def calibrate(
     observers: dict[str, Observer] = {key: partial(observe_, statistics, i) for i, key in enumerate(keys)}
     for name, s in smooth.items():
         if name in numbers:
-            observers[f"{name}.input"] = partial(_smoothed, observers[f"{name}.input"], 1 / along(s, modules[name]))
+            observers[f"{name}.input"] = partial(
+                _observe_smoothed, observers[f"{name}.input"], 1 / along(s, modules[name])
+            )
     if keys:
         collect_activations(checkpoint, observers, statistics.tensors, "calibrate", config, ctx)
     return _amax(checkpoint, formats, statistics, smooth, config), smooth
 
 
-def _smoothed(observe: Observer, factor: torch.Tensor, x: torch.Tensor, call: int, samples: int) -> None:
-    observe(x * factor.to(x.device), call, samples)
+def _observe_smoothed(observe: Observer, factor: torch.Tensor, x: torch.Tensor, evaluation: int, samples: int) -> None:
+    observe(x * factor.to(x.device), evaluation, samples)
 
 
 def _amax(
@@ -77,7 +88,7 @@ def _amax(
         weight = layer.weight.detach().float().cpu()
         if name in smooth:
             weight = weight * along(smooth[name], layer)
-        # only where the engine multiplies integers can their products overflow
+        # products can overflow only where the engine multiplies integers
         reduced = config.reduce_range and form.weights is INT8 and form.activations is INT8
         found[f"{name}.weight"] = weight_amax(weight, form) * (LEVELS / REDUCED_LEVELS if reduced else 1.0)
     for i, key in enumerate(statistics.names):
@@ -88,7 +99,7 @@ def _amax(
         if not (torch.isfinite(value).all() and (value > 0).all()):
             name, _, what = key.rpartition(".")
             raise InvalidInputError(
-                f"quantize: layer '{name}' has a {what} scale that is zero, infinite or missing; "
-                f"keep it in float with ignored_layers: [{name}]"
+                f"quantize: the {what} scale of layer '{name}' is zero, infinite or missing; "
+                f"keep the layer in float with ignored_layers: [{name}]"
             )
     return found

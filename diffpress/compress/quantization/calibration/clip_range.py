@@ -1,18 +1,19 @@
-"""Which magnitude is not clipped any more: an activation's amax, read from its statistics.
+"""Clip range of an activation: its amax, the largest magnitude not clipped, from its statistics.
 
-    max          the largest magnitude there was
-    percentile   the magnitude below which that share of all values lies
-    mse          the amax that minimises the sum over all values of (x - q(x))^2
-    entropy      the amax that minimises KL(P || Q): P the counts up to amax, with all beyond it in the last bin; Q the
-                 counts up to amax after as many equal parts as an integer has levels each averaged theirs (Migacz 2017)
-    step_means   min over the plan's calls of the mean over samples of a sample's largest magnitude
+    max          the largest magnitude observed
+    percentile   the magnitude below which that percentage of all values lies
+    mse          the amax that minimizes the sum over all values of (x - q(x))^2
+    entropy      the amax that minimizes KL(P || Q): P is the counts up to amax, with all values beyond it in the last
+                 bin; Q is the counts up to amax, averaged within as many equal ranges as the integer has levels
+                 (Migacz 2017)
+    step_means   min over the plan's evaluations of the mean over samples of a sample's largest magnitude
 
-Values are taken to lie evenly within a bin. Then the rounding error is an integral that has a closed form: for a format
-whose levels, as shares of amax, are u_0 = 0 < ... < u_n = 1, with u(x) the nearest one,
+Values are assumed uniform within a bin. The rounding error is then an integral with a closed form: for a format with
+levels u_0 = 0 < ... < u_n = 1, as fractions of amax, and u(x) the nearest level,
 
     E(x) = int_0^x (v - u(v))^2 dv = P(u(x)) + (x - u(x))^3 / 3,    P(u_i) = sum_{j<i} (u_{j+1} - u_j)^3 / 12
 
-is the error of values from 0 to x for an amax of 1, and amax^3 E(x / amax) for any other.
+is the error of values from 0 to x for an amax of 1, and amax^3 E(x / amax) for any other amax.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ from diffpress.compress.quantization.formats import Number
 
 Method = Literal["max", "percentile", "mse", "entropy", "step_means"]
 
-# of mse: the ratio of one candidate to the next, and how many lie between the best one's neighbours the second time
+# mse search: ratio between successive candidates, and number of candidates in the second search around the best one
 COARSE, FINE = 1.05, 33
 
 ENTROPY_STRIDE = 16  # in bins
 
 
 def amax_of(statistics: Statistics, index: int, method: Method, number: Number, percentile: float) -> float:
-    """The amax of tensor number `index` by `method`; 0 where it was never seen, or never was anything but 0."""
+    """Return the amax of tensor number `index` by `method`; 0 if it was never observed or always 0."""
     largest = float(statistics.largest[index])
     if largest == 0.0 or method == "max":
         return largest
@@ -47,13 +48,16 @@ def amax_of(statistics: Statistics, index: int, method: Method, number: Number, 
 
 
 def percentile_amax(counts: np.ndarray, top: float, percentile: float) -> float:
-    """Counts int64 [BINS] of magnitudes from 0 to `top` -> the magnitude that `percentile` % do not exceed."""
+    """Return the magnitude that `percentile` % of the values do not exceed.
+
+    `counts` int64 [BINS] is the histogram of magnitudes from 0 to `top`.
+    """
     below = np.concatenate([[0], np.cumsum(counts)]) / counts.sum()
     return float(np.interp(percentile / 100, below, _edges(top)))
 
 
 def mse_amax(counts: np.ndarray, top: float, number: Number) -> float:
-    """Counts as above -> the amax for which rounding to `number` costs least."""
+    """Return the amax with the smallest squared error of rounding to `number`; `counts` as in percentile_amax."""
     edges, levels = _edges(top), unit_levels(number)
     occupied = int(np.flatnonzero(counts)[-1]) + 1
     edges, density = edges[: occupied + 1], counts[:occupied] / edges[1]
@@ -65,7 +69,7 @@ def mse_amax(counts: np.ndarray, top: float, number: Number) -> float:
 
 
 def unit_levels(number: Number) -> np.ndarray:
-    """The magnitudes that `number` can hold, ascending from 0, as shares of the largest."""
+    """Return the magnitudes that `number` can represent, ascending from 0, as fractions of the largest."""
     if isinstance(number.bits, int):
         return np.arange(number.largest + 1) / number.largest
     exponents, mantissa = 2 ** number.bits[0], 2 ** number.bits[1]
@@ -76,7 +80,7 @@ def unit_levels(number: Number) -> np.ndarray:
 
 
 def _errors(candidates: np.ndarray, edges: np.ndarray, density: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """The summed squared rounding error for every candidate amax (the formula at the top of this file)."""
+    """Return the summed squared rounding error of every candidate amax (the formula in the module docstring)."""
     gaps = np.diff(levels)
     before = np.concatenate([[0.0], np.cumsum(gaps**3) / 12])
     x = edges / candidates[:, None]
@@ -87,9 +91,9 @@ def _errors(candidates: np.ndarray, edges: np.ndarray, density: np.ndarray, leve
 
 
 def entropy_amax(counts: np.ndarray, top: float, number: Number) -> float:
-    """Counts as above -> the amax of least divergence from `number`, an integer.
+    """Return the amax with the smallest KL divergence for the integer type `number`; `counts` as in percentile_amax.
 
-    The first bin counts as its neighbour: exact zeros cost nothing to represent, and would outweigh everything else.
+    The first bin is replaced by its neighbor: exact zeros are represented exactly, and would dominate.
     """
     counts = np.concatenate([counts[1:2], counts[1:]]).astype(np.float64)
     occupied = int(np.flatnonzero(counts)[-1]) + 1
@@ -104,9 +108,9 @@ def _divergence(counts: np.ndarray, beyond: float, levels: int) -> float:
     p[-1] += beyond
     if counts[-1] == 0 < beyond:
         return np.inf
-    parts = np.arange(len(counts)) * levels // len(counts)
-    totals, filled = (np.bincount(parts, weights=w, minlength=levels) for w in (counts, counts > 0))
-    q = np.where(counts > 0, totals[parts] / np.maximum(filled, 1)[parts], 0.0)
+    level = np.arange(len(counts)) * levels // len(counts)
+    totals, filled = (np.bincount(level, weights=w, minlength=levels) for w in (counts, counts > 0))
+    q = np.where(counts > 0, totals[level] / np.maximum(filled, 1)[level], 0.0)
     seen = p > 0
     p, q = p[seen] / p.sum(), q[seen] / q.sum()
     return float(np.sum(p * np.log(p / q)))

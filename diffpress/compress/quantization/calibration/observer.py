@@ -1,8 +1,8 @@
-"""The model samples by its own plan, and what its layers read and write is watched: one run for all layers.
+"""Activation observers on the inputs and outputs of all layers while the model samples once under its own plan.
 
-A run that was killed goes on where it was saved last and ends as an undisturbed one: saved are what the watches have
-gathered and what the network answered to the calls of the batch at hand, with which the sampler gets back to where it
-was without asking the network. A value that is not finite ends the run at once, naming where it came up.
+A killed run resumes from its last save with an identical result. The save holds the observers' tensors and the network
+outputs of the unfinished batch, which are replayed to restore the sampler's state without evaluating the network. A
+value that is not finite stops the run immediately; the error names the layer.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate_batches
 from diffpress.runtime.solvers import solver_evaluations
 
-CALIBRATION_SEED = 1_000_000  # far from the seeds that people sample and evaluate with
-SAVE_EVERY = 8  # calls
+CALIBRATION_SEED = 1_000_000  # disjoint from the seeds used for sampling and evaluation
+SAVE_EVERY = 8  # evaluations
 WHAT = "state of calibration"
 
-# (tensor, number of the call within its batch, samples in the call); raises NonFiniteError for a tensor that is not
+# (tensor, index of the evaluation within its batch, samples in the evaluation); raises NonFiniteError
 Observer = Callable[[torch.Tensor, int, int], None]
 Tensors = Mapping[str, torch.Tensor]
 
@@ -43,7 +43,7 @@ class NonFiniteError(ValueError):
 
 
 def evaluations_per_batch(checkpoint: Checkpoint) -> int:
-    """How often the network is called for one batch by the checkpoint's plan (under guidance with both halves)."""
+    """Return the evaluations per batch under the checkpoint's plan; one evaluation holds both cond and uncond."""
     return solver_evaluations(checkpoint.spec.plan.solver, checkpoint.spec.plan.steps)
 
 
@@ -55,72 +55,88 @@ def collect_activations(
     config: QuantizeConfig,
     ctx: Context,
 ) -> None:
-    """Make `config.samples` samples while `observers`, by '<layer>.<input|output>', see that tensor of every call.
+    """Generate `config.samples` samples while `observers` see their tensor in every evaluation.
 
-    `gathered` are the tensors that the watches change; they are saved as, and restored from, `what`.safetensors in the
-    context's folder. Raises InvalidInputError, naming the module and the timestep, at the first value that is not finite.
+    Args:
+        checkpoint: The float checkpoint to sample.
+        observers: '<layer>.<input|output>' -> observer of that tensor.
+        gathered: The tensors that the observers update; saved in `what`.safetensors in the context's folder.
+        what: Name of the run.
+        config: Settings of the stage.
+        ctx: Data and working folder of the stage.
+
+    Raises:
+        InvalidInputError: A value is not finite; the message names the module and the timestep.
     """
     facts = [checkpoint.hash, config.model_dump(mode="json"), ctx.data.hash if ctx.data else None, list(observers)]
     saved = _Saved(ctx.work / f"{what}.safetensors", json.dumps(facts), gathered)
-    done, answers = saved.restore()
-    calls, batches = evaluations_per_batch(checkpoint), -(-config.samples // config.batch)
-    first, answers = done // calls * config.batch, answers[: done % calls]
-    if done == calls * batches:
+    done, outputs = saved.restore()
+    per_batch, batches = evaluations_per_batch(checkpoint), -(-config.samples // config.batch)
+    first, outputs = done // per_batch * config.batch, outputs[: done % per_batch]
+    if done == per_batch * batches:
         return
     model = checkpoint.shared_model()
     conditioning = ctx.conditions(config.samples).part(slice(first, None))
     seeds = range(CALIBRATION_SEED + first, CALIBRATION_SEED + config.samples)
-    with progress(what, batches * calls, done) as advance:
+    with progress(what, batches * per_batch, done) as advance:
         network = _ObservedNetwork(
-            TorchNetwork(model, checkpoint.spec), model, saved, answers, calls * batches, advance, done
+            TorchNetwork(model, checkpoint.spec), model, saved, outputs, per_batch * batches, advance, done
         )
         try:
             with network.observing(observers):
                 for _ in generate_batches(network, checkpoint.spec, seeds, batch=config.batch, conditions=conditioning):
-                    network.answers.clear()
-                    network.call = 0
+                    network.outputs.clear()
+                    network.evaluation = 0
         except NonFiniteError as error:
             raise InvalidInputError(
-                f"quantize: {_first_not_finite(network.network, model, network.asked)} is not finite at timestep "
-                f"{float(network.asked['timestep'][0]):g} of calibration; sample the checkpoint as it is, and mend "
-                "what made it so"
+                f"quantize: {_first_not_finite(network.network, model, network.last_inputs)} is not finite at timestep "
+                f"{float(network.last_inputs['timestep'][0]):g} of calibration; sample the unquantized checkpoint to "
+                "find the cause"
             ) from error
 
 
 @dataclass
 class _ObservedNetwork:
-    """The network under watch; the first calls of a batch are answered from `answers`, where those are known.
+    """Network with observers; known `outputs` of the current batch are replayed instead of evaluated.
 
-    `call` is the next one's number in its batch, `done` counts those that the network was asked, of `total`, and
-    `asked` is what it was asked last.
+    Attributes:
+        network: The network to evaluate.
+        model: The module of `network`.
+        saved: The file to save progress in.
+        outputs: Outputs of the current batch so far.
+        total: Number of evaluations of the run.
+        advance: Reports progress.
+        done: Number of evaluations done.
+        evaluation: Index of the next evaluation in its batch.
+        last_inputs: Inputs of the last evaluation.
     """
 
     network: TorchNetwork
     model: nn.Module
     saved: _Saved
-    answers: list[np.ndarray]
+    outputs: list[np.ndarray]
     total: int
     advance: Advance
     done: int
-    call: int = 0
-    asked: dict[str, np.ndarray] = field(default_factory=dict)
+    evaluation: int = 0
+    last_inputs: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def inputs(self) -> Mapping[str, np.dtype]:
         return self.network.inputs
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        if self.call == len(self.answers):
-            self.answers.append(self._ask(inputs))
+        if self.evaluation == len(self.outputs):
+            self.outputs.append(self._evaluate(inputs))
             self.done += 1
             self.advance(self.done)
             if self.done % SAVE_EVERY == 0 or self.done == self.total > SAVE_EVERY:
-                self.saved.save(self.done, self.answers)
-        self.call += 1
-        return self.answers[self.call - 1]
+                self.saved.save(self.done, self.outputs)
+        self.evaluation += 1
+        return self.outputs[self.evaluation - 1]
 
-    def _ask(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        self.asked = inputs
+    def _evaluate(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        self.last_inputs = inputs
         out = self.network.run(inputs)
         if not np.isfinite(out).all():
             raise NonFiniteError
@@ -132,52 +148,54 @@ class _ObservedNetwork:
         with ExitStack() as stack:
             for key, observe in observers.items():
                 layer, _, side = key.rpartition(".")
-                see = partial(self._see, observe, side)
-                stack.callback(modules[layer].register_forward_hook(see).remove)
+                hook = partial(self._observe, observe, side)
+                stack.callback(modules[layer].register_forward_hook(hook).remove)
             yield
 
-    def _see(self, observe: Observer, side: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any) -> None:
+    def _observe(
+        self, observe: Observer, side: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any
+    ) -> None:
         results = out if isinstance(out, tuple) else (out,)
-        observe(args[0] if side == "input" else results[0], self.call, len(self.asked["sample"]))
+        observe(args[0] if side == "input" else results[0], self.evaluation, len(self.last_inputs["sample"]))
 
 
 def _first_not_finite(network: TorchNetwork, model: nn.Module, inputs: dict[str, np.ndarray]) -> str:
-    """What the call makes first that is not finite, in words: of nested modules the innermost."""
+    """Describe the first value that is not finite in an evaluation; of nested modules, the innermost."""
     if not np.isfinite(inputs["sample"]).all():
         return "the sample"
     found: list[str] = []
 
-    def look(name: str, module: nn.Module, args: object, out: object) -> None:
+    def check(name: str, module: nn.Module, args: object, out: object) -> None:
         if not found and isinstance(out, torch.Tensor) and not torch.isfinite(out).all():
             found.append(f"the output of layer '{name}'")
 
     with ExitStack() as stack:
         for name, module in model.named_modules():
-            stack.callback(module.register_forward_hook(partial(look, name)).remove)
+            stack.callback(module.register_forward_hook(partial(check, name)).remove)
         network.run(inputs)
     return found[0] if found else "the output"
 
 
 @dataclass(frozen=True)
 class _Saved:
-    """What a killed run needs to go on, in one file: put in place by one rename, and read by the same `run` alone."""
+    """The resumable state of a run, in one file that is replaced atomically; only the same `run` reads it."""
 
     file: Path
     run: str
     gathered: Tensors
 
-    def save(self, done: int, answers: list[np.ndarray]) -> None:
+    def save(self, done: int, outputs: list[np.ndarray]) -> None:
         tensors = {f"gathered.{name}": tensor for name, tensor in self.gathered.items()}
-        tensors |= {f"answer.{i}": torch.from_numpy(np.ascontiguousarray(out)) for i, out in enumerate(answers)}
+        tensors |= {f"answer.{i}": torch.from_numpy(np.ascontiguousarray(out)) for i, out in enumerate(outputs)}
         write_state(self.file, tensors, {"done": str(done), "run": self.run}, WHAT)
 
     def restore(self) -> tuple[int, list[np.ndarray]]:
-        """How many calls were done, and the answers to those of the unfinished batch."""
+        """Return the number of evaluations done, and the outputs of those in the unfinished batch."""
         saved = read_state(self.file, WHAT)
         if saved is None or saved[1].get("run") != self.run:
             return 0, []
         tensors, metadata = saved
         for name, own in self.gathered.items():
             own.copy_(tensors[f"gathered.{name}"])
-        answers = [name for name in tensors if name.startswith("answer.")]
-        return int(metadata["done"]), [tensors[f"answer.{i}"].numpy() for i in range(len(answers))]
+        outputs = [name for name in tensors if name.startswith("answer.")]
+        return int(metadata["done"]), [tensors[f"answer.{i}"].numpy() for i in range(len(outputs))]

@@ -1,10 +1,10 @@
-"""What calibration remembers of a tensor: counts of its magnitudes, streamed, in a fixed number of bins.
+"""Streaming statistics of a tensor: a histogram of its magnitudes with a fixed number of bins.
 
     bin k of K counts  k / K <= |x| / top < (k + 1) / K,     top the smallest power of two above every |x| so far
 
-When a larger value comes, top doubles and bins are added up in pairs: the bins of one range are exactly pairs of those
-of half the range, so the counts depend neither on how the values were split into batches nor on their order. Beside
-them stand the largest magnitude, and for each call of the plan the sum over samples of a sample's largest magnitude.
+When a larger value arrives, top doubles and pairs of bins are summed. The bins of one range are exactly pairs of those
+of half the range, so the counts depend neither on the batches nor on the order of the values. The statistics also hold
+the largest magnitude and, per evaluation of the plan, the sum over samples of a sample's largest magnitude.
 """
 
 from __future__ import annotations
@@ -18,15 +18,20 @@ import torch
 from diffpress.compress.quantization.calibration.observer import NonFiniteError
 
 BINS = 4096
-LEAST_TOP = 2.0**-100  # what is smaller counts as zero
+LEAST_TOP = 2.0**-100  # smaller magnitudes count as zero
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """Statistics of T named tensors over the C calls that sampling one batch takes, changed in place.
+    """Statistics of T named tensors over the C evaluations that sampling one batch takes, updated in place.
 
-    largest float64 [T], top float64 [T], counts int64 [T, BINS], sums float64 [T, C] and rows int64 [T, C]
-    (a sample's largest magnitude summed over samples, and how many samples there were).
+    Attributes:
+        names: Names of the tensors.
+        largest: Largest magnitude, float64 [T].
+        top: Upper end of the histogram, float64 [T].
+        counts: Histogram, int64 [T, BINS].
+        sums: Sum over samples of a sample's largest magnitude, float64 [T, C].
+        rows: Number of samples in `sums`, int64 [T, C].
     """
 
     names: tuple[str, ...]
@@ -38,28 +43,36 @@ class Statistics:
 
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
-        """All of them by name, as a file stores them."""
+        """All tensors by name, as saved in a file."""
         return {name: getattr(self, name) for name in ("largest", "top", "counts", "sums", "rows")}
 
 
-def no_statistics(names: Iterable[str], calls: int) -> Statistics:
-    """Nothing seen yet."""
+def no_statistics(names: Iterable[str], evaluations: int) -> Statistics:
+    """Return empty statistics of `names` over `evaluations` per batch."""
     names = tuple(names)
-    whole, real = torch.int64, torch.float64
+    integer, real = torch.int64, torch.float64
     return Statistics(
         names,
         torch.zeros(len(names), dtype=real),
         torch.full((len(names),), LEAST_TOP, dtype=real),
-        torch.zeros(len(names), BINS, dtype=whole),
-        torch.zeros(len(names), calls, dtype=real),
-        torch.zeros(len(names), calls, dtype=whole),
+        torch.zeros(len(names), BINS, dtype=integer),
+        torch.zeros(len(names), evaluations, dtype=real),
+        torch.zeros(len(names), evaluations, dtype=integer),
     )
 
 
-def observe_(statistics: Statistics, index: int, x: torch.Tensor, call: int, samples: int) -> None:
-    """Add tensor number `index` of call number `call`, made for `samples` samples: x [n * samples, ...], of any type.
+def observe_(statistics: Statistics, index: int, x: torch.Tensor, evaluation: int, samples: int) -> None:
+    """Add a tensor to the statistics.
 
-    A tensor that is not laid out by samples counts as one. Raises NonFiniteError where x is not finite.
+    Args:
+        statistics: Updated in place.
+        index: Number of the tensor.
+        x: [n * samples, ...], of any dtype; with another leading dimension it counts as one sample.
+        evaluation: Index of the evaluation in its batch.
+        samples: Number of samples in the evaluation.
+
+    Raises:
+        NonFiniteError: x holds a value that is not finite.
     """
     rows = samples if x.dim() and len(x) % samples == 0 else 1
     magnitudes = x.detach().abs().reshape(rows, -1)
@@ -68,11 +81,11 @@ def observe_(statistics: Statistics, index: int, x: torch.Tensor, call: int, sam
     if not math.isfinite(largest):
         raise NonFiniteError
     statistics.largest[index].clamp_(min=largest)
-    statistics.sums[index, call] += maxima.sum(dtype=torch.float64).item()
-    statistics.rows[index, call] += rows
+    statistics.sums[index, evaluation] += maxima.sum(dtype=torch.float64).item()
+    statistics.rows[index, evaluation] += rows
     top, counts = statistics.top[index], statistics.counts[index]
     while largest >= top:
         counts[: BINS // 2], counts[BINS // 2 :] = counts.view(-1, 2).sum(1), 0
         top *= 2
-    bins = (magnitudes * (BINS / top.item())).flatten().int()  # int32 counts ten times faster than histc, and exactly
+    bins = (magnitudes * (BINS / top.item())).flatten().int()  # counting int32 is exact and ten times faster than histc
     counts += torch.bincount(bins, minlength=BINS).cpu()

@@ -1,6 +1,6 @@
-"""The scales of a weight [out, in, ...]: one per output channel, or one per block of its inputs (formats.scale_shape).
+"""Scales of a weight [out, in, ...]: one per output channel, or one per block of its inputs (formats.scale_shape).
 
-amax[o] = max_i |w[o, i]|        amax[o, b] = max_{i in block b} |w[o, i]|        i over the flat row, in x kernel
+amax[o] = max_i |w[o, i]|        amax[o, b] = max_{i in block b} |w[o, i]|        i over the flattened row, in x kernel
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ from diffpress.compress.quantization.formats import Format, scale_shape
 
 
 def weight_amax(weight: torch.Tensor, form: Format) -> torch.Tensor:
-    """The largest magnitudes, float32 [out] or [out, blocks]: 0 only where a whole output channel is 0.
+    """Return the largest magnitudes, float32 [out] or [out, blocks]; 0 only if an entire output channel is 0.
 
-    A block of zeros among others takes the amax of its channel, for any scale represents it.
+    A block of zeros takes the amax of its channel, since any scale represents it.
     """
     shape = scale_shape(form, weight.shape)
     rows = weight.detach().float().abs().flatten(1)
@@ -25,7 +25,7 @@ def weight_amax(weight: torch.Tensor, form: Format) -> torch.Tensor:
 
 
 def spread(amax: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`amax` as it applies to `weight`, in a shape that broadcasts with it."""
+    """Expand `amax` [out] or [out, blocks] to a shape that broadcasts with `weight`."""
     if amax.dim() < 2:
         return amax.reshape(-1, *[1] * (weight.dim() - 1))
     return amax.repeat_interleave(weight[0].numel() // amax.shape[1], 1).view_as(weight)

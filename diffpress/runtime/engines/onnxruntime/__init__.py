@@ -1,1 +1,1 @@
-"""ONNX Runtime."""
+"""ONNX Runtime engine."""

@@ -1,12 +1,10 @@
-"""ONNX Runtime: reads denoiser.onnx, optimises the whole graph, runs any batch.
+"""ONNX Runtime engine: loads denoiser.onnx with all graph optimizations and runs any batch size.
 
-It runs on the first of its execution providers that works (diffpress.runtime.engines.onnxruntime.providers), which with the plain package is
-the processor. Inputs and outputs are not bound: on the processor that is no faster (medians in alternation, batch 1 and
-8), and nowhere else was it measured.
+It uses the first execution provider that works (see providers.py), which is the CPU in the default package. I/O binding
+is not used: on the CPU it is no faster (alternating medians, batch 1 and 8), and on other devices it was not measured.
 
-Which kernels really execute is read from a profile of one run, not from the file: ONNX Runtime fuses the Q/DQ
-pairs of a quantized file into QLinearConv, QGemm and the like only where it has such a kernel, and runs the
-rest in float.
+The executed kernels are read from a profile of one run, not from the file: ONNX Runtime fuses Q/DQ pairs into
+QLinearConv, QGemm etc. only if it has such a kernel, and runs the rest in float.
 """
 
 from __future__ import annotations
@@ -27,7 +25,7 @@ import numpy as np
 
 from diffpress.runtime.bundle import Built
 from diffpress.runtime.engines import macs
-from diffpress.runtime.engines.onnxruntime.providers import CPU, PROVIDERS, in_order
+from diffpress.runtime.engines.onnxruntime.providers import CPU, PROVIDERS, provider_order
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import UNMATCHED, Kernel, PrecisionReport, Product, precision_report_of
 from diffpress.runtime.errors import InvalidInputError
@@ -62,59 +60,62 @@ INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulIntege
 INTEGER |= {"DynamicQuantizeMatMul"}
 
 KERNEL = "_kernel_time"
-# what its optimisations put behind the names of the nodes they replace: 'conv_token_31', 'proj/MatMulAddFusion'
+# suffixes that graph optimizations append to the names of replaced nodes: 'conv_token_31', 'proj/MatMulAddFusion'
 BLOCKED = "_nchwc"
 REWRITTEN = re.compile(r"(_token_\d+|/\w+Fusion/?)+$")
 
 
 def missing() -> str | None:
+    """Return the package to install, or None if it is installed."""
     return None if importlib.util.find_spec("onnxruntime") else "onnxruntime"
 
 
 def unusable() -> None:
-    """It runs wherever it can be installed."""
+    """Return None: ONNX Runtime works on any machine it can be installed on."""
 
 
 def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> OnnxRuntimeEngine:
-    """Load an ONNX file; raises InvalidInputError where ONNX Runtime cannot read it."""
+    """Load an ONNX file; raises InvalidInputError if ONNX Runtime cannot read it."""
     return OnnxRuntimeEngine(path, options)
 
 
 class OnnxRuntimeEngine:
-    """One session; see diffpress.runtime.engines.Engine."""
+    """Engine with one ONNX Runtime session; see diffpress.runtime.engines.Engine."""
 
     name = NAME
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
         self._path, self._threads = path, _threads(options)
-        made = _lean(self._threads) if options.lean else _options(self._threads)
-        self._session, self.device = _first_session(path, made, options.providers)
+        session_options = _lean(self._threads) if options.lean else _options(self._threads)
+        self._session, self.device = _first_session(path, session_options, options.providers)
         self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
         self._outputs = [node.name for node in self._session.get_outputs()]
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the first output for one batch."""
         return next(iter(self.run_all(inputs).values()))
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return all outputs by name; raises InvalidInputError if ONNX Runtime fails."""
         try:
             return dict(zip(self._outputs, self._session.run(None, inputs), strict=True))
         except Exception as error:
-            raise _refused(self._path, "run", error) from error
+            raise _error(self._path, "run", error) from error
 
     def precision_report(
-        self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()
+        self, example_inputs: dict[str, np.ndarray], quantized_layers: Collection[str] = ()
     ) -> PrecisionReport:
-        """From the kernels of one profiled run in a second session, whose integer kernels are the same."""
+        """Report precision from one profiled run in a second session, which selects the same integer kernels."""
         options = _options(self._threads)
-        # prepacked weights vanish from the profile's shapes; which kernel runs does not depend on it
+        # prepacked weights are missing from the profile's shapes; kernel selection does not depend on prepacking
         options.add_session_config_entry("session.disable_prepacking", "1")
-        # blocked float convolutions lose their nodes' names; they come after the integer ones are chosen
+        # the NCHWc transform drops node names; it runs after integer kernels are selected
         events = self._profiled(options, example_inputs, runs=1, without=["NchwcTransformer"])
         nodes = {event["name"].removesuffix(KERNEL): event["args"] for event in events}
-        return precision_report_of([_product(name, node, nodes) for name, node in nodes.items()], promised)
+        return precision_report_of([_product(name, node, nodes) for name, node in nodes.items()], quantized_layers)
 
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
-        """From the profile of a second session; a blocked convolution is found by the tensor it writes."""
+        """Time kernels in a profiled second session; NCHWc convolutions are named after their output tensor."""
         times: dict[str, list[float]] = {}
         for event in self._profiled(_options(self._threads), example_inputs, runs + 1):
             times.setdefault(event["name"].removesuffix(KERNEL), []).append(event["dur"] / 1e3)
@@ -126,7 +127,7 @@ class OnnxRuntimeEngine:
     def _profiled(
         self, options: Any, inputs: dict[str, np.ndarray], runs: int, without: list[str] | None = None
     ) -> list[dict[str, Any]]:
-        """The kernels' events of a session that is made for it, in the order in which they ran."""
+        """Return the kernel events of a profiled temporary session, in execution order."""
         with tempfile.TemporaryDirectory() as folder:
             options.enable_profiling = True
             options.profile_file_prefix = str(Path(folder) / "profile")
@@ -137,9 +138,11 @@ class OnnxRuntimeEngine:
         return [event for event in events if "op_name" in event["args"]]
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
+        """Return the integer MAC share of `precision_report`."""
         return self.precision_report(example_inputs).integer_mac_share
 
     def close(self) -> None:
+        """Release the session."""
         self._session = None
 
 
@@ -149,8 +152,8 @@ def _options(threads: int | None) -> Any:
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 4  # its errors come as exceptions; not on stderr as well
-    # layers that only store int8 weights compute in float32; by default it would round their inputs to int8 as well
+    options.log_severity_level = 4  # errors are raised as exceptions; do not also log them to stderr
+    # weight-only int8 layers compute in float32; by default their inputs would be rounded to int8 as well
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1")
     return options
 
@@ -165,27 +168,27 @@ def _lean(threads: int | None) -> Any:
 
 
 def _threads(options: EngineOptions) -> int | None:
-    """Threads of one call: streams share them, and each call brings the first of its own."""
+    """Threads per concurrent run: streams share the total, at least one each."""
     if options.streams == 1:
         return options.threads
     return max(1, (options.threads or os.cpu_count() or 1) // options.streams)
 
 
-def _first_session(path: Path, options: Any, asked: Sequence[str]) -> tuple[Any, str]:
-    """A session on the first provider that works, and that provider's name; warns of each that was passed over."""
+def _first_session(path: Path, options: Any, requested: Sequence[str]) -> tuple[Any, str]:
+    """Return a session on the first provider that works and its name; warns about each provider that is skipped."""
     import onnxruntime
 
-    names, absent = in_order(asked, onnxruntime.get_available_providers())
-    for name in absent:
+    names, unavailable = provider_order(requested, onnxruntime.get_available_providers())
+    for name in unavailable:
         warnings.warn(f"onnxruntime: this package has no provider '{name}'; trying {names[0]}", stacklevel=2)
     for name, following in itertools.pairwise(names):
         try:
             session, reason = _session(path, options, name), "it did not start"
-            if PROVIDERS[name] in session.get_providers():  # ONNX Runtime drops some that fail without a word
+            if PROVIDERS[name] in session.get_providers():  # ONNX Runtime drops some failing providers silently
                 return session, name
         except InvalidInputError as error:
             reason = str(error)
-        warnings.warn(f"onnxruntime: provider '{name}' fails, trying {following}: {reason}", stacklevel=2)
+        warnings.warn(f"onnxruntime: provider '{name}' failed, trying {following}: {reason}", stacklevel=2)
     return _session(path, options, CPU), CPU
 
 
@@ -194,16 +197,16 @@ def _session(path: Path, options: Any, provider: str, without: list[str] | None 
 
     if not path.is_file():
         raise InvalidInputError(f"{path}: no such file")
-    providers = [PROVIDERS[name] for name in dict.fromkeys([provider, CPU])]  # what it cannot run, the processor does
+    providers = [PROVIDERS[name] for name in dict.fromkeys([provider, CPU])]  # the CPU runs unsupported nodes
     try:
         return onnxruntime.InferenceSession(
             str(path), options, providers=providers, disabled_optimizers=without, enable_fallback=0
         )
-    except Exception as error:  # its exception classes share no base but Exception
-        raise _refused(path, "load", error) from error
+    except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
+        raise _error(path, "load", error) from error
 
 
-def _refused(path: Path, verb: str, error: Exception) -> InvalidInputError:
+def _error(path: Path, verb: str, error: Exception) -> InvalidInputError:
     reason = (str(error).splitlines() or ["no reason given"])[0]
     return InvalidInputError(f"{path}: ONNX Runtime cannot {verb} it ({reason}); export it again")
 
@@ -215,7 +218,7 @@ def _numpy_type(name: str, path: Path) -> np.dtype:
 
 
 def _product(name: str, node: dict[str, Any], nodes: Collection[str]) -> Product:
-    """One executed kernel of those in `nodes`; a float one says why."""
+    """Convert an executed kernel of `nodes` to a Product, with a reason if it ran in float."""
     kind, reason = node["op_name"], UNMATCHED
     if kind in TRANSPOSED:
         reason = "no integer kernel for transposed convolutions"
@@ -225,11 +228,11 @@ def _product(name: str, node: dict[str, Any], nodes: Collection[str]) -> Product
 
 
 def _macs(node: dict[str, Any]) -> int:
-    """Multiply-accumulates of one executed kernel; 0 for kernels that are neither convolution nor product."""
+    """MACs of one executed kernel; 0 for kernels that are not convolutions, products or attention."""
     kind = node["op_name"]
     shapes = [shape for entry in node["input_type_shape"] for shape in entry.values()]
     out: list[int] = next((shape for entry in node["output_type_shape"] for shape in entry.values()), [])
-    tensors = [shape for shape in shapes if len(shape) > 1]  # without scales, zero points and biases
+    tensors = [shape for shape in shapes if len(shape) > 1]  # excludes scales, zero points and biases
     if kind in CONVOLUTIONS:
         return macs.convolution(out, tensors[1])
     if kind in TRANSPOSED:

@@ -1,4 +1,4 @@
-"""ONNX Runtime's execution providers: which to try, in which order, for what was asked and what its package has."""
+"""Selection and order of ONNX Runtime execution providers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from diffpress.runtime.errors import unknown_name
 
 CPU = "cpu"
 
-# the preferred one first; the last is in every package
+# in order of preference; every package has the last one
 PROVIDERS = {
     "tensorrt": "TensorrtExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -19,16 +19,23 @@ PROVIDERS = {
 }
 
 
-def in_order(asked: Sequence[str], there: Collection[str]) -> tuple[list[str], list[str]]:
-    """The names to try one after the other, and those that were asked for and are not there.
+def provider_order(requested: Sequence[str], available: Collection[str]) -> tuple[list[str], list[str]]:
+    """Return the providers to try in order, and the requested ones that are not available.
 
-    `there` are ONNX Runtime's own names of what its package has. Without a wish all of these are tried in the order
-    above; the processor is always the last resort. Raises InvalidInputError for a name that no provider has.
+    Args:
+        requested: Names of PROVIDERS in order; if empty, all available providers are tried in the order of PROVIDERS.
+        available: ONNX Runtime's names of the providers in its package.
+
+    Returns:
+        The names to try, which always include the CPU as a fallback, and the requested names that are missing.
+
+    Raises:
+        InvalidInputError: A requested name is unknown.
     """
-    for name in asked:
+    for name in requested:
         if name not in PROVIDERS:
             raise unknown_name("provider", name, PROVIDERS)
-    wanted = list(dict.fromkeys(asked or PROVIDERS))
-    found = [name for name in wanted if PROVIDERS[name] in there]
-    absent = [name for name in wanted if asked and name not in found]
-    return [*found, *([] if CPU in found else [CPU])], absent
+    candidates = list(dict.fromkeys(requested or PROVIDERS))
+    found = [name for name in candidates if PROVIDERS[name] in available]
+    missing = [name for name in candidates if requested and name not in found]
+    return [*found, *([] if CPU in found else [CPU])], missing

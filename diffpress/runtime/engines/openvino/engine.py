@@ -1,11 +1,13 @@
-"""OpenVINO on the CPU: reads denoiser.onnx (or an IR), compiles it for the very shapes it is asked to run.
+"""OpenVINO engine on the CPU: reads denoiser.onnx (or an IR) and compiles it for each input shape.
 
-Compiling for fixed shapes costs a second or two per batch size and pays at every step: on the default teacher
-a step took 0.70x of the dynamic graph's time, in fp32 and in int8 (medians in alternation, 2 cores, AVX2).
-The last few batch sizes are kept, and with a cache their compiled form outlives the process; a model that was compiled
-before is then not even read. Precision is pinned to f32 unless bf16 or f16 is asked for, so a float graph stays float
-on processors with bf16; the Q/DQ parts of a quantized graph run on integers. Layers whose weights alone are integers
-keep their inputs in float: OpenVINO would round those to int8 in groups of 32 on processors with AVX512-VNNI.
+Compiling for fixed shapes takes a second or two per batch size and speeds up every step: on the default teacher a step
+took 0.70x of the dynamic graph's time, in fp32 and in int8 (alternating medians, 2 cores, AVX2). The last few compiled
+shapes stay in memory; with a cache they persist between processes, and a cached model is loaded without reading the
+graph.
+
+Precision is pinned to f32 unless bf16 or f16 is requested, so a float graph stays float32 on CPUs with bf16; the Q/DQ
+parts of a quantized graph run on integers. Weight-only quantized layers keep float inputs: by default OpenVINO would
+round them to int8 in groups of 32 on CPUs with AVX512-VNNI.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
 EXTRA = "openvino"
 OPTIONS = {"threads", "precision", "streams"}
 KEPT_SHAPES = 4
-# beyond it a step takes so long that a walk saves next to nothing, and a second compiled model the memory of the first
+# above it, fused sampling saves little per step, while its compiled model doubles the memory
 FUSED_MAX_BYTES = 2**26
 
 CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
@@ -44,20 +46,26 @@ Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 def missing() -> str | None:
+    """Return the package to install, or None if it is installed."""
     return None if importlib.util.find_spec("openvino") else "openvino"
 
 
 def unusable() -> None:
-    """It runs wherever it can be installed."""
+    """Return None: OpenVINO works on any machine it can be installed on."""
 
 
 def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> OpenVinoEngine:
-    """Read an ONNX file or an IR; InvalidInputError where OpenVINO cannot, Unfit for a precision the processor has not."""
+    """Load an ONNX file or an IR.
+
+    Raises:
+        InvalidInputError: OpenVINO cannot read the file.
+        EngineUnavailableError: The CPU does not support the requested precision.
+    """
     return OpenVinoEngine(path, options)
 
 
 class OpenVinoEngine:
-    """One model and its compiled forms by input shape; see diffpress.runtime.engines.Engine."""
+    """Engine with one model compiled per input shape; see diffpress.runtime.engines.Engine."""
 
     name, device = "openvino", "cpu"
 
@@ -77,16 +85,20 @@ class OpenVinoEngine:
         self._outputs: list[str] = tensors["outputs"]
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the first output for one batch."""
         return next(iter(self.run_all(inputs).values()))
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with self._free(tensor_shapes(inputs)) as request:
-            # copies: with `share_outputs` the next call would write over them
+        """Return all outputs by name; raises InvalidInputError if OpenVINO fails."""
+        with self._idle(tensor_shapes(inputs)) as request:
+            # copies: with `share_outputs` the next inference would overwrite them
             return dict(zip(self._outputs, request.infer(inputs, share_inputs=True).to_tuple(), strict=True))
 
     def run_fused(self, program: Program, static_inputs: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
-        """As diffpress.runtime.fused.program.Walker; None for large networks, and in f16, where the steps were never seen to stay
-        in float32.
+        """Run all steps of a program inside OpenVINO; see diffpress.runtime.fused.program.FusedSampler.
+
+        Returns None for large networks, for other sample types than float32, and for f16, for which it is untested
+        whether the solver steps stay in float32.
         """
         precision = self._options["INFERENCE_PRECISION_HINT"]
         if precision == "f16" or self.inputs[SAMPLE] != np.float32 or self._bytes > FUSED_MAX_BYTES:
@@ -94,21 +106,21 @@ class OpenVinoEngine:
         rows = program.halves * len(start)
         shapes = {name: array.shape for name, array in static_inputs.items()}
         shapes |= {SAMPLE: (rows, *start.shape[1:]), TIMESTEP: (rows,)}
-        with self._free(tuple(shapes.items()), program.halves) as run_fused:
-            return run_fused.run(program, static_inputs, start)
+        with self._idle(tuple(shapes.items()), program.halves) as fused:
+            return fused.run(program, static_inputs, start)
 
     def precision_report(
-        self, example_inputs: dict[str, np.ndarray], promised: Collection[str] = ()
+        self, example_inputs: dict[str, np.ndarray], quantized_layers: Collection[str] = ()
     ) -> PrecisionReport:
-        """From the layers of the model compiled for these shapes."""
+        """Report precision from the layers of the model compiled for these shapes."""
         compiled = self._compiled_for(tensor_shapes(example_inputs)).model
-        with self._compiling:  # the model as read keeps the shapes of whatever was compiled last
+        with self._compiling:  # the model is reshaped in place for each compilation
             return precision_report_of(
-                list(products(self._reshaped(tensor_shapes(example_inputs)), compiled)), promised
+                list(products(self._reshaped(tensor_shapes(example_inputs)), compiled)), quantized_layers
             )
 
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
-        """From the performance counters of a second compiled model."""
+        """Time kernels with the performance counters of a second compiled model."""
         with self._compiling:
             model = self._reshaped(tensor_shapes(example_inputs))
             compiled = self._core.compile_model(model, "CPU", self._options | {"PERF_COUNT": True})
@@ -121,26 +133,28 @@ class OpenVinoEngine:
         return [Kernel(names.get(name, (name,)), statistics.median(found[1:])) for name, found in times.items()]
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
+        """Return the integer MAC share of `precision_report`."""
         return self.precision_report(example_inputs).integer_mac_share
 
     def close(self) -> None:
+        """Release the model and its compiled forms."""
         self._compiled.clear()
         self._model = self._core = None
 
     @contextmanager
-    def _free(self, shapes: Shapes, halves: int = 0) -> Iterator[Any]:
-        """A request or walk that nobody else has meanwhile; what it fails with is one line."""
+    def _idle(self, shapes: Shapes, halves: int = 0) -> Iterator[Any]:
+        """Reserve an inference request or FusedSampling; errors inside the block become InvalidInputError."""
         requests = self._compiled_for(shapes, halves).requests
         request = requests.get()
         try:
             yield request
         except Exception as error:
-            raise _refused(self._path, "run", error) from error
+            raise _error(self._path, "run", error) from error
         finally:
             requests.put(request)
 
     def _compiled_for(self, shapes: Shapes, halves: int = 0) -> _Compiled:
-        """The model for these shapes, or with `halves` the one that walks; compiled on first sight."""
+        """Return the model, or with `halves` > 0 the fused sampling model, compiled for these shapes."""
         compiled = self._compiled.get((shapes, halves))
         if compiled is None:
             with self._compiling:
@@ -162,48 +176,48 @@ class OpenVinoEngine:
         except InvalidInputError:
             raise
         except Exception as error:
-            raise _refused(self._path, "compile", error) from error
+            raise _error(self._path, "compile", error) from error
         self._compiled[shapes, halves] = compiled = _Compiled(model, SimpleQueue())
         for _ in range(self._streams):
             compiled.requests.put(FusedSampling(model) if halves else model.create_infer_request())
         return compiled
 
     def _import(self, key: str) -> Any:
-        """The compiled model out of the cache, None where it is not there or OpenVINO does not take it."""
-        kept = None if self._cache is None else self._cache.read(key)
-        if kept is None:
+        """Import the compiled model from the cache; None if it is missing or OpenVINO rejects it."""
+        stored = None if self._cache is None else self._cache.read(key)
+        if stored is None:
             return None
         try:
-            return self._core.import_model(io.BytesIO(kept), "CPU", self._options)
-        except Exception:  # then it is compiled again
+            return self._core.import_model(io.BytesIO(stored), "CPU", self._options)
+        except Exception:  # it is compiled again
             return None
 
     def _tensors(self) -> dict[str, Any]:
-        """Types of the inputs by name, and the names of the outputs."""
-        kept = None if self._cache is None else self._cache.read(self._key(()))
-        if kept is not None:
-            return dict(json.loads(kept))
+        """Return {"inputs": name -> dtype name, "outputs": names}, from the cache if possible."""
+        stored = None if self._cache is None else self._cache.read(self._key(()))
+        if stored is not None:
+            return dict(json.loads(stored))
         model = self._read()
         try:
             kinds = {node.get_any_name(): np.dtype(node.get_element_type().to_dtype()).name for node in model.inputs}
             tensors = {"inputs": kinds, "outputs": [node.get_any_name() for node in model.outputs]}
-        except Exception as error:  # a nameless tensor, or one of a type that numpy has not
-            raise _refused(self._path, "load", error) from error
+        except Exception as error:  # an unnamed tensor, or a type without a numpy equivalent
+            raise _error(self._path, "load", error) from error
         if self._cache is not None:
             self._cache.write(self._key(()), json.dumps(tensors).encode())
         return tensors
 
-    def _key(self, shapes: Shapes, *fused_only: int) -> str:
-        """All that a compiled model depends on besides the graph."""
+    def _key(self, shapes: Shapes, *fused: int) -> str:
+        """Cache key: everything a compiled model depends on besides the graph."""
         version, device = self._core.get_versions("CPU")["CPU"].build_number, "FULL_DEVICE_NAME"
-        return json.dumps([version, self._core.get_property("CPU", device), self._options, shapes, *fused_only])
+        return json.dumps([version, self._core.get_property("CPU", device), self._options, shapes, *fused])
 
     def _read(self) -> Any:
         if self._model is None:
             try:
                 self._model = self._core.read_model(self._path)
             except Exception as error:
-                raise _refused(self._path, "load", error) from error
+                raise _error(self._path, "load", error) from error
         return self._model
 
     def _reshaped(self, shapes: Shapes) -> Any:
@@ -213,19 +227,19 @@ class OpenVinoEngine:
 
 
 class _Compiled(NamedTuple):
-    """A model for fixed shapes, and the requests or walks that are free: one for each stream."""
+    """A model compiled for fixed shapes, and its idle requests or FusedSampling objects, one per stream."""
 
     model: Any
     requests: SimpleQueue[Any]
 
 
 def _properties(core: Any, options: EngineOptions) -> dict[str, Any]:
-    """OpenVINO's own names for the options; Unfit for a precision that the processor does not compute in."""
-    wanted = CAPABILITIES.get(options.precision)
-    if wanted is not None and wanted not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    """Convert options to OpenVINO properties; raises EngineUnavailableError for an unsupported precision."""
+    capability = CAPABILITIES.get(options.precision)
+    if capability is not None and capability not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         device = core.get_property("CPU", "FULL_DEVICE_NAME")
         raise EngineUnavailableError(
-            f"engine 'openvino': this processor ({device}) does not compute in {options.precision}; leave it at f32"
+            f"engine 'openvino': this CPU ({device}) does not support precision {options.precision}; use f32"
         )
     properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": options.precision}
     properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
@@ -237,12 +251,13 @@ def _properties(core: Any, options: EngineOptions) -> dict[str, Any]:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a graph with the weights that lie beside it."""
+    """Size of a graph in bytes, including its external weights."""
     weights = path.with_name(f"{path.name}.data")
     return path.stat().st_size + (weights.stat().st_size if weights.is_file() else 0)
 
 
 def tensor_shapes(inputs: dict[str, np.ndarray]) -> Shapes:
+    """Return the (name, shape) pairs of the inputs."""
     return tuple((name, array.shape) for name, array in inputs.items())
 
 
@@ -252,8 +267,8 @@ def _exported(model: Any) -> bytes:
     return stream.getvalue()
 
 
-def _refused(path: Path, verb: str, error: Exception) -> InvalidInputError:
-    """One line out of OpenVINO's many: the last is the reason, those before say where in its sources."""
+def _error(path: Path, verb: str, error: Exception) -> InvalidInputError:
+    """Convert a multi-line OpenVINO error: its last line is the reason, the others are source locations."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
     return InvalidInputError(
         f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); export it again"

@@ -1,7 +1,7 @@
-"""Which layers OpenVINO executes on integers, read from the model that it compiled.
+"""Find the layers that OpenVINO executes on integers, from the compiled model.
 
-The graph as read has the operations and their shapes; a layer of the compiled model names the operations that it was
-made of (`originalLayersNames`), its type, and the precision it runs in.
+The original model has the operations and their shapes; each layer of the compiled model lists the operations it was
+made from (`originalLayersNames`), its type, and its execution precision.
 """
 
 from __future__ import annotations
@@ -17,37 +17,37 @@ CONVOLUTIONS = {"Convolution", "GroupConvolution"}
 TRANSPOSED = {"ConvolutionBackpropData", "GroupConvolutionBackpropData"}
 INTEGERS = {"i8", "u8"}
 
-# types of executed layers
+# layer types of the compiled model
 KERNELS = {"Convolution", "Deconvolution", "FullyConnected", "MatMul", "ScaledDotProductAttention"}
 SUBGRAPH = "Subgraph"
-# what its transformations put behind the name of an operation
+# suffixes that OpenVINO's transformations append to operation names
 RESCALED = "/DequantizationMultiply"
 WITHOUT_BIAS = "/WithoutBiases"
 
 
 def products(model: Any, compiled: Any) -> Iterator[Product]:
-    """Every operation of the model as read, at the shapes it has now; products inside a subgraph run in float."""
-    ran: dict[str, tuple[bool, str]] = {}  # operation -> whether on integers, else why not
+    """Yield every operation of the original model at its current shapes; products inside a subgraph run in float."""
+    ran: dict[str, tuple[bool, str]] = {}  # operation -> (on integers, reason if not)
     layers = compiled.get_runtime_model().get_ops()
-    for layer in sorted(layers, key=_is_integer):  # an operation that is in several is where the integers are
+    for layer in sorted(layers, key=_is_integer):  # if an operation is in several layers, the integer one wins
         reason = "fused into a float subgraph" if _info(layer, "layerType") == SUBGRAPH else UNMATCHED
-        for name in _made_of(layer):
+        for name in _original_names(layer):
             ran[name.removesuffix(RESCALED)] = _is_integer(layer), reason
     for operation in model.get_ops():
         integer, reason = ran.get(operation.get_friendly_name(), (False, UNMATCHED))
-        yield Product(_named(operation), _operation_macs(operation), integer, reason)
+        yield Product(_node_name(operation), _operation_macs(operation), integer, reason)
 
 
 def layer_names(compiled: Any) -> dict[str, tuple[str, ...]]:
-    """Layer of the compiled model -> its own name and those of its operations, without what the compiler put behind."""
+    """Map each layer of the compiled model to its own name and those of its operations, without suffixes."""
     return {
-        layer.get_friendly_name(): _plain([layer.get_friendly_name(), *_made_of(layer)])
+        layer.get_friendly_name(): _without_suffixes([layer.get_friendly_name(), *_original_names(layer)])
         for layer in compiled.get_runtime_model().get_ops()
     }
 
 
 def _operation_macs(operation: Any) -> int:
-    """Multiply-accumulates of one operation of the graph as read, at the shapes it was last reshaped to."""
+    """MACs of one operation of the original model, at its current shapes."""
     kind = operation.get_type_name()
     if kind in CONVOLUTIONS:
         return macs.convolution(_out(operation), _in(operation, 1))
@@ -64,24 +64,25 @@ def _is_integer(layer: Any) -> bool:
     return _info(layer, "layerType") in KERNELS and _info(layer, "runtimePrecision") in INTEGERS
 
 
-def _named(operation: Any) -> str:
-    """Its ONNX node's name; where OpenVINO gave that to the addition of the bias, and it a number, the addition's.
+def _node_name(operation: Any) -> str:
+    """Return the name of the operation's ONNX node.
 
-    Lost for a product that is itself an output of the graph, which has the output's name.
+    OpenVINO may give that name to the bias addition and a numbered name to the product; then the addition's name is
+    returned. The name is lost for a product that is a graph output, which has the output's name.
     """
     name = str(operation.get_friendly_name()).removesuffix(WITHOUT_BIAS)
     if not re.fullmatch(rf"{operation.get_type_name()}_\d+", name):
         return name
-    readers = [target.get_node() for target in operation.output(0).get_target_inputs()]
-    return next((str(node.get_friendly_name()) for node in readers if node.get_type_name() == "Add"), name)
+    consumers = [target.get_node() for target in operation.output(0).get_target_inputs()]
+    return next((str(node.get_friendly_name()) for node in consumers if node.get_type_name() == "Add"), name)
 
 
-def _made_of(layer: Any) -> list[str]:
+def _original_names(layer: Any) -> list[str]:
     return _info(layer, "originalLayersNames").split(",")
 
 
-def _plain(names: list[str]) -> tuple[str, ...]:
-    """Each of the names once, as they were before the transformations."""
+def _without_suffixes(names: list[str]) -> tuple[str, ...]:
+    """Remove transformation suffixes and duplicates."""
     return tuple(dict.fromkeys(name.removesuffix(RESCALED).removesuffix(WITHOUT_BIAS) for name in names if name))
 
 

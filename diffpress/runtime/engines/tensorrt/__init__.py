@@ -1,8 +1,8 @@
-"""TensorRT: plans are built from a graph, told apart by what they fit, and run on an NVIDIA GPU.
+"""TensorRT: build engines from ONNX graphs, select one for this machine, and run it on an NVIDIA GPU.
 
-engine     the backend that diffpress.runtime.engines lists          plans     which plan a machine takes
-library    tensorrt, tensorrt-rtx and cuda-python          fit       why a plan does not fit
-builder    a graph in, a plan out                          binding   buffers, stream and CUDA graph of one shape
-options    what a build may be asked for                   profile   the shapes that a plan is made for
-messages   what TensorRT says, in one line                 monitor   a progress bar while it builds
+engine     backend listed in diffpress.runtime.engines     engine_files    selects the engine file for a machine
+library    tensorrt, tensorrt-rtx and cuda-python          compatibility   why an engine does not fit
+builder    ONNX graph -> engine                            binding         buffers, stream and CUDA graph of one shape
+options    build options                                   profile         shapes an engine is built for
+messages   TensorRT errors as one line                     monitor         progress of a build
 """

@@ -1,10 +1,10 @@
-"""One execution context for one set of input shapes: buffers that stay, and one CUDA graph that is replayed.
+"""One execution context for one set of input shapes: persistent buffers and a CUDA graph that is replayed.
 
     pinned host array --copy--> device buffer --kernels--> device buffer --copy--> pinned host array
 
-The first call runs the chain as it is, for libraries compile and allocate in it; then it is captured once, copies
-included, and each later call is one launch. (Where the solver can go without the copies, walk.py does.) A graph belongs
-to the context and addresses it was captured with, so each set of shapes has its own.
+The first run executes the chain directly, because libraries compile and allocate in it; then it is captured once,
+copies included, and each later run is one graph launch. (Fused sampling omits the copies: runtime/fused/cuda.py.) A
+CUDA graph is tied to the context and addresses it was captured with, so each set of shapes has its own.
 """
 
 from __future__ import annotations
@@ -21,9 +21,15 @@ from diffpress.runtime.errors import EngineUnavailableError
 
 
 class Binding:
-    """`inputs` name -> shape, `types` name -> numpy type of every input and output; `cuda` is cuda.bindings.runtime.
+    """Buffers, stream and CUDA graph of one execution context.
 
-    `replay` False runs the chain as it is each time, for a profiler to see its kernels.
+    Args:
+        cuda: The module cuda.bindings.runtime.
+        context: TensorRT execution context.
+        stream: CUDA stream of all copies and kernels.
+        inputs: Input name -> shape.
+        types: Name -> numpy dtype of every input and output.
+        replay: Capture and replay a CUDA graph; False enqueues each run, so that a profiler sees the kernels.
     """
 
     def __init__(
@@ -36,7 +42,7 @@ class Binding:
         replay: bool = True,
     ) -> None:
         self._cuda, self._context, self._stream = cuda, context, stream
-        self.device: dict[str, int] = {}  # where every input and output lies on the GPU
+        self.device: dict[str, int] = {}  # name -> GPU address of every input and output
         self._pinned: list[int] = []
         self._graph: Any = None
         self._capture = replay
@@ -45,7 +51,7 @@ class Binding:
         self._host: dict[str, np.ndarray] = {}
         try:
             for name, shape in inputs.items():
-                _checked(context.set_input_shape(name, tuple(shape)), f"shape {shape} of {name}")
+                _check(context.set_input_shape(name, tuple(shape)), f"shape {shape} of {name}")
             for name in types:
                 shape = inputs[name] if name in inputs else tuple(context.get_tensor_shape(name))
                 self._allocate(name, tuple(shape), types[name])
@@ -54,7 +60,7 @@ class Binding:
             raise
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """The outputs for these inputs, as arrays of the caller's own."""
+        """Run the engine and return copies of the outputs."""
         for name in self._inputs:
             self._host[name][...] = inputs[name]
         if self._graph is not None:
@@ -67,23 +73,23 @@ class Binding:
         return {name: self._host[name].copy() for name in self.outputs}
 
     def upload(self, inputs: Mapping[str, np.ndarray]) -> None:
-        """Put the inputs where the plan reads them."""
+        """Enqueue copies of the inputs to their GPU buffers."""
         for name in self._inputs:
             self._host[name][...] = inputs[name]
             self._copy(self.device[name], self._host[name].ctypes.data, name, "cudaMemcpyHostToDevice")
 
     def execute(self) -> None:
-        """Enqueue the plan's own kernels: from inputs on the GPU to outputs there."""
-        _checked(self._context.execute_async_v3(int(self._stream)), "this run")
+        """Enqueue the engine's kernels, from inputs to outputs on the GPU."""
+        _check(self._context.execute_async_v3(int(self._stream)), "this run")
 
     def captured(self, enqueue: Callable[[], None]) -> Any:
-        """What it enqueues as a CUDA graph; None where the plan does something that cannot be captured."""
+        """Capture what `enqueue` enqueues as a CUDA graph; None if the engine cannot be captured."""
         mode = self._cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
         call(self._cuda, "cudaStreamBeginCapture", self._stream, mode)
         try:
             enqueue()
         except EngineUnavailableError:
-            # what was begun must be ended; the failed capture is then thrown away, and calls go on one by one
+            # a capture must be ended; later runs are enqueued instead
             self._cuda.cudaStreamEndCapture(self._stream)
             return None
         error, graph = self._cuda.cudaStreamEndCapture(self._stream)
@@ -95,7 +101,7 @@ class Binding:
             call(self._cuda, "cudaGraphDestroy", graph)
 
     def close(self) -> None:
-        """Release graph, buffers and context."""
+        """Release CUDA graph, buffers and context."""
         if self._graph is not None:
             call(self._cuda, "cudaGraphExecDestroy", self._graph)
         self._host.clear()  # views of the pinned memory
@@ -112,7 +118,7 @@ class Binding:
         self._pinned.append(address)
         memory = (ctypes.c_byte * size).from_address(address)
         self._host[name] = np.ctypeslib.as_array(memory)[: math.prod(shape) * dtype.itemsize].view(dtype).reshape(shape)
-        _checked(self._context.set_tensor_address(name, self.device[name]), f"the address of {name}")
+        _check(self._context.set_tensor_address(name, self.device[name]), f"the address of {name}")
 
     def _enqueue(self) -> None:
         for name in self._inputs:
@@ -121,11 +127,11 @@ class Binding:
         for name in self.outputs:
             self._copy(self._host[name].ctypes.data, self.device[name], name, "cudaMemcpyDeviceToHost")
 
-    def _copy(self, to: int, origin: int, name: str, kind: str) -> None:
+    def _copy(self, target: int, source: int, name: str, kind: str) -> None:
         direction = getattr(self._cuda.cudaMemcpyKind, kind)
-        call(self._cuda, "cudaMemcpyAsync", to, origin, self._host[name].nbytes, direction, self._stream)
+        call(self._cuda, "cudaMemcpyAsync", target, source, self._host[name].nbytes, direction, self._stream)
 
 
-def _checked(done: bool, what: str) -> None:
-    if not done:
-        raise EngineUnavailableError(f"TensorRT refuses {what}; rebuild the plan with --rebuild")
+def _check(success: bool, what: str) -> None:
+    if not success:
+        raise EngineUnavailableError(f"TensorRT rejects {what}; rebuild the engine with --rebuild")

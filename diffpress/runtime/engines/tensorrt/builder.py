@@ -1,8 +1,8 @@
-"""ONNX graph -> TensorRT plan, with numpy and TensorRT alone: the runtime can build again what does not fit.
+"""Build a TensorRT engine from an ONNX graph, with numpy and TensorRT only, so that the runtime can rebuild engines.
 
-The network is strongly typed: every tensor has the type that it has in the graph (float32, float16, bfloat16, and int8,
-fp8 or fp4 between Q and DQ), and float32 products are not rounded to TF32 unless that is asked for. TensorRT-RTX builds
-for the GPUs that are named, on any machine; TensorRT for the GPU that is here.
+The network is strongly typed: every tensor keeps its type in the graph (float32, float16, bfloat16, and int8, fp8 or
+fp4 between Q and DQ), and float32 products use TF32 only on request. TensorRT-RTX builds for the named GPUs on any
+machine; TensorRT builds only for the local GPU.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError, 
 from diffpress.runtime.io.files import write_bytes
 from diffpress.runtime.spec import DenoiserSpec
 
-# where an ONNX file names another one that has weights of its: the entry 'location' of a tensor's external_data
+# the 'location' entry of a tensor's external_data, which names a weight file
 DATA_FILE = re.compile(rb"\n\x08location\x12([\x01-\x7f])")
 
 
 class BuiltEngine(NamedTuple):
-    """The bytes of a plan, and what the manifest keeps of how it was made (all but file, engine and precision)."""
+    """A serialized engine and its manifest entry (without file, engine and precision)."""
 
     data: bytes
     entry: dict[str, Any]
@@ -42,38 +42,49 @@ def build(
     options: BuildOptions,
     capabilities: Sequence[str] = (),
     *,
-    part: str = "denoiser",
+    component: str = "denoiser",
     quiet: bool = False,
 ) -> BuiltEngine:
-    """Build `graph`, which is the bundle's graph `part`, for GPUs such as '8.9', or none: for the one that is here.
+    """Build an engine from an ONNX graph.
 
-    Raises MissingDependencyError without a library, and InvalidInputError in one line for what cannot be built, naming the node if any.
+    Args:
+        graph: ONNX file.
+        spec: Spec of the denoiser, which gives the shapes of the profile.
+        options: Build options.
+        capabilities: Compute capabilities of the GPUs to build for, e.g. '8.9'; empty means the local GPU.
+        component: Name of the graph in the bundle.
+        quiet: Do not show progress.
+
+    Raises:
+        MissingDependencyError: No TensorRT library is installed.
+        EngineUnavailableError: The installed libraries cannot build for these GPUs.
+        InvalidInputError: The graph cannot be built; the one-line message names the node, if known.
     """
     name, capabilities = choose(capabilities)
     refuse_unsupported(name, options)
     trt = libraries.library(name)
     if not graph.is_file():
         raise InvalidInputError(f"{graph}: no such file")
-    began = time.monotonic()
+    start = time.monotonic()
     logger = libraries.collector(trt)
     builder = trt.Builder(logger)
     network = _parsed(trt, builder, logger, graph, name)
-    shapes = profile_shapes(_dimensions(network), spec, options, part)
+    shapes = profile_shapes(_dimensions(network), spec, options, component)
     config = _configured(trt, builder, name, options, capabilities, shapes)
-    observe = monitor(trt, f"{graph.name} for {', '.join(capabilities)}") if not quiet else None
-    if observe is not None:
-        config.progress_monitor = observe
+    progress = monitor(trt, f"{graph.name} for {', '.join(capabilities)}") if not quiet else None
+    if progress is not None:
+        config.progress_monitor = progress
     timing = None if name == libraries.RTX else _with_timing_cache(trt, config, capabilities[0])
-    plan = builder.build_serialized_network(network, config)
-    if observe is not None:
-        observe.clear()
-        if observe.interrupted:
+    serialized = builder.build_serialized_network(network, config)
+    if progress is not None:
+        progress.clear()
+        if progress.interrupted:
             raise KeyboardInterrupt
-    if plan is None:
+    if serialized is None:
         raise build_error(graph.name, name, logger.errors, options)
     if timing is not None:
         write_bytes(timing, bytes(config.get_timing_cache().serialize()))
-    data = bytes(plan)  # what the builder gives can be read, but not sliced
+    data = bytes(serialized)  # the builder's buffer cannot be sliced
     entry = {
         "library": name,
         "version": str(trt.__version__),
@@ -84,20 +95,22 @@ def build(
         "compute_capabilities": list(capabilities),
         "profile": {name: [list(shape) for shape in entry] for name, entry in shapes.items()},
         "options": options.to_json(),
-        "build_seconds": round(time.monotonic() - began, 1),
+        "build_seconds": round(time.monotonic() - start, 1),
     }
     return BuiltEngine(data, entry)
 
 
 def choose(capabilities: Sequence[str]) -> tuple[str, list[str]]:
-    """The library that builds for these compute capabilities, and them; for none the GPU's that is here.
+    """Return the library that builds for these compute capabilities, and the capabilities (default: the local GPU's).
 
-    Raises MissingDependencyError where none is installed, InvalidInputError for an unknown capability and where no GPU is here to build
-    for, or on.
+    Raises:
+        MissingDependencyError: No TensorRT library is installed.
+        InvalidInputError: A capability is unknown, or a local GPU is needed and there is none.
+        EngineUnavailableError: The installed libraries cannot build for these capabilities on this machine.
     """
     found = libraries.installed()
     if not found:
-        raise MissingDependencyError(libraries.RTX, libraries.EXTRA, "building TensorRT plans")
+        raise MissingDependencyError(libraries.RTX, libraries.EXTRA, "building TensorRT engines")
     ahead = libraries.targets(libraries.library(libraries.RTX)) if libraries.RTX in found else {}
     if capabilities and all(one in ahead for one in capabilities):
         return libraries.RTX, list(dict.fromkeys(capabilities))
@@ -110,12 +123,12 @@ def choose(capabilities: Sequence[str]) -> tuple[str, list[str]]:
             ) from error
         if not ahead:
             raise InvalidInputError(
-                f"TensorRT builds for the GPU that is here alone, and {error}; take tensorrt-rtx"
+                f"TensorRT builds only for the local GPU ({error}); install tensorrt-rtx"
             ) from error
         raise unknown_name("compute capability", next(o for o in capabilities if o not in ahead), ahead) from error
     if not capabilities and here in ahead:
         return libraries.RTX, [here]
-    # TensorRT-RTX's CURRENT is no way out for a GPU without a name: on 9.0 it built a plan that it then called invalid
+    # TensorRT-RTX's CURRENT does not help with an unlisted GPU: on 9.0 it built an engine that it then rejected
     if libraries.CLASSIC in found and set(capabilities) <= {here}:
         return libraries.CLASSIC, [here]
     raise EngineUnavailableError(
@@ -125,21 +138,21 @@ def choose(capabilities: Sequence[str]) -> tuple[str, list[str]]:
 
 
 def refuse_unsupported(library: str, options: BuildOptions) -> None:
-    """Raise InvalidInputError for what this library does not have, and would pass over in silence."""
+    """Raise InvalidInputError for options that this library does not support and would silently ignore."""
     if library != libraries.RTX:
         return
     if options.version_compatible:
         raise InvalidInputError(
-            f"{library} has no version-compatible plans; leave that out, and rebuild where versions differ"
+            f"{library} has no version-compatible engines; omit that option, and rebuild where versions differ"
         )
     if options.hardware_compatible != "none":
         raise InvalidInputError(
-            f"{library} has no hardware compatibility levels; name all compute capabilities instead"
+            f"{library} has no hardware compatibility levels; list all compute capabilities instead"
         )
 
 
 def graph_sha256(path: Path) -> str:
-    """The sha256 of an ONNX file, and over those of the files that hold its weights where there are some."""
+    """Return the sha256 of an ONNX file, combined with those of its external weight files, if any."""
     lengths = DATA_FILE.finditer(path.read_bytes())
     found = {match.string[match.end() : match.end() + match[1][0]] for match in lengths}
     files = sorted(path.parent / name.decode(errors="replace") for name in found)
@@ -159,12 +172,12 @@ def _parsed(trt: Any, builder: Any, logger: Any, graph: Path, library: str) -> A
 
 
 def _dimensions(network: Any) -> dict[str, list[int | str]]:
-    """Input -> sides, by name where they are not fixed."""
+    """Map each input to its dimensions: an int, or the name of a dynamic one."""
     found: dict[str, list[int | str]] = {}
     for index in range(network.num_inputs):
         tensor = network.get_input(index)
-        sides = tuple(tensor.shape)
-        found[tensor.name] = [tensor.get_dimension_name(i) if n == -1 else int(n) for i, n in enumerate(sides)]
+        dims = tuple(tensor.shape)
+        found[tensor.name] = [tensor.get_dimension_name(i) if n == -1 else int(n) for i, n in enumerate(dims)]
     return found
 
 
@@ -186,9 +199,9 @@ def _configured(
         "REFIT_IDENTICAL": options.strip_weights,
         "VERSION_COMPATIBLE": options.version_compatible,
     }
-    for name, wanted in flags.items():
+    for name, enabled in flags.items():
         flag = getattr(trt.BuilderFlag, name)
-        if wanted:
+        if enabled:
             config.set_flag(flag)
         else:
             config.clear_flag(flag)
@@ -209,11 +222,11 @@ def _configured(
 
 
 def _with_timing_cache(trt: Any, config: Any, capability: str) -> Path:
-    """Give the config what earlier builds on such a GPU found out; returns the file it is kept in.
+    """Set the timing cache of earlier builds for this GPU; returns the file it is stored in.
 
-    (TensorRT-RTX measures nothing when it builds, and has no use for one.)
+    (TensorRT-RTX does not time kernels while building and needs none.)
     """
     path = cache_folder() / "tensorrt" / f"timing-{trt.__version__}-{capability}.cache"
-    known = path.read_bytes() if path.is_file() else b""
-    config.set_timing_cache(config.create_timing_cache(known), False)
+    timings = path.read_bytes() if path.is_file() else b""
+    config.set_timing_cache(config.create_timing_cache(timings), False)
     return path

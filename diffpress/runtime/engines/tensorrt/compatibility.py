@@ -1,12 +1,12 @@
-"""Whether a plan may run here, from its manifest entry and the facts of the machine, before anything is deserialized.
+"""Compatibility of an engine with this machine, checked from its manifest entry before anything is deserialized.
 
-    library      installed, and in the very version that built it (or a later one of the same major version, where the
-                 plan is version compatible)
-    GPU          its compute capability is one of the plan's (or any from 8.0 on, where it is compatible with those)
-    graph        the sha256 of the ONNX graph that is there is that of the graph it was built from
-    shapes       within the plan's profile; batches above its largest are run in several parts
+    library      installed in exactly the version that built the engine (or a later one of the same major version, if
+                 the engine is version compatible)
+    GPU          its compute capability is one of the engine's (or any from 8.0 on, for ampere_plus)
+    graph        the ONNX graph has the sha256 of the graph the engine was built from
+    shapes       within the engine's profile; batches above its maximum are split
 
-A plan is a cache: what does not fit is not used, and can be built again from the graph.
+An engine is a cache: an incompatible one is not used, and can be rebuilt from the graph.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Profile = Mapping[str, Sequence[Sequence[int]]]
 
 
 def incompatibility(entry: Mapping[str, Any], device: Device, graph_sha256: str) -> str | None:
-    """Why a plan with this manifest entry cannot run on `device` for the graph with this hash; None where it can."""
+    """Return why the engine of a manifest entry cannot run this graph on `device`, or None."""
     malformed = _malformed(entry)
     if malformed:
         return malformed
@@ -29,48 +29,50 @@ def incompatibility(entry: Mapping[str, Any], device: Device, graph_sha256: str)
         return f"it was built with {library} {version}, which is not installed"
     here = device.libraries[library]
     options = entry["options"]
-    later = options.get("version_compatible") is True and _is_later(here, version)
-    if here != version and not later:
+    newer_allowed = options.get("version_compatible") is True and _is_later(here, version)
+    if here != version and not newer_allowed:
         return f"it was built with {library} {version}, and {here} is installed"
     if device.capability not in entry["compute_capabilities"] and not _compatible(options, entry, device.capability):
         built = ", ".join(entry["compute_capabilities"])
         return f"it was built for compute capability {built}, and this GPU has {device.capability}"
     if entry["graph_sha256"] != graph_sha256:
-        return f"it was built from another {entry['graph']} than the one that is there"
+        return f"it was built from another {entry['graph']} than the present one"
     return None
 
 
 def uncovered(profile: Profile, shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """Why inputs of these shapes lie outside of a plan's profile {input: (least, usual, largest)}; None where not."""
+    """Return why these shapes lie outside a profile {input: (smallest, usual, largest)}, or None."""
     for name, shape in shapes.items():
         low, _, high = profile[name]
         if len(shape) != len(low) or any(not a <= n <= b for a, n, b in zip(low, shape, high, strict=True)):
-            least, largest, asked = ("x".join(map(str, sides)) for sides in (low, high, shape))
-            return f"it takes {name} from {least} to {largest}, and {asked} is asked for"
+            smallest, largest, actual = ("x".join(map(str, dims)) for dims in (low, high, shape))
+            return f"{name} must be between {smallest} and {largest}, got {actual}"
     return None
 
 
 def _malformed(entry: Mapping[str, Any]) -> str | None:
     texts = ("library", "version", "graph", "graph_sha256", "file", "sha256")
     capabilities, options, profile = (entry.get(key) for key in ("compute_capabilities", "options", "profile"))
-    well = all(isinstance(entry.get(key), str) for key in texts) and isinstance(options, dict)
-    well = well and isinstance(capabilities, list) and all(isinstance(one, str) for one in capabilities)
-    well = well and isinstance(profile, dict) and bool(profile) and all(_is_range(entry) for entry in profile.values())
-    return None if well else "its entry in the manifest is incomplete; export the bundle again"
+    valid = all(isinstance(entry.get(key), str) for key in texts) and isinstance(options, dict)
+    valid = valid and isinstance(capabilities, list) and all(isinstance(one, str) for one in capabilities)
+    valid = (
+        valid and isinstance(profile, dict) and bool(profile) and all(_is_range(entry) for entry in profile.values())
+    )
+    return None if valid else "its entry in the manifest is incomplete; export the bundle again"
 
 
 def _is_range(found: Any) -> bool:
-    """Three shapes of one length, of whole numbers."""
+    """Return whether `found` is three integer shapes of equal rank."""
     if not (isinstance(found, list | tuple) and len(found) == 3):
         return False
-    shapes = all(isinstance(s, list | tuple) and all(type(side) is int for side in s) for s in found)
+    shapes = all(isinstance(s, list | tuple) and all(type(dim) is int for dim in s) for s in found)
     return shapes and len({len(s) for s in found}) == 1 and len(found[0]) > 0
 
 
 def _is_later(here: str, built: str) -> bool:
-    """'10.13.2' after '10.9.0', of the same major version."""
+    """Return whether `here` is `built` or later with the same major version, e.g. '10.13.2' and '10.9.0'."""
     try:
-        now, then = ([int(part) for part in version.split(".")] for version in (here, built))
+        now, then = ([int(number) for number in version.split(".")] for version in (here, built))
     except ValueError:
         return False
     return now[0] == then[0] and now >= then
@@ -82,5 +84,5 @@ def _compatible(options: Mapping[str, Any], entry: Mapping[str, Any], capability
         major = int(capability.partition(".")[0])
     except ValueError:
         return False
-    # 'same_compute_capability' is what the list of capabilities says already
+    # 'same_compute_capability' is already covered by the list of capabilities
     return kind == "ampere_plus" and major >= 8

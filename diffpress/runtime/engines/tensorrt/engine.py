@@ -1,10 +1,10 @@
-"""TensorRT on an NVIDIA GPU: runs a plan that was built ahead of time, or builds one from the ONNX graph (--rebuild).
+"""TensorRT backend for NVIDIA GPUs: runs a prebuilt engine, or builds one from the ONNX graph (--rebuild).
 
-A plan is used where it fits (fit.py): library, version, GPU, graph and its own sha256 are checked before any
-of it is deserialized. What was rebuilt is kept in the user's cache and found again. Batches above the plan's largest
-run in several parts.
+An engine is used only if it is compatible (compatibility.py): library, version, GPU, graph and the file's sha256 are
+checked before anything is deserialized. Rebuilt engines are stored in the user's cache. Batches above the engine's
+maximum are split.
 
-Which of its kernels compute on integers TensorRT does not tell: the account is refused, not guessed.
+TensorRT does not report which kernels compute on integers, so there is no precision report.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ Inputs = dict[str, np.ndarray]
 
 
 def missing() -> str | None:
-    """The package to install, None where all that it needs is there."""
+    """Return the package to install, or None if all are installed."""
     if not libraries.installed():
         return libraries.RTX
     return libraries.CUDA_PACKAGE if libraries.cuda_missing() else None
 
 
 def unusable() -> str | None:
-    """Why this machine cannot run it: there is no GPU."""
+    """Return why this machine cannot run TensorRT (no GPU), or None."""
     try:
         libraries.gpu_capability(libraries.cuda_runtime())
     except EngineUnavailableError as error:
@@ -56,71 +56,82 @@ def unusable() -> str | None:
 
 
 def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> TensorRtEngine:
-    """The plan of this graph that fits this machine, or with `options.rebuild` a new one; Unfit where there is none."""
-    plan, entry = engine_for(path, options, built, libraries.device_here())
-    return TensorRtEngine(path, plan, entry, options)
+    """Load the engine of this graph that fits this machine, or build one with `options.rebuild`.
+
+    Raises:
+        EngineUnavailableError: No engine fits this machine and none is to be built.
+    """
+    data, entry = engine_for(path, options, built, libraries.device_here())
+    return TensorRtEngine(path, data, entry, options)
 
 
 class TensorRtEngine:
-    """One deserialized plan and its bindings by input shapes; see diffpress.runtime.engines.Engine."""
+    """A deserialized engine and its bindings per input shape; see diffpress.runtime.engines.Engine."""
 
     name, device = NAME, "cuda"
 
-    def __init__(self, path: Path, plan: bytes, entry: dict[str, Any], options: EngineOptions) -> None:
+    def __init__(self, path: Path, data: bytes, entry: dict[str, Any], options: EngineOptions) -> None:
         self._path, self._profile = path, entry["profile"]
         self._largest = min(high[0] for _, _, high in self._profile.values())
         self._cuda, self._trt = libraries.cuda_runtime(), libraries.library(entry["library"])
         self._logger = libraries.collector(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
         if options.threads is not None:
-            self._runtime.max_threads = options.threads  # those that load and compile
-        self._engine = self._deserialized(plan, entry["options"])
+            self._runtime.max_threads = options.threads  # threads that load and compile
+        self._engine = self._deserialized(data, entry["options"])
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         self._types = {name: self._type(name) for name in names}
         is_input = self._trt.TensorIOMode.INPUT
         self.inputs = {n: self._types[n] for n in names if self._engine.get_tensor_mode(n) == is_input}
         self._stream = libraries.call(self._cuda, "cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
         self._bindings: dict[tuple[tuple[str, tuple[int, ...]], ...], Binding] = {}
-        self._walks: dict[Binding, FusedSampling] = {}
-        self._walking: tuple[Kernels, ...] | None = None  # None: not tried, empty: not to be had
+        self._fused_samplings: dict[Binding, FusedSampling] = {}
+        self._fused_kernels: tuple[Kernels, ...] | None = None  # None: not tried yet, empty: unavailable
         self._cache, self._compiled = options.cache, f"kernels of {entry['sha256']}"
         self._config = self._runtime_config()
 
     def run(self, inputs: Inputs) -> np.ndarray:
+        """Return the first output for one batch."""
         return next(iter(self.run_all(inputs).values()))
 
     def run_all(self, inputs: Inputs) -> Inputs:
-        parts = [self._binding(part).run(part) for part in parted(inputs, self._largest)]
-        return parts[0] if len(parts) == 1 else {n: np.concatenate([part[n] for part in parts]) for n in parts[0]}
+        """Return all outputs by name; batches above the engine's maximum are split."""
+        chunks = [self._binding(chunk).run(chunk) for chunk in split_batch(inputs, self._largest)]
+        return chunks[0] if len(chunks) == 1 else {n: np.concatenate([chunk[n] for chunk in chunks]) for n in chunks[0]}
 
     def run_fused(self, program: Program, static_inputs: Inputs, start: np.ndarray) -> np.ndarray | None:
-        """As diffpress.runtime.fused.program.Walker; None where NVRTC is missing, and for graphs that do not speak float32."""
+        """Run all steps of a program on the GPU; see diffpress.runtime.fused.program.FusedSampler.
+
+        Returns None if NVRTC is missing, if the graph's sample or output is not float32, or if one sample with its
+        guidance halves exceeds the engine's maximum batch.
+        """
         each, out = self._largest // program.halves, next(n for n in self._types if n not in self.inputs)
         kernels = self._kernels()
         if kernels is None or each < 1 or {self._types[SAMPLE], self._types[out]} != {np.dtype(np.float32)}:
             return None
         fused = []
         for first in range(0, len(start), each):
-            # what samples are told goes by halves: all of the given one, then all of the null one
+            # conditioning is ordered by halves: cond for all samples, then uncond for all samples
             rows = [half * len(start) + i for half in range(program.halves) for i in range(len(start))[first:][:each]]
-            part = start[first : first + each]
-            times = typed_timesteps([program.timesteps[0]] * len(rows), self._types[TIMESTEP])
+            chunk = start[first : first + each]
+            timesteps = typed_timesteps([program.timesteps[0]] * len(rows), self._types[TIMESTEP])
             feed = {name: array[rows] for name, array in static_inputs.items()}
-            feed |= {SAMPLE: np.concatenate([part] * program.halves), TIMESTEP: times}
+            feed |= {SAMPLE: np.concatenate([chunk] * program.halves), TIMESTEP: timesteps}
             binding = self._binding(feed)
-            if binding not in self._walks:
-                self._walks[binding] = FusedSampling(self._cuda, kernels, binding, self._stream)
-            fused.append(self._walks[binding].run(program, feed, part))
+            if binding not in self._fused_samplings:
+                self._fused_samplings[binding] = FusedSampling(self._cuda, kernels, binding, self._stream)
+            fused.append(self._fused_samplings[binding].run(program, feed, chunk))
         return np.concatenate(fused)
 
-    def precision_report(self, example_inputs: Inputs, promised: Collection[str] = ()) -> PrecisionReport:
-        raise EngineUnavailableError(f"{self._path}: TensorRT does not tell which of its kernels compute on integers")
+    def precision_report(self, example_inputs: Inputs, quantized_layers: Collection[str] = ()) -> PrecisionReport:
+        """Raise EngineUnavailableError: TensorRT does not report the precision of its kernels."""
+        raise EngineUnavailableError(f"{self._path}: TensorRT does not report which of its kernels compute on integers")
 
     def integer_mac_share(self, example_inputs: Inputs) -> None:
-        """Not known: see the top of this file."""
+        """Return None: TensorRT does not report the precision of its kernels."""
 
     def kernel_times(self, example_inputs: Inputs, runs: int = 3) -> list[Kernel]:
-        """From TensorRT's profiler, which sees its layers, several nodes fused in each."""
+        """Time TensorRT's layers with its profiler; each layer may fuse several nodes."""
         times: dict[str, list[float]] = {}
 
         class Profiler(self._trt.IProfiler):  # type: ignore[misc, name-defined]
@@ -145,13 +156,13 @@ class TensorRtEngine:
         self._stream = self._config = self._engine = self._runtime = None
 
     def _kernels(self) -> Kernels | None:
-        """What walks on the GPU, compiled when it is first asked for."""
-        if self._walking is None:
+        """Return the fused sampling kernels, compiled on first use; None if NVRTC is unavailable."""
+        if self._fused_kernels is None:
             try:
-                self._walking = (Kernels(libraries.gpu_capability(self._cuda)),)
+                self._fused_kernels = (Kernels(libraries.gpu_capability(self._cuda)),)
             except EngineUnavailableError:
-                self._walking = ()
-        return next(iter(self._walking), None)
+                self._fused_kernels = ()
+        return next(iter(self._fused_kernels), None)
 
     def _binding(self, inputs: Inputs) -> Binding:
         shapes = {name: tuple(array.shape) for name, array in inputs.items()}
@@ -160,7 +171,7 @@ class TensorRtEngine:
             reason = uncovered(self._profile, shapes)
             if reason is not None:
                 raise EngineUnavailableError(
-                    f"{self._path.name}: the TensorRT plan does not cover this: {reason}; export with --sizes"
+                    f"{self._path.name}: input outside the TensorRT engine's profile: {reason}; export with --sizes"
                 )
             if len(self._bindings) == KEPT_SHAPES:
                 self._drop(next(iter(self._bindings)))
@@ -171,7 +182,7 @@ class TensorRtEngine:
         make = self._engine.create_execution_context
         context = make() if self._config is None else make(runtime_config=self._config)
         if context is None:
-            raise self._failed("make an execution context")
+            raise self._error("create an execution context")
         if profiler is not None:
             context.profiler = profiler
         shapes = {name: tuple(array.shape) for name, array in inputs.items()}
@@ -179,40 +190,40 @@ class TensorRtEngine:
 
     def _drop(self, key: Any) -> None:
         binding = self._bindings.pop(key)
-        if binding in self._walks:
-            self._walks.pop(binding).close()
+        if binding in self._fused_samplings:
+            self._fused_samplings.pop(binding).close()
         binding.close()
-        self._keep_compiled()
+        self._store_compiled()
 
-    def _deserialized(self, plan: bytes, options: dict[str, Any]) -> Any:
-        if hasattr(self._runtime, "get_engine_validity"):  # TensorRT-RTX, which reads the header alone
-            validity, flags = self._runtime.get_engine_validity(plan[: self._runtime.engine_header_size])
+    def _deserialized(self, data: bytes, options: dict[str, Any]) -> Any:
+        if hasattr(self._runtime, "get_engine_validity"):  # TensorRT-RTX: reads only the header
+            validity, flags = self._runtime.get_engine_validity(data[: self._runtime.engine_header_size])
             if validity == self._trt.EngineValidity.INVALID:
-                raise self._failed("use the plan here", reasons(self._trt, flags))
-        engine = self._runtime.deserialize_cuda_engine(plan)
+                raise self._error("use the engine on this machine", reasons(self._trt, flags))
+        engine = self._runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise self._failed("read the plan")
+            raise self._error("read the engine")
         if options.get("strip_weights"):
             refitter = self._trt.OnnxParserRefitter(self._trt.Refitter(engine, self._logger), self._logger)
             if not refitter.refit_from_file(str(self._path)):
-                raise self._failed("put the weights of the graph into the plan")
+                raise self._error("refit the engine with the weights of the graph")
         if options.get("stream_weights"):
             engine.weight_streaming_budget_v2 = engine.get_weight_streaming_automatic_budget()
         return engine
 
     def _runtime_config(self) -> Any:
-        """With the kernels that an earlier run compiled, where the library compiles them (TensorRT-RTX)."""
+        """Create the runtime config with the kernels compiled by earlier runs (TensorRT-RTX only, else None)."""
         if not hasattr(self._trt, "IRuntimeCache"):
             return None
         config = self._engine.create_runtime_config()
         kernels = config.create_runtime_cache()
         compiled = None if self._cache is None else self._cache.read(self._compiled)
         if compiled is not None:
-            kernels.deserialize(compiled)  # looks at GPU and driver, and stays empty where they are others
+            kernels.deserialize(compiled)  # stays empty if the GPU or driver differs
         config.set_runtime_cache(kernels)
         return config
 
-    def _keep_compiled(self) -> None:
+    def _store_compiled(self) -> None:
         if self._config is not None and self._cache is not None:
             self._cache.write(self._compiled, bytes(self._config.get_runtime_cache().serialize()))
 
@@ -220,23 +231,23 @@ class TensorRtEngine:
         kind = self._engine.get_tensor_dtype(name).name
         if kind not in TYPES:
             raise EngineUnavailableError(
-                f"{self._path}: '{name}' is of type {kind}, which numpy has not; export it with float inputs"
+                f"{self._path}: '{name}' has type {kind}, which numpy does not support; export it with float inputs"
             )
         return np.dtype(TYPES[kind])
 
-    def _failed(self, verb: str, known: str = "") -> EngineUnavailableError:
-        said = known or one_line(self._logger.errors[0] if self._logger.errors else "")
-        return EngineUnavailableError(f"{self._path}: TensorRT cannot {verb} ({said}); build another with --rebuild")
+    def _error(self, verb: str, known: str = "") -> EngineUnavailableError:
+        reason = known or one_line(self._logger.errors[0] if self._logger.errors else "")
+        return EngineUnavailableError(f"{self._path}: TensorRT cannot {verb} ({reason}); build another with --rebuild")
 
 
 def reasons(trt: Any, flags: int) -> str:
-    """What TensorRT-RTX's diagnostics of an invalid plan stand for, in its own words: 'unsupported cc, ...'."""
+    """Decode TensorRT-RTX's diagnostics of an invalid engine to text, e.g. 'version mismatch, unsupported cc'."""
     members = trt.EngineInvalidityDiagnostics.__members__.items()
     return ", ".join(name.lower().replace("_", " ") for name, flag in members if int(flags) & int(flag))
 
 
-def parted(inputs: Inputs, largest: int) -> Iterator[Inputs]:
-    """The batch in parts of at most `largest`, in order."""
+def split_batch(inputs: Inputs, largest: int) -> Iterator[Inputs]:
+    """Yield the batch in order, in chunks of at most `largest` samples."""
     count = max(len(array) for array in inputs.values())
     for start in range(0, count, largest):
         yield {name: array[start : start + largest] for name, array in inputs.items()}

@@ -1,4 +1,4 @@
-"""Which plan is run: one built ahead that fits, one that was rebuilt before, or a new one from the ONNX graph."""
+"""Select the TensorRT engine to run: a compatible prebuilt one, a rebuilt one from the cache, or a new build."""
 
 from __future__ import annotations
 
@@ -23,47 +23,53 @@ from diffpress.runtime.spec import DenoiserSpec
 def engine_for(
     path: Path, options: EngineOptions, built: Sequence[Built], device: Device
 ) -> tuple[bytes, dict[str, Any]]:
-    """Bytes and manifest entry of the first plan that fits `device`, of those built ahead and then those rebuilt.
+    """Return bytes and manifest entry of the first engine that fits `device`.
 
-    None that fits raises Unfit with the reason of each, or builds one (`options.rebuild`) and keeps it in the cache.
+    Prebuilt engines are tried first, then rebuilt ones in the cache. If none fits and `options.rebuild` is set, an
+    engine is built and stored in the cache.
+
+    Raises:
+        EngineUnavailableError: No engine fits; the message lists the reason for each.
     """
     graph, reasons = graph_sha256(path), []
     for file, entry in built:
         reason = incompatibility(entry, device, graph)
         if reason is None:
-            plan = file.read_bytes() if file.is_file() else b""
-            if hashlib.sha256(plan).hexdigest() == entry["sha256"]:
-                return plan, entry
+            data = file.read_bytes() if file.is_file() else b""
+            if hashlib.sha256(data).hexdigest() == entry["sha256"]:
+                return data, entry
             reason = "the file is missing or damaged"
         reasons.append(f"{file.name}: {reason}")
     settings = _settings(path, built)
-    kept = _kept(options.cache, settings, device)
-    if kept is not None:
-        return kept
+    cached = _cached(options.cache, settings, device)
+    if cached is not None:
+        return cached
     if not options.rebuild:
-        found = "; ".join(reasons) or "none was built for it"
-        raise EngineUnavailableError(f"no TensorRT plan of {path.name} fits here ({found}); build one with --rebuild")
-    made = build(path, _spec_beside(path), settings, [device.capability], part=_part_of(path))
+        details = "; ".join(reasons) or "none was built for this graph"
+        raise EngineUnavailableError(
+            f"no TensorRT engine of {path.name} fits this machine ({details}); build one with --rebuild"
+        )
+    rebuilt = build(path, _bundle_spec(path), settings, [device.capability], component=_graph_name(path))
     if options.cache is not None:
-        key = _key(settings, made.entry["library"], made.entry["version"], device.capability)
-        options.cache.write(f"{key} plan", made.data)
-        options.cache.write(f"{key} entry", json.dumps(made.entry).encode())
-    return made.data, made.entry
+        key = _key(settings, rebuilt.entry["library"], rebuilt.entry["version"], device.capability)
+        options.cache.write(f"{key} plan", rebuilt.data)
+        options.cache.write(f"{key} entry", json.dumps(rebuilt.entry).encode())
+    return rebuilt.data, rebuilt.entry
 
 
 def _settings(path: Path, built: Sequence[Built]) -> BuildOptions:
-    """How the bundle's own plans were built, to build another in the same way."""
-    found: Any = next((entry["options"] for _, entry in built if "options" in entry), {})
-    return BuildOptions.from_json(found, str(path))
+    """Build options of the bundle's engines, to rebuild with the same ones."""
+    options: Any = next((entry["options"] for _, entry in built if "options" in entry), {})
+    return BuildOptions.from_json(options, str(path))
 
 
-def _kept(cache: Cache | None, settings: BuildOptions, device: Device) -> tuple[bytes, dict[str, Any]] | None:
-    """The plan that was rebuilt for such a device before."""
+def _cached(cache: Cache | None, settings: BuildOptions, device: Device) -> tuple[bytes, dict[str, Any]] | None:
+    """Return the engine rebuilt earlier for this device, if the cache has one."""
     for library, version in device.libraries.items():
         key = _key(settings, library, version, device.capability)
-        entry, plan = (None, None) if cache is None else (cache.read(f"{key} entry"), cache.read(f"{key} plan"))
-        if entry is not None and plan is not None:
-            return plan, json.loads(entry)
+        entry, data = (None, None) if cache is None else (cache.read(f"{key} entry"), cache.read(f"{key} plan"))
+        if entry is not None and data is not None:
+            return data, json.loads(entry)
     return None
 
 
@@ -71,16 +77,16 @@ def _key(settings: BuildOptions, library: str, version: str, capability: str) ->
     return f"{library} {version} {capability} {json.dumps(settings.to_json())}"
 
 
-def _spec_beside(path: Path) -> DenoiserSpec:
-    """The spec of the bundle that the graph lies in, whose manifest was verified when the bundle was opened."""
+def _bundle_spec(path: Path) -> DenoiserSpec:
+    """Read the spec of the graph's bundle, whose manifest was verified when the bundle was opened."""
     manifest = path.parent / MANIFEST
     if not manifest.is_file():
         raise InvalidInputError(
-            f"{path}: only graphs of a bundle can be built again; this one has no {MANIFEST} beside it"
+            f"{path}: only graphs of a bundle can be rebuilt; there is no {MANIFEST} next to this one"
         )
     return DenoiserSpec.from_json(read_json(manifest).get("spec"), f"{manifest}: spec")
 
 
-def _part_of(path: Path) -> str:
+def _graph_name(path: Path) -> str:
     """'denoiser.tensorrt.onnx' -> 'denoiser'."""
     return path.name.split(".", 1)[0]

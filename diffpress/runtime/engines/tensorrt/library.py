@@ -1,9 +1,9 @@
-"""TensorRT as it comes in two libraries with nearly one API, and the GPU it would run on.
+"""The two TensorRT libraries, which share most of their API, and the local GPU.
 
-    tensorrt-rtx    `import tensorrt_rtx`    builds for any GPU, without one; compiled for it when it first runs
-    tensorrt        `import tensorrt`        builds for the GPU that is here, on it
+    tensorrt-rtx    `import tensorrt_rtx`    builds for any GPU without needing one; compiles kernels on first run
+    tensorrt        `import tensorrt`        builds on the local GPU for that GPU
 
-A plan runs in the library that built it, in that version alone. Nothing here touches a GPU before it is asked to.
+An engine runs only in the library and version that built it. Importing this module does not access a GPU.
 """
 
 from __future__ import annotations
@@ -24,53 +24,59 @@ EXTRA = "tensorrt"
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan must fit: the GPU's compute capability ('8.9'), and the version of each library installed."""
+    """What an engine must match: the GPU's compute capability ('8.9') and the versions of the installed libraries."""
 
     capability: str
     libraries: Mapping[str, str]
 
 
 def installed() -> list[str]:
-    """The libraries that are installed, TensorRT-RTX first."""
+    """List the installed libraries, TensorRT-RTX first."""
     return [library for library, module in MODULES.items() if _present(module)]
 
 
 def cuda_missing() -> bool:
-    """Whether cuda-python, which moves the data and launches, is absent."""
+    """Return whether cuda-python, which copies data and launches kernels, is missing."""
     return not _present(CUDA)
 
 
 def library(name: str) -> Any:
-    """The module of one of the two; raises MissingDependencyError where it is not installed."""
+    """Import one of the two libraries; raises MissingDependencyError if it is not installed."""
     if not _present(MODULES[name]):
         raise MissingDependencyError(name, EXTRA, "TensorRT")
     return importlib.import_module(MODULES[name])
 
 
 def cuda_runtime() -> Any:
-    """cuda.bindings.runtime; raises MissingDependencyError where it is not installed."""
+    """Import cuda.bindings.runtime; raises MissingDependencyError if it is not installed."""
     if cuda_missing():
         raise MissingDependencyError(CUDA_PACKAGE, EXTRA, "TensorRT")
     return importlib.import_module("cuda.bindings.runtime")
 
 
 def call(cuda: Any, name: str, *args: Any) -> Any:
-    """One function of the CUDA runtime; its result (a tuple of several). Raises Unfit with what CUDA says."""
+    """Call a function of the CUDA runtime or driver and return its result, a tuple if there are several.
+
+    Raises:
+        EngineUnavailableError: The call failed; the message contains CUDA's error string.
+    """
     error, *found = getattr(cuda, name)(*args)
     if int(error) != 0:
-        said = cuda.cudaGetErrorString(error)[1]
-        raise EngineUnavailableError(f"CUDA: {name} failed: {said.decode() if isinstance(said, bytes) else said}")
+        message = cuda.cudaGetErrorString(error)[1]
+        raise EngineUnavailableError(
+            f"CUDA: {name} failed: {message.decode() if isinstance(message, bytes) else message}"
+        )
     return found[0] if len(found) == 1 else tuple(found)
 
 
 def gpu_capability(cuda: Any) -> str:
-    """'8.9' of the first GPU; raises Unfit in one line where there is none."""
+    """Return the first GPU's compute capability, e.g. '8.9'; raises EngineUnavailableError if there is none."""
     try:
         count = call(cuda, "cudaGetDeviceCount")
     except EngineUnavailableError as error:
-        raise EngineUnavailableError(f"there is no NVIDIA GPU that can be used ({error})") from error
+        raise EngineUnavailableError(f"no usable NVIDIA GPU ({error})") from error
     if count == 0:
-        raise EngineUnavailableError("there is no NVIDIA GPU")
+        raise EngineUnavailableError("no NVIDIA GPU found")
     attributes = cuda.cudaDeviceAttr
     major = call(cuda, "cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMajor, 0)
     minor = call(cuda, "cudaDeviceGetAttribute", attributes.cudaDevAttrComputeCapabilityMinor, 0)
@@ -78,19 +84,24 @@ def gpu_capability(cuda: Any) -> str:
 
 
 def device_here() -> Device:
-    """The facts of this machine; raises MissingDependencyError and Unfit as its parts do."""
+    """Return the GPU and the libraries of this machine.
+
+    Raises:
+        MissingDependencyError: cuda-python is not installed.
+        EngineUnavailableError: There is no usable GPU.
+    """
     capability = gpu_capability(cuda_runtime())
     return Device(capability, {name: str(library(name).__version__) for name in installed()})
 
 
 def targets(trt: Any) -> dict[str, Any]:
-    """'8.9' -> what stands for it, of all compute capabilities that this library can build for without the GPU."""
+    """Map the compute capabilities the library can cross-compile for, e.g. '8.9', to its enum values."""
     members = getattr(getattr(trt, "ComputeCapability", None), "__members__", {})
     return {f"{name[2:-1]}.{name[-1]}": value for name, value in members.items() if name.startswith("SM")}
 
 
 def collector(trt: Any) -> Any:
-    """A logger that keeps what the library says as errors, in place of printing it; see `reason`."""
+    """Create a TensorRT logger that collects error messages in `errors` instead of printing them."""
 
     class Collector(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -107,5 +118,5 @@ def collector(trt: Any) -> Any:
 def _present(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is not there
+    except ModuleNotFoundError:  # the parent package is missing
         return False

@@ -1,8 +1,8 @@
-"""How far the builder is: one live line on a terminal, a plain one every few seconds elsewhere.
+"""Progress of an engine build: one live line on a terminal, a plain line every few seconds elsewhere.
 
-TensorRT reports nested phases, each of so many steps. A phase that is inside another is a part of that one's next step:
+TensorRT reports nested phases with a number of steps each. A nested phase is part of its parent's next step:
 
-    share(phase) = (steps done + share of what runs inside it, at most 1) / steps
+    progress(phase) = (steps done + progress of its nested phase, at most 1) / steps
 """
 
 from __future__ import annotations
@@ -16,41 +16,44 @@ PLAIN_EVERY_S, LIVE_EVERY_S = 10.0, 0.1
 
 
 class Phases:
-    """The phases that run now; may be told of them from several threads."""
+    """The running phases of a build; thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._phases: dict[str, tuple[str | None, int, int]] = {}  # name -> (parent, steps, done)
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
+        """Add a phase with this number of steps."""
         with self._lock:
             self._phases[name] = (parent, max(steps, 1), 0)
 
     def step(self, name: str) -> None:
+        """Count one finished step of a phase."""
         with self._lock:
             if name in self._phases:
                 parent, steps, done = self._phases[name]
                 self._phases[name] = (parent, steps, min(done + 1, steps))
 
     def finish(self, name: str) -> None:
+        """Remove a phase."""
         with self._lock:
             self._phases.pop(name, None)
 
     def now(self) -> tuple[float, str]:
-        """The share of the outermost phase that is done, and the name of the innermost."""
+        """Return the progress of the outermost phase in 0..1, and the name of the innermost."""
         with self._lock:
             outermost = next((name for name, phase in self._phases.items() if phase[0] is None), None)
             innermost = next(reversed(self._phases), "")
-            return (0.0 if outermost is None else self._share(outermost)), innermost
+            return (0.0 if outermost is None else self._progress(outermost)), innermost
 
-    def _share(self, name: str) -> float:
+    def _progress(self, name: str) -> float:
         _, steps, done = self._phases[name]
-        inner = max((self._share(child) for child, phase in self._phases.items() if phase[0] == name), default=0.0)
-        return min((done + inner) / steps, 1.0)
+        nested = max((self._progress(child) for child, phase in self._phases.items() if phase[0] == name), default=0.0)
+        return min((done + nested) / steps, 1.0)
 
 
 def monitor(trt: Any, what: str, out: TextIO | None = None) -> Any:
-    """An IProgressMonitor that tells of building `what`; an interrupt stops the build and is kept in `interrupted`."""
+    """Create an IProgressMonitor that prints progress; Ctrl-C stops the build and sets `interrupted`."""
     stream = sys.stdout if out is None else out
     live = stream.isatty()
 
@@ -58,7 +61,7 @@ def monitor(trt: Any, what: str, out: TextIO | None = None) -> Any:
         def __init__(self) -> None:
             super().__init__()
             self.interrupted = False
-            self._phases, self._network_conditioning = Phases(), time.monotonic()
+            self._phases, self._last_report = Phases(), time.monotonic()
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
             self._phases.start(phase_name, parent_phase, num_steps)
@@ -66,24 +69,24 @@ def monitor(trt: Any, what: str, out: TextIO | None = None) -> Any:
         def step_complete(self, phase_name: str, step: int) -> bool:
             try:
                 self._phases.step(phase_name)
-                self._tell()
-            except KeyboardInterrupt:  # must not travel through the builder's own frames
+                self._report()
+            except KeyboardInterrupt:  # must not propagate through the builder's C++ frames
                 self.interrupted = True
             return not self.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
             self._phases.finish(phase_name)
 
-        def _tell(self) -> None:
-            if time.monotonic() - self._network_conditioning < (LIVE_EVERY_S if live else PLAIN_EVERY_S):
+        def _report(self) -> None:
+            if time.monotonic() - self._last_report < (LIVE_EVERY_S if live else PLAIN_EVERY_S):
                 return
-            self._network_conditioning = time.monotonic()
-            share, phase = self._phases.now()
-            line = f"  building {what}: {share:.0%}  {phase}"
+            self._last_report = time.monotonic()
+            progress, phase = self._phases.now()
+            line = f"  building {what}: {progress:.0%}  {phase}"
             print(f"\r\033[2K{line[:79]}" if live else line, end="" if live else "\n", file=stream, flush=True)
 
         def clear(self) -> None:
-            """Take the live line away."""
+            """Erase the live line."""
             if live:
                 print("\r\033[2K", end="", file=stream, flush=True)
 

@@ -1,11 +1,11 @@
-"""The shapes that a plan shall take: for every input the least, the usual and the largest, by the graph and the spec.
+"""Optimization profile of an engine: smallest, usual and largest shape of every input, from the graph and the spec.
 
-    batch, steps                     as the build options have them; one at a time in a decoder of latents
-    height, width                    of the sample: the spec's own, or from the smallest to the largest size asked for
+    batch, steps                     from the build options; always 1 in a latent decoder
+    height, width                    of the sample: the spec's, or from the smallest to the largest requested size
     latent_height, latent_width      the same, in a decoder
-    sequence                         what the spec's text inputs and encoders are padded to
+    sequence                         padded length of the spec's text inputs and encoders
 
-The names are those that the graph's dimensions have; anything else in a graph must be a fixed number.
+These are the names of the graph's dynamic dimensions; all other dimensions must be fixed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,21 @@ HEIGHT, WIDTH = ("height", "latent_height"), ("width", "latent_width")
 
 
 def profile_shapes(inputs: Dimensions, spec: DenoiserSpec, options: BuildOptions, graph: str = "denoiser") -> Shapes:
-    """Input -> (least, usual, largest shape) for a graph of a bundle, whose `inputs` have numbers and names as shape.
+    """Return the smallest, usual and largest shape of each input of a graph.
 
-    Raises InvalidInputError for a dimension without a meaning, and for sizes that the model or its graph cannot take.
+    Args:
+        inputs: Input name -> dimensions, an int or the name of a dynamic dimension each.
+        spec: Spec of the denoiser.
+        options: Build options with batch and image sizes.
+        graph: Name of the graph in the bundle.
+
+    Raises:
+        InvalidInputError: A dimension has an unknown name, or the model does not support the sizes.
     """
     names = {dim for shape in inputs.values() for dim in shape if isinstance(dim, str)}
     if options.sizes is not None and graph == "denoiser" and not names & {*HEIGHT, *WIDTH}:
         raise InvalidInputError(
-            "sizes: this graph takes one height and width; export without --size, or leave the sizes out"
+            "sizes: this graph has a fixed height and width; export without --size, or omit --sizes"
         )
     found = {}
     for name, shape in inputs.items():
@@ -45,7 +52,7 @@ def _range(dim: int | str, name: str, spec: DenoiserSpec, options: BuildOptions,
     if isinstance(dim, int):
         return dim, dim, dim
     if dim in ("batch", "steps"):
-        # the pipeline decodes latents one by one: a decoder's memory grows with the batch
+        # the pipeline decodes latents one at a time, since a decoder's memory grows with the batch
         return (1, 1, 1) if graph == "vae_decoder" else options.batch
     if dim in HEIGHT:
         return _side(0, spec, options)
@@ -54,20 +61,20 @@ def _range(dim: int | str, name: str, spec: DenoiserSpec, options: BuildOptions,
     if dim == "sequence":
         length = _length(name, spec, graph)
         return length, length, length
-    raise InvalidInputError(f"{graph}: the dimension '{dim}' of input '{name}' has no range; export the bundle again")
+    raise InvalidInputError(f"{graph}: the dimension '{dim}' of input '{name}' is unknown; export the bundle again")
 
 
 def _side(axis: int, spec: DenoiserSpec, options: BuildOptions) -> Range:
-    """Height (axis 0) or width in cells of the sample."""
-    own = spec.sample_shape[1 + axis]
+    """Range of the height (axis 0) or width (axis 1) of the sample, in elements."""
+    default = spec.sample_shape[1 + axis]
     if options.sizes is None:
-        return own, own, own
+        return default, default, default
     unit = spec.latent_factor * spec.size_multiple
     low, high = options.sizes[0][axis], options.sizes[1][axis]
     if low % unit or high % unit:
         raise InvalidInputError(f"sizes: {low} and {high} must be multiples of {unit} for this model")
     low, high = low // spec.latent_factor, high // spec.latent_factor
-    return low, min(max(own, low), high), high
+    return low, min(max(default, low), high), high
 
 
 def _length(name: str, spec: DenoiserSpec, graph: str) -> int:

@@ -1,4 +1,4 @@
-"""compress/quantization/algorithms/awq.py: the vector that costs least, one for all layers that read one tensor."""
+"""compress/quantization/algorithms/awq.py: the best scale, shared by all layers that read the same tensor."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def weight(seed: int, out: int = 16) -> torch.Tensor:
 
 
 def q(w: torch.Tensor, block: int) -> torch.Tensor:
-    """Nearest of -7..7 times the block's largest magnitude over 7."""
+    """Round to nearest of -7..7 times the block's largest magnitude over 7."""
     blocks = w.unflatten(1, (-1, block))
     scale = blocks.abs().amax(2, keepdim=True) / 7
     return ((blocks / scale).round().clamp(-7, 7) * scale).flatten(1)
 
 
 @pytest.mark.parametrize(("form", "block"), [("int4", 32), ("w4a8", 64)])
-def test_the_vector_is_the_best_power_of_the_mean_magnitude(form, block):
+def test_the_scale_is_the_best_power_of_the_mean_magnitude(form, block):
     x, weights = rows(), [weight(1), weight(2, 24)]
     mean = x.abs().mean(0)
     errors, vectors = [], []
@@ -49,7 +49,7 @@ def test_the_vector_is_the_best_power_of_the_mean_magnitude(form, block):
     assert s.argmax() == 3 and s.log().mean() == pytest.approx(0.0, abs=1e-5)
 
 
-def test_a_channel_that_was_never_active_is_given_a_number():
+def test_a_channel_that_is_always_zero_has_a_finite_scale():
     x = rows()
     x[:, 7] = 0.0
     s, gain = best_vector(x, [(weight(1), FORMATS["int4"])])
@@ -59,15 +59,15 @@ def test_a_channel_that_was_never_active_is_given_a_number():
 
 @pytest.fixture
 def uneven(unet):
-    """The tiny U-Net whose attention reads one channel that is thirty times the others."""
+    """The tiny U-Net with one attention input channel that is thirty times as large as the others."""
     model = unet.clone_model()
     with torch.no_grad():
         model.mid_block.attentions[0].group_norm.weight[5] *= 30.0
     return unet.evolve(model=model)
 
 
-def heard(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """What the attention's query layer gives for a fixed input."""
+def query_output(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Output of the attention's query layer for a fixed input."""
     x = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(3))
     x[..., 5] *= 30.0
     with torch.no_grad():
@@ -75,25 +75,27 @@ def heard(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", ["int4", "w4a8"])
-def test_a_quantized_layer_answers_nearer_to_the_float_one(form, uneven, context):
+def test_the_output_of_a_quantized_layer_is_closer_to_the_float_one(form, uneven, context):
     ctx = context(uneven)
     before, found = (quantize(uneven, QuantizeConfig(**PTQ, format=form, awq=on), ctx) for on in (False, True))
     smooth, amax = found.quantization.smooth, found.quantization.amax
-    exact = heard(uneven.model)
-    errors = [(heard(fake_quantized(c)) - exact).square().mean().item() for c in (before, found)]
+    exact = query_output(uneven.model)
+    errors = [(query_output(fake_quantized(c)) - exact).square().mean().item() for c in (before, found)]
     assert errors[1] < 0.6 * errors[0]
     for key, value in smooth.items():
         layer = uneven.model.get_submodule(key)
         assert isinstance(layer, torch.nn.Linear) and value.shape == (layer.in_features,)
         largest = (layer.weight * value).abs().amax(1).detach()
         torch.testing.assert_close(amax[f"{key}.weight"].reshape(len(largest), -1).amax(1), largest)
-    together = [smooth[f"{ATTENTION}.{name}"] for name in ("to_q", "to_k", "to_v")]
-    assert torch.equal(together[0], together[1]) and torch.equal(together[0], together[2])
+    attention_scales = [smooth[f"{ATTENTION}.{name}"] for name in ("to_q", "to_k", "to_v")]
+    assert torch.equal(attention_scales[0], attention_scales[1]) and torch.equal(
+        attention_scales[0], attention_scales[2]
+    )
     assert all(found.quantization.format_of(name) == form for name in smooth)
     assert torch.equal(found.model.state_dict()["conv_in.weight"], uneven.model.state_dict()["conv_in.weight"])
 
 
-def test_nothing_is_scaled_unless_it_is_asked_for(uneven, context):
+def test_nothing_is_scaled_without_awq_or_4_bit_linear_layers(uneven, context):
     assert not quantize(uneven, QuantizeConfig(**PTQ, format="int4"), context(uneven)).quantization.smooth
     only_convolutions = QuantizeConfig(**PTQ, format="int4", awq=True, layers=("conv",))
     assert not quantize(uneven, only_convolutions, context(uneven)).quantization.smooth
@@ -102,13 +104,13 @@ def test_nothing_is_scaled_unless_it_is_asked_for(uneven, context):
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"format": "int8"}, "take format int4 or w4a8"),
-        ({"format": "fp8"}, "take format int4 or w4a8"),
-        ({"format": "w4a8", "smooth": 0.5}, "leave one of them out"),
-        ({"format": "w4a8", "split_concats": True}, "leave one of them out"),
+        ({"format": "int8"}, "use format int4 or w4a8"),
+        ({"format": "fp8"}, "use format int4 or w4a8"),
+        ({"format": "w4a8", "smooth": 0.5}, "remove one of them"),
+        ({"format": "w4a8", "split_concats": True}, "remove one of them"),
     ],
 )
-def test_what_does_not_go_together_is_refused(settings, reason):
+def test_settings_that_cannot_be_combined_are_refused(settings, reason):
     with pytest.raises(ValidationError, match=reason):
         QuantizeConfig(**settings, awq=True)
     assert QuantizeConfig(format_overrides={"mid_block": "int4"}, awq=True).awq

@@ -1,4 +1,4 @@
-"""compress/quantization/algorithms/mixed_precision.py and sensitivity.py: what is measured, what is chosen by it, what is refused."""
+"""compress/quantization/algorithms/mixed_precision.py and sensitivity.py: measurements, choice and refusals."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from diffpress.compress.config import BoundsConfig, QuantizeConfig
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.pipeline import run_stage
-from diffpress.compress.quantization.algorithms.mixed_precision import _ordered, smallest
+from diffpress.compress.quantization.algorithms.mixed_precision import _noise_order, smallest
 from diffpress.compress.quantization.algorithms.sensitivity import States, decibels, noise_by_layer, quantized_layers
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
@@ -28,18 +28,18 @@ def config(**settings) -> QuantizeConfig:
     return QuantizeConfig(**{"samples": 4, "batch": 64, "output_correction": False, **settings})
 
 
-class Costs:
-    """An engine that is made up: every place gains a millisecond of its own, and weighs as many MiB as it gains."""
+class FakeCosts:
+    """A fake engine: every module has a given gain in ms, and size is proportional to latency."""
 
-    def __init__(self, gains: dict[str, float], whole_ms: float) -> None:
-        self.gains, self.whole_ms, self.asked = gains, whole_ms, []
+    def __init__(self, gains: dict[str, float], float_ms: float) -> None:
+        self.gains, self.float_ms, self.evaluated = gains, float_ms, []
 
     def gains_ms(self, quantization):
         return {layer: self.gains[layer] for layer in quantized_layers(quantization)}
 
     def latency_ratio(self, quantization):
-        self.asked.append(quantized_layers(quantization))
-        return 1.0 - sum(self.gains[layer] for layer in quantized_layers(quantization)) / self.whole_ms
+        self.evaluated.append(quantized_layers(quantization))
+        return 1.0 - sum(self.gains[layer] for layer in quantized_layers(quantization)) / self.float_ms
 
     def size_mib(self, quantization):
         return 10.0 * self.latency_ratio(quantization)
@@ -64,31 +64,31 @@ def noise(unet, quantized, tmp_path_factory):
 
 
 @pytest.fixture
-def known(noise, monkeypatch) -> None:
-    """Noise that was measured once."""
+def cached_noise(noise, monkeypatch) -> None:
+    """Replaces the noise measurement by the cached result."""
     monkeypatch.setattr(
         "diffpress.compress.quantization.algorithms.mixed_precision.noise_by_layer", lambda *arguments: dict(noise)
     )
 
 
 @pytest.fixture
-def equal(quantized, known) -> Costs:
-    """All places gain the same: noise alone orders them."""
+def equal_costs(quantized, cached_noise) -> FakeCosts:
+    """All modules gain the same, so noise alone determines the order."""
     names = quantized_layers(quantized.quantization)
-    return Costs(dict.fromkeys(names, 1.0), 2.0 * len(names))
+    return FakeCosts(dict.fromkeys(names, 1.0), 2.0 * len(names))
 
 
 # --- sensitivity -----------------------------------------------------------------------------------------------
 
 
-def test_a_places_noise_is_that_of_the_model_with_this_place_alone_quantized(unet, quantized, noise, context):
+def test_a_modules_noise_is_that_of_the_model_with_only_this_module_quantized(unet, quantized, noise, context):
     ctx = context(unet, data=False)
     calls = sample_trajectories(unet.model, unet, 4, config().batch, ctx)
     drawn = draw(calls, 64, torch.Generator().manual_seed(0))
     inputs = {name: value.numpy() for name, value in drawn.items()}
     exact = TorchNetwork(unet.model, unet.spec).run(inputs)
     names = quantized_layers(quantized.quantization)
-    assert list(noise) == names and set(names) > set(quantized.quantization.layers)  # sums of blocks are among them
+    assert list(noise) == names and set(names) > set(quantized.quantization.layers)  # also residual sums
     for name in (names[0], names[-1], "mid_block.resnets.0", "down_blocks.0.resnets.0.conv1"):
         alone = quantized.quantization.without([other for other in names if other != name])
         model = fake_quantized(unet.evolve(quantization=alone))
@@ -96,13 +96,13 @@ def test_a_places_noise_is_that_of_the_model_with_this_place_alone_quantized(une
         assert decibels(noise[name]) == pytest.approx(sqnr_db(exact, found), abs=0.01), name
 
 
-def test_noise_of_all_places_is_about_the_sum_of_each(unet, quantized, noise, context):
-    whole = States(unet, config(), context(unet, data=False)).noise(fake_quantized(quantized))
-    assert decibels(sum(noise.values())) == pytest.approx(decibels(whole), abs=2.0)
+def test_the_noise_of_all_modules_is_about_the_sum_of_their_noises(unet, quantized, noise, context):
+    total_noise = States(unet, config(), context(unet, data=False)).noise(fake_quantized(quantized))
+    assert decibels(sum(noise.values())) == pytest.approx(decibels(total_noise), abs=2.0)
 
 
-def test_what_a_killed_run_measured_is_not_measured_again(unet, quantized, noise, context, monkeypatch):
-    class Killed(Exception):
+def test_measurements_of_a_killed_run_are_not_repeated(unet, quantized, noise, context, monkeypatch):
+    class KilledError(Exception):
         pass
 
     ctx, calls, measure = context(unet, data=False), [], States.noise
@@ -111,11 +111,11 @@ def test_what_a_killed_run_measured_is_not_measured_again(unet, quantized, noise
     def killing(self, model):
         calls.append(1)
         if len(calls) == 6:
-            raise Killed
+            raise KilledError
         return measure(self, model)
 
     monkeypatch.setattr(States, "noise", killing)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         noise_by_layer(quantized, states, ctx)
     assert noise_by_layer(quantized, states, ctx) == pytest.approx(noise)
     assert len(calls) == len(noise) + 1
@@ -125,68 +125,72 @@ def test_what_a_killed_run_measured_is_not_measured_again(unet, quantized, noise
 
 
 @pytest.mark.parametrize("first", [0, 1, 4, 9])
-def test_bisection_finds_the_first_that_holds(first):
-    asked = []
-    assert smallest(0, 9, lambda k: asked.append(k) or k >= first) == first
-    assert len(asked) <= 5
+def test_bisection_finds_the_first_value_that_holds(first):
+    evaluated = []
+    assert smallest(0, 9, lambda k: evaluated.append(k) or k >= first) == first
+    assert len(evaluated) <= 5
 
 
-def test_bisection_ends_at_the_top_where_nothing_holds():
+def test_bisection_returns_the_upper_end_if_nothing_holds():
     assert smallest(2, 9, lambda k: False) == 9
 
 
-def test_places_go_by_noise_for_what_they_are_worth():
+def test_modules_are_ordered_by_noise_per_gain():
     noise = {"a": 4.0, "b": 4.0, "c": 1.0, "idle": 1e-9, "slower": 2.0}
-    worth = {"a": 1.0, "b": 2.0, "c": 1.0, "idle": 0.0, "slower": -3.0}
-    assert _ordered(noise, worth) == ["slower", "a", "b", "c", "idle"]
+    gain_ms = {"a": 1.0, "b": 2.0, "c": 1.0, "idle": 0.0, "slower": -3.0}
+    assert _noise_order(noise, gain_ms) == ["slower", "a", "b", "c", "idle"]
 
 
-def test_the_noisiest_layers_go_back_until_the_sqnr_is_measured_to_be_there(unet, quantized, noise, equal, context):
-    ctx = equal.context(context(unet, data=False))
+def test_the_noisiest_layers_return_to_float_until_the_measured_sqnr_reaches_its_bound(
+    unet, quantized, noise, equal_costs, context
+):
+    ctx = equal_costs.context(context(unet, data=False))
     names = sorted(noise, key=lambda layer: (-noise[layer], layer))
     found = quantize(unet, config(bounds={"min_sqnr_db": decibels(sum(noise.values())) + 6.0}), ctx)
-    kept, mixed = quantized_layers(found.quantization), ctx.notes["mixed"]
-    k = len(names) - len(kept)
-    assert 0 < k < len(names) / 2 and set(kept) == set(names[k:]) and mixed["in_float"] == names[:k]
+    quantized_names, mixed = quantized_layers(found.quantization), ctx.notes["mixed"]
+    k = len(names) - len(quantized_names)
+    assert 0 < k < len(names) / 2 and set(quantized_names) == set(names[k:]) and mixed["in_float"] == names[:k]
     states = States(unet, config(), ctx)
-    least = decibels(sum(noise.values())) + 6.0
-    assert decibels(states.noise(fake_quantized(found))) >= least
+    min_sqnr = decibels(sum(noise.values())) + 6.0
+    assert decibels(states.noise(fake_quantized(found))) >= min_sqnr
     one_less = unet.evolve(quantization=quantized.quantization.without(names[: k - 1]))
-    assert decibels(states.noise(fake_quantized(one_less))) < least
-    assert mixed["chosen"]["sqnr_db"] >= least > mixed["all_quantized"]["sqnr_db"]
+    assert decibels(states.noise(fake_quantized(one_less))) < min_sqnr
+    assert mixed["chosen"]["sqnr_db"] >= min_sqnr > mixed["all_quantized"]["sqnr_db"]
 
 
-def test_with_bounds_on_the_cost_alone_all_the_quality_is_taken_that_they_allow(unet, noise, equal, context):
-    ctx = equal.context(context(unet, data=False))
+def test_with_cost_bounds_only_the_best_quality_within_them_is_chosen(unet, noise, equal_costs, context):
+    ctx = equal_costs.context(context(unet, data=False))
     found = quantize(unet, config(bounds={"max_latency_ratio": 0.8}), ctx)
-    kept = quantized_layers(found.quantization)  # each of n places is worth 0.5 / n
-    assert len(kept) == -(-len(noise) * 2 // 5) and equal.latency_ratio(found.quantization) <= 0.8
-    assert min(noise[layer] for layer in set(noise) - set(kept)) >= max(noise[layer] for layer in kept)
+    quantized_names = quantized_layers(found.quantization)  # each of n modules gains 0.5 / n
+    assert len(quantized_names) == -(-len(noise) * 2 // 5) and equal_costs.latency_ratio(found.quantization) <= 0.8
+    assert min(noise[layer] for layer in set(noise) - set(quantized_names)) >= max(
+        noise[layer] for layer in quantized_names
+    )
 
 
-def test_where_the_size_is_in_the_way_bytes_decide_the_order(unet, quantized, noise, known, context):
-    """The engine gains by all alike, and what its file weighs is that of the weights."""
+def test_if_the_size_bound_fails_the_order_is_by_bytes(unet, quantized, noise, cached_noise, context):
+    """All gains in the engine are equal, and the file size is that of the weights."""
     weights = {n: p.numel() for n, p in unet.model.named_parameters() if n.endswith("weight")}
     sizes = {layer: float(weights.get(f"{layer}.weight", 0)) for layer in noise}
 
-    class Weighed(Costs):
+    class WeightSizedCosts(FakeCosts):
         def size_mib(self, quantization):
             return sum(sizes.values()) - 0.75 * sum(sizes[layer] for layer in quantization.layers)
 
-    costs = Weighed(dict.fromkeys(noise, 1.0), 2.0 * len(noise))
+    costs = WeightSizedCosts(dict.fromkeys(noise, 1.0), 2.0 * len(noise))
     bound = costs.size_mib(quantized.quantization)
-    least = decibels(sum(noise.values())) + 3.0
-    by_time = quantize(unet, config(bounds={"min_sqnr_db": least}), costs.context(context(unet, data=False)))
+    min_sqnr = decibels(sum(noise.values())) + 3.0
+    by_time = quantize(unet, config(bounds={"min_sqnr_db": min_sqnr}), costs.context(context(unet, data=False)))
     by_time = by_time.quantization
     ctx = costs.context(context(unet, data=False))
     limit = 0.5 * (bound + costs.size_mib(by_time))
-    by_size = quantize(unet, config(bounds={"min_sqnr_db": least, "max_size_mib": limit}), ctx).quantization
+    by_size = quantize(unet, config(bounds={"min_sqnr_db": min_sqnr, "max_size_mib": limit}), ctx).quantization
     assert costs.size_mib(by_size) <= limit < costs.size_mib(by_time)
-    assert ctx.notes["mixed"]["chosen"]["sqnr_db"] >= least
+    assert ctx.notes["mixed"]["chosen"]["sqnr_db"] >= min_sqnr
 
 
-def test_bounds_that_contradict_each_other_fail_as_a_gate_and_say_by_how_much(unet, noise, equal, context):
-    ctx = equal.context(context(unet, data=False))
+def test_contradicting_bounds_fail_as_a_gate_and_report_by_how_much(unet, noise, equal_costs, context):
+    ctx = equal_costs.context(context(unet, data=False))
     with pytest.raises(GateFailedError) as caught:
         quantize(unet, config(bounds={"min_sqnr_db": 60, "max_latency_ratio": 0.55}), ctx)
     message = str(caught.value)
@@ -194,18 +198,20 @@ def test_bounds_that_contradict_each_other_fail_as_a_gate_and_say_by_how_much(un
     assert "all quantized: sqnr_db" in message and caught.value.exit_code == 1
 
 
-def test_a_mixture_with_nothing_left_is_no_success(unet, known, context):
-    with pytest.raises(GateFailedError, match="nothing would be left in low precision"):
+def test_a_result_without_quantized_layers_fails(unet, cached_noise, context):
+    with pytest.raises(GateFailedError, match="no layer would remain quantized"):
         quantize(unet, config(bounds={"min_sqnr_db": 199}), context(unet, data=False))
 
 
-def test_the_frechet_distance_is_of_the_mixture_itself_and_found_by_bisection(unet, noise, equal, context, monkeypatch):
+def test_the_frechet_bound_is_measured_on_the_result_itself_by_bisection(
+    unet, noise, equal_costs, context, monkeypatch
+):
     names = sorted(noise, key=lambda layer: (-noise[layer], layer))
-    scored = []
+    k_scored = []
 
     def frechet(checkpoint, bounds, costs):
         def ratio(quantization):
-            scored.append(len(names) - len(quantized_layers(quantization)))
+            k_scored.append(len(names) - len(quantized_layers(quantization)))
             return 1.0 + 0.01 * len(quantized_layers(quantization))
 
         return ratio
@@ -214,26 +220,26 @@ def test_the_frechet_distance_is_of_the_mixture_itself_and_found_by_bisection(un
     monkeypatch.setattr(
         "diffpress.compress.quantization.algorithms.mixed_precision.load_features", lambda path, spec: None
     )
-    ctx = equal.context(context(unet, data=False))
+    ctx = equal_costs.context(context(unet, data=False))
     found = quantize(unet, config(bounds={"max_frechet_ratio": 1.105}), ctx)
     assert len(quantized_layers(found.quantization)) == 10 and set(quantized_layers(found.quantization)) == set(
         names[-10:]
     )
-    assert len(scored) == len(set(scored)) <= 8
+    assert len(k_scored) == len(set(k_scored)) <= 8
 
 
-def test_without_an_engine_macs_stand_for_the_gain_and_it_is_said(unet, noise, known, context, capsys):
+def test_without_an_engine_macs_are_used_as_the_gain_and_this_is_printed(unet, noise, cached_noise, context, capsys):
     ctx = context(unet, data=False)
-    least = decibels(sum(noise.values())) + 3.0
-    quantize(unet, config(bounds={"min_sqnr_db": least}), ctx)
+    min_sqnr = decibels(sum(noise.values())) + 3.0
+    quantize(unet, config(bounds={"min_sqnr_db": min_sqnr}), ctx)
     row = ctx.notes["mixed"]["places"]["down_blocks.0.resnets.0.conv1"]
-    assert "taken to be its MACs" in capsys.readouterr().out
+    assert "MACs are used as the gain" in capsys.readouterr().out
     assert row["macs"] == 16 * 16 * 9 * 64 and row["bytes"] == 16 * 16 * 9 * 3
-    assert ctx.notes["mixed"]["places"]["time_embedding.linear_1"]["macs"] == 0  # computes in float all the same
+    assert ctx.notes["mixed"]["places"]["time_embedding.linear_1"]["macs"] == 0  # weight-only: computes in float
 
 
 @pytest.mark.parametrize("name", ["max_latency_ratio", "max_size_mib"])
-def test_bounds_on_an_engine_are_refused_at_once_where_there_is_none(name, unet, context, monkeypatch):
+def test_engine_bounds_are_refused_immediately_without_an_engine(name, unet, context, monkeypatch):
     monkeypatch.setattr(
         "diffpress.compress.quantization.quantize.calibrate", lambda *arguments: pytest.fail("calibrated first")
     )
@@ -241,18 +247,18 @@ def test_bounds_on_an_engine_are_refused_at_once_where_there_is_none(name, unet,
         quantize(unet, config(bounds={name: 1}), context(unet, data=False))
 
 
-def test_images_that_cannot_be_scored_are_refused_at_once(unet, context, monkeypatch):
+def test_images_that_cannot_be_scored_are_refused_immediately(unet, context, monkeypatch):
     monkeypatch.setattr(
         "diffpress.compress.quantization.quantize.calibrate", lambda *arguments: pytest.fail("calibrated first")
     )
-    with pytest.raises(InvalidInputError, match=r"features.onnx.*\[1, 8, 8\]"):
+    with pytest.raises(InvalidInputError, match=r"features\.onnx.*\[1, 8, 8\]"):
         quantize(unet, config(bounds={"max_frechet_ratio": 1.1}), context(unet, data=False))
 
 
 # --- the result is data ----------------------------------------------------------------------------------------
 
 
-def test_places_in_float_take_all_their_data_along_and_no_others(quantized):
+def test_removing_a_module_removes_all_its_data_and_no_others(quantized):
     amax = {"a.weight": 1, "a.input": 1, "a": 1, "a.b.input": 1, "ab.weight": 1}
     tensors = {key: torch.ones(()) for key in amax}
     formats, svdquant = (
@@ -267,7 +273,7 @@ def test_places_in_float_take_all_their_data_along_and_no_others(quantized):
     assert set(found.formats) == {"a.b", "ab"} and set(found.smooth) == {"a.b"}
 
 
-def test_a_mixture_is_recorded_saved_and_read_again(unet, noise, context, tmp_path, output):
+def test_a_mixed_precision_result_is_recorded_saved_and_reloaded(unet, noise, context, tmp_path, output):
     ctx = context(unet, data=False)
     stage = Stage("quantize", config(bounds=BoundsConfig(min_sqnr_db=decibels(sum(noise.values())) + 3.0)))
     found = run_stage(unet, stage, tmp_path / "stage", ctx)

@@ -1,4 +1,4 @@
-"""compress/quantization/algorithms/output_correction.py: a known slope and bias are found exactly, and what is known is taken off."""
+"""compress/quantization/algorithms/output_correction.py: a known slope and bias are recovered and corrected."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ ERRORS = {t: (0.05 * k - 0.1, (0.2 - 0.1 * k, 0.03 * k)) for k, t in enumerate(P
 
 
 @dataclass
-class Wave:
-    """An analytic network of two channels, with an error (slope, biases) that goes by timestep."""
+class AnalyticNetwork:
+    """An analytic network with two channels and an error (slope, biases) per timestep."""
 
     errors: Mapping[float, tuple[float, tuple[float, ...]]] | None = None
 
     def __post_init__(self) -> None:
-        whole, real = np.dtype(np.int64), np.dtype(np.float32)
-        self.inputs = {"sample": real, "timestep": whole, "class_labels": whole}
+        integer, real = np.dtype(np.int64), np.dtype(np.float32)
+        self.inputs = {"sample": real, "timestep": integer, "class_labels": integer}
         self.states: list[tuple[float, np.ndarray]] = []
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -55,49 +55,52 @@ class Wave:
         return out.astype(np.float32)
 
 
-def found(network: Wave, spec: DenoiserSpec = SPEC, batch: int = 4, count: int = 6) -> dict[float, tuple]:
-    output_corrections = measured(network, Wave(), spec, count, batch, dummy_conditioning(spec, count))
+def measured_corrections(
+    network: AnalyticNetwork, spec: DenoiserSpec = SPEC, batch: int = 4, count: int = 6
+) -> dict[float, tuple]:
+    output_corrections = measured(network, AnalyticNetwork(), spec, count, batch, dummy_conditioning(spec, count))
     return {t: (c.slope, c.bias) for t, c in zip(spec.plan.timesteps, output_corrections, strict=True)}
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "plms"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("batch", [4, 6])
-def test_a_known_slope_and_bias_are_found_at_every_timestep(solver, guidance, batch):
+def test_a_known_slope_and_bias_are_recovered_at_every_timestep(solver, guidance, batch):
     spec = SPEC.with_plan(replace(PLAN, solver=solver, guidance=guidance))
-    for t, (slope, bias) in found(Wave(ERRORS), spec, batch).items():
+    for t, (slope, bias) in measured_corrections(AnalyticNetwork(ERRORS), spec, batch).items():
         assert slope == pytest.approx(ERRORS[t][0], abs=1e-5) and bias == pytest.approx(ERRORS[t][1], abs=1e-5)
 
 
-def test_the_float_network_is_asked_on_the_states_that_the_corrected_sampler_visits():
-    network, reference = Wave(ERRORS), Wave()
+def test_the_float_network_is_evaluated_on_the_states_that_the_corrected_sampler_visits():
+    network, reference = AnalyticNetwork(ERRORS), AnalyticNetwork()
     output_corrections = measured(network, reference, SPEC, 4, 4, dummy_conditioning(SPEC, 4))
     for (t, x), (other_t, y) in zip(network.states, reference.states, strict=True):
         assert t == other_t and np.array_equal(x, y)
-    deployed = Wave(ERRORS)
+    deployed = AnalyticNetwork(ERRORS)
     seeds = range(OUTPUT_CORRECTION_SEED, OUTPUT_CORRECTION_SEED + 4)
     generate(deployed, SPEC, seeds, plan=replace(PLAN, output_corrections=output_corrections))
     for (_, x), (_, y) in zip(network.states, deployed.states, strict=True):
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_a_timestep_that_is_asked_twice_is_fitted_to_both_answers():
+def test_a_timestep_that_is_evaluated_twice_is_fitted_to_both_outputs():
     spec = SPEC.with_plan(replace(PLAN, solver="plms"))
-    network, exact = Wave(), Wave()
-    answer = network.run
-    network.run = lambda inputs: answer(inputs) + 0.1 * inputs["sample"] ** 2  # no slope and bias make up for this
+    network, exact = AnalyticNetwork(), AnalyticNetwork()
+    original_run = network.run
+    # no slope and bias can compensate this error
+    network.run = lambda inputs: original_run(inputs) + 0.1 * inputs["sample"] ** 2
     labels = dummy_conditioning(SPEC, 6).cond["class_labels"]
     output_corrections = measured(network, exact, spec, 6, 6, dummy_conditioning(SPEC, 6))
-    at = PLAN.timesteps[1]
-    states = np.concatenate([x for t, x in exact.states if t == at])
-    cond = {"sample": states, "timestep": np.full(12, round(at)), "class_labels": np.tile(labels, 2)}
-    wanted = fitted(moments(exact.run(cond), network.run(cond)), at)
-    assert output_corrections[1].slope == pytest.approx(wanted.slope) and output_corrections[1].bias == pytest.approx(
-        wanted.bias
+    timestep = PLAN.timesteps[1]
+    states = np.concatenate([x for t, x in exact.states if t == timestep])
+    cond = {"sample": states, "timestep": np.full(12, round(timestep)), "class_labels": np.tile(labels, 2)}
+    expected = fitted(moments(exact.run(cond), network.run(cond)), timestep)
+    assert output_corrections[1].slope == pytest.approx(expected.slope) and output_corrections[1].bias == pytest.approx(
+        expected.bias
     )
 
 
-def test_beside_noise_the_fit_is_the_nearest_that_one_slope_and_a_bias_each_can_come():
+def test_with_noise_the_fit_matches_least_squares():
     draws = np.random.default_rng(1)
     out = draws.standard_normal((5, 3, 4, 4)) + np.arange(3)[:, None, None]
     out_q = 1.1 * out + draws.standard_normal((5, 3, 4, 4))
@@ -108,30 +111,32 @@ def test_beside_noise_the_fit_is_the_nearest_that_one_slope_and_a_bias_each_can_
     np.testing.assert_allclose(corrected(out_q, fit), nearest, atol=1e-6)
 
 
-@pytest.mark.parametrize("wrong", [lambda x: -x, np.zeros_like, lambda x: x * np.nan], ids=["turned", "zero", "nan"])
-def test_a_network_that_answers_something_else_altogether_is_refused(wrong, monkeypatch):
-    plain = Wave()
-    answer = plain.run
-    monkeypatch.setattr(plain, "run", lambda inputs: wrong(answer(inputs)))
-    with pytest.raises(InvalidInputError, match=rf"at timestep {PLAN.timesteps[0]:g} .* nothing in common .*keep: "):
-        found(plain)
+@pytest.mark.parametrize("distort", [lambda x: -x, np.zeros_like, lambda x: x * np.nan], ids=["negated", "zero", "nan"])
+def test_an_output_that_does_not_correlate_is_refused(distort, monkeypatch):
+    plain = AnalyticNetwork()
+    original_run = plain.run
+    monkeypatch.setattr(plain, "run", lambda inputs: distort(original_run(inputs)))
+    with pytest.raises(
+        InvalidInputError, match=rf"timestep {PLAN.timesteps[0]:g} .* does not correlate .*ignored_layers: "
+    ):
+        measured_corrections(plain)
 
 
 # --- in the stage ----------------------------------------------------------------------------------------------
 
 
-def test_the_stage_brings_samples_nearer_to_the_float_models(unet, context):
+def test_the_stage_brings_samples_closer_to_the_float_models(unet, context):
     config = {"samples": 8, "batch": 8, "percentile": 90.0}
     plain = quantize(unet, QuantizeConfig(output_correction=False, **config), context(unet))
     better = quantize(unet, QuantizeConfig(**config), context(unet))
     assert not plain.spec.plan.output_corrections and len(better.spec.plan.output_corrections) == unet.spec.plan.steps
     assert better.spec.plan.without_corrections == plain.spec.plan and better.hash != plain.hash
     cond = dummy_conditioning(unet.spec, 32)
-    wanted = _samples(unet.model, unet, cond)
+    expected = _samples(unet.model, unet, cond)
     before, after = (_samples(fake_quantized(c), c, cond) for c in (plain, better))
-    assert sqnr_db(wanted, after) > sqnr_db(wanted, before) + 0.3
+    assert sqnr_db(expected, after) > sqnr_db(expected, before) + 0.3
     trained = quantize(unet, QuantizeConfig(mode="qat", steps=1, warmup=0, trajectories=2, **config), context(unet))
-    assert not trained.spec.plan.output_corrections  # training takes the mean error out by itself
+    assert not trained.spec.plan.output_corrections  # training removes the mean error itself
 
 
 def _samples(model, checkpoint, cond: ConditioningInputs) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""compress/quantization/algorithms/qat.py: training wins back what rounding cost, and leaves the same kind of data."""
+"""compress/quantization/algorithms/qat.py: training recovers quality lost by quantization."""
 
 from __future__ import annotations
 
@@ -38,21 +38,21 @@ def config(**settings) -> QuantizeConfig:
 
 @pytest.fixture
 def small(custom_files) -> Checkpoint:
-    """The user's little module: first, time, norm, inner, last; `inner` computes in int8."""
+    """A small custom module: first, time, norm, inner, last; `inner` computes in int8."""
     file, weights = custom_files("v")
     return load_checkpoint(f"{file}:{weights}")
 
 
-# --- what it is for --------------------------------------------------------------------------------------------
+# --- quality ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def trained(unet, images, tmp_path_factory) -> Checkpoint:
-    """The tiny U-Net after a little training on stripes and checkerboards, so that its samples mean something."""
-    task = RecoverConfig(
+    """The tiny U-Net after a short training on stripes and checkerboards, so that its samples have structure."""
+    recover = RecoverConfig(
         steps=60, batch=16, learning_rate=3e-3, output_weight=0.0, feature_weight=0.0, task_weight=1.0, save_every=1000
     )
-    return distill(unet, task, Context(0, tmp_path_factory.mktemp("work"), unet, images))
+    return distill(unet, recover, Context(0, tmp_path_factory.mktemp("work"), unet, images))
 
 
 def samples(checkpoint: Checkpoint) -> np.ndarray:
@@ -73,15 +73,15 @@ COARSE = {
 @pytest.mark.parametrize(
     "coarse", [pytest.param(name, marks=[] if "w4a8" in name else pytest.mark.slow) for name in COARSE]
 )
-def test_training_through_the_quantizers_brings_the_samples_back_to_the_float_models(coarse, trained, context):
+def test_training_through_the_quantizers_brings_samples_closer_to_the_float_models(coarse, trained, context):
     settings = {"output_correction": False, **COARSE[coarse]}
     exact, ctx = samples(trained), context(trained)
     untrained = {name: value for name, value in settings.items() if name not in QAT_SETTINGS}
     before = sqnr_db(exact, samples(quantize(trained, QuantizeConfig(**PTQ, **untrained), ctx)))
-    more = {"steps": 40, "batch": 8, "trajectories": 16, "learning_rate": 3e-4, "save_every": 1000}
-    after = sqnr_db(exact, samples(quantize(trained, config(**{**more, **settings}), ctx)))
-    gain = 1.5 if "format" in settings else 0.7  # 8-bit weights had less to lose
-    assert after > before + gain  # from seeds that calibration and training never saw
+    qat_settings = {"steps": 40, "batch": 8, "trajectories": 16, "learning_rate": 3e-4, "save_every": 1000}
+    after = sqnr_db(exact, samples(quantize(trained, config(**{**qat_settings, **settings}), ctx)))
+    gain = 1.5 if "format" in settings else 0.7  # 8-bit weights lose less
+    assert after > before + gain  # on seeds not used for calibration and training
 
 
 def test_no_images_are_needed_and_the_same_seed_gives_the_same_hash(small, context, tmp_path):
@@ -92,33 +92,33 @@ def test_no_images_are_needed_and_the_same_seed_gives_the_same_hash(small, conte
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
 @pytest.mark.parametrize(("step", "updates"), [(1, "full"), (3, "full"), (3, "low_rank")])
-def test_a_killed_run_goes_on_from_its_last_save_and_ends_bit_for_bit_as_an_undisturbed_one(
+def test_a_killed_run_resumes_from_its_last_save_with_a_bit_identical_result(
     step, updates, small, context, tmp_path, monkeypatch
 ):
     settings = config(updates=updates)
     undisturbed = quantize(small, settings, replace(context(small), work=tmp_path / "other"))
     drawn = []
 
-    def killing(calls, size, generator):
-        if len(drawn) == step + 1:  # the first draw only measures
-            raise Killed
+    def killing(evals, size, generator):
+        if len(drawn) == step + 1:  # the first draw measures the SQNR
+            raise KilledError
         drawn.append(1)
-        return draw(calls, size, generator)
+        return draw(evals, size, generator)
 
     monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw", killing)
-    with pytest.raises(Killed):
+    with pytest.raises(KilledError):
         quantize(small, settings, context(small))
     drawn.clear()
     monkeypatch.setattr(
         "diffpress.compress.quantization.algorithms.qat.draw", lambda *arguments: drawn.append(1) or draw(*arguments)
     )
     assert quantize(small, settings, context(small)).hash == undisturbed.hash
-    # those steps that were not saved, and one draw to measure before and one after
+    # the steps that were not saved, and one draw each to measure the SQNR before and after
     assert len(drawn) == 5 - (step // 2) * 2 + 2
 
 
@@ -134,14 +134,14 @@ def test_weight_scales_follow_the_trained_weights_and_activation_scales_stay(red
     for name in ("inner.input", "inner.output"):
         assert torch.equal(before[name], after[name])
     assert not torch.allclose(small.model.inner.weight, found.model.inner.weight)
-    for name, expected in (("inner", factor), ("time", 1.0)):  # what only stores integers keeps the whole range
+    for name, expected in (("inner", factor), ("time", 1.0)):  # weight-only layers use the full range
         largest = getattr(found.model, name).weight.detach().flatten(1).abs().amax(1)
         torch.testing.assert_close(after[f"{name}.weight"], largest * expected, rtol=1e-6, atol=0.0)
     integers = (found.model.inner.weight / after["inner.weight"].view(-1, 1, 1, 1) * 127).round().abs()
     assert integers.max() == (64 if reduced else 127)
 
 
-def test_the_input_is_left_as_it_was_and_the_result_has_no_quantizers_in_it(unet, context):
+def test_the_input_is_unchanged_and_the_result_contains_no_quantizers(unet, context):
     before = unet.hash
     found = quantize(unet, config(steps=1), context(unet))
     assert unet.evolve().hash == before != found.hash and unet.quantization is None
@@ -150,49 +150,49 @@ def test_the_input_is_left_as_it_was_and_the_result_has_no_quantizers_in_it(unet
     assert not any("quantizer" in name for name, _ in found.model.named_modules())
 
 
-def test_a_checkpoint_that_was_saved_and_read_again_is_the_same(unet, context, output, tmp_path):
+def test_a_saved_and_reloaded_checkpoint_is_identical(unet, context, output, tmp_path):
     found = quantize(unet, config(steps=2), context(unet))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))
 
 
-def test_a_half_precision_model_is_trained_in_float32_and_stays_what_it_was(small, context):
-    narrow = small.evolve(model=small.clone_model().bfloat16())
-    found = quantize(narrow, config(), context(small))
+def test_a_half_precision_model_is_trained_in_float32_and_keeps_its_dtype(small, context):
+    half_precision = small.evolve(model=small.clone_model().bfloat16())
+    found = quantize(half_precision, config(), context(small))
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
-    assert not torch.equal(found.model.inner.weight, narrow.model.inner.weight)
+    assert not torch.equal(found.model.inner.weight, half_precision.model.inner.weight)
     largest = found.model.inner.weight.detach().float().flatten(1).abs().amax(1)
-    # calibration multiplied by 127/64 in bfloat16, which has 8 bits
+    # calibration multiplied by 127/64 in bfloat16, which has 8 significant bits
     torch.testing.assert_close(found.quantization.amax["inner.weight"], largest * 127 / 64, rtol=2**-8, atol=0.0)
 
 
-def test_post_training_quantization_leaves_the_weights_alone(small, context):
+def test_post_training_quantization_does_not_change_the_weights(small, context):
     found = quantize(small, QuantizeConfig(**PTQ), context(small))
     assert found.model is small.model and not context(small).work.exists()
 
 
-# --- what it trains on -----------------------------------------------------------------------------------------
+# --- training data ---------------------------------------------------------------------------------------------
 
 
-def test_states_are_those_of_the_models_own_trajectory_under_guidance(unet, context):
+def test_recorded_states_are_those_of_the_models_own_trajectory_under_guidance(unet, context):
     plan = replace(unet.spec.plan, guidance=2.0)
     guided = unet.evolve(spec=replace(unet.spec, plan=plan))
-    calls = sample_trajectories(unet.model, guided, 5, 3, context(unet))
+    evals = sample_trajectories(unet.model, guided, 5, 3, context(unet))
     timesteps = [round(t) for t in plan.timesteps]
-    assert [set(call["timestep"].tolist()) for call in calls] == [{t} for t in timesteps + timesteps]
-    assert [len(call["sample"]) for call in calls] == [6] * 4 + [4] * 4  # with label and without
-    assert calls[0]["class_labels"].tolist() == [0, 1, 2, 3, 3, 3] and calls[4]["class_labels"].tolist() == [0, 1, 3, 3]
-    np.testing.assert_array_equal(calls[1]["sample"][:3], calls[1]["sample"][3:])
+    assert [set(evaluation["timestep"].tolist()) for evaluation in evals] == [{t} for t in timesteps + timesteps]
+    assert [len(evaluation["sample"]) for evaluation in evals] == [6] * 4 + [4] * 4  # cond and uncond
+    assert evals[0]["class_labels"].tolist() == [0, 1, 2, 3, 3, 3] and evals[4]["class_labels"].tolist() == [0, 1, 3, 3]
+    np.testing.assert_array_equal(evals[1]["sample"][:3], evals[1]["sample"][3:])
     seen, network = [], TorchNetwork(unet.model, guided.spec)
     network.run = lambda inputs: seen.append(inputs["sample"]) or TorchNetwork.run(network, inputs)
     generate(network, guided.spec, range(3_000_000, 3_000_003), batch=3)
-    np.testing.assert_allclose(calls[3]["sample"], seen[3], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(evals[3]["sample"], seen[3], rtol=1e-5, atol=1e-6)
 
 
-def test_a_batch_is_drawn_evenly_from_all_rows_of_all_calls():
-    calls = [{"sample": np.arange(start, stop), "timestep": np.full(stop - start, i)} for i, (start, stop) in BOUNDS]
-    drawn = draw(calls, 6000, torch.Generator().manual_seed(0))
+def test_a_batch_is_drawn_uniformly_from_all_rows_of_all_evaluations():
+    evals = [{"sample": np.arange(start, stop), "timestep": np.full(stop - start, i)} for i, (start, stop) in BOUNDS]
+    drawn = draw(evals, 6000, torch.Generator().manual_seed(0))
     counts = torch.bincount(drawn["sample"], minlength=6)
     assert len(counts) == 6 and counts.min() > 850 and counts.max() < 1150  # 1000 each, sd 29
     assert torch.equal(drawn["timestep"], torch.tensor([0, 0, 0, 1, 2, 2])[drawn["sample"]])
@@ -204,7 +204,7 @@ BOUNDS = list(enumerate([(0, 3), (3, 4), (4, 6)]))
 @pytest.mark.parametrize(
     ("settings", "proportion"), [({}, 127 / 64), ({"smooth": 0.5}, 127 / 64), ({"format": "int4"}, 1.0)]
 )
-def test_quantizers_follow_weights_that_moved(settings, proportion, unet, context):
+def test_quantizers_follow_changed_weights(settings, proportion, unet, context):
     found = quantize(unet, QuantizeConfig(**PTQ, **settings), context(unet))
     layer, model = "mid_block.attentions.0.to_q", fake_quantized(found.evolve(model=found.clone_model()))
     scaling = scalings(model, found.quantization)
@@ -212,7 +212,7 @@ def test_quantizers_follow_weights_that_moved(settings, proportion, unet, contex
     weight = torch.randn(32, 32)
     follow_(model, {layer: scaling[layer]}, {layer: weight})
     smooth = found.quantization.smooth.get(layer, torch.ones(32))
-    blocks = (weight * smooth).abs().unflatten(1, (1, 32)).amax(2)  # one block of 32 is the whole row
+    blocks = (weight * smooth).abs().unflatten(1, (1, 32)).amax(2)  # one block of 32 is a full row
     torch.testing.assert_close(model.get_submodule(layer).weight_quantizer.amax.flatten(), blocks[:, 0] * proportion)
 
 
@@ -235,33 +235,33 @@ def test_quantizers_follow_the_weights_at_every_step_of_training(updates, small,
 # --- low rank --------------------------------------------------------------------------------------------------
 
 
-def test_updates_of_low_rank_have_that_rank_and_leave_the_rest_alone(unet, context):
+def test_low_rank_updates_have_that_rank_and_change_nothing_else(unet, context):
     found = quantize(unet, config(updates="low_rank", rank=2, steps=3, layers=("conv",)), context(unet))
     changed = 0
     for name, old in unet.model.state_dict().items():
         difference = (found.model.state_dict()[name] - old).flatten(1) if old.dim() > 1 else None
         if name.removesuffix(".weight") in found.quantization.layers:
             sizes = torch.linalg.svdvals(difference.double())
-            assert sizes[1] > 1e-7 and sizes[2:].max() < 1e-6  # float32 of the sum ends about there
+            assert sizes[1] > 1e-7 and sizes[2:].max() < 1e-6  # limit of float32 in the sum
             changed += 1
         else:
             assert torch.equal(found.model.state_dict()[name], old)
     assert changed == len(found.quantization.layers) > 20
 
 
-def test_only_the_factors_are_kept_for_resuming(small, context, tmp_path, monkeypatch):
+def test_only_the_factors_are_saved_for_resuming(small, context, tmp_path, monkeypatch):
     monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat._sqnr_db", lambda *_: 0.0)
     quantize(small, config(updates="low_rank", rank=2, steps=4), context(small))
     with safe_open(context(small).work / "training.safetensors", framework="pt") as saved:
-        shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}  # noqa: SIM118
+        shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}
     model = {name: shape for name, shape in shapes.items() if name.startswith("model.")}
-    # of inner [16, 16, 3, 3] and of time [16, 1], which has no second rank
+    # factors of inner [16, 16, 3, 3] and of time [16, 1], whose rank is at most 1
     assert sorted(model.values()) == [(1, 1), (2, 144), (16, 1), (16, 2)]
     assert all(sum(shape) <= 146 for shape in shapes.values())
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_training_starts_from_what_rounding_gave(rounding, small, context, monkeypatch):
+def test_training_starts_from_the_rounded_weights(rounding, small, context, monkeypatch):
     started = {}
 
     def spy(model, scales):
@@ -284,16 +284,16 @@ def test_gradients_pass_through_quantizers_and_attention(unet, context):
     assert model.conv_in.weight.grad.abs().sum() > 0
 
 
-# --- refused ---------------------------------------------------------------------------------------------------
+# --- invalid settings ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"learning_rate": 0.0}, {"lora_rank": 4}, {"mode": "qta"}])
-def test_settings_that_mean_nothing_are_refused(settings):
+def test_invalid_settings_are_refused(settings):
     with pytest.raises(ValidationError):
         config(**settings)
 
 
-def test_training_settings_without_training_are_refused_where_they_stand(tmp_path):
+def test_training_settings_without_mode_qat_are_refused_with_their_location(tmp_path):
     (tmp_path / "r.yaml").write_text("stages: [{quantize: {steps: 50}}]")
     with pytest.raises(InvalidInputError, match=r"stages\[0\]\.quantize: .*steps is a setting of mode qat"):
         read_recipe(tmp_path / "r.yaml")

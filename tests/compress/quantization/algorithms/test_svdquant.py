@@ -1,4 +1,4 @@
-"""compress/quantization/algorithms/svdquant.py: the largest singular values stay in float, and the rest is what is rounded."""
+"""compress/quantization/algorithms/svdquant.py: the largest singular values stay in float; the rest is quantized."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ LAYER = "mid_block.attentions.0.to_q"
 
 
 @pytest.fixture
-def steep(unet) -> Checkpoint:
-    """The tiny U-Net with a few large singular values in one layer, which rounding would have to represent."""
+def low_rank_unet(unet) -> Checkpoint:
+    """The tiny U-Net with two large singular values in the weight of one layer."""
     model = unet.clone_model()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -31,7 +31,7 @@ def steep(unet) -> Checkpoint:
     return unet.evolve(model=model)
 
 
-def answered(model: torch.nn.Module) -> torch.Tensor:
+def layer_output(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
         return model.get_submodule(LAYER)(torch.randn(2, 30, 32, generator=torch.Generator().manual_seed(1)))
 
@@ -46,9 +46,11 @@ def answered(model: torch.nn.Module) -> torch.Tensor:
     ],
     ids=str,
 )
-def test_factors_and_residual_make_up_the_weight_and_scales_are_the_residuals(settings, largest, steep, context):
-    found = quantize(steep, QuantizeConfig(**PTQ, **settings, svdquant_rank=2), context(steep))
-    scales, modules = found.quantization, dict(steep.model.named_modules())
+def test_factors_and_residual_sum_to_the_weight_and_scales_match_the_residual(
+    settings, largest, low_rank_unet, context
+):
+    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, **settings, svdquant_rank=2), context(low_rank_unet))
+    scales, modules = found.quantization, dict(low_rank_unet.model.named_modules())
     layers = {key.rpartition(".")[0] for key in scales.svdquant}
     assert LAYER in layers and not any("conv" in name or "time" in name for name in layers)
     for name in layers:
@@ -64,20 +66,24 @@ def test_factors_and_residual_make_up_the_weight_and_scales_are_the_residuals(se
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_a_layer_with_a_branch_answers_much_nearer_to_the_float_one(rounding, steep, context):
-    ctx = context(steep)
+def test_the_output_of_a_layer_with_a_branch_is_much_closer_to_the_float_one(rounding, low_rank_unet, context):
+    ctx = context(low_rank_unet)
     settings = {**PTQ, "format": "int4", "rounding": rounding}
-    exact = answered(steep.model).numpy()
-    found = [quantize(steep, QuantizeConfig(**settings, svdquant_rank=rank), ctx) for rank in (0, 2)]
-    before, after = (sqnr_db(exact, answered(fake_quantized(c)).numpy()) for c in found)
+    exact = layer_output(low_rank_unet.model).numpy()
+    found = [quantize(low_rank_unet, QuantizeConfig(**settings, svdquant_rank=rank), ctx) for rank in (0, 2)]
+    before, after = (sqnr_db(exact, layer_output(fake_quantized(c)).numpy()) for c in found)
     assert after > before + 6.0
     assert not found[0].quantization.svdquant
 
 
-def test_the_layer_is_the_formula(steep, context):
-    found = quantize(steep, QuantizeConfig(**PTQ, format="int8", svdquant_rank=2), context(steep))
+def test_the_layer_matches_the_formula(low_rank_unet, context):
+    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="int8", svdquant_rank=2), context(low_rank_unet))
     scales, x = found.quantization, torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(2))
-    layer, down, up = steep.model.get_submodule(LAYER), scales.svdquant[f"{LAYER}.down"], scales.svdquant[f"{LAYER}.up"]
+    layer, down, up = (
+        low_rank_unet.model.get_submodule(LAYER),
+        scales.svdquant[f"{LAYER}.down"],
+        scales.svdquant[f"{LAYER}.up"],
+    )
 
     def q(value: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
         return torch.clamp(torch.round(value / amax * 127), -128, 127) * amax / 127
@@ -88,8 +94,8 @@ def test_the_layer_is_the_formula(steep, context):
         torch.testing.assert_close(fake_quantized(found).get_submodule(LAYER)(x), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_checkpoint_that_was_saved_and_read_again_is_the_same(steep, context, output, tmp_path):
-    found = quantize(steep, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=2), context(steep))
+def test_a_saved_and_reloaded_checkpoint_is_identical(low_rank_unet, context, output, tmp_path):
+    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=2), context(low_rank_unet))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))
@@ -97,11 +103,11 @@ def test_a_checkpoint_that_was_saved_and_read_again_is_the_same(steep, context, 
     assert found.evolve(quantization=other).hash != found.hash
 
 
-def test_a_rank_that_leaves_nothing_makes_no_branch(steep, context):
-    found = quantize(steep, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=32), context(steep))
+def test_a_full_rank_adds_no_branch(low_rank_unet, context):
+    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=32), context(low_rank_unet))
     assert not any(key.startswith(LAYER) for key in found.quantization.svdquant)
 
 
-def test_training_with_a_branch_is_refused():
-    with pytest.raises(ValidationError, match="svdquant_rank is for mode ptq"):
+def test_svdquant_is_refused_in_mode_qat():
+    with pytest.raises(ValidationError, match="svdquant_rank requires mode ptq"):
         QuantizeConfig(mode="qat", svdquant_rank=8)

@@ -1,4 +1,4 @@
-"""compress/quantization/calibration/clip_range.py against brute force over the values themselves."""
+"""compress/quantization/calibration/clip_range.py: compared with brute force over the values."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def values(request) -> torch.Tensor:
 
 def statistics_of(x: torch.Tensor):
     statistics = no_statistics(["x"], 2)
-    for call, part in enumerate(x.split(4)):
-        observe_(statistics, 0, part, call, len(part))
+    for evaluation, part in enumerate(x.split(4)):
+        observe_(statistics, 0, part, evaluation, len(part))
     return statistics
 
 
 def error(x: torch.Tensor, amax: float, number: Number) -> float:
-    """The mean squared error of rounding to `number`, in torch's own types where it has one."""
+    """The mean squared error of rounding to `number`, with torch's dtype if it has one."""
     scaled = (x.double() / amax).clamp(-1, 1) * number.largest
     if number.is_integer:
         rounded = scaled.round()
@@ -44,22 +44,22 @@ def error(x: torch.Tensor, amax: float, number: Number) -> float:
 
 
 @pytest.mark.parametrize("number", [INT8, INT4, FP8, FP4], ids=lambda number: number.name)
-def test_mse_costs_no_more_than_the_best_of_all_limits(number, values):
+def test_mse_is_close_to_the_best_of_all_candidates(number, values):
     found = amax_of(statistics_of(values), 0, "mse", number, 0.0)
     candidates = np.geomspace(values.abs().max().item() / 300, values.abs().max().item(), 100)
     best = min(error(values, float(candidate), number) for candidate in candidates)
     assert error(values, found, number) < 1.01 * best
 
 
-def test_mse_finds_the_limit_within_a_bins_width_where_it_is_sharp():
-    # values at the grid of amax 1, all of which any other limit would miss
+def test_mse_finds_a_sharp_minimum_within_a_bin_width():
+    # all values lie on the levels of amax 1, so any other amax has an error
     x = torch.arange(-127, 128).repeat(50).float().view(5, -1) / 127
     top = statistics_of(x).top.item()
     assert amax_of(statistics_of(x), 0, "mse", INT8, 0.0) == pytest.approx(1.0, abs=top / BINS)
 
 
 @pytest.mark.parametrize("percentile", [90.0, 99.9, 100.0])
-def test_percentile_is_that_of_the_values_within_a_bins_width(percentile, values):
+def test_percentile_matches_the_values_within_a_bin_width(percentile, values):
     statistics = statistics_of(values)
     found = amax_of(statistics, 0, "percentile", INT8, percentile)
     magnitudes = values.abs().flatten().double().numpy()
@@ -68,37 +68,37 @@ def test_percentile_is_that_of_the_values_within_a_bins_width(percentile, values
     assert low - width <= found <= high + width
 
 
-def test_max_is_the_largest_magnitude_exactly(values):
+def test_max_is_exactly_the_largest_magnitude(values):
     assert amax_of(statistics_of(values), 0, "max", INT8, 99.0) == values.abs().max().item()
 
 
-def test_step_means_are_the_least_over_calls_of_the_mean_over_samples(values):
+def test_step_means_is_the_minimum_over_evaluations_of_the_mean_over_samples(values):
     expected = min(part.abs().amax(1).mean().item() for part in values.split(4))
     assert amax_of(statistics_of(values), 0, "step_means", INT8, 0.0) == pytest.approx(expected, rel=1e-6)
 
 
-def test_calls_that_never_reached_a_layer_do_not_count_in_its_step_means():
+def test_evaluations_that_do_not_run_a_layer_do_not_count_in_its_step_means():
     statistics = no_statistics(["x"], 3)
     observe_(statistics, 0, torch.tensor([[2.0], [4.0]]), 1, 2)
     assert amax_of(statistics, 0, "step_means", INT8, 0.0) == 3.0
 
 
-def published_entropy(counts: list[float], number: Number) -> int:
-    """How many bins are kept, as Migacz's slides have it (GTC 2017): loops, and no vectors."""
+def published_entropy_bins(counts: list[float], number: Number) -> int:
+    """How many bins are kept according to Migacz's slides (GTC 2017), in plain loops."""
     levels, best = int(number.largest) + 1, (np.inf, 0)
     last = max(i for i, count in enumerate(counts) if count) + 1
-    for kept in [*range(levels, last, 16), last]:
-        reference = counts[:kept]
-        reference[-1] += sum(counts[kept:])
+    for bins_kept in [*range(levels, last, 16), last]:
+        reference = counts[:bins_kept]
+        reference[-1] += sum(counts[bins_kept:])
         expanded = []
         for level in range(levels):
-            bins = [counts[i] for i in range(kept) if i * levels // kept == level]
+            bins = [counts[i] for i in range(bins_kept) if i * levels // bins_kept == level]
             filled = sum(1 for count in bins if count)
             expanded += [sum(bins) / filled if count else 0.0 for count in bins]
         p, q = np.array(reference) / sum(reference), np.array(expanded) / sum(expanded)
         with np.errstate(divide="ignore"):
             divergence = sum(a * np.log(a / b) for a, b in zip(p, q, strict=True) if a)
-        best = min(best, (divergence, kept))
+        best = min(best, (divergence, bins_kept))
     return best[1]
 
 
@@ -107,20 +107,20 @@ def test_entropy_keeps_as_many_bins_as_the_published_loop(number):
     x = torch.nn.functional.silu(3 * torch.randn(50_000, generator=torch.Generator().manual_seed(1)))
     counts = np.histogram(x.abs().numpy(), 512, (0, 16.0))[0]
     padded = np.zeros(BINS, dtype=np.int64)
-    padded[:512] = counts  # the published loop takes its time
+    padded[:512] = counts  # the published loop is slow, so it gets only the filled bins
     counts[0] = counts[1]
-    expected = published_entropy([float(count) for count in counts], number)
+    expected = published_entropy_bins([float(count) for count in counts], number)
     assert entropy_amax(padded, float(BINS), number) == expected < 512
 
 
 @pytest.mark.parametrize("method", ["max", "percentile", "mse", "entropy", "step_means"])
-def test_what_was_never_anything_but_zero_has_no_limit(method):
+def test_a_tensor_that_is_always_zero_has_amax_zero(method):
     statistics = statistics_of(torch.zeros(8, 10))
     assert amax_of(statistics, 0, method, INT8, 99.0) == 0.0
 
 
-def test_float_levels_are_those_of_the_type():
-    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # 127 is its nan
+def test_float_levels_match_the_dtype():
+    codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # code 127 is NaN
     assert unit_levels(FP8).tolist() == (codes.double() / 448).tolist()
     assert (unit_levels(FP4) * 6).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]
     assert (unit_levels(INT4) * 7).tolist() == list(range(8))

@@ -1,4 +1,4 @@
-"""compress/quantization/calibration/observer.py: a calibration goes on where it was killed, and says where numbers end."""
+"""compress/quantization/calibration/observer.py: a killed calibration resumes; non-finite values are located."""
 
 from __future__ import annotations
 
@@ -22,95 +22,99 @@ from diffpress.runtime.errors import InvalidInputError
 
 
 def scales(checkpoint: Checkpoint, ctx: Context, **settings) -> dict[str, torch.Tensor]:
-    """Every amax and every smoothing vector, as `calibrate` gives them."""
+    """Every amax and every smoothing vector that `calibrate` returns."""
     config = QuantizeConfig(**{"samples": 5, "batch": 3, **settings})
     amax, smooth = calibrate(checkpoint, choose_formats(checkpoint.model, config), [], config, ctx)
     return {**amax, **{f"{name}.smooth": value for name, value in smooth.items()}}
 
 
-class Killed(Exception):
+class KilledError(Exception):
     pass
 
 
 @pytest.fixture
-def asked(monkeypatch) -> list[float]:
-    """The timesteps at which the network was asked; `asked.limit` calls are answered and the next one is killed."""
+def timesteps_run(monkeypatch) -> list[float]:
+    """Log of the timesteps at which the network was evaluated; after `limit` evaluations, the next one is killed."""
 
-    class Asked(list):
+    class TimestepLog(list):
         limit = None
 
-    seen = Asked()
+    log = TimestepLog()
     run = TorchNetwork.run
 
     def counting(network: TorchNetwork, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        if len(seen) == seen.limit:
-            raise Killed
-        seen.append(float(inputs["timestep"][0]))
+        if len(log) == log.limit:
+            raise KilledError
+        log.append(float(inputs["timestep"][0]))
         return run(network, inputs)
 
     monkeypatch.setattr(TorchNetwork, "run", counting)
     monkeypatch.setattr("diffpress.compress.quantization.calibration.observer.SAVE_EVERY", 3)
-    return seen
+    return log
 
 
 @pytest.fixture
 def small(custom_files) -> Checkpoint:
-    """The user's little module: first, time, norm, inner, last; `inner` computes in int8."""
+    """A small custom module: first, time, norm, inner, last; `inner` computes in int8."""
     file, weights = custom_files("v")
     return load_checkpoint(f"{file}:{weights}")
 
 
-@pytest.mark.parametrize(("killed_at", "every"), [(1, 3), (3, 3), (7, 3), (5, 4)])  # 4: saved where a batch ends
-def test_a_killed_calibration_asks_only_for_what_was_not_saved_and_ends_the_same(
-    killed_at, every, unet, context, asked, tmp_path, monkeypatch
+@pytest.mark.parametrize(("killed_at", "every"), [(1, 3), (3, 3), (7, 3), (5, 4)])  # 4: saves at the end of a batch
+def test_a_killed_calibration_evaluates_only_what_was_not_saved_and_has_the_same_result(
+    killed_at, every, unet, context, timesteps_run, tmp_path, monkeypatch
 ):
     monkeypatch.setattr("diffpress.compress.quantization.calibration.observer.SAVE_EVERY", every)
-    whole = scales(unet, replace(context(unet), work=tmp_path / "undisturbed"))
-    steps = asked[:]
+    uninterrupted = scales(unet, replace(context(unet), work=tmp_path / "undisturbed"))
+    steps = timesteps_run[:]
     assert len(steps) == 8  # two batches of four steps
-    asked.clear()
-    asked.limit = killed_at
-    with pytest.raises(Killed):
+    timesteps_run.clear()
+    timesteps_run.limit = killed_at
+    with pytest.raises(KilledError):
         scales(unet, context(unet))
-    asked.clear()
-    asked.limit = None
+    timesteps_run.clear()
+    timesteps_run.limit = None
     resumed = scales(unet, context(unet))
-    assert asked == steps[killed_at // every * every :]
-    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+    assert timesteps_run == steps[killed_at // every * every :]
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
 
 
-def test_a_calibration_killed_after_its_first_run_does_not_smooth_again(unet, context, asked, tmp_path):
+def test_a_calibration_killed_in_its_second_run_does_not_repeat_the_smoothing_run(
+    unet, context, timesteps_run, tmp_path
+):
     settings = {"smooth": 0.5}
-    whole = scales(unet, replace(context(unet), work=tmp_path / "undisturbed"), **settings)
-    total = len(asked)
-    asked.clear()
-    asked.limit = total - 2
-    with pytest.raises(Killed):
+    uninterrupted = scales(unet, replace(context(unet), work=tmp_path / "undisturbed"), **settings)
+    total = len(timesteps_run)
+    timesteps_run.clear()
+    timesteps_run.limit = total - 2
+    with pytest.raises(KilledError):
         scales(unet, context(unet), **settings)
-    asked.clear()
-    asked.limit = None
+    timesteps_run.clear()
+    timesteps_run.limit = None
     resumed = scales(unet, context(unet), **settings)
-    assert len(asked) == 1 + 2  # one call to see what reads what, and calls 7 and 8 of the second run
-    assert any(key.endswith(".smooth") for key in whole) and all(torch.equal(resumed[k], whole[k]) for k in whole)
+    assert len(timesteps_run) == 1 + 2  # one to trace the layer graph, then evaluations 7 and 8 of the second run
+    assert any(key.endswith(".smooth") for key in uninterrupted) and all(
+        torch.equal(resumed[k], uninterrupted[k]) for k in uninterrupted
+    )
 
 
 @pytest.mark.parametrize("change", ["config", "checkpoint"])
-def test_what_another_run_saved_is_not_taken(change, unet, plain, context, asked):
-    asked.limit = 7
-    with pytest.raises(Killed):
+def test_state_saved_by_another_run_is_not_used(change, unet, plain, context, timesteps_run):
+    timesteps_run.limit = 7
+    with pytest.raises(KilledError):
         scales(unet, context(unet))
-    asked.clear()
-    asked.limit = None
+    timesteps_run.clear()
+    timesteps_run.limit = None
     other = plain if change == "checkpoint" else unet
     scales(other, context(other), percentile=99.0 if change == "config" else 99.99)
-    assert len(asked) == 8
+    assert len(timesteps_run) == 8
 
 
 def test_a_saved_state_that_cannot_be_read_is_refused(unet, context):
     ctx = context(unet)
     ctx.work.mkdir()
     (ctx.work / "calibrate.safetensors").write_bytes(b"half a fi")
-    with pytest.raises(InvalidInputError, match="calibrate.safetensors: .* delete it to start over"):
+    with pytest.raises(InvalidInputError, match=r"calibrate\.safetensors: .* delete it to start over"):
         scales(unet, ctx)
 
 
@@ -119,11 +123,11 @@ def test_a_short_calibration_writes_nothing(unet, context):
     assert not context(unet).work.exists()
 
 
-# --- what is not finite ----------------------------------------------------------------------------------------
+# --- non-finite values -----------------------------------------------------------------------------------------
 
 
-class Breaks(nn.Module):
-    """Its second layer's output is not finite below a timestep; the third only passes it on."""
+class NonFiniteBelow(nn.Module):
+    """The gate after the second layer returns `value` at timesteps below `below`; later layers propagate it."""
 
     def __init__(self, value: float, below: float) -> None:
         super().__init__()
@@ -144,18 +148,21 @@ class Gate(nn.Module):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_the_first_layer_that_is_not_finite_is_named_with_its_timestep_at_once(value, custom, context, asked):
-    checkpoint = custom(Breaks(value, below=40.0), plan_steps=5)
+def test_the_first_layer_that_is_not_finite_is_named_immediately_with_its_timestep(
+    value, custom, context, timesteps_run
+):
+    checkpoint = custom(NonFiniteBelow(value, below=40.0), plan_steps=5)
     timesteps = checkpoint.spec.plan.timesteps
     broken = next(t for t in timesteps if t < 40)
     with pytest.raises(InvalidInputError, match=rf"layer 'gate' is not finite at timestep {broken:g} ") as raised:
         scales(checkpoint, context(checkpoint))
     assert "\n" not in str(raised.value)
-    assert asked == [*timesteps[: timesteps.index(broken) + 1], broken]  # once more, to find where
+    # the last timestep is evaluated once more to locate the layer
+    assert timesteps_run == [*timesteps[: timesteps.index(broken) + 1], broken]
 
 
-def test_a_broken_weight_is_named_though_nobody_reads_its_output(custom, context):
-    model = Breaks(0.0, below=-1.0)
+def test_a_broken_weight_in_the_last_layer_is_named(custom, context):
+    model = NonFiniteBelow(0.0, below=-1.0)
     with torch.no_grad():
         model.last.weight.fill_(float("nan"))
     checkpoint = custom(model)
@@ -164,24 +171,24 @@ def test_a_broken_weight_is_named_though_nobody_reads_its_output(custom, context
         scales(checkpoint, context(checkpoint))
 
 
-# --- what is run -----------------------------------------------------------------------------------------------
+# --- evaluations -----------------------------------------------------------------------------------------------
 
 
-def test_formats_that_round_no_activation_do_not_run_the_model(unet, context, asked):
+def test_formats_without_quantized_activations_do_not_run_the_model(unet, context, timesteps_run):
     found = scales(unet, context(unet), layers=())
-    assert found and not asked and not any(key.endswith(".input") for key in found)
+    assert found and not timesteps_run and not any(key.endswith(".input") for key in found)
 
 
-def test_entropy_is_refused_for_floats_before_anything_is_run(unet, context, asked):
-    with pytest.raises(InvalidInputError, match=r"entropy weighs integers, and layer '.*' is in fp8; take mse"):
+def test_entropy_is_refused_for_float_formats_before_the_model_runs(unet, context, timesteps_run):
+    with pytest.raises(InvalidInputError, match=r"entropy requires integer formats, but layer '.*' is in fp8; use mse"):
         scales(unet, context(unet), calibration="entropy", format="fp8")
-    assert not asked
+    assert not timesteps_run
 
 
-def test_a_few_step_student_is_calibrated_on_exactly_its_few_steps(unet, context, asked):
+def test_a_few_step_student_is_calibrated_on_exactly_its_few_steps(unet, context, timesteps_run):
     student = schedule(unet, ScheduleConfig(solver="dpmpp_2m", steps=2, spacing="logsnr"), context(unet))
     scales(student, context(unet), samples=4, batch=2)
-    assert asked == [round(t) for t in student.spec.plan.timesteps] * 2 and len(asked) == 4
+    assert timesteps_run == [round(t) for t in student.spec.plan.timesteps] * 2 and len(timesteps_run) == 4
 
 
 def test_the_batch_size_does_not_change_the_scales(unet, context):

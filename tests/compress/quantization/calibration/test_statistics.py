@@ -1,4 +1,4 @@
-"""compress/quantization/calibration/statistics.py: what is streamed is what would have been counted at once."""
+"""compress/quantization/calibration/statistics.py: streaming gives the same counts as a histogram of all values."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from diffpress.compress.quantization.calibration.observer import NonFiniteError
 from diffpress.compress.quantization.calibration.statistics import BINS, no_statistics, observe_
 
 
-def drawn(seed: int = 0) -> torch.Tensor:
-    """Samples of magnitudes that grow a thousandfold from the first to the last."""
+def samples(seed: int = 0) -> torch.Tensor:
+    """Samples whose magnitudes grow a thousandfold from the first to the last."""
     noise = torch.randn(12, 3, 40, generator=torch.Generator().manual_seed(seed))
     return noise * torch.logspace(-2, 1, 12).view(-1, 1, 1)
 
@@ -24,9 +24,9 @@ def streamed(x: torch.Tensor, sizes: list[int]):
 
 
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 7]])
-@pytest.mark.parametrize("turned", [False, True])
-def test_counts_are_those_of_a_histogram_of_all_values_at_once(sizes, turned):
-    x = drawn().flip(0) if turned else drawn()
+@pytest.mark.parametrize("reverse", [False, True])
+def test_counts_match_a_histogram_of_all_values(sizes, reverse):
+    x = samples().flip(0) if reverse else samples()
     found = streamed(x, sizes)
     magnitudes = x.abs().double().numpy()
     top = 2.0 ** np.floor(np.log2(magnitudes.max()) + 1)
@@ -36,16 +36,16 @@ def test_counts_are_those_of_a_histogram_of_all_values_at_once(sizes, turned):
     assert found.counts[0].sum() == found.largest[0] == found.rows[0, 0] == 0
 
 
-def test_calls_of_the_plan_are_kept_apart_and_tokens_count_with_their_sample():
+def test_evaluations_are_separate_and_tokens_count_with_their_sample():
     statistics = no_statistics(["x"], 3)
-    observe_(statistics, 0, torch.tensor([[1.0], [-2.0], [3.0], [0.5]]), 0, 2)  # two rows a sample
+    observe_(statistics, 0, torch.tensor([[1.0], [-2.0], [3.0], [0.5]]), 0, 2)  # two rows per sample
     observe_(statistics, 0, torch.tensor([[4.0], [6.0]]), 2, 2)
-    observe_(statistics, 0, torch.tensor([[7.0], [1.0], [1.0]]), 2, 2)  # not laid out by samples
+    observe_(statistics, 0, torch.tensor([[7.0], [1.0], [1.0]]), 2, 2)  # three rows for two samples
     assert statistics.sums.tolist() == [[2.0 + 3.0, 0.0, 4.0 + 6.0 + 7.0]]
     assert statistics.rows.tolist() == [[2, 0, 3]]
 
 
-def test_zeros_are_counted_before_and_after_there_is_anything_else():
+def test_zeros_are_counted_before_and_after_other_values():
     statistics = no_statistics(["x"], 1)
     for value in (0.0, 1.0, 0.0):
         observe_(statistics, 0, torch.full((1, 5), value), 0, 1)
@@ -53,17 +53,17 @@ def test_zeros_are_counted_before_and_after_there_is_anything_else():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_what_is_not_finite_is_refused(value):
+def test_values_that_are_not_finite_are_refused(value):
     with pytest.raises(NonFiniteError):
         observe_(no_statistics(["x"], 1), 0, torch.tensor([[1.0, value]]), 0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_counts_like_the_same_values_in_float32(dtype):
-    x = drawn().to(dtype)
+def test_half_precision_gives_the_same_counts_as_float32(dtype):
+    x = samples().to(dtype)
     assert torch.equal(streamed(x, [12]).counts, streamed(x.float(), [12]).counts)
 
 
-def test_memory_does_not_grow_with_what_is_seen():
-    few, many = streamed(drawn()[:1], [1]), streamed(drawn(), [1] * 12)
+def test_memory_does_not_grow_with_the_number_of_values():
+    few, many = streamed(samples()[:1], [1]), streamed(samples(), [1] * 12)
     assert [t.shape for t in few.tensors.values()] == [t.shape for t in many.tensors.values()]

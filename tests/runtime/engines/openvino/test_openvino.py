@@ -1,4 +1,4 @@
-"""OpenVINO's own options: a cache that changes nothing but the time, precision by the processor, several streams."""
+"""OpenVINO options: the cache does not change results, precision depends on the CPU, several streams."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def cached(tmp_path: Path) -> EngineOptions:
 
 
 def no_compiling(self: object, *_: object) -> None:
-    raise AssertionError("it was to be taken from the cache")
+    raise AssertionError("expected a cache hit")
 
 
 @pytest.fixture(params=["float", "quantized"])
@@ -44,7 +44,7 @@ def ran(graph: Path, options: EngineOptions) -> tuple[np.ndarray, object]:
         return engine.run(sample_inputs()), engine.precision_report(sample_inputs())
 
 
-def test_a_cached_model_gives_the_same_bits_and_the_same_account(graph: Path, cached, monkeypatch) -> None:
+def test_a_cached_model_gives_the_same_bits_and_the_same_precision_report(graph: Path, cached, monkeypatch) -> None:
     without, first = ran(graph, replace(cached, cache=None)), ran(graph, cached)
     monkeypatch.setattr(openvino.Core, "compile_model", no_compiling)
     second = ran(graph, cached)
@@ -52,16 +52,16 @@ def test_a_cached_model_gives_the_same_bits_and_the_same_account(graph: Path, ca
     assert without[1] == first[1] == second[1]
 
 
-def test_a_cached_model_is_not_even_read(graph: Path, cached, monkeypatch) -> None:
+def test_a_cached_model_is_loaded_without_reading_the_graph(graph: Path, cached, monkeypatch) -> None:
     with closing(load_engine(graph, "openvino", options=cached)) as engine:
-        inputs, wanted = engine.inputs, engine.run(sample_inputs())
+        inputs, expected = engine.inputs, engine.run(sample_inputs())
     monkeypatch.setattr(openvino.Core, "read_model", no_compiling)
     with closing(load_engine(graph, "openvino", options=cached)) as engine:
-        assert engine.inputs == inputs and np.array_equal(engine.run(sample_inputs()), wanted)
+        assert engine.inputs == inputs and np.array_equal(engine.run(sample_inputs()), expected)
 
 
 @pytest.mark.parametrize("change", ["graph", "threads", "streams", "shapes", "version", "processor"])
-def test_whatever_the_compiled_model_depends_on_makes_another_entry(
+def test_everything_the_compiled_model_depends_on_is_part_of_the_key(
     float_graph: Path, cached: EngineOptions, monkeypatch, change: str
 ) -> None:
     ran(float_graph, cached)
@@ -82,35 +82,37 @@ def test_whatever_the_compiled_model_depends_on_makes_another_entry(
     with closing(load_engine(float_graph, "openvino", options=options)) as engine:
         engine.run(inputs)
     added = set(folder.iterdir()) - before
-    assert len(added) == (1 if change == "shapes" else 2)  # the description, which shapes leave alone, and the model
+    assert len(added) == (
+        1 if change == "shapes" else 2
+    )  # the tensor description, which does not depend on shapes, and the model
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""])
-def test_damaged_entries_are_made_again(graph: Path, cached, damage: Callable[[bytes], bytes]) -> None:
-    wanted = ran(graph, cached)[0]
+def test_damaged_entries_are_replaced(graph: Path, cached, damage: Callable[[bytes], bytes]) -> None:
+    expected = ran(graph, cached)[0]
     files = sorted(cached.cache.folder.iterdir())
     sound = [file.read_bytes() for file in files]
     for file, content in zip(files, sound, strict=True):
         file.write_bytes(damage(content))
-    assert np.array_equal(ran(graph, cached)[0], wanted)
+    assert np.array_equal(ran(graph, cached)[0], expected)
     assert all(len(file.read_bytes()) > 0.9 * len(content) for file, content in zip(files, sound, strict=True))
 
 
-def test_an_entry_that_openvino_does_not_take_is_compiled_again(float_graph: Path, cached, monkeypatch) -> None:
-    """Sound by its digest, and still nothing that this library can import."""
+def test_an_entry_that_openvino_rejects_is_compiled_again(float_graph: Path, cached, monkeypatch) -> None:
+    """The digest is valid, but OpenVINO cannot import the data."""
     real = openvino.Core.import_model
-    wanted = ran(float_graph, cached)[0]
+    expected = ran(float_graph, cached)[0]
     seen = []
 
-    def nonsense(self, stream, *rest):
+    def import_garbage(self, stream, *rest):
         seen.append(stream)
         return real(self, io.BytesIO(b"no model"), *rest)
 
-    monkeypatch.setattr(openvino.Core, "import_model", nonsense)
-    assert np.array_equal(ran(float_graph, cached)[0], wanted) and seen
+    monkeypatch.setattr(openvino.Core, "import_model", import_garbage)
+    assert np.array_equal(ran(float_graph, cached)[0], expected) and seen
 
 
-def test_a_bundle_is_cached_under_its_hash_and_stays_as_it_is(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_bundle_is_cached_under_its_hash_and_is_not_modified(tiny: Path, tmp_path: Path, monkeypatch) -> None:
     options = EngineOptions(threads=1, cache=Cache(tmp_path / "cache"))
 
     def images(folder: Path) -> np.ndarray:
@@ -125,27 +127,27 @@ def test_a_bundle_is_cached_under_its_hash_and_stays_as_it_is(tiny: Path, tmp_pa
     assert np.array_equal(images(Path(shutil.copytree(tiny, tmp_path / "elsewhere"))), first)
 
 
-def test_a_precision_that_the_processor_has_not_is_one_clear_line(float_graph: Path, monkeypatch) -> None:
+def test_a_precision_the_cpu_does_not_support_raises_a_one_line_error(float_graph: Path, monkeypatch) -> None:
     real = openvino.Core.get_property
 
     def incapable(self, device, name, *rest):
         return ["FP32", "INT8"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     monkeypatch.setattr(openvino.Core, "get_property", incapable)
-    with pytest.raises(EngineUnavailableError, match="does not compute in bf16; leave it at f32") as caught:
+    with pytest.raises(EngineUnavailableError, match="does not support precision bf16; use f32") as caught:
         load_engine(float_graph, "openvino", options=EngineOptions(precision="bf16"))
     assert "\n" not in str(caught.value)
 
 
-def test_a_precision_that_the_processor_has_is_asked_for(float_graph: Path, monkeypatch) -> None:
-    """Whether this processor has bf16 or not: what OpenVINO is told is what was asked."""
-    real, cond = openvino.Core.get_property, []
+def test_a_precision_the_cpu_supports_is_passed_to_openvino(float_graph: Path, monkeypatch) -> None:
+    """The capabilities are patched, so the test does not depend on this CPU."""
+    real, hints = openvino.Core.get_property, []
 
     def capable(self, device, name, *rest):
         return ["FP32", "BF16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     def compiling(self, model, device, properties):
-        cond.append(properties["INFERENCE_PRECISION_HINT"])
+        hints.append(properties["INFERENCE_PRECISION_HINT"])
         return real_compile(self, model, device, properties)
 
     real_compile = openvino.Core.compile_model
@@ -153,22 +155,22 @@ def test_a_precision_that_the_processor_has_is_asked_for(float_graph: Path, monk
     monkeypatch.setattr(openvino.Core, "compile_model", compiling)
     for precision in ("bf16", "f32"):
         load_engine(float_graph, "openvino", options=EngineOptions(precision=precision)).run(sample_inputs())
-    assert cond == ["bf16", "f32"]
+    assert hints == ["bf16", "f32"]
 
 
-def test_streams_answer_at_once_what_they_answer_alone(graph: Path) -> None:
+def test_concurrent_streams_return_the_same_outputs_as_one_stream(graph: Path) -> None:
     options = EngineOptions(threads=2, streams=2)
     inputs = [sample_inputs(seed) for seed in range(12)]
     with (
         closing(load_engine(graph, "openvino", options=options)) as several,
         closing(load_engine(graph, "openvino", options=EngineOptions(threads=2))) as one,
-        ThreadPoolExecutor(4) as pool,  # more callers than requests: some wait
+        ThreadPoolExecutor(4) as pool,  # more callers than requests, so some wait
     ):
         found = list(pool.map(several.run, inputs))
         assert all(np.array_equal(a, one.run(b)) for a, b in zip(found, inputs, strict=True))
 
 
-def test_the_description_in_the_cache_is_plain_json(float_graph: Path, cached: EngineOptions) -> None:
+def test_the_tensor_description_in_the_cache_is_plain_json(float_graph: Path, cached: EngineOptions) -> None:
     load_engine(float_graph, "openvino", options=cached)
     (file,) = cached.cache.folder.iterdir()
     assert json.loads(file.read_bytes()[32:]) == {"inputs": {"sample": "float32"}, "outputs": ["out_sample"]}

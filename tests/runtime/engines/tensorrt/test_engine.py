@@ -1,5 +1,6 @@
-"""The buffers and the CUDA graph around a plan, with a CUDA of numpy arrays; and that the real libraries have each name
-that is used. No kernel runs here: on a GPU the engine itself is unrun.
+"""Buffers, CUDA graph, progress and messages of the TensorRT backend, with a fake CUDA in main memory.
+
+Also checks that the real libraries have every name that is used. No TensorRT kernel runs here.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 import pytest
 
 from diffpress.runtime.engines.tensorrt.binding import Binding
-from diffpress.runtime.engines.tensorrt.engine import parted
+from diffpress.runtime.engines.tensorrt.engine import split_batch
 from diffpress.runtime.engines.tensorrt.library import call, gpu_capability
 from diffpress.runtime.engines.tensorrt.messages import build_error, one_line
 from diffpress.runtime.engines.tensorrt.monitor import Phases, monitor
@@ -24,12 +25,12 @@ from diffpress.runtime.engines.tensorrt.options import BuildOptions
 from diffpress.runtime.errors import EngineUnavailableError
 from tests.runtime.fake_cuda import Cuda
 
-FOLDER = Path("runtime/engines/trt")
+FOLDER = Path("diffpress/runtime/engines/tensorrt")
 TYPES = {"x": np.dtype(np.float32), "t": np.dtype(np.int64), "out": np.dtype(np.float32)}
 
 
 class Context:
-    """out = 2 x + t, read and written where the addresses say, as an execution context does."""
+    """A fake execution context: out = 2 x + t, at the given addresses."""
 
     def __init__(self, cuda, capturable=True):
         self.cuda, self.capturable, self.shapes, self.addresses, self.enqueued = cuda, capturable, {}, {}, 0
@@ -73,50 +74,48 @@ def bound(cuda, **settings):
 
 
 @pytest.mark.parametrize(("settings", "launched"), [({}, 4), ({"capturable": False}, 0), ({"replay": False}, 0)])
-def test_the_first_call_runs_and_later_ones_replay_one_graph(settings, launched):
+def test_the_first_run_is_enqueued_and_later_ones_replay_one_graph(settings, launched):
     cuda = Cuda()
     context, binding = bound(cuda, **settings)
     results = [(inputs(seed), binding.run(inputs(seed))) for seed in range(5)]
-    for given, found in results:  # all of them afterwards: an output is the caller's own
-        np.testing.assert_array_equal(found["out"], (2 * given["x"] + given["t"][:, None]).astype(np.float32))
+    for feed, found in results:  # checked after all runs: outputs must not be overwritten
+        np.testing.assert_array_equal(found["out"], (2 * feed["x"] + feed["t"][:, None]).astype(np.float32))
     assert cuda.log.count("launched") == launched
     assert context.enqueued == (2 if launched else 5)
-    assert len(cuda.memory) == 6  # one buffer here and there for each tensor, however many calls
+    assert len(cuda.memory) == 6  # one host and one device buffer per tensor, regardless of the number of runs
     binding.close()
     assert cuda.memory == {}
 
 
-def test_what_the_context_refuses_frees_its_buffers():
+def test_a_failed_binding_frees_its_buffers():
     cuda = Cuda()
     context = Context(cuda)
     context.set_tensor_address = lambda name, address: name != "out"
-    with pytest.raises(EngineUnavailableError, match="refuses the address of out"):
+    with pytest.raises(EngineUnavailableError, match="rejects the address of out"):
         Binding(cuda, context, 7, {"x": (3, 4), "t": (3,)}, TYPES)
     assert cuda.memory == {}
 
 
-def test_a_batch_above_the_largest_runs_in_parts_in_order():
-    given = inputs(0, batch=7)
-    parts = list(parted(given, 3))
-    assert [len(part["t"]) for part in parts] == [3, 3, 1]
-    np.testing.assert_array_equal(np.concatenate([part["x"] for part in parts]), given["x"])
+def test_a_batch_above_the_maximum_is_split_in_order():
+    feed = inputs(0, batch=7)
+    chunks = list(split_batch(feed, 3))
+    assert [len(chunk["t"]) for chunk in chunks] == [3, 3, 1]
+    np.testing.assert_array_equal(np.concatenate([chunk["x"] for chunk in chunks]), feed["x"])
 
 
-def test_what_cuda_says_is_one_line():
+def test_a_cuda_error_is_one_line():
     cuda = SimpleNamespace(
         cudaGetDeviceCount=lambda: (35, None), cudaGetErrorString=lambda error: (0, b"driver too old")
     )
-    with pytest.raises(
-        EngineUnavailableError, match="there is no NVIDIA GPU that can be used .*cudaGetDeviceCount.*driver too old"
-    ):
+    with pytest.raises(EngineUnavailableError, match=r"no usable NVIDIA GPU .*cudaGetDeviceCount.*driver too old"):
         gpu_capability(cuda)
-    with pytest.raises(EngineUnavailableError, match="there is no NVIDIA GPU$"):
+    with pytest.raises(EngineUnavailableError, match=r"no NVIDIA GPU found$"):
         gpu_capability(SimpleNamespace(cudaGetDeviceCount=lambda: (0, 0)))
     assert call(SimpleNamespace(f=lambda a: (0, a, 2)), "f", 1) == (1, 2)
 
 
 def used(variable):
-    """variable.A.B -> 'A.B', and 'A' of call(variable, "A") and getattr(variable.B, ...) in the files of this room."""
+    """Names used in the backend: 'A.B' of variable.A.B, and 'A' of call(variable, "A")."""
     found = set()
     for file in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -136,17 +135,17 @@ def test_the_real_library_has_every_name_that_is_used(variable, module):
     try:
         library = importlib.import_module(module)
     except ImportError:
-        pytest.skip(f"{module} is not installed: its names were not compared")
+        pytest.skip(f"{module} is not installed: its names were not checked")
     names = used(variable)
     assert len(names) > 10
     for name in sorted(names):
         owner = library
-        for part in name.split("."):
-            assert hasattr(owner, part) or part.startswith("__"), name
-            owner = getattr(owner, part, None)
+        for attribute in name.split("."):
+            assert hasattr(owner, attribute) or attribute.startswith("__"), name
+            owner = getattr(owner, attribute, None)
 
 
-def test_phases_nest():
+def test_nested_phases_are_part_of_the_parents_progress():
     phases = Phases()
     phases.start("build", None, 4)
     phases.step("build")
@@ -171,17 +170,17 @@ class Terminal(io.StringIO):
 )
 def test_progress_is_live_on_a_terminal_and_rare_elsewhere(stream, expected, monkeypatch):
     monkeypatch.setattr("diffpress.runtime.engines.tensorrt.monitor.LIVE_EVERY_S", 0.0)
-    observe = monitor(SimpleNamespace(IProgressMonitor=object), "g", stream)
-    observe.phase_start("build", None, 2)
-    assert observe.step_complete("build", 0)
-    observe.phase_finish("build")
+    progress = monitor(SimpleNamespace(IProgressMonitor=object), "g", stream)
+    progress.phase_start("build", None, 2)
+    assert progress.step_complete("build", 0)
+    progress.phase_finish("build")
     assert stream.getvalue() == expected
 
 
 def test_an_interrupt_stops_the_build(monkeypatch):
-    observe = monitor(SimpleNamespace(IProgressMonitor=object), "g", io.StringIO())
-    observe._tell = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
-    assert observe.step_complete("build", 0) is False and observe.interrupted
+    progress = monitor(SimpleNamespace(IProgressMonitor=object), "g", io.StringIO())
+    progress._report = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
+    assert progress.step_complete("build", 0) is False and progress.interrupted
 
 
 HARDWARE = (
@@ -190,15 +189,15 @@ HARDWARE = (
 )
 
 
-def test_what_the_builder_says_becomes_why_and_what_to_try():
-    said = str(build_error("g.onnx", "tensorrt-rtx", ["Thread context has not been set!", HARDWARE], BuildOptions()))
-    assert said == (
-        "g.onnx: compute capability 8.6 does not run format fp8 of this graph (tensorrt-rtx); 8.9 and later do: leave "
-        "8.6 out, or quantize to int8"
+def test_build_errors_state_the_reason_and_what_to_try():
+    message = str(build_error("g.onnx", "tensorrt-rtx", ["Thread context has not been set!", HARDWARE], BuildOptions()))
+    assert message == (
+        "g.onnx: compute capability 8.6 does not run format fp8 of this graph (tensorrt-rtx); 8.9 and later do: "
+        "omit 8.6, or quantize to int8"
     )
     memory = build_error("g.onnx", "tensorrt", ["IBuilder::x: Error Code 2: out of memory\n"], BuildOptions())
     assert str(memory) == (
-        "g.onnx: tensorrt cannot build it: out of memory; take a smaller batch or size, a workspace limit, or a "
+        "g.onnx: tensorrt cannot build it: out of memory; use a smaller batch or size, a workspace limit, or a "
         "machine with more memory"
     )
     assert str(build_error("g.onnx", "tensorrt", [], BuildOptions())).endswith("no reason given")
