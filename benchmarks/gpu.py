@@ -74,7 +74,7 @@ def load_twice(bundle: Bundle, folder: Path) -> tuple[Any, dict[str, Any]]:
             engine.close()
     path = bundle.graph("denoiser", TENSORRT)
     cache = Cache(folder, f"{bundle.hash} {path.relative_to(bundle.path).as_posix()}")
-    built, here = bundle.built("denoiser", TENSORRT), libraries.device_here()
+    built, here = bundle.prebuilt_engines("denoiser", TENSORRT), libraries.device_here()
     engine_bytes, entry = engine_for(path, EngineOptions(cache=cache), built, here)
     row = {
         "first_s": seconds[0],

@@ -37,7 +37,7 @@ def load(reference: str | Path, *, loras: Sequence[str] = (), config: str | Path
     Raises:
         InvalidInputError: If it cannot be found, read or understood. Weights are never unpickled.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> model = dp.load(checkpoint)
         >>> model.spec.sample_shape
@@ -71,7 +71,7 @@ def compress(
     Raises:
         InvalidInputError: For settings that do not fit the model, an impossible order, or a folder of another run.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> small = dp.compress(checkpoint, [dp.Prune(method="magnitude", ratio=0.5, round_to=4)], out=folder / "work")
         >>> [record.stage for record in small.history]
@@ -80,7 +80,7 @@ def compress(
     from diffpress.compress.checkpoint import Checkpoint
     from diffpress.compress.pipeline import claim_folder, run_stages
     from diffpress.compress.recipe import Recipe
-    from diffpress.export.targets.engine_cost import costs_in
+    from diffpress.export.targets.engine_cost import open_engine_costs
 
     if isinstance(stages, str | Path):
         stages = Recipe.load(stages)
@@ -92,7 +92,7 @@ def compress(
         recipe = Recipe.of(stages, data=data, seed=seed or 0)
     teacher = model if isinstance(model, Checkpoint) else load(model)
     claim_folder(Path(out), teacher, recipe, update)
-    return run_stages(teacher, recipe, Path(out), costs_in)
+    return run_stages(teacher, recipe, Path(out), open_engine_costs)
 
 
 def export(
@@ -123,9 +123,10 @@ def export(
         threads: Processor threads of the parity check; None for all.
 
     Raises:
-        InvalidInputError: For options that do not fit the checkpoint, and where parity with torch fails.
+        InvalidInputError: For options that do not fit the checkpoint.
+        GateFailedError: If parity with torch fails.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> exported = dp.export(checkpoint, folder / "bundle", threads=1)
         >>> exported.path.name
@@ -167,7 +168,7 @@ def bench(
         repeats: Alternating rounds, of which medians are taken.
         options: Threads, precision and so on, for every engine.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> result = dp.bench(bundle, batch=[1], repeats=1)
         >>> [row["batch"] for row in result["rows"]]
@@ -208,7 +209,7 @@ def evaluate(
     Raises:
         InvalidInputError: If the feature network does not fit the model's images, or too few samples are asked for.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> scores = dp.evaluate("calib_data/teacher", samples=8, seeds=1, steps=1)
         >>> sorted(scores["kid"])

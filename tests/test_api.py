@@ -86,7 +86,7 @@ def test_what_does_not_fit_is_refused_before_any_work(folder: Path, tmp_path: Pa
         dp.compress(folder, ["prune"], out=tmp_path / "a")
     with pytest.raises(dp.InvalidInputError, match="the recipe names data and seed itself"):
         dp.compress(folder, "int8", seed=1, out=tmp_path / "a")
-    with pytest.raises(dp.InvalidInputError, match="nowhere.npz does not exist"):
+    with pytest.raises(dp.InvalidInputError, match=r"nowhere\.npz does not exist"):
         dp.compress(folder, [dp.Prune()], data="nowhere.npz", out=tmp_path / "a")
     with pytest.raises(dp.InvalidInputError, match="no such checkpoint folder"):
         dp.load(tmp_path / "nothing here")
@@ -157,5 +157,5 @@ def test_bench_and_evaluate_return_the_documented_shapes(folder: Path) -> None:
     assert len(rows) == 2 and {"name", "engine", "precision", "batch", "steps", "step_ms", "image_ms"} <= set(rows[0])
     with pytest.raises(dp.InvalidInputError, match="samples = 4: too few"):
         dp.evaluate(folder, samples=4)
-    with pytest.raises(dp.InvalidInputError, match="this feature network sees|feature network"):
+    with pytest.raises(dp.InvalidInputError, match="feature network"):
         dp.evaluate(folder, samples=8)

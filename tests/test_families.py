@@ -35,7 +35,7 @@ from PIL import Image  # noqa: E402
 from diffpress.cli.main import main  # noqa: E402
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs  # noqa: E402
-from diffpress.compress.models.components import component_names, encoded_prompts, load_component  # noqa: E402
+from diffpress.compress.models.components import component_names, encode_prompts, load_component  # noqa: E402
 from diffpress.compress.models.counts import count  # noqa: E402
 from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
 from diffpress.compress.pipeline import run_stages  # noqa: E402
@@ -78,9 +78,9 @@ def sampled_in_torch(checkpoint: Checkpoint, negatives: Sequence[str] | None = N
     """Sample images [N, 3, H, W] in [0, 1] with the runtime's sampler and torch networks."""
     spec, conditioning = checkpoint.spec, ConditioningInputs()
     if spec.conditioning.kind == "text":
-        uncond = encoded_prompts(checkpoint, negatives, pytest.fail)
+        uncond = encode_prompts(checkpoint, negatives, pytest.fail)
         uncond = {name: np.broadcast_to(array, (len(SEEDS), *array.shape[1:])) for name, array in uncond.items()}
-        conditioning = ConditioningInputs(encoded_prompts(checkpoint, PROMPTS, pytest.fail), uncond)
+        conditioning = ConditioningInputs(encode_prompts(checkpoint, PROMPTS, pytest.fail), uncond)
     elif spec.conditioning.kind == "class":
         conditioning = class_conditioning(spec, np.array(LABELS))
     latents = generate(TorchNetwork(checkpoint.model, spec), spec, SEEDS, conditions=conditioning)

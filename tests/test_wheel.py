@@ -1,4 +1,4 @@
-"""The wheel: `diffpress/` and nothing else, with the built-in recipes and data; it works beside folders of our names."""
+"""The wheel: `diffpress/` and nothing else, with recipes and data inside; it works beside folders of our names."""
 
 from __future__ import annotations
 
@@ -63,7 +63,10 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
 def test_recipes_and_data_are_inside_it(installed: Path) -> None:
     data = {path.relative_to(ROOT / "calib_data") for path in (ROOT / "calib_data").rglob("*") if path.is_file()}
     assert data and all((installed / "diffpress" / "calib_data" / path).is_file() for path in data)
-    code = "from diffpress.compress.builtin import *; print(TEACHER, FEATURES.is_file(), len(list(RECIPES.glob('*.yaml'))))"
+    code = (
+        "from diffpress.compress.builtin import *\n"
+        "print(TEACHER, FEATURES.is_file(), len(list(RECIPES.glob('*.yaml'))))"
+    )
     done = run(["-c", code], installed, installed)
     assert done.stdout.split() == [str(installed / "diffpress" / "calib_data" / "teacher"), "True", "3"], done.stderr
 

@@ -56,11 +56,11 @@ def run(args: argparse.Namespace) -> int:
     """Export and print a summary; raises DiffpressError for invalid input or a failed parity gate."""
     import torch
 
-    from diffpress.export.bundle import refuse_foreign
+    from diffpress.export.bundle import check_output_folder
     from diffpress.export.export import export
     from diffpress.export.summary import summary
 
-    refuse_foreign(args.out)  # before the checkpoint is read, which may take minutes
+    check_output_folder(args.out)  # before the checkpoint is read, which may take minutes
     build = build_options(args)
     bundle = export(
         loaded(args, dtype=getattr(torch, DTYPES[args.dtype])),

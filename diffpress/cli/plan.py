@@ -19,12 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the resolved stages with the sizes before and after."""
-    from diffpress.compress.dry_run import planned
+    from diffpress.compress.dry_run import dry_run
     from diffpress.compress.recipe import Recipe
     from diffpress.runtime.io.files import write_json
 
     recipe = Recipe.load(args.recipe, args.set)
-    result = planned(loaded(args), recipe)
+    result = dry_run(loaded(args), recipe)
     if args.json == "-":
         print(json.dumps(result, indent=1))
         return 0

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     import numpy as np
 
     from diffpress.runtime.bundle import load_bundle
-    from diffpress.runtime.engines import ran_in
+    from diffpress.runtime.engines import engine_label
     from diffpress.runtime.io.images import image_grid, to_uint8, write_png
     from diffpress.runtime.pipeline import Pipeline, has_fixed_size, resized
     from diffpress.runtime.requested_plan import plan_description, requested_spec
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         seeds = np.arange(args.seed, args.seed + args.number)
         images = np.concatenate(list(pipeline.images(seeds, conditions, spec, args.batch)))
         image_ms = (time.perf_counter() - start) * 1e3 / args.number
-        engine = ran_in(pipeline.denoiser)
+        engine = engine_label(pipeline.denoiser)
     write_png(image_grid(to_uint8(images, spec.data_range)), args.out)
     made = "1 image" if args.number == 1 else f"{args.number} images"
     print(f"{args.out}: {made}, {plan_description(spec)} in {engine}, {image_ms:.1f} ms per image")

@@ -55,7 +55,7 @@ class EngineCosts(Protocol):
 
 
 # (float checkpoint, engine name). Passed in by whoever runs the recipe: `compress` does not import `export`.
-CostsIn = Callable[[Checkpoint, str], AbstractContextManager[EngineCosts]]
+EngineCostsFactory = Callable[[Checkpoint, str], AbstractContextManager[EngineCosts]]
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Context:
         work: Folder for the state from which an interrupted stage resumes.
         teacher: The checkpoint the run started from.
         data: Training data, if the recipe has any.
-        costs_in: Opens engine measurements, if an engine is available.
+        open_engine_costs: Opens engine measurements, if an engine is available.
         notes: Entries that a stage adds to its history record.
     """
 
@@ -75,7 +75,7 @@ class Context:
     work: Path
     teacher: Checkpoint
     data: Data | None = None
-    costs_in: CostsIn | None = None
+    open_engine_costs: EngineCostsFactory | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property

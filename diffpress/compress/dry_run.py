@@ -17,7 +17,7 @@ from diffpress.compress.quantization.layer_selection import choose_formats
 from diffpress.compress.recipe import Recipe
 
 
-def planned(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
+def dry_run(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     """Return the resolved recipe, the stage order, and the sizes before and (if predictable) after each stage."""
     before = _sizes(checkpoint)
     sizes: dict[str, int] | None = before

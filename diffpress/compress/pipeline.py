@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.compress.checkpoint import Checkpoint, Record, save_checkpoint
-from diffpress.compress.context import Context, CostsIn, Data, say
+from diffpress.compress.context import Context, Data, EngineCostsFactory, say
 from diffpress.compress.distillation.distill import distill
 from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
 from diffpress.compress.models.counts import count
@@ -41,11 +41,13 @@ STAGES: dict[str, StageFunction] = {
 }
 
 
-def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path, costs_in: CostsIn | None = None) -> Checkpoint:
+def run_stages(
+    teacher: Checkpoint, recipe: Recipe, out: Path, open_engine_costs: EngineCostsFactory | None = None
+) -> Checkpoint:
     """Apply the recipe's stages to the teacher, reusing what `out`/stages already holds.
 
-    With several processes, all of them train and the main one does the rest; the others load what it saved. `costs_in`
-    measures costs in an engine for the stages that need them (export/targets/engine_cost.py).
+    With several processes, all of them train and the main one does the rest; the others load what it saved.
+    `open_engine_costs` measures costs in an engine for the stages that need them (export/targets/engine_cost.py).
     """
     data = open_data(teacher, recipe, out)
     checkpoint = teacher
@@ -59,7 +61,7 @@ def run_stages(teacher: Checkpoint, recipe: Recipe, out: Path, costs_in: CostsIn
         if done:
             say(f"done before, read from {folder}")
         elif distributed.is_main() or trains(stage):
-            ctx = Context(recipe.seed, _work(folder), teacher, data, costs_in)
+            ctx = Context(recipe.seed, _work(folder), teacher, data, open_engine_costs)
             checkpoint = run_stage(checkpoint, stage, folder, ctx)
         distributed.wait()
         if done or not distributed.is_main():

@@ -88,7 +88,7 @@ class Stage(NamedTuple):
 class Recipe:
     """A checked recipe, every default filled in.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> recipe = dp.Recipe.load("int8")
         >>> [stage.name for stage in recipe.stages]

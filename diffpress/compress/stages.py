@@ -23,7 +23,7 @@ from diffpress.runtime.errors import InvalidInputError
 class Schedule(ScheduleConfig):
     """Choose the solver and the timesteps that the model is sampled with; weights stay as they are.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> dp.Schedule(solver="unipc_2", steps=8).solver
         'unipc_2'
@@ -33,7 +33,7 @@ class Schedule(ScheduleConfig):
 class Prune(PruneConfig):
     """Remove the fraction `ratio` of channels and attention heads.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> dp.Prune(ratio=0.3).method
         'taylor'
@@ -43,7 +43,7 @@ class Prune(PruneConfig):
 class Recover(RecoverConfig):
     """Train a pruned model to reproduce the model it was pruned from.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> dp.Recover(steps=2000).steps
         2000
@@ -53,7 +53,7 @@ class Recover(RecoverConfig):
 class Guidance(GuidanceConfig):
     """Train one evaluation to replace the two of classifier-free guidance.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> dp.Guidance(weight=7.5).kind
         'guidance'
@@ -65,7 +65,7 @@ class Guidance(GuidanceConfig):
 class Progressive(ProgressiveConfig):
     """Halve the number of steps repeatedly (progressive distillation).
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> dp.Progressive(start_steps=16, sample_steps=2).sample_steps
         2
@@ -77,7 +77,7 @@ class Progressive(ProgressiveConfig):
 class Trajectory(TrajectoryConfig):
     """Train a few steps to follow the teacher's fine trajectory (SFD).
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> dp.Trajectory(sample_steps=4).kind
         'trajectory'
@@ -89,7 +89,7 @@ class Trajectory(TrajectoryConfig):
 class Consistency(ConsistencyConfig):
     """Train every point of a trajectory to map to the same image (ECT).
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> dp.Consistency(sample_steps=2).kind
         'consistency'
@@ -101,7 +101,7 @@ class Consistency(ConsistencyConfig):
 class Score(ScoreConfig):
     """Train a few-step generator by the difference of two scores (DMD2 without its GAN).
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> dp.Score(sample_steps=1).kind
         'score'
@@ -113,7 +113,7 @@ class Score(ScoreConfig):
 class Quantize(QuantizeConfig):
     """Quantize weights and activations to `format`, calibrated on the model's own trajectory.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> dp.Quantize("int8", samples=16).format
         'int8'

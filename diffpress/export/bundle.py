@@ -29,17 +29,17 @@ from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.opsets import opset_of
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.graph.trace import trace
-from diffpress.export.passes.bf16_to_fp32 import widened
+from diffpress.export.passes.bf16_to_fp32 import bf16_to_fp32
 from diffpress.export.passes.half_precision import FLOAT, PRECISIONS, kept_modules, to_half
 from diffpress.export.passes.insert_qdq import insert_qdq
-from diffpress.export.targets.capability import check_runs, emulated, emulation, promised
+from diffpress.export.targets.capability import check_supported, emulated, emulation_note, expected_integer_layers
 from diffpress.export.targets.pipeline_folder import link_graph, write_graph, write_pipeline_files
 from diffpress.export.targets.precision import computing_layers, layer_formats, precision_of
 from diffpress.export.targets.tensorrt import DEFAULTS, build_engines, check_build
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
 from diffpress.export.targets.variants import Variant, bytes_by_precision, check_variants, write_variants
 from diffpress.export.verify.engine_check import check_engine
-from diffpress.export.verify.parity import Parity, Trial, check_component, check_parity, runs, trial_of
+from diffpress.export.verify.parity import Parity, ParityCase, check_component, check_parity, parity_case_for, runs
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle, seal
 from diffpress.runtime.engines import available
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
@@ -91,13 +91,13 @@ def write_bundle(
         GateFailedError: If an engine's output differs from torch's.
     """
     # reject invalid arguments before tracing, which may take minutes
-    refuse_foreign(folder)
+    check_output_folder(folder)
     check_targets(targets, capabilities, build)
     check_precision(precision, checkpoint.quantization is not None, targets)
     check_variants(variants)
     if "tensorrt" in targets:
-        check_runs(layer_formats(checkpoint.quantization).values(), capabilities)
-    if note := emulation(layer_formats(checkpoint.quantization).values()):
+        check_supported(layer_formats(checkpoint.quantization).values(), capabilities)
+    if note := emulation_note(layer_formats(checkpoint.quantization).values()):
         say(note)
     exact = to_onnx(checkpoint, fixed_size) if float_graph is None else float_graph
     if checkpoint.quantization is None:
@@ -118,7 +118,7 @@ def write_bundle(
             else:
                 link_graph(components_from.path, temporary, component)
                 components[component] = components_from.manifest["graphs"][component]
-        trial = trial_of(checkpoint, fixed_size)
+        trial = parity_case_for(checkpoint, fixed_size)
         parity = check_parity(checkpoint, temporary / GRAPH, trial, threads=threads, precision=computed_in)
         replacements = write_variants(checkpoint, variants, temporary, trial, threads)
         computed = {engine: variant.quantization for variant in variants for engine in variant.engines}
@@ -126,7 +126,9 @@ def write_bundle(
         for engine in checked_engines(checkpoint.quantization is not None, targets):
             entry = replacements.get(engine, {"file": GRAPH, "bytes": size})
             quantization = computed.get(engine, checkpoint.quantization)
-            report = check_engine(engine, temporary / entry["file"], trial.spec, entry["bytes"], promised(quantization))
+            report = check_engine(
+                engine, temporary / entry["file"], trial.spec, entry["bytes"], expected_integer_layers(quantization)
+            )
             engines.append(report | {"emulated": emulated(layer_formats(quantization).values())})
         if "tensorrt" in targets:
             path, trt_precision = temporary / GRAPH, computed_in
@@ -216,14 +218,14 @@ def _rounded(graph: Graph, module: nn.Module, precision: str, what: str) -> Grap
 
 
 def _check_rounded(
-    checkpoint: Checkpoint, graph: Graph, path: Path, trial: Trial, threads: int | None, precision: str
+    checkpoint: Checkpoint, graph: Graph, path: Path, trial: ParityCase, threads: int | None, precision: str
 ) -> None:
     """Check parity of the quantized graph in half precision at `path`."""
     if precision != "bf16":
         check_parity(checkpoint, path, trial, engines=runs(precision)[-1:], threads=threads, precision=precision)
         return
     wide = path.with_name(f"{path.name}.{FLOAT}")
-    save_graph(widened(graph), wide)
+    save_graph(bf16_to_fp32(graph), wide)
     check_parity(checkpoint, wide, trial, engines=runs(FLOAT)[-1:], threads=threads)
     for file in path.parent.glob(f"{wide.name}*"):
         file.unlink()
@@ -249,7 +251,7 @@ def _write_component(
     }
 
 
-def refuse_foreign(folder: Path) -> None:
+def check_output_folder(folder: Path) -> None:
     """Check that writing a bundle to `folder` replaces nothing but a bundle.
 
     Raises:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import say
-from diffpress.export.bundle import check_precision, check_targets, checked_engines, refuse_foreign, write_bundle
+from diffpress.export.bundle import check_output_folder, check_precision, check_targets, checked_engines, write_bundle
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.passes.fold_timesteps import fold_timesteps
 from diffpress.export.passes.insert_qdq import insert_qdq
@@ -36,7 +36,7 @@ def export(
         checkpoint: From `load`, or what the stages of a recipe returned.
         out: The bundle's folder. One that holds anything but a bundle is refused.
         targets: Of "onnx", "openvino" and "tensorrt": the engines to build or check the bundle for.
-        precision: "fp32", "fp16" or "bf16": what the graphs store and compute in; norms, softmax and decoders stay fp32.
+        precision: "fp32", "fp16" or "bf16", of the float graphs; norms, softmax and decoders stay fp32.
         size: Height and width of the image in pixels, to fix them in the graphs.
         fixed_timesteps: Fold the timestep embedding for the timesteps of the sampling plan into constants.
         revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
@@ -45,10 +45,11 @@ def export(
         threads: Processor threads of the parity check; None for all.
 
     Raises:
-        InvalidInputError: For options that do not fit the checkpoint, and where parity fails.
+        InvalidInputError: For options that do not fit the checkpoint.
+        GateFailedError: If parity with torch fails.
     """
     out, build, fixed_size = Path(out), build or BuildOptions(), size is not None
-    refuse_foreign(out)
+    check_output_folder(out)
     if size is not None:
         checkpoint = checkpoint.evolve(spec=resized(checkpoint.spec, size))
     check_targets(targets, compute_capabilities, build)

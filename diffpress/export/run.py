@@ -41,7 +41,7 @@ from diffpress.export.graph.model import Graph
 from diffpress.export.graph.to_onnx import export_float
 from diffpress.export.passes.fold_timesteps import fold_timesteps
 from diffpress.export.passes.insert_qdq import insert_qdq
-from diffpress.export.targets.engine_cost import costs_in
+from diffpress.export.targets.engine_cost import open_engine_costs
 from diffpress.export.verify.latency import BATCH, Latency, float_variants, measure_latency
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
 from diffpress.runtime.engines import Engine
@@ -70,9 +70,9 @@ def run_recipe(
             _check(recipe, teacher, where)
             if distributed.is_main():
                 claim_folder(out, teacher, recipe, update)
-        checkpoint = run_stages(teacher, recipe, out, costs_in)
+        checkpoint = run_stages(teacher, recipe, out, open_engine_costs)
     if distributed.is_main():
-        deliver(checkpoint, teacher, recipe, out)
+        export_and_report(checkpoint, teacher, recipe, out)
 
 
 def _check(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
@@ -92,7 +92,7 @@ def _check(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
     check_targets(recipe.export.targets, recipe.export.tensorrt.compute_capabilities, recipe.export.tensorrt.options)
 
 
-def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Path) -> None:
+def export_and_report(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Path) -> None:
     """Export, measure, report and check gates.
 
     Raises:
@@ -114,7 +114,7 @@ def deliver(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recipe, out: Pa
                 student_pipeline.denoiser, bundle, teacher_pipeline.denoiser, baseline, recipe.evaluate, out
             )
             write_json(out / "evaluation.json", scores)
-    gates = judged(recipe.gates, bundle, read_json(out / "evaluation.json") if recipe.evaluate else None)
+    gates = evaluate_gates(recipe.gates, bundle, read_json(out / "evaluation.json") if recipe.evaluate else None)
     write_json(out / "gates.json", gates)
     print(summary(write_report(out)))
     failed = [f"{g['gate']} is {g['value']:.3f}, the bound is {g['bound']:g}" for g in gates if not g["passed"]]
@@ -273,7 +273,7 @@ def _evaluated(
     return {"key": key, **scores}
 
 
-def judged(gates: GatesConfig, bundle: Bundle, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
+def evaluate_gates(gates: GatesConfig, bundle: Bundle, evaluation: dict[str, Any] | None) -> list[dict[str, Any]]:
     """Return each gate of the recipe with its bound, the measured value and whether it passed."""
     found = []
     if gates.frechet_ratio is not None and evaluation is not None:

@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 FEATURES: frozenset[str] = frozenset()
 
 
-class Built(NamedTuple):
+class PrebuiltEngine(NamedTuple):
     """A file built ahead of time for one engine, with its entry in the manifest's `engines`."""
 
     file: Path
@@ -70,11 +70,11 @@ class Bundle:
         entry = graphs[name]
         return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
 
-    def built(self, graph: str, engine: str) -> tuple[Built, ...]:
+    def prebuilt_engines(self, graph: str, engine: str) -> tuple[PrebuiltEngine, ...]:
         """Return the files built ahead of time for this engine from the variant of the graph that it uses."""
         source = self.graph(graph, engine).relative_to(self.path).as_posix()
         return tuple(
-            Built(self.path / entry["file"], entry)
+            PrebuiltEngine(self.path / entry["file"], entry)
             for entry in self.manifest["engines"]
             if entry["engine"] == engine and "file" in entry and entry["graph"] == source
         )

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.io.json_fields import LARGEST, boolean, known, reading
+from diffpress.runtime.io.json_fields import LARGEST, boolean, check_fields, convert_errors
 
 CONDITIONINGS = ("none", "class", "text")
 
@@ -101,14 +101,14 @@ def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioni
     Raises:
         InvalidInputError: An entry is unknown or has the wrong type; the message starts with `where`.
     """
-    raw = known(Conditioning, data, where)
-    with reading(where):
+    raw = check_fields(Conditioning, data, where)
+    with convert_errors(where):
         label = raw.get("null_label")
         return Conditioning(
             kind=str(raw.get("kind", "none")),
             classes=int(raw.get("classes", 0)),
             null_label=None if label is None else int(label),
-            encoders=tuple(TextEncoder(**known(TextEncoder, entry, where)) for entry in raw.get("encoders", ())),
+            encoders=tuple(TextEncoder(**check_fields(TextEncoder, entry, where)) for entry in raw.get("encoders", ())),
             inputs={str(name): _text_input(entry, where) for name, entry in raw.get("inputs", {}).items()},
             zero_negative=boolean(raw.get("zero_negative", False)),
             guidance_input=boolean(raw.get("guidance_input", False)),
@@ -116,6 +116,6 @@ def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioni
 
 
 def _text_input(data: Any, where: str) -> TextInput:
-    raw = known(TextInput, data, where)
+    raw = check_fields(TextInput, data, where)
     rows = tuple(row if isinstance(row, int) else tuple(str(piece) for piece in row) for row in raw["rows"])
     return TextInput(tuple(int(side) for side in raw["shape"]), rows)

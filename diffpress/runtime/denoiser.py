@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.guidance import Interval, guidance_acts, is_guided, rescaled
+from diffpress.runtime.guidance import Interval, guidance_applies, is_guided, rescaled
 from diffpress.runtime.network_inputs import (
     ConditioningInputs,
     Network,
@@ -62,7 +62,7 @@ def make_denoiser(
     predict = make_predictor(
         network, spec, conditions=conditions, guidance=guidance, interval=interval, rescale=rescale
     )
-    return denoiser_of(predict, spec, clip=clip, output_corrections=output_corrections, threshold=threshold)
+    return denoiser_from_predictor(predict, spec, clip=clip, output_corrections=output_corrections, threshold=threshold)
 
 
 def plan_denoiser(network: Network, spec: DenoiserSpec, conditions: ConditioningInputs | None = None) -> Denoise:
@@ -102,7 +102,7 @@ def make_predictor(
                 f"timestep {level.t:g} is not one of the {len(spec.fixed_timesteps)} that this network was exported "
                 "for, but the plan's solver evaluates it; use another solver, or export again without --fixed-timesteps"
             )
-        weight = guidance if guidance_acts(interval, level) else 1.0
+        weight = guidance if guidance_applies(interval, level) else 1.0
         if not is_guided(spec, weight):
             return network.run(network_feed(network, spec, x, level.t, cond_only, weight))
         out = network.run(network_feed(network, spec, np.concatenate([x, x]), level.t, both, weight))
@@ -113,7 +113,7 @@ def make_predictor(
     return predict
 
 
-def denoiser_of(
+def denoiser_from_predictor(
     predict: Predict,
     spec: DenoiserSpec,
     *,

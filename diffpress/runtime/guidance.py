@@ -38,10 +38,10 @@ def evaluations_per_step(spec: DenoiserSpec) -> int:
 
 def evaluations_at(spec: DenoiserSpec, level: NoiseLevel) -> int:
     """Return `evaluations_per_step` at this noise level: 1 outside the guidance interval."""
-    return evaluations_per_step(spec) if guidance_acts(spec.plan.guidance_interval, level) else 1
+    return evaluations_per_step(spec) if guidance_applies(spec.plan.guidance_interval, level) else 1
 
 
-def guidance_acts(interval: Interval | None, level: NoiseLevel) -> bool:
+def guidance_applies(interval: Interval | None, level: NoiseLevel) -> bool:
     """Whether guidance applies at this noise level: low < sigma / alpha <= high."""
     if interval is None:
         return True

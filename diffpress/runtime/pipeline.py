@@ -27,7 +27,7 @@ from diffpress.runtime.io.images import to_pil
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning
 from diffpress.runtime.prompts import Warn, encode, open_tokenizer, unconditional
 from diffpress.runtime.requested_plan import requested_spec
-from diffpress.runtime.sampler import Step, generate, generate_batches, labels_in_turn
+from diffpress.runtime.sampler import Step, cycled_labels, generate, generate_batches
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import reshifted
 
@@ -51,7 +51,7 @@ class Pipeline:
         EngineUnavailableError: If the engine cannot run the bundle on this machine.
         MissingDependencyError: If the engine's package is not installed.
 
-    Example:
+    Examples:
         >>> import diffpress as dp
         >>> with dp.Pipeline(bundle) as pipe:
         ...     images = pipe(labels=1, seeds=range(2))
@@ -172,7 +172,7 @@ class Pipeline:
         """Conditioning of `count` samples: `labels` (None: the classes in turn) or `prompts`, one for each sample."""
         spec = spec or self.spec
         if spec.conditioning.kind != "text":
-            classes = labels_in_turn(spec, count) if labels is None else np.asarray(labels)
+            classes = cycled_labels(spec, count) if labels is None else np.asarray(labels)
             return class_conditioning(spec, classes)
         if prompts is None:
             raise InvalidInputError("the model is conditioned on text: give a prompt")

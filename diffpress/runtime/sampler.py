@@ -36,7 +36,7 @@ from diffpress.runtime.network_inputs import (
 )
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule, noise_level_at
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
-from diffpress.runtime.solvers import solver_named
+from diffpress.runtime.solvers import get_solver
 from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -80,7 +80,7 @@ def sample(
     Raises:
         InvalidInputError: Unknown solver, or `fresh_noise` is missing.
     """
-    solver = solver_named(plan.solver)
+    solver = get_solver(plan.solver)
     levels = plan_levels(schedule, plan.timesteps, plan.end)
     x = _started(noise, levels[0], plan)
     history: deque[PreviousStep] = deque(maxlen=MAX_HISTORY)
@@ -202,7 +202,7 @@ def generate_batches(
     if batch < 1 or len(seeds) < 1:
         raise InvalidInputError(f"{len(seeds)} samples in batches of {batch}: both must be at least 1")
     if conditions is None:
-        classes = labels_in_turn(spec, len(seeds)) if labels is None else np.asarray(labels)
+        classes = cycled_labels(spec, len(seeds)) if labels is None else np.asarray(labels)
         if classes is not None and classes.shape != (len(seeds),):
             raise InvalidInputError(f"{classes.size} labels for {len(seeds)} seeds: give one label per seed")
         conditions = class_conditioning(spec, classes)
@@ -228,7 +228,7 @@ def warm_up(network: Network, spec: DenoiserSpec, batch: int) -> None:
     generate(network, first, range(batch), batch=batch, conditions=dummy_conditioning(spec, batch))
 
 
-def labels_in_turn(spec: DenoiserSpec, count: int) -> np.ndarray | None:
+def cycled_labels(spec: DenoiserSpec, count: int) -> np.ndarray | None:
     """Return the model's classes 0, 1, ... in turn, int64 [count]; None for a model without classes."""
     if spec.conditioning.kind != "class":
         return None

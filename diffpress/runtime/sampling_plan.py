@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.io.json_fields import boolean, floats, known, reading
+from diffpress.runtime.io.json_fields import boolean, check_fields, convert_errors, floats
 from diffpress.runtime.noise_schedule import CLEAN, NoiseLevel, NoiseSchedule, noise_level_at
 from diffpress.runtime.timesteps import timesteps_for
 
@@ -135,8 +135,8 @@ def plan_from_json(data: Any, where: str = "plan") -> SamplingPlan:
     Raises:
         InvalidInputError: An entry is missing, unknown or of the wrong type; the message starts with `where`.
     """
-    raw = known(SamplingPlan, data, where)
-    with reading(where):
+    raw = check_fields(SamplingPlan, data, where)
+    with convert_errors(where):
         return SamplingPlan(
             solver=str(raw["solver"]),
             timesteps=floats(raw["timesteps"]),
@@ -153,12 +153,12 @@ def plan_from_json(data: Any, where: str = "plan") -> SamplingPlan:
 
 
 def _correction(data: Any, where: str) -> OutputCorrection:
-    raw = known(OutputCorrection, data, where)
+    raw = check_fields(OutputCorrection, data, where)
     return OutputCorrection(float(raw["slope"]), floats(raw["bias"]))
 
 
 def _threshold(data: Any, where: str) -> Threshold:
-    raw = known(Threshold, data, where)
+    raw = check_fields(Threshold, data, where)
     upper = raw.get("max")
     return Threshold(float(raw["ratio"]), None if upper is None else float(upper))
 

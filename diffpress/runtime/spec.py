@@ -20,7 +20,7 @@ import numpy as np
 
 from diffpress.runtime.conditioning import Conditioning, conditioning_from_json
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.io.json_fields import LARGEST, floats, known, reading
+from diffpress.runtime.io.json_fields import LARGEST, check_fields, convert_errors, floats
 from diffpress.runtime.noise_schedule import NoiseSchedule
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_from_json
 from diffpress.runtime.timesteps import TimestepSpacing, spacing_from_json
@@ -131,12 +131,12 @@ class DenoiserSpec:
         Raises:
             InvalidInputError: An entry is missing, unknown or of the wrong type; the message starts with `where`.
         """
-        raw = known(DenoiserSpec, data, where)
-        with reading(where):
+        raw = check_fields(DenoiserSpec, data, where)
+        with convert_errors(where):
             return DenoiserSpec(
                 prediction=str(raw["prediction"]),
                 schedule=NoiseSchedule(
-                    **{k: floats(v) for k, v in known(NoiseSchedule, raw["schedule"], where).items()}
+                    **{k: floats(v) for k, v in check_fields(NoiseSchedule, raw["schedule"], where).items()}
                 ),
                 sample_shape=_shape(raw["sample_shape"]),
                 plan=plan_from_json(raw["plan"], f"{where}.plan"),

@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 
 from diffpress.runtime.errors import InvalidInputError, unknown_name
-from diffpress.runtime.io.json_fields import boolean, known, reading
+from diffpress.runtime.io.json_fields import boolean, check_fields, convert_errors
 from diffpress.runtime.noise_schedule import NoiseSchedule, _floats, timesteps_at
 
 
@@ -77,8 +77,8 @@ def spacing_from_json(data: Any, where: str = "spacing") -> TimestepSpacing:
     Raises:
         InvalidInputError: An entry is unknown or of the wrong type; the message starts with `where`.
     """
-    raw = known(TimestepSpacing, data, where)
-    with reading(where):
+    raw = check_fields(TimestepSpacing, data, where)
+    with convert_errors(where):
         dynamic = raw.get("dynamic")
         return TimestepSpacing(
             kind=str(raw.get("kind", "trailing")),

@@ -59,15 +59,15 @@ def test_the_image_grid_matches_the_python_api(tiny: Path, tmp_path: Path, capsy
     )
 
 
-def test_streams_and_the_cache_do_not_change_the_images(tiny: Path, tmp_path: Path, no_cache_of_the_user: Path) -> None:
+def test_streams_and_the_cache_do_not_change_the_images(tiny: Path, tmp_path: Path, temporary_cache: Path) -> None:
     if "openvino" not in available():
         pytest.skip("openvino is not installed")
     usual = (tiny, "-n", 7, "--engine", "openvino", "--batch", 2, "--threads", 2)
     run(*usual, "--no-cache", "--out", tmp_path / "0.png")
-    assert list(no_cache_of_the_user.iterdir()) == []
+    assert list(temporary_cache.iterdir()) == []
     run(*usual, "--out", tmp_path / "1.png")
     # the graph's description, and the compiled models for batch sizes 2 and 1
-    assert len(list(no_cache_of_the_user.iterdir())) == 3
+    assert len(list(temporary_cache.iterdir())) == 3
     run(*usual, "--out", tmp_path / "2.png")
     run(*usual, "--streams", 3, "--out", tmp_path / "3.png")
     assert len({pixels(tmp_path / f"{i}.png").tobytes() for i in range(4)}) == 1

@@ -13,7 +13,7 @@ from diffpress.compress.sources.load import load_checkpoint
 from diffpress.export.bundle import check_precision, write_bundle
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.passes.half_precision import to_half
-from diffpress.export.verify.parity import COMPONENT_SQNR_DB, HALF_SQNR_DB, check_parity, runs, trial_of
+from diffpress.export.verify.parity import COMPONENT_SQNR_DB, HALF_SQNR_DB, check_parity, parity_case_for, runs
 from diffpress.runtime import generate, open_engine
 from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import available
@@ -83,7 +83,9 @@ def test_a_half_precision_graph_that_deviates_fails(unet, unet_graph, tmp_path):
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(0.05), bias.name))
     save_graph(Graph(proto), tmp_path / "g.onnx")
     with pytest.raises(GateFailedError, match=r"g.onnx in onnxruntime: .* dB SQNR to torch, 40 dB are required"):
-        check_parity(unet, tmp_path / "g.onnx", trial_of(unet), engines=["onnxruntime"], threads=1, precision="fp16")
+        check_parity(
+            unet, tmp_path / "g.onnx", parity_case_for(unet), engines=["onnxruntime"], threads=1, precision="fp16"
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from diffpress.compress.pipeline import claim_folder
 from diffpress.compress.recipe import read_recipe
-from diffpress.export.run import deliver
+from diffpress.export.run import export_and_report
 from diffpress.export.verify.latency import Latency
 from diffpress.runtime.bundle import load_bundle, sha256
 
@@ -42,7 +42,7 @@ def run(wide, wide_graph, scales, tmp_path, monkeypatch):
         (tmp_path / "r.yaml").write_text(RECIPE % str(revert).lower())
         recipe, out = read_recipe(tmp_path / "r.yaml"), tmp_path / "out"
         claim_folder(out, wide, recipe, update=True)
-        deliver(checkpoint, wide, recipe, out)
+        export_and_report(checkpoint, wide, recipe, out)
         return out
 
     return once

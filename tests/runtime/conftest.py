@@ -162,7 +162,7 @@ def quantized_graph(float_graph: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture(autouse=True)
-def no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
+def temporary_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Cache into a new folder while a test runs."""
     folder = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("DIFFPRESS_CACHE", str(folder))

@@ -142,7 +142,7 @@ def expected(intact: Path) -> np.ndarray:
 def test_the_intact_bundle_samples_and_has_every_optional_entry(intact: Path, expected: np.ndarray) -> None:
     assert expected.shape == (2, 1, 8, 8)
     bundle = load_bundle(intact)
-    assert bundle.built("denoiser", "tensorrt")[0].file.name == "denoiser.engine"
+    assert bundle.prebuilt_engines("denoiser", "tensorrt")[0].file.name == "denoiser.engine"
     assert bundle.graph("denoiser", "openvino").name == "denoiser.float.onnx"
 
 

@@ -11,7 +11,7 @@ from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule, flow_schedule
-from diffpress.runtime.sampler import MAX_SEED, generate, generate_batches, labels_in_turn, noise_for, sample
+from diffpress.runtime.sampler import MAX_SEED, cycled_labels, generate, generate_batches, noise_for, sample
 from diffpress.runtime.sampling_plan import OutputCorrection, SamplingPlan, make_plan
 from diffpress.runtime.solvers import SOLVERS
 from diffpress.runtime.spec import DenoiserSpec
@@ -112,9 +112,9 @@ def test_batches_are_yielded_one_by_one(fake_network) -> None:
 
 
 def test_classes_are_taken_in_turn() -> None:
-    turn = labels_in_turn(spec_of(classes=3), 5)
+    turn = cycled_labels(spec_of(classes=3), 5)
     assert turn is not None and turn.tolist() == [0, 1, 2, 0, 1]
-    assert labels_in_turn(spec_of(), 5) is None
+    assert cycled_labels(spec_of(), 5) is None
 
 
 def test_a_plan_argument_overrides_the_spec(fake_network) -> None:

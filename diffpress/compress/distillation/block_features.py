@@ -31,7 +31,7 @@ def feature_distance(student: Features, references: Features) -> torch.Tensor:
 
 
 @contextmanager
-def captured(model: nn.Module, names: list[str]) -> Iterator[Features]:
+def capture_features(model: nn.Module, names: list[str]) -> Iterator[Features]:
     """Collect the outputs of the named blocks in every forward pass inside the context."""
     features: Features = {}
     modules = dict(getattr(model, "module", model).named_modules())  # DDP wraps the model

@@ -16,7 +16,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.block_features import captured, feature_distance
+from diffpress.compress.distillation.block_features import capture_features, feature_distance
 from diffpress.compress.distillation.conditioning import drop_conditioning
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.student import train_student
@@ -44,9 +44,9 @@ def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Chec
     def loss(student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors) -> torch.Tensor:
         teacher.to(x0.device)
         x_t = add_noise(spec, x0, noise, t)
-        with torch.no_grad(), captured(teacher, blocks) as teacher_features:
+        with torch.no_grad(), capture_features(teacher, blocks) as teacher_features:
             target = forward(teacher, spec, x_t, t, cond)
-        with captured(student, blocks) as student_features:
+        with capture_features(student, blocks) as student_features:
             out = forward(student, spec, x_t, t, cond)
         total = config.output_weight * torch.mean((out - target) ** 2)
         if blocks:

@@ -13,7 +13,7 @@ from typing import Any
 
 from diffpress.runtime.benchmarking.bench import Subject, bundle_subject, measure, sampler_overhead
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
-from diffpress.runtime.engines import Engine, installed, open_engine, ran_in
+from diffpress.runtime.engines import Engine, engine_label, installed, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import DiffpressError
 
@@ -69,6 +69,6 @@ def bench(
         for name in names:
             engine = add(opened, name)
             if engine is not None:
-                overheads[ran_in(engine)] = sampler_overhead(engine, opened.spec, min(batch), repeats)
+                overheads[engine_label(engine)] = sampler_overhead(engine, opened.spec, min(batch), repeats)
         result: dict[str, Any] = measure(subjects, batch, repeats)
     return result | {"sampler_overhead": overheads, "left_out": left_out}

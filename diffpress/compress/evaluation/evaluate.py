@@ -26,7 +26,7 @@ from diffpress.compress.evaluation.metrics import (
 from diffpress.compress.progress import progress
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import Network
-from diffpress.runtime.sampler import generate, generate_batches, labels_in_turn
+from diffpress.runtime.sampler import cycled_labels, generate, generate_batches
 from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -59,7 +59,7 @@ def evaluate(
     Raises:
         InvalidInputError: There are fewer reference images than samples.
     """
-    labels = labels_in_turn(spec, config.samples)
+    labels = cycled_labels(spec, config.samples)
     if config.samples > len(reference.features):
         raise InvalidInputError(
             f"{config.samples} samples require at least as many reference images, "

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-HIGHEST_DB = 200.0  # float32 precision is about 140 dB
+MAX_SQNR_DB = 200.0  # float32 precision is about 140 dB
 ROWS = 1024  # rows of the kernel matrix computed together
 
 
@@ -59,8 +59,8 @@ def sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:
     """Return the SQNR in dB, clipped to +-HIGHEST_DB: for equal arrays it is infinite, which JSON cannot represent."""
     signal, noise = (float((x.astype(np.float64) ** 2).sum()) for x in (reference, reference - other))
     if noise == 0.0:
-        return HIGHEST_DB
-    return float(np.clip(10.0 * np.log10(max(signal, 1e-300) / noise), -HIGHEST_DB, HIGHEST_DB))
+        return MAX_SQNR_DB
+    return float(np.clip(10.0 * np.log10(max(signal, 1e-300) / noise), -MAX_SQNR_DB, MAX_SQNR_DB))
 
 
 def mean_sqnr_db(reference: np.ndarray, other: np.ndarray) -> float:

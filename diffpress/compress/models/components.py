@@ -142,7 +142,7 @@ def _decode(module: Any, inputs: Tensors) -> tuple[torch.Tensor, ...]:
     return (module.decode(inputs["latent_sample"], return_dict=False)[0],)
 
 
-def encoded_prompts(
+def encode_prompts(
     checkpoint: Checkpoint, prompts: Sequence[str] | None, warn: Callable[[str], None]
 ) -> dict[str, np.ndarray]:
     """Encode prompts with the checkpoint's text encoders into the denoiser's text inputs, float32 [N, ...].

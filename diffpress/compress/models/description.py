@@ -20,7 +20,7 @@ class Description:
         size_multiple: As in DenoiserSpec.
         steps: Default of the family's diffusers pipeline.
         guidance: Default of the family's diffusers pipeline.
-        own_sigmas: Whether that pipeline passes its own sigmas to a flow scheduler; None: see `read_scheduler`.
+        pipeline_sigmas: Whether that pipeline passes its own sigmas to a flow scheduler; None: see `read_scheduler`.
     """
 
     sample_shape: tuple[int, int, int]
@@ -28,7 +28,7 @@ class Description:
     size_multiple: int = 1
     steps: int = 50
     guidance: float = 1.0
-    own_sigmas: bool | None = None
+    pipeline_sigmas: bool | None = None
 
 
 def square(channels: Any, size: Any) -> tuple[int, int, int]:

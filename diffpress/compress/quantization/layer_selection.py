@@ -72,7 +72,7 @@ def _check_formats_combine(kinds: set[str]) -> None:
         )
 
 
-def rounded_outputs(checkpoint: Checkpoint, formats: dict[str, str], config: QuantizeConfig) -> list[str]:
+def quantized_outputs(checkpoint: Checkpoint, formats: dict[str, str], config: QuantizeConfig) -> list[str]:
     """Return the modules whose outputs are quantized too.
 
     These are the integer layers, because ONNX Runtime has no integer kernels with a float result, and the residual sums

@@ -17,7 +17,7 @@ from diffpress.compress.quantization.algorithms.qat import qat
 from diffpress.compress.quantization.algorithms.svdquant import with_svdquant
 from diffpress.compress.quantization.calibration.calibrate import calibrate
 from diffpress.compress.quantization.formats import FORMATS
-from diffpress.compress.quantization.layer_selection import choose_formats, rounded_outputs
+from diffpress.compress.quantization.layer_selection import choose_formats, quantized_outputs
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.unified_scales import unify_scales
 
@@ -29,9 +29,9 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
         InvalidInputError: The settings do not fit the model, or a scale is zero, infinite or missing.
         GateFailedError: `config.bounds` cannot be kept together.
     """
-    check_bounds(config, checkpoint.spec, ctx.costs_in is not None)
+    check_bounds(config, checkpoint.spec, ctx.open_engine_costs is not None)
     formats = choose_formats(checkpoint.model, config)
-    outputs = rounded_outputs(checkpoint, formats, config)
+    outputs = quantized_outputs(checkpoint, formats, config)
     amax, smooth = calibrate(checkpoint, formats, outputs, config, ctx)
     # a smoothed layer quantizes a scaled copy of the concatenated tensor, so its input scale is its own
     amax |= unify_scales(checkpoint, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})

@@ -20,7 +20,7 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.algorithms.svdquant import attach_svdquant_
-from diffpress.compress.quantization.calibration.weight_scales import spread
+from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax
 from diffpress.compress.quantization.formats import FORMATS, FP4, FP8, INT8, Format, scale_shape
 from diffpress.compress.quantization.nvfp4 import BACKEND, BLOCK, fake_nvfp4
 from diffpress.runtime.errors import InvalidInputError
@@ -41,7 +41,7 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
     model = checkpoint.shared_model()
     _check_scales_fit(dict(model.named_modules()), amax, formats)
     outputs = [key.removesuffix(".output") for key in amax if key.endswith(".output")]
-    model = with_quantizers(model, formats, outputs)
+    model = insert_quantizers(model, formats, outputs)
     modules = dict(model.named_modules())
     for key, value in amax.items():
         layer, what = key.rsplit(".", 1)
@@ -68,7 +68,7 @@ def _check_scales_fit(modules: dict[str, nn.Module], amax: dict[str, torch.Tenso
             )
 
 
-def with_quantizers(model: nn.Module, formats: Mapping[str, str], outputs: Iterable[str]) -> Any:
+def insert_quantizers(model: nn.Module, formats: Mapping[str, str], outputs: Iterable[str]) -> Any:
     """Insert quantizers in place: into every layer of `formats`, and after each module of `outputs`."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # modelopt warns about optional plugins and prints a summary
@@ -142,4 +142,4 @@ def _weight_settings(form: Format, layer: Any) -> dict[str, Any]:
 def quantizer_amax(amax: torch.Tensor, layer: Any) -> torch.Tensor:
     """Reshape a weight's `amax` [out] or [out, blocks] to what modelopt's quantizer of `layer` expects."""
     blocks_of_matrix = amax.dim() == 2 == layer.weight.dim()
-    return amax.reshape(-1, 1) if blocks_of_matrix else spread(amax, layer.weight)
+    return amax.reshape(-1, 1) if blocks_of_matrix else broadcast_amax(amax, layer.weight)

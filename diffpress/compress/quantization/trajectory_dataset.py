@@ -48,7 +48,7 @@ def sample_trajectories(
     return dataset
 
 
-def draw(dataset: TrajectoryDataset, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+def draw_rows(dataset: TrajectoryDataset, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """Draw `size` rows [size, ...] by input name, uniformly over all rows of all evaluations, with replacement."""
     ends = np.cumsum([len(next(iter(evaluation.values()))) for evaluation in dataset])
     picks = torch.randint(0, int(ends[-1]), (size,), generator=generator).numpy()

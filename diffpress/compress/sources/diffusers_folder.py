@@ -121,7 +121,7 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
     follow = bool(latent) or found.conditioning.kind == "text"
     # so is a DDIMPipeline, but not a DDPMPipeline: it would take 1000 stochastic steps
     follow |= bool(layout.index) and (scheduler or {}).get("_class_name") == "DDIMScheduler"
-    facts = read_scheduler(scheduler, scheduler_file, follow, found.own_sigmas)
+    facts = read_scheduler(scheduler, scheduler_file, follow, found.pipeline_sigmas)
     if facts.note:
         say(f"{scheduler_file}: {facts.note}")
     spec = DenoiserSpec(

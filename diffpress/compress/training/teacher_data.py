@@ -20,7 +20,7 @@ import torch
 from diffpress.compress.builtin import PROMPTS
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context, Data, say
-from diffpress.compress.models.components import encoded_prompts
+from diffpress.compress.models.components import encode_prompts
 from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
@@ -77,10 +77,10 @@ class TeacherData:
             say("the model came without its text encoders: random noise replaces the encoded prompts")
             return dummy_conditioning(spec, count)
         prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
-        cond = encoded_prompts(self.teacher, prompts, warn=say)
+        cond = encode_prompts(self.teacher, prompts, warn=say)
         if not is_guided(spec, spec.plan.guidance):
             return ConditioningInputs(cond)
-        uncond = encoded_prompts(self.teacher, None, warn=say)
+        uncond = encode_prompts(self.teacher, None, warn=say)
         return ConditioningInputs(cond, {name: np.repeat(array, count, axis=0) for name, array in uncond.items()})
 
     @cached_property

@@ -123,7 +123,7 @@ def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> int:
     return path.stat().st_size + (path.parent / data).stat().st_size
 
 
-def write_view(path: Path, view: Path) -> None:
+def write_linked_graph(path: Path, view: Path) -> None:
     """Write the graph of `path` also to `view`, a second small file that refers to the same data file.
 
     Raises:

@@ -30,7 +30,7 @@ def needed_opset(formats: Iterable[str]) -> int:
     return max((TYPE_OPSETS.get(number.name, 0) for number in numbers), default=0)
 
 
-def raised(graph: Graph, opset: int) -> Graph:
+def with_min_opset(graph: Graph, opset: int) -> Graph:
     """Return `graph` with an imported opset of at least `opset`.
 
     Raises:

@@ -18,7 +18,7 @@ from diffpress.export.graph.model import Graph, Weight, weight_of
 from diffpress.export.graph.rewrite import Rewrite, copies
 
 
-def widened(graph: Graph) -> Graph:
+def bf16_to_fp32(graph: Graph) -> Graph:
     """Return a copy of `graph` with every bfloat16 tensor cast to float32. Reads no weight yet."""
     rewrite = Rewrite(graph)
     for tensor in graph.proto.graph.initializer:

@@ -23,7 +23,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper, shape_inference
 
 from diffpress.export.graph.model import Graph, Weight, weight_of
-from diffpress.export.graph.opsets import opset_of, raised
+from diffpress.export.graph.opsets import opset_of, with_min_opset
 from diffpress.export.graph.rewrite import Rewrite, copies
 from diffpress.export.passes.fp32_fallback import ROUNDING, fp32_nodes
 from diffpress.runtime.errors import InvalidInputError, unknown_name
@@ -42,7 +42,7 @@ ALWAYS_FLOAT = {"Resize": (2,)}
 
 
 @dataclass(frozen=True)
-class Lost:
+class PrecisionLoss:
     """Precision lost by `total` numbers in half precision: how many became 0 or subnormal."""
 
     zero: int = 0
@@ -52,8 +52,8 @@ class Lost:
     def __str__(self) -> str:
         return f"of {self.total:,} weights {self.zero:,} became 0 and {self.subnormal:,} became subnormal"
 
-    def __add__(self, other: Lost) -> Lost:
-        return Lost(self.zero + other.zero, self.subnormal + other.subnormal, self.total + other.total)
+    def __add__(self, other: PrecisionLoss) -> PrecisionLoss:
+        return PrecisionLoss(self.zero + other.zero, self.subnormal + other.subnormal, self.total + other.total)
 
 
 def kept_modules(module: object, precision: str) -> tuple[str, ...]:
@@ -61,7 +61,7 @@ def kept_modules(module: object, precision: str) -> tuple[str, ...]:
     return tuple(getattr(module, "_keep_in_fp32_modules", None) or ()) if precision == "fp16" else ()
 
 
-def to_half(graph: Graph, precision: str, keep: Collection[str] = ()) -> tuple[Graph, Lost]:
+def to_half(graph: Graph, precision: str, keep: Collection[str] = ()) -> tuple[Graph, PrecisionLoss]:
     """Return a copy of `graph` in 'fp16' or 'bf16', and the precision lost by its weights.
 
     Layers in modules `keep` stay float32. Reads every weight once.
@@ -72,7 +72,7 @@ def to_half(graph: Graph, precision: str, keep: Collection[str] = ()) -> tuple[G
     """
     if precision not in HALVES:
         raise unknown_name("half precision", precision, HALVES)
-    graph = raised(graph, _needed_opset(graph, precision))
+    graph = with_min_opset(graph, _needed_opset(graph, precision))
     floats = _floats(graph)
     inside = fp32_nodes(graph.proto.graph, floats, _lacking(graph, HALVES[precision]), keep)
     halving = _Halving(graph, HALVES[precision], floats)
@@ -128,7 +128,7 @@ class _Halving:
     source: Graph
     half: np.dtype
     floats: set[str]
-    lost: Lost = Lost()
+    lost: PrecisionLoss = PrecisionLoss()
     made: dict[str, np.dtype] = field(default_factory=dict)
     versions: dict[tuple[str, np.dtype], str] = field(default_factory=dict)
 
@@ -205,7 +205,7 @@ def _rounded(weight: Weight, dtype: np.dtype) -> np.ndarray:
     return weight.read().astype(dtype)
 
 
-def _lost(name: str, exact: np.ndarray, dtype: np.dtype) -> Lost:
+def _lost(name: str, exact: np.ndarray, dtype: np.dtype) -> PrecisionLoss:
     limits = ml_dtypes.finfo(dtype)
     size = np.abs(exact)
     overflow = np.isfinite(size) & (size > float(limits.max))
@@ -216,4 +216,4 @@ def _lost(name: str, exact: np.ndarray, dtype: np.dtype) -> Lost:
         )
     zero = int(((size > 0) & (size <= float(limits.smallest_subnormal) / 2)).sum())
     small = int(((size > 0) & (size < float(limits.smallest_normal))).sum())
-    return Lost(zero, small - zero, exact.size)
+    return PrecisionLoss(zero, small - zero, exact.size)

@@ -21,14 +21,14 @@ import onnx
 from diffpress.compress.checkpoint import Quantization
 from diffpress.compress.quantization.formats import FORMATS, FP4, INT8
 from diffpress.export.graph.model import Graph
-from diffpress.export.graph.opsets import needed_opset, opset_of, raised
+from diffpress.export.graph.opsets import needed_opset, opset_of, with_min_opset
 from diffpress.export.graph.rewrite import Rewrite, copies
 from diffpress.export.graph.trace import SUMS, WEIGHT_INPUT
 from diffpress.export.passes.dynamic_fp4 import quantize_dynamically_
-from diffpress.export.passes.linear_to_conv1x1 import bias_additions, entered, linear_to_conv1x1
+from diffpress.export.passes.linear_to_conv1x1 import bias_additions, entry_layer, linear_to_conv1x1
 from diffpress.export.passes.qdq_placement import Placement
 from diffpress.export.passes.quantize_weights import layer_of, quantize_weight
-from diffpress.export.passes.smoothquant import smoothed
+from diffpress.export.passes.smoothquant import apply_smoothquant
 from diffpress.export.passes.svdquant import svdquant
 from diffpress.runtime.errors import InvalidInputError
 
@@ -55,7 +55,7 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
     for kind in (quantization.format, *formats.values()):
         if kind not in FORMATS:
             raise InvalidInputError(f"quantization format '{kind}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
-    graph = smoothed(svdquant(graph, quantization.svdquant), quantization.smooth)
+    graph = apply_smoothquant(svdquant(graph, quantization.svdquant), quantization.smooth)
     if not tensorrt:
         graph = linear_to_conv1x1(graph, [name for name, kind in formats.items() if FORMATS[kind].activations is INT8])
     opset = max(opset_of(graph), needed_opset(formats.values()))
@@ -68,8 +68,8 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
     ends: dict[str, str] = {}  # product without its bias -> its layer, whose output follows the bias
     for node in copies(old.node):
         layer, form = layer_of(node), None
-        if entered(node) in inputs:
-            placement.round_entry_(node, inputs[entered(node)])
+        if entry_layer(node) in inputs:
+            placement.round_entry_(node, inputs[entry_layer(node)])
         if layer in weights:
             form = FORMATS[formats[layer]]
             if layer in inputs and form.activations is FP4:
@@ -89,7 +89,7 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
             placement.round_output_(node, outputs[ended], number or INT8)
         else:
             placement.pass_on_(node)
-    return raised(rewrite.graph(), opset)
+    return with_min_opset(rewrite.graph(), opset)
 
 
 def _module_of(node: onnx.NodeProto) -> str:

@@ -49,12 +49,12 @@ def linear_to_conv1x1(graph: Graph, layers: Collection[str]) -> Graph:
     return rewrite.graph()
 
 
-def entered(node: onnx.NodeProto) -> str:
+def entry_layer(node: onnx.NodeProto) -> str:
     """Return the layer whose convolution starts with this node, or '' if none does."""
     return node.name.removeprefix(ENTRY).partition("#")[0] if node.name.startswith(ENTRY) else ""
 
 
-def channels_of(node: onnx.NodeProto) -> str:
+def conv_input_of(node: onnx.NodeProto) -> str:
     """Return the tensor read by the convolution that starts with this node."""
     return f"{CHANNELS}{node.name.removeprefix(ENTRY)}"
 

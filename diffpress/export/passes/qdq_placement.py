@@ -32,7 +32,7 @@ from onnx import helper, numpy_helper
 from diffpress.compress.quantization.formats import INT8, Number
 from diffpress.export.graph.rewrite import Rewrite
 from diffpress.export.graph.trace import WEIGHT_INPUT
-from diffpress.export.passes.linear_to_conv1x1 import channels_of
+from diffpress.export.passes.linear_to_conv1x1 import conv_input_of
 from diffpress.export.passes.quantize_weights import numpy_type
 
 UINT8_ZERO = 128
@@ -72,7 +72,7 @@ class Placement:
         (export/passes/linear_to_conv1x1.py).
         """
         node.input[0] = self._rounded(node.input[0], node.name, scale, INT8)
-        self.scales[channels_of(node)] = scale
+        self.scales[conv_input_of(node)] = scale
 
     def round_output_(self, node: onnx.NodeProto, scale: np.ndarray, number: Number = INT8) -> None:
         """Insert a pair between the node and its output tensor, which keeps its name."""

@@ -27,7 +27,7 @@ from diffpress.runtime.errors import InvalidInputError
 LAST = ("Gemm", "MatMul")  # operators whose input has its channels on the last axis
 
 
-def smoothed(graph: Graph, smooth: Mapping[str, torch.Tensor]) -> Graph:
+def apply_smoothquant(graph: Graph, smooth: Mapping[str, torch.Tensor]) -> Graph:
     """Return a copy of `graph` with the layers of `smooth` (name -> factors [in]) smoothed.
 
     Raises:

@@ -61,8 +61,8 @@ def _branch_(rewrite: Rewrite, node: onnx.NodeProto, down: np.ndarray, up: np.nd
     node.output[0] = rounded
     inputs = [rewrite.add(f"{layer}.branch_{side}", value.T.copy()) for side, value in (("down", down), ("up", up))]
     rewrite.nodes += [
-        helper.make_node("MatMul", [tensor, inputs[0]], [narrow], f"{layer}.branch_down#{len(rewrite.nodes)}"),
-        helper.make_node("MatMul", [narrow, inputs[1]], [wide], f"{layer}.branch_up#{len(rewrite.nodes)}"),
+        helper.make_node("MatMul", [tensor, inputs[0]], [narrow], f"{layer}.svdquant_down#{len(rewrite.nodes)}"),
+        helper.make_node("MatMul", [narrow, inputs[1]], [wide], f"{layer}.svdquant_up#{len(rewrite.nodes)}"),
         helper.make_node("Add", [rounded, wide], [out], f"{layer}.branch/Add#{len(rewrite.nodes)}"),
     ]
 

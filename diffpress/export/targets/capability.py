@@ -45,7 +45,7 @@ SUPPORT: dict[str, Support] = {
 }
 
 
-def check_runs(formats: Iterable[str], capabilities: Sequence[str]) -> None:
+def check_supported(formats: Iterable[str], capabilities: Sequence[str]) -> None:
     """Check that GPUs of these compute capabilities ('8.9') run all of the formats.
 
     Raises:
@@ -67,7 +67,7 @@ def emulated(formats: Iterable[str]) -> list[str]:
     return sorted(kind for kind in set(formats) if SUPPORT[kind].on_cpu)
 
 
-def emulation(formats: Iterable[str]) -> str:
+def emulation_note(formats: Iterable[str]) -> str:
     """Describe in one line how engines on the CPU emulate the formats; '' if they emulate none."""
     return "; ".join(
         f"{kind}: engines on the CPU {SUPPORT[kind].on_cpu} and compute in float, no faster than fp32; TensorRT "
@@ -76,7 +76,7 @@ def emulation(formats: Iterable[str]) -> str:
     )
 
 
-def promised(quantization: Quantization | None) -> list[str]:
+def expected_integer_layers(quantization: Quantization | None) -> list[str]:
     """Return the layers that engines on the CPU should run on integers."""
     formats = layer_formats(quantization)
     return [name for name in computing_layers(quantization) if not SUPPORT[formats[name]].on_cpu]

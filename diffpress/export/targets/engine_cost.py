@@ -25,8 +25,8 @@ from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.passes.quantize_weights import layer_of
-from diffpress.export.verify.latency import BATCH, alternated
-from diffpress.export.verify.parity import trial_of
+from diffpress.export.verify.latency import BATCH, alternating_latency_ms
+from diffpress.export.verify.parity import parity_case_for
 from diffpress.runtime.engines import Engine, load_engine
 from diffpress.runtime.engines.precision_report import Kernel
 from diffpress.runtime.network_inputs import dummy_inputs
@@ -36,7 +36,7 @@ QUANTIZED, WITHOUT_SUMS = "quantized.onnx", "without_sums.onnx"
 
 
 @contextmanager
-def costs_in(checkpoint: Checkpoint, engine: str) -> Iterator[EngineCosts]:
+def open_engine_costs(checkpoint: Checkpoint, engine: str) -> Iterator[EngineCosts]:
     """Open the costs of quantizing the float `checkpoint` in `engine`.
 
     Raises:
@@ -55,7 +55,7 @@ class _Costs:
 
     def __init__(self, checkpoint: Checkpoint, graph: Graph, folder: Path, exact: Engine) -> None:
         self._graph, self._exact, self._folder = graph, exact, folder
-        self._inputs = dummy_inputs(exact, trial_of(checkpoint).spec, BATCH)
+        self._inputs = dummy_inputs(exact, parity_case_for(checkpoint).spec, BATCH)
 
     def gains_ms(self, quantization: Quantization) -> dict[str, float]:
         """Return layer -> milliseconds that quantizing it saves per evaluation."""
@@ -73,14 +73,14 @@ class _Costs:
             return {}
         self._written(quantization.without(sums), WITHOUT_SUMS)
         with self._opened(WITHOUT_SUMS) as unrounded:
-            with_ms, without_ms = alternated((rounded, unrounded), self._inputs)
+            with_ms, without_ms = alternating_latency_ms((rounded, unrounded), self._inputs)
         return dict.fromkeys(sums, (without_ms - with_ms) / len(sums))
 
     def latency_ratio(self, quantization: Quantization) -> float:
         """Return the time of the quantized graph divided by that of the float graph."""
         self._written(quantization)
         with self._opened() as rounded:
-            exact_ms, rounded_ms = alternated((self._exact, rounded), self._inputs)
+            exact_ms, rounded_ms = alternating_latency_ms((self._exact, rounded), self._inputs)
         return rounded_ms / exact_ms
 
     def size_mib(self, quantization: Quantization) -> float:

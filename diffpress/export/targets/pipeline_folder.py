@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.compress.sources.layout import INDEX, USED, Layout, link_or_copy
-from diffpress.export.graph.model import Graph, save_graph, write_view
+from diffpress.export.graph.model import Graph, save_graph, write_linked_graph
 
 VIEW, DATA = "model.onnx", "model.onnx_data"
 
@@ -29,7 +29,7 @@ def write_graph(graph: Graph, folder: Path, name: str, component: str, config: d
     home = folder / component
     home.mkdir(exist_ok=True)
     size = save_graph(graph, folder / f"{name}.onnx", data=f"{component}/{DATA}")
-    write_view(folder / f"{name}.onnx", home / VIEW)
+    write_linked_graph(folder / f"{name}.onnx", home / VIEW)
     (home / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     return size
 

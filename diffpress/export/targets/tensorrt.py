@@ -95,7 +95,7 @@ def build_engines(
 def _reused(
     bundle: Bundle, component: str, graph: Path, capabilities: Sequence[str], options: BuildOptions, folder: Path
 ) -> dict[str, Any] | None:
-    for file, entry in bundle.built(component, ENGINE):
+    for file, entry in bundle.prebuilt_engines(component, ENGINE):
         same = entry["compute_capabilities"] == list(capabilities) and entry["graph_sha256"] == graph_sha256(graph)
         if same and BuildOptions.from_json(entry["options"], str(file)) == options:
             path = folder / entry["file"]

@@ -18,7 +18,7 @@ import onnx
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.targets.precision import precision_of
-from diffpress.export.verify.parity import Trial, check_parity
+from diffpress.export.verify.parity import ParityCase, check_parity
 from diffpress.runtime.engines import ENGINES
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 
@@ -60,7 +60,7 @@ def check_variants(variants: Sequence[Variant]) -> None:
 
 
 def write_variants(
-    checkpoint: Checkpoint, variants: Sequence[Variant], folder: Path, trial: Trial, threads: int | None = None
+    checkpoint: Checkpoint, variants: Sequence[Variant], folder: Path, trial: ParityCase, threads: int | None = None
 ) -> dict[str, dict[str, Any]]:
     """Write the variants into a bundle's folder and check their parity.
 

@@ -24,7 +24,7 @@ from diffpress.compress.models.counts import is_large
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.targets.precision import precision_of
 from diffpress.export.targets.variants import FLOAT, Variant
-from diffpress.export.verify.parity import trial_of
+from diffpress.export.verify.parity import parity_case_for
 from diffpress.runtime.engines import Engine, load_engine
 from diffpress.runtime.network_inputs import dummy_inputs
 
@@ -75,7 +75,7 @@ def measure_latency(
     if is_large(checkpoint.model):
         say("latency not measured for more than 100 million parameters; use 'diffpress bench'")
         return []
-    spec, precision = trial_of(checkpoint, fixed_size).spec, precision_of(checkpoint.quantization)
+    spec, precision = parity_case_for(checkpoint, fixed_size).spec, precision_of(checkpoint.quantization)
     with TemporaryDirectory() as folder:
         files: dict[int, Path] = {}
         for graph in (float_graph, *quantized.values()):
@@ -88,12 +88,12 @@ def measure_latency(
                 closing(load_engine(files[id(float_graph)], name, threads)) as exact,
                 closing(load_engine(files[id(graph)], name, threads)) as rounded,
             ):
-                times = alternated((exact, rounded), dummy_inputs(exact, spec, BATCH))
+                times = alternating_latency_ms((exact, rounded), dummy_inputs(exact, spec, BATCH))
                 found.append(Latency(name, precision, *times))
     return found
 
 
-def alternated(engines: Sequence[Engine], inputs: dict[str, np.ndarray]) -> list[float]:
+def alternating_latency_ms(engines: Sequence[Engine], inputs: dict[str, np.ndarray]) -> list[float]:
     """Return median milliseconds of one evaluation per engine; alternating spreads other load evenly."""
     for engine in engines:
         engine.run(inputs)

@@ -64,7 +64,7 @@ Parity = dict[str, dict[str, float]]
 
 
 @dataclass(frozen=True)
-class Trial:
+class ParityCase:
     """Parity test case: `samples` samples under the spec's plan at the spec's size."""
 
     spec: DenoiserSpec
@@ -72,24 +72,24 @@ class Trial:
     within_db: float
 
 
-def trial_of(checkpoint: Checkpoint, fixed_size: bool = False) -> Trial:
+def parity_case_for(checkpoint: Checkpoint, fixed_size: bool = False) -> ParityCase:
     """Return the parity test case for the checkpoint (see the module docstring)."""
     spec = checkpoint.spec
     if spec.is_pixel_space and not is_large(checkpoint.model):
-        return Trial(spec, SAMPLES, WITHIN_DB)
+        return ParityCase(spec, SAMPLES, WITHIN_DB)
     if adapter_for(checkpoint.model).RESIZABLE and not fixed_size:
         side = max(2, LATENT_SIDE // spec.size_multiple) * spec.size_multiple
         channels, height, width = spec.sample_shape
         spec = replace(spec, sample_shape=(channels, min(side, height), min(side, width)))
     stride = -(-spec.plan.steps // LATENT_STEPS)
     plan = spec.plan.over(spec.plan.timesteps[::stride])
-    return Trial(spec.with_plan(plan), LATENT_SAMPLES, LATENT_WITHIN_DB)
+    return ParityCase(spec.with_plan(plan), LATENT_SAMPLES, LATENT_WITHIN_DB)
 
 
 def check_parity(
     checkpoint: Checkpoint,
     graph: Path,
-    trial: Trial,
+    trial: ParityCase,
     *,
     engines: list[str] | None = None,
     threads: int | None = None,
@@ -177,7 +177,7 @@ def _engines(precision: str, large: bool) -> list[str]:
 def _measured(
     checkpoint: Checkpoint,
     graph: Path,
-    trial: Trial,
+    trial: ParityCase,
     reference: np.ndarray,
     engines: list[str],
     threads: int | None,
@@ -195,7 +195,7 @@ def _measured(
     return {name: _compared(reference, samples(), trial) for name, samples in found.items()}
 
 
-def _in_engine(opened: Callable[[], AbstractContextManager[Network]], trial: Trial) -> np.ndarray:
+def _in_engine(opened: Callable[[], AbstractContextManager[Network]], trial: ParityCase) -> np.ndarray:
     with opened() as engine:
         return _samples(engine, trial)
 
@@ -226,12 +226,12 @@ def _bytes(graph: Path) -> int:
     return sum(path.stat().st_size for path in (graph, *(graph.parent / file for file in data_files)))
 
 
-def _samples(network: Network, trial: Trial) -> np.ndarray:
+def _samples(network: Network, trial: ParityCase) -> np.ndarray:
     conditioning = dummy_conditioning(trial.spec, trial.samples)
     return generate(network, trial.spec, range(trial.samples), batch=trial.samples, conditions=conditioning)
 
 
-def _compared(reference: np.ndarray, samples: np.ndarray, trial: Trial) -> dict[str, float]:
+def _compared(reference: np.ndarray, samples: np.ndarray, trial: ParityCase) -> dict[str, float]:
     largest = float(np.abs(samples - reference).max())
     return {
         "max_abs": float(f"{largest:.1e}"),

@@ -24,7 +24,7 @@ from typing import Protocol
 
 import numpy as np
 
-from diffpress.runtime.bundle import Built, Bundle
+from diffpress.runtime.bundle import Bundle, PrebuiltEngine
 from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
 from diffpress.runtime.engines.onnxruntime.providers import CPU
 from diffpress.runtime.engines.openvino import engine as openvino_engine
@@ -99,7 +99,7 @@ def load_engine(
     threads: int | None = None,
     *,
     options: EngineOptions | None = None,
-    built: Sequence[Built] = (),
+    built: Sequence[PrebuiltEngine] = (),
 ) -> Engine:
     """Load one graph file in an engine.
 
@@ -156,7 +156,7 @@ def open_engine(
                 candidate,
                 threads,
                 options=replace(options, cache=cache),
-                built=bundle.built(graph, candidate),
+                built=bundle.prebuilt_engines(graph, candidate),
             )
         except EngineUnavailableError as error:
             if candidate == names[-1]:
@@ -165,6 +165,6 @@ def open_engine(
     raise AssertionError("unreachable: there is at least one name")
 
 
-def ran_in(engine: Engine) -> str:
+def engine_label(engine: Engine) -> str:
     """Return the engine's name, with its device if that is not the CPU."""
     return engine.name if engine.device == CPU else f"{engine.name} ({engine.device})"

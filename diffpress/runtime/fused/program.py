@@ -27,7 +27,7 @@ from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
 from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
-from diffpress.runtime.solvers import solver_named
+from diffpress.runtime.solvers import get_solver
 from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, Solver, StepState
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -133,7 +133,7 @@ def _program(
 ) -> Program | None:
     if plan.threshold is not None or plan.guidance_rescale > 0 or plan.guidance_interval is not None:
         return None
-    solver, levels = solver_named(plan.solver), plan_levels(schedule, plan.timesteps, plan.end)
+    solver, levels = get_solver(plan.solver), plan_levels(schedule, plan.timesteps, plan.end)
     try:
         step_weights = [_weights_of_step(solver, schedule, plan, levels, index) for index in range(plan.steps)]
     except _NotLinearError:

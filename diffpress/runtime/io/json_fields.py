@@ -13,7 +13,7 @@ LARGEST = 2**31 - 1  # upper bound of counts, labels and sizes
 
 
 @contextmanager
-def reading(where: str) -> Iterator[None]:
+def convert_errors(where: str) -> Iterator[None]:
     """Convert lookup and conversion errors raised inside the block to InvalidInputError naming `where`."""
     try:
         yield
@@ -23,7 +23,7 @@ def reading(where: str) -> Iterator[None]:
         raise InvalidInputError(f"{where}: {error}") from error
 
 
-def known(cls: type, data: Any, where: str) -> dict[str, Any]:
+def check_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
     """Check that `data` is a JSON object whose keys are all fields of the dataclass `cls`, and return it.
 
     Raises:

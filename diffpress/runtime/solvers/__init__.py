@@ -13,7 +13,7 @@ from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.solvers import dpm, unipc
 from diffpress.runtime.solvers.adams import ipndm, plms, plms_evaluations
 from diffpress.runtime.solvers.consistency import consistency, lcm
-from diffpress.runtime.solvers.contract import Solver, two_per_step_but_last
+from diffpress.runtime.solvers.contract import Solver, two_per_step_except_last
 from diffpress.runtime.solvers.ddim import ancestral, ddim, ddim_clip, ddpm_large, euler
 from diffpress.runtime.solvers.deis import deis
 from diffpress.runtime.solvers.heun import heun
@@ -27,12 +27,12 @@ SOLVERS: dict[str, Solver] = {
     "ddpm_large": Solver(ddpm_large, noisy=True),
     "euler": Solver(euler),
     "euler_ancestral": Solver(ancestral, noisy=True),
-    "heun": Solver(partial(heun, "epsilon"), evaluations=two_per_step_but_last),
-    "heun_flow": Solver(partial(heun, "flow"), evaluations=two_per_step_but_last),
+    "heun": Solver(partial(heun, "epsilon"), evaluations=two_per_step_except_last),
+    "heun_flow": Solver(partial(heun, "flow"), evaluations=two_per_step_except_last),
     "dpmpp_2m": Solver(dpm.dpmpp_2m),
     "dpmpp_3m": Solver(dpm.dpmpp_3m),
     "dpmpp_2m_sde": Solver(dpm.dpmpp_2m_sde, noisy=True),
-    "dpmpp_sde": Solver(dpm.dpmpp_sde, evaluations=two_per_step_but_last, noisy=True),
+    "dpmpp_sde": Solver(dpm.dpmpp_sde, evaluations=two_per_step_except_last, noisy=True),
     **{f"unipc_{k}": Solver(partial(unipc.predict, k), partial(unipc.correct, k)) for k in (1, 2, 3)},
     **{f"deis_{k}": Solver(partial(deis, k)) for k in (2, 3)},
     "ipndm": Solver(ipndm),
@@ -43,7 +43,7 @@ SOLVERS: dict[str, Solver] = {
 }
 
 
-def solver_named(name: str) -> Solver:
+def get_solver(name: str) -> Solver:
     """Return the solver of that name; raise InvalidInputError with the nearest match if there is none."""
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
@@ -59,7 +59,7 @@ def with_solver(plan: SamplingPlan, name: str) -> SamplingPlan:
     Raises:
         InvalidInputError: Unknown solver.
     """
-    solver_named(name)
+    get_solver(name)
     if name == plan.solver:
         return plan
     clip = (plan.clip or plan.solver == CLIPPING) and name != CLIPPING
@@ -68,4 +68,4 @@ def with_solver(plan: SamplingPlan, name: str) -> SamplingPlan:
 
 def solver_evaluations(solver: str, steps: int) -> int:
     """Return how often a solver evaluates the denoiser in a plan with this many steps."""
-    return solver_named(solver).evaluations(steps)
+    return get_solver(solver).evaluations(steps)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_all_noise, noise_in, transfer
+from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_pure_noise, noise_in, transfer
 from diffpress.runtime.solvers.mixing import improved_euler, mixed_transfer
 
 ADAMS_BASHFORTH = (
@@ -41,7 +41,7 @@ def plms(prediction: str, step: StepState) -> np.ndarray:
     """Adams-Bashforth up to fourth order on the output of a network with this prediction type."""
     if step.index == 0 and not step.is_last:
         return improved_euler(prediction, step)
-    history = [before for before in reversed(step.history) if not is_all_noise(before.level)]
+    history = [before for before in reversed(step.history) if not is_pure_noise(before.level)]
     if not history or step.now.sigma == 0.0:
         return transfer(step.x, step.x0, step.now, step.next)
     states = [PreviousStep(step.now, step.x, step.x0), *history]

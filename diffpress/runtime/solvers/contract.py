@@ -84,7 +84,7 @@ def one_per_step(steps: int) -> int:
     return steps
 
 
-def two_per_step_but_last(steps: int) -> int:
+def two_per_step_except_last(steps: int) -> int:
     """Return the evaluations of a solver with two per step and one in the last."""
     return 2 * steps - 1
 
@@ -139,7 +139,7 @@ def half_log_snr(level: NoiseLevel) -> float:
     return math.log(level.alpha / level.sigma) if level.alpha > 0 else -math.inf
 
 
-def is_all_noise(level: NoiseLevel) -> bool:
+def is_pure_noise(level: NoiseLevel) -> bool:
     """Whether r is infinite or too high for derivatives in r to be meaningful, as at the end of a cosine schedule."""
     return level.sigma > math.exp(LOG_RATIO_MAX) * level.alpha
 

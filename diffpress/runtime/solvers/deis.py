@@ -14,13 +14,13 @@ import math
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from diffpress.runtime.solvers.contract import StepState, final_order, half_log_snr, is_all_noise, noise_in, transfer
+from diffpress.runtime.solvers.contract import StepState, final_order, half_log_snr, is_pure_noise, noise_in, transfer
 
 
 def deis(order: int, step: StepState) -> np.ndarray:
     """DEIS of this order, or lower with too few earlier steps; the step to a clean sample is first-order."""
     plain = transfer(step.x, step.x0, step.now, step.next)
-    history = [before for before in reversed(step.history) if not is_all_noise(before.level)]
+    history = [before for before in reversed(step.history) if not is_pure_noise(before.level)]
     history = history[: final_order(step, order) - 1]
     if not history or step.next.sigma == 0.0 or step.now.sigma == 0.0:
         return plain

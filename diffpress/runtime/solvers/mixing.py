@@ -12,7 +12,7 @@ import numpy as np
 
 from diffpress.runtime.noise_schedule import NoiseLevel
 from diffpress.runtime.parameterization import to_x0
-from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_all_noise, noise_in, transfer
+from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_pure_noise, noise_in, transfer
 
 
 def mixed_transfer(
@@ -28,7 +28,7 @@ def improved_euler(prediction: str, step: StepState) -> np.ndarray:
     """Step with the mean of the outputs at both ends, the far end predicted by a plain step: two evaluations."""
     plain = transfer(step.x, step.x0, step.now, step.next)
     ahead = PreviousStep(step.next, plain, step.denoise(plain, step.next))
-    undefined = prediction == "epsilon" and is_all_noise(step.now)
+    undefined = prediction == "epsilon" and is_pure_noise(step.now)
     if undefined or step.now.sigma == 0.0 or step.next.sigma == 0.0:  # one end has no meaningful derivative
         return plain
     return mixed_transfer(prediction, [PreviousStep(step.now, step.x, step.x0), ahead], (1 / 2, 1 / 2), step.next)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from diffpress.compress.config import PruneConfig
-from diffpress.compress.distillation.block_features import captured, feature_distance
+from diffpress.compress.distillation.block_features import capture_features, feature_distance
 from diffpress.compress.distillation.conditioning import drop_conditioning
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.distill import distill
@@ -113,7 +113,7 @@ def test_the_feature_of_a_block_is_its_hidden_states():
     hidden, text = torch.ones(1, 4, 3), torch.zeros(1, 2, 3)
     for output in (hidden, (hidden, (text, text)), (text, hidden), (None, hidden)):
         model = nn.Sequential(FixedOutput(output))
-        with captured(model, ["0"]) as features:
+        with capture_features(model, ["0"]) as features:
             model[0]()
         assert features["0"] is hidden
 
@@ -121,7 +121,7 @@ def test_the_feature_of_a_block_is_its_hidden_states():
 def test_features_are_collected_only_inside_the_context(unet):
     blocks = adapter_for(unet.model).blocks(unet.model)
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([1, 50]), {"class_labels": torch.tensor([0, 1])}
-    with torch.no_grad(), captured(unet.model, blocks) as features:
+    with torch.no_grad(), capture_features(unet.model, blocks) as features:
         forward(unet.model, unet.spec, *inputs)
     assert set(features) == set(blocks) and all(f.shape[0] == 2 and f.dim() == 4 for f in features.values())
     kept = dict(features)

@@ -16,7 +16,7 @@ from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.layer_selection import choose_formats
 from diffpress.compress.quantization.nvfp4 import e2m1
 from diffpress.compress.quantization.quantize import quantize
-from diffpress.compress.quantization.quantizers import fake_quantized, quantizer_amax, with_quantizers
+from diffpress.compress.quantization.quantizers import fake_quantized, insert_quantizers, quantizer_amax
 
 FOUR, EIGHT = ml_dtypes.float4_e2m1fn, ml_dtypes.float8_e4m3fn
 
@@ -46,7 +46,7 @@ def layer() -> nn.Module:
 
 def test_weights_and_activations_match_the_formula(layer):
     exact = layer[0].weight.detach().clone()
-    with_quantizers(layer, {"0": "nvfp4"}, [])
+    insert_quantizers(layer, {"0": "nvfp4"}, [])
     layer[0].weight_quantizer.amax = quantizer_amax(weight_amax(exact, FORMATS["nvfp4"]), layer[0])
     x = torch.randn(5, 7, 64, generator=torch.Generator().manual_seed(1))
     layer[0].input_quantizer.amax = x.abs().max()
@@ -56,7 +56,7 @@ def test_weights_and_activations_match_the_formula(layer):
 
 
 def test_gradients_use_the_straight_through_estimator(layer):
-    with_quantizers(layer, {"0": "nvfp4"}, [])
+    insert_quantizers(layer, {"0": "nvfp4"}, [])
     layer[0].weight_quantizer.amax = quantizer_amax(weight_amax(layer[0].weight, FORMATS["nvfp4"]), layer[0])
     layer[0].input_quantizer.amax = torch.tensor(3.0)
     x = torch.randn(2, 64, requires_grad=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from diffpress.compress.models.components import encoded_prompts
+from diffpress.compress.models.components import encode_prompts
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.training.teacher_data import SEED, TeacherData, read_prompts
@@ -58,8 +58,8 @@ def test_samples_are_those_of_the_teacher_under_its_prompts(text_data):
 
 def test_prompts_are_used_in_turn_with_the_empty_prompt_as_uncond(text_data):
     cond = text_data.conditions(3)
-    one = encoded_prompts(text_data.teacher, PROMPTS, pytest.fail)["encoder_hidden_states"]
-    uncond = encoded_prompts(text_data.teacher, None, pytest.fail)["encoder_hidden_states"]
+    one = encode_prompts(text_data.teacher, PROMPTS, pytest.fail)["encoder_hidden_states"]
+    uncond = encode_prompts(text_data.teacher, None, pytest.fail)["encoder_hidden_states"]
     np.testing.assert_array_equal(cond.cond["encoder_hidden_states"], one[[0, 1, 0]])
     assert cond.uncond is not None
     np.testing.assert_array_equal(cond.uncond["encoder_hidden_states"], uncond[[0, 0, 0]])

@@ -7,7 +7,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import diffpress.export.graph.model
-from diffpress.export.graph.model import PAGE, Graph, Weight, load_all, save_graph, stub, weight_of, write_view
+from diffpress.export.graph.model import PAGE, Graph, Weight, load_all, save_graph, stub, weight_of, write_linked_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import available, load_engine
 from tests.export.oracle import inputs_for
@@ -89,7 +89,7 @@ def test_weights_in_a_subfolder_and_a_second_layout_compute_the_same(
     (tmp_path / "bundle").mkdir()
     root, view = tmp_path / "bundle" / "denoiser.onnx", tmp_path / "bundle" / "unet" / "model.onnx"
     save_graph(graph, root, data="unet/model.onnx_data")
-    write_view(root, view)
+    write_linked_graph(root, view)
     files = sorted(p.relative_to(root.parent).as_posix() for p in root.parent.rglob("*") if p.is_file())
     assert files == ["denoiser.onnx", "unet/model.onnx", "unet/model.onnx_data"]
     expected = load_engine(tmp_path / "inline.onnx", engine, threads=1).run(inputs_for(unet))
@@ -129,7 +129,7 @@ def test_a_view_must_not_lie_outside_the_folders_above_its_data(unet_graph, tmp_
     save_graph(unet_graph, tmp_path / "denoiser.onnx", data="unet/model.onnx_data")
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(ValueError, match="is not in the subpath"):
-        write_view(tmp_path / "denoiser.onnx", tmp_path / "elsewhere" / "model.onnx")
+        write_linked_graph(tmp_path / "denoiser.onnx", tmp_path / "elsewhere" / "model.onnx")
 
 
 def test_an_invalid_graph_is_rejected_before_anything_is_written(tmp_path):

@@ -12,7 +12,7 @@ from torch import nn
 
 from diffpress.export.graph.model import load_all, save_graph
 from diffpress.export.graph.trace import trace
-from diffpress.export.passes.bf16_to_fp32 import widened
+from diffpress.export.passes.bf16_to_fp32 import bf16_to_fp32
 from diffpress.export.passes.half_precision import to_half
 from diffpress.runtime.engines import load_engine
 
@@ -24,7 +24,7 @@ def test_it_computes_with_the_rounded_weights(tmp_path):
     graph = trace(model, lambda m, feed: (m(feed["x"]),), {"x": x}, ["out"], {"x": {0: "batch"}})
     half, _ = to_half(graph, "bf16")
     before = load_all(half).SerializeToString(deterministic=True)
-    wide = widened(half)
+    wide = bf16_to_fp32(half)
     save_graph(wide, tmp_path / "wide.onnx")
     rounded = copy.deepcopy(model).to(torch.bfloat16).float()
     with torch.no_grad():
@@ -38,4 +38,4 @@ def test_it_computes_with_the_rounded_weights(tmp_path):
 
 
 def test_a_graph_without_bfloat16_is_unchanged(unet_graph):
-    assert load_all(widened(unet_graph)) == load_all(unet_graph)
+    assert load_all(bf16_to_fp32(unet_graph)) == load_all(unet_graph)

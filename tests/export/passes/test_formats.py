@@ -15,7 +15,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
-from diffpress.compress.dry_run import planned
+from diffpress.compress.dry_run import dry_run
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
@@ -26,7 +26,7 @@ from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.recipe import read_recipe
 from diffpress.export.graph.model import Graph, load_all, save_graph, weight_of
-from diffpress.export.graph.opsets import opset_of, raised
+from diffpress.export.graph.opsets import opset_of, with_min_opset
 from diffpress.export.graph.trace import trace
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.targets.variants import bytes_by_precision
@@ -159,15 +159,17 @@ def test_only_a_format_that_needs_it_raises_the_opset(kind, unet, unet_graph):
 @pytest.mark.parametrize("opset", [19, 21, 23])
 def test_a_raised_opset_does_not_change_the_output(opset, unet, unet_graph):
     inputs = inputs_for(unet)
-    np.testing.assert_array_equal(run_exactly(raised(unet_graph, opset), inputs), run_exactly(unet_graph, inputs))
+    np.testing.assert_array_equal(
+        run_exactly(with_min_opset(unet_graph, opset), inputs), run_exactly(unet_graph, inputs)
+    )
 
 
 def test_an_operator_redefined_in_a_later_opset_is_rejected(unet_graph):
     proto = load_all(unet_graph)
     proto.graph.node[3].op_type = "GroupNormalization"
     with pytest.raises(InvalidInputError, match="GroupNormalization was redefined in ONNX opset 21"):
-        raised(Graph(proto), 21)
-    assert opset_of(raised(Graph(proto), 19)) == 19
+        with_min_opset(Graph(proto), 21)
+    assert opset_of(with_min_opset(Graph(proto), 19)) == 19
 
 
 def test_format_overrides_store_every_layer_in_its_own_format(unet, unet_graph):
@@ -233,7 +235,7 @@ def test_the_dry_runs_size_is_that_of_the_file(kind, unet, unet_graph, tmp_path)
         f"stages: [quantize: {{format: {kind}, samples: 2, batch: 2, output_correction: false}}]\n"
     )
     recipe = read_recipe(tmp_path / "r.yaml")
-    after = planned(unet, recipe)["stages"][0]["after"]["bytes"]
+    after = dry_run(unet, recipe)["stages"][0]["after"]["bytes"]
     scales = quantize(unet, recipe.stages[0].config, Context(0, tmp_path / "work", unet)).quantization
     counted = sum(bytes_by_precision(insert_qdq(unet_graph, scales)).values())
     assert counted == pytest.approx(after, rel=0.05)  # without shapes, zero points and scales of activations

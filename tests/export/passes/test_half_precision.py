@@ -17,7 +17,7 @@ import diffpress.export.graph.model
 from diffpress.compress.evaluation.metrics import mean_sqnr_db
 from diffpress.export.graph.model import Graph, Weight, load_all, save_graph
 from diffpress.export.graph.trace import trace
-from diffpress.export.passes.half_precision import HALVES, Lost, kept_modules, to_half
+from diffpress.export.passes.half_precision import HALVES, PrecisionLoss, kept_modules, to_half
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.errors import InvalidInputError
@@ -206,7 +206,7 @@ def test_a_weight_that_overflows_is_rejected_by_name_and_accepted_in_bf16(value)
     ],
 )
 def test_weights_below_the_range_are_counted(value, precision, zero, subnormal):
-    assert to_half(with_weight(value), precision)[1] == Lost(zero, subnormal, 64)
+    assert to_half(with_weight(value), precision)[1] == PrecisionLoss(zero, subnormal, 64)
     assert (np.array(value, HALVES[precision]) == 0) == (zero == 1 or value == 0)
 
 

@@ -18,7 +18,7 @@ from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.passes.linear_to_conv1x1 import ENTRY
-from diffpress.export.passes.smoothquant import smoothed
+from diffpress.export.passes.smoothquant import apply_smoothquant
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.errors import InvalidInputError
 from tests.export.oracle import inputs_for, run_exactly
@@ -45,7 +45,7 @@ def quantized(unet) -> Checkpoint:
 
 @pytest.mark.parametrize("layer", SMOOTHED)
 def test_a_smoothed_layer_computes_the_same_function(layer, everything, everything_graph):
-    graph = smoothed(everything_graph, vectors(everything, [layer]))
+    graph = apply_smoothquant(everything_graph, vectors(everything, [layer]))
     assert sum(node.op_type == "Mul" and node.name.startswith(layer) for node in graph.proto.graph.node) >= 1
     inputs = inputs_for(everything)
     plain, found = run_exactly(everything_graph, inputs), run_exactly(graph, inputs)
@@ -90,7 +90,7 @@ def test_a_weight_is_multiplied_only_when_it_is_read(everything, everything_grap
         name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
         for name, weight in everything_graph.weights.items()
     }
-    graph = smoothed(Graph(everything_graph.proto, observed), vectors(everything, SMOOTHED))
+    graph = apply_smoothquant(Graph(everything_graph.proto, observed), vectors(everything, SMOOTHED))
     assert reads == []
     graph.weights["down.weight_smoothed"].read()
     assert reads == ["down.weight"]
@@ -98,17 +98,17 @@ def test_a_weight_is_multiplied_only_when_it_is_read(everything, everything_grap
 
 def test_the_graph_is_not_changed(everything, everything_graph):
     before = load_all(everything_graph).SerializeToString(deterministic=True)
-    assert smoothed(everything_graph, {}) is everything_graph
-    smoothed(everything_graph, vectors(everything, SMOOTHED))
+    assert apply_smoothquant(everything_graph, {}) is everything_graph
+    apply_smoothquant(everything_graph, vectors(everything, SMOOTHED))
     assert load_all(everything_graph).SerializeToString(deterministic=True) == before
 
 
 @pytest.mark.parametrize("bad", [torch.ones(5), torch.zeros(8), torch.full((8,), torch.inf), -torch.ones(8)])
 def test_a_vector_that_does_not_fit_is_rejected_by_name(bad, everything_graph):
     with pytest.raises(InvalidInputError, match="layer 'twin_a': its smoothing factors must be 8 positive numbers"):
-        smoothed(everything_graph, {"twin_a": bad})
+        apply_smoothquant(everything_graph, {"twin_a": bad})
 
 
 def test_a_layer_that_the_graph_does_not_have_is_rejected(everything_graph):
     with pytest.raises(InvalidInputError, match="layer 'elsewhere': the graph has no node"):
-        smoothed(everything_graph, {"elsewhere": torch.ones(8)})
+        apply_smoothquant(everything_graph, {"elsewhere": torch.ones(8)})

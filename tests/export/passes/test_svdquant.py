@@ -59,7 +59,7 @@ def test_the_branch_reads_the_tensor_before_rounding(unet, unet_graph):
     readers = {node.name.partition("#")[0]: node for node in graph.node}
     layer = "mid_block.attentions.0.to_q"
     old = {node.name.partition("#")[0]: node for node in unet_graph.proto.graph.node}
-    assert readers[f"{layer}.branch_down"].input[0] == old[layer].input[0] != readers[layer].input[0]
+    assert readers[f"{layer}.svdquant_down"].input[0] == old[layer].input[0] != readers[layer].input[0]
 
 
 def test_the_weight_is_read_only_when_written_and_the_graph_is_not_changed(everything, everything_graph):

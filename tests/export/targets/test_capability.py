@@ -15,7 +15,7 @@ from diffpress.export.bundle import write_bundle
 from diffpress.export.graph.model import save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.summary import summary
-from diffpress.export.targets.capability import SUPPORT, check_runs, emulated, promised
+from diffpress.export.targets.capability import SUPPORT, check_supported, emulated, expected_integer_layers
 from diffpress.export.targets.precision import precision_of
 from diffpress.export.targets.tensorrt import build_engine
 from diffpress.runtime.bundle import sha256
@@ -45,21 +45,21 @@ def test_the_table_lists_every_format():
 
 
 def test_a_gpu_that_cannot_run_a_format_is_rejected_with_the_formats_it_can_run():
-    check_runs(["fp8", "int8"], ["8.9", "12.0"])
-    check_runs(["int8", "int4", "w4a8", "int8_weight_only"], ["7.5", "8.6"])
+    check_supported(["fp8", "int8"], ["8.9", "12.0"])
+    check_supported(["int8", "int4", "w4a8", "int8_weight_only"], ["7.5", "8.6"])
     message = "capability 8.6 does not run format fp8; 8.9 and later do, and 8.6 runs int8, w4a8"
     with pytest.raises(InvalidInputError, match=message) as caught:
-        check_runs(["int8", "fp8"], ["8.9", "8.6"])
+        check_supported(["int8", "fp8"], ["8.9", "8.6"])
     assert "\n" not in str(caught.value)
     with pytest.raises(InvalidInputError, match=r"9\.0 does not run format nvfp4; 12\.0 and later do"):
-        check_runs(["nvfp4"], ["9.0"])  # 9.0 < 12.0 as numbers, not as strings
+        check_supported(["nvfp4"], ["9.0"])  # 9.0 < 12.0 as numbers, not as strings
 
 
 def test_formats_that_the_cpu_emulates_are_not_expected_on_integers():
     assert emulated(["int8", "fp8", "int8_weight_only"]) == ["fp8"]
     amax = {"a.weight": 1, "a.input": 1, "b.weight": 1, "b.input": 1, "c.weight": 1}
     mixed = Quantization("int8", amax, {"b": "fp8"})
-    assert promised(mixed) == ["a"]
+    assert expected_integer_layers(mixed) == ["a"]
 
 
 def test_fp8_on_a_gpu_without_it_is_rejected_before_any_work(unet, tmp_path, monkeypatch):

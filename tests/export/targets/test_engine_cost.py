@@ -6,7 +6,7 @@ import pytest
 
 from diffpress.export.graph.model import save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
-from diffpress.export.targets.engine_cost import costs_in, layer_times
+from diffpress.export.targets.engine_cost import layer_times, open_engine_costs
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.engines.precision_report import Kernel
 from diffpress.runtime.network_inputs import dummy_inputs
@@ -43,7 +43,7 @@ def test_every_layer_that_multiplies_is_found_in_the_profile(engine, unet, unet_
 
 def test_costs_are_those_of_the_given_quantization(wide, scales):
     quantization = scales(wide, weight_range=127 / 64, outputs=True)
-    with costs_in(wide, "onnxruntime") as costs:
+    with open_engine_costs(wide, "onnxruntime") as costs:
         gains = costs.gains_ms(quantization)
         assert set(gains) == set(quantization.layers) and gains["heavy"] != 0.0
         full, partial = costs.size_mib(quantization), costs.size_mib(quantization.without(["heavy"]))

@@ -200,7 +200,7 @@ def test_bundles_contain_engines_that_the_runtime_finds(unet, unet_graph, tmp_pa
     quantized = unet.evolve(quantization=calibrated(unet, "int8", weight_range=127 / 64))
     for checkpoint, precision, source in ((unet, "fp32", "denoiser"), (quantized, "int8", "denoiser.tensorrt")):
         bundle = write_bundle(checkpoint, tmp_path / precision, ["tensorrt"], **options)
-        ((file, entry),) = bundle.built("denoiser", "tensorrt")
+        ((file, entry),) = bundle.prebuilt_engines("denoiser", "tensorrt")
         assert file.is_file() and entry["precision"] == precision and entry["graph"] == f"{source}.onnx"
         assert entry["compute_capabilities"] == list(SIZES)
 
@@ -212,7 +212,7 @@ def test_all_graphs_of_a_latent_pipeline_are_built(tiny_folder, tmp_path):
     build = BuildOptions(batch=(1, 2, 4), sizes=((16, 16), (64, 64)))
     bundle = write_bundle(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=SIZES, build=build, threads=1)
     graphs = ["denoiser", "text_encoder", "vae_decoder"]
-    entries = {graph: bundle.built(graph, "tensorrt")[0].entry for graph in graphs}
+    entries = {graph: bundle.prebuilt_engines(graph, "tensorrt")[0].entry for graph in graphs}
     low, optimum, high = entries["denoiser"]["profile"]["sample"]
     own = list(checkpoint.spec.sample_shape)
     factor = checkpoint.spec.latent_factor

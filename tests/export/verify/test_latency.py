@@ -7,7 +7,7 @@ import time
 import pytest
 
 from diffpress.export.passes.insert_qdq import insert_qdq
-from diffpress.export.verify.latency import Latency, alternated, float_variants, measure_latency
+from diffpress.export.verify.latency import Latency, alternating_latency_ms, float_variants, measure_latency
 from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import available
 
@@ -25,7 +25,7 @@ class Sleeper:
 
 def test_engines_alternate_and_medians_are_compared():
     one, other = Sleeper(2.0, 2.0, 30.0), Sleeper(8.0)
-    first, second = alternated((one, other), {})
+    first, second = alternating_latency_ms((one, other), {})
     assert 2.0 <= first < 8.0 <= second < 30.0  # a mean of the first would be above 11
     assert len(one.calls) == len(other.calls) >= 6
     assert sorted(one.calls + other.calls) == [

@@ -14,7 +14,7 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import CLEAN, NoiseLevel, NoiseSchedule, betas_schedule, flow_schedule
 from diffpress.runtime.sampler import network_evaluations, sample
 from diffpress.runtime.sampling_plan import SamplingPlan, make_plan, plan_levels
-from diffpress.runtime.solvers import SOLVERS, solver_evaluations, solver_named
+from diffpress.runtime.solvers import SOLVERS, get_solver, solver_evaluations
 from diffpress.runtime.solvers.adams import ADAMS_BASHFORTH
 from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState
 from diffpress.runtime.spec import DenoiserSpec
@@ -295,4 +295,4 @@ def test_adams_bashforth_weights_integrate_their_polynomials_exactly(row) -> Non
 
 def test_an_unknown_solver_is_refused_with_the_nearest_name() -> None:
     with pytest.raises(InvalidInputError, match="did you mean 'dpmpp_2m'"):
-        solver_named("dpmpp2m")
+        get_solver("dpmpp2m")

@@ -44,7 +44,7 @@ def describe(layout: Layout) -> Description:
     shape = (int(config["in_channels"]) // PACK**2, CELLS, CELLS)
     # the variant without a guidance input is distilled to few steps (schnell)
     defaults = (28, 3.5) if guided else (4, 1.0)
-    return Description(shape, conditioning, PACK, *defaults, own_sigmas=True)
+    return Description(shape, conditioning, PACK, *defaults, pipeline_sigmas=True)
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

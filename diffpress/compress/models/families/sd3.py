@@ -41,7 +41,7 @@ def describe(layout: Layout) -> Description:
     }
     shape = square(config["in_channels"], config["sample_size"])
     conditioning = text(layout, clips + t5, inputs)
-    return Description(shape, conditioning, int(config["patch_size"]), steps=28, guidance=7.0, own_sigmas=False)
+    return Description(shape, conditioning, int(config["patch_size"]), steps=28, guidance=7.0, pipeline_sigmas=False)
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

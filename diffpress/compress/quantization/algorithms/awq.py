@@ -21,10 +21,10 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context, say
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of, visit_layers
-from diffpress.compress.quantization.calibration.weight_scales import spread, weight_amax
+from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax, weight_amax
 from diffpress.compress.quantization.formats import FORMATS, INT4, Format
 from diffpress.compress.quantization.layer_graph import trace_layer_graph
-from diffpress.compress.quantization.trajectory_dataset import draw, sample_trajectories
+from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
 
 ROWS = 4096
 EXPONENTS = torch.arange(0.0, 1.01, 0.05).tolist()
@@ -34,9 +34,7 @@ LEAST_SHARE = 1e-4  # lower limit of a channel's mean magnitude, as a fraction o
 Vectors = dict[str, torch.Tensor]
 
 
-def activation_aware(
-    checkpoint: Checkpoint, formats: Mapping[str, str], config: QuantizeConfig, ctx: Context
-) -> Vectors:
+def awq_vectors(checkpoint: Checkpoint, formats: Mapping[str, str], config: QuantizeConfig, ctx: Context) -> Vectors:
     """Return layer -> s, float32 [in], for linear layers with 4-bit weights; {} unless `config.awq`."""
     modules = dict(checkpoint.model.named_modules())
     candidates = [
@@ -60,7 +58,7 @@ def activation_aware(
         gains.append(gain)
         found.update(dict.fromkeys(group[name], s.cpu()))
 
-    inputs = draw(dataset, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
+    inputs = draw_rows(dataset, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
     visit_layers(model, candidates, inputs, visit)
     say(f"awq: {len(found)} linear layers; mean output error relative to unscaled {sum(gains) / len(gains):.2f}")
     return found
@@ -87,5 +85,5 @@ def best_vector(x: torch.Tensor, weights: list[tuple[torch.Tensor, Format]]) -> 
 
 def nearest(weight: torch.Tensor, form: Format) -> torch.Tensor:
     """Round `weight` to nearest in an integer format, with the scales that calibration would give it."""
-    scale = spread(weight_amax(weight, form), weight) / form.weights.largest
+    scale = broadcast_amax(weight_amax(weight, form), weight) / form.weights.largest
     return (weight / scale.clamp(min=TINY)).round() * scale

@@ -36,10 +36,10 @@ from diffpress.compress.progress import progress
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of, visit_layers
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.algorithms.svdquant import product
-from diffpress.compress.quantization.calibration.weight_scales import spread
+from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw, sample_trajectories
+from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
 from diffpress.compress.training.resume import read_state, write_state
 
 ROWS = 4096
@@ -64,7 +64,7 @@ def round_weights(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) 
     with progress("round", len(layers)) as advance:
 
         def visit(name: str, layer: Any, x: torch.Tensor) -> None:
-            scale, smooth = integer_step(scales, name, layer), scales.smooth.get(name)
+            scale, smooth = quantization_step(scales, name, layer), scales.smooth.get(name)
             make = partial(_rounded, layer, layer.input_quantizer(x), scale, smooth)
             found = _cached(folder / f"{name}.safetensors", run, make)
             layer._parameters["weight"].copy_(found["weight"])
@@ -79,16 +79,16 @@ def round_weights(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) 
     return checkpoint.evolve(model=result)
 
 
-def integer_step(scales: Quantization, name: str, layer: Any) -> torch.Tensor:
+def quantization_step(scales: Quantization, name: str, layer: Any) -> torch.Tensor:
     """Return the quantization step of every weight of the layer (after smoothing), float32 in the weight's shape."""
     weight = layer._parameters["weight"]
     largest = FORMATS[scales.format_of(name)].weights.largest
-    return (spread(scales.amax[f"{name}.weight"], weight) / largest).expand_as(weight)
+    return (broadcast_amax(scales.amax[f"{name}.weight"], weight) / largest).expand_as(weight)
 
 
 def _draw_states(student: Any, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Tensors:
     dataset = sample_trajectories(student, checkpoint, config.samples, config.batch, ctx)
-    return draw(dataset, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
+    return draw_rows(dataset, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
 
 
 def _rounded(layer: Any, x: torch.Tensor, scale: torch.Tensor, smooth: torch.Tensor | None) -> Tensors:

@@ -58,7 +58,7 @@ def quadratic(error: torch.Tensor, products: torch.Tensor) -> float:
 def _patches(layer: nn.Conv2d, state: torch.Tensor) -> torch.Tensor:
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     padded = F.pad(state[None], layer._reversed_padding_repeated_twice, mode)
-    return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)[0].T  # type: ignore[arg-type]
+    return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)[0].T
 
 
 def _sampled(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:

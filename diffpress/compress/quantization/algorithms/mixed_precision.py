@@ -198,11 +198,11 @@ def _noise_order(noise: Mapping[str, float], gain: Mapping[str, float]) -> list[
 @contextmanager
 def _costs(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Iterator[EngineCosts | None]:
     assert config.bounds is not None
-    if ctx.costs_in is not None and not is_large(checkpoint.model):
-        with ctx.costs_in(checkpoint, config.target) as costs:
+    if ctx.open_engine_costs is not None and not is_large(checkpoint.model):
+        with ctx.open_engine_costs(checkpoint, config.target) as costs:
             yield costs
         return
-    if ctx.costs_in is not None:
+    if ctx.open_engine_costs is not None:
         _refuse_engine_bounds(config.bounds, "but the model is too large to be timed")
     say("not timed in an engine: MACs are used as the gain of a layer")
     yield None

@@ -30,7 +30,7 @@ from diffpress.compress.context import Context, say
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.runtime.denoiser import Predict, denoiser_of, make_predictor
+from diffpress.runtime.denoiser import Predict, denoiser_from_predictor, make_predictor
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs, Network
 from diffpress.runtime.noise_schedule import NoiseLevel
@@ -46,13 +46,13 @@ def correct(checkpoint: Checkpoint, reference: nn.Module, config: QuantizeConfig
     """Return the quantized `checkpoint` with corrections towards `reference`, the float model, in its plan."""
     spec = checkpoint.spec
     network, exact = (TorchNetwork(model, spec) for model in (fake_quantized(checkpoint), reference))
-    found = measured(network, exact, spec, config.samples, config.batch, ctx.conditions(config.samples))
+    found = measure_corrections(network, exact, spec, config.samples, config.batch, ctx.conditions(config.samples))
     largest = max(abs(correction.slope) for correction in found)
     say(f"output corrections for {len(found)} timesteps, slopes up to {largest:.2%}")
     return checkpoint.evolve(spec=spec.with_plan(replace(spec.plan, output_corrections=found)))
 
 
-def measured(
+def measure_corrections(
     network: Network, reference: Network, spec: DenoiserSpec, count: int, batch: int, conditions: ConditioningInputs
 ) -> tuple[OutputCorrection, ...]:
     """Measure the corrections of `network` towards `reference`, one for each timestep of the spec's plan.
@@ -75,12 +75,14 @@ def measured(
             out_q = predictor(x, level)
             # a timestep that is evaluated twice (by plms, for example) has one correction for both
             sums[level.t] = sums.get(level.t, 0.0) + moments(reference_predictor(x, level), out_q)
-            fits[level.t] = fitted(sums[level.t], level.t)
+            fits[level.t] = fit_correction(sums[level.t], level.t)
             advance(next(evaluations))
             return out_q
 
         # the denoiser immediately applies the correction that `predict` has just measured
-        denoise = denoiser_of(predict, spec, clip=plan.clip, output_corrections=fits, threshold=plan.threshold)
+        denoise = denoiser_from_predictor(
+            predict, spec, clip=plan.clip, output_corrections=fits, threshold=plan.threshold
+        )
         noise = noise_for(seeds, spec.sample_shape)
         for _ in sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k)):
             pass
@@ -93,7 +95,7 @@ def moments(out: np.ndarray, out_q: np.ndarray) -> np.ndarray:
     return np.stack([a.sum((0, 2, 3)) for a in (np.ones_like(x), x, y, y * y, x * y)])
 
 
-def fitted(sums: np.ndarray, t: float) -> OutputCorrection:
+def fit_correction(sums: np.ndarray, t: float) -> OutputCorrection:
     """Fit the correction to these `moments` by least squares: out = gain out_q + offset, gain = 1 / (1 + slope)."""
     n, x, y, yy, xy = sums
     variance, covariance = float((yy - y * y / n).sum()), float((xy - x * y / n).sum())

@@ -24,11 +24,11 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context, say
-from diffpress.compress.distillation.block_features import captured, feature_distance
+from diffpress.compress.distillation.block_features import capture_features, feature_distance
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
-from diffpress.compress.quantization.algorithms.qat_updates import Full, LowRank, scalings, weights_of
-from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, draw, sample_trajectories
+from diffpress.compress.quantization.algorithms.qat_updates import Full, LowRank, weight_scalings, weights_of
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, draw_rows, sample_trajectories
 from diffpress.compress.training.loop import Objective, Training, train
 from diffpress.compress.training.losses import Tensors
 
@@ -50,7 +50,7 @@ def qat(
     run = Training(
         config.steps, config.learning_rate, config.warmup, config.ema, ctx.seed, config.save_every, ctx.work, "qat"
     )
-    scaling = scalings(student, scales)
+    scaling = weight_scalings(student, scales)
     trainee: Full | LowRank = (
         LowRank(student, scaling, config.rank, torch.Generator().manual_seed(ctx.seed))
         if config.updates == "low_rank"
@@ -71,7 +71,7 @@ def qat(
 def _sqnr_db(model: nn.Module, teacher: nn.Module, dataset: TrajectoryDataset) -> float:
     """Return the SQNR of the model's outputs against the teacher's; the states are the same in every call."""
     device = next(teacher.parameters()).device
-    inputs = draw(dataset, CHECKED_STATES, torch.Generator().manual_seed(0))
+    inputs = draw_rows(dataset, CHECKED_STATES, torch.Generator().manual_seed(0))
     inputs = {name: value.to(device) for name, value in inputs.items()}
     with torch.no_grad():
         reference, found = (adapter_for(m).forward(m.eval(), inputs).cpu().numpy() for m in (teacher, model))
@@ -82,12 +82,12 @@ def _loss(teacher: nn.Module, dataset: TrajectoryDataset, config: QuantizeConfig
     blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
 
     def loss(student: nn.Module, inputs: Tensors) -> torch.Tensor:
-        with torch.no_grad(), captured(teacher, blocks) as reference:
+        with torch.no_grad(), capture_features(teacher, blocks) as reference:
             target = adapter_for(teacher).forward(teacher, inputs)
         trainee: Any = getattr(student, "module", student)  # unwrap DDP
-        with captured(trainee.base, blocks) as found:
+        with capture_features(trainee.base, blocks) as found:
             out = student(inputs)
         output_loss = torch.mean((out - target) ** 2)
         return output_loss + config.feature_weight * feature_distance(found, reference) if blocks else output_loss
 
-    return Objective(lambda generator, share: (draw(dataset, config.batch, generator),), loss)
+    return Objective(lambda generator, share: (draw_rows(dataset, config.batch, generator),), loss)

@@ -46,7 +46,7 @@ class Scaling:
         return found * self.proportion.to(weight.device)
 
 
-def scalings(model: nn.Module, scales: Quantization) -> dict[str, Scaling]:
+def weight_scalings(model: nn.Module, scales: Quantization) -> dict[str, Scaling]:
     """Return, per layer, the rule that gives the amax in `scales` from the weights of `model`."""
     found = {}
     for name in scales.layers:

@@ -24,7 +24,7 @@ from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw, sample_trajectories
+from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, write_json
 
@@ -38,7 +38,7 @@ class States:
     def __init__(self, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> None:
         rows = ROWS_OF_LARGE if is_large(checkpoint.model) else ROWS
         dataset = sample_trajectories(checkpoint.model, checkpoint, min(rows, config.samples), config.batch, ctx)
-        rows_by_name = draw(dataset, rows, torch.Generator().manual_seed(ctx.seed))
+        rows_by_name = draw_rows(dataset, rows, torch.Generator().manual_seed(ctx.seed))
         parts = [slice(start, start + config.batch) for start in range(0, rows, config.batch)]
         self._spec = checkpoint.spec
         self._inputs = [{name: value[part].numpy() for name, value in rows_by_name.items()} for part in parts]

@@ -57,10 +57,10 @@ def attach_svdquant_(model: nn.Module, scales: Quantization) -> None:
             layer: Any = model.get_submodule(name)
             residual = layer._parameters["weight"].detach().float() - product(scales, name)
             layer._parameters["weight"] = nn.Parameter(residual, requires_grad=False)
-            layer.register_buffer("branch_down", scales.svdquant[f"{name}.down"])
-            layer.register_buffer("branch_up", scales.svdquant[key])
+            layer.register_buffer("svdquant_down", scales.svdquant[f"{name}.down"])
+            layer.register_buffer("svdquant_up", scales.svdquant[key])
             layer.register_forward_hook(_add_low_rank)
 
 
 def _add_low_rank(layer: Any, args: tuple[torch.Tensor, ...], out: torch.Tensor) -> torch.Tensor:
-    return out + F.linear(F.linear(args[0], layer.branch_down), layer.branch_up)
+    return out + F.linear(F.linear(args[0], layer.svdquant_down), layer.svdquant_up)

@@ -20,11 +20,11 @@ import torch
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
-from diffpress.compress.quantization.algorithms.awq import activation_aware
+from diffpress.compress.quantization.algorithms.awq import awq_vectors
 from diffpress.compress.quantization.algorithms.smoothquant import along, smoothing
 from diffpress.compress.quantization.calibration.clip_range import amax_of
 from diffpress.compress.quantization.calibration.observer import Observer, collect_activations, evaluations_per_batch
-from diffpress.compress.quantization.calibration.statistics import Statistics, no_statistics, observe_
+from diffpress.compress.quantization.calibration.statistics import Statistics, empty_statistics, update_statistics_
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.formats import FORMATS, INT8
 from diffpress.runtime.errors import InvalidInputError
@@ -60,10 +60,10 @@ def calibrate(
             f"quantize: calibration entropy requires integer formats, but layer '{floats[0]}' is in "
             f"{formats[floats[0]]}; use mse, percentile or max"
         )
-    smooth = smoothing(checkpoint, numbers, config, ctx) | activation_aware(checkpoint, formats, config, ctx)
+    smooth = smoothing(checkpoint, numbers, config, ctx) | awq_vectors(checkpoint, formats, config, ctx)
     keys = [f"{name}.input" for name in numbers] + [f"{name}.output" for name in outputs]
-    statistics = no_statistics(keys, evaluations_per_batch(checkpoint))
-    observers: dict[str, Observer] = {key: partial(observe_, statistics, i) for i, key in enumerate(keys)}
+    statistics = empty_statistics(keys, evaluations_per_batch(checkpoint))
+    observers: dict[str, Observer] = {key: partial(update_statistics_, statistics, i) for i, key in enumerate(keys)}
     for name, s in smooth.items():
         if name in numbers:
             observers[f"{name}.input"] = partial(

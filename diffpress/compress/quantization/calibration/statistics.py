@@ -47,7 +47,7 @@ class Statistics:
         return {name: getattr(self, name) for name in ("largest", "top", "counts", "sums", "rows")}
 
 
-def no_statistics(names: Iterable[str], evaluations: int) -> Statistics:
+def empty_statistics(names: Iterable[str], evaluations: int) -> Statistics:
     """Return empty statistics of `names` over `evaluations` per batch."""
     names = tuple(names)
     integer, real = torch.int64, torch.float64
@@ -61,7 +61,7 @@ def no_statistics(names: Iterable[str], evaluations: int) -> Statistics:
     )
 
 
-def observe_(statistics: Statistics, index: int, x: torch.Tensor, evaluation: int, samples: int) -> None:
+def update_statistics_(statistics: Statistics, index: int, x: torch.Tensor, evaluation: int, samples: int) -> None:
     """Add a tensor to the statistics.
 
     Args:

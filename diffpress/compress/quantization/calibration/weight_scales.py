@@ -24,7 +24,7 @@ def weight_amax(weight: torch.Tensor, form: Format) -> torch.Tensor:
     return torch.where(blocks > 0, blocks, channels[:, None])
 
 
-def spread(amax: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+def broadcast_amax(amax: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """Expand `amax` [out] or [out, blocks] to a shape that broadcasts with `weight`."""
     if amax.dim() < 2:
         return amax.reshape(-1, *[1] * (weight.dim() - 1))

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from diffpress.runtime.bundle import Built
+from diffpress.runtime.bundle import PrebuiltEngine
 from diffpress.runtime.engines import macs
 from diffpress.runtime.engines.onnxruntime.providers import CPU, PROVIDERS, provider_order
 from diffpress.runtime.engines.options import EngineOptions
@@ -74,7 +74,7 @@ def unusable() -> None:
     """Return None: ONNX Runtime works on any machine it can be installed on."""
 
 
-def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> OnnxRuntimeEngine:
+def load(path: Path, options: EngineOptions, built: Sequence[PrebuiltEngine] = ()) -> OnnxRuntimeEngine:
     """Load an ONNX file; raises InvalidInputError if ONNX Runtime cannot read it."""
     return OnnxRuntimeEngine(path, options)
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffpress.runtime.bundle import Built
+from diffpress.runtime.bundle import PrebuiltEngine
 from diffpress.runtime.engines.openvino.layers import layer_names, products
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport, precision_report_of
@@ -54,7 +54,7 @@ def unusable() -> None:
     """Return None: OpenVINO works on any machine it can be installed on."""
 
 
-def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> OpenVinoEngine:
+def load(path: Path, options: EngineOptions, built: Sequence[PrebuiltEngine] = ()) -> OpenVinoEngine:
     """Load an ONNX file or an IR.
 
     Raises:

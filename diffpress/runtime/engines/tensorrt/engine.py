@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from diffpress.runtime.bundle import Built
+from diffpress.runtime.bundle import PrebuiltEngine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport
 from diffpress.runtime.engines.tensorrt import library as libraries
@@ -55,7 +55,7 @@ def unusable() -> str | None:
     return None
 
 
-def load(path: Path, options: EngineOptions, built: Sequence[Built] = ()) -> TensorRtEngine:
+def load(path: Path, options: EngineOptions, built: Sequence[PrebuiltEngine] = ()) -> TensorRtEngine:
     """Load the engine of this graph that fits this machine, or build one with `options.rebuild`.
 
     Raises:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from diffpress.runtime.bundle import MANIFEST, Built
+from diffpress.runtime.bundle import MANIFEST, PrebuiltEngine
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.tensorrt.builder import build, graph_sha256
@@ -21,7 +21,7 @@ from diffpress.runtime.spec import DenoiserSpec
 
 
 def engine_for(
-    path: Path, options: EngineOptions, built: Sequence[Built], device: Device
+    path: Path, options: EngineOptions, built: Sequence[PrebuiltEngine], device: Device
 ) -> tuple[bytes, dict[str, Any]]:
     """Return bytes and manifest entry of the first engine that fits `device`.
 
@@ -57,7 +57,7 @@ def engine_for(
     return rebuilt.data, rebuilt.entry
 
 
-def _settings(path: Path, built: Sequence[Built]) -> BuildOptions:
+def _settings(path: Path, built: Sequence[PrebuiltEngine]) -> BuildOptions:
     """Build options of the bundle's engines, to rebuild with the same ones."""
     options: Any = next((entry["options"] for _, entry in built if "options" in entry), {})
     return BuildOptions.from_json(options, str(path))

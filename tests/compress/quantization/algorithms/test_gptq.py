@@ -17,7 +17,7 @@ from diffpress.compress.quantization.algorithms import gptq
 from diffpress.compress.quantization.algorithms.gptq import round_weights, solve
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of
 from diffpress.compress.quantization.algorithms.smoothquant import along
-from diffpress.compress.quantization.calibration.weight_scales import spread
+from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
@@ -154,7 +154,7 @@ def test_rounding_the_result_to_nearest_changes_nothing(settings, dtype, unet, c
         smooth = along(scales.smooth[name], after[name]) if name in scales.smooth else 1.0
         largest = FORMATS[scales.format_of(name)].weights.largest
         levels, nearest_levels = (
-            w * smooth / (spread(scales.amax[f"{name}.weight"], w) / largest) for w in (weight, old)
+            w * smooth / (broadcast_amax(scales.amax[f"{name}.weight"], w) / largest) for w in (weight, old)
         )
         # bfloat16 has a relative error of 2^-8: just below half a step at 127
         assert (levels - levels.round()).abs().max() < (1e-3 if dtype == torch.float32 else 0.497)

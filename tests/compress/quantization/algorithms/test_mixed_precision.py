@@ -18,7 +18,7 @@ from diffpress.compress.quantization.algorithms.mixed_precision import _noise_or
 from diffpress.compress.quantization.algorithms.sensitivity import States, decibels, noise_by_layer, quantized_layers
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw, sample_trajectories
+from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
 from diffpress.compress.recipe import Stage
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import GateFailedError, InvalidInputError
@@ -45,7 +45,7 @@ class FakeCosts:
         return 10.0 * self.latency_ratio(quantization)
 
     def context(self, ctx):
-        return replace(ctx, costs_in=contextmanager(lambda checkpoint, engine: iter([self])))
+        return replace(ctx, open_engine_costs=contextmanager(lambda checkpoint, engine: iter([self])))
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +84,7 @@ def equal_costs(quantized, cached_noise) -> FakeCosts:
 def test_a_modules_noise_is_that_of_the_model_with_only_this_module_quantized(unet, quantized, noise, context):
     ctx = context(unet, data=False)
     calls = sample_trajectories(unet.model, unet, 4, config().batch, ctx)
-    drawn = draw(calls, 64, torch.Generator().manual_seed(0))
+    drawn = draw_rows(calls, 64, torch.Generator().manual_seed(0))
     inputs = {name: value.numpy() for name, value in drawn.items()}
     exact = TorchNetwork(unet.model, unet.spec).run(inputs)
     names = quantized_layers(quantized.quantization)

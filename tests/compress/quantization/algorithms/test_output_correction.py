@@ -13,8 +13,8 @@ from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.output_correction import (
     OUTPUT_CORRECTION_SEED,
-    fitted,
-    measured,
+    fit_correction,
+    measure_corrections,
     moments,
 )
 from diffpress.compress.quantization.quantize import quantize
@@ -58,7 +58,9 @@ class AnalyticNetwork:
 def measured_corrections(
     network: AnalyticNetwork, spec: DenoiserSpec = SPEC, batch: int = 4, count: int = 6
 ) -> dict[float, tuple]:
-    output_corrections = measured(network, AnalyticNetwork(), spec, count, batch, dummy_conditioning(spec, count))
+    output_corrections = measure_corrections(
+        network, AnalyticNetwork(), spec, count, batch, dummy_conditioning(spec, count)
+    )
     return {t: (c.slope, c.bias) for t, c in zip(spec.plan.timesteps, output_corrections, strict=True)}
 
 
@@ -73,7 +75,7 @@ def test_a_known_slope_and_bias_are_recovered_at_every_timestep(solver, guidance
 
 def test_the_float_network_is_evaluated_on_the_states_that_the_corrected_sampler_visits():
     network, reference = AnalyticNetwork(ERRORS), AnalyticNetwork()
-    output_corrections = measured(network, reference, SPEC, 4, 4, dummy_conditioning(SPEC, 4))
+    output_corrections = measure_corrections(network, reference, SPEC, 4, 4, dummy_conditioning(SPEC, 4))
     for (t, x), (other_t, y) in zip(network.states, reference.states, strict=True):
         assert t == other_t and np.array_equal(x, y)
     deployed = AnalyticNetwork(ERRORS)
@@ -90,11 +92,11 @@ def test_a_timestep_that_is_evaluated_twice_is_fitted_to_both_outputs():
     # no slope and bias can compensate this error
     network.run = lambda inputs: original_run(inputs) + 0.1 * inputs["sample"] ** 2
     labels = dummy_conditioning(SPEC, 6).cond["class_labels"]
-    output_corrections = measured(network, exact, spec, 6, 6, dummy_conditioning(SPEC, 6))
+    output_corrections = measure_corrections(network, exact, spec, 6, 6, dummy_conditioning(SPEC, 6))
     timestep = PLAN.timesteps[1]
     states = np.concatenate([x for t, x in exact.states if t == timestep])
     cond = {"sample": states, "timestep": np.full(12, round(timestep)), "class_labels": np.tile(labels, 2)}
-    expected = fitted(moments(exact.run(cond), network.run(cond)), timestep)
+    expected = fit_correction(moments(exact.run(cond), network.run(cond)), timestep)
     assert output_corrections[1].slope == pytest.approx(expected.slope) and output_corrections[1].bias == pytest.approx(
         expected.bias
     )
@@ -106,7 +108,7 @@ def test_with_noise_the_fit_matches_least_squares():
     out_q = 1.1 * out + draws.standard_normal((5, 3, 4, 4))
     columns = [out_q.transpose(1, 0, 2, 3).ravel(), *np.repeat(np.eye(3), 5 * 16, axis=1)]
     gain, *offset = np.linalg.lstsq(np.stack(columns, 1), out.transpose(1, 0, 2, 3).ravel(), rcond=None)[0]
-    fit = fitted(moments(out[:2], out_q[:2]) + moments(out[2:], out_q[2:]), 1.0)
+    fit = fit_correction(moments(out[:2], out_q[:2]) + moments(out[2:], out_q[2:]), 1.0)
     nearest = gain * out_q + np.asarray(offset)[:, None, None]
     np.testing.assert_allclose(corrected(out_q, fit), nearest, atol=1e-6)
 

@@ -19,10 +19,10 @@ from diffpress.compress.distillation.distill import distill
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.algorithms.qat_updates import follow_, scalings, weights_of
+from diffpress.compress.quantization.algorithms.qat_updates import follow_, weight_scalings, weights_of
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw, sample_trajectories
+from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
 from diffpress.compress.recipe import read_recipe
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
@@ -108,14 +108,15 @@ def test_a_killed_run_resumes_from_its_last_save_with_a_bit_identical_result(
         if len(drawn) == step + 1:  # the first draw measures the SQNR
             raise KilledError
         drawn.append(1)
-        return draw(evals, size, generator)
+        return draw_rows(evals, size, generator)
 
-    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw", killing)
+    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw_rows", killing)
     with pytest.raises(KilledError):
         quantize(small, settings, context(small))
     drawn.clear()
     monkeypatch.setattr(
-        "diffpress.compress.quantization.algorithms.qat.draw", lambda *arguments: drawn.append(1) or draw(*arguments)
+        "diffpress.compress.quantization.algorithms.qat.draw_rows",
+        lambda *arguments: drawn.append(1) or draw_rows(*arguments),
     )
     assert quantize(small, settings, context(small)).hash == undisturbed.hash
     # the steps that were not saved, and one draw each to measure the SQNR before and after
@@ -192,7 +193,7 @@ def test_recorded_states_are_those_of_the_models_own_trajectory_under_guidance(u
 
 def test_a_batch_is_drawn_uniformly_from_all_rows_of_all_evaluations():
     evals = [{"sample": np.arange(start, stop), "timestep": np.full(stop - start, i)} for i, (start, stop) in BOUNDS]
-    drawn = draw(evals, 6000, torch.Generator().manual_seed(0))
+    drawn = draw_rows(evals, 6000, torch.Generator().manual_seed(0))
     counts = torch.bincount(drawn["sample"], minlength=6)
     assert len(counts) == 6 and counts.min() > 850 and counts.max() < 1150  # 1000 each, sd 29
     assert torch.equal(drawn["timestep"], torch.tensor([0, 0, 0, 1, 2, 2])[drawn["sample"]])
@@ -207,7 +208,7 @@ BOUNDS = list(enumerate([(0, 3), (3, 4), (4, 6)]))
 def test_quantizers_follow_changed_weights(settings, proportion, unet, context):
     found = quantize(unet, QuantizeConfig(**PTQ, **settings), context(unet))
     layer, model = "mid_block.attentions.0.to_q", fake_quantized(found.evolve(model=found.clone_model()))
-    scaling = scalings(model, found.quantization)
+    scaling = weight_scalings(model, found.quantization)
     torch.manual_seed(0)
     weight = torch.randn(32, 32)
     follow_(model, {layer: scaling[layer]}, {layer: weight})
@@ -266,9 +267,9 @@ def test_training_starts_from_the_rounded_weights(rounding, small, context, monk
 
     def spy(model, scales):
         started.update({name: weight.detach().clone() for name, weight in weights_of(model, {"inner": None}).items()})
-        return scalings(model, scales)
+        return weight_scalings(model, scales)
 
-    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.scalings", spy)
+    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.weight_scalings", spy)
     found = quantize(small, config(rounding=rounding, format="w4a8", reduce_range=False), context(small))
     assert torch.equal(started["inner"], small.model.inner.weight) == (rounding == "nearest")
     largest = found.model.inner.weight.detach().flatten(1).abs().amax(1)

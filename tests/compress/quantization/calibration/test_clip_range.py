@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffpress.compress.quantization.calibration.clip_range import amax_of, entropy_amax, unit_levels
-from diffpress.compress.quantization.calibration.statistics import BINS, no_statistics, observe_
+from diffpress.compress.quantization.calibration.statistics import BINS, empty_statistics, update_statistics_
 from diffpress.compress.quantization.formats import FP4, FP8, INT4, INT8, Number
 
 DRAWS = {
@@ -24,9 +24,9 @@ def values(request) -> torch.Tensor:
 
 
 def statistics_of(x: torch.Tensor):
-    statistics = no_statistics(["x"], 2)
+    statistics = empty_statistics(["x"], 2)
     for evaluation, part in enumerate(x.split(4)):
-        observe_(statistics, 0, part, evaluation, len(part))
+        update_statistics_(statistics, 0, part, evaluation, len(part))
     return statistics
 
 
@@ -78,8 +78,8 @@ def test_step_means_is_the_minimum_over_evaluations_of_the_mean_over_samples(val
 
 
 def test_evaluations_that_do_not_run_a_layer_do_not_count_in_its_step_means():
-    statistics = no_statistics(["x"], 3)
-    observe_(statistics, 0, torch.tensor([[2.0], [4.0]]), 1, 2)
+    statistics = empty_statistics(["x"], 3)
+    update_statistics_(statistics, 0, torch.tensor([[2.0], [4.0]]), 1, 2)
     assert amax_of(statistics, 0, "step_means", INT8, 0.0) == 3.0
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from diffpress.compress.quantization.calibration.observer import NonFiniteError
-from diffpress.compress.quantization.calibration.statistics import BINS, no_statistics, observe_
+from diffpress.compress.quantization.calibration.statistics import BINS, empty_statistics, update_statistics_
 
 
 def samples(seed: int = 0) -> torch.Tensor:
@@ -17,9 +17,9 @@ def samples(seed: int = 0) -> torch.Tensor:
 
 
 def streamed(x: torch.Tensor, sizes: list[int]):
-    statistics = no_statistics(["other", "x"], 1)
+    statistics = empty_statistics(["other", "x"], 1)
     for part in x.split(sizes):
-        observe_(statistics, 1, part, 0, len(part))
+        update_statistics_(statistics, 1, part, 0, len(part))
     return statistics
 
 
@@ -37,25 +37,25 @@ def test_counts_match_a_histogram_of_all_values(sizes, reverse):
 
 
 def test_evaluations_are_separate_and_tokens_count_with_their_sample():
-    statistics = no_statistics(["x"], 3)
-    observe_(statistics, 0, torch.tensor([[1.0], [-2.0], [3.0], [0.5]]), 0, 2)  # two rows per sample
-    observe_(statistics, 0, torch.tensor([[4.0], [6.0]]), 2, 2)
-    observe_(statistics, 0, torch.tensor([[7.0], [1.0], [1.0]]), 2, 2)  # three rows for two samples
+    statistics = empty_statistics(["x"], 3)
+    update_statistics_(statistics, 0, torch.tensor([[1.0], [-2.0], [3.0], [0.5]]), 0, 2)  # two rows per sample
+    update_statistics_(statistics, 0, torch.tensor([[4.0], [6.0]]), 2, 2)
+    update_statistics_(statistics, 0, torch.tensor([[7.0], [1.0], [1.0]]), 2, 2)  # three rows for two samples
     assert statistics.sums.tolist() == [[2.0 + 3.0, 0.0, 4.0 + 6.0 + 7.0]]
     assert statistics.rows.tolist() == [[2, 0, 3]]
 
 
 def test_zeros_are_counted_before_and_after_other_values():
-    statistics = no_statistics(["x"], 1)
+    statistics = empty_statistics(["x"], 1)
     for value in (0.0, 1.0, 0.0):
-        observe_(statistics, 0, torch.full((1, 5), value), 0, 1)
+        update_statistics_(statistics, 0, torch.full((1, 5), value), 0, 1)
     assert statistics.counts[0, 0] == 10 and statistics.counts[0].sum() == 15 and statistics.top[0] == 2.0
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_values_that_are_not_finite_are_refused(value):
     with pytest.raises(NonFiniteError):
-        observe_(no_statistics(["x"], 1), 0, torch.tensor([[1.0, value]]), 0, 1)
+        update_statistics_(empty_statistics(["x"], 1), 0, torch.tensor([[1.0, value]]), 0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from diffpress.runtime.bundle import Built, load_bundle
+from diffpress.runtime.bundle import PrebuiltEngine, load_bundle
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
 from diffpress.runtime.engines import load_engine
 from diffpress.runtime.engines.cache import Cache
@@ -110,7 +110,7 @@ def graph(bundle):
 
 def built(tmp_path, graph, content=b"data", **changes):
     (tmp_path / "a.engine").write_bytes(content)
-    return Built(tmp_path / "a.engine", entry_of(graph_sha256=graph_sha256(graph), **changes))
+    return PrebuiltEngine(tmp_path / "a.engine", entry_of(graph_sha256=graph_sha256(graph), **changes))
 
 
 def test_of_several_engines_the_compatible_one_is_used(tmp_path, graph):
@@ -151,7 +151,7 @@ def test_100_random_damages_raise_or_change_nothing(tmp_path, graph):
             entry[key] = draw.choice([None, 1, "x", [], {}, [[1]], {"a": 1}])
         (tmp_path / "a.engine").write_bytes(bytes(content))
         try:
-            data, _ = engine_for(graph, EngineOptions(), [Built(tmp_path / "a.engine", entry)], HERE)
+            data, _ = engine_for(graph, EngineOptions(), [PrebuiltEngine(tmp_path / "a.engine", entry)], HERE)
         except InvalidInputError as error:
             refused += 1
             assert "\n" not in str(error)  # noqa: PT017  # not every damage raises
