@@ -74,6 +74,8 @@ def compress(
     Examples:
         >>> import diffpress as dp
         >>> small = dp.compress(checkpoint, [dp.Prune(method="magnitude", ratio=0.5, round_to=4)], out=folder / "work")
+        [1/1] prune
+          parameters ...
         >>> [record.stage for record in small.history]
         ['prune']
     """
@@ -212,6 +214,7 @@ def evaluate(
     Examples:
         >>> import diffpress as dp
         >>> scores = dp.evaluate("calib_data/teacher", samples=8, seeds=1, steps=1)
+          evaluate: 8/8
         >>> sorted(scores["kid"])
         ['mean', 'sd']
     """

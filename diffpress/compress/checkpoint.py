@@ -127,7 +127,14 @@ class Source:
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A denoiser with its spec, source, history and quantization."""
+    """A denoiser with its spec, source, history and quantization.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> loaded = dp.load(checkpoint)
+        >>> isinstance(loaded, dp.Checkpoint), len(loaded.history)
+        (True, 0)
+    """
 
     model: nn.Module
     spec: DenoiserSpec

@@ -41,7 +41,14 @@ class PrebuiltEngine(NamedTuple):
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: its folder, its spec and its parsed manifest."""
+    """A verified bundle: its folder, its spec and its parsed manifest.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> opened = dp.load_bundle(bundle)
+        >>> isinstance(opened, dp.Bundle), opened.spec.plan.steps
+        (True, 8)
+    """
 
     path: Path
     spec: DenoiserSpec
@@ -129,6 +136,11 @@ def load_bundle(path: str | Path) -> Bundle:
 
     Raises:
         InvalidInputError: The folder is no bundle, its format is unknown, or a file is missing, damaged or changed.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.load_bundle(bundle).spec.prediction
+        'v'
     """
     folder = Path(path)
     file = folder / MANIFEST

@@ -13,17 +13,41 @@ from contextlib import contextmanager
 
 
 class DiffpressError(Exception):
-    """Base class of all errors whose message is meant for the user."""
+    """Base class of all errors whose message is meant for the user.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> try:
+        ...     dp.load("nowhere")
+        ... except dp.DiffpressError as error:
+        ...     print(error.exit_code)
+        2
+    """
 
     exit_code = 2
 
 
 class InvalidInputError(DiffpressError):
-    """A file, flag or value cannot be used."""
+    """A file, flag or value cannot be used.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> try:
+        ...     dp.SamplingPlan("ddim", (1.0, 2.0))
+        ... except dp.InvalidInputError as error:
+        ...     print(str(error)[:15])
+        plan: timesteps
+    """
 
 
 class EngineUnavailableError(InvalidInputError):
-    """An engine cannot run a graph on this machine, in this version or with these options; another engine may."""
+    """An engine cannot run a graph on this machine, in this version or with these options; another engine may.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> issubclass(dp.EngineUnavailableError, dp.InvalidInputError)
+        True
+    """
 
 
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InvalidInputError:
@@ -35,7 +59,13 @@ def unknown_name(what: str, name: str, known: Iterable[str]) -> InvalidInputErro
 
 
 class MissingDependencyError(DiffpressError):
-    """A required package is missing; `extra` installs it, or diffpress itself if `extra` is None."""
+    """A required package is missing; `extra` installs it, or diffpress itself if `extra` is None.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> print(dp.MissingDependencyError("openvino", "openvino", "--engine openvino"))
+        --engine openvino needs the package 'openvino': pip install 'diffpress[openvino]'
+    """
 
     def __init__(self, package: str, extra: str | None, purpose: str) -> None:
         requirement = f"'diffpress[{extra}]'" if extra else "diffpress"
@@ -43,7 +73,13 @@ class MissingDependencyError(DiffpressError):
 
 
 class GateFailedError(DiffpressError):
-    """A gate of the recipe failed; the output is kept."""
+    """A gate of the recipe failed; the output is kept.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.GateFailedError.exit_code
+        1
+    """
 
     exit_code = 1
 

@@ -79,6 +79,12 @@ def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0
 
     Raises:
         InvalidInputError: Unknown kind, or betas outside (0, 1).
+
+    Examples:
+        >>> import diffpress as dp
+        >>> schedule = dp.betas_schedule("linear", 1000, 1e-4, 0.02)
+        >>> len(schedule), round(schedule.sigmas[0], 4)
+        (1000, 0.01)
     """
     if kind not in BETAS:
         raise unknown_name("beta schedule", kind, BETAS)
@@ -91,7 +97,13 @@ def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0
 
 
 def flow_schedule(T: int = 1000) -> NoiseSchedule:
-    """Return the rectified flow schedule over T timesteps: data at t = 0, pure noise at t = T - 1."""
+    """Return the rectified flow schedule over T timesteps: data at t = 0, pure noise at t = T - 1.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.flow_schedule(3).sigmas
+        (0.0, 0.5, 1.0)
+    """
     if T < 2:
         raise InvalidInputError(f"flow schedule: {T} timesteps; need at least 2")
     s = np.arange(T) / (T - 1)

@@ -72,6 +72,11 @@ class SamplingPlan:
             evaluation (Kynkaanniemi et al. 2024). A `high` of None means no upper end.
         guidance_rescale: phi of Lin et al. 2024, eq. 15-16: how far the guided output is rescaled to the standard
             deviation of the cond half.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.SamplingPlan("ddim", (900.0, 500.0, 100.0), guidance=3.0).steps
+        3
     """
 
     solver: str
@@ -190,5 +195,10 @@ def make_plan(
 
     Raises:
         InvalidInputError: Unknown spacing, an impossible number of steps, or invalid options (see `SamplingPlan`).
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.make_plan("dpmpp_2m", 4, dp.flow_schedule(1000)).timesteps
+        (999.0, 749.0, 499.0, 249.0)
     """
     return SamplingPlan(solver, timesteps_for(spacing, steps, schedule), guidance=guidance, eta=eta, clip=clip, end=end)

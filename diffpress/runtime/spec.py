@@ -48,6 +48,13 @@ class DenoiserSpec:
             (export/passes/fold_timesteps.py); empty if it supports all.
         distilled: Kind of distillation, if it trained the network for specific sampling plans; '' if any plan fits.
         distilled_timesteps: Timesteps of other plans with the same solver that a distilled network was trained for.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> schedule = dp.flow_schedule(1000)
+        >>> spec = dp.DenoiserSpec("flow", schedule, (3, 32, 32), dp.make_plan("euler", 20, schedule))
+        >>> spec.image_size
+        (32, 32)
     """
 
     prediction: str

@@ -1,20 +1,24 @@
 """Bundles: files, manifest, parity, reproducibility and rejected input."""
 
+from __future__ import annotations
+
 import importlib.util
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
-from diffpress.compress.checkpoint import Record
+from diffpress.compress.checkpoint import Checkpoint, Quantization, Record
 from diffpress.export.bundle import write_bundle
-from diffpress.export.graph.model import save_graph
+from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.summary import summary
 from diffpress.export.verify.engine_check import check_engine, engine_check_line
-from diffpress.runtime.bundle import load_bundle, sha256
+from diffpress.runtime.bundle import Bundle, load_bundle, sha256
 from diffpress.runtime.engines import open_engine
 from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from diffpress.runtime.sampler import generate
@@ -23,25 +27,25 @@ SAFE = 127 / 64
 
 
 @pytest.fixture(scope="module")
-def quantized(unet, scales):
+def quantized(unet: Checkpoint, scales: Callable[..., Quantization]) -> Checkpoint:
     record = Record("quantize", {"format": "int8"}, 0, {"layers": 3}, "aa", "bb", seconds=12.5)
     return unet.evolve(quantization=scales(unet, weight_range=SAFE, outputs=False), history=(record,))
 
 
 @pytest.fixture(scope="module")
-def bundle(quantized, unet_graph, tmp_path_factory):
+def bundle(quantized: Checkpoint, unet_graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("out") / "bundle"
     return write_bundle(quantized, folder, ["onnx"], float_graph=unet_graph, metrics={"frechet": 1.5}, threads=1)
 
 
-def test_a_bundle_is_complete_and_samples(bundle, quantized):
+def test_a_bundle_is_complete_and_samples(bundle: Bundle, quantized: Checkpoint) -> None:
     assert load_bundle(bundle.path).hash == bundle.hash
     assert bundle.spec == quantized.spec
     images = generate(open_engine(bundle, "onnxruntime", 1), bundle.spec, seeds=range(2))
     assert images.shape == (2, 1, 8, 8) and np.isfinite(images).all()
 
 
-def test_the_manifest_describes_the_graph(bundle, quantized):
+def test_the_manifest_describes_the_graph(bundle: Bundle, quantized: Checkpoint) -> None:
     manifest = bundle.manifest
     denoiser = manifest["graphs"]["denoiser"]
     assert manifest["name"] == "UNet2DModel" and manifest["metrics"] == {"frechet": 1.5}
@@ -60,7 +64,7 @@ def test_the_manifest_describes_the_graph(bundle, quantized):
     assert "seconds" not in manifest["history"][0]
 
 
-def test_the_manifest_counts_layers_that_onnxruntime_ran_in_float(bundle, quantized):
+def test_the_manifest_counts_layers_that_onnxruntime_ran_in_float(bundle: Bundle, quantized: Checkpoint) -> None:
     """Without output scales, ONNX Runtime has no integer convolution."""
     (entry,) = bundle.manifest["engines"]
     promised = bundle.manifest["graphs"]["denoiser"]["quantized_layers"]
@@ -73,14 +77,16 @@ def test_the_manifest_counts_layers_that_onnxruntime_ran_in_float(bundle, quanti
     assert f"{len(reasons)} quantized layers fell back to float: " in text and text.endswith(f"{len(reasons) - 3} more")
 
 
-def test_a_large_graph_is_not_run_again_for_its_precision_report(bundle):
+def test_a_large_graph_is_not_run_again_for_its_precision_report(bundle: Bundle) -> None:
     entry = check_engine("onnxruntime", bundle.denoiser, bundle.spec, 2**30 + 1)
     assert entry["graph_sha256"] == sha256(bundle.denoiser)
     assert [entry[key] for key in ("integer_mac_share", "float_layers", "fallbacks")] == [None, None, None]
     assert engine_check_line(entry).endswith("integer MACs not counted")
 
 
-def test_the_same_checkpoint_gives_the_same_bytes_wherever_it_is_written(bundle, quantized, unet_graph, tmp_path):
+def test_the_same_checkpoint_gives_the_same_bytes_wherever_it_is_written(
+    bundle: Bundle, quantized: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     slower = quantized.evolve(history=tuple(Record(**{**vars(r), "seconds": 99.0}) for r in quantized.history))
     again = write_bundle(
         slower, tmp_path / "elsewhere", ["onnx"], float_graph=unet_graph, metrics={"frechet": 1.5}, threads=1
@@ -90,17 +96,19 @@ def test_the_same_checkpoint_gives_the_same_bytes_wherever_it_is_written(bundle,
         assert sha256(again.path / name) == sha256(bundle.path / name)
 
 
-def test_no_path_of_this_machine_is_in_a_bundle(bundle):
+def test_no_path_of_this_machine_is_in_a_bundle(bundle: Bundle) -> None:
     for file in bundle.path.iterdir():
         assert str(bundle.path).encode() not in file.read_bytes()
 
 
-def test_the_stored_graph_is_the_quantized_one(bundle, quantized, unet_graph, tmp_path):
+def test_the_stored_graph_is_the_quantized_one(
+    bundle: Bundle, quantized: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
     assert sha256(bundle.denoiser) == sha256(tmp_path / "q.onnx")
 
 
-def test_a_damaged_bundle_is_rejected(quantized, unet_graph, tmp_path):
+def test_a_damaged_bundle_is_rejected(quantized: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     folder = write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, threads=1).path
     content = bytearray((folder / "denoiser.onnx").read_bytes())
     content[len(content) // 2] ^= 1
@@ -109,7 +117,7 @@ def test_a_damaged_bundle_is_rejected(quantized, unet_graph, tmp_path):
         load_bundle(folder)
 
 
-def test_a_bundle_replaces_a_bundle_and_nothing_else(quantized, unet_graph, tmp_path):
+def test_a_bundle_replaces_a_bundle_and_nothing_else(quantized: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, metrics={"first": 1}, threads=1)
     second = write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, metrics={"second": 2}, threads=1)
     assert second.manifest["metrics"] == {"second": 2}
@@ -120,12 +128,16 @@ def test_a_bundle_replaces_a_bundle_and_nothing_else(quantized, unet_graph, tmp_
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
 
-def test_an_unknown_target_is_rejected_with_the_closest_name(unet, unet_graph, tmp_path):
+def test_an_unknown_target_is_rejected_with_the_closest_name(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     with pytest.raises(InvalidInputError, match="unknown export target 'openvin': did you mean 'openvino'"):
         write_bundle(unet, tmp_path / "b", ["openvin"], float_graph=unet_graph)
 
 
-def test_a_graph_of_another_model_fails_parity_and_writes_nothing(unet, unet_graph, tmp_path):
+def test_a_graph_of_another_model_fails_parity_and_writes_nothing(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     other = unet.evolve(model=unet.clone_model())
     other.model.conv_out.bias.data += 0.1
     with pytest.raises(GateFailedError, match="samples differ"):
@@ -134,7 +146,9 @@ def test_a_graph_of_another_model_fails_parity_and_writes_nothing(unet, unet_gra
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs openvino")
-def test_target_openvino_records_precision_and_stores_no_second_copy(wide, wide_graph, scales, tmp_path):
+def test_target_openvino_records_precision_and_stores_no_second_copy(
+    wide: Checkpoint, wide_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
+) -> None:
     checkpoint = wide.evolve(quantization=scales(wide, weight_range=SAFE))
     bundle = write_bundle(checkpoint, tmp_path / "b", ["onnx", "openvino"], float_graph=wide_graph, threads=1)
     entry, other = bundle.manifest["engines"]

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.export.bundle import check_precision, write_bundle
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.passes.half_precision import to_half
 from diffpress.export.verify.parity import COMPONENT_SQNR_DB, HALF_SQNR_DB, check_parity, parity_case_for, runs
 from diffpress.runtime import generate, open_engine
-from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.engines import available
 from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from tests.export.oracle import measured_scales
@@ -26,10 +29,10 @@ needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is 
 
 
 @pytest.fixture(scope="module")
-def bundles(unet, unet_graph, tmp_path_factory):
+def bundles(unet: Checkpoint, unet_graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
     made = {}
 
-    def bundle(precision):
+    def bundle(precision: str) -> Bundle:
         if precision not in made:
             folder = tmp_path_factory.mktemp("half") / precision
             made[precision] = write_bundle(unet, folder, float_graph=unet_graph, threads=1, precision=precision)
@@ -40,7 +43,9 @@ def bundles(unet, unet_graph, tmp_path_factory):
 
 @both
 @needs_openvino
-def test_the_manifest_describes_the_graph_and_its_inputs_and_outputs_are_float32(precision, bundles):
+def test_the_manifest_describes_the_graph_and_its_inputs_and_outputs_are_float32(
+    precision: str, bundles: Callable[[str], Bundle]
+) -> None:
     half, full = bundles(precision).manifest["graphs"]["denoiser"], bundles("fp32").manifest["graphs"]["denoiser"]
     assert (half["precision"], full["precision"]) == (precision, "fp32")
     assert (half["inputs"], half["outputs"]) == (full["inputs"], full["outputs"])
@@ -53,14 +58,16 @@ def test_the_manifest_describes_the_graph_and_its_inputs_and_outputs_are_float32
 
 @both
 @needs_openvino
-def test_parity_covers_full_trajectories_in_the_engines_that_run_it(precision, bundles):
+def test_parity_covers_full_trajectories_in_the_engines_that_run_it(
+    precision: str, bundles: Callable[[str], Bundle]
+) -> None:
     found = bundles(precision).manifest["parity"]
     assert set(found) == set(runs(precision)) == set(available()) - ({"onnxruntime"} if precision == "bf16" else set())
     assert all(row["steps"] == 4 and HALF_SQNR_DB[precision] < row["sqnr_db"] < 100 for row in found.values())
 
 
 @needs_openvino
-def test_the_same_runtime_samples_it(bundles):
+def test_the_same_runtime_samples_it(bundles: Callable[[str], Bundle]) -> None:
     images = {}
     for precision in ("fp32", "fp16", "bf16"):
         engine = open_engine(bundles(precision), "openvino", threads=1)
@@ -70,13 +77,13 @@ def test_the_same_runtime_samples_it(bundles):
 
 
 @needs_openvino
-def test_onnxruntime_rejects_bf16_in_one_line(bundles):
+def test_onnxruntime_rejects_bf16_in_one_line(bundles: Callable[[str], Bundle]) -> None:
     with pytest.raises(InvalidInputError, match=r"denoiser\.onnx: ONNX Runtime cannot load it") as caught:
         open_engine(bundles("bf16"), "onnxruntime", threads=1)
     assert "\n" not in str(caught.value)
 
 
-def test_a_half_precision_graph_that_deviates_fails(unet, unet_graph, tmp_path):
+def test_a_half_precision_graph_that_deviates_fails(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     half, _ = to_half(unet_graph, "fp16")
     proto = load_all(half)
     bias = next(tensor for tensor in proto.graph.initializer if tensor.name.startswith("conv_out.bias"))
@@ -96,7 +103,9 @@ def test_a_half_precision_graph_that_deviates_fails(unet, unet_graph, tmp_path):
         ("fp16", True, ["onnx", "openvino"], "stay fp32 in engines on the CPU.* add target tensorrt"),
     ],
 )
-def test_impossible_precisions_are_rejected_before_any_work(precision, quantized, targets, message):
+def test_impossible_precisions_are_rejected_before_any_work(
+    precision: str, quantized: bool, targets: list[str], message: str
+) -> None:
     with pytest.raises(InvalidInputError, match=message) as caught:
         check_precision(precision, quantized, targets)
     assert "\n" not in str(caught.value)
@@ -104,7 +113,7 @@ def test_impossible_precisions_are_rejected_before_any_work(precision, quantized
     check_precision("fp32", True, ["onnx"])
 
 
-def test_bf16_needs_an_engine_that_runs_it(monkeypatch):
+def test_bf16_needs_an_engine_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffpress.export.verify.parity.available", lambda: ["onnxruntime"])
     with pytest.raises(
         InvalidInputError, match=r"precision bf16: ONNX Runtime cannot run it.* install openvino, or use fp16"
@@ -118,7 +127,9 @@ def test_bf16_needs_an_engine_that_runs_it(monkeypatch):
 
 @pytest.mark.parametrize("precision", ["fp16", pytest.param("bf16", marks=pytest.mark.slow)])
 @needs_openvino
-def test_a_pipelines_text_encoder_is_in_half_precision_but_not_its_decoder(precision, tiny_folder, sd_bundle, tmp_path):
+def test_a_pipelines_text_encoder_is_in_half_precision_but_not_its_decoder(
+    precision: str, tiny_folder: Callable[..., Path], sd_bundle: Path, tmp_path: Path
+) -> None:
     checkpoint, graph = load_checkpoint(str(tiny_folder("sd"))), Graph(onnx.load(load_bundle(sd_bundle).denoiser))
     bundle = write_bundle(checkpoint, tmp_path / "b", float_graph=graph, threads=1, precision=precision)
     graphs = bundle.manifest["graphs"]
@@ -137,7 +148,9 @@ def test_a_pipelines_text_encoder_is_in_half_precision_but_not_its_decoder(preci
 
 @pytest.mark.slow
 @needs_openvino
-def test_components_of_another_bundle_are_reused_where_they_are_the_same(tiny_folder, tmp_path):
+def test_components_of_another_bundle_are_reused_where_they_are_the_same(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     checkpoint = load_checkpoint(str(tiny_folder("sd")))
     full = write_bundle(checkpoint, tmp_path / "whole", threads=1)
     half = write_bundle(checkpoint, tmp_path / "half", threads=1, components_from=full, precision="fp16")
@@ -155,7 +168,7 @@ def test_components_of_another_bundle_are_reused_where_they_are_the_same(tiny_fo
 
 @both
 @needs_tensorrt
-def test_tensorrt_builds_it_strongly_typed(precision, unet, unet_graph, tmp_path):
+def test_tensorrt_builds_it_strongly_typed(precision: str, unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     options = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6", "12.0"]}
     bundle = write_bundle(unet, tmp_path / "b", ["tensorrt"], precision=precision, **options)
     engine = next(entry for entry in bundle.manifest["engines"] if "compute_capabilities" in entry)
@@ -164,7 +177,9 @@ def test_tensorrt_builds_it_strongly_typed(precision, unet, unet_graph, tmp_path
 
 @both
 @needs_tensorrt
-def test_tensorrt_builds_int8_with_the_rest_in_half_precision(precision, unet, unet_graph, tmp_path):
+def test_tensorrt_builds_int8_with_the_rest_in_half_precision(
+    precision: str, unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     quantized = unet.evolve(quantization=measured_scales(unet, weight_range=127 / 64))
     options = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6"]}
     bundle = write_bundle(quantized, tmp_path / "b", ["tensorrt"], precision=precision, **options)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
+from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.pipeline import claim_folder
 from diffpress.compress.recipe import read_recipe
+from diffpress.export.graph.model import Graph
 from diffpress.export.run import export_and_report
 from diffpress.export.verify.latency import Latency
 from diffpress.runtime.bundle import load_bundle, sha256
@@ -17,7 +21,7 @@ QUICK, SLOW = Latency("onnxruntime", "int8", 10.0, 6.0), Latency("onnxruntime", 
 
 
 @pytest.fixture
-def measured(monkeypatch):
+def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     """Replace the latency measurement; returns a list with one entry per measurement."""
 
     def prepare(*latencies: Latency) -> list[int]:
@@ -29,7 +33,13 @@ def measured(monkeypatch):
 
 
 @pytest.fixture
-def run(wide, wide_graph, scales, tmp_path, monkeypatch):
+def run(
+    wide: Checkpoint,
+    wide_graph: Graph,
+    scales: Callable[..., Quantization],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Path]:
     """Deliver the quantized checkpoint repeatedly to the same folder."""
     for target in (
         "diffpress.export.bundle.to_onnx",
@@ -38,7 +48,7 @@ def run(wide, wide_graph, scales, tmp_path, monkeypatch):
         monkeypatch.setattr(target, lambda checkpoint, fixed_size=False: wide_graph)
     quantized = wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))
 
-    def once(revert: bool, checkpoint=quantized):
+    def once(revert: bool, checkpoint: Checkpoint = quantized) -> Path:
         (tmp_path / "r.yaml").write_text(RECIPE % str(revert).lower())
         recipe, out = read_recipe(tmp_path / "r.yaml"), tmp_path / "out"
         claim_folder(out, wide, recipe, update=True)
@@ -48,7 +58,9 @@ def run(wide, wide_graph, scales, tmp_path, monkeypatch):
     return once
 
 
-def test_a_slower_engine_is_reported_and_not_reverted_by_default(run, measured, capsys):
+def test_a_slower_engine_is_reported_and_not_reverted_by_default(
+    run: Callable[..., Path], measured: Callable[..., list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
     measured(SLOW)
     out = run(revert=False)
     printed, bundle = capsys.readouterr().out, load_bundle(out / "bundle")
@@ -66,7 +78,9 @@ def test_a_slower_engine_is_reported_and_not_reverted_by_default(run, measured, 
     assert "1.20, slower" in printed and "1.20, slower" in (out / "report.html").read_text()
 
 
-def test_on_request_it_runs_the_float_graph_and_no_timing_enters_the_bundle(run, measured, capsys):
+def test_on_request_it_runs_the_float_graph_and_no_timing_enters_the_bundle(
+    run: Callable[..., Path], measured: Callable[..., list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
     measured(SLOW)
     out = run(revert=True)
     bundle = load_bundle(out / "bundle")
@@ -79,7 +93,9 @@ def test_on_request_it_runs_the_float_graph_and_no_timing_enters_the_bundle(run,
     assert report["variants"]["onnxruntime"]["precision"] == "fp32" and report["latency"]["batch"] == 8
 
 
-def test_a_stored_measurement_is_reused_and_the_bundle_stays_the_same(run, measured, capsys):
+def test_a_stored_measurement_is_reused_and_the_bundle_stays_the_same(
+    run: Callable[..., Path], measured: Callable[..., list[int]], capsys: pytest.CaptureFixture[str]
+) -> None:
     measured(SLOW)
     first = load_bundle(run(revert=True) / "bundle").hash
     timings = measured(QUICK)  # a new measurement would give another result
@@ -88,19 +104,25 @@ def test_a_stored_measurement_is_reused_and_the_bundle_stays_the_same(run, measu
     assert capsys.readouterr().out.count("done before") == 2  # baseline and bundle
 
 
-def test_another_setting_gives_another_bundle_from_the_same_measurement(run, measured):
+def test_another_setting_gives_another_bundle_from_the_same_measurement(
+    run: Callable[..., Path], measured: Callable[..., list[int]]
+) -> None:
     timings = measured(SLOW)
     run(revert=True)
     assert load_bundle(run(revert=False) / "bundle").manifest["graphs"]["denoiser"]["variants"] == {}
     assert timings == [1]
 
 
-def test_a_faster_engine_keeps_the_int8_graph_when_reverting_is_enabled(run, measured):
+def test_a_faster_engine_keeps_the_int8_graph_when_reverting_is_enabled(
+    run: Callable[..., Path], measured: Callable[..., list[int]]
+) -> None:
     measured(QUICK)
     assert load_bundle(run(revert=True) / "bundle").manifest["graphs"]["denoiser"]["variants"] == {}
 
 
-def test_a_float_checkpoint_is_not_timed_and_has_only_its_float_graph(run, measured, wide):
+def test_a_float_checkpoint_is_not_timed_and_has_only_its_float_graph(
+    run: Callable[..., Path], measured: Callable[..., list[int]], wide: Checkpoint
+) -> None:
     timings = measured(SLOW)
     run(revert=True)
     out = run(revert=True, checkpoint=wide)

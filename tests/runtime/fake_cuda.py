@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from types import SimpleNamespace
 
 
@@ -12,51 +13,53 @@ class Cuda:
     cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice=1, cudaMemcpyDeviceToHost=2)  # noqa: N815
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal=1)  # noqa: N815
 
-    def __init__(self):
-        self.memory, self.recorded, self.log = {}, None, []
+    def __init__(self) -> None:
+        self.memory: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        self.recorded: list[Callable[[], object]] | None = None
+        self.log: list[str] = []
 
-    def do(self, work):
+    def do(self, work: Callable[[], object]) -> None:
         self.recorded.append(work) if self.recorded is not None else work()
 
-    def cudaMalloc(self, size):
+    def cudaMalloc(self, size: int) -> tuple[int, int]:
         buffer = ctypes.create_string_buffer(size)
         self.memory[ctypes.addressof(buffer)] = buffer
         return 0, ctypes.addressof(buffer)
 
     cudaMallocHost = cudaMalloc  # noqa: N815
 
-    def cudaFree(self, address):
+    def cudaFree(self, address: int) -> tuple[int]:
         del self.memory[address]
         return (0,)
 
     cudaFreeHost = cudaFree  # noqa: N815
 
-    def cudaMemcpyAsync(self, to, origin, size, kind, stream):
+    def cudaMemcpyAsync(self, to: int, origin: int, size: int, kind: int, stream: object) -> tuple[int]:
         self.do(lambda: ctypes.memmove(to, origin, size))
         return (0,)
 
-    def cudaStreamSynchronize(self, stream):
+    def cudaStreamSynchronize(self, stream: object) -> tuple[int]:
         return (0,)
 
-    def cudaStreamBeginCapture(self, stream, mode):
+    def cudaStreamBeginCapture(self, stream: object, mode: int) -> tuple[int]:
         self.recorded = []
         return (0,)
 
-    def cudaStreamEndCapture(self, stream):
+    def cudaStreamEndCapture(self, stream: object) -> tuple[int, list[Callable[[], object]] | None]:
         recorded, self.recorded = self.recorded, None
         return 0, recorded
 
-    def cudaGraphInstantiate(self, graph, flags):
+    def cudaGraphInstantiate(self, graph: list[Callable[[], object]], flags: int) -> tuple[int, list[Callable[[], object]]]:
         return 0, graph
 
-    def cudaGraphDestroy(self, graph):
+    def cudaGraphDestroy(self, graph: list[Callable[[], object]]) -> tuple[int]:
         return (0,)
 
-    def cudaGraphExecDestroy(self, graph):
+    def cudaGraphExecDestroy(self, graph: list[Callable[[], object]]) -> tuple[int]:
         self.log.append("destroyed")
         return (0,)
 
-    def cudaGraphLaunch(self, graph, stream):
+    def cudaGraphLaunch(self, graph: list[Callable[[], object]], stream: object) -> tuple[int]:
         self.log.append("launched")
         for work in graph:
             work()

@@ -57,7 +57,7 @@ def graph() -> onnx.ModelProto:
         helper.make_node("Mul", ["weight_mean", "mean"], ["part_mean"]),
         helper.make_node("Add", ["part_x", "part_mean"], ["out_sample"]),
     ]
-    image = ["batch", 1, SIZE, SIZE]
+    image: list[str | int | None] = ["batch", 1, SIZE, SIZE]
     inputs = [
         helper.make_tensor_value_info("sample", TensorProto.FLOAT, image),
         helper.make_tensor_value_info("timestep", TensorProto.INT64, ["batch"]),

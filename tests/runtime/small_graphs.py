@@ -52,7 +52,7 @@ def write_quantized_graph(float_graph: Path, path: Path, kinds: Sequence[str]) -
         def __init__(self) -> None:
             self.remaining = [sample_inputs(seed) for seed in range(4)]
 
-        def get_next(self):
+        def get_next(self) -> dict[str, np.ndarray] | None:
             return self.remaining.pop() if self.remaining else None
 
     quantization.quantize_static(

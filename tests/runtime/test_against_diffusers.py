@@ -5,6 +5,9 @@ diffusers keeps its tables in float32; 1e-4 corresponds to about a hundred round
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
 import pytest
 
@@ -12,12 +15,13 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from diffpress.runtime.denoiser import make_denoiser  # noqa: E402
-from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, noise_level_at  # noqa: E402
+from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule, flow_schedule, noise_level_at  # noqa: E402
 from diffpress.runtime.sampler import sample  # noqa: E402
 from diffpress.runtime.sampling_plan import SamplingPlan, make_plan  # noqa: E402
 from diffpress.runtime.solvers import solver_evaluations  # noqa: E402
 from diffpress.runtime.spec import DenoiserSpec  # noqa: E402
 from diffpress.runtime.timesteps import timesteps_for  # noqa: E402
+from tests.runtime.conftest import FakeNetwork, Mixture  # noqa: E402
 
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 KINDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
@@ -32,11 +36,11 @@ COMBINATIONS = [
 TOLERANCE = 1e-4
 
 
-def close(ours: np.ndarray, theirs) -> bool:
+def close(ours: np.ndarray, theirs: Any) -> bool:
     return bool(np.abs(ours - np.asarray(theirs)).max() <= TOLERANCE)
 
 
-def ours_and_network(fake_network, kind, prediction, plan_of, noise, fresh=None):
+def ours_and_network(fake_network: type[FakeNetwork], kind: str, prediction: str, plan_of: Callable[[NoiseSchedule], SamplingPlan], noise: np.ndarray, fresh: Callable[[int], np.ndarray] | None=None) -> tuple[list[np.ndarray], SamplingPlan, FakeNetwork]:
     schedule = betas_schedule(kind, 1000, *KINDS[kind])
     plan = plan_of(schedule)
     network = fake_network(prediction, schedule)
@@ -45,7 +49,7 @@ def ours_and_network(fake_network, kind, prediction, plan_of, noise, fresh=None)
     return [step.x for step in steps], plan, network
 
 
-def evaluate(network, x, t) -> object:
+def evaluate(network: FakeNetwork, x: torch.Tensor, t: Any) -> torch.Tensor:
     """Return the network's output for a torch tensor."""
     inputs = {"sample": x.numpy().astype(np.float32), "timestep": np.full(len(x), float(t), np.float32)}
     return torch.from_numpy(network.run(inputs))
@@ -54,10 +58,10 @@ def evaluate(network, x, t) -> object:
 # diffusers' DDIM always steps to t - T // N, which is not the next timestep of its own linspace
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), [c for c in COMBINATIONS if c[2] != "linspace"])
 @pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (0.6, False), (0.0, True)])
-def test_ddim_follows_diffusers(fake_network, noise, kind, prediction, spacing, eta, clip) -> None:
+def test_ddim_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, spacing: str, eta: float, clip: bool) -> None:
     start, fresh = noise(3, 1, 4, 4), noise(11, 3, 1, 4, 4)[1:]
 
-    def plan_of(schedule):
+    def plan_of(schedule: NoiseSchedule) -> SamplingPlan:
         return make_plan("ddim", 10, schedule, spacing=spacing, eta=eta, clip=clip)
 
     ours, plan, network = ours_and_network(fake_network, kind, prediction, plan_of, start, lambda k: fresh[k - 1])
@@ -85,7 +89,7 @@ EULER = [
 
 
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), EULER)
-def test_euler_follows_diffusers(fake_network, noise, kind, prediction, spacing) -> None:
+def test_euler_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, spacing: str) -> None:
     """Diffusers samples X = x / alpha; x = X / sqrt(1 + sigma^2). With 10 steps its linspace is integer as well."""
     start = noise(3, 1, 4, 4)
     ours, _, network = ours_and_network(
@@ -107,7 +111,7 @@ def test_euler_follows_diffusers(fake_network, noise, kind, prediction, spacing)
     ("kind", "prediction", "spacing"),
     [*COMBINATIONS, *((kind, "v", spacing) for kind in KINDS for spacing in ("quad", "karras", "logsnr"))],
 )
-def test_dpm_solver_follows_diffusers(fake_network, noise, kind, prediction, spacing) -> None:
+def test_dpm_solver_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, spacing: str) -> None:
     start = noise(3, 1, 4, 4)
     ours, plan, network = ours_and_network(
         fake_network, kind, prediction, lambda s: make_plan("dpmpp_2m", 10, s, spacing=spacing, clip=False), start
@@ -128,12 +132,12 @@ PLMS = [(kind, prediction) for kind in KINDS for prediction in ("epsilon", "v")]
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 20, 50])
-def test_plms_follows_diffusers(fake_network, noise, kind, prediction, offset, clean, steps) -> None:
+def test_plms_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, offset: int, clean: bool, steps: int) -> None:
     """Diffusers' first two steps are our first, and its second timestep is repeated."""
     start = noise(3, 1, 4, 4)
     solver = {"epsilon": "plms", "v": "plms_v"}[prediction]
 
-    def plan_of(schedule):
+    def plan_of(schedule: NoiseSchedule) -> SamplingPlan:
         timesteps = timesteps_for("leading", steps, schedule, offset=offset)
         return SamplingPlan(solver, timesteps, clip=False, end=None if clean else 0.0)
 
@@ -152,7 +156,7 @@ def test_plms_follows_diffusers(fake_network, noise, kind, prediction, offset, c
         assert close(ours[k], other), f"step {k}"
 
 
-def test_flow_follows_diffusers_at_fractional_timesteps(fake_network, noise) -> None:
+def test_flow_follows_diffusers_at_fractional_timesteps(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
     start, sigmas = noise(3, 1, 4, 4), [1.0, 0.8125, 0.6007, 0.3333, 0.1111]
     schedule = flow_schedule(1001)  # so that sigma = t / 1000, as in diffusers
     plan = SamplingPlan("euler", tuple(1000 * s for s in sigmas), clip=False)
@@ -167,7 +171,7 @@ def test_flow_follows_diffusers_at_fractional_timesteps(fake_network, noise) -> 
         assert close(ours[k], x), f"step {k}"
 
 
-def test_karras_euler_follows_diffusers_at_fractional_timesteps(mixture, noise) -> None:
+def test_karras_euler_follows_diffusers_at_fractional_timesteps(mixture: Mixture, noise: Callable[..., np.ndarray]) -> None:
     """The denoiser depends on the noise level only, as diffusers rounds fractional timesteps differently."""
     pytest.importorskip("scipy")
     schedule, start = betas_schedule("linear", 1000), noise(3, 1, 4, 4)

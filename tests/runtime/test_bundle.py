@@ -118,7 +118,7 @@ def upwards(manifest: dict[str, Any]) -> None:
         (lambda m: m["spec"].update(prediction="noise"), "prediction 'noise'"),
     ],
 )
-def test_invalid_manifests_are_refused(copy: Path, change: Callable, message: str) -> None:
+def test_invalid_manifests_are_refused(copy: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
     (copy.parent / "outside.onnx").write_bytes((copy / "denoiser.onnx").read_bytes())
     edit(copy, change)
     with pytest.raises(InvalidInputError, match=message):

@@ -24,10 +24,13 @@ from diffpress.runtime.errors import DiffpressError, InvalidInputError
 from diffpress.runtime.pipeline import Pipeline
 
 COUNT = 100
+EntryPath = tuple[str | int, ...]
+BytesDamage = Callable[[bytes, random.Random], bytes]
+EntryDamage = Callable[[Any, random.Random], None]
 
 
 @pytest.fixture(scope="module")
-def intact(tmp_path_factory) -> Path:
+def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny bundle with everything a manifest can have: a variant, a second graph, a built engine."""
     folder = Path(shutil.copytree(Path(__file__).parent / "tiny_bundle", tmp_path_factory.mktemp("intact") / "bundle"))
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -84,7 +87,7 @@ def zeroed(data: bytes, rng: random.Random) -> bytes:
 BYTES = [flipped, cut, zeroed]
 
 
-def entry_paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
+def entry_paths(value: Any, path: EntryPath = ()) -> Iterator[EntryPath]:
     """Yield the path of every entry of a JSON value; of long lists only the first few."""
     entries = value.items() if isinstance(value, dict) else enumerate(value[:5]) if isinstance(value, list) else ()
     for key, inner in entries:
@@ -92,7 +95,7 @@ def entry_paths(value: Any, path: tuple = ()) -> Iterator[tuple]:
         yield from entry_paths(inner, (*path, key))
 
 
-def at(value: Any, path: tuple) -> Any:
+def at(value: Any, path: EntryPath) -> Any:
     for key in path:
         value = value[key]
     return value
@@ -104,7 +107,7 @@ def removed(manifest: Any, rng: random.Random) -> None:
 
 
 NUMBERS = [True, -1, 0, 7, 10**30, 1e308, float("inf"), float("nan")]
-REPLACEMENTS = [*NUMBERS, None, "", "x", "../x", "denoiser.onnx", [], [1], [[]], {}, {"x": 1}]
+REPLACEMENTS: list[Any] = [*NUMBERS, None, "", "x", "../x", "denoiser.onnx", [], [1], [[]], {}, {"x": 1}]
 
 
 def retyped(manifest: Any, rng: random.Random) -> None:
@@ -147,7 +150,7 @@ def test_the_intact_bundle_samples_and_has_every_optional_entry(intact: Path, ex
 
 
 @pytest.mark.parametrize("damage", BYTES)
-def test_changed_manifest_bytes_are_detected(intact: Path, working_copy: Path, expected: np.ndarray, damage) -> None:
+def test_changed_manifest_bytes_are_detected(intact: Path, working_copy: Path, expected: np.ndarray, damage: BytesDamage) -> None:
     """A change without meaning, such as in whitespace, gives the same image."""
     refused = 0
     for seed in range(COUNT):
@@ -159,7 +162,7 @@ def test_changed_manifest_bytes_are_detected(intact: Path, working_copy: Path, e
 
 
 @pytest.mark.parametrize("damage", ENTRIES)
-def test_changed_manifest_entries_are_detected(intact: Path, working_copy: Path, damage: Callable) -> None:
+def test_changed_manifest_entries_are_detected(intact: Path, working_copy: Path, damage: EntryDamage) -> None:
     before = json.loads((intact / MANIFEST).read_text())
     for seed in range(COUNT):
         manifest = json.loads(json.dumps(before))
@@ -169,7 +172,7 @@ def test_changed_manifest_entries_are_detected(intact: Path, working_copy: Path,
 
 
 @pytest.mark.parametrize("damage", ENTRIES)
-def test_a_changed_manifest_with_a_matching_hash_is_refused_or_valid(intact: Path, working_copy: Path, damage) -> None:
+def test_a_changed_manifest_with_a_matching_hash_is_refused_or_valid(intact: Path, working_copy: Path, damage: EntryDamage) -> None:
     """Another name or guidance makes another valid bundle; invalid entries give an error line."""
     refused, before = 0, json.loads((intact / MANIFEST).read_text())
     for seed in range(COUNT):
@@ -182,7 +185,7 @@ def test_a_changed_manifest_with_a_matching_hash_is_refused_or_valid(intact: Pat
 
 
 @pytest.mark.parametrize("damage", BYTES)
-def test_damaged_graphs_and_engines_are_refused(intact: Path, working_copy: Path, damage: Callable) -> None:
+def test_damaged_graphs_and_engines_are_refused(intact: Path, working_copy: Path, damage: BytesDamage) -> None:
     files = sorted(path.relative_to(intact) for path in intact.rglob("*") if path.is_file() and path.name != MANIFEST)
     for seed in range(COUNT):
         rng = random.Random(seed)
@@ -205,7 +208,7 @@ def test_swapped_files_are_refused(intact: Path, working_copy: Path) -> None:
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_a_graph_damaged_before_sealing_gives_one_error_line_or_a_valid_graph(
-    engine: str, intact: Path, tmp_path: Path, capfd
+    engine: str, intact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The hash matches, so the engine has to report the damage in one line and must not crash."""
     if engine not in available():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from diffpress.runtime.conditioning import Conditioning, TextInput
 from diffpress.runtime.denoiser import Denoise, make_denoiser, plan_denoiser, thresholded
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.guidance import evaluations_at, evaluations_per_step, rescaled
+from diffpress.runtime.guidance import Interval, evaluations_at, evaluations_per_step, rescaled
 from diffpress.runtime.network_inputs import (
     ConditioningInputs,
     Network,
@@ -23,6 +24,7 @@ from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule, betas_sc
 from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampling_plan import Threshold, make_plan
 from diffpress.runtime.spec import DenoiserSpec
+from tests.runtime.conftest import FakeNetwork, Mixture
 
 COSINE = betas_schedule("squaredcos_cap_v2", 100)
 CLASSES = Conditioning("class", classes=10, null_label=10)
@@ -65,7 +67,7 @@ def text_inputs(*samples: float) -> dict[str, np.ndarray]:
     ],
 )
 @pytest.mark.parametrize("t", [1, 50, 90])
-def test_every_prediction_is_converted_to_x0(fake_network, mixture, noise, prediction, schedule, t) -> None:
+def test_every_prediction_is_converted_to_x0(fake_network: type[FakeNetwork], mixture: Mixture, noise: Callable[..., np.ndarray], prediction: str, schedule: NoiseSchedule, t: float) -> None:
     network = fake_network(prediction, schedule)
     x, level = noise(3, 1, 4, 4), noise_level_at(schedule, t)
     x0 = make_denoiser(network, spec_of(prediction, schedule), clip=False)(x, level)
@@ -74,7 +76,7 @@ def test_every_prediction_is_converted_to_x0(fake_network, mixture, noise, predi
     assert x0.dtype == np.float32
 
 
-def test_epsilon_near_pure_noise_stays_finite_and_clipped(fake_network, noise) -> None:
+def test_epsilon_near_pure_noise_stays_finite_and_clipped(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
     schedule = betas_schedule("squaredcos_cap_v2", 1000)
     network = fake_network("epsilon", schedule, oracle=lambda x, level: x * 100)
     with np.errstate(over="raise", invalid="raise"):
@@ -82,12 +84,12 @@ def test_epsilon_near_pure_noise_stays_finite_and_clipped(fake_network, noise) -
     assert np.abs(x0).max() == 1.0
 
 
-def test_epsilon_at_pure_noise_is_refused(noise) -> None:
+def test_epsilon_at_pure_noise_is_refused(noise: Callable[..., np.ndarray]) -> None:
     with pytest.raises(InvalidInputError, match="start the plan at an earlier timestep"):
         to_x0("epsilon", noise(4), noise(4), NoiseLevel(99.0, 0.0, 1.0))
 
 
-def test_clipping_follows_the_data_range(fake_network, noise) -> None:
+def test_clipping_follows_the_data_range(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
     network = fake_network("sample", COSINE, oracle=lambda x, level: x * 100)
     spec = replace(spec_of("sample"), data_range=(0.0, 0.5))
     level = noise_level_at(COSINE, 50)
@@ -97,7 +99,7 @@ def test_clipping_follows_the_data_range(fake_network, noise) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
-def test_guidance_equals_two_separate_evaluations(fake_network, noise, prediction) -> None:
+def test_guidance_equals_two_separate_evaluations(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], prediction: str) -> None:
     spec = spec_of(prediction, conditioning=CLASSES)
     x, level, labels = noise(3, 1, 4, 4), noise_level_at(COSINE, 40), np.array([1, 7, 4])
     network = fake_network(prediction, COSINE, labelled=True)
@@ -115,7 +117,7 @@ def test_guidance_equals_two_separate_evaluations(fake_network, noise, predictio
 
 
 @pytest.mark.parametrize(("interval", "acts"), [((0.5, 2.0), True), ((2.0, None), False), ((0.1, 0.9), False)])
-def test_outside_its_interval_guidance_evaluates_the_cond_half_only(fake_network, noise, interval, acts) -> None:
+def test_outside_its_interval_guidance_evaluates_the_cond_half_only(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], interval: Interval, acts: bool) -> None:
     spec, labels, x = spec_of("v", conditioning=CLASSES), np.array([1, 7, 4]), noise(3, 1, 4, 4)
     level = NoiseLevel(50.0, 0.7, 0.7)  # sigma / alpha = 1
     network = fake_network("v", COSINE, labelled=True)
@@ -128,7 +130,7 @@ def test_outside_its_interval_guidance_evaluates_the_cond_half_only(fake_network
     assert evaluations_at(spec.with_plan(plan), level) == (2 if acts else 1)
 
 
-def test_a_guidance_input_is_one_outside_its_interval(fake_network, noise) -> None:
+def test_a_guidance_input_is_one_outside_its_interval(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
     spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
     network = fake_network("v", COSINE, cond=(*TEXT_INPUTS, "guidance"))
     denoise = make_denoiser(
@@ -139,7 +141,7 @@ def test_a_guidance_input_is_one_outside_its_interval(fake_network, noise) -> No
     assert [call["guidance"].tolist() for call in network.calls] == [[3.5], [1.0]]
 
 
-def test_guidance_is_rescaled_as_in_diffusers(noise) -> None:
+def test_guidance_is_rescaled_as_in_diffusers(noise: Callable[..., np.ndarray]) -> None:
     torch = pytest.importorskip("torch")
     pipeline = pytest.importorskip("diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion")
     label = noise(3, 4, 8, 8)
@@ -149,7 +151,7 @@ def test_guidance_is_rescaled_as_in_diffusers(noise) -> None:
         assert np.abs(rescaled(mixed, label, phi) - theirs.numpy()).max() < 1e-5
 
 
-def test_the_denoiser_rescales_guidance(fake_network, noise) -> None:
+def test_the_denoiser_rescales_guidance(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
     spec, labels, level = spec_of("sample", conditioning=CLASSES), np.array([1, 7]), noise_level_at(COSINE, 40)
     network, x = fake_network("sample", COSINE, labelled=True), noise(2, 1, 4, 4)
     plan = replace(spec.plan, guidance=4.0, guidance_rescale=1.0, clip=False)
@@ -160,7 +162,7 @@ def test_the_denoiser_rescales_guidance(fake_network, noise) -> None:
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0)])
-def test_dynamic_thresholding_stays_in_the_data_range(noise, low, high) -> None:
+def test_dynamic_thresholding_stays_in_the_data_range(noise: Callable[..., np.ndarray], low: float, high: float) -> None:
     x0 = (high - low) / 2 * 3 * noise(4, 2, 8, 8) + (low + high) / 2
     bounded = thresholded(x0, Threshold(0.9), (low, high))
     assert bounded.dtype == np.float32 and bounded.min() >= low - 1e-6 and bounded.max() <= high + 1e-6
@@ -171,14 +173,14 @@ def test_dynamic_thresholding_stays_in_the_data_range(noise, low, high) -> None:
     assert np.abs(thresholded(small, Threshold(0.9), (low, high)) - small).max() < 1e-6
 
 
-def test_evaluating_a_timestep_that_was_not_exported_is_refused(fake_network, noise) -> None:
+def test_evaluating_a_timestep_that_was_not_exported_is_refused(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
     spec = spec_of("v")
     spec = replace(spec, fixed_timesteps=spec.plan.timesteps)
     with pytest.raises(InvalidInputError, match=r"timestep 41\.5 is not one of the 4 .* use another solver"):
         make_denoiser(fake_network("v", COSINE), spec)(noise(1, 1, 4, 4), noise_level_at(COSINE, 41.5))
 
 
-def test_guidance_one_evaluates_the_cond_half_only(fake_network, noise) -> None:
+def test_guidance_one_evaluates_the_cond_half_only(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
     network = fake_network("v", COSINE, labelled=True)
     spec = spec_of("v", conditioning=CLASSES)
     labelled_denoiser(network, spec, np.array([1, 2, 3]))(noise(3, 1, 4, 4), noise_level_at(COSINE, 40))
@@ -188,7 +190,7 @@ def test_guidance_one_evaluates_the_cond_half_only(fake_network, noise) -> None:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])
-def test_text_guidance_equals_two_separate_evaluations(fake_network, noise, prediction) -> None:
+def test_text_guidance_equals_two_separate_evaluations(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], prediction: str) -> None:
     spec = spec_of(prediction, conditioning=TEXT)
     x, level, cond, uncond = (
         noise(2, 1, 4, 4),
@@ -210,7 +212,7 @@ def test_text_guidance_equals_two_separate_evaluations(fake_network, noise, pred
     assert all(np.array_equal(call[name], np.concatenate([cond[name], uncond[name]])) for name in TEXT_INPUTS)
 
 
-def test_a_guidance_input_takes_one_evaluation_and_gets_the_weight(fake_network, noise) -> None:
+def test_a_guidance_input_takes_one_evaluation_and_gets_the_weight(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
     spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
     network = fake_network("v", COSINE, cond=(*TEXT_INPUTS, "guidance"))
     cond = ConditioningInputs(text_inputs(1.0, 2.0))
@@ -246,14 +248,14 @@ def test_dummy_conditioning_is_classes_in_turn_or_noise_and_deterministic() -> N
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(np.int64, 50), (np.float32, 50.4)])
-def test_the_timestep_is_passed_in_the_type_of_the_graph(fake_network, noise, kind, expected) -> None:
+def test_the_timestep_is_passed_in_the_type_of_the_graph(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: type[np.generic], expected: float) -> None:
     network = fake_network("v", COSINE, timestep_type=np.dtype(kind))
     make_denoiser(network, spec_of("v"))(noise(2, 1, 4, 4), noise_level_at(COSINE, 50.4))
     timestep = network.calls[0]["timestep"]
     assert timestep.dtype == kind and timestep.shape == (2,) and timestep[0] == pytest.approx(expected)
 
 
-def test_dummy_inputs_are_those_of_the_first_evaluation(fake_network) -> None:
+def test_dummy_inputs_are_those_of_the_first_evaluation(fake_network: type[FakeNetwork]) -> None:
     spec = spec_of("v", conditioning=CLASSES)
     network = fake_network("v", COSINE, labelled=True)
     plain = dummy_inputs(network, spec, 3)
@@ -279,7 +281,7 @@ def test_dummy_inputs_are_those_of_the_first_evaluation(fake_network) -> None:
     ],
 )
 def test_arguments_that_do_not_fit_the_model_are_refused(
-    fake_network, conditioning, labelled, options, message
+    fake_network: type[FakeNetwork], conditioning: Conditioning, labelled: bool, options: dict[str, Any], message: str
 ) -> None:
     network = fake_network("v", COSINE, labelled=labelled)
     with pytest.raises(InvalidInputError, match=message):
@@ -299,13 +301,13 @@ def test_arguments_that_do_not_fit_the_model_are_refused(
         (ConditioningInputs(text_inputs(1.0)), 2.0, "guidance needs an encoded negative prompt"),
     ],
 )
-def test_text_inputs_that_do_not_fit_the_model_are_refused(fake_network, conditions, guidance, message) -> None:
+def test_text_inputs_that_do_not_fit_the_model_are_refused(fake_network: type[FakeNetwork], conditions: ConditioningInputs | None, guidance: float, message: str) -> None:
     network = fake_network("v", COSINE, cond=tuple(TEXT_INPUTS))
     with pytest.raises(InvalidInputError, match=message):
         make_denoiser(network, spec_of("v", conditioning=TEXT), conditions=conditions, guidance=guidance)
 
 
-def test_conditioning_for_an_unconditional_model_is_refused(fake_network) -> None:
+def test_conditioning_for_an_unconditional_model_is_refused(fake_network: type[FakeNetwork]) -> None:
     with pytest.raises(InvalidInputError, match="expects none, got class_labels"):
         make_denoiser(
             fake_network("v", COSINE), spec_of("v"), conditions=ConditioningInputs({"class_labels": np.array([1])})

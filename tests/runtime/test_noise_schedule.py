@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -99,7 +100,7 @@ def test_a_dynamic_shift_is_interpolated_between_two_sizes() -> None:
 
 
 @pytest.mark.parametrize(("dynamic", "tokens"), [((0.5, 1.15, 256, 4096), None), ((0.5, 1.15, 256, 256), 256)])
-def test_a_dynamic_shift_without_its_sizes_is_refused(dynamic, tokens) -> None:
+def test_a_dynamic_shift_without_its_sizes_is_refused(dynamic: tuple[float, float, int, int], tokens: int | None) -> None:
     with pytest.raises(InvalidInputError, match="number of image tokens"):
         spaced_timesteps(TimestepSpacing("flow_trailing", integer=False, dynamic=dynamic), 4, FLOW, tokens)
 
@@ -120,6 +121,6 @@ def test_impossible_step_counts_are_refused(steps: int) -> None:
         (lambda: flow_schedule(1), "at least 2"),
     ],
 )
-def test_invalid_schedule_arguments_are_refused(call, message: str) -> None:
+def test_invalid_schedule_arguments_are_refused(call: Callable[[], object], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         call()

@@ -79,7 +79,7 @@ class FakeEngines:
 
 
 @pytest.fixture
-def engines(monkeypatch) -> FakeEngines:
+def engines(monkeypatch: pytest.MonkeyPatch) -> FakeEngines:
     fake = FakeEngines()
     monkeypatch.setattr(diffpress.runtime.pipeline, "open_engine", fake.open)
     return fake
@@ -107,7 +107,7 @@ class Letters:
 
 
 @pytest.fixture
-def letters(monkeypatch) -> None:
+def letters(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffpress.runtime.pipeline, "open_tokenizer", Letters)
 
 

@@ -177,7 +177,7 @@ def test_corrections_are_dropped_with_other_timesteps() -> None:
 def test_a_network_exported_for_one_plan_refuses_other_timesteps() -> None:
     fixed = replace(SPEC, fixed_timesteps=SPEC.plan.timesteps)
     assert fixed.with_plan(SPEC.plan.over(SPEC.plan.timesteps[1:3])).plan.steps == 2
-    with pytest.raises(InvalidInputError, match=r"timestep 4 is not one of the 5 .* without --fixed-plan"):
+    with pytest.raises(InvalidInputError, match=r"timestep 4 is not one of the 5 .* without --fixed-timesteps"):
         fixed.with_plan(SPEC.plan.over((*SPEC.plan.timesteps[:2], 4.0)))
 
 

@@ -1,5 +1,10 @@
 """export/graph/model.py: graphs with lazily read weights, written inline or with external data."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
 import ml_dtypes
 import numpy as np
 import onnx
@@ -7,6 +12,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 import diffpress.export.graph.model
+from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.export.graph.model import PAGE, Graph, Weight, load_all, save_graph, stub, weight_of, write_linked_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import available, load_engine
@@ -39,7 +45,9 @@ def graph_of(arrays: dict[str, np.ndarray], reads: list[str] | None = None) -> G
 @pytest.mark.parametrize("data", [None, "weights/g.onnx_data"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(), (0, 3), (5,), (40, 70)])
-def test_an_array_of_any_type_and_shape_is_read_back_unchanged(shape, dtype, data, tmp_path):
+def test_an_array_of_any_type_and_shape_is_read_back_unchanged(
+    shape: tuple[int, ...], dtype: type[np.generic], data: str | None, tmp_path: Path
+) -> None:
     values = np.random.default_rng(0).integers(0, 100, shape).astype(dtype)
     graph = graph_of({"w": values})
     save_graph(graph, tmp_path / "g.onnx", data=data)
@@ -50,7 +58,7 @@ def test_an_array_of_any_type_and_shape_is_read_back_unchanged(shape, dtype, dat
         np.testing.assert_array_equal(found, values)
 
 
-def test_a_transposed_view_is_written_in_its_own_order(tmp_path):
+def test_a_transposed_view_is_written_in_its_own_order(tmp_path: Path) -> None:
     values = np.arange(2000, dtype=np.float32).reshape(20, 100).T
     for data in (None, "d"):
         save_graph(graph_of({"w": values}), tmp_path / "g.onnx", data=data)
@@ -59,7 +67,7 @@ def test_a_transposed_view_is_written_in_its_own_order(tmp_path):
         )
 
 
-def test_the_inline_file_is_the_message_protobuf_would_write(unet_graph, tmp_path):
+def test_the_inline_file_is_the_message_protobuf_would_write(unet_graph: Graph, tmp_path: Path) -> None:
     save_graph(unet_graph, tmp_path / "g.onnx")
     complete = load_all(unet_graph)
     order = [t.name for t in onnx.load(tmp_path / "g.onnx").graph.initializer]
@@ -71,7 +79,7 @@ def test_the_inline_file_is_the_message_protobuf_would_write(unet_graph, tmp_pat
     onnx.checker.check_model(tmp_path / "g.onnx", full_check=True)
 
 
-def test_writing_reads_the_weights_one_by_one_and_each_once(tmp_path):
+def test_writing_reads_the_weights_one_by_one_and_each_once(tmp_path: Path) -> None:
     arrays = {name: np.full(1000, i, np.float32) for i, name in enumerate("abc")}
     for data in (None, "d"):
         reads: list[str] = []
@@ -82,8 +90,13 @@ def test_writing_reads_the_weights_one_by_one_and_each_once(tmp_path):
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("engine", available())
 def test_weights_in_a_subfolder_and_a_second_layout_compute_the_same(
-    engine, quantized, unet, unet_graph, scales, tmp_path
-):
+    engine: str,
+    quantized: bool,
+    unet: Checkpoint,
+    unet_graph: Graph,
+    scales: Callable[..., Quantization],
+    tmp_path: Path,
+) -> None:
     graph = insert_qdq(unet_graph, scales(unet, weight_range=127 / 64)) if quantized else unet_graph
     save_graph(graph, tmp_path / "inline.onnx")
     (tmp_path / "bundle").mkdir()
@@ -98,7 +111,7 @@ def test_weights_in_a_subfolder_and_a_second_layout_compute_the_same(
         np.testing.assert_array_equal(load_engine(path, engine, threads=1).run(inputs_for(unet)), expected)
 
 
-def test_data_is_page_aligned_and_only_small_tensors_stay_in_the_graph(unet_graph, tmp_path):
+def test_data_is_page_aligned_and_only_small_tensors_stay_in_the_graph(unet_graph: Graph, tmp_path: Path) -> None:
     save_graph(unet_graph, tmp_path / "g.onnx", data="g.onnx_data")
     tensors = onnx.load(tmp_path / "g.onnx", load_external_data=False).graph.initializer
     entries = {t.name: {e.key: e.value for e in t.external_data} for t in tensors if t.external_data}
@@ -107,7 +120,7 @@ def test_data_is_page_aligned_and_only_small_tensors_stay_in_the_graph(unet_grap
     assert (tmp_path / "g.onnx").stat().st_size < 200_000
 
 
-def test_the_same_graph_gives_the_same_files(unet_graph, tmp_path):
+def test_the_same_graph_gives_the_same_files(unet_graph: Graph, tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         save_graph(unet_graph, tmp_path / folder / "g.onnx", data="d/w")
@@ -115,7 +128,9 @@ def test_the_same_graph_gives_the_same_files(unet_graph, tmp_path):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
 
 
-def test_weights_that_exceed_the_protobuf_limit_go_to_a_data_file(monkeypatch, tmp_path):
+def test_weights_that_exceed_the_protobuf_limit_go_to_a_data_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     graph = graph_of({"w": np.zeros(5000, np.float32)})
     save_graph(graph, tmp_path / "g.onnx")
     size = (tmp_path / "g.onnx").stat().st_size
@@ -125,14 +140,14 @@ def test_weights_that_exceed_the_protobuf_limit_go_to_a_data_file(monkeypatch, t
     assert (tmp_path / "g.onnx.data").stat().st_size == 20_000
 
 
-def test_a_view_must_not_lie_outside_the_folders_above_its_data(unet_graph, tmp_path):
+def test_a_view_must_not_lie_outside_the_folders_above_its_data(unet_graph: Graph, tmp_path: Path) -> None:
     save_graph(unet_graph, tmp_path / "denoiser.onnx", data="unet/model.onnx_data")
     (tmp_path / "elsewhere").mkdir()
     with pytest.raises(ValueError, match="is not in the subpath"):
         write_linked_graph(tmp_path / "denoiser.onnx", tmp_path / "elsewhere" / "model.onnx")
 
 
-def test_an_invalid_graph_is_rejected_before_anything_is_written(tmp_path):
+def test_an_invalid_graph_is_rejected_before_anything_is_written(tmp_path: Path) -> None:
     graph = graph_of({"w": np.zeros(3, np.float32)})
     graph.proto.graph.node[0].input[0] = "missing"
     with pytest.raises(onnx.checker.ValidationError, match="missing"):
@@ -140,14 +155,14 @@ def test_an_invalid_graph_is_rejected_before_anything_is_written(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_weight_that_changed_its_shape_is_named():
+def test_a_weight_that_changed_its_shape_is_named() -> None:
     graph = graph_of({"w": np.zeros(3, np.float32)})
     changed = Graph(graph.proto, {"w": graph.weights["w"]._replace(read=lambda: np.zeros(4, np.float32))})
     with pytest.raises(ValueError, match=r"weight 'w' is float32 \(4,\), but was.*export again"):
         load_all(changed)
 
 
-def test_any_initializer_is_found_by_name(everything_graph):
+def test_any_initializer_is_found_by_name(everything_graph: Graph) -> None:
     assert weight_of(everything_graph, "first.weight").shape == (8, 2, 3, 3)
     bias = weight_of(everything_graph, "first.bias")
     assert "first.bias" not in everything_graph.weights and bias.read().shape == bias.shape == (8,)

@@ -1,5 +1,7 @@
 """export/graph/to_onnx.py: the float graph computes the same as torch, with stable names and bytes."""
 
+from __future__ import annotations
+
 import logging
 import os
 import subprocess
@@ -18,7 +20,7 @@ import diffpress.export.graph.model
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.export.graph.model import load_all, save_graph
+from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.graph.to_onnx import export_float, to_onnx
 from diffpress.runtime.engines import load_engine
 from diffpress.runtime.errors import InvalidInputError
@@ -33,7 +35,9 @@ EXPORT = (
 
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("model", ["unet", "everything", "wide"])
-def test_onnxruntime_follows_the_same_trajectory_as_torch(model, batch, request, tmp_path):
+def test_onnxruntime_follows_the_same_trajectory_as_torch(
+    model: str, batch: int, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     checkpoint, graph = request.getfixturevalue(model), request.getfixturevalue(f"{model}_graph")
     save_graph(graph, tmp_path / "g.onnx")
     engine, spec = load_engine(tmp_path / "g.onnx", "onnxruntime", threads=1), checkpoint.spec
@@ -41,7 +45,7 @@ def test_onnxruntime_follows_the_same_trajectory_as_torch(model, batch, request,
     assert np.abs(generate(engine, spec, seeds=range(3), batch=batch) - expected).max() <= 1e-3
 
 
-def test_inputs_and_outputs_have_the_names_and_types_of_diffusers(unet_graph, wide_graph):
+def test_inputs_and_outputs_have_the_names_and_types_of_diffusers(unet_graph: Graph, wide_graph: Graph) -> None:
     types = {value.name: value.type.tensor_type for value in unet_graph.proto.graph.input}
     assert list(types) == ["sample", "timestep", "class_labels"]
     float32, int64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
@@ -52,7 +56,7 @@ def test_inputs_and_outputs_have_the_names_and_types_of_diffusers(unet_graph, wi
     assert flow == {"sample": float32, "timestep": float32}
 
 
-def test_another_process_writes_the_same_bytes(unet, unet_graph, tmp_path):
+def test_another_process_writes_the_same_bytes(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     save_checkpoint(unet, tmp_path / "checkpoint")
     environment = {**os.environ, "PYTHONHASHSEED": "7", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", EXPORT, str(tmp_path / "checkpoint"), str(tmp_path / "there.onnx")]
@@ -63,7 +67,7 @@ def test_another_process_writes_the_same_bytes(unet, unet_graph, tmp_path):
     assert (tmp_path / "there.onnx").read_bytes() == (tmp_path / "here.onnx").read_bytes()
 
 
-def test_the_file_contains_weights_and_little_else(unet, unet_graph, tmp_path):
+def test_the_file_contains_weights_and_little_else(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     save_graph(unet_graph, tmp_path / "g.onnx")
     content = (tmp_path / "g.onnx").read_bytes()
     for path in (str(ROOT), "site-packages", ".py", "pkg.torch"):
@@ -72,7 +76,9 @@ def test_the_file_contains_weights_and_little_else(unet, unet_graph, tmp_path):
     assert not unet_graph.proto.graph.value_info
 
 
-def test_every_layer_is_found_by_its_name_and_weights_keep_their_names(everything, everything_graph):
+def test_every_layer_is_found_by_its_name_and_weights_keep_their_names(
+    everything: Checkpoint, everything_graph: Graph
+) -> None:
     named = {node.name: node.op_type for node in everything_graph.proto.graph.node}
     expected = {
         **dict.fromkeys(["first", "twin_a", "twin_b", "down", "line", "last"], "Conv"),
@@ -85,7 +91,7 @@ def test_every_layer_is_found_by_its_name_and_weights_keep_their_names(everythin
     np.testing.assert_array_equal(weights["matmul.weight"], everything.model.matmul.weight.detach().T)
 
 
-def test_exporting_does_not_change_the_model_or_the_logging(wide):
+def test_exporting_does_not_change_the_model_or_the_logging(wide: Checkpoint) -> None:
     wide.model.train()
     before = {name: value.clone() for name, value in wide.model.state_dict().items()}
     to_onnx(wide)
@@ -94,7 +100,9 @@ def test_exporting_does_not_change_the_model_or_the_logging(wide):
     wide.model.eval()
 
 
-def test_weights_that_exceed_one_file_go_to_a_data_file(wide, monkeypatch, tmp_path):
+def test_weights_that_exceed_one_file_go_to_a_data_file(
+    wide: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setattr(diffpress.export.graph.model, "MAX_INLINE_BYTES", 1000)
     graph = export_float(wide, tmp_path / "g.onnx")
     assert (tmp_path / "g.onnx").stat().st_size < 20_000 < (tmp_path / "g.onnx.data").stat().st_size
@@ -115,7 +123,7 @@ class Branching(nn.Module):
         return self.layer(sample) if sample.sum() > 0 else sample
 
 
-def test_a_module_that_cannot_be_traced_is_named_in_one_line(wide):
+def test_a_module_that_cannot_be_traced_is_named_in_one_line(wide: Checkpoint) -> None:
     with pytest.raises(InvalidInputError, match="Branching: cannot be traced") as caught:
         to_onnx(Checkpoint(Branching(), wide.spec, wide.source))
     assert "\n" not in str(caught.value)

@@ -1,6 +1,9 @@
 """export/graph/trace.py: tracing a module without copying its weights, and the names of nodes and axes."""
 
+from __future__ import annotations
+
 import logging
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -92,11 +95,11 @@ def check(graph: Graph, model: nn.Module, inputs: dict[str, torch.Tensor], atol:
 
 
 @pytest.mark.parametrize("sizes", [(1, 6, 8, 5), (3, 10, 4, 9)])
-def test_every_named_axis_accepts_other_sizes(sizes, graph):
+def test_every_named_axis_accepts_other_sizes(sizes: tuple[int, int, int, int], graph: Graph) -> None:
     check(graph, latent(), examples(*sizes), atol=1e-5)
 
 
-def test_input_axes_have_their_names_and_output_axes_their_formulas(graph):
+def test_input_axes_have_their_names_and_output_axes_their_formulas(graph: Graph) -> None:
     values = (*graph.proto.graph.input, *graph.proto.graph.output)
     shapes = {v.name: [d.dim_param or d.dim_value for d in v.type.tensor_type.shape.dim] for v in values}
     assert shapes["pixels"] == ["batch", 4, "height", "width"]
@@ -106,7 +109,7 @@ def test_input_axes_have_their_names_and_output_axes_their_formulas(graph):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_module_gives_a_float32_graph_of_the_same_weights(dtype, graph):
+def test_a_half_precision_module_gives_a_float32_graph_of_the_same_weights(dtype: torch.dtype, graph: Graph) -> None:
     model = latent(dtype)
     half = traced(model)
     assert [node.op_type for node in half.proto.graph.node] == [node.op_type for node in graph.proto.graph.node]
@@ -116,7 +119,7 @@ def test_a_half_precision_module_gives_a_float32_graph_of_the_same_weights(dtype
     check(half, model.float(), examples(), atol=1e-5)
 
 
-def test_weights_are_the_modules_own_tensors_and_not_copies(model, graph):
+def test_weights_are_the_modules_own_tensors_and_not_copies(model: Latent, graph: Graph) -> None:
     assert {"first.weight", "query.weight", "table"} <= set(graph.weights)
     for name in ("first.weight", "query.weight", "table"):
         tensor = model.get_parameter(name) if name != "table" else model.table
@@ -125,7 +128,7 @@ def test_weights_are_the_modules_own_tensors_and_not_copies(model, graph):
     assert held < 10_000 < sum(weight.nbytes for weight in graph.weights.values())
 
 
-def test_every_layer_is_found_and_no_transpose_precedes_its_weight(graph):
+def test_every_layer_is_found_and_no_transpose_precedes_its_weight(graph: Graph) -> None:
     operators = {node.name: node.op_type for node in graph.proto.graph.node}
     linear = ["query", "key", "value", "mix", "tied", "out"]
     assert {name: operators.get(name) for name in linear} == dict.fromkeys(linear, "MatMul")
@@ -134,11 +137,11 @@ def test_every_layer_is_found_and_no_transpose_precedes_its_weight(graph):
     assert not transposed & set(graph.weights)
 
 
-def test_tied_weights_are_stored_once(graph):
+def test_tied_weights_are_stored_once(graph: Graph) -> None:
     assert len({"mix.weight", "tied.weight"} & set(graph.weights)) == 1
 
 
-def test_a_weight_read_both_transposed_and_not_keeps_its_transpose():
+def test_a_weight_read_both_transposed_and_not_keeps_its_transpose() -> None:
     class Both(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -154,26 +157,26 @@ def test_a_weight_read_both_transposed_and_not_keeps_its_transpose():
     np.testing.assert_allclose(found, model(torch.ones(5, 3, 6)).detach(), atol=1e-6)
 
 
-def test_tracing_does_not_change_the_module_or_the_logging(model, graph):
+def test_tracing_does_not_change_the_module_or_the_logging(model: Latent, graph: Graph) -> None:
     before = latent().state_dict()
     assert model.training and model.first.training and logging.root.manager.disable == 0
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_the_graph_writes_the_same_bytes_when_it_is_traced_again(graph, tmp_path):
+def test_the_graph_writes_the_same_bytes_when_it_is_traced_again(graph: Graph, tmp_path: Path) -> None:
     for name, one in (("a", graph), ("b", traced(latent()))):
         save_graph(one, tmp_path / name)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
-def test_initializers_have_the_values_of_the_module(model, graph):
+def test_initializers_have_the_values_of_the_module(model: Latent, graph: Graph) -> None:
     stored = {t.name: numpy_helper.to_array(t) for t in load_all(graph).graph.initializer}
     np.testing.assert_array_equal(stored["last.weight"], model.last.weight.detach())
     np.testing.assert_array_equal(stored["key.weight"], model.key.weight.detach().T)
     np.testing.assert_array_equal(stored["last.bias"], model.last.bias.detach())
 
 
-def test_a_module_that_cannot_be_traced_is_named_in_one_line():
+def test_a_module_that_cannot_be_traced_is_named_in_one_line() -> None:
     class Branching(nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return x * 2 if x.sum() > 0 else x
@@ -205,7 +208,7 @@ class Sums(nn.Module):
         return self.last(self.twice(torch.tanh(self.twice(x))) + 2.0)
 
 
-def test_the_final_sum_of_a_module_has_the_modules_name():
+def test_the_final_sum_of_a_module_has_the_modules_name() -> None:
     torch.manual_seed(0)
     inputs = {"x": torch.randn(2, 4, 3, 3)}
     graph = trace(Sums().eval(), lambda model, feed: model(feed["x"]), inputs, ["y"], {"x": {0: "batch"}}).proto.graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -10,14 +11,14 @@ import torch
 from onnx import TensorProto
 from torch import nn
 
-from diffpress.export.graph.model import load_all, save_graph
+from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.graph.trace import trace
 from diffpress.export.passes.bf16_to_fp32 import bf16_to_fp32
 from diffpress.export.passes.half_precision import to_half
 from diffpress.runtime.engines import load_engine
 
 
-def test_it_computes_with_the_rounded_weights(tmp_path):
+def test_it_computes_with_the_rounded_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 32), nn.SiLU(), nn.Linear(32, 3)).eval()
     x = torch.randn(4, 8)
@@ -37,5 +38,5 @@ def test_it_computes_with_the_rounded_weights(tmp_path):
     assert TensorProto.BFLOAT16 not in {tensor.data_type for tensor in proto.graph.initializer}
 
 
-def test_a_graph_without_bfloat16_is_unchanged(unet_graph):
+def test_a_graph_without_bfloat16_is_unchanged(unet_graph: Graph) -> None:
     assert load_all(bf16_to_fp32(unet_graph)) == load_all(unet_graph)

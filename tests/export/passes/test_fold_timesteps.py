@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint, Source
+from diffpress.compress.checkpoint import Checkpoint, Quantization, Source
 from diffpress.compress.models.widths import widths_of
 from diffpress.export.bundle import write_bundle
 from diffpress.export.graph.model import Graph, load_all, save_graph
@@ -54,7 +55,9 @@ def outputs(graph: Graph, checkpoint: Checkpoint, timesteps: list[float], engine
     ("name", "engine"),
     [("plain", "onnxruntime"), ("unet", "onnxruntime"), *(("everything", engine) for engine in available())],
 )
-def test_known_timesteps_give_the_same_output_and_all_others_nan(name, engine, request, tmp_path):
+def test_known_timesteps_give_the_same_output_and_all_others_nan(
+    name: str, engine: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     checkpoint, graph = request.getfixturevalue(name), request.getfixturevalue(f"{name}_graph")
     known = [40.0, 7.0, 0.0, 31.0]
     folded = fold_timestep_branch(graph, known)
@@ -64,7 +67,9 @@ def test_known_timesteps_give_the_same_output_and_all_others_nan(name, engine, r
     assert np.isnan(mixed[[1, 3, 5]]).all() and not np.isnan(mixed[[0, 2, 4]]).any()
 
 
-def test_tables_replace_everything_that_depends_on_the_timestep_alone(plain_graph, unet_graph, everything_graph):
+def test_tables_replace_everything_that_depends_on_the_timestep_alone(
+    plain_graph: Graph, unet_graph: Graph, everything_graph: Graph
+) -> None:
     removed = layers(plain_graph) - layers(fold_timestep_branch(plain_graph, [1.0, 2.0]))
     blocks = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     projections = {f"{block}.resnets.0.time_emb_proj" for block in blocks}
@@ -76,7 +81,7 @@ def test_tables_replace_everything_that_depends_on_the_timestep_alone(plain_grap
     assert {"embedding", "gemm"} <= removed and "matmul" not in removed
 
 
-def test_folded_layers_are_removed_from_the_file(plain, plain_graph, tmp_path):
+def test_folded_layers_are_removed_from_the_file(plain: Checkpoint, plain_graph: Graph, tmp_path: Path) -> None:
     graph = plain_graph
     folded = fold_timestep_branch(graph, plain.spec.plan.timesteps)
     names = {tensor.name for tensor in load_all(folded).graph.initializer}
@@ -109,7 +114,7 @@ def added(wide: int) -> Checkpoint:
 @pytest.mark.parametrize(
     ("steps", "removed"), [(12, {"first", "wide", "small"}), (40, {"first", "small"}), (300, {"small"})]
 )
-def test_a_table_larger_than_the_weights_it_saves_is_not_created(steps, removed, tmp_path):
+def test_a_table_larger_than_the_weights_it_saves_is_not_created(steps: int, removed: set[str], tmp_path: Path) -> None:
     """A row of `wide` has 4 * 2048 bytes and saves 65 * 2048 weights; tables up to 64 KiB are exempt."""
     checkpoint = added(2048)
     graph = to_onnx(checkpoint)
@@ -133,7 +138,7 @@ class Batched(nn.Module):
         return self.last(sample) + time[:, :1, None, None]
 
 
-def test_outputs_that_depend_on_the_whole_batch_are_not_folded(capsys):
+def test_outputs_that_depend_on_the_whole_batch_are_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(4)
     model = Batched().eval()
     spec = DenoiserSpec("v", SCHEDULE, (1, 4, 4), make_plan("ddim", 4, SCHEDULE))
@@ -148,8 +153,12 @@ def test_outputs_that_depend_on_the_whole_batch_are_not_folded(capsys):
 
 
 def test_a_quantized_folded_graph_matches_fake_quantization_without_the_folded_layers(
-    plain, plain_graph, scales, fake_quant, tmp_path
-):
+    plain: Checkpoint,
+    plain_graph: Graph,
+    scales: Callable[..., Quantization],
+    fake_quant: Callable[..., np.ndarray],
+    tmp_path: Path,
+) -> None:
     time_layers = ("time_embedding.linear_1", "time_embedding.linear_2")
     quantized = plain.evolve(quantization=scales(plain, weight_only=time_layers, weight_range=2.0))
     fixed, folded = fold_timesteps(quantized, plain_graph)
@@ -166,7 +175,9 @@ def test_a_quantized_folded_graph_matches_fake_quantization_without_the_folded_l
     assert np.abs(found - expected).mean() < 0.01 * np.abs(expected).mean()
 
 
-def test_a_bundle_with_fixed_timesteps_samples_its_plan_and_rejects_other_timesteps(plain, plain_graph, tmp_path):
+def test_a_bundle_with_fixed_timesteps_samples_its_plan_and_rejects_other_timesteps(
+    plain: Checkpoint, plain_graph: Graph, tmp_path: Path
+) -> None:
     fixed, graph = fold_timesteps(plain, plain_graph)
     bundle = write_bundle(fixed, tmp_path / "bundle", float_graph=graph)
     timesteps = plain.spec.plan.timesteps
@@ -182,7 +193,7 @@ def test_a_bundle_with_fixed_timesteps_samples_its_plan_and_rejects_other_timest
             assert np.isfinite(generate(ours, bundle.spec, range(2), plan=plan)).all()
         other = make_plan("ddim", 5, SCHEDULE)
         with pytest.raises(
-            InvalidInputError, match=r"timestep \d+ is not one of the 4 .* without --fixed-plan"
+            InvalidInputError, match=r"timestep \d+ is not one of the 4 .* without --fixed-timesteps"
         ) as caught:
             generate(ours, bundle.spec, range(2), plan=other)
     assert "\n" not in str(caught.value)
@@ -190,7 +201,9 @@ def test_a_bundle_with_fixed_timesteps_samples_its_plan_and_rejects_other_timest
         bundle.spec.with_plan(other)
 
 
-def test_a_solver_that_evaluates_between_the_timesteps_is_rejected_before_any_work(plain, plain_graph):
+def test_a_solver_that_evaluates_between_the_timesteps_is_rejected_before_any_work(
+    plain: Checkpoint, plain_graph: Graph
+) -> None:
     spec = plain.spec
     between = plain.evolve(spec=spec.with_plan(make_plan("dpmpp_sde", 4, spec.schedule)))
     with pytest.raises(

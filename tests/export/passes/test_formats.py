@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -81,7 +82,7 @@ def by_formula(checkpoint: Checkpoint, quantization: Quantization, inputs: dict[
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
-def test_one_layer_computes_its_formula(kind, everything, everything_graph):
+def test_one_layer_computes_its_formula(kind: str, everything: Checkpoint, everything_graph: Graph) -> None:
     """A single rounding accumulates no error: torch's quantizers, the formula and the graph agree."""
     for layer in ("twin_b", "down", "gemm", "matmul", "unbiased", "twice"):
         # the largest weights are clipped, at -7 or -127 and at 7 or 127
@@ -96,7 +97,9 @@ def test_one_layer_computes_its_formula(kind, everything, everything_graph):
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
-def test_a_unet_computes_the_formula_in_torch_and_in_onnxruntime(kind, unet, unet_graph):
+def test_a_unet_computes_the_formula_in_torch_and_in_onnxruntime(
+    kind: str, unet: Checkpoint, unet_graph: Graph
+) -> None:
     quantization, inputs = calibrated(unet, kind), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     expected = by_formula(unet, quantization, inputs)
@@ -110,7 +113,9 @@ def test_a_unet_computes_the_formula_in_torch_and_in_onnxruntime(kind, unet, une
 
 @pytest.mark.parametrize("engine", available())
 @pytest.mark.parametrize("kind", ON_CPU)
-def test_engines_reach_the_sqnr_of_each_format(kind, engine, unet, unet_graph, tmp_path):
+def test_engines_reach_the_sqnr_of_each_format(
+    kind: str, engine: str, unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     # int8 within 7 bits: processors without VNNI saturate otherwise
     quantization, inputs = calibrated(unet, kind, weight_range=127 / 64 if kind == "int8" else 1.0), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
@@ -124,7 +129,9 @@ def test_engines_reach_the_sqnr_of_each_format(kind, engine, unet, unet_graph, t
 @pytest.mark.parametrize(
     ("kind", "dtype", "most"), [("int4", "int4", 0.20), ("w4a8", "int4", 0.16), ("fp8", "float8_e4m3fn", 0.28)]
 )
-def test_files_shrink_and_bytes_are_counted_as_they_are_stored(kind, dtype, most, wide, wide_graph, tmp_path):
+def test_files_shrink_and_bytes_are_counted_as_they_are_stored(
+    kind: str, dtype: str, most: float, wide: Checkpoint, wide_graph: Graph, tmp_path: Path
+) -> None:
     graph = insert_qdq(wide_graph, calibrated(wide, kind))
     save_graph(wide_graph, tmp_path / "f.onnx")
     size = save_graph(graph, tmp_path / "q.onnx")
@@ -136,7 +143,9 @@ def test_files_shrink_and_bytes_are_counted_as_they_are_stored(kind, dtype, most
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
-def test_the_external_data_form_has_the_same_numbers(kind, wide, wide_graph, tmp_path):
+def test_the_external_data_form_has_the_same_numbers(
+    kind: str, wide: Checkpoint, wide_graph: Graph, tmp_path: Path
+) -> None:
     graph = insert_qdq(wide_graph, calibrated(wide, kind))
     save_graph(graph, tmp_path / "inline.onnx")
     save_graph(graph, tmp_path / "split.onnx", data="split.data")
@@ -150,21 +159,21 @@ def test_the_external_data_form_has_the_same_numbers(kind, wide, wide_graph, tmp
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
-def test_only_a_format_that_needs_it_raises_the_opset(kind, unet, unet_graph):
+def test_only_a_format_that_needs_it_raises_the_opset(kind: str, unet: Checkpoint, unet_graph: Graph) -> None:
     graph = insert_qdq(unet_graph, calibrated(unet, kind))
     assert opset_of(graph) == OPSETS[kind] and opset_of(unet_graph) == 18
     onnx.checker.check_model(load_all(graph), full_check=True)
 
 
 @pytest.mark.parametrize("opset", [19, 21, 23])
-def test_a_raised_opset_does_not_change_the_output(opset, unet, unet_graph):
+def test_a_raised_opset_does_not_change_the_output(opset: int, unet: Checkpoint, unet_graph: Graph) -> None:
     inputs = inputs_for(unet)
     np.testing.assert_array_equal(
         run_exactly(with_min_opset(unet_graph, opset), inputs), run_exactly(unet_graph, inputs)
     )
 
 
-def test_an_operator_redefined_in_a_later_opset_is_rejected(unet_graph):
+def test_an_operator_redefined_in_a_later_opset_is_rejected(unet_graph: Graph) -> None:
     proto = load_all(unet_graph)
     proto.graph.node[3].op_type = "GroupNormalization"
     with pytest.raises(InvalidInputError, match="GroupNormalization was redefined in ONNX opset 21"):
@@ -172,7 +181,7 @@ def test_an_operator_redefined_in_a_later_opset_is_rejected(unet_graph):
     assert opset_of(with_min_opset(Graph(proto), 19)) == 19
 
 
-def test_format_overrides_store_every_layer_in_its_own_format(unet, unet_graph):
+def test_format_overrides_store_every_layer_in_its_own_format(unet: Checkpoint, unet_graph: Graph) -> None:
     four = calibrated(unet, "w4a8", lambda name: name.startswith("mid_block"))
     eight = calibrated(unet, "int8", lambda name: not name.startswith("mid_block"))
     mixed = Quantization("int8", eight.amax | four.amax, dict.fromkeys(four.layers, "w4a8"))
@@ -186,7 +195,7 @@ def test_format_overrides_store_every_layer_in_its_own_format(unet, unet_graph):
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
-def test_the_form_for_tensorrt_has_the_same_numbers(kind, unet, unet_graph):
+def test_the_form_for_tensorrt_has_the_same_numbers(kind: str, unet: Checkpoint, unet_graph: Graph) -> None:
     quantization, inputs = calibrated(unet, kind), inputs_for(unet)
     graph = insert_qdq(unet_graph, quantization, tensorrt=True)
     expected, found = run_exactly(insert_qdq(unet_graph, quantization), inputs), run_exactly(graph, inputs)
@@ -199,7 +208,7 @@ def test_the_form_for_tensorrt_has_the_same_numbers(kind, unet, unet_graph):
     assert casts == []
 
 
-def test_nvfp4_stores_4_bits_and_the_graph_computes_its_weights():
+def test_nvfp4_stores_4_bits_and_the_graph_computes_its_weights() -> None:
     """On the CPU only weights are rounded, with codes and a table; TensorRT uses its own operator."""
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 24, bias=False)).eval(), torch.randn(2, 16, 64)
@@ -221,7 +230,7 @@ def test_nvfp4_stores_4_bits_and_the_graph_computes_its_weights():
 
 
 @pytest.mark.parametrize("kind", ["int4", "w4a8"])
-def test_scales_of_another_width_are_rejected_by_layer(kind, unet, unet_graph):
+def test_scales_of_another_width_are_rejected_by_layer(kind: str, unet: Checkpoint, unet_graph: Graph) -> None:
     quantization = calibrated(unet, kind, "mid_block.resnets.0.conv1".__eq__)
     amax = dict(quantization.amax)
     amax["mid_block.resnets.0.conv1.weight"] = amax["mid_block.resnets.0.conv1.weight"][:-1]
@@ -230,7 +239,7 @@ def test_scales_of_another_width_are_rejected_by_layer(kind, unet, unet_graph):
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
-def test_the_dry_runs_size_is_that_of_the_file(kind, unet, unet_graph, tmp_path):
+def test_the_dry_runs_size_is_that_of_the_file(kind: str, unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         f"stages: [quantize: {{format: {kind}, samples: 2, batch: 2, output_correction: false}}]\n"
     )

@@ -33,7 +33,7 @@ W = f"float[4, 4] w = {{{', '.join(['0.5'] * 16)}}}"
 SIGNATURE = f"(float[b, 4] sample) => (float[b, 4] y) <{W}"
 
 
-def test_a_decomposed_norm_is_float32_up_to_and_including_its_scale():
+def test_a_decomposed_norm_is_float32_up_to_and_including_its_scale() -> None:
     body = f"""g {SIGNATURE}, float two = {{2}}, float eps = {{1e-6}}, float[4] gain = {{1, 1, 1, 1}},
         int64[1] last = {{1}}> {{
         {LAYER}
@@ -49,7 +49,7 @@ def test_a_decomposed_norm_is_float32_up_to_and_including_its_scale():
     assert inside(body) == "square mean safe root inverse normed scaled"
 
 
-def test_activations_and_sums_of_layers_are_in_half_precision():
+def test_activations_and_sums_of_layers_are_in_half_precision() -> None:
     body = f"""g {SIGNATURE}, float[4] scale = {{1, 1, 1, 1}}, float[4] shift = {{0, 0, 0, 0}}> {{
         {LAYER}
         normed = LayerNormalization(x, scale, shift)
@@ -61,12 +61,12 @@ def test_activations_and_sums_of_layers_are_in_half_precision():
     assert inside(body) == "normed"
 
 
-def test_a_square_is_dangerous_however_it_is_written():
+def test_a_square_is_dangerous_however_it_is_written() -> None:
     assert inside(f"g {SIGNATURE}> {{ {LAYER} square = Mul(x, x) y = MatMul(square, w) }}") == "square"
     assert inside(f"g {SIGNATURE}> {{ {LAYER} twice = Mul(x, w) y = MatMul(twice, w) }}") == ""
 
 
-def test_masked_scores_are_float32_back_to_the_preceding_product():
+def test_masked_scores_are_float32_back_to_the_preceding_product() -> None:
     body = f"""g {SIGNATURE}, float scale = {{0.125}}, float[4] mask = {{0, 0, 0, -3e38}}> {{
         {LAYER}
         scores = Mul(x, scale)
@@ -77,7 +77,7 @@ def test_masked_scores_are_float32_back_to_the_preceding_product():
     assert inside(body) == "scores masked weights"
 
 
-def test_nodes_before_any_layer_are_float32_and_an_embedding_is_a_layer():
+def test_nodes_before_any_layer_are_float32_and_an_embedding_is_a_layer() -> None:
     body = f"""g (float[b, 4] sample, int64[b, 1] timestep) => (float[b, 4] y)
         <{W}, float rate = {{0.01}}, int64[1] axis = {{1}}> {{
         time = Cast <to = 1> (timestep)
@@ -93,7 +93,7 @@ def test_nodes_before_any_layer_are_float32_and_an_embedding_is_a_layer():
     assert inside(body) == "time angle wave moved index"
 
 
-def test_layers_are_kept_by_the_name_of_a_module_that_contains_them():
+def test_layers_are_kept_by_the_name_of_a_module_that_contains_them() -> None:
     body = f"g {SIGNATURE}> {{ a = MatMul(sample, w) b = MatMul(a, w) y = MatMul(b, w) }}"
     names = ["encoder.block.0.wo", "encoder.block.0.two", "wo.gate"]
     assert inside(body, keep=("wo",), names=names) == "a y"
@@ -101,7 +101,7 @@ def test_layers_are_kept_by_the_name_of_a_module_that_contains_them():
     assert inside(body, names=names) == ""
 
 
-def test_sums_between_float32_nodes_are_float32():
+def test_sums_between_float32_nodes_are_float32() -> None:
     """T5's residual stream after a kept layer must not pass through float16 on its way to a norm."""
     body = f"""g {SIGNATURE}, float[4] scale = {{1, 1, 1, 1}}> {{
         a = MatMul(sample, w)

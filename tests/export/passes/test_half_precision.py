@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tracemalloc
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from onnx.reference import ReferenceEvaluator
 from torch import nn
 
 import diffpress.export.graph.model
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.evaluation.metrics import mean_sqnr_db
 from diffpress.export.graph.model import Graph, Weight, load_all, save_graph
 from diffpress.export.graph.trace import trace
@@ -55,7 +57,9 @@ def run_rounded(graph: Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
 
 @both
 @pytest.mark.parametrize("model", ["unet", "everything", "wide"])
-def test_every_node_reads_and_writes_types_that_onnx_allows(model, precision, request):
+def test_every_node_reads_and_writes_types_that_onnx_allows(
+    model: str, precision: str, request: pytest.FixtureRequest
+) -> None:
     graph = request.getfixturevalue(f"{model}_graph")
     half, _ = to_half(graph, precision)
     types = typed(half)
@@ -65,7 +69,7 @@ def test_every_node_reads_and_writes_types_that_onnx_allows(model, precision, re
 
 
 @both
-def test_the_fp32_fallback_of_a_unet_is_float32(precision, unet_graph):
+def test_the_fp32_fallback_of_a_unet_is_float32(precision: str, unet_graph: Graph) -> None:
     half, _ = to_half(unet_graph, precision)
     types = typed(half)
     inside = {"InstanceNormalization", "Softmax", "Sin", "Cos"}
@@ -77,7 +81,9 @@ def test_the_fp32_fallback_of_a_unet_is_float32(precision, unet_graph):
 
 @both
 @pytest.mark.parametrize("model", ["unet", "everything"])
-def test_inputs_outputs_and_nodes_keep_their_names_and_no_tensor_is_cast_twice(model, precision, request):
+def test_inputs_outputs_and_nodes_keep_their_names_and_no_tensor_is_cast_twice(
+    model: str, precision: str, request: pytest.FixtureRequest
+) -> None:
     graph = request.getfixturevalue(f"{model}_graph")
     before = graph.proto.SerializeToString(deterministic=True)
     half, _ = to_half(graph, precision)
@@ -93,7 +99,7 @@ def test_inputs_outputs_and_nodes_keep_their_names_and_no_tensor_is_cast_twice(m
     assert graph.proto.SerializeToString(deterministic=True) == before
 
 
-def test_casts_are_only_at_the_borders_of_the_fp32_fallback(unet_graph):
+def test_casts_are_only_at_the_borders_of_the_fp32_fallback(unet_graph: Graph) -> None:
     half, _ = to_half(unet_graph, "fp16")
     kinds = Counter(node.op_type for node in half.proto.graph.node)
     old = Counter(node.op_type for node in unet_graph.proto.graph.node)
@@ -103,7 +109,9 @@ def test_casts_are_only_at_the_borders_of_the_fp32_fallback(unet_graph):
 
 @both
 @pytest.mark.parametrize("model", ["unet", "everything"])
-def test_arithmetic_that_rounds_every_value_is_close_to_the_float_graph(model, precision, request):
+def test_arithmetic_that_rounds_every_value_is_close_to_the_float_graph(
+    model: str, precision: str, request: pytest.FixtureRequest
+) -> None:
     inputs, graph = inputs_for(request.getfixturevalue(model)), request.getfixturevalue(f"{model}_graph")
     found = run_rounded(to_half(graph, precision)[0], inputs)
     # one rounding to 11 bits costs 66 to 72 dB, to 8 bits 48 to 54
@@ -111,7 +119,9 @@ def test_arithmetic_that_rounds_every_value_is_close_to_the_float_graph(model, p
 
 
 @pytest.mark.parametrize("model", ["unet", "everything", "wide"])
-def test_fp16_is_close_to_the_float_graph_in_every_engine(model, request, tmp_path):
+def test_fp16_is_close_to_the_float_graph_in_every_engine(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     checkpoint, graph = request.getfixturevalue(model), request.getfixturevalue(f"{model}_graph")
     inputs = inputs_for(checkpoint)
     half, _ = to_half(graph, "fp16")
@@ -124,7 +134,9 @@ def test_fp16_is_close_to_the_float_graph_in_every_engine(model, request, tmp_pa
 
 @needs_openvino
 @pytest.mark.parametrize("model", ["unet", "everything", "wide"])
-def test_bf16_is_close_to_the_float_graph_in_openvino(model, request, tmp_path):
+def test_bf16_is_close_to_the_float_graph_in_openvino(
+    model: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
     checkpoint, graph = request.getfixturevalue(model), request.getfixturevalue(f"{model}_graph")
     inputs = inputs_for(checkpoint)
     save_graph(to_half(graph, "bf16")[0], tmp_path / "h.onnx")
@@ -133,7 +145,7 @@ def test_bf16_is_close_to_the_float_graph_in_openvino(model, request, tmp_path):
 
 
 @both
-def test_the_file_is_half_as_large(precision, wide_graph, tmp_path):
+def test_the_file_is_half_as_large(precision: str, wide_graph: Graph, tmp_path: Path) -> None:
     sizes = [save_graph(graph, tmp_path / "g.onnx") for graph in (to_half(wide_graph, precision)[0], wide_graph)]
     assert 0.49 < sizes[0] / sizes[1] < 0.52
 
@@ -142,7 +154,7 @@ def test_the_file_is_half_as_large(precision, wide_graph, tmp_path):
 
 
 @both
-def test_weights_are_rounded_as_torch_rounds_them(precision, wide, wide_graph):
+def test_weights_are_rounded_as_torch_rounds_them(precision: str, wide: Checkpoint, wide_graph: Graph) -> None:
     half, _ = to_half(wide_graph, precision)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in load_all(half).graph.initializer}
     found = stored[f"heavy.weight.{HALVES[precision].name}"]
@@ -151,7 +163,9 @@ def test_weights_are_rounded_as_torch_rounds_them(precision, wide, wide_graph):
 
 
 @both
-def test_weights_are_written_one_at_a_time(precision, wide_graph, tmp_path, monkeypatch):
+def test_weights_are_written_one_at_a_time(
+    precision: str, wide_graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(diffpress.export.graph.model, "MAX_INLINE_BYTES", 1000)
     copies = 12
     side = 512
@@ -183,7 +197,7 @@ def with_weight(value: float) -> Graph:
 
 
 @pytest.mark.parametrize("value", [70000.0, -1e30])
-def test_a_weight_that_overflows_is_rejected_by_name_and_accepted_in_bf16(value):
+def test_a_weight_that_overflows_is_rejected_by_name_and_accepted_in_bf16(value: float) -> None:
     graph = with_weight(value)
     with pytest.raises(
         InvalidInputError, match=r"weight 'layer.weight': .* exceeds the float16 maximum of 65504"
@@ -205,7 +219,7 @@ def test_a_weight_that_overflows_is_rejected_by_name_and_accepted_in_bf16(value)
         (1e-20, "bf16", 0, 0),
     ],
 )
-def test_weights_below_the_range_are_counted(value, precision, zero, subnormal):
+def test_weights_below_the_range_are_counted(value: float, precision: str, zero: int, subnormal: int) -> None:
     assert to_half(with_weight(value), precision)[1] == PrecisionLoss(zero, subnormal, 64)
     assert (np.array(value, HALVES[precision]) == 0) == (zero == 1 or value == 0)
 
@@ -224,7 +238,7 @@ class LoudNorm(nn.Module):
         return self.last(self.norm(1000 * self.first(sample)))
 
 
-def test_a_norm_of_large_activations_works_where_torchs_half_precision_fails():
+def test_a_norm_of_large_activations_works_where_torchs_half_precision_fails() -> None:
     module = LoudNorm()
     graph = traced(module)
     sample = torch.randn(4, 8, generator=torch.Generator().manual_seed(1))
@@ -251,7 +265,7 @@ class Gated(nn.Module):
         return self.last(self.norm(sample + self.wo(5000 * self.wi(sample))))
 
 
-def test_layers_that_the_models_authors_keep_in_float32_do_not_overflow():
+def test_layers_that_the_models_authors_keep_in_float32_do_not_overflow() -> None:
     module = Gated()
     graph = traced(module)
     sample = np.random.default_rng(0).standard_normal((4, 8)).astype(np.float32)
@@ -269,7 +283,9 @@ def test_layers_that_the_models_authors_keep_in_float32_do_not_overflow():
 
 @both
 @pytest.mark.parametrize("tensorrt", [False, True])
-def test_a_quantized_graph_has_scales_in_half_precision(precision, tensorrt, unet, unet_graph):
+def test_a_quantized_graph_has_scales_in_half_precision(
+    precision: str, tensorrt: bool, unet: Checkpoint, unet_graph: Graph
+) -> None:
     rounded = insert_qdq(unet_graph, measured_scales(unet), tensorrt)
     half, _ = to_half(rounded, precision)
     types = typed(half)
@@ -285,12 +301,12 @@ def test_a_quantized_graph_has_scales_in_half_precision(precision, tensorrt, une
 # --- errors ----------------------------------------------------------------------------------------------------
 
 
-def test_an_unknown_precision_is_rejected(wide_graph):
+def test_an_unknown_precision_is_rejected(wide_graph: Graph) -> None:
     with pytest.raises(InvalidInputError, match="unknown half precision 'fp8'"):
         to_half(wide_graph, "fp8")
 
 
-def test_a_graph_with_branches_is_rejected_with_the_nodes_name():
+def test_a_graph_with_branches_is_rejected_with_the_nodes_name() -> None:
     text = """<ir_version: 8, opset_import: ["" : 18]> g (bool c, float[2] x) => (float[2] y) {
         y = If (c) <then_branch = t () => (float[2] a) { a = Identity(x) },
                     else_branch = e () => (float[2] b) { b = Neg(x) }>
@@ -301,7 +317,7 @@ def test_a_graph_with_branches_is_rejected_with_the_nodes_name():
         to_half(Graph(model), "fp16")
 
 
-def test_constants_in_attributes_and_target_types_of_casts_are_converted():
+def test_constants_in_attributes_and_target_types_of_casts_are_converted() -> None:
     text = """<ir_version: 8, opset_import: ["" : 18]> g (float[b, 1] x) => (float[b, 1] y) <float[1, 1] w = {0.5}> {
         a = MatMul(x, w)
         c = Constant <value = float {2}> ()

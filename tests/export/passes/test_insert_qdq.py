@@ -1,6 +1,10 @@
 """export/passes/insert_qdq.py: Q/DQ graphs compare with fake quantization in torch, in every engine."""
 
+from __future__ import annotations
+
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import onnxruntime
@@ -8,7 +12,7 @@ import pytest
 import torch
 from onnx import TensorProto, numpy_helper
 
-from diffpress.compress.checkpoint import Quantization
+from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.export.graph.model import Graph, load_all, save_graph
@@ -28,8 +32,12 @@ def only(quantization: Quantization, layer: str) -> Quantization:
     "layer", ["first", "twin_b", "down", "up", "embedding", "gemm", "matmul", "unbiased", "twice", "line"]
 )
 def test_a_quantized_layer_computes_what_torch_fake_quantization_does(
-    layer, everything, everything_graph, scales, fake_quant
-):
+    layer: str,
+    everything: Checkpoint,
+    everything_graph: Graph,
+    scales: Callable[..., Quantization],
+    fake_quant: Callable[..., np.ndarray],
+) -> None:
     quantization = only(scales(everything, outputs=True), layer)
     inputs = inputs_for(everything)
     expected = fake_quant(everything, quantization, inputs)
@@ -43,8 +51,13 @@ def test_a_quantized_layer_computes_what_torch_fake_quantization_does(
 
 @pytest.mark.parametrize(("outputs", "residual_outputs"), [(False, False), (True, False), (True, True)])
 def test_a_quantized_unet_computes_what_torch_fake_quantization_does(
-    outputs, residual_outputs, unet, unet_graph, scales, fake_quant
-):
+    outputs: bool,
+    residual_outputs: bool,
+    unet: Checkpoint,
+    unet_graph: Graph,
+    scales: Callable[..., Quantization],
+    fake_quant: Callable[..., np.ndarray],
+) -> None:
     quantization, inputs = scales(unet, outputs=outputs, residual_outputs=residual_outputs), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     expected = fake_quant(unet, quantization, inputs)
@@ -57,8 +70,15 @@ def test_a_quantized_unet_computes_what_torch_fake_quantization_does(
 @pytest.mark.parametrize("residual_outputs", [False, True])
 @pytest.mark.parametrize("outputs", [False, True])
 def test_engines_reach_the_sqnr_of_fake_quantization(
-    engine, outputs, residual_outputs, unet, unet_graph, scales, fake_quant, tmp_path
-):
+    engine: str,
+    outputs: bool,
+    residual_outputs: bool,
+    unet: Checkpoint,
+    unet_graph: Graph,
+    scales: Callable[..., Quantization],
+    fake_quant: Callable[..., np.ndarray],
+    tmp_path: Path,
+) -> None:
     # weights within 7 bits: processors without VNNI saturate otherwise
     quantization, inputs = (
         scales(unet, outputs=outputs, residual_outputs=residual_outputs, weight_range=127 / 64),
@@ -70,7 +90,9 @@ def test_engines_reach_the_sqnr_of_fake_quantization(
     assert sqnr_db(plain, found) > sqnr_db(plain, fake_quant(unet, quantization, inputs)) - 1.0
 
 
-def test_output_scales_let_onnxruntime_compute_on_integers(unet, unet_graph, scales, tmp_path):
+def test_output_scales_let_onnxruntime_compute_on_integers(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
+) -> None:
     shares = {}
     for outputs in (False, True):
         save_graph(insert_qdq(unet_graph, scales(unet, outputs=outputs)), tmp_path / "q.onnx")
@@ -78,13 +100,17 @@ def test_output_scales_let_onnxruntime_compute_on_integers(unet, unet_graph, sca
     assert shares[False] < 0.2 and shares[True] > 0.9
 
 
-def test_the_file_shrinks_to_about_a_quarter(wide, wide_graph, scales, tmp_path):
+def test_the_file_shrinks_to_about_a_quarter(
+    wide: Checkpoint, wide_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
+) -> None:
     save_graph(wide_graph, tmp_path / "f.onnx")
     save_graph(insert_qdq(wide_graph, scales(wide)), tmp_path / "q.onnx")
     assert (tmp_path / "q.onnx").stat().st_size < 0.28 * (tmp_path / "f.onnx").stat().st_size
 
 
-def test_weights_are_stored_as_int8_and_no_float_copy_is_left(everything, everything_graph, scales):
+def test_weights_are_stored_as_int8_and_no_float_copy_is_left(
+    everything: Checkpoint, everything_graph: Graph, scales: Callable[..., Quantization]
+) -> None:
     graph = load_all(insert_qdq(everything_graph, scales(everything))).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     weight = numpy_helper.to_array(stored["first.weight_int8"])
@@ -94,7 +120,9 @@ def test_weights_are_stored_as_int8_and_no_float_copy_is_left(everything, everyt
     assert not set(stored) - {name for node in graph.node for name in node.input}
 
 
-def test_the_float_graph_is_not_changed(everything_graph, everything, scales):
+def test_the_float_graph_is_not_changed(
+    everything_graph: Graph, everything: Checkpoint, scales: Callable[..., Quantization]
+) -> None:
     def written(graph: Graph) -> bytes:
         return load_all(graph).SerializeToString(deterministic=True)
 
@@ -104,7 +132,9 @@ def test_the_float_graph_is_not_changed(everything_graph, everything, scales):
     assert written(insert_qdq(everything_graph, scales(everything))) == written(first)
 
 
-def test_a_weight_is_quantized_only_when_it_is_written(everything, everything_graph, scales):
+def test_a_weight_is_quantized_only_when_it_is_written(
+    everything: Checkpoint, everything_graph: Graph, scales: Callable[..., Quantization]
+) -> None:
     reads = []
     observed = {
         name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
@@ -125,7 +155,9 @@ def test_a_weight_is_quantized_only_when_it_is_written(everything, everything_gr
     assert len(reads) == 5
 
 
-def test_readers_of_one_tensor_with_one_scale_share_a_pair(unet, unet_graph, scales):
+def test_readers_of_one_tensor_with_one_scale_share_a_pair(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization]
+) -> None:
     quantization = scales(unet)
     names = [f"mid_block.attentions.0.{projection}" for projection in ("to_q", "to_k", "to_v")]
     few = {f"{name}.{kind}": quantization.amax[f"{name}.{kind}"] for name in names for kind in ("weight", "input")}
@@ -136,7 +168,9 @@ def test_readers_of_one_tensor_with_one_scale_share_a_pair(unet, unet_graph, sca
     assert Counter(node.op_type for node in graph.node)["QuantizeLinear"] == 2
 
 
-def test_a_layer_without_input_scale_computes_in_float(unet, unet_graph, scales, fake_quant):
+def test_a_layer_without_input_scale_computes_in_float(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], fake_quant: Callable[..., np.ndarray]
+) -> None:
     name = "time_embedding.linear_1"
     quantization = only(scales(unet, weight_only=(name,)), name)
     graph = insert_qdq(unet_graph, quantization)
@@ -147,7 +181,9 @@ def test_a_layer_without_input_scale_computes_in_float(unet, unet_graph, scales,
 
 @pytest.mark.parametrize("kind", ["weight", "input", "output"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf"), None])
-def test_an_invalid_scale_is_rejected_by_layer(kind, value, unet, unet_graph, scales):
+def test_an_invalid_scale_is_rejected_by_layer(
+    kind: str, value: float | None, unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization]
+) -> None:
     amax = dict(only(scales(unet, outputs=True), "conv_in").amax)
     bad = amax[f"conv_in.{kind}"].clone().reshape(-1)
     if value is None:
@@ -172,12 +208,18 @@ def test_an_invalid_scale_is_rejected_by_layer(kind, value, unet, unet_graph, sc
         ),
     ],
 )
-def test_scales_that_do_not_fit_the_graph_are_rejected_by_layer(change, message, unet, unet_graph, scales):
+def test_scales_that_do_not_fit_the_graph_are_rejected_by_layer(
+    change: dict[str, torch.Tensor | None],
+    message: str,
+    unet: Checkpoint,
+    unet_graph: Graph,
+    scales: Callable[..., Quantization],
+) -> None:
     amax = {**only(scales(unet), "conv_in").amax, **change}
     with pytest.raises(InvalidInputError, match=message):
         insert_qdq(unet_graph, Quantization("int8", {k: v for k, v in amax.items() if v is not None}))
 
 
-def test_an_unknown_format_is_rejected(unet_graph):
+def test_an_unknown_format_is_rejected(unet_graph: Graph) -> None:
     with pytest.raises(InvalidInputError, match="format 'fp4'"):
         insert_qdq(unet_graph, Quantization("fp4", {}))

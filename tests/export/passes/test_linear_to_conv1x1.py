@@ -45,12 +45,12 @@ def run(graph: Graph, sample: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(2, 5, 6), (1, 1, 6), (3, 9, 6)])
-def test_the_convolutions_compute_the_same_as_the_products(shape, graph):
+def test_the_convolutions_compute_the_same_as_the_products(shape: tuple[int, int, int], graph: Graph) -> None:
     sample = np.random.default_rng(0).standard_normal(shape, dtype=np.float32)
     np.testing.assert_allclose(run(linear_to_conv1x1(graph, LAYERS), sample), run(graph, sample), rtol=0, atol=1e-6)
 
 
-def test_layers_over_sequences_become_convolutions_of_the_same_names_and_others_stay(graph):
+def test_layers_over_sequences_become_convolutions_of_the_same_names_and_others_stay(graph: Graph) -> None:
     made = linear_to_conv1x1(graph, LAYERS).proto.graph
     convolutions = {node.name for node in made.node if node.op_type == "Conv"}
     assert convolutions == {"plain", "unbiased", "twice", "twice#2"}
@@ -61,14 +61,14 @@ def test_layers_over_sequences_become_convolutions_of_the_same_names_and_others_
     assert len(stored) == len(set(stored)) and "plain.weight" not in stored
 
 
-def test_only_the_requested_layers_change_and_the_input_graph_does_not(graph):
+def test_only_the_requested_layers_change_and_the_input_graph_does_not(graph: Graph) -> None:
     before = graph.proto.SerializeToString(deterministic=True)
     made = linear_to_conv1x1(graph, ("unbiased",)).proto.graph
     assert [node.name for node in made.node if node.op_type == "Conv"] == ["unbiased"]
     assert graph.proto.SerializeToString(deterministic=True) == before
 
 
-def test_a_bias_stays_outside_if_the_product_before_it_has_other_readers():
+def test_a_bias_stays_outside_if_the_product_before_it_has_other_readers() -> None:
     class Read(nn.Module):
         def __init__(self) -> None:
             super().__init__()

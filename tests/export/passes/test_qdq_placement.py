@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +14,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
 
-from diffpress.compress.checkpoint import Quantization
+from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.graph.rewrite import Rewrite
@@ -30,8 +33,8 @@ def pairs(graph: onnx.GraphProto) -> list[str]:
 
 @pytest.mark.parametrize("residual_outputs", [False, True])
 def test_onnxruntime_computes_every_layer_that_is_not_sensitive_on_integers(
-    residual_outputs, unet, unet_graph, scales, tmp_path
-):
+    residual_outputs: bool, unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
+) -> None:
     sensitive = adapter_for(unet.model).sensitive_layers(unet.model)
     quantization = scales(unet, outputs=True, residual_outputs=residual_outputs)
     amax = {k: v for k, v in quantization.amax.items() if k.rsplit(".", 1)[0] not in sensitive or k == "conv_in.output"}
@@ -45,7 +48,9 @@ def test_onnxruntime_computes_every_layer_that_is_not_sensitive_on_integers(
     }
 
 
-def test_residual_concatenations_copy_integers_in_onnxruntime(unet, unet_graph, scales, tmp_path):
+def test_residual_concatenations_copy_integers_in_onnxruntime(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
+) -> None:
     found = {}
     for residual_outputs in (False, True):
         save_graph(
@@ -61,7 +66,9 @@ def test_residual_concatenations_copy_integers_in_onnxruntime(unet, unet_graph, 
 
 
 @pytest.mark.skipif("openvino" not in available(), reason="needs openvino")
-def test_residual_concatenations_copy_integers_in_openvino(unet, unet_graph, scales, tmp_path):
+def test_residual_concatenations_copy_integers_in_openvino(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
+) -> None:
     import openvino
 
     copied, reordered = {}, {}
@@ -81,7 +88,9 @@ def test_residual_concatenations_copy_integers_in_openvino(unet, unet_graph, sca
     assert reordered[True] < reordered[False]
 
 
-def test_integers_have_a_shifted_zero_point_for_cpus_and_none_for_tensorrt(unet, unet_graph, scales):
+def test_integers_have_a_shifted_zero_point_for_cpus_and_none_for_tensorrt(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization]
+) -> None:
     quantization, results = scales(unet, outputs=True, residual_outputs=True), []
     for tensorrt, zero in ((False, np.uint8(128)), (True, np.int8(0))):
         model = load_all(insert_qdq(unet_graph, quantization, tensorrt=tensorrt))
@@ -97,7 +106,9 @@ def test_integers_have_a_shifted_zero_point_for_cpus_and_none_for_tensorrt(unet,
     np.testing.assert_array_equal(*results)
 
 
-def test_a_sum_is_rounded_once_for_all_its_readers(unet, unet_graph, scales):
+def test_a_sum_is_rounded_once_for_all_its_readers(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization]
+) -> None:
     placed = pairs(insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=True)).proto.graph)
     assert len(set(placed)) == len(placed)
     # their inputs have the scale of their source: a sum, a concatenation, an upsampling
@@ -108,7 +119,9 @@ def test_a_sum_is_rounded_once_for_all_its_readers(unet, unet_graph, scales):
     assert not any("nonlinearity" in name or "norm" in name for name in placed)
 
 
-def test_a_sum_with_another_scale_than_its_reader_is_rounded_again(unet, unet_graph, scales):
+def test_a_sum_with_another_scale_than_its_reader_is_rounded_again(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization]
+) -> None:
     quantization = scales(unet, outputs=True, residual_outputs=True)
     quantization.amax["up_blocks.0.upsamplers.0.conv.input"] = torch.tensor(0.5)
     placed = pairs(insert_qdq(unet_graph, quantization).proto.graph)
@@ -144,7 +157,9 @@ def pairs_after(node: onnx.NodeProto, scales: dict[str, float], stored: dict[str
         ("Sigmoid", ["a"], {"a": 0.5}, {}, 0),
     ],
 )
-def test_a_pair_follows_nodes_that_only_copy_tensors_of_one_scale(operator, inputs, scales, settings, count):
+def test_a_pair_follows_nodes_that_only_copy_tensors_of_one_scale(
+    operator: str, inputs: list[str], scales: dict[str, float], settings: dict[str, Any], count: int
+) -> None:
     stored = {"two": np.float32([2]).reshape(()), "zero": np.zeros((), np.float32), "ends": np.int64([0, 1])}
     node = helper.make_node(operator, inputs, ["out"], "node", **settings)
     assert pairs_after(node, scales, stored) == count
@@ -169,7 +184,7 @@ SUMS = Quantization("int8", {"a.output": torch.tensor(127 / 8), "b.output": torc
 
 
 @pytest.mark.parametrize("factor", [np.float32(0.25), np.float32([0.25])])
-def test_a_product_of_moved_and_scaled_integers_reads_them(factor):
+def test_a_product_of_moved_and_scaled_integers_reads_them(factor: np.ndarray) -> None:
     model = product_of([MOVED, TIMES], {"factor": factor})
     placed = load_all(insert_qdq(Graph(model), SUMS))
     makers = {name: node for node in placed.graph.node for name in node.output}
@@ -182,7 +197,7 @@ def test_a_product_of_moved_and_scaled_integers_reads_them(factor):
     np.testing.assert_array_equal(run_exactly(placed, {"x": x, "y": y}), a.T / 4 @ b)
 
 
-def test_a_tensor_scaled_before_it_is_moved_keeps_its_factor():
+def test_a_tensor_scaled_before_it_is_moved_keeps_its_factor() -> None:
     left = [helper.make_node("Mul", ["xx", "factor"], ["times"], "times")]
     left.append(helper.make_node("Transpose", ["times"], ["left"], "turn", perm=[1, 0]))
     placed = load_all(insert_qdq(Graph(product_of(left, {"factor": np.float32(0.25)})), SUMS))
@@ -202,13 +217,17 @@ def test_a_tensor_scaled_before_it_is_moved_keeps_its_factor():
         ("Transpose", ["xx"], {}, SUMS, True),
     ],
 )
-def test_a_product_with_an_input_without_integer_scale_stays_in_float(operator, inputs, stored, quantization, tensorrt):
+def test_a_product_with_an_input_without_integer_scale_stays_in_float(
+    operator: str, inputs: list[str], stored: dict[str, np.ndarray], quantization: Quantization, tensorrt: bool
+) -> None:
     model = product_of([helper.make_node(operator, inputs, ["left"], "between")], stored)
     placed = insert_qdq(Graph(model), quantization, tensorrt).proto.graph
     assert {"left", "right"} == set(placed.node[-1].input)
 
 
-def test_onnxruntime_computes_the_scores_of_attention_on_integers(unet, unet_graph, scales, tmp_path):
+def test_onnxruntime_computes_the_scores_of_attention_on_integers(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
+) -> None:
     graph = insert_qdq(unet_graph, scales(unet, outputs=True))
     save_graph(graph, tmp_path / "q.onnx")
     softmaxed = {node.input[0] for node in graph.proto.graph.node if node.op_type == "Softmax"}
@@ -217,7 +236,7 @@ def test_onnxruntime_computes_the_scores_of_attention_on_integers(unet, unet_gra
     assert len(scores) == 4 and not scores & set(floats)
 
 
-def test_a_graph_output_that_is_a_sum_keeps_its_name():
+def test_a_graph_output_that_is_a_sum_keeps_its_name() -> None:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"], "block")], "g", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)

@@ -37,14 +37,16 @@ def vectors(checkpoint: Checkpoint, layers: list[str]) -> dict[str, torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def quantized(unet) -> Checkpoint:
+def quantized(unet: Checkpoint) -> Checkpoint:
     """The U-Net with smoothed linear layers and concatenations."""
     config = QuantizeConfig(samples=4, batch=4, smooth=0.5, split_concats=True, output_correction=False)
     return quantize(unet, config, Context(0, Path(), unet))
 
 
 @pytest.mark.parametrize("layer", SMOOTHED)
-def test_a_smoothed_layer_computes_the_same_function(layer, everything, everything_graph):
+def test_a_smoothed_layer_computes_the_same_function(
+    layer: str, everything: Checkpoint, everything_graph: Graph
+) -> None:
     graph = apply_smoothquant(everything_graph, vectors(everything, [layer]))
     assert sum(node.op_type == "Mul" and node.name.startswith(layer) for node in graph.proto.graph.node) >= 1
     inputs = inputs_for(everything)
@@ -52,7 +54,9 @@ def test_a_smoothed_layer_computes_the_same_function(layer, everything, everythi
     np.testing.assert_allclose(found, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_the_quantized_graph_computes_what_torch_fake_quantization_does(quantized, unet, unet_graph):
+def test_the_quantized_graph_computes_what_torch_fake_quantization_does(
+    quantized: Checkpoint, unet: Checkpoint, unet_graph: Graph
+) -> None:
     inputs = inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     expected = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
@@ -65,7 +69,9 @@ def test_the_quantized_graph_computes_what_torch_fake_quantization_does(quantize
 
 
 @pytest.mark.parametrize("engine", available())
-def test_engines_reach_the_sqnr_of_fake_quantization(engine, quantized, unet, unet_graph, tmp_path):
+def test_engines_reach_the_sqnr_of_fake_quantization(
+    engine: str, quantized: Checkpoint, unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     inputs = inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     fake = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
@@ -74,7 +80,7 @@ def test_engines_reach_the_sqnr_of_fake_quantization(engine, quantized, unet, un
     assert sqnr_db(plain, found) > sqnr_db(plain, fake) - 1.0
 
 
-def test_readers_of_one_tensor_share_the_factor_and_the_rounding(quantized, unet_graph):
+def test_readers_of_one_tensor_share_the_factor_and_the_rounding(quantized: Checkpoint, unet_graph: Graph) -> None:
     graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
     makers = {output: node for node in graph.node for output in node.output}
     readers = {node.name: node for node in graph.node}
@@ -84,7 +90,7 @@ def test_readers_of_one_tensor_share_the_factor_and_the_rounding(quantized, unet
     assert rounded.op_type == "QuantizeLinear" and makers[rounded.input[0]].op_type == "Mul"
 
 
-def test_a_weight_is_multiplied_only_when_it_is_read(everything, everything_graph):
+def test_a_weight_is_multiplied_only_when_it_is_read(everything: Checkpoint, everything_graph: Graph) -> None:
     reads = []
     observed = {
         name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
@@ -96,7 +102,7 @@ def test_a_weight_is_multiplied_only_when_it_is_read(everything, everything_grap
     assert reads == ["down.weight"]
 
 
-def test_the_graph_is_not_changed(everything, everything_graph):
+def test_the_graph_is_not_changed(everything: Checkpoint, everything_graph: Graph) -> None:
     before = load_all(everything_graph).SerializeToString(deterministic=True)
     assert apply_smoothquant(everything_graph, {}) is everything_graph
     apply_smoothquant(everything_graph, vectors(everything, SMOOTHED))
@@ -104,11 +110,11 @@ def test_the_graph_is_not_changed(everything, everything_graph):
 
 
 @pytest.mark.parametrize("bad", [torch.ones(5), torch.zeros(8), torch.full((8,), torch.inf), -torch.ones(8)])
-def test_a_vector_that_does_not_fit_is_rejected_by_name(bad, everything_graph):
+def test_a_vector_that_does_not_fit_is_rejected_by_name(bad: torch.Tensor, everything_graph: Graph) -> None:
     with pytest.raises(InvalidInputError, match="layer 'twin_a': its smoothing factors must be 8 positive numbers"):
         apply_smoothquant(everything_graph, {"twin_a": bad})
 
 
-def test_a_layer_that_the_graph_does_not_have_is_rejected(everything_graph):
+def test_a_layer_that_the_graph_does_not_have_is_rejected(everything_graph: Graph) -> None:
     with pytest.raises(InvalidInputError, match="layer 'elsewhere': the graph has no node"):
         apply_smoothquant(everything_graph, {"elsewhere": torch.ones(8)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ def factors(checkpoint: Checkpoint, layer: str, rank: int = 3) -> dict[str, torc
 
 
 @pytest.mark.parametrize("layer", LINEAR)
-def test_a_layer_with_a_branch_computes_the_same_function(layer, everything, everything_graph):
+def test_a_layer_with_a_branch_computes_the_same_function(
+    layer: str, everything: Checkpoint, everything_graph: Graph
+) -> None:
     graph, inputs = svdquant(everything_graph, factors(everything, layer)), inputs_for(everything)
     assert len(graph.proto.graph.node) == len(everything_graph.proto.graph.node) + 3
     np.testing.assert_allclose(run_exactly(graph, inputs), run_exactly(everything_graph, inputs), rtol=1e-3, atol=1e-4)
@@ -42,7 +45,9 @@ SETTINGS = [{"format": "int8", "smooth": 0.5}, {"format": "int4"}, {"format": "w
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
-def test_the_quantized_graph_computes_what_torch_fake_quantization_does(settings, unet, unet_graph):
+def test_the_quantized_graph_computes_what_torch_fake_quantization_does(
+    settings: dict[str, Any], unet: Checkpoint, unet_graph: Graph
+) -> None:
     config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant_rank=4, **settings)
     quantized, inputs = quantize(unet, config, Context(0, Path(), unet)), inputs_for(unet)
     assert quantized.quantization.svdquant
@@ -52,7 +57,7 @@ def test_the_quantized_graph_computes_what_torch_fake_quantization_does(settings
     assert sqnr_db(expected, found) > sqnr_db(plain, expected) + 6
 
 
-def test_the_branch_reads_the_tensor_before_rounding(unet, unet_graph):
+def test_the_branch_reads_the_tensor_before_rounding(unet: Checkpoint, unet_graph: Graph) -> None:
     config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant_rank=4, smooth=0.5)
     quantized = quantize(unet, config, Context(0, Path(), unet))
     graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
@@ -62,7 +67,9 @@ def test_the_branch_reads_the_tensor_before_rounding(unet, unet_graph):
     assert readers[f"{layer}.svdquant_down"].input[0] == old[layer].input[0] != readers[layer].input[0]
 
 
-def test_the_weight_is_read_only_when_written_and_the_graph_is_not_changed(everything, everything_graph):
+def test_the_weight_is_read_only_when_written_and_the_graph_is_not_changed(
+    everything: Checkpoint, everything_graph: Graph
+) -> None:
     before = load_all(everything_graph).SerializeToString(deterministic=True)
     assert svdquant(everything_graph, {}) is everything_graph
     reads = []
@@ -77,7 +84,7 @@ def test_the_weight_is_read_only_when_written_and_the_graph_is_not_changed(every
     assert load_all(everything_graph).SerializeToString(deterministic=True) == before
 
 
-def test_factors_that_do_not_fit_are_rejected_by_name(everything, everything_graph):
+def test_factors_that_do_not_fit_are_rejected_by_name(everything: Checkpoint, everything_graph: Graph) -> None:
     found = factors(everything, "gemm")
     found["gemm.up"] = torch.ones(3, 3)
     with pytest.raises(InvalidInputError, match="layer 'gemm': branch does not match weight"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,7 @@ from diffpress.runtime.engines import load_engine
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
-def test_an_int8_weight_only_layer_does_not_round_its_input(engine, tmp_path):
+def test_an_int8_weight_only_layer_does_not_round_its_input(engine: str, tmp_path: Path) -> None:
     pytest.importorskip(engine)
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 64, bias=False)).eval(), torch.randn(2, 16, 64)

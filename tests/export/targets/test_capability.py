@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 
 import onnx
 import pytest
 from torch import nn
 
-from diffpress.compress.checkpoint import Quantization
+from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.export.bundle import write_bundle
-from diffpress.export.graph.model import save_graph
+from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.summary import summary
 from diffpress.export.targets.capability import SUPPORT, check_supported, emulated, expected_integer_layers
@@ -28,7 +29,7 @@ ABLE = [("int8", "8.6"), ("int8", "8.9"), ("int8", "12.0"), ("fp8", "8.9"), ("fp
 ABLE += [("w4a8", "8.6"), ("int4", "8.6"), ("int4", "12.0"), ("nvfp4", "12.0")]
 
 
-def calibrated(checkpoint, kind, weight_range=1.0):
+def calibrated(checkpoint: Checkpoint, kind: str, weight_range: float = 1.0) -> Quantization:
     """Return scales of every layer in `kind`, and of sensitive linear layers as int8 weights."""
     formats = {}
     sensitive = set(adapter_for(checkpoint.model).sensitive_layers(checkpoint.model))
@@ -40,11 +41,11 @@ def calibrated(checkpoint, kind, weight_range=1.0):
     return measured_scales(checkpoint, kind=kind, formats=formats, outputs=True, weight_range=weight_range)
 
 
-def test_the_table_lists_every_format():
+def test_the_table_lists_every_format() -> None:
     assert set(SUPPORT) == set(FORMATS)
 
 
-def test_a_gpu_that_cannot_run_a_format_is_rejected_with_the_formats_it_can_run():
+def test_a_gpu_that_cannot_run_a_format_is_rejected_with_the_formats_it_can_run() -> None:
     check_supported(["fp8", "int8"], ["8.9", "12.0"])
     check_supported(["int8", "int4", "w4a8", "int8_weight_only"], ["7.5", "8.6"])
     message = "capability 8.6 does not run format fp8; 8.9 and later do, and 8.6 runs int8, w4a8"
@@ -55,14 +56,16 @@ def test_a_gpu_that_cannot_run_a_format_is_rejected_with_the_formats_it_can_run(
         check_supported(["nvfp4"], ["9.0"])  # 9.0 < 12.0 as numbers, not as strings
 
 
-def test_formats_that_the_cpu_emulates_are_not_expected_on_integers():
+def test_formats_that_the_cpu_emulates_are_not_expected_on_integers() -> None:
     assert emulated(["int8", "fp8", "int8_weight_only"]) == ["fp8"]
     amax = {"a.weight": 1, "a.input": 1, "b.weight": 1, "b.input": 1, "c.weight": 1}
     mixed = Quantization("int8", amax, {"b": "fp8"})
     assert expected_integer_layers(mixed) == ["a"]
 
 
-def test_fp8_on_a_gpu_without_it_is_rejected_before_any_work(unet, tmp_path, monkeypatch):
+def test_fp8_on_a_gpu_without_it_is_rejected_before_any_work(
+    unet: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("diffpress.export.bundle.check_build", lambda *_: None)
     monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda *_: pytest.fail("traced before the check"))
     checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
@@ -71,7 +74,9 @@ def test_fp8_on_a_gpu_without_it_is_rejected_before_any_work(unet, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_exporting_an_fp8_bundle_reports_what_runs_in_float(unet, unet_graph, tmp_path, capsys):
+def test_exporting_an_fp8_bundle_reports_what_runs_in_float(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
     bundle = write_bundle(checkpoint, tmp_path / "b", float_graph=unet_graph, threads=1)
     message = "fp8: engines on the CPU round to it and compute in float, no faster than fp32; TensorRT multiplies in it"
@@ -83,7 +88,9 @@ def test_exporting_an_fp8_bundle_reports_what_runs_in_float(unet, unet_graph, tm
     assert any("computes fp8 in float, no faster than fp32" in line for line in summary(bundle))
 
 
-def test_exporting_an_nvfp4_bundle_reports_that_only_weights_have_4_bits(unet, unet_graph, tmp_path, capsys):
+def test_exporting_an_nvfp4_bundle_reports_that_only_weights_have_4_bits(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     quantization = calibrated(unet, "nvfp4")
     bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
     (message,) = [line for line in capsys.readouterr().out.splitlines() if "nvfp4" in line]
@@ -95,7 +102,9 @@ def test_exporting_an_nvfp4_bundle_reports_that_only_weights_have_4_bits(unet, u
     assert entry["emulated"] == ["fp8", "nvfp4"] and entry["integer_mac_share"] == 0 == len(entry["fallbacks"])
 
 
-def test_a_bundle_in_four_bits_runs_on_integers(unet, unet_graph, tmp_path, capsys):
+def test_a_bundle_in_four_bits_runs_on_integers(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     quantization = calibrated(unet, "w4a8")
     bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
     denoiser, (entry,) = bundle.manifest["graphs"]["denoiser"], bundle.manifest["engines"]
@@ -105,7 +114,7 @@ def test_a_bundle_in_four_bits_runs_on_integers(unet, unet_graph, tmp_path, caps
     assert entry["fallbacks"] == []
 
 
-def test_the_label_names_all_formats_that_compute():
+def test_the_label_names_all_formats_that_compute() -> None:
     amax = {f"{name}.weight": 1 for name in "abcd"}
     assert precision_of(Quantization("int8", amax, {"d": "fp8"})) == "int8+fp8"
     assert precision_of(Quantization("int8", amax, dict.fromkeys("abc", "int8_weight_only"))) == "int8"
@@ -115,14 +124,18 @@ def test_the_label_names_all_formats_that_compute():
 
 @needs_tensorrt
 @pytest.mark.parametrize(("kind", "capability"), ABLE)
-def test_tensorrt_builds_the_graph_of_each_format(kind, capability, unet, unet_graph, tmp_path):
+def test_tensorrt_builds_the_graph_of_each_format(
+    kind: str, capability: str, unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     save_graph(insert_qdq(unet_graph, calibrated(unet, kind), tensorrt=True), tmp_path / "g.onnx")
     entry = build_engine(tmp_path / "g.onnx", tmp_path, [capability], unet.spec)
     assert (tmp_path / entry["file"]).stat().st_size > 100_000
 
 
 @needs_tensorrt
-def test_tensorrts_builder_rejects_fp8_where_the_table_does(unet, unet_graph, tmp_path):
+def test_tensorrts_builder_rejects_fp8_where_the_table_does(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     save_graph(insert_qdq(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
     with pytest.raises(InvalidInputError, match="fp8") as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.6"], unet.spec)
@@ -130,7 +143,9 @@ def test_tensorrts_builder_rejects_fp8_where_the_table_does(unet, unet_graph, tm
 
 
 @needs_tensorrt
-def test_the_bundle_contains_the_graph_its_engine_was_built_from(unet, unet_graph, tmp_path):
+def test_the_bundle_contains_the_graph_its_engine_was_built_from(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     quantization = calibrated(unet, "int8", weight_range=127 / 64)
     bundle = write_bundle(
         unet.evolve(quantization=quantization),

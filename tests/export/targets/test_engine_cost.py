@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 
-from diffpress.export.graph.model import save_graph
+from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.targets.engine_cost import layer_times, open_engine_costs
 from diffpress.runtime.engines import available, load_engine
@@ -12,7 +16,7 @@ from diffpress.runtime.engines.precision_report import Kernel
 from diffpress.runtime.network_inputs import dummy_inputs
 
 
-def test_kernels_belong_to_layers_by_node_tensor_bias_and_rounding(everything_graph):
+def test_kernels_belong_to_layers_by_node_tensor_bias_and_rounding(everything_graph: Graph) -> None:
     graph = everything_graph
     tensor = next(node.output[0] for node in graph.proto.graph.node if node.name == "first")
     bias = next(node.name for node in graph.proto.graph.node if node.op_type == "Add" and "matmul.bias" in node.input)
@@ -31,7 +35,9 @@ def test_kernels_belong_to_layers_by_node_tensor_bias_and_rounding(everything_gr
 
 
 @pytest.mark.parametrize("engine", available())
-def test_every_layer_that_multiplies_is_found_in_the_profile(engine, unet, unet_graph, scales, tmp_path):
+def test_every_layer_that_multiplies_is_found_in_the_profile(
+    engine: str, unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
+) -> None:
     quantization = scales(unet, weight_range=127 / 64, outputs=True)
     heavy = [layer for layer in quantization.layers if ".conv" in layer or ".to_" in layer]
     for name, graph in (("float", unet_graph), ("int8", insert_qdq(unet_graph, quantization))):
@@ -41,7 +47,7 @@ def test_every_layer_that_multiplies_is_found_in_the_profile(engine, unet, unet_
         assert set(heavy) <= found.keys() and all(found[layer] > 0 for layer in heavy), (name, heavy)
 
 
-def test_costs_are_those_of_the_given_quantization(wide, scales):
+def test_costs_are_those_of_the_given_quantization(wide: Checkpoint, scales: Callable[..., Quantization]) -> None:
     quantization = scales(wide, weight_range=127 / 64, outputs=True)
     with open_engine_costs(wide, "onnxruntime") as costs:
         gains = costs.gains_ms(quantization)

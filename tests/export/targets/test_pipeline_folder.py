@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,6 +17,7 @@ from torch import nn
 from transformers import AutoTokenizer, CLIPTokenizer
 
 from diffpress.compress.sources.layout import INDEX, read_layout
+from diffpress.export.graph.model import Graph
 from diffpress.export.graph.trace import trace
 from diffpress.export.targets.pipeline_folder import link_graph, write_graph, write_pipeline_files
 from diffpress.runtime.engines import load_engine
@@ -24,7 +27,7 @@ PROMPTS = ["a photo of a cat", "Red dog! 3", ""]
 
 
 @pytest.fixture
-def written(tmp_path):
+def written(tmp_path: Path) -> Callable[[Path], Path]:
     """Write a pipeline's files into an empty folder."""
 
     def write(folder: Path) -> Path:
@@ -35,14 +38,16 @@ def written(tmp_path):
     return write
 
 
-def edit(path: Path, **changes) -> None:
+def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
 # --- index, scheduler, tokenizers ------------------------------------------------------------------------------
 
 
-def test_the_index_names_no_component_that_is_not_in_the_bundle(tiny_folder, written, tmp_path):
+def test_the_index_names_no_component_that_is_not_in_the_bundle(
+    tiny_folder: Callable[..., Path], written: Callable[[Path], Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_folder("sd"), tmp_path / "sd")
     checker = {"safety_checker": ["stable_diffusion", "StableDiffusionSafetyChecker"]}
     edit(folder / INDEX, **checker, feature_extractor=["transformers", "CLIPImageProcessor"])
@@ -52,12 +57,16 @@ def test_the_index_names_no_component_that_is_not_in_the_bundle(tiny_folder, wri
     assert index == {**before, **removed}
 
 
-def test_the_index_of_a_pipeline_without_a_safety_checker_is_unchanged(tiny_folder, written):
+def test_the_index_of_a_pipeline_without_a_safety_checker_is_unchanged(
+    tiny_folder: Callable[..., Path], written: Callable[[Path], Path]
+) -> None:
     folder = tiny_folder("sdxl")
     assert json.loads((written(folder) / INDEX).read_text()) == json.loads((folder / INDEX).read_text())
 
 
-def test_the_scheduler_is_copied_and_weights_are_not(tiny_folder, written):
+def test_the_scheduler_is_copied_and_weights_are_not(
+    tiny_folder: Callable[..., Path], written: Callable[[Path], Path]
+) -> None:
     folder, bundle = tiny_folder("sd3"), written(tiny_folder("sd3"))
     config = Path("scheduler") / "scheduler_config.json"
     assert (bundle / config).read_bytes() == (folder / config).read_bytes()
@@ -73,7 +82,9 @@ def test_the_scheduler_is_copied_and_weights_are_not(tiny_folder, written):
 
 @pytest.mark.parametrize("tokenizer_json", [True, False])
 @pytest.mark.parametrize(("kind", "component"), [("sd", "tokenizer"), ("sdxl", "tokenizer_2"), ("flux", "tokenizer_2")])
-def test_a_bundles_tokenizer_gives_the_same_ids_as_the_pipelines(kind, component, tokenizer_json, written, tmp_path):
+def test_a_bundles_tokenizer_gives_the_same_ids_as_the_pipelines(
+    kind: str, component: str, tokenizer_json: bool, written: Callable[[Path], Path], tmp_path: Path
+) -> None:
     folder = tiny_pipeline(kind, tmp_path / "from", tokenizer_json=tokenizer_json)
     bundle, own = written(folder), AutoTokenizer.from_pretrained(folder / component)
     alone, again = (
@@ -86,7 +97,9 @@ def test_a_bundles_tokenizer_gives_the_same_ids_as_the_pipelines(kind, component
     assert (again.model_max_length, again.pad_token_id) == (own.model_max_length, own.pad_token_id)
 
 
-def test_a_clip_tokenizer_of_one_file_gets_the_vocabulary_files_of_slow_tokenizers(tiny_folder, written, tmp_path):
+def test_a_clip_tokenizer_of_one_file_gets_the_vocabulary_files_of_slow_tokenizers(
+    tiny_folder: Callable[..., Path], written: Callable[[Path], Path], tmp_path: Path
+) -> None:
     folder = shutil.copytree(tiny_folder("sd"), tmp_path / "sd")
     stored = {name: (folder / "tokenizer" / name) for name in ("vocab.json", "merges.txt")}
     ids = CLIPTokenizer.from_pretrained(folder / "tokenizer")(PROMPTS[0]).input_ids
@@ -103,7 +116,7 @@ def test_a_clip_tokenizer_of_one_file_gets_the_vocabulary_files_of_slow_tokenize
 
 
 @pytest.fixture(scope="module")
-def graph():
+def graph() -> Graph:
     torch.manual_seed(0)
     examples = {"sample": torch.randn(2, 64)}
     return trace(nn.Linear(64, 64).eval(), lambda m, x: (m(x["sample"]),), examples, ["out"], {"sample": {0: "batch"}})
@@ -114,7 +127,7 @@ def output_of(file: Path) -> np.ndarray:
     return engine.run({"sample": np.linspace(-1, 1, 64, dtype=np.float32)[None]})
 
 
-def test_a_graph_and_its_view_share_one_weight_file(graph, tmp_path):
+def test_a_graph_and_its_view_share_one_weight_file(graph: Graph, tmp_path: Path) -> None:
     size = write_graph(graph, tmp_path, "denoiser", "unet", {"sample_size": 8})
     files = {path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*") if path.is_file()}
     assert files == {"denoiser.onnx", "unet/model.onnx", "unet/model.onnx_data", "unet/config.json"}
@@ -128,7 +141,7 @@ def test_a_graph_and_its_view_share_one_weight_file(graph, tmp_path):
     np.testing.assert_array_equal(output_of(tmp_path / "unet" / "model.onnx"), output_of(tmp_path / "denoiser.onnx"))
 
 
-def test_a_component_of_another_bundle_is_reused_without_a_second_copy(graph, tmp_path):
+def test_a_component_of_another_bundle_is_reused_without_a_second_copy(graph: Graph, tmp_path: Path) -> None:
     one, other = tmp_path / "one", tmp_path / "other"
     for folder in (one, other):
         folder.mkdir()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 from typing import get_type_hints
 
 import onnx
@@ -14,11 +16,12 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from diffpress.cli.export import add_tensorrt_arguments, build_options
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import TensorRTConfig
 from diffpress.compress.recipe import read_recipe
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.export.bundle import write_bundle
-from diffpress.export.graph.model import save_graph
+from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.passes.half_precision import kept_modules, to_half
 from diffpress.export.passes.insert_qdq import insert_qdq
@@ -36,15 +39,17 @@ needs_tensorrt = pytest.mark.skipif(
 SIZES = ("8.6", "8.9", "12.0")
 
 
-def one_line(caught):
+def one_line(caught: pytest.ExceptionInfo[BaseException]) -> bool:
     return "\n" not in str(caught.value)
 
 
-def nothing_installed(monkeypatch):
+def nothing_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffpress.runtime.engines.tensorrt.library.MODULES", {"tensorrt-rtx": "no_such_module_at_all"})
 
 
-def test_without_tensorrt_the_extra_is_named_before_any_work(wide, tmp_path, monkeypatch):
+def test_without_tensorrt_the_extra_is_named_before_any_work(
+    wide: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     nothing_installed(monkeypatch)
     monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda *_: pytest.fail("traced before the check"))
     with pytest.raises(MissingDependencyError, match=r"tensorrt-rtx.*pip install 'diffpress\[tensorrt\]'"):
@@ -63,14 +68,16 @@ def test_without_tensorrt_the_extra_is_named_before_any_work(wide, tmp_path, mon
         (["--optimization-level", "5", "--tf32"], BuildOptions(optimization_level=5, tf32=True)),
     ],
 )
-def test_flags_become_options(flags, expected):
+def test_flags_become_options(flags: list[str], expected: BuildOptions) -> None:
     parser = argparse.ArgumentParser()
     add_tensorrt_arguments(parser)
     assert build_options(parser.parse_args(flags)) == expected
 
 
 @needs_tensorrt
-def test_an_engine_is_built_without_a_gpu_and_its_entry_records_the_target(wide, wide_graph, tmp_path):
+def test_an_engine_is_built_without_a_gpu_and_its_entry_records_the_target(
+    wide: Checkpoint, wide_graph: Graph, tmp_path: Path
+) -> None:
     save_graph(wide_graph, tmp_path / "g.onnx")
     entry = build_engine(tmp_path / "g.onnx", tmp_path, ["8.6", "12.0"], wide.spec, BuildOptions(batch=(1, 2, 4)))
     engine = tmp_path / entry["file"]
@@ -97,7 +104,7 @@ def test_an_engine_is_built_without_a_gpu_and_its_entry_records_the_target(wide,
         BuildOptions(workspace_mib=64),
     ],
 )
-def test_each_option_builds(options, wide, wide_graph, tmp_path):
+def test_each_option_builds(options: BuildOptions, wide: Checkpoint, wide_graph: Graph, tmp_path: Path) -> None:
     save_graph(wide_graph, tmp_path / "g.onnx")
     entry = build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec, options)
     assert entry["options"] == options.to_json() and entry["bytes"] > 100_000
@@ -113,7 +120,9 @@ def test_each_option_builds(options, wide, wide_graph, tmp_path):
         (BuildOptions(sizes=((8, 8), (16, 16))), "this graph has a fixed height and width"),
     ],
 )
-def test_options_that_cannot_be_built_are_rejected_in_one_line(options, message, wide, tmp_path):
+def test_options_that_cannot_be_built_are_rejected_in_one_line(
+    options: BuildOptions, message: str, wide: Checkpoint, tmp_path: Path
+) -> None:
     save_graph(to_onnx(wide, fixed_size=True), tmp_path / "g.onnx")
     with pytest.raises(InvalidInputError, match=message) as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec, options)
@@ -124,13 +133,15 @@ def test_options_that_cannot_be_built_are_rejected_in_one_line(options, message,
 @pytest.mark.parametrize(
     ("capabilities", "message"), [([], "name the GPUs"), (["8.7"], "unknown compute capability '8.7': did you mean '8")]
 )
-def test_capabilities_that_cannot_be_built_for_are_rejected(capabilities, message, wide, tmp_path):
+def test_capabilities_that_cannot_be_built_for_are_rejected(
+    capabilities: Sequence[str], message: str, wide: Checkpoint, tmp_path: Path
+) -> None:
     with pytest.raises(InvalidInputError, match=message):
         build_engine(tmp_path / "g.onnx", tmp_path, capabilities, wide.spec)
 
 
 @needs_tensorrt
-def test_a_node_that_tensorrt_does_not_support_is_named_in_one_line(wide, tmp_path):
+def test_a_node_that_tensorrt_does_not_support_is_named_in_one_line(wide: Checkpoint, tmp_path: Path) -> None:
     value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["batch", 3]) for name in "xy"]
     node = helper.make_node("Nonsense", ["x"], ["y"], "the_node", domain="ours")
     opsets = [helper.make_opsetid("", 18), helper.make_opsetid("ours", 1)]
@@ -144,7 +155,7 @@ def test_a_node_that_tensorrt_does_not_support_is_named_in_one_line(wide, tmp_pa
 
 
 @needs_tensorrt
-def test_a_graph_made_for_cpus_is_rejected_with_advice(unet, unet_graph, tmp_path):
+def test_a_graph_made_for_cpus_is_rejected_with_advice(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     save_graph(insert_qdq(unet_graph, calibrated(unet, "int8")), tmp_path / "g.onnx")
     with pytest.raises(
         InvalidInputError, match=r"cannot parse node '.*' .*zero point.*export with --targets tensorrt"
@@ -154,7 +165,7 @@ def test_a_graph_made_for_cpus_is_rejected_with_advice(unet, unet_graph, tmp_pat
 
 
 @needs_tensorrt
-def test_the_builder_also_rejects_fp8_on_a_gpu_without_it(unet, unet_graph, tmp_path):
+def test_the_builder_also_rejects_fp8_on_a_gpu_without_it(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     save_graph(insert_qdq(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
     message = r"compute capability 8.6 does not run format fp8 .*8.9 and later do: omit 8.6, or quantize to int8"
     with pytest.raises(InvalidInputError, match=message) as caught:
@@ -171,12 +182,12 @@ class Heavy(nn.Module):
         self.a, self.b = nn.Conv2d(512, 512, 3, padding=1), nn.Conv2d(512, 512, 3, padding=1)
         self.last = nn.Conv2d(512, 1, 3, padding=1)
 
-    def forward(self, sample, timestep):
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
         return self.last(self.b(torch.tanh(self.a(torch.tanh(self.first(sample)))))) * timestep[:, None, None, None]
 
 
 @needs_tensorrt
-def test_an_engine_stores_weights_in_the_precision_of_the_graph(wide, tmp_path):
+def test_an_engine_stores_weights_in_the_precision_of_the_graph(wide: Checkpoint, tmp_path: Path) -> None:
     """Engines also contain kernels, more of them for int8, whose engine may be larger for a small network."""
     torch.manual_seed(3)
     heavy = wide.evolve(model=Heavy().eval(), source=replace(wide.source, original={}))
@@ -195,7 +206,7 @@ def test_an_engine_stores_weights_in_the_precision_of_the_graph(wide, tmp_path):
 
 @needs_tensorrt
 @pytest.mark.slow
-def test_bundles_contain_engines_that_the_runtime_finds(unet, unet_graph, tmp_path):
+def test_bundles_contain_engines_that_the_runtime_finds(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     options = {"capabilities": SIZES, "build": BuildOptions(batch=(1, 2, 4)), "float_graph": unet_graph, "threads": 1}
     quantized = unet.evolve(quantization=calibrated(unet, "int8", weight_range=127 / 64))
     for checkpoint, precision, source in ((unet, "fp32", "denoiser"), (quantized, "int8", "denoiser.tensorrt")):
@@ -207,7 +218,7 @@ def test_bundles_contain_engines_that_the_runtime_finds(unet, unet_graph, tmp_pa
 
 @needs_tensorrt
 @pytest.mark.slow
-def test_all_graphs_of_a_latent_pipeline_are_built(tiny_folder, tmp_path):
+def test_all_graphs_of_a_latent_pipeline_are_built(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = load_checkpoint(str(tiny_folder("sd")))
     build = BuildOptions(batch=(1, 2, 4), sizes=((16, 16), (64, 64)))
     bundle = write_bundle(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=SIZES, build=build, threads=1)
@@ -231,7 +242,7 @@ def test_all_graphs_of_a_latent_pipeline_are_built(tiny_folder, tmp_path):
 
 @needs_tensorrt
 @pytest.mark.slow
-def test_the_teachers_engines_shrink_with_their_weights(tmp_path):
+def test_the_teachers_engines_shrink_with_their_weights(tmp_path: Path) -> None:
     """For three GPUs: int8 and fp16 below fp32, fp8 where the GPU supports it. Run with -s for the bytes."""
     teacher = load_checkpoint("calib_data/teacher")
     graph = to_onnx(teacher)
@@ -253,7 +264,7 @@ def test_the_teachers_engines_shrink_with_their_weights(tmp_path):
         assert sizes["fp16", capability] < 0.7 * sizes["fp32", capability]
 
 
-def test_a_recipe_sets_the_build_options(tmp_path):
+def test_a_recipe_sets_the_build_options(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         "export: {targets: [tensorrt], tensorrt: {compute_capabilities: ['8.6', '8.9'], batch: [1, 2, 4], tf32: true}}"
     )
@@ -271,7 +282,7 @@ def test_a_recipe_sets_the_build_options(tmp_path):
     ("settings", "message"),
     [("{batch: [4, 2, 1]}", "batch 4 2 1: expected the smallest"), ("{bach: [1, 2, 4]}", "did you mean 'batch'")],
 )
-def test_a_recipe_that_cannot_be_built_is_rejected_with_its_path(settings, message, tmp_path):
+def test_a_recipe_that_cannot_be_built_is_rejected_with_its_path(settings: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"export: {{targets: [tensorrt], tensorrt: {settings}}}")
     with pytest.raises(InvalidInputError, match=rf"r.yaml: .*export.tensorrt.*{message}"):
         read_recipe(tmp_path / "r.yaml")
@@ -280,7 +291,9 @@ def test_a_recipe_that_cannot_be_built_is_rejected_with_its_path(settings, messa
 @needs_tensorrt
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "capabilities"), [("int8", SIZES), ("fp8", SIZES[1:])])
-def test_a_quantized_latent_denoiser_is_built_with_dynamic_sizes(kind, capabilities, tiny_folder, tmp_path):
+def test_a_quantized_latent_denoiser_is_built_with_dynamic_sizes(
+    kind: str, capabilities: Sequence[str], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     checkpoint = load_checkpoint(str(tiny_folder("sd")))
     graph = insert_qdq(to_onnx(checkpoint), calibrated(checkpoint, kind), tensorrt=True)
     save_graph(graph, tmp_path / "g.onnx")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -15,7 +17,7 @@ from diffpress.runtime.errors import GateFailedError
 
 
 @pytest.fixture
-def graph():
+def graph() -> Graph:
     """Graph of y = (sample @ first) @ second with all-ones [4, 4] weights: 4 times the sum of the sample."""
     ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["b", 4]) for name in ("sample", "out_sample")]
     nodes = [
@@ -28,7 +30,7 @@ def graph():
 
 
 @pytest.fixture
-def probed(graph, tmp_path):
+def probed(graph: Graph, tmp_path: Path) -> Probed:
     save_graph(graph, tmp_path / "g.onnx")
     nodes = write_probed(tmp_path / "g.onnx", tmp_path / "p.onnx")
     return Probed(load_engine(tmp_path / "p.onnx", "onnxruntime", 1), nodes)
@@ -38,7 +40,7 @@ def run(network: Probed, value: float) -> np.ndarray:
     return network.run({"sample": np.array([[0, 0, 0, value], [0, 0, 0, 1]], np.float32)})
 
 
-def test_the_largest_number_of_all_runs_is_recorded_and_the_output_is_the_graphs(probed, graph):
+def test_the_largest_number_of_all_runs_is_recorded_and_the_output_is_the_graphs(probed: Probed, graph: Graph) -> None:
     for value in (3.0, -500.0, 2.0):
         np.testing.assert_allclose(run(probed, value)[0], 4 * value)
     assert probed.check("g.onnx") == 2000
@@ -47,7 +49,7 @@ def test_the_largest_number_of_all_runs_is_recorded_and_the_output_is_the_graphs
 
 
 @pytest.mark.parametrize(("value", "node"), [(20000.0, "second"), (-80000.0, "")])
-def test_a_node_that_overflows_is_named(value, node, probed):
+def test_a_node_that_overflows_is_named(value: float, node: str, probed: Probed) -> None:
     run(probed, 1.0)
     probed.check("g.onnx")
     run(probed, value)
@@ -58,14 +60,14 @@ def test_a_node_that_overflows_is_named(value, node, probed):
     assert "\n" not in str(caught.value)
 
 
-def test_nan_is_out_of_range(probed):
+def test_nan_is_out_of_range(probed: Probed) -> None:
     run(probed, np.nan)
     run(probed, 1.0)
     with pytest.raises(GateFailedError, match="writes nan"):
         probed.check("g.onnx")
 
 
-def test_the_original_graph_is_not_changed(graph, tmp_path):
+def test_the_original_graph_is_not_changed(graph: Graph, tmp_path: Path) -> None:
     save_graph(graph, tmp_path / "g.onnx", data="weights")
     before = (tmp_path / "g.onnx").read_bytes()
     nodes = write_probed(tmp_path / "g.onnx", tmp_path / "p.onnx")

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from pathlib import Path
 
+import numpy as np
 import pytest
 
+from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.export.graph.model import Graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.verify.latency import Latency, alternating_latency_ms, float_variants, measure_latency
 from diffpress.runtime.bundle import load_bundle
@@ -18,12 +23,12 @@ class Sleeper:
     def __init__(self, *milliseconds: float) -> None:
         self.milliseconds, self.calls = milliseconds, []
 
-    def run(self, inputs):
+    def run(self, inputs: dict[str, np.ndarray]) -> None:
         self.calls.append(time.perf_counter())
         time.sleep(self.milliseconds[len(self.calls) % len(self.milliseconds)] / 1e3)
 
 
-def test_engines_alternate_and_medians_are_compared():
+def test_engines_alternate_and_medians_are_compared() -> None:
     one, other = Sleeper(2.0, 2.0, 30.0), Sleeper(8.0)
     first, second = alternating_latency_ms((one, other), {})
     assert 2.0 <= first < 8.0 <= second < 30.0  # a mean of the first would be above 11
@@ -41,25 +46,29 @@ def test_engines_alternate_and_medians_are_compared():
         (4.8, "int8 is 0.48x of fp32 in openvino: faster"),
     ],
 )
-def test_the_message_states_the_verdict(quantized_ms, verdict):
+def test_the_message_states_the_verdict(quantized_ms: float, verdict: str) -> None:
     latency = Latency("openvino", "int8", 10.0, quantized_ms)
     assert verdict in str(latency) and latency.slower == (quantized_ms > 10.2)
 
 
-def test_every_engine_is_timed_on_the_graph_it_would_run(wide, wide_graph, scales):
+def test_every_engine_is_timed_on_the_graph_it_would_run(
+    wide: Checkpoint, wide_graph: Graph, scales: Callable[..., Quantization]
+) -> None:
     rounded = insert_qdq(wide_graph, scales(wide, weight_range=127 / 64, outputs=True))
     found = measure_latency(wide, wide_graph, dict.fromkeys(available(), rounded), threads=1)
     assert [latency.engine for latency in found] == available()
     assert all(0.05 < latency.latency_ratio < 20 and latency.float_ms > 0 for latency in found)
 
 
-def test_a_large_model_is_not_timed_and_this_is_reported(wide, wide_graph, monkeypatch, capsys):
+def test_a_large_model_is_not_timed_and_this_is_reported(
+    wide: Checkpoint, wide_graph: Graph, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("diffpress.export.verify.latency.is_large", lambda model: True)
     assert measure_latency(wide, wide_graph, {"onnxruntime": wide_graph}) == []
     assert "latency not measured" in capsys.readouterr().out
 
 
-def test_only_engines_that_are_slower_run_the_float_graph(wide_graph):
+def test_only_engines_that_are_slower_run_the_float_graph(wide_graph: Graph) -> None:
     latencies = [Latency("openvino", "int8", 10.0, 6.0), Latency("onnxruntime", "int8", 10.0, 12.0)]
     (variant,) = float_variants(wide_graph, latencies)
     assert variant.engines == ("onnxruntime",) and variant.graph is wide_graph and variant.quantization is None
@@ -68,8 +77,14 @@ def test_only_engines_that_are_slower_run_the_float_graph(wide_graph):
 
 @pytest.mark.parametrize("revert", [True, False])
 def test_export_reports_slower_engines_and_reverts_them_on_request(
-    revert, wide, wide_graph, scales, tmp_path, capsys, monkeypatch
-):
+    revert: bool,
+    wide: Checkpoint,
+    wide_graph: Graph,
+    scales: Callable[..., Quantization],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from tests.cli.test_export import run
 
     checkpoint = wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))

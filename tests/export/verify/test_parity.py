@@ -1,12 +1,17 @@
 """export/verify/parity.py: engines are compared with torch over a full trajectory."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from onnx import numpy_helper
 
+from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
@@ -24,7 +29,9 @@ def shifted(graph: Graph, name: str, by: float) -> Graph:
     return Graph(changed)
 
 
-def test_a_float_graph_samples_torchs_images_in_every_engine(unet, unet_graph, tmp_path):
+def test_a_float_graph_samples_torchs_images_in_every_engine(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     save_graph(unet_graph, tmp_path / "g.onnx")
     found = check_parity(unet, tmp_path / "g.onnx", parity_case_for(unet), threads=1)
     assert set(found) == set(available())
@@ -32,7 +39,9 @@ def test_a_float_graph_samples_torchs_images_in_every_engine(unet, unet_graph, t
     assert all(row["max_abs"] <= 1e-3 and row["sqnr_db"] > 80 for row in found.values())
 
 
-def test_parity_measures_a_known_difference(unet, unet_graph, tmp_path, monkeypatch):
+def test_parity_measures_a_known_difference(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("diffpress.export.verify.parity.MAX_ABS", np.inf)
     # the last bias affects every image, at least through the last step
     save_graph(shifted(unet_graph, "conv_out.bias", 0.01), tmp_path / "g.onnx")
@@ -41,7 +50,9 @@ def test_parity_measures_a_known_difference(unet, unet_graph, tmp_path, monkeypa
     assert 1e-3 < row["max_abs"] < 0.5 and 10 < row["sqnr_db"] < 60
 
 
-def test_a_float_graph_that_deviates_fails_with_both_metrics(unet, unet_graph, tmp_path):
+def test_a_float_graph_that_deviates_fails_with_both_metrics(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+) -> None:
     save_graph(shifted(unet_graph, "conv_out.bias", 0.01), tmp_path / "g.onnx")
     with pytest.raises(
         GateFailedError,
@@ -50,7 +61,9 @@ def test_a_float_graph_that_deviates_fails_with_both_metrics(unet, unet_graph, t
         check_parity(unet, tmp_path / "g.onnx", parity_case_for(unet), engines=["onnxruntime"], threads=1)
 
 
-def test_a_quantized_graph_is_compared_with_fake_quantization(unet, unet_graph, scales, tmp_path):
+def test_a_quantized_graph_is_compared_with_fake_quantization(
+    unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
+) -> None:
     quantized = unet.evolve(quantization=scales(unet, weight_range=SAFE))
     save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
     found = check_parity(quantized, tmp_path / "q.onnx", parity_case_for(quantized), threads=1)
@@ -66,7 +79,7 @@ def test_a_quantized_graph_is_compared_with_fake_quantization(unet, unet_graph, 
         check_parity(quantized, tmp_path / "q.onnx", parity_case_for(quantized), engines=["onnxruntime"], threads=1)
 
 
-def test_pixel_models_are_tested_under_their_own_plan_and_latent_models_on_less(unet):
+def test_pixel_models_are_tested_under_their_own_plan_and_latent_models_on_less(unet: Checkpoint) -> None:
     trial = parity_case_for(unet)
     assert (trial.spec, trial.samples) == (unet.spec, 16)
     plan = replace(unet.spec.plan, timesteps=tuple(float(t) for t in range(70, 0, -10)))  # 70, 60, ... 10
@@ -76,7 +89,7 @@ def test_pixel_models_are_tested_under_their_own_plan_and_latent_models_on_less(
     assert small.spec.plan.timesteps == (70.0, 50.0, 30.0, 10.0) and small.spec.schedule == unet.spec.schedule
 
 
-def test_torch_network_does_not_change_the_mode_of_the_model(everything):
+def test_torch_network_does_not_change_the_mode_of_the_model(everything: Checkpoint) -> None:
     network = TorchNetwork(everything.model, everything.spec)
     inputs = {"sample": np.zeros((1, 2, 8, 8), np.float32), "timestep": np.zeros(1, np.int64)}
     everything.model.train()
@@ -87,7 +100,9 @@ def test_torch_network_does_not_change_the_mode_of_the_model(everything):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_torch_network_computes_in_float32_with_weights_stored_in_half_precision(dtype, unet):
+def test_torch_network_computes_in_float32_with_weights_stored_in_half_precision(
+    dtype: torch.dtype, unet: Checkpoint
+) -> None:
     narrow, wide = unet.clone_model().to(dtype), unet.clone_model().to(dtype).float()
     x = np.random.default_rng(0).standard_normal((2, 1, 8, 8), dtype=np.float32)
     inputs = {"sample": x, "timestep": np.array([3, 90]), "class_labels": np.array([0, 3])}

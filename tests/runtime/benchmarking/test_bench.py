@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,7 +36,7 @@ class Clock:
         monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now)
 
     def subject(self, name: str, engine: str, precision: str, steps: int, step_ms: float) -> bench.Subject:
-        def work(kind: str, count: int):
+        def work(kind: str, count: int) -> Callable[[int], None]:
             def spend(batch: int) -> None:
                 self.log.append((name, kind, batch))
                 self.now += count * step_ms * batch / 1e3
@@ -55,7 +58,7 @@ class Clock:
 
 
 @pytest.fixture
-def report(monkeypatch: pytest.MonkeyPatch):
+def report(monkeypatch: pytest.MonkeyPatch) -> Report:
     clock = Clock(monkeypatch)
     subjects = [
         clock.subject("teacher", "torch", "fp32", 50, 10.0),
@@ -67,21 +70,21 @@ def report(monkeypatch: pytest.MonkeyPatch):
     return bench.measure(subjects, batches=(1, 8), repeats=3), clock
 
 
-def test_rows_have_the_documented_keys_and_round_trip_through_json(report) -> None:
+def test_rows_have_the_documented_keys_and_round_trip_through_json(report: Report) -> None:
     found = json.loads(json.dumps(report[0]))
     assert list(found) == ["machine", "baseline", "rows"] and found["baseline"] == "teacher"
     assert len(found["rows"]) == 10 and all(list(row) == ROW_KEYS for row in found["rows"])
     assert [row["batch"] for row in found["rows"]] == [1] * 5 + [8] * 5
 
 
-def test_times_are_medians_per_step_and_per_image(report) -> None:
+def test_times_are_medians_per_step_and_per_image(report: Report) -> None:
     bundle = report[0]["rows"][8]
     assert bundle["step_ms"] == pytest.approx(2.0 * 8) and bundle["image_ms"] == pytest.approx(2.0 * 8)
     assert bundle["load_ms"] == 120.0 and bundle["peak_mib"] == 64.0
     assert report[0]["rows"][3]["load_ms"] is None  # no probe for batch size 1
 
 
-def test_speedups_are_baseline_over_row(report) -> None:
+def test_speedups_are_baseline_over_row(report: Report) -> None:
     rows = report[0]["rows"][5:]
     assert [row["speedup_vs_torch"] for row in rows] == pytest.approx([1, 2, 500 / 32, 500 / 16, 500 / 20])
     # the baseline of an engine is its fp32 subject with the most evaluations
@@ -89,14 +92,14 @@ def test_speedups_are_baseline_over_row(report) -> None:
     assert rows[4]["speedup_vs_same_engine"] is None
 
 
-def test_subjects_alternate_after_a_warm_up(report) -> None:
+def test_subjects_alternate_after_a_warm_up(report: Report) -> None:
     log = [(name, kind) for name, kind, batch in report[1].log if batch == 8]
     names = ("teacher", "teacher", "student", "bundle", "bundle")
     one_round = [(name, kind) for name in names for kind in ("sample", "step")]
     assert log == one_round[1::2] + one_round * 3
 
 
-def test_medians_ignore_one_slow_round(monkeypatch) -> None:
+def test_medians_ignore_one_slow_round(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     steady = clock.subject("a", "openvino", "fp32", 4, 1.0)
     pauses = iter([0.0, 5.0, 0.0, 0.0, 0.0])
@@ -110,13 +113,13 @@ def test_medians_ignore_one_slow_round(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("options", [{"subjects": []}, {"batches": []}, {"batches": [0]}, {"repeats": 0}])
-def test_nothing_to_measure_raises(monkeypatch, options) -> None:
+def test_nothing_to_measure_raises(monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]) -> None:
     subjects = [Clock(monkeypatch).subject("a", "openvino", "fp32", 4, 1.0)]
     with pytest.raises(InvalidInputError, match="at least one of each"):
         bench.measure(**{"subjects": subjects, **options})
 
 
-def test_the_table_is_aligned_and_shows_a_dash_for_missing_values(report) -> None:
+def test_the_table_is_aligned_and_shows_a_dash_for_missing_values(report: Report) -> None:
     lines = bench.table(report[0]["rows"]).splitlines()
     assert len(lines) == 12 and lines[0].split("  ")[0] == "name" and "vs engine" in lines[0]
     assert lines[2].split()[:4] == ["teacher", "torch", "fp32", "1"] and lines[6].split()[-1] == "-"
@@ -157,7 +160,7 @@ def test_a_bundle_can_be_measured(tiny: Path) -> None:
         ("fp8", None, "f32", "fp8"),  # the engine does not report precision
     ],
 )
-def test_the_reported_precision_is_the_executed_one(tiny: Path, exported, share, requested, expected) -> None:
+def test_the_reported_precision_is_the_executed_one(tiny: Path, exported: str, share: float | None, requested: str, expected: str) -> None:
     bundle = load_bundle(tiny)
     manifest = {"graphs": {"denoiser": bundle.manifest["graphs"]["denoiser"] | {"precision": exported}}}
     options = EngineOptions(precision=requested)
@@ -172,7 +175,7 @@ def test_evaluations_count_both_guidance_halves_unless_the_weight_is_an_input(ti
     assert bench.network_evaluations(replace(guided, conditioning=replace(spec.conditioning, guidance_input=True))) == 8
 
 
-def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeypatch) -> None:
+def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = load_bundle(tiny)
     real = open_engine(bundle, "onnxruntime", threads=1)
     now = [0.0]
@@ -181,11 +184,11 @@ def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeyp
     class SlowNetwork:
         inputs = real.inputs
 
-        def run(self, inputs):
+        def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
             now[0] += 0.099
             return real.run(inputs)
 
-    def in_streams(*arguments, **options):
+    def in_streams(*arguments: Any, **options: Any) -> Iterator[Any]:
         yield from original(*arguments, **options)
         now[0] += 0.001 * bundle.spec.plan.steps
 
@@ -194,7 +197,7 @@ def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeyp
     assert bench.sampler_overhead(SlowNetwork(), bundle.spec, batch=2) == pytest.approx(0.01)
 
     class SlowFusedNetwork(SlowNetwork):
-        def run_fused(self, program, static_inputs, start):
+        def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
             now[0] += 0.109 * program.steps
             return start
 

@@ -66,7 +66,7 @@ def test_an_unwritable_folder_stores_nothing_and_raises_nothing(tmp_path: Path) 
     assert cache.read("key") is None
 
 
-def test_the_least_recently_used_entry_is_evicted_and_other_files_are_kept(tmp_path: Path, monkeypatch) -> None:
+def test_the_least_recently_used_entry_is_evicted_and_other_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = Cache(tmp_path, "graph")
     (tmp_path / "precious").write_bytes(b"x" * 1000)
     for number, key in enumerate("abc"):
@@ -79,13 +79,13 @@ def test_the_least_recently_used_entry_is_evicted_and_other_files_are_kept(tmp_p
     assert [key for key in "abcd" if cache.read(key) is None] == ["b"] and (tmp_path / "precious").exists()
 
 
-def test_an_entry_above_the_size_limit_is_not_stored(tmp_path: Path, monkeypatch) -> None:
+def test_an_entry_above_the_size_limit_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "LARGEST", 7)
     Cache(tmp_path, "graph").write("key", b"datadata")
     assert entries(tmp_path) == []
 
 
-def test_the_cache_folder_follows_the_environment_variables(tmp_path: Path, monkeypatch) -> None:
+def test_the_cache_folder_follows_the_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFPRESS_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
     monkeypatch.delenv("DIFFPRESS_CACHE")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -33,27 +35,27 @@ def test_a_float_graph_has_no_integer_macs(name: str, float_graph: Path) -> None
     assert load_engine(float_graph, name).integer_mac_share(sample_inputs()) == 0.0
 
 
-def test_a_quantized_graph_runs_nearly_all_products_on_integers(name: str, quantized_graph) -> None:
+def test_a_quantized_graph_runs_nearly_all_products_on_integers(name: str, quantized_graph: Callable[..., Path]) -> None:
     share = load_engine(quantized_graph("Conv", "MatMul", "Gemm"), name).integer_mac_share(sample_inputs())
-    assert 0.9 < share <= 1.0
+    assert share is not None and 0.9 < share <= 1.0
 
 
 @pytest.mark.parametrize(
     ("kinds", "integer"), [(("Conv",), CONV), (("MatMul",), PRODUCT), (("Conv", "MatMul"), CONV + PRODUCT)]
 )
-def test_the_integer_mac_share_is_that_of_the_quantized_layers(name: str, quantized_graph, kinds, integer: int) -> None:
+def test_the_integer_mac_share_is_that_of_the_quantized_layers(name: str, quantized_graph: Callable[..., Path], kinds: tuple[str, ...], integer: int) -> None:
     share = load_engine(quantized_graph(*kinds), name).integer_mac_share(sample_inputs())
     assert share == pytest.approx(integer / (CONV + PRODUCT + GEMM), abs=1e-9)
 
 
-def test_the_integer_mac_share_does_not_depend_on_earlier_runs(name: str, quantized_graph) -> None:
+def test_the_integer_mac_share_does_not_depend_on_earlier_runs(name: str, quantized_graph: Callable[..., Path]) -> None:
     engine = load_engine(quantized_graph("Conv"), name)
     shares = [engine.integer_mac_share({"sample": np.zeros((n, 8, 8, 8), np.float32)}) for n in (2, 5, 1, 2)]
     assert shares == pytest.approx([CONV / (CONV + PRODUCT + GEMM)] * 4, abs=1e-9)
 
 
 def test_reading_the_integer_mac_share_leaves_no_files_and_does_not_change_results(
-    name: str, quantized_graph, monkeypatch, tmp_path
+    name: str, quantized_graph: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     engine = load_engine(quantized_graph("Conv"), name)
     monkeypatch.chdir(tmp_path)
@@ -68,7 +70,7 @@ def mixed_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
     onnx = pytest.importorskip("onnx")
     helper, rng = onnx.helper, np.random.default_rng(0)
     constants: list[object] = []
-    nodes: list[object] = []
+    nodes: list[Any] = []
 
     def constant(name: str, value: np.ndarray) -> str:
         constants.append(onnx.numpy_helper.from_array(value, name))
@@ -78,7 +80,7 @@ def mixed_graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
         nodes.append(helper.make_node(kind, inputs, [f"{name}_out"], name, **attributes))
         return f"{name}_out"
 
-    scale, zero = constant("scale", np.float32(0.05).reshape(())), constant("zero", np.zeros((), np.int8))
+    scale, zero = constant("scale", np.array(0.05, np.float32)), constant("zero", np.zeros((), np.int8))
 
     def pair(tensor: str, name: str) -> str:
         rounded = node("QuantizeLinear", f"{name}/Q", tensor, scale, zero)
@@ -226,13 +228,13 @@ def test_inputs_maps_names_to_dtypes(name: str, tiny: Path) -> None:
     assert engine.name == name
 
 
-def test_the_default_engine_is_the_first_installed_one(tiny: Path, monkeypatch) -> None:
+def test_the_default_engine_is_the_first_installed_one(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_engine(load_bundle(tiny)).name == available()[0]
     monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
     assert open_engine(load_bundle(tiny)).name == "onnxruntime"
 
 
-def test_a_missing_package_names_the_extra_to_install(tiny: Path, monkeypatch) -> None:
+def test_a_missing_package_names_the_extra_to_install(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ENGINES["openvino"], "missing", lambda: "openvino")
     with pytest.raises(MissingDependencyError, match=r"pip install 'diffpress\[openvino\]'"):
         open_engine(load_bundle(tiny), "openvino")
@@ -245,7 +247,7 @@ def test_a_missing_package_names_the_extra_to_install(tiny: Path, monkeypatch) -
     ("options", "message"),
     [({"name": "onxruntime"}, "did you mean 'onnxruntime'"), ({"threads": 0}, "0 threads")],
 )
-def test_unknown_engines_and_invalid_threads_raise(tiny: Path, options, message: str) -> None:
+def test_unknown_engines_and_invalid_threads_raise(tiny: Path, options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         open_engine(load_bundle(tiny), **options)
 
@@ -253,7 +255,7 @@ def test_unknown_engines_and_invalid_threads_raise(tiny: Path, options, message:
 @pytest.mark.parametrize(
     "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a graph", lambda b: b"\x00" * 64]
 )
-def test_a_broken_graph_raises_a_one_line_error(name: str, tiny: Path, tmp_path: Path, damage, capfd) -> None:
+def test_a_broken_graph_raises_a_one_line_error(name: str, tiny: Path, tmp_path: Path, damage: Callable[[bytes], bytes], capfd: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(damage((tiny / "denoiser.onnx").read_bytes()))
     with pytest.raises(InvalidInputError) as caught:  # noqa: PT012  # fails at load or at run, by engine
@@ -285,7 +287,7 @@ def test_macs_follow_from_the_shapes() -> None:
     assert macs.attention([1, 49, 128], [1, 49, 128], [1, 49, 128]) == 2 * 4 * 49 * 49 * 32
 
 
-def test_every_kernel_has_a_time_and_the_name_of_its_node_or_tensor(name, float_graph):
+def test_every_kernel_has_a_time_and_the_name_of_its_node_or_tensor(name: str, float_graph: Path) -> None:
     engine = load_engine(float_graph, name, 1)
     kernels = engine.kernel_times(sample_inputs(0), runs=2)
     found = {name_of_node for kernel in kernels for name_of_node in kernel.names}

@@ -36,7 +36,7 @@ FULL = list(PROVIDERS.values())
         (("directml",), ["CPUExecutionProvider"], ["cpu"], ["directml"]),
     ],
 )  # fmt: skip
-def test_providers_are_tried_in_order_and_the_cpu_last(requested, available, names, missing) -> None:
+def test_providers_are_tried_in_order_and_the_cpu_last(requested: tuple[str, ...], available: list[str], names: list[str], missing: list[str]) -> None:
     assert provider_order(requested, available) == (names, missing)
 
 
@@ -52,7 +52,7 @@ def loaded(graph: Path, *providers: str) -> tuple[Any, list[str]]:
     return engine, [str(warning.message) for warning in caught]
 
 
-def test_a_provider_missing_from_the_package_is_skipped_with_a_warning(float_graph: Path, monkeypatch) -> None:
+def test_a_provider_missing_from_the_package_is_skipped_with_a_warning(float_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
@@ -64,13 +64,13 @@ def test_a_provider_missing_from_the_package_is_skipped_with_a_warning(float_gra
 
 
 @pytest.mark.parametrize("failure", ["raises", "is dropped silently"])
-def test_a_provider_that_fails_is_replaced_by_the_next(float_graph: Path, monkeypatch, failure: str, capfd) -> None:
+def test_a_provider_that_fails_is_replaced_by_the_next(float_graph: Path, monkeypatch: pytest.MonkeyPatch, failure: str, capfd: pytest.CaptureFixture[str]) -> None:
     """A GPU package on a machine without a GPU lists CUDA, but cannot create a session with it."""
     import onnxruntime
 
     real = onnxruntime.InferenceSession
 
-    def session(path, options, providers, **rest):
+    def session(path: str, options: Any, providers: list[str], **rest: Any) -> Any:
         if providers[0] != "CPUExecutionProvider" and failure == "raises":
             raise RuntimeError("libcuda.so.1: cannot open shared object file")
         return real(path, options, providers=["CPUExecutionProvider"], **rest)
@@ -102,7 +102,7 @@ def test_onnx_runtime_streams_share_the_threads(float_graph: Path) -> None:
         ({"precision": "fp16"}, "unknown precision 'fp16'"),
     ],
 )
-def test_invalid_options_raise(options: dict, message: str) -> None:
+def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         EngineOptions(**options)
 
@@ -130,7 +130,7 @@ def test_every_backend_defines_the_required_names() -> None:
 
 
 @pytest.fixture
-def unavailable_engine(monkeypatch) -> None:
+def unavailable_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     """Register an engine that is preferred and installed, but unavailable when loaded."""
 
     def load(*_: object) -> None:
@@ -144,26 +144,26 @@ def unavailable_engine(monkeypatch) -> None:
         monkeypatch.setitem(ENGINES, name, module)
 
 
-def test_without_a_named_engine_the_next_one_is_used_with_a_warning(unavailable_engine, tiny: Path, capsys) -> None:
+def test_without_a_named_engine_the_next_one_is_used_with_a_warning(unavailable_engine: None, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert available()[0] == preferred() == "elsewhere"
     with plain_warnings(), closing(open_engine(load_bundle(tiny))) as engine:
         assert engine.name == available()[1]
     assert capsys.readouterr().err == "warning: plan.engine: built for another GPU; trying the next engine\n"
 
 
-def test_a_named_engine_that_is_unavailable_raises(unavailable_engine, tiny: Path) -> None:
+def test_a_named_engine_that_is_unavailable_raises(unavailable_engine: None, tiny: Path) -> None:
     with pytest.raises(EngineUnavailableError, match="another GPU"):
         open_engine(load_bundle(tiny), "elsewhere")
 
 
-def test_if_no_engine_is_available_the_last_error_is_raised(unavailable_engine, tiny: Path, monkeypatch) -> None:
+def test_if_no_engine_is_available_the_last_error_is_raised(unavailable_engine: None, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in available()[1:]:
         monkeypatch.delitem(ENGINES, name)
     with pytest.raises(EngineUnavailableError, match="another GPU"):
         open_engine(load_bundle(tiny))
 
 
-def test_an_engine_this_machine_cannot_run_is_installed_but_not_available(float_graph, monkeypatch) -> None:
+def test_an_engine_this_machine_cannot_run_is_installed_but_not_available(float_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ENGINES["onnxruntime"], "unusable", lambda: "there is no GPU")
     assert "onnxruntime" in installed() and "onnxruntime" not in available()
     with pytest.raises(EngineUnavailableError, match="engine 'onnxruntime' cannot run here: there is no GPU"):

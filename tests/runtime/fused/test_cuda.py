@@ -35,17 +35,17 @@ SCHEDULE = betas_schedule("scaled_linear", 1000, 0.00085, 0.012)
 class Kernels:
     """The kernels as CPU functions, called for one thread after the other."""
 
-    def __init__(self, cuda, library):
+    def __init__(self, cuda: Cuda, library: ctypes.CDLL) -> None:
         self.cuda, self.library, self.launched = cuda, library, []
         self.step, self.advance = library.step, library.advance
 
-    def launch(self, kernel, blocks, stream, arguments, types):
+    def launch(self, kernel: Any, blocks: int, stream: object, arguments: Sequence[Any], types: Sequence[Any]) -> None:
         self.launched.append(kernel)
         typed = [kind(value) for kind, value in zip(types, arguments, strict=True)]
         self.cuda.do(lambda: self.compute(kernel, blocks, typed))
 
-    def compute(self, kernel, blocks, arguments):
-        def variable(name):
+    def compute(self, kernel: Any, blocks: int, arguments: Sequence[Any]) -> None:
+        def variable(name: str) -> ctypes.c_int:
             return ctypes.c_int.in_dll(self.library, name)
 
         # `advance` runs in a single thread, since __syncthreads is a no-op here
@@ -58,7 +58,7 @@ class Kernels:
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory):
+def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = shutil.which("c++") or shutil.which("g++")
     if compiler is None:
         pytest.skip("there is no C++ compiler: the kernels were not run")
@@ -74,31 +74,31 @@ def library(tmp_path_factory):
 class Context:
     """A fake execution context that runs a test network at the given addresses."""
 
-    def __init__(self, cuda, network):
+    def __init__(self, cuda: Cuda, network: FakeNetwork) -> None:
         self.cuda, self.network, self.shapes, self.addresses, self.enqueued = cuda, network, {}, {}, 0
 
-    def set_input_shape(self, name, shape):
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
         return True
 
-    def get_tensor_shape(self, name):
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.shapes[SAMPLE]
 
-    def set_tensor_address(self, name, address):
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
         return True
 
-    def execute_async_v3(self, stream):
+    def execute_async_v3(self, stream: object) -> bool:
         self.enqueued += 1
         self.cuda.do(self.compute)
         return True
 
-    def at(self, name, dtype, shape):
+    def at(self, name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
         size = int(np.prod(shape)) * np.dtype(dtype).itemsize
         memory = (ctypes.c_byte * size).from_address(self.addresses[name])
         return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
 
-    def compute(self):
+    def compute(self) -> None:
         types = self.network.inputs
         out = self.network.run({name: self.at(name, types[name], self.shapes[name]).copy() for name in types})
         self.at("out", np.float32, self.shapes[SAMPLE])[...] = out
@@ -107,14 +107,14 @@ class Context:
 class OnDevice:
     """Fused sampling as in TensorRtEngine, without batch splitting: one binding for all runs."""
 
-    def __init__(self, network, library):
+    def __init__(self, network: FakeNetwork, library: ctypes.CDLL) -> None:
         self.cuda, self.network, self.inputs = Cuda(), network, network.inputs
         self.kernels, self.fused, self.context = Kernels(self.cuda, library), None, None
 
-    def run(self, inputs):
+    def run(self, inputs: dict[str, np.ndarray]) -> NoReturn:
         raise AssertionError("sampled step by step")
 
-    def run_fused(self, program, static_inputs, start):
+    def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
         times = np.full(program.halves * len(start), program.timesteps[0]).astype(self.inputs[TIMESTEP])
         feed = {**static_inputs, SAMPLE: np.concatenate([start] * program.halves), TIMESTEP: times}
         if self.fused is None:
@@ -126,7 +126,7 @@ class OnDevice:
         return self.fused.run(program, feed, start)
 
 
-def spec_of(solver, guidance=1.0, **plan):
+def spec_of(solver: str, guidance: float=1.0, **plan: Any) -> DenoiserSpec:
     sampling_plan = make_plan(solver, 7, SCHEDULE, guidance=guidance, clip=plan.pop("clip", True))
     if plan.pop("corrected", False):
         bias = tuple(tuple(row) for row in np.random.default_rng(0).normal(0, 0.1, (7, 2)).tolist())
@@ -140,7 +140,7 @@ def spec_of(solver, guidance=1.0, **plan):
 @pytest.mark.parametrize("solver", ["ddim", "ddim_clip", "dpmpp_3m", "unipc_3", "ipndm"])
 @pytest.mark.parametrize("settings", [{}, {"guidance": 3.0}, {"clip": False, "corrected": True}])
 @pytest.mark.parametrize("timestep_type", [np.float32, np.int64])
-def test_fused_sampling_on_the_device_equals_the_samplers_loop(fake_network, library, solver, settings, timestep_type):
+def test_fused_sampling_on_the_device_equals_the_samplers_loop(fake_network: type[FakeNetwork], library: ctypes.CDLL, solver: str, settings: dict[str, Any], timestep_type: type[np.generic]) -> None:
     settings = settings | ({"clip": False} if solver == "ddim_clip" else {})
     spec = spec_of(solver, **settings)
     network = fake_network("v", SCHEDULE, labelled=True, timestep_type=np.dtype(timestep_type))
@@ -150,7 +150,7 @@ def test_fused_sampling_on_the_device_equals_the_samplers_loop(fake_network, lib
         np.testing.assert_allclose(found, expected, atol=2e-4 * max(1.0, np.abs(expected).max()))
 
 
-def test_steps_replay_one_graph_and_buffers_persist(fake_network, library):
+def test_steps_replay_one_graph_and_buffers_persist(fake_network: type[FakeNetwork], library: ctypes.CDLL) -> None:
     spec = spec_of("dpmpp_2m", guidance=3.0)
     device = OnDevice(fake_network("v", SCHEDULE, labelled=True), library)
     for count in (6, 13, 20):
@@ -164,7 +164,7 @@ def test_steps_replay_one_graph_and_buffers_persist(fake_network, library):
     assert len(device.cuda.memory) == held - 6 and device.cuda.log[-1] == "destroyed"
 
 
-def test_another_plan_changes_the_table_but_not_the_number_of_evaluations(fake_network, library):
+def test_another_plan_changes_the_table_but_not_the_number_of_evaluations(fake_network: type[FakeNetwork], library: ctypes.CDLL) -> None:
     network = fake_network("v", SCHEDULE, labelled=True)
     device = OnDevice(network, library)
     for solver in ("ddim", "unipc_2", "ddim"):

@@ -86,7 +86,7 @@ def test_output_corrections_are_per_channel(engine: OpenVinoEngine, prediction: 
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_any_number_of_steps_runs_in_the_same_graph(engine: OpenVinoEngine, monkeypatch, steps: int) -> None:
+def test_any_number_of_steps_runs_in_the_same_graph(engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
     both(engine, classes_spec("ddim"))
 
     def no_compiling(*_: object) -> None:
@@ -122,7 +122,7 @@ def test_concurrent_runs_equal_sequential_ones(graph: Path, engine: OpenVinoEngi
         assert np.array_equal(samples, generate(fused_only(engine), spec, batch_seeds))
 
 
-def test_the_cache_also_stores_the_fused_graph(graph: Path, tmp_path: Path, monkeypatch) -> None:
+def test_the_cache_also_stores_the_fused_graph(graph: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options, spec = EngineOptions(threads=1, cache=Cache(tmp_path, "nonlinear")), classes_spec("unipc_2", guidance=2.0)
 
     def samples() -> tuple[np.ndarray, np.ndarray]:
@@ -151,10 +151,10 @@ def test_with_the_network_in_bfloat16_the_steps_stay_in_float32(graph: Path, eng
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected - exact).max()
 
 
-def test_f16_is_run_by_the_loop(graph: Path, monkeypatch) -> None:
+def test_f16_is_run_by_the_loop(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = openvino.Core.get_property
 
-    def capable(self, device, name, *rest):
+    def capable(self: Any, device: str, name: str, *rest: Any) -> Any:
         return ["FP32", "FP16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     monkeypatch.setattr(openvino.Core, "get_property", capable)
@@ -163,18 +163,18 @@ def test_f16_is_run_by_the_loop(graph: Path, monkeypatch) -> None:
         assert half.run_fused(program, cond, np.zeros((2, *SHAPE), np.float32)) is None
 
 
-def test_large_networks_are_run_by_the_loop(engine: OpenVinoEngine, monkeypatch) -> None:
+def test_large_networks_are_run_by_the_loop(engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     program, cond, start = fused_program(classes_spec("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
     assert engine.run_fused(program, cond, start).shape == start.shape
     monkeypatch.setattr("diffpress.runtime.engines.openvino.engine.FUSED_MAX_BYTES", 10)
     assert engine.run_fused(program, cond, start) is None
 
 
-def test_warm_up_compiles_what_sampling_then_runs(graph: Path, monkeypatch) -> None:
+def test_warm_up_compiles_what_sampling_then_runs(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled = []
     real = openvino.Core.compile_model
 
-    def compiling(self, model, *rest):
+    def compiling(self: Any, model: Any, *rest: Any) -> Any:
         compiled.append(model.get_friendly_name())
         return real(self, model, *rest)
 

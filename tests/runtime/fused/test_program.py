@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.fused.program import CLIPPED_TERM, FIRST_HISTORY, SAMPLE_TERM, TERMS, X0_TERM, fused_program
+from diffpress.runtime.fused.program import CLIPPED_TERM, FIRST_HISTORY, SAMPLE_TERM, TERMS, X0_TERM, Program, fused_program
 from diffpress.runtime.noise_schedule import betas_schedule, noise_level_at, zero_terminal_snr
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.sampling_plan import OutputCorrection, Threshold, make_plan
 from diffpress.runtime.solvers.contract import MAX_HISTORY
+from diffpress.runtime.spec import DenoiserSpec
+from tests.runtime.conftest import FakeNetwork
 from tests.runtime.fused_specs import CLASSES, ONE_EVALUATION, OTHERS, SCHEDULES, spec_of
 
 
 class FusedNetwork:
     """A network with fused sampling in numpy: the program's float32 coefficients times arrays."""
 
-    def __init__(self, network):
+    def __init__(self, network: FakeNetwork) -> None:
         self._network, self.inputs, self.fused = network, network.inputs, 0
 
-    def run(self, inputs):
+    def run(self, inputs: dict[str, np.ndarray]) -> NoReturn:
         raise AssertionError("sampled step by step")
 
-    def run_fused(self, program, static_inputs, start):
+    def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
         self.fused += 1
         x, terms = start, np.zeros((TERMS, *start.shape), np.float32)
         for index, t in enumerate(program.timesteps):
@@ -45,7 +49,7 @@ class FusedNetwork:
         return x
 
 
-def both(fake_network, spec, count=3, batch=2):
+def both(fake_network: type[FakeNetwork], spec: DenoiserSpec, count: int=3, batch: int=2) -> tuple[np.ndarray, np.ndarray]:
     """Samples of the loop and of the program from the same seeds."""
     labelled = spec.conditioning.kind == "class"
     network = fake_network(spec.prediction, spec.schedule, labelled=labelled, timestep_type=np.dtype(np.float32))
@@ -59,7 +63,7 @@ def both(fake_network, spec, count=3, batch=2):
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
 @pytest.mark.parametrize("clip", [True, False])
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
-def test_the_program_equals_the_solver(fake_network, solver, prediction, clip, guidance):
+def test_the_program_equals_the_solver(fake_network: type[FakeNetwork], solver: str, prediction: str, clip: bool, guidance: float) -> None:
     if solver == "ddim_clip" and clip:
         pytest.skip("ddim_clip clips x_0 itself")
     spec = spec_of(solver, prediction, clip=clip, guidance=guidance, conditioning=CLASSES)
@@ -71,20 +75,20 @@ def test_the_program_equals_the_solver(fake_network, solver, prediction, clip, g
 @pytest.mark.parametrize("solver", ONE_EVALUATION)
 @pytest.mark.parametrize("spacing", ["leading", "linspace", "quad", "logsnr", "karras"])
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_on_any_spacing_and_number_of_steps(fake_network, solver, spacing, steps):
+def test_on_any_spacing_and_number_of_steps(fake_network: type[FakeNetwork], solver: str, spacing: str, steps: int) -> None:
     spec = spec_of(solver, "v", steps, spacing=spacing)
     expected, found = both(fake_network, spec)
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("changes", [{"start": "unit"}, {"end": 0.0}, {"start": "noise"}])
-def test_start_and_end_follow_the_plan(fake_network, changes):
+def test_start_and_end_follow_the_plan(fake_network: type[FakeNetwork], changes: dict[str, Any]) -> None:
     expected, found = both(fake_network, spec_of("dpmpp_2m", spacing="leading", **changes))
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
-def test_output_corrections_are_part_of_the_coefficients(fake_network, prediction):
+def test_output_corrections_are_part_of_the_coefficients(fake_network: type[FakeNetwork], prediction: str) -> None:
     output_corrections = tuple(OutputCorrection(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
     spec = spec_of("unipc_3", prediction, output_corrections=output_corrections, clip=False)
     expected, found = both(fake_network, spec)
@@ -93,7 +97,7 @@ def test_output_corrections_are_part_of_the_coefficients(fake_network, predictio
     assert np.abs(both(fake_network, without)[1] - found).max() > 1e-2
 
 
-def test_a_plan_that_starts_at_pure_noise_has_a_program(fake_network):
+def test_a_plan_that_starts_at_pure_noise_has_a_program(fake_network: type[FakeNetwork]) -> None:
     schedule = zero_terminal_snr(SCHEDULES["vp"])
     for solver in ONE_EVALUATION:
         spec = spec_of(solver, "v")
@@ -106,7 +110,7 @@ def test_a_plan_that_starts_at_pure_noise_has_a_program(fake_network):
 
 
 @pytest.mark.parametrize("solver", OTHERS)
-def test_stochastic_and_multi_evaluation_solvers_have_no_program(solver):
+def test_stochastic_and_multi_evaluation_solvers_have_no_program(solver: str) -> None:
     assert fused_program(spec_of(solver)) is None
 
 
@@ -114,7 +118,7 @@ def test_stochastic_and_multi_evaluation_solvers_have_no_program(solver):
     "changes",
     [{"eta": 0.5}, {"threshold": Threshold()}, {"guidance_interval": (0.0, 1.0)}, {"guidance_rescale": 0.7}],
 )
-def test_nonlinear_plans_have_no_program_and_are_run_by_the_loop(fake_network, changes):
+def test_nonlinear_plans_have_no_program_and_are_run_by_the_loop(fake_network: type[FakeNetwork], changes: dict[str, Any]) -> None:
     spec = spec_of("ddim", conditioning=CLASSES, guidance=2.0, **changes)
     assert fused_program(spec) is None
     network = fake_network("epsilon", spec.schedule, labelled=True)
@@ -124,7 +128,7 @@ def test_nonlinear_plans_have_no_program_and_are_run_by_the_loop(fake_network, c
     assert fused_only.fused == 0
 
 
-def test_a_network_whose_run_fused_returns_none_is_run_by_the_loop(fake_network):
+def test_a_network_whose_run_fused_returns_none_is_run_by_the_loop(fake_network: type[FakeNetwork]) -> None:
     spec = spec_of("ddim")
     network = fake_network("epsilon", spec.schedule)
     fused_only = FusedNetwork(network)
@@ -132,7 +136,7 @@ def test_a_network_whose_run_fused_returns_none_is_run_by_the_loop(fake_network)
     np.testing.assert_array_equal(generate(fused_only, spec, range(3)), generate(network, spec, range(3)))
 
 
-def test_steps_do_not_use_terms_from_before_the_first_step():
+def test_steps_do_not_use_terms_from_before_the_first_step() -> None:
     program = fused_program(spec_of("dpmpp_3m"))
     for table in (program.kept, program.moved):
         for index in range(MAX_HISTORY):
@@ -140,7 +144,7 @@ def test_steps_do_not_use_terms_from_before_the_first_step():
     assert program.moved[4, FIRST_HISTORY:].any() and program.moved.dtype == np.float32
 
 
-def test_equal_plans_share_one_program():
+def test_equal_plans_share_one_program() -> None:
     schedule = betas_schedule("linear", 100, 1e-4, 0.02)
     spec = replace(spec_of("unipc_2"), schedule=schedule, plan=make_plan("unipc_2", 5, schedule))
     again = replace(spec, schedule=replace(schedule), plan=replace(spec.plan))

@@ -71,7 +71,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(
     path = tmp_path / "grid.png"
     path.write_bytes(b"the old one")
 
-    def write_half(self, file, **options) -> None:
+    def write_half(self: object, file: Path, **options: object) -> None:
         Path(file).write_bytes(b"half")
         raise OSError("no space left on device")
 

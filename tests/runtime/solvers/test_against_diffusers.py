@@ -7,8 +7,10 @@ matter which timestep either side passes to its network for a sigma (rounded, tr
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,13 +19,14 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from diffpress.runtime.denoiser import thresholded  # noqa: E402
-from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule  # noqa: E402
+from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule, betas_schedule, flow_schedule  # noqa: E402
 from diffpress.runtime.sampler import sample  # noqa: E402
 from diffpress.runtime.sampling_plan import (  # noqa: E402
     SamplingPlan,
     Threshold,
     make_plan,
 )
+from tests.runtime.conftest import Mixture  # noqa: E402
 
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 KINDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
@@ -43,15 +46,15 @@ def noises(count: int) -> list[np.ndarray]:
     return list(np.random.default_rng(1).standard_normal((count, *SHAPE), dtype=np.float32))
 
 
-def make_scheduler(name: str, kind: str, prediction: str, spacing: str, **settings):
+def make_scheduler(name: str, kind: str, prediction: str, spacing: str, **settings: Any) -> tuple[Any, NoiseSchedule]:
     low, high = KINDS[kind]
     options = {"prediction_type": NAMES[prediction], "timestep_spacing": spacing, **settings}
     scheduler = getattr(diffusers, name)(1000, low, high, kind, **options)
     return scheduler, betas_schedule(kind, 1000, low, high)
 
 
-def ours(mixture, plan: SamplingPlan, schedule, noise, threshold: Threshold | None = None) -> list[np.ndarray]:
-    def denoise(x, level):
+def ours(mixture: Mixture, plan: SamplingPlan, schedule: NoiseSchedule, noise: Sequence[np.ndarray], threshold: Threshold | None = None) -> list[np.ndarray]:
+    def denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         x0 = mixture.denoise(x, level).astype(np.float32)
         return x0 if threshold is None else thresholded(2 * x0, threshold, (-1.0, 1.0))
 
@@ -61,7 +64,7 @@ def ours(mixture, plan: SamplingPlan, schedule, noise, threshold: Threshold | No
 class IdealNetwork:
     """The ideal network output at a noise level, in the scheduler's prediction type; x is variance-preserving."""
 
-    def __init__(self, mixture, prediction: str, gain: float = 1.0) -> None:
+    def __init__(self, mixture: Mixture, prediction: str, gain: float = 1.0) -> None:
         self.mixture, self.prediction, self.gain = mixture, prediction, gain
 
     def __call__(self, x: torch.Tensor, ratio: float) -> torch.Tensor:
@@ -76,7 +79,7 @@ class IdealNetwork:
         return torch.from_numpy(out.astype(np.float32))
 
 
-def variance_preserving(scheduler, network, noise: np.ndarray, steps: int) -> list[np.ndarray]:
+def variance_preserving(scheduler: Any, network: IdealNetwork, noise: np.ndarray, steps: int) -> list[np.ndarray]:
     """Return every step of a scheduler that samples x itself (DPM-Solver family)."""
     scheduler.set_timesteps(steps)
     x, found = torch.from_numpy(noise), []
@@ -99,7 +102,7 @@ SPACINGS = {"leading": "dpm_leading", "trailing": "trailing", "linspace": "dpm_l
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), CASES)
-def test_unipc_follows_diffusers(mixture, kind, prediction, spacing, order, steps) -> None:
+def test_unipc_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, order: int, steps: int) -> None:
     scheduler, schedule = make_scheduler("UniPCMultistepScheduler", kind, prediction, spacing, solver_order=order)
     plan = make_plan(f"unipc_{order}", steps, schedule, spacing=SPACINGS[spacing], clip=False)
     noise = noises(1)
@@ -110,7 +113,7 @@ def test_unipc_follows_diffusers(mixture, kind, prediction, spacing, order, step
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), CASES)
-def test_deis_follows_diffusers(mixture, kind, prediction, spacing, order, steps) -> None:
+def test_deis_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, order: int, steps: int) -> None:
     """Diffusers' DEIS always ends at the noise level of timestep 0."""
     scheduler, schedule = make_scheduler("DEISMultistepScheduler", kind, prediction, spacing, solver_order=order)
     solver = "ddim" if order == 1 else f"deis_{order}"
@@ -123,7 +126,7 @@ def test_deis_follows_diffusers(mixture, kind, prediction, spacing, order, steps
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), CASES)
-def test_dpmpp_3m_follows_diffusers(mixture, kind, prediction, spacing, final, steps) -> None:
+def test_dpmpp_3m_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, final: str, steps: int) -> None:
     settings = {"solver_order": 3, "final_sigmas_type": final}
     scheduler, schedule = make_scheduler("DPMSolverMultistepScheduler", kind, prediction, spacing, **settings)
     end = None if final == "zero" else 0.0
@@ -136,7 +139,7 @@ def test_dpmpp_3m_follows_diffusers(mixture, kind, prediction, spacing, final, s
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), CASES)
-def test_sde_dpmpp_follows_diffusers(mixture, kind, prediction, spacing, order, steps, monkeypatch) -> None:
+def test_sde_dpmpp_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, order: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"solver_order": order, "algorithm_type": "sde-dpmsolver++"}
     scheduler, schedule = make_scheduler("DPMSolverMultistepScheduler", kind, prediction, spacing, **settings)
     plan = make_plan("ddpm" if order == 1 else "dpmpp_2m_sde", steps, schedule, spacing=SPACINGS[spacing], clip=False)
@@ -149,7 +152,7 @@ def test_sde_dpmpp_follows_diffusers(mixture, kind, prediction, spacing, order, 
 
 
 @pytest.mark.parametrize("threshold", [Threshold(0.9, 1.5), Threshold(0.995, 1.0), Threshold(0.7, 10.0)])
-def test_dynamic_thresholding_follows_diffusers(mixture, threshold) -> None:
+def test_dynamic_thresholding_follows_diffusers(mixture: Mixture, threshold: Threshold) -> None:
     settings = {
         "thresholding": True,
         "dynamic_thresholding_ratio": threshold.ratio,
@@ -165,7 +168,7 @@ def test_dynamic_thresholding_follows_diffusers(mixture, threshold) -> None:
 # --- schedulers that sample X = x / alpha, x = X / sqrt(1 + r^2) ---------------------------------------------
 
 
-def variance_exploding(scheduler, network, noise: np.ndarray, steps: int) -> tuple[list[np.ndarray], list[float]]:
+def variance_exploding(scheduler: Any, network: IdealNetwork, noise: np.ndarray, steps: int) -> tuple[list[np.ndarray], list[float]]:
     """Return the samples after every scheduler step and the ratio sigma / alpha before each."""
     scheduler.set_timesteps(steps)
     x, found, levels = torch.from_numpy(noise) * scheduler.init_noise_sigma, [], []
@@ -186,7 +189,7 @@ EXPLODING_CASES = [(k, p, s, "") for k, p, s in CASES if p != "sample"] + [
 SPACING_OF = {"use_karras_sigmas": "karras", "use_exponential_sigmas": "exponential", "use_beta_sigmas": "beta"}
 
 
-def exploding_plan(solver: str, schedule, spacing: str, option: str, steps: int) -> SamplingPlan:
+def exploding_plan(solver: str, schedule: NoiseSchedule, spacing: str, option: str, steps: int) -> SamplingPlan:
     from diffpress.runtime.timesteps import timesteps_for
 
     start = "marginal" if spacing == "leading" else "noise"
@@ -203,7 +206,7 @@ def as_variance_preserving(found: list[torch.Tensor], levels: list[float], every
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING_CASES)
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 def test_euler_and_its_ancestral_form_follow_diffusers(
-    mixture, name, kind, prediction, spacing, option, steps, monkeypatch
+    mixture: Mixture, name: str, kind: str, prediction: str, spacing: str, option: str, steps: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Unless the spacing is leading, these schedulers scale the initial noise by sigma alone."""
     if "Ancestral" in name and option:
@@ -222,7 +225,7 @@ def test_euler_and_its_ancestral_form_follow_diffusers(
 
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING_CASES)
-def test_heun_follows_diffusers(mixture, kind, prediction, spacing, option, steps) -> None:
+def test_heun_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, option: str, steps: int) -> None:
     pytest.importorskip("scipy")
     scheduler, schedule = make_scheduler(
         "HeunDiscreteScheduler", kind, prediction, spacing, **({option: True} if option else {})
@@ -239,7 +242,7 @@ def test_heun_follows_diffusers(mixture, kind, prediction, spacing, option, step
 
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING_CASES)
-def test_dpm_solver_sde_follows_diffusers(mixture, kind, prediction, spacing, option, steps, monkeypatch) -> None:
+def test_dpm_solver_sde_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, option: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its noise comes from one Brownian motion in r: W(r) - W(middle), and W(r) - W(r'), which contains the former."""
     low, high = KINDS[kind]
     settings = {"prediction_type": NAMES[prediction], "timestep_spacing": spacing} | ({option: True} if option else {})
@@ -248,7 +251,7 @@ def test_dpm_solver_sde_follows_diffusers(mixture, kind, prediction, spacing, op
     noise = noises(2 * steps + 1)
     intervals: list[tuple[float, float]] = []
 
-    def brownian(high, low):
+    def brownian(high: Any, low: Any) -> torch.Tensor:
         """Return the increments over the two intervals of a step, the first inside the second."""
         index, inside = divmod(len(intervals), 2)
         high, low = float(high), float(low)
@@ -270,7 +273,7 @@ def test_dpm_solver_sde_follows_diffusers(mixture, kind, prediction, spacing, op
     assert_close(ours(mixture, plan, schedule, noise), expected)
 
 
-def _sde_module(monkeypatch) -> ModuleType:
+def _sde_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """Import the diffusers module without torchsde, its optional noise source, which is not used here."""
     name = "diffusers.schedulers.scheduling_dpmsolver_sde"
     if name not in sys.modules and "torchsde" not in sys.modules:
@@ -286,7 +289,7 @@ def _sde_module(monkeypatch) -> ModuleType:
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize(("kind", "prediction"), sorted({(kind, prediction) for kind, prediction, _ in CASES}))
-def test_ddpm_follows_diffusers(mixture, kind, prediction, variance, steps, monkeypatch) -> None:
+def test_ddpm_follows_diffusers(mixture: Mixture, kind: str, prediction: str, variance: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"variance_type": variance, "clip_sample": False}
     scheduler, schedule = make_scheduler("DDPMScheduler", kind, prediction, "leading", **settings)
     scheduler.set_timesteps(steps)
@@ -305,7 +308,7 @@ def test_ddpm_follows_diffusers(mixture, kind, prediction, variance, steps, monk
     assert_close(ours(mixture, plan, schedule, noise), theirs)
 
 
-def flow_output(mixture, x: torch.Tensor, s: float) -> torch.Tensor:
+def flow_output(mixture: Mixture, x: torch.Tensor, s: float) -> torch.Tensor:
     from diffpress.runtime.noise_schedule import NoiseLevel
 
     level = NoiseLevel(0.0, 1.0 - s, s)
@@ -316,7 +319,7 @@ def flow_output(mixture, x: torch.Tensor, s: float) -> torch.Tensor:
 
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("steps", [2, 7])
-def test_heun_on_flows_follows_diffusers(mixture, shift, steps) -> None:
+def test_heun_on_flows_follows_diffusers(mixture: Mixture, shift: float, steps: int) -> None:
     scheduler = diffusers.FlowMatchHeunDiscreteScheduler(1000, shift=shift)
     scheduler.set_timesteps(steps)
     noise, theirs = noises(1), []
@@ -332,7 +335,7 @@ def test_heun_on_flows_follows_diffusers(mixture, shift, steps) -> None:
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
-def test_unipc_on_flows_follows_diffusers(mixture, shift, steps, order) -> None:
+def test_unipc_on_flows_follows_diffusers(mixture: Mixture, shift: float, steps: int, order: int) -> None:
     settings = {"use_flow_sigmas": True, "flow_shift": shift, "prediction_type": "flow_prediction"}
     scheduler = diffusers.UniPCMultistepScheduler(1000, solver_order=order, **settings)
     scheduler.set_timesteps(steps)

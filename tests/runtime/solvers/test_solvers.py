@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
 
 from diffpress.runtime.conditioning import Conditioning
+from diffpress.runtime.denoiser import Denoise
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import CLEAN, NoiseLevel, NoiseSchedule, betas_schedule, flow_schedule
 from diffpress.runtime.sampler import network_evaluations, sample
@@ -19,6 +21,7 @@ from diffpress.runtime.solvers.adams import ADAMS_BASHFORTH
 from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import timesteps_for
+from tests.runtime.conftest import Gaussian, Mixture
 
 ODE_SOLVERS = sorted(name for name, solver in SOLVERS.items() if not solver.noisy)
 # whose last step is first-order and ends at x_0 itself; the others mix outputs to the end
@@ -27,21 +30,24 @@ ENDING_AT_X0 = sorted(set(SOLVERS) - {"plms", "plms_v"})
 EXTRA_EVALUATION = {"heun", "heun_flow", "plms", "plms_v", "dpmpp_sde"}
 NOW, NEXT = NoiseLevel(500.0, 0.6, 0.8), NoiseLevel(250.0, 0.8, 0.6)
 LINEAR = betas_schedule("linear", 1000)
+Flow = Callable[[np.ndarray, NoiseLevel, NoiseLevel], np.ndarray]
+NoiseLevels = Callable[[int], list[NoiseLevel]]
 
 
 def no_denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
     raise AssertionError("this step must not evaluate the network again")
 
 
-def make_step(x, x0, now, next, history: Sequence[PreviousStep] = (), **facts) -> StepState:
+def make_step(x: np.ndarray, x0: np.ndarray, now: NoiseLevel, next: NoiseLevel, history: Sequence[PreviousStep] = (), **facts: Any) -> StepState:
     """Return a step in the middle of many, without added noise unless `facts` override it."""
     middle = {"index": len(history), "steps": 1000, "denoise": no_denoise, "noise": lambda k: np.zeros_like(x)}
     return StepState(x, x0, now, next, tuple(history), **{**middle, "eta": 0.0, "schedule": LINEAR, **facts})
 
 
-def integrate(name: str, denoise, x: np.ndarray, levels, schedule: NoiseSchedule = LINEAR, exact=None) -> np.ndarray:
+def integrate(name: str, denoise: Denoise, x: np.ndarray, levels: Sequence[NoiseLevel], schedule: NoiseSchedule = LINEAR, exact: Flow | None=None) -> np.ndarray:
     """Run the solver over the levels; an `exact` solution replaces its first steps, which are of lower order."""
-    solver, history, start = SOLVERS[name], [], x
+    solver, start = SOLVERS[name], x
+    history: list[PreviousStep] = []
     # compared with an exact solution, no step may be near the end, where orders are lower too
     facts = {"steps": len(levels) - 1 if exact is None else 10**6, "denoise": denoise, "schedule": schedule}
     for index, (now, after) in enumerate(itertools.pairwise(levels)):
@@ -54,7 +60,7 @@ def integrate(name: str, denoise, x: np.ndarray, levels, schedule: NoiseSchedule
     return x
 
 
-def move(name: str, *args, **facts) -> np.ndarray:
+def move(name: str, *args: Any, **facts: Any) -> np.ndarray:
     return SOLVERS[name].move(make_step(*args, **facts))
 
 
@@ -62,7 +68,7 @@ def on_circle(ratio: float) -> NoiseLevel:
     return NoiseLevel(0.0, 1 / math.hypot(1, ratio), ratio / math.hypot(1, ratio))
 
 
-def order(name: str, denoise, exact, noise_levels, coarse: int) -> float:
+def order(name: str, denoise: Denoise, exact: Flow, noise_levels: NoiseLevels, coarse: int) -> float:
     """Return log2 of the error ratio between step size h and h / 2."""
     x = np.linspace(-2.0, 2.0, 64)
     errors = []
@@ -103,21 +109,21 @@ def equal_in_ratio(steps: int) -> list[NoiseLevel]:
         ("unipc_3", equal_in_log_ratio, 128, 4.0),
     ],
 )
-def test_error_falls_with_the_order_of_the_solver(gaussian, name, noise_levels, coarse, expected) -> None:
+def test_error_falls_with_the_order_of_the_solver(gaussian: Gaussian, name: str, noise_levels: NoiseLevels, coarse: int, expected: float) -> None:
     measured = order(name, gaussian.denoise, gaussian.flow, noise_levels, coarse)
     # at these step counts, high orders are mixed with the next error term
     assert expected - 0.1 < measured < expected + (1.2 if expected == 4.0 else 0.2)
 
 
 @pytest.fixture(scope="module")
-def curved(mixture) -> tuple[np.ndarray, np.ndarray]:
+def curved(mixture: Mixture) -> tuple[np.ndarray, np.ndarray]:
     """The starts of 64 trajectories and their ends, computed with many steps."""
     x = np.linspace(-2.0, 2.0, 64)
     return x, integrate("dpmpp_3m", mixture.denoise, x, equal_in_log_ratio(4096))
 
 
 @pytest.mark.parametrize("name", sorted(set(ODE_SOLVERS) - {"ddim_clip"}))
-def test_solvers_agree_on_a_curved_flow_with_many_steps(mixture, curved, name) -> None:
+def test_solvers_agree_on_a_curved_flow_with_many_steps(mixture: Mixture, curved: tuple[np.ndarray, np.ndarray], name: str) -> None:
     x, fine = curved
     found = integrate(name, mixture.denoise, x, equal_in_log_ratio(512))
     first_order = name in ("ddim", "euler", "plms_v")
@@ -125,11 +131,12 @@ def test_solvers_agree_on_a_curved_flow_with_many_steps(mixture, curved, name) -
 
 
 @pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"lcm", "consistency"} - set(ODE_SOLVERS)))
-def test_stochastic_solvers_preserve_the_standard_deviation_of_the_data(gaussian, name) -> None:
+def test_stochastic_solvers_preserve_the_standard_deviation_of_the_data(gaussian: Gaussian, name: str) -> None:
     """Data N(mean, deviation^2), noised and sampled again, must have the same mean and deviation."""
     rng, levels = np.random.default_rng(0), equal_in_log_ratio(300)
     start = levels[0].alpha * (0.3 + 0.5 * rng.standard_normal(20000)) + levels[0].sigma * rng.standard_normal(20000)
-    solver, history, x = SOLVERS[name], [], start
+    solver, x = SOLVERS[name], start
+    history: list[PreviousStep] = []
     for now, after in itertools.pairwise(levels):
         facts = {"denoise": gaussian.denoise, "noise": lambda k: rng.standard_normal(20000)}
         step = make_step(x, gaussian.denoise(x, now), now, after, history[-MAX_HISTORY:], **facts)
@@ -141,7 +148,7 @@ def test_stochastic_solvers_preserve_the_standard_deviation_of_the_data(gaussian
     assert abs(x.std() / spread - 1) < 5 / 40000**0.5 + (0.03 if name != "dpmpp_sde" else 0.005)
 
 
-def test_heun_on_a_flow_is_second_order(gaussian) -> None:
+def test_heun_on_a_flow_is_second_order(gaussian: Gaussian) -> None:
     def noise_levels(steps: int) -> list[NoiseLevel]:
         return [NoiseLevel(1000.0 * s, 1.0 - s, s) for s in np.linspace(1.0, 0.1, steps + 1)]
 
@@ -151,7 +158,7 @@ def test_heun_on_a_flow_is_second_order(gaussian) -> None:
 
 
 @pytest.mark.parametrize("expected", [2.0])
-def test_dpmpp_sde_is_second_order_without_its_noise(gaussian, expected, monkeypatch) -> None:
+def test_dpmpp_sde_is_second_order_without_its_noise(gaussian: Gaussian, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffpress.runtime.solvers import dpm
 
     monkeypatch.setattr(dpm, "split_noise", lambda now, next, eta: (next, 0.0))
@@ -160,7 +167,7 @@ def test_dpmpp_sde_is_second_order_without_its_noise(gaussian, expected, monkeyp
     assert abs(order("dpmpp_sde", gaussian.denoise, gaussian.flow, equal_in_log_ratio, 64) - expected) < 0.1
 
 
-def test_multistep_solvers_beat_ddim_at_few_steps(mixture) -> None:
+def test_multistep_solvers_beat_ddim_at_few_steps(mixture: Mixture) -> None:
     schedule = betas_schedule("squaredcos_cap_v2", 1000)
     x = np.linspace(-2.0, 2.0, 64)
     fine = integrate("ddim", mixture.denoise, x, plan_levels(schedule, timesteps_for("trailing", 1000, schedule)))
@@ -171,26 +178,26 @@ def test_multistep_solvers_beat_ddim_at_few_steps(mixture) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(set(ODE_SOLVERS) - EXTRA_EVALUATION))
-def test_the_first_step_of_every_solver_is_deterministic_ddim(name, noise) -> None:
+def test_the_first_step_of_every_solver_is_deterministic_ddim(name: str, noise: Callable[..., np.ndarray]) -> None:
     x, x0 = noise(4), noise(4) * 0.5
     eps = (x - 0.6 * x0) / 0.8
     assert np.abs(move(name, x, x0, NOW, NEXT) - (0.8 * x0 + 0.6 * eps)).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", ENDING_AT_X0)
-def test_the_last_step_ends_at_x0(name, noise) -> None:
+def test_the_last_step_ends_at_x0(name: str, noise: Callable[..., np.ndarray]) -> None:
     x, x0 = noise(4), noise(4) * 0.5
     last = move(name, x, x0, NEXT, CLEAN, [PreviousStep(NOW, x * 2, x0 * 3)], steps=2, eta=1.0)
     assert np.abs(last - x0).max() < 1e-6
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_float32_stays_float32(name, noise) -> None:
+def test_float32_stays_float32(name: str, noise: Callable[..., np.ndarray]) -> None:
     x, earlier = (
         noise(4),
         [PreviousStep(NoiseLevel(t, a, 0.9), noise(4), noise(4)) for t, a in ((900.0, 0.1), (750.0, 0.3))],
     )
-    facts = {"history": earlier, "denoise": lambda x, level: x, "noise": lambda k: noise(4), "eta": 0.5}
+    facts: dict[str, Any] = {"history": earlier, "denoise": lambda x, level: x, "noise": lambda k: noise(4), "eta": 0.5}
     step = make_step(x, x, NOW, NEXT, **facts)
     corrected = SOLVERS[name].correct
     assert SOLVERS[name].move(step).dtype == np.float32
@@ -198,7 +205,7 @@ def test_float32_stays_float32(name, noise) -> None:
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_starting_from_pure_noise_and_ending_without_noise_stays_finite(gaussian, name, noise) -> None:
+def test_starting_from_pure_noise_and_ending_without_noise_stays_finite(gaussian: Gaussian, name: str, noise: Callable[..., np.ndarray]) -> None:
     flow = flow_schedule(100)
     levels = plan_levels(flow, (99.0, 60.0, 30.0, 10.0, 0.0))
     assert levels[0].alpha == 0.0 and levels[-2].sigma == 0.0
@@ -208,7 +215,7 @@ def test_starting_from_pure_noise_and_ending_without_noise_stays_finite(gaussian
 
 
 @pytest.mark.parametrize("name", ODE_SOLVERS)
-def test_the_vanishing_alpha_of_the_cosine_schedule_does_not_overflow(gaussian, name, noise) -> None:
+def test_the_vanishing_alpha_of_the_cosine_schedule_does_not_overflow(gaussian: Gaussian, name: str, noise: Callable[..., np.ndarray]) -> None:
     cosine = betas_schedule("squaredcos_cap_v2", 1000)
     levels = plan_levels(cosine, timesteps_for("trailing", 8, cosine))
     assert levels[0].alpha < 1e-4
@@ -218,7 +225,7 @@ def test_the_vanishing_alpha_of_the_cosine_schedule_does_not_overflow(gaussian, 
     assert np.abs(end - gaussian.flow(noise(64), levels[0], CLEAN)).max() < (0.3 if name != "heun_flow" else 1.0)
 
 
-def test_eta_one_adds_the_noise_of_the_ddpm_posterior(noise) -> None:
+def test_eta_one_adds_the_noise_of_the_ddpm_posterior(noise: Callable[..., np.ndarray]) -> None:
     x, x0, z = noise(4), np.zeros(4, np.float32), np.full(4, 1.0, np.float32)
     with_noise, without = (move("ddim", x, x0, NOW, NEXT, noise=lambda k, z=z: z, eta=1.0) for z in (z, 0 * z))
     added = with_noise - without
@@ -230,7 +237,7 @@ def test_eta_one_adds_the_noise_of_the_ddpm_posterior(noise) -> None:
     assert np.allclose(large - without, math.sqrt(beta), rtol=1e-5)
 
 
-def test_lcm_adds_fresh_noise_to_the_consistency_function(noise) -> None:
+def test_lcm_adds_fresh_noise_to_the_consistency_function(noise: Callable[..., np.ndarray]) -> None:
     """At t = 0 the function is x itself; at 20 t = 1 c_skip and c_out are 1/2 and sqrt(1/2)."""
     x, x0, z = noise(4), noise(4) * 0.5, np.full(4, 2.0, np.float32)
     for t, clean in [(0.0, x), (0.05, x / 2 + x0 * math.sqrt(0.5)), (500.0, x0)]:
@@ -240,7 +247,7 @@ def test_lcm_adds_fresh_noise_to_the_consistency_function(noise) -> None:
 
 
 @pytest.mark.parametrize("name", ODE_SOLVERS)
-def test_a_step_to_the_same_noise_level_changes_nothing(name, noise) -> None:
+def test_a_step_to_the_same_noise_level_changes_nothing(name: str, noise: Callable[..., np.ndarray]) -> None:
     """Plans may end at the noise level of their last timestep."""
     x = noise(4)
     moved = move(name, x, x * 0.5, NEXT, NEXT, [PreviousStep(NOW, x * 2, x * 3)], denoise=lambda x, level: x * 0.5)
@@ -249,10 +256,10 @@ def test_a_step_to_the_same_noise_level_changes_nothing(name, noise) -> None:
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_the_number_of_evaluations_is_the_announced_one(mixture, noise, name, steps) -> None:
+def test_the_number_of_evaluations_is_the_announced_one(mixture: Mixture, noise: Callable[..., np.ndarray], name: str, steps: int) -> None:
     schedule, evaluated = betas_schedule("squaredcos_cap_v2", 1000), []
 
-    def denoise(x, level):
+    def denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         evaluated.append(level.t)
         return mixture.denoise(x, level)
 
@@ -277,7 +284,7 @@ def test_guidance_doubles_the_evaluations_inside_its_interval() -> None:
     assert network_evaluations(spec.with_plan(plan)) == 9 + 5
 
 
-def test_the_first_step_of_plms_is_second_order(gaussian) -> None:
+def test_the_first_step_of_plms_is_second_order(gaussian: Gaussian) -> None:
     now, next, x = on_circle(1.0), on_circle(1.0 - 1e-3), np.linspace(-2.0, 2.0, 64)
     x0, exact = gaussian.denoise(x, now), gaussian.flow(x, now, next)
     once = move("ddim", x, x0, now, next)
@@ -287,7 +294,7 @@ def test_the_first_step_of_plms_is_second_order(gaussian) -> None:
 
 
 @pytest.mark.parametrize("row", ADAMS_BASHFORTH)
-def test_adams_bashforth_weights_integrate_their_polynomials_exactly(row) -> None:
+def test_adams_bashforth_weights_integrate_their_polynomials_exactly(row: Sequence[float]) -> None:
     """Over the unit step from 0, with samples at 0, -1, -2, ...: the integral of t^k is 1 / (k + 1)."""
     for power in range(len(row)):
         assert sum(w * (-i) ** power for i, w in enumerate(row)) == pytest.approx(1 / (power + 1))

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def no_compiling(self: object, *_: object) -> None:
 
 
 @pytest.fixture(params=["float", "quantized"])
-def graph(request, float_graph: Path, quantized_graph: Callable[..., Path]) -> Path:
+def graph(request: pytest.FixtureRequest, float_graph: Path, quantized_graph: Callable[..., Path]) -> Path:
     return float_graph if request.param == "float" else quantized_graph("Conv", "MatMul", "Gemm")
 
 
@@ -44,7 +45,7 @@ def ran(graph: Path, options: EngineOptions) -> tuple[np.ndarray, object]:
         return engine.run(sample_inputs()), engine.precision_report(sample_inputs())
 
 
-def test_a_cached_model_gives_the_same_bits_and_the_same_precision_report(graph: Path, cached, monkeypatch) -> None:
+def test_a_cached_model_gives_the_same_bits_and_the_same_precision_report(graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     without, first = ran(graph, replace(cached, cache=None)), ran(graph, cached)
     monkeypatch.setattr(openvino.Core, "compile_model", no_compiling)
     second = ran(graph, cached)
@@ -52,7 +53,7 @@ def test_a_cached_model_gives_the_same_bits_and_the_same_precision_report(graph:
     assert without[1] == first[1] == second[1]
 
 
-def test_a_cached_model_is_loaded_without_reading_the_graph(graph: Path, cached, monkeypatch) -> None:
+def test_a_cached_model_is_loaded_without_reading_the_graph(graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     with closing(load_engine(graph, "openvino", options=cached)) as engine:
         inputs, expected = engine.inputs, engine.run(sample_inputs())
     monkeypatch.setattr(openvino.Core, "read_model", no_compiling)
@@ -62,8 +63,9 @@ def test_a_cached_model_is_loaded_without_reading_the_graph(graph: Path, cached,
 
 @pytest.mark.parametrize("change", ["graph", "threads", "streams", "shapes", "version", "processor"])
 def test_everything_the_compiled_model_depends_on_is_part_of_the_key(
-    float_graph: Path, cached: EngineOptions, monkeypatch, change: str
+    float_graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
+    assert cached.cache is not None
     ran(float_graph, cached)
     folder, inputs, options = cached.cache.folder, sample_inputs(), cached
     before = set(folder.iterdir())
@@ -78,7 +80,8 @@ def test_everything_the_compiled_model_depends_on_is_part_of_the_key(
     elif change == "processor":
         monkeypatch.setattr(openvino.Core, "get_property", lambda *_: "another processor")
     else:
-        options = replace(cached, **{change: 2})
+        changed: dict[str, Any] = {change: 2}
+        options = replace(cached, **changed)
     with closing(load_engine(float_graph, "openvino", options=options)) as engine:
         engine.run(inputs)
     added = set(folder.iterdir()) - before
@@ -88,8 +91,9 @@ def test_everything_the_compiled_model_depends_on_is_part_of_the_key(
 
 
 @pytest.mark.parametrize("damage", [lambda b: b[: len(b) // 2], lambda b: b[:-1] + bytes([b[-1] ^ 1]), lambda b: b""])
-def test_damaged_entries_are_replaced(graph: Path, cached, damage: Callable[[bytes], bytes]) -> None:
+def test_damaged_entries_are_replaced(graph: Path, cached: EngineOptions, damage: Callable[[bytes], bytes]) -> None:
     expected = ran(graph, cached)[0]
+    assert cached.cache is not None
     files = sorted(cached.cache.folder.iterdir())
     sound = [file.read_bytes() for file in files]
     for file, content in zip(files, sound, strict=True):
@@ -98,13 +102,13 @@ def test_damaged_entries_are_replaced(graph: Path, cached, damage: Callable[[byt
     assert all(len(file.read_bytes()) > 0.9 * len(content) for file, content in zip(files, sound, strict=True))
 
 
-def test_an_entry_that_openvino_rejects_is_compiled_again(float_graph: Path, cached, monkeypatch) -> None:
+def test_an_entry_that_openvino_rejects_is_compiled_again(float_graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     """The digest is valid, but OpenVINO cannot import the data."""
     real = openvino.Core.import_model
     expected = ran(float_graph, cached)[0]
     seen = []
 
-    def import_garbage(self, stream, *rest):
+    def import_garbage(self: Any, stream: Any, *rest: Any) -> Any:
         seen.append(stream)
         return real(self, io.BytesIO(b"no model"), *rest)
 
@@ -112,7 +116,7 @@ def test_an_entry_that_openvino_rejects_is_compiled_again(float_graph: Path, cac
     assert np.array_equal(ran(float_graph, cached)[0], expected) and seen
 
 
-def test_a_bundle_is_cached_under_its_hash_and_is_not_modified(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_bundle_is_cached_under_its_hash_and_is_not_modified(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = EngineOptions(threads=1, cache=Cache(tmp_path / "cache"))
 
     def images(folder: Path) -> np.ndarray:
@@ -127,10 +131,10 @@ def test_a_bundle_is_cached_under_its_hash_and_is_not_modified(tiny: Path, tmp_p
     assert np.array_equal(images(Path(shutil.copytree(tiny, tmp_path / "elsewhere"))), first)
 
 
-def test_a_precision_the_cpu_does_not_support_raises_a_one_line_error(float_graph: Path, monkeypatch) -> None:
+def test_a_precision_the_cpu_does_not_support_raises_a_one_line_error(float_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = openvino.Core.get_property
 
-    def incapable(self, device, name, *rest):
+    def incapable(self: Any, device: str, name: str, *rest: Any) -> Any:
         return ["FP32", "INT8"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     monkeypatch.setattr(openvino.Core, "get_property", incapable)
@@ -139,14 +143,14 @@ def test_a_precision_the_cpu_does_not_support_raises_a_one_line_error(float_grap
     assert "\n" not in str(caught.value)
 
 
-def test_a_precision_the_cpu_supports_is_passed_to_openvino(float_graph: Path, monkeypatch) -> None:
+def test_a_precision_the_cpu_supports_is_passed_to_openvino(float_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The capabilities are patched, so the test does not depend on this CPU."""
     real, hints = openvino.Core.get_property, []
 
-    def capable(self, device, name, *rest):
+    def capable(self: Any, device: str, name: str, *rest: Any) -> Any:
         return ["FP32", "BF16"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
-    def compiling(self, model, device, properties):
+    def compiling(self: Any, model: Any, device: str, properties: dict[str, Any]) -> Any:
         hints.append(properties["INFERENCE_PRECISION_HINT"])
         return real_compile(self, model, device, properties)
 
@@ -171,6 +175,7 @@ def test_concurrent_streams_return_the_same_outputs_as_one_stream(graph: Path) -
 
 
 def test_the_tensor_description_in_the_cache_is_plain_json(float_graph: Path, cached: EngineOptions) -> None:
+    assert cached.cache is not None
     load_engine(float_graph, "openvino", options=cached)
     (file,) = cached.cache.folder.iterdir()
     assert json.loads(file.read_bytes()[32:]) == {"inputs": {"sample": "float32"}, "outputs": ["out_sample"]}

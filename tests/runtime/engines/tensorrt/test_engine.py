@@ -32,29 +32,29 @@ TYPES = {"x": np.dtype(np.float32), "t": np.dtype(np.int64), "out": np.dtype(np.
 class Context:
     """A fake execution context: out = 2 x + t, at the given addresses."""
 
-    def __init__(self, cuda, capturable=True):
+    def __init__(self, cuda: Cuda, capturable: bool=True) -> None:
         self.cuda, self.capturable, self.shapes, self.addresses, self.enqueued = cuda, capturable, {}, {}, 0
 
-    def set_input_shape(self, name, shape):
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
         return True
 
-    def get_tensor_shape(self, name):
+    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
         return self.shapes["x"]
 
-    def set_tensor_address(self, name, address):
+    def set_tensor_address(self, name: str, address: int) -> bool:
         self.addresses[name] = address
         return True
 
-    def execute_async_v3(self, stream):
+    def execute_async_v3(self, stream: object) -> bool:
         if self.cuda.recorded is not None and not self.capturable:
             return False
         self.enqueued += 1
         self.cuda.do(self.compute)
         return True
 
-    def compute(self):
-        def array(name, dtype, shape):
+    def compute(self) -> None:
+        def array(name: str, dtype: np.typing.DTypeLike, shape: tuple[int, ...]) -> np.ndarray:
             size = int(np.prod(shape)) * np.dtype(dtype).itemsize
             memory = (ctypes.c_byte * size).from_address(self.addresses[name])
             return np.ctypeslib.as_array(memory).view(dtype).reshape(shape)
@@ -63,18 +63,18 @@ class Context:
         array("out", np.float32, self.shapes["x"])[...] = 2 * x + t[:, None]
 
 
-def inputs(seed, batch=3):
+def inputs(seed: int, batch: int=3) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(seed)
     return {"x": draw.standard_normal((batch, 4), np.float32), "t": draw.integers(0, 9, batch)}
 
 
-def bound(cuda, **settings):
+def bound(cuda: Cuda, **settings: Any) -> tuple[Context, Binding]:
     context = Context(cuda, settings.pop("capturable", True))
     return context, Binding(cuda, context, 7, {"x": (3, 4), "t": (3,)}, TYPES, **settings)
 
 
 @pytest.mark.parametrize(("settings", "launched"), [({}, 4), ({"capturable": False}, 0), ({"replay": False}, 0)])
-def test_the_first_run_is_enqueued_and_later_ones_replay_one_graph(settings, launched):
+def test_the_first_run_is_enqueued_and_later_ones_replay_one_graph(settings: dict[str, Any], launched: int) -> None:
     cuda = Cuda()
     context, binding = bound(cuda, **settings)
     results = [(inputs(seed), binding.run(inputs(seed))) for seed in range(5)]
@@ -87,7 +87,7 @@ def test_the_first_run_is_enqueued_and_later_ones_replay_one_graph(settings, lau
     assert cuda.memory == {}
 
 
-def test_a_failed_binding_frees_its_buffers():
+def test_a_failed_binding_frees_its_buffers() -> None:
     cuda = Cuda()
     context = Context(cuda)
     context.set_tensor_address = lambda name, address: name != "out"
@@ -96,14 +96,14 @@ def test_a_failed_binding_frees_its_buffers():
     assert cuda.memory == {}
 
 
-def test_a_batch_above_the_maximum_is_split_in_order():
+def test_a_batch_above_the_maximum_is_split_in_order() -> None:
     feed = inputs(0, batch=7)
     chunks = list(split_batch(feed, 3))
     assert [len(chunk["t"]) for chunk in chunks] == [3, 3, 1]
     np.testing.assert_array_equal(np.concatenate([chunk["x"] for chunk in chunks]), feed["x"])
 
 
-def test_a_cuda_error_is_one_line():
+def test_a_cuda_error_is_one_line() -> None:
     cuda = SimpleNamespace(
         cudaGetDeviceCount=lambda: (35, None), cudaGetErrorString=lambda error: (0, b"driver too old")
     )
@@ -114,7 +114,7 @@ def test_a_cuda_error_is_one_line():
     assert call(SimpleNamespace(f=lambda a: (0, a, 2)), "f", 1) == (1, 2)
 
 
-def used(variable):
+def used(variable: str) -> set[str]:
     """Names used in the backend: 'A.B' of variable.A.B, and 'A' of call(variable, "A")."""
     found = set()
     for file in FOLDER.glob("*.py"):
@@ -131,7 +131,7 @@ def used(variable):
 
 
 @pytest.mark.parametrize(("variable", "module"), [("cuda", "cuda.bindings.runtime"), ("trt", "tensorrt_rtx")])
-def test_the_real_library_has_every_name_that_is_used(variable, module):
+def test_the_real_library_has_every_name_that_is_used(variable: str, module: str) -> None:
     try:
         library = importlib.import_module(module)
     except ImportError:
@@ -145,7 +145,7 @@ def test_the_real_library_has_every_name_that_is_used(variable, module):
             owner = getattr(owner, attribute, None)
 
 
-def test_nested_phases_are_part_of_the_parents_progress():
+def test_nested_phases_are_part_of_the_parents_progress() -> None:
     phases = Phases()
     phases.start("build", None, 4)
     phases.step("build")
@@ -161,14 +161,14 @@ def test_nested_phases_are_part_of_the_parents_progress():
 
 
 class Terminal(io.StringIO):
-    def isatty(self):
+    def isatty(self) -> bool:
         return True
 
 
 @pytest.mark.parametrize(
     ("stream", "expected"), [(Terminal(), "\r\033[2K  building g: 50%  build"), (io.StringIO(), "")]
 )
-def test_progress_is_live_on_a_terminal_and_rare_elsewhere(stream, expected, monkeypatch):
+def test_progress_is_live_on_a_terminal_and_rare_elsewhere(stream: io.StringIO, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffpress.runtime.engines.tensorrt.monitor.LIVE_EVERY_S", 0.0)
     progress = monitor(SimpleNamespace(IProgressMonitor=object), "g", stream)
     progress.phase_start("build", None, 2)
@@ -177,7 +177,7 @@ def test_progress_is_live_on_a_terminal_and_rare_elsewhere(stream, expected, mon
     assert stream.getvalue() == expected
 
 
-def test_an_interrupt_stops_the_build(monkeypatch):
+def test_an_interrupt_stops_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
     progress = monitor(SimpleNamespace(IProgressMonitor=object), "g", io.StringIO())
     progress._report = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
     assert progress.step_complete("build", 0) is False and progress.interrupted
@@ -189,7 +189,7 @@ HARDWARE = (
 )
 
 
-def test_build_errors_state_the_reason_and_what_to_try():
+def test_build_errors_state_the_reason_and_what_to_try() -> None:
     message = str(build_error("g.onnx", "tensorrt-rtx", ["Thread context has not been set!", HARDWARE], BuildOptions()))
     assert message == (
         "g.onnx: compute capability 8.6 does not run format fp8 of this graph (tensorrt-rtx); 8.9 and later do: "

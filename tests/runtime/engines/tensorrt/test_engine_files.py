@@ -33,7 +33,7 @@ needs_tensorrt = pytest.mark.skipif(
 HERE = Device("8.9", {"tensorrt-rtx": "1.7.1", "tensorrt": "10.9.0"})
 
 
-def entry_of(**changes):
+def entry_of(**changes: Any) -> dict[str, Any]:
     return {
         "engine": "tensorrt",
         "library": "tensorrt-rtx",
@@ -49,7 +49,7 @@ def entry_of(**changes):
     }
 
 
-def test_an_engine_for_this_machine_is_compatible():
+def test_an_engine_for_this_machine_is_compatible() -> None:
     assert incompatibility(entry_of(), HERE, "g") is None
 
 
@@ -65,11 +65,11 @@ def test_an_engine_for_this_machine_is_compatible():
         ({"sha256": None}, "its entry in the manifest is incomplete"),
     ],
 )
-def test_an_incompatible_engine_gives_the_reason(changes, reason):
+def test_an_incompatible_engine_gives_the_reason(changes: dict[str, Any], reason: str) -> None:
     assert reason in incompatibility(entry_of(**changes), HERE, "g")
 
 
-def test_a_missing_library_is_named():
+def test_a_missing_library_is_named() -> None:
     other = Device("8.9", {"tensorrt": "10.9.0"})
     assert "tensorrt-rtx 1.7.1, which is not installed" in incompatibility(entry_of(), other, "g")
 
@@ -77,20 +77,20 @@ def test_a_missing_library_is_named():
 @pytest.mark.parametrize(
     ("built", "fits"), [("10.8.2", True), ("10.10.0", False), ("9.9.0", False), ("10.9.0", True), ("x", False)]
 )
-def test_version_compatible_engines_run_only_in_later_versions(built, fits):
+def test_version_compatible_engines_run_only_in_later_versions(built: str, fits: bool) -> None:
     options = BuildOptions(version_compatible=True).to_json()
     entry = entry_of(library="tensorrt", version=built, options=options)
     assert (incompatibility(entry, HERE, "g") is None) == fits
 
 
-def test_hardware_compatible_engines_run_on_ampere_and_later():
+def test_hardware_compatible_engines_run_on_ampere_and_later() -> None:
     options = BuildOptions(hardware_compatible="ampere_plus").to_json()
     entry = entry_of(compute_capabilities=["8.0"], options=options)
     assert incompatibility(entry, HERE, "g") is None
     assert incompatibility(entry, Device("7.5", HERE.libraries), "g") is not None
 
 
-def test_shapes_outside_the_profile_are_named():
+def test_shapes_outside_the_profile_are_named() -> None:
     profile = entry_of()["profile"]
     assert uncovered(profile, {"sample": (64, 3, 8, 8)}) is None
     assert uncovered(profile, {"sample": (2, 3, 16, 8)}) == (
@@ -99,27 +99,27 @@ def test_shapes_outside_the_profile_are_named():
 
 
 @pytest.fixture
-def bundle(tiny):
+def bundle(tiny: Path) -> Bundle:
     return load_bundle(tiny)
 
 
 @pytest.fixture
-def graph(bundle):
+def graph(bundle: Bundle) -> Path:
     return bundle.denoiser
 
 
-def built(tmp_path, graph, content=b"data", **changes):
+def built(tmp_path: Path, graph: Path, content: bytes=b"data", **changes: Any) -> PrebuiltEngine:
     (tmp_path / "a.engine").write_bytes(content)
     return PrebuiltEngine(tmp_path / "a.engine", entry_of(graph_sha256=graph_sha256(graph), **changes))
 
 
-def test_of_several_engines_the_compatible_one_is_used(tmp_path, graph):
+def test_of_several_engines_the_compatible_one_is_used(tmp_path: Path, graph: Path) -> None:
     wrong, right = built(tmp_path, graph, compute_capabilities=["12.0"]), built(tmp_path, graph)
     data, entry = engine_for(graph, EngineOptions(), [wrong, right], HERE)
     assert data == b"data" and entry == right.entry
 
 
-def test_if_none_is_compatible_the_error_lists_every_reason(tmp_path, graph):
+def test_if_none_is_compatible_the_error_lists_every_reason(tmp_path: Path, graph: Path) -> None:
     engines = [built(tmp_path, graph, compute_capabilities=["12.0"]), built(tmp_path, graph, version="1.6.0")]
     with pytest.raises(
         EngineUnavailableError, match=r"this GPU has 8\.9.*1\.7\.1 is installed.*build one with --rebuild"
@@ -130,7 +130,7 @@ def test_if_none_is_compatible_the_error_lists_every_reason(tmp_path, graph):
         engine_for(graph, EngineOptions(), [], HERE)
 
 
-def test_an_engine_of_a_changed_graph_is_incompatible(tmp_path, graph):
+def test_an_engine_of_a_changed_graph_is_incompatible(tmp_path: Path, graph: Path) -> None:
     engine = built(tmp_path, graph)
     other = tmp_path / "denoiser.onnx"
     other.write_bytes(graph.read_bytes() + b"\0")
@@ -138,7 +138,7 @@ def test_an_engine_of_a_changed_graph_is_incompatible(tmp_path, graph):
         engine_for(other, EngineOptions(), [engine], HERE)
 
 
-def test_100_random_damages_raise_or_change_nothing(tmp_path, graph):
+def test_100_random_damages_raise_or_change_nothing(tmp_path: Path, graph: Path) -> None:
     """A damaged engine or entry raises InvalidInputError or has no effect; no other exception, no other engine."""
     right, draw = built(tmp_path, graph), random.Random(0)
     refused = 0
@@ -160,7 +160,7 @@ def test_100_random_damages_raise_or_change_nothing(tmp_path, graph):
     assert refused > 70
 
 
-def test_external_weights_are_part_of_the_graphs_hash(tmp_path):
+def test_external_weights_are_part_of_the_graphs_hash(tmp_path: Path) -> None:
     tensor = b"\n\x08location\x12\x0bweights.bin"
     (tmp_path / "g.onnx").write_bytes(b"\x08\x09" + tensor)
     (tmp_path / "weights.bin").write_bytes(b"one")
@@ -170,13 +170,13 @@ def test_external_weights_are_part_of_the_graphs_hash(tmp_path):
 
 
 @pytest.mark.skipif(tensorrt_engine.missing() is None, reason="TensorRT and cuda-python are installed")
-def test_without_the_package_the_error_names_the_extra(graph):
+def test_without_the_package_the_error_names_the_extra(graph: Path) -> None:
     with pytest.raises(MissingDependencyError, match=r"engine 'tensorrt' needs .* pip install 'diffpress\[tensorrt\]'"):
         load_engine(graph, "tensorrt")
 
 
 @pytest.mark.skipif(tensorrt_engine.missing() is not None, reason="TensorRT or cuda-python is not installed")
-def test_without_a_gpu_the_error_is_one_line(graph):
+def test_without_a_gpu_the_error_is_one_line(graph: Path) -> None:
     if tensorrt_engine.unusable() is None:
         pytest.skip("there is a GPU")
     with pytest.raises(
@@ -187,7 +187,7 @@ def test_without_a_gpu_the_error_is_one_line(graph):
 
 
 @needs_tensorrt
-def test_a_rebuilt_engine_is_for_this_gpu_and_is_cached(tmp_path, graph, bundle):
+def test_a_rebuilt_engine_is_for_this_gpu_and_is_cached(tmp_path: Path, graph: Path, bundle: Bundle) -> None:
     import tensorrt_rtx
 
     device = Device("8.9", {"tensorrt-rtx": tensorrt_rtx.__version__})
@@ -203,7 +203,7 @@ def test_a_rebuilt_engine_is_for_this_gpu_and_is_cached(tmp_path, graph, bundle)
 
 
 @needs_tensorrt
-def test_a_rebuilt_engine_has_a_header_the_library_can_read(tmp_path, graph):
+def test_a_rebuilt_engine_has_a_header_the_library_can_read(tmp_path: Path, graph: Path) -> None:
     import tensorrt_rtx
 
     device = Device("8.9", {"tensorrt-rtx": tensorrt_rtx.__version__})
@@ -216,7 +216,7 @@ def test_a_rebuilt_engine_has_a_header_the_library_can_read(tmp_path, graph):
 
 
 @needs_tensorrt
-def test_the_diagnostics_of_an_invalid_engine_are_decoded():
+def test_the_diagnostics_of_an_invalid_engine_are_decoded() -> None:
     import tensorrt_rtx
 
     runtime = tensorrt_rtx.Runtime(tensorrt_rtx.Logger())
@@ -225,7 +225,7 @@ def test_the_diagnostics_of_an_invalid_engine_are_decoded():
     assert reasons(tensorrt_rtx, 3) == "version mismatch, unsupported cc"
 
 
-def machine_with(monkeypatch, capability, named, classic=False):
+def machine_with(monkeypatch: pytest.MonkeyPatch, capability: str, named: list[str], classic: bool=False) -> SimpleNamespace:
     """Patch in this GPU and a TensorRT-RTX with these compute capabilities."""
     members = {f"SM{one.replace('.', '')}": one for one in named}
     trt = SimpleNamespace(ComputeCapability=SimpleNamespace(__members__=members))
@@ -237,13 +237,13 @@ def machine_with(monkeypatch, capability, named, classic=False):
     return trt
 
 
-def test_classic_tensorrt_builds_for_gpus_that_tensorrt_rtx_does_not_list(monkeypatch):
+def test_classic_tensorrt_builds_for_gpus_that_tensorrt_rtx_does_not_list(monkeypatch: pytest.MonkeyPatch) -> None:
     machine_with(monkeypatch, "9.0", ["8.9"], classic=True)
     assert choose([]) == ("tensorrt", ["9.0"])
 
 
 @pytest.mark.parametrize("requested", [["8.9", "9.0"], ["7.0"], ["9.0"], []])
-def test_a_gpu_that_tensorrt_rtx_does_not_list_raises_before_building(requested, monkeypatch):
+def test_a_gpu_that_tensorrt_rtx_does_not_list_raises_before_building(requested: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     machine_with(monkeypatch, "9.0", ["8.9"])
     assert choose(["8.9"]) == ("tensorrt-rtx", ["8.9"])
     with pytest.raises(
@@ -252,7 +252,7 @@ def test_a_gpu_that_tensorrt_rtx_does_not_list_raises_before_building(requested,
         choose(requested)
 
 
-def test_the_profile_follows_from_the_names_of_dimensions(bundle):
+def test_the_profile_follows_from_the_names_of_dimensions(bundle: Bundle) -> None:
     spec = bundle.spec
     channels, height, width = spec.sample_shape
     shapes = profile_shapes(
@@ -264,7 +264,7 @@ def test_the_profile_follows_from_the_names_of_dimensions(bundle):
         profile_shapes({"sample": ["depth"]}, spec, BuildOptions())
 
 
-def test_text_and_latents_have_their_own_ranges(bundle):
+def test_text_and_latents_have_their_own_ranges(bundle: Bundle) -> None:
     text = Conditioning(
         "text",
         encoders=(TextEncoder("text_encoder", "tokenizer", 16, 0),),
@@ -299,12 +299,12 @@ def test_text_and_latents_have_their_own_ranges(bundle):
         {"sizes": ((64, 64), (32, 64))},
     ],
 )
-def test_invalid_build_options_raise(wrong):
+def test_invalid_build_options_raise(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError):
         BuildOptions(**wrong)
 
 
-def test_build_options_round_trip_through_json():
+def test_build_options_round_trip_through_json() -> None:
     options = BuildOptions((1, 2, 3), ((8, 8), (16, 16)), 5, 64, True, True, True, True, True, "ampere_plus")
     assert BuildOptions.from_json(json.loads(json.dumps(options.to_json())), "x") == options
     for damaged in ({"batch": [1, 2]}, {"tf32": 1}, {"batch": "123"}, {"new": 1}, {"workspace_mib": True}, None):
