@@ -33,4 +33,4 @@ lint: install
 
 docs: install
 	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[docs]'
-	$(BIN)/mkdocs build --strict -q -d build/site
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q -d build/site

@@ -9,7 +9,7 @@ import pytest
 
 
 @pytest.fixture(scope="session")
-def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Folder of a tiny pipeline (tests/pipelines.py), created once per kind; do not modify."""
     made: dict[str, Path] = {}
 
@@ -24,7 +24,7 @@ def tiny_folder(tmp_path_factory) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def sd_bundle(tiny_folder, tmp_path_factory) -> Path:
+def sd_bundle(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Bundle of the tiny Stable Diffusion for both engines, with dynamic height and width; do not modify."""
     from diffpress.cli.main import main
 

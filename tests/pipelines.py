@@ -21,7 +21,6 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
-    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
@@ -92,7 +91,7 @@ def tiny_pipeline(kind: str, folder: Path, seed: int = 0, tokenizer_json: bool =
     return folder
 
 
-def noise(pipe: DiffusionPipeline, count: int, seed: int = 0) -> torch.Tensor:
+def noise(pipe: Any, count: int, seed: int = 0) -> torch.Tensor:
     """Draw standard normal latents [count, C, 8, 8], the size of these pipelines."""
     model = getattr(pipe, "transformer", None) or pipe.unet
     channels = model.config.in_channels // (4 if isinstance(pipe, FluxPipeline) else 1)
@@ -100,7 +99,7 @@ def noise(pipe: DiffusionPipeline, count: int, seed: int = 0) -> torch.Tensor:
 
 
 def sampled(
-    pipe: DiffusionPipeline,
+    pipe: Any,
     latents: torch.Tensor,
     prompts: Sequence[str] = (),
     labels: Sequence[int] = (),
@@ -117,26 +116,27 @@ def sampled(
         steps: Number of steps.
         **options: Passed to the pipeline's call: guidance_scale; a generator for LCM, which adds noise between steps.
     """
+    kind = type(pipe)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": steps, **options}
-    if isinstance(pipe, DiTPipeline | LDMPipeline):
-        count = {"class_labels": list(labels)} if isinstance(pipe, DiTPipeline) else {"batch_size": len(latents)}
+    if issubclass(kind, DiTPipeline | LDMPipeline):
+        count = {"class_labels": list(labels)} if issubclass(kind, DiTPipeline) else {"batch_size": len(latents)}
         with _patched_noise(pipe, latents):
             images = pipe(**count, **options, output_type="np").images
         return torch.from_numpy(images).permute(0, 3, 1, 2)
     height, width = (side * pipe.vae_scale_factor for side in latents.shape[-2:])
-    if isinstance(pipe, PixArtAlphaPipeline | PixArtSigmaPipeline):
+    if issubclass(kind, PixArtAlphaPipeline | PixArtSigmaPipeline):
         options = {"use_resolution_binning": False, "clean_caption": False, **options}
-    if isinstance(pipe, StableDiffusion3Pipeline | FluxPipeline | PixArtAlphaPipeline | PixArtSigmaPipeline):
+    if issubclass(kind, StableDiffusion3Pipeline | FluxPipeline | PixArtAlphaPipeline | PixArtSigmaPipeline):
         options = {"max_sequence_length": T5_TOKENS, **options}
-    if isinstance(pipe, FluxPipeline):
+    if issubclass(kind, FluxPipeline):
         latents = pipe._pack_latents(latents, *latents.shape)
     options = {"height": height, "width": width, "latents": latents.clone(), "output_type": "pt", **options}
     return pipe(prompt=list(prompts), **options).images
 
 
 @contextlib.contextmanager
-def _patched_noise(pipe: DiffusionPipeline, latents: torch.Tensor) -> Iterator[None]:
+def _patched_noise(pipe: object, latents: torch.Tensor) -> Iterator[None]:
     """Replace the noise that the pipeline draws, for pipelines without a `latents` argument."""
     with mock.patch.object(
         sys.modules[type(pipe).__module__], "randn_tensor", side_effect=lambda *_, **__: latents.clone()
@@ -188,7 +188,8 @@ def vq() -> VQModel:
 def clip_tokenizer(pad: str = "<|endoftext|>") -> CLIPTokenizer:
     """Build a byte-level BPE tokenizer: every byte, every byte ending a word, and the merges of WORDS."""
     letters = sorted(ByteLevel.alphabet())
-    names, merges = [*letters, *(f"{letter}</w>" for letter in letters)], []
+    names = [*letters, *(f"{letter}</w>" for letter in letters)]
+    merges: list[Any] = []
     for word in WORDS:
         left = word[0]
         for index, letter in enumerate(word[1:], 1):
@@ -213,7 +214,7 @@ def t5_tokenizer() -> T5Tokenizer:
 
 def _sentencepiece(tokenizer: T5Tokenizer) -> bytes:
     """Serialize the unigram model in sentencepiece's format."""
-    proto = sentencepiece_model_pb2
+    proto: Any = sentencepiece_model_pb2
     kinds = {"<pad>": proto.ModelProto.SentencePiece.CONTROL, "</s>": proto.ModelProto.SentencePiece.CONTROL}
     kinds["<unk>"] = proto.ModelProto.SentencePiece.UNKNOWN
     spec = proto.TrainerSpec(model_type=proto.TrainerSpec.UNIGRAM, pad_id=0, eos_id=1, unk_id=2, bos_id=-1)
@@ -242,17 +243,17 @@ def clip_encoder(tokenizer: CLIPTokenizer, kind: type = CLIPTextModel, width: in
 
 
 def t5_encoder(tokenizer: T5Tokenizer, width: int = 32) -> T5EncoderModel:
-    config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=width,
-        d_kv=8,
-        d_ff=2 * width,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-    )
-    return T5EncoderModel(config).eval()
+    settings: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "d_model": width,
+        "d_kv": 8,
+        "d_ff": 2 * width,
+        "num_layers": 2,
+        "num_heads": 4,
+        "feed_forward_proj": "gated-gelu",
+        "tie_word_embeddings": False,
+    }
+    return T5EncoderModel(T5Config(**settings)).eval()
 
 
 # --- denoisers -------------------------------------------------------------------------------------------------
@@ -286,7 +287,7 @@ def pixart(**config: Any) -> PixArtTransformer2DModel:
 # --- pipelines -------------------------------------------------------------------------------------------------
 
 
-def _ldm(first_stage: nn.Module) -> LDMPipeline:
+def _ldm(first_stage: Any) -> LDMPipeline:
     channels = first_stage.config.latent_channels
     model = UNet2DModel(
         sample_size=8,
@@ -447,7 +448,7 @@ def _flux(guided: bool, **schedule: Any) -> FluxPipeline:
     )
 
 
-KINDS: dict[str, Callable[[], DiffusionPipeline]] = {
+KINDS: dict[str, Callable[[], Any]] = {
     "ldm": lambda: _ldm(vq()),
     "ldm-kl": lambda: _ldm(vae()),
     "sd": _sd,

@@ -7,7 +7,9 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -20,6 +22,10 @@ from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
 from diffpress.compress.training.loop import step_generator, train  # noqa: E402
 from diffpress.runtime.bundle import load_bundle  # noqa: E402
 from tests.together import SEED, TwoLayers, chosen_layer, drawing_late, loss_on, run_in, together  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Generator, Tensor
+    from torch.nn import Module
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ("-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0", "-m")
@@ -39,13 +45,13 @@ def launched(*words: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=ROOT, env=os.environ | offline, capture_output=True, text=True, timeout=900)
 
 
-def weights_of(folder: Path) -> list[dict[str, torch.Tensor]]:
+def weights_of(folder: Path) -> list[dict[str, Tensor]]:
     """Return the weights of both processes after a training in `folder`."""
     return [load_file(folder / f"process-{i}.safetensors") for i in range(2)]
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> tuple[Path, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Folders of an uninterrupted training and of one that was killed and resumed."""
     uninterrupted, killed = (tmp_path_factory.mktemp(name) for name in ("uninterrupted", "killed"))
     done = launched("tests.together", "try", "kill", killed)
@@ -55,11 +61,11 @@ def trained(tmp_path_factory) -> tuple[Path, Path]:
     return uninterrupted, killed
 
 
-def test_gradients_are_averaged_over_processes(trained, tmp_path):
+def test_gradients_are_averaged_over_processes(trained: tuple[Path, Path], tmp_path: Path) -> None:
     one, other = weights_of(trained[0])
     steps = itertools.count()
 
-    def both_batches(model, generator, share):
+    def both_batches(model: Module, generator: Generator, share: float) -> Tensor:
         step = next(steps)
         first, second = (step_generator(SEED, 2 * step + i) for i in range(2))
         which = chosen_layer(first)
@@ -74,7 +80,7 @@ def test_gradients_are_averaged_over_processes(trained, tmp_path):
     assert not torch.allclose(one["a.weight"], alone["a.weight"], atol=1e-3)
 
 
-def test_a_killed_training_ends_like_an_uninterrupted_one(trained):
+def test_a_killed_training_ends_like_an_uninterrupted_one(trained: tuple[Path, Path]) -> None:
     uninterrupted, killed = map(weights_of, trained)
     for found, expected in zip(killed, uninterrupted, strict=True):
         assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -89,7 +95,9 @@ def test_a_killed_training_ends_like_an_uninterrupted_one(trained):
         (("diverge", "."), "distill test: the loss is nan at step 7 of 12"),
     ],
 )
-def test_a_failure_in_one_process_ends_both_with_one_line_and_code_2(words, line, tmp_path):
+def test_a_failure_in_one_process_ends_both_with_one_line_and_code_2(
+    words: tuple[str, ...], line: str, tmp_path: Path
+) -> None:
     done = launched("tests.together", "try", *(tmp_path if word == "." else word for word in words))
     error_lines = [entry for entry in done.stderr.splitlines() if entry.startswith("diffpress: ")]
     assert len(error_lines) == 1 and line in error_lines[0], done.stderr
@@ -99,7 +107,9 @@ def test_a_failure_in_one_process_ends_both_with_one_line_and_code_2(words, line
     assert done.stdout.splitlines() == ["  here"]
 
 
-def test_both_processes_run_the_stages_of_a_recipe_and_one_writes(tiny_folder, tmp_path):
+def test_both_processes_run_the_stages_of_a_recipe_and_one_writes(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     done = launched("tests.together", "try", "stages", tiny_folder("sd"), RECIPE, tmp_path, *SMALL)
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
@@ -115,8 +125,11 @@ def test_both_processes_run_the_stages_of_a_recipe_and_one_writes(tiny_folder, t
 
 
 @pytest.mark.slow
-def test_two_processes_distill_a_stable_diffusion_into_one_bundle(tiny_folder, tmp_path):
-    words = ["--recipe", RECIPE, *(word for setting in SMALL for word in ("--set", setting)), "--out", tmp_path / "out"]
+def test_two_processes_distill_a_stable_diffusion_into_one_bundle(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    settings = (word for setting in SMALL for word in ("--set", setting))
+    words: list[str | Path] = ["--recipe", RECIPE, *settings, "--out", tmp_path / "out"]
     done = launched("diffpress", "compress", tiny_folder("sd"), *words)
     assert done.returncode == 0, done.stderr
     plan = load_bundle(tmp_path / "out" / "bundle").spec.plan

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 torch = pytest.importorskip("torch")
 
 import diffpress as dp  # noqa: E402
+from diffpress.runtime.sampler import Step  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
 TINY = ROOT / "tests" / "runtime" / "tiny_bundle"
@@ -22,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     torch.manual_seed(0)
     made = tmp_path_factory.mktemp("model")
-    UNet2DModel(
+    model: Any = UNet2DModel(
         sample_size=8,
         in_channels=1,
         out_channels=1,
@@ -32,8 +34,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         layers_per_block=1,
         norm_num_groups=4,
         num_class_embeds=4,
-    ).save_pretrained(made / "unet")
-    DDIMScheduler(num_train_timesteps=50).save_pretrained(made / "scheduler")
+    )
+    model.save_pretrained(made / "unet")
+    scheduler: Any = DDIMScheduler(num_train_timesteps=50)
+    scheduler.save_pretrained(made / "scheduler")
     (made / "diffpress.json").write_text('{"conditioning": {"kind": "class", "classes": 3, "null_label": 3}}')
     return made
 
@@ -75,7 +79,8 @@ def test_a_recipe_and_stage_objects_give_the_same_checkpoint(
     file.write_text(
         "stages:\n- prune: {method: magnitude, ratio: 0.5, round_to: 4}\n- schedule: {solver: ddim, steps: 3}\n"
     )
-    for number, recipe in enumerate((dp.Recipe.load(file), file, str(file))):
+    recipes: tuple[dp.Recipe | str | Path, ...] = (dp.Recipe.load(file), file, str(file))
+    for number, recipe in enumerate(recipes):
         assert dp.compress(folder, recipe, out=tmp_path / str(number)).hash == small.hash
 
 
@@ -83,7 +88,7 @@ def test_what_does_not_fit_is_refused_before_any_work(folder: Path, tmp_path: Pa
     with pytest.raises(dp.InvalidInputError, match="prune cannot come after quantize"):
         dp.compress(folder, [dp.Quantize(), dp.Prune(method="magnitude")], out=tmp_path / "a")
     with pytest.raises(dp.InvalidInputError, match="is no stage"):
-        dp.compress(folder, ["prune"], out=tmp_path / "a")
+        dp.compress(folder, ["prune"], out=tmp_path / "a")  # type: ignore[list-item]
     with pytest.raises(dp.InvalidInputError, match="the recipe names data and seed itself"):
         dp.compress(folder, "int8", seed=1, out=tmp_path / "a")
     with pytest.raises(dp.InvalidInputError, match=r"nowhere\.npz does not exist"):
@@ -108,7 +113,7 @@ def test_the_pipeline_returns_pictures_that_depend_on_seed_and_label_alone(bundl
 
 
 def test_a_callback_sees_every_step_and_changes_no_image(bundle: Path) -> None:
-    seen = []
+    seen: list[Step] = []
     with dp.Pipeline(str(bundle), threads=1) as pipe:
         plain = pipe(labels=0, seeds=range(3), batch=2)
         watched = pipe(labels=0, seeds=range(3), batch=2, callback=seen.append)
@@ -135,7 +140,7 @@ def test_a_callback_sees_every_step_and_changes_no_image(bundle: Path) -> None:
         ({"batch": 0}, "at least 1"),
     ],
 )
-def test_requests_that_do_not_fit_the_bundle_are_refused(bundle: Path, arguments: dict, message: str) -> None:
+def test_requests_that_do_not_fit_the_bundle_are_refused(bundle: Path, arguments: dict[str, Any], message: str) -> None:
     with dp.Pipeline(bundle, threads=1) as pipe, pytest.raises(dp.InvalidInputError, match=message):
         pipe(**arguments)
 

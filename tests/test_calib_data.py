@@ -37,13 +37,13 @@ def run_network(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return session.run(["features", "logits"], {"sample": x[:, None].astype(np.float32) / 127.5 - 1.0})
 
 
-def test_manifest_lists_every_data_file_and_no_other():
+def test_manifest_lists_every_data_file_and_no_other() -> None:
     files = {path.relative_to(DATA).as_posix() for path in DATA.rglob("*") if path.is_file()}
     assert files - {"README.md", "MANIFEST.json"} == set(MANIFEST)
 
 
 @pytest.mark.parametrize("name", MANIFEST)
-def test_file_matches_size_and_hash_in_the_manifest_and_the_readme(name):
+def test_file_matches_size_and_hash_in_the_manifest_and_the_readme(name: str) -> None:
     content, entry = (DATA / name).read_bytes(), MANIFEST[name]
     assert len(content) == entry["bytes"]
     assert hashlib.sha256(content).hexdigest() == entry["sha256"]
@@ -52,19 +52,19 @@ def test_file_matches_size_and_hash_in_the_manifest_and_the_readme(name):
     assert entry["licence"] in ("MIT", "Apache-2.0") and entry["source"]
 
 
-def test_the_folder_is_small():
+def test_the_folder_is_small() -> None:
     assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 25 * 10**6
 
 
-def test_calibration_images_are_balanced_over_the_classes(calibration):
+def test_calibration_images_are_balanced_over_the_classes(calibration: dict[str, np.ndarray]) -> None:
     x, y = calibration["x"], calibration["y"]
-    assert (x.dtype, x.shape, y.dtype, y.shape) == (np.uint8, (2048, 28, 28), np.uint8, (2048,))
+    assert x.dtype == y.dtype == np.uint8 and (x.shape, y.shape) == ((2048, 28, 28), (2048,))
     assert set(np.bincount(y, minlength=10).tolist()) == {204, 205}
     assert len({image.tobytes() for image in x}) == 2048
     assert np.bincount(y[:256], minlength=10).min() >= 10  # shuffled: a prefix contains every class
 
 
-def test_prompts_are_200_different_lines_of_2_to_60_words():
+def test_prompts_are_200_different_lines_of_2_to_60_words() -> None:
     prompts = (DATA / "prompts.txt").read_text(encoding="utf-8").splitlines()
     assert len(prompts) == len(set(prompts)) == 200
     assert all(prompt and prompt == " ".join(prompt.split()) for prompt in prompts)
@@ -72,7 +72,7 @@ def test_prompts_are_200_different_lines_of_2_to_60_words():
     assert min(lengths) == 2 and 50 <= max(lengths) <= 60
 
 
-def test_teacher_is_a_complete_pipeline_with_finite_output():
+def test_teacher_is_a_complete_pipeline_with_finite_output() -> None:
     pipeline = DDPMPipeline.from_pretrained(DATA / "teacher")
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
     assert pipeline.unet.config.num_class_embeds == NULL_LABEL + 1
@@ -84,7 +84,7 @@ def test_teacher_is_a_complete_pipeline_with_finite_output():
     assert torch.isfinite(v).all()
 
 
-def test_teacher_predicts_the_velocity_of_real_images_by_class(calibration):
+def test_teacher_predicts_the_velocity_of_real_images_by_class(calibration: dict[str, np.ndarray]) -> None:
     """At t = 800 the label matters because noise hides the image: the right label must beat a wrong one."""
     pipeline = DDPMPipeline.from_pretrained(DATA / "teacher")
     rng = torch.Generator().manual_seed(0)
@@ -100,7 +100,7 @@ def test_teacher_predicts_the_velocity_of_real_images_by_class(calibration):
     assert right < 0.2 * target.square().mean()
 
 
-def test_student_is_smaller_and_samples_the_requested_class_in_two_steps():
+def test_student_is_smaller_and_samples_the_requested_class_in_two_steps() -> None:
     student = load_checkpoint(str(DATA / "student"))
     assert (student.spec.plan.solver, student.spec.plan.steps) == ("consistency", 2)
     assert sum(p.numel() for p in student.model.parameters()) < 1.4e6
@@ -112,13 +112,13 @@ def test_student_is_smaller_and_samples_the_requested_class_in_two_steps():
     assert (logits.argmax(1) == labels).mean() >= 0.75
 
 
-def test_feature_network_recognises_the_calibration_images(calibration):
+def test_feature_network_recognises_the_calibration_images(calibration: dict[str, np.ndarray]) -> None:
     """Detects a damaged file only, since these are training images; the README has the held-out accuracy."""
     _, logits = run_network(calibration["x"])
     assert (logits.argmax(1) == calibration["y"]).mean() >= 0.92
 
 
-def test_feature_network_is_independent_of_the_batch_size(calibration):
+def test_feature_network_is_independent_of_the_batch_size(calibration: dict[str, np.ndarray]) -> None:
     x = calibration["x"][:7]
     together, _ = run_network(x)
     alone = np.concatenate([run_network(image[None])[0] for image in x])
@@ -126,7 +126,7 @@ def test_feature_network_is_independent_of_the_batch_size(calibration):
     np.testing.assert_allclose(together, alone, rtol=1e-4, atol=1e-5)  # float32 sums in a different order
 
 
-def test_feature_network_is_one_small_standard_onnx_file():
+def test_feature_network_is_one_small_standard_onnx_file() -> None:
     model = onnx.load(DATA / "features.onnx", load_external_data=False)
     assert (DATA / "features.onnx").stat().st_size <= 2 * 10**6
     assert [(opset.domain, opset.version) for opset in model.opset_import] == [("", 18)]
@@ -135,9 +135,9 @@ def test_feature_network_is_one_small_standard_onnx_file():
     assert b".py" not in model.SerializeToString()  # the exporter's metadata with local paths is removed
 
 
-def test_reference_moments_are_those_of_its_features(reference):
+def test_reference_moments_are_those_of_its_features(reference: dict[str, np.ndarray]) -> None:
     features = reference["features"].astype(np.float64)
-    assert (reference["features"].dtype, features.shape) == (np.float16, (10000, 64))
+    assert reference["features"].dtype == np.float16 and features.shape == (10000, 64)
     assert np.bincount(reference["labels"]).tolist() == [1000] * 10
     # float16 has 11 significant bits, so the relative error of a feature, and of sums of them, is at most 2^-11.
     np.testing.assert_allclose(reference["mean"], features.mean(axis=0), rtol=2**-11, atol=1e-6)
@@ -147,11 +147,13 @@ def test_reference_moments_are_those_of_its_features(reference):
     assert np.linalg.eigvalsh(reference["covariance"]).min() > 0
 
 
-def test_reference_records_the_hash_of_its_feature_network(reference):
+def test_reference_records_the_hash_of_its_feature_network(reference: dict[str, np.ndarray]) -> None:
     assert str(reference["features_sha256"]) == MANIFEST["features.onnx"]["sha256"]
 
 
-def test_calibration_images_lie_close_to_the_reference_in_feature_space(reference, calibration):
+def test_calibration_images_lie_close_to_the_reference_in_feature_space(
+    reference: dict[str, np.ndarray], calibration: dict[str, np.ndarray]
+) -> None:
     """Training and test images are from one data set: the means differ by little compared with the spread."""
     features, _ = run_network(calibration["x"])
     distance = np.square(features.mean(axis=0) - reference["mean"]).sum()

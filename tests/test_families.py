@@ -12,9 +12,9 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from unittest import mock
 
 import numpy as np
@@ -48,6 +48,9 @@ from diffpress.runtime.requested_plan import requested_plan  # noqa: E402
 from diffpress.runtime.sampler import generate, noise_for  # noqa: E402
 from tests.pipelines import CLIP_TOKENS, KINDS, sampled, unet  # noqa: E402
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 ROOT = Path(__file__).parents[1]
 PROMPTS, LABELS, SEEDS = ["a photo of a cat", "Red dog!"], [3, 7], [0, 1]
 
@@ -59,7 +62,7 @@ T5_LENGTHS["pixart-sigma"] = 300
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_thread():
+def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -102,7 +105,7 @@ def sampled_by_diffusers(folder: Path, checkpoint: Checkpoint, number: int = 2, 
         options["max_sequence_length"] = T5_LENGTHS[kind]
     streams = itertools.count(1)
 
-    def stream(*_: Any, **__: Any) -> torch.Tensor:
+    def stream(*_: Any, **__: Any) -> Tensor:
         return torch.from_numpy(noise_for(SEEDS[:number], spec.sample_shape, stream=next(streams)))
 
     with mock.patch("diffusers.schedulers.scheduling_lcm.randn_tensor", stream):
@@ -120,13 +123,13 @@ def psnr_db(ours: np.ndarray, theirs: np.ndarray) -> float:
 
 
 @pytest.mark.parametrize("kind", EVERY_KIND)
-def test_the_sampler_reproduces_the_images_of_diffusers(kind, tiny_folder):
+def test_the_sampler_reproduces_the_images_of_diffusers(kind: str, tiny_folder: Callable[..., Path]) -> None:
     checkpoint = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=3)
     assert psnr_db(sampled_in_torch(checkpoint), sampled_by_diffusers(tiny_folder(kind), checkpoint)) >= 60
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_negative_prompts_and_guidance_match_diffusers(kind, tiny_folder):
+def test_negative_prompts_and_guidance_match_diffusers(kind: str, tiny_folder: Callable[..., Path]) -> None:
     checkpoint = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=3, guidance=3.0)
     negatives = ["dog", "a red photo"]
     ours = sampled_in_torch(checkpoint, negatives)
@@ -136,7 +139,9 @@ def test_negative_prompts_and_guidance_match_diffusers(kind, tiny_folder):
     assert psnr_db(sampled_in_torch(checkpoint), theirs) < 40
 
 
-def test_a_model_without_its_t5_encoder_is_conditioned_on_zeros(tiny_folder, tmp_path):
+def test_a_model_without_its_t5_encoder_is_conditioned_on_zeros(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     gone = {"text_encoder_3": None, "tokenizer_3": None}
     pipe = DiffusionPipeline.from_pretrained(tiny_folder("sd3"), local_files_only=True, **gone)
     pipe.save_pretrained(tmp_path / "sd3")
@@ -145,18 +150,18 @@ def test_a_model_without_its_t5_encoder_is_conditioned_on_zeros(tiny_folder, tmp
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_a_consistency_model_adds_the_noise_of_the_seeds(steps, tiny_folder):
+def test_a_consistency_model_adds_the_noise_of_the_seeds(steps: int, tiny_folder: Callable[..., Path]) -> None:
     checkpoint = with_short_plan(load_checkpoint(tiny_folder("lcm")), steps)
     assert checkpoint.spec.plan.solver == "lcm"
     assert psnr_db(sampled_in_torch(checkpoint), sampled_by_diffusers(tiny_folder("lcm"), checkpoint)) >= 60
 
 
 @pytest.mark.parametrize("settings", [{}, {"clip_sample": False, "timestep_spacing": "trailing"}])
-def test_a_pixel_space_pipeline_reproduces_its_own_ddim_images(settings, tmp_path):
+def test_a_pixel_space_pipeline_reproduces_its_own_ddim_images(settings: dict[str, Any], tmp_path: Path) -> None:
     torch.manual_seed(0)
     blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2, "norm_num_groups": 8}
     model = UNet2DModel(sample_size=8, block_out_channels=(16, 32), layers_per_block=1, **blocks)
-    pipe = DDIMPipeline(model, DDIMScheduler(**settings))
+    pipe: Any = DDIMPipeline(model, DDIMScheduler(**settings))
     pipe.save_pretrained(tmp_path)
     pipe.set_progress_bar_config(disable=True)
     checkpoint = with_short_plan(load_checkpoint(tmp_path), steps=10)
@@ -180,7 +185,7 @@ stages:
 
 
 @pytest.fixture
-def recipe(tmp_path) -> Callable[[str], Path]:
+def recipe(tmp_path: Path) -> Callable[[str], Path]:
     def write(method: str) -> Path:
         (tmp_path / "recipe.yaml").write_text(RECIPE.format(method=method))
         return tmp_path / "recipe.yaml"
@@ -195,7 +200,9 @@ BOTH = [pytest.param(kind, "magnitude", marks=pytest.mark.slow) for kind in ("sd
 
 
 @pytest.mark.parametrize(("kind", "method"), [*FAMILIES.items(), *BOTH])
-def test_every_family_is_pruned_distilled_and_quantized(kind, method, tiny_folder, recipe, tmp_path):
+def test_every_family_is_pruned_distilled_and_quantized(
+    kind: str, method: str, tiny_folder: Callable[..., Path], recipe: Callable[[str], Path], tmp_path: Path
+) -> None:
     teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=2)
     result = run_stages(teacher, read_recipe(recipe(method)), tmp_path / "run")
 
@@ -235,7 +242,7 @@ def picture(file: Path) -> np.ndarray:
 
 
 @pytest.fixture
-def sampled_image(sd_bundle, tmp_path) -> Callable[..., np.ndarray]:
+def sampled_image(sd_bundle: Path, tmp_path: Path) -> Callable[..., np.ndarray]:
     """Sample one image of the bundle on the command line."""
     file = tmp_path / "image.png"
 
@@ -246,7 +253,9 @@ def sampled_image(sd_bundle, tmp_path) -> Callable[..., np.ndarray]:
     return sample_image
 
 
-def test_a_bundle_sampled_on_the_command_line_matches_diffusers(tiny_folder, sampled_image, capsys):
+def test_a_bundle_sampled_on_the_command_line_matches_diffusers(
+    tiny_folder: Callable[..., Path], sampled_image: Callable[..., np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ("--negative", "dog", "--steps", 4, "--guidance", 3, "--engine", "onnxruntime")
     checkpoint = with_short_plan(load_checkpoint(tiny_folder("sd")), steps=4)
     guidance = {"guidance_scale": 3.0, "negative_prompt": ["dog"]}
@@ -261,7 +270,9 @@ def test_a_bundle_sampled_on_the_command_line_matches_diffusers(tiny_folder, sam
 
 
 @pytest.mark.parametrize("size", [(16, 16), (24, 32)])
-def test_one_bundle_samples_several_sizes_and_its_engines_agree(size, sampled_image, tiny_folder):
+def test_one_bundle_samples_several_sizes_and_its_engines_agree(
+    size: tuple[int, int], sampled_image: Callable[..., np.ndarray], tiny_folder: Callable[..., Path]
+) -> None:
     arguments = ("--steps", 4, "--size", f"{size[0]}x{size[1]}", "--engine")
     one = sampled_image(*arguments, "onnxruntime")
     assert one.shape == (1, 3, *size)
@@ -291,7 +302,9 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_prompt_becomes_an_image_without_torch_transformers_and_diffusers(sd_bundle, sampled_image, tmp_path):
+def test_a_prompt_becomes_an_image_without_torch_transformers_and_diffusers(
+    sd_bundle: Path, sampled_image: Callable[..., np.ndarray], tmp_path: Path
+) -> None:
     arguments = ["-n", "1", "--prompt", PROMPTS[0], "--steps", "2", "--engine", "onnxruntime", "--threads", "1"]
     command = [sys.executable, "-c", ALONE, "sample", str(sd_bundle), "--out", str(tmp_path / "alone.png"), *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -299,7 +312,9 @@ def test_a_prompt_becomes_an_image_without_torch_transformers_and_diffusers(sd_b
     assert np.array_equal(picture(tmp_path / "alone.png"), sampled_image("--steps", 2, "--engine", "onnxruntime"))
 
 
-def test_a_prompt_longer_than_the_tokenizers_limit_is_truncated_with_a_warning(sampled_image, capsys):
+def test_a_prompt_longer_than_the_tokenizers_limit_is_truncated_with_a_warning(
+    sampled_image: Callable[..., np.ndarray], capsys: pytest.CaptureFixture[str]
+) -> None:
     fitting = " ".join(["cat"] * (CLIP_TOKENS - 2))  # the start and end markers are one token each
     expected = sampled_image("--steps", 2, prompt=fitting)
     assert capsys.readouterr().err == ""
@@ -312,7 +327,7 @@ def test_a_prompt_longer_than_the_tokenizers_limit_is_truncated_with_a_warning(s
 
 
 @pytest.fixture
-def refused(capsys) -> Callable[..., None]:
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
     """Assert that the command exits with code 2 and one line on stderr that contains each of `words`."""
 
     def check(command: Sequence[object], *words: str) -> None:
@@ -325,7 +340,7 @@ def refused(capsys) -> Callable[..., None]:
 
 
 @pytest.fixture
-def copied(tiny_folder, tmp_path) -> Callable[[str], Path]:
+def copied(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
     """Copy a tiny pipeline, for a test to damage."""
     return lambda kind: shutil.copytree(tiny_folder(kind), tmp_path / "damaged" / kind)
 
@@ -335,13 +350,17 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
-def test_a_missing_component_is_refused_by_name(component, copied, refused, tmp_path):
+def test_a_missing_component_is_refused_by_name(
+    component: str, copied: Callable[[str], Path], refused: Callable[..., None], tmp_path: Path
+) -> None:
     folder = copied("sd")
     shutil.rmtree(folder / component)
     refused(("export", folder, "--out", tmp_path / "out"), str(folder), f"'{component}'", "missing")
 
 
-def test_a_decoder_with_other_latent_channels_is_refused(copied, refused, tmp_path):
+def test_a_decoder_with_other_latent_channels_is_refused(
+    copied: Callable[[str], Path], refused: Callable[..., None], tmp_path: Path
+) -> None:
     folder = copied("sd")
     edit(folder / "vae" / "config.json", latent_channels=16)
     refused(("export", folder, "--out", tmp_path / "out"), "4 latent channels", "vae decodes 16")
@@ -350,20 +369,26 @@ def test_a_decoder_with_other_latent_channels_is_refused(copied, refused, tmp_pa
 @pytest.mark.parametrize(
     ("file", "content"), [("tokenizer.json", "{"), ("tokenizer.json", '{"model": 3}'), ("tokenizer_config.json", "[]")]
 )
-def test_a_damaged_tokenizer_is_refused(file, content, copied, refused, tmp_path):
+def test_a_damaged_tokenizer_is_refused(
+    file: str, content: str, copied: Callable[[str], Path], refused: Callable[..., None], tmp_path: Path
+) -> None:
     folder = copied("sd")
     (folder / "tokenizer" / file).write_text(content)
     refused(("export", folder, "--out", tmp_path / "out"), str(folder / "tokenizer"))
 
 
-def test_a_tokenizer_without_a_vocabulary_is_refused(copied, refused, tmp_path):
+def test_a_tokenizer_without_a_vocabulary_is_refused(
+    copied: Callable[[str], Path], refused: Callable[..., None], tmp_path: Path
+) -> None:
     folder = copied("sd")
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):
         (folder / "tokenizer" / name).unlink()
     refused(("export", folder, "--out", tmp_path / "out"), str(folder / "tokenizer"), "vocab.json")
 
 
-def test_an_unknown_class_is_named_with_the_alternative(copied, refused, tmp_path):
+def test_an_unknown_class_is_named_with_the_alternative(
+    copied: Callable[[str], Path], refused: Callable[..., None], tmp_path: Path
+) -> None:
     folder = copied("sd")
     edit(folder / "unet" / "config.json", _class_name="KandinskyUNet")
     edit(folder / "model_index.json", _class_name="KandinskyPipeline")
@@ -371,17 +396,22 @@ def test_an_unknown_class_is_named_with_the_alternative(copied, refused, tmp_pat
     refused(("export", folder, "--out", tmp_path / "out"), *words)
 
 
-def test_an_impossible_size_names_the_nearest_possible_one(sd_bundle, refused, tiny_folder, tmp_path):
+def test_an_impossible_size_names_the_nearest_possible_one(
+    sd_bundle: Path, refused: Callable[..., None], tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     export = ("export", tiny_folder("sd"), "--out", tmp_path / "out")
     for command in (("sample", sd_bundle, "--prompt", "a cat"), export):
         refused((*command, "--size", "30x18"), "30x18", "multiples of 4", "32x16")
         refused((*command, "--size", "large"), "--size large", "512x768")
 
 
-def test_a_denoiser_exported_alone_accepts_no_prompt_and_no_other_size(refused, tmp_path):
+def test_a_denoiser_exported_alone_accepts_no_prompt_and_no_other_size(
+    refused: Callable[..., None], tmp_path: Path
+) -> None:
     out, image = tmp_path / "bare", tmp_path / "image.png"
-    blocks = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
-    unet(block_out_channels=[16], mid_block_type=None, **blocks).save_pretrained(tmp_path / "sd" / "unet")
+    blocks: dict[str, Any] = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
+    model: Any = unet(block_out_channels=[16], mid_block_type=None, **blocks)
+    model.save_pretrained(tmp_path / "sd" / "unet")
     assert run("export", tmp_path / "sd" / "unet", "--out", out, "--size", "8x8", "--threads", 1) == 0
     sample = ("sample", out, "-n", 1, "--out", image, "--prompt", "a cat")
     refused(sample, str(out), "text encoder", "whole pipeline")
@@ -389,7 +419,7 @@ def test_a_denoiser_exported_alone_accepts_no_prompt_and_no_other_size(refused, 
     assert not image.exists()
 
 
-def test_prompts_that_a_model_does_not_accept_are_refused(sd_bundle, refused):
+def test_prompts_that_a_model_does_not_accept_are_refused(sd_bundle: Path, refused: Callable[..., None]) -> None:
     refused(("sample", sd_bundle), "--prompt")
     refused(("sample", sd_bundle, "--prompt", "a cat", "--negative", "dog", "--guidance", 1), "negative", "guidance")
 
@@ -399,7 +429,9 @@ def test_prompts_that_a_model_does_not_accept_are_refused(sd_bundle, refused):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_is_compressed_exported_and_sampled(kind, tiny_folder, recipe, tmp_path):
+def test_every_kind_is_compressed_exported_and_sampled(
+    kind: str, tiny_folder: Callable[..., Path], recipe: Callable[[str], Path], tmp_path: Path
+) -> None:
     folder, out, image = tmp_path / "teacher", tmp_path / "out", tmp_path / "image.png"
     teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=3)
     save_checkpoint(teacher, folder)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -32,11 +33,12 @@ def namespace(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("examples")
-    blocks = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
-    sizes = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (16, 32)}
-    model = UNet2DModel(**sizes, **blocks, layers_per_block=1, norm_num_groups=4)
+    blocks: dict[str, Any] = {"down_block_types": ("DownBlock2D",) * 2, "up_block_types": ("UpBlock2D",) * 2}
+    sizes: dict[str, Any] = {"sample_size": 8, "in_channels": 1, "out_channels": 1, "block_out_channels": (16, 32)}
+    model: Any = UNet2DModel(**sizes, **blocks, layers_per_block=1, norm_num_groups=4)
     model.save_pretrained(folder / "checkpoint" / "unet")
-    DDIMScheduler(num_train_timesteps=50).save_pretrained(folder / "checkpoint" / "scheduler")
+    scheduler: Any = DDIMScheduler(num_train_timesteps=50)
+    scheduler.save_pretrained(folder / "checkpoint" / "scheduler")
     return {
         "checkpoint": folder / "checkpoint",
         "bundle": ROOT / "tests" / "runtime" / "tiny_bundle",

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -335,12 +336,11 @@ class _OnDemand:
     """A network that is opened for each run and closed after it."""
 
     def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine], graph: str) -> None:
-        self._open = lambda: open_graph(graph)
+        self._open = partial(open_graph, graph)
         entries = bundle.manifest["graphs"][graph]["inputs"]
         self.inputs: Mapping[str, np.dtype] = {name: np.dtype(entry["dtype"]) for name, entry in entries.items()}
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        engine: Engine
         with closing(self._open()) as engine:
             return engine.run_all(inputs)
 

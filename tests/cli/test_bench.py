@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -26,14 +27,19 @@ def run(*arguments: object) -> int:
 
 
 @pytest.fixture(autouse=True)
-def probe_calls(monkeypatch) -> list:
-    calls = []
-    monkeypatch.setattr(diffpress.runtime.benchmarking.bench, "probe", lambda *a: calls.append(a) or Probe(1.0, 2.0))
+def probe_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+    calls: list[tuple[Any, ...]] = []
+
+    def probe(*arguments: Any) -> Probe:
+        calls.append(arguments)
+        return Probe(1.0, 2.0)
+
+    monkeypatch.setattr(diffpress.runtime.benchmarking.bench, "probe", probe)
     return calls
 
 
 @pytest.fixture
-def unusable_engine(monkeypatch) -> None:
+def unusable_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     def load(*_: object) -> None:
         raise EngineUnavailableError("plan.engine: built for another GPU")
 
@@ -41,7 +47,9 @@ def unusable_engine(monkeypatch) -> None:
     monkeypatch.setitem(ENGINES, "elsewhere", backend)
 
 
-def test_all_engines_are_compared_and_an_unusable_one_is_reported(unusable_engine, tmp_path: Path, capsys) -> None:
+def test_all_engines_are_compared_and_an_unusable_one_is_reported(
+    unusable_engine: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     runnable = [name for name in available() if name != "elsewhere"]
     assert run("--engine", "all", "--baseline", TINY, "--json", tmp_path / "b.json") == 0
     found = json.loads((tmp_path / "b.json").read_text())
@@ -54,12 +62,14 @@ def test_all_engines_are_compared_and_an_unusable_one_is_reported(unusable_engin
     assert sorted(found["sampler_overhead"]) == sorted(runnable)
 
 
-def test_an_engine_requested_by_name_must_be_usable(unusable_engine) -> None:
+def test_an_engine_requested_by_name_must_be_usable(unusable_engine: None) -> None:
     with pytest.raises(InvalidInputError, match="another GPU"):
         run("--engine", "elsewhere")
 
 
-def test_options_are_passed_to_the_engines_and_the_probe_processes(probe_calls, tmp_path: Path, capsys) -> None:
+def test_options_are_passed_to_the_engines_and_the_probe_processes(
+    probe_calls: list[tuple[Any, ...]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("--engine", "onnxruntime", "--threads", 1, "--streams", 2, "--json", tmp_path / "b.json")
     ((_, engine, batch, options),) = probe_calls
     assert (engine, batch, options.threads, options.streams, options.cache) == ("onnxruntime", 2, 1, 2, None)

@@ -1,24 +1,33 @@
 """`diffpress export`: dtype, size and output folder."""
 
 import argparse
+from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
 
 from diffpress.cli.export import add_arguments
 from diffpress.cli.export import run as export_command
-from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
+from diffpress.export.graph.model import Graph
 from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.errors import InvalidInputError
 
 
-def run(*words: str) -> int:
+def run(*words: object) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     return export_command(parser.parse_args([str(word) for word in words]))
 
 
-def test_export_writes_a_bundle_and_lists_its_content(unet, unet_graph, tmp_path, capsys, monkeypatch):
+def test_export_writes_a_bundle_and_lists_its_content(
+    unet: Checkpoint,
+    unet_graph: Graph,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     # tracing is slow and tested elsewhere
     monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda checkpoint, fixed_size: unet_graph)
     save_checkpoint(unet, tmp_path / "checkpoint")
@@ -38,11 +47,21 @@ def test_export_writes_a_bundle_and_lists_its_content(unet, unet_graph, tmp_path
         (("--size", "8x8"), torch.float32, (8, 8), True),
     ],
 )
-def test_dtype_and_size_match_the_arguments(words, dtype, size, fixed, unet, tmp_path, monkeypatch):
+def test_dtype_and_size_match_the_arguments(
+    words: tuple[str, ...],
+    dtype: torch.dtype,
+    size: tuple[int, int],
+    fixed: bool,
+    unet: Checkpoint,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     class StopError(Exception):
         pass
 
-    def write_bundle(checkpoint, folder, targets, *, fixed_size, **options):
+    def write_bundle(
+        checkpoint: Checkpoint, folder: Path, targets: Sequence[str], *, fixed_size: bool, **options: object
+    ) -> None:
         assert {p.dtype for p in checkpoint.model.parameters()} == {dtype}
         assert checkpoint.spec.image_size == size and fixed_size == fixed
         raise StopError
@@ -54,18 +73,18 @@ def test_dtype_and_size_match_the_arguments(words, dtype, size, fixed, unet, tmp
 
 
 @pytest.mark.parametrize(("size", "message"), [("16", "as in 512x768"), ("0x8", "nearest"), ("-8x8", "as in 512x768")])
-def test_an_invalid_size_is_refused(size, message, unet, tmp_path):
+def test_an_invalid_size_is_refused(size: str, message: str, unet: Checkpoint, tmp_path: Path) -> None:
     save_checkpoint(unet, tmp_path / "checkpoint")
     with pytest.raises(InvalidInputError, match=message):
         run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", f"--size={size}")
 
 
-def test_an_output_path_that_is_not_a_bundle_is_refused_before_any_work(tmp_path):
+def test_an_output_path_that_is_not_a_bundle_is_refused_before_any_work(tmp_path: Path) -> None:
     (tmp_path / "notes").write_text("mine")
     with pytest.raises(InvalidInputError, match="notes: exists and is not a bundle"):
         run(tmp_path / "no-such-checkpoint", "--out", tmp_path / "notes")
 
 
-def test_a_missing_checkpoint_is_invalid_input(tmp_path):
+def test_a_missing_checkpoint_is_invalid_input(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="no-such-checkpoint"):
         run(tmp_path / "no-such-checkpoint", "--out", tmp_path / "bundle")

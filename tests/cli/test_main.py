@@ -7,16 +7,20 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from diffpress.cli.main import VERBS, main
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.spec import DenoiserSpec
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "runtime" / "tiny_bundle"
-UNET = {
+Call = Callable[..., tuple[int, str, str]]
+UNET: dict[str, Any] = {
     "sample_size": 8,
     "in_channels": 1,
     "out_channels": 1,
@@ -36,13 +40,14 @@ gates: {parity_sqnr_db: 190}
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory) -> Path:
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch = pytest.importorskip("torch")
     from diffusers import UNet2DModel
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("teacher")
-    UNet2DModel(**UNET).save_pretrained(folder / "unet")
+    model: Any = UNet2DModel(**UNET)
+    model.save_pretrained(folder / "unet")
     return folder
 
 
@@ -53,7 +58,7 @@ def recipe(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def call(capsys):
+def call(capsys: pytest.CaptureFixture[str]) -> Call:
     """Run one command in this process; return its exit code, stdout and stderr."""
 
     def run(*words: object) -> tuple[int, str, str]:
@@ -68,7 +73,7 @@ def call(capsys):
 
 
 @pytest.fixture
-def refused(call):
+def refused(call: Call) -> Callable[..., None]:
     """Assert that the command exits with code 2 and one line on stderr that contains each of `words`."""
 
     def check(command: tuple[object, ...], *words: str) -> None:
@@ -110,7 +115,7 @@ def packages(done: subprocess.CompletedProcess[str]) -> set[str]:
 # --- what is imported ------------------------------------------------------------------------------------------
 
 
-def test_importing_diffpress_loads_no_heavy_package():
+def test_importing_diffpress_loads_no_heavy_package() -> None:
     done = subprocess.run(
         [sys.executable, "-c", f"import sys, diffpress; {LOADED}"], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -118,7 +123,7 @@ def test_importing_diffpress_loads_no_heavy_package():
     assert not packages(done) & {"torch", "numpy", "onnx", "onnxruntime", "diffpress.compress", "diffpress.export"}
 
 
-def test_help_names_every_verb_without_loading_torch():
+def test_help_names_every_verb_without_loading_torch() -> None:
     done = in_fresh_process("--help", code=LOADED)
     assert done.returncode == 0 and all(verb in done.stdout for verb in VERBS)
     assert not packages(done) & {"torch", "numpy"}
@@ -133,7 +138,7 @@ def test_help_names_every_verb_without_loading_torch():
     ],
     ids=lambda words: words[0],
 )
-def test_verbs_that_need_no_torch_run_without_it(words, tmp_path):
+def test_verbs_that_need_no_torch_run_without_it(words: tuple[object, ...], tmp_path: Path) -> None:
     done = in_fresh_process(*words, blocked="torch", code=LOADED, cwd=tmp_path)
     assert done.returncode == (2 if words[0] == "report" else 0), done.stderr
     assert "torch" not in packages(done)
@@ -150,7 +155,7 @@ def test_verbs_that_need_no_torch_run_without_it(words, tmp_path):
     ],
     ids=lambda words: words[0],
 )
-def test_a_missing_extra_is_named_with_its_install_command(words, tmp_path):
+def test_a_missing_extra_is_named_with_its_install_command(words: tuple[object, ...], tmp_path: Path) -> None:
     done = in_fresh_process(*words, blocked="torch", cwd=tmp_path)
     assert done.returncode == 2 and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].startswith(f"diffpress: diffpress {words[0]} needs the package 'torch'")
@@ -174,12 +179,14 @@ def test_a_missing_extra_is_named_with_its_install_command(words, tmp_path):
         (("export", "x", "--out", "y", "--targets", "coreml"), "coreml"),
     ],
 )
-def test_invalid_command_lines_are_refused(words, culprit, call):
+def test_invalid_command_lines_are_refused(words: tuple[object, ...], culprit: str, call: Call) -> None:
     code, _, error = call(*words)
     assert code == 2 and culprit in error.splitlines()[-1] and "Traceback" not in error
 
 
-def test_a_missing_checkpoint_is_refused_by_every_verb_that_reads_one(recipe, refused, tmp_path):
+def test_a_missing_checkpoint_is_refused_by_every_verb_that_reads_one(
+    recipe: Path, refused: Callable[..., None], tmp_path: Path
+) -> None:
     nowhere = tmp_path / "nowhere"
     for words in (
         ("plan", nowhere),
@@ -192,7 +199,7 @@ def test_a_missing_checkpoint_is_refused_by_every_verb_that_reads_one(recipe, re
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
 
 
-def test_a_missing_bundle_is_refused_by_every_verb_that_reads_one(refused, tmp_path):
+def test_a_missing_bundle_is_refused_by_every_verb_that_reads_one(refused: Callable[..., None], tmp_path: Path) -> None:
     for verb in ("sample", "bench"):
         refused((verb, tmp_path / "nowhere"), "nowhere")
 
@@ -206,23 +213,25 @@ def test_a_missing_bundle_is_refused_by_every_verb_that_reads_one(refused, tmp_p
         ("stages: [{prune: {ratio: 1.0}}]", "stages[0].prune.ratio"),
     ],
 )
-def test_a_bad_recipe_is_refused_before_any_work(text, word, teacher, recipe, refused, tmp_path):
+def test_a_bad_recipe_is_refused_before_any_work(
+    text: str, word: str, teacher: Path, recipe: Path, refused: Callable[..., None], tmp_path: Path
+) -> None:
     recipe.write_text(text)
     refused(("plan", teacher, "--recipe", recipe), "recipe.yaml", word)
     refused(("compress", teacher, "--recipe", recipe, "--out", tmp_path / "out"), "recipe.yaml", word)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_bad_override_is_refused(teacher, recipe, refused):
+def test_a_bad_override_is_refused(teacher: Path, recipe: Path, refused: Callable[..., None]) -> None:
     refused(("plan", teacher, "--recipe", recipe, "--set", "stages.prune.ratoi=0.1"), "'ratio'")
 
 
-def test_a_ratio_that_removes_nothing_is_refused(teacher, recipe, refused):
+def test_a_ratio_that_removes_nothing_is_refused(teacher: Path, recipe: Path, refused: Callable[..., None]) -> None:
     words = ("--set", "stages.prune.ratio=0.01", "--set", "stages.prune.round_to=16")
     refused(("plan", teacher, "--recipe", recipe, *words), "prune: ratio 0.01", "removes nothing")
 
 
-def test_a_report_on_a_folder_that_is_not_a_run_is_refused(refused, tmp_path):
+def test_a_report_on_a_folder_that_is_not_a_run_is_refused(refused: Callable[..., None], tmp_path: Path) -> None:
     refused(("report", tmp_path), str(tmp_path), "not the folder of a compress run")
     refused(("report", tmp_path / "nowhere"), "nowhere")
     (tmp_path / "recipe.json").write_text("{}")  # as a run killed early leaves it
@@ -230,14 +239,16 @@ def test_a_report_on_a_folder_that_is_not_a_run_is_refused(refused, tmp_path):
 
 
 @pytest.mark.parametrize("flag", [("--samples", 4), ("--seeds", 0), ("--batch", 0)])
-def test_too_few_samples_to_evaluate_are_refused(flag, teacher, refused):
+def test_too_few_samples_to_evaluate_are_refused(
+    flag: tuple[str, int], teacher: Path, refused: Callable[..., None]
+) -> None:
     refused(("evaluate", teacher, *flag), flag[0].removeprefix("--"), "too few")
 
 
-def test_evaluating_a_student_with_other_steps_prints_a_warning(call, monkeypatch):
+def test_evaluating_a_student_with_other_steps_prints_a_warning(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffpress.compress.evaluation import evaluate as module
 
-    def evaluate(network, spec, *rest):
+    def evaluate(network: object, spec: DenoiserSpec, *rest: object) -> None:
         raise InvalidInputError(f"{spec.plan.steps} steps")
 
     monkeypatch.setattr(module, "evaluate", evaluate)
@@ -248,11 +259,15 @@ def test_evaluating_a_student_with_other_steps_prints_a_warning(call, monkeypatc
     assert error.endswith("diffpress: 3 steps\n")
 
 
-def test_images_of_a_shape_the_feature_network_does_not_support_are_refused(teacher, refused):
+def test_images_of_a_shape_the_feature_network_does_not_support_are_refused(
+    teacher: Path, refused: Callable[..., None]
+) -> None:
     refused(("evaluate", teacher), "features.onnx", "[1, 28, 28]", "[1, 8, 8]", "--features")
 
 
-def test_an_evaluation_that_cannot_run_is_refused_before_any_work(teacher, recipe, refused, tmp_path, monkeypatch):
+def test_an_evaluation_that_cannot_run_is_refused_before_any_work(
+    teacher: Path, recipe: Path, refused: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffpress.export import run as module
 
     monkeypatch.setattr(module, "write_bundle", lambda *a, **k: pytest.fail("exported before the check"))
@@ -260,10 +275,10 @@ def test_an_evaluation_that_cannot_run_is_refused_before_any_work(teacher, recip
     refused(words, "features.onnx", "[1, 28, 28]")
 
 
-def test_an_interrupted_command_says_how_to_resume(call, monkeypatch):
+def test_an_interrupted_command_says_how_to_resume(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffpress.cli import plan
 
-    def interrupt(args):
+    def interrupt(args: object) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(plan, "run", interrupt)
@@ -271,7 +286,7 @@ def test_an_interrupted_command_says_how_to_resume(call, monkeypatch):
     assert code == 130 and error.count("\n") == 1 and "run the same command again to resume" in error
 
 
-def test_an_unexpected_error_keeps_its_traceback(call, monkeypatch):
+def test_an_unexpected_error_keeps_its_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffpress.cli import plan
 
     monkeypatch.setattr(plan, "run", lambda args: 1 // 0)
@@ -282,7 +297,7 @@ def test_an_unexpected_error_keeps_its_traceback(call, monkeypatch):
 # --- plan ------------------------------------------------------------------------------------------------------
 
 
-def test_plan_as_json_has_the_documented_shape(teacher, recipe, call, tmp_path):
+def test_plan_as_json_has_the_documented_shape(teacher: Path, recipe: Path, call: Call, tmp_path: Path) -> None:
     code, text, _ = call("plan", teacher, "--recipe", recipe, "--set", "stages.prune.ratio=0.25", "--json")
     result = json.loads(text)
     assert code == 0 and list(result) == ["recipe", "order", "before", "stages"]
@@ -296,7 +311,7 @@ def test_plan_as_json_has_the_documented_shape(teacher, recipe, call, tmp_path):
     assert code == 0 and "schedule" in output and json.loads((tmp_path / "plan.json").read_text())["order"]
 
 
-def test_plan_estimates_that_quantization_reduces_only_the_bytes(teacher, recipe, call):
+def test_plan_estimates_that_quantization_reduces_only_the_bytes(teacher: Path, recipe: Path, call: Call) -> None:
     recipe.write_text("stages: [quantize]")
     result = json.loads(call("plan", teacher, "--recipe", recipe, "--json")[1])
     before, after = result["before"], result["stages"][0]["after"]
@@ -304,7 +319,9 @@ def test_plan_estimates_that_quantization_reduces_only_the_bytes(teacher, recipe
     assert 0.25 * before["bytes"] < after["bytes"] < 0.35 * before["bytes"]
 
 
-def test_plan_works_for_the_built_in_teacher_and_recipe_and_writes_nothing(call, tmp_path, monkeypatch):
+def test_plan_works_for_the_built_in_teacher_and_recipe_and_writes_nothing(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, text, _ = call("plan")
     assert code == 0 and "quantize" in text and "before: " in text and list(tmp_path.iterdir()) == []
@@ -314,7 +331,7 @@ def test_plan_works_for_the_built_in_teacher_and_recipe_and_writes_nothing(call,
 
 
 @pytest.fixture(scope="module")
-def run(teacher, tmp_path_factory) -> tuple[int, Path]:
+def run(teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
     """A complete run with a gate it cannot pass: its exit code and its folder."""
     pytest.importorskip("onnxscript")
     folder = tmp_path_factory.mktemp("run")
@@ -323,7 +340,7 @@ def run(teacher, tmp_path_factory) -> tuple[int, Path]:
     return main([str(word) for word in command]), folder
 
 
-def test_a_failed_gate_gives_exit_code_1_and_keeps_the_output(run):
+def test_a_failed_gate_gives_exit_code_1_and_keeps_the_output(run: tuple[int, Path]) -> None:
     code, folder = run
     assert code == 1
     kept = {path.name for path in (folder / "out").iterdir()}
@@ -333,7 +350,9 @@ def test_a_failed_gate_gives_exit_code_1_and_keeps_the_output(run):
     assert [record["stage"] for record in report["history"]] == ["schedule", "prune"]
 
 
-def test_repeating_a_run_only_loads_existing_results(run, teacher, call, monkeypatch):
+def test_repeating_a_run_only_loads_existing_results(
+    run: tuple[int, Path], teacher: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffpress.export import run as module
 
     _, folder = run
@@ -343,20 +362,22 @@ def test_repeating_a_run_only_loads_existing_results(run, teacher, call, monkeyp
     assert error.count("\n") == 1 and "gate failed: parity_sqnr_db is " in error and "the bound is 190" in error
 
 
-def test_another_recipe_in_the_same_folder_is_refused(run, teacher, refused):
+def test_another_recipe_in_the_same_folder_is_refused(
+    run: tuple[int, Path], teacher: Path, refused: Callable[..., None]
+) -> None:
     _, folder = run
     words = ("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", folder / "out", "--set", "seed=9")
     refused(words, "made by another recipe", "seed: 0 there, 9 here", "--update")
 
 
-def test_a_passed_gate_gives_exit_code_0(run, teacher, call, tmp_path):
+def test_a_passed_gate_gives_exit_code_0(run: tuple[int, Path], teacher: Path, call: Call, tmp_path: Path) -> None:
     _, folder = run
     out = shutil.copytree(folder / "out", tmp_path / "out")
     words = ("--update", "--set", "gates.parity_sqnr_db=30")
     assert call("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", out, *words)[0] == 0
 
 
-def test_a_report_is_rebuilt_from_the_output_of_a_run(run, call, tmp_path):
+def test_a_report_is_rebuilt_from_the_output_of_a_run(run: tuple[int, Path], call: Call, tmp_path: Path) -> None:
     out = shutil.copytree(run[1] / "out", tmp_path / "out")
     before = json.loads((out / "report.json").read_text())
     for name in ("report.json", "report.html"):
@@ -367,20 +388,20 @@ def test_a_report_is_rebuilt_from_the_output_of_a_run(run, call, tmp_path):
     assert "http" not in (out / "report.html").read_text().replace("http-equiv", "")
 
 
-def test_the_run_ends_with_a_bundle_that_samples_without_torch(run, tmp_path):
+def test_the_run_ends_with_a_bundle_that_samples_without_torch(run: tuple[int, Path], tmp_path: Path) -> None:
     done = in_fresh_process(
         "sample", run[1] / "out" / "bundle", "-n", 2, "--out", tmp_path / "grid.png", blocked="torch"
     )
     assert done.returncode == 0 and (tmp_path / "grid.png").stat().st_size > 0, done.stderr
 
 
-def test_every_folder_of_the_package_has_an_init_file():
+def test_every_folder_of_the_package_has_an_init_file() -> None:
     """A folder of code without `__init__.py` is not a package and would not be installed correctly."""
     folders = {path.parent for path in (ROOT / "diffpress").rglob("*.py")}
     assert all((folder / "__init__.py").is_file() for folder in folders)
 
 
-def test_no_module_is_imported_through_the_symlinks():
+def test_no_module_is_imported_through_the_symlinks() -> None:
     """`compress`, `export` and `runtime` are symlinks; a module imported through them would be loaded twice."""
     bare = re.compile(r"^\s*(?:from|import) (?:compress|export|runtime)\b", re.M)
     trees = ("diffpress", "tests", "benchmarks", "examples")

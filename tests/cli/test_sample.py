@@ -6,6 +6,7 @@ import argparse
 import json
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def with_spec(bundle: Path, spec: DenoiserSpec, folder: Path) -> Path:
     return folder
 
 
-def test_the_image_grid_matches_the_python_api(tiny: Path, tmp_path: Path, capsys) -> None:
+def test_the_image_grid_matches_the_python_api(tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new" / "grid.png"
     assert run(tiny, "-n", 7, "--seed", 5, "--out", out, "--engine", "onnxruntime", "--batch", 3) == 0
     bundle = load_bundle(tiny)
@@ -118,7 +119,7 @@ def test_the_end_of_the_plan_applies_only_to_its_own_solver(tiny: Path) -> None:
 
 
 def test_output_corrections_apply_to_the_bundles_own_plan_and_others_get_a_warning(
-    tiny: Path, tmp_path: Path, capsys
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spec = load_bundle(tiny).spec
     plan = replace(spec.plan, output_corrections=(OutputCorrection(0.1, (0.2,)),) * 8)
@@ -143,7 +144,9 @@ def test_output_corrections_apply_to_the_bundles_own_plan_and_others_get_a_warni
     assert not with_solver(plan, "ipndm").output_corrections and with_solver(plan, plan.solver) == plan
 
 
-def test_a_distilled_network_keeps_its_solver_and_warns_about_other_steps(tiny, tmp_path, capsys) -> None:
+def test_a_distilled_network_keeps_its_solver_and_warns_about_other_steps(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = load_bundle(tiny).spec
     plan = replace(spec.plan, solver="euler")
     bundle = with_spec(tiny, replace(spec, plan=plan, distilled="trajectory"), tmp_path / "distilled")
@@ -161,7 +164,9 @@ def test_a_distilled_network_keeps_its_solver_and_warns_about_other_steps(tiny, 
     assert caught.value.exit_code == 2 and not (tmp_path / "refused.png").exists()
 
 
-def test_a_distilled_network_accepts_the_other_plans_it_was_trained_for(tiny, tmp_path, capsys) -> None:
+def test_a_distilled_network_accepts_the_other_plans_it_was_trained_for(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     spec = load_bundle(tiny).spec
     spec_of_student = replace(
         spec,
@@ -183,7 +188,7 @@ def test_a_distilled_network_accepts_the_other_plans_it_was_trained_for(tiny, tm
 
 @pytest.mark.parametrize("arguments", [["--steps", 5], ["--grid", "karras"], ["--steps", 7, "--solver", "plms"]])
 def test_a_bundle_with_fixed_timesteps_refuses_others_with_a_one_line_error(
-    tiny: Path, tmp_path: Path, arguments
+    tiny: Path, tmp_path: Path, arguments: Sequence[object]
 ) -> None:
     spec = load_bundle(tiny).spec
     bundle = with_spec(tiny, replace(spec, fixed_timesteps=spec.plan.timesteps), tmp_path / "fixed")
@@ -217,7 +222,7 @@ def test_a_bundle_with_fixed_timesteps_refuses_others_with_a_one_line_error(
     ],
 )
 def test_invalid_arguments_give_a_one_line_error_and_no_file(
-    tiny: Path, tmp_path: Path, arguments, message: str
+    tiny: Path, tmp_path: Path, arguments: Sequence[object], message: str
 ) -> None:
     with pytest.raises(DiffpressError) as caught:
         run(tiny, "--out", tmp_path / "grid.png", *arguments)
@@ -225,7 +230,9 @@ def test_invalid_arguments_give_a_one_line_error_and_no_file(
     assert not (tmp_path / "grid.png").exists()
 
 
-def test_a_missing_bundle_and_a_missing_extra_are_named(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+def test_a_missing_bundle_and_a_missing_extra_are_named(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(DiffpressError, match="not a bundle"):
         run(tmp_path / "nowhere")
     from diffpress.runtime.engines import ENGINES
@@ -235,7 +242,7 @@ def test_a_missing_bundle_and_a_missing_extra_are_named(tiny: Path, tmp_path: Pa
         run(tiny, "--engine", "openvino")
 
 
-def test_label_and_prompt_exclude_each_other(tiny: Path, capsys) -> None:
+def test_label_and_prompt_exclude_each_other(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         run(tiny, "--label", 1, "--prompt", "a cat")
     assert "not allowed with" in capsys.readouterr().err

@@ -192,7 +192,8 @@ def custom_files(tmp_path: Path) -> Callable[..., tuple[Path, Path]]:
 def pipeline_folder(plain: Checkpoint, tmp_path: Path) -> Path:
     """A folder as diffusers saves it: unet/ and scheduler/."""
     folder = tmp_path / "pipeline"
-    plain.model.save_pretrained(folder / "unet")
+    model: Any = plain.model
+    model.save_pretrained(folder / "unet")
     write_scheduler(folder)
     return folder
 

@@ -9,15 +9,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
+import torch
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from diffpress.compress import pipeline
-from diffpress.compress.checkpoint import save_checkpoint
-from diffpress.compress.pipeline import claim_folder, run_stages
-from diffpress.compress.recipe import read_recipe
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
+from diffpress.compress.context import Context
+from diffpress.compress.pipeline import StageFunction, claim_folder, run_stages
+from diffpress.compress.recipe import Recipe, read_recipe
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
 
@@ -30,16 +35,16 @@ STAGES = """
 
 
 @pytest.fixture
-def teacher(unet, tmp_path):
+def teacher(unet: Checkpoint, tmp_path: Path) -> Checkpoint:
     save_checkpoint(unet, tmp_path / "teacher")
     return load_checkpoint(tmp_path / "teacher")
 
 
 @pytest.fixture
-def recipe(npz):
+def recipe(npz: Path) -> Callable[..., Recipe]:
     """Write a recipe file with the given stages and read it."""
 
-    def make(stages: str = STAGES, *overrides: str):
+    def make(stages: str = STAGES, *overrides: str) -> Recipe:
         file = npz.with_name("r.yaml")
         file.write_text(f"seed: 2\ndata: {npz.name}\nstages: {stages}\n")
         return read_recipe(file, overrides)
@@ -48,11 +53,19 @@ def recipe(npz):
 
 
 @pytest.fixture
-def called(monkeypatch) -> list[str]:
+def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the stage functions that are called during the test."""
     names: list[str] = []
+
+    def recorded(name: str, stage: StageFunction) -> StageFunction:
+        def call(checkpoint: Checkpoint, config: Any, context: Context) -> Checkpoint:
+            names.append(name)
+            return stage(checkpoint, config, context)
+
+        return call
+
     for name, stage in list(pipeline.STAGES.items()):
-        monkeypatch.setitem(pipeline.STAGES, name, lambda *a, n=name, s=stage: names.append(n) or s(*a))
+        monkeypatch.setitem(pipeline.STAGES, name, recorded(name, stage))
     return names
 
 
@@ -63,7 +76,9 @@ def files(folder: Path) -> dict[str, int]:
 # --- stages ----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_saves_every_stage_and_its_history(teacher, recipe, tmp_path):
+def test_a_run_saves_every_stage_and_its_history(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     result = run_stages(teacher, recipe(), out)
     names = sorted(path.name for path in (out / "stages").iterdir())
@@ -77,13 +92,17 @@ def test_a_run_saves_every_stage_and_its_history(teacher, recipe, tmp_path):
     assert after < before and second.changed["macs"][1] < second.changed["macs"][0]
 
 
-def test_the_sqnr_to_the_teacher_is_maximal_until_the_network_changes(teacher, recipe, tmp_path):
+def test_the_sqnr_to_the_teacher_is_maximal_until_the_network_changes(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     history = run_stages(teacher, recipe(), tmp_path / "out").history
     sqnr_db = [record.changed["teacher_sqnr_db"] for record in history]
     assert sqnr_db[0] == 200.0 and sqnr_db[1] < sqnr_db[2] < 100.0
 
 
-def test_a_second_run_reuses_every_stage(teacher, recipe, called, tmp_path):
+def test_a_second_run_reuses_every_stage(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], called: list[str], tmp_path: Path
+) -> None:
     one = run_stages(teacher, recipe(), tmp_path / "out")
     assert called == ["schedule", "prune", "distill"]
     before = files(tmp_path / "out")
@@ -92,14 +111,18 @@ def test_a_second_run_reuses_every_stage(teacher, recipe, called, tmp_path):
     assert files(tmp_path / "out") == before
 
 
-def test_changing_a_later_stage_reruns_only_that_stage(teacher, recipe, called, tmp_path):
+def test_changing_a_later_stage_reruns_only_that_stage(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], called: list[str], tmp_path: Path
+) -> None:
     run_stages(teacher, recipe(), tmp_path / "out")
     called.clear()
     run_stages(teacher, recipe(STAGES, "stages.distill.steps=3"), tmp_path / "out")
     assert called == ["distill"]
 
 
-def test_changing_an_earlier_stage_reruns_the_stages_after_it(teacher, recipe, called, tmp_path):
+def test_changing_an_earlier_stage_reruns_the_stages_after_it(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], called: list[str], tmp_path: Path
+) -> None:
     run_stages(teacher, recipe(), tmp_path / "out")
     called.clear()
     run_stages(teacher, recipe(STAGES, "stages.prune.ratio=0.6"), tmp_path / "out")
@@ -107,7 +130,9 @@ def test_changing_an_earlier_stage_reruns_the_stages_after_it(teacher, recipe, c
 
 
 @pytest.mark.parametrize("change", ["seed", "data"])
-def test_another_seed_or_other_images_rerun_everything(change, teacher, recipe, called, npz, tmp_path):
+def test_another_seed_or_other_images_rerun_everything(
+    change: str, teacher: Checkpoint, recipe: Callable[..., Recipe], called: list[str], npz: Path, tmp_path: Path
+) -> None:
     import numpy as np
 
     run_stages(teacher, recipe("[schedule]"), tmp_path / "out")
@@ -119,14 +144,18 @@ def test_another_seed_or_other_images_rerun_everything(change, teacher, recipe, 
     assert called == ["schedule", "schedule"]
 
 
-def test_the_order_of_the_same_stages_matters(teacher, recipe, tmp_path):
+def test_the_order_of_the_same_stages_matters(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     stages = ["  - schedule: {solver: ddim, steps: 3}\n", "  - prune: {method: magnitude, ratio: 0.4, round_to: 4}\n"]
     hashes = [run_stages(teacher, recipe("\n" + "".join(s)), tmp_path / "out").hash for s in (stages, stages[::-1])]
     assert hashes[0] == hashes[1]  # these two stages commute, but each order was run
     assert len(list((tmp_path / "out" / "stages").iterdir())) == 4
 
 
-def test_a_custom_module_runs_through_all_stages_and_is_reused(custom_files, recipe, called, tmp_path):
+def test_a_custom_module_runs_through_all_stages_and_is_reused(
+    custom_files: Callable[..., tuple[Path, Path]], recipe: Callable[..., Recipe], called: list[str], tmp_path: Path
+) -> None:
     file, weights = custom_files("v")
     teacher = load_checkpoint(f"{file}:{weights}")
     text = STAGES + "  - quantize: {samples: 2, batch: 2}\n"
@@ -135,10 +164,12 @@ def test_a_custom_module_runs_through_all_stages_and_is_reused(custom_files, rec
     assert run_stages(teacher, recipe(text), tmp_path / "out").hash == one.hash and len(called) == 4
 
 
-def test_images_that_do_not_match_the_model_are_refused_before_any_stage(teacher, recipe, called, npz, tmp_path):
+def test_images_that_do_not_match_the_model_are_refused_before_any_stage(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], called: list[str], npz: Path, tmp_path: Path
+) -> None:
     import numpy as np
 
-    cases = {
+    cases: dict[str, dict[str, Any]] = {
         "images are": {"x": np.zeros((5, 9, 9), np.uint8), "y": np.zeros(5)},
         "no labels": {"x": np.zeros((5, 8, 8), np.uint8)},
         "labels reach 3": {"x": np.zeros((5, 8, 8), np.uint8), "y": np.full(5, 3)},
@@ -161,7 +192,7 @@ def test_images_that_do_not_match_the_model_are_refused_before_any_stage(teacher
 # --- the output folder -----------------------------------------------------------------------------------------
 
 
-def test_a_new_or_empty_folder_is_accepted(teacher, recipe, tmp_path):
+def test_a_new_or_empty_folder_is_accepted(teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new/deeper"):
         claim_folder(tmp_path / name, teacher, recipe(), update=False)
@@ -169,12 +200,14 @@ def test_a_new_or_empty_folder_is_accepted(teacher, recipe, tmp_path):
         assert facts["teacher"] == teacher.hash and facts["seed"] == 2
 
 
-def test_the_same_recipe_may_run_again(teacher, recipe, tmp_path):
+def test_the_same_recipe_may_run_again(teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
 
 
-def test_a_recipe_is_the_same_when_named_from_another_folder(teacher, recipe, npz, tmp_path, monkeypatch):
+def test_a_recipe_is_the_same_when_named_from_another_folder(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
     monkeypatch.chdir(tmp_path)
     claim_folder(tmp_path / "out", teacher, read_recipe(Path("r.yaml")), update=False)
@@ -189,8 +222,8 @@ def test_a_recipe_is_the_same_when_named_from_another_folder(teacher, recipe, np
     ],
 )
 def test_another_recipe_is_refused_with_the_first_difference_and_nothing_changes(
-    override, difference, teacher, recipe, tmp_path
-):
+    override: str, difference: str, teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
     before = files(tmp_path / "out")
     with pytest.raises(InvalidInputError, match=rf"out: was made by another recipe \({difference}.*--update"):
@@ -200,20 +233,26 @@ def test_another_recipe_is_refused_with_the_first_difference_and_nothing_changes
     assert files(tmp_path / "out") != before
 
 
-def test_an_additional_stage_makes_another_recipe(teacher, recipe, tmp_path):
+def test_an_additional_stage_makes_another_recipe(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
     with pytest.raises(InvalidInputError, match=r"another recipe \(stages: "):
         claim_folder(tmp_path / "out", teacher, recipe(STAGES + "  - quantize\n"), update=False)
 
 
-def test_another_teacher_is_refused(teacher, plain, recipe, tmp_path):
+def test_another_teacher_is_refused(
+    teacher: Checkpoint, plain: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
     with pytest.raises(InvalidInputError, match=r"another recipe \(teacher: "):
         claim_folder(tmp_path / "out", plain, recipe(), update=False)
 
 
 @pytest.mark.parametrize("update", [False, True])
-def test_a_folder_with_other_content_is_refused_and_unchanged(update, teacher, recipe, tmp_path):
+def test_a_folder_with_other_content_is_refused_and_unchanged(
+    update: bool, teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
     (tmp_path / "file").write_text("mine")
@@ -223,15 +262,17 @@ def test_a_folder_with_other_content_is_refused_and_unchanged(update, teacher, r
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_a_broken_recipe_json_is_refused(teacher, recipe, tmp_path):
+def test_a_broken_recipe_json_is_refused(teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "recipe.json").write_text("{")
     with pytest.raises(InvalidInputError, match=r"recipe.json: not readable"):
         claim_folder(tmp_path / "out", teacher, recipe(), update=False)
 
 
-def test_a_read_only_folder_is_refused_before_any_stage(teacher, recipe, tmp_path, monkeypatch):
-    def refuse(*args, **kwargs):
+def test_a_read_only_folder_is_refused_before_any_stage(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
     monkeypatch.setattr("os.replace", refuse)
@@ -245,13 +286,16 @@ def test_a_read_only_folder_is_refused_before_any_stage(teacher, recipe, tmp_pat
     [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left on device")],
 )
 def test_a_full_disk_leaves_no_partial_stage_and_the_run_resumes_later(
-    failure, teacher, recipe, called, tmp_path, monkeypatch
-):
-    from diffpress.compress.checkpoint import save_file
-
+    failure: Exception,
+    teacher: Checkpoint,
+    recipe: Callable[..., Recipe],
+    called: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     out, saved = tmp_path / "out", []
 
-    def full(tensors, path, *args, **kwargs):
+    def full(tensors: dict[str, torch.Tensor], path: Path, *args: Any, **kwargs: Any) -> None:
         saved.append(path)
         if len(saved) == 2:
             raise failure
@@ -289,7 +333,9 @@ run_stages(load_checkpoint(sys.argv[1]), read_recipe(Path(sys.argv[2])), Path(sy
 """
 
 
-def test_a_run_killed_during_distill_resumes_to_the_same_result(teacher, recipe, called, npz, tmp_path):
+def test_a_run_killed_during_distill_resumes_to_the_same_result(
+    teacher: Checkpoint, recipe: Callable[..., Recipe], called: list[str], npz: Path, tmp_path: Path
+) -> None:
     settings = recipe(STAGES, "stages.distill.steps=12")
     out = tmp_path / "out"
     process = subprocess.Popen(
@@ -298,6 +344,7 @@ def test_a_run_killed_during_distill_resumes_to_the_same_result(teacher, recipe,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
     )
+    assert process.stderr is not None
     uninterrupted = run_stages(teacher, settings, tmp_path / "uninterrupted")
     try:
         for _ in range(1200):

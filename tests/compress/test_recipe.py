@@ -5,13 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from diffpress.cli.plan import add_arguments
 from diffpress.compress.builtin import CALIB_DATA, RECIPES
-from diffpress.compress.recipe import read_recipe
+from diffpress.compress.recipe import Recipe, read_recipe
 from diffpress.runtime.errors import InvalidInputError
 
 RECIPE = """
@@ -25,10 +26,10 @@ export: {targets: [onnx, openvino]}
 
 
 @pytest.fixture
-def recipe(tmp_path: Path):
+def recipe(tmp_path: Path) -> Callable[..., Recipe]:
     """Read a recipe from its text."""
 
-    def read(text: str = RECIPE, *overrides: str):
+    def read(text: str = RECIPE, *overrides: str) -> Recipe:
         (tmp_path / "r.yaml").write_text(text)
         return read_recipe(tmp_path / "r.yaml", overrides)
 
@@ -36,7 +37,7 @@ def recipe(tmp_path: Path):
 
 
 @pytest.fixture
-def refused(recipe):
+def refused(recipe: Callable[..., Recipe]) -> Callable[..., None]:
     def check(text: str, *words: str, overrides: tuple[str, ...] = ()) -> None:
         with pytest.raises(InvalidInputError) as caught:
             recipe(text, *overrides)
@@ -46,7 +47,7 @@ def refused(recipe):
     return check
 
 
-def test_a_resolved_recipe_writes_out_every_default_as_json(recipe):
+def test_a_resolved_recipe_writes_out_every_default_as_json(recipe: Callable[..., Recipe]) -> None:
     found = recipe().to_json()
     assert json.loads(json.dumps(found)) == found
     assert list(found) == ["seed", "data", "teacher_samples", "stages", "export", "evaluate", "gates"]
@@ -58,13 +59,13 @@ def test_a_resolved_recipe_writes_out_every_default_as_json(recipe):
     assert found["evaluate"] is None and found["seed"] == 3
 
 
-def test_a_resolved_recipe_reads_back_unchanged(recipe):
+def test_a_resolved_recipe_reads_back_unchanged(recipe: Callable[..., Recipe]) -> None:
     found = recipe().to_json()
     again = recipe(json.dumps({key: value for key, value in found.items() if value is not None}))
     assert again.to_json() == found
 
 
-def test_an_empty_recipe_only_exports(recipe):
+def test_an_empty_recipe_only_exports(recipe: Callable[..., Recipe]) -> None:
     found = recipe("{}")
     assert found.stages == () and found.export.targets == ("onnx",) and found.seed == 0
 
@@ -73,22 +74,22 @@ TWO_STEPS = "[{distill: {kind: trajectory, sample_steps: 2}}, "
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
-def test_the_built_in_recipes_are_valid(path):
+def test_the_built_in_recipes_are_valid(path: Path) -> None:
     assert read_recipe(path).stages
 
 
-def test_the_number_of_teacher_samples_is_read(recipe, refused):
+def test_the_number_of_teacher_samples_is_read(recipe: Callable[..., Recipe], refused: Callable[..., None]) -> None:
     assert recipe("{}").teacher_samples == 64 and recipe("teacher_samples: 5").teacher_samples == 5
     for value in ("0", "-3", "2.5", "many", "true", "[4]"):
         refused(f"teacher_samples: {value}", "r.yaml", "teacher_samples", "a whole number from 1")
 
 
-def test_a_gate_on_the_frechet_distance_enables_the_evaluation(recipe):
+def test_a_gate_on_the_frechet_distance_enables_the_evaluation(recipe: Callable[..., Recipe]) -> None:
     assert recipe("gates: {frechet_ratio: 1.2}").evaluate is not None
     assert recipe("gates: {parity_sqnr_db: 20}").evaluate is None
 
 
-def test_data_is_found_beside_the_recipe_and_in_the_built_in_folder(recipe, npz):
+def test_data_is_found_beside_the_recipe_and_in_the_built_in_folder(recipe: Callable[..., Recipe], npz: Path) -> None:
     assert recipe(f"data: {npz.name}").data == npz
     assert recipe("data: calib_data/calibration.npz").data == CALIB_DATA / "calibration.npz"
 
@@ -109,11 +110,13 @@ def test_data_is_found_beside_the_recipe_and_in_the_built_in_folder(recipe, npz)
         ("gates: {frechet: 1.1}", "'gates.frechet'", "'frechet_ratio'"),
     ],
 )
-def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_match(text, key, nearest, refused):
+def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_match(
+    text: str, key: str, nearest: str, refused: Callable[..., None]
+) -> None:
     refused(text, "r.yaml", f"unknown key {key}", f"did you mean {nearest}?")
 
 
-def test_an_unknown_key_without_a_near_match_lists_the_known_keys(refused):
+def test_an_unknown_key_without_a_near_match_lists_the_known_keys(refused: Callable[..., None]) -> None:
     refused("xyzzy: 1", "'xyzzy'", "known are seed, data, teacher_samples, stages, export, evaluate, gates")
 
 
@@ -146,27 +149,29 @@ def test_an_unknown_key_without_a_near_match_lists_the_known_keys(refused):
         ("data: [a, b]", "data: "),
     ],
 )
-def test_a_value_of_the_wrong_type_is_refused_with_its_path(text, where, refused):
+def test_a_value_of_the_wrong_type_is_refused_with_its_path(
+    text: str, where: str, refused: Callable[..., None]
+) -> None:
     refused(text, "r.yaml", where)
 
 
 @pytest.mark.parametrize("text", ["stages: [", "a: b: c", "\t- x", "!!python/object:os.system {}", "\x00"])
-def test_broken_yaml_is_refused(text, refused):
+def test_broken_yaml_is_refused(text: str, refused: Callable[..., None]) -> None:
     refused(text, "r.yaml", "not valid YAML")
 
 
 @pytest.mark.parametrize("text", ["", "just words", "- prune", "5"])
-def test_a_file_that_is_no_mapping_is_refused(text, refused):
+def test_a_file_that_is_no_mapping_is_refused(text: str, refused: Callable[..., None]) -> None:
     refused(text, "r.yaml", "a recipe is a mapping", "stages")
 
 
-def test_a_missing_recipe_is_refused(tmp_path):
+def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.yaml", tmp_path):
         with pytest.raises(InvalidInputError, match=f"{path.name}: the recipe cannot be read"):
             read_recipe(path)
 
 
-def test_a_recipe_that_is_not_text_is_refused(tmp_path):
+def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InvalidInputError, match=r"r.yaml: not valid YAML"):
         read_recipe(tmp_path / "r.yaml")
@@ -185,18 +190,22 @@ def test_a_recipe_that_is_not_text_is_refused(tmp_path):
         ("[distill, prune]", "stages[0]: distill", "must come after prune"),
     ],
 )
-def test_an_impossible_order_is_refused_with_the_reason(stages, where, why, refused):
+def test_an_impossible_order_is_refused_with_the_reason(
+    stages: str, where: str, why: str, refused: Callable[..., None]
+) -> None:
     refused(f"stages: {stages}", "r.yaml", where, why)
 
 
 @pytest.mark.parametrize(
     "stages", ["[schedule, prune, distill, quantize]", "[prune, prune, distill, schedule, quantize]"]
 )
-def test_a_possible_order_is_kept(stages, recipe):
+def test_a_possible_order_is_kept(stages: str, recipe: Callable[..., Recipe]) -> None:
     assert [stage.name for stage in recipe(f"stages: {stages}").stages] == stages.strip("[]").split(", ")
 
 
-def test_a_kind_of_distillation_accepts_only_its_own_settings(refused, recipe):
+def test_a_kind_of_distillation_accepts_only_its_own_settings(
+    refused: Callable[..., None], recipe: Callable[..., Recipe]
+) -> None:
     stages = recipe("stages: [{distill: {kind: trajectory, sample_steps: 3}}]").stages
     assert (stages[0].config.kind, stages[0].config.sample_steps, stages[0].config.trajectories) == (
         "trajectory",
@@ -213,11 +222,11 @@ def test_a_kind_of_distillation_accepts_only_its_own_settings(refused, recipe):
 @pytest.mark.parametrize(
     "override", ["stages.0.prune.ratio=0.4", "stages.prune.ratio=0.4"], ids=["by index", "by the stage's name"]
 )
-def test_a_setting_is_overridden(override, recipe):
+def test_a_setting_is_overridden(override: str, recipe: Callable[..., Recipe]) -> None:
     assert recipe(RECIPE, override).stages[0].config.ratio == 0.4
 
 
-def test_overrides_apply_in_order_and_at_every_level(recipe):
+def test_overrides_apply_in_order_and_at_every_level(recipe: Callable[..., Recipe]) -> None:
     found = recipe(
         RECIPE,
         "seed=5",
@@ -227,17 +236,18 @@ def test_overrides_apply_in_order_and_at_every_level(recipe):
         "export.targets=[onnx]",
         "gates.parity_sqnr_db=12.5",
     )
+    assert found.evaluate is not None
     assert found.seed == 5 and found.stages[1].config.steps == 11 and found.evaluate.samples == 64
     assert found.export.targets == ("onnx",) and found.gates.parity_sqnr_db == 12.5
 
 
 @pytest.mark.parametrize("text", ["stages: [{prune: {}}]", "stages: [{prune: }]", "stages: [prune]"])
 @pytest.mark.parametrize("override", ["stages.0.prune.ratio=0.4", "stages.prune.ratio=0.4"])
-def test_a_stage_without_settings_accepts_an_override(override, text, recipe):
+def test_a_stage_without_settings_accepts_an_override(override: str, text: str, recipe: Callable[..., Recipe]) -> None:
     assert recipe(text, override).stages[0].config.ratio == 0.4
 
 
-def test_the_example_in_the_help_works():
+def test_the_example_in_the_help_works() -> None:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
     example = re.search(r"like (\S+=\S+\b)", " ".join(parser.format_help().split()))
@@ -258,15 +268,17 @@ def test_the_example_in_the_help_works():
         ("stages.prune.ratio=[", "stages.prune.ratio=["),
     ],
 )
-def test_an_override_of_an_unknown_setting_is_refused(override, word, refused):
+def test_an_override_of_an_unknown_setting_is_refused(override: str, word: str, refused: Callable[..., None]) -> None:
     refused(RECIPE, word, overrides=(override,))
 
 
-def test_a_name_shared_by_two_stages_is_refused(refused):
+def test_a_name_shared_by_two_stages_is_refused(refused: Callable[..., None]) -> None:
     refused("stages: [prune, prune]", "no single 'prune'", overrides=("stages.prune.ratio=0.4",))
 
 
-def test_quantization_bounds_are_read_and_an_invalid_one_is_named_with_its_path(recipe, refused):
+def test_quantization_bounds_are_read_and_an_invalid_one_is_named_with_its_path(
+    recipe: Callable[..., Recipe], refused: Callable[..., None]
+) -> None:
     found = recipe("stages: [{quantize: {bounds: {min_sqnr_db: 30, max_size_mib: 4}, target: openvino}}]").stages[0]
     assert found.config.bounds.min_sqnr_db == 30 and found.config.bounds.max_latency_ratio is None
     assert found.config.target == "openvino"

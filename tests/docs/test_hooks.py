@@ -9,7 +9,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from diffpress.cli.main import VERBS
-from diffpress.compress.config import BoundsConfig, TensorRTConfig
+from diffpress.compress.config import BoundsConfig, Config, TensorRTConfig
 from diffpress.compress.distillation.config import KINDS, DistillConfig
 from diffpress.compress.recipe import KEYS, RENAMED_KEYS, SECTIONS, STAGE_CONFIGS
 
@@ -29,14 +29,14 @@ def page(uri: str) -> SimpleNamespace:
     return SimpleNamespace(file=SimpleNamespace(src_uri=uri))
 
 
-def test_every_verb_has_its_help_on_the_page(hooks):
+def test_every_verb_has_its_help_on_the_page(hooks: ModuleType) -> None:
     text = hooks.on_page_markdown("<!-- cli -->", page("reference/cli.md"))
     for verb in VERBS:
         assert f"## diffpress {verb}\n" in text
         assert f"usage: diffpress {verb} " in text
 
 
-def test_every_option_of_a_verb_is_in_its_help(hooks):
+def test_every_option_of_a_verb_is_in_its_help(hooks: ModuleType) -> None:
     text = hooks.cli_reference()
     for verb in VERBS:
         for action in hooks.verb_parser(verb)._actions:
@@ -44,7 +44,7 @@ def test_every_option_of_a_verb_is_in_its_help(hooks):
                 assert option in text
 
 
-def test_the_help_does_not_depend_on_the_machine(hooks, monkeypatch):
+def test_the_help_does_not_depend_on_the_machine(hooks: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     before = hooks.cli_reference()
     monkeypatch.setenv("COLUMNS", "60")
     monkeypatch.setenv("DIFFPRESS_CACHE", "/somewhere/else")
@@ -52,10 +52,10 @@ def test_the_help_does_not_depend_on_the_machine(hooks, monkeypatch):
     assert str(Path.home()) not in before
 
 
-def test_every_key_of_a_recipe_is_in_the_tables(hooks):
+def test_every_key_of_a_recipe_is_in_the_tables(hooks: ModuleType) -> None:
     text = hooks.on_page_markdown("<!-- settings -->", page("recipes.md"))
     assert set(hooks.TOP_LEVEL) == set(KEYS)
-    configs = [
+    configs: list[type[Config]] = [
         *STAGE_CONFIGS.values(),
         *SECTIONS.values(),
         *KINDS.values(),
@@ -71,7 +71,7 @@ def test_every_key_of_a_recipe_is_in_the_tables(hooks):
 
 
 @pytest.mark.parametrize("name", [*STAGE_CONFIGS, *SECTIONS])
-def test_a_table_has_one_row_per_setting_with_default_and_description(hooks, name):
+def test_a_table_has_one_row_per_setting_with_default_and_description(hooks: ModuleType, name: str) -> None:
     config = {**STAGE_CONFIGS, **SECTIONS}[name]
     config = DistillConfig if name == "distill" else config
     rows = hooks.settings_table(config).splitlines()[2:]
@@ -82,13 +82,13 @@ def test_a_table_has_one_row_per_setting_with_default_and_description(hooks, nam
         assert meaning.strip().endswith(".") and len(meaning) > 10
 
 
-def test_a_kind_of_distillation_repeats_no_setting_that_all_kinds_share(hooks):
+def test_a_kind_of_distillation_repeats_no_setting_that_all_kinds_share(hooks: ModuleType) -> None:
     table = hooks.settings_table(KINDS["score"])
     assert "`score_steps`" in table and "`learning_rate`" in table  # its default differs
     assert "`save_every`" not in table
 
 
-def test_the_types_of_settings_are_in_words(hooks):
+def test_the_types_of_settings_are_in_words(hooks: ModuleType) -> None:
     fields = {**TensorRTConfig.model_fields, **STAGE_CONFIGS["prune"].model_fields, **BoundsConfig.model_fields}
     assert hooks.type_text(fields["ratio"]) == "number, > 0, < 1"
     assert hooks.type_text(fields["method"]) == "`taylor`, `magnitude`, `random`"
@@ -97,21 +97,21 @@ def test_the_types_of_settings_are_in_words(hooks):
     assert hooks.default_text(fields["batch"]) == "`32`"
 
 
-def test_every_renamed_key_is_in_its_table(hooks):
+def test_every_renamed_key_is_in_its_table(hooks: ModuleType) -> None:
     text = hooks.on_page_markdown("<!-- renamed keys -->", page("compatibility.md"))
     for section, names in RENAMED_KEYS.items():
         for old, new in names.items():
             assert f"| `{section}.{old}` | `{section}.{new}` |" in text
 
 
-def test_every_option_with_a_second_name_is_in_its_table(hooks):
+def test_every_option_with_a_second_name_is_in_its_table(hooks: ModuleType) -> None:
     text = hooks.on_page_markdown("<!-- renamed options -->", page("compatibility.md"))
     assert "| `sample` | `--spacing` |" in text
     assert "| `export` | `--fixed-timesteps` |" in text
     assert "`-n`" not in text and "`--number`" not in text
 
 
-def test_links_to_the_benchmarks_stay_inside_the_site(hooks):
+def test_links_to_the_benchmarks_stay_inside_the_site(hooks: ModuleType) -> None:
     link = "[figures](../benchmarks/few_step.md)"
     assert hooks.on_page_markdown(link, page("solvers.md")) == "[figures](benchmarks/few_step.md)"
     back = "[solvers](../docs/solvers.md)"

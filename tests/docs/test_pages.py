@@ -47,7 +47,7 @@ def in_navigation(entry: object) -> list[str]:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_every_command_on_a_page_parses(page):
+def test_every_command_on_a_page_parses(page: Path) -> None:
     for verb, *words in commands(page):
         assert verb in VERBS
         parser = ArgumentParser(exit_on_error=False)
@@ -55,12 +55,12 @@ def test_every_command_on_a_page_parses(page):
         parser.parse_args(words)
 
 
-def test_there_are_commands_to_parse():
+def test_there_are_commands_to_parse() -> None:
     assert sum(len(commands(page)) for page in PAGES) > 20
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_every_recipe_on_a_page_is_valid(page, tmp_path):
+def test_every_recipe_on_a_page_is_valid(page: Path, tmp_path: Path) -> None:
     for number, text in enumerate(blocks(page, "yaml")):
         recipe = yaml.safe_load(text)
         if isinstance(recipe, list):  # the entry of one stage
@@ -74,14 +74,14 @@ def test_every_recipe_on_a_page_is_valid(page, tmp_path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=NAMES)
-def test_the_python_on_a_page_compiles(page):
+def test_the_python_on_a_page_compiles(page: Path) -> None:
     for text in blocks(page, "python"):
         compile(text, page.name, "exec")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=lambda page: page.stem)
-def test_the_python_on_a_page_runs(page, tmp_path):
+def test_the_python_on_a_page_runs(page: Path, tmp_path: Path) -> None:
     (tmp_path / "calib_data").symlink_to(ROOT / "calib_data")
     code = "\n".join(text for text in blocks(page, "python") if USERS_MODEL not in text)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -91,7 +91,7 @@ def test_the_python_on_a_page_runs(page, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_every_page_is_in_the_navigation():
+def test_every_page_is_in_the_navigation() -> None:
     config = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     listed = in_navigation(yaml.safe_load(config)["nav"])
     assert sorted(page for page in listed if not page.startswith("benchmarks/")) == NAMES

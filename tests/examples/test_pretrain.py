@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def pretrain():
+def pretrain() -> Iterator[ModuleType]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "examples"))
         import pretrain
@@ -24,7 +26,7 @@ def pretrain():
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     path = tmp_path_factory.mktemp("images") / "images.npz"
     np.savez(path, x=rng.integers(0, 256, (64, 8, 8), dtype=np.uint8), y=np.arange(64, dtype=np.uint8) % 10)
@@ -32,21 +34,21 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def stopped(pretrain, images, tmp_path_factory) -> Path:
+def stopped(pretrain: ModuleType, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of four steps that was stopped after two."""
     out = tmp_path_factory.mktemp("stopped")
     assert not run(pretrain, images, out, "--steps", "4", "--stop-at", "2")
     return out
 
 
-def run(pretrain, images: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
+def run(pretrain: ModuleType, images: Path, out: Path, *options: str) -> dict[str, torch.Tensor]:
     """Run the script as from the command line; return the weights it wrote, empty if it stopped early."""
     pretrain.main(["--images", str(images), "--out", str(out), "--batch", "8", "--device", "cpu", *options])
     weights = out / "unet" / "diffusion_pytorch_model.safetensors"
     return load_file(weights) if weights.exists() else {}
 
 
-def test_a_tiny_run_writes_a_pipeline_with_finite_output(pretrain, images, tmp_path):
+def test_a_tiny_run_writes_a_pipeline_with_finite_output(pretrain: ModuleType, images: Path, tmp_path: Path) -> None:
     run(pretrain, images, tmp_path, "--steps", "3")
     pipeline = DDPMPipeline.from_pretrained(tmp_path)
     assert pipeline.scheduler.config.prediction_type == "v_prediction"
@@ -58,7 +60,9 @@ def test_a_tiny_run_writes_a_pipeline_with_finite_output(pretrain, images, tmp_p
     assert (tmp_path / "samples" / "step_000003.png").stat().st_size > 0
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(pretrain, images, stopped, tmp_path):
+def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
+    pretrain: ModuleType, images: Path, stopped: Path, tmp_path: Path
+) -> None:
     copy = shutil.copytree(stopped, tmp_path / "resumed")
     uninterrupted = run(pretrain, images, tmp_path / "uninterrupted", "--steps", "4")
     resumed = run(pretrain, images, copy, "--steps", "4", "--resume")
@@ -70,7 +74,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(pretrain, images,
     assert any(not torch.equal(uninterrupted[name], states[0]["unet"][name]) for name in uninterrupted)
 
 
-def test_color_images_without_labels_train_an_unconditional_network(pretrain, tmp_path):
+def test_color_images_without_labels_train_an_unconditional_network(pretrain: ModuleType, tmp_path: Path) -> None:
     x = np.random.default_rng(0).integers(0, 256, (16, 8, 12, 3), dtype=np.uint8)
     np.savez(tmp_path / "color.npz", x=x)
     run(pretrain, tmp_path / "color.npz", tmp_path / "out", "--steps", "1")
@@ -78,7 +82,7 @@ def test_color_images_without_labels_train_an_unconditional_network(pretrain, tm
     assert (config["in_channels"], config["sample_size"], config["num_class_embeds"]) == (3, [8, 12], None)
 
 
-def test_network_and_scheduler_match_the_shipped_teacher(pretrain):
+def test_network_and_scheduler_match_the_shipped_teacher(pretrain: ModuleType) -> None:
     teacher = ROOT / "calib_data" / "teacher"
     for built, path in (
         (pretrain.build_unet((1, 28, 28), 10), "unet/config.json"),
@@ -91,7 +95,7 @@ def test_network_and_scheduler_match_the_shipped_teacher(pretrain):
         }
 
 
-def test_loss_weight_is_min_snr_over_snr_plus_one(pretrain):
+def test_loss_weight_is_min_snr_over_snr_plus_one(pretrain: ModuleType) -> None:
     """A network that always outputs 0 has the loss E[w |v|^2], computed here with numpy."""
     scheduler = pretrain.build_scheduler()
     x = np.full((4, 1, 8, 8), 255, np.uint8)  # x_0 = 1 everywhere
@@ -109,7 +113,7 @@ def test_loss_weight_is_min_snr_over_snr_plus_one(pretrain):
     assert loss.item() == pytest.approx(expected, rel=1e-4)  # float32 against float64
 
 
-def test_every_image_is_used_once_per_epoch(pretrain):
+def test_every_image_is_used_once_per_epoch(pretrain: ModuleType) -> None:
     epoch = np.concatenate([pretrain.indices(step, 64, 8, seed=0) for step in range(8)])
     assert sorted(epoch) == list(range(64))
     assert not np.array_equal(pretrain.indices(0, 64, 8, seed=0), pretrain.indices(8, 64, 8, seed=0))
@@ -124,12 +128,14 @@ def test_every_image_is_used_once_per_epoch(pretrain):
         (["--steps", "0"], "--steps must be at least 1"),
     ],
 )
-def test_invalid_options_exit_with_a_one_line_error(pretrain, images, stopped, options, message):
+def test_invalid_options_exit_with_a_one_line_error(
+    pretrain: ModuleType, images: Path, stopped: Path, options: list[str], message: str
+) -> None:
     with pytest.raises(SystemExit, match=message):
         run(pretrain, images, stopped, *options)
 
 
-def test_a_file_that_is_not_npz_exits_with_a_one_line_error(pretrain, tmp_path):
+def test_a_file_that_is_not_npz_exits_with_a_one_line_error(pretrain: ModuleType, tmp_path: Path) -> None:
     (tmp_path / "text.npz").write_text("not an archive")
     for name in ("text.npz", "missing.npz"):
         with pytest.raises(SystemExit, match=name):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,9 @@ class Wide(nn.Module):
         return self.last(self.heavy(self.first(sample))) * timestep[:, None, None, None]
 
 
-def _checkpoint(model: nn.Module, spec: DenoiserSpec, kind: str = "custom", config: dict | None = None) -> Checkpoint:
+def _checkpoint(
+    model: nn.Module, spec: DenoiserSpec, kind: str = "custom", config: dict[str, Any] | None = None
+) -> Checkpoint:
     return Checkpoint(model.eval(), spec, Source(kind, config or {}, original=widths_of(model)))
 
 

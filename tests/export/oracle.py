@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import onnx
@@ -15,9 +16,10 @@ from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.formats import FORMATS, INT8
 from diffpress.compress.quantization.unified_scales import unify_scales
-from diffpress.export.graph.model import Graph, load_all
+from diffpress.export.graph.model import Graph, Weight, load_all
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
+Layer = nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.Embedding  # whose weight can have a scale
 
 
 def run_exactly(graph: Graph | onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -61,7 +63,9 @@ def measured_scales(
             continue
         rounds = outputs and number is INT8
 
-        def remember(layer: nn.Module, args: tuple, out: torch.Tensor, name: str = name, rounds: bool = rounds) -> None:
+        def remember(
+            layer: nn.Module, args: tuple[Any, ...], out: torch.Tensor, name: str = name, rounds: bool = rounds
+        ) -> None:
             _grow(amax, f"{name}.input", args[0])
             if rounds and (isinstance(layer, CONVOLUTIONS) or args[0].dim() == 3):
                 _grow(amax, f"{name}.output", out)
@@ -69,7 +73,7 @@ def measured_scales(
         hooks.append(layer.register_forward_hook(remember))
     for name in adapter_for(checkpoint.model).residual_outputs(checkpoint.model) if residual_outputs else []:
 
-        def remember_sum(block: nn.Module, args: tuple, out: torch.Tensor, name: str = name) -> None:
+        def remember_sum(block: nn.Module, args: tuple[Any, ...], out: torch.Tensor, name: str = name) -> None:
             _grow(amax, f"{name}.output", out)
 
         hooks.append(checkpoint.model.get_submodule(name).register_forward_hook(remember_sum))
@@ -81,10 +85,22 @@ def measured_scales(
     return Quantization(kind, unify_scales(checkpoint, amax) if residual_outputs else amax, others)
 
 
-def layers_of(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def with_recorded_reads(graph: Graph, reads: list[str]) -> Graph:
+    """Return the same graph, which appends a weight's name to `reads` each time that the weight is read."""
+
+    def recorded(name: str, weight: Weight) -> Weight:
+        def read() -> np.ndarray:
+            reads.append(name)
+            return weight.read()
+
+        return weight._replace(read=read)
+
+    return Graph(graph.proto, {name: recorded(name, weight) for name, weight in graph.weights.items()})
+
+
+def layers_of(model: nn.Module) -> list[tuple[str, Layer]]:
     """Return the layers, by name, whose weight can have a scale."""
-    kinds = (*CONVOLUTIONS, nn.Linear, nn.Embedding)
-    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, kinds)]
+    return [(name, layer) for name, layer in model.named_modules() if isinstance(layer, Layer)]
 
 
 def _grow(amax: dict[str, torch.Tensor], key: str, x: torch.Tensor) -> None:

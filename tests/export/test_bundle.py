@@ -104,6 +104,7 @@ def test_no_path_of_this_machine_is_in_a_bundle(bundle: Bundle) -> None:
 def test_the_stored_graph_is_the_quantized_one(
     bundle: Bundle, quantized: Checkpoint, unet_graph: Graph, tmp_path: Path
 ) -> None:
+    assert quantized.quantization is not None
     save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
     assert sha256(bundle.denoiser) == sha256(tmp_path / "q.onnx")
 
@@ -139,7 +140,7 @@ def test_a_graph_of_another_model_fails_parity_and_writes_nothing(
     unet: Checkpoint, unet_graph: Graph, tmp_path: Path
 ) -> None:
     other = unet.evolve(model=unet.clone_model())
-    other.model.conv_out.bias.data += 0.1
+    other.model.get_parameter("conv_out.bias").data += 0.1
     with pytest.raises(GateFailedError, match="samples differ"):
         write_bundle(other, tmp_path / "b", float_graph=unet_graph, threads=1)
     assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -169,7 +170,7 @@ def test_components_of_another_bundle_are_reused_where_they_are_the_same(
 @both
 @needs_tensorrt
 def test_tensorrt_builds_it_strongly_typed(precision: str, unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
-    options = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6", "12.0"]}
+    options: dict[str, Any] = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6", "12.0"]}
     bundle = write_bundle(unet, tmp_path / "b", ["tensorrt"], precision=precision, **options)
     engine = next(entry for entry in bundle.manifest["engines"] if "compute_capabilities" in entry)
     assert (bundle.path / engine["file"]).stat().st_size > 100_000
@@ -181,7 +182,7 @@ def test_tensorrt_builds_int8_with_the_rest_in_half_precision(
     precision: str, unet: Checkpoint, unet_graph: Graph, tmp_path: Path
 ) -> None:
     quantized = unet.evolve(quantization=measured_scales(unet, weight_range=127 / 64))
-    options = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6"]}
+    options: dict[str, Any] = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6"]}
     bundle = write_bundle(quantized, tmp_path / "b", ["tensorrt"], precision=precision, **options)
     types = {tensor.data_type for tensor in onnx.load(bundle.path / "denoiser.tensorrt.onnx").graph.initializer}
     half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]

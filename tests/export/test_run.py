@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,7 +27,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
 
     def prepare(*latencies: Latency) -> list[int]:
         timings: list[int] = []
-        monkeypatch.setattr("diffpress.export.run.measure_latency", lambda *a: timings.append(1) or list(latencies))
+
+        def measure(*arguments: Any) -> list[Latency]:
+            timings.append(1)
+            return list(latencies)
+
+        monkeypatch.setattr("diffpress.export.run.measure_latency", measure)
         return timings
 
     return prepare

@@ -49,7 +49,9 @@ class Cuda:
         recorded, self.recorded = self.recorded, None
         return 0, recorded
 
-    def cudaGraphInstantiate(self, graph: list[Callable[[], object]], flags: int) -> tuple[int, list[Callable[[], object]]]:
+    def cudaGraphInstantiate(
+        self, graph: list[Callable[[], object]], flags: int
+    ) -> tuple[int, list[Callable[[], object]]]:
         return 0, graph
 
     def cudaGraphDestroy(self, graph: list[Callable[[], object]]) -> tuple[int]:

@@ -18,7 +18,14 @@ SCHEDULES = {"vp": betas_schedule("scaled_linear", 1000, 0.00085, 0.012), "flow"
 SHAPE = (2, 3, 4)
 
 
-def spec_of(solver: str, prediction: str="epsilon", steps: int=9, conditioning: Conditioning=UNCONDITIONAL, spacing: str="trailing", **plan: Any) -> DenoiserSpec:
+def spec_of(
+    solver: str,
+    prediction: str = "epsilon",
+    steps: int = 9,
+    conditioning: Conditioning = UNCONDITIONAL,
+    spacing: str = "trailing",
+    **plan: Any,
+) -> DenoiserSpec:
     schedule = SCHEDULES["flow" if prediction == "flow" else "vp"]
     clip = plan.pop("clip", solver != "ddim_clip")
     made = make_plan(solver, steps, schedule, spacing=spacing, clip=clip)

@@ -46,9 +46,10 @@ def write_float_graph(path: Path) -> None:
 
 def write_quantized_graph(float_graph: Path, path: Path, kinds: Sequence[str]) -> None:
     """Write the graph with Q/DQ pairs around the operators of these types, weights in int8."""
-    quantization = pytest.importorskip("onnxruntime.quantization")
+    pytest.importorskip("onnxruntime.quantization")
+    from onnxruntime import quantization
 
-    class Reader(quantization.CalibrationDataReader):
+    class Reader(quantization.CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
             self.remaining = [sample_inputs(seed) for seed in range(4)]
 

@@ -23,6 +23,9 @@ from diffpress.runtime.spec import DenoiserSpec  # noqa: E402
 from diffpress.runtime.timesteps import timesteps_for  # noqa: E402
 from tests.runtime.conftest import FakeNetwork, Mixture  # noqa: E402
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 KINDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
 # both implementations know epsilon at the end of the cosine schedule (alpha 5e-5) only to 1e-7 / 5e-5
@@ -40,7 +43,14 @@ def close(ours: np.ndarray, theirs: Any) -> bool:
     return bool(np.abs(ours - np.asarray(theirs)).max() <= TOLERANCE)
 
 
-def ours_and_network(fake_network: type[FakeNetwork], kind: str, prediction: str, plan_of: Callable[[NoiseSchedule], SamplingPlan], noise: np.ndarray, fresh: Callable[[int], np.ndarray] | None=None) -> tuple[list[np.ndarray], SamplingPlan, FakeNetwork]:
+def ours_and_network(
+    fake_network: type[FakeNetwork],
+    kind: str,
+    prediction: str,
+    plan_of: Callable[[NoiseSchedule], SamplingPlan],
+    noise: np.ndarray,
+    fresh: Callable[[int], np.ndarray] | None = None,
+) -> tuple[list[np.ndarray], SamplingPlan, FakeNetwork]:
     schedule = betas_schedule(kind, 1000, *KINDS[kind])
     plan = plan_of(schedule)
     network = fake_network(prediction, schedule)
@@ -49,7 +59,7 @@ def ours_and_network(fake_network: type[FakeNetwork], kind: str, prediction: str
     return [step.x for step in steps], plan, network
 
 
-def evaluate(network: FakeNetwork, x: torch.Tensor, t: Any) -> torch.Tensor:
+def evaluate(network: FakeNetwork, x: Tensor, t: Any) -> Tensor:
     """Return the network's output for a torch tensor."""
     inputs = {"sample": x.numpy().astype(np.float32), "timestep": np.full(len(x), float(t), np.float32)}
     return torch.from_numpy(network.run(inputs))
@@ -58,7 +68,15 @@ def evaluate(network: FakeNetwork, x: torch.Tensor, t: Any) -> torch.Tensor:
 # diffusers' DDIM always steps to t - T // N, which is not the next timestep of its own linspace
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), [c for c in COMBINATIONS if c[2] != "linspace"])
 @pytest.mark.parametrize(("eta", "clip"), [(0.0, False), (0.6, False), (0.0, True)])
-def test_ddim_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, spacing: str, eta: float, clip: bool) -> None:
+def test_ddim_follows_diffusers(
+    fake_network: type[FakeNetwork],
+    noise: Callable[..., np.ndarray],
+    kind: str,
+    prediction: str,
+    spacing: str,
+    eta: float,
+    clip: bool,
+) -> None:
     start, fresh = noise(3, 1, 4, 4), noise(11, 3, 1, 4, 4)[1:]
 
     def plan_of(schedule: NoiseSchedule) -> SamplingPlan:
@@ -73,7 +91,7 @@ def test_ddim_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable
     x = torch.from_numpy(start)
     for k, t in enumerate(scheduler.timesteps):
         out = evaluate(network, x, t)
-        options = {"use_clipped_model_output": clip}  # as ours: eps is computed from the clipped x_0
+        options: dict[str, Any] = {"use_clipped_model_output": clip}  # as ours: eps is computed from the clipped x_0
         if eta:
             options["variance_noise"] = torch.from_numpy(fresh[k])
         x = scheduler.step(out, t, x, eta=eta, **options).prev_sample
@@ -89,7 +107,9 @@ EULER = [
 
 
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), EULER)
-def test_euler_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, spacing: str) -> None:
+def test_euler_follows_diffusers(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, spacing: str
+) -> None:
     """Diffusers samples X = x / alpha; x = X / sqrt(1 + sigma^2). With 10 steps its linspace is integer as well."""
     start = noise(3, 1, 4, 4)
     ours, _, network = ours_and_network(
@@ -111,7 +131,9 @@ def test_euler_follows_diffusers(fake_network: type[FakeNetwork], noise: Callabl
     ("kind", "prediction", "spacing"),
     [*COMBINATIONS, *((kind, "v", spacing) for kind in KINDS for spacing in ("quad", "karras", "logsnr"))],
 )
-def test_dpm_solver_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, spacing: str) -> None:
+def test_dpm_solver_follows_diffusers(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, spacing: str
+) -> None:
     start = noise(3, 1, 4, 4)
     ours, plan, network = ours_and_network(
         fake_network, kind, prediction, lambda s: make_plan("dpmpp_2m", 10, s, spacing=spacing, clip=False), start
@@ -132,7 +154,15 @@ PLMS = [(kind, prediction) for kind in KINDS for prediction in ("epsilon", "v")]
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("steps", [1, 2, 3, 4, 5, 10, 20, 50])
-def test_plms_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: str, prediction: str, offset: int, clean: bool, steps: int) -> None:
+def test_plms_follows_diffusers(
+    fake_network: type[FakeNetwork],
+    noise: Callable[..., np.ndarray],
+    kind: str,
+    prediction: str,
+    offset: int,
+    clean: bool,
+    steps: int,
+) -> None:
     """Diffusers' first two steps are our first, and its second timestep is repeated."""
     start = noise(3, 1, 4, 4)
     solver = {"epsilon": "plms", "v": "plms_v"}[prediction]
@@ -156,7 +186,9 @@ def test_plms_follows_diffusers(fake_network: type[FakeNetwork], noise: Callable
         assert close(ours[k], other), f"step {k}"
 
 
-def test_flow_follows_diffusers_at_fractional_timesteps(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
+def test_flow_follows_diffusers_at_fractional_timesteps(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]
+) -> None:
     start, sigmas = noise(3, 1, 4, 4), [1.0, 0.8125, 0.6007, 0.3333, 0.1111]
     schedule = flow_schedule(1001)  # so that sigma = t / 1000, as in diffusers
     plan = SamplingPlan("euler", tuple(1000 * s for s in sigmas), clip=False)
@@ -171,7 +203,9 @@ def test_flow_follows_diffusers_at_fractional_timesteps(fake_network: type[FakeN
         assert close(ours[k], x), f"step {k}"
 
 
-def test_karras_euler_follows_diffusers_at_fractional_timesteps(mixture: Mixture, noise: Callable[..., np.ndarray]) -> None:
+def test_karras_euler_follows_diffusers_at_fractional_timesteps(
+    mixture: Mixture, noise: Callable[..., np.ndarray]
+) -> None:
     """The denoiser depends on the noise level only, as diffusers rounds fractional timesteps differently."""
     pytest.importorskip("scipy")
     schedule, start = betas_schedule("linear", 1000), noise(3, 1, 4, 4)

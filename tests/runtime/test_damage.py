@@ -126,7 +126,7 @@ def swapped(manifest: Any, rng: random.Random) -> None:
 def renamed(manifest: Any, rng: random.Random) -> None:
     *path, last = rng.choice([entry for entry in entry_paths(manifest) if isinstance(entry[-1], str)])
     inner = at(manifest, tuple(path))
-    inner[last + "x"] = inner.pop(last)
+    inner[f"{last}x"] = inner.pop(last)
 
 
 ENTRIES = [removed, retyped, swapped, renamed]
@@ -150,7 +150,9 @@ def test_the_intact_bundle_samples_and_has_every_optional_entry(intact: Path, ex
 
 
 @pytest.mark.parametrize("damage", BYTES)
-def test_changed_manifest_bytes_are_detected(intact: Path, working_copy: Path, expected: np.ndarray, damage: BytesDamage) -> None:
+def test_changed_manifest_bytes_are_detected(
+    intact: Path, working_copy: Path, expected: np.ndarray, damage: BytesDamage
+) -> None:
     """A change without meaning, such as in whitespace, gives the same image."""
     refused = 0
     for seed in range(COUNT):
@@ -172,7 +174,9 @@ def test_changed_manifest_entries_are_detected(intact: Path, working_copy: Path,
 
 
 @pytest.mark.parametrize("damage", ENTRIES)
-def test_a_changed_manifest_with_a_matching_hash_is_refused_or_valid(intact: Path, working_copy: Path, damage: EntryDamage) -> None:
+def test_a_changed_manifest_with_a_matching_hash_is_refused_or_valid(
+    intact: Path, working_copy: Path, damage: EntryDamage
+) -> None:
     """Another name or guidance makes another valid bundle; invalid entries give an error line."""
     refused, before = 0, json.loads((intact / MANIFEST).read_text())
     for seed in range(COUNT):

@@ -67,7 +67,14 @@ def text_inputs(*samples: float) -> dict[str, np.ndarray]:
     ],
 )
 @pytest.mark.parametrize("t", [1, 50, 90])
-def test_every_prediction_is_converted_to_x0(fake_network: type[FakeNetwork], mixture: Mixture, noise: Callable[..., np.ndarray], prediction: str, schedule: NoiseSchedule, t: float) -> None:
+def test_every_prediction_is_converted_to_x0(
+    fake_network: type[FakeNetwork],
+    mixture: Mixture,
+    noise: Callable[..., np.ndarray],
+    prediction: str,
+    schedule: NoiseSchedule,
+    t: float,
+) -> None:
     network = fake_network(prediction, schedule)
     x, level = noise(3, 1, 4, 4), noise_level_at(schedule, t)
     x0 = make_denoiser(network, spec_of(prediction, schedule), clip=False)(x, level)
@@ -76,7 +83,9 @@ def test_every_prediction_is_converted_to_x0(fake_network: type[FakeNetwork], mi
     assert x0.dtype == np.float32
 
 
-def test_epsilon_near_pure_noise_stays_finite_and_clipped(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
+def test_epsilon_near_pure_noise_stays_finite_and_clipped(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]
+) -> None:
     schedule = betas_schedule("squaredcos_cap_v2", 1000)
     network = fake_network("epsilon", schedule, oracle=lambda x, level: x * 100)
     with np.errstate(over="raise", invalid="raise"):
@@ -99,7 +108,9 @@ def test_clipping_follows_the_data_range(fake_network: type[FakeNetwork], noise:
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
-def test_guidance_equals_two_separate_evaluations(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], prediction: str) -> None:
+def test_guidance_equals_two_separate_evaluations(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], prediction: str
+) -> None:
     spec = spec_of(prediction, conditioning=CLASSES)
     x, level, labels = noise(3, 1, 4, 4), noise_level_at(COSINE, 40), np.array([1, 7, 4])
     network = fake_network(prediction, COSINE, labelled=True)
@@ -117,7 +128,9 @@ def test_guidance_equals_two_separate_evaluations(fake_network: type[FakeNetwork
 
 
 @pytest.mark.parametrize(("interval", "acts"), [((0.5, 2.0), True), ((2.0, None), False), ((0.1, 0.9), False)])
-def test_outside_its_interval_guidance_evaluates_the_cond_half_only(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], interval: Interval, acts: bool) -> None:
+def test_outside_its_interval_guidance_evaluates_the_cond_half_only(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], interval: Interval, acts: bool
+) -> None:
     spec, labels, x = spec_of("v", conditioning=CLASSES), np.array([1, 7, 4]), noise(3, 1, 4, 4)
     level = NoiseLevel(50.0, 0.7, 0.7)  # sigma / alpha = 1
     network = fake_network("v", COSINE, labelled=True)
@@ -130,7 +143,9 @@ def test_outside_its_interval_guidance_evaluates_the_cond_half_only(fake_network
     assert evaluations_at(spec.with_plan(plan), level) == (2 if acts else 1)
 
 
-def test_a_guidance_input_is_one_outside_its_interval(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
+def test_a_guidance_input_is_one_outside_its_interval(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]
+) -> None:
     spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
     network = fake_network("v", COSINE, cond=(*TEXT_INPUTS, "guidance"))
     denoise = make_denoiser(
@@ -162,7 +177,9 @@ def test_the_denoiser_rescales_guidance(fake_network: type[FakeNetwork], noise: 
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 1.0)])
-def test_dynamic_thresholding_stays_in_the_data_range(noise: Callable[..., np.ndarray], low: float, high: float) -> None:
+def test_dynamic_thresholding_stays_in_the_data_range(
+    noise: Callable[..., np.ndarray], low: float, high: float
+) -> None:
     x0 = (high - low) / 2 * 3 * noise(4, 2, 8, 8) + (low + high) / 2
     bounded = thresholded(x0, Threshold(0.9), (low, high))
     assert bounded.dtype == np.float32 and bounded.min() >= low - 1e-6 and bounded.max() <= high + 1e-6
@@ -173,14 +190,18 @@ def test_dynamic_thresholding_stays_in_the_data_range(noise: Callable[..., np.nd
     assert np.abs(thresholded(small, Threshold(0.9), (low, high)) - small).max() < 1e-6
 
 
-def test_evaluating_a_timestep_that_was_not_exported_is_refused(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
+def test_evaluating_a_timestep_that_was_not_exported_is_refused(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]
+) -> None:
     spec = spec_of("v")
     spec = replace(spec, fixed_timesteps=spec.plan.timesteps)
     with pytest.raises(InvalidInputError, match=r"timestep 41\.5 is not one of the 4 .* use another solver"):
         make_denoiser(fake_network("v", COSINE), spec)(noise(1, 1, 4, 4), noise_level_at(COSINE, 41.5))
 
 
-def test_guidance_one_evaluates_the_cond_half_only(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
+def test_guidance_one_evaluates_the_cond_half_only(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]
+) -> None:
     network = fake_network("v", COSINE, labelled=True)
     spec = spec_of("v", conditioning=CLASSES)
     labelled_denoiser(network, spec, np.array([1, 2, 3]))(noise(3, 1, 4, 4), noise_level_at(COSINE, 40))
@@ -190,7 +211,9 @@ def test_guidance_one_evaluates_the_cond_half_only(fake_network: type[FakeNetwor
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "flow"])
-def test_text_guidance_equals_two_separate_evaluations(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], prediction: str) -> None:
+def test_text_guidance_equals_two_separate_evaluations(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], prediction: str
+) -> None:
     spec = spec_of(prediction, conditioning=TEXT)
     x, level, cond, uncond = (
         noise(2, 1, 4, 4),
@@ -212,7 +235,9 @@ def test_text_guidance_equals_two_separate_evaluations(fake_network: type[FakeNe
     assert all(np.array_equal(call[name], np.concatenate([cond[name], uncond[name]])) for name in TEXT_INPUTS)
 
 
-def test_a_guidance_input_takes_one_evaluation_and_gets_the_weight(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:
+def test_a_guidance_input_takes_one_evaluation_and_gets_the_weight(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]
+) -> None:
     spec = spec_of("v", conditioning=replace(TEXT, guidance_input=True))
     network = fake_network("v", COSINE, cond=(*TEXT_INPUTS, "guidance"))
     cond = ConditioningInputs(text_inputs(1.0, 2.0))
@@ -248,7 +273,9 @@ def test_dummy_conditioning_is_classes_in_turn_or_noise_and_deterministic() -> N
 
 
 @pytest.mark.parametrize(("kind", "expected"), [(np.int64, 50), (np.float32, 50.4)])
-def test_the_timestep_is_passed_in_the_type_of_the_graph(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: type[np.generic], expected: float) -> None:
+def test_the_timestep_is_passed_in_the_type_of_the_graph(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], kind: type[np.generic], expected: float
+) -> None:
     network = fake_network("v", COSINE, timestep_type=np.dtype(kind))
     make_denoiser(network, spec_of("v"))(noise(2, 1, 4, 4), noise_level_at(COSINE, 50.4))
     timestep = network.calls[0]["timestep"]
@@ -301,7 +328,9 @@ def test_arguments_that_do_not_fit_the_model_are_refused(
         (ConditioningInputs(text_inputs(1.0)), 2.0, "guidance needs an encoded negative prompt"),
     ],
 )
-def test_text_inputs_that_do_not_fit_the_model_are_refused(fake_network: type[FakeNetwork], conditions: ConditioningInputs | None, guidance: float, message: str) -> None:
+def test_text_inputs_that_do_not_fit_the_model_are_refused(
+    fake_network: type[FakeNetwork], conditions: ConditioningInputs | None, guidance: float, message: str
+) -> None:
     network = fake_network("v", COSINE, cond=tuple(TEXT_INPUTS))
     with pytest.raises(InvalidInputError, match=message):
         make_denoiser(network, spec_of("v", conditioning=TEXT), conditions=conditions, guidance=guidance)

@@ -100,7 +100,9 @@ def test_a_dynamic_shift_is_interpolated_between_two_sizes() -> None:
 
 
 @pytest.mark.parametrize(("dynamic", "tokens"), [((0.5, 1.15, 256, 4096), None), ((0.5, 1.15, 256, 256), 256)])
-def test_a_dynamic_shift_without_its_sizes_is_refused(dynamic: tuple[float, float, int, int], tokens: int | None) -> None:
+def test_a_dynamic_shift_without_its_sizes_is_refused(
+    dynamic: tuple[float, float, int, int], tokens: int | None
+) -> None:
     with pytest.raises(InvalidInputError, match="number of image tokens"):
         spaced_timesteps(TimestepSpacing("flow_trailing", integer=False, dynamic=dynamic), 4, FLOW, tokens)
 

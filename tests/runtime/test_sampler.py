@@ -96,7 +96,9 @@ def test_sampling_with_eta_is_reproducible_and_changes_the_image(fake_network: t
 
 
 @pytest.mark.parametrize(("solver", "eta", "named"), [("ddim", 0.5, "eta above 0"), ("lcm", 0.0, "stochastic solver")])
-def test_fresh_noise_without_a_source_is_refused(mixture: Mixture, noise: Callable[..., np.ndarray], solver: str, eta: float, named: str) -> None:
+def test_fresh_noise_without_a_source_is_refused(
+    mixture: Mixture, noise: Callable[..., np.ndarray], solver: str, eta: float, named: str
+) -> None:
     with pytest.raises(InvalidInputError, match=f"{named}.*pass fresh_noise"):
         list(sample(mixture.denoise, noise(1, 2, 4, 4), COSINE, replace(PLAN, solver=solver, eta=eta)))
 
@@ -167,15 +169,21 @@ def test_a_flow_model_samples_from_pure_noise(fake_network: type[FakeNetwork]) -
         ({"seeds": [0], "plan": SamplingPlan("ddim", (500.0,))}, "timestep 500"),
     ],
 )
-def test_invalid_sampling_arguments_are_refused(fake_network: type[FakeNetwork], options: dict[str, Any], message: str) -> None:
+def test_invalid_sampling_arguments_are_refused(
+    fake_network: type[FakeNetwork], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(InvalidInputError, match=message):
         generate(fake_network("v", COSINE), spec_of(), **options)
 
 
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "plms"])  # plms evaluates one timestep twice
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
-def test_output_corrections_undo_a_known_error_of_the_network(solver: str, guidance: float, fake_network: type[FakeNetwork], distorted: type[Distorted]) -> None:
-    errors = {t: (0.1 * k - 0.2, (0.3 - 0.1 * k, 0.05 * k)) for k, t in enumerate(PLAN.timesteps)}
+def test_output_corrections_undo_a_known_error_of_the_network(
+    solver: str, guidance: float, fake_network: type[FakeNetwork], distorted: type[Distorted]
+) -> None:
+    errors: dict[float, tuple[float, tuple[float, ...]]] = {
+        t: (0.1 * k - 0.2, (0.3 - 0.1 * k, 0.05 * k)) for k, t in enumerate(PLAN.timesteps)
+    }
     plan = replace(PLAN, solver=solver, guidance=guidance)
     wrong = distorted(fake_network("v", COSINE, labelled=True), errors)
     exact = generate(wrong.network, spec_of(plan, classes=4), range(3))

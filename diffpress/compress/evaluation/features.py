@@ -80,7 +80,8 @@ def load_reference(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> R
         InvalidInputError: The file is not readable, its features come from another network, or the shapes differ.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy leaves a damaged archive open, so the file is opened here
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             stored = {name: file[name] for name in file.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise InvalidInputError(f"{path}: not readable as npz ({error})") from error

@@ -83,7 +83,8 @@ def read_npz(path: Path) -> tuple[np.ndarray, np.ndarray | None]:
         InvalidInputError: The file is unreadable, or its arrays have the wrong shape or dtype.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # numpy leaves a damaged archive open, so the file is opened here
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if "x" not in file:
                 raise InvalidInputError(f"{path}: no array 'x'; expected uint8 images [N, H, W] or [N, H, W, C]")
             x, labels = file["x"], file["y"].astype(np.int64) if "y" in file else None

@@ -10,7 +10,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Source
 from diffpress.compress.models.widths import widths_of
-from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule
+from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule, flow_schedule
 from diffpress.runtime.sampling_plan import make_plan
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -18,7 +18,10 @@ from diffpress.runtime.spec import DenoiserSpec
 class OneImage(nn.Module):
     """Denoiser that predicts x_0 = `image`, its only parameter, for every input."""
 
-    def __init__(self, prediction: str, schedule, image: torch.Tensor) -> None:
+    alphas: torch.Tensor
+    sigmas: torch.Tensor
+
+    def __init__(self, prediction: str, schedule: NoiseSchedule, image: torch.Tensor) -> None:
         super().__init__()
         self.prediction, self.image = prediction, nn.Parameter(image)
         self.register_buffer("alphas", torch.tensor(schedule.alphas, dtype=torch.float32))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 import torch
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.distillation.few_steps import (
     clip_x0,
     disjoint_timesteps,
@@ -17,7 +20,7 @@ from diffpress.compress.distillation.few_steps import (
     x0_of,
 )
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, noise_level_at
+from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule, flow_schedule, noise_level_at
 from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampler import sample
 from diffpress.runtime.sampling_plan import make_plan, plan_levels
@@ -25,7 +28,7 @@ from diffpress.runtime.sampling_plan import make_plan, plan_levels
 
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
 @pytest.mark.parametrize("steps", [1, 2, 4, 8, 500])
-def test_timesteps_descend_and_the_last_step_is_long(kind, steps):
+def test_timesteps_descend_and_the_last_step_is_long(kind: str, steps: int) -> None:
     schedule = betas_schedule(kind)
     found = few_timesteps(steps, schedule)
     assert len(found) == steps and list(found) == sorted(set(found), reverse=True)
@@ -33,18 +36,18 @@ def test_timesteps_descend_and_the_last_step_is_long(kind, steps):
 
 
 @pytest.mark.parametrize("kind", ["linear", "squaredcos_cap_v2"])
-def test_the_second_of_two_steps_starts_at_a_medium_noise_level(kind):
+def test_the_second_of_two_steps_starts_at_a_medium_noise_level(kind: str) -> None:
     schedule = betas_schedule(kind)
     _, second = (level.sigma / level.alpha for level in plan_levels(schedule, few_timesteps(2, schedule))[:-1])
     assert 0.8 < second < 4.0
 
 
-def test_halving_keeps_every_second_timestep():
+def test_halving_keeps_every_second_timestep() -> None:
     schedule = betas_schedule("squaredcos_cap_v2")
     np.testing.assert_allclose(few_timesteps(8, schedule)[::2], few_timesteps(4, schedule), atol=1.0)
 
 
-def test_plans_of_one_student_share_no_timestep():
+def test_plans_of_one_student_share_no_timestep() -> None:
     schedule = betas_schedule("squaredcos_cap_v2")
     plans = disjoint_timesteps((4, 2, 1), schedule)
     assert plans[0] == few_timesteps(4, schedule) and [len(plan) for plan in plans] == [4, 2, 1]
@@ -57,7 +60,7 @@ def test_plans_of_one_student_share_no_timestep():
         np.testing.assert_allclose(plan, few_timesteps(len(plan), schedule), atol=16)
 
 
-def test_plans_that_must_share_timesteps_are_refused():
+def test_plans_that_must_share_timesteps_are_refused() -> None:
     with pytest.raises(
         InvalidInputError, match="19 steps cannot avoid the timesteps of 20 steps in a schedule of 20 timesteps"
     ):
@@ -65,7 +68,7 @@ def test_plans_that_must_share_timesteps_are_refused():
 
 
 @pytest.mark.parametrize(("steps", "fine"), [(1, 8), (2, 8), (3, 10), (4, 4)])
-def test_a_fine_plan_contains_every_timestep_of_the_student(steps, fine):
+def test_a_fine_plan_contains_every_timestep_of_the_student(steps: int, fine: int) -> None:
     schedule = betas_schedule("squaredcos_cap_v2")
     timesteps = few_timesteps(steps, schedule)
     plan, kept = refine_plan(make_plan("dpmpp_2m", 5, schedule), timesteps, fine, schedule)
@@ -79,7 +82,7 @@ def test_a_fine_plan_contains_every_timestep_of_the_student(steps, fine):
 
 @pytest.mark.parametrize("schedule", [betas_schedule("squaredcos_cap_v2"), flow_schedule(1000)], ids=["cosine", "flow"])
 @pytest.mark.parametrize("counts", [(2,), (4,), (4, 2, 1)])
-def test_fine_steps_are_distributed_by_length_in_log_snr(schedule, counts):
+def test_fine_steps_are_distributed_by_length_in_log_snr(schedule: NoiseSchedule, counts: tuple[int, ...]) -> None:
     stops = tuple(sorted({t for plan in disjoint_timesteps(counts, schedule) for t in plan}, reverse=True))
     plan, _ = refine_plan(make_plan("dpmpp_2m", 5, schedule), stops, 20, schedule)
     levels = [level for level in plan_levels(schedule, plan.timesteps)[:-1] if level.t > 10]
@@ -89,7 +92,7 @@ def test_fine_steps_are_distributed_by_length_in_log_snr(schedule, counts):
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
-def test_x0_and_the_step_match_the_runtime(prediction, one_image):
+def test_x0_and_the_step_match_the_runtime(prediction: str, one_image: Callable[..., Checkpoint]) -> None:
     spec = one_image(prediction).spec
     rng = np.random.default_rng(0)
     x, out = rng.standard_normal((2, 3, 1, 8, 8), dtype=np.float32)
@@ -105,11 +108,11 @@ def test_x0_and_the_step_match_the_runtime(prediction, one_image):
     np.testing.assert_allclose(implied_x0(torch.from_numpy(x), moved, here, there).numpy(), x0.numpy(), atol=1e-3)
 
 
-def test_clipping_bounds_x0_and_passes_the_gradient(one_image):
+def test_clipping_bounds_x0_and_passes_the_gradient(one_image: Callable[..., Checkpoint]) -> None:
     spec = one_image().spec
     x0 = torch.tensor([[-3.0, 0.5, 2.0]], requires_grad=True)
     assert clip_x0(spec, x0) is x0  # this plan does not clip
     bounded = clip_x0(spec.with_plan(make_plan("ddim", 4, spec.schedule, clip=True)), x0)
     assert bounded.tolist() == [[-1.0, 0.5, 1.0]]
     bounded.sum().backward()
-    assert x0.grad.tolist() == [[1.0, 1.0, 1.0]]
+    assert x0.grad is not None and x0.grad.tolist() == [[1.0, 1.0, 1.0]]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from diffpress.compress.checkpoint import Record, save_checkpoint
+from diffpress.compress.checkpoint import Checkpoint, Record, save_checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.distillation.conditioning import effective_guidance, guided_output
 from diffpress.compress.distillation.config import GuidanceConfig
@@ -26,12 +29,12 @@ from diffpress.runtime.network_inputs import class_conditioning
 from diffpress.runtime.noise_schedule import noise_level_at
 
 
-def config(**settings) -> GuidanceConfig:
-    shared = {"steps": 4, "batch": 8, "learning_rate": 2e-3, "warmup": 1, "ema": 0.5, "samples": 8}
+def config(**settings: Any) -> GuidanceConfig:
+    shared: dict[str, Any] = {"steps": 4, "batch": 8, "learning_rate": 2e-3, "warmup": 1, "ema": 0.5, "samples": 8}
     return GuidanceConfig(**{"kind": "guidance", **shared, **settings})
 
 
-def predictions(checkpoint, weight: float) -> np.ndarray:
+def predictions(checkpoint: Checkpoint, weight: float) -> np.ndarray:
     """Return the prediction that a sampler with this guidance weight uses at one noise level."""
     x = np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32)
     network, cond = (
@@ -42,7 +45,7 @@ def predictions(checkpoint, weight: float) -> np.ndarray:
     return predict(x, noise_level_at(checkpoint.spec.schedule, 50))
 
 
-def test_the_guided_output_matches_the_sampler(unet):
+def test_the_guided_output_matches_the_sampler(unet: Checkpoint) -> None:
     x = torch.from_numpy(np.random.default_rng(0).standard_normal((6, 1, 8, 8), dtype=np.float32))
     cond, uncond = {"class_labels": torch.arange(6) % 3}, {"class_labels": torch.tensor([3])}
     for weight in (1.0, 2.5):
@@ -51,7 +54,7 @@ def test_the_guided_output_matches_the_sampler(unet):
             np.testing.assert_allclose(found.numpy(), predictions(unet, weight), atol=1e-5)
 
 
-def test_a_student_matches_guidance_in_one_evaluation(unet, context):
+def test_a_student_matches_guidance_in_one_evaluation(unet: Checkpoint, context: Callable[..., Context]) -> None:
     student = distill(unet, config(weight=4.0, steps=40), context(unet))
     assert student.spec.plan.guidance == 1.0 and evaluations_per_step(student.spec) == 1
     expected = predictions(unet, 4.0)
@@ -59,13 +62,15 @@ def test_a_student_matches_guidance_in_one_evaluation(unet, context):
     assert after < 0.8 * before
 
 
-def test_the_weight_defaults_to_that_of_the_plan(unet, context):
+def test_the_weight_defaults_to_that_of_the_plan(unet: Checkpoint, context: Callable[..., Context]) -> None:
     weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
     hashes = [distill(c, s, context(unet)).hash for c, s in ((weighted, config()), (unet, config(weight=3.0)))]
     assert hashes[0] == hashes[1]
 
 
-def test_a_model_without_a_null_label_is_refused_and_so_is_weight_one(unet, plain, context):
+def test_a_model_without_a_null_label_is_refused_and_so_is_weight_one(
+    unet: Checkpoint, plain: Checkpoint, context: Callable[..., Context]
+) -> None:
     with pytest.raises(InvalidInputError, match="no null label"):
         distill(plain, config(weight=2.0), context(plain))
     with pytest.raises(InvalidInputError, match="weight 1 is no guidance"):
@@ -74,13 +79,16 @@ def test_a_model_without_a_null_label_is_refused_and_so_is_weight_one(unet, plai
         distill(unet, config(weights=(1.0, 4.0)), context(unet))
 
 
-def test_a_student_with_a_weight_input_starts_as_the_teacher_reloads_and_needs_one_evaluation(tiny_folder, tmp_path):
+def test_a_student_with_a_weight_input_starts_as_the_teacher_reloads_and_needs_one_evaluation(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
     teacher = load_checkpoint(tiny_folder("sd"))
     start = with_guidance_input(teacher)
+    network: Any = teacher.model
     inputs = {
         "sample": torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0)),
         "timestep": torch.tensor([500.0, 500.0]),
-        "encoder_hidden_states": torch.randn(2, 77, teacher.model.config.cross_attention_dim),
+        "encoder_hidden_states": torch.randn(2, 77, network.config.cross_attention_dim),
     }
     with torch.no_grad():
         plain = adapter_for(teacher.model).forward(teacher.model, inputs)
@@ -98,8 +106,10 @@ def test_a_student_with_a_weight_input_starts_as_the_teacher_reloads_and_needs_o
     assert not torch.equal(*outputs)
 
 
-def test_later_kinds_still_use_the_guided_teacher_after_guidance_distillation(unet, context):
-    def guidance_after(*changes: dict) -> float:
+def test_later_kinds_still_use_the_guided_teacher_after_guidance_distillation(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
+    def guidance_after(*changes: dict[str, Any]) -> float:
         history = tuple(Record("distill", {}, 0, changed, "", "") for changed in changes)
         return effective_guidance(unet.evolve(history=history))
 
@@ -110,7 +120,9 @@ def test_later_kinds_still_use_the_guided_teacher_after_guidance_distillation(un
     assert ctx.notes == {"guidance": 4.0}
 
 
-def test_a_weight_input_takes_the_weight_of_the_plan_and_is_not_combined_with_guidance(tiny_folder):
+def test_a_weight_input_takes_the_weight_of_the_plan_and_is_not_combined_with_guidance(
+    tiny_folder: Callable[..., Path],
+) -> None:
     checkpoint = load_checkpoint(tiny_folder("lcm"))
     spec, model = checkpoint.spec, checkpoint.model
     generator = torch.Generator().manual_seed(0)

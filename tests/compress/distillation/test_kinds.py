@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import KINDS
 from diffpress.compress.distillation.distill import distill
@@ -16,6 +20,7 @@ from diffpress.compress.distillation.few_steps import few_timesteps
 from diffpress.compress.distillation.progressive import v_objective
 from diffpress.compress.distillation.student import train_student
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.training.loop import Objective, Training, train
 from diffpress.runtime.denoiser import make_predictor
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import class_conditioning
@@ -25,8 +30,8 @@ from diffpress.runtime.sampler import generate
 FEW = ["progressive", "trajectory", "consistency", "score"]
 
 
-def config(kind: str, **settings):
-    own = {
+def config(kind: str, **settings: Any) -> Any:
+    own: dict[str, dict[str, Any]] = {
         "progressive": {"start_steps": 4, "sample_steps": 2},
         "trajectory": {"sample_steps": 2, "trajectories": 32, "trajectory_steps": 4},
         "consistency": {"sample_steps": 2, "stages": 2},
@@ -36,9 +41,15 @@ def config(kind: str, **settings):
     return KINDS[kind](**{"kind": kind, **shared, **own.get(kind, {}), **settings})
 
 
-def images_of(checkpoint, count: int = 6) -> np.ndarray:
+def images_of(checkpoint: Checkpoint, count: int = 6) -> np.ndarray:
     labels = np.arange(count) % 3 if checkpoint.spec.conditioning.kind == "class" else None
     return generate(TorchNetwork(checkpoint.model, checkpoint.spec), checkpoint.spec, range(count), labels)
+
+
+def image_of(checkpoint: Checkpoint) -> torch.Tensor:
+    """Return the image that a checkpoint of `one_image` generates."""
+    model: Any = checkpoint.model
+    return model.image.detach()
 
 
 # progressive distillation turns epsilon predictions into v predictions, which this module cannot learn
@@ -46,37 +57,43 @@ PERFECT = [(kind, p) for kind in FEW for p in ("epsilon", "v", "flow") if (kind,
 
 
 @pytest.mark.parametrize(("kind", "prediction"), PERFECT)
-def test_an_exact_student_stays_exact_and_samples_in_few_steps(kind, prediction, one_image, tmp_path):
+def test_an_exact_student_stays_exact_and_samples_in_few_steps(
+    kind: str, prediction: str, one_image: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
     teacher = one_image(prediction)
     ctx = Context(0, tmp_path / "stages" / ".work", teacher)
     student = distill(teacher, config(kind), ctx)
     assert student.spec.plan.steps == 2 and student.spec.prediction == prediction
-    expected = teacher.model.image.detach().numpy()[0]
+    expected = image_of(teacher).numpy()[0]
     tolerance = 0.02 if kind == "score" else 1e-3  # the critic is not exact after its first step
-    np.testing.assert_allclose(student.model.image.detach().numpy()[0], expected, atol=tolerance)
+    np.testing.assert_allclose(image_of(student).numpy()[0], expected, atol=tolerance)
     for image in images_of(student):
         np.testing.assert_allclose(image, expected, atol=tolerance)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "flow"])
-def test_one_student_learns_several_numbers_of_steps(prediction, one_image, tmp_path):
+def test_one_student_learns_several_numbers_of_steps(
+    prediction: str, one_image: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
     teacher = one_image(prediction)
     ctx = Context(0, tmp_path / "stages" / ".work", teacher)
     student = distill(teacher, config("trajectory", other_steps=(4, 1), steps=12), ctx)
     plans = [student.spec.plan.timesteps, *student.spec.distilled_timesteps]
     assert [len(timesteps) for timesteps in plans] == [2, 4, 1]
     assert len({t for timesteps in plans for t in timesteps}) == 7, "the timestep must identify the plan"
-    expected = teacher.model.image.detach().numpy()[0]
+    expected = image_of(teacher).numpy()[0]
     for timesteps in student.spec.distilled_timesteps:
         for image in images_of(student.evolve(spec=student.spec.with_plan(student.spec.plan.over(timesteps)))):
             np.testing.assert_allclose(image, expected, atol=1e-3)
 
 
-def test_other_steps_reduce_the_error_in_those_numbers_of_steps(unet, context):
+def test_other_steps_reduce_the_error_in_those_numbers_of_steps(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     ctx = context(unet, data=False)
     targets = images_of(unet)
 
-    def error_in_four(**settings) -> float:
+    def error_in_four(**settings: Any) -> float:
         found = distill(unet, config("trajectory", steps=80, batch=8, trajectories=64, ema=0.9, **settings), ctx)
         four, *_ = found.spec.distilled_timesteps or [few_timesteps(4, found.spec.schedule)]
         images = images_of(found.evolve(spec=found.spec.with_plan(found.spec.plan.over(four))))
@@ -85,28 +102,36 @@ def test_other_steps_reduce_the_error_in_those_numbers_of_steps(unet, context):
     assert error_in_four(sample_steps=1, other_steps=(4,)) < 0.9 * error_in_four(sample_steps=1)
 
 
-def test_a_consistency_student_accepts_one_and_two_steps(unet, context):
+def test_a_consistency_student_accepts_one_and_two_steps(unet: Checkpoint, context: Callable[..., Context]) -> None:
     for own, others in ((1, [2]), (2, [1]), (4, [1, 2])):
         spec = distill(unet, config("consistency", sample_steps=own, steps=1), context(unet)).spec
         assert spec.plan.steps == own and [len(timesteps) for timesteps in spec.distilled_timesteps] == others
 
 
 @pytest.mark.parametrize("kind", FEW)
-def test_a_student_of_another_image_learns_the_image_of_its_teacher(kind, one_image, tmp_path):
+def test_a_student_of_another_image_learns_the_image_of_its_teacher(
+    kind: str, one_image: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
     teacher = one_image("v")
     student = one_image("v", image=torch.zeros(1, 1, 8, 8))
     # generator and critic oscillate unless the critic learns faster
     adversarial = {"steps": 600, "learning_rate": 0.02, "sample_steps": 1, "score_steps": 4} if kind == "score" else {}
     settings = config(kind, **{"steps": 60, "learning_rate": 0.05, "ema": 0.8, **adversarial})
     found = distill(student, settings, Context(0, tmp_path / "stages" / ".work", teacher))
-    targets = teacher.model.image.detach()
-    before, after = ((c.model.image.detach() - targets).abs().mean().item() for c in (student, found))
+    targets = image_of(teacher)
+    before, after = ((image_of(c) - targets).abs().mean().item() for c in (student, found))
     assert after < 0.25 * before
-    assert student.model.image.abs().sum() == 0.0  # the input checkpoint is unchanged
+    assert image_of(student).abs().sum() == 0.0  # the input checkpoint is unchanged
 
 
 @pytest.mark.parametrize("kind", FEW)
-def test_a_pruned_student_of_a_class_conditional_model_trains_saves_and_reloads(kind, unet, pruned, context, reopened):
+def test_a_pruned_student_of_a_class_conditional_model_trains_saves_and_reloads(
+    kind: str,
+    unet: Checkpoint,
+    pruned: Checkpoint,
+    context: Callable[..., Context],
+    reopened: Callable[..., Checkpoint],
+) -> None:
     ctx = context(unet)
     student = distill(pruned, config(kind), ctx)
     assert student.spec.plan.steps == 2 and student.spec.plan.guidance == 1.0 and student.hash != pruned.hash
@@ -117,7 +142,9 @@ def test_a_pruned_student_of_a_class_conditional_model_trains_saves_and_reloads(
 
 
 @pytest.mark.parametrize("kind", FEW)
-def test_without_images_training_data_is_generated_by_the_teacher(kind, unet, context):
+def test_without_images_training_data_is_generated_by_the_teacher(
+    kind: str, unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     ctx = context(unet, data=False)
     assert distill(unet, config(kind), ctx).hash != unet.hash
     files = list(ctx.work.parent.glob("paths-*.npy"))
@@ -125,12 +152,14 @@ def test_without_images_training_data_is_generated_by_the_teacher(kind, unet, co
 
 
 @pytest.mark.parametrize("kind", FEW)
-def test_the_same_seed_gives_the_same_student(kind, unet, context):
+def test_the_same_seed_gives_the_same_student(kind: str, unet: Checkpoint, context: Callable[..., Context]) -> None:
     hashes = [distill(unet, config(kind), context(unet, seed=seed)).hash for seed in (1, 1, 2)]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_progressive_turns_an_epsilon_network_into_a_v_network(plain, context, reopened):
+def test_progressive_turns_an_epsilon_network_into_a_v_network(
+    plain: Checkpoint, context: Callable[..., Context], reopened: Callable[..., Checkpoint]
+) -> None:
     ctx = context(plain)
     student = distill(plain, config("progressive"), ctx)
     save_checkpoint(student, ctx.work.parent / "saved")
@@ -138,9 +167,12 @@ def test_progressive_turns_an_epsilon_network_into_a_v_network(plain, context, r
     assert (plain.spec.prediction, student.spec.prediction, reloaded.spec.prediction) == ("epsilon", "v", "v")
 
 
-def test_an_epsilon_network_learns_the_v_of_its_own_predictions(plain, context):
+def test_an_epsilon_network_learns_the_v_of_its_own_predictions(
+    plain: Checkpoint, context: Callable[..., Context]
+) -> None:
     ctx = context(plain)
     start = plain.evolve(spec=replace(plain.spec, prediction="v"))
+    assert ctx.data is not None
     loss = v_objective(plain.model, plain.spec, ctx.data, 8)
     settings = config("progressive", steps=150, batch=8, learning_rate=5e-3, ema=0.9)
     student = start.evolve(model=train_student(start, loss, settings, ctx))
@@ -155,14 +187,16 @@ def test_an_epsilon_network_learns_the_v_of_its_own_predictions(plain, context):
     assert np.square(v - targets).mean() < 0.75 * np.square(untrained - targets).mean()
 
 
-def test_completed_halvings_are_not_repeated(unet, context, monkeypatch):
+def test_completed_halvings_are_not_repeated(
+    unet: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import diffpress.compress.distillation.student as student_module
 
     settings, ctx = config("progressive", start_steps=8), context(unet)
     undisturbed = distill(unet, settings, replace(ctx, work=ctx.work.with_name("other")))
-    train, phases = student_module.train, []
+    phases: list[str] = []
 
-    def killed(student, objective, run):
+    def killed(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
         if len(phases) == 1:
             raise KeyboardInterrupt
         phases.append(run.what)
@@ -171,18 +205,25 @@ def test_completed_halvings_are_not_repeated(unet, context, monkeypatch):
     monkeypatch.setattr(student_module, "train", killed)
     with pytest.raises(KeyboardInterrupt):
         distill(unet, settings, ctx)
-    monkeypatch.setattr(student_module, "train", lambda s, f, run: phases.append(run.what) or train(s, f, run))
+
+    def recorded(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
+        phases.append(run.what)
+        return train(student, objective, run)
+
+    monkeypatch.setattr(student_module, "train", recorded)
     assert distill(unet, settings, ctx).hash == undisturbed.hash
     assert phases == ["distill progressive 8 to 4 steps", "distill progressive 4 to 2 steps"]
 
 
-def test_the_student_learns_the_guidance_of_the_plan(unet, context):
+def test_the_student_learns_the_guidance_of_the_plan(unet: Checkpoint, context: Callable[..., Context]) -> None:
     weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
     plain, guided = (distill(c, config("trajectory"), context(unet, data=False)) for c in (unet, weighted))
     assert plain.hash != guided.hash and guided.spec.plan.guidance == 1.0
 
 
-def test_score_refuses_a_student_with_another_prediction_type(plain, unet, context):
+def test_score_refuses_a_student_with_another_prediction_type(
+    plain: Checkpoint, unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     with pytest.raises(InvalidInputError, match="the teacher predicts v, the student epsilon"):
         distill(plain, config("score"), context(unet))
 
@@ -204,12 +245,12 @@ def test_score_refuses_a_student_with_another_prediction_type(plain, unet, conte
         ("guidance", {"weights": (3.0, 1.0)}, "minimum"),
     ],
 )
-def test_invalid_settings_are_refused(kind, settings, message):
+def test_invalid_settings_are_refused(kind: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         config(kind, **settings)
 
 
-def test_labels_change_the_output_of_the_student(unet, context):
+def test_labels_change_the_output_of_the_student(unet: Checkpoint, context: Callable[..., Context]) -> None:
     ctx = context(unet, data=False)
     student = distill(unet, config("trajectory"), ctx)
     network = TorchNetwork(student.model, student.spec)

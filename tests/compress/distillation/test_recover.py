@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import PruneConfig
+from diffpress.compress.context import Context
 from diffpress.compress.distillation.block_features import capture_features, feature_distance
 from diffpress.compress.distillation.conditioning import drop_conditioning
 from diffpress.compress.distillation.config import RecoverConfig
@@ -17,21 +22,27 @@ from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.widths import widths_of
 from diffpress.compress.pruning.prune import prune
+from diffpress.compress.training.image_data import ImageData
 from diffpress.compress.training.losses import forward
+from diffpress.runtime.spec import DenoiserSpec
 
 
-def config(**settings) -> RecoverConfig:
+def config(**settings: Any) -> RecoverConfig:
     return RecoverConfig(**{"steps": 4, "batch": 4, "learning_rate": 2e-3, "warmup": 2, "ema": 0.9, **settings})
 
 
-def test_recovering_brings_the_student_closer_to_its_teacher(unet, pruned, context):
+def test_recovering_brings_the_student_closer_to_its_teacher(
+    unet: Checkpoint, pruned: Checkpoint, context: Callable[..., Context]
+) -> None:
     ctx = context(unet)
     recovered = distill(pruned, config(steps=40, batch=8), ctx)
     assert teacher_sqnr_db(recovered, unet, ctx.data) > teacher_sqnr_db(pruned, unet, ctx.data) + 3.0
     assert widths_of(recovered.model) == widths_of(pruned.model) and recovered.spec == pruned.spec
 
 
-def test_teacher_and_input_checkpoint_are_unchanged(unet, pruned, context):
+def test_teacher_and_input_checkpoint_are_unchanged(
+    unet: Checkpoint, pruned: Checkpoint, context: Callable[..., Context]
+) -> None:
     before = unet.hash, pruned.hash
     recovered = distill(pruned, config(), context(unet))
     # evolve, since a checkpoint caches its hash
@@ -39,12 +50,16 @@ def test_teacher_and_input_checkpoint_are_unchanged(unet, pruned, context):
     assert all(p.grad is None for p in unet.model.parameters())
 
 
-def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(unet, pruned, context, tmp_path):
+def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(
+    unet: Checkpoint, pruned: Checkpoint, context: Callable[..., Context], tmp_path: Path
+) -> None:
     hashes = [distill(pruned, config(), context(unet, seed=seed)).hash for seed in (1, 1, 2)]
     assert hashes[0] == hashes[1] != hashes[2]
 
 
-def test_the_task_loss_alone_trains_towards_the_data(plain, context, images):
+def test_the_task_loss_alone_trains_towards_the_data(
+    plain: Checkpoint, context: Callable[..., Context], images: ImageData
+) -> None:
     # without teacher terms the loss is the denoising loss
     settings = config(steps=40, batch=16, output_weight=0.0, feature_weight=0.0, task_weight=1.0, learning_rate=5e-3)
     trained = distill(plain, settings, context(plain))
@@ -60,12 +75,19 @@ def test_the_task_loss_alone_trains_towards_the_data(plain, context, images):
 
 
 @pytest.mark.parametrize(("setting", "visited"), [("plan", {99, 74, 49, 24}), ("all", set(range(100)))])
-def test_training_visits_the_configured_timesteps(setting, visited, unet, pruned, context, monkeypatch):
+def test_training_visits_the_configured_timesteps(
+    setting: str,
+    visited: set[int],
+    unet: Checkpoint,
+    pruned: Checkpoint,
+    context: Callable[..., Context],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from diffpress.compress.training.losses import add_noise
 
-    seen = set()
+    seen: set[int] = set()
 
-    def spy(spec, x0, noise, t):
+    def spy(spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
         seen.update(t.tolist())
         return add_noise(spec, x0, noise, t)
 
@@ -75,7 +97,9 @@ def test_training_visits_the_configured_timesteps(setting, visited, unet, pruned
     assert setting == "all" or {round(t) for t in unet.spec.plan.timesteps} == visited
 
 
-def test_recovering_without_images_learns_from_samples_of_the_teacher(unet, pruned, context):
+def test_recovering_without_images_learns_from_samples_of_the_teacher(
+    unet: Checkpoint, pruned: Checkpoint, context: Callable[..., Context]
+) -> None:
     ctx = context(unet, data=False)
     recovered = distill(pruned, config(steps=40, batch=8, samples=24), ctx)
     assert teacher_sqnr_db(recovered, unet, None) > teacher_sqnr_db(pruned, unet, None) + 3.0
@@ -85,14 +109,14 @@ def test_recovering_without_images_learns_from_samples_of_the_teacher(unet, prun
 # --- terms of the loss ------------------------------------------------------------------------------------------
 
 
-def test_the_feature_distance_is_the_relative_squared_distance_of_energies():
+def test_the_feature_distance_is_the_relative_squared_distance_of_energies() -> None:
     references = {"a": torch.full((2, 3, 4, 4), 2.0), "b": torch.full((2, 6, 2, 2), 1.0)}
     assert feature_distance(dict(references), references) == 0.0
     student = {"a": torch.full((2, 5, 4, 4), 1.0), "b": references["b"]}  # energies 1 and 4: (4 - 1)^2 / 4^2
     assert feature_distance(student, references).item() == pytest.approx((9 / 16 + 0) / 2)
 
 
-def test_the_energy_of_token_features_is_taken_over_the_last_axis():
+def test_the_energy_of_token_features_is_taken_over_the_last_axis() -> None:
     # widths differ, token counts do not
     references, student = {"a": torch.full((2, 5, 3), 2.0)}, {"a": torch.full((2, 5, 7), 1.0)}
     assert feature_distance(student, references).item() == pytest.approx(9 / 16)
@@ -109,7 +133,7 @@ class FixedOutput(nn.Module):
         return self.output
 
 
-def test_the_feature_of_a_block_is_its_hidden_states():
+def test_the_feature_of_a_block_is_its_hidden_states() -> None:
     hidden, text = torch.ones(1, 4, 3), torch.zeros(1, 2, 3)
     for output in (hidden, (hidden, (text, text)), (text, hidden), (None, hidden)):
         model = nn.Sequential(FixedOutput(output))
@@ -118,7 +142,7 @@ def test_the_feature_of_a_block_is_its_hidden_states():
         assert features["0"] is hidden
 
 
-def test_features_are_collected_only_inside_the_context(unet):
+def test_features_are_collected_only_inside_the_context(unet: Checkpoint) -> None:
     blocks = adapter_for(unet.model).blocks(unet.model)
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([1, 50]), {"class_labels": torch.tensor([0, 1])}
     with torch.no_grad(), capture_features(unet.model, blocks) as features:
@@ -130,7 +154,7 @@ def test_features_are_collected_only_inside_the_context(unet):
     assert all(features[name] is kept[name] for name in blocks)
 
 
-def test_a_tenth_of_the_labels_is_replaced_by_the_null_label():
+def test_a_tenth_of_the_labels_is_replaced_by_the_null_label() -> None:
     labels = torch.arange(20_000) % 3
     uncond = {"class_labels": torch.tensor([3])}
     dropped = drop_conditioning({"class_labels": labels}, uncond, torch.Generator().manual_seed(0))
@@ -139,7 +163,7 @@ def test_a_tenth_of_the_labels_is_replaced_by_the_null_label():
     assert torch.equal(dropped["class_labels"][dropped["class_labels"] != 3], labels[dropped["class_labels"] != 3])
 
 
-def test_a_tenth_of_the_samples_drops_all_text_inputs_and_keeps_the_guidance_weight():
+def test_a_tenth_of_the_samples_drops_all_text_inputs_and_keeps_the_guidance_weight() -> None:
     cond = {"words": torch.ones(20_000, 2, 3), "pooled": torch.full((20_000, 4), 2.0), "guidance": torch.ones(20_000)}
     uncond = {"words": torch.full((1, 2, 3), -1.0), "pooled": torch.full((1, 4), -2.0)}
     dropped = drop_conditioning(cond, uncond, torch.Generator().manual_seed(0))
@@ -153,7 +177,7 @@ def test_a_tenth_of_the_samples_drops_all_text_inputs_and_keeps_the_guidance_wei
         assert torch.equal(dropped[name][~is_dropped], cond[name][~is_dropped])
 
 
-def test_labels_are_kept_without_a_null_label():
+def test_labels_are_kept_without_a_null_label() -> None:
     conditions = {"class_labels": torch.arange(5)}
     assert drop_conditioning(conditions, {}, torch.Generator()) is conditions
 
@@ -175,7 +199,9 @@ class TimeInside(nn.Module):
         return self.last(torch.tanh(self.inner(torch.tanh(x))))
 
 
-def test_a_flow_network_gets_float_timesteps_in_training_as_in_sampling(custom, context):
+def test_a_flow_network_gets_float_timesteps_in_training_as_in_sampling(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = custom(TimeInside(), "flow")
     ctx = context(checkpoint)
     small = prune(checkpoint, PruneConfig(method="taylor", ratio=0.5, round_to=1, batch=4, timesteps=2), ctx)
@@ -183,7 +209,7 @@ def test_a_flow_network_gets_float_timesteps_in_training_as_in_sampling(custom, 
     assert teacher_sqnr_db(recovered, checkpoint, ctx.data) < 200.0
 
 
-def test_a_network_wrapped_in_ddp_is_evaluated_like_the_network_inside(unet):
+def test_a_network_wrapped_in_ddp_is_evaluated_like_the_network_inside(unet: Checkpoint) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -197,7 +223,9 @@ def test_a_network_wrapped_in_ddp_is_evaluated_like_the_network_inside(unet):
 
 
 @pytest.mark.gpu
-def test_training_on_a_gpu_gives_a_model_on_the_cpu(unet, pruned, context):
+def test_training_on_a_gpu_gives_a_model_on_the_cpu(
+    unet: Checkpoint, pruned: Checkpoint, context: Callable[..., Context]
+) -> None:
     recovered = distill(pruned, config(), context(unet))
     assert {p.device.type for c in (recovered, unet) for p in c.model.parameters()} == {"cpu"}
     assert recovered.hash != pruned.hash and teacher_sqnr_db(recovered, unet, None) > 0.0

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from diffpress.compress.builtin import FEATURES, REFERENCE
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import EvaluateConfig
 from diffpress.compress.evaluation.evaluate import evaluate, paired, real_floor
 from diffpress.compress.evaluation.features import FeatureNetwork, Reference, load_features, load_reference
@@ -32,12 +34,12 @@ def reference() -> Reference:
     return Reference(embed(real)[0], {"file": "real.npz", "sha256": "r" * 64, "images": 80})
 
 
-def scored(checkpoint, reference, **settings):
+def scored(checkpoint: Checkpoint, reference: Reference, **settings: Any) -> dict[str, Any]:
     config = EvaluateConfig(**{"samples": 12, "seeds": 3, "batch": 5, **settings})
     return evaluate(TorchNetwork(checkpoint.model, checkpoint.spec), checkpoint.spec, config, FAKE, reference)
 
 
-def test_the_result_has_the_documented_shape(unet, reference):
+def test_the_result_has_the_documented_shape(unet: Checkpoint, reference: Reference) -> None:
     result = scored(unet, reference)
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert list(result) == ["samples", "seeds", "features", "frechet", "kid", "paired", "label_accuracy", "reference"]
@@ -48,38 +50,38 @@ def test_the_result_has_the_documented_shape(unet, reference):
     assert result["reference"] == reference.source
 
 
-def test_an_unconditional_model_has_no_label_accuracy(plain, reference):
+def test_an_unconditional_model_has_no_label_accuracy(plain: Checkpoint, reference: Reference) -> None:
     assert scored(plain, reference)["label_accuracy"] is None
 
 
-def test_scores_are_deterministic_and_do_not_depend_on_the_batch(unet, reference):
+def test_scores_are_deterministic_and_do_not_depend_on_the_batch(unet: Checkpoint, reference: Reference) -> None:
     one, two = scored(unet, reference, batch=5), scored(unet, reference, batch=12)
     assert one["frechet"]["mean"] == pytest.approx(two["frechet"]["mean"], rel=1e-4)
     assert scored(unet, reference) == one
 
 
-def test_seeds_are_independent_and_one_seed_has_no_spread(unet, reference):
+def test_seeds_are_independent_and_one_seed_has_no_spread(unet: Checkpoint, reference: Reference) -> None:
     assert scored(unet, reference)["frechet"]["sd"] > 0.0
     assert scored(unet, reference, seeds=1)["frechet"]["sd"] == 0.0
 
 
-def test_the_floor_is_positive_and_falls_with_the_number_of_samples(reference):
+def test_the_floor_is_positive_and_falls_with_the_number_of_samples(reference: Reference) -> None:
     floors = [real_floor(reference.features, samples, 5) for samples in (8, 20, 40)]
     assert floors[0] > floors[1] > floors[2] > 0.0
 
 
-def test_too_few_reference_images_are_refused(unet, reference):
+def test_too_few_reference_images_are_refused(unet: Checkpoint, reference: Reference) -> None:
     with pytest.raises(
         InvalidInputError, match=r"81 samples require at least as many reference images, real.npz has 80"
     ):
         scored(unet, reference, samples=81)
 
 
-def test_the_floor_uses_at_most_half_of_the_reference(unet, reference):
+def test_the_floor_uses_at_most_half_of_the_reference(unet: Checkpoint, reference: Reference) -> None:
     assert scored(unet, reference, samples=80)["frechet"]["floor"] == real_floor(reference.features, 40, 3)
 
 
-def test_paired_metrics_compare_the_same_noise(unet, quantized):
+def test_paired_metrics_compare_the_same_noise(unet: Checkpoint, quantized: Checkpoint) -> None:
     ours, theirs = (TorchNetwork(c.model, c.spec) for c in (quantized, unet))
     same = paired(theirs, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "itself")
     other = paired(ours, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "teacher")
@@ -90,7 +92,7 @@ def test_paired_metrics_compare_the_same_noise(unet, quantized):
 # --- features and references -----------------------------------------------------------------------------------
 
 
-def test_the_built_in_feature_network_and_reference_match(unet):
+def test_the_built_in_feature_network_and_reference_match(unet: Checkpoint) -> None:
     spec = replace(unet.spec, sample_shape=(1, 28, 28))
     network = load_features(FEATURES, spec, threads=1)
     features, logits = network.run(np.zeros((2, 1, 28, 28), np.float32))
@@ -99,19 +101,19 @@ def test_the_built_in_feature_network_and_reference_match(unet):
     assert stored.source["images"] == len(stored.features) == 10_000
 
 
-def test_a_feature_network_for_other_image_shapes_is_refused(unet):
+def test_a_feature_network_for_other_image_shapes_is_refused(unet: Checkpoint) -> None:
     with pytest.raises(InvalidInputError, match=r"features.onnx: .*\[1, 28, 28\], the model samples \[1, 8, 8\]"):
         load_features(FEATURES, unet.spec)
 
 
-def test_an_unreadable_feature_network_is_refused(unet, tmp_path):
+def test_an_unreadable_feature_network_is_refused(unet: Checkpoint, tmp_path: Path) -> None:
     (tmp_path / "net.onnx").write_bytes(b"nothing")
     for name in ("net.onnx", "nowhere.onnx"):
         with pytest.raises(InvalidInputError, match=f"{name}: not readable"):
             load_features(tmp_path / name, unet.spec)
 
 
-def test_features_of_reference_images_are_computed(unet, npz):
+def test_features_of_reference_images_are_computed(unet: Checkpoint, npz: Path) -> None:
     with np.load(npz) as stored:
         x = stored["x"]
     found = load_reference(npz, FAKE, unet.spec)
@@ -119,7 +121,7 @@ def test_features_of_reference_images_are_computed(unet, npz):
     assert found.source["images"] == 48
 
 
-def test_reference_features_of_another_network_are_refused(unet, tmp_path):
+def test_reference_features_of_another_network_are_refused(unet: Checkpoint, tmp_path: Path) -> None:
     file = tmp_path / "reference.npz"
     np.savez(file, features=np.zeros((9, 5)), features_sha256="other")
     with pytest.raises(
@@ -129,7 +131,7 @@ def test_reference_features_of_another_network_are_refused(unet, tmp_path):
 
 
 @pytest.mark.parametrize("content", [None, b"", b"not an npz", b"PK\x03\x04 cut off"])
-def test_an_unreadable_reference_is_refused(content, unet, tmp_path):
+def test_an_unreadable_reference_is_refused(content: bytes | None, unet: Checkpoint, tmp_path: Path) -> None:
     file: Path = tmp_path / "reference.npz"
     if content is not None:
         file.write_bytes(content)
@@ -137,7 +139,7 @@ def test_an_unreadable_reference_is_refused(content, unet, tmp_path):
         load_reference(file, FAKE, unet.spec)
 
 
-def test_reference_images_of_another_size_are_refused(unet, tmp_path):
+def test_reference_images_of_another_size_are_refused(unet: Checkpoint, tmp_path: Path) -> None:
     np.savez(tmp_path / "reference.npz", x=np.zeros((20, 9, 9), np.uint8))
     with pytest.raises(InvalidInputError, match=r"reference.npz: .*\[1, 9, 9\].*\[1, 8, 8\]"):
         load_reference(tmp_path / "reference.npz", FAKE, unet.spec)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from diffusers import FluxPipeline, LatentConsistencyModelPipeline
 from torch import nn
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models import diffusers_blocks
 from diffpress.compress.models.adapter import ADAPTERS, Adapter, adapter_for, dummy_inputs, dynamic_axes
 from diffpress.compress.models.families import any_module, flux
@@ -23,10 +26,10 @@ FUNCTIONS = [name for name, value in vars(Adapter).items() if inspect.isfunction
 
 
 @pytest.fixture
-def checkpoint(tiny_folder):
+def checkpoint(tiny_folder: Callable[..., Path]) -> Callable[[str], Checkpoint]:
     """Load a tiny checkpoint of a kind; Flux at a smaller size."""
 
-    def load(kind: str):
+    def load(kind: str) -> Checkpoint:
         found = load_checkpoint(tiny_folder(kind))
         return found.evolve(spec=resized(found.spec, (32, 32))) if kind.startswith("flux") else found
 
@@ -37,7 +40,7 @@ def checkpoint(tiny_folder):
 
 
 @pytest.mark.parametrize("name", [*ADAPTERS, "any"])
-def test_an_adapter_has_every_function_with_the_expected_parameters(name):
+def test_an_adapter_has_every_function_with_the_expected_parameters(name: str) -> None:
     adapter = ADAPTERS.get(name, any_module)
     assert len(FUNCTIONS) == 11 and isinstance(adapter.RESIZABLE, bool)
     for function in FUNCTIONS:
@@ -50,7 +53,7 @@ def test_an_adapter_has_every_function_with_the_expected_parameters(name):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_modules_named_by_an_adapter_are_in_the_model(kind, checkpoint):
+def test_modules_named_by_an_adapter_are_in_the_model(kind: str, checkpoint: Callable[[str], Checkpoint]) -> None:
     model = checkpoint(kind).model
     adapter, modules = adapter_for(model), dict(model.named_modules())
     lists = {
@@ -70,7 +73,7 @@ def test_modules_named_by_an_adapter_are_in_the_model(kind, checkpoint):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_all_blocks_run_in_order_in_every_forward(kind, checkpoint):
+def test_all_blocks_run_in_order_in_every_forward(kind: str, checkpoint: Callable[[str], Checkpoint]) -> None:
     one = checkpoint(kind)
     adapter, seen = adapter_for(one.model), []
     for name in adapter.blocks(one.model):
@@ -83,7 +86,7 @@ def test_all_blocks_run_in_order_in_every_forward(kind, checkpoint):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_every_input_reaches_the_output(kind, checkpoint):
+def test_every_input_reaches_the_output(kind: str, checkpoint: Callable[[str], Checkpoint]) -> None:
     one = checkpoint(kind)
     adapter, inputs = adapter_for(one.model), dummy_inputs(one.spec, 2)
     with torch.no_grad():
@@ -97,7 +100,9 @@ def test_every_input_reaches_the_output(kind, checkpoint):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_dummy_inputs_and_conditioning_have_the_shapes_of_the_spec(kind, checkpoint):
+def test_dummy_inputs_and_conditioning_have_the_shapes_of_the_spec(
+    kind: str, checkpoint: Callable[[str], Checkpoint]
+) -> None:
     spec = checkpoint(kind).spec
     inputs, conditions = dummy_inputs(spec, 3), dummy_conditioning(spec, 3)
     assert set(conditions.cond) == set(inputs) - {"sample", "timestep", "guidance"}
@@ -109,7 +114,9 @@ def test_dummy_inputs_and_conditioning_have_the_shapes_of_the_spec(kind, checkpo
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_height_and_width_are_dynamic_if_the_model_is_resizable(kind, checkpoint):
+def test_height_and_width_are_dynamic_if_the_model_is_resizable(
+    kind: str, checkpoint: Callable[[str], Checkpoint]
+) -> None:
     one = checkpoint(kind)
     axes = dynamic_axes(one.model, one.spec)
     assert set(axes) == set(dummy_inputs(one.spec, 1)) and all(0 in dims for dims in axes.values())
@@ -130,7 +137,7 @@ def test_height_and_width_are_dynamic_if_the_model_is_resizable(kind, checkpoint
 # --- Flux ------------------------------------------------------------------------------------------------------
 
 
-def test_flux_packs_and_unpacks_cells_as_its_pipeline_does():
+def test_flux_packs_and_unpacks_cells_as_its_pipeline_does() -> None:
     sample = torch.randn(2, 16, 6, 4)
     tokens = flux.pack(sample)
     assert torch.equal(tokens, FluxPipeline._pack_latents(sample, *sample.shape))
@@ -139,7 +146,7 @@ def test_flux_packs_and_unpacks_cells_as_its_pipeline_does():
     assert torch.equal(flux.unpack(tokens, 3, 2), theirs)
 
 
-def test_flux_position_ids_are_those_of_its_pipeline():
+def test_flux_position_ids_are_those_of_its_pipeline() -> None:
     theirs = FluxPipeline._prepare_latent_image_ids(1, 3, 2, "cpu", torch.float32)
     assert torch.equal(flux.positions(3, 2, torch.zeros(1)), theirs)
 
@@ -148,7 +155,7 @@ def test_flux_position_ids_are_those_of_its_pipeline():
 
 
 @pytest.mark.parametrize("width", [32, 256])
-def test_the_guidance_embedding_is_that_of_diffusers(width):
+def test_the_guidance_embedding_is_that_of_diffusers(width: int) -> None:
     weights = torch.tensor([0.0, 3.0, 7.5])
     theirs = LatentConsistencyModelPipeline.get_guidance_scale_embedding(None, weights, embedding_dim=width)
     np.testing.assert_array_equal(guidance_embedding(weights, width), theirs)

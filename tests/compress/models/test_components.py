@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,22 +21,22 @@ PROMPTS = ["a photo of a cat", "red dog!"]
 
 
 @pytest.fixture
-def copied(tiny_folder, tmp_path):
+def copied(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
     return lambda kind: shutil.copytree(tiny_folder(kind), tmp_path / kind)
 
 
-def refused(call, *words: str) -> None:
+def refused(call: Callable[[], object], *words: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def opened(folder) -> DiffusionPipeline:
+def opened(folder: Path) -> Any:
     return DiffusionPipeline.from_pretrained(folder, local_files_only=True)
 
 
-def edit(path, **changes) -> None:
+def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
@@ -47,7 +50,9 @@ OUTPUTS = [
 
 
 @pytest.mark.parametrize(("kind", "name", "names"), OUTPUTS)
-def test_a_text_encoder_returns_the_outputs_of_transformers_named_as_in_optimum(kind, name, names, tiny_folder):
+def test_a_text_encoder_returns_the_outputs_of_transformers_named_as_in_optimum(
+    kind: str, name: str, names: list[str], tiny_folder: Callable[..., Path]
+) -> None:
     component, reference = (
         load_component(load_checkpoint(tiny_folder(kind)), name),
         getattr(opened(tiny_folder(kind)), name),
@@ -68,7 +73,9 @@ def test_a_text_encoder_returns_the_outputs_of_transformers_named_as_in_optimum(
 
 
 @pytest.mark.parametrize(("kind", "masked"), [("sd", False), ("pixart-alpha", True), ("sd3", False), ("flux", False)])
-def test_the_mask_is_an_input_only_if_the_denoiser_also_receives_it(kind, masked, tiny_folder):
+def test_the_mask_is_an_input_only_if_the_denoiser_also_receives_it(
+    kind: str, masked: bool, tiny_folder: Callable[..., Path]
+) -> None:
     checkpoint = load_checkpoint(tiny_folder(kind))
     for encoder in checkpoint.spec.conditioning.encoders:
         component = load_component(checkpoint, encoder.graph)
@@ -78,7 +85,7 @@ def test_the_mask_is_an_input_only_if_the_denoiser_also_receives_it(kind, masked
 
 
 @pytest.mark.parametrize("kind", ["sd", "ldm"])
-def test_the_decoder_is_that_of_diffusers_without_its_encoder(kind, tiny_folder):
+def test_the_decoder_is_that_of_diffusers_without_its_encoder(kind: str, tiny_folder: Callable[..., Path]) -> None:
     component, pipe = load_component(load_checkpoint(tiny_folder(kind)), "vae_decoder"), opened(tiny_folder(kind))
     reference = pipe.vae if kind == "sd" else pipe.vqvae
     assert (component.folder, component.outputs) == ("vae" if kind == "sd" else "vqvae", ["sample"])
@@ -99,18 +106,20 @@ COMPONENTS = {
 
 
 @pytest.mark.parametrize("kind", COMPONENTS)
-def test_the_graphs_around_a_denoiser_are_listed_text_encoders_first(kind, tiny_folder):
+def test_the_graphs_around_a_denoiser_are_listed_text_encoders_first(
+    kind: str, tiny_folder: Callable[..., Path]
+) -> None:
     found = component_names(load_checkpoint(tiny_folder(kind)))
     assert sorted(found) == COMPONENTS[kind] and found[-1] == "vae_decoder"
 
 
-def test_a_bare_denoiser_has_no_components_and_encodes_no_prompts(tiny_folder):
+def test_a_bare_denoiser_has_no_components_and_encodes_no_prompts(tiny_folder: Callable[..., Path]) -> None:
     checkpoint = load_checkpoint(tiny_folder("sd") / "unet")
     assert component_names(checkpoint) == []
     refused(lambda: encode_prompts(checkpoint, PROMPTS, print), "text encoders", "whole pipeline")
 
 
-def test_encoded_prompts_are_those_of_the_pipeline(tiny_folder):
+def test_encoded_prompts_are_those_of_the_pipeline(tiny_folder: Callable[..., Path]) -> None:
     checkpoint, pipe = load_checkpoint(tiny_folder("sdxl")), opened(tiny_folder("sdxl"))
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
@@ -131,7 +140,9 @@ def test_encoded_prompts_are_those_of_the_pipeline(tiny_folder):
         ("vae", {"_class_name": "AutoencoderDC"}, "AutoencoderDC"),
     ],
 )
-def test_a_component_of_an_unknown_class_is_refused_by_name(component, changes, named, copied):
+def test_a_component_of_an_unknown_class_is_refused_by_name(
+    component: str, changes: dict[str, Any], named: str, copied: Callable[[str], Path]
+) -> None:
     folder = copied("sd")
     edit(folder / component / "config.json", **changes)
     checkpoint = load_checkpoint(folder)
@@ -140,7 +151,7 @@ def test_a_component_of_an_unknown_class_is_refused_by_name(component, changes, 
 
 
 @pytest.mark.parametrize("component", ["text_encoder", "vae"])
-def test_a_component_without_weights_is_refused_by_name(component, copied):
+def test_a_component_without_weights_is_refused_by_name(component: str, copied: Callable[[str], Path]) -> None:
     folder = copied("sd")
     for file in (folder / component).glob("*.safetensors"):
         file.unlink()

@@ -6,6 +6,7 @@ Oracle: the unpruned network with the removed channels and heads silenced.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Source
 from diffpress.compress.config import PruneConfig
+from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.diffusers_blocks import attentions, coupled
 from diffpress.compress.models.widths import apply_widths_, changed_widths, widths_of
@@ -144,16 +146,17 @@ def kept_rows(before: torch.Tensor, after: torch.Tensor) -> list[int]:
     return same.int().argmax(1).tolist()
 
 
-def silence_(reader: nn.Module, kept: list[int], of: int, offset: int = 0) -> None:
+def silence_(reader: nn.Linear | nn.Conv2d, kept: list[int], of: int, offset: int = 0) -> None:
     """Zero the weights of `reader` for the columns offset ... offset + of - 1 that are not kept."""
     reader.weight.data[:, [offset + i for i in range(of) if i not in kept]] = 0.0
 
 
-def silenced(original: nn.Module, small: nn.Module) -> nn.Module:
+def silenced(original: nn.Module, small: Any) -> nn.Module:
     """Return `original` with the channels that `small` lacks silenced in the layers that read them."""
     masked = copy.deepcopy(original)
-    for name, full in list(masked.named_modules()):
-        if isinstance(full, FeedForward):
+    for name, module in list(masked.named_modules()):
+        full: Any = module
+        if isinstance(module, FeedForward):
             before, after = full.net[0].proj.weight, small.get_submodule(name).net[0].proj.weight
             inner, left = full.net[2].in_features, small.get_submodule(name).net[2].in_features
             kept = kept_rows(before[:inner], after[:left])
@@ -161,16 +164,16 @@ def silenced(original: nn.Module, small: nn.Module) -> nn.Module:
                 rows = kept_rows(before[half * inner : (half + 1) * inner], after[half * left : (half + 1) * left])
                 assert rows == kept
             silence_(full.net[2], kept, inner)
-        elif isinstance(full, ResnetBlock2D):
+        elif isinstance(module, ResnetBlock2D):
             kept = kept_rows(full.conv1.weight, small.get_submodule(name).conv1.weight)
             silence_(full.conv2, kept, full.conv1.out_channels)
             full.norm2 = KeptNorm(full.norm2, kept)
-        elif isinstance(full, FluxSingleTransformerBlock):
+        elif isinstance(module, FluxSingleTransformerBlock):
             block, dim = small.get_submodule(name), full.attn.to_q.out_features
             silence_(full.proj_out, kept_rows(full.attn.to_q.weight, block.attn.to_q.weight), dim)
             mlp = kept_rows(full.proj_mlp.weight, block.proj_mlp.weight)
             silence_(full.proj_out, mlp, full.proj_mlp.out_features, offset=dim)
-        elif isinstance(full, Attention | FluxAttention) and getattr(full, "to_out", None) is not None:
+        elif isinstance(module, Attention | FluxAttention) and getattr(full, "to_out", None) is not None:
             kept = kept_rows(full.to_q.weight, small.get_submodule(name).to_q.weight)
             for reader in (full.to_out[0], getattr(full, "to_add_out", None)):
                 if reader is not None:
@@ -180,7 +183,9 @@ def silenced(original: nn.Module, small: nn.Module) -> nn.Module:
 
 @choices
 @family
-def test_a_pruned_model_equals_the_original_with_those_channels_silenced(name, method, scope, families, context):
+def test_a_pruned_model_equals_the_original_with_those_channels_silenced(
+    name: str, method: str, scope: str, families: dict[str, Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = families[name]
     small = prune(checkpoint, settings(method, scope), context(checkpoint))
     expected = output_of(checkpoint, silenced(checkpoint.model, small.model))
@@ -192,7 +197,9 @@ def test_a_pruned_model_equals_the_original_with_those_channels_silenced(name, m
 
 
 @family
-def test_pruned_layers_lose_the_requested_share_of_their_weights(name, families, context):
+def test_pruned_layers_lose_the_requested_share_of_their_weights(
+    name: str, families: dict[str, Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = families[name]
     small = prune(checkpoint, settings(ratio=0.25), context(checkpoint))
     weights = []
@@ -205,7 +212,9 @@ def test_pruned_layers_lose_the_requested_share_of_their_weights(name, families,
 
 @choices
 @family
-def test_a_pruned_model_is_rebuilt_from_its_config_and_widths(name, method, scope, families, context):
+def test_a_pruned_model_is_rebuilt_from_its_config_and_widths(
+    name: str, method: str, scope: str, families: dict[str, Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = families[name]
     small = prune(checkpoint, settings(method, scope), context(checkpoint))
     kind, config, _ = FAMILIES[name]
@@ -220,7 +229,9 @@ def test_a_pruned_model_is_rebuilt_from_its_config_and_widths(name, method, scop
 
 
 @family
-def test_a_pruned_model_can_be_pruned_again(name, families, context):
+def test_a_pruned_model_can_be_pruned_again(
+    name: str, families: dict[str, Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = families[name]
     small = prune(checkpoint, settings(), context(checkpoint))
     again = prune(small, settings(ratio=0.4), context(small))
@@ -229,7 +240,9 @@ def test_a_pruned_model_can_be_pruned_again(name, families, context):
 
 
 @family
-def test_stored_sizes_follow_the_widths_and_the_residual_stream_keeps_its_width(name, families, context):
+def test_stored_sizes_follow_the_widths_and_the_residual_stream_keeps_its_width(
+    name: str, families: dict[str, Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = families[name]
     small = prune(checkpoint, settings(), context(checkpoint))
     before = dict(checkpoint.model.named_modules())
@@ -248,27 +261,33 @@ def test_stored_sizes_follow_the_widths_and_the_residual_stream_keeps_its_width(
             assert module.conv1.out_channels == module.norm2.num_channels == 0.75 * before[path].out_channels
 
 
-def test_attention_slicing_still_works(families, context):
+def test_attention_slicing_still_works(families: dict[str, Checkpoint], context: Callable[..., Context]) -> None:
     small = prune(families["sd"], settings(), context(families["sd"]))
     expected = output_of(small)
-    small.model.set_attention_slice("auto")
+    model: Any = small.model
+    model.set_attention_slice("auto")
     torch.testing.assert_close(output_of(small), expected, atol=1e-5, rtol=0)
 
 
 # --- which channels ------------------------------------------------------------------------------------------------
 
 
-def test_equally_many_channels_are_removed_from_each_normalization_group(families, context):
+def test_equally_many_channels_are_removed_from_each_normalization_group(
+    families: dict[str, Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = families["sd"]
     small = prune(checkpoint, settings(), context(checkpoint))
-    before, after = checkpoint.model.mid_block.resnets[0], small.model.mid_block.resnets[0]
-    kept = kept_rows(before.conv1.weight, after.conv1.weight)
+    before: Any = checkpoint.model
+    after: Any = small.model
+    kept = kept_rows(before.mid_block.resnets[0].conv1.weight, after.mid_block.resnets[0].conv1.weight)
     assert [sum(i // 8 == run for i in kept) for run in range(8)] == [6] * 8
 
 
-def test_a_head_that_matters_only_to_the_text_is_kept(families, context):
+def test_a_head_that_matters_only_to_the_text_is_kept(
+    families: dict[str, Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = families["sd3"]
-    model = checkpoint.clone_model()
+    model: Any = checkpoint.clone_model()
     attention = model.transformer_blocks[0].attn
     image = [attention.to_q, attention.to_k, attention.to_v]
     text = [attention.add_q_proj, attention.add_k_proj, attention.add_v_proj]
@@ -278,11 +297,14 @@ def test_a_head_that_matters_only_to_the_text_is_kept(families, context):
         for layer, factor in [(layer, 0.01) for layer in image] + [(layer, 10.0) for layer in text]:
             layer.weight[16:24] *= factor  # head 2: weak for the image, strong for the text
     small = prune(checkpoint.evolve(model=model), settings(), context(checkpoint))
-    kept = kept_rows(attention.to_v.weight, small.model.transformer_blocks[0].attn.to_v.weight)
+    pruned: Any = small.model
+    kept = kept_rows(attention.to_v.weight, pruned.transformer_blocks[0].attn.to_v.weight)
     assert kept == [*range(8), *range(16, 32)]
 
 
-def test_taylor_sums_weight_times_gradient_over_both_halves_and_the_reader(families, context, monkeypatch):
+def test_taylor_sums_weight_times_gradient_over_both_halves_and_the_reader(
+    families: dict[str, Checkpoint], context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = families["sd"]
     inputs = dummy_inputs(checkpoint.spec, 2)
 
@@ -295,25 +317,28 @@ def test_taylor_sums_weight_times_gradient_over_both_halves_and_the_reader(famil
     path = "mid_block.attentions.0.transformer_blocks.0.ff"
     original = checkpoint.clone_model()
     loss(original).backward()
-    writer, reader = original.get_submodule(path).net[0].proj, original.get_submodule(path).net[2]
+    before: Any = original.get_submodule(path)
+    after: Any = small.model.get_submodule(path)
+    writer, reader = before.net[0].proj, before.net[2]
     terms = (writer.weight * writer.weight.grad).abs().sum(1).reshape(2, -1).sum(0)
     terms = terms + (reader.weight * reader.weight.grad).abs().sum(0)
     count = len(terms) * 3 // 4
-    after = small.model.get_submodule(path).net[0].proj.weight
-    assert kept_rows(writer.weight, after[:count]) == sorted(terms.argsort(descending=True)[:count].tolist())
+    assert kept_rows(writer.weight, after.net[0].proj.weight[:count]) == sorted(
+        terms.argsort(descending=True)[:count].tolist()
+    )
 
 
 @family
-def test_no_two_groups_share_a_side_of_a_layer(name, families):
+def test_no_two_groups_share_a_side_of_a_layer(name: str, families: dict[str, Checkpoint]) -> None:
     model = families[name].model
     for groups in (attentions(model), coupled(model)):
         sides = [{(m.layer, m.side) for m in group.members} for group in groups]
         assert groups and len(set().union(*sides)) == sum(len(side) for side in sides)
 
 
-def test_heads_that_cannot_be_pruned_are_not_listed():
+def test_heads_that_cannot_be_pruned_are_not_listed() -> None:
     grouped = Attention(32, heads=4, kv_heads=2, dim_head=8)
-    added = UNet2DConditionModel(
+    added: Any = UNet2DConditionModel(
         **{
             **UNET,
             "down_block_types": ("DownBlock2D", "SimpleCrossAttnDownBlock2D"),

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DModel
+from torch import nn
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.widths import apply_widths_, changed_widths, widths_of
 from diffpress.runtime.errors import InvalidInputError
 
 
-def shapes(model):
+def shapes(model: nn.Module) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
-def test_an_unpruned_module_has_no_changed_widths(unet):
+def test_an_unpruned_module_has_no_changed_widths(unet: Checkpoint) -> None:
     assert changed_widths(unet.model, unet.source.original) == {}
 
 
-def test_applying_the_changed_widths_reproduces_the_pruned_shapes(pruned):
+def test_applying_the_changed_widths_reproduces_the_pruned_shapes(pruned: Checkpoint) -> None:
     fresh = UNet2DModel.from_config(pruned.source.config)
     assert shapes(fresh) != shapes(pruned.model)
     widths = json.loads(json.dumps(changed_widths(pruned.model, pruned.source.original)))
@@ -28,7 +31,7 @@ def test_applying_the_changed_widths_reproduces_the_pruned_shapes(pruned):
     assert shapes(fresh) == shapes(pruned.model) and widths_of(fresh) == widths_of(pruned.model)
 
 
-def test_layers_that_were_not_pruned_are_not_listed(pruned):
+def test_layers_that_were_not_pruned_are_not_listed(pruned: Checkpoint) -> None:
     widths = changed_widths(pruned.model, pruned.source.original)
     assert "conv_in" in widths and "time_embedding.linear_1" not in widths
 
@@ -43,12 +46,14 @@ def test_layers_that_were_not_pruned_are_not_listed(pruned):
         ({"conv_in": [1, 8, 1]}, "here: .*'conv_in'"),
     ],
 )
-def test_widths_that_do_not_match_the_module_are_refused(widths, message, plain):
+def test_widths_that_do_not_match_the_module_are_refused(
+    widths: dict[str, Any], message: str, plain: Checkpoint
+) -> None:
     with pytest.raises(InvalidInputError, match=message):
         apply_widths_(plain.clone_model(), widths, "here")
 
 
-def test_a_module_on_the_meta_device_stays_there(pruned):
+def test_a_module_on_the_meta_device_stays_there(pruned: Checkpoint) -> None:
     with torch.device("meta"):
         fresh = UNet2DModel.from_config(pruned.source.config)
     apply_widths_(fresh, changed_widths(pruned.model, pruned.source.original), "here")

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 from torch import nn
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import PruneConfig
+from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.widths import changed_widths, widths_of
 from diffpress.compress.pruning.allocation import Candidate, allocate, choose_removed, keep_count
 from diffpress.compress.pruning.prune import prune
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.spec import DenoiserSpec
 
 METHODS, SCOPES = ("random", "magnitude", "taylor"), ("local", "global")
 
 
-def config(method: str = "magnitude", ratio: float = 0.4, **settings) -> PruneConfig:
+def config(method: str = "magnitude", ratio: float = 0.4, **settings: Any) -> PruneConfig:
     return PruneConfig(**{"method": method, "ratio": ratio, "round_to": 4, "batch": 4, "timesteps": 3, **settings})
 
 
@@ -49,7 +54,9 @@ class Chain(nn.Module):
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", ["plain", "unet"])
-def test_a_pruned_unet_keeps_its_output_shape_and_is_smaller(kind, method, scope, request, context):
+def test_a_pruned_unet_keeps_its_output_shape_and_is_smaller(
+    kind: str, method: str, scope: str, request: pytest.FixtureRequest, context: Callable[..., Context]
+) -> None:
     checkpoint = request.getfixturevalue(kind)
     small = prune(checkpoint, config(method, scope=scope), context(checkpoint))
     inputs = dummy_inputs(checkpoint.spec, 3)
@@ -63,31 +70,39 @@ def test_a_pruned_unet_keeps_its_output_shape_and_is_smaller(kind, method, scope
 
 @pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize(("round_to", "groups"), [(4, 4), (8, 4), (4, 8), (3, 4)])
-def test_kept_widths_are_divisible_by_round_to_and_the_groups_of_each_norm(scope, round_to, groups, unet_with, context):
+def test_kept_widths_are_divisible_by_round_to_and_the_groups_of_each_norm(
+    scope: str, round_to: int, groups: int, unet_with: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = unet_with(norm_num_groups=groups, block_out_channels=[24, 48])
     small = prune(checkpoint, config(ratio=0.5, scope=scope, round_to=round_to), context(checkpoint))
     original, changed = checkpoint.source.original, changed_widths(small.model, checkpoint.source.original)
     narrowed = {name: found.get("out_channels") for name, found in changed.items()}
     widths = [width for name, width in narrowed.items() if width != original[name].get("out_channels")]
-    assert widths and all(width % math.lcm(round_to, groups) == 0 for width in widths)
+    assert widths and all(width is not None and width % math.lcm(round_to, groups) == 0 for width in widths)
     norms = [module for module in small.model.modules() if isinstance(module, nn.GroupNorm)]
     assert norms and all(norm.num_groups == groups and norm.num_channels % groups == 0 for norm in norms)
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_equally_many_channels_are_removed_from_each_normalization_group(method, unet, context):
+def test_equally_many_channels_are_removed_from_each_normalization_group(
+    method: str, unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     small = prune(unet, config(method, ratio=0.5), context(unet))
-    kept = kept_rows(unet.model.conv_in.weight, small.model.conv_in.weight)
+    before: Any = unet.model
+    after: Any = small.model
+    kept = kept_rows(before.conv_in.weight, after.conv_in.weight)
     per_group = [sum(i // 4 == group for i in kept) for group in range(4)]
     assert per_group == [2, 2, 2, 2] and kept == sorted(kept)
 
 
-def test_attention_loses_complete_heads_and_no_more_than_requested(unet, context):
+def test_attention_loses_complete_heads_and_no_more_than_requested(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     small = prune(unet, config(ratio=0.4), context(unet))
     for name, before in unet.model.named_modules():
         if not hasattr(before, "to_q"):
             continue
-        after = small.model.get_submodule(name)
+        after: Any = small.model.get_submodule(name)
         assert (before.heads, after.heads) == (4, 3)
         for projection in ("to_q", "to_k", "to_v"):
             # the biases identify the rows: input channels are pruned as well
@@ -95,20 +110,21 @@ def test_attention_loses_complete_heads_and_no_more_than_requested(unet, context
             assert len(kept) == 24 and kept == [h * 8 + i for h in sorted({k // 8 for k in kept}) for i in range(8)]
 
 
-def test_the_heads_with_the_least_weight_are_removed(unet, context):
-    model = unet.clone_model()
+def test_the_heads_with_the_least_weight_are_removed(unet: Checkpoint, context: Callable[..., Context]) -> None:
+    model: Any = unet.clone_model()
     attention = model.mid_block.attentions[0]
     with torch.no_grad():
         for layer in (attention.to_q, attention.to_k, attention.to_v):
             layer.weight[8:16] *= 0.01  # head 1
         attention.to_out[0].weight[:, 8:16] *= 0.01
     small = prune(unet.evolve(model=model), config(ratio=0.25), context(unet))
-    kept = kept_rows(attention.to_v.bias, small.model.mid_block.attentions[0].to_v.bias)
+    pruned: Any = small.model
+    kept = kept_rows(attention.to_v.bias, pruned.mid_block.attentions[0].to_v.bias)
     assert {i // 8 for i in kept} == {0, 2, 3}
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_fixed_layers_keep_their_outputs(scope, unet, context):
+def test_fixed_layers_keep_their_outputs(scope: str, unet: Checkpoint, context: Callable[..., Context]) -> None:
     small = prune(unet, config(ratio=0.6, scope=scope), context(unet))
     adapter, before, after = adapter_for(unet.model), widths_of(unet.model), widths_of(small.model)
     kept = adapter.fixed(unet.model)
@@ -119,7 +135,9 @@ def test_fixed_layers_keep_their_outputs(scope, unet, context):
     assert after["conv_in"]["out_channels"] < before["conv_in"]["out_channels"]
 
 
-def test_scale_shift_time_embeddings_are_pruned_validly(unet_with, context):
+def test_scale_shift_time_embeddings_are_pruned_validly(
+    unet_with: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = unet_with(resnet_time_scale_shift="scale_shift")
     small = prune(checkpoint, config(), context(checkpoint))
     assert changed_widths(small.model, checkpoint.source.original)
@@ -131,10 +149,13 @@ class Depthwise(Chain):
         self.two = nn.Conv2d(16, 16, 3, padding=1, groups=16)
 
 
-def test_a_module_with_depthwise_convolutions_is_pruned_validly(custom, context, output):
+def test_a_module_with_depthwise_convolutions_is_pruned_validly(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context], output: Callable[[Checkpoint], torch.Tensor]
+) -> None:
     checkpoint = custom(Depthwise())
     small = prune(checkpoint, config(ratio=0.5), context(checkpoint))
-    assert small.model.two.groups == small.model.two.out_channels == 8
+    model: Any = small.model
+    assert model.two.groups == model.two.out_channels == 8
     assert torch.isfinite(output(small)).all()
 
 
@@ -142,7 +163,12 @@ def test_a_module_with_depthwise_convolutions_is_pruned_validly(custom, context,
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_magnitude_removes_the_dead_channels(scope, custom, context, output):
+def test_magnitude_removes_the_dead_channels(
+    scope: str,
+    custom: Callable[..., Checkpoint],
+    context: Callable[..., Context],
+    output: Callable[[Checkpoint], torch.Tensor],
+) -> None:
     # the same share of all three groups is dead, so that both scopes must find exactly these channels
     model, dead = Chain(), {"first": [3, 7, 8, 12], "one": [0, 1, 2, 15], "two": [4, 5, 6, 9]}
     chain = [model.first, model.one, model.two, model.last]
@@ -159,25 +185,33 @@ def test_magnitude_removes_the_dead_channels(scope, custom, context, output):
     torch.testing.assert_close(output(small), output(checkpoint), atol=1e-6, rtol=0)
 
 
-def test_global_scope_removes_channels_from_the_group_that_loses_nothing(custom, context, output):
+def test_global_scope_removes_channels_from_the_group_that_loses_nothing(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context], output: Callable[[Checkpoint], torch.Tensor]
+) -> None:
     model, dead = Chain(), list(range(4, 16))
+    assert model.one.bias is not None
     with torch.no_grad():
         model.one.weight[dead] = model.one.bias[dead] = 0.0
         model.two.weight[:, dead] = 0.0
     checkpoint = custom(model)
     small = prune(checkpoint, config(ratio=0.25, scope="global"), context(checkpoint))  # 12 of 48 channels
-    widths = [small.model.first.out_channels, small.model.one.out_channels, small.model.two.out_channels]
+    pruned: Any = small.model
+    widths = [pruned.first.out_channels, pruned.one.out_channels, pruned.two.out_channels]
     assert widths == [16, 4, 16]
     torch.testing.assert_close(output(small), output(checkpoint), atol=1e-6, rtol=0)
 
 
-def test_local_scope_removes_the_same_share_of_every_group(custom, context):
+def test_local_scope_removes_the_same_share_of_every_group(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = custom(Chain())
     small = prune(checkpoint, config(ratio=0.25), context(checkpoint))
     assert [getattr(small.model, name).out_channels for name in ("first", "one", "two")] == [12, 12, 12]
 
 
-def test_taylor_ranks_channels_by_weight_times_gradient(custom, context):
+def test_taylor_ranks_channels_by_weight_times_gradient(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
     model = Chain()
     checkpoint, ctx = custom(model, "epsilon"), context(custom(model, "epsilon"), seed=5)
     settings = config("taylor", ratio=0.5, threshold=0.0)
@@ -185,9 +219,10 @@ def test_taylor_ranks_channels_by_weight_times_gradient(custom, context):
 
     # reference: one batch, one noise, gradients summed over the timesteps
     generator = torch.Generator().manual_seed(5)
+    assert ctx.data is not None
     x0, _ = ctx.data.batch(4, generator)
     noise = torch.randn(x0.shape, generator=generator)
-    total = 0.0
+    total = torch.zeros(())
     for t in (0, 24, 49):
         alpha, sigma = checkpoint.spec.schedule.alphas[t], checkpoint.spec.schedule.sigmas[t]
         out = model(alpha * x0 + sigma * noise, torch.full((4,), t))
@@ -197,16 +232,27 @@ def test_taylor_ranks_channels_by_weight_times_gradient(custom, context):
     terms = [(layer.weight * gradient).abs() for layer, gradient in zip(chain, gradients, strict=True)]
     for i, name in enumerate(("first", "one", "two")):
         score = terms[i].sum((1, 2, 3)) + terms[i + 1].sum((0, 2, 3))
-        kept = kept_rows(chain[i].bias, getattr(small.model, name).bias)
+        bias = chain[i].bias
+        assert bias is not None
+        kept = kept_rows(bias, getattr(small.model, name).bias)
         assert kept == sorted(score.argsort(descending=True)[:8].tolist())
 
 
-def test_taylor_stops_when_the_loss_falls_below_the_threshold(custom, context, monkeypatch):
+def test_taylor_stops_when_the_loss_falls_below_the_threshold(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses, seen = iter([1.0, 4.0, 0.3, 0.1, 2.0]), []
 
-    def loss_at(model, spec, x0, noise, t, conditions):
+    def loss_at(
+        model: nn.Module,
+        spec: DenoiserSpec,
+        x0: torch.Tensor,
+        noise: torch.Tensor,
+        t: torch.Tensor,
+        conditions: dict[str, torch.Tensor],
+    ) -> torch.Tensor:
         seen.append(int(t[0]))
-        return sum(p.sum() for p in model.parameters()) * 0.0 + next(losses)
+        return sum((p.sum() for p in model.parameters()), torch.zeros(())) * 0.0 + next(losses)
 
     monkeypatch.setattr("diffpress.compress.pruning.importance.epsilon_loss", loss_at)
     checkpoint = custom(Chain())
@@ -214,7 +260,7 @@ def test_taylor_stops_when_the_loss_falls_below_the_threshold(custom, context, m
     assert seen == [0, 12, 24, 36]
 
 
-def test_choose_removed_takes_the_least_important_of_each_group():
+def test_choose_removed_takes_the_least_important_of_each_group() -> None:
     scores = torch.tensor([9.0, 1.0, 8.0, 2.0, 0.1, 0.2, 0.4, 0.3])
     assert choose_removed(scores, 4, 2) == [1, 3, 4, 5]
     assert choose_removed(scores, 4, 1) == [4, 5, 6, 7]
@@ -225,11 +271,11 @@ def test_choose_removed_takes_the_least_important_of_each_group():
     ("channels", "ratio", "unit", "kept"),
     [(64, 0.25, 8, 48), (64, 0.875, 8, 8), (64, 0.01, 8, 64), (6, 0.5, 8, 6), (8, 0.9, 8, 8), (64, 0.3, 1, 45)],
 )
-def test_the_number_of_kept_channels(channels, ratio, unit, kept):
+def test_the_number_of_kept_channels(channels: int, ratio: float, unit: int, kept: int) -> None:
     assert keep_count(channels, ratio, unit) == kept
 
 
-def test_allocation_removes_what_loses_least_per_saved_cost_and_keeps_a_quarter():
+def test_allocation_removes_what_loses_least_per_saved_cost_and_keeps_a_quarter() -> None:
     high_cost = Candidate(torch.full((16,), 1.0), 1, 4, 10.0, print)
     low_cost = Candidate(torch.full((16,), 1.0), 1, 4, 1.0, print)
     assert allocate([high_cost, low_cost], 0.25) == [8, 16]
@@ -243,7 +289,7 @@ def test_allocation_removes_what_loses_least_per_saved_cost_and_keeps_a_quarter(
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_pruning_does_not_change_its_input(method, unet, context):
+def test_pruning_does_not_change_its_input(method: str, unet: Checkpoint, context: Callable[..., Context]) -> None:
     before, widths = unet.hash, widths_of(unet.model)
     prune(unet, config(method), context(unet))
     assert unet.evolve().hash == before and widths_of(unet.model) == widths
@@ -251,49 +297,54 @@ def test_pruning_does_not_change_its_input(method, unet, context):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_pruning_is_deterministic(method, unet, context):
+def test_pruning_is_deterministic(method: str, unet: Checkpoint, context: Callable[..., Context]) -> None:
     one, two = (prune(unet, config(method), context(unet, seed=3)) for _ in range(2))
     assert one.hash == two.hash
 
 
-def test_random_pruning_depends_on_the_seed(unet, context):
+def test_random_pruning_depends_on_the_seed(unet: Checkpoint, context: Callable[..., Context]) -> None:
     one, two = (prune(unet, config("random"), context(unet, seed=seed)) for seed in (3, 4))
     assert one.hash != two.hash
 
 
-def test_a_pruned_checkpoint_can_be_pruned_again(pruned, context):
-    again = prune(pruned, config(ratio=0.5), context(pruned))
-    assert again.model.conv_in.out_channels < pruned.model.conv_in.out_channels < 16
+def test_a_pruned_checkpoint_can_be_pruned_again(pruned: Checkpoint, context: Callable[..., Context]) -> None:
+    before: Any = pruned.model
+    again: Any = prune(pruned, config(ratio=0.5), context(pruned)).model
+    assert again.conv_in.out_channels < before.conv_in.out_channels < 16
 
 
 # --- refused ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("ratio", [0.0, 1.0, 1.5, -0.1, float("nan")])
-def test_a_ratio_outside_0_to_1_is_refused(ratio):
+def test_a_ratio_outside_0_to_1_is_refused(ratio: float) -> None:
     with pytest.raises(ValidationError):
         PruneConfig(ratio=ratio)
 
 
 @pytest.mark.parametrize(("scope", "message"), [("local", "leaves nothing"), ("global", "leaves too little")])
-def test_a_ratio_that_leaves_nothing_is_refused(scope, message, unet, context):
+def test_a_ratio_that_leaves_nothing_is_refused(
+    scope: str, message: str, unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     with pytest.raises(InvalidInputError, match=f"prune: ratio 0.99 {message} .* most .*0.75"):
         prune(unet, config(ratio=0.99, scope=scope), context(unet))
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_a_high_ratio_still_leaves_a_working_model(scope, unet, context, output):
+def test_a_high_ratio_still_leaves_a_working_model(
+    scope: str, unet: Checkpoint, context: Callable[..., Context], output: Callable[[Checkpoint], torch.Tensor]
+) -> None:
     small = prune(unet, config(ratio=0.7, scope=scope), context(unet))
     assert torch.isfinite(output(small)).all()
     assert min(min(widths.values()) for widths in widths_of(small.model).values()) >= 1
 
 
-def test_a_ratio_that_removes_nothing_is_refused(unet, context):
+def test_a_ratio_that_removes_nothing_is_refused(unet: Checkpoint, context: Callable[..., Context]) -> None:
     with pytest.raises(InvalidInputError, match=r"prune: ratio 0\.01 with round_to 16 removes nothing"):
         prune(unet, config(ratio=0.01, round_to=16), context(unet))
 
 
-def test_taylor_without_images_is_refused(unet, context):
+def test_taylor_without_images_is_refused(unet: Checkpoint, context: Callable[..., Context]) -> None:
     with pytest.raises(InvalidInputError, match=r"taylor.* needs images: set 'data"):
         prune(unet, config("taylor"), context(unet, data=False))
 
@@ -303,7 +354,9 @@ class Dead(Chain):
         return super().forward(sample, timestep) / (self.first.out_channels - 8)
 
 
-def test_a_pruned_model_with_non_finite_output_is_refused(custom, context):
+def test_a_pruned_model_with_non_finite_output_is_refused(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = custom(Dead())
     with pytest.raises(InvalidInputError, match="prune: the pruned model returns"):
         prune(checkpoint, config(ratio=0.5), context(checkpoint))

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from pydantic import ValidationError
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.layer_selection import choose_formats, quantized_outputs
@@ -13,12 +16,12 @@ from diffpress.runtime.errors import InvalidInputError
 FORMATS = ("int8", "int8_weight_only", "fp8", "int4", "w4a8")
 
 
-def config(**settings) -> QuantizeConfig:
+def config(**settings: Any) -> QuantizeConfig:
     return QuantizeConfig(**{"samples": 2, "batch": 2, **settings})
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_the_stages_format_applies_to_all_but_sensitive_layers(kind, unet):
+def test_the_stages_format_applies_to_all_but_sensitive_layers(kind: str, unet: Checkpoint) -> None:
     chosen, sensitive_layers = (
         choose_formats(unet.model, config(format=kind)),
         adapter_for(unet.model).sensitive_layers(unet.model),
@@ -28,12 +31,12 @@ def test_the_stages_format_applies_to_all_but_sensitive_layers(kind, unet):
     assert "conv_in" not in chosen and "time_embedding.linear_1" in chosen
 
 
-def test_all_layers_are_quantized_without_keep_sensitive_layers(unet):
+def test_all_layers_are_quantized_without_keep_sensitive_layers(unet: Checkpoint) -> None:
     chosen = choose_formats(unet.model, config(keep_sensitive_layers=False))
     assert set(chosen.values()) == {"int8"} and {"conv_in", "conv_out", "time_embedding.linear_1"} <= set(chosen)
 
 
-def test_the_longest_prefix_decides_and_ignored_layers_is_short_for_float(unet):
+def test_the_longest_prefix_decides_and_ignored_layers_is_short_for_float(unet: Checkpoint) -> None:
     format_overrides = {"mid_block": "w4a8", "mid_block.attentions": "int4", "mid_block.attentions.0.to_q": "float"}
     format_overrides |= {"conv_in": "int8"}
     chosen = choose_formats(
@@ -57,7 +60,7 @@ def test_the_longest_prefix_decides_and_ignored_layers_is_short_for_float(unet):
         ({"format_overrides": {"mid_block": "fp8"}}, "fp8 and int8 in one model"),
     ],
 )
-def test_impossible_settings_are_refused_in_one_line(settings, message, unet):
+def test_impossible_settings_are_refused_in_one_line(settings: dict[str, Any], message: str, unet: Checkpoint) -> None:
     with pytest.raises(InvalidInputError, match=message) as caught:
         choose_formats(unet.model, config(**settings))
     assert "\n" not in str(caught.value)
@@ -71,12 +74,12 @@ def test_impossible_settings_are_refused_in_one_line(settings, message, unet):
         {"format_overrides": {"a": "int4"}, "ignored_layers": ("a",)},
     ],
 )
-def test_a_recipe_with_an_unknown_format_or_a_contradiction_is_refused(settings):
+def test_a_recipe_with_an_unknown_format_or_a_contradiction_is_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         config(**settings)
 
 
-def test_outputs_are_quantized_only_where_engines_multiply_integers(unet):
+def test_outputs_are_quantized_only_where_engines_multiply_integers(unet: Checkpoint) -> None:
     for kind in FORMATS:
         settings = config(format=kind)
         formats = choose_formats(unet.model, settings)

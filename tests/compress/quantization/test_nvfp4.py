@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import ml_dtypes
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.formats import FORMATS
@@ -29,7 +34,7 @@ def nvfp4_reference(x: np.ndarray) -> np.ndarray:
     return (np.clip(blocks / scales, -6, 6).astype(FOUR).astype(np.float32) * scales).reshape(x.shape)
 
 
-def test_e2m1_rounds_to_the_nearest_of_fifteen_numbers_with_ties_to_the_even_mantissa():
+def test_e2m1_rounds_to_the_nearest_of_fifteen_numbers_with_ties_to_the_even_mantissa() -> None:
     x = torch.cat([torch.linspace(-7, 7, 28001), torch.tensor([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])])
     np.testing.assert_array_equal(e2m1(x).numpy(), np.clip(x.numpy(), -6, 6).astype(FOUR).astype(np.float32))
 
@@ -37,14 +42,14 @@ def test_e2m1_rounds_to_the_nearest_of_fifteen_numbers_with_ties_to_the_even_man
 @pytest.fixture
 def layer() -> nn.Module:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 24))
+    linear = nn.Linear(64, 24)
     with torch.no_grad():
-        model[0].weight[3, 16:32] = 0.0  # a block of zeros
-        model[0].weight[5] *= 1e-4  # blocks with very small scales
-    return model
+        linear.weight[3, 16:32] = 0.0  # a block of zeros
+        linear.weight[5] *= 1e-4  # blocks with very small scales
+    return nn.Sequential(linear)
 
 
-def test_weights_and_activations_match_the_formula(layer):
+def test_weights_and_activations_match_the_formula(layer: Any) -> None:
     exact = layer[0].weight.detach().clone()
     insert_quantizers(layer, {"0": "nvfp4"}, [])
     layer[0].weight_quantizer.amax = quantizer_amax(weight_amax(exact, FORMATS["nvfp4"]), layer[0])
@@ -55,7 +60,7 @@ def test_weights_and_activations_match_the_formula(layer):
     np.testing.assert_allclose(layer[0].input_quantizer(x).numpy(), nvfp4_reference(x.numpy()), atol=1e-6)
 
 
-def test_gradients_use_the_straight_through_estimator(layer):
+def test_gradients_use_the_straight_through_estimator(layer: Any) -> None:
     insert_quantizers(layer, {"0": "nvfp4"}, [])
     layer[0].weight_quantizer.amax = quantizer_amax(weight_amax(layer[0].weight, FORMATS["nvfp4"]), layer[0])
     layer[0].input_quantizer.amax = torch.tensor(3.0)
@@ -66,7 +71,7 @@ def test_gradients_use_the_straight_through_estimator(layer):
     assert layer[0].weight.grad.abs().sum() > 0
 
 
-def test_layers_that_nvfp4_does_not_support_use_fp8(unet):
+def test_layers_that_nvfp4_does_not_support_use_fp8(unet: Checkpoint) -> None:
     chosen = choose_formats(unet.model, QuantizeConfig(format="nvfp4"))
     assert chosen["mid_block.attentions.0.to_q"] == "nvfp4" and chosen["mid_block.resnets.0.conv1"] == "fp8"
     assert chosen["time_embedding.linear_1"] == "int8_weight_only"
@@ -75,7 +80,13 @@ def test_layers_that_nvfp4_does_not_support_use_fp8(unet):
     assert choose_formats(widths, bare) == {"0": "fp8", "1": "nvfp4", "2": "fp8"}
 
 
-def test_a_checkpoint_in_nvfp4_is_reloaded_unchanged(unet, context, output, tmp_path, reopened):
+def test_a_checkpoint_in_nvfp4_is_reloaded_unchanged(
+    unet: Checkpoint,
+    context: Callable[..., Context],
+    output: Callable[[Checkpoint], torch.Tensor],
+    tmp_path: Path,
+    reopened: Callable[..., Checkpoint],
+) -> None:
     checkpoint = quantize(
         unet, QuantizeConfig(format="nvfp4", samples=2, batch=2, output_correction=False), context(unet)
     )

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
@@ -18,23 +24,26 @@ from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate, noise_for
+from tests.compress.quantization.scales import scales_of
 
 
-def config(**settings) -> QuantizeConfig:
+def config(**settings: Any) -> QuantizeConfig:
     return QuantizeConfig(**{"samples": 4, "batch": 4, **settings})
 
 
 @pytest.fixture
-def small(custom_files):
+def small(custom_files: Callable[..., tuple[Path, Path]]) -> Checkpoint:
     """A small custom module: first, time, norm, inner, last; `inner` computes in int8."""
     file, weights = custom_files("v")
     return load_checkpoint(f"{file}:{weights}")
 
 
 @pytest.mark.parametrize(("reduced", "factor"), [(True, 127 / 64), (False, 1.0)])
-def test_a_weight_scale_is_the_largest_magnitude_of_its_channel(reduced, factor, unet, context):
-    found = quantize(unet, config(reduce_range=reduced), context(unet)).quantization
-    modules = dict(unet.model.named_modules())
+def test_a_weight_scale_is_the_largest_magnitude_of_its_channel(
+    reduced: bool, factor: float, unet: Checkpoint, context: Callable[..., Context]
+) -> None:
+    found = scales_of(quantize(unet, config(reduce_range=reduced), context(unet)))
+    modules: dict[str, Any] = dict(unet.model.named_modules())
     assert len(found.layers) > 20
     for name in found.layers:
         weight = modules[name].weight.detach().numpy()
@@ -43,25 +52,29 @@ def test_a_weight_scale_is_the_largest_magnitude_of_its_channel(reduced, factor,
         np.testing.assert_allclose(found.amax[f"{name}.weight"].numpy(), expected, rtol=1e-6)
 
 
-def test_an_input_scale_is_the_largest_magnitude_on_the_models_own_trajectory(small, context):
+def test_an_input_scale_is_the_largest_magnitude_on_the_models_own_trajectory(
+    small: Checkpoint, context: Callable[..., Context]
+) -> None:
     largest = []
-    model = small.clone_model()
+    model: Any = small.clone_model()
     model.inner.register_forward_pre_hook(lambda _, args: largest.append(args[0].abs().max().item()))
     generate(TorchNetwork(model, small.spec), small.spec, range(CALIBRATION_SEED, CALIBRATION_SEED + 6), batch=3)
-    found = quantize(small, config(samples=6, batch=3, calibration="max"), context(small)).quantization
+    found = scales_of(quantize(small, config(samples=6, batch=3, calibration="max"), context(small)))
     assert found.amax["inner.input"].item() == max(largest)
 
 
 @pytest.mark.parametrize("calibration", ["max", "percentile", "mse", "entropy", "step_means"])
-def test_every_calibration_method_keeps_the_output_close_to_the_float_one(calibration, small, context, output):
+def test_every_calibration_method_keeps_the_output_close_to_the_float_one(
+    calibration: str, small: Checkpoint, context: Callable[..., Context], output: Callable[[Checkpoint], torch.Tensor]
+) -> None:
     checkpoint = quantize(small, config(calibration=calibration), context(small))
     # the smallest of the steps' means clips the other steps
     assert sqnr_db(output(small).numpy(), output(checkpoint).numpy()) > (15.0 if calibration == "step_means" else 25.0)
 
 
-def test_a_lower_percentile_gives_a_smaller_amax(small, context):
+def test_a_lower_percentile_gives_a_smaller_amax(small: Checkpoint, context: Callable[..., Context]) -> None:
     amaxes = [
-        quantize(small, config(percentile=p), context(small)).quantization.amax["inner.input"].item()
+        scales_of(quantize(small, config(percentile=p), context(small))).amax["inner.input"].item()
         for p in (90.0, 99.0, 100.0)
     ]
     assert amaxes[0] < amaxes[1] < amaxes[2]
@@ -74,13 +87,17 @@ def q(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("outputs", [True, False])
 @pytest.mark.parametrize("reduced", [True, False])
-def test_fake_quantization_matches_the_formula(reduced, outputs, small, context):
+def test_fake_quantization_matches_the_formula(
+    reduced: bool, outputs: bool, small: Checkpoint, context: Callable[..., Context]
+) -> None:
     checkpoint = quantize(small, config(reduce_range=reduced, outputs=outputs, percentile=95.0), context(small))
-    model, seen = fake_quantized(checkpoint), {}
+    model: Any = fake_quantized(checkpoint)
+    float_model: Any = small.model
+    seen: dict[str, torch.Tensor] = {}
     model.inner.register_forward_hook(lambda _, args, out: seen.update(x=args[0], out=out))
     with torch.no_grad():
         model(torch.randn(3, 1, 8, 8) * 3, torch.tensor([1, 20, 49]))
-        amax, layer = checkpoint.quantization.amax, small.model.inner
+        amax, layer = scales_of(checkpoint).amax, float_model.inner
         assert seen["x"].abs().max() > amax["inner.input"]  # some values are clipped
         weight = q(layer.weight, amax["inner.weight"].view(-1, 1, 1, 1))
         expected = F.conv2d(q(seen["x"], amax["inner.input"]), weight, layer.bias, padding=1)
@@ -92,11 +109,13 @@ def test_fake_quantization_matches_the_formula(reduced, outputs, small, context)
     assert integers == (64 if reduced else 127)
 
 
-def test_calibration_evaluates_exactly_the_timesteps_of_the_plan(unet, context, monkeypatch):
+def test_calibration_evaluates_exactly_the_timesteps_of_the_plan(
+    unet: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen, samples = [], []
 
     class Spy(TorchNetwork):
-        def run(self, inputs):
+        def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
             seen.append((set(inputs["timestep"].tolist()), len(inputs["sample"]), inputs["class_labels"].tolist()))
             samples.append(inputs["sample"])
             return super().run(inputs)
@@ -111,7 +130,9 @@ def test_calibration_evaluates_exactly_the_timesteps_of_the_plan(unet, context, 
     np.testing.assert_allclose(np.concatenate([samples[0], samples[4]]), noise, rtol=1e-5)
 
 
-def test_quantizing_twice_gives_the_same_hash_and_does_not_change_the_input(pruned, quantized, context, unet):
+def test_quantizing_twice_gives_the_same_hash_and_does_not_change_the_input(
+    pruned: Checkpoint, quantized: Checkpoint, context: Callable[..., Context], unet: Checkpoint
+) -> None:
     before = pruned.hash
     assert quantize(pruned, config(), context(unet)).hash == quantized.hash != before
     assert pruned.evolve().hash == before  # evolve() drops the cached hash
@@ -122,52 +143,58 @@ def test_quantizing_twice_gives_the_same_hash_and_does_not_change_the_input(prun
     assert not any("quantizer" in name for name, _ in quantized.model.named_modules())
 
 
-def test_the_quantized_output_stays_close_to_the_float_one(quantized, pruned, output):
+def test_the_quantized_output_stays_close_to_the_float_one(
+    quantized: Checkpoint, pruned: Checkpoint, output: Callable[[Checkpoint], torch.Tensor]
+) -> None:
     noisy, exact = output(quantized).numpy(), output(pruned).numpy()
     assert 15.0 < sqnr_db(exact, noisy) < 60.0
 
 
-def test_fake_quantization_of_a_checkpoint_without_scales_is_its_own_model(plain):
+def test_fake_quantization_of_a_checkpoint_without_scales_is_its_own_model(plain: Checkpoint) -> None:
     assert fake_quantized(plain) is plain.model
 
 
 # --- layer selection -------------------------------------------------------------------------------------------
 
 
-def test_sensitive_layers_compute_in_float_and_only_linear_ones_are_stored_as_integers(quantized):
-    amax, sensitive_layers = quantized.quantization.amax, adapter_for(quantized.model).sensitive_layers(quantized.model)
+def test_sensitive_layers_compute_in_float_and_only_linear_ones_are_stored_as_integers(quantized: Checkpoint) -> None:
+    amax, sensitive_layers = scales_of(quantized).amax, adapter_for(quantized.model).sensitive_layers(quantized.model)
     assert not any(f"{name}.input" in amax for name in sensitive_layers)
     assert "time_embedding.linear_1.weight" in amax and "conv_in.weight" not in amax and "conv_out.weight" not in amax
     assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.attentions.0.to_q.input" in amax
 
 
-def test_only_the_configured_kinds_of_layers_compute_in_integers(unet, context):
-    amax = quantize(unet, config(layers=("conv",)), context(unet)).quantization.amax
+def test_only_the_configured_kinds_of_layers_compute_in_integers(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
+    amax = scales_of(quantize(unet, config(layers=("conv",)), context(unet))).amax
     assert "mid_block.resnets.0.conv1.input" in amax and "mid_block.resnets.0.conv1.output" in amax
     assert "mid_block.attentions.0.to_q.weight" in amax and "mid_block.attentions.0.to_q.input" not in amax
 
 
-def test_outputs_of_weight_only_layers_are_not_quantized(quantized):
-    amax = quantized.quantization.amax
+def test_outputs_of_weight_only_layers_are_not_quantized(quantized: Checkpoint) -> None:
+    amax = scales_of(quantized).amax
     assert "mid_block.resnets.0.conv1.output" in amax and "mid_block.attentions.0.to_q.output" in amax
     assert "time_embedding.linear_1.weight" in amax and "time_embedding.linear_1.output" not in amax
 
 
-def test_ignored_layers_have_no_scales(unet, context):
+def test_ignored_layers_have_no_scales(unet: Checkpoint, context: Callable[..., Context]) -> None:
     prefixes = ("mid_block.attentions", "time_embedding.linear_1")
-    layers = quantize(unet, config(ignored_layers=prefixes), context(unet)).quantization.layers
+    layers = scales_of(quantize(unet, config(ignored_layers=prefixes), context(unet))).layers
     assert not any(name.startswith(prefixes) for name in layers)
     assert "mid_block.resnets.0.conv1" in layers and "time_embedding.linear_2" in layers
 
 
-def test_an_ignored_layer_that_does_not_exist_is_refused(unet, context):
+def test_an_ignored_layer_that_does_not_exist_is_refused(unet: Checkpoint, context: Callable[..., Context]) -> None:
     with pytest.raises(InvalidInputError, match=r"ignored_layers: no layer name .* starts with 'up_blocks\.7'"):
         quantize(unet, config(ignored_layers=("up_blocks.7",)), context(unet))
 
 
 @pytest.mark.parametrize("cause", ["weight", "input"])
-def test_a_layer_with_a_zero_scale_is_named_with_the_setting_that_fixes_it(cause, small, context):
-    model = small.clone_model()
+def test_a_layer_with_a_zero_scale_is_named_with_the_setting_that_fixes_it(
+    cause: str, small: Checkpoint, context: Callable[..., Context]
+) -> None:
+    model: Any = small.clone_model()
     with torch.no_grad():
         if cause == "weight":
             model.inner.weight[5] = 0.0
@@ -177,7 +204,7 @@ def test_a_layer_with_a_zero_scale_is_named_with_the_setting_that_fixes_it(cause
     checkpoint = small.evolve(model=model)
     with pytest.raises(InvalidInputError, match=rf"the {cause} scale of layer 'inner' .* ignored_layers: \[inner\]"):
         quantize(checkpoint, config(), context(small))
-    assert quantize(checkpoint, config(ignored_layers=("inner",)), context(small)).quantization.layers == ["time"]
+    assert scales_of(quantize(checkpoint, config(ignored_layers=("inner",)), context(small))).layers == ["time"]
 
 
 class Spare(nn.Module):
@@ -190,7 +217,9 @@ class Spare(nn.Module):
         return self.last(self.inner(self.first(sample)))
 
 
-def test_a_layer_that_never_runs_while_sampling_is_named(custom, context):
+def test_a_layer_that_never_runs_while_sampling_is_named(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
     checkpoint = custom(Spare())
     with pytest.raises(InvalidInputError, match=r"the input scale of layer 'spare' .* ignored_layers: \[spare\]"):
         quantize(checkpoint, config(), context(checkpoint))

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.unified_scales import unify_scales
+from tests.compress.quantization.scales import scales_of
 
 # concatenations of the tiny U-Net: stream, skip, the layers that read both or one of them
 CONCATS = [
@@ -30,16 +36,18 @@ CONCATS = [
 ]
 
 
-def config(**settings) -> QuantizeConfig:
+def config(**settings: Any) -> QuantizeConfig:
     return QuantizeConfig(**{"samples": 2, "batch": 2, **settings})
 
 
-def numbered_scales(keys) -> dict[str, torch.Tensor]:
+def numbered_scales(keys: Iterable[str]) -> dict[str, torch.Tensor]:
     return {key: torch.tensor(float(i)) for i, key in enumerate(keys, start=1)}
 
 
-def test_concatenated_tensors_share_the_largest_scale_and_the_rest_keep_their_own(unet, context):
-    found = quantize(unet, config(), context(unet)).quantization.amax
+def test_concatenated_tensors_share_the_largest_scale_and_the_rest_keep_their_own(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
+    found = scales_of(quantize(unet, config(), context(unet))).amax
     own = numbered_scales(key for key in found if not key.endswith(".weight"))
     shared, unshared = unify_scales(unet, own), set(own)
     for stream, skip, readers in CONCATS:
@@ -55,9 +63,10 @@ def test_concatenated_tensors_share_the_largest_scale_and_the_rest_keep_their_ow
     assert len(heads) == 12 and {key: shared[key] for key in unshared} == {key: own[key] for key in unshared}
 
 
-def test_every_residual_sum_of_a_unet_is_quantized(unet, context):
+def test_every_residual_sum_of_a_unet_is_quantized(unet: Checkpoint, context: Callable[..., Context]) -> None:
     quantized = quantize(unet, config(), context(unet))
-    model, seen = fake_quantized(quantized), {}
+    model = fake_quantized(quantized)
+    seen: dict[str, torch.Tensor] = {}
     names = adapter_for(unet.model).residual_outputs(unet.model)
     assert len(names) == 13 and "conv_in" in names and "mid_block.attentions.0" in names
     for name in names:
@@ -65,7 +74,7 @@ def test_every_residual_sum_of_a_unet_is_quantized(unet, context):
     with torch.no_grad():
         adapter_for(model).forward(model, dummy_inputs(unet.spec, 2))
     for name in names:
-        levels = seen[name] / (quantized.quantization.amax[f"{name}.output"] / 127)
+        levels = seen[name] / (scales_of(quantized).amax[f"{name}.output"] / 127)
         assert levels.abs().max() > 20
         torch.testing.assert_close(levels, levels.round().clamp(-128, 127), atol=1e-3, rtol=0)
 
@@ -78,8 +87,10 @@ def test_every_residual_sum_of_a_unet_is_quantized(unet, context):
         {"format_overrides": {"down_blocks.0": "float"}},
     ],
 )
-def test_overridden_blocks_have_no_quantized_outputs_and_unify_no_scales(settings, unet, context):
-    amax = quantize(unet, config(**settings), context(unet)).quantization.amax
+def test_overridden_blocks_have_no_quantized_outputs_and_unify_no_scales(
+    settings: dict[str, Any], unet: Checkpoint, context: Callable[..., Context]
+) -> None:
+    amax = scales_of(quantize(unet, config(**settings), context(unet))).amax
     assert not any(key.startswith("down_blocks.0") and key.endswith((".input", ".output")) for key in amax)
     own = numbered_scales(key for key in amax if not key.endswith(".weight"))
     changed = {key for key, value in unify_scales(unet, own).items() if value != own[key]}
@@ -88,15 +99,17 @@ def test_overridden_blocks_have_no_quantized_outputs_and_unify_no_scales(setting
 
 
 @pytest.mark.parametrize("settings", [{"outputs": False}, {"layers": ("linear",)}, {"format": "fp8"}])
-def test_without_integer_convolutions_residual_sums_are_not_quantized(settings, unet, context):
-    amax = quantize(unet, config(**settings), context(unet)).quantization.amax
+def test_without_integer_convolutions_residual_sums_are_not_quantized(
+    settings: dict[str, Any], unet: Checkpoint, context: Callable[..., Context]
+) -> None:
+    amax = scales_of(quantize(unet, config(**settings), context(unet))).amax
     assert not any(f"{name}.output" in amax for name in adapter_for(unet.model).residual_outputs(unet.model))
 
 
 class Combined(nn.Module):
     """Combines the outputs of a and b with the function under test."""
 
-    def __init__(self, combine) -> None:
+    def __init__(self, combine: Any) -> None:
         super().__init__()
         self.a, self.b, self.c = (nn.Conv2d(1, 1, 1) for _ in range(3))
         self._combine = combine
@@ -118,7 +131,9 @@ class Combined(nn.Module):
         (lambda a, b: a + b, ""),
     ],
 )
-def test_only_operations_that_copy_values_unify_scales(combine, unified, custom):
+def test_only_operations_that_copy_values_unify_scales(
+    combine: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], unified: str, custom: Callable[..., Checkpoint]
+) -> None:
     checkpoint = custom(Combined(combine))
     own = numbered_scales(f"{name}.output" for name in "abc")
     shared = unify_scales(checkpoint, own)
@@ -126,9 +141,9 @@ def test_only_operations_that_copy_values_unify_scales(combine, unified, custom)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in checkpoint.model.modules())
 
 
-def test_a_layer_that_reads_a_quantized_output_unchanged_shares_its_scale(custom):
+def test_a_layer_that_reads_a_quantized_output_unchanged_shares_its_scale(custom: Callable[..., Checkpoint]) -> None:
     class Read(Combined):
-        def forward(self, sample, timestep):
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
             return self.c(self.b(self.a(sample)) + 0)
 
     own = numbered_scales(["a.output", "b.input", "b.output", "c.input"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from diffpress.compress.context import Context
 from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.compress.sampling_schedule.search import best_path, fine_timesteps, jump_costs, loss, refine_timesteps
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.network_inputs import ConditioningInputs
+from diffpress.runtime.network_inputs import ConditioningInputs, Network
 from diffpress.runtime.noise_schedule import betas_schedule, noise_level_at
 from diffpress.runtime.sampling_plan import make_plan, plan_levels
 from diffpress.runtime.spec import DenoiserSpec
@@ -47,14 +48,16 @@ class TwoModes:
         return (mode + gain * (x - level.alpha * mode)).astype(np.float32)
 
 
-def costs_of(network, spec: DenoiserSpec, count: int = 12, fine: int = 24):
+def costs_of(
+    network: Network, spec: DenoiserSpec, count: int = 12, fine: int = 24
+) -> tuple[tuple[float, ...], np.ndarray, np.ndarray]:
     fine_grid = fine_timesteps(spec, fine)
     return fine_grid, *jump_costs(network, spec, fine_grid, count, 5, UNCONDITIONAL)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 @pytest.mark.parametrize("gamma", [0.8, 1.0, 1.5])
-def test_the_path_is_the_best_of_all_paths(steps, gamma) -> None:
+def test_the_path_is_the_best_of_all_paths(steps: int, gamma: float) -> None:
     costs = np.random.default_rng(steps).random((9, 9))
 
     def value(path: tuple[int, ...]) -> float:
@@ -101,7 +104,7 @@ def test_searched_timesteps_lower_the_loss_and_refining_lowers_it_further() -> N
 
 
 @pytest.mark.parametrize("integral", [True, False])
-def test_refined_timesteps_descend_within_the_schedule(integral) -> None:
+def test_refined_timesteps_descend_within_the_schedule(integral: bool) -> None:
     losses = {}
 
     def loss_of(timesteps: tuple[float, ...]) -> float:
@@ -125,7 +128,7 @@ def context_of(checkpoint: Checkpoint, tmp_path: Path) -> Context:
     return Context(0, tmp_path, checkpoint)
 
 
-def test_the_stage_changes_only_the_plan_and_records_the_search(plain, tmp_path) -> None:
+def test_the_stage_changes_only_the_plan_and_records_the_search(plain: Checkpoint, tmp_path: Path) -> None:
     ctx = context_of(plain, tmp_path)
     config = ScheduleConfig(solver="ipndm", steps=3, search="gits", refine=1, samples=4, fine=8, batch=3)
     result = schedule(plain, config, ctx)
@@ -138,7 +141,7 @@ def test_the_stage_changes_only_the_plan_and_records_the_search(plain, tmp_path)
     assert schedule(plain, config, again).spec == result.spec and again.notes == ctx.notes
 
 
-def test_explicit_timesteps_and_options_become_the_plan(plain, tmp_path) -> None:
+def test_explicit_timesteps_and_options_become_the_plan(plain: Checkpoint, tmp_path: Path) -> None:
     last = len(plain.spec.schedule) - 1
     options = {"guidance_interval": (0.2, None), "guidance_rescale": 0.5, "threshold": 0.99}
     config = ScheduleConfig(solver="unipc_2", timesteps=(float(last), 3.0, 1.0), **options)
@@ -162,12 +165,12 @@ def test_explicit_timesteps_and_options_become_the_plan(plain, tmp_path) -> None
         ({"search": "gits", "steps": 50, "fine": 50}, "fine 50 must be greater than steps 50"),
     ],
 )
-def test_settings_that_contradict_each_other_are_refused(settings, message) -> None:
+def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         ScheduleConfig(**settings)
 
 
-def test_a_model_with_nan_outputs_is_refused(plain, tmp_path) -> None:
+def test_a_model_with_nan_outputs_is_refused(plain: Checkpoint, tmp_path: Path) -> None:
     broken = plain.evolve(model=plain.clone_model())
     with torch.no_grad():
         next(broken.model.parameters()).fill_(float("nan"))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,27 +21,27 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
-def copied(tiny_folder, tmp_path):
+def copied(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[[str], Path]:
     """Copy a tiny pipeline, for tests that modify it."""
     return lambda kind: shutil.copytree(tiny_folder(kind), tmp_path / kind)
 
 
 @pytest.fixture
-def stored(tmp_path):
+def stored(tmp_path: Path) -> Callable[..., Path]:
     """Save tensors to a safetensors file."""
 
-    def save(**tensors: torch.Tensor):
+    def save(**tensors: torch.Tensor) -> Path:
         save_file(tensors, tmp_path / WEIGHTS)
         return tmp_path / WEIGHTS
 
     return save
 
 
-def edit(path, **changes) -> None:
+def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def refused(call, *words: str) -> None:
+def refused(call: Callable[[], object], *words: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         call()
     message = str(caught.value)
@@ -60,7 +62,7 @@ def mapped_file(tensor: torch.Tensor) -> str:
 # --- folders ---------------------------------------------------------------------------------------------------
 
 
-def test_the_layout_of_a_pipeline_lists_denoiser_decoder_and_encoders(tiny_folder):
+def test_the_layout_of_a_pipeline_lists_denoiser_decoder_and_encoders(tiny_folder: Callable[..., Path]) -> None:
     layout = read_layout(tiny_folder("sdxl"))
     assert (layout.kind, layout.pipeline) == ("UNet2DConditionModel", "StableDiffusionXLPipeline")
     assert layout.denoiser == tiny_folder("sdxl") / "unet" and layout.decoder == "vae"
@@ -68,12 +70,14 @@ def test_the_layout_of_a_pipeline_lists_denoiser_decoder_and_encoders(tiny_folde
     assert set(layout.configs) == {"vae", "text_encoder", "text_encoder_2"}
 
 
-def test_a_bare_denoiser_folder_has_no_other_components(tiny_folder):
+def test_a_bare_denoiser_folder_has_no_other_components(tiny_folder: Callable[..., Path]) -> None:
     layout = read_layout(tiny_folder("sd") / "unet")
     assert layout.kind == "UNet2DConditionModel" and layout.configs == {} and layout.decoder is None
 
 
-def test_without_an_index_the_components_are_the_folders_that_exist(copied, tiny_folder):
+def test_without_an_index_the_components_are_the_folders_that_exist(
+    copied: Callable[[str], Path], tiny_folder: Callable[..., Path]
+) -> None:
     folder = copied("sd")
     (folder / INDEX).unlink()
     layout = read_layout(folder)
@@ -84,7 +88,9 @@ def test_without_an_index_the_components_are_the_folders_that_exist(copied, tiny
 @pytest.mark.parametrize(
     ("kind", "named"), [("dit", "DiTTransformer2DModel"), ("pixart-alpha", "PixArtTransformer2DModel")]
 )
-def test_the_old_class_name_of_a_transformer_is_recognized(kind, named, copied):
+def test_the_old_class_name_of_a_transformer_is_recognized(
+    kind: str, named: str, copied: Callable[[str], Path]
+) -> None:
     folder = copied(kind)
     present = load_checkpoint(folder)
     edit(folder / "transformer" / "config.json", _class_name="Transformer2DModel")
@@ -94,13 +100,15 @@ def test_the_old_class_name_of_a_transformer_is_recognized(kind, named, copied):
 
 
 @pytest.mark.parametrize("component", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])
-def test_a_missing_component_of_the_index_is_named(component, copied):
+def test_a_missing_component_of_the_index_is_named(component: str, copied: Callable[[str], Path]) -> None:
     folder = copied("sd")
     shutil.rmtree(folder / component)
     refused(lambda: read_layout(folder), str(folder), f"'{component}'", "missing")
 
 
-def test_a_safety_checker_is_left_out_with_a_note_whether_or_not_its_folder_exists(copied, capsys):
+def test_a_safety_checker_is_left_out_with_a_note_whether_or_not_its_folder_exists(
+    copied: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = copied("sd")
     before = load_checkpoint(folder)
     capsys.readouterr()
@@ -114,7 +122,7 @@ def test_a_safety_checker_is_left_out_with_a_note_whether_or_not_its_folder_exis
     assert after.hash == before.hash
 
 
-def test_only_pipeline_components_are_linked(copied, tmp_path):
+def test_only_pipeline_components_are_linked(copied: Callable[[str], Path], tmp_path: Path) -> None:
     folder, target = copied("sd"), tmp_path / "target"
     (folder / "safety_checker").mkdir()
     target.mkdir()
@@ -133,7 +141,7 @@ def test_only_pipeline_components_are_linked(copied, tmp_path):
 # --- weights ---------------------------------------------------------------------------------------------------
 
 
-def test_a_tensor_stored_in_the_requested_dtype_stays_a_view_of_the_file(stored):
+def test_a_tensor_stored_in_the_requested_dtype_stays_a_view_of_the_file(stored: Callable[..., Path]) -> None:
     # larger than a page, so that it is memory-mapped
     values = torch.randn(64, 64)
     file = stored(weight=values, bias=torch.zeros(64))
@@ -145,7 +153,7 @@ def test_a_tensor_stored_in_the_requested_dtype_stays_a_view_of_the_file(stored)
     assert torch.equal(model.weight, values.bfloat16())
 
 
-def test_integers_keep_their_dtype_and_parameters_their_requires_grad(stored):
+def test_integers_keep_their_dtype_and_parameters_their_requires_grad(stored: Callable[..., Path]) -> None:
     file = stored(weight=torch.ones(2, 2).half(), steps=torch.tensor(7))
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
@@ -156,21 +164,21 @@ def test_integers_keep_their_dtype_and_parameters_their_requires_grad(stored):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_non_finite_value_is_refused_with_its_tensor(value, stored):
+def test_a_non_finite_value_is_refused_with_its_tensor(value: float, stored: Callable[..., Path]) -> None:
     weight = torch.zeros(3, 3)
     weight[1, 2] = value
     file = stored(weight=weight, bias=torch.zeros(3))
     refused(lambda: load_weights_(nn.Linear(3, 3), [file]), str(file), "'weight'", "NaN or infinite")
 
 
-def test_mismatched_tensors_are_refused_by_name(stored):
+def test_mismatched_tensors_are_refused_by_name(stored: Callable[..., Path]) -> None:
     file = stored(weight=torch.zeros(3, 3), bias=torch.zeros(3))
     refused(lambda: load_weights_(nn.Linear(3, 3, bias=False), [file]), "'bias'", "does not belong")
     refused(lambda: load_weights_(nn.Linear(4, 3), [file]), "'weight'", "[3, 3]", "[3, 4]")
     refused(lambda: load_weights_(nn.Bilinear(3, 3, 3), [stored(bias=torch.zeros(3))]), "'weight'", "is missing")
 
 
-def test_weight_files_are_found_by_name_by_index_or_as_the_only_file(tmp_path):
+def test_weight_files_are_found_by_name_by_index_or_as_the_only_file(tmp_path: Path) -> None:
     shards = {f"{WEIGHTS}.index.json": json.dumps({"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}})}
     (tmp_path / "a.safetensors").touch()
     assert weight_files(tmp_path) == [tmp_path / "a.safetensors"]
@@ -185,18 +193,18 @@ def test_weight_files_are_found_by_name_by_index_or_as_the_only_file(tmp_path):
     refused(lambda: weight_files(tmp_path), "weight_map")
 
 
-def test_a_pickle_is_never_read(tmp_path):
+def test_a_pickle_is_never_read(tmp_path: Path) -> None:
     (tmp_path / "diffusion_pytorch_model.bin").touch()
     refused(lambda: weight_files(tmp_path), str(tmp_path), "pickle", "safetensors")
 
 
-def test_a_truncated_file_is_refused(stored):
+def test_a_truncated_file_is_refused(stored: Callable[..., Path]) -> None:
     file = stored(weight=torch.zeros(3, 3), bias=torch.zeros(3))
     file.write_bytes(file.read_bytes()[:-4])
     refused(lambda: load_weights_(nn.Linear(3, 3), [file]), str(file), "truncated")
 
 
-def test_a_denoiser_is_loaded_as_views_of_its_file(tiny_folder):
+def test_a_denoiser_is_loaded_as_views_of_its_file(tiny_folder: Callable[..., Path]) -> None:
     file = tiny_folder("sd") / "unet" / WEIGHTS
     model = load_checkpoint(tiny_folder("sd")).model
     large = [name for name, value in load_file(file).items() if value.numel() > 1024]

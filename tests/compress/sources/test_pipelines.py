@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NoReturn
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -24,7 +26,7 @@ LABELS = [3]
 
 
 @pytest.fixture(scope="session")
-def pipeline(tmp_path_factory):
+def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The folder of a tiny pipeline, created once per kind and seed."""
     made: dict[tuple[str, int], Path] = {}
 
@@ -36,17 +38,19 @@ def pipeline(tmp_path_factory):
     return folder
 
 
-def opened(folder: Path) -> DiffusionPipeline:
+def opened(folder: Path) -> Any:
     return DiffusionPipeline.from_pretrained(folder, use_safetensors=True, local_files_only=True)
 
 
-def images(pipe: DiffusionPipeline, prompts=PROMPTS, labels=LABELS) -> torch.Tensor:
+def images(pipe: DiffusionPipeline, prompts: Sequence[str] = PROMPTS, labels: Sequence[int] = LABELS) -> torch.Tensor:
     # LCM draws noise between its steps
-    draw = {} if "dit" in type(pipe).__name__.lower() else {"generator": torch.Generator().manual_seed(1)}
+    draw: dict[str, Any] = (
+        {} if "dit" in type(pipe).__name__.lower() else {"generator": torch.Generator().manual_seed(1)}
+    )
     return sampled(pipe, noise(pipe, 1), prompts, labels, **draw)
 
 
-def refused(call, *words: str) -> None:
+def refused(call: Callable[[], object], *words: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         call()
     for word in words:
@@ -58,7 +62,7 @@ def refused(call, *words: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_images_of_a_tiny_pipeline_depend_on_its_conditioning(kind, pipeline):
+def test_images_of_a_tiny_pipeline_depend_on_its_conditioning(kind: str, pipeline: Callable[..., Path]) -> None:
     pipe = opened(pipeline(kind))
     one = images(pipe)
     assert one.shape == (1, 3, 16, 16) and one.isfinite().all() and one.std() > 0.05
@@ -68,7 +72,9 @@ def test_images_of_a_tiny_pipeline_depend_on_its_conditioning(kind, pipeline):
 
 
 @pytest.mark.parametrize("kind", ["sdxl", "pixart-alpha", "sd3"])
-def test_a_tokenizer_in_the_older_format_gives_the_same_images(kind, pipeline, tmp_path):
+def test_a_tokenizer_in_the_older_format_gives_the_same_images(
+    kind: str, pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
     old = opened(tiny_pipeline(kind, tmp_path / "old", tokenizer_json=False))
     assert torch.equal(images(old), images(opened(pipeline(kind))))
 
@@ -92,7 +98,7 @@ def make_lora(folder: Path, into: Path, seed: int = 0) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lora(pipeline, tmp_path_factory):
+def lora(pipeline: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """The folder of a LoRA for a kind of pipeline, created once per kind and seed."""
     made: dict[tuple[str, int], Path] = {}
 
@@ -105,7 +111,9 @@ def lora(pipeline, tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl", "lcm", "sd3", "flux"])
-def test_a_fused_lora_gives_the_same_images_as_an_unfused_one_in_diffusers(kind, pipeline, lora, tmp_path):
+def test_a_fused_lora_gives_the_same_images_as_an_unfused_one_in_diffusers(
+    kind: str, pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
     pipe = opened(pipeline(kind))
     plain = images(pipe)
     pipe.load_lora_weights(lora(kind), adapter_name="mine")
@@ -116,7 +124,7 @@ def test_a_fused_lora_gives_the_same_images_as_an_unfused_one_in_diffusers(kind,
     assert (images(opened(out)) - expected).abs().max() <= 1e-5  # W + BA is rounded to float32 once more
 
 
-def test_two_loras_add_up(pipeline, lora, tmp_path):
+def test_two_loras_add_up(pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path) -> None:
     one, two = lora("sd", 1), lora("sd", 2)
     pipe = opened(pipeline("sd"))
     pipe.load_lora_weights(one, adapter_name="one")
@@ -126,7 +134,9 @@ def test_two_loras_add_up(pipeline, lora, tmp_path):
     assert (images(opened(out)) - images(pipe)).abs().max() <= 1e-5
 
 
-def test_fusing_changes_neither_its_input_nor_the_other_components(pipeline, lora, tmp_path):
+def test_fusing_changes_neither_its_input_nor_the_other_components(
+    pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = pipeline("sd")
     before = contents(folder)
     out = fuse_loras(folder, [str(lora("sd"))], tmp_path / "fused")
@@ -141,7 +151,9 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
-def test_a_hand_written_record_is_copied_along(pipeline, lora, tmp_path):
+def test_a_hand_written_record_is_copied_along(
+    pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_pipeline("sd", tmp_path / "own")
     (folder / "diffpress.json").write_text('{"plan": {"solver": "ddim", "steps": 5}}')
     (folder / "a-leftover.safetensors").write_bytes(b"x" * 10)
@@ -161,7 +173,9 @@ def test_a_hand_written_record_is_copied_along(pipeline, lora, tmp_path):
         ("odd:0.5", "odd:0.5", 1.0),
     ],
 )
-def test_a_lora_is_split_at_the_last_colon_only_before_a_number(text, path, scale, tmp_path, monkeypatch):
+def test_a_lora_is_split_at_the_last_colon_only_before_a_number(
+    text: str, path: str, scale: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path(path).write_bytes(b"")
     assert parse_lora(text) == (Path(path), scale)
@@ -180,7 +194,9 @@ def test_a_lora_is_split_at_the_last_colon_only_before_a_number(text, path, scal
         ("here.safetensors", ("here.safetensors", "not readable as safetensors")),
     ],
 )
-def test_a_lora_that_cannot_be_read_is_refused(text, words, pipeline, tmp_path, monkeypatch):
+def test_a_lora_that_cannot_be_read_is_refused(
+    text: str, words: tuple[str, ...], pipeline: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     Path("empty").mkdir()
     for name in ("here.safetensors", "here.bin", "here.pt"):
@@ -189,20 +205,24 @@ def test_a_lora_that_cannot_be_read_is_refused(text, words, pipeline, tmp_path, 
     assert not (tmp_path / "fused").exists()
 
 
-def test_foreign_tensors_are_refused(pipeline, tmp_path):
+def test_foreign_tensors_are_refused(pipeline: Callable[..., Path], tmp_path: Path) -> None:
     file = tmp_path / "foreign.safetensors"
     save_file({"encoder.weight": torch.zeros(3)}, file)
     refused(lambda: fuse_loras(pipeline("sd"), [str(file)], tmp_path / "fused"), str(file), "no LoRA")
 
 
 @pytest.mark.parametrize("other", ["sdxl", "sd3"])
-def test_a_lora_of_another_model_is_refused(other, pipeline, lora, tmp_path):
+def test_a_lora_of_another_model_is_refused(
+    other: str, pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
     refused(
         lambda: fuse_loras(pipeline("sd"), [str(lora(other))], tmp_path / "fused"), str(lora(other)), "another model"
     )
 
 
-def test_a_lora_that_matches_only_some_layers_is_refused(pipeline, lora, tmp_path):
+def test_a_lora_that_matches_only_some_layers_is_refused(
+    pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
     file = tmp_path / "lora.safetensors"
     state = load_file(lora("sd") / "pytorch_lora_weights.safetensors")
     for half in ("lora_A", "lora_B"):
@@ -213,22 +233,30 @@ def test_a_lora_that_matches_only_some_layers_is_refused(pipeline, lora, tmp_pat
 
 
 @pytest.mark.parametrize("kind", ["dit", "ldm", "pixart-alpha"])
-def test_a_pipeline_without_lora_support_is_refused(kind, pipeline, lora, tmp_path):
+def test_a_pipeline_without_lora_support_is_refused(
+    kind: str, pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
     refused(lambda: fuse_loras(pipeline(kind), [str(lora("sd"))], tmp_path / "fused"), str(pipeline(kind)), "no LoRA")
 
 
-def test_a_lora_needs_a_complete_pipeline(pipeline, lora, tmp_path):
+def test_a_lora_needs_a_complete_pipeline(
+    pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
     unet = pipeline("sd") / "unet"
     refused(lambda: fuse_loras(unet, [str(lora("sd"))], tmp_path / "fused"), str(unet), "model_index.json")
 
 
-def test_a_pipeline_without_its_weights_is_refused(pipeline, lora, tmp_path):
+def test_a_pipeline_without_its_weights_is_refused(
+    pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path
+) -> None:
     folder = tiny_pipeline("sd", tmp_path / "own")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
     refused(lambda: fuse_loras(folder, [str(lora("sd"))], tmp_path / "fused"), str(folder), "cannot load")
 
 
-def test_without_peft_the_error_names_the_extra(pipeline, lora, tmp_path, monkeypatch):
+def test_without_peft_the_error_names_the_extra(
+    pipeline: Callable[..., Path], lora: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = lora("sd")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"--lora.*peft.*diffpress\[compress\]"):
@@ -289,7 +317,7 @@ def renamed(name: str, table: dict[str, str]) -> str:
     return name
 
 
-def original_layout(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
+def original_layout(pipe: Any) -> dict[str, torch.Tensor]:
     """Rename the tensors of a tiny Stable Diffusion to the CompVis layout, inverting diffusers' converter."""
     state = {}
     for name, tensor in pipe.unet.state_dict().items():
@@ -304,13 +332,15 @@ def original_layout(pipe: StableDiffusionPipeline) -> dict[str, torch.Tensor]:
 
 
 @pytest.fixture
-def single_file(pipeline, tmp_path):
+def single_file(pipeline: Callable[..., Path], tmp_path: Path) -> Path:
     file = tmp_path / "finetune.safetensors"
     save_file(original_layout(opened(pipeline("sd"))), file)
     return file
 
 
-def test_a_single_file_converts_back_to_its_pipeline(single_file, pipeline, tmp_path):
+def test_a_single_file_converts_back_to_its_pipeline(
+    single_file: Path, pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
     # take the configs from a pipeline with other weights, so that all compared weights come from the file
     out = from_single_file(single_file, tmp_path / "out", str(pipeline("sd", seed=1)))
     one, other = opened(out), opened(pipeline("sd"))
@@ -323,8 +353,10 @@ def test_a_single_file_converts_back_to_its_pipeline(single_file, pipeline, tmp_
     assert torch.equal(images(one), images(other))
 
 
-def test_without_the_hub_the_error_names_the_detected_type_and_the_config_option(single_file, tmp_path, monkeypatch):
-    def offline(*_, **__):
+def test_without_the_hub_the_error_names_the_detected_type_and_the_config_option(
+    single_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def offline(*_: Any, **__: Any) -> NoReturn:
         raise OSError("no network\nand a page of advice")
 
     monkeypatch.setattr(DiffusionPipeline, "load_config", offline)
@@ -332,7 +364,9 @@ def test_without_the_hub_the_error_names_the_detected_type_and_the_config_option
 
 
 @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "first_stage_model.decoder.up.", "cond_stage_model."])
-def test_a_single_file_that_lacks_a_component_is_refused(prefix, single_file, pipeline, tmp_path):
+def test_a_single_file_that_lacks_a_component_is_refused(
+    prefix: str, single_file: Path, pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
     state = load_file(single_file)
     dropped = [name for name in state if name.startswith(prefix)][3:]
     save_file({name: tensor for name, tensor in state.items() if name not in dropped}, single_file)
@@ -341,18 +375,22 @@ def test_a_single_file_that_lacks_a_component_is_refused(prefix, single_file, pi
     assert not (tmp_path / "out").exists()
 
 
-def test_a_single_file_that_does_not_match_its_config_is_refused(single_file, pipeline, tmp_path):
+def test_a_single_file_that_does_not_match_its_config_is_refused(
+    single_file: Path, pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
     config = str(pipeline("sdxl"))
     refused(lambda: from_single_file(single_file, tmp_path / "out", config), str(single_file), config)
 
 
-def test_a_file_in_an_unknown_layout_is_refused(pipeline, tmp_path):
+def test_a_file_in_an_unknown_layout_is_refused(pipeline: Callable[..., Path], tmp_path: Path) -> None:
     file = tmp_path / "mine.safetensors"
     save_file({"encoder.weight": torch.zeros(3)}, file)
     refused(lambda: from_single_file(file, tmp_path / "out", str(pipeline("sd"))), str(file), "layout")
 
 
-def test_a_config_of_a_pipeline_without_single_file_support_is_refused(single_file, pipeline, tmp_path):
+def test_a_config_of_a_pipeline_without_single_file_support_is_refused(
+    single_file: Path, pipeline: Callable[..., Path], tmp_path: Path
+) -> None:
     config = str(pipeline("dit"))
     refused(lambda: from_single_file(single_file, tmp_path / "out", config), config, "DiTPipeline")
 
@@ -361,7 +399,7 @@ def test_a_config_of_a_pipeline_without_single_file_support_is_refused(single_fi
     ("name", "word"),
     [("m.ckpt", "pickle"), ("m.gguf", "safetensors"), ("gone.safetensors", "no such"), ("m.safetensors", "readable")],
 )
-def test_a_single_file_that_cannot_be_read_is_refused(name, word, tmp_path):
+def test_a_single_file_that_cannot_be_read_is_refused(name: str, word: str, tmp_path: Path) -> None:
     for made in ("m.ckpt", "m.gguf", "m.safetensors"):
         (tmp_path / made).write_bytes(b"nothing")
     refused(lambda: from_single_file(tmp_path / name, tmp_path / "out"), name, word)
@@ -370,15 +408,20 @@ def test_a_single_file_that_cannot_be_read_is_refused(name, word, tmp_path):
 # --- the hub ---------------------------------------------------------------------------------------------------
 
 
-def test_a_hub_id_is_downloaded_by_diffusers(monkeypatch, tmp_path):
+def test_a_hub_id_is_downloaded_by_diffusers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls = []
-    monkeypatch.setattr(DiffusionPipeline, "download", lambda *ids, **how: calls.append((ids, how)) or str(tmp_path))
+
+    def download(*ids: str, **how: Any) -> str:
+        calls.append((ids, how))
+        return str(tmp_path)
+
+    monkeypatch.setattr(DiffusionPipeline, "download", download)
     assert download_pipeline("someone/model-8.1") == tmp_path
     assert calls == [(("someone/model-8.1",), {"use_safetensors": True})]
 
 
-def test_a_hub_error_is_reported_in_one_line(monkeypatch):
-    def download(*_, **__):
+def test_a_hub_error_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def download(*_: Any, **__: Any) -> NoReturn:
         raise RuntimeError("401 Client Error\nand a page of HTML")
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import numpy as np
@@ -19,7 +21,7 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffpress.compress.sources.scheduler_config import SchedulerFacts, read_scheduler
 from diffpress.runtime.denoiser import thresholded
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.noise_schedule import betas_schedule, flow_schedule, noise_level_at
+from diffpress.runtime.noise_schedule import NoiseLevel, betas_schedule, flow_schedule, noise_level_at
 from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampler import sample
 from diffpress.runtime.sampling_plan import SamplingPlan
@@ -37,13 +39,13 @@ def draw_noise(count: int) -> list[np.ndarray]:
     return list(np.random.default_rng(1).standard_normal((count, *SHAPE), dtype=np.float32))
 
 
-def build(name: str, **settings):
+def build(name: str, **settings: Any) -> tuple[Any, SchedulerFacts]:
     """Build diffusers' scheduler, and read the config it saves."""
     scheduler = getattr(diffusers, name)(**settings)
     return scheduler, read_scheduler(json.loads(scheduler.to_json_string()), WHERE, text_or_latent=True)
 
 
-def network_of(facts: SchedulerFacts):
+def network_of(facts: SchedulerFacts) -> Callable[[np.ndarray, float], np.ndarray]:
     def network(x: np.ndarray, t: float) -> np.ndarray:
         level = noise_level_at(facts.schedule, float(t))
         x0 = 0.9 * np.sin(2 * x.astype(np.float64) + t / 400)
@@ -57,13 +59,17 @@ def network_of(facts: SchedulerFacts):
 
 
 def our_sample(
-    facts: SchedulerFacts, steps: int, noise: list[np.ndarray], tokens=None, network_time=float
+    facts: SchedulerFacts,
+    steps: int,
+    noise: list[np.ndarray],
+    tokens: int | None = None,
+    network_time: Callable[[float], float] = float,
 ) -> np.ndarray:
     timesteps = spaced_timesteps(facts.spacing, steps, facts.schedule, tokens)
     plan = SamplingPlan(facts.solver, timesteps, clip=facts.clip, end=facts.end, start=facts.start)
     network = network_of(facts)
 
-    def denoise(x, level):
+    def denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         x0 = to_x0(facts.prediction, x, network(x, network_time(level.t)), level)
         if facts.threshold is not None:
             return thresholded(x0, facts.threshold, (-1.0, 1.0))
@@ -72,7 +78,9 @@ def our_sample(
     return list(sample(denoise, noise[0], facts.schedule, plan, lambda k: noise[k]))[-1].x
 
 
-def their_sample(scheduler, facts: SchedulerFacts, noise: list[np.ndarray], monkeypatch) -> np.ndarray:
+def their_sample(
+    scheduler: Any, facts: SchedulerFacts, noise: list[np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> np.ndarray:
     """Run diffusers' sampling loop with the same noise."""
     fresh = iter(noise[1:])
     module = sys.modules[type(scheduler).__module__]
@@ -85,7 +93,13 @@ def their_sample(scheduler, facts: SchedulerFacts, noise: list[np.ndarray], monk
     return x.numpy()
 
 
-def distance(scheduler, facts, steps: int, monkeypatch, network_time=float) -> float:
+def distance(
+    scheduler: Any,
+    facts: SchedulerFacts,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
+    network_time: Callable[[float], float] = float,
+) -> float:
     noise = draw_noise(steps + 2)
     scheduler.set_timesteps(steps)
     theirs = their_sample(scheduler, facts, noise, monkeypatch)
@@ -113,7 +127,7 @@ CASES = [
 ]
 
 
-def settings_of(name: str, prediction: str, spacing: str) -> dict:
+def settings_of(name: str, prediction: str, spacing: str) -> dict[str, Any]:
     settings = LATENT | {"prediction_type": NAMES[prediction], "timestep_spacing": spacing}
     settings["steps_offset"] = 1  # only used with leading spacing
     return settings | ({"clip_sample": False} if name in ("DDIMScheduler", "DDPMScheduler") else {})
@@ -121,7 +135,9 @@ def settings_of(name: str, prediction: str, spacing: str) -> dict:
 
 @pytest.mark.parametrize("steps", [2, 4, 10, 20])
 @pytest.mark.parametrize(("name", "prediction", "spacing"), CASES)
-def test_samples_match_those_of_diffusers(name, prediction, spacing, steps, monkeypatch) -> None:
+def test_samples_match_those_of_diffusers(
+    name: str, prediction: str, spacing: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scheduler, facts = build(name, **settings_of(name, prediction, spacing))
     # with Heun in one step x reaches values of 70, and diffusers' error grows accordingly
     tolerance = TOLERANCE if (name, steps) != ("HeunDiscreteScheduler", 2) else 1e-3
@@ -131,7 +147,7 @@ def test_samples_match_those_of_diffusers(name, prediction, spacing, steps, monk
 @pytest.mark.parametrize("steps", COUNTS)
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", sorted({name for name, *_ in CASES}))
-def test_timesteps_are_those_of_diffusers(name, spacing, steps) -> None:
+def test_timesteps_are_those_of_diffusers(name: str, spacing: str, steps: int) -> None:
     if steps == 1 and spacing == "linspace" and "Multistep" not in name and name != "LCMScheduler":
         pytest.skip("diffusers' linspace with one step starts at t = 0, without noise; ours at the noisy end")
     scheduler, facts = build(name, **settings_of(name, "epsilon", spacing))
@@ -143,7 +159,7 @@ def test_timesteps_are_those_of_diffusers(name, spacing, steps) -> None:
 
 @pytest.mark.parametrize("steps", [4, 20])
 @pytest.mark.parametrize("offset", [0, 1])
-def test_ddim_can_end_at_the_noise_of_timestep_0(offset, steps, monkeypatch) -> None:
+def test_ddim_can_end_at_the_noise_of_timestep_0(offset: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, facts = build("DDIMScheduler", set_alpha_to_one=False, steps_offset=offset, clip_sample=False, **LATENT)
     assert facts.end == 0.0 and distance(scheduler, facts, steps, monkeypatch) <= TOLERANCE
 
@@ -152,7 +168,9 @@ def test_ddim_can_end_at_the_noise_of_timestep_0(offset, steps, monkeypatch) -> 
 @pytest.mark.parametrize("clean", [True, False])
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.parametrize("prediction", ["epsilon", "v"])
-def test_pndm_without_runge_kutta_steps_is_matched_exactly(prediction, offset, clean, steps, monkeypatch) -> None:
+def test_pndm_without_runge_kutta_steps_is_matched_exactly(
+    prediction: str, offset: int, clean: bool, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"set_alpha_to_one": clean, "steps_offset": offset, "prediction_type": NAMES[prediction]}
     scheduler, facts = build("PNDMScheduler", skip_prk_steps=True, **settings, **LATENT)
     assert facts.note is None and facts.end == (None if clean else 0.0)
@@ -160,14 +178,14 @@ def test_pndm_without_runge_kutta_steps_is_matched_exactly(prediction, offset, c
 
 
 @pytest.mark.parametrize("steps", [4, 20])
-def test_dpm_solver_can_end_at_the_noise_of_timestep_0(steps, monkeypatch) -> None:
+def test_dpm_solver_can_end_at_the_noise_of_timestep_0(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Below 15 steps the last step is of first order."""
     scheduler, facts = build("DPMSolverMultistepScheduler", final_sigmas_type="sigma_min", **LATENT)
     assert facts.end == 0.0 and distance(scheduler, facts, steps, monkeypatch) <= TOLERANCE
 
 
 @pytest.mark.parametrize("name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
-def test_zero_terminal_snr_is_followed(name, monkeypatch) -> None:
+def test_zero_terminal_snr_is_followed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = settings_of(name, "v", "trailing") | {"rescale_betas_zero_snr": True}
     scheduler, facts = build(name, **settings)
     assert facts.schedule.alphas[-1] <= 2**-12
@@ -176,7 +194,7 @@ def test_zero_terminal_snr_is_followed(name, monkeypatch) -> None:
 
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "DPMSolverMultistepScheduler"])
 @pytest.mark.parametrize("option", ["use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas"])
-def test_sigma_spacings_match_diffusers(name, option, monkeypatch) -> None:
+def test_sigma_spacings_match_diffusers(name: str, option: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Noise levels equal those of diffusers; the timesteps passed to the network may differ.
 
     Euler interpolates timesteps differently, by at most 0.05. DPM-Solver passes integer timesteps, rounded for Karras
@@ -190,7 +208,7 @@ def test_sigma_spacings_match_diffusers(name, option, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["DPMSolverMultistepScheduler", "UniPCMultistepScheduler"])
-def test_flow_sigmas_match_diffusers(name, monkeypatch) -> None:
+def test_flow_sigmas_match_diffusers(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, facts = build(name, use_flow_sigmas=True, flow_shift=3.0, prediction_type="flow_prediction")
     solver = {"D": "dpmpp_2m", "U": "unipc_2"}[name[0]]
     assert facts.prediction == "flow" and facts.solver == solver and facts.spacing.shift == 3.0
@@ -220,7 +238,9 @@ def test_flow_sigmas_match_diffusers(name, monkeypatch) -> None:
     ],
 )
 @pytest.mark.parametrize("steps", [2, 7, 20])
-def test_settings_select_the_equivalent_solver(name, settings, solver, steps, monkeypatch) -> None:
+def test_settings_select_the_equivalent_solver(
+    name: str, settings: dict[str, Any], solver: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     scheduler, facts = build(name, **settings, **({} if "Flow" in name else LATENT))
     assert facts.solver == solver and ("sde" in str(settings)) is (facts.note is not None)
     # diffusers subtracts large integrals in float32; with float64 coefficients the difference is 3e-6
@@ -242,14 +262,14 @@ def test_the_sde_solver_of_dpm_is_read_even_without_its_noise_sampler() -> None:
 
 @pytest.mark.parametrize("steps", COUNTS)
 @pytest.mark.parametrize("shift", [1.5, 3.0])
-def test_flow_samples_match_the_pipeline_of_sd3(shift, steps, monkeypatch) -> None:
+def test_flow_samples_match_the_pipeline_of_sd3(shift: float, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, facts = build("FlowMatchEulerDiscreteScheduler", shift=shift)
     assert facts.note is None and distance(scheduler, facts, steps, monkeypatch) <= TOLERANCE
 
 
 @pytest.mark.parametrize("steps", [1, 4, 28])
 @pytest.mark.parametrize("tokens", [64, 256, 1024, 4096, 5000])
-def test_flow_samples_match_the_pipeline_of_flux(tokens, steps, monkeypatch) -> None:
+def test_flow_samples_match_the_pipeline_of_flux(tokens: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     scheduler, facts = build("FlowMatchEulerDiscreteScheduler", use_dynamic_shifting=True, shift=3.0)
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), mu=calculate_shift(tokens))
     noise = draw_noise(steps + 1)
@@ -258,7 +278,7 @@ def test_flow_samples_match_the_pipeline_of_flux(tokens, steps, monkeypatch) -> 
 
 
 @pytest.mark.parametrize("steps", [1, 4])
-def test_flows_without_a_shift_use_the_sigmas_of_their_pipeline(steps, monkeypatch) -> None:
+def test_flows_without_a_shift_use_the_sigmas_of_their_pipeline(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """FLUX.1-schnell; `pipeline_sigmas` overrides it."""
     scheduler, facts = build("FlowMatchEulerDiscreteScheduler")
     scheduler.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps))
@@ -319,7 +339,7 @@ def test_trained_betas_define_the_schedule() -> None:
         "DPMSolverSinglestepScheduler",
     ],
 )
-def test_a_substituted_solver_is_reported(name) -> None:
+def test_a_substituted_solver_is_reported(name: str) -> None:
     facts = read_scheduler({"_class_name": name}, WHERE, True)
     assert facts.solver == "dpmpp_2m" and str(facts.note).startswith(name) and "used instead" in str(facts.note)
 
@@ -349,7 +369,7 @@ def test_a_substituted_solver_is_reported(name) -> None:
         ({"_class_name": "DDIMScheduler", "timestep_spacing": "linspace", "clip_sample": False}, "linspace"),
     ],
 )
-def test_settings_that_are_not_followed_are_named(settings, note) -> None:
+def test_settings_that_are_not_followed_are_named(settings: dict[str, Any], note: str) -> None:
     assert note in str(read_scheduler(settings, WHERE, True).note)
 
 
@@ -373,17 +393,18 @@ def test_settings_that_are_not_followed_are_named(settings, note) -> None:
         {"_class_name": "FlowMatchEulerDiscreteScheduler", "use_dynamic_shifting": True, "base_shift": None},
     ],
 )
-def test_invalid_settings_are_refused_with_the_file_in_one_line(settings) -> None:
+def test_invalid_settings_are_refused_with_the_file_in_one_line(settings: dict[str, Any]) -> None:
     with pytest.raises(InvalidInputError) as caught:
         read_scheduler({"_class_name": "DDIMScheduler"} | settings, WHERE, True)
     assert str(caught.value).startswith(f"{WHERE}: ") and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", ["PNDMScheduler", "EulerDiscreteScheduler", "DDPMScheduler"])
-def test_pixel_space_models_are_sampled_with_ddim_whatever_the_class(name) -> None:
+def test_pixel_space_models_are_sampled_with_ddim_whatever_the_class(name: str) -> None:
     config = {"_class_name": name, "beta_schedule": "squaredcos_cap_v2", "timestep_spacing": "leading"}
     facts = read_scheduler(config, WHERE, False)
-    table = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2").alphas_cumprod.double().numpy()
+    theirs: Any = diffusers.DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    table = theirs.alphas_cumprod.double().numpy()
     assert np.array_equal(facts.schedule.alphas, np.sqrt(table))
     expected = ("epsilon", TimestepSpacing(), "ddim", True, None, "marginal", None)
     assert (facts.prediction, facts.spacing, facts.solver, facts.clip, facts.end, facts.start, facts.note) == expected

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from diffpress.compress.training import cuda_graph
+from diffpress.compress.training import cuda_graph, distributed
 from diffpress.compress.training.cuda_graph import CapturedStep, refuse_cuda_graph
 from diffpress.compress.training.loop import Objective, Training, train
 from diffpress.runtime.errors import InvalidInputError
@@ -42,13 +44,13 @@ def loss(model: TwoNetworks, which: int, cond: dict[str, torch.Tensor], noise: l
     return torch.mean((model.nets[which](x) - cond["x"]) ** 2)
 
 
-def run_in(folder: Path, **settings) -> Training:
+def run_in(folder: Path, **settings: Any) -> Training:
     return Training(20, 0.01, 2, 0.8, 1, 100, folder, "distill test", partial=True, **settings)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_replayed_steps_train_like_eager_steps(precision, tmp_path):
+def test_replayed_steps_train_like_eager_steps(precision: str, tmp_path: Path) -> None:
     plain, graphs = (
         train(TwoNetworks(), Objective(draw, loss), run_in(tmp_path / str(on), precision=precision, cuda_graphs=on))
         for on in (False, True)
@@ -59,7 +61,7 @@ def test_replayed_steps_train_like_eager_steps(precision, tmp_path):
         assert not torch.allclose(moved[name], expected, atol=1e-2)
 
 
-def test_the_setting_has_no_effect_on_the_cpu(tmp_path):
+def test_the_setting_has_no_effect_on_the_cpu(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
     run = run_in(tmp_path / "a")
@@ -68,15 +70,21 @@ def test_the_setting_has_no_effect_on_the_cpu(tmp_path):
     assert all(torch.equal(with_graphs.state_dict()[name], value) for name, value in plain.state_dict().items())
 
 
-def test_each_kind_of_step_runs_once_before_it_is_captured(monkeypatch):
+def test_each_kind_of_step_runs_once_before_it_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uses a fake graph that returns 10 where the step itself returns 1."""
     captured = []
 
     class Graph:
-        def __init__(self, step, parameters, drawn, tensors):
+        def __init__(
+            self,
+            step: Callable[..., torch.Tensor],
+            parameters: list[nn.Parameter],
+            drawn: tuple[Any, ...],
+            tensors: list[torch.Tensor],
+        ) -> None:
             captured.append(drawn[0])
 
-        def __call__(self, tensors):
+        def __call__(self, tensors: list[torch.Tensor]) -> torch.Tensor:
             return torch.tensor(10.0)
 
     monkeypatch.setattr(cuda_graph, "_Captured", Graph)
@@ -86,10 +94,10 @@ def test_each_kind_of_step_runs_once_before_it_is_captured(monkeypatch):
     assert found == [1, 10, 1, 10, 10, 1, 10, 10] and captured == [0, 1, 0]
 
 
-def test_dropout_and_several_processes_are_refused(monkeypatch):
+def test_dropout_and_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     refuse_cuda_graph(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.0)), "distill score")
     with pytest.raises(InvalidInputError, match="distill score: 'cuda_graphs: true' does not support dropout"):
         refuse_cuda_graph(nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.1)), "distill score")
-    monkeypatch.setattr(cuda_graph.distributed, "count", lambda: 2)
+    monkeypatch.setattr(distributed, "count", lambda: 2)
     with pytest.raises(InvalidInputError, match="one process"):
         refuse_cuda_graph(nn.Linear(2, 2), "distill score")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -14,24 +15,24 @@ from diffpress.runtime.errors import InvalidInputError
 ROOT = Path(__file__).parents[3]
 
 
-def test_without_a_launcher_the_single_process_is_the_main_one():
+def test_without_a_launcher_the_single_process_is_the_main_one() -> None:
     found = distributed.count(), distributed.index(), distributed.is_main(), distributed.from_main(7)
     assert found == (1, 0, True, 7)
-    done = []
+    done: list[int] = []
     with distributed.together(), distributed.main_first():
         distributed.wait()
         done.append(1)
     assert done == [1]
 
 
-def test_errors_are_raised_immediately(monkeypatch):
-    monkeypatch.setattr(distributed.time, "sleep", pytest.fail)
+def test_errors_are_raised_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time, "sleep", pytest.fail)
     for error in (InvalidInputError("no"), RuntimeError("no"), KeyboardInterrupt()):
         with pytest.raises(type(error)), distributed.together():
             raise error
 
 
-def test_without_a_launcher_accelerate_is_not_set_up():
+def test_without_a_launcher_accelerate_is_not_set_up() -> None:
     code = (
         "from diffpress.compress.training import distributed\n"
         "from diffpress.compress import context; from accelerate import PartialState\n"
@@ -42,7 +43,7 @@ def test_without_a_launcher_accelerate_is_not_set_up():
     assert done.stdout.splitlines() == ["  here", "{}"]
 
 
-def test_a_launcher_that_shards_the_model_is_refused(monkeypatch):
+def test_a_launcher_that_shards_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InvalidInputError, match=r"FSDP.*--multi_gpu"):

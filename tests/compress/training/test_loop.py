@@ -8,6 +8,7 @@ import itertools
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,18 +59,22 @@ OBJECTIVE = Objective(draw, loss_of)
 
 
 def counting(done: list[int]) -> Objective:
-    return Objective(lambda generator, share: done.append(1) or draw(generator), loss_of)
+    def counted_draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor]:
+        done.append(1)
+        return draw(generator)
+
+    return Objective(counted_draw, loss_of)
 
 
 class KilledError(Exception):
     pass
 
 
-def killed_at(step: int):
+def killed_at(step: int) -> Objective:
     """Return the objective of a run that is killed after `step` steps."""
     step_numbers = iter(range(10_000))
 
-    def loss(model, x):
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         if next(step_numbers) == step:
             raise KilledError
         return loss_of(model, x)
@@ -86,23 +91,23 @@ def held_out_loss(model: nn.Module) -> float:
         return loss_of(model, *draw(torch.Generator().manual_seed(99))).item()
 
 
-def test_the_loss_falls(run):
+def test_the_loss_falls(run: Training) -> None:
     trained = train(student(), OBJECTIVE, replace(run, steps=150))
     assert held_out_loss(trained) < 0.5 * held_out_loss(student()) and not trained.training
 
 
 @pytest.mark.parametrize("step", [0, 2, 3, 5, 9])
-def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(step, run, tmp_path):
+def test_a_killed_run_ends_bit_identical_to_an_uninterrupted_one(step: int, run: Training, tmp_path: Path) -> None:
     uninterrupted = train(student(), OBJECTIVE, replace(run, work=tmp_path / "other"))
     with pytest.raises(KilledError):
         train(student(), killed_at(step), run)
     assert states_equal(train(student(), OBJECTIVE, run), uninterrupted)
 
 
-def test_a_killed_run_resumes_from_its_last_save(run):
+def test_a_killed_run_resumes_from_its_last_save(run: Training) -> None:
     with pytest.raises(KilledError):
         train(student(), killed_at(8), run)
-    done = []
+    done: list[int] = []
     train(student(), counting(done), run)
     assert len(done) == 10 - 6
 
@@ -116,14 +121,14 @@ class Dropout(nn.Module):
         return self.net(self.drop(x))
 
 
-def test_a_network_with_dropout_resumes_bit_identically(run, tmp_path):
+def test_a_network_with_dropout_resumes_bit_identically(run: Training, tmp_path: Path) -> None:
     uninterrupted = train(Dropout(), OBJECTIVE, replace(run, work=tmp_path / "other"))
     with pytest.raises(KilledError):
         train(Dropout(), killed_at(5), run)
     assert states_equal(train(Dropout(), OBJECTIVE, run), uninterrupted)
 
 
-def test_the_state_of_a_run_with_other_settings_is_ignored(run, tmp_path):
+def test_the_state_of_a_run_with_other_settings_is_ignored(run: Training, tmp_path: Path) -> None:
     with pytest.raises(KilledError):
         train(student(), killed_at(8), run)
     changed = replace(run, learning_rate=0.01)
@@ -131,7 +136,7 @@ def test_the_state_of_a_run_with_other_settings_is_ignored(run, tmp_path):
     assert states_equal(train(student(), OBJECTIVE, changed), fresh)
 
 
-def test_the_result_matches_adamw_with_a_hand_computed_average(run):
+def test_the_result_matches_adamw_with_a_hand_computed_average(run: Training) -> None:
     found = train(student(), OBJECTIVE, run)
 
     model = student().train()
@@ -150,22 +155,23 @@ def test_the_result_matches_adamw_with_a_hand_computed_average(run):
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=1e-5)
 
 
-def test_a_trained_model_is_placed_again_by_the_next_training(run, tmp_path, monkeypatch):
-    placed = []
+def test_a_trained_model_is_placed_again_by_the_next_training(
+    run: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    placed: list[bool] = []
     place = Accelerator.prepare_model
-    monkeypatch.setattr(
-        Accelerator,
-        "prepare_model",
-        lambda self, model, **how: (
-            placed.append(getattr(model, "_is_accelerate_prepared", False)) or place(self, model, **how)
-        ),
-    )
+
+    def observed_place(self: Accelerator, model: nn.Module, **how: Any) -> nn.Module:
+        placed.append(getattr(model, "_is_accelerate_prepared", False))
+        return place(self, model, **how)
+
+    monkeypatch.setattr(Accelerator, "prepare_model", observed_place)
     first = train(student(), OBJECTIVE, run)
     train(copy.deepcopy(first), OBJECTIVE, replace(run, work=tmp_path / "next"))
     assert placed == [False, False]  # a model with that mark would stay on the CPU
 
 
-def test_the_learning_rate_warms_up_and_ends_at_zero():
+def test_the_learning_rate_warms_up_and_ends_at_zero() -> None:
     factors = [learning_rate_factor(step, 100, 10) for step in range(101)]
     assert factors[0] == pytest.approx(0.1) and max(factors) == factors[9] < 1.0
     assert all(a > b for a, b in itertools.pairwise(factors[9:]))
@@ -173,16 +179,16 @@ def test_the_learning_rate_warms_up_and_ends_at_zero():
     assert learning_rate_factor(0, 1, 0) == 1.0
 
 
-def test_every_step_draws_different_noise():
+def test_every_step_draws_different_noise() -> None:
     draws = {float(torch.randn((), generator=step_generator(seed, step))) for seed in (0, 1) for step in range(20)}
     assert len(draws) == 40
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_saved_state(value, run):
+def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_saved_state(value: float, run: Training) -> None:
     step_numbers = iter(range(100))
 
-    def loss(model, x):
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return loss_of(model, x) * (value if next(step_numbers) == 7 else 1.0)
 
     with pytest.raises(
@@ -190,12 +196,12 @@ def test_a_non_finite_loss_ends_the_run_and_keeps_the_last_saved_state(value, ru
     ):
         train(student(), Objective(draw, loss), run)
     assert TrainingDivergedError.exit_code == 2
-    done = []
+    done: list[int] = []
     train(student(), counting(done), run)
     assert len(done) == 10 - 6  # resumes from the last save, which is finite
 
 
-def test_a_damaged_training_state_is_named_in_the_error(run):
+def test_a_damaged_training_state_is_named_in_the_error(run: Training) -> None:
     with pytest.raises(KilledError):
         train(student(), killed_at(8), run)
     file = run.work / "training.safetensors"
@@ -208,11 +214,13 @@ def test_a_damaged_training_state_is_named_in_the_error(run):
     "failure",
     [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error: No space left on device")],
 )
-def test_a_full_disk_is_reported_in_one_line_and_keeps_the_previous_state(failure, run, monkeypatch):
+def test_a_full_disk_is_reported_in_one_line_and_keeps_the_previous_state(
+    failure: Exception, run: Training, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(KilledError):
         train(student(), killed_at(4), run)
 
-    def full(*args, **kwargs):
+    def full(*args: object, **kwargs: object) -> None:
         raise failure
 
     before = (run.work / "training.safetensors").read_bytes()

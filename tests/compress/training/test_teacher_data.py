@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.components import encode_prompts
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.compress.training.teacher_data import SEED, TeacherData, read_prompts
+from diffpress.compress.training.teacher_data import SEED, TeacherData, Tensors, read_prompts
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.requested_plan import requested_plan
 from diffpress.runtime.sampler import generate
@@ -18,10 +22,10 @@ PROMPTS = ("a cat", "red dog")
 
 
 @pytest.fixture
-def teacher(tiny_folder):
+def teacher(tiny_folder: Callable[..., Path]) -> Callable[..., Checkpoint]:
     """Load the checkpoint of a tiny pipeline with a plan of two steps."""
 
-    def load(kind: str, guidance: float | None = None):
+    def load(kind: str, guidance: float | None = None) -> Checkpoint:
         found = load_checkpoint(tiny_folder(kind))
         return found.evolve(spec=found.spec.with_plan(requested_plan(found.spec, 2, None, None, guidance)))
 
@@ -29,22 +33,22 @@ def teacher(tiny_folder):
 
 
 @pytest.fixture
-def text_data(teacher, tmp_path):
+def text_data(teacher: Callable[..., Checkpoint], tmp_path: Path) -> TeacherData:
     return TeacherData(teacher("sd"), 3, tmp_path / "cache", PROMPTS)
 
 
-def drawn(data: TeacherData, seed: int = 0, size: int = 8):
+def drawn(data: TeacherData, seed: int = 0, size: int = 8) -> tuple[torch.Tensor, Tensors]:
     return data.batch(size, torch.Generator().manual_seed(seed))
 
 
-def refused(call, *words: str) -> None:
+def refused(call: Callable[[], object], *words: str) -> None:
     with pytest.raises(InvalidInputError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_samples_are_those_of_the_teacher_under_its_prompts(text_data):
+def test_samples_are_those_of_the_teacher_under_its_prompts(text_data: TeacherData) -> None:
     conditioning, teacher = text_data.conditions(3), text_data.teacher
     network = TorchNetwork(teacher.model, teacher.spec)
     expected = generate(network, teacher.spec, range(SEED, SEED + 3), conditions=conditioning)
@@ -56,7 +60,7 @@ def test_samples_are_those_of_the_teacher_under_its_prompts(text_data):
         assert torch.equal(states[index], words)
 
 
-def test_prompts_are_used_in_turn_with_the_empty_prompt_as_uncond(text_data):
+def test_prompts_are_used_in_turn_with_the_empty_prompt_as_uncond(text_data: TeacherData) -> None:
     cond = text_data.conditions(3)
     one = encode_prompts(text_data.teacher, PROMPTS, pytest.fail)["encoder_hidden_states"]
     uncond = encode_prompts(text_data.teacher, None, pytest.fail)["encoder_hidden_states"]
@@ -66,22 +70,22 @@ def test_prompts_are_used_in_turn_with_the_empty_prompt_as_uncond(text_data):
     np.testing.assert_array_equal(text_data.uncond["encoder_hidden_states"], uncond)
 
 
-def test_without_guidance_there_is_no_uncond(teacher, tmp_path):
+def test_without_guidance_there_is_no_uncond(teacher: Callable[..., Checkpoint], tmp_path: Path) -> None:
     data = TeacherData(teacher("sd", guidance=1.0), 2, tmp_path, PROMPTS)
     assert data.conditions(2).uncond is None and data.uncond == {}
 
 
-def test_the_same_seed_draws_the_same_batch_and_another_does_not(text_data):
+def test_the_same_seed_draws_the_same_batch_and_another_does_not(text_data: TeacherData) -> None:
     one, again, other = drawn(text_data), drawn(text_data), drawn(text_data, seed=1)
     assert torch.equal(one[0], again[0]) and not torch.equal(one[0], other[0])
     assert all(torch.equal(one[1][name], again[1][name]) for name in one[1])
 
 
-def test_cached_samples_are_not_generated_again(text_data, monkeypatch):
+def test_cached_samples_are_not_generated_again(text_data: TeacherData, monkeypatch: pytest.MonkeyPatch) -> None:
     samples, _ = drawn(text_data)
     (file,) = text_data.cache.iterdir()
 
-    def fail(*_):
+    def fail(*_: object) -> None:
         pytest.fail("sampled again")
 
     monkeypatch.setattr("diffpress.compress.training.teacher_trajectories.TeacherTrajectories._generate", fail)
@@ -92,7 +96,9 @@ def test_cached_samples_are_not_generated_again(text_data, monkeypatch):
     refused(lambda: drawn(broken), str(file), "delete it")
 
 
-def test_the_hash_follows_the_teacher_the_prompts_and_their_number(teacher, tmp_path):
+def test_the_hash_follows_the_teacher_the_prompts_and_their_number(
+    teacher: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
     data = [
         TeacherData(teacher("sd"), 3, tmp_path, PROMPTS),
         TeacherData(teacher("sd"), 4, tmp_path, PROMPTS),
@@ -104,7 +110,9 @@ def test_the_hash_follows_the_teacher_the_prompts_and_their_number(teacher, tmp_
     assert data[0].hash == TeacherData(teacher("sd"), 3, tmp_path / "elsewhere", PROMPTS).hash
 
 
-def test_classes_are_used_in_turn_with_the_null_label_as_uncond(teacher, tmp_path):
+def test_classes_are_used_in_turn_with_the_null_label_as_uncond(
+    teacher: Callable[..., Checkpoint], tmp_path: Path
+) -> None:
     data = TeacherData(teacher("dit"), 3, tmp_path)
     conditioning = data.conditions(3)
     assert conditioning.cond["class_labels"].tolist() == [0, 1, 2] and data.uncond["class_labels"].tolist() == [1000]
@@ -112,12 +120,14 @@ def test_classes_are_used_in_turn_with_the_null_label_as_uncond(teacher, tmp_pat
     assert samples.shape == (8, 4, 8, 8) and cond["class_labels"].dtype == torch.int64
 
 
-def test_an_unconditional_model_gets_no_conditioning(teacher, tmp_path):
+def test_an_unconditional_model_gets_no_conditioning(teacher: Callable[..., Checkpoint], tmp_path: Path) -> None:
     samples, cond = drawn(TeacherData(teacher("ldm"), 2, tmp_path))
     assert samples.shape == (8, 3, 8, 8) and samples.isfinite().all() and cond == {}
 
 
-def test_noise_replaces_prompts_if_there_is_no_text_encoder(tiny_folder, tmp_path, capsys):
+def test_noise_replaces_prompts_if_there_is_no_text_encoder(
+    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     unet_only = load_checkpoint(tiny_folder("sd") / "unet")
     cond = TeacherData(unet_only, 2, tmp_path, PROMPTS).conditions(2)
     assert cond.cond["encoder_hidden_states"].std() > 0.9
@@ -127,17 +137,17 @@ def test_noise_replaces_prompts_if_there_is_no_text_encoder(tiny_folder, tmp_pat
 # --- prompts ---------------------------------------------------------------------------------------------------
 
 
-def test_prompts_are_the_nonempty_lines_of_a_file(tmp_path):
+def test_prompts_are_the_nonempty_lines_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("\n  a cat \n\n雪\n", encoding="utf-8")
     assert read_prompts(tmp_path / "prompts.txt") == ("a cat", "雪")
     assert len(read_prompts(None)) == 200
 
 
 @pytest.mark.parametrize(("content", "word"), [(b"\n \n", "no prompts"), (b"\xff\xfe\x00", "not readable")])
-def test_a_file_without_prompts_is_refused(content, word, tmp_path):
+def test_a_file_without_prompts_is_refused(content: bytes, word: str, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(content)
     refused(lambda: read_prompts(tmp_path / "prompts.txt"), str(tmp_path), word)
 
 
-def test_a_missing_file_of_prompts_is_refused(tmp_path):
+def test_a_missing_file_of_prompts_is_refused(tmp_path: Path) -> None:
     refused(lambda: read_prompts(tmp_path / "gone.txt"), "gone.txt")

@@ -11,7 +11,6 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-import diffpress.export.graph.model
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.export.graph.model import PAGE, Graph, Weight, load_all, save_graph, stub, weight_of, write_linked_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
@@ -134,7 +133,7 @@ def test_weights_that_exceed_the_protobuf_limit_go_to_a_data_file(
     graph = graph_of({"w": np.zeros(5000, np.float32)})
     save_graph(graph, tmp_path / "g.onnx")
     size = (tmp_path / "g.onnx").stat().st_size
-    monkeypatch.setattr(diffpress.export.graph.model, "MAX_INLINE_BYTES", size - 1000)
+    monkeypatch.setattr("diffpress.export.graph.model.MAX_INLINE_BYTES", size - 1000)
     save_graph(graph, tmp_path / "g.onnx")
     assert (tmp_path / "g.onnx").stat().st_size < 500
     assert (tmp_path / "g.onnx.data").stat().st_size == 20_000

@@ -27,6 +27,10 @@ class Latent(nn.Module):
     integers, and weights above and below the size that the optimizer folds.
     """
 
+    table: torch.Tensor
+    shift: torch.Tensor
+    positions: torch.Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.first, self.norm = nn.Conv2d(4, 16, 3, padding=1), nn.GroupNorm(4, 16)
@@ -39,6 +43,7 @@ class Latent(nn.Module):
         self.register_buffer("table", torch.randn(300, 160), persistent=False)
         self.register_buffer("shift", torch.randn(160))
         self.register_buffer("positions", torch.arange(7, 300))
+        assert self.batch_norm.running_mean is not None
         with torch.no_grad():
             self.batch_norm.running_mean.normal_()
 
@@ -63,7 +68,7 @@ def examples(batch: int = 2, height: int = 6, width: int = 8, sequence: int = 5)
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
-def latent(dtype: torch.dtype = torch.float32) -> nn.Module:
+def latent(dtype: torch.dtype = torch.float32) -> Latent:
     torch.manual_seed(0)
     return Latent().to(dtype)
 
@@ -73,12 +78,12 @@ def traced(model: nn.Module) -> Graph:
 
 
 @pytest.fixture(scope="module")
-def model() -> nn.Module:
+def model() -> Latent:
     return latent().train()
 
 
 @pytest.fixture(scope="module")
-def graph(model: nn.Module) -> Graph:
+def graph(model: Latent) -> Graph:
     return traced(model)
 
 
@@ -173,7 +178,7 @@ def test_initializers_have_the_values_of_the_module(model: Latent, graph: Graph)
     stored = {t.name: numpy_helper.to_array(t) for t in load_all(graph).graph.initializer}
     np.testing.assert_array_equal(stored["last.weight"], model.last.weight.detach())
     np.testing.assert_array_equal(stored["key.weight"], model.key.weight.detach().T)
-    np.testing.assert_array_equal(stored["last.bias"], model.last.bias.detach())
+    np.testing.assert_array_equal(stored["last.bias"], model.get_parameter("last.bias").detach())
 
 
 def test_a_module_that_cannot_be_traced_is_named_in_one_line() -> None:

@@ -162,6 +162,7 @@ def test_a_quantized_folded_graph_matches_fake_quantization_without_the_folded_l
     time_layers = ("time_embedding.linear_1", "time_embedding.linear_2")
     quantized = plain.evolve(quantization=scales(plain, weight_only=time_layers, weight_range=2.0))
     fixed, folded = fold_timesteps(quantized, plain_graph)
+    assert quantized.quantization is not None and fixed.quantization is not None
     left = fixed.quantization.layers
     assert set(quantized.quantization.layers) - set(left) >= set(time_layers) and len(left) > 20
     assert not any("time_emb" in key for key in fixed.quantization.amax) and quantized.quantization.layers != left

@@ -71,9 +71,11 @@ def by_formula(checkpoint: Checkpoint, quantization: Quantization, inputs: dict[
         form = FORMATS[quantization.format_of(name)]
         layer.weight.data = rounded(layer.weight.data, amax[f"{name}.weight"], form.weights.name)
         if f"{name}.input" in amax:
+            assert form.activations is not None
             q = partial(rounded, amax=amax[f"{name}.input"], number=form.activations.name, lowest=-128)
             layer.register_forward_pre_hook(lambda _, args, q=q: (q(args[0]),))
         if f"{name}.output" in amax:
+            assert form.activations is not None
             q = partial(rounded, amax=amax[f"{name}.output"], number=form.activations.name, lowest=-128)
             layer.register_forward_hook(lambda _, args, out, q=q: q(out))
     with torch.no_grad():
@@ -123,6 +125,7 @@ def test_engines_reach_the_sqnr_of_each_format(
     loaded = load_engine(tmp_path / "q.onnx", engine, threads=1)
     assert sqnr_db(plain, loaded.run(inputs)) > sqnr_db(plain, by_formula(unet, quantization, inputs)) - 1.0
     share = loaded.integer_mac_share(inputs)
+    assert share is not None
     assert share > 0.9 if kind in ("int8", "w4a8") else share == 0.0
 
 
@@ -213,9 +216,10 @@ def test_nvfp4_stores_4_bits_and_the_graph_computes_its_weights() -> None:
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 24, bias=False)).eval(), torch.randn(2, 16, 64)
     graph = trace(model, lambda m, feed: (m(feed["sample"]),), {"sample": x}, ["out"], {"sample": {0: "batch"}})
-    amax = weight_amax(model[0].weight, FORMATS["nvfp4"])
+    weight = model.get_parameter("0.weight")
+    amax = weight_amax(weight, FORMATS["nvfp4"])
     quantization = Quantization("nvfp4", {"0.weight": amax, "0.input": torch.tensor(3.0)})
-    rounded_weight = fake_nvfp4(model[0].weight.detach(), SimpleNamespace(amax=amax.reshape(-1, 1)))
+    rounded_weight = fake_nvfp4(weight.detach(), SimpleNamespace(amax=amax.reshape(-1, 1)))
     stored = insert_qdq(graph, quantization)
     np.testing.assert_allclose(run_exactly(stored, {"sample": x.numpy()}), x @ rounded_weight.T, atol=1e-5)
     assert bytes_by_precision(stored)["uint4"] == 64 * 24 / 2 and bytes_by_precision(stored)["float8_e4m3fn"] == 4 * 24
@@ -246,5 +250,6 @@ def test_the_dry_runs_size_is_that_of_the_file(kind: str, unet: Checkpoint, unet
     recipe = read_recipe(tmp_path / "r.yaml")
     after = dry_run(unet, recipe)["stages"][0]["after"]["bytes"]
     scales = quantize(unet, recipe.stages[0].config, Context(0, tmp_path / "work", unet)).quantization
+    assert scales is not None
     counted = sum(bytes_by_precision(insert_qdq(unet_graph, scales)).values())
     assert counted == pytest.approx(after, rel=0.05)  # without shapes, zero points and scales of activations

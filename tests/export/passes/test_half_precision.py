@@ -14,10 +14,9 @@ from onnx import TensorProto, numpy_helper
 from onnx.reference import ReferenceEvaluator
 from torch import nn
 
-import diffpress.export.graph.model
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.evaluation.metrics import mean_sqnr_db
-from diffpress.export.graph.model import Graph, Weight, load_all, save_graph
+from diffpress.export.graph.model import Graph, Weight, load_all, save_graph, stub
 from diffpress.export.graph.trace import trace
 from diffpress.export.passes.half_precision import HALVES, PrecisionLoss, kept_modules, to_half
 from diffpress.export.passes.insert_qdq import insert_qdq
@@ -49,7 +48,9 @@ def traced(module: nn.Module, features: int = 8) -> Graph:
 
 def run_rounded(graph: Graph, inputs: dict[str, np.ndarray]) -> np.ndarray:
     """Return the output of ONNX's reference, which rounds every value of a half graph; CPU engines do not."""
-    return ReferenceEvaluator(load_all(graph)).run(None, inputs)[0]
+    outputs = ReferenceEvaluator(load_all(graph)).run(None, inputs)
+    assert isinstance(outputs, list)  # a dict only where intermediate results are requested
+    return outputs[0]
 
 
 # --- the full graph -------------------------------------------------------------------------------------------
@@ -158,7 +159,7 @@ def test_weights_are_rounded_as_torch_rounds_them(precision: str, wide: Checkpoi
     half, _ = to_half(wide_graph, precision)
     stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in load_all(half).graph.initializer}
     found = stored[f"heavy.weight.{HALVES[precision].name}"]
-    expected = wide.model.heavy.weight.detach().to(TORCH[precision])
+    expected = wide.model.get_parameter("heavy.weight").detach().to(TORCH[precision])
     np.testing.assert_array_equal(found.astype(np.float32), expected.float().numpy())
 
 
@@ -166,14 +167,14 @@ def test_weights_are_rounded_as_torch_rounds_them(precision: str, wide: Checkpoi
 def test_weights_are_written_one_at_a_time(
     precision: str, wide_graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(diffpress.export.graph.model, "MAX_INLINE_BYTES", 1000)
+    monkeypatch.setattr("diffpress.export.graph.model.MAX_INLINE_BYTES", 1000)
     copies = 12
     side = 512
     names = [f"w{i}" for i in range(copies)]
     nodes = [onnx.helper.make_node("MatMul", [f"x{i}", name], [f"x{i + 1}"], name) for i, name in enumerate(names)]
     value = [onnx.helper.make_tensor_value_info(f"x{i}", TensorProto.FLOAT, ["b", side]) for i in (0, copies)]
     weight = Weight(np.dtype(np.float32), (side, side), lambda: np.full((side, side), 0.1, np.float32))
-    stubs = [diffpress.export.graph.model.stub(name, weight) for name in names]
+    stubs = [stub(name, weight) for name in names]
     inner = onnx.helper.make_graph(nodes, "g", value[:1], value[1:], stubs)
     proto = onnx.helper.make_model(inner, opset_imports=[onnx.helper.make_opsetid("", 18)])
     tracemalloc.start()

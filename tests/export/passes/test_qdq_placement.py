@@ -103,7 +103,8 @@ def test_integers_have_a_shifted_zero_point_for_cpus_and_none_for_tensorrt(
                 assert stored[node.input[2]].dtype == np.int8 and not stored[node.input[2]].any()
                 assert stored[node.input[1]].shape == stored[node.input[2]].shape == (channels,)
         results.append(run_exactly(model, inputs_for(unet)))
-    np.testing.assert_array_equal(*results)
+    first, second = results
+    np.testing.assert_array_equal(first, second)
 
 
 def test_a_sum_is_rounded_once_for_all_its_readers(
@@ -133,7 +134,7 @@ def pairs_after(node: onnx.NodeProto, scales: dict[str, float], stored: dict[str
     rewrite = Rewrite(Graph(onnx.ModelProto(graph=onnx.GraphProto(name="one"))))
     for name, value in stored.items():
         rewrite.add(name, value)
-    placement = Placement(rewrite, False, {name: np.float32([scale]) for name, scale in scales.items()})
+    placement = Placement(rewrite, False, {name: np.array([scale], np.float32) for name, scale in scales.items()})
     rewrite.nodes.append(node)
     placement.pass_on_(node)
     return sum(entry.op_type == "QuantizeLinear" for entry in rewrite.nodes)
@@ -160,7 +161,11 @@ def pairs_after(node: onnx.NodeProto, scales: dict[str, float], stored: dict[str
 def test_a_pair_follows_nodes_that_only_copy_tensors_of_one_scale(
     operator: str, inputs: list[str], scales: dict[str, float], settings: dict[str, Any], count: int
 ) -> None:
-    stored = {"two": np.float32([2]).reshape(()), "zero": np.zeros((), np.float32), "ends": np.int64([0, 1])}
+    stored: dict[str, np.ndarray] = {
+        "two": np.array(2, np.float32),
+        "zero": np.zeros((), np.float32),
+        "ends": np.array([0, 1], np.int64),
+    }
     node = helper.make_node(operator, inputs, ["out"], "node", **settings)
     assert pairs_after(node, scales, stored) == count
 
@@ -172,7 +177,7 @@ def product_of(left: list[onnx.NodeProto], stored: dict[str, np.ndarray]) -> onn
     nodes += [*left, helper.make_node("Reshape", ["yy", "shape"], ["right"], "moved")]
     nodes.append(helper.make_node("MatMul", ["left", "right"], ["z"], "product"))
     out = helper.make_tensor_value_info("z", TensorProto.FLOAT, [4, 4])
-    stored = {"shape": np.int64([4, 4]), **stored}
+    stored = {"shape": np.array([4, 4], np.int64), **stored}
     constants = [numpy_helper.from_array(value, name) for name, value in stored.items()]
     graph = helper.make_graph(nodes, "g", [x, y], [out], constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
@@ -183,7 +188,7 @@ TIMES = helper.make_node("Mul", ["factor", "moved_left"], ["left"], "times")
 SUMS = Quantization("int8", {"a.output": torch.tensor(127 / 8), "b.output": torch.tensor(127 / 4)})
 
 
-@pytest.mark.parametrize("factor", [np.float32(0.25), np.float32([0.25])])
+@pytest.mark.parametrize("factor", [np.array(0.25, np.float32), np.array([0.25], np.float32)])
 def test_a_product_of_moved_and_scaled_integers_reads_them(factor: np.ndarray) -> None:
     model = product_of([MOVED, TIMES], {"factor": factor})
     placed = load_all(insert_qdq(Graph(model), SUMS))
@@ -200,7 +205,7 @@ def test_a_product_of_moved_and_scaled_integers_reads_them(factor: np.ndarray) -
 def test_a_tensor_scaled_before_it_is_moved_keeps_its_factor() -> None:
     left = [helper.make_node("Mul", ["xx", "factor"], ["times"], "times")]
     left.append(helper.make_node("Transpose", ["times"], ["left"], "turn", perm=[1, 0]))
-    placed = load_all(insert_qdq(Graph(product_of(left, {"factor": np.float32(0.25)})), SUMS))
+    placed = load_all(insert_qdq(Graph(product_of(left, {"factor": np.array(0.25, np.float32)})), SUMS))
     x, y = np.random.default_rng(0).uniform(-4, 4, (2, 4, 4)).astype(np.float32)
     a, b = np.round(16 * x) / 8, np.round(8 * y) / 4
     np.testing.assert_array_equal(run_exactly(placed, {"x": x, "y": y}), a.T / 4 @ b)
@@ -209,7 +214,7 @@ def test_a_tensor_scaled_before_it_is_moved_keeps_its_factor() -> None:
 @pytest.mark.parametrize(
     ("operator", "inputs", "stored", "quantization", "tensorrt"),
     [
-        ("Mul", ["xx", "factor"], {"factor": np.float32(-0.25)}, SUMS, False),
+        ("Mul", ["xx", "factor"], {"factor": np.array(-0.25, np.float32)}, SUMS, False),
         ("Mul", ["xx", "factor"], {"factor": np.ones(4, np.float32)}, SUMS, False),
         ("Mul", ["xx", "yy"], {}, SUMS, False),
         ("Softmax", ["xx"], {}, SUMS, False),
@@ -242,4 +247,4 @@ def test_a_graph_output_that_is_a_sum_keeps_its_name() -> None:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
     placed = load_all(insert_qdq(Graph(model), Quantization("int8", {"block.output": torch.tensor(127.0)})))
     assert [value.name for value in placed.graph.output] == ["y"]
-    np.testing.assert_array_equal(run_exactly(placed, {"x": np.float32([0.4, 100])}), [1, 127])
+    np.testing.assert_array_equal(run_exactly(placed, {"x": np.array([0.4, 100], np.float32)}), [1, 127])

@@ -21,7 +21,7 @@ from diffpress.export.passes.linear_to_conv1x1 import ENTRY
 from diffpress.export.passes.smoothquant import apply_smoothquant
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.errors import InvalidInputError
-from tests.export.oracle import inputs_for, run_exactly
+from tests.export.oracle import inputs_for, run_exactly, with_recorded_reads
 
 SMOOTHED = ["twin_a", "down", "up", "gemm", "matmul", "unbiased", "twice"]
 
@@ -30,8 +30,8 @@ def vectors(checkpoint: Checkpoint, layers: list[str]) -> dict[str, torch.Tensor
     generator = torch.Generator().manual_seed(0)
     found = {}
     for name in layers:
-        layer = checkpoint.model.get_submodule(name)
-        channels = layer.weight.shape[0 if isinstance(layer, torch.nn.ConvTranspose2d) else 1]
+        transposed = isinstance(checkpoint.model.get_submodule(name), torch.nn.ConvTranspose2d)
+        channels = checkpoint.model.get_parameter(f"{name}.weight").shape[0 if transposed else 1]
         found[name] = torch.exp2(4 * torch.rand(channels, generator=generator) - 2)
     return found
 
@@ -60,6 +60,7 @@ def test_the_quantized_graph_computes_what_torch_fake_quantization_does(
     inputs = inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     expected = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
+    assert quantized.quantization is not None
     found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
     assert sqnr_db(expected, found) > sqnr_db(plain, expected) + 6
     without = insert_qdq(unet_graph, Quantization("int8", quantized.quantization.amax, quantized.quantization.formats))
@@ -75,12 +76,14 @@ def test_engines_reach_the_sqnr_of_fake_quantization(
     inputs = inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     fake = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
+    assert quantized.quantization is not None
     save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
     found = load_engine(tmp_path / "q.onnx", engine, threads=1).run(inputs)
     assert sqnr_db(plain, found) > sqnr_db(plain, fake) - 1.0
 
 
 def test_readers_of_one_tensor_share_the_factor_and_the_rounding(quantized: Checkpoint, unet_graph: Graph) -> None:
+    assert quantized.quantization is not None
     graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
     makers = {output: node for node in graph.node for output in node.output}
     readers = {node.name: node for node in graph.node}
@@ -91,12 +94,8 @@ def test_readers_of_one_tensor_share_the_factor_and_the_rounding(quantized: Chec
 
 
 def test_a_weight_is_multiplied_only_when_it_is_read(everything: Checkpoint, everything_graph: Graph) -> None:
-    reads = []
-    observed = {
-        name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
-        for name, weight in everything_graph.weights.items()
-    }
-    graph = apply_smoothquant(Graph(everything_graph.proto, observed), vectors(everything, SMOOTHED))
+    reads: list[str] = []
+    graph = apply_smoothquant(with_recorded_reads(everything_graph, reads), vectors(everything, SMOOTHED))
     assert reads == []
     graph.weights["down.weight_smoothed"].read()
     assert reads == ["down.weight"]

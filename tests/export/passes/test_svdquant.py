@@ -20,13 +20,13 @@ from diffpress.export.graph.model import Graph, load_all
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.passes.svdquant import svdquant
 from diffpress.runtime.errors import InvalidInputError
-from tests.export.oracle import inputs_for, run_exactly
+from tests.export.oracle import inputs_for, run_exactly, with_recorded_reads
 
 LINEAR = ["gemm", "matmul"]
 
 
 def factors(checkpoint: Checkpoint, layer: str, rank: int = 3) -> dict[str, torch.Tensor]:
-    out, inputs = checkpoint.model.get_submodule(layer).weight.shape
+    out, inputs = checkpoint.model.get_parameter(f"{layer}.weight").shape
     generator = torch.Generator().manual_seed(0)
     shapes = {f"{layer}.down": (rank, inputs), f"{layer}.up": (out, rank)}
     return {key: torch.randn(*shape, generator=generator) for key, shape in shapes.items()}
@@ -50,7 +50,7 @@ def test_the_quantized_graph_computes_what_torch_fake_quantization_does(
 ) -> None:
     config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant_rank=4, **settings)
     quantized, inputs = quantize(unet, config, Context(0, Path(), unet)), inputs_for(unet)
-    assert quantized.quantization.svdquant
+    assert quantized.quantization is not None and quantized.quantization.svdquant
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     expected = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
     found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
@@ -60,6 +60,7 @@ def test_the_quantized_graph_computes_what_torch_fake_quantization_does(
 def test_the_branch_reads_the_tensor_before_rounding(unet: Checkpoint, unet_graph: Graph) -> None:
     config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant_rank=4, smooth=0.5)
     quantized = quantize(unet, config, Context(0, Path(), unet))
+    assert quantized.quantization is not None
     graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
     readers = {node.name.partition("#")[0]: node for node in graph.node}
     layer = "mid_block.attentions.0.to_q"
@@ -72,12 +73,8 @@ def test_the_weight_is_read_only_when_written_and_the_graph_is_not_changed(
 ) -> None:
     before = load_all(everything_graph).SerializeToString(deterministic=True)
     assert svdquant(everything_graph, {}) is everything_graph
-    reads = []
-    observed = {
-        name: weight._replace(read=lambda name=name, read=weight.read: (reads.append(name), read())[1])
-        for name, weight in everything_graph.weights.items()
-    }
-    graph = svdquant(Graph(everything_graph.proto, observed), factors(everything, "gemm"))
+    reads: list[str] = []
+    graph = svdquant(with_recorded_reads(everything_graph, reads), factors(everything, "gemm"))
     assert reads == []
     graph.weights["gemm.weight_left"].read()
     assert len(reads) == 1

@@ -22,11 +22,11 @@ def test_an_int8_weight_only_layer_does_not_round_its_input(engine: str, tmp_pat
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(64, 64, bias=False)).eval(), torch.randn(2, 16, 64)
     graph = trace(model, lambda m, feed: (m(feed["sample"]),), {"sample": x}, ["out"], {"sample": {0: "batch"}})
-    amax = model[0].weight.detach().abs().amax(dim=1)
+    amax = model.get_parameter("0.weight").detach().abs().amax(dim=1)
     save_graph(insert_qdq(graph, Quantization("int8", {"0.weight": amax})), tmp_path / "graph.onnx")
     found = load_engine(tmp_path / "graph.onnx", engine, 1).run({"sample": x.numpy()})
 
     scale = amax[:, None] / 127
-    stored = (model[0].weight.detach() / scale).round() * scale
+    stored = (model.get_parameter("0.weight").detach() / scale).round() * scale
     # float32 rounding; inputs in int8 would be off by a hundredth
     np.testing.assert_allclose(found, x @ stored.T, rtol=0, atol=1e-5)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
@@ -58,7 +59,7 @@ def test_a_gpu_that_cannot_run_a_format_is_rejected_with_the_formats_it_can_run(
 
 def test_formats_that_the_cpu_emulates_are_not_expected_on_integers() -> None:
     assert emulated(["int8", "fp8", "int8_weight_only"]) == ["fp8"]
-    amax = {"a.weight": 1, "a.input": 1, "b.weight": 1, "b.input": 1, "c.weight": 1}
+    amax = dict.fromkeys(("a.weight", "a.input", "b.weight", "b.input", "c.weight"), torch.ones(()))
     mixed = Quantization("int8", amax, {"b": "fp8"})
     assert expected_integer_layers(mixed) == ["a"]
 
@@ -115,7 +116,7 @@ def test_a_bundle_in_four_bits_runs_on_integers(
 
 
 def test_the_label_names_all_formats_that_compute() -> None:
-    amax = {f"{name}.weight": 1 for name in "abcd"}
+    amax = {f"{name}.weight": torch.ones(()) for name in "abcd"}
     assert precision_of(Quantization("int8", amax, {"d": "fp8"})) == "int8+fp8"
     assert precision_of(Quantization("int8", amax, dict.fromkeys("abc", "int8_weight_only"))) == "int8"
     assert precision_of(Quantization("int8_weight_only", amax)) == "int8_weight_only"

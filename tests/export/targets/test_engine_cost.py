@@ -12,6 +12,7 @@ from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.targets.engine_cost import layer_times, open_engine_costs
 from diffpress.runtime.engines import available, load_engine
+from diffpress.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from diffpress.runtime.engines.precision_report import Kernel
 from diffpress.runtime.network_inputs import dummy_inputs
 
@@ -56,5 +57,6 @@ def test_costs_are_those_of_the_given_quantization(wide: Checkpoint, scales: Cal
         assert partial - full == pytest.approx(160 * 160 * 9 * 3 / 2**20, rel=0.02)
         assert 0.02 < costs.latency_ratio(quantization) < 20
         with costs.network(None) as exact, costs.network(quantization) as rounded:
+            assert isinstance(exact, OnnxRuntimeEngine) and isinstance(rounded, OnnxRuntimeEngine)
             inputs = dummy_inputs(exact, wide.spec, 2)
             assert exact.integer_mac_share(inputs) == 0.0 and rounded.integer_mac_share(inputs) > 0.9

@@ -7,7 +7,7 @@ import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import onnx
 import pytest
@@ -88,9 +88,8 @@ def test_an_engine_is_built_without_a_gpu_and_its_entry_records_the_target(
     assert BuildOptions.from_json(entry["options"], "x") == BuildOptions(batch=(1, 2, 4))
     here = Device("12.0", {"tensorrt-rtx": entry["version"]})
     assert incompatibility(entry, here, entry["graph_sha256"]) is None
-    assert "capability 8.6, 12.0, and this GPU has 8.9" in incompatibility(
-        entry, Device("8.9", here.libraries), entry["graph_sha256"]
-    )
+    reason = incompatibility(entry, Device("8.9", here.libraries), entry["graph_sha256"])
+    assert reason is not None and "capability 8.6, 12.0, and this GPU has 8.9" in reason
 
 
 @needs_tensorrt
@@ -207,7 +206,12 @@ def test_an_engine_stores_weights_in_the_precision_of_the_graph(wide: Checkpoint
 @needs_tensorrt
 @pytest.mark.slow
 def test_bundles_contain_engines_that_the_runtime_finds(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
-    options = {"capabilities": SIZES, "build": BuildOptions(batch=(1, 2, 4)), "float_graph": unet_graph, "threads": 1}
+    options: dict[str, Any] = {
+        "capabilities": SIZES,
+        "build": BuildOptions(batch=(1, 2, 4)),
+        "float_graph": unet_graph,
+        "threads": 1,
+    }
     quantized = unet.evolve(quantization=calibrated(unet, "int8", weight_range=127 / 64))
     for checkpoint, precision, source in ((unet, "fp32", "denoiser"), (quantized, "int8", "denoiser.tensorrt")):
         bundle = write_bundle(checkpoint, tmp_path / precision, ["tensorrt"], **options)

@@ -62,12 +62,14 @@ def test_each_engine_opens_its_own_graph(reverted: Bundle, wide: Checkpoint, wid
     for name in available():
         with_integers = open_engine(reverted, name, 1)
         share = with_integers.integer_mac_share(dummy_inputs(with_integers, reverted.spec, 2))
+        assert share is not None
         assert share == 0.0 if name == ONNXRUNTIME else share > 0.5
 
 
 def test_a_variant_with_another_placement_is_checked_against_its_own_quantization(
     quantized: Checkpoint, wide_graph: Graph, tmp_path: Path
 ) -> None:
+    assert quantized.quantization is not None
     weights_only = {key: value for key, value in quantized.quantization.amax.items() if key.endswith(".weight")}
     other = replace(quantized.quantization, amax=weights_only)
     variant = Variant("weights", (ONNXRUNTIME,), insert_qdq(wide_graph, other), other)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +22,8 @@ class Sleeper:
     """Engine whose evaluations take known times in turn."""
 
     def __init__(self, *milliseconds: float) -> None:
-        self.milliseconds, self.calls = milliseconds, []
+        self.milliseconds = milliseconds
+        self.calls: list[float] = []
 
     def run(self, inputs: dict[str, np.ndarray]) -> None:
         self.calls.append(time.perf_counter())
@@ -30,7 +32,8 @@ class Sleeper:
 
 def test_engines_alternate_and_medians_are_compared() -> None:
     one, other = Sleeper(2.0, 2.0, 30.0), Sleeper(8.0)
-    first, second = alternating_latency_ms((one, other), {})
+    engines: Any = (one, other)  # only their method `run` is called
+    first, second = alternating_latency_ms(engines, {})
     assert 2.0 <= first < 8.0 <= second < 30.0  # a mean of the first would be above 11
     assert len(one.calls) == len(other.calls) >= 6
     assert sorted(one.calls + other.calls) == [
@@ -93,7 +96,7 @@ def test_export_reports_slower_engines_and_reverts_them_on_request(
     monkeypatch.setattr("diffpress.export.export.to_onnx", lambda checkpoint, fixed_size: wide_graph)
     monkeypatch.setattr("diffpress.export.export.measure_latency", lambda *arguments: slow)
     flags = ("--revert-slower",) if revert else ()
-    assert run("any", "--out", tmp_path / "bundle", "--threads", 1, *flags) == 0
+    assert run("any", "--out", str(tmp_path / "bundle"), "--threads", "1", *flags) == 0
     assert "int8 is 1.20x of fp32 in onnxruntime: slower (12.0 ms against 10.0 ms a step" in capsys.readouterr().out
     graph_file = load_bundle(tmp_path / "bundle").graph("denoiser", "onnxruntime").name
     assert graph_file == ("denoiser.float.onnx" if revert else "denoiser.onnx")

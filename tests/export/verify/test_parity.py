@@ -65,6 +65,7 @@ def test_a_quantized_graph_is_compared_with_fake_quantization(
     unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
 ) -> None:
     quantized = unet.evolve(quantization=scales(unet, weight_range=SAFE))
+    assert quantized.quantization is not None
     save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
     found = check_parity(quantized, tmp_path / "q.onnx", parity_case_for(quantized), threads=1)
     assert set(found) == {FAKE_QUANT, *available()}
@@ -91,7 +92,7 @@ def test_pixel_models_are_tested_under_their_own_plan_and_latent_models_on_less(
 
 def test_torch_network_does_not_change_the_mode_of_the_model(everything: Checkpoint) -> None:
     network = TorchNetwork(everything.model, everything.spec)
-    inputs = {"sample": np.zeros((1, 2, 8, 8), np.float32), "timestep": np.zeros(1, np.int64)}
+    inputs: dict[str, np.ndarray] = {"sample": np.zeros((1, 2, 8, 8), np.float32), "timestep": np.zeros(1, np.int64)}
     everything.model.train()
     out = network.run(inputs)
     assert everything.model.training and out.dtype == np.float32 and out.shape == (1, 2, 8, 8)
@@ -105,7 +106,7 @@ def test_torch_network_computes_in_float32_with_weights_stored_in_half_precision
 ) -> None:
     narrow, wide = unet.clone_model().to(dtype), unet.clone_model().to(dtype).float()
     x = np.random.default_rng(0).standard_normal((2, 1, 8, 8), dtype=np.float32)
-    inputs = {"sample": x, "timestep": np.array([3, 90]), "class_labels": np.array([0, 3])}
+    inputs: dict[str, np.ndarray] = {"sample": x, "timestep": np.array([3, 90]), "class_labels": np.array([0, 3])}
     expected = TorchNetwork(wide, unet.spec).run(inputs)
     network = TorchNetwork(narrow, unet.spec)
     for _ in range(2):

@@ -20,6 +20,9 @@ from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.fused.program import Program
+from diffpress.runtime.pipeline import in_streams
+from diffpress.runtime.sampler import network_evaluations
 
 ROOT = Path(__file__).parents[3]
 ROW_KEYS = [
@@ -27,13 +30,16 @@ ROW_KEYS = [
     "integer_mac_share", "speedup_vs_torch", "speedup_vs_same_engine",
 ]  # fmt: skip
 
+Report = tuple[dict[str, Any], "Clock"]
+
 
 class Clock:
     """A fake clock that only the subjects advance."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now, self.log = 0.0, []  # type: ignore[var-annotated]
-        monkeypatch.setattr(bench.time, "perf_counter", lambda: self.now)
+        self.now = 0.0
+        self.log: list[tuple[str, str, int]] = []
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
 
     def subject(self, name: str, engine: str, precision: str, steps: int, step_ms: float) -> bench.Subject:
         def work(kind: str, count: int) -> Callable[[int], None]:
@@ -160,7 +166,9 @@ def test_a_bundle_can_be_measured(tiny: Path) -> None:
         ("fp8", None, "f32", "fp8"),  # the engine does not report precision
     ],
 )
-def test_the_reported_precision_is_the_executed_one(tiny: Path, exported: str, share: float | None, requested: str, expected: str) -> None:
+def test_the_reported_precision_is_the_executed_one(
+    tiny: Path, exported: str, share: float | None, requested: str, expected: str
+) -> None:
     bundle = load_bundle(tiny)
     manifest = {"graphs": {"denoiser": bundle.manifest["graphs"]["denoiser"] | {"precision": exported}}}
     options = EngineOptions(precision=requested)
@@ -169,17 +177,17 @@ def test_the_reported_precision_is_the_executed_one(tiny: Path, exported: str, s
 
 def test_evaluations_count_both_guidance_halves_unless_the_weight_is_an_input(tiny: Path) -> None:
     spec = load_bundle(tiny).spec
-    assert bench.network_evaluations(spec) == 8
+    assert network_evaluations(spec) == 8
     guided = spec.with_plan(replace(spec.plan, guidance=2.0))
-    assert bench.network_evaluations(guided) == 16
-    assert bench.network_evaluations(replace(guided, conditioning=replace(spec.conditioning, guidance_input=True))) == 8
+    assert network_evaluations(guided) == 16
+    assert network_evaluations(replace(guided, conditioning=replace(spec.conditioning, guidance_input=True))) == 8
 
 
 def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = load_bundle(tiny)
     real = open_engine(bundle, "onnxruntime", threads=1)
     now = [0.0]
-    monkeypatch.setattr(bench.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     class SlowNetwork:
         inputs = real.inputs
@@ -188,12 +196,11 @@ def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeyp
             now[0] += 0.099
             return real.run(inputs)
 
-    def in_streams(*arguments: Any, **options: Any) -> Iterator[Any]:
-        yield from original(*arguments, **options)
+    def slow_streams(*arguments: Any, **options: Any) -> Iterator[Any]:
+        yield from in_streams(*arguments, **options)
         now[0] += 0.001 * bundle.spec.plan.steps
 
-    original = bench.in_streams
-    monkeypatch.setattr(bench, "in_streams", in_streams)
+    monkeypatch.setattr(bench, "in_streams", slow_streams)
     assert bench.sampler_overhead(SlowNetwork(), bundle.spec, batch=2) == pytest.approx(0.01)
 
     class SlowFusedNetwork(SlowNetwork):

@@ -66,7 +66,9 @@ def test_an_unwritable_folder_stores_nothing_and_raises_nothing(tmp_path: Path) 
     assert cache.read("key") is None
 
 
-def test_the_least_recently_used_entry_is_evicted_and_other_files_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_least_recently_used_entry_is_evicted_and_other_files_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cache = Cache(tmp_path, "graph")
     (tmp_path / "precious").write_bytes(b"x" * 1000)
     for number, key in enumerate("abc"):

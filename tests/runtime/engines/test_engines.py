@@ -35,7 +35,9 @@ def test_a_float_graph_has_no_integer_macs(name: str, float_graph: Path) -> None
     assert load_engine(float_graph, name).integer_mac_share(sample_inputs()) == 0.0
 
 
-def test_a_quantized_graph_runs_nearly_all_products_on_integers(name: str, quantized_graph: Callable[..., Path]) -> None:
+def test_a_quantized_graph_runs_nearly_all_products_on_integers(
+    name: str, quantized_graph: Callable[..., Path]
+) -> None:
     share = load_engine(quantized_graph("Conv", "MatMul", "Gemm"), name).integer_mac_share(sample_inputs())
     assert share is not None and 0.9 < share <= 1.0
 
@@ -43,7 +45,9 @@ def test_a_quantized_graph_runs_nearly_all_products_on_integers(name: str, quant
 @pytest.mark.parametrize(
     ("kinds", "integer"), [(("Conv",), CONV), (("MatMul",), PRODUCT), (("Conv", "MatMul"), CONV + PRODUCT)]
 )
-def test_the_integer_mac_share_is_that_of_the_quantized_layers(name: str, quantized_graph: Callable[..., Path], kinds: tuple[str, ...], integer: int) -> None:
+def test_the_integer_mac_share_is_that_of_the_quantized_layers(
+    name: str, quantized_graph: Callable[..., Path], kinds: tuple[str, ...], integer: int
+) -> None:
     share = load_engine(quantized_graph(*kinds), name).integer_mac_share(sample_inputs())
     assert share == pytest.approx(integer / (CONV + PRODUCT + GEMM), abs=1e-9)
 
@@ -255,7 +259,9 @@ def test_unknown_engines_and_invalid_threads_raise(tiny: Path, options: dict[str
 @pytest.mark.parametrize(
     "damage", [lambda b: b[: len(b) // 2], lambda b: b"", lambda b: b"not a graph", lambda b: b"\x00" * 64]
 )
-def test_a_broken_graph_raises_a_one_line_error(name: str, tiny: Path, tmp_path: Path, damage: Callable[[bytes], bytes], capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_broken_graph_raises_a_one_line_error(
+    name: str, tiny: Path, tmp_path: Path, damage: Callable[[bytes], bytes], capfd: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "broken.onnx"
     path.write_bytes(damage((tiny / "denoiser.onnx").read_bytes()))
     with pytest.raises(InvalidInputError) as caught:  # noqa: PT012  # fails at load or at run, by engine

@@ -36,7 +36,9 @@ FULL = list(PROVIDERS.values())
         (("directml",), ["CPUExecutionProvider"], ["cpu"], ["directml"]),
     ],
 )  # fmt: skip
-def test_providers_are_tried_in_order_and_the_cpu_last(requested: tuple[str, ...], available: list[str], names: list[str], missing: list[str]) -> None:
+def test_providers_are_tried_in_order_and_the_cpu_last(
+    requested: tuple[str, ...], available: list[str], names: list[str], missing: list[str]
+) -> None:
     assert provider_order(requested, available) == (names, missing)
 
 
@@ -52,7 +54,9 @@ def loaded(graph: Path, *providers: str) -> tuple[Any, list[str]]:
     return engine, [str(warning.message) for warning in caught]
 
 
-def test_a_provider_missing_from_the_package_is_skipped_with_a_warning(float_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_provider_missing_from_the_package_is_skipped_with_a_warning(
+    float_graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
@@ -64,7 +68,9 @@ def test_a_provider_missing_from_the_package_is_skipped_with_a_warning(float_gra
 
 
 @pytest.mark.parametrize("failure", ["raises", "is dropped silently"])
-def test_a_provider_that_fails_is_replaced_by_the_next(float_graph: Path, monkeypatch: pytest.MonkeyPatch, failure: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_provider_that_fails_is_replaced_by_the_next(
+    float_graph: Path, monkeypatch: pytest.MonkeyPatch, failure: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     """A GPU package on a machine without a GPU lists CUDA, but cannot create a session with it."""
     import onnxruntime
 
@@ -144,7 +150,9 @@ def unavailable_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(ENGINES, name, module)
 
 
-def test_without_a_named_engine_the_next_one_is_used_with_a_warning(unavailable_engine: None, tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_named_engine_the_next_one_is_used_with_a_warning(
+    unavailable_engine: None, tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert available()[0] == preferred() == "elsewhere"
     with plain_warnings(), closing(open_engine(load_bundle(tiny))) as engine:
         assert engine.name == available()[1]
@@ -156,14 +164,18 @@ def test_a_named_engine_that_is_unavailable_raises(unavailable_engine: None, tin
         open_engine(load_bundle(tiny), "elsewhere")
 
 
-def test_if_no_engine_is_available_the_last_error_is_raised(unavailable_engine: None, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_if_no_engine_is_available_the_last_error_is_raised(
+    unavailable_engine: None, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in available()[1:]:
         monkeypatch.delitem(ENGINES, name)
     with pytest.raises(EngineUnavailableError, match="another GPU"):
         open_engine(load_bundle(tiny))
 
 
-def test_an_engine_this_machine_cannot_run_is_installed_but_not_available(float_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_this_machine_cannot_run_is_installed_but_not_available(
+    float_graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(ENGINES["onnxruntime"], "unusable", lambda: "there is no GPU")
     assert "onnxruntime" in installed() and "onnxruntime" not in available()
     with pytest.raises(EngineUnavailableError, match="engine 'onnxruntime' cannot run here: there is no GPU"):

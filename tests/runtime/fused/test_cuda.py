@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -13,12 +15,13 @@ import pytest
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.engines.tensorrt.binding import Binding
 from diffpress.runtime.fused.cuda import ADVANCE_TYPES, SOURCE, STEP_TYPES, THREADS, FusedSampling
-from diffpress.runtime.fused.program import fused_program
+from diffpress.runtime.fused.program import Program, fused_program
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
 from diffpress.runtime.noise_schedule import betas_schedule
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.sampling_plan import OutputCorrection, make_plan
 from diffpress.runtime.spec import DenoiserSpec
+from tests.runtime.conftest import FakeNetwork
 from tests.runtime.fake_cuda import Cuda
 
 SHIM = """
@@ -36,7 +39,8 @@ class Kernels:
     """The kernels as CPU functions, called for one thread after the other."""
 
     def __init__(self, cuda: Cuda, library: ctypes.CDLL) -> None:
-        self.cuda, self.library, self.launched = cuda, library, []
+        self.cuda, self.library = cuda, library
+        self.launched: list[Any] = []
         self.step, self.advance = library.step, library.advance
 
     def launch(self, kernel: Any, blocks: int, stream: object, arguments: Sequence[Any], types: Sequence[Any]) -> None:
@@ -66,7 +70,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     (folder / "fused.cpp").write_text(SHIM + SOURCE)
     shared_library = folder / "fused.so"
     subprocess.run([compiler, "-O1", "-shared", "-fPIC", "-o", shared_library, folder / "fused.cpp"], check=True)
-    found = ctypes.CDLL(str(shared_library))
+    found: Any = ctypes.CDLL(str(shared_library))
     found.step.argtypes, found.advance.argtypes = STEP_TYPES, ADVANCE_TYPES
     return found
 
@@ -75,7 +79,9 @@ class Context:
     """A fake execution context that runs a test network at the given addresses."""
 
     def __init__(self, cuda: Cuda, network: FakeNetwork) -> None:
-        self.cuda, self.network, self.shapes, self.addresses, self.enqueued = cuda, network, {}, {}, 0
+        self.cuda, self.network, self.enqueued = cuda, network, 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
@@ -109,7 +115,9 @@ class OnDevice:
 
     def __init__(self, network: FakeNetwork, library: ctypes.CDLL) -> None:
         self.cuda, self.network, self.inputs = Cuda(), network, network.inputs
-        self.kernels, self.fused, self.context = Kernels(self.cuda, library), None, None
+        self.kernels: Any = Kernels(self.cuda, library)
+        self.fused: FusedSampling | None = None
+        self.context: Context | None = None
 
     def run(self, inputs: dict[str, np.ndarray]) -> NoReturn:
         raise AssertionError("sampled step by step")
@@ -126,7 +134,7 @@ class OnDevice:
         return self.fused.run(program, feed, start)
 
 
-def spec_of(solver: str, guidance: float=1.0, **plan: Any) -> DenoiserSpec:
+def spec_of(solver: str, guidance: float = 1.0, **plan: Any) -> DenoiserSpec:
     sampling_plan = make_plan(solver, 7, SCHEDULE, guidance=guidance, clip=plan.pop("clip", True))
     if plan.pop("corrected", False):
         bias = tuple(tuple(row) for row in np.random.default_rng(0).normal(0, 0.1, (7, 2)).tolist())
@@ -140,7 +148,13 @@ def spec_of(solver: str, guidance: float=1.0, **plan: Any) -> DenoiserSpec:
 @pytest.mark.parametrize("solver", ["ddim", "ddim_clip", "dpmpp_3m", "unipc_3", "ipndm"])
 @pytest.mark.parametrize("settings", [{}, {"guidance": 3.0}, {"clip": False, "corrected": True}])
 @pytest.mark.parametrize("timestep_type", [np.float32, np.int64])
-def test_fused_sampling_on_the_device_equals_the_samplers_loop(fake_network: type[FakeNetwork], library: ctypes.CDLL, solver: str, settings: dict[str, Any], timestep_type: type[np.generic]) -> None:
+def test_fused_sampling_on_the_device_equals_the_samplers_loop(
+    fake_network: type[FakeNetwork],
+    library: ctypes.CDLL,
+    solver: str,
+    settings: dict[str, Any],
+    timestep_type: type[np.generic],
+) -> None:
     settings = settings | ({"clip": False} if solver == "ddim_clip" else {})
     spec = spec_of(solver, **settings)
     network = fake_network("v", SCHEDULE, labelled=True, timestep_type=np.dtype(timestep_type))
@@ -156,19 +170,23 @@ def test_steps_replay_one_graph_and_buffers_persist(fake_network: type[FakeNetwo
     for count in (6, 13, 20):
         generate(device, spec, range(3), batch=3)
         assert device.cuda.log.count("launched") == count  # all steps but the very first
-        assert device.context.enqueued == 2  # one direct run and one capture
+        assert device.context is not None and device.context.enqueued == 2  # one direct run and one capture
     held = len(device.cuda.memory)
     generate(device, spec, range(3), batch=3)
     assert len(device.cuda.memory) == held
+    assert device.fused is not None
     device.fused.close()
     assert len(device.cuda.memory) == held - 6 and device.cuda.log[-1] == "destroyed"
 
 
-def test_another_plan_changes_the_table_but_not_the_number_of_evaluations(fake_network: type[FakeNetwork], library: ctypes.CDLL) -> None:
+def test_another_plan_changes_the_table_but_not_the_number_of_evaluations(
+    fake_network: type[FakeNetwork], library: ctypes.CDLL
+) -> None:
     network = fake_network("v", SCHEDULE, labelled=True)
     device = OnDevice(network, library)
     for solver in ("ddim", "unipc_2", "ddim"):
         spec = spec_of(solver)
-        assert fused_program(spec).steps == 7
+        program = fused_program(spec)
+        assert program is not None and program.steps == 7
         found, expected = (generate(one, spec, range(2), batch=2) for one in (device, network))
         np.testing.assert_allclose(found, expected, atol=2e-4)

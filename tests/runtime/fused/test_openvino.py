@@ -7,12 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from diffpress.runtime.bundle import load_bundle
-from diffpress.runtime.engines import load_engine, open_engine
+from diffpress.runtime.engines import Engine, load_engine, open_engine
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.openvino.engine import OpenVinoEngine
 from diffpress.runtime.engines.options import EngineOptions
@@ -60,7 +61,7 @@ def engine(graph: Path) -> Iterator[OpenVinoEngine]:
 classes_spec = partial(spec_of, prediction="v", conditioning=CLASSES)
 
 
-def both(engine: OpenVinoEngine, spec: DenoiserSpec, count: int = 3, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
+def both(engine: Engine, spec: DenoiserSpec, count: int = 3, batch: int = 2) -> tuple[np.ndarray, np.ndarray]:
     networks = (step_by_step(engine), fused_only(engine))
     expected, found = (generate(network, spec, range(count), batch=batch) for network in networks)
     return expected, found
@@ -86,7 +87,9 @@ def test_output_corrections_are_per_channel(engine: OpenVinoEngine, prediction: 
 
 
 @pytest.mark.parametrize("steps", [1, 2, 20])
-def test_any_number_of_steps_runs_in_the_same_graph(engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch, steps: int) -> None:
+def test_any_number_of_steps_runs_in_the_same_graph(
+    engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch, steps: int
+) -> None:
     both(engine, classes_spec("ddim"))
 
     def no_compiling(*_: object) -> None:
@@ -160,12 +163,15 @@ def test_f16_is_run_by_the_loop(graph: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(openvino.Core, "get_property", capable)
     program, cond = fused_program(classes_spec("ddim")), {"class_labels": np.arange(2)}
     with closing(load_engine(graph, "openvino", options=EngineOptions(precision="f16"))) as half:
+        assert isinstance(half, OpenVinoEngine) and program is not None
         assert half.run_fused(program, cond, np.zeros((2, *SHAPE), np.float32)) is None
 
 
 def test_large_networks_are_run_by_the_loop(engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     program, cond, start = fused_program(classes_spec("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
-    assert engine.run_fused(program, cond, start).shape == start.shape
+    assert program is not None
+    found = engine.run_fused(program, cond, start)
+    assert found is not None and found.shape == start.shape
     monkeypatch.setattr("diffpress.runtime.engines.openvino.engine.FUSED_MAX_BYTES", 10)
     assert engine.run_fused(program, cond, start) is None
 
@@ -189,6 +195,7 @@ def test_warm_up_compiles_what_sampling_then_runs(graph: Path, monkeypatch: pyte
 
 def test_shapes_the_graph_cannot_take_raise_a_one_line_error(engine: OpenVinoEngine) -> None:
     program = fused_program(classes_spec("ddim"))
+    assert program is not None
     with pytest.raises(InvalidInputError, match="OpenVINO cannot compile it") as caught:
         engine.run_fused(program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))
     assert "\n" not in str(caught.value)

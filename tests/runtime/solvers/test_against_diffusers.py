@@ -7,10 +7,10 @@ matter which timestep either side passes to its network for a sigma (rounded, tr
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -27,6 +27,9 @@ from diffpress.runtime.sampling_plan import (  # noqa: E402
     make_plan,
 )
 from tests.runtime.conftest import Mixture  # noqa: E402
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 NAMES = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}
 KINDS = {"linear": (1e-4, 0.02), "scaled_linear": (0.00085, 0.012), "squaredcos_cap_v2": (1e-4, 0.02)}
@@ -53,7 +56,13 @@ def make_scheduler(name: str, kind: str, prediction: str, spacing: str, **settin
     return scheduler, betas_schedule(kind, 1000, low, high)
 
 
-def ours(mixture: Mixture, plan: SamplingPlan, schedule: NoiseSchedule, noise: Sequence[np.ndarray], threshold: Threshold | None = None) -> list[np.ndarray]:
+def ours(
+    mixture: Mixture,
+    plan: SamplingPlan,
+    schedule: NoiseSchedule,
+    noise: Sequence[np.ndarray],
+    threshold: Threshold | None = None,
+) -> list[np.ndarray]:
     def denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         x0 = mixture.denoise(x, level).astype(np.float32)
         return x0 if threshold is None else thresholded(2 * x0, threshold, (-1.0, 1.0))
@@ -67,14 +76,14 @@ class IdealNetwork:
     def __init__(self, mixture: Mixture, prediction: str, gain: float = 1.0) -> None:
         self.mixture, self.prediction, self.gain = mixture, prediction, gain
 
-    def __call__(self, x: torch.Tensor, ratio: float) -> torch.Tensor:
+    def __call__(self, x: Tensor, ratio: float) -> Tensor:
         from diffpress.runtime.noise_schedule import NoiseLevel
 
         alpha = 1.0 if np.isinf(ratio) else 1.0 / np.hypot(1.0, ratio)
         level = NoiseLevel(0.0, alpha, alpha * ratio)
-        x = x.numpy().astype(np.float64)
-        x0 = self.gain * self.mixture.denoise(x, level)
-        eps = (x - level.alpha * x0) / level.sigma
+        wide = x.numpy().astype(np.float64)
+        x0 = self.gain * self.mixture.denoise(wide, level)
+        eps = (wide - level.alpha * x0) / level.sigma
         out = {"sample": x0, "epsilon": eps, "v": level.alpha * eps - level.sigma * x0}[self.prediction]
         return torch.from_numpy(out.astype(np.float32))
 
@@ -102,7 +111,9 @@ SPACINGS = {"leading": "dpm_leading", "trailing": "trailing", "linspace": "dpm_l
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), CASES)
-def test_unipc_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, order: int, steps: int) -> None:
+def test_unipc_follows_diffusers(
+    mixture: Mixture, kind: str, prediction: str, spacing: str, order: int, steps: int
+) -> None:
     scheduler, schedule = make_scheduler("UniPCMultistepScheduler", kind, prediction, spacing, solver_order=order)
     plan = make_plan(f"unipc_{order}", steps, schedule, spacing=SPACINGS[spacing], clip=False)
     noise = noises(1)
@@ -113,7 +124,9 @@ def test_unipc_follows_diffusers(mixture: Mixture, kind: str, prediction: str, s
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("order", [1, 2, 3])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), CASES)
-def test_deis_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, order: int, steps: int) -> None:
+def test_deis_follows_diffusers(
+    mixture: Mixture, kind: str, prediction: str, spacing: str, order: int, steps: int
+) -> None:
     """Diffusers' DEIS always ends at the noise level of timestep 0."""
     scheduler, schedule = make_scheduler("DEISMultistepScheduler", kind, prediction, spacing, solver_order=order)
     solver = "ddim" if order == 1 else f"deis_{order}"
@@ -126,7 +139,9 @@ def test_deis_follows_diffusers(mixture: Mixture, kind: str, prediction: str, sp
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("final", ["zero", "sigma_min"])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), CASES)
-def test_dpmpp_3m_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, final: str, steps: int) -> None:
+def test_dpmpp_3m_follows_diffusers(
+    mixture: Mixture, kind: str, prediction: str, spacing: str, final: str, steps: int
+) -> None:
     settings = {"solver_order": 3, "final_sigmas_type": final}
     scheduler, schedule = make_scheduler("DPMSolverMultistepScheduler", kind, prediction, spacing, **settings)
     end = None if final == "zero" else 0.0
@@ -139,7 +154,9 @@ def test_dpmpp_3m_follows_diffusers(mixture: Mixture, kind: str, prediction: str
 @pytest.mark.parametrize("steps", [1, 3, 16])
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize(("kind", "prediction", "spacing"), CASES)
-def test_sde_dpmpp_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, order: int, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sde_dpmpp_follows_diffusers(
+    mixture: Mixture, kind: str, prediction: str, spacing: str, order: int, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"solver_order": order, "algorithm_type": "sde-dpmsolver++"}
     scheduler, schedule = make_scheduler("DPMSolverMultistepScheduler", kind, prediction, spacing, **settings)
     plan = make_plan("ddpm" if order == 1 else "dpmpp_2m_sde", steps, schedule, spacing=SPACINGS[spacing], clip=False)
@@ -168,7 +185,9 @@ def test_dynamic_thresholding_follows_diffusers(mixture: Mixture, threshold: Thr
 # --- schedulers that sample X = x / alpha, x = X / sqrt(1 + r^2) ---------------------------------------------
 
 
-def variance_exploding(scheduler: Any, network: IdealNetwork, noise: np.ndarray, steps: int) -> tuple[list[np.ndarray], list[float]]:
+def variance_exploding(
+    scheduler: Any, network: IdealNetwork, noise: np.ndarray, steps: int
+) -> tuple[list[Tensor], list[float]]:
     """Return the samples after every scheduler step and the ratio sigma / alpha before each."""
     scheduler.set_timesteps(steps)
     x, found, levels = torch.from_numpy(noise) * scheduler.init_noise_sigma, [], []
@@ -197,7 +216,7 @@ def exploding_plan(solver: str, schedule: NoiseSchedule, spacing: str, option: s
     return SamplingPlan(solver, timesteps, clip=False, start=start)
 
 
-def as_variance_preserving(found: list[torch.Tensor], levels: list[float], every: slice) -> list[np.ndarray]:
+def as_variance_preserving(found: list[Tensor], levels: list[float], every: slice) -> list[np.ndarray]:
     after = [*levels[1:], 0.0]
     return [(x / np.hypot(1.0, r)).numpy() for x, r in list(zip(found, after, strict=True))[every]]
 
@@ -206,7 +225,14 @@ def as_variance_preserving(found: list[torch.Tensor], levels: list[float], every
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING_CASES)
 @pytest.mark.parametrize("name", ["EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"])
 def test_euler_and_its_ancestral_form_follow_diffusers(
-    mixture: Mixture, name: str, kind: str, prediction: str, spacing: str, option: str, steps: int, monkeypatch: pytest.MonkeyPatch
+    mixture: Mixture,
+    name: str,
+    kind: str,
+    prediction: str,
+    spacing: str,
+    option: str,
+    steps: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Unless the spacing is leading, these schedulers scale the initial noise by sigma alone."""
     if "Ancestral" in name and option:
@@ -225,7 +251,9 @@ def test_euler_and_its_ancestral_form_follow_diffusers(
 
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING_CASES)
-def test_heun_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, option: str, steps: int) -> None:
+def test_heun_follows_diffusers(
+    mixture: Mixture, kind: str, prediction: str, spacing: str, option: str, steps: int
+) -> None:
     pytest.importorskip("scipy")
     scheduler, schedule = make_scheduler(
         "HeunDiscreteScheduler", kind, prediction, spacing, **({option: True} if option else {})
@@ -242,7 +270,9 @@ def test_heun_follows_diffusers(mixture: Mixture, kind: str, prediction: str, sp
 
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize(("kind", "prediction", "spacing", "option"), EXPLODING_CASES)
-def test_dpm_solver_sde_follows_diffusers(mixture: Mixture, kind: str, prediction: str, spacing: str, option: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dpm_solver_sde_follows_diffusers(
+    mixture: Mixture, kind: str, prediction: str, spacing: str, option: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its noise comes from one Brownian motion in r: W(r) - W(middle), and W(r) - W(r'), which contains the former."""
     low, high = KINDS[kind]
     settings = {"prediction_type": NAMES[prediction], "timestep_spacing": spacing} | ({option: True} if option else {})
@@ -251,7 +281,7 @@ def test_dpm_solver_sde_follows_diffusers(mixture: Mixture, kind: str, predictio
     noise = noises(2 * steps + 1)
     intervals: list[tuple[float, float]] = []
 
-    def brownian(high: Any, low: Any) -> torch.Tensor:
+    def brownian(high: Any, low: Any) -> Tensor:
         """Return the increments over the two intervals of a step, the first inside the second."""
         index, inside = divmod(len(intervals), 2)
         high, low = float(high), float(low)
@@ -289,7 +319,9 @@ def _sde_module(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 @pytest.mark.parametrize("steps", [2, 7])
 @pytest.mark.parametrize("variance", ["fixed_small", "fixed_large"])
 @pytest.mark.parametrize(("kind", "prediction"), sorted({(kind, prediction) for kind, prediction, _ in CASES}))
-def test_ddpm_follows_diffusers(mixture: Mixture, kind: str, prediction: str, variance: str, steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ddpm_follows_diffusers(
+    mixture: Mixture, kind: str, prediction: str, variance: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = {"variance_type": variance, "clip_sample": False}
     scheduler, schedule = make_scheduler("DDPMScheduler", kind, prediction, "leading", **settings)
     scheduler.set_timesteps(steps)
@@ -308,7 +340,7 @@ def test_ddpm_follows_diffusers(mixture: Mixture, kind: str, prediction: str, va
     assert_close(ours(mixture, plan, schedule, noise), theirs)
 
 
-def flow_output(mixture: Mixture, x: torch.Tensor, s: float) -> torch.Tensor:
+def flow_output(mixture: Mixture, x: Tensor, s: float) -> Tensor:
     from diffpress.runtime.noise_schedule import NoiseLevel
 
     level = NoiseLevel(0.0, 1.0 - s, s)

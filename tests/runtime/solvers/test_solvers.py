@@ -18,7 +18,7 @@ from diffpress.runtime.sampler import network_evaluations, sample
 from diffpress.runtime.sampling_plan import SamplingPlan, make_plan, plan_levels
 from diffpress.runtime.solvers import SOLVERS, get_solver, solver_evaluations
 from diffpress.runtime.solvers.adams import ADAMS_BASHFORTH
-from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState
+from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState, transfer
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import timesteps_for
 from tests.runtime.conftest import Gaussian, Mixture
@@ -38,24 +38,33 @@ def no_denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
     raise AssertionError("this step must not evaluate the network again")
 
 
-def make_step(x: np.ndarray, x0: np.ndarray, now: NoiseLevel, next: NoiseLevel, history: Sequence[PreviousStep] = (), **facts: Any) -> StepState:
+def make_step(
+    x: np.ndarray, x0: np.ndarray, now: NoiseLevel, next: NoiseLevel, history: Sequence[PreviousStep] = (), **facts: Any
+) -> StepState:
     """Return a step in the middle of many, without added noise unless `facts` override it."""
     middle = {"index": len(history), "steps": 1000, "denoise": no_denoise, "noise": lambda k: np.zeros_like(x)}
     return StepState(x, x0, now, next, tuple(history), **{**middle, "eta": 0.0, "schedule": LINEAR, **facts})
 
 
-def integrate(name: str, denoise: Denoise, x: np.ndarray, levels: Sequence[NoiseLevel], schedule: NoiseSchedule = LINEAR, exact: Flow | None=None) -> np.ndarray:
+def integrate(
+    name: str,
+    denoise: Denoise,
+    x: np.ndarray,
+    levels: Sequence[NoiseLevel],
+    schedule: NoiseSchedule = LINEAR,
+    exact: Flow | None = None,
+) -> np.ndarray:
     """Run the solver over the levels; an `exact` solution replaces its first steps, which are of lower order."""
     solver, start = SOLVERS[name], x
     history: list[PreviousStep] = []
     # compared with an exact solution, no step may be near the end, where orders are lower too
     facts = {"steps": len(levels) - 1 if exact is None else 10**6, "denoise": denoise, "schedule": schedule}
     for index, (now, after) in enumerate(itertools.pairwise(levels)):
-        warming = exact is not None and index < MAX_HISTORY
+        known = exact if index < MAX_HISTORY else None
         step = make_step(x, denoise(x, now), now, after, history[-MAX_HISTORY:], index=index, **facts)
-        if solver.correct is not None and not warming:
+        if solver.correct is not None and known is None:
             step = step._replace(x=solver.correct(step))
-        x = exact(start, levels[0], after) if warming else solver.move(step)
+        x = solver.move(step) if known is None else known(start, levels[0], after)
         history.append(PreviousStep(now, step.x, step.x0))
     return x
 
@@ -109,7 +118,9 @@ def equal_in_ratio(steps: int) -> list[NoiseLevel]:
         ("unipc_3", equal_in_log_ratio, 128, 4.0),
     ],
 )
-def test_error_falls_with_the_order_of_the_solver(gaussian: Gaussian, name: str, noise_levels: NoiseLevels, coarse: int, expected: float) -> None:
+def test_error_falls_with_the_order_of_the_solver(
+    gaussian: Gaussian, name: str, noise_levels: NoiseLevels, coarse: int, expected: float
+) -> None:
     measured = order(name, gaussian.denoise, gaussian.flow, noise_levels, coarse)
     # at these step counts, high orders are mixed with the next error term
     assert expected - 0.1 < measured < expected + (1.2 if expected == 4.0 else 0.2)
@@ -123,7 +134,9 @@ def curved(mixture: Mixture) -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.mark.parametrize("name", sorted(set(ODE_SOLVERS) - {"ddim_clip"}))
-def test_solvers_agree_on_a_curved_flow_with_many_steps(mixture: Mixture, curved: tuple[np.ndarray, np.ndarray], name: str) -> None:
+def test_solvers_agree_on_a_curved_flow_with_many_steps(
+    mixture: Mixture, curved: tuple[np.ndarray, np.ndarray], name: str
+) -> None:
     x, fine = curved
     found = integrate(name, mixture.denoise, x, equal_in_log_ratio(512))
     first_order = name in ("ddim", "euler", "plms_v")
@@ -158,11 +171,13 @@ def test_heun_on_a_flow_is_second_order(gaussian: Gaussian) -> None:
 
 
 @pytest.mark.parametrize("expected", [2.0])
-def test_dpmpp_sde_is_second_order_without_its_noise(gaussian: Gaussian, expected: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dpmpp_sde_is_second_order_without_its_noise(
+    gaussian: Gaussian, expected: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffpress.runtime.solvers import dpm
 
     monkeypatch.setattr(dpm, "split_noise", lambda now, next, eta: (next, 0.0))
-    monkeypatch.setattr(dpm, "noisy_transfer", lambda s, x0, eta: dpm.transfer(s.x, x0, s.now, s.next))
+    monkeypatch.setattr(dpm, "noisy_transfer", lambda s, x0, eta: transfer(s.x, x0, s.now, s.next))
     monkeypatch.setattr(dpm, "noise_level_at_ratio", lambda schedule, ratio: on_circle(ratio))
     assert abs(order("dpmpp_sde", gaussian.denoise, gaussian.flow, equal_in_log_ratio, 64) - expected) < 0.1
 
@@ -205,7 +220,9 @@ def test_float32_stays_float32(name: str, noise: Callable[..., np.ndarray]) -> N
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_starting_from_pure_noise_and_ending_without_noise_stays_finite(gaussian: Gaussian, name: str, noise: Callable[..., np.ndarray]) -> None:
+def test_starting_from_pure_noise_and_ending_without_noise_stays_finite(
+    gaussian: Gaussian, name: str, noise: Callable[..., np.ndarray]
+) -> None:
     flow = flow_schedule(100)
     levels = plan_levels(flow, (99.0, 60.0, 30.0, 10.0, 0.0))
     assert levels[0].alpha == 0.0 and levels[-2].sigma == 0.0
@@ -215,7 +232,9 @@ def test_starting_from_pure_noise_and_ending_without_noise_stays_finite(gaussian
 
 
 @pytest.mark.parametrize("name", ODE_SOLVERS)
-def test_the_vanishing_alpha_of_the_cosine_schedule_does_not_overflow(gaussian: Gaussian, name: str, noise: Callable[..., np.ndarray]) -> None:
+def test_the_vanishing_alpha_of_the_cosine_schedule_does_not_overflow(
+    gaussian: Gaussian, name: str, noise: Callable[..., np.ndarray]
+) -> None:
     cosine = betas_schedule("squaredcos_cap_v2", 1000)
     levels = plan_levels(cosine, timesteps_for("trailing", 8, cosine))
     assert levels[0].alpha < 1e-4
@@ -256,7 +275,9 @@ def test_a_step_to_the_same_noise_level_changes_nothing(name: str, noise: Callab
 
 @pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_the_number_of_evaluations_is_the_announced_one(mixture: Mixture, noise: Callable[..., np.ndarray], name: str, steps: int) -> None:
+def test_the_number_of_evaluations_is_the_announced_one(
+    mixture: Mixture, noise: Callable[..., np.ndarray], name: str, steps: int
+) -> None:
     schedule, evaluated = betas_schedule("squaredcos_cap_v2", 1000), []
 
     def denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 from pydantic import ValidationError
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
 from diffpress.compress.quantization.algorithms.awq import EXPONENTS, best_vector
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
+from tests.compress.quantization.scales import scales_of
 
-PTQ = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
+PTQ: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
 ATTENTION = "mid_block.attentions.0"
 
 
@@ -34,7 +40,7 @@ def q(w: torch.Tensor, block: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("form", "block"), [("int4", 32), ("w4a8", 64)])
-def test_the_scale_is_the_best_power_of_the_mean_magnitude(form, block):
+def test_the_scale_is_the_best_power_of_the_mean_magnitude(form: str, block: int) -> None:
     x, weights = rows(), [weight(1), weight(2, 24)]
     mean = x.abs().mean(0)
     errors, vectors = [], []
@@ -49,7 +55,7 @@ def test_the_scale_is_the_best_power_of_the_mean_magnitude(form, block):
     assert s.argmax() == 3 and s.log().mean() == pytest.approx(0.0, abs=1e-5)
 
 
-def test_a_channel_that_is_always_zero_has_a_finite_scale():
+def test_a_channel_that_is_always_zero_has_a_finite_scale() -> None:
     x = rows()
     x[:, 7] = 0.0
     s, gain = best_vector(x, [(weight(1), FORMATS["int4"])])
@@ -58,15 +64,15 @@ def test_a_channel_that_is_always_zero_has_a_finite_scale():
 
 
 @pytest.fixture
-def uneven(unet):
+def uneven(unet: Checkpoint) -> Checkpoint:
     """The tiny U-Net with one attention input channel that is thirty times as large as the others."""
-    model = unet.clone_model()
+    model: Any = unet.clone_model()
     with torch.no_grad():
         model.mid_block.attentions[0].group_norm.weight[5] *= 30.0
     return unet.evolve(model=model)
 
 
-def query_output(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+def query_output(model: torch.nn.Module) -> torch.Tensor:
     """Output of the attention's query layer for a fixed input."""
     x = torch.randn(2, 50, 32, generator=torch.Generator().manual_seed(3))
     x[..., 5] *= 30.0
@@ -75,10 +81,13 @@ def query_output(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", ["int4", "w4a8"])
-def test_the_output_of_a_quantized_layer_is_closer_to_the_float_one(form, uneven, context):
+def test_the_output_of_a_quantized_layer_is_closer_to_the_float_one(
+    form: str, uneven: Checkpoint, context: Callable[..., Context]
+) -> None:
     ctx = context(uneven)
     before, found = (quantize(uneven, QuantizeConfig(**PTQ, format=form, awq=on), ctx) for on in (False, True))
-    smooth, amax = found.quantization.smooth, found.quantization.amax
+    scales = scales_of(found)
+    smooth, amax = scales.smooth, scales.amax
     exact = query_output(uneven.model)
     errors = [(query_output(fake_quantized(c)) - exact).square().mean().item() for c in (before, found)]
     assert errors[1] < 0.6 * errors[0]
@@ -91,14 +100,16 @@ def test_the_output_of_a_quantized_layer_is_closer_to_the_float_one(form, uneven
     assert torch.equal(attention_scales[0], attention_scales[1]) and torch.equal(
         attention_scales[0], attention_scales[2]
     )
-    assert all(found.quantization.format_of(name) == form for name in smooth)
+    assert all(scales.format_of(name) == form for name in smooth)
     assert torch.equal(found.model.state_dict()["conv_in.weight"], uneven.model.state_dict()["conv_in.weight"])
 
 
-def test_nothing_is_scaled_without_awq_or_4_bit_linear_layers(uneven, context):
-    assert not quantize(uneven, QuantizeConfig(**PTQ, format="int4"), context(uneven)).quantization.smooth
+def test_nothing_is_scaled_without_awq_or_4_bit_linear_layers(
+    uneven: Checkpoint, context: Callable[..., Context]
+) -> None:
+    assert not scales_of(quantize(uneven, QuantizeConfig(**PTQ, format="int4"), context(uneven))).smooth
     only_convolutions = QuantizeConfig(**PTQ, format="int4", awq=True, layers=("conv",))
-    assert not quantize(uneven, only_convolutions, context(uneven)).quantization.smooth
+    assert not scales_of(quantize(uneven, only_convolutions, context(uneven))).smooth
 
 
 @pytest.mark.parametrize(
@@ -110,7 +121,7 @@ def test_nothing_is_scaled_without_awq_or_4_bit_linear_layers(uneven, context):
         ({"format": "w4a8", "split_concats": True}, "remove one of them"),
     ],
 )
-def test_settings_that_cannot_be_combined_are_refused(settings, reason):
+def test_settings_that_cannot_be_combined_are_refused(settings: dict[str, Any], reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         QuantizeConfig(**settings, awq=True)
     assert QuantizeConfig(format_overrides={"mid_block": "int4"}, awq=True).awq

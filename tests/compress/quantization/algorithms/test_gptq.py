@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.quantization.algorithms import gptq
 from diffpress.compress.quantization.algorithms.gptq import round_weights, solve
@@ -23,22 +27,24 @@ from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
+from tests.compress.quantization.scales import scales_of
 
-PTQ = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
+PTQ: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
 
 
 @pytest.fixture
-def small(custom_files) -> Checkpoint:
+def small(custom_files: Callable[..., tuple[Path, Path]]) -> Checkpoint:
     """A small custom module: first, time, norm, inner, last; `inner` computes in integers."""
     file, weights = custom_files("v")
     return load_checkpoint(f"{file}:{weights}")
 
 
-def nearest_and_gptq(checkpoint, context, **settings) -> tuple[Checkpoint, Checkpoint]:
+def nearest_and_gptq(
+    checkpoint: Checkpoint, context: Callable[..., Context], **settings: Any
+) -> tuple[Checkpoint, Checkpoint]:
     ctx = context(checkpoint)
-    return tuple(
-        quantize(checkpoint, QuantizeConfig(**PTQ, **settings, rounding=mode), ctx) for mode in ("nearest", "gptq")
-    )
+    nearest = quantize(checkpoint, QuantizeConfig(**PTQ, **settings, rounding="nearest"), ctx)
+    return nearest, quantize(checkpoint, QuantizeConfig(**PTQ, **settings, rounding="gptq"), ctx)
 
 
 # --- the problem -----------------------------------------------------------------------------------------------
@@ -53,7 +59,7 @@ def problem(seed: int, out: int = 5, k: int = 7) -> tuple[torch.Tensor, torch.Te
     return levels, scale, x.T @ x / 200
 
 
-def best_error(levels, scale, products) -> float:
+def best_error(levels: torch.Tensor, scale: torch.Tensor, products: torch.Tensor) -> float:
     """The smallest error over all combinations of rounding up or down."""
     total = 0.0
     for level, s in zip(levels, scale, strict=True):
@@ -65,7 +71,7 @@ def best_error(levels, scale, products) -> float:
     return total
 
 
-def test_rounding_is_close_to_the_optimum_and_goes_up_or_down_only():
+def test_rounding_is_close_to_the_optimum_and_goes_up_or_down_only() -> None:
     ratios = []
     for seed in range(20):
         levels, scale, products = problem(seed)
@@ -78,31 +84,31 @@ def test_rounding_is_close_to_the_optimum_and_goes_up_or_down_only():
     assert 1.0 - 1e-5 <= ours < 1.3 and nearest > 2.0
 
 
-def test_uncorrelated_inputs_give_nearest_rounding():
+def test_uncorrelated_inputs_give_nearest_rounding() -> None:
     levels, scale, _ = problem(0)
     assert torch.equal(solve(levels, scale, torch.rand(7).diag()), levels.round())
 
 
-def test_no_integer_exceeds_the_largest_of_nearest_rounding():
+def test_no_integer_exceeds_the_largest_of_nearest_rounding() -> None:
     levels, scale, products = torch.tensor([[7.4, 7.4, 1.2], [-7.4, -7.4, 8.3]]), torch.ones(2, 3), torch.ones(3, 3)
     found = solve(levels, scale, products)
     assert found[0].max() == 7  # without the limit, 7 and 8 would compensate each other
     assert found[1].min() == -8
 
 
-def test_the_error_is_propagated_between_panels(monkeypatch):
+def test_the_error_is_propagated_between_panels(monkeypatch: pytest.MonkeyPatch) -> None:
     levels, scale, products = problem(1, k=40)
     single_panel = solve(levels, scale, products)
     monkeypatch.setattr(gptq, "PANEL", 7)
     assert torch.equal(solve(levels, scale, products), single_panel)
 
 
-def test_a_layer_with_all_zero_inputs_uses_nearest_rounding():
+def test_a_layer_with_all_zero_inputs_uses_nearest_rounding() -> None:
     levels, scale, _ = problem(0)
     assert torch.equal(solve(levels, scale, torch.zeros(7, 7)), levels.round())
 
 
-LAYERS = {
+LAYERS: dict[str, tuple[Any, tuple[int, ...]]] = {
     "conv": (nn.Conv2d(6, 8, 3, padding=1, bias=False), (6, 5, 7)),
     "strided": (nn.Conv2d(6, 8, (3, 2), stride=(2, 1), padding=(1, 0), dilation=(1, 2), bias=False), (6, 8, 7)),
     "grouped": (nn.Conv2d(6, 8, 3, groups=2, padding="same", padding_mode="reflect", bias=False), (6, 5, 7)),
@@ -112,7 +118,7 @@ LAYERS = {
 
 
 @pytest.mark.parametrize("kind", LAYERS)
-def test_rows_times_weight_give_the_layers_output(kind):
+def test_rows_times_weight_give_the_layers_output(kind: str) -> None:
     layer, shape = LAYERS[kind]
     x = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -141,13 +147,16 @@ def test_rows_times_weight_give_the_layers_output(kind):
     ],
     ids=str,
 )
-def test_rounding_the_result_to_nearest_changes_nothing(settings, dtype, unet, context):
+def test_rounding_the_result_to_nearest_changes_nothing(
+    settings: dict[str, Any], dtype: torch.dtype, unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     narrow = unet.evolve(model=unet.clone_model().to(dtype))
     nearest, found = nearest_and_gptq(narrow, context, **settings)
-    scales, changed = found.quantization, 0
-    assert scales.amax.keys() == nearest.quantization.amax.keys()
-    assert all(torch.equal(scales.amax[key], nearest.quantization.amax[key]) for key in scales.amax)
-    before, after = (dict(c.model.named_modules()) for c in (nearest, found))
+    scales, changed = scales_of(found), 0
+    assert scales.amax.keys() == scales_of(nearest).amax.keys()
+    assert all(torch.equal(scales.amax[key], scales_of(nearest).amax[key]) for key in scales.amax)
+    before: dict[str, Any] = dict(nearest.model.named_modules())
+    after: dict[str, Any] = dict(found.model.named_modules())
     for name in scales.layers:
         weight, old = (layers[name].weight.detach().float() for layers in (after, before))
         assert after[name].weight.dtype == dtype
@@ -168,11 +177,13 @@ def test_rounding_the_result_to_nearest_changes_nothing(settings, dtype, unet, c
 
 
 @pytest.mark.parametrize("settings", [{"format": "int4", "smooth": 0.5}], ids=str)
-def test_fake_quantization_reproduces_the_rounded_weights(settings, unet, context):
+def test_fake_quantization_reproduces_the_rounded_weights(
+    settings: dict[str, Any], unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     found = nearest_and_gptq(unet, context, **settings)[1]
     model, rounded = fake_quantized(found), 0
-    for name in found.quantization.layers:
-        layer = model.get_submodule(name)
+    for name in scales_of(found).layers:
+        layer: Any = model.get_submodule(name)
         weight = layer.weight.detach()
         smooth = layer.weight_quantizer.pre_quant_scale
         exact = weight if smooth is None else weight * smooth
@@ -182,7 +193,15 @@ def test_fake_quantization_reproduces_the_rounded_weights(settings, unet, contex
 
 
 @pytest.mark.parametrize(("form", "pieces", "gain"), [("w4a8", True, 1.0), ("int4", False, 2.0)])
-def test_outputs_are_closer_to_the_float_models(form, pieces, gain, unet, context, output, monkeypatch):
+def test_outputs_are_closer_to_the_float_models(
+    form: str,
+    pieces: bool,
+    gain: float,
+    unet: Checkpoint,
+    context: Callable[..., Context],
+    output: Callable[[Checkpoint], torch.Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     if pieces:
         monkeypatch.setattr(gptq, "COLUMNS", 100)
     before, after = (
@@ -191,7 +210,9 @@ def test_outputs_are_closer_to_the_float_models(form, pieces, gain, unet, contex
     assert after > before + gain  # on states not used for rounding
 
 
-def test_the_same_seed_gives_the_same_hash_and_does_not_change_the_input(small, context):
+def test_the_same_seed_gives_the_same_hash_and_does_not_change_the_input(
+    small: Checkpoint, context: Callable[..., Context]
+) -> None:
     before = small.hash
     first, second = (nearest_and_gptq(small, context, format="w4a8")[1] for _ in range(2))
     assert first.hash == second.hash and small.evolve().hash == before
@@ -201,34 +222,40 @@ class KilledError(Exception):
     pass
 
 
-def test_a_killed_run_reuses_the_layers_it_has_finished(unet, context, monkeypatch, tmp_path):
+def test_a_killed_run_reuses_the_layers_it_has_finished(
+    unet: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     nearest, undisturbed = nearest_and_gptq(unet, context, format="w4a8")
     config, ctx = QuantizeConfig(**PTQ, format="w4a8", rounding="gptq"), context(unet, seed=0)
     for file in (ctx.work / "rounding").iterdir():
         file.unlink()
-    solved = []
+    solved: list[int] = []
 
-    def killing(*arguments):
+    def killing(*arguments: torch.Tensor) -> torch.Tensor:
         if len(solved) == 5:
             raise KilledError
+        solved.append(1)
+        return solve(*arguments)
+
+    def counting(*arguments: torch.Tensor) -> torch.Tensor:
         solved.append(1)
         return solve(*arguments)
 
     monkeypatch.setattr(gptq, "solve", killing)
     with pytest.raises(KilledError):
         round_weights(nearest, config, ctx)
-    monkeypatch.setattr(gptq, "solve", lambda *arguments: solved.append(1) or solve(*arguments))
+    monkeypatch.setattr(gptq, "solve", counting)
     monkeypatch.setattr(gptq, "sample_trajectories", lambda *_: pytest.fail("the states were saved already"))
     assert round_weights(nearest, config, ctx).hash == undisturbed.hash
-    assert len(solved) == len(nearest.quantization.layers)
+    assert len(solved) == len(scales_of(nearest).layers)
     # a finished run solves nothing again, and another run does not use its files
     round_weights(nearest, config, ctx)
-    assert len(solved) == len(nearest.quantization.layers)
+    assert len(solved) == len(scales_of(nearest).layers)
     with pytest.raises(pytest.fail.Exception):
         round_weights(nearest, config.model_copy(update={"rounding_samples": 8}), ctx)
 
 
-def test_an_unreadable_state_file_is_named(small, context):
+def test_an_unreadable_state_file_is_named(small: Checkpoint, context: Callable[..., Context]) -> None:
     ctx = context(small)
     nearest_and_gptq(small, context, format="w4a8")
     (ctx.work / "rounding" / "inner.safetensors").write_bytes(b"not at all")
@@ -239,6 +266,6 @@ def test_an_unreadable_state_file_is_named(small, context):
 
 
 @pytest.mark.parametrize("settings", [{"format": "fp8"}, {"format": "nvfp4"}, {"rounding_samples": 0}])
-def test_invalid_settings_are_refused(settings):
+def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         QuantizeConfig(**settings, rounding="gptq")

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
+from torch import nn
 
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.output_correction import (
@@ -42,7 +46,7 @@ class AnalyticNetwork:
 
     def __post_init__(self) -> None:
         integer, real = np.dtype(np.int64), np.dtype(np.float32)
-        self.inputs = {"sample": real, "timestep": integer, "class_labels": integer}
+        self.inputs: Mapping[str, np.dtype] = {"sample": real, "timestep": integer, "class_labels": integer}
         self.states: list[tuple[float, np.ndarray]] = []
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -57,7 +61,7 @@ class AnalyticNetwork:
 
 def measured_corrections(
     network: AnalyticNetwork, spec: DenoiserSpec = SPEC, batch: int = 4, count: int = 6
-) -> dict[float, tuple]:
+) -> dict[float, tuple[float, tuple[float, ...]]]:
     output_corrections = measure_corrections(
         network, AnalyticNetwork(), spec, count, batch, dummy_conditioning(spec, count)
     )
@@ -67,13 +71,13 @@ def measured_corrections(
 @pytest.mark.parametrize("solver", ["dpmpp_2m", "plms"])
 @pytest.mark.parametrize("guidance", [1.0, 2.5])
 @pytest.mark.parametrize("batch", [4, 6])
-def test_a_known_slope_and_bias_are_recovered_at_every_timestep(solver, guidance, batch):
+def test_a_known_slope_and_bias_are_recovered_at_every_timestep(solver: str, guidance: float, batch: int) -> None:
     spec = SPEC.with_plan(replace(PLAN, solver=solver, guidance=guidance))
     for t, (slope, bias) in measured_corrections(AnalyticNetwork(ERRORS), spec, batch).items():
         assert slope == pytest.approx(ERRORS[t][0], abs=1e-5) and bias == pytest.approx(ERRORS[t][1], abs=1e-5)
 
 
-def test_the_float_network_is_evaluated_on_the_states_that_the_corrected_sampler_visits():
+def test_the_float_network_is_evaluated_on_the_states_that_the_corrected_sampler_visits() -> None:
     network, reference = AnalyticNetwork(ERRORS), AnalyticNetwork()
     output_corrections = measure_corrections(network, reference, SPEC, 4, 4, dummy_conditioning(SPEC, 4))
     for (t, x), (other_t, y) in zip(network.states, reference.states, strict=True):
@@ -85,12 +89,12 @@ def test_the_float_network_is_evaluated_on_the_states_that_the_corrected_sampler
         np.testing.assert_allclose(x, y, atol=1e-6)
 
 
-def test_a_timestep_that_is_evaluated_twice_is_fitted_to_both_outputs():
+def test_a_timestep_that_is_evaluated_twice_is_fitted_to_both_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     spec = SPEC.with_plan(replace(PLAN, solver="plms"))
     network, exact = AnalyticNetwork(), AnalyticNetwork()
     original_run = network.run
     # no slope and bias can compensate this error
-    network.run = lambda inputs: original_run(inputs) + 0.1 * inputs["sample"] ** 2
+    monkeypatch.setattr(network, "run", lambda inputs: original_run(inputs) + 0.1 * inputs["sample"] ** 2)
     labels = dummy_conditioning(SPEC, 6).cond["class_labels"]
     output_corrections = measure_corrections(network, exact, spec, 6, 6, dummy_conditioning(SPEC, 6))
     timestep = PLAN.timesteps[1]
@@ -102,7 +106,7 @@ def test_a_timestep_that_is_evaluated_twice_is_fitted_to_both_outputs():
     )
 
 
-def test_with_noise_the_fit_matches_least_squares():
+def test_with_noise_the_fit_matches_least_squares() -> None:
     draws = np.random.default_rng(1)
     out = draws.standard_normal((5, 3, 4, 4)) + np.arange(3)[:, None, None]
     out_q = 1.1 * out + draws.standard_normal((5, 3, 4, 4))
@@ -114,7 +118,9 @@ def test_with_noise_the_fit_matches_least_squares():
 
 
 @pytest.mark.parametrize("distort", [lambda x: -x, np.zeros_like, lambda x: x * np.nan], ids=["negated", "zero", "nan"])
-def test_an_output_that_does_not_correlate_is_refused(distort, monkeypatch):
+def test_an_output_that_does_not_correlate_is_refused(
+    distort: Callable[[np.ndarray], np.ndarray], monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain = AnalyticNetwork()
     original_run = plain.run
     monkeypatch.setattr(plain, "run", lambda inputs: distort(original_run(inputs)))
@@ -127,8 +133,8 @@ def test_an_output_that_does_not_correlate_is_refused(distort, monkeypatch):
 # --- in the stage ----------------------------------------------------------------------------------------------
 
 
-def test_the_stage_brings_samples_closer_to_the_float_models(unet, context):
-    config = {"samples": 8, "batch": 8, "percentile": 90.0}
+def test_the_stage_brings_samples_closer_to_the_float_models(unet: Checkpoint, context: Callable[..., Context]) -> None:
+    config: dict[str, Any] = {"samples": 8, "batch": 8, "percentile": 90.0}
     plain = quantize(unet, QuantizeConfig(output_correction=False, **config), context(unet))
     better = quantize(unet, QuantizeConfig(**config), context(unet))
     assert not plain.spec.plan.output_corrections and len(better.spec.plan.output_corrections) == unet.spec.plan.steps
@@ -141,5 +147,5 @@ def test_the_stage_brings_samples_closer_to_the_float_models(unet, context):
     assert not trained.spec.plan.output_corrections  # training removes the mean error itself
 
 
-def _samples(model, checkpoint, cond: ConditioningInputs) -> np.ndarray:
+def _samples(model: nn.Module, checkpoint: Checkpoint, cond: ConditioningInputs) -> np.ndarray:
     return generate(TorchNetwork(model, checkpoint.spec), checkpoint.spec, range(32), batch=32, conditions=cond)

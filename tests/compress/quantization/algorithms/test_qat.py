@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors import safe_open
+from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
+from diffpress.compress.checkpoint import Checkpoint, Quantization, save_checkpoint
 from diffpress.compress.config import QAT_SETTINGS, QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import RecoverConfig
@@ -19,25 +23,35 @@ from diffpress.compress.distillation.distill import distill
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.algorithms.qat_updates import follow_, weight_scalings, weights_of
+from diffpress.compress.quantization.algorithms.qat_updates import Scaling, follow_, weight_scalings, weights_of
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, draw_rows, sample_trajectories
 from diffpress.compress.recipe import read_recipe
 from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.training.image_data import ImageData
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate
+from tests.compress.quantization.scales import scales_of
 
-PTQ = {"samples": 4, "batch": 4}
-QAT = {**PTQ, "mode": "qat", "steps": 5, "trajectories": 4, "learning_rate": 1e-3, "warmup": 1, "save_every": 2}
+PTQ: dict[str, Any] = {"samples": 4, "batch": 4}
+QAT: dict[str, Any] = {
+    **PTQ,
+    "mode": "qat",
+    "steps": 5,
+    "trajectories": 4,
+    "learning_rate": 1e-3,
+    "warmup": 1,
+    "save_every": 2,
+}
 
 
-def config(**settings) -> QuantizeConfig:
+def config(**settings: Any) -> QuantizeConfig:
     return QuantizeConfig(**{**QAT, **settings})
 
 
 @pytest.fixture
-def small(custom_files) -> Checkpoint:
+def small(custom_files: Callable[..., tuple[Path, Path]]) -> Checkpoint:
     """A small custom module: first, time, norm, inner, last; `inner` computes in int8."""
     file, weights = custom_files("v")
     return load_checkpoint(f"{file}:{weights}")
@@ -47,7 +61,7 @@ def small(custom_files) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def trained(unet, images, tmp_path_factory) -> Checkpoint:
+def trained(unet: Checkpoint, images: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The tiny U-Net after a short training on stripes and checkerboards, so that its samples have structure."""
     recover = RecoverConfig(
         steps=60, batch=16, learning_rate=3e-3, output_weight=0.0, feature_weight=0.0, task_weight=1.0, save_every=1000
@@ -60,7 +74,7 @@ def samples(checkpoint: Checkpoint) -> np.ndarray:
     return generate(network, checkpoint.spec, range(16), batch=16)
 
 
-COARSE = {
+COARSE: dict[str, dict[str, Any]] = {
     "clipped activations": {"percentile": 95.0},
     "w4a8": {"format": "w4a8"},
     "w4a8 by factors": {"format": "w4a8", "updates": "low_rank", "rank": 4, "learning_rate": 1e-3},
@@ -73,7 +87,9 @@ COARSE = {
 @pytest.mark.parametrize(
     "coarse", [pytest.param(name, marks=[] if "w4a8" in name else pytest.mark.slow) for name in COARSE]
 )
-def test_training_through_the_quantizers_brings_samples_closer_to_the_float_models(coarse, trained, context):
+def test_training_through_the_quantizers_brings_samples_closer_to_the_float_models(
+    coarse: str, trained: Checkpoint, context: Callable[..., Context]
+) -> None:
     settings = {"output_correction": False, **COARSE[coarse]}
     exact, ctx = samples(trained), context(trained)
     untrained = {name: value for name, value in settings.items() if name not in QAT_SETTINGS}
@@ -84,7 +100,9 @@ def test_training_through_the_quantizers_brings_samples_closer_to_the_float_mode
     assert after > before + gain  # on seeds not used for calibration and training
 
 
-def test_no_images_are_needed_and_the_same_seed_gives_the_same_hash(small, context, tmp_path):
+def test_no_images_are_needed_and_the_same_seed_gives_the_same_hash(
+    small: Checkpoint, context: Callable[..., Context], tmp_path: Path
+) -> None:
     hashes = []
     for run, seed in enumerate((1, 1, 2)):
         ctx = replace(context(small, seed=seed, data=False), work=tmp_path / str(run))
@@ -98,26 +116,31 @@ class KilledError(Exception):
 
 @pytest.mark.parametrize(("step", "updates"), [(1, "full"), (3, "full"), (3, "low_rank")])
 def test_a_killed_run_resumes_from_its_last_save_with_a_bit_identical_result(
-    step, updates, small, context, tmp_path, monkeypatch
-):
+    step: int,
+    updates: str,
+    small: Checkpoint,
+    context: Callable[..., Context],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     settings = config(updates=updates)
     undisturbed = quantize(small, settings, replace(context(small), work=tmp_path / "other"))
-    drawn = []
+    drawn: list[int] = []
 
-    def killing(evals, size, generator):
-        if len(drawn) == step + 1:  # the first draw measures the SQNR
-            raise KilledError
+    def counting(evals: TrajectoryDataset, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         drawn.append(1)
         return draw_rows(evals, size, generator)
+
+    def killing(evals: TrajectoryDataset, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+        if len(drawn) == step + 1:  # the first draw measures the SQNR
+            raise KilledError
+        return counting(evals, size, generator)
 
     monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw_rows", killing)
     with pytest.raises(KilledError):
         quantize(small, settings, context(small))
     drawn.clear()
-    monkeypatch.setattr(
-        "diffpress.compress.quantization.algorithms.qat.draw_rows",
-        lambda *arguments: drawn.append(1) or draw_rows(*arguments),
-    )
+    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw_rows", counting)
     assert quantize(small, settings, context(small)).hash == undisturbed.hash
     # the steps that were not saved, and one draw each to measure the SQNR before and after
     assert len(drawn) == 5 - (step // 2) * 2 + 2
@@ -127,22 +150,29 @@ def test_a_killed_run_resumes_from_its_last_save_with_a_bit_identical_result(
 
 
 @pytest.mark.parametrize(("reduced", "factor"), [(True, 127 / 64), (False, 1.0)])
-def test_weight_scales_follow_the_trained_weights_and_activation_scales_stay(reduced, factor, small, context):
-    ctx, settings = context(small), {"reduce_range": reduced, "layers": ("conv",)}
+def test_weight_scales_follow_the_trained_weights_and_activation_scales_stay(
+    reduced: bool, factor: float, small: Checkpoint, context: Callable[..., Context]
+) -> None:
+    ctx = context(small)
+    settings: dict[str, Any] = {"reduce_range": reduced, "layers": ("conv",)}
     ptq, found = (quantize(small, c, ctx) for c in (QuantizeConfig(**PTQ, **settings), config(**settings)))
-    before, after = ptq.quantization.amax, found.quantization.amax
+    before, after = scales_of(ptq).amax, scales_of(found).amax
+    small_model: Any = small.model
+    trained_model: Any = found.model
     assert before.keys() == after.keys()
     for name in ("inner.input", "inner.output"):
         assert torch.equal(before[name], after[name])
-    assert not torch.allclose(small.model.inner.weight, found.model.inner.weight)
+    assert not torch.allclose(small_model.inner.weight, trained_model.inner.weight)
     for name, expected in (("inner", factor), ("time", 1.0)):  # weight-only layers use the full range
-        largest = getattr(found.model, name).weight.detach().flatten(1).abs().amax(1)
+        largest = getattr(trained_model, name).weight.detach().flatten(1).abs().amax(1)
         torch.testing.assert_close(after[f"{name}.weight"], largest * expected, rtol=1e-6, atol=0.0)
-    integers = (found.model.inner.weight / after["inner.weight"].view(-1, 1, 1, 1) * 127).round().abs()
+    integers = (trained_model.inner.weight / after["inner.weight"].view(-1, 1, 1, 1) * 127).round().abs()
     assert integers.max() == (64 if reduced else 127)
 
 
-def test_the_input_is_unchanged_and_the_result_contains_no_quantizers(unet, context):
+def test_the_input_is_unchanged_and_the_result_contains_no_quantizers(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     before = unet.hash
     found = quantize(unet, config(steps=1), context(unet))
     assert unet.evolve().hash == before != found.hash and unet.quantization is None
@@ -151,24 +181,32 @@ def test_the_input_is_unchanged_and_the_result_contains_no_quantizers(unet, cont
     assert not any("quantizer" in name for name, _ in found.model.named_modules())
 
 
-def test_a_saved_and_reloaded_checkpoint_is_identical(unet, context, output, tmp_path):
+def test_a_saved_and_reloaded_checkpoint_is_identical(
+    unet: Checkpoint, context: Callable[..., Context], output: Callable[[Checkpoint], torch.Tensor], tmp_path: Path
+) -> None:
     found = quantize(unet, config(steps=2), context(unet))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))
 
 
-def test_a_half_precision_model_is_trained_in_float32_and_keeps_its_dtype(small, context):
+def test_a_half_precision_model_is_trained_in_float32_and_keeps_its_dtype(
+    small: Checkpoint, context: Callable[..., Context]
+) -> None:
     half_precision = small.evolve(model=small.clone_model().bfloat16())
     found = quantize(half_precision, config(), context(small))
+    before: Any = half_precision.model
+    trained_model: Any = found.model
     assert {p.dtype for p in found.model.parameters()} == {torch.bfloat16}
-    assert not torch.equal(found.model.inner.weight, half_precision.model.inner.weight)
-    largest = found.model.inner.weight.detach().float().flatten(1).abs().amax(1)
+    assert not torch.equal(trained_model.inner.weight, before.inner.weight)
+    largest = trained_model.inner.weight.detach().float().flatten(1).abs().amax(1)
     # calibration multiplied by 127/64 in bfloat16, which has 8 significant bits
-    torch.testing.assert_close(found.quantization.amax["inner.weight"], largest * 127 / 64, rtol=2**-8, atol=0.0)
+    torch.testing.assert_close(scales_of(found).amax["inner.weight"], largest * 127 / 64, rtol=2**-8, atol=0.0)
 
 
-def test_post_training_quantization_does_not_change_the_weights(small, context):
+def test_post_training_quantization_does_not_change_the_weights(
+    small: Checkpoint, context: Callable[..., Context]
+) -> None:
     found = quantize(small, QuantizeConfig(**PTQ), context(small))
     assert found.model is small.model and not context(small).work.exists()
 
@@ -176,7 +214,9 @@ def test_post_training_quantization_does_not_change_the_weights(small, context):
 # --- training data ---------------------------------------------------------------------------------------------
 
 
-def test_recorded_states_are_those_of_the_models_own_trajectory_under_guidance(unet, context):
+def test_recorded_states_are_those_of_the_models_own_trajectory_under_guidance(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     plan = replace(unet.spec.plan, guidance=2.0)
     guided = unet.evolve(spec=replace(unet.spec, plan=plan))
     evals = sample_trajectories(unet.model, guided, 5, 3, context(unet))
@@ -185,13 +225,18 @@ def test_recorded_states_are_those_of_the_models_own_trajectory_under_guidance(u
     assert [len(evaluation["sample"]) for evaluation in evals] == [6] * 4 + [4] * 4  # cond and uncond
     assert evals[0]["class_labels"].tolist() == [0, 1, 2, 3, 3, 3] and evals[4]["class_labels"].tolist() == [0, 1, 3, 3]
     np.testing.assert_array_equal(evals[1]["sample"][:3], evals[1]["sample"][3:])
-    seen, network = [], TorchNetwork(unet.model, guided.spec)
-    network.run = lambda inputs: seen.append(inputs["sample"]) or TorchNetwork.run(network, inputs)
-    generate(network, guided.spec, range(3_000_000, 3_000_003), batch=3)
+    seen = []
+
+    class Recorder(TorchNetwork):
+        def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+            seen.append(inputs["sample"])
+            return super().run(inputs)
+
+    generate(Recorder(unet.model, guided.spec), guided.spec, range(3_000_000, 3_000_003), batch=3)
     np.testing.assert_allclose(evals[3]["sample"], seen[3], rtol=1e-5, atol=1e-6)
 
 
-def test_a_batch_is_drawn_uniformly_from_all_rows_of_all_evaluations():
+def test_a_batch_is_drawn_uniformly_from_all_rows_of_all_evaluations() -> None:
     evals = [{"sample": np.arange(start, stop), "timestep": np.full(stop - start, i)} for i, (start, stop) in BOUNDS]
     drawn = draw_rows(evals, 6000, torch.Generator().manual_seed(0))
     counts = torch.bincount(drawn["sample"], minlength=6)
@@ -205,23 +250,29 @@ BOUNDS = list(enumerate([(0, 3), (3, 4), (4, 6)]))
 @pytest.mark.parametrize(
     ("settings", "proportion"), [({}, 127 / 64), ({"smooth": 0.5}, 127 / 64), ({"format": "int4"}, 1.0)]
 )
-def test_quantizers_follow_changed_weights(settings, proportion, unet, context):
+def test_quantizers_follow_changed_weights(
+    settings: dict[str, Any], proportion: float, unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     found = quantize(unet, QuantizeConfig(**PTQ, **settings), context(unet))
     layer, model = "mid_block.attentions.0.to_q", fake_quantized(found.evolve(model=found.clone_model()))
-    scaling = weight_scalings(model, found.quantization)
+    scales = scales_of(found)
+    scaling = weight_scalings(model, scales)
     torch.manual_seed(0)
     weight = torch.randn(32, 32)
     follow_(model, {layer: scaling[layer]}, {layer: weight})
-    smooth = found.quantization.smooth.get(layer, torch.ones(32))
+    smooth = scales.smooth.get(layer, torch.ones(32))
     blocks = (weight * smooth).abs().unflatten(1, (1, 32)).amax(2)  # one block of 32 is a full row
-    torch.testing.assert_close(model.get_submodule(layer).weight_quantizer.amax.flatten(), blocks[:, 0] * proportion)
+    quantized: Any = model.get_submodule(layer)
+    torch.testing.assert_close(quantized.weight_quantizer.amax.flatten(), blocks[:, 0] * proportion)
 
 
 @pytest.mark.parametrize("updates", ["full", "low_rank"])
-def test_quantizers_follow_the_weights_at_every_step_of_training(updates, small, context, monkeypatch):
+def test_quantizers_follow_the_weights_at_every_step_of_training(
+    updates: str, small: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
     seen = []
 
-    def spy(model, scaling, weights):
+    def spy(model: Any, scaling: dict[str, Scaling], weights: dict[str, torch.Tensor]) -> None:
         follow_(model, scaling, weights)
         seen.append((weights["inner"].detach().clone(), model.inner.weight_quantizer.amax.flatten().clone()))
 
@@ -236,21 +287,25 @@ def test_quantizers_follow_the_weights_at_every_step_of_training(updates, small,
 # --- low rank --------------------------------------------------------------------------------------------------
 
 
-def test_low_rank_updates_have_that_rank_and_change_nothing_else(unet, context):
+def test_low_rank_updates_have_that_rank_and_change_nothing_else(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     found = quantize(unet, config(updates="low_rank", rank=2, steps=3, layers=("conv",)), context(unet))
-    changed = 0
+    changed, layers = 0, scales_of(found).layers
     for name, old in unet.model.state_dict().items():
-        difference = (found.model.state_dict()[name] - old).flatten(1) if old.dim() > 1 else None
-        if name.removesuffix(".weight") in found.quantization.layers:
+        if name.removesuffix(".weight") in layers:
+            difference = (found.model.state_dict()[name] - old).flatten(1)
             sizes = torch.linalg.svdvals(difference.double())
             assert sizes[1] > 1e-7 and sizes[2:].max() < 1e-6  # limit of float32 in the sum
             changed += 1
         else:
             assert torch.equal(found.model.state_dict()[name], old)
-    assert changed == len(found.quantization.layers) > 20
+    assert changed == len(layers) > 20
 
 
-def test_only_the_factors_are_saved_for_resuming(small, context, tmp_path, monkeypatch):
+def test_only_the_factors_are_saved_for_resuming(
+    small: Checkpoint, context: Callable[..., Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat._sqnr_db", lambda *_: 0.0)
     quantize(small, config(updates="low_rank", rank=2, steps=4), context(small))
     with safe_open(context(small).work / "training.safetensors", framework="pt") as saved:
@@ -262,23 +317,28 @@ def test_only_the_factors_are_saved_for_resuming(small, context, tmp_path, monke
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_training_starts_from_the_rounded_weights(rounding, small, context, monkeypatch):
-    started = {}
+def test_training_starts_from_the_rounded_weights(
+    rounding: str, small: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: dict[str, torch.Tensor] = {}
 
-    def spy(model, scales):
-        started.update({name: weight.detach().clone() for name, weight in weights_of(model, {"inner": None}).items()})
-        return weight_scalings(model, scales)
+    def spy(model: nn.Module, scales: Quantization) -> dict[str, Scaling]:
+        scalings = weight_scalings(model, scales)
+        started.update({name: weight.detach().clone() for name, weight in weights_of(model, scalings).items()})
+        return scalings
 
     monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.weight_scalings", spy)
     found = quantize(small, config(rounding=rounding, format="w4a8", reduce_range=False), context(small))
-    assert torch.equal(started["inner"], small.model.inner.weight) == (rounding == "nearest")
-    largest = found.model.inner.weight.detach().flatten(1).abs().amax(1)
-    assert (found.quantization.amax["inner.weight"] / largest).min() >= 1.0 - 1e-6  # nothing is clipped
+    small_model: Any = small.model
+    trained_model: Any = found.model
+    assert torch.equal(started["inner"], small_model.inner.weight) == (rounding == "nearest")
+    largest = trained_model.inner.weight.detach().flatten(1).abs().amax(1)
+    assert (scales_of(found).amax["inner.weight"] / largest).min() >= 1.0 - 1e-6  # nothing is clipped
 
 
-def test_gradients_pass_through_quantizers_and_attention(unet, context):
+def test_gradients_pass_through_quantizers_and_attention(unet: Checkpoint, context: Callable[..., Context]) -> None:
     found = quantize(unet, QuantizeConfig(**PTQ), context(unet))
-    model = fake_quantized(found.evolve(model=found.clone_model()))
+    model: Any = fake_quantized(found.evolve(model=found.clone_model()))
     inputs = dummy_inputs(unet.spec, 3)
     model(inputs["sample"], inputs["timestep"], inputs["class_labels"]).sample.square().mean().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "to_q.w" in n)
@@ -289,12 +349,12 @@ def test_gradients_pass_through_quantizers_and_attention(unet, context):
 
 
 @pytest.mark.parametrize("settings", [{"steps": 0}, {"learning_rate": 0.0}, {"lora_rank": 4}, {"mode": "qta"}])
-def test_invalid_settings_are_refused(settings):
+def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         config(**settings)
 
 
-def test_training_settings_without_mode_qat_are_refused_with_their_location(tmp_path):
+def test_training_settings_without_mode_qat_are_refused_with_their_location(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("stages: [{quantize: {steps: 50}}]")
     with pytest.raises(InvalidInputError, match=r"stages\[0\]\.quantize: .*steps is a setting of mode qat"):
         read_recipe(tmp_path / "r.yaml")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.config import PruneConfig, QuantizeConfig
+from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
@@ -21,8 +27,9 @@ from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.sampler import generate
+from tests.compress.quantization.scales import scales_of
 
-PLAIN = {"samples": 4, "batch": 4, "output_correction": False}
+PLAIN: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False}
 
 
 class Tokens(nn.Module):
@@ -61,18 +68,18 @@ class Concat(nn.Module):
 
 
 @pytest.fixture
-def tokens(custom):
+def tokens(custom: Callable[..., Checkpoint]) -> Checkpoint:
     torch.manual_seed(0)
     return custom(Tokens())
 
 
 @pytest.fixture
-def concat(custom):
+def concat(custom: Callable[..., Checkpoint]) -> Checkpoint:
     torch.manual_seed(0)
     return custom(Concat())
 
 
-def largest_inputs(checkpoint, layer: str, axis: int) -> torch.Tensor:
+def largest_inputs(checkpoint: Checkpoint, layer: str, axis: int) -> torch.Tensor:
     """Largest input magnitude of one layer during calibration, per channel."""
     observed, model = [], checkpoint.clone_model()
     hook = lambda _, args: observed.append(args[0].abs().movedim(axis, 0).flatten(1).amax(1))  # noqa: E731
@@ -90,33 +97,39 @@ def normalized(s: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("alpha", [0.3, 0.5, 1.0])
-def test_a_smoothing_vector_matches_the_formula_on_the_models_own_trajectory(alpha, tokens, context):
+def test_a_smoothing_vector_matches_the_formula_on_the_models_own_trajectory(
+    alpha: float, tokens: Checkpoint, context: Callable[..., Context]
+) -> None:
     found = smoothing(tokens, ["inner"], QuantizeConfig(**PLAIN, smooth=alpha), context(tokens))
-    x, w = largest_inputs(tokens, "inner", 2), tokens.model.inner.weight.detach().abs().amax(0)
+    x, w = largest_inputs(tokens, "inner", 2), tokens.model.get_parameter("inner.weight").detach().abs().amax(0)
     expected = normalized(x.clamp(min=1e-3 * x.max()) ** alpha / w ** (1 - alpha))
     torch.testing.assert_close(found["inner"], expected, rtol=1e-5, atol=0.0)
 
 
-def test_a_channel_or_weight_that_is_always_zero_has_a_finite_factor():
+def test_a_channel_or_weight_that_is_always_zero_has_a_finite_factor() -> None:
     found = vector(torch.tensor([0.0, 1.0, 4.0]), torch.tensor([1.0, 0.0, 1.0]), 0.5)
     assert torch.isfinite(found).all() and (found > 0).all() and found[0] < found[2]
     assert vector(torch.zeros(2), torch.zeros(2), 0.5).tolist() == [1.0, 1.0]
 
 
-def test_stream_and_skip_of_a_concatenation_have_separate_factors(concat, context):
+def test_stream_and_skip_of_a_concatenation_have_separate_factors(
+    concat: Checkpoint, context: Callable[..., Context]
+) -> None:
     found = smoothing(
         concat, ["shortcut", "inner", "skip"], QuantizeConfig(**PLAIN, split_concats=True), context(concat)
     )
     assert found.keys() == {"shortcut", "inner"}
     for name in found:
-        w = concat.model.get_submodule(name).weight.detach().abs().amax((0, 2, 3)).split([6, 10])
+        w = concat.model.get_parameter(f"{name}.weight").detach().abs().amax((0, 2, 3)).split([6, 10])
         x = largest_inputs(concat, name, 1).split([6, 10])
         factors = [a.max() ** CONCAT_ALPHA / b.max() ** (1 - CONCAT_ALPHA) for a, b in zip(x, w, strict=True)]
         expected = normalized(torch.stack(factors).repeat_interleave(torch.tensor([6, 10])))
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=0.0)
 
 
-def test_the_model_does_not_run_without_smoothing(concat, context, monkeypatch):
+def test_the_model_does_not_run_without_smoothing(
+    concat: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(TorchNetwork, "run", None)
     assert smoothing(concat, ["inner"], QuantizeConfig(**PLAIN), context(concat)) == {}
 
@@ -124,12 +137,14 @@ def test_the_model_does_not_run_without_smoothing(concat, context, monkeypatch):
 # --- layer graph -----------------------------------------------------------------------------------------------
 
 
-def test_layers_of_one_attention_share_their_vector_and_input_scale(unet, context):
-    found = quantize(unet, QuantizeConfig(**PLAIN, smooth=0.5), context(unet)).quantization
+def test_layers_of_one_attention_share_their_vector_and_input_scale(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
+    found = scales_of(quantize(unet, QuantizeConfig(**PLAIN, smooth=0.5), context(unet)))
     q, k, v = (f"mid_block.attentions.0.to_{x}" for x in "qkv")
     assert torch.equal(found.smooth[q], found.smooth[k]) and torch.equal(found.smooth[q], found.smooth[v])
     assert found.amax[f"{q}.input"] == found.amax[f"{k}.input"] == found.amax[f"{v}.input"]
-    weights = [unet.model.get_submodule(name).weight.detach().abs().amax(0) for name in (q, k, v)]
+    weights = [unet.model.get_parameter(f"{name}.weight").detach().abs().amax(0) for name in (q, k, v)]
     x = largest_inputs(unet, q, 2)
     expected = normalized((x.clamp(min=1e-3 * x.max()) / torch.stack(weights).amax(0)).sqrt())
     torch.testing.assert_close(found.smooth[q], expected, rtol=1e-4, atol=0.0)
@@ -137,7 +152,9 @@ def test_layers_of_one_attention_share_their_vector_and_input_scale(unet, contex
     assert not torch.equal(found.smooth[q], found.smooth[other])
 
 
-def test_traced_concatenations_match_the_adapters_and_have_the_pruned_widths(unet, context):
+def test_traced_concatenations_match_the_adapters_and_have_the_pruned_widths(
+    unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     small = prune(unet, PruneConfig(method="magnitude", ratio=0.4, round_to=4), context(unet))
     for checkpoint in (unet, small):
         model = checkpoint.model
@@ -149,10 +166,11 @@ def test_traced_concatenations_match_the_adapters_and_have_the_pruned_widths(une
             if name in modules:
                 assert len(parts[name]) == 2 and sum(parts[name]) == modules[name].in_channels
     first = concat_names[0]
-    assert parts[f"{first}.conv1"][0] == small.model.mid_block.resnets[-1].conv2.out_channels
+    small_model: Any = small.model
+    assert parts[f"{first}.conv1"][0] == small_model.mid_block.resnets[-1].conv2.out_channels
 
 
-def test_a_layer_that_reads_two_tensors_merges_their_groups(custom):
+def test_a_layer_that_reads_two_tensors_merges_their_groups(custom: Callable[..., Checkpoint]) -> None:
     class TwoInputs(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -169,17 +187,20 @@ def test_a_layer_that_reads_two_tensors_merges_their_groups(custom):
 # --- result ----------------------------------------------------------------------------------------------------
 
 
-def samples(checkpoint):
+def samples(checkpoint: Checkpoint) -> np.ndarray:
     return generate(TorchNetwork(fake_quantized(checkpoint), checkpoint.spec), checkpoint.spec, range(8), batch=8)
 
 
 @pytest.mark.parametrize(("which", "settings"), [("tokens", {"smooth": 0.5}), ("concat", {"split_concats": True})])
-def test_models_with_uneven_channels_have_a_higher_sqnr(which, settings, request, context):
+def test_models_with_uneven_channels_have_a_higher_sqnr(
+    which: str, settings: dict[str, Any], request: pytest.FixtureRequest, context: Callable[..., Context]
+) -> None:
     checkpoint = request.getfixturevalue(which)
     reference = samples(checkpoint)
+    no_settings: dict[str, Any] = {}
     plain, smooth = (
         sqnr_db(reference, samples(quantize(checkpoint, QuantizeConfig(**PLAIN, **more), context(checkpoint))))
-        for more in ({}, settings)
+        for more in (no_settings, settings)
     )
     assert smooth > plain + 3.0
 
@@ -190,15 +211,21 @@ def quantized_int8(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("which", ["tokens", "concat"])
-def test_fake_quantization_divides_activations_and_multiplies_weights(which, request, context):
+def test_fake_quantization_divides_activations_and_multiplies_weights(
+    which: str, request: pytest.FixtureRequest, context: Callable[..., Context]
+) -> None:
     checkpoint = request.getfixturevalue(which)
     config = QuantizeConfig(**PLAIN, smooth=0.5, split_concats=True, outputs=False)
     found = quantize(checkpoint, config, context(checkpoint))
-    model, observed, layer = fake_quantized(found), {}, checkpoint.model.inner
+    model: Any = fake_quantized(found)
+    before: Any = checkpoint.model
+    after: Any = found.model
+    observed: dict[str, torch.Tensor] = {}
+    layer = before.inner
     model.inner.register_forward_hook(lambda _, args, out: observed.update(x=args[0], out=out))
     with torch.no_grad():
         model(torch.randn(3, 1, 8, 8), torch.tensor([1, 20, 49]))
-        amax, s = found.quantization.amax, found.quantization.smooth["inner"]
+        amax, s = scales_of(found).amax, scales_of(found).smooth["inner"]
         s = s.view(-1, *[1] * (layer.weight.dim() - 2))
         weight = quantized_int8(layer.weight * s, amax["inner.weight"].view(-1, *[1] * (layer.weight.dim() - 1)))
         x = quantized_int8(observed["x"] / s, amax["inner.input"])
@@ -206,12 +233,14 @@ def test_fake_quantization_divides_activations_and_multiplies_weights(which, req
     # a value halfway between two integers may round differently: the model computes x * (1 / s), not x / s
     assert (observed["out"] - expected).abs().median() < 1e-5
     assert sqnr_db(expected.numpy(), observed["out"].numpy()) > 55
-    assert torch.equal(checkpoint.model.inner.weight, found.model.inner.weight)
+    assert torch.equal(before.inner.weight, after.inner.weight)
 
 
-def test_smoothing_is_saved_with_the_checkpoint(unet, context, output, tmp_path):
+def test_smoothing_is_saved_with_the_checkpoint(
+    unet: Checkpoint, context: Callable[..., Context], output: Callable[[Checkpoint], torch.Tensor], tmp_path: Path
+) -> None:
     found = quantize(unet, QuantizeConfig(**PLAIN, smooth=0.5, split_concats=True), context(unet))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))
-    assert again.quantization.smooth.keys() == found.quantization.smooth.keys() != set()
+    assert scales_of(again).smooth.keys() == scales_of(found).smooth.keys() != set()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,23 +14,25 @@ from torch.nn import functional as F
 
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.config import QuantizeConfig
+from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
+from tests.compress.quantization.scales import scales_of
 
-PTQ = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
+PTQ: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
 LAYER = "mid_block.attentions.0.to_q"
 
 
 @pytest.fixture
-def low_rank_unet(unet) -> Checkpoint:
+def low_rank_unet(unet: Checkpoint) -> Checkpoint:
     """The tiny U-Net with two large singular values in the weight of one layer."""
     model = unet.clone_model()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         factors = torch.randn(32, 2, generator=generator), torch.randn(2, 32, generator=generator)
-        model.get_submodule(LAYER).weight += factors[0] @ factors[1]
+        model.get_parameter(f"{LAYER}.weight").add_(factors[0] @ factors[1])
     return unet.evolve(model=model)
 
 
@@ -47,10 +52,11 @@ def layer_output(model: torch.nn.Module) -> torch.Tensor:
     ids=str,
 )
 def test_factors_and_residual_sum_to_the_weight_and_scales_match_the_residual(
-    settings, largest, low_rank_unet, context
-):
+    settings: dict[str, Any], largest: int, low_rank_unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     found = quantize(low_rank_unet, QuantizeConfig(**PTQ, **settings, svdquant_rank=2), context(low_rank_unet))
-    scales, modules = found.quantization, dict(low_rank_unet.model.named_modules())
+    scales = scales_of(found)
+    modules: dict[str, Any] = dict(low_rank_unet.model.named_modules())
     layers = {key.rpartition(".")[0] for key in scales.svdquant}
     assert LAYER in layers and not any("conv" in name or "time" in name for name in layers)
     for name in layers:
@@ -62,28 +68,27 @@ def test_factors_and_residual_sum_to_the_weight_and_scales_match_the_residual(
         residual = ((weight - up @ down) * smooth).abs().amax(1)
         amax = scales.amax[f"{name}.weight"].reshape(len(weight), -1).amax(1)
         torch.testing.assert_close(amax, residual * (127 / 64 if largest == 64 else 1.0), rtol=1e-4, atol=1e-6)
-    assert torch.equal(found.model.get_submodule(LAYER).weight, modules[LAYER].weight)
+    assert torch.equal(found.model.get_parameter(f"{LAYER}.weight"), modules[LAYER].weight)
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-def test_the_output_of_a_layer_with_a_branch_is_much_closer_to_the_float_one(rounding, low_rank_unet, context):
+def test_the_output_of_a_layer_with_a_branch_is_much_closer_to_the_float_one(
+    rounding: str, low_rank_unet: Checkpoint, context: Callable[..., Context]
+) -> None:
     ctx = context(low_rank_unet)
     settings = {**PTQ, "format": "int4", "rounding": rounding}
     exact = layer_output(low_rank_unet.model).numpy()
     found = [quantize(low_rank_unet, QuantizeConfig(**settings, svdquant_rank=rank), ctx) for rank in (0, 2)]
     before, after = (sqnr_db(exact, layer_output(fake_quantized(c)).numpy()) for c in found)
     assert after > before + 6.0
-    assert not found[0].quantization.svdquant
+    assert not scales_of(found[0]).svdquant
 
 
-def test_the_layer_matches_the_formula(low_rank_unet, context):
+def test_the_layer_matches_the_formula(low_rank_unet: Checkpoint, context: Callable[..., Context]) -> None:
     found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="int8", svdquant_rank=2), context(low_rank_unet))
-    scales, x = found.quantization, torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(2))
-    layer, down, up = (
-        low_rank_unet.model.get_submodule(LAYER),
-        scales.svdquant[f"{LAYER}.down"],
-        scales.svdquant[f"{LAYER}.up"],
-    )
+    scales, x = scales_of(found), torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(2))
+    layer: Any = low_rank_unet.model.get_submodule(LAYER)
+    down, up = scales.svdquant[f"{LAYER}.down"], scales.svdquant[f"{LAYER}.up"]
 
     def q(value: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
         return torch.clamp(torch.round(value / amax * 127), -128, 127) * amax / 127
@@ -94,20 +99,26 @@ def test_the_layer_matches_the_formula(low_rank_unet, context):
         torch.testing.assert_close(fake_quantized(found).get_submodule(LAYER)(x), expected, atol=2e-5, rtol=1e-4)
 
 
-def test_a_saved_and_reloaded_checkpoint_is_identical(low_rank_unet, context, output, tmp_path):
+def test_a_saved_and_reloaded_checkpoint_is_identical(
+    low_rank_unet: Checkpoint,
+    context: Callable[..., Context],
+    output: Callable[[Checkpoint], torch.Tensor],
+    tmp_path: Path,
+) -> None:
     found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=2), context(low_rank_unet))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))
-    other = replace(found.quantization, svdquant={key: -value for key, value in found.quantization.svdquant.items()})
+    scales = scales_of(found)
+    other = replace(scales, svdquant={key: -value for key, value in scales.svdquant.items()})
     assert found.evolve(quantization=other).hash != found.hash
 
 
-def test_a_full_rank_adds_no_branch(low_rank_unet, context):
+def test_a_full_rank_adds_no_branch(low_rank_unet: Checkpoint, context: Callable[..., Context]) -> None:
     found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=32), context(low_rank_unet))
-    assert not any(key.startswith(LAYER) for key in found.quantization.svdquant)
+    assert not any(key.startswith(LAYER) for key in scales_of(found).svdquant)
 
 
-def test_svdquant_is_refused_in_mode_qat():
+def test_svdquant_is_refused_in_mode_qat() -> None:
     with pytest.raises(ValidationError, match="svdquant_rank requires mode ptq"):
         QuantizeConfig(mode="qat", svdquant_rank=8)

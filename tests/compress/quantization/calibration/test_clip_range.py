@@ -6,8 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from diffpress.compress.quantization.calibration.clip_range import amax_of, entropy_amax, unit_levels
-from diffpress.compress.quantization.calibration.statistics import BINS, empty_statistics, update_statistics_
+from diffpress.compress.quantization.calibration.clip_range import Method, amax_of, entropy_amax, unit_levels
+from diffpress.compress.quantization.calibration.statistics import (
+    BINS,
+    Statistics,
+    empty_statistics,
+    update_statistics_,
+)
 from diffpress.compress.quantization.formats import FP4, FP8, INT4, INT8, Number
 
 DRAWS = {
@@ -19,11 +24,11 @@ DRAWS = {
 
 
 @pytest.fixture(params=list(DRAWS))
-def values(request) -> torch.Tensor:
+def values(request: pytest.FixtureRequest) -> torch.Tensor:
     return DRAWS[request.param](torch.Generator().manual_seed(0))
 
 
-def statistics_of(x: torch.Tensor):
+def statistics_of(x: torch.Tensor) -> Statistics:
     statistics = empty_statistics(["x"], 2)
     for evaluation, part in enumerate(x.split(4)):
         update_statistics_(statistics, 0, part, evaluation, len(part))
@@ -44,14 +49,14 @@ def error(x: torch.Tensor, amax: float, number: Number) -> float:
 
 
 @pytest.mark.parametrize("number", [INT8, INT4, FP8, FP4], ids=lambda number: number.name)
-def test_mse_is_close_to_the_best_of_all_candidates(number, values):
+def test_mse_is_close_to_the_best_of_all_candidates(number: Number, values: torch.Tensor) -> None:
     found = amax_of(statistics_of(values), 0, "mse", number, 0.0)
     candidates = np.geomspace(values.abs().max().item() / 300, values.abs().max().item(), 100)
     best = min(error(values, float(candidate), number) for candidate in candidates)
     assert error(values, found, number) < 1.01 * best
 
 
-def test_mse_finds_a_sharp_minimum_within_a_bin_width():
+def test_mse_finds_a_sharp_minimum_within_a_bin_width() -> None:
     # all values lie on the levels of amax 1, so any other amax has an error
     x = torch.arange(-127, 128).repeat(50).float().view(5, -1) / 127
     top = statistics_of(x).top.item()
@@ -59,7 +64,7 @@ def test_mse_finds_a_sharp_minimum_within_a_bin_width():
 
 
 @pytest.mark.parametrize("percentile", [90.0, 99.9, 100.0])
-def test_percentile_matches_the_values_within_a_bin_width(percentile, values):
+def test_percentile_matches_the_values_within_a_bin_width(percentile: float, values: torch.Tensor) -> None:
     statistics = statistics_of(values)
     found = amax_of(statistics, 0, "percentile", INT8, percentile)
     magnitudes = values.abs().flatten().double().numpy()
@@ -68,16 +73,16 @@ def test_percentile_matches_the_values_within_a_bin_width(percentile, values):
     assert low - width <= found <= high + width
 
 
-def test_max_is_exactly_the_largest_magnitude(values):
+def test_max_is_exactly_the_largest_magnitude(values: torch.Tensor) -> None:
     assert amax_of(statistics_of(values), 0, "max", INT8, 99.0) == values.abs().max().item()
 
 
-def test_step_means_is_the_minimum_over_evaluations_of_the_mean_over_samples(values):
+def test_step_means_is_the_minimum_over_evaluations_of_the_mean_over_samples(values: torch.Tensor) -> None:
     expected = min(part.abs().amax(1).mean().item() for part in values.split(4))
     assert amax_of(statistics_of(values), 0, "step_means", INT8, 0.0) == pytest.approx(expected, rel=1e-6)
 
 
-def test_evaluations_that_do_not_run_a_layer_do_not_count_in_its_step_means():
+def test_evaluations_that_do_not_run_a_layer_do_not_count_in_its_step_means() -> None:
     statistics = empty_statistics(["x"], 3)
     update_statistics_(statistics, 0, torch.tensor([[2.0], [4.0]]), 1, 2)
     assert amax_of(statistics, 0, "step_means", INT8, 0.0) == 3.0
@@ -103,7 +108,7 @@ def published_entropy_bins(counts: list[float], number: Number) -> int:
 
 
 @pytest.mark.parametrize("number", [INT8, INT4], ids=lambda number: number.name)
-def test_entropy_keeps_as_many_bins_as_the_published_loop(number):
+def test_entropy_keeps_as_many_bins_as_the_published_loop(number: Number) -> None:
     x = torch.nn.functional.silu(3 * torch.randn(50_000, generator=torch.Generator().manual_seed(1)))
     counts = np.histogram(x.abs().numpy(), 512, (0, 16.0))[0]
     padded = np.zeros(BINS, dtype=np.int64)
@@ -114,12 +119,12 @@ def test_entropy_keeps_as_many_bins_as_the_published_loop(number):
 
 
 @pytest.mark.parametrize("method", ["max", "percentile", "mse", "entropy", "step_means"])
-def test_a_tensor_that_is_always_zero_has_amax_zero(method):
+def test_a_tensor_that_is_always_zero_has_amax_zero(method: Method) -> None:
     statistics = statistics_of(torch.zeros(8, 10))
     assert amax_of(statistics, 0, method, INT8, 99.0) == 0.0
 
 
-def test_float_levels_match_the_dtype():
+def test_float_levels_match_the_dtype() -> None:
     codes = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()  # code 127 is NaN
     assert unit_levels(FP8).tolist() == (codes.double() / 448).tolist()
     assert (unit_levels(FP4) * 6).tolist() == [0, 0.5, 1, 1.5, 2, 3, 4, 6]

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,7 +24,7 @@ from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
 
 
-def scales(checkpoint: Checkpoint, ctx: Context, **settings) -> dict[str, torch.Tensor]:
+def scales(checkpoint: Checkpoint, ctx: Context, **settings: Any) -> dict[str, torch.Tensor]:
     """Every amax and every smoothing vector that `calibrate` returns."""
     config = QuantizeConfig(**{"samples": 5, "batch": 3, **settings})
     amax, smooth = calibrate(checkpoint, choose_formats(checkpoint.model, config), [], config, ctx)
@@ -32,13 +35,15 @@ class KilledError(Exception):
     pass
 
 
+class TimestepLog(list[float]):
+    """Timesteps at which the network was evaluated; the evaluation after `limit` others is killed."""
+
+    limit: int | None = None
+
+
 @pytest.fixture
-def timesteps_run(monkeypatch) -> list[float]:
+def timesteps_run(monkeypatch: pytest.MonkeyPatch) -> TimestepLog:
     """Log of the timesteps at which the network was evaluated; after `limit` evaluations, the next one is killed."""
-
-    class TimestepLog(list):
-        limit = None
-
     log = TimestepLog()
     run = TorchNetwork.run
 
@@ -54,7 +59,7 @@ def timesteps_run(monkeypatch) -> list[float]:
 
 
 @pytest.fixture
-def small(custom_files) -> Checkpoint:
+def small(custom_files: Callable[..., tuple[Path, Path]]) -> Checkpoint:
     """A small custom module: first, time, norm, inner, last; `inner` computes in int8."""
     file, weights = custom_files("v")
     return load_checkpoint(f"{file}:{weights}")
@@ -62,8 +67,14 @@ def small(custom_files) -> Checkpoint:
 
 @pytest.mark.parametrize(("killed_at", "every"), [(1, 3), (3, 3), (7, 3), (5, 4)])  # 4: saves at the end of a batch
 def test_a_killed_calibration_evaluates_only_what_was_not_saved_and_has_the_same_result(
-    killed_at, every, unet, context, timesteps_run, tmp_path, monkeypatch
-):
+    killed_at: int,
+    every: int,
+    unet: Checkpoint,
+    context: Callable[..., Context],
+    timesteps_run: TimestepLog,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr("diffpress.compress.quantization.calibration.observer.SAVE_EVERY", every)
     uninterrupted = scales(unet, replace(context(unet), work=tmp_path / "undisturbed"))
     steps = timesteps_run[:]
@@ -80,8 +91,8 @@ def test_a_killed_calibration_evaluates_only_what_was_not_saved_and_has_the_same
 
 
 def test_a_calibration_killed_in_its_second_run_does_not_repeat_the_smoothing_run(
-    unet, context, timesteps_run, tmp_path
-):
+    unet: Checkpoint, context: Callable[..., Context], timesteps_run: TimestepLog, tmp_path: Path
+) -> None:
     settings = {"smooth": 0.5}
     uninterrupted = scales(unet, replace(context(unet), work=tmp_path / "undisturbed"), **settings)
     total = len(timesteps_run)
@@ -99,7 +110,9 @@ def test_a_calibration_killed_in_its_second_run_does_not_repeat_the_smoothing_ru
 
 
 @pytest.mark.parametrize("change", ["config", "checkpoint"])
-def test_state_saved_by_another_run_is_not_used(change, unet, plain, context, timesteps_run):
+def test_state_saved_by_another_run_is_not_used(
+    change: str, unet: Checkpoint, plain: Checkpoint, context: Callable[..., Context], timesteps_run: TimestepLog
+) -> None:
     timesteps_run.limit = 7
     with pytest.raises(KilledError):
         scales(unet, context(unet))
@@ -110,7 +123,7 @@ def test_state_saved_by_another_run_is_not_used(change, unet, plain, context, ti
     assert len(timesteps_run) == 8
 
 
-def test_a_saved_state_that_cannot_be_read_is_refused(unet, context):
+def test_a_saved_state_that_cannot_be_read_is_refused(unet: Checkpoint, context: Callable[..., Context]) -> None:
     ctx = context(unet)
     ctx.work.mkdir()
     (ctx.work / "calibrate.safetensors").write_bytes(b"half a fi")
@@ -118,7 +131,7 @@ def test_a_saved_state_that_cannot_be_read_is_refused(unet, context):
         scales(unet, ctx)
 
 
-def test_a_short_calibration_writes_nothing(unet, context):
+def test_a_short_calibration_writes_nothing(unet: Checkpoint, context: Callable[..., Context]) -> None:
     scales(unet, context(unet), samples=3)
     assert not context(unet).work.exists()
 
@@ -149,8 +162,8 @@ class Gate(nn.Module):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_the_first_layer_that_is_not_finite_is_named_immediately_with_its_timestep(
-    value, custom, context, timesteps_run
-):
+    value: float, custom: Callable[..., Checkpoint], context: Callable[..., Context], timesteps_run: TimestepLog
+) -> None:
     checkpoint = custom(NonFiniteBelow(value, below=40.0), plan_steps=5)
     timesteps = checkpoint.spec.plan.timesteps
     broken = next(t for t in timesteps if t < 40)
@@ -161,7 +174,9 @@ def test_the_first_layer_that_is_not_finite_is_named_immediately_with_its_timest
     assert timesteps_run == [*timesteps[: timesteps.index(broken) + 1], broken]
 
 
-def test_a_broken_weight_in_the_last_layer_is_named(custom, context):
+def test_a_broken_weight_in_the_last_layer_is_named(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
     model = NonFiniteBelow(0.0, below=-1.0)
     with torch.no_grad():
         model.last.weight.fill_(float("nan"))
@@ -174,24 +189,30 @@ def test_a_broken_weight_in_the_last_layer_is_named(custom, context):
 # --- evaluations -----------------------------------------------------------------------------------------------
 
 
-def test_formats_without_quantized_activations_do_not_run_the_model(unet, context, timesteps_run):
+def test_formats_without_quantized_activations_do_not_run_the_model(
+    unet: Checkpoint, context: Callable[..., Context], timesteps_run: TimestepLog
+) -> None:
     found = scales(unet, context(unet), layers=())
     assert found and not timesteps_run and not any(key.endswith(".input") for key in found)
 
 
-def test_entropy_is_refused_for_float_formats_before_the_model_runs(unet, context, timesteps_run):
+def test_entropy_is_refused_for_float_formats_before_the_model_runs(
+    unet: Checkpoint, context: Callable[..., Context], timesteps_run: TimestepLog
+) -> None:
     with pytest.raises(InvalidInputError, match=r"entropy requires integer formats, but layer '.*' is in fp8; use mse"):
         scales(unet, context(unet), calibration="entropy", format="fp8")
     assert not timesteps_run
 
 
-def test_a_few_step_student_is_calibrated_on_exactly_its_few_steps(unet, context, timesteps_run):
+def test_a_few_step_student_is_calibrated_on_exactly_its_few_steps(
+    unet: Checkpoint, context: Callable[..., Context], timesteps_run: TimestepLog
+) -> None:
     student = schedule(unet, ScheduleConfig(solver="dpmpp_2m", steps=2, spacing="logsnr"), context(unet))
     scales(student, context(unet), samples=4, batch=2)
     assert timesteps_run == [round(t) for t in student.spec.plan.timesteps] * 2 and len(timesteps_run) == 4
 
 
-def test_the_batch_size_does_not_change_the_scales(unet, context):
+def test_the_batch_size_does_not_change_the_scales(unet: Checkpoint, context: Callable[..., Context]) -> None:
     one, many = (scales(unet, context(unet), batch=batch, calibration="step_means") for batch in (1, 5))
     for key in one:
         torch.testing.assert_close(one[key], many[key], rtol=1e-4, atol=1e-6)

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from diffpress.compress.quantization.calibration.observer import NonFiniteError
-from diffpress.compress.quantization.calibration.statistics import BINS, empty_statistics, update_statistics_
+from diffpress.compress.quantization.calibration.statistics import (
+    BINS,
+    Statistics,
+    empty_statistics,
+    update_statistics_,
+)
 
 
 def samples(seed: int = 0) -> torch.Tensor:
@@ -16,7 +21,7 @@ def samples(seed: int = 0) -> torch.Tensor:
     return noise * torch.logspace(-2, 1, 12).view(-1, 1, 1)
 
 
-def streamed(x: torch.Tensor, sizes: list[int]):
+def streamed(x: torch.Tensor, sizes: list[int]) -> Statistics:
     statistics = empty_statistics(["other", "x"], 1)
     for part in x.split(sizes):
         update_statistics_(statistics, 1, part, 0, len(part))
@@ -25,7 +30,7 @@ def streamed(x: torch.Tensor, sizes: list[int]):
 
 @pytest.mark.parametrize("sizes", [[12], [1] * 12, [5, 7]])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_counts_match_a_histogram_of_all_values(sizes, reverse):
+def test_counts_match_a_histogram_of_all_values(sizes: list[int], reverse: bool) -> None:
     x = samples().flip(0) if reverse else samples()
     found = streamed(x, sizes)
     magnitudes = x.abs().double().numpy()
@@ -36,7 +41,7 @@ def test_counts_match_a_histogram_of_all_values(sizes, reverse):
     assert found.counts[0].sum() == found.largest[0] == found.rows[0, 0] == 0
 
 
-def test_evaluations_are_separate_and_tokens_count_with_their_sample():
+def test_evaluations_are_separate_and_tokens_count_with_their_sample() -> None:
     statistics = empty_statistics(["x"], 3)
     update_statistics_(statistics, 0, torch.tensor([[1.0], [-2.0], [3.0], [0.5]]), 0, 2)  # two rows per sample
     update_statistics_(statistics, 0, torch.tensor([[4.0], [6.0]]), 2, 2)
@@ -45,7 +50,7 @@ def test_evaluations_are_separate_and_tokens_count_with_their_sample():
     assert statistics.rows.tolist() == [[2, 0, 3]]
 
 
-def test_zeros_are_counted_before_and_after_other_values():
+def test_zeros_are_counted_before_and_after_other_values() -> None:
     statistics = empty_statistics(["x"], 1)
     for value in (0.0, 1.0, 0.0):
         update_statistics_(statistics, 0, torch.full((1, 5), value), 0, 1)
@@ -53,17 +58,17 @@ def test_zeros_are_counted_before_and_after_other_values():
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_values_that_are_not_finite_are_refused(value):
+def test_values_that_are_not_finite_are_refused(value: float) -> None:
     with pytest.raises(NonFiniteError):
         update_statistics_(empty_statistics(["x"], 1), 0, torch.tensor([[1.0, value]]), 0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_gives_the_same_counts_as_float32(dtype):
+def test_half_precision_gives_the_same_counts_as_float32(dtype: torch.dtype) -> None:
     x = samples().to(dtype)
     assert torch.equal(streamed(x, [12]).counts, streamed(x.float(), [12]).counts)
 
 
-def test_memory_does_not_grow_with_the_number_of_values():
+def test_memory_does_not_grow_with_the_number_of_values() -> None:
     few, many = streamed(samples()[:1], [1]), streamed(samples(), [1] * 12)
     assert [t.shape for t in few.tensors.values()] == [t.shape for t in many.tensors.values()]

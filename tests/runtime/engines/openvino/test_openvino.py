@@ -45,7 +45,9 @@ def ran(graph: Path, options: EngineOptions) -> tuple[np.ndarray, object]:
         return engine.run(sample_inputs()), engine.precision_report(sample_inputs())
 
 
-def test_a_cached_model_gives_the_same_bits_and_the_same_precision_report(graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_model_gives_the_same_bits_and_the_same_precision_report(
+    graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     without, first = ran(graph, replace(cached, cache=None)), ran(graph, cached)
     monkeypatch.setattr(openvino.Core, "compile_model", no_compiling)
     second = ran(graph, cached)
@@ -53,7 +55,9 @@ def test_a_cached_model_gives_the_same_bits_and_the_same_precision_report(graph:
     assert without[1] == first[1] == second[1]
 
 
-def test_a_cached_model_is_loaded_without_reading_the_graph(graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cached_model_is_loaded_without_reading_the_graph(
+    graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with closing(load_engine(graph, "openvino", options=cached)) as engine:
         inputs, expected = engine.inputs, engine.run(sample_inputs())
     monkeypatch.setattr(openvino.Core, "read_model", no_compiling)
@@ -102,7 +106,9 @@ def test_damaged_entries_are_replaced(graph: Path, cached: EngineOptions, damage
     assert all(len(file.read_bytes()) > 0.9 * len(content) for file, content in zip(files, sound, strict=True))
 
 
-def test_an_entry_that_openvino_rejects_is_compiled_again(float_graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_that_openvino_rejects_is_compiled_again(
+    float_graph: Path, cached: EngineOptions, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The digest is valid, but OpenVINO cannot import the data."""
     real = openvino.Core.import_model
     expected = ran(float_graph, cached)[0]
@@ -116,7 +122,9 @@ def test_an_entry_that_openvino_rejects_is_compiled_again(float_graph: Path, cac
     assert np.array_equal(ran(float_graph, cached)[0], expected) and seen
 
 
-def test_a_bundle_is_cached_under_its_hash_and_is_not_modified(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_is_cached_under_its_hash_and_is_not_modified(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     options = EngineOptions(threads=1, cache=Cache(tmp_path / "cache"))
 
     def images(folder: Path) -> np.ndarray:
@@ -131,7 +139,9 @@ def test_a_bundle_is_cached_under_its_hash_and_is_not_modified(tiny: Path, tmp_p
     assert np.array_equal(images(Path(shutil.copytree(tiny, tmp_path / "elsewhere"))), first)
 
 
-def test_a_precision_the_cpu_does_not_support_raises_a_one_line_error(float_graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_precision_the_cpu_does_not_support_raises_a_one_line_error(
+    float_graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = openvino.Core.get_property
 
     def incapable(self: Any, device: str, name: str, *rest: Any) -> Any:

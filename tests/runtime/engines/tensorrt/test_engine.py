@@ -12,6 +12,7 @@ import importlib.util
 import io
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,14 +27,16 @@ from diffpress.runtime.errors import EngineUnavailableError
 from tests.runtime.fake_cuda import Cuda
 
 FOLDER = Path("diffpress/runtime/engines/tensorrt")
-TYPES = {"x": np.dtype(np.float32), "t": np.dtype(np.int64), "out": np.dtype(np.float32)}
+TYPES: dict[str, np.dtype] = {"x": np.dtype(np.float32), "t": np.dtype(np.int64), "out": np.dtype(np.float32)}
 
 
 class Context:
     """A fake execution context: out = 2 x + t, at the given addresses."""
 
-    def __init__(self, cuda: Cuda, capturable: bool=True) -> None:
-        self.cuda, self.capturable, self.shapes, self.addresses, self.enqueued = cuda, capturable, {}, {}, 0
+    def __init__(self, cuda: Cuda, capturable: bool = True) -> None:
+        self.cuda, self.capturable, self.enqueued = cuda, capturable, 0
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.addresses: dict[str, int] = {}
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         self.shapes[name] = shape
@@ -63,7 +66,7 @@ class Context:
         array("out", np.float32, self.shapes["x"])[...] = 2 * x + t[:, None]
 
 
-def inputs(seed: int, batch: int=3) -> dict[str, np.ndarray]:
+def inputs(seed: int, batch: int = 3) -> dict[str, np.ndarray]:
     draw = np.random.default_rng(seed)
     return {"x": draw.standard_normal((batch, 4), np.float32), "t": draw.integers(0, 9, batch)}
 
@@ -87,10 +90,10 @@ def test_the_first_run_is_enqueued_and_later_ones_replay_one_graph(settings: dic
     assert cuda.memory == {}
 
 
-def test_a_failed_binding_frees_its_buffers() -> None:
+def test_a_failed_binding_frees_its_buffers(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = Cuda()
     context = Context(cuda)
-    context.set_tensor_address = lambda name, address: name != "out"
+    monkeypatch.setattr(context, "set_tensor_address", lambda name, address: name != "out")
     with pytest.raises(EngineUnavailableError, match="rejects the address of out"):
         Binding(cuda, context, 7, {"x": (3, 4), "t": (3,)}, TYPES)
     assert cuda.memory == {}
@@ -116,7 +119,7 @@ def test_a_cuda_error_is_one_line() -> None:
 
 def used(variable: str) -> set[str]:
     """Names used in the backend: 'A.B' of variable.A.B, and 'A' of call(variable, "A")."""
-    found = set()
+    found: set[str] = set()
     for file in FOLDER.glob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute):
@@ -126,7 +129,7 @@ def used(variable: str) -> set[str]:
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("call"):
                 target, *names = node.args
                 if ast.unparse(target).replace("self._", "") == variable:
-                    found |= {name.value for name in names[:1] if isinstance(name, ast.Constant)}
+                    found |= {str(name.value) for name in names[:1] if isinstance(name, ast.Constant)}
     return found
 
 
@@ -139,7 +142,7 @@ def test_the_real_library_has_every_name_that_is_used(variable: str, module: str
     names = used(variable)
     assert len(names) > 10
     for name in sorted(names):
-        owner = library
+        owner: Any = library
         for attribute in name.split("."):
             assert hasattr(owner, attribute) or attribute.startswith("__"), name
             owner = getattr(owner, attribute, None)
@@ -151,7 +154,8 @@ def test_nested_phases_are_part_of_the_parents_progress() -> None:
     phases.step("build")
     phases.start("inner", "build", 2)
     phases.step("inner")
-    assert phases.now() == (pytest.approx((1 + 0.5) / 4), "inner")
+    share, phase = phases.now()
+    assert share == pytest.approx((1 + 0.5) / 4) and phase == "inner"
     phases.step("inner")
     phases.finish("inner")
     phases.step("build")
@@ -168,7 +172,9 @@ class Terminal(io.StringIO):
 @pytest.mark.parametrize(
     ("stream", "expected"), [(Terminal(), "\r\033[2K  building g: 50%  build"), (io.StringIO(), "")]
 )
-def test_progress_is_live_on_a_terminal_and_rare_elsewhere(stream: io.StringIO, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_is_live_on_a_terminal_and_rare_elsewhere(
+    stream: io.StringIO, expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("diffpress.runtime.engines.tensorrt.monitor.LIVE_EVERY_S", 0.0)
     progress = monitor(SimpleNamespace(IProgressMonitor=object), "g", stream)
     progress.phase_start("build", None, 2)

@@ -8,11 +8,13 @@ import importlib.util
 import json
 import random
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from diffpress.runtime.bundle import PrebuiltEngine, load_bundle
+from diffpress.runtime.bundle import Bundle, PrebuiltEngine, load_bundle
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
 from diffpress.runtime.engines import load_engine
 from diffpress.runtime.engines.cache import Cache
@@ -66,12 +68,14 @@ def test_an_engine_for_this_machine_is_compatible() -> None:
     ],
 )
 def test_an_incompatible_engine_gives_the_reason(changes: dict[str, Any], reason: str) -> None:
-    assert reason in incompatibility(entry_of(**changes), HERE, "g")
+    found = incompatibility(entry_of(**changes), HERE, "g")
+    assert found is not None and reason in found
 
 
 def test_a_missing_library_is_named() -> None:
     other = Device("8.9", {"tensorrt": "10.9.0"})
-    assert "tensorrt-rtx 1.7.1, which is not installed" in incompatibility(entry_of(), other, "g")
+    found = incompatibility(entry_of(), other, "g")
+    assert found is not None and "tensorrt-rtx 1.7.1, which is not installed" in found
 
 
 @pytest.mark.parametrize(
@@ -108,7 +112,7 @@ def graph(bundle: Bundle) -> Path:
     return bundle.denoiser
 
 
-def built(tmp_path: Path, graph: Path, content: bytes=b"data", **changes: Any) -> PrebuiltEngine:
+def built(tmp_path: Path, graph: Path, content: bytes = b"data", **changes: Any) -> PrebuiltEngine:
     (tmp_path / "a.engine").write_bytes(content)
     return PrebuiltEngine(tmp_path / "a.engine", entry_of(graph_sha256=graph_sha256(graph), **changes))
 
@@ -225,7 +229,9 @@ def test_the_diagnostics_of_an_invalid_engine_are_decoded() -> None:
     assert reasons(tensorrt_rtx, 3) == "version mismatch, unsupported cc"
 
 
-def machine_with(monkeypatch: pytest.MonkeyPatch, capability: str, named: list[str], classic: bool=False) -> SimpleNamespace:
+def machine_with(
+    monkeypatch: pytest.MonkeyPatch, capability: str, named: list[str], classic: bool = False
+) -> SimpleNamespace:
     """Patch in this GPU and a TensorRT-RTX with these compute capabilities."""
     members = {f"SM{one.replace('.', '')}": one for one in named}
     trt = SimpleNamespace(ComputeCapability=SimpleNamespace(__members__=members))
@@ -243,7 +249,9 @@ def test_classic_tensorrt_builds_for_gpus_that_tensorrt_rtx_does_not_list(monkey
 
 
 @pytest.mark.parametrize("requested", [["8.9", "9.0"], ["7.0"], ["9.0"], []])
-def test_a_gpu_that_tensorrt_rtx_does_not_list_raises_before_building(requested: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_that_tensorrt_rtx_does_not_list_raises_before_building(
+    requested: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine_with(monkeypatch, "9.0", ["8.9"])
     assert choose(["8.9"]) == ("tensorrt-rtx", ["8.9"])
     with pytest.raises(
@@ -272,7 +280,7 @@ def test_text_and_latents_have_their_own_ranges(bundle: Bundle) -> None:
     )
     spec = replace(bundle.spec, sample_shape=(4, 8, 8), latent_factor=8, conditioning=text)
     options = BuildOptions((1, 2, 4), sizes=((32, 64), (128, 96)))
-    inputs = {
+    inputs: dict[str, list[int | str]] = {
         "sample": ["batch", 4, "height", "width"],
         "encoder_hidden_states": ["batch", "sequence", 32],
     }
@@ -281,7 +289,7 @@ def test_text_and_latents_have_their_own_ranges(bundle: Bundle) -> None:
     assert shapes["encoder_hidden_states"][2] == (4, 16, 32)
     encoder = profile_shapes({"input_ids": ["batch", "sequence"]}, spec, options, "text_encoder")
     assert encoder["input_ids"][1] == (2, 16)
-    latents = {"latent_sample": ["batch", 4, "latent_height", "latent_width"]}
+    latents: dict[str, list[int | str]] = {"latent_sample": ["batch", 4, "latent_height", "latent_width"]}
     decoder = profile_shapes(latents, spec, options, "vae_decoder")
     assert decoder["latent_sample"] == ((1, 4, 4, 8), (1, 4, 8, 8), (1, 4, 16, 12))
     with pytest.raises(InvalidInputError, match="sizes: 36 and 128 must be multiples of 8"):
