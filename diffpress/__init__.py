@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from diffpress.runtime.noise_schedule import betas_schedule as betas_schedule
     from diffpress.runtime.noise_schedule import flow_schedule as flow_schedule
     from diffpress.runtime.pipeline import Pipeline as Pipeline
+    from diffpress.runtime.sampler import Step as Step
     from diffpress.runtime.sampling_plan import SamplingPlan as SamplingPlan
     from diffpress.runtime.sampling_plan import make_plan as make_plan
     from diffpress.runtime.spec import DenoiserSpec as DenoiserSpec
@@ -70,6 +71,7 @@ _MODULES = {
     "SamplingPlan": "diffpress.runtime.sampling_plan",
     "Schedule": "diffpress.compress.stages",
     "Score": "diffpress.compress.stages",
+    "Step": "diffpress.runtime.sampler",
     "Trajectory": "diffpress.compress.stages",
     "bench": "diffpress.api",
     "betas_schedule": "diffpress.runtime.noise_schedule",

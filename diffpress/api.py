@@ -10,7 +10,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from diffpress.compress.builtin import FEATURES, REFERENCE
+from diffpress.compress.builtin import FEATURES, REFERENCE, TEACHER
 from diffpress.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
@@ -22,12 +22,13 @@ if TYPE_CHECKING:
     from diffpress.runtime.engines.tensorrt.options import BuildOptions
 
 
-def load(reference: str | Path, *, loras: Sequence[str] = (), config: str | Path | None = None) -> Checkpoint:
+def load(reference: str | Path = TEACHER, *, loras: Sequence[str] = (), config: str | Path | None = None) -> Checkpoint:
     """Load a pretrained model.
 
     Args:
         reference: A diffusers pipeline folder, a checkpoint that a run saved, a hub id "owner/name", a single
-            .safetensors file, or a custom module as "my_model.py:weights.safetensors".
+            .safetensors file, or a custom module as "my_model.py:weights.safetensors". The default is the built-in
+            teacher.
         loras: LoRAs to fuse first, each "PATH" or "PATH:SCALE".
         config: Pipeline folder or hub id that describes how a single .safetensors file is built.
 
@@ -50,7 +51,7 @@ def load(reference: str | Path, *, loras: Sequence[str] = (), config: str | Path
 
 def compress(
     model: Checkpoint | str | Path,
-    stages: Sequence[Config] | Recipe | str | Path,
+    stages: Config | Sequence[Config] | Recipe | str | Path,
     *,
     out: str | Path,
     data: str | Path | None = None,
@@ -61,8 +62,8 @@ def compress(
 
     Args:
         model: A checkpoint from `load`, or what `load` takes.
-        stages: Stage objects (`Prune`, `Recover`, `Quantize`, ...) in order, a `Recipe`, a recipe's file, or the name
-            of a built-in recipe. Only the stages of a recipe are run: `export` and `evaluate` are separate functions.
+        stages: A stage object (`Prune`, `Recover`, `Quantize`, ...) or several in order; or a `Recipe`, a recipe's
+            file, or the name of a built-in recipe, of which only the stages are run.
         out: Folder for the finished stages. The same call again resumes there.
         data: Training images (.npz), or prompts (.txt) for models of text. A recipe names its own.
         seed: Every random draw follows from it (0). A recipe names its own.
@@ -80,12 +81,15 @@ def compress(
         ['prune']
     """
     from diffpress.compress.checkpoint import Checkpoint
+    from diffpress.compress.config import Config
     from diffpress.compress.pipeline import claim_folder, run_stages
     from diffpress.compress.recipe import Recipe
     from diffpress.export.targets.engine_cost import open_engine_costs
 
     if isinstance(stages, str | Path):
         stages = Recipe.load(stages)
+    if isinstance(stages, Config):
+        stages = [stages]
     if isinstance(stages, Recipe):
         if data is not None or seed is not None:
             raise InvalidInputError("compress: the recipe names data and seed itself; leave them out of the call")
@@ -153,7 +157,7 @@ def export(
 
 def bench(
     bundle: str | Path,
-    baselines: Sequence[str | Path] = (),
+    baselines: str | Path | Sequence[str | Path] = (),
     *,
     batch: Sequence[int] = (1, 8),
     engines: Sequence[str | None] = (None,),
@@ -164,7 +168,7 @@ def bench(
 
     Args:
         bundle: The bundle's folder.
-        baselines: Checkpoints, which run in PyTorch eager, and bundles, which run in each engine.
+        baselines: One or several: checkpoints, which run in PyTorch eager, and bundles, which run in each engine.
         batch: The batch sizes to measure.
         engines: Names of engines; None for the preferred one, `["all"]` for all that are installed.
         repeats: Alternating rounds, of which medians are taken.
@@ -178,6 +182,7 @@ def bench(
     """
     from diffpress.compress.evaluation.bench import bench as measure_bundle
 
+    baselines = [baselines] if isinstance(baselines, str | Path) else baselines
     return measure_bundle(bundle, baselines, batch=batch, engines=engines, repeats=repeats, options=options)
 
 

@@ -59,11 +59,15 @@ TOP_LEVEL = {
 NESTED: dict[str, type[Config]] = {"quantize.bounds": BoundsConfig, "export.tensorrt": TensorRTConfig}
 
 
+# what a reader of the Markdown sees where the site has generated text
+GENERATED = "*Generated from the code: `make docs` fills it in and writes the site to `build/site`.* "
+
+
 def on_page_markdown(markdown: str, page: Any, **_: object) -> str:
     """Return the page's Markdown with every marker replaced, and links to benchmarks/ valid inside the site."""
     for marker, text in MARKERS.items():
         if marker in markdown:
-            markdown = markdown.replace(marker, text())
+            markdown = markdown.replace(GENERATED + marker, marker).replace(marker, text())
     if page.file.src_uri.startswith("benchmarks/"):
         return markdown.replace("](../docs/", "](../")
     return markdown.replace("](../benchmarks/", "](benchmarks/")
@@ -167,11 +171,12 @@ def renamed_keys() -> str:
 
 def renamed_options() -> str:
     """Return the table of options that are accepted under a second, older name."""
-    actions = [(verb, action) for verb in VERBS for action in verb_parser(verb)._actions]
-    names = [(verb, [name for name in action.option_strings if name.startswith("--")]) for verb, action in actions]
-    rows = [
-        (f"`{verb}`", f"`{long[0]}`", ", ".join(f"`{old}`" for old in long[1:])) for verb, long in names if long[1:]
-    ]
+    rows = []
+    for verb in VERBS:
+        actions = verb_parser(verb)._actions
+        for old in (action for action in actions if action.help == argparse.SUPPRESS and action.option_strings):
+            new = next(action for action in actions if action.dest == old.dest and action is not old)
+            rows.append((f"`{verb}`", f"`{new.option_strings[-1]}`", f"`{old.option_strings[-1]}`"))
     return _table(("verb", "option", "also accepted"), rows)
 
 

@@ -52,7 +52,8 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         type=recipe_file,
         default=DEFAULT_RECIPE,
         metavar="R",
-        help=f"a YAML file, or the name of a built-in one: {', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))}",
+        help="a YAML file or the name of a built-in recipe: "
+        f"{', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))} (quick)",
     )
     parser.add_argument(
         "--set",

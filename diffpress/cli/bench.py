@@ -53,7 +53,8 @@ def run(args: argparse.Namespace) -> int:
         print(f"left out: {what}: {reason}")
     print(table(result["rows"]))
     for name, share in result["sampler_overhead"].items():
-        print(f"sampler overhead outside {name}: {share:.2%} of the sampling time at batch {min(args.batch)}")
+        found = f"{share:.2%} of the sampling time" if share > 0 else "below the noise of this run"
+        print(f"sampler overhead outside {name}: {found} at batch {min(args.batch)}")
     if args.json:
         write_json(args.json, result)
         print(f"written to {args.json}")

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from diffpress.cli.arguments import add_checkpoint_arguments, loaded, parsed_size
+from diffpress.compress.builtin import TEACHER
 from diffpress.runtime.engines.tensorrt.options import HARDWARE, SWITCHES, BuildOptions
 from diffpress.runtime.errors import InvalidInputError
 
@@ -19,7 +20,13 @@ EXAMPLE = "diffpress export work/checkpoint --out bundle --targets onnx openvino
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `diffpress export`."""
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="folder, hub id, .safetensors or file.py:weights")
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=str(TEACHER),
+        metavar="CHECKPOINT",
+        help="folder, hub id, .safetensors or file.py:weights (default: the built-in teacher)",
+    )
     add_checkpoint_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write the bundle to")
     parser.add_argument(
@@ -42,10 +49,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
         "--fixed-timesteps",
-        "--fixed-plan",
         action="store_true",
         help="fold the timestep embedding for the plan's own timesteps into constants",
     )
+    # its name in diffpress 0.1
+    parser.add_argument("--fixed-plan", dest="fixed_timesteps", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument(
         "--revert-slower", action="store_true", help="give the float graph to engines that int8 slows down here"
     )

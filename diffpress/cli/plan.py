@@ -21,21 +21,24 @@ def run(args: argparse.Namespace) -> int:
     """Print the resolved stages with the sizes before and after."""
     from diffpress.compress.dry_run import dry_run
     from diffpress.compress.recipe import Recipe
+    from diffpress.export.run import check_recipe
     from diffpress.runtime.io.files import write_json
 
-    recipe = Recipe.load(args.recipe, args.set)
-    result = dry_run(loaded(args), recipe)
+    recipe, checkpoint = Recipe.load(args.recipe, args.set), loaded(args)
+    check_recipe(recipe, checkpoint, str(args.recipe))
+    result = dry_run(checkpoint, recipe)
     if args.json == "-":
         print(json.dumps(result, indent=1))
         return 0
     if args.json:
         write_json(Path(args.json), result)
-    print(f"recipe {args.recipe}, seed {recipe.seed}")
-    for number, stage in enumerate(result["stages"]):
-        settings = ", ".join(f"{k}={v}" for k, v in stage["config"].items())
-        print(f"  {number + 1}. {stage['name']:<9} {settings}")
-        print(f"     -> {_describe_sizes(stage['after'])}")
+    print(f"recipe {args.recipe}, seed {recipe.seed} (settings that are not shown have their defaults)")
     print(f"before: {_describe_sizes(result['before'])}")
+    for number, (stage, entry) in enumerate(zip(recipe.stages, result["stages"], strict=True)):
+        changed = stage.config.model_dump(mode="json", exclude_defaults=True)
+        settings = ", ".join(f"{k}={v}" for k, v in changed.items())
+        print(f"  {number + 1}. {stage.name:<9} {settings}")
+        print(f"     -> {_describe_sizes(entry['after'])}")
     return 0
 
 

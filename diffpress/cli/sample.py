@@ -34,8 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--solver", metavar="S", help=", ".join(SOLVERS))
     parser.add_argument(
-        "--spacing", "--grid", metavar="S", help="timestep spacing: leading, trailing, linspace, quad, karras, ..."
+        "--spacing", metavar="S", help="timestep spacing: leading, trailing, linspace, quad, karras, ..."
     )
+    parser.add_argument("--grid", dest="spacing", help=argparse.SUPPRESS)  # its name in diffpress 0.1
     parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance weight; 1 is off")
     parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="images sampled together (8)")
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     from diffpress.runtime.requested_plan import plan_description, requested_spec
     from diffpress.runtime.sampler import MAX_SEED, warm_up
 
+    if args.out.suffix not in ("", ".png"):
+        raise InvalidInputError(f"--out {args.out}: images are written as PNG; choose a file that ends in .png")
     if args.number < 1 or args.batch < 1:
         raise InvalidInputError(f"-n {args.number} --batch {args.batch}: both must be at least 1")
     if not 0 <= args.seed <= MAX_SEED - args.number:

@@ -142,6 +142,10 @@ class Checkpoint:
     history: tuple[Record, ...] = ()
     quantization: Quantization | None = None
 
+    def __repr__(self) -> str:
+        plan, stages = self.spec.plan, [record.stage for record in self.history]
+        return f"Checkpoint({self.source.kind}, {plan.steps} steps of {plan.solver}, history={stages})"
+
     def clone_model(self) -> nn.Module:
         """Return a deep copy, for stages that modify weights: a stage never modifies its input."""
         return copy.deepcopy(self.model)

@@ -11,6 +11,8 @@ from diffpress.runtime.bundle import MANIFEST, load_bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
+DTYPE_NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names
+
 
 def describe(path: str | Path) -> dict[str, Any]:
     """Return family, precision, sizes, sampling plan, history and engines of a checkpoint folder or bundle.
@@ -33,7 +35,7 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
         "path": str(folder),
         "format": manifest["format"],
         "name": manifest.get("name"),
-        "family": manifest.get("family"),
+        "family": manifest.get("family") if manifest.get("family") != "custom" else "custom module",
         "precision": denoiser.get("precision"),
         "parameters": denoiser.get("parameters"),
         "size_mib": round(sum(entry["bytes"] for entry in manifest["files"].values()) / 2**20, 2),
@@ -87,7 +89,8 @@ def _parameters_by_dtype(files: list[Path]) -> Counter[str]:
         with safe_open(file, framework="numpy") as tensors:
             for name in tensors.keys():
                 part = tensors.get_slice(name)
-                counts[part.get_dtype()] += prod(part.get_shape())
+                dtype = part.get_dtype()
+                counts[DTYPE_NAMES.get(dtype, dtype)] += prod(part.get_shape())
     return counts
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple, get_args
 import yaml
 from pydantic import ValidationError
 
-from diffpress.compress.builtin import CALIB_DATA, recipe_file
+from diffpress.compress.builtin import CALIB_DATA, RECIPES, recipe_file
 from diffpress.compress.config import (
     Config,
     EvaluateConfig,
@@ -114,7 +114,10 @@ class Recipe:
         Raises:
             InvalidInputError: For everything that is wrong with it: file, key and hint in one line.
         """
-        return read_recipe(recipe_file(path), tuple(overrides))
+        file = recipe_file(path)
+        if not file.exists() and not file.suffix:
+            raise unknown_name("recipe", str(path), sorted(built_in.stem for built_in in RECIPES.glob("*.yaml")))
+        return read_recipe(file, tuple(overrides))
 
     @staticmethod
     def of(
@@ -219,17 +222,29 @@ def _config(kind: type[Config], settings: Any, path: Path, where: str) -> Config
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise InvalidInputError(f"{path}: {where}: expected settings like {{key: value}}, found {settings!r}")
-    _refuse_unknown(settings, tuple(kind.model_fields), str(path), where)
-    for key, value in settings.items():
-        inner = _config_in(kind.model_fields[key].annotation)
-        if inner is not None and isinstance(value, dict):
-            _refuse_unknown(value, tuple(inner.model_fields), str(path), f"{where}.{key}")
+    check_keys(kind, settings, str(path), where)
     try:
         return kind(**settings)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, (where, *first["loc"])))  # a rule between two keys has no place of its own
-        raise InvalidInputError(f"{path}: {key}: {first['msg']}, found {first['input']!r}") from error
+        raise first_error(error, f"{path}: {where}") from error
+
+
+def check_keys(kind: type[Config], settings: dict[str, Any], source: str, where: str) -> None:
+    """Raise InvalidInputError for a key that `kind` does not have, with its new name or the nearest match."""
+    _refuse_unknown(settings, tuple(kind.model_fields), source, where)
+    for key, value in settings.items():
+        inner = _config_in(kind.model_fields[key].annotation)
+        if inner is not None and isinstance(value, dict):
+            _refuse_unknown(value, tuple(inner.model_fields), source, f"{where}.{key}")
+
+
+def first_error(error: ValidationError, where: str) -> InvalidInputError:
+    """Return the first problem that pydantic found, as one line."""
+    first = error.errors()[0]
+    if not first["loc"]:  # a rule between several keys
+        return InvalidInputError(f"{where}: {first['msg'].removeprefix('Value error, ')}")
+    key = ".".join(map(str, (where, *first["loc"])))
+    return InvalidInputError(f"{key}: {first['msg']}, found {first['input']!r}")
 
 
 def _config_in(annotation: Any) -> type[Config] | None:

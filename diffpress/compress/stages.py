@@ -5,7 +5,9 @@ Each is the configuration of one stage, so its arguments are the keys that a rec
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, cast
+
+from pydantic import ValidationError
 
 from diffpress.compress.config import Config, FormatName, PruneConfig, QuantizeConfig, ScheduleConfig
 from diffpress.compress.distillation.config import (
@@ -17,10 +19,23 @@ from diffpress.compress.distillation.config import (
     ScoreConfig,
     TrajectoryConfig,
 )
+from diffpress.compress.recipe import check_keys, first_error
 from diffpress.runtime.errors import InvalidInputError
 
 
-class Schedule(ScheduleConfig):
+class _Stage:
+    """Base of the stage objects: wrong settings raise InvalidInputError, as they do in a recipe."""
+
+    def __init__(self, **settings: Any) -> None:
+        name, kind = f"diffpress.{type(self).__name__}", cast(type[Config], type(self))
+        check_keys(kind, settings, name, stage_name(self))
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise first_error(error, name) from error
+
+
+class Schedule(_Stage, ScheduleConfig):
     """Choose the solver and the timesteps that the model is sampled with; weights stay as they are.
 
     Examples:
@@ -30,7 +45,7 @@ class Schedule(ScheduleConfig):
     """
 
 
-class Prune(PruneConfig):
+class Prune(_Stage, PruneConfig):
     """Remove the fraction `ratio` of channels and attention heads.
 
     Examples:
@@ -40,7 +55,7 @@ class Prune(PruneConfig):
     """
 
 
-class Recover(RecoverConfig):
+class Recover(_Stage, RecoverConfig):
     """Train a pruned model to reproduce the model it was pruned from.
 
     Examples:
@@ -50,7 +65,7 @@ class Recover(RecoverConfig):
     """
 
 
-class Guidance(GuidanceConfig):
+class Guidance(_Stage, GuidanceConfig):
     """Train one evaluation to replace the two of classifier-free guidance.
 
     Examples:
@@ -62,7 +77,7 @@ class Guidance(GuidanceConfig):
     kind: Literal["guidance"] = "guidance"
 
 
-class Progressive(ProgressiveConfig):
+class Progressive(_Stage, ProgressiveConfig):
     """Halve the number of steps repeatedly (progressive distillation).
 
     Examples:
@@ -74,7 +89,7 @@ class Progressive(ProgressiveConfig):
     kind: Literal["progressive"] = "progressive"
 
 
-class Trajectory(TrajectoryConfig):
+class Trajectory(_Stage, TrajectoryConfig):
     """Train a few steps to follow the teacher's fine trajectory (SFD).
 
     Examples:
@@ -86,7 +101,7 @@ class Trajectory(TrajectoryConfig):
     kind: Literal["trajectory"] = "trajectory"
 
 
-class Consistency(ConsistencyConfig):
+class Consistency(_Stage, ConsistencyConfig):
     """Train every point of a trajectory to map to the same image (ECT).
 
     Examples:
@@ -98,7 +113,7 @@ class Consistency(ConsistencyConfig):
     kind: Literal["consistency"] = "consistency"
 
 
-class Score(ScoreConfig):
+class Score(_Stage, ScoreConfig):
     """Train a few-step generator by the difference of two scores (DMD2 without its GAN).
 
     Examples:
@@ -110,7 +125,7 @@ class Score(ScoreConfig):
     kind: Literal["score"] = "score"
 
 
-class Quantize(QuantizeConfig):
+class Quantize(_Stage, QuantizeConfig):
     """Quantize weights and activations to `format`, calibrated on the model's own trajectory.
 
     Examples:

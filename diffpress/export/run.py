@@ -67,7 +67,7 @@ def run_recipe(
     with distributed.together():
         with distributed.main_first():
             teacher = open_teacher()
-            _check(recipe, teacher, where)
+            check_recipe(recipe, teacher, where)
             if distributed.is_main():
                 claim_folder(out, teacher, recipe, update)
         checkpoint = run_stages(teacher, recipe, out, open_engine_costs)
@@ -75,7 +75,7 @@ def run_recipe(
         export_and_report(checkpoint, teacher, recipe, out)
 
 
-def _check(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
+def check_recipe(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
     """Raise errors that would otherwise occur at the end, before any work is done."""
     if recipe.evaluate is not None:
         load_features(FEATURES, teacher.spec)
@@ -117,6 +117,7 @@ def export_and_report(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recip
     gates = evaluate_gates(recipe.gates, bundle, read_json(out / "evaluation.json") if recipe.evaluate else None)
     write_json(out / "gates.json", gates)
     print(summary(write_report(out)))
+    print(f"bundle  {out / 'bundle'}\nreport  {out / 'report.html'}\nimages  {out / PICTURE}")
     failed = [f"{g['gate']} is {g['value']:.3f}, the bound is {g['bound']:g}" for g in gates if not g["passed"]]
     if failed:
         raise GateFailedError(f"{out}: gate failed: {'; '.join(failed)}. The work is kept")

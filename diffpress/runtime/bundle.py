@@ -54,6 +54,9 @@ class Bundle:
     spec: DenoiserSpec
     manifest: dict[str, Any]
 
+    def __repr__(self) -> str:
+        return f"Bundle({str(self.path)!r}, {self.spec.plan.steps} steps of {self.spec.plan.solver})"
+
     @property
     def denoiser(self) -> Path:
         """The denoiser's ONNX file."""

@@ -78,6 +78,10 @@ class Pipeline:
         self.denoiser = open_engine(self.bundle, engine, options=self._options)
         self.spec = self.bundle.spec_for(self.denoiser.name)
         self._decoder: Engine | None = None
+        self._closed = False
+
+    def __repr__(self) -> str:
+        return f"Pipeline({str(self.bundle.path)!r}, engine={self.denoiser.name!r})"
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +127,10 @@ class Pipeline:
         Raises:
             InvalidInputError: If an argument does not fit the model or the bundle.
         """
+        if self._closed:
+            raise InvalidInputError(f"{self.bundle.path}: the pipeline is closed; open another one")
+        if size is not None and not (isinstance(size, Sequence) and len(size) == 2):
+            raise InvalidInputError(f"size {size!r}: give height and width in pixels, as in (512, 768)")
         chosen = _seeds(seeds, prompt, labels)
         spec = self.bundle.spec
         if size is not None:
@@ -209,6 +217,7 @@ class Pipeline:
 
     def close(self) -> None:
         """Release the engines."""
+        self._closed = True
         self.denoiser.close()
         if self._decoder is not None:
             self._decoder.close()
@@ -248,7 +257,8 @@ def check_request(
     kind = conditioning.kind
     if kind != "text" and (prompt is not None or negative_prompt is not None):
         hint = f"give labels of 0..{conditioning.classes - 1}" if kind == "class" else "leave the prompt out"
-        raise InvalidInputError(f"prompt: the model is not conditioned on text; {hint}")
+        name = "prompt" if prompt is not None else "negative_prompt"
+        raise InvalidInputError(f"{name}: the model is not conditioned on text; {hint}")
     if kind == "text" and prompt is None:
         raise InvalidInputError("the model is conditioned on text: give a prompt")
     if labels is None:
@@ -281,7 +291,9 @@ def _per_image(value: Any, count: int, what: str) -> Any:
     if not _is_list(value):
         return [value] * count
     if len(value) != count:
-        raise InvalidInputError(f"{len(value)} {what} for {count} seeds: give one each, or one for all")
+        raise InvalidInputError(
+            f"{what}: {len(value)} given for {count} images; give one for each seed, or one for all"
+        )
     return list(value)
 
 

@@ -46,7 +46,18 @@ FusedSampling = Callable[[dict[str, np.ndarray], np.ndarray], np.ndarray | None]
 
 
 class Step(NamedTuple):
-    """A finished step: its index, its timestep, the sample after it and the x_0 it used."""
+    """A finished step: its index, its timestep, the sample after it and the x_0 it used.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> timesteps = []
+        >>> def note(step: dp.Step) -> None:
+        ...     timesteps.append(step.t)
+        >>> with dp.Pipeline(bundle) as pipe:
+        ...     images = pipe(seeds=0, steps=2, callback=note)
+        >>> timesteps
+        [49.0, 24.0]
+    """
 
     index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
     t: float

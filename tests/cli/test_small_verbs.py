@@ -69,7 +69,7 @@ def test_info_describes_a_checkpoint_without_loading_its_weights(capsys: pytest.
     assert facts["kind"] == "checkpoint" and facts["family"] == "UNet2DModel" and facts["precision"] == "w4a8"
     assert facts["parameters"] == 36453 and facts["history"] == ["prune", "distill", "quantize"]
     text = output(capsys, "info", ROOT / "calib_data" / "teacher")
-    assert "UNet2DModel" in text and "F16" in text and "20 steps of dpmpp_2m" in text and "10 classes" in text
+    assert "UNet2DModel" in text and "fp16" in text and "20 steps of dpmpp_2m" in text and "10 classes" in text
 
 
 def test_info_refuses_what_is_neither(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def measure_corrections(
     sums: dict[float, np.ndarray] = {}
     fits: dict[float, OutputCorrection] = {}
     evaluations = itertools.count(1)
-    with progress("correct", solver_evaluations(plan.solver, plan.steps)) as advance:
+    with progress("output correction", solver_evaluations(plan.solver, plan.steps)) as advance:
 
         def predict(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
             out_q = predictor(x, level)
