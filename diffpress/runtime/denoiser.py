@@ -17,8 +17,8 @@ from diffpress.runtime.guidance import Interval, guidance_applies, is_guided, re
 from diffpress.runtime.network_inputs import (
     ConditioningInputs,
     Network,
-    _network_conditioning,
     check_inputs,
+    network_conditioning,
     network_feed,
 )
 from diffpress.runtime.noise_schedule import NoiseLevel
@@ -93,8 +93,8 @@ def make_predictor(
     """Return the function (x, level) -> network output after guidance: the first half of `make_denoiser`."""
     check_inputs(network, spec)
     conditions = conditions or ConditioningInputs()
-    cond_only = _network_conditioning(spec, conditions, guided=False)
-    both = _network_conditioning(spec, conditions, guided=True) if is_guided(spec, guidance) else cond_only
+    cond_only = network_conditioning(spec, conditions, guided=False)
+    both = network_conditioning(spec, conditions, guided=True) if is_guided(spec, guidance) else cond_only
 
     def predict(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         if spec.fixed_timesteps and level.t not in spec.fixed_timesteps:

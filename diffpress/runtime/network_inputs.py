@@ -121,7 +121,7 @@ def static_inputs(
     Raises:
         InvalidInputError: The conditioning or the guidance does not match the spec.
     """
-    cond = _network_conditioning(spec, conditions, is_guided(spec, spec.plan.guidance))
+    cond = network_conditioning(spec, conditions, is_guided(spec, spec.plan.guidance))
     return _typed_conditioning(network, spec, count * evaluations_per_step(spec), cond, spec.plan.guidance)
 
 
@@ -140,7 +140,7 @@ def typed_timesteps(timesteps: Sequence[float], dtype: np.dtype) -> np.ndarray:
     return np.array([round(t) if is_integer else t for t in timesteps], dtype)
 
 
-def _network_conditioning(spec: DenoiserSpec, conditions: ConditioningInputs, guided: bool) -> dict[str, np.ndarray]:
+def network_conditioning(spec: DenoiserSpec, conditions: ConditioningInputs, guided: bool) -> dict[str, np.ndarray]:
     """The conditioning of one evaluation: the cond half, followed by the uncond half under guidance."""
     conditioning = spec.conditioning
     expected = {LABELS} if conditioning.kind == "class" else set(conditioning.inputs)

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from diffpress.runtime.errors import InvalidInputError, unknown_name
+from diffpress.runtime.io.json_fields import floats
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def betas_schedule(kind: str, T: int = 1000, start: float = 1e-4, end: float = 0
             f"beta schedule: {T} timesteps from {start} to {end}; need at least 2 and 0 < start <= end < 1"
         )
     abar = np.cumprod(1.0 - BETAS[kind](T, start, end))
-    return NoiseSchedule(_floats(np.sqrt(abar)), _floats(np.sqrt(1.0 - abar)))
+    return NoiseSchedule(floats(np.sqrt(abar)), floats(np.sqrt(1.0 - abar)))
 
 
 def flow_schedule(T: int = 1000) -> NoiseSchedule:
@@ -107,7 +108,7 @@ def flow_schedule(T: int = 1000) -> NoiseSchedule:
     if T < 2:
         raise InvalidInputError(f"flow schedule: {T} timesteps; need at least 2")
     s = np.arange(T) / (T - 1)
-    return NoiseSchedule(_floats(1.0 - s), _floats(s))
+    return NoiseSchedule(floats(1.0 - s), floats(s))
 
 
 def noise_level_at(schedule: NoiseSchedule, t: float) -> NoiseLevel:
@@ -138,7 +139,7 @@ def zero_terminal_snr(schedule: NoiseSchedule) -> NoiseSchedule:
     """Rescale a variance-preserving schedule so that it ends in pure noise (Lin et al. 2024, algorithm 1)."""
     alphas = np.asarray(schedule.alphas)
     alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
-    return NoiseSchedule(_floats(alphas), _floats(np.sqrt(1.0 - alphas**2)))
+    return NoiseSchedule(floats(alphas), floats(np.sqrt(1.0 - alphas**2)))
 
 
 def _linear(T: int, start: float, end: float) -> np.ndarray:
@@ -159,10 +160,6 @@ BETAS: dict[str, Callable[[int, float, float], np.ndarray]] = {
     "scaled_linear": _scaled_linear,
     "squaredcos_cap_v2": _cosine,
 }
-
-
-def _floats(values: np.ndarray) -> tuple[float, ...]:
-    return tuple(float(v) for v in values)
 
 
 def timesteps_at(ratios: np.ndarray, schedule: NoiseSchedule) -> np.ndarray:

@@ -39,8 +39,8 @@ from typing import Any
 import numpy as np
 
 from diffpress.runtime.errors import InvalidInputError, unknown_name
-from diffpress.runtime.io.json_fields import boolean, check_fields, convert_errors
-from diffpress.runtime.noise_schedule import NoiseSchedule, _floats, timesteps_at
+from diffpress.runtime.io.json_fields import boolean, check_fields, convert_errors, floats
+from diffpress.runtime.noise_schedule import NoiseSchedule, timesteps_at
 
 
 @dataclass(frozen=True)
@@ -286,7 +286,7 @@ def spaced_timesteps(
     if spacing.kind == "flow_linspace" and spacing.dynamic is None:
         # diffusers' linspace ends at its smallest sigma, which is already shifted, and is then shifted again
         t = np.interp(t, (1.0, last), (float(_shifted(np.ones(()), k, last)), last))
-    return _floats(_shifted(t, k, last))
+    return floats(_shifted(t, k, last))
 
 
 def reshifted(
@@ -296,7 +296,7 @@ def reshifted(
     if spacing.dynamic is None:
         return timesteps
     k = _shift_factor(spacing, new_tokens) / _shift_factor(spacing, old_tokens)
-    return _floats(_shifted(np.asarray(timesteps), k, len(schedule) - 1))
+    return floats(_shifted(np.asarray(timesteps), k, len(schedule) - 1))
 
 
 def _shift_factor(spacing: TimestepSpacing, tokens: int | None) -> float:

@@ -65,7 +65,7 @@ class TeacherData:
     @cached_property
     def uncond(self) -> Tensors:
         """The unconditional inputs, [1, ...] by name; empty if there are none."""
-        uncond = self._network_conditioning.uncond or {}
+        uncond = self._conditioning.uncond or {}
         return {name: torch.from_numpy(array[:1]) for name, array in uncond.items()}
 
     def conditions(self, count: int) -> ConditioningInputs:
@@ -84,13 +84,13 @@ class TeacherData:
         return ConditioningInputs(cond, {name: np.repeat(array, count, axis=0) for name, array in uncond.items()})
 
     @cached_property
-    def _network_conditioning(self) -> ConditioningInputs:
+    def _conditioning(self) -> ConditioningInputs:
         return self.conditions(self.count)
 
     @cached_property
     def _trajectories(self) -> TeacherTrajectories:
         return TeacherTrajectories(
-            self.teacher, self.teacher.spec.plan, (), self.count, self._network_conditioning, SEED, self.cache
+            self.teacher, self.teacher.spec.plan, (), self.count, self._conditioning, SEED, self.cache
         )
 
 
