@@ -19,7 +19,14 @@ DEFAULT_RECIPE = RECIPES / "quick.yaml"
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say how the positional CHECKPOINT is read."""
+    """Add CHECKPOINT and the options that say how it is read."""
+    parser.add_argument(
+        "checkpoint",
+        nargs="?",
+        default=str(TEACHER),
+        metavar="CHECKPOINT",
+        help="folder, hub id, .safetensors or file.py:weights (default: the built-in teacher)",
+    )
     parser.add_argument(
         "--lora", action="append", default=[], metavar="PATH[:SCALE]", help="fuse a LoRA first; may be repeated"
     )
@@ -39,13 +46,6 @@ def loaded(args: argparse.Namespace, **options: Any) -> Checkpoint:
 
 def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
     """Add CHECKPOINT, its options, and the recipe with its overrides."""
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=str(TEACHER),
-        metavar="CHECKPOINT",
-        help="folder, hub id, .safetensors or file.py:weights (default: the built-in teacher)",
-    )
     add_checkpoint_arguments(parser)
     parser.add_argument(
         "--recipe",

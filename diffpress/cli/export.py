@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 
 from diffpress.cli.arguments import add_checkpoint_arguments, loaded, parsed_size
-from diffpress.compress.builtin import TEACHER
 from diffpress.runtime.engines.tensorrt.options import HARDWARE, SWITCHES, BuildOptions
 from diffpress.runtime.errors import InvalidInputError
 
@@ -20,13 +19,6 @@ EXAMPLE = "diffpress export work/checkpoint --out bundle --targets onnx openvino
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `diffpress export`."""
-    parser.add_argument(
-        "checkpoint",
-        nargs="?",
-        default=str(TEACHER),
-        metavar="CHECKPOINT",
-        help="folder, hub id, .safetensors or file.py:weights (default: the built-in teacher)",
-    )
     add_checkpoint_arguments(parser)
     parser.add_argument("--out", type=Path, required=True, metavar="BUNDLE", help="folder to write the bundle to")
     parser.add_argument(

@@ -30,23 +30,10 @@ def export(
     build: BuildOptions | None = None,
     threads: int | None = None,
 ) -> Bundle:
-    """Export `checkpoint` as a bundle into the folder `out`.
+    """Export a checkpoint as a bundle.
 
-    Args:
-        checkpoint: From `load`, or what the stages of a recipe returned.
-        out: The bundle's folder. One that holds anything but a bundle is refused.
-        targets: Of "onnx", "openvino" and "tensorrt": the engines to build or check the bundle for.
-        precision: "fp32", "fp16" or "bf16", of the float graphs; norms, softmax and decoders stay fp32.
-        size: Height and width of the image in pixels, to fix them in the graphs.
-        fixed_timesteps: Fold the timestep embedding for the timesteps of the sampling plan into constants.
-        revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
-        compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
-        build: How TensorRT engines are built.
-        threads: Processor threads of the parity check; None for all.
-
-    Raises:
-        InvalidInputError: For options that do not fit the checkpoint.
-        GateFailedError: If parity with torch fails.
+    Arguments and errors are those of `diffpress.api.export`, which also loads the checkpoint. `out` is checked before
+    any work, since tracing may take minutes.
     """
     out, build, fixed_size = Path(out), build or BuildOptions(), size is not None
     check_output_folder(out)
