@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +11,7 @@ from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.engines import ENGINES
 from diffpress.runtime.engines.cache import Cache, cache_folder
-from diffpress.runtime.errors import InvalidInputError, plain_warnings
+from diffpress.runtime.errors import InvalidInputError, plain_warnings, print_warning
 from diffpress.runtime.solvers import SOLVERS
 
 EXAMPLE = 'diffpress sample work/bundle --prompt "a lighthouse in the fog" -n 4 --steps 20 --out lighthouse.png'
@@ -75,14 +74,16 @@ def run(args: argparse.Namespace) -> int:
     with plain_warnings(), closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
         spec = bundle.spec_for(pipeline.denoiser.name, spec)
         if pipeline.spec.plan.output_corrections and not spec.plan.output_corrections:
-            _warn("the requested plan differs from the bundle's: its output corrections do not apply and are disabled")
+            print_warning(
+                "the requested plan differs from the bundle's: its output corrections do not apply and are disabled"
+            )
         conditions = pipeline.conditions(
             args.number,
             spec,
             labels=None if args.label is None else np.full(args.number, args.label),
             prompts=None if args.prompt is None else [args.prompt] * args.number,
             negatives=None if args.negative is None else [args.negative] * args.number,
-            warn=_warn,
+            warn=print_warning,
         )
         # compiling for this batch size is part of loading, not of the time per image
         warm_up(pipeline.denoiser, spec, min(args.batch, args.number))
@@ -112,7 +113,3 @@ def _check_request(conditioning: Conditioning, label: int | None, prompt: str | 
 
 def _alternative(conditioning: Conditioning) -> str:
     return f"use --label 0..{conditioning.classes - 1}" if conditioning.kind == "class" else "leave it out"
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)

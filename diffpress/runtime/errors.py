@@ -90,6 +90,11 @@ def report_error(message: str, code: int) -> int:
     return code
 
 
+def print_warning(line: str) -> None:
+    """Print a warning to stderr in the format of the command line."""
+    print(f"warning: {line}", file=sys.stderr)
+
+
 EXTRAS = {
     "compress": (
         "torch",
@@ -129,7 +134,7 @@ def plain_warnings() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *location: object) -> None:
             if category is UserWarning:
-                print(f"warning: {message}", file=sys.stderr)
+                print_warning(str(message))
             else:
                 default_showwarning(message, category, *location)  # type: ignore[arg-type]
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.errors import InvalidInputError, print_warning
 from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.spec import DenoiserSpec
@@ -28,7 +27,9 @@ def requested_spec(
     """
     plan = requested_plan(spec, steps, solver, spacing, guidance)
     if spec.distilled and not _is_trained_for(spec, plan):
-        _warn(f"this network was distilled for {_trained_plans(spec)}; other plans may reduce the image quality")
+        print_warning(
+            f"this network was distilled for {_trained_plans(spec)}; other plans may reduce the image quality"
+        )
     return spec.with_plan(plan)
 
 
@@ -80,7 +81,3 @@ def _is_trained_for(spec: DenoiserSpec, plan: SamplingPlan) -> bool:
     return plan == spec.plan or any(
         plan == spec.plan.without_corrections.over(other) for other in spec.distilled_timesteps
     )
-
-
-def _warn(line: str) -> None:
-    print(f"warning: {line}", file=sys.stderr)
