@@ -56,7 +56,7 @@ def plan_of(
     engine: Network, spec: DenoiserSpec, solver: str, spacing: str, steps: int, refine: int
 ) -> tuple[SamplingPlan, Row]:
     """Return the sampling plan of a row and, for searched timesteps, the record and duration of the search."""
-    from diffpress.compress.config import ScheduleConfig
+    from diffpress.compress.sampling_schedule.config import ScheduleConfig
     from diffpress.compress.sampling_schedule.search import search
     from diffpress.runtime.network_inputs import dummy_conditioning
     from diffpress.runtime.solvers import with_solver

@@ -123,8 +123,8 @@ def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[st
     Returns:
         The paths by precision, and the spec of diffpress's model, whose plan has the output correction.
     """
-    from diffpress.compress.config import QuantizeConfig
     from diffpress.compress.context import Context
+    from diffpress.compress.quantization.config import QuantizeConfig
     from diffpress.compress.quantization.quantize import quantize
     from diffpress.export.graph.model import save_graph
     from diffpress.export.graph.to_onnx import export_float

@@ -69,8 +69,8 @@ def compress(name: str, folder: Path, out: Path) -> None:
     """Load, quantize (sd15) and export the model; print the seconds and the peak memory so far after each step."""
     import torch
 
-    from diffpress.compress.config import QuantizeConfig
     from diffpress.compress.context import Context
+    from diffpress.compress.quantization.config import QuantizeConfig
     from diffpress.compress.quantization.quantize import quantize
     from diffpress.compress.sources.load import load_checkpoint
     from diffpress.export.bundle import write_bundle

@@ -27,8 +27,9 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from diffpress.cli.main import VERBS
-from diffpress.compress.config import BoundsConfig, Config, TensorRTConfig
+from diffpress.compress.config import Config, TensorRTConfig
 from diffpress.compress.distillation.config import KINDS, DistillConfig
+from diffpress.compress.quantization.config import BoundsConfig
 from diffpress.compress.recipe import RENAMED_KEYS, RENAMED_VALUES, SECTIONS, STAGE_CONFIGS
 from diffpress.runtime import format_1
 

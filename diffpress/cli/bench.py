@@ -7,7 +7,6 @@ from pathlib import Path
 
 from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options
 from diffpress.runtime.engines.cache import Cache, cache_folder
-from diffpress.runtime.errors import plain_warnings
 
 EXAMPLE = "diffpress bench work/bundle --baseline work/baseline --batch 1 8 --json bench.json"
 
@@ -40,15 +39,14 @@ def run(args: argparse.Namespace) -> int:
 
     # `load_ms` is that of a first load, so nothing is cached but TensorRT engines built with --rebuild
     options = engine_options(args, Cache(cache_folder()) if args.rebuild else None)
-    with plain_warnings():
-        result = bench(
-            args.bundle,
-            args.baseline,
-            batch=args.batch,
-            engines=args.engine or [chosen_engine(args)],
-            repeats=args.repeats,
-            options=options,
-        )
+    result = bench(
+        args.bundle,
+        args.baseline,
+        batch=args.batch,
+        engines=args.engine or [chosen_engine(args)],
+        repeats=args.repeats,
+        options=options,
+    )
     for what, reason in result["left_out"].items():
         print(f"left out: {what}: {reason}")
     print(table(result["rows"]))

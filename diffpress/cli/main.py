@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Callable
 from typing import Any
 
 from diffpress import __version__
-from diffpress.runtime.errors import DiffpressError, extra_for, report_error
+from diffpress.cli.console import console
+from diffpress.runtime.errors import DiffpressError, extra_for
+
+logger = logging.getLogger(__name__)
 
 # verb -> what it does; diffpress/cli/<verb>.py has `EXAMPLE`, `add_arguments(parser)` and `run(args) -> exit code`
 VERBS = {
@@ -42,23 +46,29 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_verb(verb: str, load: Callable[[], Any], words: list[str]) -> int:
     """Run a verb's module and return its exit code; every expected error becomes one line on stderr."""
-    try:
-        module = load()
-        example = getattr(module, "EXAMPLE", None)
-        parser = argparse.ArgumentParser(
-            f"diffpress {verb}", description=VERBS.get(verb), epilog=example and f"example: {example}"
-        )
-        module.add_arguments(parser)
-        return int(module.run(parser.parse_args(words)))
-    except DiffpressError as error:
-        return report_error(str(error), error.exit_code)
-    except ModuleNotFoundError as error:
-        extra = extra_for(error, f"diffpress {verb}")
-        if extra is None:
-            raise
-        return report_error(str(extra), extra.exit_code)
-    except KeyboardInterrupt:
-        return report_error("interrupted; run the same command again to resume", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has gone
-        return 0
+    with console():
+        try:
+            module = load()
+            example = getattr(module, "EXAMPLE", None)
+            parser = argparse.ArgumentParser(
+                f"diffpress {verb}", description=VERBS.get(verb), epilog=example and f"example: {example}"
+            )
+            module.add_arguments(parser)
+            return int(module.run(parser.parse_args(words)))
+        except DiffpressError as error:
+            return _failed(str(error), error.exit_code)
+        except ModuleNotFoundError as error:
+            extra = extra_for(error, f"diffpress {verb}")
+            if extra is None:
+                raise
+            return _failed(str(extra), extra.exit_code)
+        except KeyboardInterrupt:
+            return _failed("interrupted; run the same command again to resume", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has gone
+            return 0
+
+
+def _failed(message: str, code: int) -> int:
+    logger.error(message)
+    return code

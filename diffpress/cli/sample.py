@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from contextlib import closing
 from pathlib import Path
@@ -11,8 +12,10 @@ from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.engines import ENGINES
 from diffpress.runtime.engines.cache import Cache, cache_folder
-from diffpress.runtime.errors import InvalidInputError, plain_warnings, print_warning
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.solvers import SOLVERS
+
+logger = logging.getLogger(__name__)
 
 EXAMPLE = 'diffpress sample work/bundle --prompt "a lighthouse in the fog" -n 4 --steps 20 --out lighthouse.png'
 
@@ -71,10 +74,10 @@ def run(args: argparse.Namespace) -> int:
         spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
     spec = requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance)
     _check_request(spec.conditioning, args.label, args.prompt, args.negative)
-    with plain_warnings(), closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
+    with closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
         spec = bundle.spec_for(pipeline.denoiser.name, spec)
         if pipeline.spec.plan.output_corrections and not spec.plan.output_corrections:
-            print_warning(
+            logger.warning(
                 "the requested plan differs from the bundle's: its output corrections do not apply and are disabled"
             )
         conditions = pipeline.conditions(
@@ -83,7 +86,6 @@ def run(args: argparse.Namespace) -> int:
             labels=None if args.label is None else np.full(args.number, args.label),
             prompts=None if args.prompt is None else [args.prompt] * args.number,
             negatives=None if args.negative is None else [args.negative] * args.number,
-            warn=print_warning,
         )
         # compiling for this batch size is part of loading, not of the time per image
         warm_up(pipeline.denoiser, spec, min(args.batch, args.number))

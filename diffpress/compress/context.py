@@ -11,7 +11,6 @@ from typing import Any, Protocol
 import torch
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
-from diffpress.compress.training.distributed import is_main
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, dummy_conditioning
 
@@ -92,9 +91,3 @@ class Context:
     def conditions(self, count: int) -> ConditioningInputs:
         """Return the conditioning of `count` samples generated for calibration."""
         return dummy_conditioning(self.teacher.spec, count) if self.data is None else self.data.conditions(count)
-
-
-def say(text: str) -> None:
-    """Print an indented progress line from the main process."""
-    if is_main():
-        print(f"  {text}", flush=True)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.counts import count
 from diffpress.compress.pruning.prune import prune
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, stored_bytes
 from diffpress.compress.quantization.layer_selection import choose_formats
 from diffpress.compress.recipe import Recipe

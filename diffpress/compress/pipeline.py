@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import shutil
 import time
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.compress.checkpoint import Checkpoint, Record, save_checkpoint
-from diffpress.compress.context import Context, Data, EngineCostsFactory, say
+from diffpress.compress.context import Context, Data, EngineCostsFactory
 from diffpress.compress.distillation.distill import distill
 from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
 from diffpress.compress.models.counts import count
@@ -30,6 +31,8 @@ from diffpress.compress.training.teacher_data import TeacherData, read_prompts
 from diffpress.runtime.bundle import sha256
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, write_json
+
+logger = logging.getLogger(__name__)
 
 StageFunction = Callable[[Checkpoint, Any, Context], Checkpoint]
 
@@ -52,14 +55,13 @@ def run_stages(
     data = open_data(teacher, recipe, out)
     checkpoint = teacher
     for number, stage in enumerate(recipe.stages):
-        if distributed.is_main():
-            print(f"[{number + 1}/{len(recipe.stages)}] {stage.name}", flush=True)
+        logger.info(f"[{number + 1}/{len(recipe.stages)}] {stage.name}")
         key = stage_key(checkpoint, teacher, stage, recipe.seed, data)
         folder = out / "stages" / f"{number:02d}-{stage.name}-{key[:12]}"
         done = folder.is_dir()
         distributed.wait()  # no process may write before all have looked
         if done:
-            say(f"done before, read from {folder}")
+            logger.info(f"done before, read from {folder}")
         elif distributed.is_main() or trains(stage):
             ctx = Context(recipe.seed, _work(folder), teacher, data, open_engine_costs)
             checkpoint = run_stage(checkpoint, stage, folder, ctx)
@@ -103,7 +105,7 @@ def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) 
     changed |= ctx.notes
     if trains(stage) and distributed.count() > 1:
         changed["processes"] = distributed.count()  # each with batches of the configured size
-    say(
+    logger.info(
         f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
         f"SQNR to the teacher {changed['teacher_sqnr_db']} dB"
     )

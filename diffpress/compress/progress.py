@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -9,6 +10,8 @@ from contextlib import contextmanager
 from typing import Protocol
 
 from diffpress.compress.training.distributed import is_main
+
+logger = logging.getLogger(__name__)
 
 PLAIN_EVERY_S = 10.0
 
@@ -59,6 +62,6 @@ def _plain(what: str, total: int, start: int) -> Advance:
             return
         last = now
         eta_s = (now - began) / max(done - start, 1) * (total - done)
-        print(f"  {what}: {done}/{total}  {note}  {f'ETA {eta_s:.0f} s' if done < total else ''}".rstrip(), flush=True)
+        logger.info(f"{what}: {done}/{total}  {note}  {f'ETA {eta_s:.0f} s' if done < total else ''}".rstrip())
 
     return advance

@@ -26,17 +26,12 @@ import yaml
 from pydantic import ValidationError
 
 from diffpress.compress.builtin import CALIB_DATA, RECIPES, recipe_file
-from diffpress.compress.config import (
-    Config,
-    EvaluateConfig,
-    ExportConfig,
-    GatesConfig,
-    PruneConfig,
-    QuantizeConfig,
-    ScheduleConfig,
-)
+from diffpress.compress.config import Config, EvaluateConfig, ExportConfig, GatesConfig
 from diffpress.compress.distillation.config import FEW_STEP_KINDS
 from diffpress.compress.distillation.config import KINDS as DISTILL_CONFIGS
+from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.quantization.config import QuantizeConfig
+from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 STAGE_CONFIGS: dict[str, type[Config]] = {

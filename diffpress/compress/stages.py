@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from pydantic import ValidationError
 
-from diffpress.compress.config import Config, FormatName, PruneConfig, QuantizeConfig, ScheduleConfig
+from diffpress.compress.config import Config
 from diffpress.compress.distillation.config import (
     ConsistencyConfig,
     DistillConfig,
@@ -19,7 +19,10 @@ from diffpress.compress.distillation.config import (
     ScoreConfig,
     TrajectoryConfig,
 )
+from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.quantization.config import FormatName, QuantizeConfig
 from diffpress.compress.recipe import check_keys, first_error
+from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.runtime.errors import InvalidInputError
 
 

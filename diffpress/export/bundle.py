@@ -12,6 +12,7 @@ tensorrt is the exception, because TensorRT builds are not reproducible and the 
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -22,7 +23,6 @@ import onnx
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, write_folder
-from diffpress.compress.context import say
 from diffpress.compress.models.components import DECODER, component_names, load_component
 from diffpress.compress.sources.layout import read_layout
 from diffpress.export.graph.model import Graph, save_graph
@@ -44,6 +44,8 @@ from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle, seal
 from diffpress.runtime.engines import available
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
 from diffpress.runtime.errors import InvalidInputError, MissingDependencyError, unknown_name
+
+logger = logging.getLogger(__name__)
 
 TARGETS = ("onnx", "openvino", "tensorrt")
 GRAPH = "denoiser.onnx"
@@ -98,7 +100,7 @@ def write_bundle(
     if "tensorrt" in targets:
         check_supported(layer_formats(checkpoint.quantization).values(), capabilities)
     if note := emulation_note(layer_formats(checkpoint.quantization).values()):
-        say(note)
+        logger.info(note)
     exact = to_onnx(checkpoint, fixed_size) if float_graph is None else float_graph
     if checkpoint.quantization is None:
         graph, computed_in = _rounded(exact, checkpoint.model, precision, "denoiser"), precision
@@ -213,7 +215,7 @@ def _rounded(graph: Graph, module: nn.Module, precision: str, what: str) -> Grap
     if precision == FLOAT:
         return graph
     found, lost = to_half(graph, precision, kept_modules(module, precision))
-    say(f"{what} in {precision}: {lost}")
+    logger.info(f"{what} in {precision}: {lost}")
     return found
 
 

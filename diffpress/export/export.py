@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import say
 from diffpress.export.bundle import check_output_folder, check_precision, check_targets, checked_engines, write_bundle
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.passes.fold_timesteps import fold_timesteps
@@ -15,6 +15,8 @@ from diffpress.export.verify.latency import float_variants, measure_latency
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
 from diffpress.runtime.pipeline import resized
+
+logger = logging.getLogger(__name__)
 
 
 def export(
@@ -50,7 +52,7 @@ def export(
         engines = dict.fromkeys(checked_engines(True, targets), rounded)
         latencies = measure_latency(checkpoint, graph, engines, threads, fixed_size)
         for latency in latencies:
-            say(str(latency))
+            logger.info(str(latency))
         variants = float_variants(graph, latencies) if revert_slower else []
     return write_bundle(
         checkpoint,

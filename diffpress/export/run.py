@@ -14,6 +14,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict
@@ -25,7 +26,6 @@ import numpy as np
 from diffpress.compress.builtin import FEATURES, REFERENCE
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint, write_folder
 from diffpress.compress.config import EvaluateConfig, ExportConfig, GatesConfig
-from diffpress.compress.context import say
 from diffpress.compress.evaluation.evaluate import evaluate, paired
 from diffpress.compress.evaluation.features import load_features, load_reference
 from diffpress.compress.evaluation.subject import print_evaluation
@@ -50,6 +50,8 @@ from diffpress.runtime.io.files import read_json, write_json
 from diffpress.runtime.io.images import image_grid, to_uint8, write_png
 from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
 from diffpress.runtime.pipeline import Pipeline
+
+logger = logging.getLogger(__name__)
 
 COLUMNS, LATENT_COLUMNS = 10, 4
 
@@ -99,7 +101,7 @@ def export_and_report(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recip
         GateFailedError: If a gate failed, after everything is written.
     """
     targets = recipe.export.targets
-    print("[export]", flush=True)
+    logger.info("[export]")
     save_checkpoint(checkpoint, out / "checkpoint")
     metrics, tensorrt_options = _metrics(teacher, recipe.export), _tensorrt_options(recipe.export)
     baseline = _done_before(out / "baseline", metrics) or _written(
@@ -109,15 +111,15 @@ def export_and_report(checkpoint: Checkpoint, teacher: Checkpoint, recipe: Recip
     with closing(Pipeline(bundle)) as student_pipeline, closing(Pipeline(baseline)) as teacher_pipeline:
         write_comparison(student_pipeline, teacher_pipeline, out / PICTURE)
         if recipe.evaluate is not None:
-            print("[evaluate]", flush=True)
+            logger.info("[evaluate]")
             scores = _evaluated(
                 student_pipeline.denoiser, bundle, teacher_pipeline.denoiser, baseline, recipe.evaluate, out
             )
             write_json(out / "evaluation.json", scores)
     gates = evaluate_gates(recipe.gates, bundle, read_json(out / "evaluation.json") if recipe.evaluate else None)
     write_json(out / "gates.json", gates)
-    print(summary(write_report(out)))
-    print(f"bundle  {out / 'bundle'}\nreport  {out / 'report.html'}\nimages  {out / PICTURE}")
+    logger.info(summary(write_report(out)))
+    logger.info(f"bundle  {out / 'bundle'}\nreport  {out / 'report.html'}\nimages  {out / PICTURE}")
     failed = [f"{g['gate']} is {g['value']:.3f}, the bound is {g['bound']:g}" for g in gates if not g["passed"]]
     if failed:
         raise GateFailedError(f"{out}: gate failed: {'; '.join(failed)}. The work is kept")
@@ -139,7 +141,7 @@ def _student(checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, 
         latencies = _measured_latencies(checkpoint, graph, config)
         _store_latencies(latencies, original, config, out)
     for latency in latencies:
-        say(str(latency))
+        logger.info(str(latency))
     old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
     metrics = _student_metrics(original, config, latencies)
     metrics |= {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
@@ -202,7 +204,7 @@ def _done_before(folder: Path, metrics: dict[str, Any]) -> Bundle | None:
     found = load_bundle(folder)
     if not metrics.items() <= found.manifest["metrics"].items():
         return None
-    say(f"{folder}: done before")
+    logger.info(f"{folder}: done before")
     return found
 
 
@@ -211,7 +213,9 @@ def _written(
 ) -> Bundle:
     bundle = write_bundle(checkpoint, folder, targets, name=name, metrics=metrics, **options)
     for engine, row in running_parity(bundle).items():
-        say(f"{name}: {engine} against torch fp32: SQNR {row['sqnr_db']:.1f} dB, largest difference {row['max_abs']:g}")
+        logger.info(
+            f"{name}: {engine} against torch fp32: SQNR {row['sqnr_db']:.1f} dB, largest difference {row['max_abs']:g}"
+        )
     return bundle
 
 
@@ -250,7 +254,7 @@ def _comparison_conditioning(pipeline: Pipeline, count: int) -> ConditioningInpu
     if conditioning.kind == "text" and not conditioning.encoders:
         return dummy_conditioning(pipeline.spec, count)
     prompts = list(read_prompts(None)[:count]) if conditioning.kind == "text" else None
-    return pipeline.conditions(count, prompts=prompts, warn=say)
+    return pipeline.conditions(count, prompts=prompts)
 
 
 def _evaluated(
@@ -260,7 +264,7 @@ def _evaluated(
     key = {"bundle": bundle.hash, "baseline": baseline.hash, "config": config.model_dump(mode="json")}
     before = read_json(out / "evaluation.json") if (out / "evaluation.json").is_file() else {}
     if before.get("key") == key:
-        say("done before")
+        logger.info("done before")
         return dict(before)
     features = load_features(FEATURES, bundle.spec)
     reference = load_reference(REFERENCE, features, bundle.spec)

@@ -6,10 +6,7 @@ The command line prints a `DiffpressError` as one line and exits with its code; 
 from __future__ import annotations
 
 import difflib
-import sys
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 
 class DiffpressError(Exception):
@@ -84,17 +81,6 @@ class GateFailedError(DiffpressError):
     exit_code = 1
 
 
-def report_error(message: str, code: int) -> int:
-    """Print an error message to stderr in the format of the command line and return `code`."""
-    print(f"diffpress: {message}", file=sys.stderr)
-    return code
-
-
-def print_warning(line: str) -> None:
-    """Print a warning to stderr in the format of the command line."""
-    print(f"warning: {line}", file=sys.stderr)
-
-
 EXTRAS = {
     "compress": (
         "torch",
@@ -124,20 +110,3 @@ def extra_for(error: ModuleNotFoundError, purpose: str) -> MissingDependencyErro
     package = (error.name or "").partition(".")[0]
     extra = next((extra for extra, packages in EXTRAS.items() if package in packages), None)
     return MissingDependencyError(package, extra, purpose) if extra else None
-
-
-@contextmanager
-def plain_warnings() -> Iterator[None]:
-    """Print each UserWarning as one line on stderr, without its source location."""
-    with warnings.catch_warnings():
-        default_showwarning = warnings.showwarning
-
-        def show(message: Warning | str, category: type[Warning], *location: object) -> None:
-            if category is UserWarning:
-                print_warning(str(message))
-            else:
-                default_showwarning(message, category, *location)  # type: ignore[arg-type]
-
-        warnings.showwarning = show  # type: ignore[assignment]
-        warnings.simplefilter("always", UserWarning)
-        yield

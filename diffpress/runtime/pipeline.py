@@ -8,7 +8,6 @@ so each one is closed directly after use. The decoder stays open for the next ba
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -26,7 +25,7 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.io.images import to_pil
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning
-from diffpress.runtime.prompts import Warn, encode, open_tokenizer, unconditional
+from diffpress.runtime.prompts import encode, open_tokenizer, unconditional
 from diffpress.runtime.requested_plan import requested_spec
 from diffpress.runtime.sampler import Step, cycled_labels, generate, generate_batches
 from diffpress.runtime.spec import DenoiserSpec
@@ -176,7 +175,6 @@ class Pipeline:
         labels: Sequence[int] | np.ndarray | None = None,
         prompts: Sequence[str] | None = None,
         negatives: Sequence[str] | None = None,
-        warn: Warn = warnings.warn,
     ) -> ConditioningInputs:
         """Conditioning of `count` samples: `labels` (None: the classes in turn) or `prompts`, one for each sample."""
         spec = spec or self.spec
@@ -190,10 +188,10 @@ class Pipeline:
             raise InvalidInputError("a negative prompt needs guidance above 1, which this model or plan does without")
         text = _TextEncoders(self.bundle, self._open)
         conditioning, size = spec.conditioning, spec.image_size
-        cond = encode(prompts, conditioning, text.encoders, text.tokenizers, size, warn)
+        cond = encode(prompts, conditioning, text.encoders, text.tokenizers, size)
         if not guided:
             return ConditioningInputs(cond)
-        uncond = unconditional(negatives, count, conditioning, text.encoders, text.tokenizers, size, warn)
+        uncond = unconditional(negatives, count, conditioning, text.encoders, text.tokenizers, size)
         return ConditioningInputs(cond, uncond)
 
     def decode(self, samples: np.ndarray, spec: DenoiserSpec | None = None) -> np.ndarray:

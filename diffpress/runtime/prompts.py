@@ -15,8 +15,8 @@ Tokenizers are files of the `tokenizers` library (tokenizer.json), which the ext
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, Protocol
@@ -26,14 +26,14 @@ import numpy as np
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
 from diffpress.runtime.errors import InvalidInputError, MissingDependencyError, unknown_name
 
+logger = logging.getLogger(__name__)
+
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 IDS, MASK = "input_ids", "attention_mask"
 SIZE, CORNER = "size", "corner"
 BATCH = 8  # prompts per encoder run; bounds the memory of its activations
-
-Warn = Callable[[str], None]
 
 
 class TextNetwork(Protocol):
@@ -116,7 +116,6 @@ def encode(
     encoders: Mapping[str, TextNetwork],
     tokenizers: Mapping[str, Tokenizer],
     size: tuple[int, int],
-    warn: Warn = warnings.warn,
 ) -> dict[str, np.ndarray]:
     """Encode prompts into the denoiser's text inputs, `{name: float32 [N, *shape]}`. Equal prompts are encoded once.
 
@@ -126,7 +125,6 @@ def encode(
         encoders: Text encoders by graph (`TextEncoder.graph`).
         tokenizers: Tokenizers by folder (`TextEncoder.tokenizer`).
         size: The image's (height, width) in pixels.
-        warn: Called with one line per prompt that is too long, including the truncated text.
 
     Raises:
         InvalidInputError: As in `tokenize` and `assemble`.
@@ -135,7 +133,7 @@ def encode(
     position = {prompt: index for index, prompt in enumerate(unique)}
     index = np.array([position[prompt] for prompt in prompts], dtype=np.int64)
     tokens = {e.graph: tokenize(tokenizers[e.tokenizer], unique, e) for e in conditioning.encoders}
-    _warn_if_truncated(unique, conditioning.encoders, tokens, warn)
+    _warn_if_truncated(unique, conditioning.encoders, tokens)
 
     result = {name: np.empty((len(prompts), *entry.shape), np.float32) for name, entry in conditioning.inputs.items()}
     for start in range(0, len(unique), BATCH):
@@ -156,7 +154,6 @@ def unconditional(
     encoders: Mapping[str, TextNetwork],
     tokenizers: Mapping[str, Tokenizer],
     size: tuple[int, int],
-    warn: Warn = warnings.warn,
 ) -> dict[str, np.ndarray]:
     """Return the text inputs of the uncond half of `count` samples, in the form that `encode` returns.
 
@@ -170,7 +167,7 @@ def unconditional(
     if negatives is not None and len(negatives) != count:
         raise InvalidInputError(f"{len(negatives)} negative prompts for {count} samples: give one per sample")
     if negatives is not None or not conditioning.zero_negative:
-        return encode([""] * count if negatives is None else negatives, conditioning, encoders, tokenizers, size, warn)
+        return encode([""] * count if negatives is None else negatives, conditioning, encoders, tokenizers, size)
     plain = {name: entry for name, entry in conditioning.inputs.items() if not _reads_text(entry)}
     result = assemble(replace(conditioning, inputs=plain), {}, count, size)
     return {
@@ -250,9 +247,7 @@ def _reads_text(entry: TextInput) -> bool:
     return any(piece not in (SIZE, CORNER) for row in entry.rows if not isinstance(row, int) for piece in row)
 
 
-def _warn_if_truncated(
-    prompts: Sequence[str], encoders: Sequence[TextEncoder], tokens: Mapping[str, Tokens], warn: Warn
-) -> None:
+def _warn_if_truncated(prompts: Sequence[str], encoders: Sequence[TextEncoder], tokens: Mapping[str, Tokens]) -> None:
     """Warn once per truncated prompt and truncated text, naming all encoders concerned."""
     truncated: dict[tuple[str, int, str], list[str]] = {}
     for encoder in encoders:
@@ -261,7 +256,7 @@ def _warn_if_truncated(
                 truncated.setdefault((prompt, encoder.length, unread), []).append(encoder.graph)
     for (prompt, length, unread), graphs in truncated.items():
         names = f"{', '.join(graphs)} ({length} tokens)"
-        warn(f"the prompt '{_brief(prompt, 40)}' is too long for {names}: left out '{_brief(unread, 200)}'")
+        logger.warning(f"the prompt '{_brief(prompt, 40)}' is too long for {names}: left out '{_brief(unread, 200)}'")
 
 
 def _brief(text: str, limit: int) -> str:

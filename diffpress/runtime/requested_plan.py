@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
-from diffpress.runtime.errors import InvalidInputError, print_warning
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import spaced_timesteps
+
+logger = logging.getLogger(__name__)
 
 EQUIVALENT_SOLVERS = {"ddim", "euler"}  # identical without fresh noise
 
@@ -27,7 +30,7 @@ def requested_spec(
     """
     plan = requested_plan(spec, steps, solver, spacing, guidance)
     if spec.distilled and not _is_trained_for(spec, plan):
-        print_warning(
+        logger.warning(
             f"this network was distilled for {_trained_plans(spec)}; other plans may reduce the image quality"
         )
     return spec.with_plan(plan)

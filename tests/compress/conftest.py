@@ -14,11 +14,12 @@ from diffusers import UNet2DModel
 from safetensors.torch import save_file
 
 from diffpress.compress.checkpoint import Checkpoint, Source
-from diffpress.compress.config import PruneConfig, QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.widths import widths_of
+from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization, Record, save_checkpoint, write_folder
-from diffpress.compress.config import PruneConfig
 from diffpress.compress.context import Context
+from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError

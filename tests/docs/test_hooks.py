@@ -10,8 +10,9 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from diffpress.cli.main import VERBS
-from diffpress.compress.config import BoundsConfig, Config, TensorRTConfig
+from diffpress.compress.config import Config, TensorRTConfig
 from diffpress.compress.distillation.config import KINDS, DistillConfig
+from diffpress.compress.quantization.config import BoundsConfig
 from diffpress.compress.recipe import KEYS, RENAMED_KEYS, SECTIONS, STAGE_CONFIGS
 
 ROOT = Path(__file__).parents[2]

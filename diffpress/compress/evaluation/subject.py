@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from diffpress.compress.context import say
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
@@ -15,6 +15,8 @@ from diffpress.runtime.bundle import MANIFEST, load_bundle
 from diffpress.runtime.engines import open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.spec import DenoiserSpec
+
+logger = logging.getLogger(__name__)
 
 
 def open_network(
@@ -33,15 +35,15 @@ def open_network(
 def print_evaluation(name: str, result: dict[str, Any]) -> None:
     """Print the result of `evaluate` in up to three lines."""
     frechet, kid = result["frechet"], result["kid"]
-    say(
+    logger.info(
         f"{name}: Frechet {frechet['mean']:.3f} ± {frechet['sd']:.3f} (real images {frechet['floor']:.3f}), "
         f"KID {kid['mean']:.4f} ± {kid['sd']:.4f}, {result['seeds']} x {result['samples']} samples, "
         f"features {result['features']['name']}"
     )
     if result["label_accuracy"] is not None:
-        say(f"{name}: label accuracy {result['label_accuracy']:.1%}")
+        logger.info(f"{name}: label accuracy {result['label_accuracy']:.1%}")
     if result["paired"]:
-        say(
+        logger.info(
             f"{name}: PSNR {result['paired']['psnr_db']:.1f} dB, SSIM {result['paired']['ssim']:.3f} "
             f"against {result['paired']['against']}, same noise"
         )

@@ -142,15 +142,12 @@ def _decode(module: Any, inputs: Tensors) -> tuple[torch.Tensor, ...]:
     return (module.decode(inputs["latent_sample"], return_dict=False)[0],)
 
 
-def encode_prompts(
-    checkpoint: Checkpoint, prompts: Sequence[str] | None, warn: Callable[[str], None]
-) -> dict[str, np.ndarray]:
+def encode_prompts(checkpoint: Checkpoint, prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
     """Encode prompts with the checkpoint's text encoders into the denoiser's text inputs, float32 [N, ...].
 
     Args:
         checkpoint: The checkpoint, loaded from a complete pipeline.
         prompts: N prompts; None returns the inputs of the unconditional half of guidance, [1, ...].
-        warn: Receives warnings, such as a truncated prompt.
 
     Raises:
         InvalidInputError: The checkpoint has no text encoders.
@@ -165,8 +162,8 @@ def encode_prompts(
     encoders = {e.graph: load_component(checkpoint, e.graph) for e in conditioning.encoders}
     size = checkpoint.spec.image_size
     if prompts is None:
-        return unconditional(None, 1, conditioning, encoders, tokenizers, size, warn)
-    return encode(prompts, conditioning, encoders, tokenizers, size, warn)
+        return unconditional(None, 1, conditioning, encoders, tokenizers, size)
+    return encode(prompts, conditioning, encoders, tokenizers, size)
 
 
 def _encoder_outputs(spec: DenoiserSpec) -> list[tuple[str, ...]]:

@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import PruneConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.diffusers_blocks import Coupled
 from diffpress.compress.progress import progress
+from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.training.losses import epsilon_loss
 
 Importance = Callable[[torch.Tensor], torch.Tensor]

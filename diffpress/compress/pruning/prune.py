@@ -19,12 +19,12 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import PruneConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import Adapter, adapter_for, dummy_inputs
 from diffpress.compress.models.diffusers_blocks import Coupled
 from diffpress.compress.models.widths import refuse_unrecorded
 from diffpress.compress.pruning.allocation import allocate, choose_removed, keep_count
+from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.groups import adapter_groups, dependency_graph_groups, output_pixels, remove_indices_
 from diffpress.compress.pruning.importance import Importance, group_scores, importance_of
 from diffpress.runtime.errors import InvalidInputError

@@ -13,9 +13,9 @@ from collections.abc import Iterable
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, INT8
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import dummy_inputs

@@ -7,19 +7,23 @@ output is stored in the sampling plan, and the sampler subtracts it (algorithms/
 
 from __future__ import annotations
 
+import logging
+
 from diffpress.compress.checkpoint import Checkpoint, Quantization
-from diffpress.compress.config import QuantizeConfig
-from diffpress.compress.context import Context, say
+from diffpress.compress.context import Context
 from diffpress.compress.quantization.algorithms.gptq import round_weights
 from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds, mix
 from diffpress.compress.quantization.algorithms.output_correction import correct
 from diffpress.compress.quantization.algorithms.qat import qat
 from diffpress.compress.quantization.algorithms.svdquant import with_svdquant
 from diffpress.compress.quantization.calibration.calibrate import calibrate
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.layer_selection import choose_formats, quantized_outputs
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.unified_scales import unify_scales
+
+logger = logging.getLogger(__name__)
 
 
 def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
@@ -37,7 +41,7 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     amax |= unify_scales(checkpoint, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
     others = {name: kind for name, kind in formats.items() if kind != config.format}
     scales = Quantization(config.format, amax, others, smooth)
-    say(_format_counts(formats))
+    logger.info(_format_counts(formats))
     if config.bounds is not None:
         scales = mix(checkpoint, scales, config, ctx)
     if config.svdquant_rank:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import ScheduleConfig
-from diffpress.compress.context import Context, say
+from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.search import search
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampling_plan import SamplingPlan, Threshold
 from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.timesteps import spaced_timesteps
+
+logger = logging.getLogger(__name__)
 
 
 def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Checkpoint:
@@ -41,7 +44,7 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
         found, ctx.notes["search"] = search(network, result.spec, config, ctx.conditions(config.samples))
         result, how = result.evolve(spec=result.spec.with_plan(plan.over(found))), f"searched from {spacing.kind}"
     plan = result.spec.plan
-    say(f"plan {old.solver} {old.steps} steps -> {plan.solver} {plan.steps} steps ({how})")
+    logger.info(f"plan {old.solver} {old.steps} steps -> {plan.solver} {plan.steps} steps ({how})")
     return result
 
 

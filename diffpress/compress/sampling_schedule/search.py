@@ -22,6 +22,7 @@ feature networks of the evaluation.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -29,9 +30,8 @@ from typing import Any
 
 import numpy as np
 
-from diffpress.compress.config import ScheduleConfig
-from diffpress.compress.context import say
 from diffpress.compress.progress import progress
+from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.runtime.denoiser import Denoise, plan_denoiser
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs, Network
@@ -42,6 +42,8 @@ from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.solvers.contract import transfer
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import timesteps_for
+
+logger = logging.getLogger(__name__)
 
 SEARCH_SEED = 7_000_000  # far from the seeds used for sampling, calibration and evaluation
 GAMMAS = (0.8, 0.9, 1.0, 1.15)  # 1.15 is the value of the paper
@@ -83,13 +85,13 @@ def search(
         losses[name] = seen[path] = seen[path] if path in seen else loss_of(path)
         best = path if losses[name] < seen[best] else best
     shown = {name: round(value, 5) for name, value in losses.items()}
-    say(f"search: distance to {config.fine} steps of {FINE_SOLVER}: {shown}")
+    logger.info(f"search: distance to {config.fine} steps of {FINE_SOLVER}: {shown}")
     if config.refine:
         best, seen[best] = refine_timesteps(
             best, seen[best], loss_of, config.refine, len(spec.schedule) - 1, spec.spacing.integer
         )
         shown["refined"] = round(seen[best], 5)
-        say(f"search: refined to {shown['refined']}")
+        logger.info(f"search: refined to {shown['refined']}")
     return best, {"timesteps": list(best), "loss": shown, "samples": config.samples, "fine": list(fine)}
 
 

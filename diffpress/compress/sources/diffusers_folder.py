@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
-from diffpress.compress.context import say
 from diffpress.compress.models.adapter import ADAPTERS, adapter_for
 from diffpress.compress.models.widths import apply_widths_, widths_of
 from diffpress.compress.sources.layout import (
@@ -33,6 +33,8 @@ from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import spaced_timesteps
 
+logger = logging.getLogger(__name__)
+
 
 def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
     """Load a pipeline folder, a bare denoiser folder, or a saved checkpoint; weights are held as `dtype`.
@@ -49,7 +51,7 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         )
     layout = read_layout(folder)
     if layout.ignored:
-        say(f"{folder}: {', '.join(layout.ignored)} not needed for sampling, left out")
+        logger.info(f"{folder}: {', '.join(layout.ignored)} not needed for sampling, left out")
     model = _build_empty(layout)
     scheduler, scheduler_file = _scheduler_of(layout)
     source = Source(
@@ -123,7 +125,7 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
     follow |= bool(layout.index) and (scheduler or {}).get("_class_name") == "DDIMScheduler"
     facts = read_scheduler(scheduler, scheduler_file, follow, found.pipeline_sigmas)
     if facts.note:
-        say(f"{scheduler_file}: {facts.note}")
+        logger.info(f"{scheduler_file}: {facts.note}")
     spec = DenoiserSpec(
         prediction=facts.prediction,
         schedule=facts.schedule,

@@ -8,6 +8,7 @@ must see the same folders. Without a launcher there is a single process, the mai
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import time
@@ -20,7 +21,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast, get_int_from_env, parse_flag_from_env
 
-from diffpress.runtime.errors import DiffpressError, InvalidInputError, report_error
+from diffpress.runtime.errors import DiffpressError, InvalidInputError
+
+logger = logging.getLogger(__name__)
 
 WORLD_SIZE_VARIABLES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")  # set by launchers
 COLLECTIVE_TIMEOUT = timedelta(days=30)  # the others wait during the main process's stages; torch's default is minutes
@@ -92,6 +95,8 @@ def together() -> Iterator[None]:
     error message is printed: a process that has lost its peers, or would repeat the message of the main process, first
     waits GRACE_S for the launcher.
     """
+    if not is_main():
+        logging.getLogger("diffpress").setLevel(logging.WARNING)  # one process reports progress
     try:
         yield
     except KeyboardInterrupt:
@@ -101,7 +106,8 @@ def together() -> Iterator[None]:
             if not (is_main() and isinstance(error, DiffpressError)):
                 time.sleep(GRACE_S)
             if isinstance(error, DiffpressError):
-                _exit_now(report_error(str(error), error.exit_code))
+                logger.error(str(error))
+                _exit_now(error.exit_code)
         raise
     state = _state()
     if state is not None:

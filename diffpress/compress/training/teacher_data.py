@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,12 +20,14 @@ import torch
 
 from diffpress.compress.builtin import PROMPTS
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import Context, Data, say
+from diffpress.compress.context import Context, Data
 from diffpress.compress.models.components import encode_prompts
 from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
+
+logger = logging.getLogger(__name__)
 
 SEED = 2_000_000  # far from the seeds used for sampling, calibration and evaluation
 
@@ -74,13 +77,13 @@ class TeacherData:
         if spec.conditioning.kind != "text":
             return dummy_conditioning(spec, count)
         if not spec.conditioning.encoders:
-            say("the model came without its text encoders: random noise replaces the encoded prompts")
+            logger.info("the model came without its text encoders: random noise replaces the encoded prompts")
             return dummy_conditioning(spec, count)
         prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
-        cond = encode_prompts(self.teacher, prompts, warn=say)
+        cond = encode_prompts(self.teacher, prompts)
         if not is_guided(spec, spec.plan.guidance):
             return ConditioningInputs(cond)
-        uncond = encode_prompts(self.teacher, None, warn=say)
+        uncond = encode_prompts(self.teacher, None)
         return ConditioningInputs(cond, {name: np.repeat(array, count, axis=0) for name, array in uncond.items()})
 
     @cached_property

@@ -15,6 +15,7 @@ Row 0 stands for all other timesteps and adds NaN to the output: our runtime rej
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
@@ -23,13 +24,14 @@ import onnx
 from onnx import helper
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import say
 from diffpress.export.graph.model import Graph, load_all
 from diffpress.export.graph.rewrite import Rewrite, ancestors, copies
 from diffpress.export.passes.quantize_weights import layer_of
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import TIMESTEP, typed_timesteps
 from diffpress.runtime.sampler import evaluated_levels
+
+logger = logging.getLogger(__name__)
 
 # a table up to this size always pays off
 SMALL_TABLE = 2**16
@@ -66,9 +68,9 @@ def fold_timesteps(checkpoint: Checkpoint, graph: Graph) -> tuple[Checkpoint, Gr
     folded_graph = fold_timestep_branch(graph, plan.timesteps)
     folded_layers = _layers(graph) - _layers(folded_graph)
     if not folded_layers:
-        say("fixed_timesteps: no layer depends on the timestep alone; the graph accepts any timestep")
+        logger.info("fixed_timesteps: no layer depends on the timestep alone; the graph accepts any timestep")
         return checkpoint, graph
-    say(f"fixed_timesteps: {len(folded_layers)} layers became tables of {checkpoint.spec.plan.steps} timesteps")
+    logger.info(f"fixed_timesteps: {len(folded_layers)} layers became tables of {checkpoint.spec.plan.steps} timesteps")
     spec = replace(checkpoint.spec, fixed_timesteps=checkpoint.spec.plan.timesteps)
     quantization = checkpoint.quantization and checkpoint.quantization.without(folded_layers)
     return checkpoint.evolve(spec=spec, quantization=quantization), folded_graph

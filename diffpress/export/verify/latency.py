@@ -8,6 +8,7 @@ only the decision which engines run the float graph (export/targets/variants.py)
 
 from __future__ import annotations
 
+import logging
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,6 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import say
 from diffpress.compress.models.counts import is_large
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.targets.precision import precision_of
@@ -27,6 +27,8 @@ from diffpress.export.targets.variants import FLOAT, Variant
 from diffpress.export.verify.parity import parity_case_for
 from diffpress.runtime.engines import Engine, load_engine
 from diffpress.runtime.network_inputs import dummy_inputs
+
+logger = logging.getLogger(__name__)
 
 BATCH = 8
 ROUNDS, MAX_ROUNDS, ENOUGH_MS = 5, 30, 2000.0
@@ -73,7 +75,7 @@ def measure_latency(
     memory, and one evaluation takes seconds.
     """
     if is_large(checkpoint.model):
-        say("latency not measured for more than 100 million parameters; use 'diffpress bench'")
+        logger.info("latency not measured for more than 100 million parameters; use 'diffpress bench'")
         return []
     spec, precision = parity_case_for(checkpoint, fixed_size).spec, precision_of(checkpoint.quantization)
     with TemporaryDirectory() as folder:

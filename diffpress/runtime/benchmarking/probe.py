@@ -101,9 +101,9 @@ def main() -> int:
     try:
         found = measure_here(args.bundle, args.engine, args.batch, args.options)
     except DiffpressError as error:
-        print(error, file=sys.stderr)
+        sys.stderr.write(f"{error}\n")
         return error.exit_code
-    print(json.dumps(found._asdict()))
+    sys.stdout.write(f"{json.dumps(found._asdict())}\n")
     return 0
 
 

@@ -15,7 +15,7 @@ Backends import their package inside functions, so listing them is cheap. The sa
 
 from __future__ import annotations
 
-import warnings
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +32,8 @@ from diffpress.runtime.engines.options import EngineOptions, check_options
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport
 from diffpress.runtime.engines.tensorrt import engine as tensorrt_engine
 from diffpress.runtime.errors import EngineUnavailableError, MissingDependencyError, unknown_name
+
+logger = logging.getLogger(__name__)
 
 # in order of preference
 ENGINES: dict[str, ModuleType] = {
@@ -161,7 +163,7 @@ def open_engine(
         except EngineUnavailableError as error:
             if candidate == names[-1]:
                 raise
-            warnings.warn(f"{error}; trying the next engine", stacklevel=2)
+            logger.warning(f"{error}; trying the next engine")
     raise AssertionError("unreachable: there is at least one name")
 
 

@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import PruneConfig
 from diffpress.compress.context import Context
 from diffpress.compress.distillation.block_features import capture_features, feature_distance
 from diffpress.compress.distillation.conditioning import drop_conditioning
@@ -21,6 +20,7 @@ from diffpress.compress.distillation.distill import distill
 from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.widths import widths_of
+from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.compress.training.image_data import ImageData
 from diffpress.compress.training.losses import forward

@@ -25,11 +25,11 @@ from diffusers.models.transformers.transformer_flux import FluxAttention, FluxSi
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Source
-from diffpress.compress.config import PruneConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.diffusers_blocks import attentions, coupled
 from diffpress.compress.models.widths import apply_widths_, changed_widths, widths_of
+from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.runtime.conditioning import Conditioning, TextInput
 from diffpress.runtime.noise_schedule import betas_schedule

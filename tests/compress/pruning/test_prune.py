@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import PruneConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.widths import changed_widths, widths_of
 from diffpress.compress.pruning.allocation import Candidate, allocate, choose_removed, keep_count
+from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec

@@ -8,8 +8,8 @@ import pytest
 from pydantic import ValidationError
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.layer_selection import choose_formats, quantized_outputs
 from diffpress.runtime.errors import InvalidInputError
 

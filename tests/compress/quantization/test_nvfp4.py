@@ -13,10 +13,10 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.layer_selection import choose_formats
 from diffpress.compress.quantization.nvfp4 import e2m1

@@ -13,12 +13,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.calibration.observer import CALIBRATION_SEED
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint

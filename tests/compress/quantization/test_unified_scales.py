@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.unified_scales import unify_scales

@@ -13,8 +13,8 @@ import torch
 from pydantic import ValidationError
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import ScheduleConfig
 from diffpress.compress.context import Context
+from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.compress.sampling_schedule.search import best_path, fine_timesteps, jump_costs, loss, refine_timesteps
 from diffpress.runtime.errors import InvalidInputError

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.export.graph.model import Graph, load_all

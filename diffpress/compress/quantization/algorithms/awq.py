@@ -11,6 +11,7 @@ common factor has no effect. modelopt's awq_lite uses one vector per layer and w
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,13 +19,15 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
-from diffpress.compress.context import Context, say
+from diffpress.compress.context import Context
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of, visit_layers
 from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax, weight_amax
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, INT4, Format
 from diffpress.compress.quantization.layer_graph import trace_layer_graph
 from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
+
+logger = logging.getLogger(__name__)
 
 ROWS = 4096
 EXPONENTS = torch.arange(0.0, 1.01, 0.05).tolist()
@@ -60,7 +63,9 @@ def awq_vectors(checkpoint: Checkpoint, formats: Mapping[str, str], config: Quan
 
     inputs = draw_rows(dataset, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
     visit_layers(model, candidates, inputs, visit)
-    say(f"awq: {len(found)} linear layers; mean output error relative to unscaled {sum(gains) / len(gains):.2f}")
+    logger.info(
+        f"awq: {len(found)} linear layers; mean output error relative to unscaled {sum(gains) / len(gains):.2f}"
+    )
     return found
 
 

@@ -22,6 +22,7 @@ as fake quantization and export do, gives q.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -30,17 +31,19 @@ from typing import Any
 import torch
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
-from diffpress.compress.config import QuantizeConfig
-from diffpress.compress.context import Context, say
+from diffpress.compress.context import Context
 from diffpress.compress.progress import progress
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of, visit_layers
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.algorithms.svdquant import product
 from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
 from diffpress.compress.training.resume import read_state, write_state
+
+logger = logging.getLogger(__name__)
 
 ROWS = 4096
 DAMPING = 0.01  # fraction of the mean of H's diagonal, for directions with almost no data
@@ -75,7 +78,9 @@ def round_weights(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) 
     modules: dict[str, Any] = dict(student.named_modules())
     weights = {name: modules[name]._parameters["weight"] + product(scales, name) for name in layers}
     result.load_state_dict({f"{name}.weight": weight for name, weight in weights.items()}, strict=False)
-    say(f"gptq: {len(errors)} layers; mean output error relative to nearest rounding {sum(errors) / len(errors):.2f}")
+    logger.info(
+        f"gptq: {len(errors)} layers; mean output error relative to nearest rounding {sum(errors) / len(errors):.2f}"
+    )
     return checkpoint.evolve(model=result)
 
 

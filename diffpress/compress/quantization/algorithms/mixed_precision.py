@@ -18,6 +18,7 @@ Mode qat trains the result.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -28,20 +29,23 @@ from torch import nn
 
 from diffpress.compress.builtin import FEATURES, REFERENCE
 from diffpress.compress.checkpoint import Checkpoint, Quantization
-from diffpress.compress.config import BoundsConfig, EvaluateConfig, QuantizeConfig
-from diffpress.compress.context import Context, EngineCosts, say
+from diffpress.compress.config import EvaluateConfig
+from diffpress.compress.context import Context, EngineCosts
 from diffpress.compress.evaluation.evaluate import evaluate
 from diffpress.compress.evaluation.features import load_features, load_reference
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.sensitivity import States, decibels, noise_by_layer, quantized_layers
+from diffpress.compress.quantization.config import BoundsConfig, QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.runtime.engines import available
 from diffpress.runtime.errors import GateFailedError, InvalidInputError, MissingDependencyError
 from diffpress.runtime.network_inputs import Network
 from diffpress.runtime.spec import DenoiserSpec
+
+logger = logging.getLogger(__name__)
 
 FRECHET = EvaluateConfig(samples=128, seeds=1)
 
@@ -109,7 +113,7 @@ def mix(checkpoint: Checkpoint, scales: Quantization, config: QuantizeConfig, ct
     }
     in_float = trial.order[:k]
     ctx.notes["mixed"] = {"target": config.target, "in_float": in_float, **figures, "places": rows}
-    say(f"{k} of {len(noise)} quantized layers and sums return to float: {_formatted(figures['chosen'])}")
+    logger.info(f"{k} of {len(noise)} quantized layers and sums return to float: {_formatted(figures['chosen'])}")
     if violated:
         raise GateFailedError(
             f"quantize: bounds: with {k} of {len(noise)} layers and sums in float "
@@ -204,7 +208,7 @@ def _costs(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Iter
         return
     if ctx.open_engine_costs is not None:
         _refuse_engine_bounds(config.bounds, "but the model is too large to be timed")
-    say("not timed in an engine: MACs are used as the gain of a layer")
+    logger.info("not timed in an engine: MACs are used as the gain of a layer")
     yield None
 
 

@@ -19,16 +19,17 @@ nothing to gain (38.4 and 38.3 dB over 8 steps).
 from __future__ import annotations
 
 import itertools
+import logging
 from dataclasses import replace
 
 import numpy as np
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
-from diffpress.compress.context import Context, say
+from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.runtime.denoiser import Predict, denoiser_from_predictor, make_predictor
 from diffpress.runtime.errors import InvalidInputError
@@ -39,6 +40,8 @@ from diffpress.runtime.sampling_plan import OutputCorrection
 from diffpress.runtime.solvers import solver_evaluations
 from diffpress.runtime.spec import DenoiserSpec
 
+logger = logging.getLogger(__name__)
+
 OUTPUT_CORRECTION_SEED = 5_000_000  # disjoint from the seeds used for sampling, calibration and evaluation
 
 
@@ -48,7 +51,7 @@ def correct(checkpoint: Checkpoint, reference: nn.Module, config: QuantizeConfig
     network, exact = (TorchNetwork(model, spec) for model in (fake_quantized(checkpoint), reference))
     found = measure_corrections(network, exact, spec, config.samples, config.batch, ctx.conditions(config.samples))
     largest = max(abs(correction.slope) for correction in found)
-    say(f"output corrections for {len(found)} timesteps, slopes up to {largest:.2%}")
+    logger.info(f"output corrections for {len(found)} timesteps, slopes up to {largest:.2%}")
     return checkpoint.evolve(spec=spec.with_plan(replace(spec.plan, output_corrections=found)))
 
 

@@ -14,6 +14,7 @@ bring the output closer to the full-precision model's, a message says so.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -22,15 +23,17 @@ from accelerate import Accelerator
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
-from diffpress.compress.config import QuantizeConfig
-from diffpress.compress.context import Context, say
+from diffpress.compress.context import Context
 from diffpress.compress.distillation.block_features import capture_features, feature_distance
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.algorithms.qat_updates import Full, LowRank, weight_scalings, weights_of
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, draw_rows, sample_trajectories
 from diffpress.compress.training.loop import Objective, Training, train
 from diffpress.compress.training.losses import Tensors
+
+logger = logging.getLogger(__name__)
 
 CHECKED_STATES = 32
 
@@ -59,9 +62,9 @@ def qat(
     train(trainee, _loss(teacher, dataset, config), run)
     student = trainee.merged()
     after = _sqnr_db(student.to(device), teacher, dataset)
-    say(f"output SQNR against the float model: {before:.1f} dB before training, {after:.1f} dB after")
+    logger.info(f"output SQNR against the float model: {before:.1f} dB before training, {after:.1f} dB after")
     if not after > before:
-        say("training did not improve the output SQNR: lower learning_rate, or use mode ptq")
+        logger.info("training did not improve the output SQNR: lower learning_rate, or use mode ptq")
     trained, model = student.to("cpu").state_dict(), checkpoint.clone_model()
     model.load_state_dict({name: trained[name] for name in model.state_dict()})  # without the quantizers' buffers
     amax = {f"{name}.weight": scaling[name].amax(weight) for name, weight in weights_of(model, scaling).items()}

@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
 from diffpress.runtime.errors import InvalidInputError

@@ -20,9 +20,9 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.quantization.calibration.observer import NonFiniteError, collect_activations
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.layer_graph import channel_axis, trace_layer_graph
 
 SMOOTHED: tuple[type[nn.Module], ...] = (nn.Linear,)

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.quantization.algorithms.awq import awq_vectors
 from diffpress.compress.quantization.algorithms.smoothquant import along, smoothing
@@ -26,6 +25,7 @@ from diffpress.compress.quantization.calibration.clip_range import amax_of
 from diffpress.compress.quantization.calibration.observer import Observer, collect_activations, evaluations_per_batch
 from diffpress.compress.quantization.calibration.statistics import Statistics, empty_statistics, update_statistics_
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, INT8
 from diffpress.runtime.errors import InvalidInputError
 

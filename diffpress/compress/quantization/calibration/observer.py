@@ -20,10 +20,10 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import Advance, progress
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.training.resume import read_state, write_state
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate_batches

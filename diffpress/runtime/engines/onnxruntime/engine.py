@@ -12,11 +12,11 @@ from __future__ import annotations
 import importlib.util
 import itertools
 import json
+import logging
 import os
 import re
 import statistics
 import tempfile
-import warnings
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ from diffpress.runtime.engines.onnxruntime.providers import CPU, PROVIDERS, prov
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import UNMATCHED, Kernel, PrecisionReport, Product, precision_report_of
 from diffpress.runtime.errors import InvalidInputError
+
+logger = logging.getLogger(__name__)
 
 NAME = "onnxruntime"
 EXTRA = None
@@ -180,7 +182,7 @@ def _first_session(path: Path, options: Any, requested: Sequence[str]) -> tuple[
 
     names, unavailable = provider_order(requested, onnxruntime.get_available_providers())
     for name in unavailable:
-        warnings.warn(f"onnxruntime: this package has no provider '{name}'; trying {names[0]}", stacklevel=2)
+        logger.warning(f"onnxruntime: this package has no provider '{name}'; trying {names[0]}")
     for name, following in itertools.pairwise(names):
         try:
             session, reason = _session(path, options, name), "it did not start"
@@ -188,7 +190,7 @@ def _first_session(path: Path, options: Any, requested: Sequence[str]) -> tuple[
                 return session, name
         except InvalidInputError as error:
             reason = str(error)
-        warnings.warn(f"onnxruntime: provider '{name}' failed, trying {following}: {reason}", stacklevel=2)
+        logger.warning(f"onnxruntime: provider '{name}' failed, trying {following}: {reason}")
     return _session(path, options, CPU), CPU
 
 

@@ -10,9 +10,9 @@ import torch
 from pydantic import ValidationError
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.quantization.algorithms.awq import EXPONENTS, best_vector
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized

@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.quantization.algorithms import gptq
@@ -22,6 +21,7 @@ from diffpress.compress.quantization.algorithms.gptq import round_weights, solve
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized

@@ -14,13 +14,13 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization, save_checkpoint
-from diffpress.compress.config import BoundsConfig, QuantizeConfig
 from diffpress.compress.context import Context, EngineCosts
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.pipeline import run_stage
 from diffpress.compress.quantization.algorithms.mixed_precision import _noise_order, smallest
 from diffpress.compress.quantization.algorithms.sensitivity import States, decibels, noise_by_layer, quantized_layers
+from diffpress.compress.quantization.config import BoundsConfig, QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories

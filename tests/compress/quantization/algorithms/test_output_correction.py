@@ -11,7 +11,6 @@ import pytest
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
@@ -21,6 +20,7 @@ from diffpress.compress.quantization.algorithms.output_correction import (
     measure_corrections,
     moments,
 )
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.runtime.conditioning import Conditioning

@@ -16,7 +16,6 @@ from safetensors import safe_open
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization, save_checkpoint
-from diffpress.compress.config import QAT_SETTINGS, QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.distill import distill
@@ -24,6 +23,7 @@ from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.qat_updates import Scaling, follow_, weight_scalings, weights_of
+from diffpress.compress.quantization.config import QAT_SETTINGS, QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, draw_rows, sample_trajectories

@@ -13,14 +13,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
-from diffpress.compress.config import PruneConfig, QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.compress.quantization.algorithms.smoothquant import CONCAT_ALPHA, smoothing, vector
 from diffpress.compress.quantization.calibration.observer import CALIBRATION_SEED
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.layer_graph import trace_layer_graph
 from diffpress.compress.quantization.layer_selection import choose_formats
 from diffpress.compress.quantization.quantize import quantize

@@ -13,9 +13,9 @@ from pydantic import ValidationError
 from torch.nn import functional as F
 
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
-from diffpress.compress.config import QuantizeConfig
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.config import QuantizeConfig, ScheduleConfig
 from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.calibration.calibrate import calibrate
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.layer_selection import choose_formats
+from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError

@@ -1,0 +1,63 @@
+"""Settings of the `schedule` stage: the keys of `schedule: {...}` in a recipe."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from diffpress.compress.config import Config
+from diffpress.runtime.solvers import SOLVERS
+from diffpress.runtime.timesteps import SPACINGS
+
+
+class ScheduleConfig(Config):
+    """Choose the sampling plan that all later stages and the bundle use; the weights are unchanged.
+
+    Spacing and guidance settings left at None keep the model's own. `search` optimizes the timesteps
+    (compress/sampling_schedule/search.py).
+    """
+
+    solver: Literal[tuple(SOLVERS)] = Field("dpmpp_2m", description="Solver of the sampling plan.")  # type: ignore[valid-type]
+    steps: int = Field(10, ge=1, description="Number of sampling steps.")
+    spacing: Literal[tuple(SPACINGS)] | None = Field(  # type: ignore[valid-type]
+        None, description="Timestep spacing; None keeps the model's."
+    )
+    timesteps: tuple[float, ...] | None = Field(
+        None, description="Explicit timesteps, in descending order; excludes steps, spacing and search."
+    )
+    guidance: float | None = Field(None, description="Classifier-free guidance scale; None keeps the model's.")
+    guidance_interval: tuple[float, float | None] | None = Field(
+        None,
+        description="[low, high]: guide where low < sigma / alpha <= high (None: no limit). None keeps the model's.",
+    )
+    guidance_rescale: float | None = Field(
+        None, ge=0.0, le=1.0, description="Rescale factor of guided outputs (phi), 0 to 1; None keeps the model's."
+    )
+    threshold: float | None = Field(
+        None, gt=0.0, le=1.0, description="Quantile of |x_0| for dynamic thresholding; None keeps the model's setting."
+    )
+    eta: float = Field(0.0, ge=0.0, le=1.0, description="DDIM's eta, 0 (deterministic) to 1: share of fresh noise.")
+    search: Literal["gits"] | None = Field(None, description="Search method for the timesteps; None disables it.")
+    refine: int = Field(0, ge=0, description="Rounds of pattern search that refine the searched timesteps.")
+    samples: int = Field(64, ge=2, description="Number of trajectories the search uses.")
+    fine: int = Field(60, ge=4, description="Steps of the fine reference trajectories of the search.")
+    batch: int = Field(32, ge=1, description="Samples per batch of the search.")
+
+    @model_validator(mode="after")
+    def _timesteps_have_one_source(self) -> ScheduleConfig:
+        if self.timesteps is not None:
+            taken = {"steps", "spacing", "search"} & self.model_fields_set
+            if taken:
+                raise ValueError(f"timesteps is set explicitly: remove {', '.join(sorted(taken))}")
+        if self.search is None:
+            idle = {"refine", "samples", "fine", "batch"} & self.model_fields_set
+            if idle:
+                raise ValueError(f"{', '.join(sorted(idle))}: only used by a search; set search: gits")
+        elif SOLVERS[self.solver].noisy or self.eta > 0:
+            raise ValueError(
+                f"search: {self.solver} with eta {self.eta:g} adds noise; use a deterministic solver, eta 0"
+            )
+        elif self.fine <= self.steps:
+            raise ValueError(f"search: fine {self.fine} must be greater than steps {self.steps}")
+        return self

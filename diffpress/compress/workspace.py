@@ -1,0 +1,94 @@
+"""Folders and files of a run: the one place that knows where `diffpress compress --out DIR` puts things.
+
+    recipe.json  stages/NN-NAME-KEY/  checkpoint/  float/  baseline/  bundle/  logs/NN-NAME-KEY/
+    evaluation.json  gates.json  latency.json  report.json  report.html  comparison.png
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Paths below the folder `root` of a run."""
+
+    root: Path
+
+    @property
+    def recipe(self) -> Path:
+        """Resolved recipe, by which a later run recognizes its folder."""
+        return self.root / "recipe.json"
+
+    @property
+    def stages(self) -> Path:
+        """Folder of the finished stages and of the samples that stages share."""
+        return self.root / "stages"
+
+    def stage(self, number: int, name: str, key: str) -> Path:
+        """Folder of a finished stage; `key` identifies its input and settings."""
+        return self.stages / f"{number:02d}-{name}-{key[:12]}"
+
+    def work(self, stage: Path) -> Path:
+        """Folder for the resume data of the stage that is saved in `stage`."""
+        return self.stages / f".{stage.name}.work"
+
+    def logs(self, stage: Path) -> Path:
+        """Folder for the logs of the stage that is saved in `stage`."""
+        return self.root / "logs" / stage.name
+
+    @property
+    def checkpoint(self) -> Path:
+        """Folder of the last stage's checkpoint."""
+        return self.root / "checkpoint"
+
+    @property
+    def float_graph(self) -> Path:
+        """Folder of the result's float graph."""
+        return self.root / "float"
+
+    @property
+    def baseline(self) -> Path:
+        """Folder of the teacher's bundle."""
+        return self.root / "baseline"
+
+    @property
+    def bundle(self) -> Path:
+        """Folder of the result's bundle."""
+        return self.root / "bundle"
+
+    @property
+    def evaluation(self) -> Path:
+        """Scores of the result and of the teacher."""
+        return self.root / "evaluation.json"
+
+    @property
+    def gates(self) -> Path:
+        """Gates of the recipe with their measured values."""
+        return self.root / "gates.json"
+
+    @property
+    def latency(self) -> Path:
+        """Measured latency of the quantized graph relative to the float graph, per engine."""
+        return self.root / "latency.json"
+
+    @property
+    def bench(self) -> Path:
+        """Result of `diffpress bench --json`, if the user wrote it here."""
+        return self.root / "bench.json"
+
+    @property
+    def comparison(self) -> Path:
+        """Images of the teacher and of the result from the same noise."""
+        return self.root / "comparison.png"
+
+    @property
+    def report_data(self) -> Path:
+        """Everything measured, as JSON."""
+        return self.root / "report.json"
+
+    @property
+    def report_page(self) -> Path:
+        """The same as a web page."""
+        return self.root / "report.html"
