@@ -48,6 +48,8 @@ class DenoiserSpec:
             (export/passes/fold_timesteps.py); empty if it supports all.
         distilled: Kind of distillation, if it trained the network for specific sampling plans; '' if any plan fits.
         distilled_timesteps: Timesteps of other plans with the same solver that a distilled network was trained for.
+        baked_in_guidance: Guidance weight that the network was distilled from, 1 if none. Further distillation uses it
+            where the plan's own weight is 1.
 
     Examples:
         >>> import diffpress as dp
@@ -71,6 +73,7 @@ class DenoiserSpec:
     fixed_timesteps: tuple[float, ...] = ()
     distilled: str = ""
     distilled_timesteps: tuple[tuple[float, ...], ...] = ()
+    baked_in_guidance: float = 1.0
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
@@ -100,11 +103,12 @@ class DenoiserSpec:
             raise InvalidInputError(
                 f"latent scale {self.latent_scale}, shift {self.latent_shift}: both must be finite, the scale not zero"
             )
-
         if self.latent_factor < 1 or self.size_multiple < 1:
             raise InvalidInputError(
                 f"latent factor {self.latent_factor} and size multiple {self.size_multiple} must be at least 1"
             )
+        if not np.isfinite(self.baked_in_guidance):
+            raise InvalidInputError(f"baked-in guidance {self.baked_in_guidance} must be finite")
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -128,8 +132,11 @@ class DenoiserSpec:
         return replace(self, plan=plan)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as JSON-serializable data."""
-        return asdict(self)
+        """Return the spec as JSON-serializable data; `baked_in_guidance` is an entry only if there is any."""
+        data = asdict(self)
+        if self.baked_in_guidance == 1.0:
+            del data["baked_in_guidance"]  # keeps the hashes of checkpoints that were saved before the entry existed
+        return data
 
     @staticmethod
     def from_json(data: Any, where: str = "spec") -> DenoiserSpec:
@@ -157,6 +164,7 @@ class DenoiserSpec:
                 fixed_timesteps=floats(raw.get("fixed_timesteps", ())),
                 distilled=str(raw.get("distilled", "")),
                 distilled_timesteps=tuple(floats(timesteps) for timesteps in raw.get("distilled_timesteps", ())),
+                baked_in_guidance=float(raw.get("baked_in_guidance", 1.0)),
             )
 
 

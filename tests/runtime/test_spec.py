@@ -60,7 +60,10 @@ TEXT = replace(
 )
 
 
-@pytest.mark.parametrize("spec", [SPEC, TEXT], ids=["classes", "text"])
+DISTILLED = replace(SPEC, distilled="score", distilled_timesteps=((10.0,),), baked_in_guidance=2.5)
+
+
+@pytest.mark.parametrize("spec", [SPEC, TEXT, DISTILLED], ids=["classes", "text", "distilled"])
 def test_a_spec_round_trips_through_json_exactly(spec: DenoiserSpec) -> None:
     assert DenoiserSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
@@ -73,6 +76,11 @@ def test_a_spec_without_the_newer_entries_reads_with_their_defaults() -> None:
         del data["plan"][entry]
     data["conditioning"] = {"kind": "class", "classes": 10, "null_label": 10}
     assert DenoiserSpec.from_json(data) == SPEC
+
+
+def test_the_baked_in_guidance_is_an_entry_only_if_there_is_any() -> None:
+    assert DISTILLED.to_json()["baked_in_guidance"] == 2.5
+    assert "baked_in_guidance" not in SPEC.to_json() and SPEC.baked_in_guidance == 1.0
 
 
 def test_image_size_and_tokens_follow_from_the_latent() -> None:
@@ -127,6 +135,8 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("data_range", [1.0, -1.0]), "empty"),
         (change("latent_scale", 0.0), "latent scale"),
         (change("latent_factor", 0), "latent factor 0"),
+        (change("baked_in_guidance", float("nan")), "baked-in guidance nan must be finite"),
+        (change("baked_in_guidance", "much"), "could not convert"),
         (change("size_multiple", 0), "size multiple 0"),
         (change("plan.end", 50.0), "end 50.0 must be a timestep not above the last one"),
         (change("plan.end", -1.0), "end -1.0"),

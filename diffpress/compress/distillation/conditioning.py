@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.training.losses import Tensors, forward
 from diffpress.runtime.network_inputs import GUIDANCE
 from diffpress.runtime.spec import DenoiserSpec
@@ -38,11 +37,9 @@ def drop_conditioning(
     }
 
 
-def effective_guidance(checkpoint: Checkpoint) -> float:
-    """Return the checkpoint's guidance weight: that of its plan, or the one an earlier stage baked in."""
-    baked_in = [record.changed["guidance"] for record in checkpoint.history if "guidance" in record.changed]
-    planned = checkpoint.spec.plan.guidance
-    return float(baked_in[-1]) if baked_in and planned == 1.0 else planned
+def effective_guidance(spec: DenoiserSpec) -> float:
+    """Return the guidance weight of the samples: that of the plan, or else the one baked into the network."""
+    return spec.baked_in_guidance if spec.plan.guidance == 1.0 else spec.plan.guidance
 
 
 def guided_output(

@@ -24,12 +24,13 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import ConsistencyConfig
-from diffpress.compress.distillation.few_steps import few_timesteps, log_ratios, student_spec, x0_of
+from diffpress.compress.distillation.few_steps import few_timesteps, log_ratios, student_spec
 from diffpress.compress.distillation.student import train_student
 from diffpress.compress.training.loop import Objective
-from diffpress.compress.training.losses import Tensors, add_noise, coefficients, forward
+from diffpress.compress.training.losses import Tensors, add_noise, forward, noise_levels_at
 from diffpress.compress.training.teacher_data import data_for
 from diffpress.runtime.noise_schedule import NoiseSchedule
+from diffpress.runtime.parameterization import MIN_DIVISOR, to_x0
 from diffpress.runtime.spec import DenoiserSpec
 
 MAPPING_K, HUBER = 8.0, 0.00054
@@ -102,13 +103,13 @@ def consistency_x0(
 ) -> torch.Tensor:
     """Return f [B, C, H, W] at timesteps `t` [B] on the lines through `x0` and `noise`."""
     x_t = add_noise(spec, x0, noise, t)
-    return x0_of(spec, forward(model, spec, x_t, t, cond), x_t, *coefficients(spec, t))
+    return to_x0(spec.prediction, x_t, forward(model, spec, x_t, t, cond), noise_levels_at(spec, t))
 
 
 def noise_ratios(spec: DenoiserSpec, t: torch.Tensor) -> torch.Tensor:
     """Return sigma / alpha at timesteps `t` [B], shaped [B, 1, 1, 1]; finite where alpha is zero."""
-    alpha, sigma = coefficients(spec, t)
-    return sigma / alpha.clamp_min(1e-4)
+    level = noise_levels_at(spec, t)
+    return level.sigma / level.alpha.clamp_min(MIN_DIVISOR)
 
 
 def pseudo_huber(difference: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,4 @@
-"""Shared by all few-step students: their timesteps, and one sampling step computed in torch.
-
-    x_0 implied by the output at x = alpha x_0 + sigma eps    (diffpress.runtime.parameterization.to_x0)
-    x' = alpha' x_0 + (sigma' / sigma) (x - alpha x_0)        (diffpress.runtime.solvers.contract.transfer)
+"""Shared by all few-step students: their timesteps and plan, and x_0 at the levels of a plan.
 
 The N timesteps are even in t, and the first is where solvers start (LOG_RATIO_MAX), as in LCM, SDXL-Lightning and
 DMD2. With two steps, the second then starts at r = sigma / alpha = 1 for a cosine schedule and 2 for Stable
@@ -16,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import pairwise
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from diffpress.compress.training.losses import Tensors, forward
+from diffpress.compress.training.losses import NoiseLevelBatch, Tensors, forward
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
+from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import LOG_RATIO_MAX, LOG_RATIO_MIN, timesteps_for
@@ -120,14 +117,6 @@ def log_ratios(schedule: NoiseSchedule) -> np.ndarray:
     return np.log(np.maximum(sigmas, 1e-8)) - np.log(np.maximum(alphas, 1e-8))
 
 
-class NoiseLevelBatch(NamedTuple):
-    """Noise level of each sample of a batch: timesteps int64 [B]; alpha and sigma float32 [B, 1, 1, 1]."""
-
-    t: torch.Tensor
-    alpha: torch.Tensor
-    sigma: torch.Tensor
-
-
 def gather_levels(levels: tuple[NoiseLevel, ...], index: torch.Tensor) -> NoiseLevelBatch:
     """Return the levels at `index`, int64 [B], on its device."""
     t, alpha, sigma = _table(levels, index.device)[index].unbind(1)
@@ -145,19 +134,6 @@ def _table(levels: tuple[NoiseLevel, ...], device: torch.device) -> torch.Tensor
     return torch.tensor(levels, dtype=torch.float32).to(device)
 
 
-def x0_of(
-    spec: DenoiserSpec, out: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, sigma: torch.Tensor
-) -> torch.Tensor:
-    """Return x_0 from the output at x, both [B, C, H, W]; `alpha` and `sigma` broadcast to them."""
-    if spec.prediction == "sample":
-        return out
-    if spec.prediction == "v":
-        return (alpha * x - sigma * out) / (alpha**2 + sigma**2)
-    if spec.prediction == "flow":
-        return (x - sigma * out) / (alpha + sigma)
-    return (x - sigma * out) / alpha.clamp_min(1e-4)
-
-
 def clip_x0(spec: DenoiserSpec, x0: torch.Tensor) -> torch.Tensor:
     """Clip x_0 to the data range if the plan clips, with a straight-through gradient."""
     if not spec.plan.clip:
@@ -170,16 +146,4 @@ def predict_x0(
 ) -> torch.Tensor:
     """Return the model's x_0 at x, [B, C, H, W], clipped if the plan clips."""
     out = forward(model, spec, x, here.t, cond)
-    return clip_x0(spec, x0_of(spec, out, x, here.alpha, here.sigma))
-
-
-def transfer(x: torch.Tensor, x0: torch.Tensor, here: NoiseLevelBatch, there: NoiseLevelBatch) -> torch.Tensor:
-    """Take the deterministic step from x towards `there`, given x_0."""
-    kept = there.sigma / here.sigma
-    return (there.alpha - kept * here.alpha) * x0 + kept * x
-
-
-def implied_x0(x: torch.Tensor, moved: torch.Tensor, here: NoiseLevelBatch, there: NoiseLevelBatch) -> torch.Tensor:
-    """Return the x_0 with which `transfer` leads from x to `moved`."""
-    kept = there.sigma / here.sigma
-    return (moved - kept * x) / (there.alpha - kept * here.alpha)
+    return clip_x0(spec, to_x0(spec.prediction, x, out, here))

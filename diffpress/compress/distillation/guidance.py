@@ -46,10 +46,9 @@ def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Ch
     if low == high == 1.0:
         raise InvalidInputError("distill: {kind: guidance}: weight 1 is no guidance; set a larger weight")
     student = with_guidance_input(checkpoint) if config.weights else checkpoint
-    plan = spec.plan if config.weights else replace(spec.plan, guidance=1.0)
     if not config.weights:
         ctx.notes["guidance"] = low
-    student = student.evolve(spec=student.spec.with_plan(plan))
+        student = student.evolve(spec=replace(spec, plan=replace(spec.plan, guidance=1.0), baked_in_guidance=low))
     teacher = ctx.teacher.model.eval()
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
@@ -84,7 +83,7 @@ def with_guidance_input(checkpoint: Checkpoint) -> Checkpoint:
         InvalidInputError: The model's family does not support this input.
     """
     model, spec, source = checkpoint.clone_model(), checkpoint.spec, checkpoint.source
-    add_ = getattr(adapter_for(model), "add_guidance_input_", None)
+    add_ = adapter_for(model).add_guidance_input_
     if add_ is None:
         raise InvalidInputError(
             f"distill: {{kind: guidance}}: a {source.kind} has no input for the guidance weight; "

@@ -23,20 +23,12 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context, Data
 from diffpress.compress.distillation.conditioning import effective_guidance, guided_output
 from diffpress.compress.distillation.config import ProgressiveConfig
-from diffpress.compress.distillation.few_steps import (
-    NoiseLevelBatch,
-    clip_x0,
-    few_timesteps,
-    gather_levels,
-    implied_x0,
-    student_spec,
-    transfer,
-    x0_of,
-)
+from diffpress.compress.distillation.few_steps import clip_x0, few_timesteps, gather_levels, student_spec
 from diffpress.compress.distillation.student import train_student
 from diffpress.compress.training.loop import Objective
-from diffpress.compress.training.losses import Tensors, add_noise, coefficients, forward
+from diffpress.compress.training.losses import NoiseLevelBatch, Tensors, add_noise, forward, noise_levels_at
 from diffpress.compress.training.teacher_data import data_for
+from diffpress.runtime.parameterization import implied_x0, noise_in, to_output, to_x0, transfer
 from diffpress.runtime.sampling_plan import plan_levels
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -44,9 +36,10 @@ from diffpress.runtime.spec import DenoiserSpec
 def progressive(checkpoint: Checkpoint, config: ProgressiveConfig, ctx: Context) -> Checkpoint:
     """Train the checkpoint's model to sample in `config.sample_steps` steps, and set that plan."""
     data, schedule = data_for(ctx, config.samples), checkpoint.spec.schedule
-    weight = ctx.notes["guidance"] = effective_guidance(checkpoint)
+    weight = ctx.notes["guidance"] = effective_guidance(checkpoint.spec)
     timesteps = few_timesteps(config.start_steps, schedule)
-    student = checkpoint.evolve(spec=student_spec(checkpoint.spec, config.kind, "ddim", timesteps))
+    own_spec = replace(checkpoint.spec, baked_in_guidance=weight)
+    student = checkpoint.evolve(spec=student_spec(own_spec, config.kind, "ddim", timesteps))
     teacher, spec = ctx.teacher.model.eval(), ctx.teacher.spec
     if student.spec.prediction == "epsilon":
         student = student.evolve(spec=replace(student.spec, prediction="v"))
@@ -94,7 +87,7 @@ def _halving_objective(
             for a, b in ((here, middle), (middle, there)):
                 moved = transfer(moved, _guided_x0(teacher, spec, moved, a, cond, uncond, weight), a, b)
         out = forward(student, own_spec, x, here.t, cond)
-        student_x0 = x0_of(own_spec, out, x, here.alpha, here.sigma)
+        student_x0 = to_x0(own_spec.prediction, x, out, here)
         snr = (here.alpha / here.sigma) ** 2
         return torch.mean(snr.clamp_min(1.0) * (student_x0 - implied_x0(x, moved, here, there)) ** 2)
 
@@ -111,7 +104,7 @@ def _guided_x0(
     weight: float,
 ) -> torch.Tensor:
     out = guided_output(teacher, spec, x, here.t, cond, uncond, weight)
-    return clip_x0(spec, x0_of(spec, out, x, here.alpha, here.sigma))
+    return clip_x0(spec, to_x0(spec.prediction, x, out, here))
 
 
 def v_objective(teacher: nn.Module, spec: DenoiserSpec, data: Data, batch: int) -> Objective:
@@ -125,13 +118,13 @@ def v_objective(teacher: nn.Module, spec: DenoiserSpec, data: Data, batch: int) 
 
     def loss(student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors) -> torch.Tensor:
         teacher.to(x0.device)
-        x_t, (alpha, sigma) = add_noise(spec, x0, noise, t), coefficients(spec, t)
+        x_t, level = add_noise(spec, x0, noise, t), noise_levels_at(spec, t)
         with torch.no_grad():
             eps = forward(teacher, spec, x_t, t, cond)
         # near pure noise a small error of epsilon is a large one of x_0: clip to the range of the data or batch
-        image = x0_of(spec, eps, x_t, alpha, sigma)
+        image = to_x0(spec.prediction, x_t, eps, level)
         image = image.clamp(*spec.data_range) if spec.is_pixel_space else image.clamp(x0.min(), x0.max())
-        target = alpha * (x_t - alpha * image) / sigma.clamp_min(1e-4) - sigma * image
+        target = to_output("v", image, noise_in(x_t, image, level), level)
         return torch.mean((forward(student, own_spec, x_t, t, cond) - target) ** 2)
 
     return Objective(draw, loss)

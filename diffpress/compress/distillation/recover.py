@@ -16,14 +16,15 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.block_features import capture_features, feature_distance
+from diffpress.compress.distillation.block_features import capture_energies, energy_distance
 from diffpress.compress.distillation.conditioning import drop_conditioning
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.student import train_student
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.training.loop import Objective
-from diffpress.compress.training.losses import Tensors, add_noise, forward, target_of
+from diffpress.compress.training.losses import Tensors, add_noise, forward, noise_levels_at
 from diffpress.compress.training.teacher_data import data_for
+from diffpress.runtime.parameterization import to_output
 
 
 def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Checkpoint:
@@ -44,15 +45,16 @@ def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Chec
     def loss(student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors) -> torch.Tensor:
         teacher.to(x0.device)
         x_t = add_noise(spec, x0, noise, t)
-        with torch.no_grad(), capture_features(teacher, blocks) as teacher_features:
+        with torch.no_grad(), capture_energies(teacher, blocks) as teacher_energies:
             target = forward(teacher, spec, x_t, t, cond)
-        with capture_features(student, blocks) as student_features:
+        with capture_energies(student, blocks) as student_energies:
             out = forward(student, spec, x_t, t, cond)
         total = config.output_weight * torch.mean((out - target) ** 2)
         if blocks:
-            total = total + config.feature_weight * feature_distance(student_features, teacher_features)
+            total = total + config.feature_weight * energy_distance(student_energies, teacher_energies)
         if config.task_weight:
-            total = total + config.task_weight * torch.mean((out - target_of(spec, x0, noise, t)) ** 2)
+            task_target = to_output(spec.prediction, x0, noise, noise_levels_at(spec, t))
+            total = total + config.task_weight * torch.mean((out - task_target) ** 2)
         return total
 
     return checkpoint.evolve(model=train_student(checkpoint, Objective(draw, loss), config, ctx))

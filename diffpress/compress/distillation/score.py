@@ -14,6 +14,7 @@ No images and no pairs are needed. If the teacher is guided, the generator needs
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,14 +24,15 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.distillation.conditioning import effective_guidance, guided_output
 from diffpress.compress.distillation.config import ScoreConfig
-from diffpress.compress.distillation.few_steps import expand_level, few_timesteps, student_spec, x0_of
+from diffpress.compress.distillation.few_steps import expand_level, few_timesteps, student_spec
 from diffpress.compress.distillation.student import train_student
 from diffpress.compress.training.distributed import from_main
 from diffpress.compress.training.loop import Objective
-from diffpress.compress.training.losses import Tensors, coefficients, forward
+from diffpress.compress.training.losses import Tensors, forward, noise_levels_at
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import NoiseLevel
+from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampler import initial_std
 from diffpress.runtime.sampling_plan import plan_levels
 from diffpress.runtime.spec import DenoiserSpec
@@ -66,10 +68,11 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
             f"distill: {{kind: score}}: the teacher predicts {ctx.teacher.spec.prediction}, the student "
             f"{spec.prediction}; place this stage before the one that changed the prediction"
         )
-    levels = plan_levels(spec.schedule, few_timesteps(config.sample_steps, spec.schedule))
-    spec = student_spec(spec, config.kind, "consistency", tuple(noise_level.t for noise_level in levels[:-1]))
+    timesteps = few_timesteps(config.sample_steps, spec.schedule)
+    levels = plan_levels(spec.schedule, timesteps)
+    weight = ctx.notes["guidance"] = config.guidance or effective_guidance(spec)
+    spec = student_spec(replace(spec, baked_in_guidance=weight), config.kind, "consistency", timesteps)
     teacher, cond_pool = ctx.teacher.model.eval(), ctx.conditions(POOL_SIZE)
-    weight = ctx.notes["guidance"] = config.guidance or effective_guidance(checkpoint)
     first, last = (round(share * (len(spec.schedule) - 1)) for share in TIMESTEP_RANGE)
 
     def draw(generator: torch.Generator, share: float) -> tuple[Any, ...]:
@@ -93,15 +96,15 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
         teacher.to(t.device)
         with torch.set_grad_enabled(update_generator):
             x = generate_x0(pair, spec, levels, conditions, noise[:-1])
-        alpha, sigma = coefficients(spec, t)
-        x_t = alpha * x.detach() + sigma * noise[-1]
+        level = noise_levels_at(spec, t)
+        x_t = level.alpha * x.detach() + level.sigma * noise[-1]
         if not update_generator:
-            critic_x0 = x0_of(spec, pair("critic", x_t, t, conditions), x_t, alpha, sigma)
-            return torch.mean(((alpha / sigma) ** 2).clamp(*SNR_BOUNDS) * (critic_x0 - x.detach()) ** 2)
+            critic_x0 = to_x0(spec.prediction, x_t, pair("critic", x_t, t, conditions), level)
+            return torch.mean(((level.alpha / level.sigma) ** 2).clamp(*SNR_BOUNDS) * (critic_x0 - x.detach()) ** 2)
         with torch.no_grad():
             teacher_out = guided_output(teacher, spec, x_t, t, conditions, uncond, weight)
-            real = x0_of(spec, teacher_out, x_t, alpha, sigma)
-            fake = x0_of(spec, pair("critic", x_t, t, conditions), x_t, alpha, sigma)
+            real = to_x0(spec.prediction, x_t, teacher_out, level)
+            fake = to_x0(spec.prediction, x_t, pair("critic", x_t, t, conditions), level)
             scale = (x - real).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-4)
             target = x - (fake - real) / scale
         return 0.5 * torch.mean((x - target) ** 2)
@@ -132,7 +135,7 @@ def generate_x0(
     for step in range(len(noise)):
         level = expand_level(levels, step, x)
         with torch.set_grad_enabled(torch.is_grad_enabled() and step == len(fresh)):
-            image = x0_of(spec, pair("generator", x, level.t, conditions), x, level.alpha, level.sigma)
+            image = to_x0(spec.prediction, x, pair("generator", x, level.t, conditions), level)
         if step < len(fresh):
             x = levels[step + 1].alpha * image + levels[step + 1].sigma * fresh[step]
     return image

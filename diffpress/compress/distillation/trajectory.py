@@ -26,19 +26,17 @@ from diffpress.compress.distillation.config import TrajectoryConfig
 from diffpress.compress.distillation.few_steps import (
     disjoint_timesteps,
     expand_level,
-    implied_x0,
     predict_x0,
     refine_plan,
     student_spec,
-    transfer,
 )
 from diffpress.compress.distillation.student import train_student
+from diffpress.compress.seeds import DISTILLATION_SEED
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors
 from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
+from diffpress.runtime.parameterization import implied_x0, transfer
 from diffpress.runtime.sampling_plan import plan_levels
-
-SEED = 4_000_000  # far from the seeds used for sampling, calibration and evaluation
 
 
 def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -> Checkpoint:
@@ -47,13 +45,19 @@ def trajectory(checkpoint: Checkpoint, config: TrajectoryConfig, ctx: Context) -
     own, *others = disjoint_timesteps((config.sample_steps, *config.other_steps), spec.schedule)
     stops = tuple(sorted({t for timesteps in (own, *others) for t in timesteps}, reverse=True))
     fine, kept = refine_plan(ctx.teacher.spec.plan, stops, config.trajectory_steps, spec.schedule)
-    fine = replace(fine, guidance=effective_guidance(checkpoint))
-    ctx.notes["guidance"] = fine.guidance
+    weight = ctx.notes["guidance"] = effective_guidance(spec)
+    fine = replace(fine, guidance=weight)
     teacher_trajectories = TeacherTrajectories(
-        ctx.teacher, fine, kept, config.trajectories, ctx.conditions(config.trajectories), SEED, ctx.work.parent
+        ctx.teacher,
+        fine,
+        kept,
+        config.trajectories,
+        ctx.conditions(config.trajectories),
+        DISTILLATION_SEED,
+        ctx.samples,
     )
     teacher_trajectories.generate()
-    spec = student_spec(spec, config.kind, "euler", own, tuple(others))
+    spec = student_spec(replace(spec, baked_in_guidance=weight), config.kind, "euler", own, tuple(others))
     levels = plan_levels(spec.schedule, stops)
     # each plan as indices into `levels` and the stored states; `prefixes` are each of its steps with those before it
     routes = [(*(stops.index(t) for t in timesteps), len(stops)) for timesteps in (own, *others)]

@@ -30,7 +30,6 @@ from diffpress.runtime.spec import DenoiserSpec
 DECODER = "vae_decoder"
 TEXT_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
 DECODER_MODELS = ("AutoencoderKL", "VQModel")
-IMAGE_CHANNELS = 3
 
 Tensors = dict[str, torch.Tensor]
 

@@ -12,21 +12,6 @@ def blocks(model: Any) -> list[str]:
     return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
 
 
-def skip_concats(model: Any) -> list[str]:
-    """Return no names: transformers have no skip concatenations."""
-    return []
-
-
-def residual_outputs(model: Any) -> list[str]:
-    """Return no names: transformers have no skip connections."""
-    return []
-
-
-def cache_cuts(model: Any) -> list[str]:
-    """Return all blocks but the last: the hidden states have the same shape after each."""
-    return blocks(model)[:-1]
-
-
 def layers_named(model: nn.Module, *, outside: tuple[str, ...], inside: tuple[str, ...] = ()) -> list[str]:
     """Return the names of linear and convolution layers that match a prefix.
 

@@ -6,11 +6,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from diffpress.compress.config import Config
+from diffpress.compress.config import StageConfig
 
 
-class PruneConfig(Config):
-    """Remove channels and attention heads by importance."""
+class PruneConfig(StageConfig):
+    """Remove channels and attention heads by importance.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.Prune(ratio=0.3).method
+        'taylor'
+    """
 
     method: Literal["taylor", "magnitude", "random"] = Field("taylor", description="Importance criterion of a channel.")
     ratio: float = Field(0.3, gt=0.0, lt=1.0, description="Fraction of channels and attention heads removed.")

@@ -11,8 +11,8 @@ import torch
 import torch_pruning as tp
 from torch import nn
 
-from diffpress.compress.models.adapter import Adapter
 from diffpress.compress.models.diffusers_blocks import Coupled, Member
+from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.pruning.allocation import Candidate
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.importance import Importance, group_scores

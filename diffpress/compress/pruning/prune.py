@@ -20,8 +20,9 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.models.adapter import Adapter, adapter_for, dummy_inputs
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.diffusers_blocks import Coupled
+from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.widths import refuse_unrecorded
 from diffpress.compress.pruning.allocation import allocate, choose_removed, keep_count
 from diffpress.compress.pruning.config import PruneConfig

@@ -32,20 +32,20 @@ import numpy as np
 
 from diffpress.compress.progress import progress
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
+from diffpress.compress.seeds import SEARCH_SEED
 from diffpress.runtime.denoiser import Denoise, plan_denoiser
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs, Network
 from diffpress.runtime.noise_schedule import NoiseLevel
+from diffpress.runtime.parameterization import transfer
 from diffpress.runtime.sampler import noise_for, sample
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
 from diffpress.runtime.solvers import with_solver
-from diffpress.runtime.solvers.contract import transfer
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import timesteps_for
 
 logger = logging.getLogger(__name__)
 
-SEARCH_SEED = 7_000_000  # far from the seeds used for sampling, calibration and evaluation
 GAMMAS = (0.8, 0.9, 1.0, 1.15)  # 1.15 is the value of the paper
 FINE_SOLVER = "dpmpp_2m"  # solver over the fine timesteps
 INITIAL_MOVE = 0.25  # first move of a timestep, as a fraction of the gap to the next one

@@ -20,7 +20,6 @@ from diffpress.compress.sources.layout import (
     Layout,
     first_line,
     load_weights_,
-    read_json,
     read_layout,
     weight_files,
 )
@@ -28,6 +27,7 @@ from diffpress.compress.sources.record import history_and_scales, read_record
 from diffpress.compress.sources.scheduler_config import read_scheduler
 from diffpress.runtime.conditioning import conditioning_from_json
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.files import read_json
 from diffpress.runtime.sampling_plan import SamplingPlan, make_plan
 from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.spec import DenoiserSpec
@@ -92,7 +92,7 @@ def _scheduler_of(layout: Layout) -> tuple[dict[str, Any] | None, Path]:
     """Return the scheduler's config, None if there is none, and the file it is or would be in."""
     beside = layout.denoiser.parent if layout.denoiser.name in DENOISERS else layout.folder
     file = beside / "scheduler" / "scheduler_config.json"
-    return (read_json(file) if file.is_file() else None), file
+    return (read_json(file, hint="") if file.is_file() else None), file
 
 
 def _build_empty(layout: Layout) -> nn.Module:

@@ -10,7 +10,6 @@ Without model_index.json the components are those whose folders exist; a bare un
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -24,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.files import read_json
 
 INDEX = "model_index.json"
 DENOISERS = ("unet", "transformer")
@@ -109,9 +109,10 @@ def read_layout(folder: Path) -> Layout:
     Raises:
         InvalidInputError: A component that the index lists is missing.
     """
-    index = read_json(folder / INDEX) if (folder / INDEX).is_file() else {}
+    index = read_json(folder / INDEX, hint="") if (folder / INDEX).is_file() else {}
     denoiser = _denoiser_folder(folder, index)
-    config = {k: v for k, v in read_json(denoiser / "config.json").items() if not k.startswith("_name_or_path")}
+    read = read_json(denoiser / "config.json", hint="")
+    config = {key: value for key, value in read.items() if not key.startswith("_name_or_path")}
     if denoiser == folder:
         return Layout(folder, denoiser, config)
     listed = [name for name, entry in index.items() if isinstance(entry, list) and len(entry) == 2 and entry[1]]
@@ -122,7 +123,7 @@ def read_layout(folder: Path) -> Layout:
             )
     present = listed if index else [name for name in USED if (folder / name).is_dir()]
     configs = {
-        name: read_json(folder / name / "config.json")
+        name: read_json(folder / name / "config.json", hint="")
         for name in present
         if name in (*DECODERS, *TEXT_ENCODERS) and name != denoiser.name
     }
@@ -152,7 +153,7 @@ def weight_files(component: Path) -> list[Path]:
     for name in WEIGHTS:
         index = component / (f"{name}.index.{variant}.json" if variant else f"{name}.index.json")
         if index.is_file():
-            names = read_json(index).get("weight_map")
+            names = read_json(index, hint="").get("weight_map")
             if not isinstance(names, dict) or not names or not all(isinstance(file, str) for file in names.values()):
                 raise InvalidInputError(f"{index}: has no weight_map from tensor names to files; copy it again")
             return [component / file for file in sorted(set(names.values()))]
@@ -246,17 +247,6 @@ def link_or_copy(source: str, target: str) -> None:
         os.link(os.path.realpath(source), target)  # hub caches hold symlinks
     except OSError:
         shutil.copyfile(source, target)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; InvalidInputError naming the file if it is not one."""
-    try:
-        data = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, ValueError) as error:
-        raise InvalidInputError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(data, dict):
-        raise InvalidInputError(f"{path}: expected a JSON object")
-    return data
 
 
 def first_line(error: BaseException) -> str:

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import RECORD, write_folder
-from diffpress.compress.sources.layout import INDEX, PICKLES, first_line, read_json
+from diffpress.compress.sources.layout import INDEX, PICKLES, first_line
 from diffpress.compress.sources.tensor_shapes import tensor_shapes
 from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
+from diffpress.runtime.io.files import read_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # The first of each pair of low-rank factors, as diffusers, peft, kohya and XLabs name it.
@@ -43,7 +44,7 @@ def fuse_loras(folder: Path, loras: Sequence[str], into: Path) -> Path:
         raise MissingDependencyError("peft", "compress", "--lora")
     if not (folder / INDEX).is_file():
         raise InvalidInputError(f"{folder}: has no {INDEX}; --lora needs a complete pipeline folder")
-    index = read_json(folder / INDEX)
+    index = read_json(folder / INDEX, hint="")
     pipe, components = _lora_components(folder, index)
     names = [f"lora_{number}" for number in range(len(adapters))]
     for name, (file, _) in zip(names, adapters, strict=True):

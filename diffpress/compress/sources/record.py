@@ -9,9 +9,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from diffpress.compress.checkpoint import FORMAT, RECORD, TENSOR_KINDS, Quantization, Record
-from diffpress.compress.sources.layout import read_json
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.format_1 import upgraded_spec, upgraded_tensor_name
+from diffpress.runtime.io.files import read_json
 
 
 def history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tuple[Record, ...], Quantization | None]:
@@ -52,7 +52,7 @@ def _of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Ten
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:
-    """Read diffpress.json, upgrading format 1; None if the folder has none.
+    """Read diffpress.json, upgrading older ones; None if the folder has none.
 
     Raises:
         InvalidInputError: The file is not readable or has an unknown format.
@@ -60,11 +60,23 @@ def read_record(folder: Path) -> dict[str, Any] | None:
     file = folder / RECORD
     if not file.is_file():
         return None
-    record = read_json(file)
+    record = read_json(file, hint="")
     if record.get("format", FORMAT) not in (1, FORMAT):
         raise InvalidInputError(
             f"{file}: checkpoint format {record['format']!r}, this diffpress reads 1 and {FORMAT}; install a newer one"
         )
     if record.get("format") == 1 and "spec" in record:
         record["spec"] = upgraded_spec(record["spec"])
+    weight = _noted_guidance(record.get("history"))
+    if weight is not None and isinstance(record.get("spec"), dict):
+        # before the spec had this entry, the history alone held it
+        record["spec"] = {"baked_in_guidance": weight} | record["spec"]
     return record
+
+
+def _noted_guidance(history: Any) -> Any:
+    """Return the guidance weight that the last record with one notes; None if there is none."""
+    records = history if isinstance(history, list) else []
+    changes = [entry.get("changed") for entry in records if isinstance(entry, dict)]
+    weights = [changed["guidance"] for changed in changes if isinstance(changed, dict) and "guidance" in changed]
+    return weights[-1] if weights else None

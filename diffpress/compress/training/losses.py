@@ -1,15 +1,12 @@
-"""Targets of a noised batch x_t = alpha_t x_0 + sigma_t eps for each prediction type.
+"""Noised batches x_t = alpha_t x_0 + sigma_t eps, and a network's evaluation and loss on them.
 
-prediction   target                     as epsilon
-epsilon      eps                        out
-sample       x_0                        (x_t - alpha out) / sigma
-v            alpha eps - sigma x_0      alpha out + sigma x_t
-flow         eps - x_0                  x_t + alpha out
+Each sample has its own timestep. Targets and x_0 follow from runtime/parameterization.py.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -17,15 +14,24 @@ from torch import nn
 from diffpress.compress.models.adapter import adapter_for, timestep_dtype
 from diffpress.runtime.network_inputs import GUIDANCE, SAMPLE, TIMESTEP
 from diffpress.runtime.noise_schedule import NoiseSchedule
+from diffpress.runtime.parameterization import to_epsilon
 from diffpress.runtime.spec import DenoiserSpec
 
 Tensors = dict[str, torch.Tensor]
 
 
-def coefficients(spec: DenoiserSpec, t: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return alpha and sigma at integer timesteps `t` [B], shaped [B, 1, 1, 1]."""
+class NoiseLevelBatch(NamedTuple):
+    """Noise level of each sample of a batch: timesteps int64 [B]; alpha and sigma float32 [B, 1, 1, 1]."""
+
+    t: torch.Tensor
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+
+
+def noise_levels_at(spec: DenoiserSpec, t: torch.Tensor) -> NoiseLevelBatch:
+    """Return the noise levels at integer timesteps `t` [B]."""
     alphas, sigmas = _tables(spec.schedule, t.device)
-    return alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1)
+    return NoiseLevelBatch(t, alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1))
 
 
 @lru_cache(maxsize=8)
@@ -37,27 +43,8 @@ def _tables(schedule: NoiseSchedule, device: torch.device) -> tuple[torch.Tensor
 
 def add_noise(spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
     """Return x_t = alpha_t x_0 + sigma_t eps at integer timesteps `t` [B]."""
-    alpha, sigma = coefficients(spec, t)
-    return alpha * x0 + sigma * noise
-
-
-def target_of(spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Return the training target of the spec's prediction type, [B, C, H, W]."""
-    alpha, sigma = coefficients(spec, t)
-    targets = {"epsilon": noise, "sample": x0, "v": alpha * noise - sigma * x0, "flow": noise - x0}
-    return targets[spec.prediction]
-
-
-def to_epsilon(spec: DenoiserSpec, out: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-    """Return the noise implied by a network output at x_t."""
-    alpha, sigma = coefficients(spec, t)
-    if spec.prediction == "epsilon":
-        return out
-    if spec.prediction == "v":
-        return alpha * out + sigma * x_t
-    if spec.prediction == "flow":
-        return x_t + alpha * out
-    return (x_t - alpha * out) / sigma.clamp_min(1e-4)
+    level = noise_levels_at(spec, t)
+    return level.alpha * x0 + level.sigma * noise
 
 
 def forward(model: nn.Module, spec: DenoiserSpec, x_t: torch.Tensor, t: torch.Tensor, cond: Tensors) -> torch.Tensor:
@@ -76,4 +63,5 @@ def epsilon_loss(
 ) -> torch.Tensor:
     """Return the mean squared error of the noise implied by the output (simple loss of DDPM)."""
     x_t = add_noise(spec, x0, noise, t)
-    return torch.mean((to_epsilon(spec, forward(model, spec, x_t, t, cond), x_t, t) - noise) ** 2)
+    eps = to_epsilon(spec.prediction, x_t, forward(model, spec, x_t, t, cond), noise_levels_at(spec, t))
+    return torch.mean((eps - noise) ** 2)

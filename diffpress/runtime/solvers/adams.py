@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_pure_noise, noise_in, transfer
+from diffpress.runtime.parameterization import noise_in, transfer
+from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_pure_noise
 from diffpress.runtime.solvers.mixing import improved_euler, mixed_transfer
 
 ADAMS_BASHFORTH = (

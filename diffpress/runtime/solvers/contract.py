@@ -27,6 +27,7 @@ import numpy as np
 
 from diffpress.runtime.denoiser import Denoise
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
+from diffpress.runtime.parameterization import transfer
 from diffpress.runtime.timesteps import LOG_RATIO_MAX
 
 FEW_STEPS = 15  # with fewer steps, diffusers' multistep solvers end with lower orders (`lower_order_final`)
@@ -106,12 +107,6 @@ class Solver:
     noisy: bool = False
 
 
-def transfer(x: np.ndarray, x0: np.ndarray, now: NoiseLevel, next: NoiseLevel) -> np.ndarray:
-    """Return alpha' x_0 + (sigma' / sigma)(x - alpha x_0); a sample without noise stays without noise."""
-    kept = next.sigma / now.sigma if now.sigma > 0 else 0.0
-    return (next.alpha - kept * now.alpha) * x0 + kept * x
-
-
 def noisy_transfer(step: StepState, x0: np.ndarray, eta: float) -> np.ndarray:
     """Return the transfer of the step with this x_0, with eta's share of the noise replaced by fresh noise."""
     goal, fresh = split_noise(step.now, step.next, eta)
@@ -142,11 +137,6 @@ def half_log_snr(level: NoiseLevel) -> float:
 def is_pure_noise(level: NoiseLevel) -> bool:
     """Whether r is infinite or too high for derivatives in r to be meaningful, as at the end of a cosine schedule."""
     return level.sigma > math.exp(LOG_RATIO_MAX) * level.alpha
-
-
-def noise_in(x: np.ndarray, x0: np.ndarray, level: NoiseLevel) -> np.ndarray:
-    """Return eps = (x - alpha x_0) / sigma."""
-    return (x - level.alpha * x0) / level.sigma
 
 
 def final_order(step: StepState, order: int) -> int:

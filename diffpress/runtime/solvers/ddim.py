@@ -17,7 +17,8 @@ import math
 
 import numpy as np
 
-from diffpress.runtime.solvers.contract import StepState, noisy_transfer, removed_variance, split_noise, transfer
+from diffpress.runtime.parameterization import transfer
+from diffpress.runtime.solvers.contract import StepState, noisy_transfer, removed_variance, split_noise
 
 
 def ddim(step: StepState) -> np.ndarray:

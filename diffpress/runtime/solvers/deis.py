@@ -14,7 +14,8 @@ import math
 import numpy as np
 from numpy.polynomial import Polynomial
 
-from diffpress.runtime.solvers.contract import StepState, final_order, half_log_snr, is_pure_noise, noise_in, transfer
+from diffpress.runtime.parameterization import noise_in, transfer
+from diffpress.runtime.solvers.contract import StepState, final_order, half_log_snr, is_pure_noise
 
 
 def deis(order: int, step: StepState) -> np.ndarray:

@@ -23,6 +23,7 @@ from functools import partial
 import numpy as np
 
 from diffpress.runtime.noise_schedule import noise_level_at_ratio
+from diffpress.runtime.parameterization import transfer
 from diffpress.runtime.solvers.contract import (
     PreviousStep,
     StepState,
@@ -30,7 +31,6 @@ from diffpress.runtime.solvers.contract import (
     half_log_snr,
     noisy_transfer,
     split_noise,
-    transfer,
 )
 
 LEAST_ALPHA = 1e-6  # replaces alpha = 0, whose logarithm is infinite

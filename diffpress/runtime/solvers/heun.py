@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffpress.runtime.solvers.contract import StepState, transfer
+from diffpress.runtime.parameterization import transfer
+from diffpress.runtime.solvers.contract import StepState
 from diffpress.runtime.solvers.mixing import improved_euler
 
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from diffpress.runtime.noise_schedule import NoiseLevel
-from diffpress.runtime.parameterization import to_x0
-from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_pure_noise, noise_in, transfer
+from diffpress.runtime.parameterization import noise_in, to_output, to_x0, transfer
+from diffpress.runtime.solvers.contract import PreviousStep, StepState, is_pure_noise
 
 
 def mixed_transfer(
@@ -36,7 +36,4 @@ def improved_euler(prediction: str, step: StepState) -> np.ndarray:
 
 def _output(prediction: str, level: NoiseLevel, x: np.ndarray, x0: np.ndarray) -> np.ndarray:
     """The output of a network with this prediction type (epsilon, v or flow) that corresponds to x_0."""
-    eps = noise_in(x, x0, level)
-    if prediction == "epsilon":
-        return eps
-    return eps - x0 if prediction == "flow" else level.alpha * eps - level.sigma * x0
+    return to_output(prediction, x0, noise_in(x, x0, level), level)

@@ -22,7 +22,8 @@ from functools import lru_cache
 import numpy as np
 
 from diffpress.runtime.noise_schedule import NoiseLevel
-from diffpress.runtime.solvers.contract import PreviousStep, StepState, transfer
+from diffpress.runtime.parameterization import transfer
+from diffpress.runtime.solvers.contract import PreviousStep, StepState
 
 # diffusers starts flows at 1e-6 below pure noise, where lambda is finite
 LEAST_ALPHA = 1e-6

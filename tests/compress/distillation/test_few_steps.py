@@ -1,4 +1,4 @@
-"""compress/distillation/few_steps.py: timesteps and plans of students, and one step in torch."""
+"""compress/distillation/few_steps.py: timesteps and plans of students, and their noise levels in torch."""
 
 from __future__ import annotations
 
@@ -14,14 +14,11 @@ from diffpress.compress.distillation.few_steps import (
     disjoint_timesteps,
     few_timesteps,
     gather_levels,
-    implied_x0,
     refine_plan,
-    transfer,
-    x0_of,
 )
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule, flow_schedule, noise_level_at
-from diffpress.runtime.parameterization import to_x0
+from diffpress.runtime.parameterization import implied_x0, to_x0, transfer
 from diffpress.runtime.sampler import sample
 from diffpress.runtime.sampling_plan import make_plan, plan_levels
 
@@ -92,13 +89,15 @@ def test_fine_steps_are_distributed_by_length_in_log_snr(schedule: NoiseSchedule
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v", "sample", "flow"])
-def test_x0_and_the_step_match_the_runtime(prediction: str, one_image: Callable[..., Checkpoint]) -> None:
+def test_a_step_between_gathered_levels_is_that_of_the_sampler(
+    prediction: str, one_image: Callable[..., Checkpoint]
+) -> None:
     spec = one_image(prediction).spec
     rng = np.random.default_rng(0)
     x, out = rng.standard_normal((2, 3, 1, 8, 8), dtype=np.float32)
     now, after = noise_level_at(spec.schedule, 70), noise_level_at(spec.schedule, 30)
     here, there = (gather_levels((now, after), torch.full((3,), i)) for i in range(2))
-    x0 = x0_of(spec, torch.from_numpy(out), torch.from_numpy(x), here.alpha, here.sigma)
+    x0 = to_x0(prediction, torch.from_numpy(x), torch.from_numpy(out), here)
     np.testing.assert_allclose(x0.numpy(), to_x0(prediction, x, out, now), rtol=1e-4, atol=1e-5)
     moved = transfer(torch.from_numpy(x), x0, here, there)
     plan = make_plan("euler", 2, spec.schedule)

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 import torch
 
-from diffpress.compress.checkpoint import Checkpoint, Record, save_checkpoint
+from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.distillation.conditioning import effective_guidance, guided_output
 from diffpress.compress.distillation.config import GuidanceConfig
-from diffpress.compress.distillation.distill import distill
+from diffpress.compress.distillation.distill import KINDS, distill
 from diffpress.compress.distillation.few_steps import student_spec
 from diffpress.compress.distillation.guidance import with_guidance_input
 from diffpress.compress.models.adapter import adapter_for
@@ -32,6 +32,12 @@ from diffpress.runtime.noise_schedule import noise_level_at
 def config(**settings: Any) -> GuidanceConfig:
     shared: dict[str, Any] = {"steps": 4, "batch": 8, "learning_rate": 2e-3, "warmup": 1, "ema": 0.5, "samples": 8}
     return GuidanceConfig(**{"kind": "guidance", **shared, **settings})
+
+
+def progressive(checkpoint: Checkpoint, ctx: Context) -> Checkpoint:
+    """Distill the checkpoint to two steps."""
+    settings = {"kind": "progressive", "start_steps": 4, "sample_steps": 2, "steps": 2, "batch": 4, "warmup": 1}
+    return distill(checkpoint, KINDS["progressive"].config(**settings), ctx)
 
 
 def predictions(checkpoint: Checkpoint, weight: float) -> np.ndarray:
@@ -106,18 +112,39 @@ def test_a_student_with_a_weight_input_starts_as_the_teacher_reloads_and_needs_o
     assert not torch.equal(*outputs)
 
 
-def test_later_kinds_still_use_the_guided_teacher_after_guidance_distillation(
-    unet: Checkpoint, context: Callable[..., Context]
-) -> None:
-    def guidance_after(*changes: dict[str, Any]) -> float:
-        history = tuple(Record("distill", {}, 0, changed, "", "") for changed in changes)
-        return effective_guidance(unet.evolve(history=history))
+def test_the_effective_guidance_is_that_of_the_plan_or_else_baked_in(unet: Checkpoint) -> None:
+    planned = unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0))
+    found = [effective_guidance(replace(spec, baked_in_guidance=4.0)) for spec in (unet.spec, planned)]
+    assert (effective_guidance(unet.spec), effective_guidance(planned), *found) == (1.0, 3.0, 4.0, 3.0)
 
-    weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
-    assert (guidance_after(), guidance_after({"guidance": 4.0}, {}), effective_guidance(weighted)) == (1.0, 4.0, 3.0)
+
+def test_later_kinds_still_use_the_guided_teacher_after_guidance_distillation(
+    unet: Checkpoint, context: Callable[..., Context], tmp_path: Path
+) -> None:
     ctx = context(unet)
-    distill(unet, config(weight=4.0), ctx)
+    save_checkpoint(distill(unet, config(weight=4.0), ctx), tmp_path / "saved")
     assert ctx.notes == {"guidance": 4.0}
+    guided = load_checkpoint(tmp_path / "saved")
+    assert guided.spec.plan.guidance == 1.0 and guided.spec.baked_in_guidance == 4.0
+    few = progressive(guided, context(unet))
+    assert few.spec.plan.guidance == 1.0 and few.spec.baked_in_guidance == 4.0
+    by_plan = replace(guided.spec, plan=replace(guided.spec.plan, guidance=4.0), baked_in_guidance=1.0)
+    assert progressive(guided.evolve(spec=by_plan), context(unet)).hash == few.hash
+    unguided = progressive(guided.evolve(spec=replace(guided.spec, baked_in_guidance=1.0)), context(unet))
+    assert not torch.equal(unguided.model.state_dict()["conv_in.weight"], few.model.state_dict()["conv_in.weight"])
+
+
+@pytest.mark.parametrize("kind", ["progressive", "trajectory", "score"])
+def test_every_kind_that_learns_from_a_guided_teacher_stores_the_weight_in_the_spec(
+    kind: str, unet: Checkpoint, context: Callable[..., Context]
+) -> None:
+    weighted = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, guidance=3.0)))
+    own = {"trajectories": 8, "trajectory_steps": 4} if kind == "trajectory" else {}
+    settings = KINDS[kind].config(**{"steps": 1, "batch": 4, "samples": 8, **own})
+    ctx = context(weighted)
+    spec = distill(weighted, settings, ctx).spec
+    assert (spec.plan.guidance, spec.baked_in_guidance, ctx.notes["guidance"]) == (1.0, 3.0, 3.0)
+    assert distill(unet, settings, context(unet)).spec.baked_in_guidance == 1.0
 
 
 def test_a_weight_input_takes_the_weight_of_the_plan_and_is_not_combined_with_guidance(

@@ -14,8 +14,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.config import KINDS
-from diffpress.compress.distillation.distill import distill
+from diffpress.compress.distillation.distill import KINDS, distill
 from diffpress.compress.distillation.few_steps import few_timesteps
 from diffpress.compress.distillation.progressive import v_objective
 from diffpress.compress.distillation.student import train_student
@@ -38,7 +37,7 @@ def config(kind: str, **settings: Any) -> Any:
         "score": {"sample_steps": 2, "score_steps": 1},
     }
     shared = {"steps": 3, "batch": 4, "learning_rate": 1e-3, "warmup": 1, "ema": 0.5, "samples": 16}
-    return KINDS[kind](**{"kind": kind, **shared, **own.get(kind, {}), **settings})
+    return KINDS[kind].config(**{**shared, **own.get(kind, {}), **settings})
 
 
 def images_of(checkpoint: Checkpoint, count: int = 6) -> np.ndarray:
@@ -147,7 +146,7 @@ def test_without_images_training_data_is_generated_by_the_teacher(
 ) -> None:
     ctx = context(unet, data=False)
     assert distill(unet, config(kind), ctx).hash != unet.hash
-    files = list(ctx.work.parent.glob("paths-*.npy"))
+    files = list(ctx.samples.glob("paths-*.npy"))
     assert len(files) == (0 if kind == "score" else 1)  # score needs no images
 
 
@@ -246,7 +245,7 @@ def test_score_refuses_a_student_with_another_prediction_type(
     ],
 )
 def test_invalid_settings_are_refused(kind: str, settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(InvalidInputError, match=message):
         config(kind, **settings)
 
 

@@ -1,11 +1,13 @@
-"""Family adapters: every adapter implements the protocol, and the modules it names exist."""
+"""Family adapters: the defaults fit any module, and the modules that an adapter names exist."""
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
+from dataclasses import FrozenInstanceError
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -13,16 +15,16 @@ from diffusers import FluxPipeline, LatentConsistencyModelPipeline
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.models import diffusers_blocks
-from diffpress.compress.models.adapter import ADAPTERS, Adapter, adapter_for, dummy_inputs, dynamic_axes
-from diffpress.compress.models.families import any_module, flux
+from diffpress.compress.models.adapter import ADAPTERS, ANY_MODULE, adapter_for, dummy_inputs, dynamic_axes
+from diffpress.compress.models.families import flux
+from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.families.unet2d_condition import guidance_embedding
 from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import dummy_conditioning
 from diffpress.runtime.pipeline import resized
 
 KINDS = ["ldm", "sd", "sdxl", "lcm", "dit", "pixart-alpha", "sd3.5", "flux", "flux-schnell"]
-FUNCTIONS = [name for name, value in vars(Adapter).items() if inspect.isfunction(value) and not name.startswith("_")]
 
 
 @pytest.fixture
@@ -39,31 +41,51 @@ def checkpoint(tiny_folder: Callable[..., Path]) -> Callable[[str], Checkpoint]:
 # --- the contract ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*ADAPTERS, "any"])
-def test_an_adapter_has_every_function_with_the_expected_parameters(name: str) -> None:
-    adapter = ADAPTERS.get(name, any_module)
-    assert len(FUNCTIONS) == 11 and isinstance(adapter.RESIZABLE, bool)
-    for function in FUNCTIONS:
-        if function == "describe" and name == "any":
-            continue  # a custom module brings its own spec
-        if function == "fixed" and adapter.coupled is diffusers_blocks.coupled:
-            continue  # only used with the dependency graph
-        expected = [arg for arg in inspect.signature(getattr(Adapter, function)).parameters if arg != "self"]
-        assert list(inspect.signature(getattr(adapter, function)).parameters) == expected, function
+def test_every_family_is_a_frozen_record_of_functions_under_the_name_of_its_diffusers_class() -> None:
+    for name, adapter in ADAPTERS.items():
+        assert issubclass(getattr(diffusers, name), nn.Module)
+        assert all(getattr(adapter, own) is not getattr(ANY_MODULE, own) for own in ("describe", "forward"))
+        with pytest.raises(FrozenInstanceError):
+            adapter.resizable = True  # type: ignore[misc]
+
+
+def test_the_defaults_fit_any_module() -> None:
+    model = nn.ModuleDict(
+        {"stem": nn.Conv2d(1, 4, 1), "act": nn.ReLU(), "inner": nn.Linear(4, 4), "out": nn.Linear(4, 1)}
+    )
+    adapter = adapter_for(model)
+    assert adapter is ANY_MODULE and not adapter.resizable and adapter.add_guidance_input_ is None
+    assert adapter.blocks(model) == ["stem", "inner", "out"]
+    assert adapter.sensitive_layers(model) == ["out", "stem"] and adapter.fixed(model) == ["out"]
+    assert not adapter.residual_outputs(model) and not adapter.attentions(model) and adapter.coupled(model) is None
+
+
+def test_the_default_forward_passes_class_labels_only_if_there_are_any() -> None:
+    class Sum(nn.Module):
+        def forward(self, *inputs: torch.Tensor) -> torch.Tensor:
+            return torch.stack(inputs).sum(0)
+
+    one = torch.ones(2)
+    inputs = {"sample": one, "timestep": 2 * one}
+    assert ANY_MODULE.forward(Sum(), inputs).tolist() == [3.0, 3.0]
+    assert ANY_MODULE.forward(Sum(), inputs | {"class_labels": 4 * one}).tolist() == [7.0, 7.0]
+
+
+def test_a_family_without_describe_is_refused_in_one_line(tiny_folder: Callable[..., Path], monkeypatch: Any) -> None:
+    monkeypatch.setitem(ADAPTERS, "DiTTransformer2DModel", Adapter())
+    with pytest.raises(InvalidInputError, match="the adapter of DiTTransformer2DModel cannot read it"):
+        load_checkpoint(tiny_folder("dit"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_modules_named_by_an_adapter_are_in_the_model(kind: str, checkpoint: Callable[[str], Checkpoint]) -> None:
     model = checkpoint(kind).model
     adapter, modules = adapter_for(model), dict(model.named_modules())
-    lists = {
-        name: getattr(adapter, name)(model) for name in ("blocks", "sensitive_layers", "skip_concats", "cache_cuts")
-    }
+    lists = {name: getattr(adapter, name)(model) for name in ("blocks", "sensitive_layers", "residual_outputs")}
     for name, found in lists.items():
         assert set(found) <= set(modules) and len(set(found)) == len(found), name
     assert lists["blocks"] and lists["sensitive_layers"]
-    assert bool(lists["cache_cuts"]) == (not kind.startswith("flux"))  # the tiny one has one block of each kind
-    assert bool(lists["skip_concats"]) == (kind in ("ldm", "sd", "sdxl", "lcm"))
+    assert bool(lists["residual_outputs"]) == (kind in ("ldm", "sd", "sdxl", "lcm"))
     kinds = {type(modules[name]) for name in lists["sensitive_layers"]}
     assert kinds <= {nn.Linear, nn.Conv2d, nn.Embedding}
     weighted = [name for name, m in modules.items() if isinstance(m, nn.Linear | nn.Conv2d)]
@@ -120,7 +142,7 @@ def test_height_and_width_are_dynamic_if_the_model_is_resizable(
     one = checkpoint(kind)
     axes = dynamic_axes(one.model, one.spec)
     assert set(axes) == set(dummy_inputs(one.spec, 1)) and all(0 in dims for dims in axes.values())
-    resizable = adapter_for(one.model).RESIZABLE
+    resizable = adapter_for(one.model).resizable
     assert (set(axes["sample"]) == {0, 2, 3}) == resizable
     assert set(dynamic_axes(one.model, one.spec, fixed_size=True)["sample"]) == {0}
     for name, entry in one.spec.conditioning.inputs.items():

@@ -116,19 +116,19 @@ def test_the_graphs_around_a_denoiser_are_listed_text_encoders_first(
 def test_a_bare_denoiser_has_no_components_and_encodes_no_prompts(tiny_folder: Callable[..., Path]) -> None:
     checkpoint = load_checkpoint(tiny_folder("sd") / "unet")
     assert component_names(checkpoint) == []
-    refused(lambda: encode_prompts(checkpoint, PROMPTS, print), "text encoders", "whole pipeline")
+    refused(lambda: encode_prompts(checkpoint, PROMPTS), "text encoders", "whole pipeline")
 
 
 def test_encoded_prompts_are_those_of_the_pipeline(tiny_folder: Callable[..., Path]) -> None:
     checkpoint, pipe = load_checkpoint(tiny_folder("sdxl")), opened(tiny_folder("sdxl"))
     with torch.no_grad():
         states, _, pooled, _ = pipe.encode_prompt(PROMPTS, do_classifier_free_guidance=False)
-    found = encode_prompts(checkpoint, PROMPTS, pytest.fail)
+    found = encode_prompts(checkpoint, PROMPTS)
     # the order of additions differs between batch layouts
     np.testing.assert_allclose(found["encoder_hidden_states"], states, rtol=0, atol=1e-5)
     np.testing.assert_allclose(found["text_embeds"], pooled, rtol=0, atol=1e-5)
     assert found["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]] * 2
-    uncond = encode_prompts(checkpoint, None, pytest.fail)
+    uncond = encode_prompts(checkpoint, None)
     assert not uncond["encoder_hidden_states"].any() and uncond["time_ids"].tolist() == [[16, 16, 0, 0, 16, 16]]
 
 

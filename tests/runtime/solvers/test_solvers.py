@@ -14,11 +14,12 @@ from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.denoiser import Denoise
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import CLEAN, NoiseLevel, NoiseSchedule, betas_schedule, flow_schedule
+from diffpress.runtime.parameterization import transfer
 from diffpress.runtime.sampler import network_evaluations, sample
 from diffpress.runtime.sampling_plan import SamplingPlan, make_plan, plan_levels
 from diffpress.runtime.solvers import SOLVERS, get_solver, solver_evaluations
 from diffpress.runtime.solvers.adams import ADAMS_BASHFORTH
-from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState, transfer
+from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import timesteps_for
 from tests.runtime.conftest import Gaussian, Mixture

@@ -1,1 +1,1 @@
-"""Adapters, one module per denoiser family; `ADAPTERS` in compress/models/adapter.py lists them."""
+"""One file per denoiser family; `ADAPTERS` in compress/models/adapter.py lists them."""

@@ -7,19 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpress.compress.models import diffusers_blocks, transformer
 from diffpress.compress.models.description import Description, square
-from diffpress.compress.models.diffusers_blocks import attentions as attentions
-from diffpress.compress.models.diffusers_blocks import coupled as coupled
-from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
-from diffpress.compress.models.transformer import blocks as blocks
-from diffpress.compress.models.transformer import cache_cuts as cache_cuts
+from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.transformer import layers_named
-from diffpress.compress.models.transformer import residual_outputs as residual_outputs
-from diffpress.compress.models.transformer import skip_concats as skip_concats
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning
-
-RESIZABLE = False  # the position embedding is a table for one size
 
 
 def describe(layout: Layout) -> Description:
@@ -42,3 +35,15 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 def sensitive_layers(model: nn.Module) -> list[str]:
     """Return the embedding, modulation and output layers."""
     return layers_named(model, outside=("pos_embed.", "proj_out_"), inside=("norm1.",))
+
+
+ADAPTER = Adapter(
+    describe=describe,
+    forward=forward,
+    # not resizable: the position embedding is a table for one size
+    blocks=transformer.blocks,
+    sensitive_layers=sensitive_layers,
+    attentions=diffusers_blocks.attentions,
+    coupled=diffusers_blocks.coupled,
+    refresh_=diffusers_blocks.refresh_,
+)

@@ -11,18 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpress.compress.models import diffusers_blocks
 from diffpress.compress.models.description import Description, text, text_encoder
-from diffpress.compress.models.diffusers_blocks import attentions as attentions
-from diffpress.compress.models.diffusers_blocks import coupled as coupled
-from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
-from diffpress.compress.models.transformer import cache_cuts as cache_cuts
+from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.transformer import layers_named
-from diffpress.compress.models.transformer import residual_outputs as residual_outputs
-from diffpress.compress.models.transformer import skip_concats as skip_concats
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
 
-RESIZABLE = True
 PACK = 2
 T5_LENGTH = 512
 CELLS = 128  # default latent height and width: the config has none
@@ -94,3 +89,15 @@ def sensitive_layers(model: nn.Module) -> list[str]:
     """Return the embedding, modulation and output layers."""
     outer = ("x_embedder", "context_embedder", "time_text_embed.", "norm_out.", "proj_out")
     return layers_named(model, outside=outer, inside=("norm.", "norm1.", "norm1_context."))
+
+
+ADAPTER = Adapter(
+    describe=describe,
+    forward=forward,
+    resizable=True,
+    blocks=blocks,
+    sensitive_layers=sensitive_layers,
+    attentions=diffusers_blocks.attentions,
+    coupled=diffusers_blocks.coupled,
+    refresh_=diffusers_blocks.refresh_,
+)

@@ -7,19 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpress.compress.models import diffusers_blocks, transformer
 from diffpress.compress.models.description import Description, square, text, text_encoder
-from diffpress.compress.models.diffusers_blocks import attentions as attentions
-from diffpress.compress.models.diffusers_blocks import coupled as coupled
-from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
-from diffpress.compress.models.transformer import blocks as blocks
-from diffpress.compress.models.transformer import cache_cuts as cache_cuts
+from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.transformer import layers_named
-from diffpress.compress.models.transformer import residual_outputs as residual_outputs
-from diffpress.compress.models.transformer import skip_concats as skip_concats
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
 
-RESIZABLE = False  # the position embedding is computed for one size
 LENGTHS = {"PixArtSigmaPipeline": 300}
 ALPHA_LENGTH = 120
 
@@ -68,3 +62,15 @@ def _is_size_conditioned(config: dict[str, Any]) -> bool:
     # same rule as PixArtTransformer2DModel
     setting = config.get("use_additional_conditions")
     return bool(config["sample_size"] == 128 if setting is None else setting)
+
+
+ADAPTER = Adapter(
+    describe=describe,
+    forward=forward,
+    # not resizable: the position embedding is computed for one size
+    blocks=transformer.blocks,
+    sensitive_layers=sensitive_layers,
+    attentions=diffusers_blocks.attentions,
+    coupled=diffusers_blocks.coupled,
+    refresh_=diffusers_blocks.refresh_,
+)

@@ -7,19 +7,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpress.compress.models import diffusers_blocks, transformer
 from diffpress.compress.models.description import Description, penultimate, square, text, text_encoder
-from diffpress.compress.models.diffusers_blocks import attentions as attentions
-from diffpress.compress.models.diffusers_blocks import coupled as coupled
-from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
-from diffpress.compress.models.transformer import blocks as blocks
-from diffpress.compress.models.transformer import cache_cuts as cache_cuts
+from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.transformer import layers_named
-from diffpress.compress.models.transformer import residual_outputs as residual_outputs
-from diffpress.compress.models.transformer import skip_concats as skip_concats
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
 
-RESIZABLE = True
 T5_LENGTH = 256
 
 
@@ -60,3 +54,15 @@ def sensitive_layers(model: nn.Module) -> list[str]:
     """Return the embedding, modulation and output layers."""
     outer = ("pos_embed.", "time_text_embed.", "context_embedder", "norm_out.", "proj_out")
     return layers_named(model, outside=outer, inside=("norm1.", "norm1_context."))
+
+
+ADAPTER = Adapter(
+    describe=describe,
+    forward=forward,
+    resizable=True,
+    blocks=transformer.blocks,
+    sensitive_layers=sensitive_layers,
+    attentions=diffusers_blocks.attentions,
+    coupled=diffusers_blocks.coupled,
+    refresh_=diffusers_blocks.refresh_,
+)

@@ -13,10 +13,9 @@ from torch import nn
 
 from diffpress.compress.models import diffusers_blocks
 from diffpress.compress.models.description import Description, square
+from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning
-
-RESIZABLE = False  # these models are trained for one size, and a fixed size makes a simpler, faster graph
 
 
 def describe(layout: Layout) -> Description:
@@ -46,16 +45,6 @@ def blocks(model: Any) -> list[str]:
     return levels
 
 
-def skip_concats(model: Any) -> list[str]:
-    """Return the resnets of the up blocks: each reads hidden states concatenated with a skip connection."""
-    return [f"up_blocks.{i}.resnets.{j}" for i, up in enumerate(model.up_blocks) for j in range(len(up.resnets))]
-
-
-def cache_cuts(model: Any) -> list[str]:
-    """Return all up blocks but the last: the output of the deeper levels can be cached (DeepCache, Ma et al. 2024)."""
-    return [f"up_blocks.{i}" for i in range(len(model.up_blocks) - 1)]
-
-
 def sensitive_layers(model: nn.Module) -> list[str]:
     """Return the first and last convolution and the embedding and time-projection layers."""
     names = ["conv_in", "conv_out", "time_embedding.linear_1", "time_embedding.linear_2", "class_embedding"]
@@ -74,21 +63,6 @@ def fixed(model: nn.Module) -> list[str]:
     return [name for name in names if present.get(name) is not None]
 
 
-def attentions(model: nn.Module) -> list[Any]:
-    """Return the heads of each attention."""
-    return diffusers_blocks.attentions(model)
-
-
-def residual_outputs(model: nn.Module) -> list[str]:
-    """Return the modules that write the residual stream and its skip connections."""
-    return diffusers_blocks.residual_outputs(model)
-
-
-def coupled(model: nn.Module) -> None:
-    """Return None: the dependency graph finds the groups."""
-    return None
-
-
 def refresh_(model: nn.Module) -> None:
     """Update the widths that resamplers, resnets and attentions store; resamplers check their input against them."""
     for module in model.modules():
@@ -98,3 +72,16 @@ def refresh_(model: nn.Module) -> None:
             module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
         elif isinstance(module, Attention):
             module.inner_dim = module.inner_kv_dim = module.to_q.out_features
+
+
+ADAPTER = Adapter(
+    describe=describe,
+    forward=forward,
+    # not resizable: these models are trained for one size, and a fixed size makes a simpler, faster graph
+    blocks=blocks,
+    sensitive_layers=sensitive_layers,
+    residual_outputs=diffusers_blocks.residual_outputs,
+    attentions=diffusers_blocks.attentions,
+    fixed=fixed,
+    refresh_=refresh_,
+)

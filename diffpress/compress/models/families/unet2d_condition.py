@@ -8,19 +8,14 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpress.compress.models import diffusers_blocks
 from diffpress.compress.models.description import Description, penultimate, square, text, text_encoder
-from diffpress.compress.models.diffusers_blocks import attentions as attentions
-from diffpress.compress.models.diffusers_blocks import coupled as coupled
-from diffpress.compress.models.diffusers_blocks import refresh_ as refresh_
-from diffpress.compress.models.diffusers_blocks import residual_outputs as residual_outputs
-from diffpress.compress.models.families.unet2d import blocks as blocks
-from diffpress.compress.models.families.unet2d import cache_cuts as cache_cuts
-from diffpress.compress.models.families.unet2d import skip_concats as skip_concats
+from diffpress.compress.models.families import unet2d
+from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
 from diffpress.runtime.errors import InvalidInputError
 
-RESIZABLE = True
 TIME_IDS = 6  # original size, crop corner, target size
 GUIDANCE_WIDTH = 256  # as in published latent consistency models
 CLIP_LENGTH = 77  # if the denoiser is loaded without its text encoder
@@ -116,3 +111,17 @@ def _is_sdxl(config: dict[str, Any]) -> bool:
 def _context_width(config: dict[str, Any]) -> int:
     width = config["cross_attention_dim"]
     return int(width if isinstance(width, int) else width[0])
+
+
+ADAPTER = Adapter(
+    describe=describe,
+    forward=forward,
+    resizable=True,
+    blocks=unet2d.blocks,
+    sensitive_layers=sensitive_layers,
+    residual_outputs=diffusers_blocks.residual_outputs,
+    attentions=diffusers_blocks.attentions,
+    coupled=diffusers_blocks.coupled,
+    refresh_=diffusers_blocks.refresh_,
+    add_guidance_input_=add_guidance_input_,
+)

@@ -1,0 +1,95 @@
+"""What the stages need to know about a denoiser class: a record of functions, so that no stage names a family.
+
+A family is one file that ends with `ADAPTER = Adapter(...)` and one line in `ADAPTERS` (compress/models/adapter.py). It
+gives only what differs from the defaults below, which fit any `nn.Module` called as
+module(sample, timestep[, class_labels]) -> tensor. Nothing is known about the structure of such a module, so they are
+conservative: the first and the last layer stay in high precision, the direct children are the blocks, and no attention
+heads are pruned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffpress.compress.models.description import Description
+from diffpress.compress.models.diffusers_blocks import Coupled
+from diffpress.compress.sources.layout import Layout
+from diffpress.runtime.errors import InvalidInputError
+
+
+def _describe(layout: Layout) -> Description:
+    raise InvalidInputError(f"{layout.folder}: the adapter of {layout.kind} cannot read it: it has no `describe`")
+
+
+def _forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    conditions = [inputs["class_labels"]] if "class_labels" in inputs else []
+    out: torch.Tensor = model(inputs["sample"], inputs["timestep"], *conditions)
+    return out
+
+
+def _children(model: nn.Module) -> list[str]:
+    """Return the direct children that have parameters."""
+    return [name for name, child in model.named_children() if any(True for _ in child.parameters())]
+
+
+def _first_and_last_layer(model: nn.Module) -> list[str]:
+    layers = _layers(model)
+    return sorted({*layers[:1], *layers[-1:]})
+
+
+def _last_layer(model: nn.Module) -> list[str]:
+    return _layers(model)[-1:]
+
+
+def _layers(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+
+
+def _none(model: nn.Module) -> list[Any]:
+    return []
+
+
+def _unknown(model: nn.Module) -> None:
+    return None
+
+
+def _do_nothing_(model: nn.Module) -> None:
+    return None
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The functions of one denoiser family.
+
+    Attributes:
+        describe: Returns sample shape, conditioning, default steps and guidance, read from the pipeline's configs. A
+            custom module brings its own spec instead.
+        forward: Evaluates the network on inputs by name (see `dummy_inputs`); returns [B, C, H, W].
+        resizable: Whether height and width may vary.
+        blocks: Names of the modules whose outputs feature distillation compares.
+        sensitive_layers: Names of the layers that stay in high precision by default.
+        residual_outputs: Names of the modules that write the residual stream and its skip connections.
+        attentions: Heads of each attention; pruning removes complete heads.
+        coupled: Inner widths that pruning may shrink; None: the dependency graph finds them.
+        fixed: Names of layers whose output widths are never pruned; only used if `coupled` returns None.
+        refresh_: Updates size attributes that modules store to the present layer widths.
+        add_guidance_input_: Adds the guidance weight as an input of the network; returns the config entries that
+            changed. None: this family does not support it.
+    """
+
+    describe: Callable[[Layout], Description] = _describe
+    forward: Callable[[nn.Module, dict[str, torch.Tensor]], torch.Tensor] = _forward
+    resizable: bool = False
+    blocks: Callable[[nn.Module], list[str]] = _children
+    sensitive_layers: Callable[[nn.Module], list[str]] = _first_and_last_layer
+    residual_outputs: Callable[[nn.Module], list[str]] = _none
+    attentions: Callable[[nn.Module], list[Coupled]] = _none
+    coupled: Callable[[nn.Module], list[Coupled] | None] = _unknown
+    fixed: Callable[[nn.Module], list[str]] = _last_layer
+    refresh_: Callable[[nn.Module], None] = _do_nothing_
+    add_guidance_input_: Callable[[nn.Module], dict[str, Any]] | None = None
