@@ -29,7 +29,7 @@ class _Console(logging.Handler):
 
 @contextmanager
 def console() -> Iterator[None]:
-    """Print the log records of the package, each as one line."""
+    """Print the log records of the package."""
     logger, handler = logging.getLogger(PACKAGE), _Console()
     level, propagate = logger.level, logger.propagate
     logger.addHandler(handler)

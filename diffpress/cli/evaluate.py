@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score the subject's samples, print the scores and write them as JSON where asked."""
     from diffpress.api import evaluate
-    from diffpress.compress.evaluation.subject import print_evaluation
+    from diffpress.compress.evaluation.subject import log_evaluation
     from diffpress.runtime.io.files import write_json
 
     result = evaluate(
@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
         engine=args.engine,
         threads=args.threads,
     )
-    print_evaluation(Path(args.subject).name, result)
+    log_evaluation(Path(args.subject).name, result)
     if args.json:
         write_json(args.json, result)
     return 0

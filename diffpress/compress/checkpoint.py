@@ -27,7 +27,7 @@ from torch import nn
 
 from diffpress.compress.models.widths import Widths, changed_widths
 from diffpress.compress.sources.layout import link_components
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.files import atomic_folder
 from diffpress.runtime.spec import DenoiserSpec
 
 FORMAT = 2
@@ -192,24 +192,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     Raises:
         InvalidInputError: The folder cannot be written.
     """
-    temporary = folder.with_name(f".{folder.name}.partial")
-    outgoing = folder.with_name(f".{folder.name}.outgoing")
-    try:
-        for leftover in (temporary, outgoing):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    hint = "choose a writable folder with enough space"
+    # safetensors reports a full disk with its own type
+    with atomic_folder(folder, hint, errors=SafetensorError) as temporary:
         fill(temporary)
-        if folder.exists():
-            folder.replace(outgoing)
-        temporary.replace(folder)
-        shutil.rmtree(outgoing, ignore_errors=True)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own type
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidInputError(
-            f"{folder}: cannot be written ({reason}); choose a writable folder with enough space"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write(checkpoint: Checkpoint, folder: Path) -> None:

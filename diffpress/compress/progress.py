@@ -1,4 +1,7 @@
-"""Progress of long tasks: a live bar with ETA on a terminal, otherwise a plain line every few seconds."""
+"""Progress of long tasks: a live bar with ETA on a terminal, otherwise a log record every few seconds.
+
+The bar is shown only where records of level INFO are reported, as commands do.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ def progress(what: str, total: int, start: int = 0) -> Iterator[Advance]:
     """Show progress of `what`; yield `advance(done, note)`, where `done` counts from 0 to `total`."""
     if not is_main():
         yield lambda done, note="": None
-    elif sys.stdout.isatty():
+    elif sys.stdout.isatty() and logger.isEnabledFor(logging.INFO):
         with _bar(what, total, start) as advance:
             yield advance
     else:

@@ -8,7 +8,7 @@ initial noise, stream k the noise that step k adds if eta > 0 or the solver is s
 step is stream k + N.
 
 An engine that supports fused sampling runs the whole plan in one call if its coefficients are known in advance
-(diffpress.runtime.fused.program); otherwise the Python loop runs it.
+(diffpress.runtime.fused); otherwise the Python loop runs it.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from diffpress.runtime.denoiser import Denoise, plan_denoiser
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.fused.program import fused_program
+from diffpress.runtime.fused import RunFused, run_fused_of
 from diffpress.runtime.guidance import evaluations_at
 from diffpress.runtime.network_inputs import (
     ConditioningInputs,
@@ -41,8 +40,6 @@ from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepSt
 from diffpress.runtime.spec import DenoiserSpec
 
 MAX_SEED = 2**63 - 1
-
-FusedSampling = Callable[[dict[str, np.ndarray], np.ndarray], np.ndarray | None]
 
 
 class Step(NamedTuple):
@@ -223,7 +220,7 @@ def generate_batches(
     if not counts <= {len(seeds)}:
         raise InvalidInputError(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one per seed")
     # fused sampling does not return its steps, so a callback needs the loop
-    run_fused = _fused_program_of(network, spec) if on_step is None else None
+    run_fused = run_fused_of(network, spec) if on_step is None else None
     for start in range(0, len(seeds), batch):
         members = slice(start, start + batch)
         samples = _one_batch(network, spec, seeds[members], conditions.part(members), run_fused, on_step)
@@ -232,7 +229,7 @@ def generate_batches(
 
 def warm_up(network: Network, spec: DenoiserSpec, batch: int) -> None:
     """Run one step with a batch of this size, for engines that compile on the first run."""
-    if _fused_program_of(network, spec) is None:
+    if run_fused_of(network, spec) is None:
         network.run(dummy_inputs(network, spec, batch))
         return
     first = spec.with_plan(spec.plan.over(spec.plan.timesteps[:1]))
@@ -246,20 +243,12 @@ def cycled_labels(spec: DenoiserSpec, count: int) -> np.ndarray | None:
     return np.arange(count) % spec.conditioning.classes
 
 
-def _fused_program_of(network: Network, spec: DenoiserSpec) -> FusedSampling | None:
-    """The fused sampling of the spec's plan; None if the network does not support it or the plan cannot be fused."""
-    run_fused = getattr(network, "run_fused", None)  # isinstance(network, FusedSampler) takes as long as a solver step
-    if run_fused is None or (program := fused_program(spec)) is None:
-        return None
-    return partial(run_fused, program)
-
-
 def _one_batch(
     network: Network,
     spec: DenoiserSpec,
     seeds: Sequence[int] | np.ndarray,
     conditions: ConditioningInputs,
-    run_fused: FusedSampling | None,
+    run_fused: RunFused | None,
     on_step: Callable[[Step], None] | None = None,
 ) -> np.ndarray:
     plan = spec.plan

@@ -38,6 +38,14 @@ class Cuda:
         self.do(lambda: ctypes.memmove(to, origin, size))
         return (0,)
 
+    cudaStreamNonBlocking = 1  # noqa: N815
+
+    def cudaStreamCreateWithFlags(self, flags: int) -> tuple[int, int]:
+        return 0, 7
+
+    def cudaStreamDestroy(self, stream: object) -> tuple[int]:
+        return (0,)
+
     def cudaStreamSynchronize(self, stream: object) -> tuple[int]:
         return (0,)
 

@@ -21,7 +21,6 @@ from diffpress.runtime.network_inputs import (
     dummy_inputs,
 )
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule, betas_schedule, flow_schedule, noise_level_at
-from diffpress.runtime.parameterization import to_x0
 from diffpress.runtime.sampling_plan import Threshold, make_plan
 from diffpress.runtime.spec import DenoiserSpec
 from tests.runtime.conftest import FakeNetwork, Mixture
@@ -91,11 +90,6 @@ def test_epsilon_near_pure_noise_stays_finite_and_clipped(
     with np.errstate(over="raise", invalid="raise"):
         x0 = make_denoiser(network, spec_of("epsilon", schedule))(noise(2, 1, 4, 4), noise_level_at(schedule, 999))
     assert np.abs(x0).max() == 1.0
-
-
-def test_epsilon_at_pure_noise_is_refused(noise: Callable[..., np.ndarray]) -> None:
-    with pytest.raises(InvalidInputError, match="start the plan at an earlier timestep"):
-        to_x0("epsilon", noise(4), noise(4), NoiseLevel(99.0, 0.0, 1.0))
 
 
 def test_clipping_follows_the_data_range(fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]) -> None:

@@ -34,6 +34,15 @@ def test_importing_all_runtime_modules_loads_neither_engines_nor_torch() -> None
     assert not loaded("import " + ", ".join(MODULES)) & HEAVY
 
 
+def test_engines_do_not_know_of_sampling() -> None:
+    above = {"diffpress.runtime.fused", "diffpress.runtime.sampler", "diffpress.runtime.solvers"}
+    folder = ROOT / "diffpress" / "runtime" / "engines"
+    names = [name for name in MODULES if name.startswith("diffpress.runtime.engines")]
+    assert len(names) > 10 and not {n for n in loaded("import " + ", ".join(names)) if n.startswith(tuple(above))}
+    # imports inside functions
+    assert [path for path in folder.rglob("*.py") if any(name in path.read_text() for name in above)] == []
+
+
 @pytest.mark.parametrize("package", ["onnxruntime", "PIL", "tokenizers"])
 def test_heavy_modules_are_detected_when_loaded(package: str) -> None:
     pytest.importorskip(package)

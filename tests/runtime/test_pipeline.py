@@ -215,13 +215,15 @@ def test_streams_change_neither_the_images_nor_their_order(tiny: Path, streams: 
 # --- prompts ---------------------------------------------------------------------------------------------------
 
 
-def test_prompts_and_negative_prompts_become_the_cond_and_uncond_halves(engines: FakeEngines, letters: None) -> None:
-    warned: list[str] = []
+def test_prompts_and_negative_prompts_become_the_cond_and_uncond_halves(
+    engines: FakeEngines, letters: None, caplog: pytest.LogCaptureFixture
+) -> None:
     pipeline = Pipeline(make_bundle(make_spec(TEXT)))
-    conditions = pipeline.conditions(2, prompts=["ab", "abcz"], negatives=["c", "c"], warn=warned.append)
+    conditions = pipeline.conditions(2, prompts=["ab", "abcz"], negatives=["c", "c"])
     assert conditions.cond["states"][:, :, 0].tolist() == [[1, 2, 0], [1, 2, 3]]
     assert conditions.uncond is not None and conditions.uncond["states"][:, :, 0].tolist() == [[3, 0, 0]] * 2
-    assert len(warned) == 1 and "left out 'z'" in warned[0]
+    (warning,) = caplog.records
+    assert warning.levelname == "WARNING" and "left out 'z'" in warning.getMessage()
     plain = pipeline.conditions(2, prompts=["ab", "b"])
     assert plain.uncond is not None and not plain.uncond["states"].any()
 

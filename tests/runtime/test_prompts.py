@@ -235,17 +235,17 @@ def test_no_prompts_give_empty_inputs(pair: Any) -> None:
     assert pair["text_encoder"].calls == []
 
 
-def test_a_truncated_prompt_gives_one_warning_for_all_encoders(pair: Any) -> None:
-    lines: list[str] = []
-    result = encode(["bcdefg", "b", "bcdefg"], SDXL, pair, LETTERS, SIZE, lines.append)
-    assert lines == ["the prompt 'bcdefg' is too long for text_encoder, text_encoder_2 (4 tokens): left out 'efg'"]
+def test_a_truncated_prompt_gives_one_warning_for_all_encoders(pair: Any, caplog: pytest.LogCaptureFixture) -> None:
+    result = encode(["bcdefg", "b", "bcdefg"], SDXL, pair, LETTERS, SIZE)
+    (message,) = caplog.messages
+    assert message == "the prompt 'bcdefg' is too long for text_encoder, text_encoder_2 (4 tokens): left out 'efg'"
     assert result["encoder_hidden_states"][0, :, 0].tolist() == [2, 3, 4, 1]
 
 
-def test_the_warning_is_one_line_of_bounded_length(pair: Any) -> None:
-    lines: list[str] = []
-    encode(["b\n" * 400], SDXL, pair, LETTERS, SIZE, lines.append)
-    assert len(lines) == 1 and "\n" not in lines[0] and len(lines[0]) < 400
+def test_the_warning_is_one_line_of_bounded_length(pair: Any, caplog: pytest.LogCaptureFixture) -> None:
+    encode(["b\n" * 400], SDXL, pair, LETTERS, SIZE)
+    (message,) = caplog.messages
+    assert "\n" not in message and len(message) < 400
 
 
 def test_an_encoder_with_other_inputs_is_refused(pair: Any) -> None:

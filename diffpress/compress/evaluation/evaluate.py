@@ -24,13 +24,12 @@ from diffpress.compress.evaluation.metrics import (
     ssim,
 )
 from diffpress.compress.progress import progress
+from diffpress.compress.seeds import EVALUATION_SEED
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import Network
 from diffpress.runtime.sampler import cycled_labels, generate, generate_batches
 from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.spec import DenoiserSpec
-
-SEED_STRIDE = 10_000_000  # sample i of seed s starts from the noise of seed s * stride + i
 
 
 def evaluate(
@@ -69,7 +68,7 @@ def evaluate(
     distances, kids, accuracies = [], [], []
     with progress(what, config.seeds * config.samples) as advance:
         for seed in range(config.seeds):
-            seeds = np.arange(config.samples) + (seed + 1) * SEED_STRIDE
+            seeds = np.arange(config.samples) + (seed + 1) * EVALUATION_SEED
             found, predicted = [], []
             for images in generate_batches(network, spec, seeds, labels, plan, config.batch):
                 embedded, logits = features.run(images)

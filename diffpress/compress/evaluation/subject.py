@@ -32,8 +32,8 @@ def open_network(
     return TorchNetwork(fake_quantized(checkpoint).to(device), checkpoint.spec), checkpoint.spec
 
 
-def print_evaluation(name: str, result: dict[str, Any]) -> None:
-    """Print the result of `evaluate` in up to three lines."""
+def log_evaluation(name: str, result: dict[str, Any]) -> None:
+    """Log the result of `evaluate` in up to three lines."""
     frechet, kid = result["frechet"], result["kid"]
     logger.info(
         f"{name}: Frechet {frechet['mean']:.3f} ± {frechet['sd']:.3f} (real images {frechet['floor']:.3f}), "

@@ -95,8 +95,10 @@ def together() -> Iterator[None]:
     error message is printed: a process that has lost its peers, or would repeat the message of the main process, first
     waits GRACE_S for the launcher.
     """
+    package = logging.getLogger("diffpress")
+    level = package.level
     if not is_main():
-        logging.getLogger("diffpress").setLevel(logging.WARNING)  # one process reports progress
+        package.setLevel(max(level, logging.WARNING))  # one process reports progress
     try:
         yield
     except KeyboardInterrupt:
@@ -109,6 +111,8 @@ def together() -> Iterator[None]:
                 logger.error(str(error))
                 _exit_now(error.exit_code)
         raise
+    finally:
+        package.setLevel(level)
     state = _state()
     if state is not None:
         state.wait_for_everyone()

@@ -11,12 +11,15 @@ from safetensors.torch import load_file, save_file
 
 from diffpress.compress.training.distributed import is_main
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.files import atomic
 
 Tensors = dict[str, torch.Tensor]
 
 
-def write_state(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], what: str) -> None:
-    """Write tensors of any layout and device to `path`, in the main process only.
+def write_state(
+    path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str], what: str, every_process: bool = False
+) -> None:
+    """Write tensors of any layout and device to `path`, in the main process only unless `every_process`.
 
     Creates the folder if it does not exist.
 
@@ -25,24 +28,19 @@ def write_state(path: Path, tensors: Mapping[str, torch.Tensor], metadata: dict[
         tensors: Tensors by name.
         metadata: Strings to store with them.
         what: Name of the state in error messages, such as 'state of calibration'.
+        every_process: Write in each of several processes, to a path of its own.
 
     Raises:
         InvalidInputError: The file cannot be written.
     """
-    if not is_main():
+    if not (is_main() or every_process):
         return
     # cloned, since safetensors refuses tensors that share storage, such as tied weights
     stored = {name: value.detach().cpu().contiguous().clone() for name, value in tensors.items()}
-    temporary = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    problem, hint = f"the {what} cannot be saved", "free disk space and run again"
+    # safetensors reports a full disk with its own exception
+    with atomic(path, hint, problem=problem, errors=SafetensorError) as temporary:
         save_file(stored, temporary, metadata=metadata)
-        temporary.replace(path)
-    except (OSError, SafetensorError) as error:  # safetensors reports a full disk with its own exception
-        reason = getattr(error, "strerror", None) or error
-        raise InvalidInputError(
-            f"{path}: the {what} cannot be saved ({reason}); free disk space and run again"
-        ) from error
 
 
 def read_state(path: Path, what: str) -> tuple[Tensors, dict[str, str]] | None:

@@ -1,6 +1,6 @@
 """Training data sampled from the teacher, for latent and text models and recipes without images.
 
-    sample i = the teacher's sample under its own plan, with prompt i (class i, ...) and seed SEED + i
+    sample i = the teacher's sample under its own plan, with prompt i (class i, ...) and seed TEACHER_DATA_SEED + i
 
 Prompts come from the recipe's `data: FILE.txt`, one per line, or from calib_data/prompts.txt. Samples are generated
 when a stage first needs them and are kept in the run's folder, so a resumed run does not generate them again.
@@ -22,14 +22,13 @@ from diffpress.compress.builtin import PROMPTS
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context, Data
 from diffpress.compress.models.components import encode_prompts
+from diffpress.compress.seeds import TEACHER_DATA_SEED
 from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
 
 logger = logging.getLogger(__name__)
-
-SEED = 2_000_000  # far from the seeds used for sampling, calibration and evaluation
 
 Tensors = dict[str, torch.Tensor]
 
@@ -53,7 +52,7 @@ class TeacherData:
     @cached_property
     def hash(self) -> str:
         """Hash of everything that determines the samples."""
-        inputs = [self.teacher.hash, self.count, SEED, list(self.prompts)]
+        inputs = [self.teacher.hash, self.count, TEACHER_DATA_SEED, list(self.prompts)]
         return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
 
     def generate(self) -> None:
@@ -93,7 +92,7 @@ class TeacherData:
     @cached_property
     def _trajectories(self) -> TeacherTrajectories:
         return TeacherTrajectories(
-            self.teacher, self.teacher.spec.plan, (), self.count, self._conditioning, SEED, self.cache
+            self.teacher, self.teacher.spec.plan, (), self.count, self._conditioning, TEACHER_DATA_SEED, self.cache
         )
 
 
@@ -102,7 +101,7 @@ def data_for(ctx: Context, count: int) -> Data:
     data = ctx.data
     if data is None:
         prompts = read_prompts(None) if ctx.teacher.spec.conditioning.kind == "text" else ()
-        data = TeacherData(ctx.teacher, count, ctx.work.parent, prompts)
+        data = TeacherData(ctx.teacher, count, ctx.samples, prompts)
     if isinstance(data, TeacherData):
         data.generate()
     return data

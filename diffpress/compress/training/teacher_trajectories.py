@@ -24,6 +24,7 @@ from diffpress.compress.progress import progress
 from diffpress.compress.training import distributed
 from diffpress.runtime.denoiser import plan_denoiser
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.files import atomic
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.sampler import initial_std, noise_for, sample
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
@@ -107,7 +108,8 @@ class TeacherTrajectories:
                     chunks.append(self._sample(network, range(first, min(first + batch, span.stop))))
                     done += len(chunks[-1])
                     advance(done)
-                _write(path, np.concatenate(chunks))
+                with atomic(path, "free disk space and run again") as temporary, temporary.open("wb") as file:
+                    np.save(file, np.concatenate(chunks), allow_pickle=False)
         self.teacher.model.to("cpu")
 
     def _sample(self, network: TorchNetwork, members: range) -> np.ndarray:
@@ -132,15 +134,3 @@ def _memory_map(path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise InvalidInputError(f"{path}: cannot be read ({error}); delete it to generate it again") from error
     return rows
-
-
-def _write(path: Path, rows: np.ndarray) -> None:
-    temporary = path.with_suffix(".partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            np.save(file, rows, allow_pickle=False)
-        temporary.replace(path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise InvalidInputError(f"{path}: cannot be written ({reason}); free disk space and run again") from error

@@ -15,15 +15,16 @@ import importlib.metadata
 import os
 import platform
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from diffpress.runtime.benchmarking.probe import Probe, probe
+from diffpress.runtime.benchmarking.timer import alternating_times_ms
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.engines import Engine, available
 from diffpress.runtime.engines.options import EngineOptions
@@ -182,20 +183,18 @@ def sampler_overhead(engine: Network, spec: DenoiserSpec, batch: int = 8, repeat
     """Return the share of sampling time not spent in network evaluations, as the median of `repeats` rounds.
 
     Each round times a sampling run and its network evaluations alone. Solver steps that the engine runs in its graph
-    (diffpress.runtime.fused.program.FusedSampler) count as overhead. Timing noise may make the result negative.
+    (diffpress.runtime.fused) count as overhead. Timing noise may make the result negative.
     """
-    recording = _RecordingNetwork(engine)
+    recording = RecordingNetwork(engine)
     sample_once(recording, spec, batch)
     warm_up(engine, spec, batch)
-    shares = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        sample_once(engine, spec, batch)
-        sampled = time.perf_counter()
+
+    def evaluate() -> None:
         for inputs in recording.feeds:
             engine.run(inputs)
-        shares.append(1.0 - (time.perf_counter() - sampled) / (sampled - start))
-    return statistics.median(shares)
+
+    sampling, evaluating = alternating_times_ms([lambda: sample_once(engine, spec, batch), evaluate], repeats)
+    return statistics.median(1.0 - part / total for total, part in zip(sampling, evaluating, strict=True))
 
 
 def machine() -> dict[str, Any]:
@@ -223,13 +222,14 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(_aligned(line, widths) for line in rows_of_text)
 
 
-class _RecordingNetwork:
-    """A network that records the inputs of its evaluations, without support for fused sampling."""
+class RecordingNetwork:
+    """A network that records the inputs of its evaluations in `feeds`, without support for fused sampling."""
 
     def __init__(self, engine: Network) -> None:
         self._engine, self.inputs, self.feeds = engine, engine.inputs, list[dict[str, np.ndarray]]()
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Record the inputs and return the network's output for them."""
         self.feeds.append(inputs)
         return self._engine.run(inputs)
 
@@ -237,17 +237,11 @@ class _RecordingNetwork:
 def _measure_batch(subjects: Sequence[Subject], batch: int, repeats: int) -> list[dict[str, Any]]:
     for subject in subjects:
         subject.step(batch)
-    times: list[tuple[list[float], list[float]]] = [([], []) for _ in subjects]
-    for _ in range(repeats):
-        for subject, (steps, samples) in zip(subjects, times, strict=True):
-            samples.append(_milliseconds(subject.sample, batch))
-            # after the subject's own sampling, so that the CPU caches are warm
-            steps.append(_milliseconds(subject.step, batch))
-    image_ms = [
-        statistics.median(samples) / (batch * subject.streams)
-        for subject, (_, samples) in zip(subjects, times, strict=True)
-    ]
-    step_ms = [statistics.median(steps) for steps, _ in times]
+    # a step is timed after its subject's own sampling, so that the CPU caches are warm
+    works = [partial(work, batch) for subject in subjects for work in (subject.sample, subject.step)]
+    medians = [statistics.median(times) for times in alternating_times_ms(works, repeats)]
+    sample_ms, step_ms = medians[::2], medians[1::2]
+    image_ms = [ms / (batch * subject.streams) for ms, subject in zip(sample_ms, subjects, strict=True)]
     return [_row(subjects, index, batch, step_ms[index], image_ms) for index in range(len(subjects))]
 
 
@@ -278,12 +272,6 @@ def _row(subjects: Sequence[Subject], index: int, batch: int, step_ms: float, im
 def _most_evaluations(subjects: Sequence[Subject], among: list[int]) -> int | None:
     """Return the index of the baseline: the most network evaluations, the first of equals."""
     return max(among, key=lambda i: subjects[i].nfe, default=None)
-
-
-def _milliseconds(work: Callable[[int], object], batch: int) -> float:
-    start = time.perf_counter()
-    work(batch)
-    return (time.perf_counter() - start) * 1e3
 
 
 def _version(package: str) -> str | None:

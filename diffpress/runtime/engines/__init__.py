@@ -44,10 +44,7 @@ ENGINES: dict[str, ModuleType] = {
 
 
 class Engine(Protocol):
-    """A loaded graph, callable from as many threads concurrently as its options have streams.
-
-    Engines that support fused sampling also implement `run_fused` of diffpress.runtime.fused.program.FusedSampler.
-    """
+    """A loaded graph, callable from as many threads concurrently as its options have streams."""
 
     name: str
     device: str  # 'cpu', 'cuda', ...

@@ -15,6 +15,9 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.files import write_bytes
+
 LIMIT = 4 * 2**30  # bytes of all entries; the least recently used are evicted first
 LARGEST = 2**30  # bytes of one entry: larger ones are slow to read as well
 SUFFIX = ".compiled"
@@ -58,16 +61,10 @@ class Cache:
         """Store data under `key` atomically and evict old entries above the size limit."""
         if self.graph is None or len(data) > LARGEST:
             return
-        path = self._path(key)
-        temporary = path.with_suffix(f".{os.getpid()}.partial")
-        try:
+        with contextlib.suppress(OSError, InvalidInputError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            temporary.write_bytes(self._digest(key, data) + data)
-            temporary.replace(path)
+            write_bytes(self._path(key), self._digest(key, data) + data, shared=True)
             self._evict()
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
         return self.folder / (self._digest(key, b"").hex()[:32] + SUFFIX)

@@ -16,12 +16,14 @@ import ctypes
 import importlib
 import math
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from diffpress.runtime.engines.tensorrt.binding import Binding
-from diffpress.runtime.engines.tensorrt.library import call
+from diffpress.runtime.engines.tensorrt.engine import TensorRtEngine
+from diffpress.runtime.engines.tensorrt.library import call, cuda_runtime, gpu_capability
 from diffpress.runtime.errors import EngineUnavailableError
 from diffpress.runtime.fused.program import COLUMNS, TERMS, Program
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, typed_timesteps
@@ -70,6 +72,32 @@ STEP_TYPES = (*[ctypes.c_void_p] * 7, *[ctypes.c_int] * 4, *[ctypes.c_float] * 3
 ADVANCE_TYPES = (*[ctypes.c_void_p] * 3, *[ctypes.c_int] * 2)
 
 
+def run_fused(
+    engine: TensorRtEngine, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray
+) -> np.ndarray | None:
+    """Run all steps of a program on the GPU; see diffpress.runtime.fused.FusedSampler.
+
+    Batches above the engine's maximum are split. Returns None if NVRTC is missing, if the graph's sample or output is
+    not float32, or if one sample with its guidance halves exceeds the engine's maximum batch.
+    """
+    each, out = engine.largest_batch // program.halves, next(iter(engine.outputs.values()))
+    if each < 1 or {engine.inputs[SAMPLE], out} != {np.dtype(np.float32)} or (kernels := _kernels()) is None:
+        return None
+    sampled = []
+    for first in range(0, len(start), each):
+        # conditioning is ordered by halves: cond for all samples, then uncond for all samples
+        rows = [half * len(start) + i for half in range(program.halves) for i in range(len(start))[first:][:each]]
+        chunk = start[first : first + each]
+        timesteps = typed_timesteps([program.timesteps[0]] * len(rows), engine.inputs[TIMESTEP])
+        feed = {name: array[rows] for name, array in static_inputs.items()}
+        feed |= {SAMPLE: np.concatenate([chunk] * program.halves), TIMESTEP: timesteps}
+        binding = engine.binding(feed)
+        if binding.attached is None:
+            binding.attached = FusedSampling(engine.cuda, kernels, binding, engine.stream)
+        sampled.append(binding.attached.run(program, feed, chunk))
+    return np.concatenate(sampled)
+
+
 class Kernels:
     """The kernels `step` and `advance` for this GPU; raises EngineUnavailableError if NVRTC is missing or fails."""
 
@@ -89,6 +117,15 @@ class Kernels:
     def launch(self, kernel: Any, blocks: int, stream: Any, arguments: tuple[Any, ...], types: tuple[Any, ...]) -> None:
         """Enqueue a kernel with this number of blocks of THREADS threads."""
         call(self._driver, "cuLaunchKernel", kernel, blocks, 1, 1, THREADS, 1, 1, 0, int(stream), (arguments, types), 0)
+
+
+@cache
+def _kernels() -> Kernels | None:
+    """Return the kernels for the GPU of this machine, compiled on first use; None if NVRTC is unavailable."""
+    try:
+        return Kernels(gpu_capability(cuda_runtime()))
+    except EngineUnavailableError:
+        return None
 
 
 class FusedSampling:

@@ -14,17 +14,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from functools import partial
 from itertools import cycle
 from typing import Any
 
 import numpy as np
 
+from diffpress.runtime.engines.openvino.engine import OpenVinoEngine, Variant
 from diffpress.runtime.fused.program import COLUMNS, TERMS, Program
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, typed_timesteps
 from diffpress.runtime.solvers.contract import MAX_HISTORY
 
 FORM = 2  # version of the fused graph, part of the cache key: increment it with every change of the graph
 SLOTS = MAX_HISTORY + 1
+# above it, fused sampling saves little per step, while its compiled model doubles the memory
+MAX_GRAPH_BYTES = 2**26
 
 # added inputs and outputs of the graph; the dot avoids collisions with the network's names
 X, WEIGHTS, OFFSETS, BOUNDS = "fused.x", "fused.weights", "fused.offsets", "fused.bounds"
@@ -33,8 +37,26 @@ NEXT, KEPT, X0 = "fused.next", "fused.kept", "fused.x0"
 BATCH_AXIS = 0
 
 
+def run_fused(
+    engine: OpenVinoEngine, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray
+) -> np.ndarray | None:
+    """Run all steps of a program inside OpenVINO; see diffpress.runtime.fused.FusedSampler.
+
+    Returns None for large networks, for other sample types than float32, and for f16, for which it is untested
+    whether the solver steps stay in float32.
+    """
+    if engine.precision == "f16" or engine.inputs[SAMPLE] != np.float32 or engine.graph_bytes > MAX_GRAPH_BYTES:
+        return None
+    rows, halves = program.halves * len(start), program.halves
+    shapes = {name: array.shape for name, array in static_inputs.items()}
+    shapes |= {SAMPLE: (rows, *start.shape[1:]), TIMESTEP: (rows,)}
+    variant = Variant((FORM, halves), partial(fused_model, halves=halves), FusedSampling)
+    with engine.reserved(tuple(shapes.items()), variant) as sampling:
+        return sampling.run(program, static_inputs, start)
+
+
 def fused_model(model: Any, halves: int) -> Any:
-    """Wrap a network in one solver step.
+    """Return a copy of a network that is wrapped in one solver step.
 
     Instead of `sample` the new model has these inputs: x, float32 [N, C, H, W]; kept and x_0 of the previous steps, of
     the same shape; a row of Program.table and one of Program.offsets; and the guidance weight with the lower and upper
@@ -42,12 +64,13 @@ def fused_model(model: Any, halves: int) -> Any:
     float32 even if the network runs in bfloat16.
 
     Args:
-        model: openvino.Model with fixed shapes and float32 samples; it is modified.
+        model: openvino.Model with fixed shapes and float32 samples.
         halves: 2 under guidance, else 1.
     """
     import openvino
     from openvino import opset13 as op
 
+    model = model.clone()
     nodes = model.get_parameters()
     (sample,) = [node for node in nodes if SAMPLE in node.output(0).get_names()]
     rows, channels, *sides = sample.output(0).get_shape()
@@ -114,7 +137,7 @@ class FusedSampling:
                 request.set_tensor(name, tensor)
 
     def run(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
-        """Run all steps of a program; see diffpress.runtime.fused.program.FusedSampler."""
+        """Run all steps of a program; see diffpress.runtime.fused.FusedSampler."""
         low, high = program.bounds or (-math.inf, math.inf)
         for name, array in {**static_inputs, BOUNDS: np.array([program.guidance, low, high])}.items():
             self._arrays[name][...] = array

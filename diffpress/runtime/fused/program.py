@@ -13,16 +13,13 @@ then verifies that the step is linear in its terms.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from types import SimpleNamespace
-from typing import Any, NoReturn, Protocol
+from typing import NoReturn
 
 import numpy as np
 
 from diffpress.runtime.denoiser import corrected
-from diffpress.runtime.errors import EngineUnavailableError
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
 from diffpress.runtime.parameterization import to_x0
@@ -72,38 +69,6 @@ class Program:
     def table(self) -> np.ndarray:
         """`reads`, `kept` and `moved` side by side, float32 [steps, COLUMNS]."""
         return np.concatenate([self.reads, self.kept, self.moved], axis=1)
-
-
-class FusedSampler(Protocol):
-    """A network that can run a whole program in one call, in addition to diffpress.runtime.network_inputs.Network."""
-
-    def run_fused(
-        self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray
-    ) -> np.ndarray | None:
-        """Run all steps of a program.
-
-        Args:
-            program: Coefficients of the steps.
-            static_inputs: Inputs besides sample and timestep, constant over all steps, [halves N, ...] each.
-            start: Initial sample, float32 [N, C, H, W].
-
-        Returns:
-            The final sample, float32 [N, C, H, W], or None if this network cannot run the program.
-        """
-
-
-def step_by_step(network: Any) -> Any:
-    """Wrap a network without `run_fused`, so that the sampler's loop evaluates it step by step."""
-    return SimpleNamespace(inputs=network.inputs, run=network.run)
-
-
-def fused_only(network: Any) -> Any:
-    """Wrap a network so that it raises EngineUnavailableError if the sampler falls back to single steps."""
-
-    def unsupported(_: dict[str, np.ndarray]) -> NoReturn:
-        raise EngineUnavailableError("this engine does not support fused sampling of this plan on this machine")
-
-    return SimpleNamespace(inputs=network.inputs, run=unsupported, run_fused=network.run_fused)
 
 
 class _NotLinearError(Exception):

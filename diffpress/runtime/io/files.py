@@ -1,12 +1,78 @@
-"""Atomic file writes: write to a temporary file in the same folder, then rename it."""
+"""Files and folders that are written completely or not at all: under a temporary name, then renamed."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffpress.runtime.errors import InvalidInputError
+
+
+@contextmanager
+def atomic(
+    path: Path,
+    hint: str = "choose another path",
+    *,
+    problem: str = "cannot be written",
+    errors: type[Exception] = OSError,
+    shared: bool = False,
+) -> Iterator[Path]:
+    """Yield the path of a temporary file in the same folder, and rename it to `path` if the block succeeds.
+
+    Missing parent folders are created. What a killed process left under the temporary name is overwritten.
+
+    Args:
+        path: File to write.
+        hint: What to do if it cannot be written, for the error message.
+        problem: What failed, for the error message.
+        errors: Exception of the block that means a failed write, besides OSError.
+        shared: Whether several processes may write this file; the temporary name then contains the process id.
+
+    Raises:
+        InvalidInputError: The file cannot be written.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        temporary.replace(path)
+    except (OSError, errors) as error:
+        raise _failed(path, problem, error, hint) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(folder: Path, hint: str, *, errors: type[Exception] = OSError) -> Iterator[Path]:
+    """Yield a new temporary sibling folder, and rename it to `folder` if the block succeeds; see `atomic`.
+
+    What a killed process left under the temporary name is removed.
+
+    Raises:
+        InvalidInputError: The folder cannot be written.
+    """
+    temporary = folder.with_name(f".{folder.name}.partial")
+    outgoing = folder.with_name(f".{folder.name}.outgoing")
+    try:
+        for leftover in (temporary, outgoing):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            folder.replace(outgoing)
+        temporary.replace(folder)
+        shutil.rmtree(outgoing, ignore_errors=True)
+    except (OSError, errors) as error:
+        raise _failed(folder, "cannot be written", error, hint) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -14,17 +80,10 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: Any) -> None:
-    """Write bytes or a buffer atomically; raises InvalidInputError if the path is not writable."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def write_bytes(path: Path, data: Any, shared: bool = False) -> None:
+    """Write bytes or a buffer atomically (see `atomic`); raises InvalidInputError if the path is not writable."""
+    with atomic(path, shared=shared) as temporary:
         temporary.write_bytes(data)
-        temporary.replace(path)
-    except OSError as error:
-        raise InvalidInputError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another path"
-        ) from error
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -32,9 +91,21 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raises InvalidInputError if it is missing or malformed."""
+def read_json_value(path: Path, hint: str = "rerun the command that wrote it") -> Any:
+    """Read any JSON value; raises InvalidInputError, with `hint`, if the file is missing or malformed."""
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path}: not readable as JSON ({error}); rerun the command that wrote it") from error
+        raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
+
+
+def read_json(path: Path, hint: str = "rerun the command that wrote it") -> dict[str, Any]:
+    """Read a JSON object; raises InvalidInputError, with `hint`, if the file is missing, malformed or no object."""
+    data = read_json_value(path, hint)
+    if not isinstance(data, dict):
+        raise InvalidInputError(f"{path}: expected a JSON object{hint and f'; {hint}'}")
+    return data
+
+
+def _failed(path: Path, problem: str, error: Exception, hint: str) -> InvalidInputError:
+    return InvalidInputError(f"{path}: {problem} ({getattr(error, 'strerror', None) or error}); {hint}")

@@ -6,14 +6,13 @@ pixel = round(255 (x - low) / (high - low)),  clipped to 0..255
 from __future__ import annotations
 
 import math
-import os
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.files import atomic
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -75,23 +74,5 @@ def write_png(pixels: np.ndarray, path: Path) -> None:
     from PIL import Image
 
     image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as file:
-            temporary = Path(file.name)
-        try:
-            image.save(temporary, format="PNG")
-            temporary.chmod(0o666 & ~_umask())  # temporary files are created with mode 0600
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise InvalidInputError(
-            f"{path}: cannot be written ({error.strerror or error}); choose another path"
-        ) from error
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with atomic(path) as temporary:
+        image.save(temporary, format="PNG")

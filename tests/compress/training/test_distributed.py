@@ -34,13 +34,14 @@ def test_errors_are_raised_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_launcher_accelerate_is_not_set_up() -> None:
     code = (
-        "from diffpress.compress.training import distributed\n"
-        "from diffpress.compress import context; from accelerate import PartialState\n"
-        "context.say('here')\nwith distributed.together(), distributed.main_first(): distributed.wait()\n"
+        "from accelerate import PartialState\nfrom diffpress.cli.console import console\n"
+        "from diffpress.compress.progress import progress\nfrom diffpress.compress.training import distributed\n"
+        "with console(), distributed.together(), distributed.main_first(), progress('here', 1) as advance:\n"
+        "    distributed.wait()\n    advance(1)\n"
         "print(PartialState._shared_state)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines() == ["  here", "{}"]
+    assert done.stdout.splitlines() == ["  here: 1/1", "{}"]
 
 
 def test_a_launcher_that_shards_the_model_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

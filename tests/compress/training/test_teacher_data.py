@@ -12,8 +12,9 @@ import torch
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.components import encode_prompts
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.seeds import TEACHER_DATA_SEED
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.compress.training.teacher_data import SEED, TeacherData, Tensors, read_prompts
+from diffpress.compress.training.teacher_data import TeacherData, Tensors, read_prompts
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.requested_plan import requested_plan
 from diffpress.runtime.sampler import generate
@@ -51,7 +52,7 @@ def refused(call: Callable[[], object], *words: str) -> None:
 def test_samples_are_those_of_the_teacher_under_its_prompts(text_data: TeacherData) -> None:
     conditioning, teacher = text_data.conditions(3), text_data.teacher
     network = TorchNetwork(teacher.model, teacher.spec)
-    expected = generate(network, teacher.spec, range(SEED, SEED + 3), conditions=conditioning)
+    expected = generate(network, teacher.spec, range(TEACHER_DATA_SEED, TEACHER_DATA_SEED + 3), conditions=conditioning)
     samples, cond = drawn(text_data)
     states = torch.from_numpy(conditioning.cond["encoder_hidden_states"])
     for sample, words in zip(samples, cond["encoder_hidden_states"], strict=True):
@@ -60,10 +61,13 @@ def test_samples_are_those_of_the_teacher_under_its_prompts(text_data: TeacherDa
         assert torch.equal(states[index], words)
 
 
-def test_prompts_are_used_in_turn_with_the_empty_prompt_as_uncond(text_data: TeacherData) -> None:
+def test_prompts_are_used_in_turn_with_the_empty_prompt_as_uncond(
+    text_data: TeacherData, caplog: pytest.LogCaptureFixture
+) -> None:
     cond = text_data.conditions(3)
-    one = encode_prompts(text_data.teacher, PROMPTS, pytest.fail)["encoder_hidden_states"]
-    uncond = encode_prompts(text_data.teacher, None, pytest.fail)["encoder_hidden_states"]
+    one = encode_prompts(text_data.teacher, PROMPTS)["encoder_hidden_states"]
+    uncond = encode_prompts(text_data.teacher, None)["encoder_hidden_states"]
+    assert not caplog.messages  # no prompt was truncated
     np.testing.assert_array_equal(cond.cond["encoder_hidden_states"], one[[0, 1, 0]])
     assert cond.uncond is not None
     np.testing.assert_array_equal(cond.uncond["encoder_hidden_states"], uncond[[0, 0, 0]])
@@ -126,12 +130,13 @@ def test_an_unconditional_model_gets_no_conditioning(teacher: Callable[..., Chec
 
 
 def test_noise_replaces_prompts_if_there_is_no_text_encoder(
-    tiny_folder: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny_folder: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     unet_only = load_checkpoint(tiny_folder("sd") / "unet")
-    cond = TeacherData(unet_only, 2, tmp_path, PROMPTS).conditions(2)
+    with caplog.at_level("INFO", logger="diffpress"):
+        cond = TeacherData(unet_only, 2, tmp_path, PROMPTS).conditions(2)
     assert cond.cond["encoder_hidden_states"].std() > 0.9
-    assert "without its text encoders" in capsys.readouterr().out
+    assert "without its text encoders" in caplog.text
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------

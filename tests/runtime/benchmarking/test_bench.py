@@ -20,6 +20,7 @@ from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.fused import FUSED_SAMPLERS
 from diffpress.runtime.fused.program import Program
 from diffpress.runtime.pipeline import in_streams
 from diffpress.runtime.sampler import network_evaluations
@@ -204,10 +205,15 @@ def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeyp
     assert bench.sampler_overhead(SlowNetwork(), bundle.spec, batch=2) == pytest.approx(0.01)
 
     class SlowFusedNetwork(SlowNetwork):
-        def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
-            now[0] += 0.109 * program.steps
-            return start
+        name = "fused"
 
+    def run_fused(
+        engine: Any, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray
+    ) -> np.ndarray:
+        now[0] += 0.109 * program.steps
+        return start
+
+    monkeypatch.setitem(FUSED_SAMPLERS, "fused", run_fused)
     # 0.11 s per step, of which the evaluation takes 0.099
     assert bench.sampler_overhead(SlowFusedNetwork(), bundle.spec, batch=2) == pytest.approx(0.1)
 

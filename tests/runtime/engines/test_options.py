@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+import logging
 from contextlib import closing
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
 from diffpress.runtime.engines.onnxruntime.providers import PROVIDERS, provider_order
 from diffpress.runtime.engines.options import EngineOptions, check_options
-from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError, plain_warnings
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 from tests.runtime.small_graphs import sample_inputs
 
 FULL = list(PROVIDERS.values())
@@ -47,29 +47,35 @@ def test_an_unknown_provider_raises() -> None:
         provider_order(["cudda"], FULL)
 
 
-def loaded(graph: Path, *providers: str) -> tuple[Any, list[str]]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        engine = load_engine(graph, "onnxruntime", options=EngineOptions(threads=1, providers=providers))
-    return engine, [str(warning.message) for warning in caught]
+def loaded(graph: Path, *providers: str) -> Any:
+    return load_engine(graph, "onnxruntime", options=EngineOptions(threads=1, providers=providers))
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
 
 
 def test_a_provider_missing_from_the_package_is_skipped_with_a_warning(
-    float_graph: Path, monkeypatch: pytest.MonkeyPatch
+    float_graph: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     import onnxruntime
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: ["CPUExecutionProvider"])
-    default, no_messages = loaded(float_graph)
-    engine, messages = loaded(float_graph, "cuda")
-    assert no_messages == [] and messages == ["onnxruntime: this package has no provider 'cuda'; trying cpu"]
+    default = loaded(float_graph)
+    assert warnings_of(caplog) == []
+    engine = loaded(float_graph, "cuda")
+    assert warnings_of(caplog) == ["onnxruntime: this package has no provider 'cuda'; trying cpu"]
     assert default.device == engine.device == "cpu"
     assert np.array_equal(default.run(sample_inputs()), engine.run(sample_inputs()))
 
 
 @pytest.mark.parametrize("failure", ["raises", "is dropped silently"])
 def test_a_provider_that_fails_is_replaced_by_the_next(
-    float_graph: Path, monkeypatch: pytest.MonkeyPatch, failure: str, capfd: pytest.CaptureFixture[str]
+    float_graph: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failure: str,
+    caplog: pytest.LogCaptureFixture,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """A GPU package on a machine without a GPU lists CUDA, but cannot create a session with it."""
     import onnxruntime
@@ -83,8 +89,8 @@ def test_a_provider_that_fails_is_replaced_by_the_next(
 
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: FULL[1:2] + FULL[-1:])
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    engine, messages = loaded(float_graph)
-    (line,) = messages
+    engine = loaded(float_graph)
+    (line,) = warnings_of(caplog)
     assert engine.device == "cpu" and line.startswith("onnxruntime: provider 'cuda' failed, trying cpu: ")
     assert ("libcuda" if failure == "raises" else "it did not start") in line and "\n" not in line
     assert capfd.readouterr() == ("", "")
@@ -151,12 +157,12 @@ def unavailable_engine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_without_a_named_engine_the_next_one_is_used_with_a_warning(
-    unavailable_engine: None, tiny: Path, capsys: pytest.CaptureFixture[str]
+    unavailable_engine: None, tiny: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert available()[0] == preferred() == "elsewhere"
-    with plain_warnings(), closing(open_engine(load_bundle(tiny))) as engine:
+    with closing(open_engine(load_bundle(tiny))) as engine:
         assert engine.name == available()[1]
-    assert capsys.readouterr().err == "warning: plan.engine: built for another GPU; trying the next engine\n"
+    assert warnings_of(caplog) == ["plan.engine: built for another GPU; trying the next engine"]
 
 
 def test_a_named_engine_that_is_unavailable_raises(unavailable_engine: None, tiny: Path) -> None:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NoReturn
 
 import numpy as np
 import pytest
 
 from diffpress.runtime.conditioning import Conditioning
-from diffpress.runtime.engines.tensorrt.binding import Binding
-from diffpress.runtime.fused.cuda import ADVANCE_TYPES, SOURCE, STEP_TYPES, THREADS, FusedSampling
-from diffpress.runtime.fused.program import Program, fused_program
+from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.engines.tensorrt import library as libraries
+from diffpress.runtime.engines.tensorrt.engine import TensorRtEngine
+from diffpress.runtime.fused.cuda import ADVANCE_TYPES, SOURCE, STEP_TYPES, THREADS, run_fused
+from diffpress.runtime.fused.program import fused_program
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
 from diffpress.runtime.noise_schedule import betas_schedule
 from diffpress.runtime.sampler import generate
@@ -110,28 +114,63 @@ class Context:
         self.at("out", np.float32, self.shapes[SAMPLE])[...] = out
 
 
-class OnDevice:
-    """Fused sampling as in TensorRtEngine, without batch splitting: one binding for all runs."""
+class FakeTensorRt:
+    """The names of the tensorrt module that running an engine uses; its engine is a test network."""
 
-    def __init__(self, network: FakeNetwork, library: ctypes.CDLL) -> None:
-        self.cuda, self.network, self.inputs = Cuda(), network, network.inputs
-        self.kernels: Any = Kernels(self.cuda, library)
-        self.fused: FusedSampling | None = None
-        self.context: Context | None = None
+    ILogger = type("ILogger", (), {"ERROR": 1, "INTERNAL_ERROR": 2})
+    TensorIOMode = SimpleNamespace(INPUT="input")
+
+    def __init__(self, cuda: Cuda, network: FakeNetwork) -> None:
+        self.cuda, self.network = cuda, network
+        self.contexts: list[Context] = []
+
+    def Runtime(self, logger: object) -> Any:
+        return SimpleNamespace(deserialize_cuda_engine=lambda data: self.engine())
+
+    def engine(self) -> Any:
+        names, types = [*self.network.inputs, "out"], {"float32": "FLOAT", "int64": "INT64"}
+        return SimpleNamespace(
+            num_io_tensors=len(names),
+            get_tensor_name=lambda index: names[index],
+            get_tensor_mode=lambda name: "input" if name in self.network.inputs else "output",
+            get_tensor_dtype=lambda name: SimpleNamespace(
+                name=types[np.dtype(self.network.inputs.get(name, np.float32)).name]
+            ),
+            create_execution_context=self.context,
+        )
+
+    def context(self) -> Context:
+        self.contexts.append(Context(self.cuda, self.network))
+        return self.contexts[-1]
+
+
+class OnDevice(TensorRtEngine):
+    """The engine of a test network on a fake CUDA; it can only be sampled in one call."""
+
+    def __init__(self, trt: FakeTensorRt, largest_batch: int) -> None:
+        rows = {SAMPLE: SHAPE, TIMESTEP: (), "class_labels": ()}
+        profile = {name: [(n, *shape) for n in (1, 1, largest_batch)] for name, shape in rows.items()}
+        entry = {"profile": profile, "library": "tensorrt", "options": {}, "sha256": ""}
+        super().__init__(Path("denoiser.onnx"), b"", entry, EngineOptions())
+        self.trt = trt
 
     def run(self, inputs: dict[str, np.ndarray]) -> NoReturn:
         raise AssertionError("sampled step by step")
 
-    def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
-        times = np.full(program.halves * len(start), program.timesteps[0]).astype(self.inputs[TIMESTEP])
-        feed = {**static_inputs, SAMPLE: np.concatenate([start] * program.halves), TIMESTEP: times}
-        if self.fused is None:
-            self.context = Context(self.cuda, self.network)
-            shapes = {name: feed[name].shape for name in self.inputs}
-            types = {**self.inputs, "out": np.dtype(np.float32)}
-            binding = Binding(self.cuda, self.context, 7, shapes, types)
-            self.fused = FusedSampling(self.cuda, self.kernels, binding, 7)
-        return self.fused.run(program, feed, start)
+
+@pytest.fixture
+def on_device(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Callable[..., OnDevice]:
+    """Make an engine whose kernels run on the CPU."""
+
+    def make(network: FakeNetwork, largest_batch: int = 64) -> OnDevice:
+        cuda = Cuda()
+        trt = FakeTensorRt(cuda, network)
+        monkeypatch.setattr(libraries, "cuda_runtime", lambda: cuda)
+        monkeypatch.setattr(libraries, "library", lambda name: trt)
+        monkeypatch.setattr("diffpress.runtime.fused.cuda._kernels", lambda: Kernels(cuda, library))
+        return OnDevice(trt, largest_batch)
+
+    return make
 
 
 def spec_of(solver: str, guidance: float = 1.0, **plan: Any) -> DenoiserSpec:
@@ -150,7 +189,7 @@ def spec_of(solver: str, guidance: float = 1.0, **plan: Any) -> DenoiserSpec:
 @pytest.mark.parametrize("timestep_type", [np.float32, np.int64])
 def test_fused_sampling_on_the_device_equals_the_samplers_loop(
     fake_network: type[FakeNetwork],
-    library: ctypes.CDLL,
+    on_device: Callable[..., OnDevice],
     solver: str,
     settings: dict[str, Any],
     timestep_type: type[np.generic],
@@ -158,32 +197,62 @@ def test_fused_sampling_on_the_device_equals_the_samplers_loop(
     settings = settings | ({"clip": False} if solver == "ddim_clip" else {})
     spec = spec_of(solver, **settings)
     network = fake_network("v", SCHEDULE, labelled=True, timestep_type=np.dtype(timestep_type))
-    device = OnDevice(network, library)
+    device = on_device(network)
     for seeds in (range(3), range(3, 6)):  # the second run only replays graphs
         found, expected = (generate(one, spec, seeds, batch=3) for one in (device, network))
         np.testing.assert_allclose(found, expected, atol=2e-4 * max(1.0, np.abs(expected).max()))
 
 
-def test_steps_replay_one_graph_and_buffers_persist(fake_network: type[FakeNetwork], library: ctypes.CDLL) -> None:
+def test_steps_replay_one_graph_and_buffers_persist(
+    fake_network: type[FakeNetwork], on_device: Callable[..., OnDevice]
+) -> None:
     spec = spec_of("dpmpp_2m", guidance=3.0)
-    device = OnDevice(fake_network("v", SCHEDULE, labelled=True), library)
+    device = on_device(fake_network("v", SCHEDULE, labelled=True))
     for count in (6, 13, 20):
         generate(device, spec, range(3), batch=3)
         assert device.cuda.log.count("launched") == count  # all steps but the very first
-        assert device.context is not None and device.context.enqueued == 2  # one direct run and one capture
+        assert [context.enqueued for context in device.trt.contexts] == [2]  # one direct run and one capture
     held = len(device.cuda.memory)
     generate(device, spec, range(3), batch=3)
     assert len(device.cuda.memory) == held
-    assert device.fused is not None
-    device.fused.close()
-    assert len(device.cuda.memory) == held - 6 and device.cuda.log[-1] == "destroyed"
+    device.close()
+    assert device.cuda.memory == {} and device.cuda.log.count("destroyed") == 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_batches_above_the_engines_maximum_are_split_with_their_conditioning(
+    fake_network: type[FakeNetwork], on_device: Callable[..., OnDevice], guidance: float
+) -> None:
+    network, spec = fake_network("v", SCHEDULE, labelled=True), spec_of("unipc_2", guidance)
+    device = on_device(network, largest_batch=4)
+    found, expected = (generate(one, spec, range(5), labels=[3, 1, 0, 2, 3], batch=5) for one in (device, network))
+    np.testing.assert_allclose(found, expected, atol=2e-4)
+    rows = sorted(context.shapes[SAMPLE][0] for context in device.trt.contexts)
+    assert rows == ([1, 4] if guidance == 1.0 else [2, 4])
+
+
+@pytest.mark.parametrize("change", ["no NVRTC", "half output", "small engine"])
+def test_what_the_device_cannot_fuse_is_left_to_the_loop(
+    fake_network: type[FakeNetwork],
+    on_device: Callable[..., OnDevice],
+    change: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    device: Any = on_device(fake_network("v", SCHEDULE, labelled=True), 1 if change == "small engine" else 64)
+    if change == "no NVRTC":
+        monkeypatch.setattr("diffpress.runtime.fused.cuda._kernels", lambda: None)
+    if change == "half output":
+        device.outputs = {"out": np.dtype(np.float16)}
+    program, labels = fused_program(spec_of("ddim", guidance=3.0)), {"class_labels": np.arange(4) % 4}
+    assert program is not None
+    assert run_fused(device, program, labels, np.zeros((2, *SHAPE), np.float32)) is None
 
 
 def test_another_plan_changes_the_table_but_not_the_number_of_evaluations(
-    fake_network: type[FakeNetwork], library: ctypes.CDLL
+    fake_network: type[FakeNetwork], on_device: Callable[..., OnDevice]
 ) -> None:
     network = fake_network("v", SCHEDULE, labelled=True)
-    device = OnDevice(network, library)
+    device = on_device(network)
     for solver in ("ddim", "unipc_2", "ddim"):
         spec = spec_of(solver)
         program = fused_program(spec)

@@ -18,7 +18,9 @@ from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.openvino.engine import OpenVinoEngine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.fused.program import fused_only, fused_program, step_by_step
+from diffpress.runtime.fused import fused_only, step_by_step
+from diffpress.runtime.fused.openvino import run_fused
+from diffpress.runtime.fused.program import fused_program
 from diffpress.runtime.sampler import generate, warm_up
 from diffpress.runtime.sampling_plan import OutputCorrection
 from diffpress.runtime.spec import DenoiserSpec
@@ -164,16 +166,16 @@ def test_f16_is_run_by_the_loop(graph: Path, monkeypatch: pytest.MonkeyPatch) ->
     program, cond = fused_program(classes_spec("ddim")), {"class_labels": np.arange(2)}
     with closing(load_engine(graph, "openvino", options=EngineOptions(precision="f16"))) as half:
         assert isinstance(half, OpenVinoEngine) and program is not None
-        assert half.run_fused(program, cond, np.zeros((2, *SHAPE), np.float32)) is None
+        assert run_fused(half, program, cond, np.zeros((2, *SHAPE), np.float32)) is None
 
 
 def test_large_networks_are_run_by_the_loop(engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     program, cond, start = fused_program(classes_spec("ddim")), {"class_labels": np.arange(2)}, np.zeros((2, *SHAPE))
     assert program is not None
-    found = engine.run_fused(program, cond, start)
+    found = run_fused(engine, program, cond, start)
     assert found is not None and found.shape == start.shape
-    monkeypatch.setattr("diffpress.runtime.engines.openvino.engine.FUSED_MAX_BYTES", 10)
-    assert engine.run_fused(program, cond, start) is None
+    monkeypatch.setattr("diffpress.runtime.fused.openvino.MAX_GRAPH_BYTES", 10)
+    assert run_fused(engine, program, cond, start) is None
 
 
 def test_warm_up_compiles_what_sampling_then_runs(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,5 +199,5 @@ def test_shapes_the_graph_cannot_take_raise_a_one_line_error(engine: OpenVinoEng
     program = fused_program(classes_spec("ddim"))
     assert program is not None
     with pytest.raises(InvalidInputError, match="OpenVINO cannot compile it") as caught:
-        engine.run_fused(program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))
+        run_fused(engine, program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))
     assert "\n" not in str(caught.value)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.fused import FUSED_SAMPLERS
 from diffpress.runtime.fused.program import (
     CLIPPED_TERM,
     FIRST_HISTORY,
@@ -19,7 +20,7 @@ from diffpress.runtime.fused.program import (
     Program,
     fused_program,
 )
-from diffpress.runtime.noise_schedule import betas_schedule, noise_level_at, zero_terminal_snr
+from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule, noise_level_at
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.sampling_plan import OutputCorrection, Threshold, make_plan
 from diffpress.runtime.solvers.contract import MAX_HISTORY
@@ -30,6 +31,8 @@ from tests.runtime.fused_specs import CLASSES, ONE_EVALUATION, OTHERS, SCHEDULES
 
 class FusedNetwork:
     """A network with fused sampling in numpy: the program's float32 coefficients times arrays."""
+
+    name = "numpy"
 
     def __init__(self, network: FakeNetwork) -> None:
         self._network, self.inputs, self.fused = network, network.inputs, 0
@@ -55,6 +58,11 @@ class FusedNetwork:
             terms[FIRST_HISTORY + 2 :] = terms[FIRST_HISTORY:-2].copy()
             terms[FIRST_HISTORY], terms[FIRST_HISTORY + 1] = kept, x0
         return x
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FUSED_SAMPLERS, FusedNetwork.name, FusedNetwork.run_fused)
 
 
 def both(
@@ -112,7 +120,9 @@ def test_output_corrections_are_part_of_the_coefficients(fake_network: type[Fake
 
 
 def test_a_plan_that_starts_at_pure_noise_has_a_program(fake_network: type[FakeNetwork]) -> None:
-    schedule = zero_terminal_snr(SCHEDULES["vp"])
+    alphas = np.asarray(SCHEDULES["vp"].alphas)
+    alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))
+    schedule = NoiseSchedule(tuple(alphas.tolist()), tuple(np.sqrt(1.0 - alphas**2).tolist()))
     for solver in ONE_EVALUATION:
         spec = spec_of(solver, "v")
         spec = replace(spec, schedule=schedule)
@@ -144,14 +154,14 @@ def test_nonlinear_plans_have_no_program_and_are_run_by_the_loop(
     assert fused_only.fused == 0
 
 
-def test_a_network_whose_run_fused_returns_none_is_run_by_the_loop(
+def test_a_network_whose_fused_sampler_returns_none_is_run_by_the_loop(
     fake_network: type[FakeNetwork], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spec = spec_of("ddim")
     network = fake_network("epsilon", spec.schedule)
     fused_only = FusedNetwork(network)
     monkeypatch.setattr(fused_only, "run", network.run)
-    monkeypatch.setattr(fused_only, "run_fused", lambda program, static_inputs, start: None)
+    monkeypatch.setitem(FUSED_SAMPLERS, "numpy", lambda network, program, static_inputs, start: None)
     np.testing.assert_array_equal(generate(fused_only, spec, range(3)), generate(network, spec, range(3)))
 
 

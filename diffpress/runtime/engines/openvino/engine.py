@@ -16,7 +16,7 @@ import importlib.util
 import io
 import json
 import statistics
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
@@ -30,15 +30,10 @@ from diffpress.runtime.engines.openvino.layers import layer_names, products
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport, precision_report_of
 from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
-from diffpress.runtime.fused.openvino import FORM, FusedSampling, fused_model
-from diffpress.runtime.fused.program import Program
-from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
 
 EXTRA = "openvino"
 OPTIONS = {"threads", "precision", "streams"}
 KEPT_SHAPES = 4
-# above it, fused sampling saves little per step, while its compiled model doubles the memory
-FUSED_MAX_BYTES = 2**26
 
 CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
 
@@ -64,8 +59,31 @@ def load(path: Path, options: EngineOptions, built: Sequence[PrebuiltEngine] = (
     return OpenVinoEngine(path, options)
 
 
+class Variant(NamedTuple):
+    """A changed graph that an engine compiles besides its own.
+
+    Attributes:
+        key: Identifies the change, as a part of the cache key.
+        change: Takes the openvino.Model with fixed shapes and returns a changed copy.
+        request: Takes the compiled model and returns the object that runs it, one per stream.
+    """
+
+    key: tuple[int, ...]
+    change: Callable[[Any], Any]
+    request: Callable[[Any], Any]
+
+
+UNCHANGED = Variant((), lambda model: model, lambda compiled: compiled.create_infer_request())
+
+
 class OpenVinoEngine:
-    """Engine with one model compiled per input shape; see diffpress.runtime.engines.Engine."""
+    """Engine with one model compiled per input shape; see diffpress.runtime.engines.Engine.
+
+    Attributes:
+        inputs: Inputs of the graph: name -> dtype.
+        precision: The precision it was opened with: f32, bf16 or f16.
+        graph_bytes: Size of the graph, including its weights.
+    """
 
     name, device = "openvino", "cpu"
 
@@ -76,9 +94,9 @@ class OpenVinoEngine:
             raise InvalidInputError(f"{path}: no such file")
         self._path, self._core, self._cache = path, openvino.Core(), options.cache
         self._streams, self._options = options.streams, _properties(self._core, options)
-        self._bytes = _size(path)
+        self.precision, self.graph_bytes = options.precision, _size(path)
         self._model: Any = None
-        self._compiled: dict[tuple[Shapes, int], _Compiled] = {}
+        self._compiled: dict[tuple[Shapes, tuple[int, ...]], _Compiled] = {}
         self._compiling = Lock()
         tensors = self._tensors()
         self.inputs = {name: np.dtype(kind) for name, kind in tensors["inputs"].items()}
@@ -90,24 +108,24 @@ class OpenVinoEngine:
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return all outputs by name; raises InvalidInputError if OpenVINO fails."""
-        with self._idle(tensor_shapes(inputs)) as request:
+        with self.reserved(tensor_shapes(inputs)) as request:
             # copies: with `share_outputs` the next inference would overwrite them
             return dict(zip(self._outputs, request.infer(inputs, share_inputs=True).to_tuple(), strict=True))
 
-    def run_fused(self, program: Program, static_inputs: dict[str, np.ndarray], start: np.ndarray) -> np.ndarray | None:
-        """Run all steps of a program inside OpenVINO; see diffpress.runtime.fused.program.FusedSampler.
+    @contextmanager
+    def reserved(self, shapes: Shapes, variant: Variant = UNCHANGED) -> Iterator[Any]:
+        """Reserve an idle request of the graph, or of a variant of it, compiled for these shapes.
 
-        Returns None for large networks, for other sample types than float32, and for f16, for which it is untested
-        whether the solver steps stay in float32.
+        Errors inside the block become InvalidInputError.
         """
-        precision = self._options["INFERENCE_PRECISION_HINT"]
-        if precision == "f16" or self.inputs[SAMPLE] != np.float32 or self._bytes > FUSED_MAX_BYTES:
-            return None
-        rows = program.halves * len(start)
-        shapes = {name: array.shape for name, array in static_inputs.items()}
-        shapes |= {SAMPLE: (rows, *start.shape[1:]), TIMESTEP: (rows,)}
-        with self._idle(tuple(shapes.items()), program.halves) as fused:
-            return fused.run(program, static_inputs, start)
+        requests = self._compiled_for(shapes, variant).requests
+        request = requests.get()
+        try:
+            yield request
+        except Exception as error:
+            raise _error(self._path, "run", error) from error
+        finally:
+            requests.put(request)
 
     def precision_report(
         self, example_inputs: dict[str, np.ndarray], quantized_layers: Collection[str] = ()
@@ -141,45 +159,30 @@ class OpenVinoEngine:
         self._compiled.clear()
         self._model = self._core = None
 
-    @contextmanager
-    def _idle(self, shapes: Shapes, halves: int = 0) -> Iterator[Any]:
-        """Reserve an inference request or FusedSampling; errors inside the block become InvalidInputError."""
-        requests = self._compiled_for(shapes, halves).requests
-        request = requests.get()
-        try:
-            yield request
-        except Exception as error:
-            raise _error(self._path, "run", error) from error
-        finally:
-            requests.put(request)
-
-    def _compiled_for(self, shapes: Shapes, halves: int = 0) -> _Compiled:
-        """Return the model, or with `halves` > 0 the fused sampling model, compiled for these shapes."""
-        compiled = self._compiled.get((shapes, halves))
+    def _compiled_for(self, shapes: Shapes, variant: Variant = UNCHANGED) -> _Compiled:
+        compiled = self._compiled.get((shapes, variant.key))
         if compiled is None:
             with self._compiling:
-                compiled = self._compiled.get((shapes, halves)) or self._compile(shapes, halves)
+                compiled = self._compiled.get((shapes, variant.key)) or self._compile(shapes, variant)
         return compiled
 
-    def _compile(self, shapes: Shapes, halves: int) -> _Compiled:
+    def _compile(self, shapes: Shapes, variant: Variant) -> _Compiled:
         if len(self._compiled) == KEPT_SHAPES:
             del self._compiled[next(iter(self._compiled))]
-        key = self._key(shapes, *(FORM, halves) if halves else ())
+        key = self._key(shapes, variant.key)
         try:
             model = self._import(key)
             if model is None:
-                graph = self._reshaped(shapes)
-                graph = fused_model(graph.clone(), halves) if halves else graph
-                model = self._core.compile_model(graph, "CPU", self._options)
+                model = self._core.compile_model(variant.change(self._reshaped(shapes)), "CPU", self._options)
                 if self._cache is not None:
                     self._cache.write(key, _exported(model))
         except InvalidInputError:
             raise
         except Exception as error:
             raise _error(self._path, "compile", error) from error
-        self._compiled[shapes, halves] = compiled = _Compiled(model, SimpleQueue())
+        self._compiled[shapes, variant.key] = compiled = _Compiled(model, SimpleQueue())
         for _ in range(self._streams):
-            compiled.requests.put(FusedSampling(model) if halves else model.create_infer_request())
+            compiled.requests.put(variant.request(model))
         return compiled
 
     def _import(self, key: str) -> Any:
@@ -207,10 +210,10 @@ class OpenVinoEngine:
             self._cache.write(self._key(()), json.dumps(tensors).encode())
         return tensors
 
-    def _key(self, shapes: Shapes, *fused: int) -> str:
+    def _key(self, shapes: Shapes, variant: tuple[int, ...] = ()) -> str:
         """Cache key: everything a compiled model depends on besides the graph."""
         version, device = self._core.get_versions("CPU")["CPU"].build_number, "FULL_DEVICE_NAME"
-        return json.dumps([version, self._core.get_property("CPU", device), self._options, shapes, *fused])
+        return json.dumps([version, self._core.get_property("CPU", device), self._options, shapes, *variant])
 
     def _read(self) -> Any:
         if self._model is None:
@@ -227,7 +230,7 @@ class OpenVinoEngine:
 
 
 class _Compiled(NamedTuple):
-    """A model compiled for fixed shapes, and its idle requests or FusedSampling objects, one per stream."""
+    """A model compiled for fixed shapes, and its idle requests, one per stream."""
 
     model: Any
     requests: SimpleQueue[Any]

@@ -3,8 +3,9 @@
     pinned host array --copy--> device buffer --kernels--> device buffer --copy--> pinned host array
 
 The first run executes the chain directly, because libraries compile and allocate in it; then it is captured once,
-copies included, and each later run is one graph launch. (Fused sampling omits the copies: runtime/fused/cuda.py.) A
-CUDA graph is tied to the context and addresses it was captured with, so each set of shapes has its own.
+copies included, and each later run is one graph launch. A CUDA graph is tied to the context and addresses it was
+captured with, so each set of shapes has its own. `upload`, `execute` and `captured` are the pieces of other chains that
+leave the tensors on the GPU.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ class Binding:
     ) -> None:
         self._cuda, self._context, self._stream = cuda, context, stream
         self.device: dict[str, int] = {}  # name -> GPU address of every input and output
+        self.attached: Any = None  # what another layer keeps with this binding; closed with it
         self._pinned: list[int] = []
         self._graph: Any = None
         self._capture = replay
@@ -101,7 +103,9 @@ class Binding:
             call(self._cuda, "cudaGraphDestroy", graph)
 
     def close(self) -> None:
-        """Release CUDA graph, buffers and context."""
+        """Release what is attached, CUDA graph, buffers and context."""
+        if self.attached is not None:
+            self.attached.close()
         if self._graph is not None:
             call(self._cuda, "cudaGraphExecDestroy", self._graph)
         self._host.clear()  # views of the pinned memory
@@ -109,7 +113,7 @@ class Binding:
             call(self._cuda, "cudaFreeHost", address)
         for address in self.device.values():
             call(self._cuda, "cudaFree", address)
-        self._pinned, self.device, self._graph, self._context = [], {}, None, None
+        self._pinned, self.device, self._graph, self._context, self.attached = [], {}, None, None, None
 
     def _allocate(self, name: str, shape: tuple[int, ...], dtype: np.dtype) -> None:
         size = max(math.prod(shape) * dtype.itemsize, 1)

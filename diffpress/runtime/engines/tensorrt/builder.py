@@ -43,7 +43,6 @@ def build(
     capabilities: Sequence[str] = (),
     *,
     component: str = "denoiser",
-    quiet: bool = False,
 ) -> BuiltEngine:
     """Build an engine from an ONNX graph.
 
@@ -53,7 +52,6 @@ def build(
         options: Build options.
         capabilities: Compute capabilities of the GPUs to build for, e.g. '8.9'; empty means the local GPU.
         component: Name of the graph in the bundle.
-        quiet: Do not show progress.
 
     Raises:
         MissingDependencyError: No TensorRT library is installed.
@@ -71,15 +69,13 @@ def build(
     network = _parsed(trt, builder, logger, graph, name)
     shapes = profile_shapes(_dimensions(network), spec, options, component)
     config = _configured(trt, builder, name, options, capabilities, shapes)
-    progress = monitor(trt, f"{graph.name} for {', '.join(capabilities)}") if not quiet else None
-    if progress is not None:
-        config.progress_monitor = progress
+    progress = monitor(trt, f"{graph.name} for {', '.join(capabilities)}")
+    config.progress_monitor = progress
     timing = None if name == libraries.RTX else _with_timing_cache(trt, config, capabilities[0])
     serialized = builder.build_serialized_network(network, config)
-    if progress is not None:
-        progress.clear()
-        if progress.interrupted:
-            raise KeyboardInterrupt
+    progress.clear()
+    if progress.interrupted:
+        raise KeyboardInterrupt
     if serialized is None:
         raise build_error(graph.name, name, logger.errors, options)
     if timing is not None:

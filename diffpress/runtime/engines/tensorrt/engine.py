@@ -25,9 +25,6 @@ from diffpress.runtime.engines.tensorrt.compatibility import uncovered
 from diffpress.runtime.engines.tensorrt.engine_files import engine_for
 from diffpress.runtime.engines.tensorrt.messages import one_line
 from diffpress.runtime.errors import EngineUnavailableError
-from diffpress.runtime.fused.cuda import FusedSampling, Kernels
-from diffpress.runtime.fused.program import Program
-from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, typed_timesteps
 
 NAME = "tensorrt"
 EXTRA = libraries.EXTRA
@@ -66,14 +63,22 @@ def load(path: Path, options: EngineOptions, built: Sequence[PrebuiltEngine] = (
 
 
 class TensorRtEngine:
-    """A deserialized engine and its bindings per input shape; see diffpress.runtime.engines.Engine."""
+    """A deserialized engine and its bindings per input shape; see diffpress.runtime.engines.Engine.
+
+    Attributes:
+        inputs: Inputs of the graph: name -> dtype.
+        outputs: Outputs of the graph: name -> dtype.
+        largest_batch: The largest batch of one binding.
+        cuda: The module cuda.bindings.runtime.
+        stream: CUDA stream of all copies and kernels.
+    """
 
     name, device = NAME, "cuda"
 
     def __init__(self, path: Path, data: bytes, entry: dict[str, Any], options: EngineOptions) -> None:
         self._path, self._profile = path, entry["profile"]
-        self._largest = min(high[0] for _, _, high in self._profile.values())
-        self._cuda, self._trt = libraries.cuda_runtime(), libraries.library(entry["library"])
+        self.largest_batch = min(high[0] for _, _, high in self._profile.values())
+        self.cuda, self._trt = libraries.cuda_runtime(), libraries.library(entry["library"])
         self._logger = libraries.collector(self._trt)
         self._runtime = self._trt.Runtime(self._logger)
         if options.threads is not None:
@@ -83,10 +88,9 @@ class TensorRtEngine:
         self._types = {name: self._type(name) for name in names}
         is_input = self._trt.TensorIOMode.INPUT
         self.inputs = {n: self._types[n] for n in names if self._engine.get_tensor_mode(n) == is_input}
-        self._stream = libraries.call(self._cuda, "cudaStreamCreateWithFlags", self._cuda.cudaStreamNonBlocking)
+        self.outputs = {name: kind for name, kind in self._types.items() if name not in self.inputs}
+        self.stream = libraries.call(self.cuda, "cudaStreamCreateWithFlags", self.cuda.cudaStreamNonBlocking)
         self._bindings: dict[tuple[tuple[str, tuple[int, ...]], ...], Binding] = {}
-        self._fused_samplings: dict[Binding, FusedSampling] = {}
-        self._fused_kernels: tuple[Kernels, ...] | None = None  # None: not tried yet, empty: unavailable
         self._cache, self._compiled = options.cache, f"kernels of {entry['sha256']}"
         self._config = self._runtime_config()
 
@@ -96,32 +100,27 @@ class TensorRtEngine:
 
     def run_all(self, inputs: Inputs) -> Inputs:
         """Return all outputs by name; batches above the engine's maximum are split."""
-        chunks = [self._binding(chunk).run(chunk) for chunk in split_batch(inputs, self._largest)]
+        chunks = [self.binding(chunk).run(chunk) for chunk in split_batch(inputs, self.largest_batch)]
         return chunks[0] if len(chunks) == 1 else {n: np.concatenate([chunk[n] for chunk in chunks]) for n in chunks[0]}
 
-    def run_fused(self, program: Program, static_inputs: Inputs, start: np.ndarray) -> np.ndarray | None:
-        """Run all steps of a program on the GPU; see diffpress.runtime.fused.program.FusedSampler.
+    def binding(self, inputs: Inputs) -> Binding:
+        """Return the binding for inputs of these shapes; the last few stay open.
 
-        Returns None if NVRTC is missing, if the graph's sample or output is not float32, or if one sample with its
-        guidance halves exceeds the engine's maximum batch.
+        Raises:
+            EngineUnavailableError: The shapes are outside the engine's profile.
         """
-        each, out = self._largest // program.halves, next(n for n in self._types if n not in self.inputs)
-        kernels = self._kernels()
-        if kernels is None or each < 1 or {self._types[SAMPLE], self._types[out]} != {np.dtype(np.float32)}:
-            return None
-        fused = []
-        for first in range(0, len(start), each):
-            # conditioning is ordered by halves: cond for all samples, then uncond for all samples
-            rows = [half * len(start) + i for half in range(program.halves) for i in range(len(start))[first:][:each]]
-            chunk = start[first : first + each]
-            timesteps = typed_timesteps([program.timesteps[0]] * len(rows), self._types[TIMESTEP])
-            feed = {name: array[rows] for name, array in static_inputs.items()}
-            feed |= {SAMPLE: np.concatenate([chunk] * program.halves), TIMESTEP: timesteps}
-            binding = self._binding(feed)
-            if binding not in self._fused_samplings:
-                self._fused_samplings[binding] = FusedSampling(self._cuda, kernels, binding, self._stream)
-            fused.append(self._fused_samplings[binding].run(program, feed, chunk))
-        return np.concatenate(fused)
+        shapes = {name: tuple(array.shape) for name, array in inputs.items()}
+        key = tuple(sorted(shapes.items()))
+        if key not in self._bindings:
+            reason = uncovered(self._profile, shapes)
+            if reason is not None:
+                raise EngineUnavailableError(
+                    f"{self._path.name}: input outside the TensorRT engine's profile: {reason}; export with --sizes"
+                )
+            if len(self._bindings) == KEPT_SHAPES:
+                self._drop(next(iter(self._bindings)))
+            self._bindings[key] = self._bound(inputs)
+        return self._bindings[key]
 
     def precision_report(self, example_inputs: Inputs, quantized_layers: Collection[str] = ()) -> PrecisionReport:
         """Raise EngineUnavailableError: TensorRT does not report the precision of its kernels."""
@@ -151,32 +150,9 @@ class TensorRtEngine:
         """Release bindings, stream and engine."""
         for key in list(self._bindings):
             self._drop(key)
-        if self._stream is not None:
-            libraries.call(self._cuda, "cudaStreamDestroy", self._stream)
-        self._stream = self._config = self._engine = self._runtime = None
-
-    def _kernels(self) -> Kernels | None:
-        """Return the fused sampling kernels, compiled on first use; None if NVRTC is unavailable."""
-        if self._fused_kernels is None:
-            try:
-                self._fused_kernels = (Kernels(libraries.gpu_capability(self._cuda)),)
-            except EngineUnavailableError:
-                self._fused_kernels = ()
-        return next(iter(self._fused_kernels), None)
-
-    def _binding(self, inputs: Inputs) -> Binding:
-        shapes = {name: tuple(array.shape) for name, array in inputs.items()}
-        key = tuple(sorted(shapes.items()))
-        if key not in self._bindings:
-            reason = uncovered(self._profile, shapes)
-            if reason is not None:
-                raise EngineUnavailableError(
-                    f"{self._path.name}: input outside the TensorRT engine's profile: {reason}; export with --sizes"
-                )
-            if len(self._bindings) == KEPT_SHAPES:
-                self._drop(next(iter(self._bindings)))
-            self._bindings[key] = self._bound(inputs)
-        return self._bindings[key]
+        if self.stream is not None:
+            libraries.call(self.cuda, "cudaStreamDestroy", self.stream)
+        self.stream = self._config = self._engine = self._runtime = None
 
     def _bound(self, inputs: Inputs, profiler: Any = None) -> Binding:
         make = self._engine.create_execution_context
@@ -186,13 +162,10 @@ class TensorRtEngine:
         if profiler is not None:
             context.profiler = profiler
         shapes = {name: tuple(array.shape) for name, array in inputs.items()}
-        return Binding(self._cuda, context, self._stream, shapes, self._types, replay=profiler is None)
+        return Binding(self.cuda, context, self.stream, shapes, self._types, replay=profiler is None)
 
     def _drop(self, key: Any) -> None:
-        binding = self._bindings.pop(key)
-        if binding in self._fused_samplings:
-            self._fused_samplings.pop(binding).close()
-        binding.close()
+        self._bindings.pop(key).close()
         self._store_compiled()
 
     def _deserialized(self, data: bytes, options: dict[str, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""Progress of an engine build: one live line on a terminal, a plain line every few seconds elsewhere.
+"""Progress of an engine build: one live line on a terminal, a log record every few seconds elsewhere.
 
 TensorRT reports nested phases with a number of steps each. A nested phase is part of its parent's next step:
 
@@ -7,10 +7,13 @@ TensorRT reports nested phases with a number of steps each. A nested phase is pa
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 import time
-from typing import Any, TextIO
+from typing import Any
+
+logger = logging.getLogger(__name__)
 
 PLAIN_EVERY_S, LIVE_EVERY_S = 10.0, 0.1
 
@@ -52,10 +55,9 @@ class Phases:
         return min((done + nested) / steps, 1.0)
 
 
-def monitor(trt: Any, what: str, out: TextIO | None = None) -> Any:
-    """Create an IProgressMonitor that prints progress; Ctrl-C stops the build and sets `interrupted`."""
-    stream = sys.stdout if out is None else out
-    live = stream.isatty()
+def monitor(trt: Any, what: str) -> Any:
+    """Create an IProgressMonitor that reports progress; Ctrl-C stops the build and sets `interrupted`."""
+    live = sys.stdout.isatty() and logger.isEnabledFor(logging.INFO)
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -82,12 +84,21 @@ def monitor(trt: Any, what: str, out: TextIO | None = None) -> Any:
                 return
             self._last_report = time.monotonic()
             progress, phase = self._phases.now()
-            line = f"  building {what}: {progress:.0%}  {phase}"
-            print(f"\r\033[2K{line[:79]}" if live else line, end="" if live else "\n", file=stream, flush=True)
+            line = f"building {what}: {progress:.0%}  {phase}"
+            if live:
+                _show(f"  {line}"[:79])
+            else:
+                logger.info(line)
 
         def clear(self) -> None:
             """Erase the live line."""
             if live:
-                print("\r\033[2K", end="", file=stream, flush=True)
+                _show("")
 
     return Monitor()
+
+
+def _show(line: str) -> None:
+    """Replace the current line of the terminal."""
+    sys.stdout.write(f"\r\033[2K{line}")
+    sys.stdout.flush()

@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import importlib.util
 import io
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,7 +27,8 @@ from diffpress.runtime.engines.tensorrt.options import BuildOptions
 from diffpress.runtime.errors import EngineUnavailableError
 from tests.runtime.fake_cuda import Cuda
 
-FOLDER = Path("diffpress/runtime/engines/tensorrt")
+FOLDER, FUSED = Path("diffpress/runtime/engines/tensorrt"), Path("diffpress/runtime/fused/cuda.py")
+SELF = re.compile(r"\b(self|engine)\._?")
 TYPES: dict[str, np.dtype] = {"x": np.dtype(np.float32), "t": np.dtype(np.int64), "out": np.dtype(np.float32)}
 
 
@@ -120,15 +122,15 @@ def test_a_cuda_error_is_one_line() -> None:
 def used(variable: str) -> set[str]:
     """Names used in the backend: 'A.B' of variable.A.B, and 'A' of call(variable, "A")."""
     found: set[str] = set()
-    for file in FOLDER.glob("*.py"):
+    for file in (*FOLDER.glob("*.py"), FUSED):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Attribute):
-                text = ast.unparse(node).replace("self._", "")
+                text = SELF.sub("", ast.unparse(node))
                 if text.startswith(f"{variable}.") and text.count(".") <= 2:
                     found.add(text.removeprefix(f"{variable}."))
             if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("call"):
                 target, *names = node.args
-                if ast.unparse(target).replace("self._", "") == variable:
+                if SELF.sub("", ast.unparse(target)) == variable:
                     found |= {str(name.value) for name in names[:1] if isinstance(name, ast.Constant)}
     return found
 
@@ -170,21 +172,37 @@ class Terminal(io.StringIO):
 
 
 @pytest.mark.parametrize(
-    ("stream", "expected"), [(Terminal(), "\r\033[2K  building g: 50%  build"), (io.StringIO(), "")]
+    ("stream", "level", "plain_every_s", "shown", "logged"),
+    [
+        (Terminal(), "INFO", 0.0, "\r\033[2K  building g: 50%  build\r\033[2K", []),
+        (Terminal(), "WARNING", 0.0, "", []),  # nobody follows the progress
+        (io.StringIO(), "INFO", 0.0, "", ["building g: 50%  build"]),
+        (io.StringIO(), "INFO", 10.0, "", []),  # too soon
+    ],
 )
 def test_progress_is_live_on_a_terminal_and_rare_elsewhere(
-    stream: io.StringIO, expected: str, monkeypatch: pytest.MonkeyPatch
+    stream: io.StringIO,
+    level: str,
+    plain_every_s: float,
+    shown: str,
+    logged: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr("diffpress.runtime.engines.tensorrt.monitor.LIVE_EVERY_S", 0.0)
-    progress = monitor(SimpleNamespace(IProgressMonitor=object), "g", stream)
-    progress.phase_start("build", None, 2)
-    assert progress.step_complete("build", 0)
-    progress.phase_finish("build")
-    assert stream.getvalue() == expected
+    monkeypatch.setattr("diffpress.runtime.engines.tensorrt.monitor.PLAIN_EVERY_S", plain_every_s)
+    monkeypatch.setattr("sys.stdout", stream)
+    with caplog.at_level(level, logger="diffpress"):
+        progress = monitor(SimpleNamespace(IProgressMonitor=object), "g")
+        progress.phase_start("build", None, 2)
+        assert progress.step_complete("build", 0)
+        progress.phase_finish("build")
+        progress.clear()
+    assert stream.getvalue() == shown and caplog.messages == logged
 
 
-def test_an_interrupt_stops_the_build(monkeypatch: pytest.MonkeyPatch) -> None:
-    progress = monitor(SimpleNamespace(IProgressMonitor=object), "g", io.StringIO())
+def test_an_interrupt_stops_the_build() -> None:
+    progress = monitor(SimpleNamespace(IProgressMonitor=object), "g")
     progress._report = lambda: (_ for _ in ()).throw(KeyboardInterrupt)
     assert progress.step_complete("build", 0) is False and progress.interrupted
 

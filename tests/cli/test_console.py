@@ -1,0 +1,65 @@
+"""cli/console.py: how log records become the lines of a command."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+
+import pytest
+
+from diffpress.cli.console import console
+
+logger = logging.getLogger("diffpress.somewhere")
+Captured = pytest.CaptureFixture[str]
+
+
+def test_information_is_indented_on_stdout_but_headings_are_not(capsys: Captured) -> None:
+    with console():
+        logger.info("[1/3] prune")
+        logger.info("parameters 4 -> 2")
+        logger.info("first\nsecond\n\n  third")
+        logger.debug("details")
+    assert capsys.readouterr() == ("[1/3] prune\n  parameters 4 -> 2\n  first\n  second\n\n    third\n", "")
+
+
+def test_warnings_and_errors_go_to_stderr(capsys: Captured) -> None:
+    with console():
+        logger.warning("no text encoder")
+        logger.error("[Errno 2] no such file")
+    assert capsys.readouterr() == ("", "warning: no text encoder\ndiffpress: [Errno 2] no such file\n")
+
+
+def test_other_packages_are_not_printed(capsys: Captured) -> None:
+    with console():
+        logging.getLogger("elsewhere").info("not ours")
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_afterwards_the_logger_is_as_before(fails: bool, capsys: Captured, caplog: pytest.LogCaptureFixture) -> None:
+    package = logging.getLogger("diffpress")
+    before = (list(package.handlers), package.level, package.propagate)
+    try:
+        with console():
+            assert len(package.handlers) == len(before[0]) + 1 and not package.propagate
+            logger.info("inside")
+            if fails:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        assert fails
+    assert (list(package.handlers), package.level, package.propagate) == before
+    assert caplog.text == ""  # a command's lines do not also reach the handlers of the program around it
+    logger.warning("outside")
+    assert capsys.readouterr() == ("  inside\n", "") and "outside" in caplog.text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="needs accelerate")
+def test_only_the_main_process_reports_progress(capsys: Captured, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffpress.compress.training import distributed
+
+    for rank in (0, 1):
+        monkeypatch.setattr(distributed, "index", lambda rank=rank: rank)
+        with console(), distributed.together():
+            logger.info(f"progress of {rank}")
+            logger.warning(f"warning of {rank}")
+    assert capsys.readouterr() == ("  progress of 0\n", "warning: warning of 0\nwarning: warning of 1\n")
