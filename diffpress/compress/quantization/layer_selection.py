@@ -8,17 +8,15 @@ all others                          the stage's format; fp8 where nvfp4 does not
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.adapter import adapter_for
-from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, INT8
+from diffpress.compress.quantization.layer_graph import LayerGraph
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.network_inputs import dummy_inputs
 
 KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
 FLOAT = "float"
@@ -72,7 +70,9 @@ def _check_formats_combine(kinds: set[str]) -> None:
         )
 
 
-def quantized_outputs(checkpoint: Checkpoint, formats: dict[str, str], config: QuantizeConfig) -> list[str]:
+def quantized_outputs(
+    model: nn.Module, graph: LayerGraph, formats: Mapping[str, str], config: QuantizeConfig
+) -> list[str]:
     """Return the modules whose outputs are quantized too.
 
     These are the integer layers, because ONNX Runtime has no integer kernels with a float result, and the residual sums
@@ -83,12 +83,10 @@ def quantized_outputs(checkpoint: Checkpoint, formats: dict[str, str], config: Q
     """
     if not config.outputs:
         return []
-    model = checkpoint.model
     modules = dict(model.named_modules())
     integer = [name for name, kind in formats.items() if FORMATS[kind].activations is INT8]
     linear = {name for name in integer if isinstance(modules[name], nn.Linear)}
-    excluded = linear if config.svdquant_rank else linear - _over_sequences(checkpoint, linear)
-    rounded = [name for name in integer if name not in excluded]
+    rounded = [name for name in integer if name not in linear or (graph.ranks.get(name) == 3 and not config.svdquant)]
     # sums inside modules with another format are not quantized either
     overridden = (
         *config.ignored_layers,
@@ -99,16 +97,3 @@ def quantized_outputs(checkpoint: Checkpoint, formats: dict[str, str], config: Q
         name for name in adapter_for(model).residual_outputs(model) if convolutions and not name.startswith(overridden)
     ]
     return [*rounded, *(name for name in residual_outputs if name not in rounded)]
-
-
-def _over_sequences(checkpoint: Checkpoint, layers: set[str]) -> set[str]:
-    """Return those of `layers` that read [B, L, C], found in one evaluation."""
-    found: set[str] = set()
-    model = checkpoint.shared_model()
-    for name in layers:
-        hook = lambda _, args, name=name: found.add(name) if args[0].dim() == 3 else None  # noqa: E731
-        model.get_submodule(name).register_forward_pre_hook(hook)
-    if layers:
-        network = TorchNetwork(model, checkpoint.spec)
-        network.run(dummy_inputs(network, checkpoint.spec, 1))
-    return found

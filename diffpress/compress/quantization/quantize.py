@@ -1,4 +1,4 @@
-"""The quantize stage: choose formats, calibrate on the model's own sampling trajectory and, in mode qat, train.
+"""The quantize stage: choose formats, calibrate on the model's own trajectories, and round or train the weights.
 
 The result is data, not a patched module: the checkpoint keeps its float weights and the amax of every quantizer.
 `fake_quantized` inserts the quantizers where the quantized model runs in torch. The mean quantization error of the
@@ -7,54 +7,109 @@ output is stored in the sampling plan, and the sampler subtracts it (algorithms/
 
 from __future__ import annotations
 
+import json
 import logging
+
+import torch
+from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
+from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.quantization.algorithms.awq import awq_vectors
 from diffpress.compress.quantization.algorithms.gptq import round_weights
-from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds, mix
-from diffpress.compress.quantization.algorithms.output_correction import correct
+from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds, within_bounds
+from diffpress.compress.quantization.algorithms.output_correction import with_output_corrections
 from diffpress.compress.quantization.algorithms.qat import qat
+from diffpress.compress.quantization.algorithms.smoothquant import smoothing_vectors
 from diffpress.compress.quantization.algorithms.svdquant import with_svdquant
-from diffpress.compress.quantization.calibration.calibrate import calibrate
+from diffpress.compress.quantization.calibration.calibrate import calibrate, check_calibration
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
+from diffpress.compress.quantization.layer_graph import LayerGraph, trace_layer_graph
 from diffpress.compress.quantization.layer_selection import choose_formats, quantized_outputs
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 from diffpress.compress.quantization.unified_scales import unify_scales
 
 logger = logging.getLogger(__name__)
 
 
 def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
-    """Return the checkpoint with the scales of every quantized layer; mode qat also trains its weights.
+    """Return the checkpoint with the scales of every quantized layer; GPTQ and QAT also change its weights.
 
     Raises:
         InvalidInputError: The settings do not fit the model, or a scale is zero, infinite or missing.
         GateFailedError: `config.bounds` cannot be kept together.
     """
-    check_bounds(config, checkpoint.spec, ctx.open_engine_costs is not None)
-    formats = choose_formats(checkpoint.model, config)
-    outputs = quantized_outputs(checkpoint, formats, config)
-    amax, smooth = calibrate(checkpoint, formats, outputs, config, ctx)
-    # a smoothed layer quantizes a scaled copy of the concatenated tensor, so its input scale is its own
-    amax |= unify_scales(checkpoint, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
-    others = {name: kind for name, kind in formats.items() if kind != config.format}
-    scales = Quantization(config.format, amax, others, smooth)
-    logger.info(_format_counts(formats))
-    if config.bounds is not None:
-        scales = mix(checkpoint, scales, config, ctx)
-    if config.svdquant_rank:
-        scales = with_svdquant(checkpoint, scales, config.svdquant_rank)
+    model, spec = checkpoint.model, checkpoint.spec
+    if config.bounds:
+        check_bounds(config.bounds, spec, ctx.open_engine_costs is not None)
+    formats = choose_formats(model, config)
+    check_calibration(formats, config)
+    graph = trace_layer_graph(model, spec)
+    dataset = trajectories_of(checkpoint, config, ctx)
+    scales = _scales(model, formats, graph, dataset, config, ctx)
+    if config.bounds:
+        scales = within_bounds(checkpoint, scales, dataset, config.bounds, ctx)
+    if config.svdquant:
+        scales = with_svdquant(model, scales, config.svdquant.rank)
     quantized = checkpoint.evolve(quantization=scales)
-    if config.rounding == "gptq":
-        quantized = round_weights(quantized, config, ctx)
-    if config.mode == "qat":
+    if config.gptq:
         student = fake_quantized(quantized.evolve(model=quantized.clone_model().float()))
-        return qat(checkpoint, scales, student, config, ctx)
-    return correct(quantized, checkpoint.model, config, ctx) if config.output_correction else quantized
+        visited = trajectories_of(quantized, config, ctx, student)
+        quantized = round_weights(quantized, student, visited, config.gptq.samples, ctx)
+    if config.qat:
+        return qat(quantized, dataset, config.qat, config.batch, ctx)
+    if config.output_correction:
+        return with_output_corrections(quantized, model, dataset.conditioning, config.samples, config.batch)
+    return quantized
 
 
-def _format_counts(formats: dict[str, str]) -> str:
+def _scales(
+    model: nn.Module,
+    formats: dict[str, str],
+    graph: LayerGraph,
+    dataset: TrajectoryDataset,
+    config: QuantizeConfig,
+    ctx: Context,
+) -> Quantization:
+    """Return the formats and scales of the float `model`."""
+    outputs = quantized_outputs(model, graph, formats, config)
+    smooth: dict[str, torch.Tensor] = {}
+    if config.smoothquant or config.split_concats:
+        smooth = smoothing_vectors(dataset, graph, formats, config)
+    if config.awq:
+        smooth |= awq_vectors(dataset, graph, formats, config.awq.samples, ctx.seed)
+    amax = calibrate(dataset, formats, outputs, smooth, config)
+    # a smoothed layer quantizes a scaled copy of the concatenated tensor, so its input scale is its own
+    amax |= unify_scales(graph, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
     counts = {kind: list(formats.values()).count(kind) for kind in FORMATS}
-    return ", ".join(f"{count} layers in {kind}" for kind, count in counts.items() if count)
+    logger.info(", ".join(f"{count} layers in {kind}" for kind, count in counts.items() if count))
+    others = {name: kind for name, kind in formats.items() if kind != config.format}
+    return Quantization(config.format, amax, others, smooth)
+
+
+def trajectories_of(
+    checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context, student: nn.Module | None = None
+) -> TrajectoryDataset:
+    """Return the trajectories of the checkpoint's float model, or of its fake-quantized `student`.
+
+    They are recorded if a method reads them again.
+    """
+    model = checkpoint.model if student is None else student
+    facts = [checkpoint.hash, config.model_dump(mode="json"), ctx.data.hash if ctx.data else None]
+    read_again = (config.smoothquant, config.split_concats, config.awq, config.bounds, config.qat)
+    with_energies = config.qat and config.qat.feature_weight and student is None
+    return TrajectoryDataset(
+        model,
+        checkpoint.spec,
+        ctx.conditions,
+        samples=config.samples,
+        trained_on=config.qat.trajectories if config.qat and student is None else 0,
+        batch=config.batch,
+        work=ctx.work if student is None else ctx.work / "quantized",
+        run=json.dumps(facts),
+        recorded=student is not None or any(map(bool, read_again)),
+        blocks=tuple(adapter_for(model).blocks(model)) if with_energies else (),
+    )

@@ -51,7 +51,8 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
         factor = along(vector, modules[layer])
         modules[layer].weight_quantizer.pre_quant_scale = factor
         modules[layer].input_quantizer.pre_quant_scale = 1 / factor
-    attach_svdquant_(model, quantization)
+    if quantization.svdquant:
+        attach_svdquant_(model, quantization)
     return model.eval()
 
 

@@ -17,10 +17,10 @@ from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.calibration.observer import CALIBRATION_SEED
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.seeds import CALIBRATION_SEED
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate, noise_for
@@ -74,7 +74,7 @@ def test_every_calibration_method_keeps_the_output_close_to_the_float_one(
 
 def test_a_lower_percentile_gives_a_smaller_amax(small: Checkpoint, context: Callable[..., Context]) -> None:
     amaxes = [
-        scales_of(quantize(small, config(percentile=p), context(small))).amax["inner.input"].item()
+        scales_of(quantize(small, config(calibration={"percentile": p}), context(small))).amax["inner.input"].item()
         for p in (90.0, 99.0, 100.0)
     ]
     assert amaxes[0] < amaxes[1] < amaxes[2]
@@ -90,7 +90,9 @@ def q(x: torch.Tensor, amax: torch.Tensor) -> torch.Tensor:
 def test_fake_quantization_matches_the_formula(
     reduced: bool, outputs: bool, small: Checkpoint, context: Callable[..., Context]
 ) -> None:
-    checkpoint = quantize(small, config(reduce_range=reduced, outputs=outputs, percentile=95.0), context(small))
+    checkpoint = quantize(
+        small, config(reduce_range=reduced, outputs=outputs, calibration={"percentile": 95.0}), context(small)
+    )
     model: Any = fake_quantized(checkpoint)
     float_model: Any = small.model
     seen: dict[str, torch.Tensor] = {}
@@ -120,7 +122,7 @@ def test_calibration_evaluates_exactly_the_timesteps_of_the_plan(
             samples.append(inputs["sample"])
             return super().run(inputs)
 
-    monkeypatch.setattr("diffpress.compress.quantization.calibration.observer.TorchNetwork", Spy)
+    monkeypatch.setattr("diffpress.compress.quantization.trajectory_dataset.TorchNetwork", Spy)
     quantize(unet, config(samples=5, batch=3), context(unet))
     plan = [round(t) for t in unet.spec.plan.timesteps]
     assert [t for ts, _, _ in seen for t in ts] == plan + plan  # two batches

@@ -11,6 +11,7 @@ common factor has no effect. modelopt's awq_lite uses one vector per layer and w
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Mapping
 from typing import Any
@@ -18,14 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import Context
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of, visit_layers
 from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax, weight_amax
-from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, INT4, Format
-from diffpress.compress.quantization.layer_graph import trace_layer_graph
-from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
+from diffpress.compress.quantization.layer_graph import LayerGraph
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 
 logger = logging.getLogger(__name__)
 
@@ -37,35 +35,33 @@ LEAST_SHARE = 1e-4  # lower limit of a channel's mean magnitude, as a fraction o
 Vectors = dict[str, torch.Tensor]
 
 
-def awq_vectors(checkpoint: Checkpoint, formats: Mapping[str, str], config: QuantizeConfig, ctx: Context) -> Vectors:
-    """Return layer -> s, float32 [in], for linear layers with 4-bit weights; {} unless `config.awq`."""
-    modules = dict(checkpoint.model.named_modules())
+def awq_vectors(
+    dataset: TrajectoryDataset, graph: LayerGraph, formats: Mapping[str, str], samples: int, seed: int
+) -> Vectors:
+    """Return layer -> s, float32 [in], for linear layers with 4-bit weights, from `samples` drawn states."""
+    model = copy.deepcopy(dataset.model).float().eval()
+    modules: dict[str, Any] = dict(model.named_modules())
     candidates = [
-        n for n, kind in formats.items() if FORMATS[kind].weights is INT4 and isinstance(modules[n], nn.Linear)
+        name for name, kind in formats.items() if FORMATS[kind].weights is INT4 and isinstance(modules[name], nn.Linear)
     ]
-    if not config.awq or not candidates:
+    if not candidates:
         return {}
-    model = checkpoint.clone_model().float().eval()
-    float_modules: dict[str, Any] = dict(model.named_modules())
-    dataset = sample_trajectories(model, checkpoint, config.samples, config.batch, ctx)
-    group = {name: members for members in trace_layer_graph(checkpoint, candidates).groups for name in members}
+    group = {name: members for members in graph.shared_inputs(candidates) for name in members}
     found: Vectors = {}
     gains: list[float] = []
 
     def visit(name: str, layer: Any, x: torch.Tensor) -> None:
         if name in found:
             return
-        weights = [(float_modules[member].weight.detach(), FORMATS[formats[member]]) for member in group[name]]
+        weights = [(modules[member].weight.detach(), FORMATS[formats[member]]) for member in group[name]]
         x = rows_of(layer, x, ROWS, torch.Generator().manual_seed(0))[0]
         s, gain = best_vector(x, weights)
         gains.append(gain)
         found.update(dict.fromkeys(group[name], s.cpu()))
 
-    inputs = draw_rows(dataset, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
-    visit_layers(model, candidates, inputs, visit)
-    logger.info(
-        f"awq: {len(found)} linear layers; mean output error relative to unscaled {sum(gains) / len(gains):.2f}"
-    )
+    visit_layers(model, candidates, dataset.draw(samples, torch.Generator().manual_seed(seed)).inputs, visit)
+    mean = sum(gains) / len(gains)
+    logger.info(f"awq: {len(found)} linear layers; mean output error relative to unscaled {mean:.2f}")
     return found
 
 

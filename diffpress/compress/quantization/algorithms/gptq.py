@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
@@ -37,10 +38,8 @@ from diffpress.compress.quantization.algorithms.layer_rows import quadratic, row
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.algorithms.svdquant import product
 from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax
-from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
-from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 from diffpress.compress.training.resume import read_state, write_state
 
 logger = logging.getLogger(__name__)
@@ -54,15 +53,24 @@ WHAT = "state of rounding"
 Tensors = dict[str, torch.Tensor]
 
 
-def round_weights(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Checkpoint:
-    """Return the quantized `checkpoint` with weights rounded to their integer grid by GPTQ; scales are unchanged."""
+def round_weights(
+    checkpoint: Checkpoint, student: nn.Module, dataset: TrajectoryDataset, samples: int, ctx: Context
+) -> Checkpoint:
+    """Return the quantized `checkpoint` with weights rounded to their integer grid by GPTQ; scales are unchanged.
+
+    Args:
+        checkpoint: The quantized checkpoint.
+        student: Its fake-quantized model in float32, modified in place.
+        dataset: Trajectories of `student`.
+        samples: Number of states to draw from them.
+        ctx: Seed and folder of the stage.
+    """
     scales, result = checkpoint.quantization, checkpoint.clone_model()
     assert scales is not None
     layers = [name for name in scales.layers if FORMATS[scales.format_of(name)].weights.is_integer]
-    run = json.dumps([checkpoint.hash, config.model_dump(mode="json"), ctx.seed])
-    student: Any = fake_quantized(checkpoint.evolve(model=checkpoint.clone_model().float()))
-    folder = ctx.work / "rounding"
-    inputs = _cached(folder / "states.safetensors", run, partial(_draw_states, student, checkpoint, config, ctx))
+    run, folder = json.dumps([dataset.run, samples, ctx.seed]), ctx.work / "rounding"
+    draw = lambda: dataset.draw(samples, torch.Generator().manual_seed(ctx.seed)).inputs  # noqa: E731
+    inputs = _cached(folder / "states.safetensors", run, draw)
     errors: list[float] = []
     with progress("round", len(layers)) as advance:
 
@@ -89,11 +97,6 @@ def quantization_step(scales: Quantization, name: str, layer: Any) -> torch.Tens
     weight = layer._parameters["weight"]
     largest = FORMATS[scales.format_of(name)].weights.largest
     return (broadcast_amax(scales.amax[f"{name}.weight"], weight) / largest).expand_as(weight)
-
-
-def _draw_states(student: Any, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Tensors:
-    dataset = sample_trajectories(student, checkpoint, config.samples, config.batch, ctx)
-    return draw_rows(dataset, config.rounding_samples, torch.Generator().manual_seed(ctx.seed))
 
 
 def _rounded(layer: Any, x: torch.Tensor, scale: torch.Tensor, smooth: torch.Tensor | None) -> Tensors:

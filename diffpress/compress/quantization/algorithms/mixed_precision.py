@@ -13,7 +13,7 @@ Fréchet distance of its samples relative to the float model's.
 
 Bisection assumes that quality and cost grow with k, which holds up to measurement noise; at the k it returns, every
 bound has been measured. If the bounds cannot be kept together, the stage fails like a gate and reports by how much.
-Mode qat trains the result.
+QAT then trains the result.
 """
 
 from __future__ import annotations
@@ -36,10 +36,16 @@ from diffpress.compress.evaluation.features import load_features, load_reference
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.algorithms.sensitivity import States, decibels, noise_by_layer, quantized_layers
-from diffpress.compress.quantization.config import BoundsConfig, QuantizeConfig
+from diffpress.compress.quantization.algorithms.sensitivity import (
+    OutputNoise,
+    decibels,
+    noise_by_layer,
+    quantized_layers,
+)
+from diffpress.compress.quantization.config import BoundsConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 from diffpress.runtime.engines import available
 from diffpress.runtime.errors import GateFailedError, InvalidInputError, MissingDependencyError
 from diffpress.runtime.network_inputs import Network
@@ -55,20 +61,17 @@ LEAST_GAIN = 1e-3
 Measure = Callable[[int], float]
 
 
-def check_bounds(config: QuantizeConfig, spec: DenoiserSpec, has_engines: bool) -> None:
+def check_bounds(bounds: BoundsConfig, spec: DenoiserSpec, has_engines: bool) -> None:
     """Check that the bounds can be measured; `has_engines` tells whether the run has engines.
 
     Raises:
         InvalidInputError: A bound cannot be measured for this model or run.
         MissingDependencyError: The target engine is not installed.
     """
-    bounds = config.bounds
-    if bounds is None:
-        return
     if bounds.max_frechet_ratio is not None:
         load_features(FEATURES, spec)
-    if has_engines and config.target not in available():
-        raise MissingDependencyError(config.target, config.target, f"quantize: target {config.target}")
+    if has_engines and bounds.engine not in available():
+        raise MissingDependencyError(bounds.engine, bounds.engine, f"quantize: bounds: engine {bounds.engine}")
     if not has_engines:
         _refuse_engine_bounds(bounds, "but this run has none")
 
@@ -79,7 +82,9 @@ def _refuse_engine_bounds(bounds: BoundsConfig, why: str) -> None:
             raise InvalidInputError(f"quantize: bounds: {name} is measured in an engine, {why}; remove it")
 
 
-def mix(checkpoint: Checkpoint, scales: Quantization, config: QuantizeConfig, ctx: Context) -> Quantization:
+def within_bounds(
+    checkpoint: Checkpoint, scales: Quantization, dataset: TrajectoryDataset, bounds: BoundsConfig, ctx: Context
+) -> Quantization:
     """Return `scales` of the float `checkpoint` without the layers and sums that the bounds require in float.
 
     The measurements are stored in the context's notes as 'mixed'.
@@ -88,17 +93,16 @@ def mix(checkpoint: Checkpoint, scales: Quantization, config: QuantizeConfig, ct
         GateFailedError: The bounds cannot be kept together.
         InvalidInputError: A bound cannot be measured in this run.
     """
-    assert config.bounds is not None
-    bounds, quantized = config.bounds, checkpoint.evolve(quantization=scales)
-    with _costs(checkpoint, config, ctx) as costs:
+    quantized = checkpoint.evolve(quantization=scales)
+    with _costs(checkpoint, bounds, ctx) as costs:
         frechet = _frechet(checkpoint, bounds, costs)  # first: it refuses samples that it cannot score
-        states = States(checkpoint, config, ctx)
-        noise = noise_by_layer(quantized, states, ctx)
+        output_noise = OutputNoise(quantized, dataset, ctx.seed)
+        noise = noise_by_layer(quantized, output_noise, ctx)
         gains = _macs(checkpoint, scales) if costs is None else costs.gains_ms(scales)
         sizes = {layer: _bytes_saved(checkpoint, scales, layer) for layer in noise}
         trials = []
         for gain in (gains, sizes) if bounds.max_size_mib is not None else (gains,):
-            trial = _Trial(quantized, _noise_order(noise, gain), states, costs, frechet)
+            trial = _Trial(scales, _noise_order(noise, gain), output_noise, costs, frechet)
             trials.append((trial, _choose_k(trial, bounds)))
             if not _violations(trial, trials[-1][1], bounds):
                 break
@@ -112,7 +116,7 @@ def mix(checkpoint: Checkpoint, scales: Quantization, config: QuantizeConfig, ct
         for layer in sorted(noise, key=lambda layer: -noise[layer])
     }
     in_float = trial.order[:k]
-    ctx.notes["mixed"] = {"target": config.target, "in_float": in_float, **figures, "places": rows}
+    ctx.notes["mixed"] = {"target": bounds.engine, "in_float": in_float, **figures, "places": rows}
     logger.info(f"{k} of {len(noise)} quantized layers and sums return to float: {_formatted(figures['chosen'])}")
     if violated:
         raise GateFailedError(
@@ -128,14 +132,14 @@ class _Trial:
 
     def __init__(
         self,
-        quantized: Checkpoint,
+        scales: Quantization,
         order: list[str],
-        states: States,
+        noise: OutputNoise,
         costs: EngineCosts | None,
         frechet: Callable[[Quantization], float] | None,
     ) -> None:
         self.order = order
-        self._quantized, self._states, self._costs = quantized, states, costs
+        self._scales, self._noise = scales, noise
         self.measures: dict[str, Measure] = {"sqnr_db": cache(self._sqnr_db)}
         if costs is not None:
             self.measures["latency_ratio"] = cache(lambda k: costs.latency_ratio(self.scales(k)))
@@ -145,15 +149,14 @@ class _Trial:
 
     def scales(self, k: int) -> Quantization:
         """Return the scales without the first k of the order."""
-        assert self._quantized.quantization is not None
-        return self._quantized.quantization.without(self.order[:k])
+        return self._scales.without(self.order[:k])
 
     def figures(self, k: int) -> dict[str, float]:
         """Return all measurements by name, rounded to 4 decimals."""
         return {name: round(measure(k), 4) for name, measure in self.measures.items()}
 
     def _sqnr_db(self, k: int) -> float:
-        return decibels(self._states.noise(fake_quantized(self._quantized.evolve(quantization=self.scales(k)))))
+        return decibels(self._noise.of(self.order[k:]))
 
 
 def _choose_k(trial: _Trial, bounds: BoundsConfig) -> int:
@@ -183,10 +186,8 @@ def smallest(low: int, high: int, holds: Callable[[int], bool]) -> int:
 def _violations(trial: _Trial, k: int, bounds: BoundsConfig) -> list[str]:
     """Describe the bounds that do not hold with the first k in float."""
     found = ["no layer would remain quantized"] if k == len(trial.order) else []
-    for name, bound in bounds.model_dump().items():
+    for name, bound in bounds.limits.items():
         side, _, what = name.partition("_")
-        if bound is None:
-            continue
         value = trial.measures[what](k)
         if value < bound if side == "min" else value > bound:
             found.append(f"{what} is {value:.4g}, {name} is {bound:g}")
@@ -200,14 +201,13 @@ def _noise_order(noise: Mapping[str, float], gain: Mapping[str, float]) -> list[
 
 
 @contextmanager
-def _costs(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Iterator[EngineCosts | None]:
-    assert config.bounds is not None
+def _costs(checkpoint: Checkpoint, bounds: BoundsConfig, ctx: Context) -> Iterator[EngineCosts | None]:
     if ctx.open_engine_costs is not None and not is_large(checkpoint.model):
-        with ctx.open_engine_costs(checkpoint, config.target) as costs:
+        with ctx.open_engine_costs(checkpoint, bounds.engine) as costs:
             yield costs
         return
     if ctx.open_engine_costs is not None:
-        _refuse_engine_bounds(config.bounds, "but the model is too large to be timed")
+        _refuse_engine_bounds(bounds, "but the model is too large to be timed")
     logger.info("not timed in an engine: MACs are used as the gain of a layer")
     yield None
 
@@ -261,8 +261,7 @@ def _bytes_saved(checkpoint: Checkpoint, scales: Quantization, layer: str) -> fl
     if f"{layer}.weight" not in scales.amax:
         return 0.0
     weight: Any = checkpoint.model.get_submodule(layer).weight
-    bits = FORMATS[scales.format_of(layer)].weights.bits
-    return weight.numel() * (4.0 - (bits if isinstance(bits, int) else 1 + sum(bits)) / 8.0)
+    return float(weight.numel() * (4.0 - FORMATS[scales.format_of(layer)].weights.width / 8.0))
 
 
 def _formatted(figures: Mapping[str, float]) -> str:

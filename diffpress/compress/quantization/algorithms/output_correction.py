@@ -26,11 +26,10 @@ import numpy as np
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
-from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.seeds import OUTPUT_CORRECTION_SEED
 from diffpress.runtime.denoiser import Predict, denoiser_from_predictor, make_predictor
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs, Network
@@ -42,14 +41,14 @@ from diffpress.runtime.spec import DenoiserSpec
 
 logger = logging.getLogger(__name__)
 
-OUTPUT_CORRECTION_SEED = 5_000_000  # disjoint from the seeds used for sampling, calibration and evaluation
 
-
-def correct(checkpoint: Checkpoint, reference: nn.Module, config: QuantizeConfig, ctx: Context) -> Checkpoint:
+def with_output_corrections(
+    checkpoint: Checkpoint, reference: nn.Module, conditions: ConditioningInputs, samples: int, batch: int
+) -> Checkpoint:
     """Return the quantized `checkpoint` with corrections towards `reference`, the float model, in its plan."""
     spec = checkpoint.spec
     network, exact = (TorchNetwork(model, spec) for model in (fake_quantized(checkpoint), reference))
-    found = measure_corrections(network, exact, spec, config.samples, config.batch, ctx.conditions(config.samples))
+    found = measure_corrections(network, exact, spec, samples, batch, conditions)
     largest = max(abs(correction.slope) for correction in found)
     logger.info(f"output corrections for {len(found)} timesteps, slopes up to {largest:.2%}")
     return checkpoint.evolve(spec=spec.with_plan(replace(spec.plan, output_corrections=found)))

@@ -3,10 +3,11 @@
 Training goes through modelopt's fake quantizers q and starts from the scales of post-training quantization. With o the
 outputs, e the block energies, w the weights of the quantized student and w_0 those of the full-precision model,
 
-    L = |o(q(w)) - o(w_0)|^2  +  w_feat mean_b |e_s^b - e_t^b|^2 / |e_t^b|^2        (energies: distillation/features.py)
+    L = |o(q(w)) - o(w_0)|^2  +  w_feat mean_b |e_s^b - e_t^b|^2 / |e_t^b|^2        (block_features.py)
     dq(x)/dx = 1 where |x| <= amax, else 0                (the straight-through estimator, Bengio et al. 2013)
 
-Inputs are states of the full-precision model's own trajectory (trajectory_dataset.py). Activation scales and smoothing
+Inputs are states of the full-precision model's own trajectory, recorded with its outputs and energies
+(trajectory_dataset.py), so that it is not evaluated during training. Activation scales and smoothing
 stay as calibrated; weight scales follow the weights, which are trained in full or by low-rank factors (qat_updates.py).
 As with post-training quantization, the result is float weights and the amax of every quantizer. If training did not
 bring the output closer to the full-precision model's, a message says so.
@@ -22,14 +23,15 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.block_features import capture_features, feature_distance
+from diffpress.compress.distillation.block_features import capture_energies, energy_distance
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.algorithms.qat_updates import Full, LowRank, weight_scalings, weights_of
-from diffpress.compress.quantization.config import QuantizeConfig
-from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, draw_rows, sample_trajectories
+from diffpress.compress.quantization.config import QATConfig
+from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.quantization.trajectory_dataset import States, TrajectoryDataset
 from diffpress.compress.training.loop import Objective, Training, train
 from diffpress.compress.training.losses import Tensors
 
@@ -38,18 +40,22 @@ logger = logging.getLogger(__name__)
 CHECKED_STATES = 32
 
 
-def qat(
-    checkpoint: Checkpoint, scales: Quantization, student: nn.Module, config: QuantizeConfig, ctx: Context
-) -> Checkpoint:
-    """Train `student`, a float32 copy of the float `checkpoint`'s model with quantizers of these `scales`.
+def qat(quantized: Checkpoint, dataset: TrajectoryDataset, config: QATConfig, batch: int, ctx: Context) -> Checkpoint:
+    """Return the `quantized` checkpoint with trained weights and their scales.
 
-    Returns:
-        The checkpoint with the trained weights and their scales. `student` is modified in place.
+    Args:
+        quantized: The checkpoint, with scales from post-training quantization.
+        dataset: Trajectories of its float model, with outputs and energy maps.
+        config: Settings of the training.
+        batch: States per step in each process.
+        ctx: Seed and folder of the stage.
     """
+    scales = quantized.quantization
+    assert scales is not None
     device = Accelerator(mixed_precision="no").device
-    teacher = checkpoint.clone_model().float().eval().to(device)
-    dataset = sample_trajectories(teacher, checkpoint, config.trajectories, config.batch, ctx)
-    before = _sqnr_db(student.to(device), teacher, dataset)
+    student = fake_quantized(quantized.evolve(model=quantized.clone_model().float()))
+    checked = dataset.draw(CHECKED_STATES, torch.Generator().manual_seed(0), config.trajectories)
+    before = _sqnr_db(student.to(device), checked)
     run = Training(
         config.steps, config.learning_rate, config.warmup, config.ema, ctx.seed, config.save_every, ctx.work, "qat"
     )
@@ -59,38 +65,35 @@ def qat(
         if config.updates == "low_rank"
         else Full(student.to("cpu"), scaling)
     )
-    train(trainee, _loss(teacher, dataset, config), run)
+    train(trainee, _objective(dataset, config, batch), run)
     student = trainee.merged()
-    after = _sqnr_db(student.to(device), teacher, dataset)
+    after = _sqnr_db(student.to(device), checked)
     logger.info(f"output SQNR against the float model: {before:.1f} dB before training, {after:.1f} dB after")
     if not after > before:
-        logger.info("training did not improve the output SQNR: lower learning_rate, or use mode ptq")
-    trained, model = student.to("cpu").state_dict(), checkpoint.clone_model()
+        logger.info("training did not improve the output SQNR: lower qat.learning_rate, or remove qat")
+    trained, model = student.to("cpu").state_dict(), quantized.clone_model()
     model.load_state_dict({name: trained[name] for name in model.state_dict()})  # without the quantizers' buffers
     amax = {f"{name}.weight": scaling[name].amax(weight) for name, weight in weights_of(model, scaling).items()}
-    return checkpoint.evolve(model=model, quantization=replace(scales, amax=scales.amax | amax))
+    return quantized.evolve(model=model, quantization=replace(scales, amax=scales.amax | amax))
 
 
-def _sqnr_db(model: nn.Module, teacher: nn.Module, dataset: TrajectoryDataset) -> float:
-    """Return the SQNR of the model's outputs against the teacher's; the states are the same in every call."""
-    device = next(teacher.parameters()).device
-    inputs = draw_rows(dataset, CHECKED_STATES, torch.Generator().manual_seed(0))
-    inputs = {name: value.to(device) for name, value in inputs.items()}
+def _sqnr_db(model: nn.Module, states: States) -> float:
+    """Return the SQNR of the model's outputs on these states against the float model's."""
+    device = next(model.parameters()).device
     with torch.no_grad():
-        reference, found = (adapter_for(m).forward(m.eval(), inputs).cpu().numpy() for m in (teacher, model))
-    return sqnr_db(reference, found)
+        out = adapter_for(model).forward(model.eval(), {name: x.to(device) for name, x in states.inputs.items()})
+    return sqnr_db(states.outputs.numpy(), out.cpu().numpy())
 
 
-def _loss(teacher: nn.Module, dataset: TrajectoryDataset, config: QuantizeConfig) -> Objective:
-    blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
+def _objective(dataset: TrajectoryDataset, config: QATConfig, batch: int) -> Objective:
+    def draw(generator: torch.Generator, share: float) -> States:
+        return dataset.draw(batch, generator, config.trajectories)
 
-    def loss(student: nn.Module, inputs: Tensors) -> torch.Tensor:
-        with torch.no_grad(), capture_features(teacher, blocks) as reference:
-            target = adapter_for(teacher).forward(teacher, inputs)
+    def loss(student: nn.Module, inputs: Tensors, outputs: torch.Tensor, energies: Tensors) -> torch.Tensor:
         trainee: Any = getattr(student, "module", student)  # unwrap DDP
-        with capture_features(trainee.base, blocks) as found:
+        with capture_energies(trainee.base, list(energies)) as found:
             out = student(inputs)
-        output_loss = torch.mean((out - target) ** 2)
-        return output_loss + config.feature_weight * feature_distance(found, reference) if blocks else output_loss
+        output_loss = torch.mean((out - outputs) ** 2)
+        return output_loss + config.feature_weight * energy_distance(found, energies) if energies else output_loss
 
-    return Objective(lambda generator, share: (draw_rows(dataset, config.batch, generator),), loss)
+    return Objective(draw, loss)

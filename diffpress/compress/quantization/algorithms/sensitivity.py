@@ -10,49 +10,51 @@ accurate enough to order modules; the noise of a set is measured on the set.
 
 from __future__ import annotations
 
-import itertools
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
-from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, write_json
 
 ROWS, ROWS_OF_LARGE = 64, 8
+ROWS_TO_ORDER = 32  # of a single module, whose noise only gives its place in an order
 FILE = "sensitivity.json"
 
 
-class States:
-    """States that the float model visits, with its outputs there."""
+class OutputNoise:
+    """Noise of a quantized checkpoint's output on states of the float model's trajectories, for any set of modules."""
 
-    def __init__(self, checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> None:
-        rows = ROWS_OF_LARGE if is_large(checkpoint.model) else ROWS
-        dataset = sample_trajectories(checkpoint.model, checkpoint, min(rows, config.samples), config.batch, ctx)
-        rows_by_name = draw_rows(dataset, rows, torch.Generator().manual_seed(ctx.seed))
-        parts = [slice(start, start + config.batch) for start in range(0, rows, config.batch)]
-        self._spec = checkpoint.spec
-        self._inputs = [{name: value[part].numpy() for name, value in rows_by_name.items()} for part in parts]
-        self._reference = self._outputs(checkpoint.model)
+    def __init__(self, quantized: Checkpoint, dataset: TrajectoryDataset, seed: int) -> None:
+        self.rows = ROWS_OF_LARGE if is_large(quantized.model) else ROWS
+        states = dataset.draw(self.rows, torch.Generator().manual_seed(seed))
+        self._inputs = {name: value.numpy() for name, value in states.inputs.items()}
+        self._reference, self._batch = states.outputs.numpy(), dataset.batch
+        model = fake_quantized(quantized)
+        self._network, self._quantizers = TorchNetwork(model, quantized.spec), _quantizers(model)
 
-    def noise(self, model: nn.Module) -> float:
-        """Return the power of the difference between this model's outputs and the float model's, relative to theirs."""
-        pairs = list(zip(self._reference, self._outputs(model), strict=True))
-        errors = sum(float(((found - reference).astype(np.float64) ** 2).sum()) for reference, found in pairs)
-        return errors / sum(float((reference.astype(np.float64) ** 2).sum()) for reference, _ in pairs)
-
-    def _outputs(self, model: nn.Module) -> list[np.ndarray]:
-        network = TorchNetwork(model, self._spec)
-        return [network.run(inputs) for inputs in self._inputs]
+    def of(self, modules: Collection[str], rows: int | None = None) -> float:
+        """Return the noise with only `modules` quantized, on the first `rows` of the states."""
+        for name, quantizers in self._quantizers.items():
+            for quantizer in quantizers:
+                quantizer.enable() if name in modules else quantizer.disable()
+        errors = power = 0.0
+        rows = self.rows if rows is None else min(rows, self.rows)
+        for start in range(0, rows, self._batch):
+            part = slice(start, min(start + self._batch, rows))
+            out = self._network.run({name: value[part] for name, value in self._inputs.items()})
+            errors += float(((out - self._reference[part]).astype(np.float64) ** 2).sum())
+            power += float((self._reference[part].astype(np.float64) ** 2).sum())
+        return errors / power
 
 
 def quantized_layers(quantization: Quantization) -> list[str]:
@@ -60,39 +62,30 @@ def quantized_layers(quantization: Quantization) -> list[str]:
     return sorted({key.rpartition(".")[0] for key in quantization.amax})
 
 
-def noise_by_layer(checkpoint: Checkpoint, states: States, ctx: Context) -> dict[str, float]:
-    """Return module -> noise for every quantized module of the checkpoint, with one pass over the states each.
+def noise_by_layer(quantized: Checkpoint, noise: OutputNoise, ctx: Context) -> dict[str, float]:
+    """Return module -> noise for every quantized module of the checkpoint.
 
     Measurements of a killed run are read from the context's folder.
 
     Raises:
         InvalidInputError: The output is not finite; the message names the module.
     """
-    assert checkpoint.quantization is not None
-    names, file = quantized_layers(checkpoint.quantization), ctx.work / FILE
+    assert quantized.quantization is not None
+    names, file = quantized_layers(quantized.quantization), ctx.work / FILE
     stored = read_json(file) if file.is_file() else {}
-    found: dict[str, float] = stored["noise"] if stored.get("checkpoint") == checkpoint.hash else {}
-    model = fake_quantized(checkpoint)
-    quantizers = _quantizers(model)
-    for quantizer in itertools.chain(*quantizers.values()):
-        quantizer.disable()
+    found: dict[str, float] = stored["noise"] if stored.get("checkpoint") == quantized.hash else {}
     with progress("sensitivity", len(names), len(found)) as advance:
         for name in names:
             if name in found:
                 continue
-            for quantizer in quantizers[name]:
-                quantizer.enable()
-            noise = states.noise(model)
-            for quantizer in quantizers[name]:
-                quantizer.disable()
-            if not np.isfinite(noise):
+            found[name] = noise.of({name}, ROWS_TO_ORDER)
+            if not np.isfinite(found[name]):
                 raise InvalidInputError(
                     f"quantize: the output is not finite with only '{name}' quantized; keep it in float with "
                     f"ignored_layers: [{name}]"
                 )
-            found[name] = noise
-            write_json(file, {"checkpoint": checkpoint.hash, "noise": found})
-            advance(len(found), f"{name} {decibels(noise):.1f} dB")
+            write_json(file, {"checkpoint": quantized.hash, "noise": found})
+            advance(len(found), f"{name} {decibels(found[name]):.1f} dB")
     return found
 
 
@@ -101,7 +94,7 @@ def decibels(noise: float) -> float:
     return float(-10.0 * np.log10(max(noise, 1e-20)))
 
 
-def _quantizers(model: nn.Module) -> dict[str, list[Any]]:
+def _quantizers(model: torch.nn.Module) -> dict[str, list[Any]]:
     """Return module -> its enabled quantizers."""
     from modelopt.torch.quantization.nn import TensorQuantizer
 

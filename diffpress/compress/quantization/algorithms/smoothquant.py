@@ -12,18 +12,18 @@ If a layer reads a concatenation of stream and skip, the two can differ widely i
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import Context
-from diffpress.compress.quantization.calibration.observer import NonFiniteError, collect_activations
+from diffpress.compress.quantization.calibration.observer import NonFiniteError
 from diffpress.compress.quantization.config import QuantizeConfig
-from diffpress.compress.quantization.layer_graph import channel_axis, trace_layer_graph
+from diffpress.compress.quantization.formats import FORMATS
+from diffpress.compress.quantization.layer_graph import LayerGraph, channel_axis
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 
 SMOOTHED: tuple[type[nn.Module], ...] = (nn.Linear,)
 CONCAT_ALPHA = 0.5
@@ -32,21 +32,22 @@ LEAST_SHARE = 1e-3  # lower limit of a channel's maximum, as a fraction of the l
 Vectors = dict[str, torch.Tensor]
 
 
-def smoothing(checkpoint: Checkpoint, layers: Iterable[str], config: QuantizeConfig, ctx: Context) -> Vectors:
-    """Return layer -> s, float32 [in], for those of `layers` that `config.smooth` and `config.split_concats` apply to.
+def smoothing_vectors(
+    dataset: TrajectoryDataset, graph: LayerGraph, formats: Mapping[str, str], config: QuantizeConfig
+) -> Vectors:
+    """Return layer -> s, float32 [in], for the layers that `smoothquant` and `split_concats` apply to.
 
-    This is a separate sampling run, before the one that calibrates the scales of the smoothed tensors.
+    These have quantized inputs in `formats`, layer -> format name. The states are evaluated once for this, before the
+    scales of the smoothed tensors are calibrated.
     """
-    if not config.smooth and not config.split_concats:
-        return {}
-    modules: dict[str, Any] = dict(checkpoint.model.named_modules())
-    candidates = [name for name in layers if getattr(modules[name], "groups", 1) == 1]
-    layer_graph = trace_layer_graph(checkpoint, candidates)
-    smoothed = {name for name in candidates if config.smooth and isinstance(modules[name], SMOOTHED)}
+    modules: dict[str, Any] = dict(dataset.model.named_modules())
+    quantized_inputs = [name for name, kind in formats.items() if FORMATS[kind].activations]
+    candidates = [name for name in quantized_inputs if getattr(modules[name], "groups", 1) == 1]
+    smoothed = {name for name in candidates if config.smoothquant and isinstance(modules[name], SMOOTHED)}
     chosen = [
         group
-        for group in layer_graph.groups
-        if group[0] in smoothed or (config.split_concats and group[0] in layer_graph.parts)
+        for group in graph.shared_inputs(candidates)
+        if group[0] in smoothed or (config.split_concats and group[0] in graph.concats)
     ]
     largest = {group[0]: torch.zeros(modules[group[0]].weight.shape[1]) for group in chosen}
     observers = {
@@ -55,15 +56,15 @@ def smoothing(checkpoint: Checkpoint, layers: Iterable[str], config: QuantizeCon
         for name in group
     }
     if observers:
-        collect_activations(checkpoint, observers, largest, "smooth", config, ctx)
+        dataset.observe("smooth", observers, largest)
     found: Vectors = {}
     for group in chosen:
         x = largest[group[0]]
         w = torch.stack([_input_channel_max(modules[name].weight) for name in group]).amax(0)
-        if group[0] in smoothed:
-            s = vector(x, w, config.smooth)
+        if group[0] in smoothed and config.smoothquant:
+            s = vector(x, w, config.smoothquant.alpha)
         else:
-            widths = layer_graph.parts[group[0]]
+            widths = graph.concats[group[0]]
             x, w = (torch.cat([part.amax().expand(len(part)) for part in v.split(widths)]) for v in (x, w))
             s = vector(x, w, CONCAT_ALPHA)
         found |= dict.fromkeys(group, s)

@@ -16,21 +16,21 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.checkpoint import Quantization
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.formats import FORMATS
 
 Tensors = dict[str, torch.Tensor]
 
 
-def with_svdquant(checkpoint: Checkpoint, scales: Quantization, rank: int) -> Quantization:
+def with_svdquant(model: nn.Module, scales: Quantization, rank: int) -> Quantization:
     """Add a branch of this rank to `scales` for every linear layer in the stage's format whose rank is larger."""
     from modelopt.torch.quantization.model_calib import svd
 
     svdquant: Tensors = {}
     amax = {key: value.clone() for key, value in scales.amax.items()}
     for name in scales.layers:
-        layer = checkpoint.model.get_submodule(name)
+        layer = model.get_submodule(name)
         if not isinstance(layer, nn.Linear) or name in scales.formats or min(layer.weight.shape) <= rank:
             continue
         smooth = scales.smooth.get(name, torch.ones(layer.in_features))

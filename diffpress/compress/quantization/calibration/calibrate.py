@@ -1,8 +1,8 @@
 """Scales of activations and weights, calibrated while the model samples under its own plan.
 
-Weights have one amax per output channel or block, activations one per tensor. Activation statistics are streamed while
-the model samples, so they cover the inputs and timesteps of deployment, and memory holds the statistics only. With
-smoothing the model samples twice: the smoothing vectors (smoothquant.py) must be known before statistics are collected.
+Weights have one amax per output channel or block, activations one per tensor. Activation statistics are streamed over
+the states of the model's own trajectories, so they cover the inputs and timesteps of deployment, and memory holds the
+statistics only.
 
 With `reduce_range` a weight's amax is multiplied by 127/64, which keeps its integers within -64..64: CPUs without VNNI
 add two products of a uint8 and an int8 in 16 bits, and 2 * 255 * 64 is the largest sum that fits (the documentation of
@@ -16,17 +16,16 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import Context
-from diffpress.compress.quantization.algorithms.awq import awq_vectors
-from diffpress.compress.quantization.algorithms.smoothquant import along, smoothing
+from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.calibration.clip_range import amax_of
-from diffpress.compress.quantization.calibration.observer import Observer, collect_activations, evaluations_per_batch
+from diffpress.compress.quantization.calibration.observer import Observer
 from diffpress.compress.quantization.calibration.statistics import Statistics, empty_statistics, update_statistics_
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, INT8
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, evaluations_per_batch
 from diffpress.runtime.errors import InvalidInputError
 
 LEVELS, REDUCED_LEVELS = 127, 64
@@ -35,43 +34,49 @@ Tensors = dict[str, torch.Tensor]
 
 
 def calibrate(
-    checkpoint: Checkpoint, formats: Mapping[str, str], outputs: Iterable[str], config: QuantizeConfig, ctx: Context
-) -> tuple[Tensors, Tensors]:
+    dataset: TrajectoryDataset,
+    formats: Mapping[str, str],
+    outputs: Iterable[str],
+    smooth: Mapping[str, torch.Tensor],
+    config: QuantizeConfig,
+) -> Tensors:
     """Calibrate every quantizer; if no activation is quantized, the model is not run.
 
     Args:
-        checkpoint: The float checkpoint.
+        dataset: The states of the float model.
         formats: Layer -> format name.
         outputs: Modules whose outputs are quantized too (layer_selection.py).
+        smooth: Layer -> smoothing vector.
         config: Settings of the stage.
-        ctx: Seed, data and working folder of the stage.
 
     Returns:
-        The amax of every quantizer, '<layer>.<weight|input|output>' -> float32 tensor, and layer -> smoothing vector.
+        The amax of every quantizer, '<layer>.<weight|input|output>' -> float32 tensor.
 
     Raises:
         InvalidInputError: A scale is zero, infinite or missing, or a value is not finite; the message names the layer.
     """
-    modules = dict(checkpoint.model.named_modules())
-    numbers = {name: number for name, kind in formats.items() if (number := FORMATS[kind].activations)}
-    floats = [name for name, number in numbers.items() if not number.is_integer]
-    if config.calibration == "entropy" and floats:
-        raise InvalidInputError(
-            f"quantize: calibration entropy requires integer formats, but layer '{floats[0]}' is in "
-            f"{formats[floats[0]]}; use mse, percentile or max"
-        )
-    smooth = smoothing(checkpoint, numbers, config, ctx) | awq_vectors(checkpoint, formats, config, ctx)
-    keys = [f"{name}.input" for name in numbers] + [f"{name}.output" for name in outputs]
-    statistics = empty_statistics(keys, evaluations_per_batch(checkpoint))
+    modules = dict(dataset.model.named_modules())
+    quantized_inputs = [name for name, kind in formats.items() if FORMATS[kind].activations]
+    keys = [f"{name}.input" for name in quantized_inputs] + [f"{name}.output" for name in outputs]
+    statistics = empty_statistics(keys, evaluations_per_batch(dataset.spec))
     observers: dict[str, Observer] = {key: partial(update_statistics_, statistics, i) for i, key in enumerate(keys)}
     for name, s in smooth.items():
-        if name in numbers:
-            observers[f"{name}.input"] = partial(
-                _observe_smoothed, observers[f"{name}.input"], 1 / along(s, modules[name])
-            )
+        if (key := f"{name}.input") in observers:
+            observers[key] = partial(_observe_smoothed, observers[key], 1 / along(s, modules[name]))
     if keys:
-        collect_activations(checkpoint, observers, statistics.tensors, "calibrate", config, ctx)
-    return _amax(checkpoint, formats, statistics, smooth, config), smooth
+        dataset.observe("calibrate", observers, statistics.tensors)
+    return _amax(dataset.model, formats, statistics, smooth, config)
+
+
+def check_calibration(formats: Mapping[str, str], config: QuantizeConfig) -> None:
+    """Raise InvalidInputError, naming a layer, if the calibration method does not apply to one of the formats."""
+    for name, kind in formats.items():
+        number = FORMATS[kind].activations
+        if config.calibration.method == "entropy" and number and not number.is_integer:
+            raise InvalidInputError(
+                f"quantize: calibration entropy requires integer formats, but layer '{name}' is in {kind}; "
+                "use mse, percentile or max"
+            )
 
 
 def _observe_smoothed(observe: Observer, factor: torch.Tensor, x: torch.Tensor, evaluation: int, samples: int) -> None:
@@ -79,9 +84,13 @@ def _observe_smoothed(observe: Observer, factor: torch.Tensor, x: torch.Tensor, 
 
 
 def _amax(
-    checkpoint: Checkpoint, formats: Mapping[str, str], statistics: Statistics, smooth: Tensors, config: QuantizeConfig
+    model: nn.Module,
+    formats: Mapping[str, str],
+    statistics: Statistics,
+    smooth: Mapping[str, torch.Tensor],
+    config: QuantizeConfig,
 ) -> Tensors:
-    modules: dict[str, Any] = dict(checkpoint.model.named_modules())
+    modules: dict[str, Any] = dict(model.named_modules())
     found: Tensors = {}
     for name, kind in formats.items():
         layer, form = modules[name], FORMATS[kind]
@@ -91,10 +100,11 @@ def _amax(
         # products can overflow only where the engine multiplies integers
         reduced = config.reduce_range and form.weights is INT8 and form.activations is INT8
         found[f"{name}.weight"] = weight_amax(weight, form) * (LEVELS / REDUCED_LEVELS if reduced else 1.0)
+    method, percentile = config.calibration.method, config.calibration.percentile
     for i, key in enumerate(statistics.names):
         name = key.rpartition(".")[0]
         number = (FORMATS[formats[name]].activations if name in formats else None) or INT8
-        found[key] = torch.tensor(amax_of(statistics, i, config.calibration, number, config.percentile))
+        found[key] = torch.tensor(amax_of(statistics, i, method, number, percentile))
     for key, value in found.items():
         if not (torch.isfinite(value).all() and (value > 0).all()):
             name, _, what = key.rpartition(".")

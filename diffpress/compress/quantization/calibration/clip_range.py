@@ -18,14 +18,11 @@ is the error of values from 0 to x for an amax of 1, and amax^3 E(x / amax) for 
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 
 from diffpress.compress.quantization.calibration.statistics import BINS, Statistics
+from diffpress.compress.quantization.config import Method
 from diffpress.compress.quantization.formats import Number
-
-Method = Literal["max", "percentile", "mse", "entropy", "step_means"]
 
 # mse search: ratio between successive candidates, and number of candidates in the second search around the best one
 COARSE, FINE = 1.05, 33

@@ -1,4 +1,4 @@
-"""Activation observers on the inputs and outputs of all layers while the model samples once under its own plan.
+"""Observers of the inputs and outputs of layers, and the network that calls them while it is sampled.
 
 A killed run resumes from its last save with an identical result. The save holds the observers' tensors and the network
 outputs of the unfinished batch, which are replayed to restore the sampler's state without evaluating the network. A
@@ -7,8 +7,7 @@ value that is not finite stops the run immediately; the error names the layer.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,147 +18,147 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import Context
+from diffpress.compress.distillation.block_features import capture_energies
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.progress import Advance, progress
-from diffpress.compress.quantization.config import QuantizeConfig
+from diffpress.compress.progress import Advance
 from diffpress.compress.training.resume import read_state, write_state
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.sampler import generate_batches
-from diffpress.runtime.solvers import solver_evaluations
 
-CALIBRATION_SEED = 1_000_000  # disjoint from the seeds used for sampling and evaluation
 SAVE_EVERY = 8  # evaluations
 WHAT = "state of calibration"
+OUTPUT, ENERGY = "output", "energy."
 
 # (tensor, index of the evaluation within its batch, samples in the evaluation); raises NonFiniteError
 Observer = Callable[[torch.Tensor, int, int], None]
-Tensors = Mapping[str, torch.Tensor]
+Arrays = dict[str, np.ndarray]
 
 
 class NonFiniteError(ValueError):
     """A tensor holds a value that is not finite."""
 
 
-def evaluations_per_batch(checkpoint: Checkpoint) -> int:
-    """Return the evaluations per batch under the checkpoint's plan; one evaluation holds both cond and uncond."""
-    return solver_evaluations(checkpoint.spec.plan.solver, checkpoint.spec.plan.steps)
+@dataclass(frozen=True)
+class SavedRun:
+    """The resumable state of a run, in one file that is replaced atomically; only the same `run` reads it.
 
-
-def collect_activations(
-    checkpoint: Checkpoint,
-    observers: Mapping[str, Observer],
-    gathered: Tensors,
-    what: str,
-    config: QuantizeConfig,
-    ctx: Context,
-) -> None:
-    """Generate `config.samples` samples while `observers` see their tensor in every evaluation.
-
-    Args:
-        checkpoint: The float checkpoint to sample.
-        observers: '<layer>.<input|output>' -> observer of that tensor.
-        gathered: The tensors that the observers update; saved in `what`.safetensors in the context's folder.
-        what: Name of the run.
-        config: Settings of the stage.
-        ctx: Data and working folder of the stage.
-
-    Raises:
-        InvalidInputError: A value is not finite; the message names the module and the timestep.
+    Attributes:
+        file: The safetensors file.
+        run: Text that identifies the run.
+        gathered: Tensors that the observers update in place.
     """
-    facts = [checkpoint.hash, config.model_dump(mode="json"), ctx.data.hash if ctx.data else None, list(observers)]
-    saved = _Saved(ctx.work / f"{what}.safetensors", json.dumps(facts), gathered)
-    done, outputs = saved.restore()
-    per_batch, batches = evaluations_per_batch(checkpoint), -(-config.samples // config.batch)
-    first, outputs = done // per_batch * config.batch, outputs[: done % per_batch]
-    if done == per_batch * batches:
-        return
-    model = checkpoint.shared_model()
-    conditioning = ctx.conditions(config.samples).part(slice(first, None))
-    seeds = range(CALIBRATION_SEED + first, CALIBRATION_SEED + config.samples)
-    with progress(what, batches * per_batch, done) as advance:
-        network = _ObservedNetwork(
-            TorchNetwork(model, checkpoint.spec), model, saved, outputs, per_batch * batches, advance, done
-        )
-        try:
-            with network.observing(observers):
-                for _ in generate_batches(network, checkpoint.spec, seeds, batch=config.batch, conditions=conditioning):
-                    network.outputs.clear()
-                    network.evaluation = 0
-        except NonFiniteError as error:
-            raise InvalidInputError(
-                f"quantize: {_first_not_finite(network.network, model, network.last_inputs)} is not finite at timestep "
-                f"{float(network.last_inputs['timestep'][0]):g} of calibration; sample the unquantized checkpoint to "
-                "find the cause"
-            ) from error
+
+    file: Path
+    run: str
+    gathered: Mapping[str, torch.Tensor]
+
+    def save(self, done: int, returned: Sequence[Arrays]) -> None:
+        """Save the number of evaluations done, and what those of the unfinished batch returned."""
+        tensors = {f"gathered.{name}": tensor for name, tensor in self.gathered.items()}
+        for i, results in enumerate(returned):
+            tensors |= {f"returned.{i}.{k}": torch.from_numpy(np.ascontiguousarray(v)) for k, v in results.items()}
+        write_state(self.file, tensors, {"done": str(done), "run": self.run}, WHAT)
+
+    def restore(self) -> tuple[int, list[Arrays]]:
+        """Return what `save` was given, and update `gathered`; (0, []) if nothing is saved."""
+        saved = read_state(self.file, WHAT)
+        if saved is None or saved[1].get("run") != self.run:
+            return 0, []
+        tensors, metadata = saved
+        for name, own in self.gathered.items():
+            own.copy_(tensors[f"gathered.{name}"])
+        returned: dict[int, Arrays] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("returned."):
+                _, index, key = name.split(".", 2)
+                returned.setdefault(int(index), {})[key] = tensor.numpy()
+        return int(metadata["done"]), [returned[index] for index in sorted(returned)]
 
 
 @dataclass
-class _ObservedNetwork:
-    """Network with observers; known `outputs` of the current batch are replayed instead of evaluated.
+class ObservedNetwork:
+    """Network whose layers are observed; known results of the current batch are replayed instead of evaluated.
 
     Attributes:
-        network: The network to evaluate.
-        model: The module of `network`.
-        saved: The file to save progress in.
-        outputs: Outputs of the current batch so far.
-        total: Number of evaluations of the run.
+        model: The module.
+        network: The network that evaluates it.
+        blocks: Names of the blocks whose energy maps are recorded with the output.
+        saved: The file to save progress in; None for none.
         advance: Reports progress.
+        total: Number of evaluations of the run.
         done: Number of evaluations done.
-        evaluation: Index of the next evaluation in its batch.
-        last_inputs: Inputs of the last evaluation.
+        returned: What the evaluations of the current batch returned: the output, and the energy maps by block.
+        visited: Inputs of the evaluations of the current batch.
     """
 
-    network: TorchNetwork
     model: nn.Module
-    saved: _Saved
-    outputs: list[np.ndarray]
-    total: int
+    network: TorchNetwork
+    blocks: Sequence[str]
+    saved: SavedRun | None
     advance: Advance
+    total: int
     done: int
-    evaluation: int = 0
-    last_inputs: dict[str, np.ndarray] = field(default_factory=dict)
+    returned: list[Arrays]
+    visited: list[Arrays] = field(default_factory=list)
 
     @property
     def inputs(self) -> Mapping[str, np.dtype]:
+        """Names and dtypes of the network's inputs."""
         return self.network.inputs
 
-    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        if self.evaluation == len(self.outputs):
-            self.outputs.append(self._evaluate(inputs))
+    def run(self, inputs: Arrays) -> np.ndarray:
+        """Return the network's output [B, C, H, W]."""
+        self.visited.append(inputs)
+        if len(self.visited) > len(self.returned):
+            self.returned.append(self._evaluate(inputs))
             self.done += 1
             self.advance(self.done)
-            if self.done % SAVE_EVERY == 0 or self.done == self.total > SAVE_EVERY:
-                self.saved.save(self.done, self.outputs)
-        self.evaluation += 1
-        return self.outputs[self.evaluation - 1]
+            if self.saved and (self.done % SAVE_EVERY == 0 or self.done == self.total > SAVE_EVERY):
+                self.saved.save(self.done, self.returned)
+        return self.returned[len(self.visited) - 1][OUTPUT]
 
-    def _evaluate(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        self.last_inputs = inputs
-        out = self.network.run(inputs)
-        if not np.isfinite(out).all():
-            raise NonFiniteError
-        return out
+    def next_batch(self) -> None:
+        """Forget the evaluations of the finished batch."""
+        self.returned.clear()
+        self.visited.clear()
 
     @contextmanager
     def observing(self, observers: Mapping[str, Observer]) -> Iterator[None]:
-        modules: dict[str, Any] = dict(self.model.named_modules())
-        with ExitStack() as stack:
-            for key, observe in observers.items():
-                layer, _, side = key.rpartition(".")
-                hook = partial(self._observe, observe, side)
-                stack.callback(modules[layer].register_forward_hook(hook).remove)
-            yield
+        """Call `observers`, '<layer>.<input|output>' -> observer, in every evaluation inside the context.
+
+        Raises:
+            InvalidInputError: A value is not finite; the message names the module and the timestep.
+        """
+        modules = dict(self.model.named_modules())
+        try:
+            with ExitStack() as stack:
+                for key, observe in observers.items():
+                    layer, _, side = key.rpartition(".")
+                    hook = partial(self._observe, observe, side)
+                    stack.callback(modules[layer].register_forward_hook(hook).remove)
+                yield
+        except NonFiniteError as error:
+            inputs = self.visited[-1]
+            raise InvalidInputError(
+                f"quantize: {_first_not_finite(self.network, self.model, inputs)} is not finite at timestep "
+                f"{float(inputs['timestep'][0]):g} of calibration; sample the unquantized checkpoint to find the cause"
+            ) from error
+
+    def _evaluate(self, inputs: Arrays) -> Arrays:
+        with capture_energies(self.model, self.blocks) as energies:
+            out = self.network.run(inputs)
+        if not np.isfinite(out).all():
+            raise NonFiniteError
+        return {OUTPUT: out} | {f"{ENERGY}{name}": energy.cpu().numpy() for name, energy in energies.items()}
 
     def _observe(
         self, observe: Observer, side: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any
     ) -> None:
         results = out if isinstance(out, tuple) else (out,)
-        observe(args[0] if side == "input" else results[0], self.evaluation, len(self.last_inputs["sample"]))
+        seen = args[0] if side == "input" else results[0]
+        observe(seen, len(self.visited) - 1, len(self.visited[-1]["sample"]))
 
 
-def _first_not_finite(network: TorchNetwork, model: nn.Module, inputs: dict[str, np.ndarray]) -> str:
+def _first_not_finite(network: TorchNetwork, model: nn.Module, inputs: Arrays) -> str:
     """Describe the first value that is not finite in an evaluation; of nested modules, the innermost."""
     if not np.isfinite(inputs["sample"]).all():
         return "the sample"
@@ -174,28 +173,3 @@ def _first_not_finite(network: TorchNetwork, model: nn.Module, inputs: dict[str,
             stack.callback(module.register_forward_hook(partial(check, name)).remove)
         network.run(inputs)
     return found[0] if found else "the output"
-
-
-@dataclass(frozen=True)
-class _Saved:
-    """The resumable state of a run, in one file that is replaced atomically; only the same `run` reads it."""
-
-    file: Path
-    run: str
-    gathered: Tensors
-
-    def save(self, done: int, outputs: list[np.ndarray]) -> None:
-        tensors = {f"gathered.{name}": tensor for name, tensor in self.gathered.items()}
-        tensors |= {f"answer.{i}": torch.from_numpy(np.ascontiguousarray(out)) for i, out in enumerate(outputs)}
-        write_state(self.file, tensors, {"done": str(done), "run": self.run}, WHAT)
-
-    def restore(self) -> tuple[int, list[np.ndarray]]:
-        """Return the number of evaluations done, and the outputs of those in the unfinished batch."""
-        saved = read_state(self.file, WHAT)
-        if saved is None or saved[1].get("run") != self.run:
-            return 0, []
-        tensors, metadata = saved
-        for name, own in self.gathered.items():
-            own.copy_(tensors[f"gathered.{name}"])
-        outputs = [name for name in tensors if name.startswith("answer.")]
-        return int(metadata["done"]), [tensors[f"answer.{i}"].numpy() for i in range(len(outputs))]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
@@ -16,9 +15,11 @@ from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.runtime.errors import InvalidInputError
 from tests.compress.quantization.scales import scales_of
 
-PTQ: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
+PTQ: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False}
+AWQ: dict[str, Any] = {"samples": 16}
 ATTENTION = "mid_block.attentions.0"
 
 
@@ -85,7 +86,7 @@ def test_the_output_of_a_quantized_layer_is_closer_to_the_float_one(
     form: str, uneven: Checkpoint, context: Callable[..., Context]
 ) -> None:
     ctx = context(uneven)
-    before, found = (quantize(uneven, QuantizeConfig(**PTQ, format=form, awq=on), ctx) for on in (False, True))
+    before, found = (quantize(uneven, QuantizeConfig(**PTQ, format=form, awq=awq), ctx) for awq in (None, AWQ))
     scales = scales_of(found)
     smooth, amax = scales.smooth, scales.amax
     exact = query_output(uneven.model)
@@ -108,7 +109,7 @@ def test_nothing_is_scaled_without_awq_or_4_bit_linear_layers(
     uneven: Checkpoint, context: Callable[..., Context]
 ) -> None:
     assert not scales_of(quantize(uneven, QuantizeConfig(**PTQ, format="int4"), context(uneven))).smooth
-    only_convolutions = QuantizeConfig(**PTQ, format="int4", awq=True, layers=("conv",))
+    only_convolutions = QuantizeConfig(**PTQ, format="int4", awq=AWQ, layers=("conv",))
     assert not scales_of(quantize(uneven, only_convolutions, context(uneven))).smooth
 
 
@@ -117,11 +118,11 @@ def test_nothing_is_scaled_without_awq_or_4_bit_linear_layers(
     [
         ({"format": "int8"}, "use format int4 or w4a8"),
         ({"format": "fp8"}, "use format int4 or w4a8"),
-        ({"format": "w4a8", "smooth": 0.5}, "remove one of them"),
+        ({"format": "w4a8", "smoothquant": {"alpha": 0.5}}, "remove one of them"),
         ({"format": "w4a8", "split_concats": True}, "remove one of them"),
     ],
 )
 def test_settings_that_cannot_be_combined_are_refused(settings: dict[str, Any], reason: str) -> None:
-    with pytest.raises(ValidationError, match=reason):
+    with pytest.raises(InvalidInputError, match=reason):
         QuantizeConfig(**settings, awq=True)
     assert QuantizeConfig(format_overrides={"mid_block": "int4"}, awq=True).awq

@@ -4,32 +4,34 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.quantization.algorithms import gptq
-from diffpress.compress.quantization.algorithms.gptq import round_weights, solve
+from diffpress.compress.quantization.algorithms.gptq import solve
 from diffpress.compress.quantization.algorithms.layer_rows import quadratic, rows_of
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax
-from diffpress.compress.quantization.config import QuantizeConfig
+from diffpress.compress.quantization.config import GPTQConfig, QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
 from tests.compress.quantization.scales import scales_of
 
-PTQ: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
+PTQ: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False}
+GPTQ: dict[str, Any] = {"samples": 16}
 
 
 @pytest.fixture
@@ -43,8 +45,8 @@ def nearest_and_gptq(
     checkpoint: Checkpoint, context: Callable[..., Context], **settings: Any
 ) -> tuple[Checkpoint, Checkpoint]:
     ctx = context(checkpoint)
-    nearest = quantize(checkpoint, QuantizeConfig(**PTQ, **settings, rounding="nearest"), ctx)
-    return nearest, quantize(checkpoint, QuantizeConfig(**PTQ, **settings, rounding="gptq"), ctx)
+    nearest = quantize(checkpoint, QuantizeConfig(**PTQ, **settings), ctx)
+    return nearest, quantize(checkpoint, QuantizeConfig(**PTQ, **settings, gptq=GPTQ), ctx)
 
 
 # --- the problem -----------------------------------------------------------------------------------------------
@@ -142,8 +144,8 @@ def test_rows_times_weight_give_the_layers_output(kind: str) -> None:
         ({"format": "int4"}, torch.float32),
         ({"format": "int8"}, torch.float32),
         ({"format": "int8", "reduce_range": False}, torch.bfloat16),
-        ({"format": "w4a8", "smooth": 0.5}, torch.float32),
-        ({"format": "w4a8", "smooth": 0.5, "keep_sensitive_layers": False}, torch.bfloat16),
+        ({"format": "w4a8", "smoothquant": {"alpha": 0.5}}, torch.float32),
+        ({"format": "w4a8", "smoothquant": {"alpha": 0.5}, "keep_sensitive_layers": False}, torch.bfloat16),
     ],
     ids=str,
 )
@@ -176,7 +178,7 @@ def test_rounding_the_result_to_nearest_changes_nothing(
     assert all(torch.equal(after[n].weight, before[n].weight) for n in untouched if hasattr(after[n], "weight"))
 
 
-@pytest.mark.parametrize("settings", [{"format": "int4", "smooth": 0.5}], ids=str)
+@pytest.mark.parametrize("settings", [{"format": "int4", "smoothquant": {"alpha": 0.5}}], ids=str)
 def test_fake_quantization_reproduces_the_rounded_weights(
     settings: dict[str, Any], unet: Checkpoint, context: Callable[..., Context]
 ) -> None:
@@ -225,10 +227,8 @@ class KilledError(Exception):
 def test_a_killed_run_reuses_the_layers_it_has_finished(
     unet: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    nearest, undisturbed = nearest_and_gptq(unet, context, format="w4a8")
-    config, ctx = QuantizeConfig(**PTQ, format="w4a8", rounding="gptq"), context(unet, seed=0)
-    for file in (ctx.work / "rounding").iterdir():
-        file.unlink()
+    config, ctx = QuantizeConfig(**PTQ, format="w4a8", gptq=GPTQ), context(unet)
+    undisturbed = quantize(unet, config, replace(ctx, work=tmp_path / "undisturbed"))
     solved: list[int] = []
 
     def killing(*arguments: torch.Tensor) -> torch.Tensor:
@@ -243,16 +243,18 @@ def test_a_killed_run_reuses_the_layers_it_has_finished(
 
     monkeypatch.setattr(gptq, "solve", killing)
     with pytest.raises(KilledError):
-        round_weights(nearest, config, ctx)
+        quantize(unet, config, ctx)
     monkeypatch.setattr(gptq, "solve", counting)
-    monkeypatch.setattr(gptq, "sample_trajectories", lambda *_: pytest.fail("the states were saved already"))
-    assert round_weights(nearest, config, ctx).hash == undisturbed.hash
-    assert len(solved) == len(scales_of(nearest).layers)
-    # a finished run solves nothing again, and another run does not use its files
-    round_weights(nearest, config, ctx)
-    assert len(solved) == len(scales_of(nearest).layers)
-    with pytest.raises(pytest.fail.Exception):
-        round_weights(nearest, config.model_copy(update={"rounding_samples": 8}), ctx)
+    with monkeypatch.context() as patched:
+        patched.setattr(TrajectoryDataset, "draw", lambda *_: pytest.fail("the states were saved already"))
+        assert quantize(unet, config, ctx).hash == undisturbed.hash
+        layers = len(scales_of(undisturbed).layers)
+        assert len(solved) == layers
+        # a finished run solves nothing again, and another run does not use its files
+        quantize(unet, config, ctx)
+        assert len(solved) == layers
+    quantize(unet, config.model_copy(update={"gptq": GPTQConfig(samples=8)}), ctx)
+    assert len(solved) == 2 * layers
 
 
 def test_an_unreadable_state_file_is_named(small: Checkpoint, context: Callable[..., Context]) -> None:
@@ -262,10 +264,10 @@ def test_an_unreadable_state_file_is_named(small: Checkpoint, context: Callable[
     with pytest.raises(
         InvalidInputError, match=r"inner\.safetensors: the saved state of rounding cannot be read .*; delete it"
     ):
-        quantize(small, QuantizeConfig(**PTQ, format="w4a8", rounding="gptq"), ctx)
+        quantize(small, QuantizeConfig(**PTQ, format="w4a8", gptq=GPTQ), ctx)
 
 
-@pytest.mark.parametrize("settings", [{"format": "fp8"}, {"format": "nvfp4"}, {"rounding_samples": 0}])
+@pytest.mark.parametrize("settings", [{"format": "fp8"}, {"format": "nvfp4"}, {"gptq": {"samples": 0}}])
 def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        QuantizeConfig(**settings, rounding="gptq")
+    with pytest.raises(InvalidInputError):
+        QuantizeConfig(**{"gptq": True, **settings})

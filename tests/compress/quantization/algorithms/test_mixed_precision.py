@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import torch
-from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization, save_checkpoint
 from diffpress.compress.context import Context, EngineCosts
@@ -19,13 +18,18 @@ from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.pipeline import run_stage
 from diffpress.compress.quantization.algorithms.mixed_precision import _noise_order, smallest
-from diffpress.compress.quantization.algorithms.sensitivity import States, decibels, noise_by_layer, quantized_layers
+from diffpress.compress.quantization.algorithms.sensitivity import (
+    ROWS_TO_ORDER,
+    OutputNoise,
+    decibels,
+    noise_by_layer,
+    quantized_layers,
+)
 from diffpress.compress.quantization.config import BoundsConfig, QuantizeConfig
-from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantize import quantize, trajectories_of
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import draw_rows, sample_trajectories
-from diffpress.compress.recipe import Stage
 from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.stages import Stage
 from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from tests.compress.quantization.scales import scales_of
 
@@ -62,10 +66,14 @@ def quantized(unet: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Che
     return quantize(unet, config(), Context(0, tmp_path_factory.mktemp("work"), unet))
 
 
+def output_noise(unet: Checkpoint, quantized: Checkpoint, ctx: Context) -> OutputNoise:
+    return OutputNoise(quantized, trajectories_of(unet, config(bounds={"min_sqnr_db": 0.0}), ctx), ctx.seed)
+
+
 @pytest.fixture(scope="module")
 def noise(unet: Checkpoint, quantized: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
     ctx = Context(0, tmp_path_factory.mktemp("noise"), unet)
-    return noise_by_layer(quantized, States(unet, config(), ctx), ctx)
+    return noise_by_layer(quantized, output_noise(unet, quantized, ctx), ctx)
 
 
 @pytest.fixture
@@ -89,11 +97,11 @@ def equal_costs(quantized: Checkpoint, cached_noise: None) -> FakeCosts:
 def test_a_modules_noise_is_that_of_the_model_with_only_this_module_quantized(
     unet: Checkpoint, quantized: Checkpoint, noise: dict[str, float], context: Callable[..., Context]
 ) -> None:
-    ctx = context(unet, data=False)
-    calls = sample_trajectories(unet.model, unet, 4, config().batch, ctx)
-    drawn = draw_rows(calls, 64, torch.Generator().manual_seed(0))
-    inputs = {name: value.numpy() for name, value in drawn.items()}
+    dataset = trajectories_of(unet, config(bounds={"min_sqnr_db": 0.0}), context(unet, data=False))
+    drawn = dataset.draw(64, torch.Generator().manual_seed(0))
+    inputs = {name: value[:ROWS_TO_ORDER].numpy() for name, value in drawn.inputs.items()}
     exact = TorchNetwork(unet.model, unet.spec).run(inputs)
+    np.testing.assert_allclose(drawn.outputs[:ROWS_TO_ORDER].numpy(), exact, rtol=1e-4, atol=1e-5)
     names = quantized_layers(scales_of(quantized))
     assert list(noise) == names and set(names) > set(scales_of(quantized).layers)  # also residual sums
     for name in (names[0], names[-1], "mid_block.resnets.0", "down_blocks.0.resnets.0.conv1"):
@@ -103,11 +111,12 @@ def test_a_modules_noise_is_that_of_the_model_with_only_this_module_quantized(
         assert decibels(noise[name]) == pytest.approx(sqnr_db(exact, found), abs=0.01), name
 
 
-def test_the_noise_of_all_modules_is_about_the_sum_of_their_noises(
+def test_the_noise_of_a_set_is_measured_on_the_set_and_about_the_sum_of_its_modules(
     unet: Checkpoint, quantized: Checkpoint, noise: dict[str, float], context: Callable[..., Context]
 ) -> None:
-    total_noise = States(unet, config(), context(unet, data=False)).noise(fake_quantized(quantized))
-    assert decibels(sum(noise.values())) == pytest.approx(decibels(total_noise), abs=2.0)
+    found = output_noise(unet, quantized, context(unet, data=False))
+    assert decibels(found.of(noise)) == pytest.approx(decibels(sum(noise.values())), abs=2.0)
+    assert decibels(found.of(())) > 90.0  # nothing is quantized
 
 
 def test_measurements_of_a_killed_run_are_not_repeated(
@@ -120,20 +129,20 @@ def test_measurements_of_a_killed_run_are_not_repeated(
     class KilledError(Exception):
         pass
 
-    ctx, measure = context(unet, data=False), States.noise
+    ctx, measure = context(unet, data=False), OutputNoise.of
     calls: list[int] = []
-    states = States(unet, config(), ctx)
+    found = output_noise(unet, quantized, ctx)
 
-    def killing(self: States, model: nn.Module) -> float:
+    def killing(self: OutputNoise, modules: Collection[str], rows: int | None = None) -> float:
         calls.append(1)
         if len(calls) == 6:
             raise KilledError
-        return measure(self, model)
+        return measure(self, modules, rows)
 
-    monkeypatch.setattr(States, "noise", killing)
+    monkeypatch.setattr(OutputNoise, "of", killing)
     with pytest.raises(KilledError):
-        noise_by_layer(quantized, states, ctx)
-    assert noise_by_layer(quantized, states, ctx) == pytest.approx(noise)
+        noise_by_layer(quantized, found, ctx)
+    assert noise_by_layer(quantized, found, ctx) == pytest.approx(noise)
     assert len(calls) == len(noise) + 1
 
 
@@ -175,11 +184,11 @@ def test_the_noisiest_layers_return_to_float_until_the_measured_sqnr_reaches_its
     quantized_names, mixed = quantized_layers(scales_of(found)), ctx.notes["mixed"]
     k = len(names) - len(quantized_names)
     assert 0 < k < len(names) / 2 and set(quantized_names) == set(names[k:]) and mixed["in_float"] == names[:k]
-    states = States(unet, config(), ctx)
+    measured = output_noise(unet, quantized, ctx)
     min_sqnr = decibels(sum(noise.values())) + 6.0
-    assert decibels(states.noise(fake_quantized(found))) >= min_sqnr
-    one_less = unet.evolve(quantization=scales_of(quantized).without(names[: k - 1]))
-    assert decibels(states.noise(fake_quantized(one_less))) < min_sqnr
+    assert decibels(measured.of(names[k:])) >= min_sqnr > decibels(measured.of(names[k - 1 :]))
+    alone = output_noise(unet, found, ctx)  # the result itself, without the quantizers of the first k
+    assert alone.of(names[k:]) == pytest.approx(measured.of(names[k:]), rel=1e-3)
     assert mixed["chosen"]["sqnr_db"] >= min_sqnr > mixed["all_quantized"]["sqnr_db"]
 
 
@@ -268,18 +277,19 @@ def test_the_frechet_bound_is_measured_on_the_result_itself_by_bisection(
     assert len(k_scored) == len(set(k_scored)) <= 8
 
 
-def test_without_an_engine_macs_are_used_as_the_gain_and_this_is_printed(
+def test_without_an_engine_macs_are_used_as_the_gain_and_this_is_logged(
     unet: Checkpoint,
     noise: dict[str, float],
     cached_noise: None,
     context: Callable[..., Context],
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     ctx = context(unet, data=False)
     min_sqnr = decibels(sum(noise.values())) + 3.0
-    quantize(unet, config(bounds={"min_sqnr_db": min_sqnr}), ctx)
+    with caplog.at_level("INFO", logger="diffpress"):
+        quantize(unet, config(bounds={"min_sqnr_db": min_sqnr}), ctx)
     row = ctx.notes["mixed"]["places"]["down_blocks.0.resnets.0.conv1"]
-    assert "MACs are used as the gain" in capsys.readouterr().out
+    assert "MACs are used as the gain" in caplog.text
     assert row["macs"] == 16 * 16 * 9 * 64 and row["bytes"] == 16 * 16 * 9 * 3
     assert ctx.notes["mixed"]["places"]["time_embedding.linear_1"]["macs"] == 0  # weight-only: computes in float
 

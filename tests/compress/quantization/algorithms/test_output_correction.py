@@ -15,7 +15,6 @@ from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.output_correction import (
-    OUTPUT_CORRECTION_SEED,
     fit_correction,
     measure_corrections,
     moments,
@@ -23,6 +22,7 @@ from diffpress.compress.quantization.algorithms.output_correction import (
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.seeds import OUTPUT_CORRECTION_SEED
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.denoiser import corrected
 from diffpress.runtime.errors import InvalidInputError
@@ -134,7 +134,7 @@ def test_an_output_that_does_not_correlate_is_refused(
 
 
 def test_the_stage_brings_samples_closer_to_the_float_models(unet: Checkpoint, context: Callable[..., Context]) -> None:
-    config: dict[str, Any] = {"samples": 8, "batch": 8, "percentile": 90.0}
+    config: dict[str, Any] = {"samples": 8, "batch": 8, "calibration": {"percentile": 90.0}}
     plain = quantize(unet, QuantizeConfig(output_correction=False, **config), context(unet))
     better = quantize(unet, QuantizeConfig(**config), context(unet))
     assert not plain.spec.plan.output_corrections and len(better.spec.plan.output_corrections) == unet.spec.plan.steps
@@ -143,7 +143,7 @@ def test_the_stage_brings_samples_closer_to_the_float_models(unet: Checkpoint, c
     expected = _samples(unet.model, unet, cond)
     before, after = (_samples(fake_quantized(c), c, cond) for c in (plain, better))
     assert sqnr_db(expected, after) > sqnr_db(expected, before) + 0.3
-    trained = quantize(unet, QuantizeConfig(mode="qat", steps=1, warmup=0, trajectories=2, **config), context(unet))
+    trained = quantize(unet, QuantizeConfig(qat={"steps": 1, "warmup": 0, "trajectories": 2}, **config), context(unet))
     assert not trained.spec.plan.output_corrections  # training removes the mean error itself
 
 

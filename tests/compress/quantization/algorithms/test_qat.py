@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pydantic import ValidationError
 from safetensors import safe_open
 from torch import nn
 
@@ -23,11 +22,10 @@ from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.qat_updates import Scaling, follow_, weight_scalings, weights_of
-from diffpress.compress.quantization.config import QAT_SETTINGS, QuantizeConfig
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, draw_rows, sample_trajectories
-from diffpress.compress.recipe import read_recipe
+from diffpress.compress.quantization.trajectory_dataset import States, TrajectoryDataset
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.training.image_data import ImageData
 from diffpress.runtime.errors import InvalidInputError
@@ -35,19 +33,11 @@ from diffpress.runtime.sampler import generate
 from tests.compress.quantization.scales import scales_of
 
 PTQ: dict[str, Any] = {"samples": 4, "batch": 4}
-QAT: dict[str, Any] = {
-    **PTQ,
-    "mode": "qat",
-    "steps": 5,
-    "trajectories": 4,
-    "learning_rate": 1e-3,
-    "warmup": 1,
-    "save_every": 2,
-}
+QAT: dict[str, Any] = {"steps": 5, "trajectories": 4, "learning_rate": 1e-3, "warmup": 1, "save_every": 2}
 
 
-def config(**settings: Any) -> QuantizeConfig:
-    return QuantizeConfig(**{**QAT, **settings})
+def config(qat: dict[str, Any] | None = None, **settings: Any) -> QuantizeConfig:
+    return QuantizeConfig(**{**PTQ, "qat": {**QAT, **(qat or {})}, **settings})
 
 
 @pytest.fixture
@@ -74,13 +64,14 @@ def samples(checkpoint: Checkpoint) -> np.ndarray:
     return generate(network, checkpoint.spec, range(16), batch=16)
 
 
-COARSE: dict[str, dict[str, Any]] = {
-    "clipped activations": {"percentile": 95.0},
-    "w4a8": {"format": "w4a8"},
-    "w4a8 by factors": {"format": "w4a8", "updates": "low_rank", "rank": 4, "learning_rate": 1e-3},
-    "int4": {"format": "int4"},
-    "fp8": {"format": "fp8", "percentile": 95.0},
-    "everything in int8": {"keep_sensitive_layers": False, "percentile": 99.0},
+# settings of the stage, and of its training
+COARSE: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "clipped activations": ({"calibration": {"percentile": 95.0}}, {}),
+    "w4a8": ({"format": "w4a8"}, {}),
+    "w4a8 by factors": ({"format": "w4a8"}, {"updates": "low_rank", "rank": 4, "learning_rate": 1e-3}),
+    "int4": ({"format": "int4"}, {}),
+    "fp8": ({"format": "fp8", "calibration": {"percentile": 95.0}}, {}),
+    "everything in int8": ({"keep_sensitive_layers": False, "calibration": {"percentile": 99.0}}, {}),
 }
 
 
@@ -90,12 +81,11 @@ COARSE: dict[str, dict[str, Any]] = {
 def test_training_through_the_quantizers_brings_samples_closer_to_the_float_models(
     coarse: str, trained: Checkpoint, context: Callable[..., Context]
 ) -> None:
-    settings = {"output_correction": False, **COARSE[coarse]}
+    settings, training = {"output_correction": False, **COARSE[coarse][0]}, COARSE[coarse][1]
     exact, ctx = samples(trained), context(trained)
-    untrained = {name: value for name, value in settings.items() if name not in QAT_SETTINGS}
-    before = sqnr_db(exact, samples(quantize(trained, QuantizeConfig(**PTQ, **untrained), ctx)))
-    qat_settings = {"steps": 40, "batch": 8, "trajectories": 16, "learning_rate": 3e-4, "save_every": 1000}
-    after = sqnr_db(exact, samples(quantize(trained, config(**{**qat_settings, **settings}), ctx)))
+    before = sqnr_db(exact, samples(quantize(trained, QuantizeConfig(**PTQ, **settings), ctx)))
+    training = {"steps": 40, "trajectories": 16, "learning_rate": 3e-4, "save_every": 1000, **training}
+    after = sqnr_db(exact, samples(quantize(trained, config(training, **{"batch": 8, **settings}), ctx)))
     gain = 1.5 if "format" in settings else 0.7  # 8-bit weights lose less
     assert after > before + gain  # on seeds not used for calibration and training
 
@@ -123,27 +113,37 @@ def test_a_killed_run_resumes_from_its_last_save_with_a_bit_identical_result(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    settings = config(updates=updates)
+    settings = config({"updates": updates})
     undisturbed = quantize(small, settings, replace(context(small), work=tmp_path / "other"))
     drawn: list[int] = []
 
-    def counting(evals: TrajectoryDataset, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
-        drawn.append(1)
-        return draw_rows(evals, size, generator)
+    draw = TrajectoryDataset.draw
 
-    def killing(evals: TrajectoryDataset, size: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    def counting(*arguments: Any, **options: Any) -> States:
+        drawn.append(1)
+        return draw(*arguments, **options)
+
+    def killing(*arguments: Any, **options: Any) -> States:
         if len(drawn) == step + 1:  # the first draw measures the SQNR
             raise KilledError
-        return counting(evals, size, generator)
+        return counting(*arguments, **options)
 
-    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw_rows", killing)
+    monkeypatch.setattr(TrajectoryDataset, "draw", killing)
     with pytest.raises(KilledError):
         quantize(small, settings, context(small))
     drawn.clear()
-    monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.draw_rows", counting)
+    monkeypatch.setattr(TrajectoryDataset, "draw", counting)
     assert quantize(small, settings, context(small)).hash == undisturbed.hash
-    # the steps that were not saved, and one draw each to measure the SQNR before and after
-    assert len(drawn) == 5 - (step // 2) * 2 + 2
+    # the steps that were not saved, and one draw for the states on which the SQNR is measured
+    assert len(drawn) == 5 - (step // 2) * 2 + 1
+
+
+def test_the_energies_of_the_blocks_are_part_of_the_loss(small: Checkpoint, context: Callable[..., Context]) -> None:
+    without, little, much = (
+        quantize(small, config({"feature_weight": weight}), context(small)).model.state_dict()["inner.weight"]
+        for weight in (0.0, 1e-3, 10.0)
+    )
+    assert (little - without).abs().max() < (much - without).abs().max()
 
 
 # --- the result is data ----------------------------------------------------------------------------------------
@@ -174,7 +174,7 @@ def test_the_input_is_unchanged_and_the_result_contains_no_quantizers(
     unet: Checkpoint, context: Callable[..., Context]
 ) -> None:
     before = unet.hash
-    found = quantize(unet, config(steps=1), context(unet))
+    found = quantize(unet, config({"steps": 1}), context(unet))
     assert unet.evolve().hash == before != found.hash and unet.quantization is None
     assert all(p.grad is None for p in unet.model.parameters())
     assert found.model.state_dict().keys() == unet.model.state_dict().keys() and not found.model.training
@@ -184,7 +184,7 @@ def test_the_input_is_unchanged_and_the_result_contains_no_quantizers(
 def test_a_saved_and_reloaded_checkpoint_is_identical(
     unet: Checkpoint, context: Callable[..., Context], output: Callable[[Checkpoint], torch.Tensor], tmp_path: Path
 ) -> None:
-    found = quantize(unet, config(steps=2), context(unet))
+    found = quantize(unet, config({"steps": 2}), context(unet))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))
@@ -211,44 +211,8 @@ def test_post_training_quantization_does_not_change_the_weights(
     assert found.model is small.model and not context(small).work.exists()
 
 
-# --- training data ---------------------------------------------------------------------------------------------
-
-
-def test_recorded_states_are_those_of_the_models_own_trajectory_under_guidance(
-    unet: Checkpoint, context: Callable[..., Context]
-) -> None:
-    plan = replace(unet.spec.plan, guidance=2.0)
-    guided = unet.evolve(spec=replace(unet.spec, plan=plan))
-    evals = sample_trajectories(unet.model, guided, 5, 3, context(unet))
-    timesteps = [round(t) for t in plan.timesteps]
-    assert [set(evaluation["timestep"].tolist()) for evaluation in evals] == [{t} for t in timesteps + timesteps]
-    assert [len(evaluation["sample"]) for evaluation in evals] == [6] * 4 + [4] * 4  # cond and uncond
-    assert evals[0]["class_labels"].tolist() == [0, 1, 2, 3, 3, 3] and evals[4]["class_labels"].tolist() == [0, 1, 3, 3]
-    np.testing.assert_array_equal(evals[1]["sample"][:3], evals[1]["sample"][3:])
-    seen = []
-
-    class Recorder(TorchNetwork):
-        def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-            seen.append(inputs["sample"])
-            return super().run(inputs)
-
-    generate(Recorder(unet.model, guided.spec), guided.spec, range(3_000_000, 3_000_003), batch=3)
-    np.testing.assert_allclose(evals[3]["sample"], seen[3], rtol=1e-5, atol=1e-6)
-
-
-def test_a_batch_is_drawn_uniformly_from_all_rows_of_all_evaluations() -> None:
-    evals = [{"sample": np.arange(start, stop), "timestep": np.full(stop - start, i)} for i, (start, stop) in BOUNDS]
-    drawn = draw_rows(evals, 6000, torch.Generator().manual_seed(0))
-    counts = torch.bincount(drawn["sample"], minlength=6)
-    assert len(counts) == 6 and counts.min() > 850 and counts.max() < 1150  # 1000 each, sd 29
-    assert torch.equal(drawn["timestep"], torch.tensor([0, 0, 0, 1, 2, 2])[drawn["sample"]])
-
-
-BOUNDS = list(enumerate([(0, 3), (3, 4), (4, 6)]))
-
-
 @pytest.mark.parametrize(
-    ("settings", "proportion"), [({}, 127 / 64), ({"smooth": 0.5}, 127 / 64), ({"format": "int4"}, 1.0)]
+    ("settings", "proportion"), [({}, 127 / 64), ({"smoothquant": {"alpha": 0.5}}, 127 / 64), ({"format": "int4"}, 1.0)]
 )
 def test_quantizers_follow_changed_weights(
     settings: dict[str, Any], proportion: float, unet: Checkpoint, context: Callable[..., Context]
@@ -277,7 +241,7 @@ def test_quantizers_follow_the_weights_at_every_step_of_training(
         seen.append((weights["inner"].detach().clone(), model.inner.weight_quantizer.amax.flatten().clone()))
 
     monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat_updates.follow_", spy)
-    quantize(small, config(updates=updates), context(small))
+    quantize(small, config({"updates": updates}), context(small))
     # five steps, and once for the averaged weights at the end
     assert len(seen) == 6 and not any(torch.equal(a[1], b[1]) for a, b in itertools.pairwise(seen))
     for weight, amax in seen:
@@ -290,7 +254,7 @@ def test_quantizers_follow_the_weights_at_every_step_of_training(
 def test_low_rank_updates_have_that_rank_and_change_nothing_else(
     unet: Checkpoint, context: Callable[..., Context]
 ) -> None:
-    found = quantize(unet, config(updates="low_rank", rank=2, steps=3, layers=("conv",)), context(unet))
+    found = quantize(unet, config({"updates": "low_rank", "rank": 2, "steps": 3}, layers=("conv",)), context(unet))
     changed, layers = 0, scales_of(found).layers
     for name, old in unet.model.state_dict().items():
         if name.removesuffix(".weight") in layers:
@@ -307,7 +271,7 @@ def test_only_the_factors_are_saved_for_resuming(
     small: Checkpoint, context: Callable[..., Context], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat._sqnr_db", lambda *_: 0.0)
-    quantize(small, config(updates="low_rank", rank=2, steps=4), context(small))
+    quantize(small, config({"updates": "low_rank", "rank": 2, "steps": 4}), context(small))
     with safe_open(context(small).work / "training.safetensors", framework="pt") as saved:
         shapes = {name: tuple(saved.get_slice(name).get_shape()) for name in saved.keys()}
     model = {name: shape for name, shape in shapes.items() if name.startswith("model.")}
@@ -316,9 +280,9 @@ def test_only_the_factors_are_saved_for_resuming(
     assert all(sum(shape) <= 146 for shape in shapes.values())
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("gptq", [False, True])
 def test_training_starts_from_the_rounded_weights(
-    rounding: str, small: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
+    gptq: bool, small: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     started: dict[str, torch.Tensor] = {}
 
@@ -328,10 +292,10 @@ def test_training_starts_from_the_rounded_weights(
         return scalings
 
     monkeypatch.setattr("diffpress.compress.quantization.algorithms.qat.weight_scalings", spy)
-    found = quantize(small, config(rounding=rounding, format="w4a8", reduce_range=False), context(small))
+    found = quantize(small, config(gptq=gptq, format="w4a8", reduce_range=False), context(small))
     small_model: Any = small.model
     trained_model: Any = found.model
-    assert torch.equal(started["inner"], small_model.inner.weight) == (rounding == "nearest")
+    assert torch.equal(started["inner"], small_model.inner.weight) != gptq
     largest = trained_model.inner.weight.detach().flatten(1).abs().amax(1)
     assert (scales_of(found).amax["inner.weight"] / largest).min() >= 1.0 - 1e-6  # nothing is clipped
 
@@ -348,18 +312,7 @@ def test_gradients_pass_through_quantizers_and_attention(unet: Checkpoint, conte
 # --- invalid settings ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("settings", [{"steps": 0}, {"learning_rate": 0.0}, {"lora_rank": 4}, {"mode": "qta"}])
+@pytest.mark.parametrize("settings", [{"steps": 0}, {"learning_rate": 0.0}, {"lora_rank": 4}])
 def test_invalid_settings_are_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(ValidationError):
-        config(**settings)
-
-
-def test_training_settings_without_mode_qat_are_refused_with_their_location(tmp_path: Path) -> None:
-    (tmp_path / "r.yaml").write_text("stages: [{quantize: {steps: 50}}]")
-    with pytest.raises(InvalidInputError, match=r"stages\[0\]\.quantize: .*steps is a setting of mode qat"):
-        read_recipe(tmp_path / "r.yaml")
-    (tmp_path / "r.yaml").write_text("stages: [{quantize: {mode: qat, stepz: 50}}]")
-    with pytest.raises(InvalidInputError, match=r"unknown key 'stages\[0\]\.quantize\.stepz'; did you mean 'steps'?"):
-        read_recipe(tmp_path / "r.yaml")
-    (tmp_path / "r.yaml").write_text("stages: [{quantize: {mode: qat, steps: 50}}]")
-    assert read_recipe(tmp_path / "r.yaml").stages[0].config.steps == 50
+    with pytest.raises(InvalidInputError):
+        config(settings)

@@ -1,4 +1,4 @@
-"""compress/quantization/algorithms/smoothquant.py and layer_graph.py: smoothing vectors and the traced layer graph."""
+"""compress/quantization/algorithms/smoothquant.py: smoothing vectors, and the model that they are applied to."""
 
 from __future__ import annotations
 
@@ -15,17 +15,13 @@ from torch.nn import functional as F
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
-from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.pruning.config import PruneConfig
-from diffpress.compress.pruning.prune import prune
-from diffpress.compress.quantization.algorithms.smoothquant import CONCAT_ALPHA, smoothing, vector
-from diffpress.compress.quantization.calibration.observer import CALIBRATION_SEED
+from diffpress.compress.quantization.algorithms.smoothquant import CONCAT_ALPHA, smoothing_vectors, vector
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.layer_graph import trace_layer_graph
-from diffpress.compress.quantization.layer_selection import choose_formats
-from diffpress.compress.quantization.quantize import quantize
+from diffpress.compress.quantization.quantize import quantize, trajectories_of
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.seeds import CALIBRATION_SEED
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.sampler import generate
 from tests.compress.quantization.scales import scales_of
@@ -90,6 +86,13 @@ def largest_inputs(checkpoint: Checkpoint, layer: str, axis: int) -> torch.Tenso
     return torch.stack(observed).amax(0)
 
 
+def vectors(checkpoint: Checkpoint, layers: list[str], ctx: Context, **settings: Any) -> dict[str, torch.Tensor]:
+    config = QuantizeConfig(**PLAIN, **settings)
+    graph = trace_layer_graph(checkpoint.model, checkpoint.spec)
+    formats = dict.fromkeys(layers, "int8")
+    return smoothing_vectors(trajectories_of(checkpoint, config, ctx), graph, formats, config)
+
+
 def normalized(s: torch.Tensor) -> torch.Tensor:
     return s / s.log().mean().exp()
 
@@ -101,7 +104,7 @@ def normalized(s: torch.Tensor) -> torch.Tensor:
 def test_a_smoothing_vector_matches_the_formula_on_the_models_own_trajectory(
     alpha: float, tokens: Checkpoint, context: Callable[..., Context]
 ) -> None:
-    found = smoothing(tokens, ["inner"], QuantizeConfig(**PLAIN, smooth=alpha), context(tokens))
+    found = vectors(tokens, ["inner"], context(tokens), smoothquant={"alpha": alpha})
     x, w = largest_inputs(tokens, "inner", 2), tokens.model.get_parameter("inner.weight").detach().abs().amax(0)
     expected = normalized(x.clamp(min=1e-3 * x.max()) ** alpha / w ** (1 - alpha))
     torch.testing.assert_close(found["inner"], expected, rtol=1e-5, atol=0.0)
@@ -116,9 +119,7 @@ def test_a_channel_or_weight_that_is_always_zero_has_a_finite_factor() -> None:
 def test_stream_and_skip_of_a_concatenation_have_separate_factors(
     concat: Checkpoint, context: Callable[..., Context]
 ) -> None:
-    found = smoothing(
-        concat, ["shortcut", "inner", "skip"], QuantizeConfig(**PLAIN, split_concats=True), context(concat)
-    )
+    found = vectors(concat, ["shortcut", "inner", "skip"], context(concat), split_concats=True)
     assert found.keys() == {"shortcut", "inner"}
     for name in found:
         w = concat.model.get_parameter(f"{name}.weight").detach().abs().amax((0, 2, 3)).split([6, 10])
@@ -128,20 +129,10 @@ def test_stream_and_skip_of_a_concatenation_have_separate_factors(
         torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=0.0)
 
 
-def test_the_model_does_not_run_without_smoothing(
-    concat: Checkpoint, context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(TorchNetwork, "run", None)
-    assert smoothing(concat, ["inner"], QuantizeConfig(**PLAIN), context(concat)) == {}
-
-
-# --- layer graph -----------------------------------------------------------------------------------------------
-
-
 def test_layers_of_one_attention_share_their_vector_and_input_scale(
     unet: Checkpoint, context: Callable[..., Context]
 ) -> None:
-    found = scales_of(quantize(unet, QuantizeConfig(**PLAIN, smooth=0.5), context(unet)))
+    found = scales_of(quantize(unet, QuantizeConfig(**PLAIN, smoothquant={"alpha": 0.5}), context(unet)))
     q, k, v = (f"mid_block.attentions.0.to_{x}" for x in "qkv")
     assert torch.equal(found.smooth[q], found.smooth[k]) and torch.equal(found.smooth[q], found.smooth[v])
     assert found.amax[f"{q}.input"] == found.amax[f"{k}.input"] == found.amax[f"{v}.input"]
@@ -153,38 +144,6 @@ def test_layers_of_one_attention_share_their_vector_and_input_scale(
     assert not torch.equal(found.smooth[q], found.smooth[other])
 
 
-def test_traced_concatenations_match_the_adapters_and_have_the_pruned_widths(
-    unet: Checkpoint, context: Callable[..., Context]
-) -> None:
-    small = prune(unet, PruneConfig(method="magnitude", ratio=0.4, round_to=4), context(unet))
-    for checkpoint in (unet, small):
-        model = checkpoint.model
-        parts = trace_layer_graph(checkpoint, choose_formats(model, QuantizeConfig())).parts
-        concat_names = adapter_for(model).skip_concats(model)
-        assert {f"{concat}.conv1" for concat in concat_names} <= set(parts)
-        modules = dict(model.named_modules())
-        for name in (f"{concat}.{layer}" for concat in concat_names for layer in ("conv1", "conv_shortcut")):
-            if name in modules:
-                assert len(parts[name]) == 2 and sum(parts[name]) == modules[name].in_channels
-    first = concat_names[0]
-    small_model: Any = small.model
-    assert parts[f"{first}.conv1"][0] == small_model.mid_block.resnets[-1].conv2.out_channels
-
-
-def test_a_layer_that_reads_two_tensors_merges_their_groups(custom: Callable[..., Checkpoint]) -> None:
-    class TwoInputs(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a, self.b, self.c, self.alone = (nn.Conv2d(1, 1, 1) for _ in range(4))
-
-        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-            other = sample + 1
-            return self.alone(self.a(sample) + self.b(sample) + self.b(other) + self.c(other))
-
-    groups = trace_layer_graph(custom(TwoInputs()), ["a", "b", "c", "alone"]).groups
-    assert sorted(map(sorted, groups)) == [["a", "b", "c"], ["alone"]]
-
-
 # --- result ----------------------------------------------------------------------------------------------------
 
 
@@ -192,7 +151,9 @@ def samples(checkpoint: Checkpoint) -> np.ndarray:
     return generate(TorchNetwork(fake_quantized(checkpoint), checkpoint.spec), checkpoint.spec, range(8), batch=8)
 
 
-@pytest.mark.parametrize(("which", "settings"), [("tokens", {"smooth": 0.5}), ("concat", {"split_concats": True})])
+@pytest.mark.parametrize(
+    ("which", "settings"), [("tokens", {"smoothquant": {"alpha": 0.5}}), ("concat", {"split_concats": True})]
+)
 def test_models_with_uneven_channels_have_a_higher_sqnr(
     which: str, settings: dict[str, Any], request: pytest.FixtureRequest, context: Callable[..., Context]
 ) -> None:
@@ -216,7 +177,7 @@ def test_fake_quantization_divides_activations_and_multiplies_weights(
     which: str, request: pytest.FixtureRequest, context: Callable[..., Context]
 ) -> None:
     checkpoint = request.getfixturevalue(which)
-    config = QuantizeConfig(**PLAIN, smooth=0.5, split_concats=True, outputs=False)
+    config = QuantizeConfig(**PLAIN, smoothquant={"alpha": 0.5}, split_concats=True, outputs=False)
     found = quantize(checkpoint, config, context(checkpoint))
     model: Any = fake_quantized(found)
     before: Any = checkpoint.model
@@ -240,7 +201,7 @@ def test_fake_quantization_divides_activations_and_multiplies_weights(
 def test_smoothing_is_saved_with_the_checkpoint(
     unet: Checkpoint, context: Callable[..., Context], output: Callable[[Checkpoint], torch.Tensor], tmp_path: Path
 ) -> None:
-    found = quantize(unet, QuantizeConfig(**PLAIN, smooth=0.5, split_concats=True), context(unet))
+    found = quantize(unet, QuantizeConfig(**PLAIN, smoothquant={"alpha": 0.5}, split_concats=True), context(unet))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 from torch.nn import functional as F
 
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
@@ -19,9 +18,10 @@ from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
+from diffpress.runtime.errors import InvalidInputError
 from tests.compress.quantization.scales import scales_of
 
-PTQ: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False, "rounding_samples": 16}
+PTQ: dict[str, Any] = {"samples": 4, "batch": 4, "output_correction": False}
 LAYER = "mid_block.attentions.0.to_q"
 
 
@@ -46,15 +46,15 @@ def layer_output(model: torch.nn.Module) -> torch.Tensor:
     [
         ({"format": "w4a8"}, 7),
         ({"format": "int8"}, 64),
-        ({"format": "int4", "smooth": 0.0}, 7),
-        ({"format": "w4a8", "smooth": 0.5}, 7),
+        ({"format": "int4"}, 7),
+        ({"format": "w4a8", "smoothquant": {"alpha": 0.5}}, 7),
     ],
     ids=str,
 )
 def test_factors_and_residual_sum_to_the_weight_and_scales_match_the_residual(
     settings: dict[str, Any], largest: int, low_rank_unet: Checkpoint, context: Callable[..., Context]
 ) -> None:
-    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, **settings, svdquant_rank=2), context(low_rank_unet))
+    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, **settings, svdquant={"rank": 2}), context(low_rank_unet))
     scales = scales_of(found)
     modules: dict[str, Any] = dict(low_rank_unet.model.named_modules())
     layers = {key.rpartition(".")[0] for key in scales.svdquant}
@@ -71,21 +71,23 @@ def test_factors_and_residual_sum_to_the_weight_and_scales_match_the_residual(
     assert torch.equal(found.model.get_parameter(f"{LAYER}.weight"), modules[LAYER].weight)
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("gptq", [None, {"samples": 16}])
 def test_the_output_of_a_layer_with_a_branch_is_much_closer_to_the_float_one(
-    rounding: str, low_rank_unet: Checkpoint, context: Callable[..., Context]
+    gptq: Any, low_rank_unet: Checkpoint, context: Callable[..., Context]
 ) -> None:
     ctx = context(low_rank_unet)
-    settings = {**PTQ, "format": "int4", "rounding": rounding}
+    settings = {**PTQ, "format": "int4", "gptq": gptq}
     exact = layer_output(low_rank_unet.model).numpy()
-    found = [quantize(low_rank_unet, QuantizeConfig(**settings, svdquant_rank=rank), ctx) for rank in (0, 2)]
+    found = [
+        quantize(low_rank_unet, QuantizeConfig(**settings, svdquant=branch), ctx) for branch in (None, {"rank": 2})
+    ]
     before, after = (sqnr_db(exact, layer_output(fake_quantized(c)).numpy()) for c in found)
     assert after > before + 6.0
     assert not scales_of(found[0]).svdquant
 
 
 def test_the_layer_matches_the_formula(low_rank_unet: Checkpoint, context: Callable[..., Context]) -> None:
-    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="int8", svdquant_rank=2), context(low_rank_unet))
+    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="int8", svdquant={"rank": 2}), context(low_rank_unet))
     scales, x = scales_of(found), torch.randn(3, 9, 32, generator=torch.Generator().manual_seed(2))
     layer: Any = low_rank_unet.model.get_submodule(LAYER)
     down, up = scales.svdquant[f"{LAYER}.down"], scales.svdquant[f"{LAYER}.up"]
@@ -105,7 +107,7 @@ def test_a_saved_and_reloaded_checkpoint_is_identical(
     output: Callable[[Checkpoint], torch.Tensor],
     tmp_path: Path,
 ) -> None:
-    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=2), context(low_rank_unet))
+    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="w4a8", svdquant={"rank": 2}), context(low_rank_unet))
     save_checkpoint(found, tmp_path / "saved")
     again = load_checkpoint(str(tmp_path / "saved"))
     assert again.hash == found.hash and torch.equal(output(again), output(found))
@@ -115,10 +117,10 @@ def test_a_saved_and_reloaded_checkpoint_is_identical(
 
 
 def test_a_full_rank_adds_no_branch(low_rank_unet: Checkpoint, context: Callable[..., Context]) -> None:
-    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="w4a8", svdquant_rank=32), context(low_rank_unet))
+    found = quantize(low_rank_unet, QuantizeConfig(**PTQ, format="w4a8", svdquant={"rank": 32}), context(low_rank_unet))
     assert not any(key.startswith(LAYER) for key in scales_of(found).svdquant)
 
 
-def test_svdquant_is_refused_in_mode_qat() -> None:
-    with pytest.raises(ValidationError, match="svdquant_rank requires mode ptq"):
-        QuantizeConfig(mode="qat", svdquant_rank=8)
+def test_svdquant_excludes_qat() -> None:
+    with pytest.raises(InvalidInputError, match="svdquant excludes qat"):
+        QuantizeConfig(qat={}, svdquant={})

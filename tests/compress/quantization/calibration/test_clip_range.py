@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from diffpress.compress.quantization.calibration.clip_range import Method, amax_of, entropy_amax, unit_levels
+from diffpress.compress.quantization.calibration.clip_range import amax_of, entropy_amax, unit_levels
 from diffpress.compress.quantization.calibration.statistics import (
     BINS,
     Statistics,
     empty_statistics,
     update_statistics_,
 )
+from diffpress.compress.quantization.config import Method
 from diffpress.compress.quantization.formats import FP4, FP8, INT4, INT8, Number
 
 DRAWS = {

@@ -16,9 +16,12 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.calibration.calibrate import calibrate
+from diffpress.compress.quantization.algorithms.smoothquant import smoothing_vectors
+from diffpress.compress.quantization.calibration.calibrate import calibrate, check_calibration
 from diffpress.compress.quantization.config import QuantizeConfig
+from diffpress.compress.quantization.layer_graph import trace_layer_graph
 from diffpress.compress.quantization.layer_selection import choose_formats
+from diffpress.compress.quantization.quantize import trajectories_of
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.compress.sources.load import load_checkpoint
@@ -26,10 +29,14 @@ from diffpress.runtime.errors import InvalidInputError
 
 
 def scales(checkpoint: Checkpoint, ctx: Context, **settings: Any) -> dict[str, torch.Tensor]:
-    """Every amax and every smoothing vector that `calibrate` returns."""
-    config = QuantizeConfig(**{"samples": 5, "batch": 3, **settings})
-    amax, smooth = calibrate(checkpoint, choose_formats(checkpoint.model, config), [], config, ctx)
-    return {**amax, **{f"{name}.smooth": value for name, value in smooth.items()}}
+    """Every amax and every smoothing vector."""
+    config, model = QuantizeConfig(**{"samples": 5, "batch": 3, **settings}), checkpoint.model
+    formats, dataset = choose_formats(model, config), trajectories_of(checkpoint, config, ctx)
+    check_calibration(formats, config)
+    smooth = {}
+    if config.smoothquant:
+        smooth = smoothing_vectors(dataset, trace_layer_graph(model, checkpoint.spec), formats, config)
+    return {**calibrate(dataset, formats, [], smooth, config), **{f"{k}.smooth": value for k, value in smooth.items()}}
 
 
 class KilledError(Exception):
@@ -94,7 +101,7 @@ def test_a_killed_calibration_evaluates_only_what_was_not_saved_and_has_the_same
 def test_a_calibration_killed_in_its_second_run_does_not_repeat_the_smoothing_run(
     unet: Checkpoint, context: Callable[..., Context], timesteps_run: TimestepLog, tmp_path: Path
 ) -> None:
-    settings = {"smooth": 0.5}
+    settings = {"smoothquant": {"alpha": 0.5}}
     uninterrupted = scales(unet, replace(context(unet), work=tmp_path / "undisturbed"), **settings)
     total = len(timesteps_run)
     timesteps_run.clear()
@@ -120,7 +127,7 @@ def test_state_saved_by_another_run_is_not_used(
     timesteps_run.clear()
     timesteps_run.limit = None
     other = plain if change == "checkpoint" else unet
-    scales(other, context(other), percentile=99.0 if change == "config" else 99.99)
+    scales(other, context(other), calibration={"percentile": 99.0 if change == "config" else 99.99})
     assert len(timesteps_run) == 8
 
 
