@@ -25,16 +25,18 @@ if TYPE_CHECKING:
     from diffpress.api import export as export
     from diffpress.api import load as load
     from diffpress.compress.checkpoint import Checkpoint as Checkpoint
+    from diffpress.compress.distillation.config import (
+        ConsistencyConfig,
+        GuidanceConfig,
+        ProgressiveConfig,
+        RecoverConfig,
+        ScoreConfig,
+        TrajectoryConfig,
+    )
+    from diffpress.compress.pruning.config import PruneConfig
+    from diffpress.compress.quantization.config import QuantizeConfig
     from diffpress.compress.recipe import Recipe as Recipe
-    from diffpress.compress.stages import Consistency as Consistency
-    from diffpress.compress.stages import Guidance as Guidance
-    from diffpress.compress.stages import Progressive as Progressive
-    from diffpress.compress.stages import Prune as Prune
-    from diffpress.compress.stages import Quantize as Quantize
-    from diffpress.compress.stages import Recover as Recover
-    from diffpress.compress.stages import Schedule as Schedule
-    from diffpress.compress.stages import Score as Score
-    from diffpress.compress.stages import Trajectory as Trajectory
+    from diffpress.compress.sampling_schedule.config import ScheduleConfig
     from diffpress.runtime.bundle import Bundle as Bundle
     from diffpress.runtime.bundle import load_bundle as load_bundle
     from diffpress.runtime.errors import DiffpressError as DiffpressError
@@ -50,29 +52,40 @@ if TYPE_CHECKING:
     from diffpress.runtime.sampling_plan import make_plan as make_plan
     from diffpress.runtime.spec import DenoiserSpec as DenoiserSpec
 
-# public name -> the module that has it; `compress` and `export` are packages that can be called
+    Consistency = ConsistencyConfig
+    Guidance = GuidanceConfig
+    Progressive = ProgressiveConfig
+    Prune = PruneConfig
+    Quantize = QuantizeConfig
+    Recover = RecoverConfig
+    Schedule = ScheduleConfig
+    Score = ScoreConfig
+    Trajectory = TrajectoryConfig
+
+# public name -> the module that has it, with the name there if it differs; `compress` and `export` are packages that
+# can be called
 _MODULES = {
     "Bundle": "diffpress.runtime.bundle",
     "Checkpoint": "diffpress.compress.checkpoint",
-    "Consistency": "diffpress.compress.stages",
+    "Consistency": "diffpress.compress.distillation.config:ConsistencyConfig",
     "DenoiserSpec": "diffpress.runtime.spec",
     "DiffpressError": "diffpress.runtime.errors",
     "EngineUnavailableError": "diffpress.runtime.errors",
     "GateFailedError": "diffpress.runtime.errors",
-    "Guidance": "diffpress.compress.stages",
+    "Guidance": "diffpress.compress.distillation.config:GuidanceConfig",
     "InvalidInputError": "diffpress.runtime.errors",
     "MissingDependencyError": "diffpress.runtime.errors",
     "Pipeline": "diffpress.runtime.pipeline",
-    "Progressive": "diffpress.compress.stages",
-    "Prune": "diffpress.compress.stages",
-    "Quantize": "diffpress.compress.stages",
+    "Progressive": "diffpress.compress.distillation.config:ProgressiveConfig",
+    "Prune": "diffpress.compress.pruning.config:PruneConfig",
+    "Quantize": "diffpress.compress.quantization.config:QuantizeConfig",
     "Recipe": "diffpress.compress.recipe",
-    "Recover": "diffpress.compress.stages",
+    "Recover": "diffpress.compress.distillation.config:RecoverConfig",
     "SamplingPlan": "diffpress.runtime.sampling_plan",
-    "Schedule": "diffpress.compress.stages",
-    "Score": "diffpress.compress.stages",
+    "Schedule": "diffpress.compress.sampling_schedule.config:ScheduleConfig",
+    "Score": "diffpress.compress.distillation.config:ScoreConfig",
     "Step": "diffpress.runtime.sampler",
-    "Trajectory": "diffpress.compress.stages",
+    "Trajectory": "diffpress.compress.distillation.config:TrajectoryConfig",
     "bench": "diffpress.api",
     "betas_schedule": "diffpress.runtime.noise_schedule",
     "evaluate": "diffpress.api",
@@ -91,8 +104,9 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"diffpress.{name}")
     if name not in _MODULES:
         raise AttributeError(f"module 'diffpress' has no attribute '{name}'")
+    module, _, name_there = _MODULES[name].partition(":")
     try:
-        value = getattr(importlib.import_module(_MODULES[name]), name)
+        value = getattr(importlib.import_module(module), name_there or name)
     except ModuleNotFoundError as error:
         from diffpress.runtime.errors import extra_for
 

@@ -4,7 +4,7 @@ A page contains a marker, and `on_page_markdown` replaces it:
 
     <!-- cli -->                the --help of every verb
     <!-- settings -->           a table of the settings of every stage and section of a recipe
-    <!-- renamed keys -->       recipe keys of diffpress 0.1 and their present names
+    <!-- renamed keys -->       recipe keys of earlier versions and their present names
     <!-- renamed options -->    options of the command line that have a second, older name
     <!-- format 1 names -->     names in the spec of bundle format 1 and their names in format 2
 
@@ -27,37 +27,26 @@ from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from diffpress.cli.main import VERBS
-from diffpress.compress.config import Config, TensorRTConfig
-from diffpress.compress.distillation.config import KINDS, DistillConfig
-from diffpress.compress.quantization.config import BoundsConfig
-from diffpress.compress.recipe import RENAMED_KEYS, RENAMED_VALUES, SECTIONS, STAGE_CONFIGS
+from diffpress.compress.config import Config, StageConfig, config_in
+from diffpress.compress.recipe import SECTIONS, TEACHER_SAMPLES
+from diffpress.compress.recipe_schema import DESCRIPTIONS
+from diffpress.compress.stages import STAGES
 from diffpress.runtime import format_1
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS = ROOT / "benchmarks"
 WIDTH = 100  # columns of the help texts
 
-# the key of a recipe itself -> type, default, description
+# the key of a recipe itself -> type, default
 TOP_LEVEL = {
-    "seed": ("integer", "`0`", "Seed of every random draw of the run."),
-    "data": (
-        "path",
-        "`null`",
-        "Training images (.npz with `x` uint8 [N, H, W(, C)] and `y` labels [N]), or prompts (.txt, one per line) for "
-        "models conditioned on text. Relative to the recipe; `calib_data/...` names the built-in data.",
-    ),
-    "teacher_samples": (
-        "integer, >= 1",
-        "`64`",
-        "Number of teacher samples that models of latents train on.",
-    ),
-    "stages": ("list", "`[]`", "The stages, in the order in which they run."),
-    "export": ("section", "defaults below", "Export of the result."),
-    "evaluate": ("section", "`null`", "Scores of the samples; left out, nothing is scored."),
-    "gates": ("section", "`{}`", "Bounds that the result must meet."),
+    "seed": ("integer", "`0`"),
+    "data": ("path", "`null`"),
+    "teacher_samples": ("integer, >= 1", f"`{TEACHER_SAMPLES}`"),
+    "stages": ("list", "`[]`"),
+    "export": ("section", "defaults below"),
+    "evaluate": ("section", "`null`"),
+    "gates": ("section", "`{}`"),
 }
-# settings inside another setting -> their class
-NESTED: dict[str, type[Config]] = {"quantize.bounds": BoundsConfig, "export.tensorrt": TensorRTConfig}
 
 
 # what a reader of the Markdown sees where the site has generated text
@@ -110,9 +99,9 @@ def verb_parser(verb: str) -> argparse.ArgumentParser:
 
 def settings_reference() -> str:
     """Return the tables of all settings of a recipe: its own keys, then every stage and section."""
-    rows = ((f"`{key}`", *entry) for key, entry in TOP_LEVEL.items())
+    rows = ((f"`{key}`", *entry, DESCRIPTIONS[key]) for key, entry in TOP_LEVEL.items())
     parts = ["### The recipe", _table(("key", "type", "default", "meaning"), rows)]
-    for name, config in _configs().items():
+    for name, config in configs().items():
         parts += [f"### {name}", _first_line(config), settings_table(config)]
     return "\n\n".join(parts)
 
@@ -122,7 +111,7 @@ def settings_table(config: type[Config]) -> str:
 
     A kind of distillation lists only what differs from the settings that all kinds share.
     """
-    inherited = DistillConfig.model_fields if issubclass(config, DistillConfig) and config is not DistillConfig else {}
+    inherited = _shared(config).model_fields
     rows = (
         (f"`{name}`", type_text(field), default_text(field), description_text(field))
         for name, field in config.model_fields.items()
@@ -160,14 +149,13 @@ def description_text(field: FieldInfo) -> str:
 
 
 def renamed_keys() -> str:
-    """Return the table of recipe keys and values that have a new name."""
-    keys = [
-        (f"`{section}.{old}`", f"`{section}.{new}`")
-        for section, names in RENAMED_KEYS.items()
-        for old, new in names.items()
-    ]
-    values = [(f"`{key}: {old}`", f"`{key}: {new}`") for (key, old), new in RENAMED_VALUES.items()]
-    return _table(("diffpress 0.1", "now"), [*keys, *values])
+    """Return the table of recipe keys that have a new name."""
+    rows = {  # without duplicates: the kinds of a stage share some
+        (f"`{name.partition(',')[0]}.{old}`", f"`{name.partition(',')[0]}.{new}`"): None
+        for name, config in configs().items()
+        for old, new in (config.renamed | config.of_methods).items()
+    }
+    return _table(("before", "now"), rows)
 
 
 def renamed_options() -> str:
@@ -202,17 +190,30 @@ MARKERS: dict[str, Callable[[], str]] = {
 }
 
 
-def _configs() -> dict[str, type[Config]]:
-    """Heading -> class, in the order of the page; settings inside another setting follow it."""
-    configs: dict[str, type[Config]] = {}
-    for name, config in {**STAGE_CONFIGS, **SECTIONS}.items():
-        if name == "distill":
-            configs["distill, all kinds"] = DistillConfig
-            configs |= {f"distill, kind {kind}": kind_config for kind, kind_config in KINDS.items()}
+def configs() -> dict[str, type[Config]]:
+    """Return heading -> class, in the order of the page; settings inside another setting follow it."""
+    found: dict[str, type[Config]] = {}
+    for name, stage in STAGES.items():
+        if len(stage.configs) > 1:
+            found[f"{name}, all kinds"] = _shared(stage.configs[0])
+            found |= {f"{name}, kind {kind.model_fields['kind'].default}": kind for kind in stage.configs}
         else:
-            configs[name] = config
-        configs |= {inner: nested for inner, nested in NESTED.items() if inner.startswith(f"{name}.")}
-    return configs
+            found[name] = stage.configs[0]
+            found |= _nested(name, stage.configs[0])
+    for name, section in SECTIONS.items():
+        found |= {name: section, **_nested(name, section)}
+    return found
+
+
+def _nested(name: str, config: type[Config]) -> dict[str, type[Config]]:
+    inner = {f"{name}.{key}": config_in(field.annotation) for key, field in config.model_fields.items()}
+    return {path: kind for path, kind in inner.items() if kind is not None}
+
+
+def _shared(config: type[Config]) -> type[Config]:
+    """Return the class with the settings that all kinds of a stage share; StageConfig, without settings, if none do."""
+    base = config.__bases__[0]
+    return base if issubclass(base, StageConfig) else StageConfig
 
 
 def _same(field: FieldInfo, other: FieldInfo) -> bool:

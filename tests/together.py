@@ -12,6 +12,7 @@ Training and stages are imported in the functions that need them, since importin
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import signal
 import sys
@@ -24,12 +25,13 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffpress.cli.main import run_verb
-from diffpress.compress.context import say
 from diffpress.compress.training import distributed
 from diffpress.runtime.errors import InvalidInputError
 
 if TYPE_CHECKING:
     from diffpress.compress.training.loop import Objective, Training
+
+logger = logging.getLogger("diffpress.tests.together")
 
 STEPS, SEED = 12, 3
 KILLED_AT = 8
@@ -82,7 +84,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     action, target, *rest = args.words
     with distributed.together():
-        say("here")
+        logger.info("here")
         if action == "refuse":
             with distributed.main_first():
                 if distributed.index() == int(target):
@@ -99,10 +101,10 @@ def run(args: argparse.Namespace) -> int:
 
 def _run_stages(checkpoint: str, recipe: str, out: str, *settings: str) -> None:
     from diffpress.compress.pipeline import run_stages
-    from diffpress.compress.recipe import read_recipe
+    from diffpress.compress.recipe import Recipe
     from diffpress.compress.sources.load import load_checkpoint
 
-    run_stages(load_checkpoint(checkpoint), read_recipe(Path(recipe), settings), Path(out))
+    run_stages(load_checkpoint(checkpoint), Recipe.load(Path(recipe), settings), Path(out))
 
 
 def _train(action: str, folder: Path) -> None:

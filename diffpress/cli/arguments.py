@@ -6,7 +6,7 @@ import argparse
 import re
 from typing import TYPE_CHECKING, Any
 
-from diffpress.compress.builtin import RECIPES, TEACHER, recipe_file
+from diffpress.compress.builtin import TEACHER, built_in_recipes, recipe_file
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.onnxruntime.providers import PROVIDERS
 from diffpress.runtime.engines.options import PRECISIONS, EngineOptions
@@ -15,7 +15,7 @@ from diffpress.runtime.errors import InvalidInputError
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
 
-DEFAULT_RECIPE = RECIPES / "quick.yaml"
+DEFAULT_RECIPE = built_in_recipes()["quick"]
 
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,8 +52,7 @@ def add_recipe_arguments(parser: argparse.ArgumentParser) -> None:
         type=recipe_file,
         default=DEFAULT_RECIPE,
         metavar="R",
-        help="a YAML file or the name of a built-in recipe: "
-        f"{', '.join(sorted(p.stem for p in RECIPES.glob('*.yaml')))} (quick)",
+        help=f"a YAML file or the name of a built-in recipe: {', '.join(built_in_recipes())} (quick)",
     )
     parser.add_argument(
         "--set",

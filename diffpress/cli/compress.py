@@ -23,5 +23,5 @@ def run(args: argparse.Namespace) -> int:
     from diffpress.export.run import run_recipe
 
     recipe = Recipe.load(args.recipe, args.set)
-    run_recipe(lambda: loaded(args), recipe, args.out, update=args.update, where=str(args.recipe))
+    run_recipe(lambda: loaded(args), recipe, args.out, update=args.update, where=str(args.recipe), show=print)
     return 0

@@ -56,8 +56,8 @@ def run(args: argparse.Namespace) -> int:
     """Export and print a summary; raises DiffpressError for invalid input or a failed parity gate."""
     import torch
 
+    from diffpress.api import export
     from diffpress.export.bundle import check_output_folder
-    from diffpress.export.export import export
     from diffpress.export.summary import summary
 
     check_output_folder(args.out)  # before the checkpoint is read, which may take minutes

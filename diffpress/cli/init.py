@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffpress.compress.builtin import RECIPES
+from diffpress.compress.builtin import built_in_recipes
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 from diffpress.runtime.io.files import write_text
 
@@ -14,16 +14,16 @@ EXAMPLE = "diffpress init int8 --out my-recipe.yaml"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `diffpress init`."""
-    names = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
+    names = ", ".join(built_in_recipes())
     parser.add_argument("name", nargs="?", default="quick", metavar="NAME", help=f"{names} (quick)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="where to write it (NAME.yaml)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the recipe; a file that exists is left as it is."""
-    built_in = {path.stem: path for path in RECIPES.glob("*.yaml")}
+    built_in = built_in_recipes()
     if args.name not in built_in:
-        raise unknown_name("recipe", args.name, sorted(built_in))
+        raise unknown_name("recipe", args.name, built_in)
     out = args.out or Path(f"{args.name}.yaml")
     if out.exists():
         raise InvalidInputError(f"{out}: exists already; choose another file with --out")

@@ -27,6 +27,7 @@ VERBS = {
     "report": "gather what a run measured into report.html and report.json",
     "info": "describe a checkpoint or bundle: family, precision, sizes, sampling plan, history",
     "recipes": "list the built-in recipes",
+    "schema": "print the JSON schema of a recipe, for editors",
     "init": "write a built-in recipe to a file, to edit",
     "doctor": "check what this machine can run, and which extras are missing",
 }

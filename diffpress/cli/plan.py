@@ -35,7 +35,8 @@ def run(args: argparse.Namespace) -> int:
     print(f"recipe {args.recipe}, seed {recipe.seed} (settings that are not shown have their defaults)")
     print(f"before: {_describe_sizes(result['before'])}")
     for number, (stage, entry) in enumerate(zip(recipe.stages, result["stages"], strict=True)):
-        changed = stage.config.model_dump(mode="json", exclude_defaults=True)
+        kind = {"kind": stage.config.kind} if hasattr(stage.config, "kind") else {}
+        changed = kind | stage.config.model_dump(mode="json", exclude_defaults=True)
         settings = ", ".join(f"{k}={v}" for k, v in changed.items())
         print(f"  {number + 1}. {stage.name:<9} {settings}")
         print(f"     -> {_describe_sizes(entry['after'])}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from diffpress.compress.builtin import RECIPES
+from diffpress.compress.builtin import built_in_recipes
 
 EXAMPLE = "diffpress recipes"
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the name of each built-in recipe and the first line of its comment."""
-    for file in sorted(RECIPES.glob("*.yaml")):
+    for name, file in built_in_recipes().items():
         first = file.read_text(encoding="utf-8").splitlines()[0]
-        print(f"{file.stem:<10} {first.removeprefix('#').strip()}")
+        print(f"{name:<10} {first.removeprefix('#').strip()}")
     return 0

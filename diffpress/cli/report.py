@@ -15,11 +15,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the report, print its summary and where everything is."""
-    from diffpress.compress.report import PICTURE, summary, write_report
+    from diffpress.compress.report import summary, write_report
+    from diffpress.compress.workspace import Workspace
 
-    facts = write_report(args.folder)
-    print(summary(facts))
-    print(f"images  {args.folder / PICTURE}")
-    print(f"bundle  {args.folder / 'bundle'}")
-    print(f"report  {args.folder / 'report.html'}")
+    workspace = Workspace(args.folder)
+    print(summary(write_report(workspace.root)))
+    print(f"images  {workspace.comparison}")
+    print(f"bundle  {workspace.bundle}")
+    print(f"report  {workspace.report_page}")
     return 0

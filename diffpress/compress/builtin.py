@@ -14,7 +14,12 @@ REFERENCE = CALIB_DATA / "reference.npz"
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
+def built_in_recipes() -> dict[str, Path]:
+    """Return the file of each built-in recipe, by name in alphabetical order."""
+    return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}
+
+
 def recipe_file(name: str | Path) -> Path:
     """Return the path of a recipe; a name without such a file may be that of a built-in recipe."""
-    path, built_in = Path(name), RECIPES / f"{name}.yaml"
-    return built_in if not path.exists() and built_in.is_file() else path
+    path = Path(name)
+    return path if path.exists() else built_in_recipes().get(str(name), path)

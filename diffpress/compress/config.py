@@ -1,19 +1,46 @@
-"""Stage configs: frozen, validated when constructed, without I/O. Field names are recipe keys."""
+"""Configs: frozen, validated when constructed, without I/O. Field names are recipe keys.
+
+Pydantic finds what is wrong; `input_error` makes one line of it, the same for a recipe and for an object in Python.
+"""
 
 from __future__ import annotations
 
-from typing import Literal
+import difflib
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 
 class Config(BaseModel):
-    """Base of all configs: frozen, and unknown keys are refused."""
+    """Base of all configs: frozen, and unknown keys are refused.
+
+    Attributes:
+        renamed: Former keys and their present names, for the message that refuses one.
+        of_methods: Former keys and the method's setting that they are now; refused where the method is off.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    renamed: ClassVar[dict[str, str]] = {}
+    of_methods: ClassVar[dict[str, str]] = {}
+
+
+class StageConfig(Config):
+    """Base of the configs of stages: a call with wrong settings raises InvalidInputError, as a recipe does."""
+
+    def __init__(self, **settings: Any) -> None:
+        try:
+            super().__init__(**settings)
+        except ValidationError as error:
+            raise input_error(error, type(self), f"diffpress.{self.__repr_name__()}") from error
+
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]  # `model_validate` raises ValidationError
+
+    def __repr_name__(self) -> str:
+        return type(self).__name__.removesuffix("Config")  # the public name, as in diffpress.Prune
 
 
 class TensorRTConfig(Config):
@@ -58,12 +85,16 @@ class TensorRTConfig(Config):
         return self
 
 
+Target = Literal["onnx", "openvino", "tensorrt"]
+ExportPrecision = Literal["fp32", "fp16", "bf16"]
+
+
 class ExportConfig(Config):
     """Export the result as a bundle."""
 
-    targets: tuple[Literal["onnx", "openvino", "tensorrt"], ...] = Field(
-        ("onnx",), description="Targets to export for."
-    )
+    renamed: ClassVar[dict[str, str]] = {"fixed_plan": "fixed_timesteps"}
+
+    targets: tuple[Target, ...] = Field(("onnx",), description="Targets to export for.")
     revert_slower: bool = Field(
         False,
         description="Use the float graph in engines where the quantized graph is slower, measured on this machine.",
@@ -72,8 +103,15 @@ class ExportConfig(Config):
         False,
         description="Fold the timestep embedding into constants; the bundle then accepts only its plan's timesteps.",
     )
-    precision: Literal["fp32", "fp16", "bf16"] = Field(
+    precision: ExportPrecision = Field(
         "fp32", description="Precision of the result's float graphs; the baseline stays fp32."
+    )
+    size: tuple[int, int] | None = Field(
+        None,
+        description="Height and width of the image in pixels, to fix them in the graphs; None leaves them as traced.",
+    )
+    threads: int | None = Field(
+        None, description="Processor threads of the engines that are verified and timed; None means all."
     )
     tensorrt: TensorRTConfig = Field(TensorRTConfig(), description="Settings of target tensorrt.")
 
@@ -95,3 +133,55 @@ class EvaluateConfig(Config):
     samples: int = Field(256, ge=8, description="Samples per seed.")
     seeds: int = Field(3, ge=1, description="Number of seeds; each gives one set of samples.")
     batch: int = Field(64, ge=1, description="Samples per batch.")
+
+
+def input_error(error: ValidationError, config: Any, where: str) -> InvalidInputError:
+    """Return the first problem that pydantic found, as one line; keys that do not exist come first.
+
+    Args:
+        error: What was raised for the settings of `config`.
+        config: A config class, or a union of classes discriminated by `kind`.
+        where: Path of the settings, as "recipe.yaml: stages[0].prune".
+    """
+    problems = error.errors(include_url=False)
+    unknown = [problem for problem in problems if problem["type"] in ("extra_forbidden", "invalid_key")]
+    first = min(unknown or problems[:1], key=lambda problem: len(problem["loc"]))
+    kind, path = config, first["loc"]
+    if not isinstance(config, type):
+        kinds = {member.model_fields["kind"].default: member for member in config_classes(config)}
+        if first["type"] == "union_tag_invalid":
+            return unknown_name(f"{where}: kind", first["ctx"]["tag"], kinds)
+        kind, path = kinds[path[0]], path[1:]  # the path in a union begins with the kind
+    if unknown:
+        *parents, key = path
+        for parent in parents:
+            where, kind = f"{where}.{parent}", config_in(kind.model_fields[str(parent)].annotation)
+        if key in kind.of_methods:
+            setting = kind.of_methods[key]
+            method = setting.partition(".")[0]
+            return InvalidInputError(f"{where}.{key} belongs to {method}, which is off; set {setting}, or remove it")
+        return unknown_key(key, tuple(kind.model_fields), where, kind.renamed)
+    if not path:  # a rule between several keys
+        return InvalidInputError(f"{where}: {first['msg'].removeprefix('Value error, ')}")
+    return InvalidInputError(f"{'.'.join(map(str, (where, *path)))}: {first['msg']}, found {first['input']!r}")
+
+
+def unknown_key(key: Any, known: Sequence[str], where: str, renamed: dict[str, str] | None = None) -> InvalidInputError:
+    """Return the error for a key at the path `where` that does not exist: its new name, or the nearest match."""
+    if renamed and key in renamed:
+        return InvalidInputError(f"{where}.{key} is now called '{renamed[key]}'; rename the key")
+    near = difflib.get_close_matches(str(key), known, 1, cutoff=0.4)
+    hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
+    file, colon, path = where.rpartition(": ")
+    return InvalidInputError(f"{file}{colon}unknown key '{f'{path}.{key}'.lstrip('.')}'; {hint}")
+
+
+def config_classes(config: Any) -> tuple[type[Config], ...]:
+    """Return the class itself, or the classes of an annotated union."""
+    return (config,) if isinstance(config, type) else get_args(get_args(config)[0])
+
+
+def config_in(annotation: Any) -> type[Config] | None:
+    """Return the config class that a field holds, as `BoundsConfig | None` does."""
+    kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, Config)), None)

@@ -67,6 +67,8 @@ class Context:
         teacher: The checkpoint the run started from.
         data: Training data, if the recipe has any.
         open_engine_costs: Opens engine measurements, if an engine is available.
+        shared: Folder of samples that the stages of a run share; None keeps them in `work`.
+        logs: Folder of TensorBoard logs and previews; None writes none.
         notes: Entries that a stage adds to its history record.
     """
 
@@ -75,12 +77,14 @@ class Context:
     teacher: Checkpoint
     data: Data | None = None
     open_engine_costs: EngineCostsFactory | None = None
+    shared: Path | None = None
+    logs: Path | None = None
     notes: dict[str, Any] = field(default_factory=dict)
 
     @property
-    def logs(self) -> Path:
-        """Log folder of the stage: DIR/logs/STAGE for the work folder DIR/stages/.STAGE.work."""
-        return self.work.parent.parent / "logs" / self.work.name.removeprefix(".").removesuffix(".work")
+    def samples(self) -> Path:
+        """Folder of samples of the teacher."""
+        return self.shared or self.work
 
     def require_data(self, purpose: str) -> Data:
         """Return the training data; InvalidInputError naming `purpose` if there is none."""

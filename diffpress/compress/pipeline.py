@@ -1,7 +1,7 @@
 """Run a recipe's stages on a checkpoint.
 
 Every finished stage is saved in DIR/stages under a key made of its input's hash and its settings. An interrupted run
-therefore resumes, and a changed recipe redoes only what changed. Nothing here knows what a stage does.
+therefore resumes, and a changed recipe redoes only what changed. What a stage does is in its entry of STAGES.
 """
 
 from __future__ import annotations
@@ -11,37 +11,25 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from diffpress.compress.checkpoint import Checkpoint, Record, save_checkpoint
 from diffpress.compress.context import Context, Data, EngineCostsFactory
-from diffpress.compress.distillation.distill import distill
 from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
 from diffpress.compress.models.counts import count
-from diffpress.compress.pruning.prune import prune
-from diffpress.compress.quantization.quantize import quantize
-from diffpress.compress.recipe import Recipe, Stage
-from diffpress.compress.sampling_schedule.schedule import schedule
+from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.stages import STAGES, Stage
 from diffpress.compress.training import distributed
 from diffpress.compress.training.image_data import load_images
 from diffpress.compress.training.teacher_data import TeacherData, read_prompts
+from diffpress.compress.workspace import Workspace
 from diffpress.runtime.bundle import sha256
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, write_json
 
 logger = logging.getLogger(__name__)
-
-StageFunction = Callable[[Checkpoint, Any, Context], Checkpoint]
-
-STAGES: dict[str, StageFunction] = {
-    "schedule": schedule,
-    "prune": prune,
-    "distill": distill,
-    "quantize": quantize,
-}
 
 
 def run_stages(
@@ -52,18 +40,27 @@ def run_stages(
     With several processes, all of them train and the main one does the rest; the others load what it saved.
     `open_engine_costs` measures costs in an engine for the stages that need them (export/targets/engine_cost.py).
     """
-    data = open_data(teacher, recipe, out)
+    workspace = Workspace(out)
+    data = open_data(teacher, recipe, workspace)
     checkpoint = teacher
     for number, stage in enumerate(recipe.stages):
         logger.info(f"[{number + 1}/{len(recipe.stages)}] {stage.name}")
         key = stage_key(checkpoint, teacher, stage, recipe.seed, data)
-        folder = out / "stages" / f"{number:02d}-{stage.name}-{key[:12]}"
+        folder = workspace.stage(number, stage.name, key)
         done = folder.is_dir()
         distributed.wait()  # no process may write before all have looked
         if done:
             logger.info(f"done before, read from {folder}")
-        elif distributed.is_main() or trains(stage):
-            ctx = Context(recipe.seed, _work(folder), teacher, data, open_engine_costs)
+        elif distributed.is_main() or STAGES[stage.name].trains(stage.config):
+            ctx = Context(
+                recipe.seed,
+                workspace.work(folder),
+                teacher,
+                data,
+                open_engine_costs,
+                shared=workspace.stages,
+                logs=workspace.logs(folder),
+            )
             checkpoint = run_stage(checkpoint, stage, folder, ctx)
         distributed.wait()
         if done or not distributed.is_main():
@@ -71,12 +68,7 @@ def run_stages(
     return checkpoint
 
 
-def trains(stage: Stage) -> bool:
-    """Return whether the stage runs the training loop, in which several processes share the work."""
-    return stage.name == "distill" or (stage.name == "quantize" and stage.config.mode == "qat")
-
-
-def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
+def open_data(teacher: Checkpoint, recipe: Recipe, workspace: Workspace) -> Data | None:
     """Return the recipe's images; for models of latents or text, samples of the teacher under the recipe's prompts."""
     spec = teacher.spec
     if spec.is_pixel_space:
@@ -89,13 +81,13 @@ def open_data(teacher: Checkpoint, recipe: Recipe, out: Path) -> Data | None:
         raise InvalidInputError(
             f"{recipe.data}: a model of latents learns from samples of its teacher; leave 'data' out"
         )
-    return TeacherData(teacher, recipe.teacher_samples, out / "stages", prompts)
+    return TeacherData(teacher, recipe.teacher_samples, workspace.stages, prompts)
 
 
 def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) -> Checkpoint:
     """Run one stage; the main process adds its record to the history, saves it, and deletes the resume data."""
     began = time.monotonic()
-    result = STAGES[stage.name](checkpoint, stage.config, ctx)
+    result = STAGES[stage.name].run(checkpoint, stage.config, ctx)
     if not distributed.is_main():
         return result
     before, after = count(checkpoint.model, checkpoint.spec), count(result.model, result.spec)
@@ -103,7 +95,7 @@ def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) 
     changed["plan"] = [_plan(checkpoint), _plan(result)]
     changed["teacher_sqnr_db"] = teacher_sqnr_db(result, ctx.teacher, ctx.data)
     changed |= ctx.notes
-    if trains(stage) and distributed.count() > 1:
+    if STAGES[stage.name].trains(stage.config) and distributed.count() > 1:
         changed["processes"] = distributed.count()  # each with batches of the configured size
     logger.info(
         f"parameters {before.parameters:,} -> {after.parameters:,}, MACs {before.macs:,} -> {after.macs:,}, "
@@ -122,11 +114,6 @@ def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) 
     save_checkpoint(result, folder)
     shutil.rmtree(ctx.work, ignore_errors=True)
     return result
-
-
-def _work(folder: Path) -> Path:
-    """Return the folder for the resume data of the stage that is saved in `folder`."""
-    return folder.with_name(f".{folder.name}.work")
 
 
 def stage_key(checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: int, data: Data | None) -> str:
@@ -151,7 +138,7 @@ def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -
     """Make `out` this run's folder; one that belongs to another run is refused and left as it is."""
     # data is compared by content, so that a project may be moved
     facts = {**recipe.to_json(), "teacher": teacher.hash, "data": sha256(recipe.data) if recipe.data else None}
-    file = out / "recipe.json"
+    file = Workspace(out).recipe
     if file.is_file() and not update:
         difference = _first_difference(read_json(file), facts)
         if difference:

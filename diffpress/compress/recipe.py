@@ -16,67 +16,32 @@ Unknown keys are refused with their path and the nearest match. Paths are relati
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any
 
 import yaml
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 
-from diffpress.compress.builtin import CALIB_DATA, RECIPES, recipe_file
-from diffpress.compress.config import Config, EvaluateConfig, ExportConfig, GatesConfig
-from diffpress.compress.distillation.config import FEW_STEP_KINDS
-from diffpress.compress.distillation.config import KINDS as DISTILL_CONFIGS
-from diffpress.compress.pruning.config import PruneConfig
-from diffpress.compress.quantization.config import QuantizeConfig
-from diffpress.compress.sampling_schedule.config import ScheduleConfig
+from diffpress.compress.builtin import CALIB_DATA, built_in_recipes, recipe_file
+from diffpress.compress.config import (
+    Config,
+    EvaluateConfig,
+    ExportConfig,
+    GatesConfig,
+    StageConfig,
+    input_error,
+    unknown_key,
+)
+from diffpress.compress.stages import STAGES, Stage, check_order, stages_of
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 
-STAGE_CONFIGS: dict[str, type[Config]] = {
-    "schedule": ScheduleConfig,
-    "prune": PruneConfig,
-    "distill": DISTILL_CONFIGS["recover"],
-    "quantize": QuantizeConfig,
-}
 SECTIONS: dict[str, type[Config]] = {"export": ExportConfig, "evaluate": EvaluateConfig, "gates": GatesConfig}
 KEYS = ("seed", "data", "teacher_samples", "stages", *SECTIONS)
 
 TEACHER_SAMPLES = 64
-
-# stage -> the stages that may not come before it, and the reason
-ORDER: dict[str, tuple[tuple[str, ...], str]] = {
-    "prune": (("quantize",), "scales are calibrated for one set of channels"),
-    "distill": (("quantize",), "training moves the weights away from their calibrated scales"),
-    "schedule": (("quantize",), "scales are calibrated on the trajectory that is deployed"),
-    "quantize": (("quantize",), "a model is quantized once"),
-}
-
-
-# keys and values of recipes for diffpress 0.1, by the stage or section that they stood in
-RENAMED_KEYS: dict[str, dict[str, str]] = {
-    "schedule": {"grid": "spacing"},
-    "quantize": {
-        "keep": "ignored_layers",
-        "keep_fragile": "keep_sensitive_layers",
-        "mixture": "format_overrides",
-        "split_joins": "split_concats",
-        "correct": "output_correction",
-        "branch_rank": "svdquant_rank",
-        "rounding_states": "rounding_samples",
-    },
-    "distill": {"paths": "trajectories", "path_steps": "trajectory_steps"},
-    "export": {"fixed_plan": "fixed_timesteps"},
-}
-RENAMED_VALUES = {("rounding", "adaround"): "gptq"}
-
-
-class Stage(NamedTuple):
-    """One entry of `stages`: the stage's name and its checked configuration."""
-
-    name: str
-    config: Any
+MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)
@@ -111,12 +76,22 @@ class Recipe:
         """
         file = recipe_file(path)
         if not file.exists() and not file.suffix:
-            raise unknown_name("recipe", str(path), sorted(built_in.stem for built_in in RECIPES.glob("*.yaml")))
-        return read_recipe(file, tuple(overrides))
+            raise unknown_name("recipe", str(path), built_in_recipes())
+        try:
+            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InvalidInputError(f"{file}: the recipe cannot be read ({error.strerror})") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InvalidInputError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
+        if not isinstance(raw, dict):
+            raise InvalidInputError(f"{file}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+        for override in overrides:
+            _override_(raw, override)
+        return _resolve(raw, file)
 
     @staticmethod
     def of(
-        stages: Sequence[Config],
+        stages: Sequence[StageConfig],
         *,
         data: str | Path | None = None,
         seed: int = 0,
@@ -133,13 +108,11 @@ class Recipe:
         Raises:
             InvalidInputError: For an impossible order of stages, data that is not there, or a seed out of range.
         """
-        from diffpress.compress.stages import stage_name
-
         where = Path("stages")
         raw = {"seed": seed, "data": data, "teacher_samples": teacher_samples}
         recipe = _resolve(raw, where if data is None else Path.cwd() / "stages")
-        made = tuple(Stage(stage_name(config), config) for config in stages)
-        _check_order(made, where)
+        made = stages_of(stages)
+        check_order(made, str(where))
         return replace(recipe, stages=made)
 
     def to_json(self) -> dict[str, Any]:
@@ -155,31 +128,18 @@ class Recipe:
         }
 
 
-def read_recipe(path: Path, overrides: tuple[str, ...] = ()) -> Recipe:
-    """Read a recipe file, apply overrides (`key.path=value`) and check it; every problem is an InvalidInputError."""
-    try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InvalidInputError(f"{path}: the recipe cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{path}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
-    if not isinstance(raw, dict):
-        raise InvalidInputError(f"{path}: a recipe is a mapping with the keys {', '.join(KEYS)}")
-    for override in overrides:
-        _override_(raw, override)
-    return _resolve(raw, path)
-
-
 def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
-    _refuse_unknown(raw, KEYS, str(path), "")
+    for key in raw:
+        if key not in KEYS:
+            raise unknown_key(key, KEYS, f"{path}: ")
     seed = raw.get("seed", 0)
-    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed < 2**63:
+    if not isinstance(seed, int) or isinstance(seed, bool) or not 0 <= seed <= MAX_SEED:
         raise InvalidInputError(f"{path}: seed: {seed!r} must be a whole number from 0 to 2^63 - 1")
     entries = raw.get("stages") or []
     if not isinstance(entries, list):
         raise InvalidInputError(f"{path}: stages: must be a list of stages")
     stages = tuple(_stage(entry, i, path) for i, entry in enumerate(entries))
-    _check_order(stages, path)
+    check_order(stages, str(path))
     sections = {name: _section(raw, name, kind, path) for name, kind in SECTIONS.items()}
     gates, evaluate = sections["gates"] or GatesConfig(), sections["evaluate"]
     if gates.frechet_ratio is not None and evaluate is None:
@@ -200,85 +160,23 @@ def _stage(entry: Any, index: int, path: Path) -> Stage:
             f"{path}: {where}: a stage is one name with its settings, like  - prune: {{ratio: 0.3}}"
         )
     name, settings = next(iter(entry.items()))
-    _refuse_unknown({name: None}, tuple(STAGE_CONFIGS), str(path), where)
-    config = STAGE_CONFIGS[name]
-    if name == "distill" and isinstance(settings, dict) and "kind" in settings:
-        if settings["kind"] not in DISTILL_CONFIGS:
-            raise unknown_name(f"{path}: {where}.{name}: kind", str(settings["kind"]), DISTILL_CONFIGS)
-        config = DISTILL_CONFIGS[settings["kind"]]
-    return Stage(str(name), _config(config, settings, path, f"{where}.{name}"))
+    if name not in STAGES:
+        raise unknown_key(name, tuple(STAGES), f"{path}: {where}")
+    return Stage(name, _config(STAGES[name].config, settings, path, f"{where}.{name}"))
 
 
 def _section(raw: dict[str, Any], name: str, kind: type[Config], path: Path) -> Any:
     return _config(kind, raw[name], path, name) if name in raw else None
 
 
-def _config(kind: type[Config], settings: Any, path: Path, where: str) -> Config:
+def _config(kind: Any, settings: Any, path: Path, where: str) -> Any:
     settings = {} if settings is None else settings
     if not isinstance(settings, dict):
         raise InvalidInputError(f"{path}: {where}: expected settings like {{key: value}}, found {settings!r}")
-    check_keys(kind, settings, str(path), where)
     try:
-        return kind(**settings)
+        return TypeAdapter(kind).validate_python(settings)
     except ValidationError as error:
-        raise first_error(error, f"{path}: {where}") from error
-
-
-def check_keys(kind: type[Config], settings: dict[str, Any], source: str, where: str) -> None:
-    """Raise InvalidInputError for a key that `kind` does not have, with its new name or the nearest match."""
-    _refuse_unknown(settings, tuple(kind.model_fields), source, where)
-    for key, value in settings.items():
-        inner = _config_in(kind.model_fields[key].annotation)
-        if inner is not None and isinstance(value, dict):
-            _refuse_unknown(value, tuple(inner.model_fields), source, f"{where}.{key}")
-
-
-def first_error(error: ValidationError, where: str) -> InvalidInputError:
-    """Return the first problem that pydantic found, as one line."""
-    first = error.errors()[0]
-    if not first["loc"]:  # a rule between several keys
-        return InvalidInputError(f"{where}: {first['msg'].removeprefix('Value error, ')}")
-    key = ".".join(map(str, (where, *first["loc"])))
-    return InvalidInputError(f"{key}: {first['msg']}, found {first['input']!r}")
-
-
-def _config_in(annotation: Any) -> type[Config] | None:
-    """The settings that a field holds, as `BoundsConfig | None` does."""
-    kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-    return next((kind for kind in kinds if issubclass(kind, Config)), None)
-
-
-def _refuse_unknown(found: dict[Any, Any], known: tuple[str, ...], path: str, where: str) -> None:
-    section = where.rpartition(".")[2]
-    for key, value in found.items():
-        if key in RENAMED_KEYS.get(section, {}):
-            new = RENAMED_KEYS[section][key]
-            raise InvalidInputError(f"{path}: {where}.{key} is now called '{new}'; rename the key")
-        if isinstance(value, str) and (key, value) in RENAMED_VALUES:
-            raise InvalidInputError(f"{path}: {where}.{key}: '{value}' is now called '{RENAMED_VALUES[key, value]}'")
-        if key not in known:
-            near = difflib.get_close_matches(str(key), known, 1, cutoff=0.4)
-            hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
-            raise InvalidInputError(f"{path}: unknown key '{f'{where}.{key}'.lstrip('.')}'; {hint}")
-
-
-def _check_order(stages: tuple[Stage, ...], path: Path) -> None:
-    for i, stage in enumerate(stages):
-        banned, why = ORDER[stage.name]
-        for earlier in stages[:i]:
-            if earlier.name in banned:
-                raise InvalidInputError(f"{path}: stages[{i}]: {stage.name} cannot come after {earlier.name}: {why}")
-        few = next((s.config.kind for s in stages[:i] if s.name == "distill" and s.config.kind in FEW_STEP_KINDS), None)
-        if few and (stage.name in ("prune", "schedule") or getattr(stage.config, "kind", None) == "recover"):
-            raise InvalidInputError(
-                f"{path}: stages[{i}]: {stage.name} cannot come after distill: {{kind: {few}}}, "
-                "which is for one network and one plan"
-            )
-        recovers = stage.name == "distill" and stage.config.kind == "recover"
-        if recovers and not any(s.name == "prune" for s in stages[:i]):
-            raise InvalidInputError(
-                f"{path}: stages[{i}]: distill: {{kind: recover}} must come after prune: nothing was lost yet"
-            )
+        raise input_error(error, kind, f"{path}: {where}") from error
 
 
 def _data_path(value: Any, path: Path) -> Path | None:
@@ -297,7 +195,7 @@ def _override_(raw: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise InvalidInputError(f"--set {override}: expected key=value, like stages.0.prune.ratio=0.2")
     *parents, last = key.split(".")
-    if parents and parents[0] in STAGE_CONFIGS:
+    if parents and parents[0] in STAGES:
         parents = ["stages", *parents]
     node: Any = raw
     for part in parents:

@@ -1,7 +1,6 @@
 """`diffpress report`: collect the results of a run into report.json and a self-contained report.html.
 
-It only reads the output of the run in DIR: the history in the bundle, evaluation.json, latency.json, bench.json, and
-the comparison image.
+It only reads the output of the run: the bundles, scores, gates, latencies, and the comparison image.
 """
 
 from __future__ import annotations
@@ -12,12 +11,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffpress.compress.workspace import Workspace
 from diffpress.runtime.benchmarking.bench import TORCH, table
 from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.io.files import read_json, write_json, write_text
+from diffpress.runtime.io.files import read_json_value, write_json, write_text
 
-PICTURE, LATENCY = "comparison.png", "latency.json"
 SHOWN_LAYERS = 10
 
 
@@ -25,27 +24,28 @@ def write_report(folder: Path) -> dict[str, Any]:
     """Write report.json and report.html into the folder of a compress run and return the report.
 
     Raises:
-        InvalidInputError: `folder` has no recipe.json.
+        InvalidInputError: `folder` is not the folder of a run.
     """
-    if not (folder / "recipe.json").is_file():
-        raise InvalidInputError(f"{folder}: not the folder of a compress run, it has no recipe.json")
-    bundle, baseline = load_bundle(folder / "bundle"), load_bundle(folder / "baseline")
+    run = Workspace(folder)
+    if not run.recipe.is_file():
+        raise InvalidInputError(f"{folder}: not the folder of a compress run, it has no {run.recipe.name}")
+    bundle, baseline = load_bundle(run.bundle), load_bundle(run.baseline)
     onnx_mib, baseline_mib = (b.manifest["graphs"]["denoiser"]["bytes"] / 2**20 for b in (bundle, baseline))
     facts: dict[str, Any] = {
         "bundle": {"hash": bundle.hash, "denoiser_mib": onnx_mib, "size_ratio": onnx_mib / baseline_mib},
         "baseline": {"hash": baseline.hash, "denoiser_mib": baseline_mib},
-        "recipe": _read(folder / "recipe.json"),
+        "recipe": _read(run.recipe),
         "history": bundle.manifest["history"],
         "parity": bundle.manifest["parity"],
         "engines": bundle.manifest["engines"],
         "variants": bundle.manifest["graphs"]["denoiser"].get("variants", {}),
-        "evaluation": _read(folder / "evaluation.json"),
-        "gates": _read(folder / "gates.json"),
-        "latency": _read(folder / LATENCY),
-        "bench": _read(folder / "bench.json"),
+        "evaluation": _read(run.evaluation),
+        "gates": _read(run.gates),
+        "latency": _read(run.latency),
+        "bench": _read(run.bench),
     }
-    write_json(folder / "report.json", facts)
-    write_text(folder / "report.html", _page(facts, folder))
+    write_json(run.report_data, facts)
+    write_text(run.report_page, _page(facts, run.comparison))
     return facts
 
 
@@ -132,8 +132,7 @@ def _teacher_sqnr_db(changed: dict[str, Any]) -> Any:
     return changed.get("teacher_sqnr_db", changed.get("sqnr_db_to_teacher"))  # the second name is that of diffpress 0.1
 
 
-def _page(facts: dict[str, Any], folder: Path) -> str:
-    picture = folder / PICTURE
+def _page(facts: dict[str, Any], picture: Path) -> str:
     image = ""
     if picture.is_file():
         data = base64.b64encode(picture.read_bytes()).decode()
@@ -195,4 +194,4 @@ def _settings(config: dict[str, Any]) -> str:
 
 
 def _read(path: Path) -> Any:
-    return read_json(path) if path.is_file() else None
+    return read_json_value(path) if path.is_file() else None

@@ -1,158 +1,178 @@
-"""The stages of a run as typed objects: what a recipe's entry says, checked when it is made.
+"""The one table of stages: settings, function, order, and what `plan` and the checks must know of each.
 
-Each is the configuration of one stage, so its arguments are the keys that a recipe may use.
+Functions are imported when they are called: reading a recipe imports neither torch nor a model.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from pydantic import ValidationError
-
-from diffpress.compress.config import Config
-from diffpress.compress.distillation.config import (
-    ConsistencyConfig,
-    DistillConfig,
-    GuidanceConfig,
-    ProgressiveConfig,
-    RecoverConfig,
-    ScoreConfig,
-    TrajectoryConfig,
-)
+from diffpress.compress.config import StageConfig, config_classes
+from diffpress.compress.distillation.distill import KINDS, AnyDistillConfig
+from diffpress.compress.lazy import lazy
 from diffpress.compress.pruning.config import PruneConfig
-from diffpress.compress.quantization.config import FormatName, QuantizeConfig
-from diffpress.compress.recipe import check_keys, first_error
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.runtime.errors import InvalidInputError
 
-
-class _Stage:
-    """Base of the stage objects: wrong settings raise InvalidInputError, as they do in a recipe."""
-
-    def __init__(self, **settings: Any) -> None:
-        name, kind = f"diffpress.{type(self).__name__}", cast(type[Config], type(self))
-        check_keys(kind, settings, name, stage_name(self))
-        try:
-            super().__init__(**settings)
-        except ValidationError as error:
-            raise first_error(error, name) from error
+if TYPE_CHECKING:
+    from diffpress.compress.checkpoint import Checkpoint
+    from diffpress.compress.context import Context
+    from diffpress.compress.dry_run import Estimate
+    from diffpress.runtime.spec import DenoiserSpec
 
 
-class Schedule(_Stage, ScheduleConfig):
-    """Choose the solver and the timesteps that the model is sampled with; weights stay as they are.
+class Stage(NamedTuple):
+    """One entry of a recipe's `stages`: the stage's name and its checked configuration."""
 
-    Examples:
-        >>> import diffpress as dp
-        >>> dp.Schedule(solver="unipc_2", steps=8).solver
-        'unipc_2'
+    name: str
+    config: Any
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the entry in rules and messages, such as 'distill' and 'distill: {kind: recover}'."""
+        kind = getattr(self.config, "kind", None)
+        return (self.name,) if kind is None else (self.name, f"{self.name}: {{kind: {kind}}}")
+
+
+@dataclass(frozen=True)
+class OrderRule:
+    """A stage cannot come after `earlier` entries; if `required`, it can come only after one of them.
+
+    Attributes:
+        earlier: Labels of entries.
+        why: The reason, as the end of the message.
+        required: Whether one of `earlier` must come before the stage.
+        only: Label of the entries to which the rule applies; None for all of the stage.
     """
 
+    earlier: tuple[str, ...]
+    why: str
+    required: bool = False
+    only: str | None = None
 
-class Prune(_Stage, PruneConfig):
-    """Remove the fraction `ratio` of channels and attention heads.
 
-    Examples:
-        >>> import diffpress as dp
-        >>> dp.Prune(ratio=0.3).method
-        'taylor'
+@dataclass(frozen=True)
+class StageDef:
+    """One stage.
+
+    Attributes:
+        name: Its name in a recipe.
+        config: Class of its settings, or a union of classes discriminated by `kind`.
+        run: (checkpoint, config, context) -> checkpoint.
+        ordering: What cannot, or must, come before it.
+        quantizes: Whether it gives the model quantization scales.
+        trains: Whether it runs the training loop with these settings; several processes share that work.
+        estimate: (estimate, config, seed) -> sizes after the stage; None if they are not known before the run.
+        check: (config, spec, has_engines, where) raises for what cannot work, before any stage runs.
     """
 
+    name: str
+    config: Any
+    run: Callable[[Checkpoint, Any, Context], Checkpoint]
+    ordering: tuple[OrderRule, ...] = ()
+    quantizes: bool = False
+    trains: Callable[[Any], bool] = lambda config: False
+    estimate: Callable[[Estimate, Any, int], Estimate | None] = lambda estimate, config, seed: estimate
+    check: Callable[[Any, DenoiserSpec, bool, str], None] = lambda config, spec, has_engines, where: None
 
-class Recover(_Stage, RecoverConfig):
-    """Train a pruned model to reproduce the model it was pruned from.
-
-    Examples:
-        >>> import diffpress as dp
-        >>> dp.Recover(steps=2000).steps
-        2000
-    """
-
-
-class Guidance(_Stage, GuidanceConfig):
-    """Train one evaluation to replace the two of classifier-free guidance.
-
-    Examples:
-        >>> import diffpress as dp
-        >>> dp.Guidance(weight=7.5).kind
-        'guidance'
-    """
-
-    kind: Literal["guidance"] = "guidance"
+    @property
+    def configs(self) -> tuple[type[StageConfig], ...]:
+        """The config classes of the stage."""
+        return config_classes(self.config)  # type: ignore[return-value]
 
 
-class Progressive(_Stage, ProgressiveConfig):
-    """Halve the number of steps repeatedly (progressive distillation).
-
-    Examples:
-        >>> import diffpress as dp
-        >>> dp.Progressive(start_steps=16, sample_steps=2).sample_steps
-        2
-    """
-
-    kind: Literal["progressive"] = "progressive"
+def _after_quantize(why: str) -> OrderRule:
+    return OrderRule(("quantize",), f": {why}")
 
 
-class Trajectory(_Stage, TrajectoryConfig):
-    """Train a few steps to follow the teacher's fine trajectory (SFD).
-
-    Examples:
-        >>> import diffpress as dp
-        >>> dp.Trajectory(sample_steps=4).kind
-        'trajectory'
-    """
-
-    kind: Literal["trajectory"] = "trajectory"
+def _after_few_steps(only: str | None = None) -> OrderRule:
+    few = tuple(f"distill: {{kind: {kind}}}" for kind, entry in KINDS.items() if entry.few_step)
+    return OrderRule(few, ", which is for one network and one plan", only=only)
 
 
-class Consistency(_Stage, ConsistencyConfig):
-    """Train every point of a trajectory to map to the same image (ECT).
+def _check_quantize(config: QuantizeConfig, spec: DenoiserSpec, has_engines: bool, where: str) -> None:
+    from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds
+    from diffpress.compress.training import distributed
 
-    Examples:
-        >>> import diffpress as dp
-        >>> dp.Consistency(sample_steps=2).kind
-        'consistency'
-    """
-
-    kind: Literal["consistency"] = "consistency"
-
-
-class Score(_Stage, ScoreConfig):
-    """Train a few-step generator by the difference of two scores (DMD2 without its GAN).
-
-    Examples:
-        >>> import diffpress as dp
-        >>> dp.Score(sample_steps=1).kind
-        'score'
-    """
-
-    kind: Literal["score"] = "score"
+    if config.bounds is None:
+        return
+    check_bounds(config.bounds, spec, has_engines)
+    if config.qat and distributed.count() > 1:
+        raise InvalidInputError(
+            f"{where}: quantize: qat with bounds depends on latencies that differ between processes; run it with one "
+            "process, which keeps stages that several processes finished"
+        )
 
 
-class Quantize(_Stage, QuantizeConfig):
-    """Quantize weights and activations to `format`, calibrated on the model's own trajectory.
-
-    Examples:
-        >>> import diffpress as dp
-        >>> dp.Quantize("int8", samples=16).format
-        'int8'
-    """
-
-    def __init__(self, format: FormatName = "int8", **settings: Any) -> None:
-        super().__init__(format=format, **settings)
-
-
-# configuration class -> name of the stage in a recipe
-STAGE_NAMES: dict[type[Config], str] = {
-    ScheduleConfig: "schedule",
-    PruneConfig: "prune",
-    DistillConfig: "distill",
-    QuantizeConfig: "quantize",
+_RECOVER = "distill: {kind: recover}"
+STAGES: dict[str, StageDef] = {
+    stage.name: stage
+    for stage in (
+        StageDef(
+            "schedule",
+            ScheduleConfig,
+            lazy("diffpress.compress.sampling_schedule.schedule:schedule"),
+            ordering=(_after_quantize("scales are calibrated on the trajectory that is deployed"), _after_few_steps()),
+        ),
+        StageDef(
+            "prune",
+            PruneConfig,
+            lazy("diffpress.compress.pruning.prune:prune"),
+            ordering=(_after_quantize("scales are calibrated for one set of channels"), _after_few_steps()),
+            estimate=lazy("diffpress.compress.dry_run:estimate_prune"),
+        ),
+        StageDef(
+            "distill",
+            AnyDistillConfig,
+            lazy("diffpress.compress.distillation.distill:distill"),
+            ordering=(
+                _after_quantize("training moves the weights away from their calibrated scales"),
+                _after_few_steps(_RECOVER),
+                OrderRule(("prune",), ": nothing was lost yet", required=True, only=_RECOVER),
+            ),
+            trains=lambda config: True,
+        ),
+        StageDef(
+            "quantize",
+            QuantizeConfig,
+            lazy("diffpress.compress.quantization.quantize:quantize"),
+            ordering=(_after_quantize("a model is quantized once"),),
+            quantizes=True,
+            trains=lambda config: config.qat is not None,
+            estimate=lazy("diffpress.compress.dry_run:estimate_quantize"),
+            check=_check_quantize,
+        ),
+    )
 }
 
 
-def stage_name(config: object) -> str:
-    """Return the recipe's name of a stage object; InvalidInputError for anything that is no stage."""
-    for kind, name in STAGE_NAMES.items():
-        if isinstance(config, kind):
-            return name
-    raise InvalidInputError(f"stages: {config!r} is no stage; use diffpress.Prune(...), Quantize(...) and so on")
+def check_order(stages: Sequence[Stage], source: str) -> None:
+    """Raise InvalidInputError for the first stage that breaks a rule of order, with the reason."""
+    for i, stage in enumerate(stages):
+        before = [label for earlier in stages[:i] for label in earlier.labels]
+        for rule in STAGES[stage.name].ordering:
+            if rule.only is not None and rule.only not in stage.labels:
+                continue
+            found = next((label for label in before if label in rule.earlier), None)
+            if rule.required and found is None:
+                raise InvalidInputError(
+                    f"{source}: stages[{i}]: {stage.labels[-1]} must come after {' or '.join(rule.earlier)}{rule.why}"
+                )
+            if found is not None and not rule.required:
+                raise InvalidInputError(f"{source}: stages[{i}]: {stage.name} cannot come after {found}{rule.why}")
+
+
+def stages_of(configs: Iterable[object]) -> tuple[Stage, ...]:
+    """Return the entries for stage objects; InvalidInputError for anything that is no stage."""
+    found = []
+    for config in configs:
+        name = next((name for name, stage in STAGES.items() if isinstance(config, stage.configs)), None)
+        if name is None:
+            raise InvalidInputError(
+                f"stages: {config!r} is not a stage; use diffpress.Prune(...), Quantize(...) and so on"
+            )
+        found.append(Stage(name, config))
+    return tuple(found)

@@ -1,7 +1,9 @@
-"""Folders and files of a run: the one place that knows where `diffpress compress --out DIR` puts things.
+"""Paths of all files and folders that a run writes (`diffpress compress --out DIR`).
 
     recipe.json  stages/NN-NAME-KEY/  checkpoint/  float/  baseline/  bundle/  logs/NN-NAME-KEY/
     evaluation.json  gates.json  latency.json  report.json  report.html  comparison.png
+
+Other modules take their paths from a `Workspace`.
 """
 
 from __future__ import annotations

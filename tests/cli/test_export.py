@@ -1,11 +1,11 @@
 """`diffpress export`: dtype, size and output folder."""
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from diffpress.cli.export import add_arguments
 from diffpress.cli.export import run as export_command
@@ -13,6 +13,7 @@ from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.export.graph.model import Graph
 from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.spec import DenoiserSpec
 
 
 def run(*words: object) -> int:
@@ -29,7 +30,7 @@ def test_export_writes_a_bundle_and_lists_its_content(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # tracing is slow and tested elsewhere
-    monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda checkpoint, fixed_size: unet_graph)
+    monkeypatch.setattr("diffpress.export.denoiser.to_onnx", lambda *_: unet_graph)
     save_checkpoint(unet, tmp_path / "checkpoint")
     assert run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", "--threads", 1) == 0
     output = capsys.readouterr().out
@@ -59,14 +60,12 @@ def test_dtype_and_size_match_the_arguments(
     class StopError(Exception):
         pass
 
-    def write_bundle(
-        checkpoint: Checkpoint, folder: Path, targets: Sequence[str], *, fixed_size: bool, **options: object
-    ) -> None:
-        assert {p.dtype for p in checkpoint.model.parameters()} == {dtype}
-        assert checkpoint.spec.image_size == size and fixed_size == fixed
+    def trace(model: nn.Module, spec: DenoiserSpec, fixed_size: bool) -> None:
+        assert {p.dtype for p in model.parameters()} == {dtype}
+        assert spec.image_size == size and fixed_size == fixed
         raise StopError
 
-    monkeypatch.setattr("diffpress.export.export.write_bundle", write_bundle)
+    monkeypatch.setattr("diffpress.export.denoiser.to_onnx", trace)
     save_checkpoint(unet, tmp_path / "checkpoint")
     with pytest.raises(StopError):
         run(tmp_path / "checkpoint", "--out", tmp_path / "bundle", *words)

@@ -268,9 +268,9 @@ def test_images_of_a_shape_the_feature_network_does_not_support_are_refused(
 def test_an_evaluation_that_cannot_run_is_refused_before_any_work(
     teacher: Path, recipe: Path, refused: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffpress.export import run as module
+    from diffpress.export import run_bundles as module
 
-    monkeypatch.setattr(module, "write_bundle", lambda *a, **k: pytest.fail("exported before the check"))
+    monkeypatch.setattr(module, "export_bundle", lambda *a, **k: pytest.fail("exported before the check"))
     words = ("compress", teacher, "--recipe", recipe, "--out", tmp_path / "out", "--set", "evaluate.samples=8")
     refused(words, "features.onnx", "[1, 28, 28]")
 
@@ -353,10 +353,10 @@ def test_a_failed_gate_gives_exit_code_1_and_keeps_the_output(run: tuple[int, Pa
 def test_repeating_a_run_only_loads_existing_results(
     run: tuple[int, Path], teacher: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from diffpress.export import run as module
+    from diffpress.export import run_bundles as module
 
     _, folder = run
-    monkeypatch.setattr(module, "write_bundle", lambda *a, **k: pytest.fail("exported again"))
+    monkeypatch.setattr(module, "export_bundle", lambda *a, **k: pytest.fail("exported again"))
     code, output, error = call("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", folder / "out")
     assert code == 1 and output.count("done before") >= 4
     assert error.count("\n") == 1 and "gate failed: parity_sqnr_db is " in error and "the bound is 190" in error

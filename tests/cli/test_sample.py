@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from diffpress.cli.console import console
 from diffpress.cli.sample import add_arguments
 from diffpress.cli.sample import run as sample_command
 from diffpress.runtime.bundle import MANIFEST, load_bundle, manifest_hash
@@ -30,7 +31,8 @@ from diffpress.runtime.timesteps import TimestepSpacing
 def run(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    return sample_command(parser.parse_args([str(argument) for argument in arguments]))
+    with console():
+        return sample_command(parser.parse_args([str(argument) for argument in arguments]))
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -50,6 +50,14 @@ def test_init_writes_a_recipe_that_can_be_read_and_overwrites_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.yaml", "quick.yaml"]
 
 
+def test_schema_is_printed_or_written_to_a_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    pytest.importorskip("pydantic")
+    printed = json.loads(output(capsys, "schema"))
+    assert printed["title"] == "diffpress recipe"
+    assert "yaml-language-server: $schema=" in output(capsys, "schema", "--out", tmp_path / "s.json")
+    assert json.loads((tmp_path / "s.json").read_text()) == printed
+
+
 def test_info_describes_a_bundle(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "info", FORMAT_1 / "bundle")
     assert "format 1" in text and "w4a8" in text and "3 steps of" in text and "output corrections" in text

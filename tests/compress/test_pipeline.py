@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,12 +19,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from diffpress.compress import pipeline
+from diffpress.compress import stages
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.pipeline import StageFunction, claim_folder, run_stages
-from diffpress.compress.recipe import Recipe, read_recipe
+from diffpress.compress.pipeline import claim_folder, run_stages
+from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.stages import StageDef
 from diffpress.runtime.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[2]
@@ -47,7 +49,7 @@ def recipe(npz: Path) -> Callable[..., Recipe]:
     def make(stages: str = STAGES, *overrides: str) -> Recipe:
         file = npz.with_name("r.yaml")
         file.write_text(f"seed: 2\ndata: {npz.name}\nstages: {stages}\n")
-        return read_recipe(file, overrides)
+        return Recipe.load(file, overrides)
 
     return make
 
@@ -57,15 +59,15 @@ def called(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the stage functions that are called during the test."""
     names: list[str] = []
 
-    def recorded(name: str, stage: StageFunction) -> StageFunction:
+    def recorded(stage: StageDef) -> StageDef:
         def call(checkpoint: Checkpoint, config: Any, context: Context) -> Checkpoint:
-            names.append(name)
-            return stage(checkpoint, config, context)
+            names.append(stage.name)
+            return stage.run(checkpoint, config, context)
 
-        return call
+        return replace(stage, run=call)
 
-    for name, stage in list(pipeline.STAGES.items()):
-        monkeypatch.setitem(pipeline.STAGES, name, recorded(name, stage))
+    for name, stage in list(stages.STAGES.items()):
+        monkeypatch.setitem(stages.STAGES, name, recorded(stage))
     return names
 
 
@@ -210,7 +212,7 @@ def test_a_recipe_is_the_same_when_named_from_another_folder(
 ) -> None:
     claim_folder(tmp_path / "out", teacher, recipe(), update=False)
     monkeypatch.chdir(tmp_path)
-    claim_folder(tmp_path / "out", teacher, read_recipe(Path("r.yaml")), update=False)
+    claim_folder(tmp_path / "out", teacher, Recipe.load(Path("r.yaml")), update=False)
 
 
 @pytest.mark.parametrize(
@@ -322,14 +324,14 @@ torch.set_num_threads(1)
 from diffpress.compress.training import loop
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.pipeline import run_stages
-from diffpress.compress.recipe import read_recipe
+from diffpress.compress.recipe import Recipe
 save = loop._save
 def save_and_wait(model, optimizer, ema, step, run):  # so that the kill happens during the stage
     save(model, optimizer, ema, step, run)
     if step == 10:
         time.sleep(120)
 loop._save = save_and_wait
-run_stages(load_checkpoint(sys.argv[1]), read_recipe(Path(sys.argv[2])), Path(sys.argv[3]))
+run_stages(load_checkpoint(sys.argv[1]), Recipe.load(Path(sys.argv[2])), Path(sys.argv[3]))
 """
 
 

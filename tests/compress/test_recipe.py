@@ -12,7 +12,7 @@ import pytest
 
 from diffpress.cli.plan import add_arguments
 from diffpress.compress.builtin import CALIB_DATA, RECIPES
-from diffpress.compress.recipe import Recipe, read_recipe
+from diffpress.compress.recipe import Recipe
 from diffpress.runtime.errors import InvalidInputError
 
 RECIPE = """
@@ -31,7 +31,7 @@ def recipe(tmp_path: Path) -> Callable[..., Recipe]:
 
     def read(text: str = RECIPE, *overrides: str) -> Recipe:
         (tmp_path / "r.yaml").write_text(text)
-        return read_recipe(tmp_path / "r.yaml", overrides)
+        return Recipe.load(tmp_path / "r.yaml", overrides)
 
     return read
 
@@ -75,7 +75,7 @@ TWO_STEPS = "[{distill: {kind: trajectory, sample_steps: 2}}, "
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
 def test_the_built_in_recipes_are_valid(path: Path) -> None:
-    assert read_recipe(path).stages
+    assert Recipe.load(path).stages
 
 
 def test_the_number_of_teacher_samples_is_read(recipe: Callable[..., Recipe], refused: Callable[..., None]) -> None:
@@ -168,13 +168,13 @@ def test_a_file_that_is_no_mapping_is_refused(text: str, refused: Callable[..., 
 def test_a_missing_recipe_is_refused(tmp_path: Path) -> None:
     for path in (tmp_path / "nowhere.yaml", tmp_path):
         with pytest.raises(InvalidInputError, match=f"{path.name}: the recipe cannot be read"):
-            read_recipe(path)
+            Recipe.load(path)
 
 
 def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(InvalidInputError, match=r"r.yaml: not valid YAML"):
-        read_recipe(tmp_path / "r.yaml")
+        Recipe.load(tmp_path / "r.yaml")
 
 
 @pytest.mark.parametrize(
@@ -252,7 +252,7 @@ def test_the_example_in_the_help_works() -> None:
     add_arguments(parser)
     example = re.search(r"like (\S+=\S+\b)", " ".join(parser.format_help().split()))
     assert example is not None
-    read_recipe(RECIPES / "quick.yaml", (example[1],))
+    Recipe.load(RECIPES / "quick.yaml", (example[1],))
 
 
 @pytest.mark.parametrize(
@@ -279,9 +279,9 @@ def test_a_name_shared_by_two_stages_is_refused(refused: Callable[..., None]) ->
 def test_quantization_bounds_are_read_and_an_invalid_one_is_named_with_its_path(
     recipe: Callable[..., Recipe], refused: Callable[..., None]
 ) -> None:
-    found = recipe("stages: [{quantize: {bounds: {min_sqnr_db: 30, max_size_mib: 4}, target: openvino}}]").stages[0]
+    found = recipe("stages: [{quantize: {bounds: {min_sqnr_db: 30, max_size_mib: 4, engine: openvino}}}]").stages[0]
     assert found.config.bounds.min_sqnr_db == 30 and found.config.bounds.max_latency_ratio is None
-    assert found.config.target == "openvino"
+    assert found.config.bounds.engine == "openvino"
     wrong = "stages: [{quantize: {bounds: {%s}}}]"
     refused(wrong % "min_sqnr: 30", "stages[0].quantize.bounds.min_sqnr", "did you mean 'min_sqnr_db'?")
     refused(wrong % "", "stages[0].quantize.bounds", "give at least one of min_sqnr_db, ")

@@ -10,10 +10,12 @@ from types import ModuleType, SimpleNamespace
 import pytest
 
 from diffpress.cli.main import VERBS
-from diffpress.compress.config import Config, TensorRTConfig
-from diffpress.compress.distillation.config import KINDS, DistillConfig
+from diffpress.compress.config import Config, TensorRTConfig, config_in
+from diffpress.compress.distillation.distill import KINDS
+from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.quantization.config import BoundsConfig
-from diffpress.compress.recipe import KEYS, RENAMED_KEYS, SECTIONS, STAGE_CONFIGS
+from diffpress.compress.recipe import KEYS, SECTIONS
+from diffpress.compress.stages import STAGES
 
 ROOT = Path(__file__).parents[2]
 
@@ -25,6 +27,13 @@ def hooks() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def every_config() -> set[type[Config]]:
+    """The config classes of all stages and sections, and the classes inside them."""
+    outer = [*SECTIONS.values(), *(config for stage in STAGES.values() for config in stage.configs)]
+    inner = (config_in(field.annotation) for config in outer for field in config.model_fields.values())
+    return {*outer, *(config for config in inner if config is not None)}
 
 
 def page(uri: str) -> SimpleNamespace:
@@ -59,14 +68,8 @@ def test_the_help_does_not_depend_on_the_machine(hooks: ModuleType, monkeypatch:
 def test_every_key_of_a_recipe_is_in_the_tables(hooks: ModuleType) -> None:
     text = hooks.on_page_markdown("<!-- settings -->", page("recipes.md"))
     assert set(hooks.TOP_LEVEL) == set(KEYS)
-    configs: list[type[Config]] = [
-        *STAGE_CONFIGS.values(),
-        *SECTIONS.values(),
-        *KINDS.values(),
-        DistillConfig,
-        BoundsConfig,
-        TensorRTConfig,
-    ]
+    configs = every_config()
+    assert {BoundsConfig, TensorRTConfig, KINDS["score"].config} <= configs
     keys = {*KEYS, *(name for config in configs for name in config.model_fields if name != "kind")}
     for key in keys:
         assert f"| `{key}` |" in text
@@ -74,12 +77,14 @@ def test_every_key_of_a_recipe_is_in_the_tables(hooks: ModuleType) -> None:
         assert f"### distill, kind {kind}\n" in text
 
 
-@pytest.mark.parametrize("name", [*STAGE_CONFIGS, *SECTIONS])
-def test_a_table_has_one_row_per_setting_with_default_and_description(hooks: ModuleType, name: str) -> None:
-    config = {**STAGE_CONFIGS, **SECTIONS}[name]
-    config = DistillConfig if name == "distill" else config
-    rows = hooks.settings_table(config).splitlines()[2:]
-    assert len(rows) == len([key for key in config.model_fields if key != "kind"])
+def test_a_table_has_one_row_per_setting_with_default_and_description(hooks: ModuleType) -> None:
+    configs = hooks.configs()
+    assert {*SECTIONS, "prune", "quantize", "distill, all kinds", "quantize.qat", "export.tensorrt"} <= set(configs)
+    rows = []
+    for name, config in configs.items():
+        rows += (found := hooks.settings_table(config).splitlines()[2:])
+        if ", kind" not in name:
+            assert len(found) == len([key for key in config.model_fields if key != "kind"])
     for row in rows:
         _, setting, kind, default, meaning, _ = row.replace("\\|", "").split("|")
         assert setting.strip() and kind.strip() and default.strip()
@@ -87,13 +92,13 @@ def test_a_table_has_one_row_per_setting_with_default_and_description(hooks: Mod
 
 
 def test_a_kind_of_distillation_repeats_no_setting_that_all_kinds_share(hooks: ModuleType) -> None:
-    table = hooks.settings_table(KINDS["score"])
+    table = hooks.settings_table(KINDS["score"].config)
     assert "`score_steps`" in table and "`learning_rate`" in table  # its default differs
     assert "`save_every`" not in table
 
 
 def test_the_types_of_settings_are_in_words(hooks: ModuleType) -> None:
-    fields = {**TensorRTConfig.model_fields, **STAGE_CONFIGS["prune"].model_fields, **BoundsConfig.model_fields}
+    fields = {**TensorRTConfig.model_fields, **PruneConfig.model_fields, **BoundsConfig.model_fields}
     assert hooks.type_text(fields["ratio"]) == "number, > 0, < 1"
     assert hooks.type_text(fields["method"]) == "`taylor`, `magnitude`, `random`"
     assert hooks.type_text(fields["sizes"]) == "list of 2 lists of 2 integers, or null"
@@ -103,9 +108,14 @@ def test_the_types_of_settings_are_in_words(hooks: ModuleType) -> None:
 
 def test_every_renamed_key_is_in_its_table(hooks: ModuleType) -> None:
     text = hooks.on_page_markdown("<!-- renamed keys -->", page("compatibility.md"))
-    for section, names in RENAMED_KEYS.items():
-        for old, new in names.items():
-            assert f"| `{section}.{old}` | `{section}.{new}` |" in text
+    for section, old, new in (
+        ("schedule", "grid", "spacing"),
+        ("distill", "paths", "trajectories"),
+        ("quantize", "keep", "ignored_layers"),
+        ("quantize", "steps", "qat.steps"),
+        ("export", "fixed_plan", "fixed_timesteps"),
+    ):
+        assert text.count(f"| `{section}.{old}` | `{section}.{new}` |") == 1
 
 
 def test_every_option_with_a_second_name_is_in_its_table(hooks: ModuleType) -> None:

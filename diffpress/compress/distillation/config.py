@@ -2,65 +2,81 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffpress.compress.config import Config
+from diffpress.compress.config import StageConfig
 
 
-class DistillConfig(Config):
+class DistillConfig(StageConfig):
     """Settings shared by all kinds: how the training loop runs (compress/training/loop.py)."""
 
-    kind: str = Field(description="kind of distillation")
-    steps: int = Field(1000, ge=1, description="number of optimizer steps of each training phase")
-    batch: int = Field(32, ge=1, description="samples per step in each process")
-    learning_rate: float = Field(5e-4, gt=0.0, description="peak learning rate of AdamW")
-    warmup: int = Field(20, ge=0, description="steps of linear learning-rate warm-up")
-    ema: float = Field(0.99, ge=0.0, lt=1.0, description="final decay of the exponential moving average of the weights")
-    save_every: int = Field(100, ge=1, description="steps between two saves of the training state, for resuming")
+    renamed: ClassVar[dict[str, str]] = {"paths": "trajectories", "path_steps": "trajectory_steps"}
+
+    kind: str = Field(description="Kind of distillation.")
+    steps: int = Field(1000, ge=1, description="Number of optimizer steps of each training phase.")
+    batch: int = Field(32, ge=1, description="Samples per step in each process.")
+    learning_rate: float = Field(5e-4, gt=0.0, description="Peak learning rate of AdamW.")
+    warmup: int = Field(20, ge=0, description="Steps of linear learning-rate warm-up.")
+    ema: float = Field(
+        0.99, ge=0.0, lt=1.0, description="Final decay of the exponential moving average of the weights."
+    )
+    save_every: int = Field(100, ge=1, description="Steps between two saves of the training state, for resuming.")
     precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="compute precision; bf16 runs under autocast, the weights stay float32"
+        "fp32", description="Compute precision; bf16 runs under autocast, the weights stay float32."
     )
     cuda_graphs: bool = Field(
         False,
-        description="replay training steps as CUDA graphs on a GPU: several times faster for small networks; "
-        "one process only, and no dropout",
+        description="Replay training steps as CUDA graphs on a GPU: several times faster for small networks; "
+        "one process only, and no dropout.",
     )
     preview_every: int = Field(
-        0, ge=0, description="steps between two image grids of samples, written to the run's logs/; 0: never"
+        0, ge=0, description="Steps between two image grids of samples, written to the run's logs/; 0: never."
     )
-    tensorboard: bool = Field(False, description="log the loss for TensorBoard to the run's logs/")
+    tensorboard: bool = Field(False, description="Log the loss for TensorBoard to the run's logs/.")
     samples: int = Field(
         2048,
         ge=1,
-        description="number of teacher samples to train on if the recipe has no data; generated once, "
-        "and only for kinds that learn from images",
+        description="Number of teacher samples to train on if the recipe has no data; generated once, "
+        "and only for kinds that learn from images.",
     )
 
 
 class RecoverConfig(DistillConfig):
-    """Train a pruned student to match the model it was pruned from (recover.py)."""
+    """Train a pruned model to reproduce the model it was pruned from.
 
-    kind: Literal["recover"] = Field("recover", description="kind of distillation")
-    output_weight: float = Field(1.0, ge=0.0, description="weight of the output loss against the teacher")
-    feature_weight: float = Field(0.1, ge=0.0, description="weight of the block feature loss against the teacher")
-    task_weight: float = Field(0.0, ge=0.0, description="weight of the denoising loss on the training images")
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.Recover(steps=2000).steps
+        2000
+    """
+
+    kind: Literal["recover"] = Field("recover", description="Kind of distillation.")
+    output_weight: float = Field(1.0, ge=0.0, description="Weight of the output loss against the teacher.")
+    feature_weight: float = Field(0.1, ge=0.0, description="Weight of the block feature loss against the teacher.")
+    task_weight: float = Field(0.0, ge=0.0, description="Weight of the denoising loss on the training images.")
     timesteps: Literal["all", "plan"] = Field(
-        "all", description="timesteps to train on: all of the noise schedule, or those of the sampling plan"
+        "all", description="Timesteps to train on: all of the noise schedule, or those of the sampling plan."
     )
 
 
 class GuidanceConfig(DistillConfig):
-    """Train one evaluation to replace the two of classifier-free guidance (guidance.py)."""
+    """Train one evaluation to replace the two of classifier-free guidance.
 
-    kind: Literal["guidance"] = Field(description="kind of distillation")
-    learning_rate: float = Field(1e-4, gt=0.0, description="peak learning rate of AdamW")
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.Guidance(weight=7.5).kind
+        'guidance'
+    """
+
+    kind: Literal["guidance"] = Field("guidance", description="Kind of distillation.")
+    learning_rate: float = Field(1e-4, gt=0.0, description="Peak learning rate of AdamW.")
     weight: float | None = Field(
-        None, gt=0.0, description="guidance weight baked into the student; null: that of the sampling plan"
+        None, gt=0.0, description="Guidance weight baked into the student; None: that of the sampling plan."
     )
     weights: tuple[float, float] | None = Field(
-        None, description="minimum and maximum guidance weight; makes the weight an input of the network"
+        None, description="Minimum and maximum guidance weight; makes the weight an input of the network."
     )
 
     @model_validator(mode="after")
@@ -73,15 +89,20 @@ class GuidanceConfig(DistillConfig):
 
 
 class ProgressiveConfig(DistillConfig):
-    """Halve the number of sampling steps repeatedly, training `steps` for each (progressive.py).
+    """Halve the number of sampling steps repeatedly, training `steps` for each.
 
     A network that predicts epsilon is first trained, for another `steps`, to predict v.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.Progressive(start_steps=16, sample_steps=2).sample_steps
+        2
     """
 
-    kind: Literal["progressive"] = Field(description="kind of distillation")
-    learning_rate: float = Field(2e-4, gt=0.0, description="peak learning rate of AdamW")
-    start_steps: int = Field(16, ge=2, description="number of sampling steps before the first halving")
-    sample_steps: int = Field(2, ge=1, description="number of sampling steps of the resulting student")
+    kind: Literal["progressive"] = Field("progressive", description="Kind of distillation.")
+    learning_rate: float = Field(2e-4, gt=0.0, description="Peak learning rate of AdamW.")
+    start_steps: int = Field(16, ge=2, description="Number of sampling steps before the first halving.")
+    sample_steps: int = Field(2, ge=1, description="Number of sampling steps of the resulting student.")
 
     @model_validator(mode="after")
     def _check_halving(self) -> ProgressiveConfig:
@@ -96,15 +117,21 @@ class ProgressiveConfig(DistillConfig):
 
 
 class TrajectoryConfig(DistillConfig):
-    """Train the student's few steps to follow the teacher's fine trajectory (trajectory.py)."""
+    """Train the student's few steps to follow the teacher's fine trajectory.
 
-    kind: Literal["trajectory"] = Field(description="kind of distillation")
-    sample_steps: int = Field(2, ge=1, description="number of sampling steps of the student's plan")
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.Trajectory(sample_steps=4).kind
+        'trajectory'
+    """
+
+    kind: Literal["trajectory"] = Field("trajectory", description="Kind of distillation.")
+    sample_steps: int = Field(2, ge=1, description="Number of sampling steps of the student's plan.")
     other_steps: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (), description="further numbers of sampling steps that the same student learns"
+        (), description="Further numbers of sampling steps that the same student learns."
     )
-    trajectories: int = Field(4096, ge=1, description="number of teacher trajectories to train on; generated once")
-    trajectory_steps: int = Field(12, ge=1, description="number of fine steps of each teacher trajectory")
+    trajectories: int = Field(4096, ge=1, description="Number of teacher trajectories to train on; generated once.")
+    trajectory_steps: int = Field(12, ge=1, description="Number of fine steps of each teacher trajectory.")
 
     @model_validator(mode="after")
     def _check_step_counts(self) -> TrajectoryConfig:
@@ -119,41 +146,40 @@ class TrajectoryConfig(DistillConfig):
 
 
 class ConsistencyConfig(DistillConfig):
-    """Train points of one noise line, increasingly far apart, to give the same image (consistency.py)."""
+    """Train points of one noise line, increasingly far apart, to give the same image.
 
-    kind: Literal["consistency"] = Field(description="kind of distillation")
-    learning_rate: float = Field(1e-4, gt=0.0, description="peak learning rate of AdamW")
-    sample_steps: int = Field(2, ge=1, description="number of sampling steps of the student's plan")
-    q: float = Field(2.0, gt=1.0, description="factor by which the gap between the two noise levels shrinks per stage")
-    stages: int = Field(8, ge=1, description="number of equal stages into which the training is divided")
-    level_mean: float = Field(-0.4, description="mean of log(sigma / alpha) of the log-normal noise levels")
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.Consistency(sample_steps=2).kind
+        'consistency'
+    """
+
+    kind: Literal["consistency"] = Field("consistency", description="Kind of distillation.")
+    learning_rate: float = Field(1e-4, gt=0.0, description="Peak learning rate of AdamW.")
+    sample_steps: int = Field(2, ge=1, description="Number of sampling steps of the student's plan.")
+    q: float = Field(2.0, gt=1.0, description="Factor by which the gap between the two noise levels shrinks per stage.")
+    stages: int = Field(8, ge=1, description="Number of equal stages into which the training is divided.")
+    level_mean: float = Field(-0.4, description="Mean of log(sigma / alpha) of the log-normal noise levels.")
     level_sd: float = Field(
-        2.0, gt=0.0, description="standard deviation of log(sigma / alpha) of the log-normal noise levels"
+        2.0, gt=0.0, description="Standard deviation of log(sigma / alpha) of the log-normal noise levels."
     )
 
 
 class ScoreConfig(DistillConfig):
-    """Train a few-step generator with the difference of two scores, without images or pairs (score.py).
+    """Train a few-step generator with the difference of two scores, without images or pairs.
 
     The critic, which learns the score of the generated images, is trained along with the generator.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.Score(sample_steps=1).kind
+        'score'
     """
 
-    kind: Literal["score"] = Field(description="kind of distillation")
-    learning_rate: float = Field(5e-5, gt=0.0, description="peak learning rate of AdamW")
-    sample_steps: int = Field(1, ge=1, description="number of sampling steps of the generator")
-    score_steps: int = Field(4, ge=1, description="average number of critic updates per generator update")
+    kind: Literal["score"] = Field("score", description="Kind of distillation.")
+    learning_rate: float = Field(5e-5, gt=0.0, description="Peak learning rate of AdamW.")
+    sample_steps: int = Field(1, ge=1, description="Number of sampling steps of the generator.")
+    score_steps: int = Field(4, ge=1, description="Average number of critic updates per generator update.")
     guidance: float | None = Field(
-        None, gt=0.0, description="guidance weight of the teacher; null: that of the sampling plan"
+        None, gt=0.0, description="Guidance weight of the teacher; None: that of the sampling plan."
     )
-
-
-KINDS: dict[str, type[DistillConfig]] = {
-    "recover": RecoverConfig,
-    "guidance": GuidanceConfig,
-    "progressive": ProgressiveConfig,
-    "trajectory": TrajectoryConfig,
-    "consistency": ConsistencyConfig,
-    "score": ScoreConfig,
-}
-# kinds whose students can be sampled only under the plans they were trained for
-FEW_STEP_KINDS = ("progressive", "trajectory", "consistency", "score")

@@ -62,7 +62,7 @@ def train_student(
         precision=config.precision,
         cuda_graphs=config.cuda_graphs,
         partial=partial,
-        logs=ctx.logs / phase.replace(" ", "-"),
+        logs=None if ctx.logs is None else ctx.logs / phase.replace(" ", "-"),
         tensorboard=config.tensorboard,
         preview_every=config.preview_every,
         preview=lambda model, file: draw_samples(getattr(model, "generator", model), checkpoint.spec, file),

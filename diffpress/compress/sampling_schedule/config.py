@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffpress.compress.config import Config
+from diffpress.compress.config import StageConfig
 from diffpress.runtime.solvers import SOLVERS
 from diffpress.runtime.timesteps import SPACINGS
 
 
-class ScheduleConfig(Config):
+class ScheduleConfig(StageConfig):
     """Choose the sampling plan that all later stages and the bundle use; the weights are unchanged.
 
     Spacing and guidance settings left at None keep the model's own. `search` optimizes the timesteps
     (compress/sampling_schedule/search.py).
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.Schedule(solver="unipc_2", steps=8).solver
+        'unipc_2'
     """
+
+    renamed: ClassVar[dict[str, str]] = {"grid": "spacing"}
 
     solver: Literal[tuple(SOLVERS)] = Field("dpmpp_2m", description="Solver of the sampling plan.")  # type: ignore[valid-type]
     steps: int = Field(10, ge=1, description="Number of sampling steps.")
