@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 from diffpress.compress.builtin import FEATURES, REFERENCE, TEACHER
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
-    from diffpress.compress.config import Config
+    from diffpress.compress.config import StageConfig
     from diffpress.compress.recipe import Recipe
     from diffpress.runtime.bundle import Bundle
     from diffpress.runtime.engines.options import EngineOptions
@@ -51,7 +51,7 @@ def load(reference: str | Path = TEACHER, *, loras: Sequence[str] = (), config: 
 
 def compress(
     model: Checkpoint | str | Path,
-    stages: Config | Sequence[Config] | Recipe | str | Path,
+    stages: StageConfig | Sequence[StageConfig] | Recipe | str | Path,
     *,
     out: str | Path,
     data: str | Path | None = None,
@@ -75,20 +75,18 @@ def compress(
     Examples:
         >>> import diffpress as dp
         >>> small = dp.compress(checkpoint, [dp.Prune(method="magnitude", ratio=0.5, round_to=4)], out=folder / "work")
-        [1/1] prune
-          parameters ...
         >>> [record.stage for record in small.history]
         ['prune']
     """
     from diffpress.compress.checkpoint import Checkpoint
-    from diffpress.compress.config import Config
+    from diffpress.compress.config import StageConfig
     from diffpress.compress.pipeline import claim_folder, run_stages
     from diffpress.compress.recipe import Recipe
     from diffpress.export.targets.engine_cost import open_engine_costs
 
     if isinstance(stages, str | Path):
         stages = Recipe.load(stages)
-    if isinstance(stages, Config):
+    if isinstance(stages, StageConfig):
         stages = [stages]
     if isinstance(stages, Recipe):
         if data is not None or seed is not None:
@@ -138,21 +136,32 @@ def export(
         >>> exported.path.name
         'bundle'
     """
-    from diffpress.compress.checkpoint import Checkpoint
-    from diffpress.export.export import export as export_checkpoint
+    from pydantic import ValidationError
 
-    return export_checkpoint(
-        checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint),
-        out,
-        targets=targets,
-        precision=precision,
-        size=size,
-        fixed_timesteps=fixed_timesteps,
-        revert_slower=revert_slower,
-        compute_capabilities=compute_capabilities,
-        build=build,
-        threads=threads,
-    )
+    from diffpress.compress.checkpoint import Checkpoint
+    from diffpress.compress.config import ExportConfig, ExportPrecision, Target, input_error
+    from diffpress.export.bundle import check_output_folder, export_bundle
+    from diffpress.runtime.engines.tensorrt.options import BuildOptions
+
+    check_output_folder(Path(out))  # before the checkpoint is read, which may take minutes
+    named = [*(("export target", target, Target) for target in targets), ("precision", precision, ExportPrecision)]
+    for what, name, known in named:
+        if name not in get_args(known):
+            raise unknown_name(what, name, get_args(known))
+    settings = {
+        "targets": targets,
+        "precision": precision,
+        "size": size,
+        "fixed_timesteps": fixed_timesteps,
+        "revert_slower": revert_slower,
+        "threads": threads,
+        "tensorrt": {"compute_capabilities": compute_capabilities, **(build or BuildOptions()).to_json()},
+    }
+    try:
+        config = ExportConfig.model_validate(settings)
+    except ValidationError as error:
+        raise input_error(error, ExportConfig, "export") from error
+    return export_bundle(checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint), Path(out), config)
 
 
 def bench(
@@ -219,7 +228,6 @@ def evaluate(
     Examples:
         >>> import diffpress as dp
         >>> scores = dp.evaluate("calib_data/teacher", samples=8, seeds=1, steps=1)
-          evaluate: 8/8
         >>> sorted(scores["kid"])
         ['mean', 'sd']
     """

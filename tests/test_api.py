@@ -59,14 +59,26 @@ def test_stages_run_in_order_and_shrink_the_model(folder: Path, small: dp.Checkp
     assert small.spec.plan.solver == "ddim" and small.spec.plan.steps == 3
 
 
+def test_library_calls_print_nothing_and_log_their_progress(
+    folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", logger="diffpress"):
+        student = dp.compress(folder, [dp.Schedule(solver="ddim", steps=3)], out=tmp_path / "run")
+        dp.export(student, tmp_path / "bundle", threads=1)
+        with dp.Pipeline(tmp_path / "bundle") as pipe:
+            pipe(seeds=0)
+    assert capfd.readouterr() == ("", "")
+    assert caplog.messages[0] == "[1/1] schedule"
+
+
 def test_the_same_call_again_reads_what_is_finished(
-    folder: Path, small: dp.Checkpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    folder: Path, small: dp.Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     stages = [dp.Prune(method="magnitude", ratio=0.5, round_to=4), dp.Schedule(solver="ddim", steps=3)]
     first = dp.compress(dp.load(folder), stages, out=str(tmp_path / "run"))
-    capsys.readouterr()
-    again = dp.compress(str(folder), stages, out=tmp_path / "run")
-    assert first.hash == again.hash == small.hash and capsys.readouterr().out.count("done before") == 2
+    with caplog.at_level("INFO", logger="diffpress"):
+        again = dp.compress(str(folder), stages, out=tmp_path / "run")
+    assert first.hash == again.hash == small.hash and caplog.text.count("done before") == 2
     with pytest.raises(dp.InvalidInputError, match="made by another recipe"):
         dp.compress(folder, stages[:1], out=tmp_path / "run")
     assert dp.compress(folder, stages[:1], out=tmp_path / "run", update=True).spec.plan.steps != 3
@@ -99,7 +111,9 @@ def test_what_does_not_fit_is_refused_before_any_work(folder: Path, tmp_path: Pa
         dp.Prune(ratio=1.5)
     with pytest.raises(dp.InvalidInputError, match=r"keep_fragile is now called 'keep_sensitive_layers'"):
         dp.Quantize("int8", keep_fragile=True)
-    with pytest.raises(dp.InvalidInputError, match=r"unknown key 'quantize\.samplse'; did you mean 'samples'"):
+    with pytest.raises(
+        dp.InvalidInputError, match=r"unknown key 'diffpress\.Quantize\.samplse'; did you mean 'samples'"
+    ):
         dp.Quantize(samplse=2)
     with pytest.raises(dp.InvalidInputError, match=r"Guidance: .*either weight .* or weights"):
         dp.Guidance(weight=2.0, weights=(1.0, 2.0))

@@ -31,6 +31,11 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _log_messages(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", logger="diffpress")
+
+
 class Everything(nn.Module):
     """All operators that can have a layer's weight.
 
@@ -128,17 +133,17 @@ def wide() -> Checkpoint:
 
 @pytest.fixture(scope="session")
 def unet_graph(unet: Checkpoint) -> Graph:
-    return to_onnx(unet)
+    return to_onnx(unet.model, unet.spec)
 
 
 @pytest.fixture(scope="session")
 def everything_graph(everything: Checkpoint) -> Graph:
-    return to_onnx(everything)
+    return to_onnx(everything.model, everything.spec)
 
 
 @pytest.fixture(scope="session")
 def wide_graph(wide: Checkpoint) -> Graph:
-    return to_onnx(wide)
+    return to_onnx(wide.model, wide.spec)
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,19 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.config import ExportConfig
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.formats import FORMATS, INT8
+from diffpress.compress.quantization.layer_graph import trace_layer_graph
 from diffpress.compress.quantization.unified_scales import unify_scales
+from diffpress.export.bundle import export_bundle
+from diffpress.export.denoiser import lower_denoiser
 from diffpress.export.graph.model import Graph, Weight, load_all
+from diffpress.export.lowering import PassContext, lower
+from diffpress.export.verify.latency import Latency
+from diffpress.runtime.bundle import Bundle
+from diffpress.runtime.engines.tensorrt.options import BuildOptions
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 Layer = nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.Embedding  # whose weight can have a scale
@@ -82,7 +91,36 @@ def measured_scales(
     for hook in hooks:
         hook.remove()
     others = {name: own for name, own in formats.items() if own != kind}
-    return Quantization(kind, unify_scales(checkpoint, amax) if residual_outputs else amax, others)
+    if residual_outputs:
+        amax = dict(unify_scales(trace_layer_graph(checkpoint.model, checkpoint.spec), amax))
+    return Quantization(kind, amax, others)
+
+
+def quantized_graph(graph: Graph, quantization: Quantization, tensorrt: bool = False) -> Graph:
+    """Return a float graph with Q/DQ, as it is lowered for engines on the CPU or for TensorRT."""
+    return lower(graph, "tensorrt" if tensorrt else "cpu", PassContext(quantization))
+
+
+def exported(
+    checkpoint: Checkpoint,
+    folder: Path,
+    targets: Sequence[str] = ("onnx",),
+    *,
+    float_graph: Graph | None = None,
+    metrics: dict[str, Any] | None = None,
+    latencies: Sequence[Latency] = (),
+    reuse: Bundle | None = None,
+    capabilities: Sequence[str] = (),
+    build: BuildOptions | None = None,
+    **settings: Any,
+) -> Bundle:
+    """Export a checkpoint whose graph may be traced already; nothing is timed."""
+    tensorrt = {"compute_capabilities": capabilities, **(build or BuildOptions()).to_json()}
+    config = ExportConfig.model_validate({"targets": targets, "tensorrt": tensorrt, **settings})
+    denoiser = None if float_graph is None else lower_denoiser(checkpoint, config, float_graph)
+    return export_bundle(
+        checkpoint, folder, config, metrics=metrics, denoiser=denoiser, latencies=latencies, reuse=reuse
+    )
 
 
 def with_recorded_reads(graph: Graph, reads: list[str]) -> Graph:

@@ -12,16 +12,16 @@ import onnx
 import pytest
 import torch
 
+from diffpress.api import export
 from diffpress.compress.checkpoint import Checkpoint, Quantization, Record
-from diffpress.export.bundle import write_bundle
 from diffpress.export.graph.model import Graph, save_graph
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.summary import summary
 from diffpress.export.verify.engine_check import check_engine, engine_check_line
 from diffpress.runtime.bundle import Bundle, load_bundle, sha256
 from diffpress.runtime.engines import open_engine
 from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from diffpress.runtime.sampler import generate
+from tests.export.oracle import exported, quantized_graph
 
 SAFE = 127 / 64
 
@@ -35,7 +35,7 @@ def quantized(unet: Checkpoint, scales: Callable[..., Quantization]) -> Checkpoi
 @pytest.fixture(scope="module")
 def bundle(quantized: Checkpoint, unet_graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     folder = tmp_path_factory.mktemp("out") / "bundle"
-    return write_bundle(quantized, folder, ["onnx"], float_graph=unet_graph, metrics={"frechet": 1.5}, threads=1)
+    return exported(quantized, folder, ["onnx"], float_graph=unet_graph, metrics={"frechet": 1.5}, threads=1)
 
 
 def test_a_bundle_is_complete_and_samples(bundle: Bundle, quantized: Checkpoint) -> None:
@@ -88,7 +88,7 @@ def test_the_same_checkpoint_gives_the_same_bytes_wherever_it_is_written(
     bundle: Bundle, quantized: Checkpoint, unet_graph: Graph, tmp_path: Path
 ) -> None:
     slower = quantized.evolve(history=tuple(Record(**{**vars(r), "seconds": 99.0}) for r in quantized.history))
-    again = write_bundle(
+    again = exported(
         slower, tmp_path / "elsewhere", ["onnx"], float_graph=unet_graph, metrics={"frechet": 1.5}, threads=1
     )
     assert again.hash == bundle.hash
@@ -105,12 +105,12 @@ def test_the_stored_graph_is_the_quantized_one(
     bundle: Bundle, quantized: Checkpoint, unet_graph: Graph, tmp_path: Path
 ) -> None:
     assert quantized.quantization is not None
-    save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
+    save_graph(quantized_graph(unet_graph, quantized.quantization), tmp_path / "q.onnx")
     assert sha256(bundle.denoiser) == sha256(tmp_path / "q.onnx")
 
 
 def test_a_damaged_bundle_is_rejected(quantized: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
-    folder = write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, threads=1).path
+    folder = exported(quantized, tmp_path / "b", float_graph=unet_graph, threads=1).path
     content = bytearray((folder / "denoiser.onnx").read_bytes())
     content[len(content) // 2] ^= 1
     (folder / "denoiser.onnx").write_bytes(content)
@@ -119,21 +119,30 @@ def test_a_damaged_bundle_is_rejected(quantized: Checkpoint, unet_graph: Graph, 
 
 
 def test_a_bundle_replaces_a_bundle_and_nothing_else(quantized: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
-    write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, metrics={"first": 1}, threads=1)
-    second = write_bundle(quantized, tmp_path / "b", float_graph=unet_graph, metrics={"second": 2}, threads=1)
+    exported(quantized, tmp_path / "b", float_graph=unet_graph, metrics={"first": 1}, threads=1)
+    second = exported(quantized, tmp_path / "b", float_graph=unet_graph, metrics={"second": 2}, threads=1)
     assert second.manifest["metrics"] == {"second": 2}
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
     with pytest.raises(InvalidInputError, match="photos: exists and is not a bundle"):
-        write_bundle(quantized, tmp_path / "photos", float_graph=unet_graph)
+        exported(quantized, tmp_path / "photos", float_graph=unet_graph)
     assert (tmp_path / "photos" / "cat.jpg").read_bytes() == b"cat"
 
 
-def test_an_unknown_target_is_rejected_with_the_closest_name(
-    unet: Checkpoint, unet_graph: Graph, tmp_path: Path
-) -> None:
+def test_an_unknown_target_is_rejected_with_the_closest_name(unet: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="unknown export target 'openvin': did you mean 'openvino'"):
-        write_bundle(unet, tmp_path / "b", ["openvin"], float_graph=unet_graph)
+        export(unet, tmp_path / "b", targets=["openvin"])
+    with pytest.raises(InvalidInputError, match="unknown precision 'fp8': choose from fp32, fp16, bf16"):
+        export(unet, tmp_path / "b", precision="fp8")
+    with pytest.raises(InvalidInputError, match=r"export\.size\.1: .*, found 'wide'"):
+        export(unet, tmp_path / "b", size=(8, "wide"))  # type: ignore[arg-type]
+
+
+def test_an_output_that_is_no_bundle_is_rejected_before_the_checkpoint_is_read(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.jpg").write_bytes(b"cat")
+    with pytest.raises(InvalidInputError, match="photos: exists and is not a bundle"):
+        export(tmp_path / "no-such-checkpoint", tmp_path / "photos")
 
 
 def test_a_graph_of_another_model_fails_parity_and_writes_nothing(
@@ -142,7 +151,7 @@ def test_a_graph_of_another_model_fails_parity_and_writes_nothing(
     other = unet.evolve(model=unet.clone_model())
     other.model.get_parameter("conv_out.bias").data += 0.1
     with pytest.raises(GateFailedError, match="samples differ"):
-        write_bundle(other, tmp_path / "b", float_graph=unet_graph, threads=1)
+        exported(other, tmp_path / "b", float_graph=unet_graph, threads=1)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -151,7 +160,7 @@ def test_target_openvino_records_precision_and_stores_no_second_copy(
     wide: Checkpoint, wide_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
 ) -> None:
     checkpoint = wide.evolve(quantization=scales(wide, weight_range=SAFE))
-    bundle = write_bundle(checkpoint, tmp_path / "b", ["onnx", "openvino"], float_graph=wide_graph, threads=1)
+    bundle = exported(checkpoint, tmp_path / "b", ["onnx", "openvino"], float_graph=wide_graph, threads=1)
     entry, other = bundle.manifest["engines"]
     assert entry["engine"] == "openvino" and entry["graph_sha256"] == sha256(bundle.denoiser)
     assert (entry["integer_mac_share"], entry["float_layers"], entry["fallbacks"]) == (1.0, 0, [])

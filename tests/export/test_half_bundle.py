@@ -13,17 +13,19 @@ import onnx
 import pytest
 
 from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.config import ExportConfig
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.export.bundle import check_precision, write_bundle
+from diffpress.export.bundle import check_export
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.passes.half_precision import to_half
-from diffpress.export.verify.parity import COMPONENT_SQNR_DB, HALF_SQNR_DB, check_parity, parity_case_for, runs
+from diffpress.export.verify.parity import COMPONENT_SQNR_DB, HALF_SQNR_DB, check_parity, runs
 from diffpress.runtime import generate, open_engine
 from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.engines import available
 from diffpress.runtime.errors import GateFailedError, InvalidInputError
-from tests.export.oracle import measured_scales
+from tests.export.oracle import exported, measured_scales
 from tests.export.passes.test_half_precision import both
+from tests.export.verify.test_parity import reference_of
 
 needs_openvino = pytest.mark.skipif("openvino" not in available(), reason="needs openvino, which alone runs bf16")
 needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
@@ -36,7 +38,7 @@ def bundles(unet: Checkpoint, unet_graph: Graph, tmp_path_factory: pytest.TempPa
     def bundle(precision: str) -> Bundle:
         if precision not in made:
             folder = tmp_path_factory.mktemp("half") / precision
-            made[precision] = write_bundle(unet, folder, float_graph=unet_graph, threads=1, precision=precision)
+            made[precision] = exported(unet, folder, float_graph=unet_graph, threads=1, precision=precision)
         return made[precision]
 
     return bundle
@@ -91,27 +93,18 @@ def test_a_half_precision_graph_that_deviates_fails(unet: Checkpoint, unet_graph
     bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(0.05), bias.name))
     save_graph(Graph(proto), tmp_path / "g.onnx")
     with pytest.raises(GateFailedError, match=r"g.onnx in onnxruntime: .* dB SQNR to torch, 40 dB are required"):
-        check_parity(
-            unet, tmp_path / "g.onnx", parity_case_for(unet), engines=["onnxruntime"], threads=1, precision="fp16"
-        )
+        check_parity(tmp_path / "g.onnx", reference_of(unet), engines=["onnxruntime"], threads=1, precision="fp16")
     assert [path.name for path in tmp_path.iterdir()] == ["g.onnx"]
 
 
-@pytest.mark.parametrize(
-    ("precision", "quantized", "targets", "message"),
-    [
-        ("fp8", False, ["onnx"], "unknown precision 'fp8': choose from fp32, fp16, bf16"),
-        ("fp16", True, ["onnx", "openvino"], "stay fp32 in engines on the CPU.* add target tensorrt"),
-    ],
-)
-def test_impossible_precisions_are_rejected_before_any_work(
-    precision: str, quantized: bool, targets: list[str], message: str
-) -> None:
+def test_a_precision_that_no_graph_would_use_is_rejected_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("diffpress.export.bundle.check_build", lambda *_: None)
+    message = "stay fp32 in engines on the CPU.* add target tensorrt"
     with pytest.raises(InvalidInputError, match=message) as caught:
-        check_precision(precision, quantized, targets)
+        check_export(ExportConfig(precision="fp16", targets=("onnx",)), quantized=True)
     assert "\n" not in str(caught.value)
-    check_precision("fp16", True, ["tensorrt"])
-    check_precision("fp32", True, ["onnx"])
+    check_export(ExportConfig(precision="fp16", targets=("tensorrt",)), quantized=True)
+    check_export(ExportConfig(precision="fp32", targets=("onnx",)), quantized=True)
 
 
 def test_bf16_needs_an_engine_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,8 +112,8 @@ def test_bf16_needs_an_engine_that_runs_it(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(
         InvalidInputError, match=r"precision bf16: ONNX Runtime cannot run it.* install openvino, or use fp16"
     ):
-        check_precision("bf16", False, ["onnx"])
-    check_precision("fp16", False, ["onnx"])
+        check_export(ExportConfig(precision="bf16"), quantized=False)
+    check_export(ExportConfig(precision="fp16"), quantized=False)
 
 
 # --- a pipeline ------------------------------------------------------------------------------------------------
@@ -132,7 +125,7 @@ def test_a_pipelines_text_encoder_is_in_half_precision_but_not_its_decoder(
     precision: str, tiny_folder: Callable[..., Path], sd_bundle: Path, tmp_path: Path
 ) -> None:
     checkpoint, graph = load_checkpoint(str(tiny_folder("sd"))), Graph(onnx.load(load_bundle(sd_bundle).denoiser))
-    bundle = write_bundle(checkpoint, tmp_path / "b", float_graph=graph, threads=1, precision=precision)
+    bundle = exported(checkpoint, tmp_path / "b", float_graph=graph, threads=1, precision=precision)
     graphs = bundle.manifest["graphs"]
     kinds = {name: entry["precision"] for name, entry in graphs.items()}
     assert kinds == {"denoiser": precision, "text_encoder": precision, "vae_decoder": "fp32"}
@@ -153,8 +146,8 @@ def test_components_of_another_bundle_are_reused_where_they_are_the_same(
     tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(str(tiny_folder("sd")))
-    full = write_bundle(checkpoint, tmp_path / "whole", threads=1)
-    half = write_bundle(checkpoint, tmp_path / "half", threads=1, components_from=full, precision="fp16")
+    full = exported(checkpoint, tmp_path / "whole", threads=1)
+    half = exported(checkpoint, tmp_path / "half", threads=1, reuse=full, precision="fp16")
     data = "model.onnx_data"
     shared = {
         component: (half.path / component / data).stat().st_ino == (full.path / component / data).stat().st_ino
@@ -171,7 +164,7 @@ def test_components_of_another_bundle_are_reused_where_they_are_the_same(
 @needs_tensorrt
 def test_tensorrt_builds_it_strongly_typed(precision: str, unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
     options: dict[str, Any] = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6", "12.0"]}
-    bundle = write_bundle(unet, tmp_path / "b", ["tensorrt"], precision=precision, **options)
+    bundle = exported(unet, tmp_path / "b", ["tensorrt"], precision=precision, **options)
     engine = next(entry for entry in bundle.manifest["engines"] if "compute_capabilities" in entry)
     assert (bundle.path / engine["file"]).stat().st_size > 100_000
 
@@ -183,7 +176,7 @@ def test_tensorrt_builds_int8_with_the_rest_in_half_precision(
 ) -> None:
     quantized = unet.evolve(quantization=measured_scales(unet, weight_range=127 / 64))
     options: dict[str, Any] = {"float_graph": unet_graph, "threads": 1, "capabilities": ["8.6"]}
-    bundle = write_bundle(quantized, tmp_path / "b", ["tensorrt"], precision=precision, **options)
+    bundle = exported(quantized, tmp_path / "b", ["tensorrt"], precision=precision, **options)
     types = {tensor.data_type for tensor in onnx.load(bundle.path / "denoiser.tensorrt.onnx").graph.initializer}
     half = {"fp16": onnx.TensorProto.FLOAT16, "bf16": onnx.TensorProto.BFLOAT16}[precision]
     assert {onnx.TensorProto.INT8, half} <= types

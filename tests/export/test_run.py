@@ -8,16 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.pipeline import claim_folder
-from diffpress.compress.recipe import read_recipe
+from diffpress.compress.recipe import Recipe
 from diffpress.export.graph.model import Graph
+from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.run import export_and_report
 from diffpress.export.verify.latency import Latency
 from diffpress.runtime.bundle import load_bundle, sha256
+from diffpress.runtime.spec import DenoiserSpec
 
-RECIPE = "stages: [quantize]\nexport: {targets: [onnx], revert_slower: %s}\n"
+RECIPE = "stages: [quantize]\nexport: {targets: [onnx], revert_slower: %s%s}\n"
 QUICK, SLOW = Latency("onnxruntime", "int8", 10.0, 6.0), Latency("onnxruntime", "int8", 10.0, 12.0)
 
 
@@ -28,35 +31,39 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
     def prepare(*latencies: Latency) -> list[int]:
         timings: list[int] = []
 
-        def measure(*arguments: Any) -> list[Latency]:
+        def measure(*arguments: object) -> list[Latency]:
             timings.append(1)
             return list(latencies)
 
-        monkeypatch.setattr("diffpress.export.run.measure_latency", measure)
+        monkeypatch.setattr("diffpress.export.run_bundles.measure_latencies", measure)
         return timings
 
     return prepare
 
 
 @pytest.fixture
+def traced(wide_graph: Graph, monkeypatch: pytest.MonkeyPatch) -> list[tuple[DenoiserSpec, bool]]:
+    """Replace tracing, which is slow and tested elsewhere; returns the arguments of every call."""
+    calls: list[tuple[DenoiserSpec, bool]] = []
+
+    def traced_before(model: nn.Module, spec: DenoiserSpec, fixed_size: bool) -> Graph:
+        calls.append((spec, fixed_size))
+        return to_onnx(model, spec, fixed_size) if fixed_size else wide_graph
+
+    monkeypatch.setattr("diffpress.export.denoiser.to_onnx", traced_before)
+    return calls
+
+
+@pytest.fixture
 def run(
-    wide: Checkpoint,
-    wide_graph: Graph,
-    scales: Callable[..., Quantization],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    wide: Checkpoint, traced: list[Any], scales: Callable[..., Quantization], tmp_path: Path
 ) -> Callable[..., Path]:
     """Deliver the quantized checkpoint repeatedly to the same folder."""
-    for target in (
-        "diffpress.export.bundle.to_onnx",
-        "diffpress.export.graph.to_onnx.to_onnx",
-    ):  # tracing is tested elsewhere, and slow
-        monkeypatch.setattr(target, lambda checkpoint, fixed_size=False: wide_graph)
     quantized = wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))
 
-    def once(revert: bool, checkpoint: Checkpoint = quantized) -> Path:
-        (tmp_path / "r.yaml").write_text(RECIPE % str(revert).lower())
-        recipe, out = read_recipe(tmp_path / "r.yaml"), tmp_path / "out"
+    def once(revert: bool, checkpoint: Checkpoint = quantized, settings: str = "") -> Path:
+        (tmp_path / "r.yaml").write_text(RECIPE % (str(revert).lower(), settings))
+        recipe, out = Recipe.load(tmp_path / "r.yaml"), tmp_path / "out"
         claim_folder(out, wide, recipe, update=True)
         export_and_report(checkpoint, wide, recipe, out)
         return out
@@ -65,11 +72,11 @@ def run(
 
 
 def test_a_slower_engine_is_reported_and_not_reverted_by_default(
-    run: Callable[..., Path], measured: Callable[..., list[int]], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path], measured: Callable[..., list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     measured(SLOW)
     out = run(revert=False)
-    printed, bundle = capsys.readouterr().out, load_bundle(out / "bundle")
+    printed, bundle = caplog.text, load_bundle(out / "bundle")
     assert "int8 is 1.20x of fp32 in onnxruntime: slower" in printed
     assert bundle.graph("denoiser", "onnxruntime").name == "denoiser.onnx"
     row = json.loads((out / "latency.json").read_text())["engines"][0]
@@ -85,7 +92,7 @@ def test_a_slower_engine_is_reported_and_not_reverted_by_default(
 
 
 def test_on_request_it_runs_the_float_graph_and_no_timing_enters_the_bundle(
-    run: Callable[..., Path], measured: Callable[..., list[int]], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path], measured: Callable[..., list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     measured(SLOW)
     out = run(revert=True)
@@ -94,20 +101,20 @@ def test_on_request_it_runs_the_float_graph_and_no_timing_enters_the_bundle(
     assert sha256(bundle.path / "denoiser.float.onnx") == sha256(out / "float" / "denoiser.onnx")
     assert bundle.manifest["metrics"]["reverted"] == ["onnxruntime"]
     assert "_ms" not in (out / "bundle" / "manifest.json").read_text()
-    assert "onnxruntime uses denoiser.float.onnx, MiB" in capsys.readouterr().out
+    assert "onnxruntime uses denoiser.float.onnx, MiB" in caplog.text
     report = json.loads((out / "report.json").read_text())
     assert report["variants"]["onnxruntime"]["precision"] == "fp32" and report["latency"]["batch"] == 8
 
 
 def test_a_stored_measurement_is_reused_and_the_bundle_stays_the_same(
-    run: Callable[..., Path], measured: Callable[..., list[int]], capsys: pytest.CaptureFixture[str]
+    run: Callable[..., Path], measured: Callable[..., list[int]], caplog: pytest.LogCaptureFixture
 ) -> None:
     measured(SLOW)
     first = load_bundle(run(revert=True) / "bundle").hash
     timings = measured(QUICK)  # a new measurement would give another result
     out = run(revert=True)
     assert not timings and load_bundle(out / "bundle").hash == first
-    assert capsys.readouterr().out.count("done before") == 2  # baseline and bundle
+    assert caplog.text.count("done before") == 2  # baseline and bundle
 
 
 def test_another_setting_gives_another_bundle_from_the_same_measurement(
@@ -124,6 +131,20 @@ def test_a_faster_engine_keeps_the_int8_graph_when_reverting_is_enabled(
 ) -> None:
     measured(QUICK)
     assert load_bundle(run(revert=True) / "bundle").manifest["graphs"]["denoiser"]["variants"] == {}
+
+
+def test_a_size_of_the_recipe_fixes_the_graphs_of_both_bundles(
+    run: Callable[..., Path], measured: Callable[..., list[int]], traced: list[Any]
+) -> None:
+    measured(QUICK)
+    out = run(revert=False, settings=", size: [16, 8]")
+    assert len(traced) == 2 and all(spec.image_size == (16, 8) and fixed_size for spec, fixed_size in traced)
+    for name in ("bundle", "baseline"):
+        bundle = load_bundle(out / name)
+        assert bundle.spec.image_size == (16, 8) and bundle.manifest["metrics"]["size"] == [16, 8]
+    run(revert=False)  # without it, both are made again
+    assert load_bundle(out / "bundle").spec.image_size == load_bundle(out / "baseline").spec.image_size == (8, 8)
+    assert "size" not in load_bundle(out / "bundle").manifest["metrics"]
 
 
 def test_a_float_checkpoint_is_not_timed_and_has_only_its_float_graph(

@@ -113,7 +113,7 @@ def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> int:
     Raises:
         onnx.checker.ValidationError: If the graph is invalid.
     """
-    _check(graph)
+    check_graph(graph)
     if data is None and _inline_bytes(graph) <= MAX_INLINE_BYTES:
         with path.open("wb") as file:
             _write_inline(graph, file)
@@ -143,8 +143,14 @@ def _copied(proto: onnx.ModelProto) -> onnx.ModelProto:
     return copy
 
 
-def _check(graph: Graph) -> None:
-    """Check the graph's structure; weights are passed to the checker as inputs of their dtype and shape."""
+def check_graph(graph: Graph) -> None:
+    """Check that the graph is valid ONNX without reading a weight.
+
+    Weights are passed to the checker as inputs of their dtype and shape.
+
+    Raises:
+        onnx.checker.ValidationError: If the graph is invalid.
+    """
     proto = _copied(graph.proto)
     del proto.graph.initializer[:]
     for tensor in graph.proto.graph.initializer:

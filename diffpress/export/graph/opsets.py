@@ -48,9 +48,6 @@ def with_min_opset(graph: Graph, opset: int) -> Graph:
     proto.CopyFrom(graph.proto)
     _default(proto).version = opset
     proto.ir_version = max(proto.ir_version, IR_VERSIONS[opset])
-    imported = {entry.domain for entry in proto.opset_import} | {"", "ai.onnx"}
-    for domain in sorted({node.domain for node in proto.graph.node} - imported):
-        proto.opset_import.add(domain=domain, version=1)
     return Graph(proto, graph.weights)
 
 

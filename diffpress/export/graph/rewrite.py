@@ -40,7 +40,7 @@ class Rewrite:
         return name
 
     def graph(self) -> Graph:
-        """Return the rewritten graph without unused nodes and initializers."""
+        """Return the rewritten graph without unused nodes and initializers; it imports the domain of every node."""
         model = self.source.proto
         old = model.graph
         nodes = ancestors(self.nodes, [value.name for value in old.output])
@@ -54,6 +54,9 @@ class Rewrite:
             opset_import=model.opset_import,
             graph=graph,
         )
+        imported = {entry.domain for entry in proto.opset_import} | {"", "ai.onnx"}
+        for domain in sorted({node.domain for node in nodes} - imported):
+            proto.opset_import.add(domain=domain, version=1)
         return Graph(proto, {name: weight for name, weight in self.weights.items() if name in used})
 
 

@@ -1,4 +1,4 @@
-"""Checkpoint -> float ONNX graph, from which all other graphs are derived.
+"""Torch denoiser -> float ONNX graph, from which all other graphs are derived.
 
     sample [B, C, H, W] f32, timestep [B] i64 or f32, class_labels [B] i64, text inputs [B, ...] f32, guidance [B] f32
         ->   out_sample [B, C, H, W] f32
@@ -9,12 +9,12 @@ it. `diffpress.export.graph.trace` describes the tracing and the node names.
 
 from __future__ import annotations
 
-from pathlib import Path
+from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs, dynamic_axes
-from diffpress.export.graph.model import Graph, save_graph
+from diffpress.export.graph.model import Graph
 from diffpress.export.graph.trace import trace
+from diffpress.runtime.spec import DenoiserSpec
 
 OUT = "out_sample"
 
@@ -22,24 +22,15 @@ OUT = "out_sample"
 TRACED_BATCH = 2
 
 
-def export_float(checkpoint: Checkpoint, path: Path) -> Graph:
-    """Write the checkpoint's network in float32 to `path` (and `path`.data above 2 GiB); return the graph.
+def to_onnx(model: nn.Module, spec: DenoiserSpec, fixed_size: bool = False) -> Graph:
+    """Return the network as a float32 ONNX graph whose weights read the model's tensors.
 
-    The same checkpoint gives the same bytes in any process.
+    `fixed_size` fixes height and width to the spec's, even if the model supports other sizes. The same model gives the
+    same graph in any process.
 
     Raises:
         InvalidInputError: If the module cannot be traced.
     """
-    graph = to_onnx(checkpoint)
-    save_graph(graph, path)
-    return graph
-
-
-def to_onnx(checkpoint: Checkpoint, fixed_size: bool = False) -> Graph:
-    """Return the checkpoint's network as a float32 ONNX graph whose weights read the checkpoint's tensors.
-
-    `fixed_size` fixes height and width to the spec's, even if the model supports other sizes.
-    """
-    inputs = dummy_inputs(checkpoint.spec, TRACED_BATCH)
-    axes = dynamic_axes(checkpoint.model, checkpoint.spec, fixed_size)
-    return trace(checkpoint.model, adapter_for(checkpoint.model).forward, inputs, [OUT], axes)
+    inputs = dummy_inputs(spec, TRACED_BATCH)
+    axes = dynamic_axes(model, spec, fixed_size)
+    return trace(model, adapter_for(model).forward, inputs, [OUT], axes)

@@ -15,23 +15,19 @@ Row 0 stands for all other timesteps and adds NaN to the output: our runtime rej
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 
 import numpy as np
 import onnx
 from onnx import helper
 
-from diffpress.compress.checkpoint import Checkpoint
 from diffpress.export.graph.model import Graph, load_all
 from diffpress.export.graph.rewrite import Rewrite, ancestors, copies
 from diffpress.export.passes.quantize_weights import layer_of
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import TIMESTEP, typed_timesteps
 from diffpress.runtime.sampler import evaluated_levels
-
-logger = logging.getLogger(__name__)
+from diffpress.runtime.spec import DenoiserSpec
 
 # a table up to this size always pays off
 SMALL_TABLE = 2**16
@@ -48,36 +44,27 @@ SIDE = 16  # dynamic size of inputs of which only the shape is used
 Tables = dict[str, np.ndarray]
 
 
-def fold_timesteps(checkpoint: Checkpoint, graph: Graph) -> tuple[Checkpoint, Graph]:
-    """Restrict the checkpoint and its float `graph` to the timesteps of its sampling plan.
-
-    Quantization of the folded layers is removed, so that fake quantization of the new checkpoint computes the same as
-    the new graph with Q/DQ. If no layer depends on the timestep alone, both are returned unchanged. The arguments are
-    not modified.
+def foldable_timesteps(spec: DenoiserSpec) -> tuple[float, ...]:
+    """Return the timesteps of the spec's sampling plan, which a folded graph is restricted to.
 
     Raises:
         InvalidInputError: If the solver evaluates the network between the plan's timesteps.
     """
-    plan = checkpoint.spec.plan
-    between = {level.t for level in evaluated_levels(checkpoint.spec)} - set(plan.timesteps)
+    plan = spec.plan
+    between = {level.t for level in evaluated_levels(spec)} - set(plan.timesteps)
     if between:
         raise InvalidInputError(
             f"fixed_timesteps: solver {plan.solver} also evaluates the network between the plan's timesteps, e.g. at "
             f"{max(between):g}; choose another solver, or remove fixed_timesteps"
         )
-    folded_graph = fold_timestep_branch(graph, plan.timesteps)
-    folded_layers = _layers(graph) - _layers(folded_graph)
-    if not folded_layers:
-        logger.info("fixed_timesteps: no layer depends on the timestep alone; the graph accepts any timestep")
-        return checkpoint, graph
-    logger.info(f"fixed_timesteps: {len(folded_layers)} layers became tables of {checkpoint.spec.plan.steps} timesteps")
-    spec = replace(checkpoint.spec, fixed_timesteps=checkpoint.spec.plan.timesteps)
-    quantization = checkpoint.quantization and checkpoint.quantization.without(folded_layers)
-    return checkpoint.evolve(spec=spec, quantization=quantization), folded_graph
+    return plan.timesteps
 
 
-def fold_timestep_branch(graph: Graph, timesteps: Iterable[float]) -> Graph:
-    """Return a copy of `graph` with tables for these timesteps; for others its output is NaN."""
+def fold_timesteps(graph: Graph, timesteps: Iterable[float]) -> Graph:
+    """Return a copy of `graph` with tables for these timesteps; for others its output is NaN.
+
+    If no layer depends on the timestep alone, `graph` itself is returned.
+    """
     old = graph.proto.graph
     dtype = next(_dtype(value) for value in old.input if value.name == TIMESTEP)
     known = np.unique(typed_timesteps(list(timesteps), dtype))
@@ -87,7 +74,13 @@ def fold_timestep_branch(graph: Graph, timesteps: Iterable[float]) -> Graph:
     frontier = _retreat_(old, inside, rows, len(known))
     if not any(layer_of(old.node[index]) for index in inside):
         return graph
-    return _rewritten(graph, inside, {name: rows[name] for name in frontier}, known)
+    folded = _rewritten(graph, inside, {name: rows[name] for name in frontier}, known)
+    return folded if folded_layers(graph, folded) else graph
+
+
+def folded_layers(graph: Graph, folded: Graph) -> set[str]:
+    """Return the layers of `graph` that tables replace in `folded`."""
+    return _layers(graph) - _layers(folded)
 
 
 def _kinds(graph: onnx.GraphProto) -> dict[str, int]:

@@ -30,7 +30,6 @@ from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 FLOAT = "fp32"
 HALVES = {"fp16": np.dtype(np.float16), "bf16": np.dtype(ml_dtypes.bfloat16)}
-PRECISIONS = (FLOAT, *HALVES)
 
 # first opsets with bfloat16 convolutions and with float16 scales of DequantizeLinear
 BF16_OPSET, SCALE_OPSET = 22, 19

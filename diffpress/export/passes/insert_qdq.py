@@ -21,15 +21,12 @@ import onnx
 from diffpress.compress.checkpoint import Quantization
 from diffpress.compress.quantization.formats import FORMATS, FP4, INT8
 from diffpress.export.graph.model import Graph
-from diffpress.export.graph.opsets import needed_opset, opset_of, with_min_opset
 from diffpress.export.graph.rewrite import Rewrite, copies
 from diffpress.export.graph.trace import SUMS, WEIGHT_INPUT
 from diffpress.export.passes.dynamic_fp4 import quantize_dynamically_
-from diffpress.export.passes.linear_to_conv1x1 import bias_additions, entry_layer, linear_to_conv1x1
+from diffpress.export.passes.linear_to_conv1x1 import bias_additions, entry_layer
 from diffpress.export.passes.qdq_placement import Placement
 from diffpress.export.passes.quantize_weights import layer_of, quantize_weight
-from diffpress.export.passes.smoothquant import apply_smoothquant
-from diffpress.export.passes.svdquant import svdquant
 from diffpress.runtime.errors import InvalidInputError
 
 KINDS = (".weight", ".input", ".output")
@@ -43,7 +40,8 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
     """Return a copy of `graph` that computes in few bits where `quantization` has scales.
 
     Args:
-        graph: Float graph from `diffpress.export.graph.to_onnx`.
+        graph: Float graph, smoothed and with low-rank branches if `quantization` has them, of an opset that has the
+            types of its formats.
         quantization: Formats and scales by layer.
         tensorrt: Write the graph for TensorRT, if it needs another form than engines on the CPU.
 
@@ -52,13 +50,6 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
             has no such layer; the message names the layer.
     """
     formats = quantization.layer_formats
-    for kind in (quantization.format, *formats.values()):
-        if kind not in FORMATS:
-            raise InvalidInputError(f"quantization format '{kind}' has no Q/DQ graph; known: {', '.join(FORMATS)}")
-    graph = apply_smoothquant(svdquant(graph, quantization.svdquant), quantization.smooth)
-    if not tensorrt:
-        graph = linear_to_conv1x1(graph, [name for name, kind in formats.items() if FORMATS[kind].activations is INT8])
-    opset = max(opset_of(graph), needed_opset(formats.values()))
     weights, inputs, outputs = (_scales(quantization, kind) for kind in KINDS)
     old = graph.proto.graph
     _check_layers(old, weights, inputs, outputs)
@@ -89,7 +80,7 @@ def insert_qdq(graph: Graph, quantization: Quantization, tensorrt: bool = False)
             placement.round_output_(node, outputs[ended], number or INT8)
         else:
             placement.pass_on_(node)
-    return with_min_opset(rewrite.graph(), opset)
+    return rewrite.graph()
 
 
 def _module_of(node: onnx.NodeProto) -> str:

@@ -25,6 +25,7 @@ from diffpress.export.passes.quantize_weights import channel_axis, layer_of
 from diffpress.runtime.errors import InvalidInputError
 
 LAST = ("Gemm", "MatMul")  # operators whose input has its channels on the last axis
+SMOOTHED = ".weight_smoothed"  # suffix of the weights of smoothed layers
 
 
 def apply_smoothquant(graph: Graph, smooth: Mapping[str, torch.Tensor]) -> Graph:
@@ -63,7 +64,7 @@ def _smooth_(rewrite: Rewrite, node: onnx.NodeProto, s: np.ndarray) -> None:
         )
     wide = s.reshape([-1 if i == axis else 1 for i in range(len(weight.shape))])
     node.input[index] = rewrite.add_weight(
-        f"{layer}.weight_smoothed", Weight(np.dtype(np.float32), weight.shape, partial(_multiplied, weight, wide))
+        f"{layer}{SMOOTHED}", Weight(np.dtype(np.float32), weight.shape, partial(_multiplied, weight, wide))
     )
     key = (tensor, s.tobytes())
     if key not in rewrite.done:

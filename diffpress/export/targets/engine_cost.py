@@ -16,6 +16,7 @@ from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import onnx
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
@@ -23,7 +24,7 @@ from diffpress.compress.context import EngineCosts
 from diffpress.compress.quantization.algorithms.sensitivity import quantized_layers
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.to_onnx import to_onnx
-from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.lowering import PassContext, lower
 from diffpress.export.passes.quantize_weights import layer_of
 from diffpress.export.verify.latency import BATCH, alternating_latency_ms
 from diffpress.export.verify.parity import parity_case_for
@@ -42,20 +43,20 @@ def open_engine_costs(checkpoint: Checkpoint, engine: str) -> Iterator[EngineCos
     Raises:
         MissingDependencyError: If the engine is not installed.
     """
-    graph = to_onnx(checkpoint)
+    graph = to_onnx(checkpoint.model, checkpoint.spec)
+    case = parity_case_for(checkpoint.model, checkpoint.spec)
     with TemporaryDirectory() as folder:
         exact = Path(folder) / "float.onnx"
         save_graph(graph, exact)
         with closing(load_engine(exact, engine)) as opened:
-            yield _Costs(checkpoint, graph, Path(folder), opened)
+            yield _Costs(graph, Path(folder), opened, dummy_inputs(opened, case.spec, BATCH))
 
 
 class _Costs:
     """Implementation of diffpress.compress.context.EngineCosts."""
 
-    def __init__(self, checkpoint: Checkpoint, graph: Graph, folder: Path, exact: Engine) -> None:
-        self._graph, self._exact, self._folder = graph, exact, folder
-        self._inputs = dummy_inputs(exact, parity_case_for(checkpoint).spec, BATCH)
+    def __init__(self, graph: Graph, folder: Path, exact: Engine, inputs: dict[str, np.ndarray]) -> None:
+        self._graph, self._folder, self._exact, self._inputs = graph, folder, exact, inputs
 
     def gains_ms(self, quantization: Quantization) -> dict[str, float]:
         """Return layer -> milliseconds that quantizing it saves per evaluation."""
@@ -98,7 +99,7 @@ class _Costs:
             yield rounded
 
     def _written(self, quantization: Quantization, file: str = QUANTIZED) -> tuple[Graph, int]:
-        graph = insert_qdq(self._graph, quantization)
+        graph = lower(self._graph, "cpu", PassContext(quantization))
         return graph, save_graph(graph, self._folder / file)
 
     def _opened(self, file: str = QUANTIZED) -> AbstractContextManager[Engine]:

@@ -2,30 +2,30 @@
 
     latency_ratio = median time of the quantized graph / median time of the float graph      slower if above SLOWER
 
-Timings are not reproducible, but a bundle must be. They are printed and stored beside the bundle; the bundle contains
-only the decision which engines run the float graph (export/targets/variants.py).
+Timings are not reproducible, but a bundle must be. They are logged and stored beside the bundle; the bundle contains
+only the decision which engines run the float graph (export/denoiser.py).
 """
 
 from __future__ import annotations
 
 import logging
 import statistics
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
-from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.counts import is_large
-from diffpress.export.graph.model import Graph, save_graph
-from diffpress.export.targets.precision import precision_of
-from diffpress.export.targets.variants import FLOAT, Variant
-from diffpress.export.verify.parity import parity_case_for
+from diffpress.export.denoiser import Denoiser
+from diffpress.export.graph.model import save_graph
+from diffpress.runtime.benchmarking.timer import alternating_times_ms
 from diffpress.runtime.engines import Engine, load_engine
+from diffpress.runtime.io.files import read_json, write_json
 from diffpress.runtime.network_inputs import dummy_inputs
 
 logger = logging.getLogger(__name__)
@@ -62,36 +62,29 @@ class Latency:
         return f"{self.precision} is {self.latency_ratio:.2f}x of fp32 in {self.engine}: {verdict} ({times})"
 
 
-def measure_latency(
-    checkpoint: Checkpoint,
-    float_graph: Graph,
-    quantized: Mapping[str, Graph],
-    threads: int | None = None,
-    fixed_size: bool = False,
-) -> list[Latency]:
-    """Time the checkpoint's float graph against `quantized`, engine -> the graph it would run.
+def measure_latency(denoiser: Denoiser, engines: Sequence[str], threads: int | None = None) -> list[Latency]:
+    """Time the denoiser's float graph against its quantized portable graph in each engine.
 
-    Returns an empty list for models of more than 100 million parameters (with a message): two copies may not fit into
-    memory, and one evaluation takes seconds.
+    Returns an empty list for models that are not quantized, and for models of more than 100 million parameters (with a
+    message): two copies may not fit into memory, and one evaluation takes seconds.
     """
-    if is_large(checkpoint.model):
+    if denoiser.portable.quantization is None:
+        return []
+    if is_large(denoiser.checkpoint.model):
         logger.info("latency not measured for more than 100 million parameters; use 'diffpress bench'")
         return []
-    spec, precision = parity_case_for(checkpoint, fixed_size).spec, precision_of(checkpoint.quantization)
+    found = []
     with TemporaryDirectory() as folder:
-        files: dict[int, Path] = {}
-        for graph in (float_graph, *quantized.values()):
-            if id(graph) not in files:
-                files[id(graph)] = Path(folder) / f"{len(files)}.onnx"
-                save_graph(graph, files[id(graph)])
-        found = []
-        for name, graph in quantized.items():
+        float_file, quantized_file = Path(folder) / "float.onnx", Path(folder) / "quantized.onnx"
+        save_graph(denoiser.float_graph, float_file)
+        save_graph(denoiser.portable.graph, quantized_file)
+        for name in engines:
             with (
-                closing(load_engine(files[id(float_graph)], name, threads)) as exact,
-                closing(load_engine(files[id(graph)], name, threads)) as rounded,
+                closing(load_engine(float_file, name, threads)) as exact,
+                closing(load_engine(quantized_file, name, threads)) as rounded,
             ):
-                times = alternating_latency_ms((exact, rounded), dummy_inputs(exact, spec, BATCH))
-                found.append(Latency(name, precision, *times))
+                times = alternating_latency_ms((exact, rounded), dummy_inputs(exact, denoiser.case.spec, BATCH))
+                found.append(Latency(name, denoiser.portable.precision, *times))
     return found
 
 
@@ -99,21 +92,29 @@ def alternating_latency_ms(engines: Sequence[Engine], inputs: dict[str, np.ndarr
     """Return median milliseconds of one evaluation per engine; alternating spreads other load evenly."""
     for engine in engines:
         engine.run(inputs)
-    times: list[list[float]] = [[] for _ in engines]
-    began = time.perf_counter()
-    while len(times[0]) < ROUNDS or (len(times[0]) < MAX_ROUNDS and _ms_since(began) < ENOUGH_MS):
-        for engine, measured in zip(engines, times, strict=True):
-            start = time.perf_counter()
-            engine.run(inputs)
-            measured.append(_ms_since(start))
+    works = [partial(engine.run, inputs) for engine in engines]
+    times = alternating_times_ms(works, ROUNDS, max_rounds=MAX_ROUNDS, enough_ms=ENOUGH_MS)
     return [statistics.median(measured) for measured in times]
 
 
-def float_variants(float_graph: Graph, latencies: Sequence[Latency]) -> list[Variant]:
-    """Return the float graph as a variant for the engines in which the quantized graph is slower."""
-    slower = tuple(latency.engine for latency in latencies if latency.slower)
-    return [Variant(FLOAT, slower, float_graph, None)] if slower else []
+def slower_engines(latencies: Sequence[Latency]) -> list[str]:
+    """Return the engines in which the quantized graph is slower."""
+    return [latency.engine for latency in latencies if latency.slower]
 
 
-def _ms_since(start: float) -> float:
-    return (time.perf_counter() - start) * 1e3
+def read_latencies(file: Path, key: dict[str, Any]) -> list[Latency] | None:
+    """Return the latencies stored in `file` under these facts, None if there are none.
+
+    Measuring again would give other numbers, and possibly another bundle.
+    """
+    stored = read_json(file) if file.is_file() else {}
+    if any(stored.get(name) != value for name, value in key.items()):
+        return None
+    return [Latency(row["engine"], row["precision"], row["float_ms"], row["quantized_ms"]) for row in stored["engines"]]
+
+
+def write_latencies(file: Path, key: dict[str, Any], latencies: Sequence[Latency]) -> None:
+    """Store latencies with the facts that they belong to."""
+    derived = ("latency_ratio", "slower")
+    rows = [asdict(latency) | {name: getattr(latency, name) for name in derived} for latency in latencies]
+    write_json(file, {**key, "batch": BATCH, "engines": rows})

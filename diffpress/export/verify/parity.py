@@ -15,14 +15,14 @@ records how many.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
+from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.evaluation.metrics import mean_sqnr_db
@@ -71,13 +71,37 @@ class ParityCase:
     samples: int
     within_db: float
 
+    @property
+    def uncorrected(self) -> ParityCase:
+        """The case without output corrections, which apply to the quantized network only."""
+        return replace(self, spec=self.spec.with_plan(self.spec.plan.without_corrections))
 
-def parity_case_for(checkpoint: Checkpoint, fixed_size: bool = False) -> ParityCase:
-    """Return the parity test case for the checkpoint (see the module docstring)."""
-    spec = checkpoint.spec
-    if spec.is_pixel_space and not is_large(checkpoint.model):
+
+@dataclass(frozen=True)
+class Reference:
+    """Torch's samples of a test case, to which engines are compared.
+
+    Attributes:
+        case: The test case.
+        exact: Samples of the float model [N, C, H, W].
+        fake_quant: Samples of the fake-quantized model; None for a graph that is not quantized.
+    """
+
+    case: ParityCase
+    exact: np.ndarray
+    fake_quant: np.ndarray | None = None
+
+    @property
+    def of_float_graph(self) -> Reference:
+        """The reference of the graph before quantization."""
+        return Reference(self.case.uncorrected, self.exact)
+
+
+def parity_case_for(model: nn.Module, spec: DenoiserSpec, fixed_size: bool = False) -> ParityCase:
+    """Return the parity test case for a model (see the module docstring)."""
+    if spec.is_pixel_space and not is_large(model):
         return ParityCase(spec, SAMPLES, WITHIN_DB)
-    if adapter_for(checkpoint.model).RESIZABLE and not fixed_size:
+    if adapter_for(model).resizable and not fixed_size:
         side = max(2, LATENT_SIDE // spec.size_multiple) * spec.size_multiple
         channels, height, width = spec.sample_shape
         spec = replace(spec, sample_shape=(channels, min(side, height), min(side, width)))
@@ -86,21 +110,28 @@ def parity_case_for(checkpoint: Checkpoint, fixed_size: bool = False) -> ParityC
     return ParityCase(spec.with_plan(plan), LATENT_SAMPLES, LATENT_WITHIN_DB)
 
 
+def torch_reference(checkpoint: Checkpoint, case: ParityCase) -> Reference:
+    """Sample the test case with the checkpoint's model, and with its fake-quantized model if it is quantized."""
+    uncorrected = case.uncorrected
+    exact = _samples(TorchNetwork(checkpoint.model, uncorrected.spec), uncorrected)
+    if checkpoint.quantization is None:
+        return Reference(case, exact)
+    return Reference(case, exact, _samples(TorchNetwork(fake_quantized(checkpoint), case.spec), case))
+
+
 def check_parity(
-    checkpoint: Checkpoint,
     graph: Path,
-    trial: ParityCase,
+    reference: Reference,
     *,
-    engines: list[str] | None = None,
+    engines: Sequence[str] | None = None,
     threads: int | None = None,
     precision: str = "fp32",
 ) -> Parity:
-    """Compare `graph` with the checkpoint's float torch model.
+    """Compare an ONNX file with torch.
 
     Args:
-        checkpoint: The checkpoint that was exported.
-        graph: Its ONNX file.
-        trial: The test case.
+        graph: The ONNX file.
+        reference: Torch's samples.
         engines: Engines to test; by default all installed ones that support `precision`.
         threads: Threads of the engines.
         precision: The precision that the graph computes in.
@@ -111,26 +142,37 @@ def check_parity(
     Raises:
         GateFailedError: If an engine deviates by more than the bounds above.
     """
-    exact = replace(trial, spec=trial.spec.with_plan(trial.spec.plan.without_corrections))
-    reference = _samples(TorchNetwork(checkpoint.model, exact.spec), exact)
-    engines = _engines(precision, large=_bytes(graph) >= LARGE_BYTES) if engines is None else engines
-    measured = _measured(checkpoint, graph, trial, reference, engines, threads, precision)
-    allowed = MAX_ABS * max(1.0, float(np.abs(reference).max()))
+    case, exact = reference.case, reference.exact
+    measured = {} if reference.fake_quant is None else {FAKE_QUANT: _compared(exact, reference.fake_quant, case)}
+    large = _bytes(graph) >= LARGE_BYTES
+    for name in _engines(precision, large) if engines is None else engines:
+        lean = large and name == onnxruntime_engine.NAME
+        with _opened(graph, name, threads, lean, precision) as engine:
+            measured[name] = _compared(exact, _samples(engine, case), case)
     for name, row in measured.items():
-        if FAKE_QUANT not in measured and precision in HALF_SQNR_DB:
-            _hold(graph, name, row["sqnr_db"], HALF_SQNR_DB[precision])
-        elif FAKE_QUANT not in measured and not row["max_abs"] <= allowed:
-            raise GateFailedError(
-                f"{graph.name} in {name}: samples differ from torch's by up to {row['max_abs']:.2g} "
-                f"({row['sqnr_db']:.1f} dB); the limit is {allowed:.2g}"
-            )
-        if FAKE_QUANT in measured and not row["sqnr_db"] >= measured[FAKE_QUANT]["sqnr_db"] - trial.within_db:
-            raise GateFailedError(
-                f"{graph.name} in {name}: {row['sqnr_db']:.1f} dB SQNR to the float model (largest difference "
-                f"{row['max_abs']:.2g}), torch's fake quantization has {measured[FAKE_QUANT]['sqnr_db']:.1f} dB and "
-                f"at most {trial.within_db:g} dB less is allowed"
-            )
+        _check_row(f"{graph.name} in {name}", row, reference, measured.get(FAKE_QUANT), precision)
     return measured
+
+
+def _check_row(
+    where: str, row: dict[str, float], reference: Reference, fake_quant: dict[str, float] | None, precision: str
+) -> None:
+    """Check an engine's row; raises GateFailedError."""
+    within_db = reference.case.within_db
+    allowed = MAX_ABS * max(1.0, float(np.abs(reference.exact).max()))
+    if fake_quant is None and precision in HALF_SQNR_DB:
+        _check_sqnr(where, row["sqnr_db"], HALF_SQNR_DB[precision])
+    elif fake_quant is None and not row["max_abs"] <= allowed:
+        raise GateFailedError(
+            f"{where}: samples differ from torch's by up to {row['max_abs']:.2g} "
+            f"({row['sqnr_db']:.1f} dB); the limit is {allowed:.2g}"
+        )
+    elif fake_quant is not None and not row["sqnr_db"] >= fake_quant["sqnr_db"] - within_db:
+        raise GateFailedError(
+            f"{where}: {row['sqnr_db']:.1f} dB SQNR to the float model (largest difference "
+            f"{row['max_abs']:.2g}), torch's fake quantization has {fake_quant['sqnr_db']:.1f} dB and "
+            f"at most {within_db:g} dB less is allowed"
+        )
 
 
 def runs(precision: str) -> list[str]:
@@ -160,44 +202,18 @@ def check_component(
         with _opened(graph, name, threads, lean=False, precision=precision) as engine:
             outputs = engine.run_all(inputs)
         found[name] = round(min(mean_sqnr_db(expected[key], outputs[key]) for key in expected), 1)
-        _hold(graph, name, found[name], COMPONENT_SQNR_DB[precision])
+        _check_sqnr(f"{graph.name} in {name}", found[name], COMPONENT_SQNR_DB[precision])
     return found
 
 
-def _hold(graph: Path, engine: str, sqnr_db: float, least: float) -> None:
+def _check_sqnr(where: str, sqnr_db: float, least: float) -> None:
     if not sqnr_db >= least:  # NaN is not
-        raise GateFailedError(f"{graph.name} in {engine}: {sqnr_db:.1f} dB SQNR to torch, {least:g} dB are required")
+        raise GateFailedError(f"{where}: {sqnr_db:.1f} dB SQNR to torch, {least:g} dB are required")
 
 
 def _engines(precision: str, large: bool) -> list[str]:
     able = runs(precision)
     return [onnxruntime_engine.NAME] if large and onnxruntime_engine.NAME in able else able
-
-
-def _measured(
-    checkpoint: Checkpoint,
-    graph: Path,
-    trial: ParityCase,
-    reference: np.ndarray,
-    engines: list[str],
-    threads: int | None,
-    precision: str,
-) -> Parity:
-    """Return the measurements, rounded so that they are reproducible."""
-    found: dict[str, Callable[[], np.ndarray]] = {}
-    if checkpoint.quantization is not None:
-        found[FAKE_QUANT] = lambda: _samples(TorchNetwork(fake_quantized(checkpoint), trial.spec), trial)
-    large = _bytes(graph) >= LARGE_BYTES
-    for name in engines:
-        lean = large and name == onnxruntime_engine.NAME
-        opened = partial(_opened, graph, name, threads, lean, precision)
-        found[name] = lambda opened=opened: _in_engine(opened, trial)  # type: ignore[misc]
-    return {name: _compared(reference, samples(), trial) for name, samples in found.items()}
-
-
-def _in_engine(opened: Callable[[], AbstractContextManager[Network]], trial: ParityCase) -> np.ndarray:
-    with opened() as engine:
-        return _samples(engine, trial)
 
 
 @contextmanager
@@ -226,16 +242,17 @@ def _bytes(graph: Path) -> int:
     return sum(path.stat().st_size for path in (graph, *(graph.parent / file for file in data_files)))
 
 
-def _samples(network: Network, trial: ParityCase) -> np.ndarray:
-    conditioning = dummy_conditioning(trial.spec, trial.samples)
-    return generate(network, trial.spec, range(trial.samples), batch=trial.samples, conditions=conditioning)
+def _samples(network: Network, case: ParityCase) -> np.ndarray:
+    conditioning = dummy_conditioning(case.spec, case.samples)
+    return generate(network, case.spec, range(case.samples), batch=case.samples, conditions=conditioning)
 
 
-def _compared(reference: np.ndarray, samples: np.ndarray, trial: ParityCase) -> dict[str, float]:
-    largest = float(np.abs(samples - reference).max())
+def _compared(exact: np.ndarray, samples: np.ndarray, case: ParityCase) -> dict[str, float]:
+    """Return the measurements, rounded so that they are reproducible."""
+    largest = float(np.abs(samples - exact).max())
     return {
         "max_abs": float(f"{largest:.1e}"),
-        "sqnr_db": round(mean_sqnr_db(reference, samples), 1),
-        "samples": trial.samples,
-        "steps": trial.spec.plan.steps,
+        "sqnr_db": round(mean_sqnr_db(exact, samples), 1),
+        "samples": case.samples,
+        "steps": case.spec.plan.steps,
     }

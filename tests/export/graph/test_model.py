@@ -13,9 +13,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.export.graph.model import PAGE, Graph, Weight, load_all, save_graph, stub, weight_of, write_linked_graph
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import available, load_engine
-from tests.export.oracle import inputs_for
+from tests.export.oracle import inputs_for, quantized_graph
 
 DTYPES = [np.float32, np.float16, np.float64, np.int64, np.int8, np.bool_, ml_dtypes.bfloat16, ml_dtypes.float8_e4m3fn]
 DTYPES += [ml_dtypes.int4, ml_dtypes.float4_e2m1fn]
@@ -96,7 +95,7 @@ def test_weights_in_a_subfolder_and_a_second_layout_compute_the_same(
     scales: Callable[..., Quantization],
     tmp_path: Path,
 ) -> None:
-    graph = insert_qdq(unet_graph, scales(unet, weight_range=127 / 64)) if quantized else unet_graph
+    graph = quantized_graph(unet_graph, scales(unet, weight_range=127 / 64)) if quantized else unet_graph
     save_graph(graph, tmp_path / "inline.onnx")
     (tmp_path / "bundle").mkdir()
     root, view = tmp_path / "bundle" / "denoiser.onnx", tmp_path / "bundle" / "unet" / "model.onnx"

@@ -20,15 +20,17 @@ from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.export.graph.model import Graph, load_all, save_graph
-from diffpress.export.graph.to_onnx import export_float, to_onnx
+from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.runtime.engines import load_engine
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate
 
 ROOT = Path(__file__).parents[3]
 EXPORT = (
-    "import sys; from pathlib import Path; from diffpress.compress.sources.load import load_checkpoint as load; "
-    "from diffpress.export.graph.to_onnx import export_float as export; export(load(sys.argv[1]), Path(sys.argv[2]))"
+    "import sys; from pathlib import Path; from diffpress.compress.sources.load import load_checkpoint; "
+    "from diffpress.export.graph.model import save_graph; from diffpress.export.graph.to_onnx import to_onnx; "
+    "checkpoint = load_checkpoint(sys.argv[1]); "
+    "save_graph(to_onnx(checkpoint.model, checkpoint.spec), Path(sys.argv[2]))"
 )
 
 
@@ -93,7 +95,7 @@ def test_every_layer_is_found_by_its_name_and_weights_keep_their_names(
 def test_exporting_does_not_change_the_model_or_the_logging(wide: Checkpoint) -> None:
     wide.model.train()
     before = {name: value.clone() for name, value in wide.model.state_dict().items()}
-    to_onnx(wide)
+    to_onnx(wide.model, wide.spec)
     assert wide.model.training and logging.root.manager.disable == 0
     assert all(torch.equal(value, before[name]) for name, value in wide.model.state_dict().items())
     wide.model.eval()
@@ -103,7 +105,8 @@ def test_weights_that_exceed_one_file_go_to_a_data_file(
     wide: Checkpoint, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("diffpress.export.graph.model.MAX_INLINE_BYTES", 1000)
-    graph = export_float(wide, tmp_path / "g.onnx")
+    graph = to_onnx(wide.model, wide.spec)
+    save_graph(graph, tmp_path / "g.onnx")
     assert (tmp_path / "g.onnx").stat().st_size < 20_000 < (tmp_path / "g.onnx.data").stat().st_size
     inputs = {name: value.numpy() for name, value in dummy_inputs(wide.spec, 2).items()}
     expected = TorchNetwork(wide.model, wide.spec).run(inputs)
@@ -124,5 +127,5 @@ class Branching(nn.Module):
 
 def test_a_module_that_cannot_be_traced_is_named_in_one_line(wide: Checkpoint) -> None:
     with pytest.raises(InvalidInputError, match="Branching: cannot be traced") as caught:
-        to_onnx(Checkpoint(Branching(), wide.spec, wide.source))
+        to_onnx(Branching(), wide.spec)
     assert "\n" not in str(caught.value)

@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization, Source
+from diffpress.compress.config import ExportConfig
 from diffpress.compress.models.widths import widths_of
-from diffpress.export.bundle import write_bundle
+from diffpress.export.denoiser import lower_denoiser
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.graph.to_onnx import to_onnx
-from diffpress.export.passes.fold_timesteps import fold_timestep_branch, fold_timesteps
-from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.passes.fold_timesteps import fold_timesteps
 from diffpress.runtime.engines import available, load_engine, open_engine
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import dummy_conditioning, typed_timesteps
@@ -26,13 +26,15 @@ from diffpress.runtime.noise_schedule import betas_schedule
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.sampling_plan import make_plan
 from diffpress.runtime.spec import DenoiserSpec
+from tests.export.oracle import exported
 
+FIXED = ExportConfig(fixed_timesteps=True)
 SCHEDULE = betas_schedule("linear", 100)
 
 
 @pytest.fixture(scope="module")
 def plain_graph(plain: Checkpoint) -> Graph:
-    return to_onnx(plain)
+    return to_onnx(plain.model, plain.spec)
 
 
 def layers(graph: Graph) -> set[str]:
@@ -60,7 +62,7 @@ def test_known_timesteps_give_the_same_output_and_all_others_nan(
 ) -> None:
     checkpoint, graph = request.getfixturevalue(name), request.getfixturevalue(f"{name}_graph")
     known = [40.0, 7.0, 0.0, 31.0]
-    folded = fold_timestep_branch(graph, known)
+    folded = fold_timesteps(graph, known)
     expected, found = (outputs(g, checkpoint, [7, 40, 40, 31, 0, 7], engine, tmp_path) for g in (graph, folded))
     np.testing.assert_allclose(found, expected, atol=1e-5)
     mixed = outputs(folded, checkpoint, [7, 8, 40, -1, 0, 41], engine, tmp_path)
@@ -70,20 +72,20 @@ def test_known_timesteps_give_the_same_output_and_all_others_nan(
 def test_tables_replace_everything_that_depends_on_the_timestep_alone(
     plain_graph: Graph, unet_graph: Graph, everything_graph: Graph
 ) -> None:
-    removed = layers(plain_graph) - layers(fold_timestep_branch(plain_graph, [1.0, 2.0]))
+    removed = layers(plain_graph) - layers(fold_timesteps(plain_graph, [1.0, 2.0]))
     blocks = ["down_blocks.0", "down_blocks.1", "mid_block", "up_blocks.0", "up_blocks.1"]
     projections = {f"{block}.resnets.0.time_emb_proj" for block in blocks}
     assert {"time_embedding.linear_1", "time_embedding.linear_2", *projections} <= removed
     # if classes are added to the embedding, the projections depend on both
-    removed = layers(unet_graph) - layers(fold_timestep_branch(unet_graph, [1.0, 2.0]))
+    removed = layers(unet_graph) - layers(fold_timesteps(unet_graph, [1.0, 2.0]))
     assert {"time_embedding.linear_1", "time_embedding.linear_2"} <= removed and not removed & projections
-    removed = layers(everything_graph) - layers(fold_timestep_branch(everything_graph, [1.0, 2.0]))
+    removed = layers(everything_graph) - layers(fold_timesteps(everything_graph, [1.0, 2.0]))
     assert {"embedding", "gemm"} <= removed and "matmul" not in removed
 
 
 def test_folded_layers_are_removed_from_the_file(plain: Checkpoint, plain_graph: Graph, tmp_path: Path) -> None:
     graph = plain_graph
-    folded = fold_timestep_branch(graph, plain.spec.plan.timesteps)
+    folded = fold_timesteps(graph, plain.spec.plan.timesteps)
     names = {tensor.name for tensor in load_all(folded).graph.initializer}
     assert not any("time_emb" in name and name.endswith((".weight", ".bias")) for name in names)
     assert any("time_emb" in tensor.name for tensor in graph.proto.graph.initializer)  # the input is not changed
@@ -117,9 +119,9 @@ def added(wide: int) -> Checkpoint:
 def test_a_table_larger_than_the_weights_it_saves_is_not_created(steps: int, removed: set[str], tmp_path: Path) -> None:
     """A row of `wide` has 4 * 2048 bytes and saves 65 * 2048 weights; tables up to 64 KiB are exempt."""
     checkpoint = added(2048)
-    graph = to_onnx(checkpoint)
+    graph = to_onnx(checkpoint.model, checkpoint.spec)
     known = [float(t) for t in range(steps)]
-    folded = fold_timestep_branch(graph, known)
+    folded = fold_timesteps(graph, known)
     assert {"first", "wide", "small"} & (layers(graph) - layers(folded)) == removed
     times = [3.0, 11.0, 0.0]
     expected, found = (outputs(g, checkpoint, times, "onnxruntime", tmp_path) for g in (graph, folded))
@@ -138,15 +140,16 @@ class Batched(nn.Module):
         return self.last(sample) + time[:, :1, None, None]
 
 
-def test_outputs_that_depend_on_the_whole_batch_are_not_folded(capsys: pytest.CaptureFixture[str]) -> None:
+def test_outputs_that_depend_on_the_whole_batch_are_not_folded(caplog: pytest.LogCaptureFixture) -> None:
     torch.manual_seed(4)
     model = Batched().eval()
     spec = DenoiserSpec("v", SCHEDULE, (1, 4, 4), make_plan("ddim", 4, SCHEDULE))
     checkpoint = Checkpoint(model, spec, Source("custom", original=widths_of(model)))
-    graph = to_onnx(checkpoint)
-    assert fold_timestep_branch(graph, [1.0, 5.0]) is graph
-    assert fold_timesteps(checkpoint, graph) == (checkpoint, graph)
-    assert "no layer depends on the timestep alone" in capsys.readouterr().out
+    graph = to_onnx(checkpoint.model, checkpoint.spec)
+    assert fold_timesteps(graph, [1.0, 5.0]) is graph
+    denoiser = lower_denoiser(checkpoint, FIXED, graph)
+    assert denoiser.checkpoint is checkpoint and denoiser.float_graph is graph
+    assert "no layer depends on the timestep alone" in caplog.text
 
 
 # --- with quantization, and in a bundle ------------------------------------------------------------------------
@@ -161,12 +164,13 @@ def test_a_quantized_folded_graph_matches_fake_quantization_without_the_folded_l
 ) -> None:
     time_layers = ("time_embedding.linear_1", "time_embedding.linear_2")
     quantized = plain.evolve(quantization=scales(plain, weight_only=time_layers, weight_range=2.0))
-    fixed, folded = fold_timesteps(quantized, plain_graph)
+    denoiser = lower_denoiser(quantized, FIXED, plain_graph)
+    fixed = denoiser.checkpoint
     assert quantized.quantization is not None and fixed.quantization is not None
     left = fixed.quantization.layers
     assert set(quantized.quantization.layers) - set(left) >= set(time_layers) and len(left) > 20
     assert not any("time_emb" in key for key in fixed.quantization.amax) and quantized.quantization.layers != left
-    graph = insert_qdq(folded, fixed.quantization)
+    graph = denoiser.portable.graph
     timesteps = list(plain.spec.plan.timesteps)
     found = outputs(graph, fixed, timesteps, "onnxruntime", tmp_path)
     noise = np.random.default_rng(0).standard_normal(found.shape, dtype=np.float32)
@@ -179,11 +183,13 @@ def test_a_quantized_folded_graph_matches_fake_quantization_without_the_folded_l
 def test_a_bundle_with_fixed_timesteps_samples_its_plan_and_rejects_other_timesteps(
     plain: Checkpoint, plain_graph: Graph, tmp_path: Path
 ) -> None:
-    fixed, graph = fold_timesteps(plain, plain_graph)
-    bundle = write_bundle(fixed, tmp_path / "bundle", float_graph=graph)
+    bundle = exported(plain, tmp_path / "bundle", float_graph=plain_graph, fixed_timesteps=True)
     timesteps = plain.spec.plan.timesteps
-    assert bundle.manifest["graphs"]["denoiser"]["timesteps"] == list(timesteps) and bundle.spec == fixed.spec
-    usual = write_bundle(plain, tmp_path / "usual", float_graph=plain_graph)
+    assert (
+        bundle.manifest["graphs"]["denoiser"]["timesteps"] == list(timesteps)
+        and bundle.spec.fixed_timesteps == timesteps
+    )
+    usual = exported(plain, tmp_path / "usual", float_graph=plain_graph)
     assert "timesteps" not in usual.manifest["graphs"]["denoiser"] and usual.spec.fixed_timesteps == ()
     engines = [open_engine(it, "onnxruntime", 1) for it in (bundle, usual)]
     with closing(engines[0]) as ours, closing(engines[1]) as theirs:
@@ -210,8 +216,9 @@ def test_a_solver_that_evaluates_between_the_timesteps_is_rejected_before_any_wo
     with pytest.raises(
         InvalidInputError, match="solver dpmpp_sde also evaluates the network between the plan's timesteps"
     ):
-        fold_timesteps(between, plain_graph)
+        lower_denoiser(between, FIXED)  # not traced yet
     heun = plain.evolve(
         spec=spec.with_plan(make_plan("heun", 4, spec.schedule))
     )  # two evaluations, but only at its timesteps
-    assert fold_timesteps(heun, plain_graph)[0].spec.fixed_timesteps == heun.spec.plan.timesteps
+    denoiser = lower_denoiser(heun, FIXED, plain_graph)
+    assert denoiser.checkpoint.spec.fixed_timesteps == heun.spec.plan.timesteps

@@ -25,15 +25,14 @@ from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.nvfp4 import fake_nvfp4
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.recipe import read_recipe
+from diffpress.compress.recipe import Recipe
 from diffpress.export.graph.model import Graph, load_all, save_graph, weight_of
 from diffpress.export.graph.opsets import opset_of, with_min_opset
 from diffpress.export.graph.trace import trace
-from diffpress.export.passes.insert_qdq import insert_qdq
-from diffpress.export.targets.variants import bytes_by_precision
+from diffpress.export.manifest import bytes_by_precision
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.errors import InvalidInputError
-from tests.export.oracle import inputs_for, measured_scales, run_exactly
+from tests.export.oracle import inputs_for, measured_scales, quantized_graph, run_exactly
 
 ON_CPU = ("int8", "fp8", "int4", "w4a8")
 OPSETS = {"int8": 18, "fp8": 19, "int4": 21, "w4a8": 21}
@@ -92,7 +91,7 @@ def test_one_layer_computes_its_formula(kind: str, everything: Checkpoint, every
         plain = TorchNetwork(everything.model, everything.spec).run(inputs)
         expected = by_formula(everything, quantization, inputs)
         modelopts = TorchNetwork(fake_quantized(everything.evolve(quantization=quantization)), everything.spec)
-        found = run_exactly(insert_qdq(everything_graph, quantization), inputs)
+        found = run_exactly(quantized_graph(everything_graph, quantization), inputs)
         for output in (modelopts.run(inputs), found):
             assert np.median(np.abs(output - expected)) < 2e-6
             assert sqnr_db(expected, output) > sqnr_db(plain, expected) + 10
@@ -106,7 +105,7 @@ def test_a_unet_computes_the_formula_in_torch_and_in_onnxruntime(
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     expected = by_formula(unet, quantization, inputs)
     modelopts = TorchNetwork(fake_quantized(unet.evolve(quantization=quantization)), unet.spec).run(inputs)
-    found = run_exactly(insert_qdq(unet_graph, quantization), inputs)
+    found = run_exactly(quantized_graph(unet_graph, quantization), inputs)
     assert sqnr_db(plain, expected) < 40
     for output in (modelopts, found):
         assert sqnr_db(expected, output) > (100 if kind == "int4" else sqnr_db(plain, expected) + 1)
@@ -121,7 +120,7 @@ def test_engines_reach_the_sqnr_of_each_format(
     # int8 within 7 bits: processors without VNNI saturate otherwise
     quantization, inputs = calibrated(unet, kind, weight_range=127 / 64 if kind == "int8" else 1.0), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
-    save_graph(insert_qdq(unet_graph, quantization), tmp_path / "q.onnx")
+    save_graph(quantized_graph(unet_graph, quantization), tmp_path / "q.onnx")
     loaded = load_engine(tmp_path / "q.onnx", engine, threads=1)
     assert sqnr_db(plain, loaded.run(inputs)) > sqnr_db(plain, by_formula(unet, quantization, inputs)) - 1.0
     share = loaded.integer_mac_share(inputs)
@@ -135,7 +134,7 @@ def test_engines_reach_the_sqnr_of_each_format(
 def test_files_shrink_and_bytes_are_counted_as_they_are_stored(
     kind: str, dtype: str, most: float, wide: Checkpoint, wide_graph: Graph, tmp_path: Path
 ) -> None:
-    graph = insert_qdq(wide_graph, calibrated(wide, kind))
+    graph = quantized_graph(wide_graph, calibrated(wide, kind))
     save_graph(wide_graph, tmp_path / "f.onnx")
     size = save_graph(graph, tmp_path / "q.onnx")
     assert size == (tmp_path / "q.onnx").stat().st_size < most * (tmp_path / "f.onnx").stat().st_size
@@ -149,7 +148,7 @@ def test_files_shrink_and_bytes_are_counted_as_they_are_stored(
 def test_the_external_data_form_has_the_same_numbers(
     kind: str, wide: Checkpoint, wide_graph: Graph, tmp_path: Path
 ) -> None:
-    graph = insert_qdq(wide_graph, calibrated(wide, kind))
+    graph = quantized_graph(wide_graph, calibrated(wide, kind))
     save_graph(graph, tmp_path / "inline.onnx")
     save_graph(graph, tmp_path / "split.onnx", data="split.data")
     one, two = (onnx.load(tmp_path / name).graph.initializer for name in ("inline.onnx", "split.onnx"))
@@ -163,7 +162,7 @@ def test_the_external_data_form_has_the_same_numbers(
 
 @pytest.mark.parametrize("kind", ON_CPU)
 def test_only_a_format_that_needs_it_raises_the_opset(kind: str, unet: Checkpoint, unet_graph: Graph) -> None:
-    graph = insert_qdq(unet_graph, calibrated(unet, kind))
+    graph = quantized_graph(unet_graph, calibrated(unet, kind))
     assert opset_of(graph) == OPSETS[kind] and opset_of(unet_graph) == 18
     onnx.checker.check_model(load_all(graph), full_check=True)
 
@@ -188,7 +187,7 @@ def test_format_overrides_store_every_layer_in_its_own_format(unet: Checkpoint, 
     four = calibrated(unet, "w4a8", lambda name: name.startswith("mid_block"))
     eight = calibrated(unet, "int8", lambda name: not name.startswith("mid_block"))
     mixed = Quantization("int8", eight.amax | four.amax, dict.fromkeys(four.layers, "w4a8"))
-    graph = insert_qdq(unet_graph, mixed)
+    graph = quantized_graph(unet_graph, mixed)
     types = {name: weight_of(graph, name).dtype.name for name in graph.weights}
     assert types["mid_block.resnets.0.conv1.weight_int4"] == "int4" and types["conv_in.weight_int8"] == "int8"
     inputs = inputs_for(unet)
@@ -200,8 +199,8 @@ def test_format_overrides_store_every_layer_in_its_own_format(unet: Checkpoint, 
 @pytest.mark.parametrize("kind", ON_CPU)
 def test_the_form_for_tensorrt_has_the_same_numbers(kind: str, unet: Checkpoint, unet_graph: Graph) -> None:
     quantization, inputs = calibrated(unet, kind), inputs_for(unet)
-    graph = insert_qdq(unet_graph, quantization, tensorrt=True)
-    expected, found = run_exactly(insert_qdq(unet_graph, quantization), inputs), run_exactly(graph, inputs)
+    graph = quantized_graph(unet_graph, quantization, tensorrt=True)
+    expected, found = run_exactly(quantized_graph(unet_graph, quantization), inputs), run_exactly(graph, inputs)
     assert sqnr_db(expected, found) > 60
     for node in graph.proto.graph.node:
         if node.op_type == "QuantizeLinear":
@@ -220,11 +219,11 @@ def test_nvfp4_stores_4_bits_and_the_graph_computes_its_weights() -> None:
     amax = weight_amax(weight, FORMATS["nvfp4"])
     quantization = Quantization("nvfp4", {"0.weight": amax, "0.input": torch.tensor(3.0)})
     rounded_weight = fake_nvfp4(weight.detach(), SimpleNamespace(amax=amax.reshape(-1, 1)))
-    stored = insert_qdq(graph, quantization)
+    stored = quantized_graph(graph, quantization)
     np.testing.assert_allclose(run_exactly(stored, {"sample": x.numpy()}), x @ rounded_weight.T, atol=1e-5)
     assert bytes_by_precision(stored)["uint4"] == 64 * 24 / 2 and bytes_by_precision(stored)["float8_e4m3fn"] == 4 * 24
 
-    native = load_all(insert_qdq(graph, quantization, tensorrt=True)).graph
+    native = load_all(quantized_graph(graph, quantization, tensorrt=True)).graph
     (numbers,) = (t for t in native.initializer if t.data_type == onnx.TensorProto.FLOAT4E2M1)
     assert [node.domain for node in native.node if node.op_type == "TRT_FP4DynamicQuantize"] == ["trt"]
     values = {t.name: onnx.numpy_helper.to_array(t) for t in native.initializer}
@@ -239,7 +238,7 @@ def test_scales_of_another_width_are_rejected_by_layer(kind: str, unet: Checkpoi
     amax = dict(quantization.amax)
     amax["mid_block.resnets.0.conv1.weight"] = amax["mid_block.resnets.0.conv1.weight"][:-1]
     with pytest.raises(InvalidInputError, match=r"layer 'mid_block\.resnets\.0\.conv1'.*was it pruned"):
-        insert_qdq(unet_graph, Quantization(kind, amax))
+        quantized_graph(unet_graph, Quantization(kind, amax))
 
 
 @pytest.mark.parametrize("kind", ON_CPU)
@@ -247,9 +246,9 @@ def test_the_dry_runs_size_is_that_of_the_file(kind: str, unet: Checkpoint, unet
     (tmp_path / "r.yaml").write_text(
         f"stages: [quantize: {{format: {kind}, samples: 2, batch: 2, output_correction: false}}]\n"
     )
-    recipe = read_recipe(tmp_path / "r.yaml")
+    recipe = Recipe.load(tmp_path / "r.yaml")
     after = dry_run(unet, recipe)["stages"][0]["after"]["bytes"]
     scales = quantize(unet, recipe.stages[0].config, Context(0, tmp_path / "work", unet)).quantization
     assert scales is not None
-    counted = sum(bytes_by_precision(insert_qdq(unet_graph, scales)).values())
+    counted = sum(bytes_by_precision(quantized_graph(unet_graph, scales)).values())
     assert counted == pytest.approx(after, rel=0.05)  # without shapes, zero points and scales of activations

@@ -19,10 +19,9 @@ from diffpress.compress.evaluation.metrics import mean_sqnr_db
 from diffpress.export.graph.model import Graph, Weight, load_all, save_graph, stub
 from diffpress.export.graph.trace import trace
 from diffpress.export.passes.half_precision import HALVES, PrecisionLoss, kept_modules, to_half
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.errors import InvalidInputError
-from tests.export.oracle import inputs_for, measured_scales, run_exactly
+from tests.export.oracle import inputs_for, measured_scales, quantized_graph, run_exactly
 
 TYPES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 TORCH = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -287,7 +286,7 @@ def test_layers_that_the_models_authors_keep_in_float32_do_not_overflow() -> Non
 def test_a_quantized_graph_has_scales_in_half_precision(
     precision: str, tensorrt: bool, unet: Checkpoint, unet_graph: Graph
 ) -> None:
-    rounded = insert_qdq(unet_graph, measured_scales(unet), tensorrt)
+    rounded = quantized_graph(unet_graph, measured_scales(unet), tensorrt)
     half, _ = to_half(rounded, precision)
     types = typed(half)
     pairs = [node for node in half.proto.graph.node if node.op_type in ("QuantizeLinear", "DequantizeLinear")]

@@ -16,10 +16,9 @@ from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.export.graph.model import Graph, load_all, save_graph
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.errors import InvalidInputError
-from tests.export.oracle import inputs_for, run_exactly, with_recorded_reads
+from tests.export.oracle import inputs_for, quantized_graph, run_exactly, with_recorded_reads
 
 LEVELS = onnxruntime.GraphOptimizationLevel
 
@@ -41,7 +40,7 @@ def test_a_quantized_layer_computes_what_torch_fake_quantization_does(
     quantization = only(scales(everything, outputs=True), layer)
     inputs = inputs_for(everything)
     expected = fake_quant(everything, quantization, inputs)
-    found = run_exactly(insert_qdq(everything_graph, quantization), inputs)
+    found = run_exactly(quantized_graph(everything_graph, quantization), inputs)
     plain = TorchNetwork(everything.model, everything.spec).run(inputs)
     # a few values round differently, where torch and ONNX Runtime differ in the last bit before the rounding
     assert np.median(np.abs(found - expected)) < 2e-6
@@ -61,7 +60,7 @@ def test_a_quantized_unet_computes_what_torch_fake_quantization_does(
     quantization, inputs = scales(unet, outputs=outputs, residual_outputs=residual_outputs), inputs_for(unet)
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     expected = fake_quant(unet, quantization, inputs)
-    found = run_exactly(insert_qdq(unet_graph, quantization), inputs)
+    found = run_exactly(quantized_graph(unet_graph, quantization), inputs)
     assert sqnr_db(expected, found) > sqnr_db(plain, expected) + 6
     assert abs(sqnr_db(plain, found) - sqnr_db(plain, expected)) < 0.3
 
@@ -85,7 +84,7 @@ def test_engines_reach_the_sqnr_of_fake_quantization(
         inputs_for(unet),
     )
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
-    save_graph(insert_qdq(unet_graph, quantization), tmp_path / "q.onnx")
+    save_graph(quantized_graph(unet_graph, quantization), tmp_path / "q.onnx")
     found = load_engine(tmp_path / "q.onnx", engine, threads=1).run(inputs)
     assert sqnr_db(plain, found) > sqnr_db(plain, fake_quant(unet, quantization, inputs)) - 1.0
 
@@ -95,7 +94,7 @@ def test_output_scales_let_onnxruntime_compute_on_integers(
 ) -> None:
     shares = {}
     for outputs in (False, True):
-        save_graph(insert_qdq(unet_graph, scales(unet, outputs=outputs)), tmp_path / "q.onnx")
+        save_graph(quantized_graph(unet_graph, scales(unet, outputs=outputs)), tmp_path / "q.onnx")
         share = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).integer_mac_share(inputs_for(unet))
         assert share is not None
         shares[outputs] = share
@@ -106,14 +105,14 @@ def test_the_file_shrinks_to_about_a_quarter(
     wide: Checkpoint, wide_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
 ) -> None:
     save_graph(wide_graph, tmp_path / "f.onnx")
-    save_graph(insert_qdq(wide_graph, scales(wide)), tmp_path / "q.onnx")
+    save_graph(quantized_graph(wide_graph, scales(wide)), tmp_path / "q.onnx")
     assert (tmp_path / "q.onnx").stat().st_size < 0.28 * (tmp_path / "f.onnx").stat().st_size
 
 
 def test_weights_are_stored_as_int8_and_no_float_copy_is_left(
     everything: Checkpoint, everything_graph: Graph, scales: Callable[..., Quantization]
 ) -> None:
-    graph = load_all(insert_qdq(everything_graph, scales(everything))).graph
+    graph = load_all(quantized_graph(everything_graph, scales(everything))).graph
     stored = {tensor.name: tensor for tensor in graph.initializer}
     weight = numpy_helper.to_array(stored["first.weight_int8"])
     assert weight.dtype == np.int8 and weight.shape == (8, 2, 3, 3) and np.abs(weight).max() == 127
@@ -129,9 +128,9 @@ def test_the_float_graph_is_not_changed(
         return load_all(graph).SerializeToString(deterministic=True)
 
     before = written(everything_graph)
-    first = insert_qdq(everything_graph, scales(everything))
+    first = quantized_graph(everything_graph, scales(everything))
     assert written(everything_graph) == before
-    assert written(insert_qdq(everything_graph, scales(everything))) == written(first)
+    assert written(quantized_graph(everything_graph, scales(everything))) == written(first)
 
 
 def test_a_weight_is_quantized_only_when_it_is_written(
@@ -139,7 +138,7 @@ def test_a_weight_is_quantized_only_when_it_is_written(
 ) -> None:
     reads: list[str] = []
     quantization = scales(everything)
-    graph = insert_qdq(with_recorded_reads(everything_graph, reads), quantization)
+    graph = quantized_graph(with_recorded_reads(everything_graph, reads), quantization)
     assert reads == [] and set(graph.weights) == {f"{layer}.weight_int8" for layer in quantization.layers}
     for layer, axis in (("first", 0), ("up", 1), ("embedding", 0), ("gemm", 0), ("matmul", 0)):
         stored = graph.weights[f"{layer}.weight_int8"]
@@ -159,10 +158,10 @@ def test_readers_of_one_tensor_with_one_scale_share_a_pair(
     quantization = scales(unet)
     names = [f"mid_block.attentions.0.{projection}" for projection in ("to_q", "to_k", "to_v")]
     few = {f"{name}.{kind}": quantization.amax[f"{name}.{kind}"] for name in names for kind in ("weight", "input")}
-    graph = insert_qdq(unet_graph, Quantization("int8", few)).proto.graph
+    graph = quantized_graph(unet_graph, Quantization("int8", few)).proto.graph
     assert Counter(node.op_type for node in graph.node)["QuantizeLinear"] == 1
     few[f"{names[0]}.input"] = few[f"{names[0]}.input"] * 2
-    graph = insert_qdq(unet_graph, Quantization("int8", few)).proto.graph
+    graph = quantized_graph(unet_graph, Quantization("int8", few)).proto.graph
     assert Counter(node.op_type for node in graph.node)["QuantizeLinear"] == 2
 
 
@@ -171,7 +170,7 @@ def test_a_layer_without_input_scale_computes_in_float(
 ) -> None:
     name = "time_embedding.linear_1"
     quantization = only(scales(unet, weight_only=(name,)), name)
-    graph = insert_qdq(unet_graph, quantization)
+    graph = quantized_graph(unet_graph, quantization)
     assert not any(node.op_type == "QuantizeLinear" for node in graph.proto.graph.node)
     inputs = inputs_for(unet)
     np.testing.assert_allclose(run_exactly(graph, inputs), fake_quant(unet, quantization, inputs), atol=2e-5)
@@ -190,7 +189,7 @@ def test_an_invalid_scale_is_rejected_by_layer(
         bad[-1] = value
     amax[f"conv_in.{kind}"] = bad
     with pytest.raises(InvalidInputError, match=r"layer 'conv_in'.*positive and finite"):
-        insert_qdq(unet_graph, Quantization("int8", amax))
+        quantized_graph(unet_graph, Quantization("int8", amax))
 
 
 @pytest.mark.parametrize(
@@ -215,9 +214,9 @@ def test_scales_that_do_not_fit_the_graph_are_rejected_by_layer(
 ) -> None:
     amax = {**only(scales(unet), "conv_in").amax, **change}
     with pytest.raises(InvalidInputError, match=message):
-        insert_qdq(unet_graph, Quantization("int8", {k: v for k, v in amax.items() if v is not None}))
+        quantized_graph(unet_graph, Quantization("int8", {k: v for k, v in amax.items() if v is not None}))
 
 
 def test_an_unknown_format_is_rejected(unet_graph: Graph) -> None:
     with pytest.raises(InvalidInputError, match="format 'fp4'"):
-        insert_qdq(unet_graph, Quantization("fp4", {}))
+        quantized_graph(unet_graph, Quantization("fp4", {}))

@@ -18,10 +18,9 @@ from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.graph.rewrite import Rewrite
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.passes.qdq_placement import Placement
 from diffpress.runtime.engines import available, load_engine
-from tests.export.oracle import inputs_for, run_exactly
+from tests.export.oracle import inputs_for, quantized_graph, run_exactly
 
 # concatenations of the small U-Net's residual stream with its skip connections
 CONCATS = 4
@@ -40,7 +39,7 @@ def test_onnxruntime_computes_every_layer_that_is_not_sensitive_on_integers(
     amax = {k: v for k, v in quantization.amax.items() if k.rsplit(".", 1)[0] not in sensitive or k == "conv_in.output"}
     if not residual_outputs:
         amax.pop("conv_in.output")
-    save_graph(insert_qdq(unet_graph, Quantization("int8", amax)), tmp_path / "q.onnx")
+    save_graph(quantized_graph(unet_graph, Quantization("int8", amax)), tmp_path / "q.onnx")
     precision_report = load_engine(tmp_path / "q.onnx", "onnxruntime", 1).precision_report(inputs_for(unet))
     modules = dict(unet.model.named_modules())
     assert {layer for layer in precision_report.float_layers if layer in modules} == set(sensitive) - {
@@ -54,7 +53,8 @@ def test_residual_concatenations_copy_integers_in_onnxruntime(
     found = {}
     for residual_outputs in (False, True):
         save_graph(
-            insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)), tmp_path / "q.onnx"
+            quantized_graph(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)),
+            tmp_path / "q.onnx",
         )
         options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
@@ -74,7 +74,8 @@ def test_residual_concatenations_copy_integers_in_openvino(
     copied, reordered = {}, {}
     for residual_outputs in (False, True):
         save_graph(
-            insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)), tmp_path / "q.onnx"
+            quantized_graph(unet_graph, scales(unet, outputs=True, residual_outputs=residual_outputs)),
+            tmp_path / "q.onnx",
         )
         core = openvino.Core()
         model = core.read_model(tmp_path / "q.onnx")
@@ -93,7 +94,7 @@ def test_integers_have_a_shifted_zero_point_for_cpus_and_none_for_tensorrt(
 ) -> None:
     quantization, results = scales(unet, outputs=True, residual_outputs=True), []
     for tensorrt, zero in ((False, np.uint8(128)), (True, np.int8(0))):
-        model = load_all(insert_qdq(unet_graph, quantization, tensorrt=tensorrt))
+        model = load_all(quantized_graph(unet_graph, quantization, tensorrt=tensorrt))
         stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
         for node in model.graph.node:
             if node.op_type == "QuantizeLinear":
@@ -110,7 +111,7 @@ def test_integers_have_a_shifted_zero_point_for_cpus_and_none_for_tensorrt(
 def test_a_sum_is_rounded_once_for_all_its_readers(
     unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization]
 ) -> None:
-    placed = pairs(insert_qdq(unet_graph, scales(unet, outputs=True, residual_outputs=True)).proto.graph)
+    placed = pairs(quantized_graph(unet_graph, scales(unet, outputs=True, residual_outputs=True)).proto.graph)
     assert len(set(placed)) == len(placed)
     # their inputs have the scale of their source: a sum, a concatenation, an upsampling
     readers = ["down_blocks.0.downsamplers.0.conv", "up_blocks.0.resnets.0.conv_shortcut"]
@@ -125,7 +126,7 @@ def test_a_sum_with_another_scale_than_its_reader_is_rounded_again(
 ) -> None:
     quantization = scales(unet, outputs=True, residual_outputs=True)
     quantization.amax["up_blocks.0.upsamplers.0.conv.input"] = torch.tensor(0.5)
-    placed = pairs(insert_qdq(unet_graph, quantization).proto.graph)
+    placed = pairs(quantized_graph(unet_graph, quantization).proto.graph)
     assert "up_blocks.0.upsamplers.0.conv.input/Q" in placed
 
 
@@ -191,7 +192,7 @@ SUMS = Quantization("int8", {"a.output": torch.tensor(127 / 8), "b.output": torc
 @pytest.mark.parametrize("factor", [np.array(0.25, np.float32), np.array([0.25], np.float32)])
 def test_a_product_of_moved_and_scaled_integers_reads_them(factor: np.ndarray) -> None:
     model = product_of([MOVED, TIMES], {"factor": factor})
-    placed = load_all(insert_qdq(Graph(model), SUMS))
+    placed = load_all(quantized_graph(Graph(model), SUMS))
     makers = {name: node for node in placed.graph.node for name in node.output}
     product = makers["z"]
     assert [makers[name].op_type for name in product.input] == ["DequantizeLinear"] * 2
@@ -205,7 +206,7 @@ def test_a_product_of_moved_and_scaled_integers_reads_them(factor: np.ndarray) -
 def test_a_tensor_scaled_before_it_is_moved_keeps_its_factor() -> None:
     left = [helper.make_node("Mul", ["xx", "factor"], ["times"], "times")]
     left.append(helper.make_node("Transpose", ["times"], ["left"], "turn", perm=[1, 0]))
-    placed = load_all(insert_qdq(Graph(product_of(left, {"factor": np.array(0.25, np.float32)})), SUMS))
+    placed = load_all(quantized_graph(Graph(product_of(left, {"factor": np.array(0.25, np.float32)})), SUMS))
     x, y = np.random.default_rng(0).uniform(-4, 4, (2, 4, 4)).astype(np.float32)
     a, b = np.round(16 * x) / 8, np.round(8 * y) / 4
     np.testing.assert_array_equal(run_exactly(placed, {"x": x, "y": y}), a.T / 4 @ b)
@@ -226,14 +227,14 @@ def test_a_product_with_an_input_without_integer_scale_stays_in_float(
     operator: str, inputs: list[str], stored: dict[str, np.ndarray], quantization: Quantization, tensorrt: bool
 ) -> None:
     model = product_of([helper.make_node(operator, inputs, ["left"], "between")], stored)
-    placed = insert_qdq(Graph(model), quantization, tensorrt).proto.graph
+    placed = quantized_graph(Graph(model), quantization, tensorrt).proto.graph
     assert {"left", "right"} == set(placed.node[-1].input)
 
 
 def test_onnxruntime_computes_the_scores_of_attention_on_integers(
     unet: Checkpoint, unet_graph: Graph, scales: Callable[..., Quantization], tmp_path: Path
 ) -> None:
-    graph = insert_qdq(unet_graph, scales(unet, outputs=True))
+    graph = quantized_graph(unet_graph, scales(unet, outputs=True))
     save_graph(graph, tmp_path / "q.onnx")
     softmaxed = {node.input[0] for node in graph.proto.graph.node if node.op_type == "Softmax"}
     scores = {node.name for node in graph.proto.graph.node if softmaxed.intersection(node.output)}
@@ -245,6 +246,6 @@ def test_a_graph_output_that_is_a_sum_keeps_its_name() -> None:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [2]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Add", ["x", "x"], ["y"], "block")], "g", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=8)
-    placed = load_all(insert_qdq(Graph(model), Quantization("int8", {"block.output": torch.tensor(127.0)})))
+    placed = load_all(quantized_graph(Graph(model), Quantization("int8", {"block.output": torch.tensor(127.0)})))
     assert [value.name for value in placed.graph.output] == ["y"]
     np.testing.assert_array_equal(run_exactly(placed, {"x": np.array([0.4, 100], np.float32)}), [1, 127])

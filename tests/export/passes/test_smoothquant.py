@@ -12,16 +12,15 @@ from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.config import QuantizeConfig
+from diffpress.compress.quantization.config import QuantizeConfig, SmoothQuantConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.export.graph.model import Graph, load_all, save_graph
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.passes.linear_to_conv1x1 import ENTRY
 from diffpress.export.passes.smoothquant import apply_smoothquant
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.errors import InvalidInputError
-from tests.export.oracle import inputs_for, run_exactly, with_recorded_reads
+from tests.export.oracle import inputs_for, quantized_graph, run_exactly, with_recorded_reads
 
 SMOOTHED = ["twin_a", "down", "up", "gemm", "matmul", "unbiased", "twice"]
 
@@ -37,10 +36,12 @@ def vectors(checkpoint: Checkpoint, layers: list[str]) -> dict[str, torch.Tensor
 
 
 @pytest.fixture(scope="module")
-def quantized(unet: Checkpoint) -> Checkpoint:
+def quantized(unet: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The U-Net with smoothed linear layers and concatenations."""
-    config = QuantizeConfig(samples=4, batch=4, smooth=0.5, split_concats=True, output_correction=False)
-    return quantize(unet, config, Context(0, Path(), unet))
+    config = QuantizeConfig(
+        samples=4, batch=4, smoothquant=SmoothQuantConfig(alpha=0.5), split_concats=True, output_correction=False
+    )
+    return quantize(unet, config, Context(0, tmp_path_factory.mktemp("work"), unet))
 
 
 @pytest.mark.parametrize("layer", SMOOTHED)
@@ -61,9 +62,11 @@ def test_the_quantized_graph_computes_what_torch_fake_quantization_does(
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     expected = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
     assert quantized.quantization is not None
-    found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
+    found = run_exactly(quantized_graph(unet_graph, quantized.quantization), inputs)
     assert sqnr_db(expected, found) > sqnr_db(plain, expected) + 6
-    without = insert_qdq(unet_graph, Quantization("int8", quantized.quantization.amax, quantized.quantization.formats))
+    without = quantized_graph(
+        unet_graph, Quantization("int8", quantized.quantization.amax, quantized.quantization.formats)
+    )
     assert sqnr_db(expected, run_exactly(without, inputs)) < sqnr_db(
         plain, expected
     )  # amax is that of the smoothed tensors
@@ -77,14 +80,14 @@ def test_engines_reach_the_sqnr_of_fake_quantization(
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     fake = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
     assert quantized.quantization is not None
-    save_graph(insert_qdq(unet_graph, quantized.quantization), tmp_path / "q.onnx")
+    save_graph(quantized_graph(unet_graph, quantized.quantization), tmp_path / "q.onnx")
     found = load_engine(tmp_path / "q.onnx", engine, threads=1).run(inputs)
     assert sqnr_db(plain, found) > sqnr_db(plain, fake) - 1.0
 
 
 def test_readers_of_one_tensor_share_the_factor_and_the_rounding(quantized: Checkpoint, unet_graph: Graph) -> None:
     assert quantized.quantization is not None
-    graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
+    graph = quantized_graph(unet_graph, quantized.quantization).proto.graph
     makers = {output: node for node in graph.node for output in node.output}
     readers = {node.name: node for node in graph.node}
     q, k, v = (readers[f"{ENTRY}mid_block.attentions.0.to_{x}"].input[0] for x in "qkv")

@@ -13,14 +13,13 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.config import QuantizeConfig
+from diffpress.compress.quantization.config import QuantizeConfig, SmoothQuantConfig, SVDQuantConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.export.graph.model import Graph, load_all
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.passes.svdquant import svdquant
 from diffpress.runtime.errors import InvalidInputError
-from tests.export.oracle import inputs_for, run_exactly, with_recorded_reads
+from tests.export.oracle import inputs_for, quantized_graph, run_exactly, with_recorded_reads
 
 LINEAR = ["gemm", "matmul"]
 
@@ -41,27 +40,33 @@ def test_a_layer_with_a_branch_computes_the_same_function(
     np.testing.assert_allclose(run_exactly(graph, inputs), run_exactly(everything_graph, inputs), rtol=1e-3, atol=1e-4)
 
 
-SETTINGS = [{"format": "int8", "smooth": 0.5}, {"format": "int4"}, {"format": "w4a8"}]
+SETTINGS = [{"format": "int8", "smoothquant": SmoothQuantConfig(alpha=0.5)}, {"format": "int4"}, {"format": "w4a8"}]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_the_quantized_graph_computes_what_torch_fake_quantization_does(
-    settings: dict[str, Any], unet: Checkpoint, unet_graph: Graph
+    settings: dict[str, Any], unet: Checkpoint, unet_graph: Graph, tmp_path: Path
 ) -> None:
-    config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant_rank=4, **settings)
-    quantized, inputs = quantize(unet, config, Context(0, Path(), unet)), inputs_for(unet)
+    config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant=SVDQuantConfig(rank=4), **settings)
+    quantized, inputs = quantize(unet, config, Context(0, tmp_path, unet)), inputs_for(unet)
     assert quantized.quantization is not None and quantized.quantization.svdquant
     plain = TorchNetwork(unet.model, unet.spec).run(inputs)
     expected = TorchNetwork(fake_quantized(quantized), unet.spec).run(inputs)
-    found = run_exactly(insert_qdq(unet_graph, quantized.quantization), inputs)
+    found = run_exactly(quantized_graph(unet_graph, quantized.quantization), inputs)
     assert sqnr_db(expected, found) > sqnr_db(plain, expected) + 6
 
 
-def test_the_branch_reads_the_tensor_before_rounding(unet: Checkpoint, unet_graph: Graph) -> None:
-    config = QuantizeConfig(samples=4, batch=4, output_correction=False, svdquant_rank=4, smooth=0.5)
-    quantized = quantize(unet, config, Context(0, Path(), unet))
+def test_the_branch_reads_the_tensor_before_rounding(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
+    config = QuantizeConfig(
+        samples=4,
+        batch=4,
+        output_correction=False,
+        svdquant=SVDQuantConfig(rank=4),
+        smoothquant=SmoothQuantConfig(alpha=0.5),
+    )
+    quantized = quantize(unet, config, Context(0, tmp_path, unet))
     assert quantized.quantization is not None
-    graph = insert_qdq(unet_graph, quantized.quantization).proto.graph
+    graph = quantized_graph(unet_graph, quantized.quantization).proto.graph
     readers = {node.name.partition("#")[0]: node for node in graph.node}
     layer = "mid_block.attentions.0.to_q"
     old = {node.name.partition("#")[0]: node for node in unet_graph.proto.graph.node}

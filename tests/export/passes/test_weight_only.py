@@ -12,8 +12,8 @@ from torch import nn
 from diffpress.compress.checkpoint import Quantization
 from diffpress.export.graph.model import save_graph
 from diffpress.export.graph.trace import trace
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.runtime.engines import load_engine
+from tests.export.oracle import quantized_graph
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
@@ -23,7 +23,7 @@ def test_an_int8_weight_only_layer_does_not_round_its_input(engine: str, tmp_pat
     model, x = nn.Sequential(nn.Linear(64, 64, bias=False)).eval(), torch.randn(2, 16, 64)
     graph = trace(model, lambda m, feed: (m(feed["sample"]),), {"sample": x}, ["out"], {"sample": {0: "batch"}})
     amax = model.get_parameter("0.weight").detach().abs().amax(dim=1)
-    save_graph(insert_qdq(graph, Quantization("int8", {"0.weight": amax})), tmp_path / "graph.onnx")
+    save_graph(quantized_graph(graph, Quantization("int8", {"0.weight": amax})), tmp_path / "graph.onnx")
     found = load_engine(tmp_path / "graph.onnx", engine, 1).run({"sample": x.numpy()})
 
     scale = amax[:, None] / 127

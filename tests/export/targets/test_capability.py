@@ -13,16 +13,14 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.formats import FORMATS
-from diffpress.export.bundle import write_bundle
 from diffpress.export.graph.model import Graph, save_graph
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.summary import summary
 from diffpress.export.targets.capability import SUPPORT, check_supported, emulated, expected_integer_layers
 from diffpress.export.targets.precision import precision_of
 from diffpress.export.targets.tensorrt import build_engine
 from diffpress.runtime.bundle import sha256
 from diffpress.runtime.errors import InvalidInputError
-from tests.export.oracle import measured_scales
+from tests.export.oracle import exported, measured_scales, quantized_graph
 
 needs_tensorrt = pytest.mark.skipif(importlib.util.find_spec("tensorrt_rtx") is None, reason="needs tensorrt-rtx")
 
@@ -68,20 +66,20 @@ def test_fp8_on_a_gpu_without_it_is_rejected_before_any_work(
     unet: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("diffpress.export.bundle.check_build", lambda *_: None)
-    monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda *_: pytest.fail("traced before the check"))
+    monkeypatch.setattr("diffpress.export.denoiser.to_onnx", lambda *_: pytest.fail("traced before the check"))
     checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
     with pytest.raises(InvalidInputError, match=r"8\.6 does not run format fp8"):
-        write_bundle(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=["8.6"])
+        exported(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=["8.6"])
     assert list(tmp_path.iterdir()) == []
 
 
 def test_exporting_an_fp8_bundle_reports_what_runs_in_float(
-    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = unet.evolve(quantization=calibrated(unet, "fp8"))
-    bundle = write_bundle(checkpoint, tmp_path / "b", float_graph=unet_graph, threads=1)
+    bundle = exported(checkpoint, tmp_path / "b", float_graph=unet_graph, threads=1)
     message = "fp8: engines on the CPU round to it and compute in float, no faster than fp32; TensorRT multiplies in it"
-    assert capsys.readouterr().out.count(message) == 1
+    assert caplog.text.count(message) == 1
     denoiser = bundle.manifest["graphs"]["denoiser"]
     assert (denoiser["precision"], denoiser["opset"]) == ("fp8", 19) and denoiser["formats"]["fp8"] > 20
     (entry,) = bundle.manifest["engines"]
@@ -90,11 +88,11 @@ def test_exporting_an_fp8_bundle_reports_what_runs_in_float(
 
 
 def test_exporting_an_nvfp4_bundle_reports_that_only_weights_have_4_bits(
-    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     quantization = calibrated(unet, "nvfp4")
-    bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
-    (message,) = [line for line in capsys.readouterr().out.splitlines() if "nvfp4" in line]
+    bundle = exported(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
+    (message,) = [line for line in caplog.messages if "nvfp4" in line]
     assert (
         "nvfp4: engines on the CPU read weights from 4 bits and compute in float" in message
         and "from compute" in message
@@ -104,13 +102,13 @@ def test_exporting_an_nvfp4_bundle_reports_that_only_weights_have_4_bits(
 
 
 def test_a_bundle_in_four_bits_runs_on_integers(
-    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     quantization = calibrated(unet, "w4a8")
-    bundle = write_bundle(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
+    bundle = exported(unet.evolve(quantization=quantization), tmp_path / "b", float_graph=unet_graph, threads=1)
     denoiser, (entry,) = bundle.manifest["graphs"]["denoiser"], bundle.manifest["engines"]
     assert denoiser["precision"] == "w4a8" and entry["emulated"] == [] and entry["integer_mac_share"] > 0.9
-    assert "in float" not in capsys.readouterr().out
+    assert "in float" not in caplog.text
     assert denoiser["bytes_by_precision"]["int4"] > denoiser["bytes_by_precision"]["int8"]
     assert entry["fallbacks"] == []
 
@@ -128,7 +126,7 @@ def test_the_label_names_all_formats_that_compute() -> None:
 def test_tensorrt_builds_the_graph_of_each_format(
     kind: str, capability: str, unet: Checkpoint, unet_graph: Graph, tmp_path: Path
 ) -> None:
-    save_graph(insert_qdq(unet_graph, calibrated(unet, kind), tensorrt=True), tmp_path / "g.onnx")
+    save_graph(quantized_graph(unet_graph, calibrated(unet, kind), tensorrt=True), tmp_path / "g.onnx")
     entry = build_engine(tmp_path / "g.onnx", tmp_path, [capability], unet.spec)
     assert (tmp_path / entry["file"]).stat().st_size > 100_000
 
@@ -137,7 +135,7 @@ def test_tensorrt_builds_the_graph_of_each_format(
 def test_tensorrts_builder_rejects_fp8_where_the_table_does(
     unet: Checkpoint, unet_graph: Graph, tmp_path: Path
 ) -> None:
-    save_graph(insert_qdq(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
+    save_graph(quantized_graph(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
     with pytest.raises(InvalidInputError, match="fp8") as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.6"], unet.spec)
     assert "\n" not in str(caught.value)
@@ -148,7 +146,7 @@ def test_the_bundle_contains_the_graph_its_engine_was_built_from(
     unet: Checkpoint, unet_graph: Graph, tmp_path: Path
 ) -> None:
     quantization = calibrated(unet, "int8", weight_range=127 / 64)
-    bundle = write_bundle(
+    bundle = exported(
         unet.evolve(quantization=quantization),
         tmp_path / "b",
         ["tensorrt"],

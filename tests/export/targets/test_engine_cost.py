@@ -9,12 +9,12 @@ import pytest
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.export.graph.model import Graph, save_graph
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.targets.engine_cost import layer_times, open_engine_costs
 from diffpress.runtime.engines import available, load_engine
 from diffpress.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
 from diffpress.runtime.engines.precision_report import Kernel
 from diffpress.runtime.network_inputs import dummy_inputs
+from tests.export.oracle import quantized_graph
 
 
 def test_kernels_belong_to_layers_by_node_tensor_bias_and_rounding(everything_graph: Graph) -> None:
@@ -41,7 +41,7 @@ def test_every_layer_that_multiplies_is_found_in_the_profile(
 ) -> None:
     quantization = scales(unet, weight_range=127 / 64, outputs=True)
     heavy = [layer for layer in quantization.layers if ".conv" in layer or ".to_" in layer]
-    for name, graph in (("float", unet_graph), ("int8", insert_qdq(unet_graph, quantization))):
+    for name, graph in (("float", unet_graph), ("int8", quantized_graph(unet_graph, quantization))):
         save_graph(graph, tmp_path / f"{name}.onnx")
         opened = load_engine(tmp_path / f"{name}.onnx", engine, 1)
         found = layer_times(opened.kernel_times(dummy_inputs(opened, unet.spec, 2), 1), graph)

@@ -18,19 +18,18 @@ from torch import nn
 from diffpress.cli.export import add_tensorrt_arguments, build_options
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import TensorRTConfig
-from diffpress.compress.recipe import read_recipe
+from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.export.bundle import write_bundle
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.passes.half_precision import kept_modules, to_half
-from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.targets.tensorrt import build_engine, build_engines
 from diffpress.runtime.bundle import load_bundle, sha256
 from diffpress.runtime.engines.tensorrt.compatibility import incompatibility
 from diffpress.runtime.engines.tensorrt.library import Device
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
 from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
+from tests.export.oracle import exported, quantized_graph
 from tests.export.targets.test_capability import calibrated
 
 needs_tensorrt = pytest.mark.skipif(
@@ -51,9 +50,9 @@ def test_without_tensorrt_the_extra_is_named_before_any_work(
     wide: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing_installed(monkeypatch)
-    monkeypatch.setattr("diffpress.export.bundle.to_onnx", lambda *_: pytest.fail("traced before the check"))
+    monkeypatch.setattr("diffpress.export.denoiser.to_onnx", lambda *_: pytest.fail("traced before the check"))
     with pytest.raises(MissingDependencyError, match=r"tensorrt-rtx.*pip install 'diffpress\[tensorrt\]'"):
-        write_bundle(wide, tmp_path / "b", ["tensorrt"], capabilities=["8.9"])
+        exported(wide, tmp_path / "b", ["tensorrt"], capabilities=["8.9"])
     assert list(tmp_path.iterdir()) == []
 
 
@@ -122,7 +121,7 @@ def test_each_option_builds(options: BuildOptions, wide: Checkpoint, wide_graph:
 def test_options_that_cannot_be_built_are_rejected_in_one_line(
     options: BuildOptions, message: str, wide: Checkpoint, tmp_path: Path
 ) -> None:
-    save_graph(to_onnx(wide, fixed_size=True), tmp_path / "g.onnx")
+    save_graph(to_onnx(wide.model, wide.spec, fixed_size=True), tmp_path / "g.onnx")
     with pytest.raises(InvalidInputError, match=message) as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.9"], wide.spec, options)
     assert one_line(caught) and not (tmp_path / "engines").exists()
@@ -155,7 +154,7 @@ def test_a_node_that_tensorrt_does_not_support_is_named_in_one_line(wide: Checkp
 
 @needs_tensorrt
 def test_a_graph_made_for_cpus_is_rejected_with_advice(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
-    save_graph(insert_qdq(unet_graph, calibrated(unet, "int8")), tmp_path / "g.onnx")
+    save_graph(quantized_graph(unet_graph, calibrated(unet, "int8")), tmp_path / "g.onnx")
     with pytest.raises(
         InvalidInputError, match=r"cannot parse node '.*' .*zero point.*export with --targets tensorrt"
     ) as caught:
@@ -165,7 +164,7 @@ def test_a_graph_made_for_cpus_is_rejected_with_advice(unet: Checkpoint, unet_gr
 
 @needs_tensorrt
 def test_the_builder_also_rejects_fp8_on_a_gpu_without_it(unet: Checkpoint, unet_graph: Graph, tmp_path: Path) -> None:
-    save_graph(insert_qdq(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
+    save_graph(quantized_graph(unet_graph, calibrated(unet, "fp8"), tensorrt=True), tmp_path / "g.onnx")
     message = r"compute capability 8.6 does not run format fp8 .*8.9 and later do: omit 8.6, or quantize to int8"
     with pytest.raises(InvalidInputError, match=message) as caught:
         build_engine(tmp_path / "g.onnx", tmp_path, ["8.6", "8.9"], unet.spec)
@@ -190,9 +189,9 @@ def test_an_engine_stores_weights_in_the_precision_of_the_graph(wide: Checkpoint
     """Engines also contain kernels, more of them for int8, whose engine may be larger for a small network."""
     torch.manual_seed(3)
     heavy = wide.evolve(model=Heavy().eval(), source=replace(wide.source, original={}))
-    graph = to_onnx(heavy)
+    graph = to_onnx(heavy.model, heavy.spec)
     half, _ = to_half(graph, "fp16", kept_modules(heavy.model, "fp16"))
-    rounded = insert_qdq(graph, calibrated(heavy, "int8"), tensorrt=True)
+    rounded = quantized_graph(graph, calibrated(heavy, "int8"), tensorrt=True)
     sizes = {}
     for kind, source in {"fp32": graph, "fp16": half, "int8": rounded}.items():
         save_graph(source, tmp_path / f"{kind}.onnx")
@@ -214,7 +213,7 @@ def test_bundles_contain_engines_that_the_runtime_finds(unet: Checkpoint, unet_g
     }
     quantized = unet.evolve(quantization=calibrated(unet, "int8", weight_range=127 / 64))
     for checkpoint, precision, source in ((unet, "fp32", "denoiser"), (quantized, "int8", "denoiser.tensorrt")):
-        bundle = write_bundle(checkpoint, tmp_path / precision, ["tensorrt"], **options)
+        bundle = exported(checkpoint, tmp_path / precision, ["tensorrt"], **options)
         ((file, entry),) = bundle.prebuilt_engines("denoiser", "tensorrt")
         assert file.is_file() and entry["precision"] == precision and entry["graph"] == f"{source}.onnx"
         assert entry["compute_capabilities"] == list(SIZES)
@@ -225,7 +224,7 @@ def test_bundles_contain_engines_that_the_runtime_finds(unet: Checkpoint, unet_g
 def test_all_graphs_of_a_latent_pipeline_are_built(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = load_checkpoint(str(tiny_folder("sd")))
     build = BuildOptions(batch=(1, 2, 4), sizes=((16, 16), (64, 64)))
-    bundle = write_bundle(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=SIZES, build=build, threads=1)
+    bundle = exported(checkpoint, tmp_path / "b", ["tensorrt"], capabilities=SIZES, build=build, threads=1)
     graphs = ["denoiser", "text_encoder", "vae_decoder"]
     entries = {graph: bundle.prebuilt_engines(graph, "tensorrt")[0].entry for graph in graphs}
     low, optimum, high = entries["denoiser"]["profile"]["sample"]
@@ -249,11 +248,11 @@ def test_all_graphs_of_a_latent_pipeline_are_built(tiny_folder: Callable[..., Pa
 def test_the_teachers_engines_shrink_with_their_weights(tmp_path: Path) -> None:
     """For three GPUs: int8 and fp16 below fp32, fp8 where the GPU supports it. Run with -s for the bytes."""
     teacher = load_checkpoint("calib_data/teacher")
-    graph = to_onnx(teacher)
+    graph = to_onnx(teacher.model, teacher.spec)
     half, _ = to_half(graph, "fp16", kept_modules(teacher.model, "fp16"))
     graphs = {"fp32": graph, "fp16": half}
     for kind in ("int8", "fp8"):
-        rounded = insert_qdq(graph, calibrated(teacher, kind), tensorrt=True)
+        rounded = quantized_graph(graph, calibrated(teacher, kind), tensorrt=True)
         graphs[kind], _ = to_half(rounded, "fp16", kept_modules(teacher.model, "fp16"))
     sizes = {}
     for kind, source in graphs.items():
@@ -272,7 +271,7 @@ def test_a_recipe_sets_the_build_options(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(
         "export: {targets: [tensorrt], tensorrt: {compute_capabilities: ['8.6', '8.9'], batch: [1, 2, 4], tf32: true}}"
     )
-    config = read_recipe(tmp_path / "r.yaml").export.tensorrt
+    config = Recipe.load(tmp_path / "r.yaml").export.tensorrt
     assert config.compute_capabilities == ("8.6", "8.9")
     assert config.options == BuildOptions(batch=(1, 2, 4), tf32=True)
     assert TensorRTConfig().options == BuildOptions()
@@ -289,7 +288,7 @@ def test_a_recipe_sets_the_build_options(tmp_path: Path) -> None:
 def test_a_recipe_that_cannot_be_built_is_rejected_with_its_path(settings: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text(f"export: {{targets: [tensorrt], tensorrt: {settings}}}")
     with pytest.raises(InvalidInputError, match=rf"r.yaml: .*export.tensorrt.*{message}"):
-        read_recipe(tmp_path / "r.yaml")
+        Recipe.load(tmp_path / "r.yaml")
 
 
 @needs_tensorrt
@@ -299,7 +298,7 @@ def test_a_quantized_latent_denoiser_is_built_with_dynamic_sizes(
     kind: str, capabilities: Sequence[str], tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     checkpoint = load_checkpoint(str(tiny_folder("sd")))
-    graph = insert_qdq(to_onnx(checkpoint), calibrated(checkpoint, kind), tensorrt=True)
+    graph = quantized_graph(to_onnx(checkpoint.model, checkpoint.spec), calibrated(checkpoint, kind), tensorrt=True)
     save_graph(graph, tmp_path / "g.onnx")
     options = BuildOptions(batch=(1, 2, 4), sizes=((16, 16), (64, 64)))
     entry = build_engine(tmp_path / "g.onnx", tmp_path, capabilities, checkpoint.spec, options, precision=kind)

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.config import ExportConfig
+from diffpress.export.denoiser import lower_denoiser
 from diffpress.export.graph.model import Graph
-from diffpress.export.passes.insert_qdq import insert_qdq
-from diffpress.export.verify.latency import Latency, alternating_latency_ms, float_variants, measure_latency
+from diffpress.export.verify.latency import Latency, alternating_latency_ms, measure_latency, slower_engines
 from diffpress.runtime.bundle import load_bundle
 from diffpress.runtime.engines import available
 
@@ -57,25 +58,38 @@ def test_the_message_states_the_verdict(quantized_ms: float, verdict: str) -> No
 def test_every_engine_is_timed_on_the_graph_it_would_run(
     wide: Checkpoint, wide_graph: Graph, scales: Callable[..., Quantization]
 ) -> None:
-    rounded = insert_qdq(wide_graph, scales(wide, weight_range=127 / 64, outputs=True))
-    found = measure_latency(wide, wide_graph, dict.fromkeys(available(), rounded), threads=1)
+    checkpoint = wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))
+    denoiser = lower_denoiser(checkpoint, ExportConfig(), wide_graph)
+    found = measure_latency(denoiser, available(), threads=1)
     assert [latency.engine for latency in found] == available()
     assert all(0.05 < latency.latency_ratio < 20 and latency.float_ms > 0 for latency in found)
 
 
 def test_a_large_model_is_not_timed_and_this_is_reported(
-    wide: Checkpoint, wide_graph: Graph, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    wide: Checkpoint,
+    wide_graph: Graph,
+    scales: Callable[..., Quantization],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
+    assert measure_latency(lower_denoiser(wide, ExportConfig(), wide_graph), ["onnxruntime"]) == []
+    assert not caplog.text  # there is nothing to compare
     monkeypatch.setattr("diffpress.export.verify.latency.is_large", lambda model: True)
-    assert measure_latency(wide, wide_graph, {"onnxruntime": wide_graph}) == []
-    assert "latency not measured" in capsys.readouterr().out
+    denoiser = lower_denoiser(wide.evolve(quantization=scales(wide)), ExportConfig(), wide_graph)
+    assert measure_latency(denoiser, ["onnxruntime"]) == []
+    assert "latency not measured" in caplog.text
 
 
-def test_only_engines_that_are_slower_run_the_float_graph(wide_graph: Graph) -> None:
+def test_only_engines_that_are_slower_run_the_float_graph(
+    wide: Checkpoint, wide_graph: Graph, scales: Callable[..., Quantization]
+) -> None:
     latencies = [Latency("openvino", "int8", 10.0, 6.0), Latency("onnxruntime", "int8", 10.0, 12.0)]
-    (variant,) = float_variants(wide_graph, latencies)
-    assert variant.engines == ("onnxruntime",) and variant.graph is wide_graph and variant.quantization is None
-    assert float_variants(wide_graph, latencies[:1]) == []
+    assert slower_engines(latencies) == ["onnxruntime"] and slower_engines(latencies[:1]) == []
+    denoiser = lower_denoiser(wide.evolve(quantization=scales(wide)), ExportConfig(), wide_graph)
+    run = denoiser.reverted(slower_engines(latencies)).graph_for("onnxruntime")
+    assert run.graph is wide_graph and run.quantization is None
+    assert denoiser.reverted(slower_engines(latencies)).graph_for("openvino") is denoiser.portable
+    assert denoiser.reverted([]) is denoiser
 
 
 @pytest.mark.parametrize("revert", [True, False])
@@ -85,7 +99,7 @@ def test_export_reports_slower_engines_and_reverts_them_on_request(
     wide_graph: Graph,
     scales: Callable[..., Quantization],
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     from tests.cli.test_export import run
@@ -93,10 +107,10 @@ def test_export_reports_slower_engines_and_reverts_them_on_request(
     checkpoint = wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))
     slow = [Latency("onnxruntime", "int8", 10.0, 12.0)]
     monkeypatch.setattr("diffpress.cli.export.loaded", lambda args, dtype: checkpoint)
-    monkeypatch.setattr("diffpress.export.export.to_onnx", lambda checkpoint, fixed_size: wide_graph)
-    monkeypatch.setattr("diffpress.export.export.measure_latency", lambda *arguments: slow)
+    monkeypatch.setattr("diffpress.export.denoiser.to_onnx", lambda *_: wide_graph)
+    monkeypatch.setattr("diffpress.export.bundle.measure_latency", lambda *arguments: slow)
     flags = ("--revert-slower",) if revert else ()
     assert run("any", "--out", str(tmp_path / "bundle"), "--threads", "1", *flags) == 0
-    assert "int8 is 1.20x of fp32 in onnxruntime: slower (12.0 ms against 10.0 ms a step" in capsys.readouterr().out
+    assert "int8 is 1.20x of fp32 in onnxruntime: slower (12.0 ms against 10.0 ms a step" in caplog.text
     graph_file = load_bundle(tmp_path / "bundle").graph("denoiser", "onnxruntime").name
     assert graph_file == ("denoiser.float.onnx" if revert else "denoiser.onnx")

@@ -1,28 +1,32 @@
-"""export/targets/variants.py: engines with a variant run it, and a bundle with variants is complete."""
+"""export/denoiser.py: engines with a graph of their own run it, and a bundle with such graphs is complete."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
-from diffpress.export.bundle import write_bundle
-from diffpress.export.graph.model import Graph
-from diffpress.export.passes.insert_qdq import insert_qdq
+from diffpress.export.graph.model import Graph, load_all
+from diffpress.export.lowering import PassContext, lower
 from diffpress.export.summary import summary
-from diffpress.export.targets.variants import FLOAT, Variant
+from diffpress.export.verify.latency import Latency
 from diffpress.runtime.bundle import Bundle, load_bundle, sha256
 from diffpress.runtime.engines import available, open_engine
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from diffpress.runtime.network_inputs import dummy_inputs
 from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.sampling_plan import OutputCorrection
+from tests.export.oracle import exported
 
 ONNXRUNTIME = "onnxruntime"
+needs_openvino = pytest.mark.skipif("openvino" not in available(), reason="needs openvino, which alone runs bf16")
+REVERTED: dict[str, Any] = {"revert_slower": True, "latencies": [Latency(ONNXRUNTIME, "int8", 10.0, 12.0)]}
 
 
 @pytest.fixture(scope="module")
@@ -34,8 +38,7 @@ def quantized(wide: Checkpoint, scales: Callable[..., Quantization]) -> Checkpoi
 def reverted(quantized: Checkpoint, wide_graph: Graph, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """An int8 bundle with the float graph as variant for ONNX Runtime."""
     folder = tmp_path_factory.mktemp("out") / "bundle"
-    variant = Variant(FLOAT, (ONNXRUNTIME,), wide_graph, None)
-    return write_bundle(quantized, folder, float_graph=wide_graph, variants=[variant], threads=1)
+    return exported(quantized, folder, float_graph=wide_graph, threads=1, **REVERTED)
 
 
 def test_the_manifest_lists_which_engine_runs_which_graph(reverted: Bundle) -> None:
@@ -66,24 +69,10 @@ def test_each_engine_opens_its_own_graph(reverted: Bundle, wide: Checkpoint, wid
         assert share == 0.0 if name == ONNXRUNTIME else share > 0.5
 
 
-def test_a_variant_with_another_placement_is_checked_against_its_own_quantization(
-    quantized: Checkpoint, wide_graph: Graph, tmp_path: Path
-) -> None:
-    assert quantized.quantization is not None
-    weights_only = {key: value for key, value in quantized.quantization.amax.items() if key.endswith(".weight")}
-    other = replace(quantized.quantization, amax=weights_only)
-    variant = Variant("weights", (ONNXRUNTIME,), insert_qdq(wide_graph, other), other)
-    bundle = write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=[variant], threads=1)
-    entry = bundle.manifest["graphs"]["denoiser"]["variants"][ONNXRUNTIME]
-    assert (entry["file"], entry["precision"]) == ("denoiser.weights.onnx", "int8")
-    assert entry["parity"]["sqnr_db"] > bundle.manifest["parity"][ONNXRUNTIME]["sqnr_db"]
-
-
 def test_a_bundle_with_variants_is_reproducible(
     reverted: Bundle, quantized: Checkpoint, wide_graph: Graph, tmp_path: Path
 ) -> None:
-    variant = Variant(FLOAT, (ONNXRUNTIME,), wide_graph, None)
-    again = write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=[variant], threads=1)
+    again = exported(quantized, tmp_path / "b", float_graph=wide_graph, threads=1, **REVERTED)
     assert again.hash == reverted.hash
 
 
@@ -98,28 +87,54 @@ def test_a_bundle_with_a_missing_variant_is_rejected(
         load_bundle(folder)
 
 
-@pytest.mark.parametrize(
-    ("engines", "message"),
-    [(("onnxruntim",), "did you mean 'onnxruntime'"), ((ONNXRUNTIME,) * 2, "runs only one graph")],
-)
-def test_an_unknown_engine_or_one_with_two_graphs_is_rejected(
-    engines: tuple[str, ...], message: str, quantized: Checkpoint, wide_graph: Graph, tmp_path: Path
-) -> None:
-    variants = [Variant(f"v{i}", (engine,), wide_graph, None) for i, engine in enumerate(engines)]
-    with pytest.raises(InvalidInputError, match=message):
-        write_bundle(quantized, tmp_path / "b", float_graph=wide_graph, variants=variants)
-
-
 def test_output_corrections_apply_to_the_quantized_graph_only(
     quantized: Checkpoint, wide_graph: Graph, tmp_path: Path
 ) -> None:
     plan = quantized.spec.plan
     plan = replace(plan, output_corrections=tuple(OutputCorrection(0.001, (0.001,)) for _ in plan.timesteps))
     corrected = quantized.evolve(spec=quantized.spec.with_plan(plan))
-    variant = Variant(FLOAT, (ONNXRUNTIME,), wide_graph, None)
-    bundle = write_bundle(corrected, tmp_path / "b", float_graph=wide_graph, variants=[variant], threads=1)
+    bundle = exported(corrected, tmp_path / "b", float_graph=wide_graph, threads=1, **REVERTED)
     assert bundle.manifest["graphs"]["denoiser"]["variants"][ONNXRUNTIME]["parity"]["max_abs"] < 1e-4
     assert bundle.spec.plan.output_corrections and not bundle.spec_for(ONNXRUNTIME).plan.output_corrections
     assert bundle.spec_for("another").plan.output_corrections == plan.output_corrections
     assert np.array_equal(Pipeline(bundle, ONNXRUNTIME).spec.plan.timesteps, plan.timesteps)
     assert not Pipeline(bundle, ONNXRUNTIME).spec.plan.output_corrections
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", pytest.param("bf16", marks=needs_openvino)])
+def test_target_tensorrt_adds_a_graph_of_its_own_form_and_precision(
+    precision: str, quantized: Checkpoint, wide_graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = {}
+    monkeypatch.setattr("diffpress.export.bundle.check_build", lambda *_: None)
+    monkeypatch.setattr("diffpress.export.bundle.build_engines", lambda _, graphs, *__: built.update(graphs) or [])
+    settings: dict[str, Any] = {"float_graph": wide_graph, "threads": 1, "precision": precision, **REVERTED}
+    bundle = exported(quantized, tmp_path / "b", ["tensorrt"], **settings)
+    label = "int8" if precision == "fp32" else f"int8+{precision}"
+    variants = bundle.manifest["graphs"]["denoiser"]["variants"]
+    assert list(variants) == [ONNXRUNTIME, "tensorrt"] and variants["tensorrt"]["precision"] == label
+    assert "parity" not in variants["tensorrt"] and variants["tensorrt"]["file"] == "denoiser.tensorrt.onnx"
+    path, built_precision = built["denoiser"]
+    assert (path.name, built_precision) == ("denoiser.tensorrt.onnx", label)
+    assert set(bundle.manifest["files"]) == {"denoiser.onnx", "denoiser.float.onnx", "denoiser.tensorrt.onnx"}
+
+
+def test_a_graph_for_tensorrt_in_half_precision_is_verified(
+    quantized: Checkpoint, wide_graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its last layer is damaged, which neither denoiser.onnx nor the float graph shows."""
+
+    def damaged(graph: Graph, target: str, context: PassContext) -> Graph:
+        graph = lower(graph, target, context)
+        if target != "tensorrt":
+            return graph
+        proto = load_all(graph)
+        (bias,) = (tensor for tensor in proto.graph.initializer if tensor.name.startswith("last.bias"))
+        bias.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(bias) + np.float16(0.5), bias.name))
+        return Graph(proto)
+
+    monkeypatch.setattr("diffpress.export.bundle.check_build", lambda *_: None)
+    monkeypatch.setattr("diffpress.export.denoiser.lower", damaged)
+    with pytest.raises(GateFailedError, match=r"denoiser\.tensorrt\.onnx in .* torch's fake quantization has"):
+        exported(quantized, tmp_path / "b", ["tensorrt"], float_graph=wide_graph, threads=1, precision="fp16")
+    assert list(tmp_path.iterdir()) == []

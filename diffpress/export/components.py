@@ -1,0 +1,55 @@
+"""A pipeline's other components: text encoders and the latent decoder, each lowered, written and verified.
+
+One component is in memory at a time. Those of the uncompressed model's bundle are reused: compression does not change
+them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.config import ExportConfig
+from diffpress.compress.models.components import DECODER, Component, component_names, load_component
+from diffpress.export.graph.trace import trace
+from diffpress.export.lowering import PassContext, lower
+from diffpress.export.manifest import graph_entry, parameter_count
+from diffpress.export.passes.half_precision import FLOAT, kept_modules
+from diffpress.export.targets.pipeline_folder import link_graph, write_graph
+from diffpress.export.verify.parity import check_component
+from diffpress.runtime.bundle import Bundle
+
+
+def export_components(
+    checkpoint: Checkpoint, config: ExportConfig, folder: Path, reuse: Bundle | None = None
+) -> dict[str, dict[str, Any]]:
+    """Write the components of the checkpoint's pipeline into a bundle's folder; return their manifest entries.
+
+    The decoder stays fp32: it overflows fp16.
+    """
+    entries = {}
+    made_before = reuse.manifest["graphs"] if reuse else {}
+    for name in component_names(checkpoint):
+        precision = FLOAT if name == DECODER else config.precision
+        if reuse is not None and made_before[name]["precision"] == precision:
+            link_graph(reuse.path, folder, name)
+            entries[name] = made_before[name]
+        else:
+            entries[name] = _export_component(load_component(checkpoint, name), precision, folder, config.threads)
+    return entries
+
+
+def _export_component(component: Component, precision: str, folder: Path, threads: int | None) -> dict[str, Any]:
+    module = component.module
+    traced = trace(module, component.forward, component.examples, component.outputs, component.axes)
+    context = PassContext(precision=precision, keep=kept_modules(module, precision), name=component.name)
+    graph = lower(traced, "cpu", context)
+    size = write_graph(graph, folder, component.name, component.name, component.config)
+    file = f"{component.name}.onnx"
+    return {
+        **graph_entry(file, graph, precision),
+        "bytes": size,
+        "parameters": parameter_count(module),
+        "parity": check_component(component, folder / file, threads=threads, precision=precision),
+    }

@@ -1,0 +1,107 @@
+"""The two bundles of a run: of the uncompressed model in fp32, and of the result.
+
+Each is kept if it was made before with the same settings, which its manifest lists under `metrics`. Latencies of the
+result are kept beside the bundle, because measuring again would give other numbers, and possibly another bundle.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from diffpress.compress.checkpoint import Checkpoint, write_folder
+from diffpress.compress.config import ExportConfig
+from diffpress.compress.models.counts import count
+from diffpress.compress.workspace import Workspace
+from diffpress.export.bundle import export_bundle, measure_latencies
+from diffpress.export.denoiser import PORTABLE, lower_denoiser
+from diffpress.export.graph.model import save_graph
+from diffpress.export.scores import running_parity
+from diffpress.export.verify.latency import Latency, read_latencies, slower_engines, write_latencies
+from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
+
+logger = logging.getLogger(__name__)
+
+
+def baseline_bundle(teacher: Checkpoint, config: ExportConfig, workspace: Workspace) -> Bundle:
+    """Return the bundle of the uncompressed model, in fp32 and for any timesteps."""
+    metrics = _settings(teacher, config)
+    found = _made_before(workspace.baseline, metrics)
+    if found is None:
+        plain = config.model_copy(update={"precision": "fp32", "fixed_timesteps": False})
+        found = export_bundle(teacher, workspace.baseline, plain, name="teacher", metrics=_set(metrics), latencies=())
+        _log_parity("teacher", found)
+    return found
+
+
+def result_bundle(
+    checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, workspace: Workspace, baseline: Bundle
+) -> Bundle:
+    """Return the bundle to deploy; write its float graph, and the latency of int8 in each engine."""
+    key = _settings(checkpoint, config) | {"fixed_timesteps": config.fixed_timesteps, "precision": config.precision}
+    if checkpoint.quantization is None:
+        workspace.latency.unlink(missing_ok=True)
+    latencies = read_latencies(workspace.latency, key) if checkpoint.quantization else []
+    if latencies is not None and workspace.float_graph.is_dir():
+        found = _made_before(workspace.bundle, key | _reverted(config, latencies))
+        if found is not None:
+            return found
+    denoiser = lower_denoiser(checkpoint, config)
+
+    def write_traced(folder: Path) -> None:
+        save_graph(denoiser.traced, folder / PORTABLE)
+
+    write_folder(workspace.float_graph, write_traced)
+    if latencies is None:
+        latencies = measure_latencies(denoiser, config)
+        write_latencies(workspace.latency, _set(key), latencies)
+    old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
+    ratios = {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
+    bundle = export_bundle(
+        checkpoint,
+        workspace.bundle,
+        config,
+        name="student",
+        metrics=_set(key) | _reverted(config, latencies) | ratios,
+        denoiser=denoiser,
+        latencies=latencies,
+        reuse=baseline,
+    )
+    _log_parity("student", bundle)
+    return bundle
+
+
+def _settings(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
+    """Return what every bundle of the run depends on; settings that are None are not stored."""
+    tensorrt = {"tensorrt": config.tensorrt.model_dump(mode="json")} if "tensorrt" in config.targets else {}
+    size = None if config.size is None else list(config.size)
+    return {"checkpoint": checkpoint.hash, "targets": list(config.targets), **tensorrt, "size": size}
+
+
+def _set(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in settings.items() if value is not None}
+
+
+def _reverted(config: ExportConfig, latencies: Sequence[Latency]) -> dict[str, Any]:
+    return {"reverted": slower_engines(latencies) if config.revert_slower else []}
+
+
+def _made_before(folder: Path, metrics: dict[str, Any]) -> Bundle | None:
+    """Return the existing bundle if it was made with these metrics."""
+    if not (folder / MANIFEST).is_file():
+        return None
+    found = load_bundle(folder)
+    stored = found.manifest["metrics"]
+    if any(stored.get(name) != value for name, value in metrics.items()):
+        return None
+    logger.info(f"{folder}: done before")
+    return found
+
+
+def _log_parity(name: str, bundle: Bundle) -> None:
+    for engine, row in running_parity(bundle).items():
+        logger.info(
+            f"{name}: {engine} against torch fp32: SQNR {row['sqnr_db']:.1f} dB, largest difference {row['max_abs']:g}"
+        )
