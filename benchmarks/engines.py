@@ -19,14 +19,15 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from diffpress.compress.evaluation.metrics import psnr_db
 from diffpress.runtime.benchmarking.bench import machine, sample_once, sampler_overhead
+from diffpress.runtime.benchmarking.timer import alternating_times_ms
 from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.engines import available, installed, open_engine
 from diffpress.runtime.engines.cache import Cache
@@ -75,17 +76,15 @@ def steps(bundle: Bundle, batches: list[int], rounds: int) -> tuple[list[dict[st
         reference = next(iter(OPTIONS))
         low, high = bundle.spec.data_range
         for batch in batches:
-            times: list[list[float]] = [[] for _ in subjects]
-            for turn in range(rounds + 1):  # the first round is a warm-up
-                for (_, _, engine, streams, spec), measured in zip(subjects, times, strict=True):
-                    start = time.perf_counter()
-                    sample_once(engine, spec, batch, streams)
-                    if turn:
-                        measured.append((time.perf_counter() - start) * 1e3 / (batch * streams * spec.plan.steps))
-            for (name, label, *_), measured in zip(subjects, times, strict=True):
-                row = {"engine": name, "options": label, "batch": batch, "step_ms": statistics.median(measured)}
+            works = [partial(sample_once, engine, spec, batch, streams) for *_, engine, streams, spec in subjects]
+            for work in works:
+                work()
+            times = alternating_times_ms(works, rounds)
+            for (name, label, _, streams, spec), measured in zip(subjects, times, strict=True):
+                step_ms = [ms / (batch * streams * spec.plan.steps) for ms in measured]
+                row = {"engine": name, "options": label, "batch": batch, "step_ms": statistics.median(step_ms)}
                 psnr = psnr_db(images[name, reference], images[name, label], high - low)
-                rows.append(row | {"least_ms": min(measured), "psnr_db": psnr})
+                rows.append(row | {"least_ms": min(step_ms), "psnr_db": psnr})
     return rows, refused
 
 

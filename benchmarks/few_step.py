@@ -79,7 +79,7 @@ def solvers(args: argparse.Namespace) -> None:
     from diffpress.compress.evaluation.features import load_features, load_reference
     from diffpress.compress.evaluation.subject import open_network
     from diffpress.compress.sources.load import load_checkpoint
-    from diffpress.export.bundle import write_bundle
+    from diffpress.export.bundle import export_bundle
     from diffpress.runtime.engines import preferred
     from diffpress.runtime.engines.options import EngineOptions
     from diffpress.runtime.io.files import write_json
@@ -87,7 +87,7 @@ def solvers(args: argparse.Namespace) -> None:
 
     folder, name = args.work / "teacher", args.engine or preferred()
     if name != "torch" and not (folder / "manifest.json").is_file():
-        write_bundle(load_checkpoint(str(TEACHER)), folder)
+        export_bundle(load_checkpoint(str(TEACHER)), folder)
     options = EngineOptions(precision=args.precision)
     engine, spec = open_network(str(TEACHER if name == "torch" else folder), name, args.threads, options)
     features = load_features(FEATURES, spec, args.threads)

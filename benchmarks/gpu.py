@@ -7,7 +7,7 @@
     load     seconds from the bundle to the first output, with an empty cache (the engine is built) and a filled one
 
 A bundle is sampled in two modes. `host` is the Python sampling loop, with a copy to and from the GPU in each step.
-`device` is fused sampling (runtime/fused/program.py); the PyTorch subjects use it too (torch_fused.py). A subject that
+`device` is fused sampling (runtime/fused/); the PyTorch subjects use it too (torch_fused.py). A subject that
 fails is left out with a one-line reason, and the others are still measured.
 """
 
@@ -20,6 +20,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffpress.runtime.benchmarking.bench import machine, sample_once, sampler_overhead
+from diffpress.runtime.benchmarking.timer import alternating_times_ms
 from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.engines import load_engine, open_engine
 from diffpress.runtime.engines.cache import Cache
@@ -34,7 +36,7 @@ from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.tensorrt import library as libraries
 from diffpress.runtime.engines.tensorrt.engine_files import engine_for
 from diffpress.runtime.errors import DiffpressError, EngineUnavailableError
-from diffpress.runtime.fused.program import fused_only, step_by_step
+from diffpress.runtime.fused import FUSED_SAMPLERS, fused_only, step_by_step
 from diffpress.runtime.network_inputs import dummy_conditioning, dummy_inputs
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.spec import DenoiserSpec
@@ -115,24 +117,21 @@ def compared(bundle: Bundle, engine: Any, left_out: dict[str, str]) -> list[dict
 
 def measured(subjects: list[Subject], batch: int, until: float, left_out: dict[str, str]) -> list[dict[str, Any]]:
     """Return rows of {name, way, batch, steps, rounds, step_ms, images_s}; no new round starts after `until`."""
-    ready: list[tuple[Subject, list[float]]] = []
+    ready: list[Subject] = []
     for subject in subjects:
         with recorded_errors(f"{subject.name}, {subject.mode}, batch {batch}", left_out):
             if subject.mode == "compiled" and until - time.monotonic() < COMPILING_S:
                 raise EngineUnavailableError("no time left to compile; give a larger --budget")
             for _ in range(2):  # warm-up: compilation and CUDA graph capture
                 sample_once(subject.network, subject.spec, batch)
-            ready.append((subject, []))
-    for turn in range(ROUNDS):
-        for subject, times in ready if not turn or time.monotonic() < until else ():
-            start = time.perf_counter()
-            sample_once(subject.network, subject.spec, batch)
-            times.append(time.perf_counter() - start)
+            ready.append(subject)
+    works = [partial(sample_once, subject.network, subject.spec, batch) for subject in ready]
+    left_ms = (until - time.monotonic()) * 1e3
     rows = []
-    for (name, mode, _, spec), times in ready:
-        took = statistics.median(times)
-        row = {"name": name, "way": mode, "batch": batch, "steps": spec.plan.steps, "rounds": len(times)}
-        rows.append(row | {"step_ms": took / spec.plan.steps * 1e3, "images_s": batch / took})
+    for subject, times in zip(ready, alternating_times_ms(works, 1, max_rounds=ROUNDS, enough_ms=left_ms), strict=True):
+        took_ms, steps = statistics.median(times), subject.spec.plan.steps
+        row = {"name": subject.name, "way": subject.mode, "batch": batch, "steps": steps, "rounds": len(times)}
+        rows.append(row | {"step_ms": took_ms / steps, "images_s": batch / took_ms * 1e3})
     return rows
 
 
@@ -195,6 +194,7 @@ def main() -> int:
             from diffpress.compress.sources.load import load_checkpoint
 
             checkpoint = load_checkpoint(args.checkpoint)
+            FUSED_SAMPLERS[TorchFusedSampler.name] = TorchFusedSampler.run_fused
             subjects += [Subject("torch", kind, TorchFusedSampler(checkpoint, kind), checkpoint.spec) for kind in KINDS]
         for remaining, batch in zip(range(len(args.batch), 0, -1), args.batch, strict=True):
             with recorded_errors(f"batch {batch}", left_out):

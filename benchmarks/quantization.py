@@ -30,12 +30,11 @@ import json
 import statistics
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from unittest import mock
 
 import numpy as np
 
@@ -75,7 +74,7 @@ SCHEDULER = {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}
 # random networks: steps of the plan, and calibration samples
 RANDOM_STEPS, RANDOM_SAMPLES = 8, 8
 PSNR_SAMPLES = {"teacher": 64, "cifar": 8, "dit": 8}
-SEED = 7_000_000  # disjoint from the calibration seeds
+SEED = 7_000_000  # disjoint from the calibration seeds (compress/seeds.py)
 
 DOT_PRODUCTS = {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp"}
 Key = tuple[str, str]  # engine, model
@@ -124,42 +123,29 @@ def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[st
         The paths by precision, and the spec of diffpress's model, whose plan has the output correction.
     """
     from diffpress.compress.context import Context
+    from diffpress.compress.models.torch_network import TorchNetwork
     from diffpress.compress.quantization.config import QuantizeConfig
     from diffpress.compress.quantization.quantize import quantize
+    from diffpress.compress.seeds import CALIBRATION_SEED
     from diffpress.export.graph.model import save_graph
-    from diffpress.export.graph.to_onnx import export_float
-    from diffpress.export.passes.insert_qdq import insert_qdq
-    from diffpress.runtime.solvers import solver_evaluations
+    from diffpress.export.graph.to_onnx import to_onnx
+    from diffpress.export.lowering import PassContext, lower
+    from diffpress.runtime.benchmarking.bench import RecordingNetwork
+    from diffpress.runtime.sampler import generate
 
     files = {FLOAT: folder / "fp32.onnx", OURS: folder / "int8.onnx", PEER: folder / "nncf.xml"}
-    graph = export_float(checkpoint, files[FLOAT])
+    graph = to_onnx(checkpoint.model, checkpoint.spec)
+    save_graph(graph, files[FLOAT])
     samples = {} if name == "teacher" else {"samples": RANDOM_SAMPLES, "batch": RANDOM_SAMPLES}
     config = QuantizeConfig(reduce_range=not has_dot_products(), **samples)
-    plan = checkpoint.spec.plan
-    calibration_evaluations = config.samples // config.batch * solver_evaluations(plan.solver, plan.steps)
-    with recorded_inputs() as recorded:
-        quantized = quantize(checkpoint, config, Context(0, folder / "work", checkpoint))
-    save_graph(insert_qdq(graph, quantized.quantization), files[OURS])
-    # the recording also has single samples (tracing the layer graph) and, after calibration, output correction
-    batches = [inputs for inputs in recorded if len(inputs["sample"]) == config.batch]
-    quantize_with_nncf(files[FLOAT], batches[:calibration_evaluations], name in TRANSFORMERS, files[PEER])
+    context = Context(0, folder / "work", checkpoint)
+    quantized = quantize(checkpoint, config, context)
+    save_graph(lower(graph, "cpu", PassContext(quantized.quantization)), files[OURS])
+    recording = RecordingNetwork(TorchNetwork(checkpoint.model, checkpoint.spec))
+    seeds, conditions = range(CALIBRATION_SEED, CALIBRATION_SEED + config.samples), context.conditions(config.samples)
+    generate(recording, checkpoint.spec, seeds, batch=config.batch, conditions=conditions)
+    quantize_with_nncf(files[FLOAT], recording.feeds, name in TRANSFORMERS, files[PEER])
     return files, quantized.spec
-
-
-@contextlib.contextmanager
-def recorded_inputs() -> Iterator[list[dict[str, np.ndarray]]]:
-    """Record the inputs of every evaluation of a torch network inside the block."""
-    from diffpress.compress.models.torch_network import TorchNetwork
-
-    recorded: list[dict[str, np.ndarray]] = []
-    run = TorchNetwork.run
-
-    def recording(network: TorchNetwork, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        recorded.append(inputs)
-        return run(network, inputs)
-
-    with mock.patch.object(TorchNetwork, "run", recording):
-        yield recorded
 
 
 def quantize_with_nncf(graph: Path, batches: Sequence[dict[str, np.ndarray]], transformer: bool, out: Path) -> None:
@@ -231,15 +217,14 @@ def compare(name: str, threads: int, repeats: int, batch: int, work: Path) -> di
 def medians(engines: Engines, spec: DenoiserSpec, batch: int, repeats: int) -> dict[Key, float]:
     """Return the median milliseconds of the plan's first step per engine, in alternation after a warm-up round."""
     from diffpress.runtime.benchmarking.bench import sample_once
+    from diffpress.runtime.benchmarking.timer import alternating_times_ms
 
     first = spec.with_plan(replace(spec.plan, timesteps=spec.plan.timesteps[:1]))
-    times: dict[Key, list[float]] = {key: [] for key in engines}
-    for _ in range(repeats + 1):
-        for key, engine in engines.items():
-            start = time.perf_counter()
-            sample_once(engine, first, batch)
-            times[key].append((time.perf_counter() - start) * 1e3)
-    return {key: statistics.median(found[1:]) for key, found in times.items()}
+    works = [partial(sample_once, engine, first, batch) for engine in engines.values()]
+    for work in works:
+        work()
+    times = alternating_times_ms(works, repeats)
+    return {key: statistics.median(measured) for key, measured in zip(engines, times, strict=True)}
 
 
 def paired_psnr(engines: Engines, specs: dict[str, DenoiserSpec], samples: int, batch: int) -> dict[Key, float]:

@@ -34,14 +34,14 @@ TEACHER: Stages = []
 EIGHT_STEPS: Stages = [{"schedule": {"solver": "dpmpp_2m", "steps": 8, "spacing": "logsnr"}}]
 TWO_STEPS: Stages = [{"schedule": {"solver": "dpmpp_2m", "steps": 2, "spacing": "logsnr"}}]
 FLOAT = "fp32"
-TRAINING = {"mode": "qat", "steps": 300, "batch": 16, "warmup": 20}
+TRAINING = {"steps": 300, "warmup": 20}
 QUANTIZERS: dict[str, dict[str, Any]] = {
     "int8": {},
     "int8, all layers": {"keep_sensitive_layers": False},
-    "int8, all layers, QAT": {"keep_sensitive_layers": False, **TRAINING, "learning_rate": 2e-5},
+    "int8, all layers, QAT": {"keep_sensitive_layers": False, "qat": {**TRAINING, "learning_rate": 2e-5}},
     "w4a8": {"format": "w4a8"},
-    "w4a8, GPTQ": {"format": "w4a8", "rounding": "gptq"},
-    "w4a8, QAT": {"format": "w4a8", **TRAINING, "learning_rate": 1e-4},
+    "w4a8, GPTQ": {"format": "w4a8", "gptq": True},
+    "w4a8, QAT": {"format": "w4a8", "qat": {**TRAINING, "learning_rate": 1e-4}},
 }
 ROWS = {
     "teacher": (FLOAT, "int8"),
@@ -69,12 +69,12 @@ def made(stages: Stages, work: Path) -> Checkpoint:
 
     from diffpress.compress.builtin import TEACHER as FOLDER
     from diffpress.compress.pipeline import run_stages
-    from diffpress.compress.recipe import read_recipe
+    from diffpress.compress.recipe import Recipe
     from diffpress.compress.sources.load import load_checkpoint
 
     file = work / "recipe.yaml"
     file.write_text(yaml.safe_dump({"seed": 0, "data": "calib_data/calibration.npz", "stages": stages}))
-    return run_stages(load_checkpoint(FOLDER), read_recipe(file), work)
+    return run_stages(load_checkpoint(FOLDER), Recipe.load(file), work)
 
 
 def measured(checkpoint: Checkpoint, bundle: Path, samples: int, seeds: int, reference: Path | None) -> dict[str, Any]:
@@ -83,11 +83,11 @@ def measured(checkpoint: Checkpoint, bundle: Path, samples: int, seeds: int, ref
     from diffpress.compress.config import EvaluateConfig
     from diffpress.compress.evaluation.evaluate import evaluate, paired
     from diffpress.compress.evaluation.features import load_features, load_reference
-    from diffpress.export.bundle import write_bundle
+    from diffpress.export.bundle import export_bundle
     from diffpress.runtime.bundle import load_bundle
     from diffpress.runtime.engines import available, load_engine
 
-    exported, name = write_bundle(checkpoint, bundle), available()[-1]
+    exported, name = export_bundle(checkpoint, bundle, latencies=()), available()[-1]
     features = load_features(FEATURES, exported.spec)
     config = EvaluateConfig(samples=samples, seeds=seeds, batch=BATCH)
     with closing(load_engine(exported.graph("denoiser"), name)) as engine:

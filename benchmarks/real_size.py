@@ -73,7 +73,7 @@ def compress(name: str, folder: Path, out: Path) -> None:
     from diffpress.compress.quantization.config import QuantizeConfig
     from diffpress.compress.quantization.quantize import quantize
     from diffpress.compress.sources.load import load_checkpoint
-    from diffpress.export.bundle import write_bundle
+    from diffpress.export.bundle import export_bundle
     from diffpress.runtime.sampling_plan import make_plan
 
     checkpoint = timed("load", lambda: load_checkpoint(folder, dtype=getattr(torch, MODELS[name][1])))
@@ -83,7 +83,7 @@ def compress(name: str, folder: Path, out: Path) -> None:
         context = Context(0, out / "work", checkpoint)
         config = QuantizeConfig(samples=1, batch=1)
         checkpoint = timed("int8 PTQ", lambda loaded=checkpoint: quantize(loaded, config, context))
-    bundle = timed("export", lambda: write_bundle(checkpoint, out / "bundle"))
+    bundle = timed("export", lambda: export_bundle(checkpoint, out / "bundle"))
     print(json.dumps({"parity": bundle.manifest["parity"]}))
 
 

@@ -24,10 +24,12 @@ KINDS = ("eager", "bf16", "compiled")
 
 
 class TorchFusedSampler:
-    """Fused sampling of a checkpoint in PyTorch (diffpress.runtime.fused.program.FusedSampler).
+    """A checkpoint in PyTorch whose `run_fused` is a diffpress.runtime.fused.FusedSampler.
 
     `kind` is one of KINDS.
     """
+
+    name = "torch on a GPU"
 
     def __init__(self, checkpoint: Checkpoint, kind: str, device: str = "cuda") -> None:
         self._device, model = device, checkpoint.model.to(device).eval()

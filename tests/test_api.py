@@ -99,7 +99,7 @@ def test_a_recipe_and_stage_objects_give_the_same_checkpoint(
 def test_what_does_not_fit_is_refused_before_any_work(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(dp.InvalidInputError, match="prune cannot come after quantize"):
         dp.compress(folder, [dp.Quantize(), dp.Prune(method="magnitude")], out=tmp_path / "a")
-    with pytest.raises(dp.InvalidInputError, match="is no stage"):
+    with pytest.raises(dp.InvalidInputError, match="is not a stage"):
         dp.compress(folder, ["prune"], out=tmp_path / "a")  # type: ignore[list-item]
     with pytest.raises(dp.InvalidInputError, match="the recipe names data and seed itself"):
         dp.compress(folder, "int8", seed=1, out=tmp_path / "a")

@@ -40,7 +40,7 @@ from diffpress.compress.models.counts import count  # noqa: E402
 from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
 from diffpress.compress.pipeline import run_stages  # noqa: E402
 from diffpress.compress.quantization.quantizers import fake_quantized  # noqa: E402
-from diffpress.compress.recipe import read_recipe  # noqa: E402
+from diffpress.compress.recipe import Recipe  # noqa: E402
 from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
 from diffpress.runtime.network_inputs import ConditioningInputs, class_conditioning  # noqa: E402
 from diffpress.runtime.pipeline import DECODER, resized  # noqa: E402
@@ -81,9 +81,9 @@ def sampled_in_torch(checkpoint: Checkpoint, negatives: Sequence[str] | None = N
     """Sample images [N, 3, H, W] in [0, 1] with the runtime's sampler and torch networks."""
     spec, conditioning = checkpoint.spec, ConditioningInputs()
     if spec.conditioning.kind == "text":
-        uncond = encode_prompts(checkpoint, negatives, pytest.fail)
+        uncond = encode_prompts(checkpoint, negatives)
         uncond = {name: np.broadcast_to(array, (len(SEEDS), *array.shape[1:])) for name, array in uncond.items()}
-        conditioning = ConditioningInputs(encode_prompts(checkpoint, PROMPTS, pytest.fail), uncond)
+        conditioning = ConditioningInputs(encode_prompts(checkpoint, PROMPTS), uncond)
     elif spec.conditioning.kind == "class":
         conditioning = class_conditioning(spec, np.array(LABELS))
     latents = generate(TorchNetwork(checkpoint.model, spec), spec, SEEDS, conditions=conditioning)
@@ -204,7 +204,7 @@ def test_every_family_is_pruned_distilled_and_quantized(
     kind: str, method: str, tiny_folder: Callable[..., Path], recipe: Callable[[str], Path], tmp_path: Path
 ) -> None:
     teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=2)
-    result = run_stages(teacher, read_recipe(recipe(method)), tmp_path / "run")
+    result = run_stages(teacher, Recipe.load(recipe(method)), tmp_path / "run")
 
     before, after = (count(one.model, one.spec) for one in (teacher, result))
     # only inner widths shrink and both heads remain; in tiny PixArt these widths are a quarter of the MACs
