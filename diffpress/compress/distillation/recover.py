@@ -16,7 +16,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.block_features import capture_energies, energy_distance
+from diffpress.compress.distillation.block_features import capture_features, energy_distance, energy_map
 from diffpress.compress.distillation.conditioning import drop_conditioning
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.student import train_student
@@ -45,13 +45,14 @@ def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Chec
     def loss(student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors) -> torch.Tensor:
         teacher.to(x0.device)
         x_t = add_noise(spec, x0, noise, t)
-        with torch.no_grad(), capture_energies(teacher, blocks) as teacher_energies:
+        with torch.no_grad(), capture_features(teacher, blocks) as teacher_features:
             target = forward(teacher, spec, x_t, t, cond)
-        with capture_energies(student, blocks) as student_energies:
+        with capture_features(student, blocks) as student_features:
             out = forward(student, spec, x_t, t, cond)
         total = config.output_weight * torch.mean((out - target) ** 2)
         if blocks:
-            total = total + config.feature_weight * energy_distance(student_energies, teacher_energies)
+            references = {name: energy_map(feature) for name, feature in teacher_features.items()}
+            total = total + config.feature_weight * energy_distance(student_features, references)
         if config.task_weight:
             task_target = to_output(spec.prediction, x0, noise, noise_levels_at(spec, t))
             total = total + config.task_weight * torch.mean((out - task_target) ** 2)

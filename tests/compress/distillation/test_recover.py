@@ -13,7 +13,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.block_features import capture_energies, energy_distance
+from diffpress.compress.distillation.block_features import capture_features, energy_distance, energy_map
 from diffpress.compress.distillation.conditioning import drop_conditioning
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.distill import distill
@@ -111,8 +111,9 @@ def test_recovering_without_images_learns_from_samples_of_the_teacher(
 
 def test_the_energy_distance_is_relative_and_averaged_over_blocks() -> None:
     references = {"a": torch.full((2, 4, 4), 4.0), "b": torch.full((2, 2, 2), 1.0)}
-    assert energy_distance(dict(references), references) == 0.0
-    student = {"a": torch.full((2, 4, 4), 1.0), "b": references["b"]}  # (4 - 1)^2 / 4^2
+    same = {"a": torch.full((2, 3, 4, 4), 2.0), "b": torch.full((2, 6, 2, 2), 1.0)}
+    assert energy_distance(same, references) == 0.0
+    student = {"a": torch.full((2, 5, 4, 4), 1.0), "b": same["b"]}  # energies 1 and 4: (4 - 1)^2 / 4^2
     assert energy_distance(student, references).item() == pytest.approx((9 / 16 + 0) / 2)
 
 
@@ -127,26 +128,27 @@ class FixedOutput(nn.Module):
         return self.output
 
 
-def test_the_energy_of_a_block_is_that_of_its_hidden_states_over_the_channels() -> None:
+def test_the_feature_of_a_block_is_its_hidden_states_and_the_energy_is_over_its_channels() -> None:
     tokens, image, text = torch.full((1, 4, 3), 2.0), torch.full((1, 5, 2, 2), 3.0), torch.zeros(1, 2, 3)
     for output in (tokens, (tokens, (text, text)), (text, tokens), (None, tokens), image):
         model = nn.Sequential(FixedOutput(output))
-        with capture_energies(model, ["0"]) as energies:
+        with capture_features(model, ["0"]) as features:
             model[0]()
-        expected = torch.full((1, 2, 2), 9.0) if output is image else torch.full((1, 4), 4.0)
-        torch.testing.assert_close(energies["0"], expected, rtol=0, atol=0)
+        assert features["0"] is (image if output is image else tokens)
+    assert torch.equal(energy_map(tokens), torch.full((1, 4), 4.0))
+    assert torch.equal(energy_map(image), torch.full((1, 2, 2), 9.0))
 
 
-def test_energies_are_collected_only_inside_the_context(unet: Checkpoint) -> None:
+def test_features_are_collected_only_inside_the_context(unet: Checkpoint) -> None:
     blocks = adapter_for(unet.model).blocks(unet.model)
     inputs = torch.randn(2, 1, 8, 8), torch.tensor([1, 50]), {"class_labels": torch.tensor([0, 1])}
-    with torch.no_grad(), capture_energies(unet.model, blocks) as energies:
+    with torch.no_grad(), capture_features(unet.model, blocks) as features:
         forward(unet.model, unet.spec, *inputs)
-    assert set(energies) == set(blocks) and all(e.shape[0] == 2 and e.dim() == 3 for e in energies.values())
-    kept = dict(energies)
+    assert set(features) == set(blocks) and all(f.shape[0] == 2 and f.dim() == 4 for f in features.values())
+    kept = dict(features)
     with torch.no_grad():
         forward(unet.model, unet.spec, *inputs)
-    assert all(energies[name] is kept[name] for name in blocks)
+    assert all(features[name] is kept[name] for name in blocks)
 
 
 def test_a_tenth_of_the_labels_is_replaced_by_the_null_label() -> None:

@@ -13,7 +13,7 @@ import torch
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.block_features import capture_energies
+from diffpress.compress.distillation.block_features import capture_features, energy_map
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization import trajectory_dataset
@@ -72,12 +72,12 @@ def test_recorded_energies_are_those_of_the_model_at_the_drawn_states(
 ) -> None:
     states = dataset(unet, context(unet)).draw(6, torch.Generator().manual_seed(1))
     blocks = adapter_for(unet.model).blocks(unet.model)
-    with torch.no_grad(), capture_energies(unet.model, blocks) as energies:
+    with torch.no_grad(), capture_features(unet.model, blocks) as features:
         outputs = adapter_for(unet.model).forward(unet.model, states.inputs)
     torch.testing.assert_close(states.outputs, outputs, rtol=1e-4, atol=1e-5)
-    assert states.energies.keys() == energies.keys() == set(blocks)
-    for name, energy in energies.items():
-        torch.testing.assert_close(states.energies[name], energy, rtol=1e-4, atol=1e-5)
+    assert states.energies.keys() == features.keys() == set(blocks)
+    for name, feature in features.items():
+        torch.testing.assert_close(states.energies[name], energy_map(feature), rtol=1e-4, atol=1e-5)
 
 
 def test_states_are_drawn_uniformly_from_the_first_trajectories(

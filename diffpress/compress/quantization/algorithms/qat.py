@@ -25,7 +25,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.block_features import capture_energies, energy_distance
+from diffpress.compress.distillation.block_features import capture_features, energy_distance
 from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.algorithms.qat_updates import Full, LowRank, weight_scalings, weights_of
@@ -91,9 +91,9 @@ def _objective(dataset: TrajectoryDataset, config: QATConfig, batch: int) -> Obj
 
     def loss(student: nn.Module, inputs: Tensors, outputs: torch.Tensor, energies: Tensors) -> torch.Tensor:
         trainee: Any = getattr(student, "module", student)  # unwrap DDP
-        with capture_energies(trainee.base, list(energies)) as found:
+        with capture_features(trainee.base, list(energies)) as features:
             out = student(inputs)
         output_loss = torch.mean((out - outputs) ** 2)
-        return output_loss + config.feature_weight * energy_distance(found, energies) if energies else output_loss
+        return output_loss + config.feature_weight * energy_distance(features, energies) if energies else output_loss
 
     return Objective(draw, loss)

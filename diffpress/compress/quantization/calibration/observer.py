@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffpress.compress.distillation.block_features import capture_energies
+from diffpress.compress.distillation.block_features import capture_features, energy_map
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import Advance
 from diffpress.compress.training.resume import read_state, write_state
@@ -144,11 +144,11 @@ class ObservedNetwork:
             ) from error
 
     def _evaluate(self, inputs: Arrays) -> Arrays:
-        with capture_energies(self.model, self.blocks) as energies:
+        with capture_features(self.model, self.blocks) as features:
             out = self.network.run(inputs)
         if not np.isfinite(out).all():
             raise NonFiniteError
-        return {OUTPUT: out} | {f"{ENERGY}{name}": energy.cpu().numpy() for name, energy in energies.items()}
+        return {OUTPUT: out} | {f"{ENERGY}{name}": energy_map(x).cpu().numpy() for name, x in features.items()}
 
     def _observe(
         self, observe: Observer, side: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any
