@@ -36,12 +36,12 @@ from diffpress.compress.config import (
 )
 from diffpress.compress.stages import STAGES, Stage, check_order, stages_of
 from diffpress.runtime.errors import InvalidInputError, unknown_name
+from diffpress.runtime.sampler import MAX_SEED
 
 SECTIONS: dict[str, type[Config]] = {"export": ExportConfig, "evaluate": EvaluateConfig, "gates": GatesConfig}
 KEYS = ("seed", "data", "teacher_samples", "stages", *SECTIONS)
 
 TEACHER_SAMPLES = 64
-MAX_SEED = 2**63 - 1
 
 
 @dataclass(frozen=True)

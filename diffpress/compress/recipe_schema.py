@@ -10,8 +10,9 @@ from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
 from diffpress.compress.distillation.distill import DEFAULT_KIND
-from diffpress.compress.recipe import MAX_SEED, SECTIONS, TEACHER_SAMPLES
+from diffpress.compress.recipe import SECTIONS, TEACHER_SAMPLES
 from diffpress.compress.stages import STAGES
+from diffpress.runtime.sampler import MAX_SEED
 
 DESCRIPTIONS = {
     "seed": "Seed of every random draw of the run.",

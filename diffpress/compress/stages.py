@@ -166,7 +166,7 @@ def check_order(stages: Sequence[Stage], source: str) -> None:
 
 
 def stages_of(configs: Iterable[object]) -> tuple[Stage, ...]:
-    """Return the entries for stage objects; InvalidInputError for anything that is no stage."""
+    """Return the entries for stage objects; InvalidInputError for anything that is not a stage."""
     found = []
     for config in configs:
         name = next((name for name, stage in STAGES.items() if isinstance(config, stage.configs)), None)

@@ -84,8 +84,7 @@ def export_bundle(
         verified = verify_denoiser(deployed, folder, sizes, config)
         components = export_components(deployed.checkpoint, config, folder, reuse)
         built = _build_engines(deployed, components, config, folder, reuse)
-        content = manifest_content(deployed, sizes, verified, components, built)
-        seal(folder, content | {"name": name or content["name"], "metrics": metrics or {}})
+        seal(folder, manifest_content(deployed, sizes, verified, components, built, name, metrics))
 
     write_folder(out, fill)
     return load_bundle(out)

@@ -40,8 +40,10 @@ def manifest_content(
     verified: Verified,
     components: dict[str, dict[str, Any]],
     built: list[dict[str, Any]],
+    name: str | None,
+    metrics: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """Return the manifest of a bundle without its files and metrics; its name is the class of the network.
+    """Return the manifest of a bundle without its files.
 
     Args:
         denoiser: The denoiser.
@@ -49,16 +51,18 @@ def manifest_content(
         verified: What was measured of the denoiser's graphs.
         components: Entries of the other graphs.
         built: Entries of engines that were built.
+        name: Name of the bundle; None for the class of the network.
+        metrics: Metrics, if there are any.
     """
     checkpoint = denoiser.checkpoint
     return {
-        "name": type(checkpoint.model).__name__,
+        "name": name or type(checkpoint.model).__name__,
         "family": checkpoint.source.kind,
         "spec": checkpoint.spec.to_json(),
         "graphs": {"denoiser": _denoiser_entry(denoiser, sizes, verified), **components},
         "engines": [*verified.engines, *built],
         "history": [_timeless(asdict(record)) for record in checkpoint.history],
-        "metrics": {},
+        "metrics": metrics or {},
         "parity": verified.parity,
     }
 
