@@ -17,39 +17,51 @@ from diffpress.export.lowering import PassContext, lower
 from diffpress.export.manifest import graph_entry, parameter_count
 from diffpress.export.passes.half_precision import FLOAT, kept_modules
 from diffpress.export.targets.pipeline_folder import link_graph, write_graph
+from diffpress.export.verify.gate import ParityFailure, ParityGate, failures_of
 from diffpress.export.verify.parity import check_component
 from diffpress.runtime.bundle import Bundle
 
 
 def export_components(
-    checkpoint: Checkpoint, config: ExportConfig, folder: Path, reuse: Bundle | None = None
-) -> dict[str, dict[str, Any]]:
-    """Write the components of the checkpoint's pipeline into a bundle's folder; return their manifest entries.
+    checkpoint: Checkpoint, config: ExportConfig, folder: Path, gate: ParityGate, reuse: Bundle | None = None
+) -> tuple[dict[str, dict[str, Any]], tuple[ParityFailure, ...]]:
+    """Write the components of the checkpoint's pipeline into a bundle's folder.
 
     The decoder stays fp32: it overflows fp16.
+
+    Returns:
+        Their manifest entries, and what failed parity.
     """
     entries = {}
+    failures: list[ParityFailure] = []
     made_before = reuse.manifest["graphs"] if reuse else {}
     for name in component_names(checkpoint):
         precision = FLOAT if name == DECODER else config.precision
         if reuse is not None and made_before[name]["precision"] == precision:
             link_graph(reuse.path, folder, name)
             entries[name] = made_before[name]
+            failures += [failure for failure in failures_of(reuse) if failure.graph == made_before[name]["file"]]
         else:
-            entries[name] = _export_component(load_component(checkpoint, name), precision, folder, config.threads)
-    return entries
+            component = load_component(checkpoint, name)
+            entries[name], failed = _export_component(component, precision, folder, config.threads, gate)
+            failures += failed
+    return entries, tuple(failures)
 
 
-def _export_component(component: Component, precision: str, folder: Path, threads: int | None) -> dict[str, Any]:
+def _export_component(
+    component: Component, precision: str, folder: Path, threads: int | None, gate: ParityGate
+) -> tuple[dict[str, Any], tuple[ParityFailure, ...]]:
     module = component.module
     traced = trace(module, component.forward, component.examples, component.outputs, component.axes)
     context = PassContext(precision=precision, keep=kept_modules(module, precision), name=component.name)
     graph = lower(traced, "cpu", context)
     size = write_graph(graph, folder, component.name, component.name, component.config)
     file = f"{component.name}.onnx"
-    return {
+    parity, failures = check_component(component, folder / file, threads=threads, precision=precision, gate=gate)
+    entry = {
         **graph_entry(file, graph, precision),
         "bytes": size,
         "parameters": parameter_count(module),
-        "parity": check_component(component, folder / file, threads=threads, precision=precision),
+        "parity": parity,
     }
+    return entry, failures

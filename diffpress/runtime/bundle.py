@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from diffpress.runtime.errors import InvalidInputError
@@ -29,7 +30,17 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 
 # features beyond format 2 that this runtime supports; a bundle lists those it needs under `requires`
-FEATURES: frozenset[str] = frozenset()
+FEATURES = frozenset({"sample_rank", "tensor_conditioning", "decoder"})
+
+
+def required_features(spec: DenoiserSpec, graphs: Collection[str]) -> list[str]:
+    """Return the features that a bundle with this spec and these graphs needs, sorted."""
+    needed = {
+        "sample_rank": len(spec.sample_shape) != 3,
+        "tensor_conditioning": bool(spec.conditioning.tensors),
+        "decoder": "vae_decoder" in graphs and spec.latent_factor == 1,  # format 2 alone would not run it
+    }
+    return sorted(name for name, is_needed in needed.items() if is_needed)
 
 
 class PrebuiltEngine(NamedTuple):
@@ -134,8 +145,14 @@ def seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     return manifest
 
 
+def find_bundle(path: str | Path) -> Path | None:
+    """Return the folder of the bundle at a path: the path itself, or `bundle` in the folder of a compress run."""
+    folder = Path(path)
+    return next((place for place in (folder, folder / "bundle") if (place / MANIFEST).is_file()), None)
+
+
 def load_bundle(path: str | Path) -> Bundle:
-    """Open a bundle and verify every file against its manifest.
+    """Open a bundle, or that of a compress run, and verify every file against its manifest.
 
     Raises:
         InvalidInputError: The folder is no bundle, its format is unknown, or a file is missing, damaged or changed.
@@ -145,12 +162,12 @@ def load_bundle(path: str | Path) -> Bundle:
         >>> dp.load_bundle(bundle).spec.prediction
         'v'
     """
-    folder = Path(path)
-    file = folder / MANIFEST
-    if not file.is_file():
+    folder = find_bundle(path)
+    if folder is None:
         raise InvalidInputError(
-            f"{folder}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'diffpress compress')"
+            f"{path}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'diffpress compress')"
         )
+    file = folder / MANIFEST
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
@@ -212,7 +229,8 @@ def _is_engine(entry: Any, listed: dict[str, Any]) -> bool:
 
 def _verify_file(folder: Path, name: str, entry: Any) -> None:
     path = folder / name
-    if folder.resolve() not in path.resolve().parents:
+    # by its name: in a hub cache the files are links to blobs outside the folder
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise InvalidInputError(f"{folder / MANIFEST}: '{name}' points outside the bundle")
     if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
         raise InvalidInputError(f"{folder / MANIFEST}: '{name}' has no size and sha256; export the bundle again")

@@ -15,6 +15,7 @@ Tokenizers are files of the `tokenizers` library (tokenizer.json), which the ext
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -95,7 +96,7 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], encoder: TextEncoder)
     mask = np.zeros_like(ids)
     unread = []
     for row, prompt in enumerate(prompts):
-        text = prompt.lower().strip() if encoder.lower else prompt
+        text = with_all_vectors(tokenizer, prompt.lower().strip() if encoder.lower else prompt)
         encoding = tokenizer.encode(text)
         ids[row, : len(encoding.ids)] = encoding.ids
         mask[row, : len(encoding.ids)] = 1
@@ -108,6 +109,23 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], encoder: TextEncoder)
         )
         unread.append(text[next(lost, len(text)) :].strip())
     return Tokens(ids, mask, tuple(unread))
+
+
+def with_all_vectors(tokenizer: Tokenizer, prompt: str) -> str:
+    """Replace each token of a textual inversion of several vectors by the tokens of all of them.
+
+    '<cat>' becomes '<cat> <cat>_1 <cat>_2' if the tokenizer has these tokens, equal to diffusers'
+    `TextualInversionLoaderMixin.maybe_convert_prompt`.
+    """
+    added = {token.content for token in tokenizer.get_added_tokens_decoder().values()}
+    if not any(f"{token}_1" in added for token in added):
+        return prompt
+    encoding = tokenizer.encode(prompt, add_special_tokens=False)
+    found = [encoding, *encoding.overflowing]  # also tokens beyond the limit of the tokenizer
+    for token in dict.fromkeys(token for part in found for token in part.tokens if token in added):
+        further = itertools.takewhile(added.__contains__, (f"{token}_{index}" for index in itertools.count(1)))
+        prompt = prompt.replace(token, " ".join([token, *further]))
+    return prompt
 
 
 def encode(
@@ -248,15 +266,20 @@ def _reads_text(entry: TextInput) -> bool:
 
 
 def _warn_if_truncated(prompts: Sequence[str], encoders: Sequence[TextEncoder], tokens: Mapping[str, Tokens]) -> None:
-    """Warn once per truncated prompt and truncated text, naming all encoders concerned."""
+    """Warn once for each group of encoders that truncates prompts at the same place, naming the first prompt."""
     truncated: dict[tuple[str, int, str], list[str]] = {}
     for encoder in encoders:
         for prompt, unread in zip(prompts, tokens[encoder.graph].unread, strict=True):
             if unread:
                 truncated.setdefault((prompt, encoder.length, unread), []).append(encoder.graph)
+    by_encoders: dict[str, list[tuple[str, str]]] = {}
     for (prompt, length, unread), graphs in truncated.items():
-        names = f"{', '.join(graphs)} ({length} tokens)"
-        logger.warning(f"the prompt '{_brief(prompt, 40)}' is too long for {names}: left out '{_brief(unread, 200)}'")
+        by_encoders.setdefault(f"{', '.join(graphs)} ({length} tokens)", []).append((prompt, unread))
+    for names, ((prompt, unread), *others) in by_encoders.items():
+        are, so_on = (f"and {len(others)} more are", " and so on") if others else ("is", "")
+        logger.warning(
+            f"the prompt '{_brief(prompt, 40)}' {are} too long for {names}: left out '{_brief(unread, 200)}'{so_on}"
+        )
 
 
 def _brief(text: str, limit: int) -> str:

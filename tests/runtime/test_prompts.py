@@ -157,6 +157,9 @@ class Letters:
     def num_special_tokens_to_add(self, _: bool) -> int:
         return 1
 
+    def get_added_tokens_decoder(self) -> dict[int, SimpleNamespace]:
+        return {}
+
     def no_padding(self) -> None:
         pass
 
@@ -442,3 +445,12 @@ def test_importing_prompts_does_not_import_tokenizers() -> None:
     code = "import sys, diffpress.runtime.prompts; print('tokenizers' in sys.modules, 'numpy' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "True"]
+
+
+def test_many_truncated_prompts_give_one_warning(pair: Any, caplog: pytest.LogCaptureFixture) -> None:
+    encode(["bcdefg", "b", "gfedcb"], SDXL, pair, LETTERS, SIZE)
+    (message,) = caplog.messages
+    assert message == (
+        "the prompt 'bcdefg' and 1 more are too long for text_encoder, text_encoder_2 (4 tokens): "
+        "left out 'efg' and so on"
+    )

@@ -4,6 +4,7 @@
                        CLIP: [text_embeds,] last_hidden_state [, pooler_output], hidden_states.0 ... in this order
                        T5:   last_hidden_state
     vae_decoder    latent_sample f32 [B, C, h, w]                          ->  sample f32 [B, 3, H, W]
+                   (a custom module's: [B, ...] -> [B, ...])
 
 Names and order are those of optimum's ONNX pipelines, so that optimum can load a bundle. A component is loaded from the
 checkpoint's folder when it is needed and dropped afterwards.
@@ -11,7 +12,6 @@ checkpoint's folder when it is needed and dropped afterwards.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,14 +22,22 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.sources.layout import TEXT_ENCODERS, first_line, read_layout, variant_of
+from diffpress.compress.sources.layout import TEXT_ENCODERS, Layout, read_layout
+from diffpress.compress.sources.pretrained import (
+    DECODER_MODELS,
+    ENCODER,
+    TEXT_MODELS,
+    load_diffusers_model,
+    load_text_encoder,
+)
+from diffpress.runtime.conditioning import TextEncoder
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.prompts import MASK, encode, unconditional
 from diffpress.runtime.spec import DenoiserSpec
 
 DECODER = "vae_decoder"
-TEXT_MODELS = ("CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel")
-DECODER_MODELS = ("AutoencoderKL", "VQModel")
+# pipelines that pass the attention mask to a text encoder whose config has `use_attention_mask`
+MASKED_PIPELINES = ("", "StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 
 Tensors = dict[str, torch.Tensor]
 
@@ -77,9 +85,9 @@ class Component:
 def component_names(checkpoint: Checkpoint) -> list[str]:
     """Return the names of the component graphs of a bundle, text encoders first."""
     if checkpoint.source.pipeline_folder is None:
-        return []
+        return [] if checkpoint.source.decoder is None else [DECODER]
     encoders = [encoder.graph for encoder in checkpoint.spec.conditioning.encoders]
-    return [*encoders, DECODER] if checkpoint.spec.latent_factor > 1 else encoders
+    return encoders if read_layout(checkpoint.source.pipeline_folder).decoder is None else [*encoders, DECODER]
 
 
 def load_component(checkpoint: Checkpoint, name: str) -> Component:
@@ -88,30 +96,43 @@ def load_component(checkpoint: Checkpoint, name: str) -> Component:
     Raises:
         InvalidInputError: Its class is not supported, or its weights cannot be read.
     """
+    if checkpoint.source.decoder is not None:
+        return _custom_decoder(checkpoint.source.decoder, checkpoint.spec)
     assert checkpoint.source.pipeline_folder is not None  # else component_names is empty
     layout = read_layout(checkpoint.source.pipeline_folder)
     if name in TEXT_ENCODERS:
-        return _text_encoder(layout.folder / name, layout.configs[name], checkpoint.spec)
+        return _text_encoder(layout, name, checkpoint.spec)
     assert layout.decoder is not None
-    return _decoder(layout.folder / layout.decoder, layout.configs[layout.decoder], checkpoint.spec)
+    return _decoder(layout, layout.decoder, checkpoint.spec)
 
 
-def _text_encoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Component:
-    kind = (config.get("architectures") or ["without a name"])[0]
+def _text_encoder(layout: Layout, name: str, spec: DenoiserSpec) -> Component:
+    config, kind, folder = layout.configs[name], layout.kind_of(name), layout.folder / name
     _check_supported(folder, kind, TEXT_MODELS)
-    module = _from_pretrained("transformers", kind, folder, torch_dtype=torch.float32)
-    length = next(e.length for e in spec.conditioning.encoders if e.graph == folder.name)
-    examples = {"input_ids": torch.zeros(2, length, dtype=torch.int64)}
-    if any(f"{folder.name}.{MASK}" in rows for rows in _encoder_outputs(spec)):
+    module: Any = load_text_encoder(folder, kind)
+    encoder = next(e for e in spec.conditioning.encoders if e.graph == name)
+    _check_vocabulary(layout, encoder, module.get_input_embeddings().weight.shape[0])
+    examples = {"input_ids": torch.zeros(2, encoder.length, dtype=torch.int64)}
+    masked = config.get("use_attention_mask") and layout.pipeline in MASKED_PIPELINES
+    if masked or any(f"{name}.{MASK}" in rows for rows in _encoder_outputs(spec)):
         # if the denoiser receives the mask, so does its text encoder
-        examples[MASK] = torch.ones(2, length, dtype=torch.int64)
-    axes = {name: {0: "batch", 1: "sequence"} for name in examples}
+        examples[MASK] = torch.ones(2, encoder.length, dtype=torch.int64)
+    axes = {key: {0: "batch", 1: "sequence"} for key in examples}
     outputs = ["last_hidden_state"]
     if kind != "T5EncoderModel":
-        hidden = [f"hidden_states.{i}" for i in range(int(config["num_hidden_layers"]) + 1)]
+        hidden = [f"hidden_states.{i}" for i in range(module.config.num_hidden_layers + 1)]
         projects = kind == "CLIPTextModelWithProjection"
         outputs = [*(["text_embeds"] if projects else []), *outputs, *([] if projects else ["pooler_output"]), *hidden]
-    return Component(folder.name, folder.name, config, module, _outputs_of(outputs), examples, outputs, axes)
+    return Component(name, name, config, module, _outputs_of(outputs), examples, outputs, axes)
+
+
+def _check_vocabulary(layout: Layout, encoder: TextEncoder, embeddings: int) -> None:
+    token, number = max(layout.tokenizer(encoder.tokenizer).get_vocab().items(), key=lambda item: item[1])
+    if number >= embeddings:
+        raise InvalidInputError(
+            f"{layout.folder / encoder.tokenizer}: token '{token}' has the id {number}, but {encoder.graph} has "
+            f"{embeddings} embeddings (vocab_size); they come from different models"
+        )
 
 
 def _outputs_of(names: list[str]) -> Callable[[nn.Module, Tensors], tuple[torch.Tensor, ...]]:
@@ -127,18 +148,28 @@ def _outputs_of(names: list[str]) -> Callable[[nn.Module, Tensors], tuple[torch.
     return forward
 
 
-def _decoder(folder: Path, config: dict[str, Any], spec: DenoiserSpec) -> Component:
-    kind = str(config.get("_class_name"))
+def _decoder(layout: Layout, name: str, spec: DenoiserSpec) -> Component:
+    config, kind, folder = layout.configs[name], layout.kind_of(name), layout.folder / name
     _check_supported(folder, kind, DECODER_MODELS)
-    module: Any = _from_pretrained("diffusers", kind, folder, torch_dtype=torch.float32)
-    del module.encoder  # not needed for decoding
+    module: Any = load_diffusers_model(folder, kind, optional=ENCODER)
+    for part, child in list(module.named_children()):
+        if part == "encoder" or any(parameter.is_meta for parameter in child.parameters()):
+            delattr(module, part)  # not needed for decoding, and some files lack it
     examples = {"latent_sample": torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))}
     axes = {"latent_sample": {0: "batch", 2: "latent_height", 3: "latent_width"}}
-    return Component(DECODER, folder.name, config, module, _decode, examples, ["sample"], axes)
+    return Component(DECODER, name, config, module, _decode, examples, ["sample"], axes)
 
 
 def _decode(module: Any, inputs: Tensors) -> tuple[torch.Tensor, ...]:
     return (module.decode(inputs["latent_sample"], return_dict=False)[0],)
+
+
+def _custom_decoder(module: nn.Module, spec: DenoiserSpec) -> Component:
+    def decode(decoder: nn.Module, inputs: Tensors) -> tuple[torch.Tensor, ...]:
+        return (decoder(inputs["latent_sample"]),)
+
+    examples = {"latent_sample": torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))}
+    return Component(DECODER, DECODER, {}, module, decode, examples, ["sample"], {"latent_sample": {0: "batch"}})
 
 
 def encode_prompts(checkpoint: Checkpoint, prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
@@ -174,13 +205,3 @@ def _check_supported(folder: Path, kind: str, supported: tuple[str, ...]) -> Non
         raise InvalidInputError(
             f"{folder / 'config.json'}: class '{kind}' is not supported (supported: {', '.join(supported)})"
         )
-
-
-def _from_pretrained(library: str, kind: str, folder: Path, **options: Any) -> nn.Module:
-    try:
-        module: nn.Module = getattr(importlib.import_module(library), kind).from_pretrained(
-            folder, use_safetensors=True, local_files_only=True, variant=variant_of(folder), **options
-        )
-    except Exception as error:  # both libraries raise many types
-        raise InvalidInputError(f"{folder}: {kind} cannot be loaded ({first_line(error)}); copy it again") from error
-    return module.eval().requires_grad_(False)

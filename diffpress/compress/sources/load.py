@@ -27,9 +27,9 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.sources.custom_module import load_custom_module
 from diffpress.compress.sources.diffusers_folder import load_diffusers_folder
 from diffpress.compress.sources.hub import download_pipeline
-from diffpress.compress.sources.layout import PICKLES
 from diffpress.compress.sources.lora import fuse_loras
 from diffpress.compress.sources.single_file import from_single_file
+from diffpress.compress.sources.weights import PICKLES
 from diffpress.runtime.errors import InvalidInputError
 
 

@@ -14,8 +14,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from diffpress.compress.sources.layout import INDEX, USED, Layout, link_or_copy
+from diffpress.compress.sources.layout import INDEX, USED, Layout
 from diffpress.export.graph.model import Graph, save_graph, write_linked_graph
+from diffpress.runtime.io.files import link_or_copy
 
 VIEW, DATA = "model.onnx", "model.onnx_data"
 

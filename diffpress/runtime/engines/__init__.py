@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from diffpress.runtime.bundle import Bundle, PrebuiltEngine
+from diffpress.runtime.engines.linked_files import without_links
 from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
 from diffpress.runtime.engines.onnxruntime.providers import CPU
 from diffpress.runtime.engines.openvino import engine as openvino_engine
@@ -143,15 +144,15 @@ def open_engine(
     If no engine is named and the preferred one is unavailable, the next one is tried, with a warning that states the
     reason. Arguments and errors are those of `load_engine`.
     """
-    names = [name] if name is not None else available() or [preferred()]
+    names = [name] if name is not None else _passed_first(bundle, available() or [preferred()])
     options = options or EngineOptions()
     for candidate in names:
         path = bundle.graph(graph, candidate)
         # the bundle's hash covers all of its files
         cache = options.cache and options.cache.of(f"{bundle.hash} {path.relative_to(bundle.path).as_posix()}")
         try:
-            return load_engine(
-                path,
+            engine = load_engine(
+                without_links(bundle, path),
                 candidate,
                 threads,
                 options=replace(options, cache=cache),
@@ -161,7 +162,24 @@ def open_engine(
             if candidate == names[-1]:
                 raise
             logger.warning(f"{error}; trying the next engine")
+            continue
+        if graph == "denoiser":
+            _warn_of_failed_parity(bundle, candidate)
+        return engine
     raise AssertionError("unreachable: there is at least one name")
+
+
+def _passed_first(bundle: Bundle, names: list[str]) -> list[str]:
+    """Return the engines with those last in which the bundle failed parity with torch when it was exported."""
+    failed = {failure["engine"] for failure in bundle.manifest.get("parity_failures", [])}
+    return sorted(names, key=lambda name: name in failed)
+
+
+def _warn_of_failed_parity(bundle: Bundle, engine: str) -> None:
+    """Warn of what failed when the bundle was exported: its gate, or this engine."""
+    for failure in bundle.manifest.get("parity_failures", []):
+        if failure["target"] or failure["engine"] == engine:
+            logger.warning(f"{bundle.path}: failed parity with torch when it was exported: {failure['message']}")
 
 
 def engine_label(engine: Engine) -> str:

@@ -94,7 +94,7 @@ def write_json(path: Path, value: Any) -> None:
 def read_json_value(path: Path, hint: str = "rerun the command that wrote it") -> Any:
     """Read any JSON value; raises InvalidInputError, with `hint`, if the file is missing or malformed."""
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
 
@@ -105,6 +105,14 @@ def read_json(path: Path, hint: str = "rerun the command that wrote it") -> dict
     if not isinstance(data, dict):
         raise InvalidInputError(f"{path}: expected a JSON object{hint and f'; {hint}'}")
     return data
+
+
+def link_or_copy(source: str, target: str) -> None:
+    """Create a hard link to `source` at `target`, or a copy if the file system does not support links."""
+    try:
+        os.link(os.path.realpath(source), target)  # hub caches hold symlinks
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _failed(path: Path, problem: str, error: Exception, hint: str) -> InvalidInputError:

@@ -12,8 +12,10 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file, save_file
 
 from diffpress.compress.models.components import component_names, encode_prompts, load_component
+from diffpress.compress.sources.layout import INDEX
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
 
@@ -133,19 +135,19 @@ def test_encoded_prompts_are_those_of_the_pipeline(tiny_folder: Callable[..., Pa
 
 
 @pytest.mark.parametrize(
-    ("component", "changes", "named"),
+    ("component", "entry", "named"),
     [
-        ("text_encoder", {"architectures": ["GemmaModel"]}, "GemmaModel"),
-        ("text_encoder", {"architectures": None}, "without a name"),
-        ("vae", {"_class_name": "AutoencoderDC"}, "AutoencoderDC"),
+        ("text_encoder", ["transformers", "GemmaModel"], "GemmaModel"),
+        ("text_encoder", ["my_encoder", "CLIPTextModel"], "my_encoder.CLIPTextModel"),
+        ("vae", ["diffusers", "ConsistencyDecoderVAE"], "ConsistencyDecoderVAE"),
     ],
 )
 def test_a_component_of_an_unknown_class_is_refused_by_name(
-    component: str, changes: dict[str, Any], named: str, copied: Callable[[str], Path]
+    component: str, entry: list[str], named: str, copied: Callable[[str], Path]
 ) -> None:
     folder = copied("sd")
-    edit(folder / component / "config.json", **changes)
     checkpoint = load_checkpoint(folder)
+    edit(folder / INDEX, **{component: entry})
     name = "vae_decoder" if component == "vae" else component
     refused(lambda: load_component(checkpoint, name), str(folder / component), named, "supported")
 
@@ -159,5 +161,64 @@ def test_a_component_without_weights_is_refused_by_name(component: str, copied: 
     refused(
         lambda: load_component(checkpoint, "vae_decoder" if component == "vae" else component),
         str(folder / component),
-        "again",
+        "no weight files",
     )
+
+
+# --- what diffusers makes of the index and the configs -----------------------------------------------------------
+
+
+SWAPPED = [
+    ("sd", "text_encoder", {"architectures": None}),
+    ("sd", "text_encoder", {"architectures": ["CLIPModel"]}),
+    ("sdxl", "text_encoder_2", {"architectures": ["CLIPTextModel"]}),
+    ("pixart-alpha", "text_encoder", {"architectures": ["T5ForConditionalGeneration"]}),
+    ("sd", "vae", {"_class_name": "SomethingElse"}),
+]
+
+
+@pytest.mark.parametrize(("kind", "component", "changes"), SWAPPED)
+def test_the_class_in_the_index_decides_over_the_config(
+    kind: str,
+    component: str,
+    changes: dict[str, Any],
+    tiny_folder: Callable[..., Path],
+    copied: Callable[[str], Path],
+) -> None:
+    folder, name = copied(kind), "vae_decoder" if component == "vae" else component
+    checkpoint = load_checkpoint(folder)
+    edit(folder / component / "config.json", **changes)
+    found, expected = load_component(checkpoint, name), load_component(load_checkpoint(tiny_folder(kind)), name)
+    assert type(found.module) is type(expected.module) and found.outputs == expected.outputs
+
+
+@pytest.mark.parametrize("use", [True, False])
+def test_the_mask_is_passed_to_an_encoder_whose_config_asks_for_it(use: bool, copied: Callable[[str], Path]) -> None:
+    folder = copied("sd")
+    edit(folder / "text_encoder" / "config.json", use_attention_mask=use)
+    with torch.no_grad():
+        expected = opened(folder).encode_prompt(PROMPTS, "cpu", 1, do_classifier_free_guidance=False)[0]
+    found = encode_prompts(load_checkpoint(folder), PROMPTS)["encoder_hidden_states"]
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    plain = encode_prompts(load_checkpoint(copied_again(folder)), PROMPTS)["encoder_hidden_states"]
+    assert np.allclose(found, plain, atol=1e-5) != use
+
+
+def copied_again(folder: Path) -> Path:
+    """Copy the pipeline without the setting."""
+    other = Path(shutil.copytree(folder, folder.with_name("plain")))
+    edit(other / "text_encoder" / "config.json", use_attention_mask=False)
+    return other
+
+
+def test_a_decoder_without_its_encoder_exports_the_same_graph(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd")
+    checkpoint = load_checkpoint(folder)
+    whole = load_component(checkpoint, "vae_decoder")
+    (file,) = (folder / "vae").glob("*.safetensors")
+    state = {k: v for k, v in load_file(file).items() if not k.startswith(("encoder.", "quant_conv."))}
+    save_file(state, file)
+    component = load_component(checkpoint, "vae_decoder")
+    latents = {"latent_sample": whole.examples["latent_sample"].numpy()}
+    np.testing.assert_array_equal(component.run_all(latents)["sample"], whole.run_all(latents)["sample"])
+    assert not any(parameter.is_meta for parameter in component.module.parameters())

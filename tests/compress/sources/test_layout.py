@@ -1,4 +1,4 @@
-"""compress/sources/layout.py: reading pipeline folders, and streaming weights into a module."""
+"""compress/sources/layout.py: reading pipeline folders: their components, classes and configs."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file, save_file
-from torch import nn
 
-from diffpress.compress.sources.layout import INDEX, link_components, load_weights_, read_layout, weight_files
+from diffpress.compress.sources.layout import INDEX, link_components, read_layout
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
 
@@ -26,17 +23,6 @@ def copied(tiny_folder: Callable[..., Path], tmp_path: Path) -> Callable[[str], 
     return lambda kind: shutil.copytree(tiny_folder(kind), tmp_path / kind)
 
 
-@pytest.fixture
-def stored(tmp_path: Path) -> Callable[..., Path]:
-    """Save tensors to a safetensors file."""
-
-    def save(**tensors: torch.Tensor) -> Path:
-        save_file(tensors, tmp_path / WEIGHTS)
-        return tmp_path / WEIGHTS
-
-    return save
-
-
 def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
@@ -46,17 +32,6 @@ def refused(call: Callable[[], object], *words: str) -> None:
         call()
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
-
-
-def mapped_file(tensor: torch.Tensor) -> str:
-    """Return the file that the tensor's memory maps, '' for ordinary memory."""
-    address = tensor.data_ptr()
-    for line in Path("/proc/self/maps").read_text().splitlines():
-        span, _, rest = line.partition(" ")
-        low, high = (int(end, 16) for end in span.split("-"))
-        if low <= address < high:
-            return rest.split(maxsplit=4)[4].strip() if len(rest.split()) > 4 else ""
-    return ""
 
 
 # --- folders ---------------------------------------------------------------------------------------------------
@@ -137,74 +112,53 @@ def test_only_pipeline_components_are_linked(copied: Callable[[str], Path], tmp_
     assert one.stat().st_ino == other.stat().st_ino
 
 
-# --- weights ---------------------------------------------------------------------------------------------------
+# --- classes ---------------------------------------------------------------------------------------------------
 
 
-def test_a_tensor_stored_in_the_requested_dtype_stays_a_view_of_the_file(stored: Callable[..., Path]) -> None:
-    # larger than a page, so that it is memory-mapped
-    values = torch.randn(64, 64)
-    file = stored(weight=values, bias=torch.zeros(64))
-    model = nn.Linear(64, 64, device="meta")
-    load_weights_(model, [file])
-    assert torch.equal(model.weight, values) and mapped_file(model.weight) == str(file)
-    load_weights_(model, [file], torch.bfloat16)
-    assert model.weight.dtype == torch.bfloat16 and mapped_file(model.weight) != str(file)
-    assert torch.equal(model.weight, values.bfloat16())
+def test_the_class_of_a_component_is_the_one_in_the_index(copied: Callable[[str], Path]) -> None:
+    folder = copied("pixart-alpha")
+    edit(folder / "text_encoder" / "config.json", architectures=["T5ForConditionalGeneration"])
+    edit(folder / "transformer" / "config.json", _class_name="SomethingElse")
+    edit(folder / "vae" / "config.json", _class_name="SomethingElse")
+    layout = read_layout(folder)
+    assert layout.kind == "PixArtTransformer2DModel"
+    assert (layout.kind_of("text_encoder"), layout.kind_of("vae")) == ("T5EncoderModel", "AutoencoderKL")
 
 
-def test_integers_keep_their_dtype_and_parameters_their_requires_grad(stored: Callable[..., Path]) -> None:
-    file = stored(weight=torch.ones(2, 2).half(), steps=torch.tensor(7))
-    model = nn.Module()
-    model.weight = nn.Parameter(torch.zeros(2, 2), requires_grad=False)
-    model.register_buffer("steps", torch.tensor(0))
-    load_weights_(model, [file])
-    assert model.weight.dtype == torch.float32 and not model.weight.requires_grad
-    assert model.steps.dtype == torch.int64 and model.steps == 7
+@pytest.mark.parametrize(
+    ("kind", "named", "found"),
+    [
+        ("sd", ["CLIPTextModel"], "CLIPTextModel"),
+        ("sd", ["CLIPModel"], "CLIPTextModel"),
+        ("pixart-alpha", ["T5ForConditionalGeneration"], "T5EncoderModel"),
+        ("pixart-alpha", ["T5Model"], "T5EncoderModel"),
+        ("sd", None, "without a name"),
+    ],
+)
+def test_without_an_index_the_class_is_the_encoder_of_the_one_in_the_config(
+    kind: str, named: list[str] | None, found: str, copied: Callable[[str], Path]
+) -> None:
+    folder = copied(kind)
+    (folder / INDEX).unlink()
+    edit(folder / "text_encoder" / "config.json", architectures=named)
+    assert read_layout(folder).kind_of("text_encoder") == found
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_a_non_finite_value_is_refused_with_its_tensor(value: float, stored: Callable[..., Path]) -> None:
-    weight = torch.zeros(3, 3)
-    weight[1, 2] = value
-    file = stored(weight=weight, bias=torch.zeros(3))
-    refused(lambda: load_weights_(nn.Linear(3, 3), [file]), str(file), "'weight'", "NaN or infinite")
+def test_a_class_of_the_pipelines_own_code_is_named_with_its_file(copied: Callable[[str], Path]) -> None:
+    folder = copied("sd")
+    edit(folder / INDEX, unet=["my_unet", "UNet2DConditionModel"], vae=["my_vae", "AutoencoderKL"])
+    layout = read_layout(folder)
+    assert (layout.kind, layout.kind_of("vae")) == ("my_unet.UNet2DConditionModel", "my_vae.AutoencoderKL")
+    refused(lambda: load_checkpoint(folder), "my_unet.UNet2DConditionModel", "not supported")
 
 
-def test_mismatched_tensors_are_refused_by_name(stored: Callable[..., Path]) -> None:
-    file = stored(weight=torch.zeros(3, 3), bias=torch.zeros(3))
-    refused(lambda: load_weights_(nn.Linear(3, 3, bias=False), [file]), "'bias'", "does not belong")
-    refused(lambda: load_weights_(nn.Linear(4, 3), [file]), "'weight'", "[3, 3]", "[3, 4]")
-    refused(lambda: load_weights_(nn.Bilinear(3, 3, 3), [stored(bias=torch.zeros(3))]), "'weight'", "is missing")
-
-
-def test_weight_files_are_found_by_name_by_index_or_as_the_only_file(tmp_path: Path) -> None:
-    shards = {f"{WEIGHTS}.index.json": json.dumps({"weight_map": {"a": "2.safetensors", "b": "1.safetensors"}})}
-    (tmp_path / "a.safetensors").touch()
-    assert weight_files(tmp_path) == [tmp_path / "a.safetensors"]
-    (tmp_path / "a.fp16.safetensors").touch()
-    refused(lambda: weight_files(tmp_path), str(tmp_path), "several", "a.fp16.safetensors")
-    (tmp_path / WEIGHTS).touch()
-    assert weight_files(tmp_path) == [tmp_path / WEIGHTS]
-    for name, text in shards.items():
-        (tmp_path / name).write_text(text)
-    assert weight_files(tmp_path) == [tmp_path / "1.safetensors", tmp_path / "2.safetensors"]
-    (tmp_path / f"{WEIGHTS}.index.json").write_text("{}")
-    refused(lambda: weight_files(tmp_path), "weight_map")
-
-
-def test_a_pickle_is_never_read(tmp_path: Path) -> None:
-    (tmp_path / "diffusion_pytorch_model.bin").touch()
-    refused(lambda: weight_files(tmp_path), str(tmp_path), "pickle", "safetensors")
-
-
-def test_a_truncated_file_is_refused(stored: Callable[..., Path]) -> None:
-    file = stored(weight=torch.zeros(3, 3), bias=torch.zeros(3))
-    file.write_bytes(file.read_bytes()[:-4])
-    refused(lambda: load_weights_(nn.Linear(3, 3), [file]), str(file), "truncated")
-
-
-def test_a_denoiser_is_loaded_as_views_of_its_file(tiny_folder: Callable[..., Path]) -> None:
-    file = tiny_folder("sd") / "unet" / WEIGHTS
-    model = load_checkpoint(tiny_folder("sd")).model
-    large = [name for name, value in load_file(file).items() if value.numel() > 1024]
-    assert large and all(mapped_file(model.state_dict()[name]) == str(file) for name in large)
+@pytest.mark.parametrize("component", ["unet", "vae", "text_encoder"])
+@pytest.mark.parametrize("method", ["bitsandbytes", "gguf", "torchao"])
+def test_a_component_whose_config_says_quantized_is_refused(
+    component: str, method: str, copied: Callable[[str], Path]
+) -> None:
+    folder = copied("sd")
+    edit(folder / component / "config.json", quantization_config={"quant_method": method, "load_in_4bit": True})
+    refused(lambda: load_checkpoint(folder), str(folder / component / "config.json"), "quantization_config", method)
+    edit(folder / component / "config.json", quantization_config=None)
+    load_checkpoint(folder)
