@@ -10,7 +10,8 @@ import pytest
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Folder of a tiny pipeline (tests/pipelines.py), created once per kind; do not modify."""
+    """Folder of a tiny pipeline (tests/pipelines.py), created once per kind; do not modify. Skips without torch."""
+    pytest.importorskip("torch")
     made: dict[str, Path] = {}
 
     def folder(kind: str) -> Path:

@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
@@ -64,18 +65,20 @@ SPIECE = "\u2581"
 SD_BETAS: dict[str, Any] = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
 
-def tiny_pipeline(kind: str, folder: Path, seed: int = 0, tokenizer_json: bool = True) -> Path:
+def tiny_pipeline(kind: str | Callable[[], Any], folder: Path, seed: int = 0, tokenizer_json: bool = True) -> Path:
     """Write a tiny pipeline of this kind to `folder`, safetensors only; the same seed gives the same weights.
+
+    `kind` is one of KINDS, or a function that builds a pipeline.
 
     Without `tokenizer_json` the tokenizers are stored only in the older formats, as in most published folders:
     vocab.json and merges.txt for CLIP, spiece.model for T5.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        pipe = KINDS[kind]()
+        pipe = KINDS[kind]() if isinstance(kind, str) else kind()
         for component in pipe.components.values():
             if isinstance(component, nn.Module):
-                _fill_zeros_(component)
+                fill_zeros_(component)
     pipe.save_pretrained(folder, safe_serialization=True)
     for name, component in pipe.components.items():
         if isinstance(component, CLIPTokenizer):
@@ -119,7 +122,7 @@ def sampled(
     kind = type(pipe)
     pipe.set_progress_bar_config(disable=True)
     options = {"num_inference_steps": steps, **options}
-    if issubclass(kind, DiTPipeline | LDMPipeline):
+    if issubclass(kind, DiTPipeline | LDMPipeline | DDIMPipeline):
         count = {"class_labels": list(labels)} if issubclass(kind, DiTPipeline) else {"batch_size": len(latents)}
         with _patched_noise(pipe, latents):
             images = pipe(**count, **options, output_type="np").images
@@ -144,7 +147,7 @@ def _patched_noise(pipe: object, latents: torch.Tensor) -> Iterator[None]:
         yield
 
 
-def _fill_zeros_(model: nn.Module) -> None:
+def fill_zeros_(model: nn.Module) -> None:
     """Give parameters initialized to zero (adaLN-zero, output layers, biases) small random values."""
     for name, parameter in model.named_parameters():
         if not parameter.any():

@@ -7,14 +7,13 @@ an ONNX engine runs them, its kernels differ as well, and the bound is 40 dB.
 
 from __future__ import annotations
 
-import itertools
 import json
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -33,32 +32,31 @@ from diffusers import (  # noqa: E402
 from PIL import Image  # noqa: E402
 
 from diffpress.cli.main import main  # noqa: E402
-from diffpress.compress.checkpoint import Checkpoint, save_checkpoint  # noqa: E402
+from diffpress.compress.checkpoint import save_checkpoint  # noqa: E402
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs  # noqa: E402
-from diffpress.compress.models.components import component_names, encode_prompts, load_component  # noqa: E402
+from diffpress.compress.models.components import component_names, load_component  # noqa: E402
 from diffpress.compress.models.counts import count  # noqa: E402
 from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
 from diffpress.compress.pipeline import run_stages  # noqa: E402
 from diffpress.compress.quantization.quantizers import fake_quantized  # noqa: E402
 from diffpress.compress.recipe import Recipe  # noqa: E402
 from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
-from diffpress.runtime.network_inputs import ConditioningInputs, class_conditioning  # noqa: E402
-from diffpress.runtime.pipeline import DECODER, resized  # noqa: E402
-from diffpress.runtime.requested_plan import requested_plan  # noqa: E402
+from diffpress.runtime.pipeline import resized  # noqa: E402
 from diffpress.runtime.sampler import generate, noise_for  # noqa: E402
-from tests.pipelines import CLIP_TOKENS, KINDS, sampled, unet  # noqa: E402
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from tests.against_diffusers import (  # noqa: E402
+    LABELS,
+    PROMPTS,
+    SEEDS,
+    psnr_db,
+    sampled_by_diffusers,
+    sampled_in_torch,
+    with_short_plan,
+)
+from tests.pipelines import CLIP_TOKENS, KINDS, unet  # noqa: E402
 
 ROOT = Path(__file__).parents[1]
-PROMPTS, LABELS, SEEDS = ["a photo of a cat", "Red dog!"], [3, 7], [0, 1]
-
 LARGE = ("pixart-alpha-1024", "pixart-sigma")  # their position embedding fixes latents of 128 x 128
 EVERY_KIND = [pytest.param(kind, marks=pytest.mark.slow if kind in LARGE else ()) for kind in KINDS]
-# the pipelines' default lengths, which the adapters use; the tiny tokenizers' limit would lower them
-T5_LENGTHS = {"sd3": 256, "sd3.5": 256, "flux": 512, "flux-schnell": 512, "pixart-alpha": 120, "pixart-alpha-1024": 120}
-T5_LENGTHS["pixart-sigma"] = 300
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -67,56 +65,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-def with_short_plan(checkpoint: Checkpoint, steps: int, guidance: float | None = None) -> Checkpoint:
-    """Return the checkpoint with a short plan and a small size; Flux's config does not store its size."""
-    spec = checkpoint.spec
-    if checkpoint.source.kind == "FluxTransformer2DModel":
-        spec = resized(spec, (32, 32))
-    return checkpoint.evolve(spec=spec.with_plan(requested_plan(spec, steps, None, None, guidance)))
-
-
-def sampled_in_torch(checkpoint: Checkpoint, negatives: Sequence[str] | None = None) -> np.ndarray:
-    """Sample images [N, 3, H, W] in [0, 1] with the runtime's sampler and torch networks."""
-    spec, conditioning = checkpoint.spec, ConditioningInputs()
-    if spec.conditioning.kind == "text":
-        uncond = encode_prompts(checkpoint, negatives)
-        uncond = {name: np.broadcast_to(array, (len(SEEDS), *array.shape[1:])) for name, array in uncond.items()}
-        conditioning = ConditioningInputs(encode_prompts(checkpoint, PROMPTS), uncond)
-    elif spec.conditioning.kind == "class":
-        conditioning = class_conditioning(spec, np.array(LABELS))
-    latents = generate(TorchNetwork(checkpoint.model, spec), spec, SEEDS, conditions=conditioning)
-    latents = latents / np.float32(spec.latent_scale) + np.float32(spec.latent_shift)
-    images = load_component(checkpoint, DECODER).run_all({"latent_sample": latents})["sample"]
-    return np.clip(images, -1, 1) / 2 + 0.5
-
-
-def sampled_by_diffusers(folder: Path, checkpoint: Checkpoint, number: int = 2, **options: Any) -> np.ndarray:
-    """Sample images [N, 3, H, W] in [0, 1] with diffusers' pipeline, from the noise of SEEDS.
-
-    LCM adds noise at every step; it receives the noise streams of the seeds one after the other.
-    """
-    spec, kind = checkpoint.spec, folder.name
-    pipe = options.pop("pipe", None) or DiffusionPipeline.from_pretrained(folder, local_files_only=True)
-    noise = torch.from_numpy(noise_for(SEEDS[:number], spec.sample_shape))
-    options = {"steps": spec.plan.steps, **options}
-    if kind in T5_LENGTHS:
-        options["max_sequence_length"] = T5_LENGTHS[kind]
-    streams = itertools.count(1)
-
-    def stream(*_: Any, **__: Any) -> Tensor:
-        return torch.from_numpy(noise_for(SEEDS[:number], spec.sample_shape, stream=next(streams)))
-
-    with mock.patch("diffusers.schedulers.scheduling_lcm.randn_tensor", stream):
-        images = sampled(pipe, noise, PROMPTS[:number], LABELS[:number], **options)
-    return np.asarray(images)
-
-
-def psnr_db(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Return the PSNR of images in [0, 1], finite also for equal images."""
-    assert ours.shape == theirs.shape and theirs.std() > 0.02, "a constant image cannot be compared"
-    return float(-10 * np.log10(np.mean((ours - theirs) ** 2, dtype=np.float64) + 1e-20))
 
 
 # --- sampler and components, in torch --------------------------------------------------------------------------
@@ -207,8 +155,8 @@ def test_every_family_is_pruned_distilled_and_quantized(
     result = run_stages(teacher, Recipe.load(recipe(method)), tmp_path / "run")
 
     before, after = (count(one.model, one.spec) for one in (teacher, result))
-    # only inner widths shrink and both heads remain; in tiny PixArt these widths are a quarter of the MACs
-    assert after.parameters < before.parameters and after.macs < 0.95 * before.macs
+    # only inner widths shrink and both heads remain; in tiny Flux most MACs are those of attention
+    assert after.parameters < before.parameters and after.macs < 0.97 * before.macs
     assert [record.stage for record in result.history] == ["prune", "distill", "quantize"]
     assert result.quantization is not None and len(result.quantization.layers) > 5
     model = fake_quantized(result)
@@ -391,7 +339,7 @@ def test_an_unknown_class_is_named_with_the_alternative(
 ) -> None:
     folder = copied("sd")
     edit(folder / "unet" / "config.json", _class_name="KandinskyUNet")
-    edit(folder / "model_index.json", _class_name="KandinskyPipeline")
+    edit(folder / "model_index.json", _class_name="KandinskyPipeline", unet=["diffusers", "KandinskyUNet"])
     words = ("'KandinskyUNet'", "KandinskyPipeline", "file.py:weights")
     refused(("export", folder, "--out", tmp_path / "out"), *words)
 
@@ -408,7 +356,7 @@ def test_an_impossible_size_names_the_nearest_possible_one(
 def test_a_denoiser_exported_alone_accepts_no_prompt_and_no_other_size(
     refused: Callable[..., None], tmp_path: Path
 ) -> None:
-    out, image = tmp_path / "bare", tmp_path / "image.png"
+    out, image = tmp_path / "bare", tmp_path / "latents.npy"
     blocks: dict[str, Any] = {"down_block_types": ["CrossAttnDownBlock2D"], "up_block_types": ["CrossAttnUpBlock2D"]}
     model: Any = unet(block_out_channels=[16], mid_block_type=None, **blocks)
     model.save_pretrained(tmp_path / "sd" / "unet")

@@ -15,23 +15,25 @@ from torch import nn
 from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
 from diffpress.compress.models.adapter import ADAPTERS, adapter_for
 from diffpress.compress.models.widths import apply_widths_, widths_of
+from diffpress.compress.sources.latent_space import read_latent_space
 from diffpress.compress.sources.layout import (
     DENOISERS,
     Layout,
     first_line,
-    load_weights_,
     read_layout,
-    weight_files,
 )
+from diffpress.compress.sources.pipeline_settings import read_settings
+from diffpress.compress.sources.pipelines import PIXEL_PIPELINES
+from diffpress.compress.sources.pretrained import quiet_libraries
 from diffpress.compress.sources.record import history_and_scales, read_record
 from diffpress.compress.sources.scheduler_config import read_scheduler
+from diffpress.compress.sources.weights import load_weights_, weight_files
+from diffpress.runtime.carried_settings import with_solver
 from diffpress.runtime.conditioning import conditioning_from_json
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json
 from diffpress.runtime.sampling_plan import SamplingPlan, make_plan
-from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.timesteps import spaced_timesteps
 
 logger = logging.getLogger(__name__)
 
@@ -50,8 +52,6 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
             f"{folder}: saved from a custom module; load it as FILE.py:{folder} with the file that defines the module"
         )
     layout = read_layout(folder)
-    if layout.ignored:
-        logger.info(f"{folder}: {', '.join(layout.ignored)} not needed for sampling, left out")
     model = _build_empty(layout)
     scheduler, scheduler_file = _scheduler_of(layout)
     source = Source(
@@ -62,13 +62,15 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         original=widths_of(model),
         pipeline_folder=folder if layout.configs else None,
     )
+    spec = _recorded_spec(folder, record) or _spec_of(layout, model, scheduler, scheduler_file, _chooses_plan(record))
+    if record is not None and "spec" not in record:
+        spec = _apply_record(spec, record, str(folder / RECORD))
+    if layout.ignored:
+        logger.info(f"{folder}: {', '.join(layout.ignored)} not needed for sampling, left out")
     if record is not None and record.get("widths"):
         apply_widths_(model, record["widths"], str(folder / RECORD))
         adapter_for(model).refresh_(model)
     load_weights_(model, weight_files(layout.denoiser), dtype)
-    spec = _recorded_spec(folder, record) or _spec_of(layout, scheduler, scheduler_file)
-    if record is not None and "spec" not in record:
-        spec = _apply_record(spec, record, str(folder / RECORD))
     return Checkpoint(model.eval(), spec, source, *history_and_scales(record, folder))
 
 
@@ -79,7 +81,8 @@ def spec_of_folder(folder: Path) -> DenoiserSpec:
     if recorded is not None:
         return recorded
     layout = read_layout(folder)
-    return _apply_record(_spec_of(layout, *_scheduler_of(layout)), record or {}, str(folder / RECORD))
+    spec = _spec_of(layout, _build_empty(layout), *_scheduler_of(layout), _chooses_plan(record))
+    return _apply_record(spec, record or {}, str(folder / RECORD))
 
 
 def _recorded_spec(folder: Path, record: dict[str, Any] | None) -> DenoiserSpec | None:
@@ -112,18 +115,31 @@ def _build_empty(layout: Layout) -> nn.Module:
     return module
 
 
-def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: Path) -> DenoiserSpec:
-    where = layout.denoiser / "config.json"
+def _chooses_plan(record: dict[str, Any] | None) -> bool:
+    return bool((record or {}).get("plan"))
+
+
+def _spec_of(
+    layout: Layout, model: nn.Module, scheduler: dict[str, Any] | None, scheduler_file: Path, plan_chosen: bool
+) -> DenoiserSpec:
+    settings = read_settings(layout, model, scheduler)
+    complete, where = settings.layout, layout.denoiser / "config.json"
     try:
-        found = ADAPTERS[layout.kind].describe(layout)
-        latent = _latent(layout, found.sample_shape[0])
+        found = ADAPTERS[layout.kind].describe(complete)
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidInputError(f"{where}: an entry is missing or invalid ({first_line(error)})") from error
-    # a full pipeline is sampled with its own scheduler; a bare denoiser gets a default
-    follow = bool(latent) or found.conditioning.kind == "text"
-    # so is a DDIMPipeline, but not a DDPMPipeline: it would take 1000 stochastic steps
-    follow |= bool(layout.index) and (scheduler or {}).get("_class_name") == "DDIMScheduler"
-    facts = read_scheduler(scheduler, scheduler_file, follow, found.pipeline_sigmas)
+    latent = read_latent_space(settings, found.sample_shape[0])
+    if scheduler is None:
+        logger.warning(
+            f"{where}: without {scheduler_file} the model is assumed to predict epsilon on DDPM's linear noise "
+            "schedule; if it was trained otherwise, put the scheduler_config.json of its training there"
+        )
+    # a pixel-space pipeline is sampled with DDIM unless it has a DDIM scheduler: DDPM takes 1000 stochastic steps
+    pixels = complete.pipeline in PIXEL_PIPELINES
+    own_ddim = bool(layout.index) and (settings.scheduler or {}).get("_class_name") == "DDIMScheduler"
+    with quiet_libraries():
+        follow = not pixels or own_ddim
+        facts = read_scheduler(settings.scheduler, scheduler_file, follow, found.pipeline_sigmas, plan_chosen)
     if facts.note:
         logger.info(f"{scheduler_file}: {facts.note}")
     spec = DenoiserSpec(
@@ -134,37 +150,20 @@ def _spec_of(layout: Layout, scheduler: dict[str, Any] | None, scheduler_file: P
         conditioning=found.conditioning,
         size_multiple=found.size_multiple,
         spacing=facts.spacing,
+        solver_settings=facts.solver_settings,
         **latent,
     )
     steps = min(found.steps, len(facts.schedule))
     plan = SamplingPlan(
         facts.solver,
-        spaced_timesteps(facts.spacing, steps, facts.schedule, spec.tokens(spec.sample_shape)),
+        (0.0,),
         guidance=found.guidance,
-        clip=facts.clip and spec.is_pixel_space,
+        clip=facts.clip,
         end=facts.end,
         start=facts.start,
         threshold=facts.threshold,
     )
-    return spec.with_plan(plan)
-
-
-def _latent(layout: Layout, channels: int) -> dict[str, Any]:
-    """Return scale, shift and factor of the latent space from the decoder's config; {} in pixel space."""
-    component = layout.decoder
-    if component is None:
-        return {}
-    config = layout.configs[component]
-    if int(config["latent_channels"]) != channels:
-        raise InvalidInputError(
-            f"{layout.folder}: the denoiser has {channels} latent channels, but {component} decodes "
-            f"{config['latent_channels']}; they come from different models"
-        )
-    return {
-        "latent_scale": float(config.get("scaling_factor") or 1.0),
-        "latent_shift": float(config.get("shift_factor") or 0.0),
-        "latent_factor": 2 ** (len(config["block_out_channels"]) - 1),
-    }
+    return spec.with_plan(plan.spaced(facts.spacing, steps, facts.schedule, spec.tokens(spec.sample_shape)))
 
 
 def _apply_record(spec: DenoiserSpec, record: dict[str, Any], where: str) -> DenoiserSpec:
@@ -181,7 +180,7 @@ def _apply_record(spec: DenoiserSpec, record: dict[str, Any], where: str) -> Den
             spec.schedule,
             spacing=entry.get("spacing", entry.get("grid", "trailing")),
             guidance=float(entry.get("guidance", 1.0)),
-            clip=with_solver(spec.plan, entry["solver"]).clip,
+            clip=with_solver(spec, entry["solver"]).clip,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise InvalidInputError(

@@ -2,9 +2,9 @@
 
 A family is one file that ends with `ADAPTER = Adapter(...)` and one line in `ADAPTERS` (compress/models/adapter.py). It
 gives only what differs from the defaults below, which fit any `nn.Module` called as
-module(sample, timestep[, class_labels]) -> tensor. Nothing is known about the structure of such a module, so they are
-conservative: the first and the last layer stay in high precision, the direct children are the blocks, and no attention
-heads are pruned.
+module(sample, timestep[, class_labels][, name=tensor ...]) -> tensor. Nothing is known about the structure of such a
+module, so they are conservative: the first and the last layer stay in high precision, the direct children are the
+blocks, and no attention heads are pruned.
 """
 
 from __future__ import annotations
@@ -21,14 +21,19 @@ from diffpress.compress.models.diffusers_blocks import Coupled
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.errors import InvalidInputError
 
+# layers among which the first and the last are looked for
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+WEIGHTED = (*CONVOLUTIONS, nn.Linear)
+
 
 def _describe(layout: Layout) -> Description:
     raise InvalidInputError(f"{layout.folder}: the adapter of {layout.kind} cannot read it: it has no `describe`")
 
 
 def _forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    conditions = [inputs["class_labels"]] if "class_labels" in inputs else []
-    out: torch.Tensor = model(inputs["sample"], inputs["timestep"], *conditions)
+    positional = [inputs[name] for name in ("sample", "timestep", "class_labels") if name in inputs]
+    named = {name: value for name, value in inputs.items() if name not in ("sample", "timestep", "class_labels")}
+    out: torch.Tensor = model(*positional, **named)
     return out
 
 
@@ -47,7 +52,7 @@ def _last_layer(model: nn.Module) -> list[str]:
 
 
 def _layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if isinstance(module, (nn.Conv2d, nn.Linear))]
+    return [name for name, module in model.named_modules() if isinstance(module, WEIGHTED)]
 
 
 def _none(model: nn.Module) -> list[Any]:
@@ -69,14 +74,15 @@ class Adapter:
     Attributes:
         describe: Returns sample shape, conditioning, default steps and guidance, read from the pipeline's configs. A
             custom module brings its own spec instead.
-        forward: Evaluates the network on inputs by name (see `dummy_inputs`); returns [B, C, H, W].
+        forward: Evaluates the network on inputs by name (see `dummy_inputs`); returns [B, ...] like `sample`.
         resizable: Whether height and width may vary.
         blocks: Names of the modules whose outputs feature distillation compares.
         sensitive_layers: Names of the layers that stay in high precision by default.
         residual_outputs: Names of the modules that write the residual stream and its skip connections.
         attentions: Heads of each attention; pruning removes complete heads.
-        coupled: Inner widths that pruning may shrink; None: the dependency graph finds them.
-        fixed: Names of layers whose output widths are never pruned; only used if `coupled` returns None.
+        coupled: Inner widths that pruning may shrink; None: they are found by a trace of the network's channels.
+        fixed: Names of layers whose output widths are never pruned; a family that names some and whose `coupled`
+            returns None is pruned over torch-pruning's dependency graph instead.
         refresh_: Updates size attributes that modules store to the present layer widths.
         add_guidance_input_: Adds the guidance weight as an input of the network; returns the config entries that
             changed. None: this family does not support it.

@@ -8,19 +8,22 @@ import torch
 from torch import nn
 
 from diffpress.compress.models import diffusers_blocks, transformer
-from diffpress.compress.models.description import Description, square
+from diffpress.compress.models.description import Description, check_task, square, without_variance
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.transformer import layers_named
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning
 
+NULL_LABEL = 1000
+
 
 def describe(layout: Layout) -> Description:
     """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
-    classes = int(config["num_embeds_ada_norm"])
-    # the embedding has one extra row, for the dropped (null) label
-    conditioning = Conditioning("class", classes, null_label=classes)
+    classes, out_channels = int(config["num_embeds_ada_norm"]), config["out_channels"] or config["in_channels"]
+    check_task(layout, config["in_channels"], without_variance(config["in_channels"], out_channels), {})
+    # the embedding has one extra row, for the dropped (null) label, which the pipeline takes to be ImageNet's
+    conditioning = Conditioning("class", classes, null_label=min(classes, NULL_LABEL))
     shape = square(config["in_channels"], config["sample_size"])
     return Description(shape, conditioning, int(config["patch_size"]), steps=50, guidance=4.0)
 

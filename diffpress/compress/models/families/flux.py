@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from diffpress.compress.models import diffusers_blocks
-from diffpress.compress.models.description import Description, text, text_encoder
+from diffpress.compress.models.description import Description, check_task, text, text_encoder
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.transformer import layers_named
 from diffpress.compress.sources.layout import Layout
@@ -20,12 +20,14 @@ from diffpress.runtime.conditioning import TextInput
 
 PACK = 2
 T5_LENGTH = 512
+TASKS = {128: "control by an image (depth, edges)", 384: "inpainting (Fill)"}
 CELLS = 128  # default latent height and width: the config has none
 
 
 def describe(layout: Layout) -> Description:
     """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
+    check_task(layout, config["in_channels"], config["out_channels"] or config["in_channels"], TASKS)
     clip = [text_encoder(layout, name) for name, _ in layout.encoders if name == "text_encoder"]
     t5 = [text_encoder(layout, name, T5_LENGTH) for name, _ in layout.encoders if name == "text_encoder_2"]
     inputs = {
@@ -34,7 +36,7 @@ def describe(layout: Layout) -> Description:
         ),
         "pooled_projections": TextInput((int(config["pooled_projection_dim"]),), (("text_encoder.pooler_output",),)),
     }
-    guided = bool(config.get("guidance_embeds"))
+    guided = bool(config["guidance_embeds"])
     conditioning = text(layout, clip + t5, inputs, guidance_input=guided)
     shape = (int(config["in_channels"]) // PACK**2, CELLS, CELLS)
     # the variant without a guidance input is distilled to few steps (schnell)

@@ -8,20 +8,28 @@ import torch
 from torch import nn
 
 from diffpress.compress.models import diffusers_blocks, transformer
-from diffpress.compress.models.description import Description, square, text, text_encoder
+from diffpress.compress.models.description import (
+    Description,
+    check_task,
+    square,
+    text,
+    text_encoder,
+    without_variance,
+)
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.transformer import layers_named
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
 
-LENGTHS = {"PixArtSigmaPipeline": 300}
-ALPHA_LENGTH = 120
+LENGTHS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}
 
 
 def describe(layout: Layout) -> Description:
     """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
-    length = LENGTHS.get(layout.pipeline, ALPHA_LENGTH)
+    out_channels = config["out_channels"] or config["in_channels"]
+    check_task(layout, config["in_channels"], without_variance(config["in_channels"], out_channels), {})
+    length = LENGTHS[layout.pipeline]
     encoders = [text_encoder(layout, name, length, lower=True) for name, _ in layout.encoders]
     inputs = {
         "encoder_hidden_states": TextInput(

@@ -12,21 +12,25 @@ from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
 from diffpress.compress.models import diffusers_blocks
-from diffpress.compress.models.description import Description, square
+from diffpress.compress.models.description import Description, check_entry, check_task, sample_size, square
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning
 
 
 def describe(layout: Layout) -> Description:
-    """Read sample shape, conditioning and defaults from the pipeline's configs."""
+    """Read sample shape, conditioning and defaults from the pipeline's configs.
+
+    Raises:
+        InvalidInputError: The network needs another input than the sample, the timestep and class labels.
+    """
     config = layout.config
+    check_task(layout, config["in_channels"], config["out_channels"], {})
+    check_entry(layout, "class_embed_type", (None,), "which passes class labels only")
     classes = int(config.get("num_class_embeds") or 0)
     conditioning = Conditioning("class", classes) if classes else Conditioning()
-    levels = len(config.get("block_out_channels", ()))
-    return Description(
-        square(config.get("in_channels", 3), config.get("sample_size") or 32), conditioning, 2 ** max(levels - 1, 0)
-    )
+    multiple = 2 ** (len(config["block_out_channels"]) - 1)
+    return Description(square(config["in_channels"], sample_size(layout)), conditioning, multiple)
 
 
 def forward(model: nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -9,55 +9,74 @@ import torch
 from torch import nn
 
 from diffpress.compress.models import diffusers_blocks
-from diffpress.compress.models.description import Description, penultimate, square, text, text_encoder
+from diffpress.compress.models.description import (
+    Description,
+    check_entry,
+    check_task,
+    penultimate,
+    sample_size,
+    square,
+    text,
+    text_encoder,
+)
 from diffpress.compress.models.families import unet2d
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
-from diffpress.runtime.errors import InvalidInputError
 
 TIME_IDS = 6  # original size, crop corner, target size
 GUIDANCE_WIDTH = 256  # as in published latent consistency models
 CLIP_LENGTH = 77  # if the denoiser is loaded without its text encoder
+SDXL, LCM = "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"
+DEFAULTS = {"StableDiffusionPipeline": (50, 7.5), SDXL: (50, 5.0), LCM: (4, 8.5)}  # steps, guidance
+TASKS = {
+    5: "generation from a depth map",
+    7: "upscaling",
+    8: "editing an image by an instruction, or for variations of one",
+    9: "inpainting",
+}
 
 
 def describe(layout: Layout) -> Description:
     """Read sample shape, conditioning and defaults from the pipeline's configs.
 
     Raises:
-        InvalidInputError: The embedding type is not supported, or the model is an SDXL refiner.
+        InvalidInputError: The network needs an input that its pipeline does not pass.
     """
     config = layout.config
-    shape = square(config["in_channels"], config.get("sample_size") or 64)
+    _check_inputs(layout)
+    shape = square(config["in_channels"], sample_size(layout))
     multiple = 2 ** (len(config["block_out_channels"]) - 1)
-    if config.get("addition_embed_type") not in (None, "text_time") or config.get("class_embed_type"):
-        raise InvalidInputError(
-            f"{layout.denoiser / 'config.json'}: addition_embed_type '{config.get('addition_embed_type')}' with "
-            f"class_embed_type '{config.get('class_embed_type')}' is not supported; load it as a custom module, "
-            "file.py:weights"
-        )
     encoders = [text_encoder(layout, name) for name, _ in layout.encoders]
     length, width = encoders[0].length if encoders else CLIP_LENGTH, _context_width(config)
-    lcm = config.get("time_cond_proj_dim") is not None
-    defaults = (4, 8.5) if lcm else (50, 5.0 if _is_sdxl(config) else 7.5)
-    if not _is_sdxl(config):
+    guided = config["time_cond_proj_dim"] is not None
+    defaults = DEFAULTS[layout.pipeline]
+    if layout.pipeline != SDXL:
         inputs = {"encoder_hidden_states": TextInput((length, width), (("text_encoder.last_hidden_state",),))}
-        return Description(shape, text(layout, encoders, inputs, guidance_input=lcm), multiple, *defaults)
+        return Description(shape, text(layout, encoders, inputs, guidance_input=guided), multiple, *defaults)
     pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
-    if layout.index.get("requires_aesthetics_score"):
-        raise InvalidInputError(
-            f"{layout.folder}: SDXL refiners start from an image and are not supported; use a text-to-image model"
-        )
     hidden = tuple(penultimate(layout, encoder.graph) for encoder in encoders)
     inputs = {
         "encoder_hidden_states": TextInput((length, width), (hidden,)),
         "text_embeds": TextInput((pooled,), (("text_encoder_2.text_embeds",),)),
         "time_ids": TextInput((TIME_IDS,), (("size", "corner", "size"),)),
     }
-    zero = bool(layout.index.get("force_zeros_for_empty_prompt", True))
-    return Description(
-        shape, text(layout, encoders, inputs, zero_negative=zero, guidance_input=lcm), multiple, *defaults
-    )
+    zero = bool(layout.index["force_zeros_for_empty_prompt"])
+    conditioning = text(layout, encoders, inputs, zero_negative=zero, guidance_input=guided)
+    return Description(shape, conditioning, multiple, *defaults)
+
+
+def _check_inputs(layout: Layout) -> None:
+    """Check that the pipeline passes every input that the network needs."""
+    config, pipeline = layout.config, layout.pipeline
+    check_task(layout, config["in_channels"], config["out_channels"], TASKS)
+    for entry in ("class_embed_type", "num_class_embeds"):
+        check_entry(layout, entry, (None,), "which passes no class labels")
+    check_entry(layout, "encoder_hid_dim_type", (None, "text_proj"), "which passes no image embedding")
+    added = ("text_time",) if pipeline == SDXL else (None, "text")
+    check_entry(layout, "addition_embed_type", added, "which passes no other embedding")
+    if pipeline == LCM and config["time_cond_proj_dim"] is None:
+        check_entry(layout, "time_cond_proj_dim", ("a number",), "which passes the guidance weight")
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -93,7 +112,7 @@ def guidance_embedding(weight: torch.Tensor, width: int) -> torch.Tensor:
     half = width // 2
     rates = torch.exp(torch.arange(half, device=weight.device, dtype=weight.dtype) * -(math.log(10000.0) / (half - 1)))
     angles = 1000.0 * weight[:, None] * rates
-    return torch.cat([angles.sin(), angles.cos()], dim=1)
+    return nn.functional.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, width % 2))  # as diffusers does
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:
@@ -104,12 +123,9 @@ def sensitive_layers(model: nn.Module) -> list[str]:
     return [name for name in layers if name.endswith(ends) or name.startswith(starts)]
 
 
-def _is_sdxl(config: dict[str, Any]) -> bool:
-    return config.get("addition_embed_type") == "text_time"
-
-
 def _context_width(config: dict[str, Any]) -> int:
-    width = config["cross_attention_dim"]
+    # a network that projects the text states reads them in the width of its projection
+    width = config["encoder_hid_dim"] if config["encoder_hid_dim_type"] else config["cross_attention_dim"]
     return int(width if isinstance(width, int) else width[0])
 
 
