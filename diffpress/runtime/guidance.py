@@ -5,7 +5,8 @@
                                                             of cond (Lin et al. 2024, eq. 15-16)
     interval   out where low < sigma / alpha <= high, cond elsewhere                       (Kynkaanniemi et al. 2024)
 
-A guided step takes two network evaluations per sample, unless the weight is an input of the network.
+Guidance applies for w > 1. A guided step takes two network evaluations per sample, unless the weight is an input of the
+network.
 """
 
 from __future__ import annotations
@@ -27,8 +28,11 @@ def rescaled(mixed: np.ndarray, cond: np.ndarray, phi: float) -> np.ndarray:
 
 
 def is_guided(spec: DenoiserSpec, guidance: float) -> bool:
-    """Whether this guidance weight needs two evaluations; a weight of 1 needs the cond half only."""
-    return guidance != 1.0 and not spec.conditioning.guidance_input
+    """Whether this guidance weight needs two evaluations; a weight of 1 or less needs the cond half only.
+
+    diffusers' pipelines guide only above 1: few-step models are sampled with a weight of 0, which means no guidance.
+    """
+    return guidance > 1.0 and not spec.conditioning.guidance_input
 
 
 def evaluations_per_step(spec: DenoiserSpec) -> int:

@@ -54,6 +54,7 @@ class NoiseSchedule:
         return hash((self.alphas, self.sigmas))
 
 
+FLOW_TOLERANCE = 1e-9
 MAX_BETA = 0.999  # diffusers' upper limit for the betas of the cosine schedule
 
 
@@ -128,6 +129,18 @@ def noise_level_at(schedule: NoiseSchedule, t: float) -> NoiseLevel:
     alpha = (1.0 - fraction) * schedule.alphas[low] + fraction * schedule.alphas[low + 1]
     sigma = (1.0 - fraction) * schedule.sigmas[low] + fraction * schedule.sigmas[low + 1]
     return NoiseLevel(float(t), float(alpha), float(sigma))
+
+
+def is_flow(schedule: NoiseSchedule) -> bool:
+    """Whether the schedule is a straight line, alpha + sigma = 1, instead of variance preserving."""
+    middle = len(schedule) // 2
+    return abs(schedule.alphas[middle] + schedule.sigmas[middle] - 1.0) < FLOW_TOLERANCE
+
+
+def noise_level_of_ratio(schedule: NoiseSchedule, t: float, ratio: float) -> NoiseLevel:
+    """Return the noise level with sigma / alpha = `ratio`, at which the network gets timestep t."""
+    alpha = 1.0 / (1.0 + ratio) if is_flow(schedule) else 1.0 / math.hypot(1.0, ratio)
+    return NoiseLevel(float(t), alpha, ratio * alpha)
 
 
 def noise_level_at_ratio(schedule: NoiseSchedule, ratio: float) -> NoiseLevel:

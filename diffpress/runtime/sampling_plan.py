@@ -1,7 +1,9 @@
 """The sampling plan: solver, timesteps, guidance and corrections that a model is sampled with.
 
 The levels of a plan are those at its descending timesteps, followed by the end: clean data, alpha = 1 and sigma = 0
-(diffusers' `set_alpha_to_one`, `final_sigmas_type="zero"`), or the noise level of the timestep `end`.
+(diffusers' `set_alpha_to_one`, `final_sigmas_type="zero"`), or the noise level of the timestep `end`. Some schedulers
+of diffusers pass the network a timestep that is not that of the noise level (`ratios`), or end a step at another level
+than the next one starts from (`stride`).
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from typing import Any
 import numpy as np
 
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.io.json_fields import boolean, check_fields, convert_errors, floats
-from diffpress.runtime.noise_schedule import CLEAN, NoiseLevel, NoiseSchedule, noise_level_at
-from diffpress.runtime.timesteps import timesteps_for
+from diffpress.runtime.io.json_fields import boolean, check_fields, convert_errors, floats, without_defaults
+from diffpress.runtime.noise_schedule import CLEAN, NoiseLevel, NoiseSchedule, noise_level_at, noise_level_of_ratio
+from diffpress.runtime.spaced_timesteps import space
+from diffpress.runtime.timesteps import TimestepSpacing, timesteps_for
 
 STARTS = ("marginal", "noise", "unit")
 
@@ -56,9 +59,9 @@ class SamplingPlan:
 
     Attributes:
         solver: Name of the solver.
-        timesteps: Strictly descending timesteps, integer or fractional.
-        guidance: Classifier-free guidance weight w of uncond + w (cond - uncond). 1 disables guidance and takes one
-            evaluation per step instead of two.
+        timesteps: Descending timesteps, integer or fractional; two may be equal only if `ratios` are given.
+        guidance: Classifier-free guidance weight w of uncond + w (cond - uncond). 1 or less disables guidance, as in
+            diffusers, and takes one evaluation per step instead of two.
         eta: Share of fresh noise in DDIM.
         clip: Clip the predicted x_0 to the data range in every step.
         end: Timestep at whose noise level the last step ends; None for clean data. Some checkpoints end at timestep 0
@@ -72,6 +75,9 @@ class SamplingPlan:
             evaluation (Kynkaanniemi et al. 2024). A `high` of None means no upper end.
         guidance_rescale: phi of Lin et al. 2024, eq. 15-16: how far the guided output is rescaled to the standard
             deviation of the cond half.
+        ratios: sigma / alpha at each timestep, strictly descending, if it is not that of the noise schedule.
+        stride: Each step ends at the noise level this many timesteps lower, whatever the next timestep, and below 0 at
+            the plan's end (diffusers' DDIM); 0 for steps that end where the next one starts.
 
     Examples:
         >>> import diffpress as dp
@@ -90,13 +96,20 @@ class SamplingPlan:
     threshold: Threshold | None = None
     guidance_interval: tuple[float, float | None] | None = None
     guidance_rescale: float = 0.0
+    ratios: tuple[float, ...] = ()
+    stride: int = 0
 
     def __post_init__(self) -> None:
-        t = np.asarray(self.timesteps, dtype=float)
-        if t.size < 1 or not np.isfinite(t).all() or (t < 0).any() or (np.diff(t) >= 0).any():
+        if not (_is_falling(self.timesteps, strictly=not self.ratios) and self.timesteps):
             raise InvalidInputError(
                 "plan: timesteps must be one or more finite, non-negative, strictly descending numbers"
             )
+        if self.ratios and not (_is_falling(self.ratios) and len(self.ratios) == self.steps):
+            raise InvalidInputError(
+                "plan: ratios must be finite, non-negative, strictly descending numbers, one for each timestep"
+            )
+        if self.stride < 0:
+            raise InvalidInputError(f"plan: stride {self.stride} must not be negative")
         if not (np.isfinite(self.guidance) and np.isfinite(self.eta) and 0.0 <= self.eta <= 1.0):
             raise InvalidInputError(
                 f"plan: guidance {self.guidance} must be finite, and eta {self.eta} must lie in [0, 1]"
@@ -112,11 +125,14 @@ class SamplingPlan:
                 )
         if self.start not in STARTS:
             raise InvalidInputError(f"plan: start '{self.start}' is not one of {', '.join(STARTS)}")
-        if self.end is not None and not 0.0 <= self.end <= t[-1]:
-            raise InvalidInputError(f"plan: end {self.end} must be a timestep not above the last one, {t[-1]:g}")
-        if self.output_corrections and len(self.output_corrections) != t.size:
+        if self.end is not None and not 0.0 <= self.end <= self.timesteps[-1]:
             raise InvalidInputError(
-                f"plan: {len(self.output_corrections)} output corrections for {t.size} timesteps; use one each or none"
+                f"plan: end {self.end} must be a timestep not above the last one, {self.timesteps[-1]:g}"
+            )
+        if self.output_corrections and len(self.output_corrections) != self.steps:
+            raise InvalidInputError(
+                f"plan: {len(self.output_corrections)} output corrections for {self.steps} timesteps; use one each or "
+                "none"
             )
 
     @property
@@ -130,8 +146,34 @@ class SamplingPlan:
         return replace(self, output_corrections=())
 
     def over(self, timesteps: tuple[float, ...]) -> SamplingPlan:
-        """Return the plan with these timesteps; output corrections are dropped if the timesteps change."""
-        return self if timesteps == self.timesteps else replace(self, timesteps=timesteps, output_corrections=())
+        """Return the plan with these timesteps; output corrections are dropped if the timesteps change.
+
+        Timesteps of the plan keep their ratios. With any other timestep all ratios are those of the noise schedule.
+        """
+        if timesteps == self.timesteps:
+            return self
+        known = dict(zip(self.timesteps, self.ratios, strict=False))
+        ratios = tuple(known[t] for t in timesteps) if set(timesteps) <= set(known) else ()
+        return replace(self, timesteps=timesteps, ratios=ratios, stride=0, output_corrections=())
+
+    def spaced(
+        self, spacing: TimestepSpacing, steps: int, schedule: NoiseSchedule, tokens: int | None = None
+    ) -> SamplingPlan:
+        """Return the plan over `steps` timesteps of this spacing, see `diffpress.runtime.spaced_timesteps.space`."""
+        found = space(spacing, steps, schedule, tokens)
+        plan = replace(self, timesteps=found.timesteps, ratios=found.ratios, stride=found.stride, output_corrections=())
+        return self if plan == replace(self, output_corrections=()) else plan
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as JSON-serializable data; `ratios` and `stride` are entries only if in use."""
+        return without_defaults(self, ("ratios", "stride"))
+
+
+def _is_falling(values: tuple[float, ...], strictly: bool = True) -> bool:
+    """Whether the values are finite, not negative, and descending."""
+    array = np.asarray(values, dtype=float)
+    steps = np.diff(array)
+    return bool(np.isfinite(array).all() and (array >= 0).all() and (steps < 0 if strictly else steps <= 0).all())
 
 
 def plan_from_json(data: Any, where: str = "plan") -> SamplingPlan:
@@ -151,9 +193,11 @@ def plan_from_json(data: Any, where: str = "plan") -> SamplingPlan:
             end=None if raw.get("end") is None else float(raw["end"]),
             output_corrections=tuple(_correction(entry, where) for entry in raw.get("output_corrections", ())),
             start=str(raw.get("start", STARTS[0])),
-            threshold=None if raw.get("threshold") is None else _threshold(raw["threshold"], where),
+            threshold=None if raw.get("threshold") is None else threshold_from_json(raw["threshold"], where),
             guidance_interval=None if raw.get("guidance_interval") is None else _interval(raw["guidance_interval"]),
             guidance_rescale=float(raw.get("guidance_rescale", 0.0)),
+            ratios=floats(raw.get("ratios", ())),
+            stride=int(raw.get("stride", 0)),
         )
 
 
@@ -162,7 +206,8 @@ def _correction(data: Any, where: str) -> OutputCorrection:
     return OutputCorrection(float(raw["slope"]), floats(raw["bias"]))
 
 
-def _threshold(data: Any, where: str) -> Threshold:
+def threshold_from_json(data: Any, where: str) -> Threshold:
+    """Read dynamic thresholding from its JSON form."""
     raw = check_fields(Threshold, data, where)
     upper = raw.get("max")
     return Threshold(float(raw["ratio"]), None if upper is None else float(upper))
@@ -178,6 +223,20 @@ def plan_levels(
 ) -> tuple[NoiseLevel, ...]:
     """Return the noise levels at `timesteps`, followed by that at `end` or by clean data: one more than steps."""
     return (*(noise_level_at(schedule, t) for t in timesteps), CLEAN if end is None else noise_level_at(schedule, end))
+
+
+def plan_steps(schedule: NoiseSchedule, plan: SamplingPlan) -> tuple[tuple[NoiseLevel, NoiseLevel], ...]:
+    """Return the noise levels at which each step of the plan starts and ends."""
+    ratios = plan.ratios or (None,) * plan.steps
+    starts = [
+        noise_level_at(schedule, t) if ratio is None else noise_level_of_ratio(schedule, t, ratio)
+        for t, ratio in zip(plan.timesteps, ratios, strict=True)
+    ]
+    end = CLEAN if plan.end is None else noise_level_at(schedule, plan.end)
+    if plan.stride:
+        lower = [t - plan.stride for t in plan.timesteps]
+        return tuple(zip(starts, (noise_level_at(schedule, t) if t >= 0 else end for t in lower), strict=True))
+    return tuple(zip(starts, [*starts[1:], end], strict=True))
 
 
 def make_plan(

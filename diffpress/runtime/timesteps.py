@@ -39,8 +39,17 @@ from typing import Any
 import numpy as np
 
 from diffpress.runtime.errors import InvalidInputError, unknown_name
-from diffpress.runtime.io.json_fields import boolean, check_fields, convert_errors, floats
+from diffpress.runtime.io.json_fields import boolean, check_fields, convert_errors, without_defaults
 from diffpress.runtime.noise_schedule import NoiseSchedule, timesteps_at
+from diffpress.runtime.sigma_spacing import (
+    KARRAS_RHO,
+    SigmaSpacing,
+    beta_quantile,
+    sigma_spacing_from_json,
+)
+
+ROUNDINGS: dict[str, Callable[[np.ndarray], np.ndarray]] = {"": np.asarray, "round": np.round, "floor": np.floor}
+LATER_FIELDS = ("linear_shift", "terminal", "sigmas", "rounding", "count", "strided", "finite")
 
 
 @dataclass(frozen=True)
@@ -56,6 +65,14 @@ class TimestepSpacing:
         shift: The k of the shift.
         dynamic: (m at the fewest tokens, m at the most, fewest, most): the shift becomes k = exp(m), with m linear in
             the image's number of tokens (Flux).
+        linear_shift: A dynamic shift is k = m instead (`time_shift_type`).
+        terminal: Stretch the shifted s of a flow so that the last one is this (`shift_terminal`).
+        sigmas: Space the noise levels in sigma / alpha, or in s for a flow.
+        rounding: How timesteps are rounded for the network while noise levels are not: '', 'round' or 'floor'.
+        count: Number of lowest timesteps that are spaced (`lambda_min_clipped`), for 'lcm' the number of timesteps of
+            training (`original_inference_steps`); None for all, or 50.
+        strided: Each step ends T // N timesteps lower, whatever the next timestep (diffusers' DDIM).
+        finite: At zero terminal SNR alpha is 2^-12 instead of 0 (diffusers' Euler, DPM-Solver and UniPC).
     """
 
     kind: str = "trailing"
@@ -63,12 +80,27 @@ class TimestepSpacing:
     integer: bool = True
     shift: float = 1.0
     dynamic: tuple[float, float, float, float] | None = None
+    linear_shift: bool = False
+    terminal: float | None = None
+    sigmas: SigmaSpacing | None = None
+    rounding: str = ""
+    count: int | None = None
+    strided: bool = False
+    finite: bool = False
 
     def __post_init__(self) -> None:
+        if self.rounding not in ROUNDINGS or (self.count is not None and self.count < 1):
+            raise InvalidInputError(f"spacing: rounding '{self.rounding}' or count {self.count} is invalid")
+        if self.terminal is not None and not 0.0 <= self.terminal < 1.0:
+            raise InvalidInputError(f"spacing: shift_terminal {self.terminal} must lie in [0, 1)")
         if self.offset < 0 or not (np.isfinite(self.shift) and self.shift > 0):
             raise InvalidInputError(
                 f"spacing: offset {self.offset} must not be negative and shift {self.shift} must be above 0"
             )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the spacing as JSON-serializable data, with those of LATER_FIELDS that are in use."""
+        return without_defaults(self, LATER_FIELDS)
 
 
 def spacing_from_json(data: Any, where: str = "spacing") -> TimestepSpacing:
@@ -86,6 +118,13 @@ def spacing_from_json(data: Any, where: str = "spacing") -> TimestepSpacing:
             integer=boolean(raw.get("integer", True)),
             shift=float(raw.get("shift", 1.0)),
             dynamic=None if dynamic is None else _four(dynamic),
+            linear_shift=boolean(raw.get("linear_shift", False)),
+            terminal=None if raw.get("terminal") is None else float(raw["terminal"]),
+            sigmas=sigma_spacing_from_json(raw.get("sigmas"), f"{where}.sigmas"),
+            rounding=str(raw.get("rounding", "")),
+            count=None if raw.get("count") is None else int(raw["count"]),
+            strided=boolean(raw.get("strided", False)),
+            finite=boolean(raw.get("finite", False)),
         )
 
 
@@ -96,9 +135,7 @@ def _four(values: Any) -> tuple[float, float, float, float]:
 
 LOG_RATIO_MIN = -6.2  # r = 0.002, EDM's sigma_min
 LOG_RATIO_MAX = 5.1  # r = 164, where DPM-Solver++ also clips the cosine schedule
-KARRAS_RHO = 7.0
 LCM_TIMESTEPS = 50  # `original_inference_steps` of every published latent consistency model
-BETA_SHAPE = 0.6  # both parameters of the Beta distribution, as published
 # r at the ten published steps
 AYS = {
     "ays_sd15": (14.615, 6.475, 3.861, 2.697, 1.886, 1.396, 0.963, 0.652, 0.399, 0.152),
@@ -140,7 +177,7 @@ def _trailing(steps: int, schedule: NoiseSchedule) -> np.ndarray:
 
 
 def _linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    return np.linspace(len(schedule) - 1, 0, steps)
+    return np.linspace(0, len(schedule) - 1, steps)[::-1] if steps > 1 else np.array([len(schedule) - 1.0])
 
 
 def _quad(steps: int, schedule: NoiseSchedule) -> np.ndarray:
@@ -165,19 +202,6 @@ def _beta(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     return timesteps_at(low + beta_quantile(_ramp(steps)) * (high - low), schedule)
 
 
-def beta_quantile(p: np.ndarray, shape: float = BETA_SHAPE) -> np.ndarray:
-    """Return the quantiles of Beta(shape, shape) at probabilities p, in float64, accurate to 1e-7.
-
-    With x = u^(1 / shape) the integral of x^(shape - 1) (1 - x)^(shape - 1) has no pole at 0. It is computed on 0..1/2
-    with the trapezoidal rule and inverted by interpolation; the other half is its mirror image.
-    """
-    u = np.linspace(0.0, 0.5**shape, 8193)
-    density = (1.0 - u ** (1.0 / shape)) ** (shape - 1.0)
-    mass = np.concatenate([[0.0], np.cumsum(density[1:] + density[:-1])])
-    lower = np.interp(np.minimum(p, 1.0 - p), 0.5 * mass / mass[-1], u) ** (1.0 / shape)
-    return np.where(p <= 0.5, lower, 1.0 - lower)
-
-
 def _aligned(ratios: tuple[float, ...], steps: int, schedule: NoiseSchedule) -> np.ndarray:
     positions = np.linspace(0.0, len(ratios) - 1.0, steps)
     return timesteps_at(np.exp(np.interp(positions, np.arange(len(ratios)), np.log(ratios))), schedule)
@@ -188,7 +212,7 @@ def _dpm_leading(steps: int, schedule: NoiseSchedule) -> np.ndarray:
 
 
 def _dpm_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    return np.linspace(len(schedule) - 1, 0, steps + 1)[:-1]
+    return np.linspace(0, len(schedule) - 1, steps + 1)[:0:-1]
 
 
 def _dpm_flow(steps: int, schedule: NoiseSchedule) -> np.ndarray:
@@ -203,8 +227,9 @@ def _flow_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     return np.linspace(len(schedule) - 1, 1, steps)
 
 
-def _lcm(steps: int, schedule: NoiseSchedule) -> np.ndarray:
-    trained = min(LCM_TIMESTEPS, len(schedule))
+def lcm_timesteps(steps: int, schedule: NoiseSchedule, count: int | None = None) -> np.ndarray:
+    """Return the timesteps of a latent consistency model that was trained on `count` of them (default 50)."""
+    trained = min(count or LCM_TIMESTEPS, len(schedule))
     if steps > trained:
         raise InvalidInputError(
             f"{steps} steps: a latent consistency model is trained on {trained} timesteps, use at most as many steps"
@@ -229,7 +254,7 @@ SPACINGS: dict[str, Callable[[int, NoiseSchedule], np.ndarray]] = {
     "unipc_flow": _unipc_flow,
     "flow_trailing": _dpm_linspace,  # the same line; only dpm_linspace is rounded
     "flow_linspace": _flow_linspace,
-    "lcm": _lcm,
+    "lcm": lcm_timesteps,
 }
 
 
@@ -265,54 +290,3 @@ def _apart(t: np.ndarray, last: int) -> np.ndarray:
     index = np.arange(t.size)
     up = np.maximum.accumulate((t + index)[::-1])[::-1] - index
     return np.minimum(up, last - index)
-
-
-def spaced_timesteps(
-    spacing: TimestepSpacing, steps: int, schedule: NoiseSchedule, tokens: int | None = None
-) -> tuple[float, ...]:
-    """Return `steps` timesteps in a model's spacing, shifted.
-
-    Args:
-        spacing: The model's timestep spacing.
-        steps: Number of timesteps.
-        schedule: The model's noise schedule.
-        tokens: The image's number of tokens, needed for dynamic shifts.
-
-    Raises:
-        InvalidInputError: As in `timesteps_for`, and for a dynamic shift without `tokens`.
-    """
-    t = np.asarray(timesteps_for(spacing.kind, steps, schedule, integer=spacing.integer, offset=spacing.offset))
-    k, last = _shift_factor(spacing, tokens), len(schedule) - 1
-    if spacing.kind == "flow_linspace" and spacing.dynamic is None:
-        # diffusers' linspace ends at its smallest sigma, which is already shifted, and is then shifted again
-        t = np.interp(t, (1.0, last), (float(_shifted(np.ones(()), k, last)), last))
-    return floats(_shifted(t, k, last))
-
-
-def reshifted(
-    timesteps: tuple[float, ...], spacing: TimestepSpacing, old_tokens: int, new_tokens: int, schedule: NoiseSchedule
-) -> tuple[float, ...]:
-    """Return a plan's timesteps for another image size; shifts compose, so shifting by k_new / k_old suffices."""
-    if spacing.dynamic is None:
-        return timesteps
-    k = _shift_factor(spacing, new_tokens) / _shift_factor(spacing, old_tokens)
-    return floats(_shifted(np.asarray(timesteps), k, len(schedule) - 1))
-
-
-def _shift_factor(spacing: TimestepSpacing, tokens: int | None) -> float:
-    """The k of the shift: constant, or exp(m) with m linear between the spacing's two image sizes."""
-    if spacing.dynamic is None:
-        return spacing.shift
-    low, high, fewest, most = spacing.dynamic
-    if tokens is None or fewest == most:
-        raise InvalidInputError(
-            f"spacing: the dynamic shift {spacing.dynamic} needs two different sizes and the number of image tokens"
-        )
-    return math.exp(low + (high - low) * (tokens - fewest) / (most - fewest))
-
-
-def _shifted(t: np.ndarray, k: float, last: int) -> np.ndarray:
-    if k == 1.0:
-        return t  # keeps integer timesteps exact
-    s = t / last
-    return last * k * s / (1.0 + (k - 1.0) * s)

@@ -17,7 +17,8 @@ from diffpress.runtime.noise_schedule import (
     zero_terminal_snr,
 )
 from diffpress.runtime.sampling_plan import make_plan, plan_levels
-from diffpress.runtime.timesteps import TimestepSpacing, reshifted, spaced_timesteps, timesteps_for
+from diffpress.runtime.spaced_timesteps import reshifted, space
+from diffpress.runtime.timesteps import TimestepSpacing, timesteps_for
 
 COSINE = betas_schedule("squaredcos_cap_v2", 1000)
 LINEAR = betas_schedule("linear", 1000)
@@ -79,21 +80,21 @@ def test_a_trajectory_may_end_at_the_noise_level_of_a_timestep() -> None:
 
 
 def test_a_spacing_adds_its_offset_and_rounds_if_integer() -> None:
-    assert spaced_timesteps(TimestepSpacing("leading", offset=1), 4, LINEAR) == (751.0, 501.0, 251.0, 1.0)
-    assert spaced_timesteps(TimestepSpacing("linspace"), 3, LINEAR) == (999.0, 500.0, 0.0)
-    assert spaced_timesteps(TimestepSpacing("linspace", integer=False), 3, LINEAR) == (999.0, 499.5, 0.0)
+    assert space(TimestepSpacing("leading", offset=1), 4, LINEAR).timesteps == (751.0, 501.0, 251.0, 1.0)
+    assert space(TimestepSpacing("linspace"), 3, LINEAR).timesteps == (999.0, 500.0, 0.0)
+    assert space(TimestepSpacing("linspace", integer=False), 3, LINEAR).timesteps == (999.0, 499.5, 0.0)
 
 
 def test_a_shift_moves_a_flow_towards_the_noise() -> None:
     plain = TimestepSpacing("flow_trailing", integer=False)
-    assert spaced_timesteps(plain, 4, FLOW) == (1000.0, 750.0, 500.0, 250.0)
-    shifted = spaced_timesteps(replace(plain, shift=3.0), 4, FLOW)
+    assert space(plain, 4, FLOW).timesteps == (1000.0, 750.0, 500.0, 250.0)
+    shifted = space(replace(plain, shift=3.0), 4, FLOW).timesteps
     assert shifted == pytest.approx((1000.0, 900.0, 750.0, 500.0))  # 3 s / (1 + 2 s)
 
 
 def test_a_dynamic_shift_is_interpolated_between_two_sizes() -> None:
     spacing = TimestepSpacing("flow_trailing", integer=False, dynamic=(0.0, np.log(9.0), 100, 300))
-    at = [spaced_timesteps(spacing, 4, FLOW, tokens)[2] for tokens in (100, 200, 300)]
+    at = [space(spacing, 4, FLOW, tokens).timesteps[2] for tokens in (100, 200, 300)]
     assert at == pytest.approx([500.0, 750.0, 900.0])  # k = 1, 3, 9
     assert reshifted((500.0,), spacing, 100, 300, FLOW) == pytest.approx((900.0,))
     assert reshifted(reshifted((321.0,), spacing, 100, 300, FLOW), spacing, 300, 100, FLOW) == pytest.approx((321.0,))
@@ -104,7 +105,7 @@ def test_a_dynamic_shift_without_its_sizes_is_refused(
     dynamic: tuple[float, float, int, int], tokens: int | None
 ) -> None:
     with pytest.raises(InvalidInputError, match="number of image tokens"):
-        spaced_timesteps(TimestepSpacing("flow_trailing", integer=False, dynamic=dynamic), 4, FLOW, tokens)
+        space(TimestepSpacing("flow_trailing", integer=False, dynamic=dynamic), 4, FLOW, tokens)
 
 
 @pytest.mark.parametrize("steps", [0, -1, 1001])

@@ -7,7 +7,8 @@ import pytest
 
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import NoiseSchedule, betas_schedule, flow_schedule, noise_level_at
-from diffpress.runtime.timesteps import AYS, SPACINGS, beta_quantile, timesteps_for
+from diffpress.runtime.sigma_spacing import beta_quantile
+from diffpress.runtime.timesteps import AYS, SPACINGS, timesteps_for
 
 COSINE = betas_schedule("squaredcos_cap_v2", 1000)
 LINEAR = betas_schedule("linear", 1000)

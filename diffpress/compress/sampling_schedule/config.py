@@ -53,12 +53,15 @@ class ScheduleConfig(StageConfig):
 
     @model_validator(mode="after")
     def _timesteps_have_one_source(self) -> ScheduleConfig:
+        # a key with its default is not refused: a resolved recipe has every key
+        fields = type(self).model_fields
+        changed = {name for name in self.model_fields_set if getattr(self, name) != fields[name].default}
         if self.timesteps is not None:
-            taken = {"steps", "spacing", "search"} & self.model_fields_set
+            taken = {"steps", "spacing", "search"} & changed
             if taken:
                 raise ValueError(f"timesteps is set explicitly: remove {', '.join(sorted(taken))}")
         if self.search is None:
-            idle = {"refine", "samples", "fine", "batch"} & self.model_fields_set
+            idle = {"refine", "samples", "fine", "batch"} & changed
             if idle:
                 raise ValueError(f"{', '.join(sorted(idle))}: only used by a search; set search: gits")
         elif SOLVERS[self.solver].noisy or self.eta > 0:

@@ -10,10 +10,11 @@ from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.search import search
+from diffpress.runtime.carried_settings import settings_of, with_solver
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampling_plan import SamplingPlan, Threshold
-from diffpress.runtime.solvers import with_solver
-from diffpress.runtime.timesteps import spaced_timesteps
+from diffpress.runtime.spaced_timesteps import with_kind
+from diffpress.runtime.spec import DenoiserSpec
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,14 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
             f"schedule: this network was distilled ({spec.distilled}) for {old.steps} steps of {old.solver} and cannot "
             "use another plan; remove the stage"
         )
-    spacing = spec.spacing if config.spacing is None else replace(spec.spacing, kind=config.spacing, offset=0)
-    timesteps = config.timesteps
-    if timesteps is None:
-        timesteps = spaced_timesteps(spacing, config.steps, spec.schedule, spec.tokens(spec.sample_shape))
-    plan = replace(_with_options(old, config), timesteps=timesteps)
+    plan, spacing = _with_options(spec, config), spec.spacing
+    if config.spacing is not None:
+        spacing = with_kind(spacing, config.spacing)
+    if config.timesteps is not None:
+        plan = plan.over(config.timesteps)
+    else:
+        spaced = settings_of(spec, config.solver).spacing if config.spacing is None else spacing
+        plan = plan.spaced(spaced, config.steps, spec.schedule, spec.tokens(spec.sample_shape))
     result = checkpoint.evolve(spec=replace(spec, plan=plan, spacing=spacing))
     how = "explicit" if config.timesteps else spacing.kind
     if config.search is not None:
@@ -48,9 +52,9 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
     return result
 
 
-def _with_options(old: SamplingPlan, config: ScheduleConfig) -> SamplingPlan:
-    """Return the old plan with the solver and options of the config, and the old timesteps."""
-    plan = replace(with_solver(old.without_corrections, config.solver), eta=config.eta)
+def _with_options(spec: DenoiserSpec, config: ScheduleConfig) -> SamplingPlan:
+    """Return the spec's plan with the solver and options of the config, and the old timesteps."""
+    plan = replace(with_solver(spec, config.solver).without_corrections, eta=config.eta)
     if config.guidance is not None:
         plan = replace(plan, guidance=config.guidance)
     if config.guidance_interval is not None:

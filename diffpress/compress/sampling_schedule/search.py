@@ -33,6 +33,7 @@ import numpy as np
 from diffpress.compress.progress import progress
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.seeds import SEARCH_SEED
+from diffpress.runtime.carried_settings import with_solver
 from diffpress.runtime.denoiser import Denoise, plan_denoiser
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs, Network
@@ -40,7 +41,6 @@ from diffpress.runtime.noise_schedule import NoiseLevel
 from diffpress.runtime.parameterization import transfer
 from diffpress.runtime.sampler import noise_for, sample
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
-from diffpress.runtime.solvers import with_solver
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import timesteps_for
 
@@ -119,7 +119,7 @@ def jump_costs(
         InvalidInputError: The samples are NaN or infinite.
     """
     own = spec.plan
-    plan = replace(with_solver(own, FINE_SOLVER), timesteps=fine, start=own.start, end=own.end)
+    plan = replace(with_solver(spec, FINE_SOLVER).over(fine), start=own.start, end=own.end)
     levels = plan_levels(spec.schedule, fine, plan.end)
     total, ends = np.zeros((len(levels), len(levels))), []
     for part in _batches(count, batch, "search: fine timesteps"):

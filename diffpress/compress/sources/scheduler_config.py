@@ -1,29 +1,53 @@
 """Map a diffusers scheduler config to a noise schedule, a timestep spacing and a solver.
 
-diffusers builds the scheduler from the config, so its defaults and its noise table apply. The table `SCHEDULERS` then
-maps each class to the equivalent solver and timestep spacings (runtime/timesteps.py). Settings that are not followed,
-and classes that are replaced by another solver, are reported in one sentence, `note`.
+diffusers builds the scheduler from the config, so its defaults and its noise table apply. The table `SCHEDULERS`
+(scheduler_classes.py) then gives the equivalent solver, and what else the class does with the config: its timestep
+spacing, where its plans start and end, and how it clips x_0. Everything that changes the image is followed, or refused
+with the name of the entry.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass
+import warnings
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import diffusers
 import numpy as np
+import torch
 
 from diffpress.compress.sources.layout import first_line
+from diffpress.compress.sources.scheduler_classes import (
+    EQUIVALENTS,
+    SAME_PARAMETERIZATION,
+    SCHEDULERS,
+    SchedulerClass,
+    Settings,
+    only,
+)
+from diffpress.runtime.carried_settings import DPM_KINDS, carried_settings
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import NoiseSchedule, flow_schedule
 from diffpress.runtime.sampling_plan import SamplingPlan, Threshold
+from diffpress.runtime.sigma_spacing import SMALLEST_ALPHA_SQUARED, SigmaSpacing
+from diffpress.runtime.solver_settings import SolverSettings
 from diffpress.runtime.solvers import CLIPPING
 from diffpress.runtime.timesteps import LCM_TIMESTEPS, TimestepSpacing
 
-PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample", "flow_prediction": "flow"}
+SIGMA_OPTIONS = {
+    "use_karras_sigmas": "karras",
+    "use_lu_lambdas": "lu",
+    "use_exponential_sigmas": "exponential",
+    "use_beta_sigmas": "beta",
+}
+# These have the entries and the table of LMS, with other defaults; one may be a placeholder for a missing dependency,
+# and the other is slow to build.
+_DEFAULTS = {"beta_start": 0.00085, "beta_end": 0.012}
+SAME_AS_LMS = {"DPMSolverSDEScheduler": _DEFAULTS, "KDPM2DiscreteScheduler": _DEFAULTS}
+CHOOSE = ', or choose the solver yourself in diffpress.json: {"plan": {"solver": "dpmpp_2m", "steps": 20}}'
 
 
 @dataclass(frozen=True)
@@ -31,7 +55,8 @@ class SchedulerFacts:
     """Prediction type, noise schedule and sampling settings read from a scheduler config.
 
     `start`, `end` and `threshold` are as in `diffpress.runtime.sampling_plan.SamplingPlan`; `clip` is whether x_0 is
-    clipped at each step; `note` describes how sampling differs from the config.
+    clipped at each step; `note` describes how sampling differs from the config; `solver_settings` are as in
+    `diffpress.runtime.spec.DenoiserSpec`.
     """
 
     prediction: str
@@ -43,245 +68,285 @@ class SchedulerFacts:
     start: str = SamplingPlan.start
     threshold: Threshold | None = None
     note: str | None = None
-
-
-class SchedulerMapping(NamedTuple):
-    """Equivalent of a scheduler class: our solver, our spacing for each `timestep_spacing`, and known differences."""
-
-    solver: str
-    spacings: Mapping[str, str]
-    note: str | None = None
-    followed: Mapping[str, tuple[Any, ...]] = {}  # like FOLLOWED, for this class only
-
-
-PLAIN = {"leading": "leading", "trailing": "trailing", "linspace": "linspace"}
-EULER = dict(PLAIN)  # the same spacings, but linspace is not rounded
-DPM = {"leading": "dpm_leading", "trailing": "trailing", "linspace": "dpm_linspace"}
-STEPPED = {
-    "timestep_spacing": ("leading", "trailing")
-}  # these step by T // N, which differs from the linspace timesteps
-UNIPC = {"solver_type": ("bh2",), "predict_x0": (True,), "disable_corrector": ([],), "solver_p": (None,)}
-SUBSTITUTED = "another solver is used instead, so images differ from those of the diffusers pipeline"
-OWN_NOISE = "the noise added at each step is drawn by diffpress's own generator"
-
-SCHEDULERS = {
-    # it keeps eps when it clips or thresholds x_0
-    "DDIMScheduler": SchedulerMapping("ddim", PLAIN, followed={**STEPPED, "thresholding": (False,)}),
-    "DDPMScheduler": SchedulerMapping("ddpm", PLAIN),
-    "EulerDiscreteScheduler": SchedulerMapping("euler", EULER),
-    "EulerAncestralDiscreteScheduler": SchedulerMapping("euler_ancestral", EULER, note=OWN_NOISE),
-    "HeunDiscreteScheduler": SchedulerMapping("heun", EULER, followed={"clip_sample": (False,)}),
-    "DPMSolverMultistepScheduler": SchedulerMapping("dpmpp_2m", DPM),
-    "DPMSolverSDEScheduler": SchedulerMapping("dpmpp_sde", EULER, note=OWN_NOISE),
-    "DEISMultistepScheduler": SchedulerMapping(
-        "deis_2", DPM, followed={"solver_type": ("logrho",), "use_flow_sigmas": (False,)}
-    ),
-    "UniPCMultistepScheduler": SchedulerMapping("unipc_2", DPM, followed=UNIPC),
-    "LCMScheduler": SchedulerMapping("lcm", dict.fromkeys(PLAIN, "lcm")),
-    "PNDMScheduler": SchedulerMapping(
-        "ipndm", PLAIN, note="its Runge-Kutta warm-up is replaced by multistep updates", followed=STEPPED
-    ),
-    "DPMSolverSinglestepScheduler": SchedulerMapping("dpmpp_2m", DPM, note=SUBSTITUTED),
-    "LMSDiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
-    "KDPM2DiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
-    "KDPM2AncestralDiscreteScheduler": SchedulerMapping("dpmpp_2m", EULER, note=SUBSTITUTED),
-}
-# (class, algorithm_type if it has several) -> our solver for solver_order 1, 2, ...
-ORDERS: dict[tuple[str, str | None], tuple[str, ...]] = {
-    ("DPMSolverMultistepScheduler", "dpmsolver++"): ("ddim", "dpmpp_2m", "dpmpp_3m"),
-    ("DPMSolverMultistepScheduler", "sde-dpmsolver++"): ("ddpm", "dpmpp_2m_sde"),
-    ("DEISMultistepScheduler", "deis"): ("ddim", "deis_2", "deis_3"),
-    ("UniPCMultistepScheduler", None): ("unipc_1", "unipc_2", "unipc_3"),
-}
-NO_SIGMAS = {"use_karras_sigmas": (False,), "use_exponential_sigmas": (False,), "use_beta_sigmas": (False, None)}
-FLOWS = {
-    "FlowMatchEulerDiscreteScheduler": SchedulerMapping("euler", {}, followed=NO_SIGMAS),
-    "FlowMatchHeunDiscreteScheduler": SchedulerMapping("heun_flow", {}),
-}
-UNKNOWN = SchedulerMapping("ddim", PLAIN, note="unknown scheduler, deterministic DDIM is used instead")
-
-# Values that our solvers implement, for every class that has the setting; others are reported in `note`.
-FOLLOWED: dict[str, tuple[Any, ...]] = {
-    "algorithm_type": ("dpmsolver++", "sde-dpmsolver++", "deis"),
-    "solver_type": ("midpoint",),
-    "solver_order": (1, 2, 3),
-    "lower_order_final": (True,),
-    "variance_type": (None, "fixed_small", "fixed_small_log"),
-    "lambda_min_clipped": (-float("inf"),),
-    "clip_sample_range": (1.0,),
-    "interpolation_type": ("linear",),
-    "timestep_type": ("discrete",),
-    "original_inference_steps": (LCM_TIMESTEPS,),
-    "timestep_scaling": (10.0,),
-    "time_shift_type": ("exponential",),
-    "shift_terminal": (None,),
-    "invert_sigmas": (False,),
-    "stochastic_sampling": (False,),
-}
+    solver_settings: tuple[SolverSettings, ...] = ()
 
 
 def read_scheduler(
-    config: dict[str, Any] | None, where: Path, text_or_latent: bool, pipeline_sigmas: bool | None = None
+    config: dict[str, Any] | None,
+    where: Path,
+    follow: bool,
+    pipeline_sigmas: bool | None = None,
+    plan_chosen: bool = False,
 ) -> SchedulerFacts:
     """Read a scheduler_config.json.
 
     Args:
-        config: The parsed file; None for the defaults.
+        config: The parsed file; None for the defaults of a denoiser without a pipeline.
         where: Its path, for error messages.
-        text_or_latent: Whether to follow the scheduler class; False (pixel-space models) means DDIM with trailing
-            spacing, whatever the class.
+        follow: Whether to follow the scheduler class; False (pixel-space models) means DDIM with trailing spacing,
+            whatever the class.
         pipeline_sigmas: Whether the diffusers pipeline passes its own sigmas to a flow scheduler, as Flux does and SD3
             does not; None infers it from the config: yes if the shift is dynamic or 1.
+        plan_chosen: Whether the user chose a plan, so that only the prediction and the noise schedule have to be read
+            if the scheduler cannot be followed.
 
     Raises:
-        InvalidInputError: The settings are invalid.
+        InvalidInputError: The settings are invalid, or cannot be followed.
     """
-    config = config or {}
-    name = str(config.get("_class_name", ""))
-    kind = str(config.get("prediction_type", "epsilon"))
-    flow = "FlowMatch" in name
-    flow_sigmas = text_or_latent and kind == "flow_prediction" and _has_flow_sigmas(config, name)
-    if not flow and kind not in PREDICTIONS and not flow_sigmas:
-        raise InvalidInputError(f"{where}: prediction_type '{kind}' is not one of {', '.join(PREDICTIONS)}")
+    name = str((config or {}).get("_class_name") or ("DDIMScheduler" if config is None else ""))
+    family = SCHEDULERS[name].family if name in SCHEDULERS else None
+    replaceable = name in SAME_PARAMETERIZATION or family not in (None, "flow")
+    advice = f"change the scheduler's config{CHOOSE if replaceable else ''}"
+    if family is None and not (replaceable and (plan_chosen or not follow)):
+        what = f"scheduler class '{name}' is not supported" if name else "the entry _class_name is missing"
+        raise InvalidInputError(f"{where}: {what} (supported: {', '.join(SCHEDULERS)}); {advice}")
     try:
-        if not text_or_latent:
-            return _pixel_facts(config, flow, kind)
-        return _flow_facts(config, name, pipeline_sigmas) if flow else _facts(config, name, kind)
+        if config is None and follow:
+            return scheduler_facts({"clip_sample": False}, name)
+        if not follow or family is None:
+            facts = _default_facts(config or {}, name)
+            return replace(facts, clip=facts.clip and not follow)
+        own = scheduler_facts(config or {}, name, pipeline_sigmas)
+        return own if family == "flow" else replace(own, solver_settings=_all_settings(config or {}, own))
     except InvalidInputError as error:
-        raise InvalidInputError(f"{where}: {error}") from error
+        if follow and plan_chosen and replaceable:
+            return replace(_default_facts(config or {}, name), clip=False)
+        raise InvalidInputError(f"{where}: {error}; {advice}") from error
     except Exception as error:  # torch and diffusers raise many types for invalid settings
         raise InvalidInputError(f"{where}: no noise schedule can be built from it ({first_line(error)})") from error
 
 
-def _pixel_facts(config: dict[str, Any], flow: bool, kind: str) -> SchedulerFacts:
-    if flow:
+def _default_facts(config: Settings, name: str) -> SchedulerFacts:
+    """Facts of a model that is sampled with DDIM and trailing spacing, whatever its scheduler."""
+    if name in SCHEDULERS and SCHEDULERS[name].family == "flow":
         schedule = flow_schedule(int(config.get("num_train_timesteps", 1000)) + 1)
-    else:
-        schedule = _table(diffusers.DDPMScheduler.from_config(config))
-    clip = bool(config.get("clip_sample", True))
-    return SchedulerFacts("flow" if flow else PREDICTIONS[kind], schedule, TimestepSpacing(), "ddim", clip)
-
-
-def _facts(config: dict[str, Any], name: str, kind: str) -> SchedulerFacts:
-    scheduler, settings = _build_scheduler(name if name in SCHEDULERS else "DDPMScheduler", config)
-    mapping, settings = _mapping_of(name, kind, settings)
-    start = SamplingPlan.start
-    if _has_flow_sigmas(config, name):
-        schedule = flow_schedule(int(config.get("num_train_timesteps", 1000)) + 1)
-        flow_spacing = "unipc_flow" if name == "UniPCMultistepScheduler" else "dpm_flow"
-        spacing, start = TimestepSpacing(flow_spacing, integer=False, shift=float(settings["flow_shift"])), "unit"
-    else:
-        schedule, spacing = _table(scheduler), _spacing(settings, mapping)
-        if mapping.spacings is EULER and settings.get("timestep_spacing") != "leading":
-            start = "noise"
-    # a consistency model always ends at its estimate of x_0
-    noisy = settings.get("set_alpha_to_one") is False or settings.get("final_sigmas_type") == "sigma_min"
-    noisy |= name == "DEISMultistepScheduler"
-    threshold = None
-    if settings.get("thresholding"):
-        threshold = Threshold(float(settings["dynamic_thresholding_ratio"]), float(settings["sample_max_value"]))
+        return SchedulerFacts("flow", schedule, TimestepSpacing(), "ddim", bool(config.get("clip_sample", True)))
+    # the table is that of the class, whose defaults differ; DDPM has the entries for clipping
+    scheduler, settings = _build_scheduler(name, config)
+    _, clipping = _build_scheduler("DDPMScheduler", config)
+    if clipping["clip_sample"] and not clipping["thresholding"]:
+        only(clipping, "clip_sample_range", 1.0)
+    threshold = _threshold(clipping)
     return SchedulerFacts(
-        prediction="flow" if kind == "flow_prediction" else PREDICTIONS[kind],
-        schedule=schedule,
-        spacing=spacing,
-        solver=mapping.solver,
-        clip=bool(settings.get("clip_sample", False)) and threshold is None,
-        end=0.0 if noisy and mapping.solver != "lcm" else None,
-        start=start,
+        PREDICTIONS[only(settings, "prediction_type", "epsilon", "v_prediction", "sample")],
+        _table(scheduler),
+        TimestepSpacing(),
+        "ddim",
+        clip=bool(clipping["clip_sample"]) and threshold is None,
         threshold=threshold,
-        note=_note(name, mapping, settings),
     )
 
 
-def _mapping_of(name: str, kind: str, settings: dict[str, Any]) -> tuple[SchedulerMapping, dict[str, Any]]:
-    """Return the mapping of a class with these settings, and the settings that it does not yet cover."""
-    mapping = SCHEDULERS.get(name, UNKNOWN)
-    orders = ORDERS.get((name, settings.get("algorithm_type")))
-    if orders is not None:
-        order = int(settings["solver_order"])
-        if 1 <= order <= len(orders):
-            mapping = mapping._replace(solver=orders[order - 1])
-        else:
-            mapping = mapping._replace(followed={**mapping.followed, "solver_order": tuple(range(1, len(orders) + 1))})
-        if settings.get("algorithm_type") == "sde-dpmsolver++":
-            mapping = mapping._replace(solver=orders[min(order, len(orders)) - 1], note=OWN_NOISE)
-    if name == "DDIMScheduler" and settings["clip_sample"]:  # it keeps eps when it clips x_0
-        return mapping._replace(solver=CLIPPING), settings | {"clip_sample": False}
-    if name == "DDPMScheduler" and settings["variance_type"] == "fixed_large":
-        # with other spacings diffusers adds noise to the final clean sample
-        exact = settings["timestep_spacing"] == "leading" and settings["steps_offset"] == 0
-        return mapping._replace(solver="ddpm_large"), settings | ({"variance_type": None} if exact else {})
-    if settings.get("skip_prk_steps"):  # PNDM without Runge-Kutta steps averages network outputs
-        return mapping._replace(solver="plms_v" if kind == "v_prediction" else "plms", note=None), settings
-    return mapping, settings
+def scheduler_facts(config: Settings, name: str, pipeline_sigmas: bool | None = None, **changed: Any) -> SchedulerFacts:
+    """Return the facts of a model that is sampled with this class, built from the config with some changed entries."""
+    entry = SCHEDULERS[name]
+    scheduler, settings = _build_scheduler(name, config, **changed)
+    solver = entry.solver(settings)
+    _check_entries(name, entry, settings)
+    if solver in ("heun", "kdpm2", "deis_2", "deis_3") and settings["timestep_spacing"] != "leading":
+        # its first timestep is almost pure noise, where these solvers would amplify rounding errors
+        only(settings, "beta_schedule", "linear", "scaled_linear", "exp")
+    note = f"{name}: {entry.note}" if entry.note else None
+    if solver in ("ddpm", "dpmpp_2m_sde", "consistency") and note is None:
+        note = f"{name}: the noise added at each step is drawn by diffpress's own generator"
+    if entry.family == "flow":
+        schedule = flow_schedule(int(settings["num_train_timesteps"]) + 1)  # timesteps 0 to T inclusive
+        return SchedulerFacts(
+            "flow", schedule, _flow_spacing(settings, solver, pipeline_sigmas), solver, False, note=note
+        )
+    threshold = _threshold(settings)
+    if settings.get("use_flow_sigmas"):
+        return _flow_sigma_facts(name, settings, solver, threshold, note)
+    prediction = PREDICTIONS[only(settings, "prediction_type", "epsilon", "v_prediction", "sample")]
+    schedule = _table(scheduler)
+    if prediction == "epsilon" and 0.0 in schedule.alphas[:-1]:
+        raise InvalidInputError(
+            f"beta_start, beta_end, trained_betas or num_train_timesteps: alpha is 0 from timestep "
+            f"{schedule.alphas.index(0.0)} on, where an epsilon prediction does not determine the image"
+        )
+    return SchedulerFacts(
+        prediction=prediction,
+        schedule=schedule,
+        spacing=_spacing(scheduler, entry.family, solver, settings),
+        solver=solver,
+        clip=bool(settings.get("clip_sample")) and threshold is None and solver != CLIPPING,
+        end=_end(name, entry.family, settings),
+        start="noise" if entry.family == "euler" and settings["timestep_spacing"] != "leading" else SamplingPlan.start,
+        threshold=threshold,
+        note=note,
+    )
 
 
-def _flow_facts(config: dict[str, Any], name: str, pipeline_sigmas: bool | None) -> SchedulerFacts:
-    mapping = FLOWS.get(name, FLOWS["FlowMatchEulerDiscreteScheduler"]._replace(note=SUBSTITUTED))
-    _, settings = _build_scheduler(name if name in FLOWS else "FlowMatchEulerDiscreteScheduler", config)
+def _check_entries(name: str, entry: SchedulerClass, settings: Settings) -> None:
+    """Refuse entries that this project does not know and that are not at their default."""
+    defaults = inspect.signature(getattr(diffusers, name).__init__).parameters
+    for key in sorted(set(settings) - entry.followed):
+        default = defaults[key].default if key in defaults else None  # a placeholder for a missing dependency
+        only(settings, key, default)
+    betas = settings.get("trained_betas")
+    if betas is not None and len(betas) != settings["num_train_timesteps"]:
+        raise InvalidInputError(
+            f"trained_betas has {len(betas)} values for num_train_timesteps {settings['num_train_timesteps']}"
+        )
+
+
+def _end(name: str, family: str, settings: Settings) -> float | None:
+    """The timestep at whose noise level plans end; None for clean data, as a consistency model always does."""
+    noisy = settings.get("set_alpha_to_one") is False or settings.get("final_sigmas_type") == "sigma_min"
+    noisy |= name == "DEISMultistepScheduler"
+    return 0.0 if noisy and family != "lcm" else None
+
+
+def _threshold(settings: Settings) -> Threshold | None:
+    if not settings.get("thresholding"):
+        return None
+    ratio, most = float(settings["dynamic_thresholding_ratio"]), float(settings["sample_max_value"])
+    if most < 1.0:
+        raise InvalidInputError(f"sample_max_value {most:g} is not supported, only values of at least 1")
+    return Threshold(ratio, most)
+
+
+def _spacing(scheduler: Any, family: str, solver: str, settings: Settings) -> TimestepSpacing:
+    # singlestep solvers have no such setting: their timesteps are linspace's
+    plain = only(settings, "timestep_spacing", "linspace", "leading", "trailing")
+    kind = {"dpm": DPM_KINDS.get(plain, plain), "lcm": "lcm"}.get(family, plain)
+    offset = int(settings["steps_offset"]) if kind.endswith("leading") else 0  # diffusers adds it to no other
+    if offset < 0:
+        raise InvalidInputError(f"steps_offset {offset} must not be negative")
+    spacing = TimestepSpacing(
+        kind,
+        offset,
+        integer=not (family == "euler" and kind == "linspace"),
+        # PNDM and DDIM step by T // N
+        strided=solver in ("ddim", CLIPPING, "plms", "plms_v")
+        and family == "ddim"
+        and (kind != "leading" or offset > 1),
+        finite=bool(settings.get("rescale_betas_zero_snr")) and family in ("euler", "dpm"),
+        count=_count(scheduler, family, settings),
+    )
+    option = next((ours for theirs, ours in SIGMA_OPTIONS.items() if settings.get(theirs)), None)
+    if option is None:
+        return spacing
+    if settings.get("final_sigmas_type") == "sigma_min" and solver.startswith("unipc"):
+        only(settings, "final_sigmas_type", "zero")  # diffusers' last step would divide by zero
+    low, high = (None if settings.get(name) is None else float(settings[name]) for name in ("sigma_min", "sigma_max"))
+    rounding = ""
+    if family == "dpm":
+        cosine = settings["beta_schedule"] == "squaredcos_cap_v2" and type(scheduler).__name__.startswith(
+            "DPMSolverMulti"
+        )
+        rounding = "round" if option in ("karras", "lu") and not cosine else "floor"
+    elif solver == "kdpm2" and option == "karras":
+        rounding = "round"
+    sigmas = SigmaSpacing(option, low, high, full_table=family == "dpm")
+    return replace(spacing, integer=bool(rounding), sigmas=sigmas, rounding=rounding, finite=False, count=None)
+
+
+def _count(scheduler: Any, family: str, settings: Settings) -> int | None:
+    """The number of timesteps that are spaced, where it is not all."""
+    if family == "lcm":
+        count = int(settings["original_inference_steps"])
+        return None if count == LCM_TIMESTEPS else count
+    if not np.isfinite(settings.get("lambda_min_clipped", -np.inf)):
+        return None
+    lowest = torch.flip(scheduler.lambda_t, [0])
+    clipped = int(torch.searchsorted(lowest, settings["lambda_min_clipped"]))
+    return len(lowest) - clipped if clipped else None
+
+
+def _flow_sigma_facts(
+    name: str, settings: Settings, solver: str, threshold: Threshold | None, note: str | None
+) -> SchedulerFacts:
+    if settings["prediction_type"] != "flow_prediction":
+        raise InvalidInputError(
+            f"use_flow_sigmas with prediction_type {settings['prediction_type']} is not supported, only flow_prediction"
+        )
+    only(settings, "final_sigmas_type", "zero")
+    for option in SIGMA_OPTIONS:
+        only(settings, option, False)
+    kind = "unipc_flow" if name == "UniPCMultistepScheduler" else "dpm_flow"
+    schedule = flow_schedule(int(settings["num_train_timesteps"]) + 1)
+    spacing = TimestepSpacing(kind, integer=False, shift=float(settings["flow_shift"]), rounding="floor")
+    return SchedulerFacts("flow", schedule, spacing, solver, False, start="unit", threshold=threshold, note=note)
+
+
+def _flow_spacing(settings: Settings, solver: str, pipeline_sigmas: bool | None) -> TimestepSpacing:
     shift = float(settings["shift"])
     dynamic = None
     if settings.get("use_dynamic_shifting"):
         low, high = float(settings["base_shift"]), float(settings["max_shift"])
         dynamic = low, high, float(settings["base_image_seq_len"]), float(settings["max_image_seq_len"])
     own = (dynamic is not None or shift == 1.0) if pipeline_sigmas is None else pipeline_sigmas
-    own &= mapping.solver == "euler"  # no pipeline passes sigmas to Heun
-    return SchedulerFacts(
-        prediction="flow",
-        # flow timesteps run from 0 to T inclusive: T + 1 entries
-        schedule=flow_schedule(int(settings["num_train_timesteps"]) + 1),
-        spacing=TimestepSpacing(
-            "flow_trailing" if own else "flow_linspace", integer=False, shift=shift, dynamic=dynamic
-        ),
-        solver=mapping.solver,
-        clip=False,
-        note=_note(name, mapping, settings),
+    own &= solver != "heun_flow"  # no pipeline passes sigmas to Heun
+    option = next((ours for theirs, ours in SIGMA_OPTIONS.items() if settings.get(theirs)), None)
+    terminal = settings.get("shift_terminal")
+    return TimestepSpacing(
+        "flow_trailing" if own else "flow_linspace",
+        integer=False,
+        shift=shift,
+        dynamic=dynamic,
+        linear_shift=dynamic is not None and settings.get("time_shift_type") == "linear",
+        terminal=float(terminal) if terminal else None,
+        sigmas=SigmaSpacing(option) if option else None,
     )
 
 
-def _build_scheduler(name: str, config: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _all_settings(config: Settings, own: SchedulerFacts) -> tuple[SolverSettings, ...]:
+    """Return the settings of every solver with an equivalent class, where they are not those of the general rules.
+
+    The oracle is `Class.from_config(config)`: what a user of diffusers writes to choose another scheduler.
+    """
+    clips = own.clip or own.solver == CLIPPING
+    found = []
+    for solver in (own.solver, *(name for name in EQUIVALENTS if name != own.solver)):
+        settings = _own_settings(own) if solver == own.solver else _settings(config, own, solver)
+        if settings is None:
+            continue
+        general = carried_settings(own.spacing, own.schedule, solver)
+        general = replace(general, clip=clips and solver != CLIPPING, threshold=own.threshold)
+        if settings != general:
+            found.append(settings)
+    return tuple(found)
+
+
+def _own_settings(own: SchedulerFacts) -> SolverSettings:
+    return SolverSettings(own.solver, own.solver, own.spacing, own.start, own.end, own.clip, own.threshold)
+
+
+def _settings(config: Settings, own: SchedulerFacts, solver: str) -> SolverSettings | None:
+    """Settings of a solver on a model with this config; None if the equivalent class does not support the model."""
+    name, changed = EQUIVALENTS[solver]
+    try:
+        facts = scheduler_facts(config, name, **changed)
+    except InvalidInputError as error:
+        if str(error).startswith("prediction_type"):
+            return None
+        return SolverSettings(solver, solver, refused=f"with {name}, {error}")
+    except Exception as error:  # diffusers raises many types for settings that another class does not support
+        return SolverSettings(solver, solver, refused=f"{name} cannot be built from its config ({first_line(error)})")
+    if solver in ("plms", "plms_v", "pndm", "pndm_v") and facts.solver != solver:
+        return None
+    if (facts.prediction, facts.schedule) != (own.prediction, own.schedule):
+        return SolverSettings(solver, solver, refused=f"the noise schedule of {name} would be another one")
+    return replace(_own_settings(facts), solver=solver)
+
+
+def _build_scheduler(name: str, config: Settings, **changed: Any) -> tuple[Any, Settings]:
     """Build diffusers' scheduler; return it with the settings its class has, without leftovers of other classes."""
     cls = getattr(diffusers, name)
-    if hasattr(cls, "_backends"):  # placeholder for a missing dependency; Euler has the same settings
-        cls = diffusers.EulerDiscreteScheduler
-    scheduler = cls.from_config(config)
+    if name in SAME_AS_LMS:
+        cls, config = diffusers.LMSDiscreteScheduler, SAME_AS_LMS[name] | config
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # an algorithm_type that diffusers deprecates
+        scheduler = cls.from_config(config, **changed)
     own = inspect.signature(cls.__init__).parameters
     return scheduler, {key: value for key, value in scheduler.config.items() if key in own}
 
 
-def _has_flow_sigmas(config: dict[str, Any], name: str) -> bool:
-    return bool(config.get("use_flow_sigmas")) and SCHEDULERS.get(name, UNKNOWN).spacings is DPM
-
-
 def _table(scheduler: Any) -> NoiseSchedule:
-    """Return the noise schedule as the table that diffusers computed from the config."""
+    """Return the noise schedule that diffusers computed from the config, with alpha 0 at zero terminal SNR."""
     abar = scheduler.alphas_cumprod.double().numpy()
+    if getattr(scheduler.config, "rescale_betas_zero_snr", False) and abar[-1] == SMALLEST_ALPHA_SQUARED:
+        abar[-1] = 0.0
     with np.errstate(invalid="ignore"):  # NoiseSchedule then rejects NaN
         return NoiseSchedule(tuple(np.sqrt(abar).tolist()), tuple(np.sqrt(1.0 - abar).tolist()))
-
-
-def _spacing(settings: dict[str, Any], mapping: SchedulerMapping) -> TimestepSpacing:
-    kind = str(settings.get("timestep_spacing", "linspace"))
-    if kind not in mapping.spacings:
-        raise InvalidInputError(f"timestep_spacing '{kind}' is not one of {', '.join(mapping.spacings)}")
-    if settings.get("use_karras_sigmas"):
-        return TimestepSpacing("karras", integer=False)
-    if settings.get("use_exponential_sigmas") or settings.get("use_lu_lambdas"):
-        return TimestepSpacing("exponential", integer=False)
-    if settings.get("use_beta_sigmas"):
-        return TimestepSpacing("beta", integer=False)
-    ours = mapping.spacings[kind]
-    # diffusers adds the offset only with leading spacing
-    offset = int(settings["steps_offset"]) if ours.endswith("leading") else 0
-    return TimestepSpacing(ours, offset, integer=not (mapping.spacings is EULER and ours == "linspace"))
-
-
-def _note(name: str, mapping: SchedulerMapping, settings: dict[str, Any]) -> str | None:
-    """Describe in one sentence how sampling differs from the scheduler; None if it does not."""
-    followed = {**FOLLOWED, **mapping.followed}
-    if mapping.spacings is EULER and settings.get("timestep_spacing") != "linspace":
-        followed |= NO_SIGMAS  # diffusers computes these sigmas between the ends of the timesteps, not of the table
-    odd = [f"{key} {settings[key]}" for key, values in followed.items() if settings.get(key, values[0]) not in values]
-    parts = [mapping.note] if mapping.note else []
-    parts += [] if mapping.note is SUBSTITUTED else [f"not followed exactly: {', '.join(odd)}"] * bool(odd)
-    return f"{name or 'no scheduler class'}: {'; '.join(parts)}" if parts else None

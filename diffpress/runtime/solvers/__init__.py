@@ -5,11 +5,9 @@ One solver family per file. Their common contract is in runtime/solvers/contract
 
 from __future__ import annotations
 
-from dataclasses import replace
 from functools import partial
 
 from diffpress.runtime.errors import unknown_name
-from diffpress.runtime.sampling_plan import SamplingPlan
 from diffpress.runtime.solvers import dpm, unipc
 from diffpress.runtime.solvers.adams import ipndm, plms, plms_evaluations
 from diffpress.runtime.solvers.consistency import consistency, lcm
@@ -17,6 +15,9 @@ from diffpress.runtime.solvers.contract import Solver, two_per_step_except_last
 from diffpress.runtime.solvers.ddim import ancestral, ddim, ddim_clip, ddpm_large, euler
 from diffpress.runtime.solvers.deis import deis
 from diffpress.runtime.solvers.heun import heun
+from diffpress.runtime.solvers.lms import lms
+from diffpress.runtime.solvers.midpoint import kdpm2
+from diffpress.runtime.solvers.pndm import pndm, pndm_evaluations
 
 CLIPPING = "ddim_clip"  # the only solver that clips x_0 itself
 
@@ -29,15 +30,26 @@ SOLVERS: dict[str, Solver] = {
     "euler_ancestral": Solver(ancestral, noisy=True),
     "heun": Solver(partial(heun, "epsilon"), evaluations=two_per_step_except_last),
     "heun_flow": Solver(partial(heun, "flow"), evaluations=two_per_step_except_last),
+    "kdpm2": Solver(kdpm2, evaluations=two_per_step_except_last),
+    "lms": Solver(lms),
+    "dpm_2m": Solver(dpm.dpm_2m),
     "dpmpp_2m": Solver(dpm.dpmpp_2m),
+    "dpmpp_2m_heun": Solver(dpm.dpmpp_2m_heun),
+    "dpmpp_2s": Solver(dpm.dpmpp_2s),
     "dpmpp_3m": Solver(dpm.dpmpp_3m),
     "dpmpp_2m_sde": Solver(dpm.dpmpp_2m_sde, noisy=True),
     "dpmpp_sde": Solver(dpm.dpmpp_sde, evaluations=two_per_step_except_last, noisy=True),
     **{f"unipc_{k}": Solver(partial(unipc.predict, k), partial(unipc.correct, k)) for k in (1, 2, 3)},
+    **{
+        f"unipc_bh1_{k}": Solver(partial(unipc.predict, k, bh1=True), partial(unipc.correct, k, bh1=True))
+        for k in (1, 2, 3)
+    },
     **{f"deis_{k}": Solver(partial(deis, k)) for k in (2, 3)},
     "ipndm": Solver(ipndm),
     "plms": Solver(partial(plms, "epsilon"), evaluations=plms_evaluations),
     "plms_v": Solver(partial(plms, "v"), evaluations=plms_evaluations),
+    "pndm": Solver(partial(pndm, "epsilon"), evaluations=pndm_evaluations),
+    "pndm_v": Solver(partial(pndm, "v"), evaluations=pndm_evaluations),
     "lcm": Solver(lcm, noisy=True),
     "consistency": Solver(consistency, noisy=True),
 }
@@ -48,22 +60,6 @@ def get_solver(name: str) -> Solver:
     if name not in SOLVERS:
         raise unknown_name("solver", name, SOLVERS)
     return SOLVERS[name]
-
-
-def with_solver(plan: SamplingPlan, name: str) -> SamplingPlan:
-    """Return the plan with another solver.
-
-    `start` and `end` are reset, because they belong to the checkpoint's own solver, and so are the output corrections,
-    because they were measured with it. Either the plan or its solver clips x_0, never both.
-
-    Raises:
-        InvalidInputError: Unknown solver.
-    """
-    get_solver(name)
-    if name == plan.solver:
-        return plan
-    clip = (plan.clip or plan.solver == CLIPPING) and name != CLIPPING
-    return replace(plan, solver=name, start=SamplingPlan.start, end=None, clip=clip, output_corrections=())
 
 
 def solver_evaluations(solver: str, steps: int) -> int:

@@ -21,14 +21,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from diffpress.runtime.denoiser import Denoise
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
 from diffpress.runtime.parameterization import transfer
 from diffpress.runtime.timesteps import LOG_RATIO_MAX
+
+if TYPE_CHECKING:
+    from diffpress.runtime.denoiser import Denoise
 
 FEW_STEPS = 15  # with fewer steps, diffusers' multistep solvers end with lower orders (`lower_order_final`)
 MAX_HISTORY = 3  # most earlier steps that any solver uses

@@ -9,6 +9,9 @@ dpmpp_3m       transfer(x, x_0) + alpha' ((e^-h - 1) / h + 1) h D1 - alpha' ((e^
                with D1 and D2 the first and second divided differences of three x_0. Third order would need 2 D2;
                the published code and diffusers use D2, and so does this: second order with a smaller error
 dpmpp_2m_sde   2m with fresh noise: the same D in the step of the SDE (contract.split_noise)
+dpmpp_2m_heun  the same step with another quadrature: transfer(x, x_0) + alpha' ((e^-h - 1) / h + 1) h D1
+dpmpp_2s       singlestep: in every second step, second order from the step before, whose sample and x_0 it uses again
+dpm_2m         DPM-Solver of second order (Lu et al. 2022a): the same as 2m with eps in the place of x_0
 dpmpp_sde      singlestep with two evaluations: to the middle of the step in lambda, then again from x with the x_0
                found there (DPM-Solver++(2S), algorithm 1, on the SDE). Both noises belong to one Brownian motion in r.
 
@@ -32,6 +35,7 @@ from diffpress.runtime.solvers.contract import (
     noisy_transfer,
     split_noise,
 )
+from diffpress.runtime.solvers.mixing import mixed_transfer
 
 LEAST_ALPHA = 1e-6  # replaces alpha = 0, whose logarithm is infinite
 
@@ -44,6 +48,42 @@ def _dpmpp_2m(eta: float, step: StepState) -> np.ndarray:
 
 dpmpp_2m = partial(_dpmpp_2m, 0.0)
 dpmpp_2m_sde = partial(_dpmpp_2m, 1.0)
+
+
+def dpmpp_2m_heun(step: StepState) -> np.ndarray:
+    """DPM-Solver++(2M) with the slope integrated exactly: diffusers' solver_type 'heun'."""
+    plain = transfer(step.x, step.x0, step.now, step.next)
+    if step.next.sigma == 0.0 or final_order(step, 2) < 2 or not step.history:
+        return plain
+    h, h_0, _ = _spans(step, step.history[-1], step.history[-1])
+    if not (math.isfinite(h_0) and min(h, h_0) > 0.0):
+        return plain
+    weight = (math.expm1(-h) / h + 1.0) * h / h_0
+    return plain + step.next.alpha * weight * (step.x0 - step.history[-1].x0)
+
+
+def dpm_2m(step: StepState) -> np.ndarray:
+    """DPM-Solver(2M): the step with eps extrapolated linearly in lambda."""
+    now = PreviousStep(step.now, step.x, step.x0)
+    weight = 0.0
+    if step.history and step.next.sigma > 0.0 and final_order(step, 2) > 1:
+        h, h_0, _ = _spans(step, step.history[-1], step.history[-1])
+        weight = h / (2.0 * h_0) if math.isfinite(h_0) and h_0 > 0.0 else 0.0
+    if weight == 0.0:
+        return transfer(step.x, step.x0, step.now, step.next)
+    return mixed_transfer("epsilon", [now, step.history[-1]], (1.0 + weight, -weight), step.next)
+
+
+def dpmpp_2s(step: StepState) -> np.ndarray:
+    """DPM-Solver++(2S) over pairs of steps: the first of each pair, and the last step, are first-order."""
+    plain = transfer(step.x, step.x0, step.now, step.next)
+    if step.index % 2 == 0 or step.is_last:
+        return plain
+    start = step.history[-1]
+    h, h_0 = (half_log_snr(level) - half_log_snr(start.level) for level in (step.next, step.now))
+    if not (math.isfinite(h) and 0.0 < h_0 < h):
+        return plain
+    return transfer(start.x, start.x0 + h / (2.0 * h_0) * (step.x0 - start.x0), start.level, step.next)
 
 
 def dpmpp_3m(step: StepState) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -24,11 +25,13 @@ from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import timesteps_for
 from tests.runtime.conftest import Gaussian, Mixture
 
-ODE_SOLVERS = sorted(name for name, solver in SOLVERS.items() if not solver.noisy)
+# which need four timesteps of the noise schedule; see tests/compress/sources/test_scheduler_config.py
+ON_TIMESTEPS = {"pndm", "pndm_v"}
+ODE_SOLVERS = sorted(name for name, solver in SOLVERS.items() if not solver.noisy and name not in ON_TIMESTEPS)
 # whose last step is first-order and ends at x_0 itself; the others mix outputs to the end
-ENDING_AT_X0 = sorted(set(SOLVERS) - {"plms", "plms_v"})
+ENDING_AT_X0 = sorted(set(SOLVERS) - {"plms", "plms_v", "lms"} - ON_TIMESTEPS)
 # whose first step takes an extra evaluation
-EXTRA_EVALUATION = {"heun", "heun_flow", "plms", "plms_v", "dpmpp_sde"}
+EXTRA_EVALUATION = {"kdpm2", "heun", "heun_flow", "plms", "plms_v", "dpmpp_sde"}
 NOW, NEXT = NoiseLevel(500.0, 0.6, 0.8), NoiseLevel(250.0, 0.8, 0.6)
 LINEAR = betas_schedule("linear", 1000)
 Flow = Callable[[np.ndarray, NoiseLevel, NoiseLevel], np.ndarray]
@@ -112,11 +115,17 @@ def equal_in_ratio(steps: int) -> list[NoiseLevel]:
         ("heun", equal_in_ratio, 64, 2.0),
         ("heun", equal_in_log_ratio, 64, 2.0),
         ("dpmpp_3m", equal_in_log_ratio, 64, 2.0),  # as published
+        ("dpmpp_2m_heun", equal_in_log_ratio, 64, 2.0),
+        ("dpmpp_2s", equal_in_log_ratio, 64, 2.0),
+        ("dpm_2m", equal_in_log_ratio, 64, 2.0),
+        ("kdpm2", equal_in_log_ratio, 64, 2.0),
+        ("lms", equal_in_ratio, 64, 4.0),
         ("deis_2", equal_in_log_ratio, 64, 2.0),
         ("deis_3", equal_in_ratio, 128, 3.0),
         ("unipc_1", equal_in_log_ratio, 64, 2.0),  # the corrector adds one order
         ("unipc_2", equal_in_log_ratio, 64, 3.0),
         ("unipc_3", equal_in_log_ratio, 128, 4.0),
+        ("unipc_bh1_2", equal_in_log_ratio, 64, 3.0),
     ],
 )
 def test_error_falls_with_the_order_of_the_solver(
@@ -144,7 +153,9 @@ def test_solvers_agree_on_a_curved_flow_with_many_steps(
     assert np.abs(found - fine).max() < (2e-2 if first_order else 2e-3)
 
 
-@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"lcm", "consistency"} - set(ODE_SOLVERS)))
+@pytest.mark.parametrize(
+    "name", sorted(name for name in SOLVERS if SOLVERS[name].noisy and name not in ("lcm", "consistency"))
+)
 def test_stochastic_solvers_preserve_the_standard_deviation_of_the_data(gaussian: Gaussian, name: str) -> None:
     """Data N(mean, deviation^2), noised and sampled again, must have the same mean and deviation."""
     rng, levels = np.random.default_rng(0), equal_in_log_ratio(300)
@@ -220,7 +231,7 @@ def test_float32_stays_float32(name: str, noise: Callable[..., np.ndarray]) -> N
     assert corrected is None or corrected(step).dtype == np.float32
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+@pytest.mark.parametrize("name", sorted(set(SOLVERS) - ON_TIMESTEPS))
 def test_starting_from_pure_noise_and_ending_without_noise_stays_finite(
     gaussian: Gaussian, name: str, noise: Callable[..., np.ndarray]
 ) -> None:
@@ -280,6 +291,8 @@ def test_the_number_of_evaluations_is_the_announced_one(
     mixture: Mixture, noise: Callable[..., np.ndarray], name: str, steps: int
 ) -> None:
     schedule, evaluated = betas_schedule("squaredcos_cap_v2", 1000), []
+    if name in ON_TIMESTEPS:
+        steps += 3
 
     def denoise(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         evaluated.append(level.t)
@@ -290,7 +303,8 @@ def test_the_number_of_evaluations_is_the_announced_one(
     assert network_evaluations(spec) == solver_evaluations(name, steps)
     sampled = list(sample(denoise, noise(4), schedule, plan, lambda k: noise(4)))
     assert [step.t for step in sampled] == list(plan.timesteps) and len(evaluated) == solver_evaluations(name, steps)
-    between = steps - 1 if name == "dpmpp_sde" else 0  # which also evaluates in the middle of a step
+    # which also evaluate in the middle of a step, or of the first three
+    between = {"dpmpp_sde": steps - 1, "kdpm2": steps - 1, "pndm": 3, "pndm_v": 3}.get(name, 0)
     assert len(set(evaluated)) == steps + between and set(plan.timesteps) <= set(evaluated)
 
 
@@ -323,5 +337,13 @@ def test_adams_bashforth_weights_integrate_their_polynomials_exactly(row: Sequen
 
 
 def test_an_unknown_solver_is_refused_with_the_nearest_name() -> None:
-    with pytest.raises(InvalidInputError, match="did you mean 'dpmpp_2m'"):
-        get_solver("dpmpp2m")
+    for name, nearest in (
+        ("dpmpp2m", "dpmpp_2m"),
+        ("dpm++-2m", "dpmpp_2m"),
+        ("DPM++ 2M", "dpmpp_2m"),
+        ("dpm++", "dpmpp_"),
+    ):
+        with pytest.raises(InvalidInputError, match=f"unknown solver '{re.escape(name)}': did you mean '{nearest}"):
+            get_solver(name)
+    with pytest.raises(InvalidInputError, match="use at least 4"):
+        list(sample(lambda x, level: x, np.zeros((1, 1, 2, 2)), LINEAR, make_plan("pndm", 3, LINEAR)))
