@@ -40,6 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", metavar="HxW", help="fix height and width of the image, in pixels")
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
+        "--parity-sqnr-db",
+        type=float,
+        metavar="X",
+        help="SQNR to torch in dB that the denoiser's graphs must reach, in place of the built-in bounds",
+    )
+    parser.add_argument(
         "--fixed-timesteps",
         action="store_true",
         help="fold the timestep embedding for the plan's own timesteps into constants",
@@ -73,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         compute_capabilities=args.compute_capability,
         build=build,
         threads=args.threads,
+        parity_sqnr_db=args.parity_sqnr_db,
     )
     for line in summary(bundle):
         print(line)

@@ -23,6 +23,7 @@ from diffpress.compress.config import ExportConfig
 from diffpress.compress.sources.layout import read_layout
 from diffpress.export.components import export_components
 from diffpress.export.denoiser import Denoiser, lower_denoiser
+from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
 from diffpress.export.manifest import manifest_content
 from diffpress.export.passes.half_precision import FLOAT
@@ -32,6 +33,7 @@ from diffpress.export.targets.precision import layer_formats
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
 from diffpress.export.targets.tensorrt import build_engines, check_build
 from diffpress.export.verify.denoiser_check import checked_engines, verify_denoiser
+from diffpress.export.verify.gate import ParityGate, log_failures, raise_failed
 from diffpress.export.verify.latency import Latency, measure_latency, slower_engines
 from diffpress.export.verify.parity import runs
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle, seal
@@ -53,6 +55,8 @@ def export_bundle(
     denoiser: Denoiser | None = None,
     latencies: Sequence[Latency] | None = None,
     reuse: Bundle | None = None,
+    parity_sqnr_db: float | None = None,
+    keep_failed: bool = False,
 ) -> Bundle:
     """Export the checkpoint to a bundle in `out`, verify it and load it.
 
@@ -65,29 +69,39 @@ def export_bundle(
         denoiser: Result of `lower_denoiser` for this checkpoint and config, if it exists already.
         latencies: Latencies of the quantized graph on this machine; by default they are measured.
         reuse: Bundle of the same pipeline whose other components and their engines are reused.
+        parity_sqnr_db: What the denoiser's graphs must reach, in place of the built-in bounds (verify/gate.py).
+        keep_failed: Return a bundle that failed parity, instead of raising after it is written.
 
     Raises:
         InvalidInputError: For settings that do not fit the checkpoint, or if `out` contains something else than a
             bundle.
         MissingDependencyError: If the package of a target is not installed.
-        GateFailedError: If an engine's output differs from torch's.
+        GateFailedError: If an engine's output differs from torch's; the bundle is kept and lists it in its manifest.
     """
     check_output_folder(out)
     check_export(config, checkpoint.quantization is not None, layer_formats(checkpoint.quantization).values())
-    denoiser = denoiser or lower_denoiser(checkpoint, config)
+    denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)
     deployed = denoiser.reverted(slower_engines(latencies) if config.revert_slower else ())
 
+    gate = ParityGate(config.targets, parity_sqnr_db)
+
     def fill(folder: Path) -> None:
         sizes = _write_graphs(deployed, folder)
-        verified = verify_denoiser(deployed, folder, sizes, config)
-        components = export_components(deployed.checkpoint, config, folder, reuse)
-        built = _build_engines(deployed, components, config, folder, reuse)
-        seal(folder, manifest_content(deployed, sizes, verified, components, built, name, metrics))
+        verified = verify_denoiser(deployed, folder, sizes, config, gate)
+        components, component_failures = export_components(deployed.checkpoint, config, folder, gate, reuse)
+        failures = (*verified.failures, *component_failures)
+        failed = any(failure.target for failure in failures)
+        built = [] if failed else _build_engines(deployed, components, config, folder, reuse)
+        seal(folder, manifest_content(deployed, sizes, verified, components, built, name, metrics, failures))
+        log_failures(failures)
 
     write_folder(out, fill)
-    return load_bundle(out)
+    bundle = load_bundle(out)
+    if not keep_failed:
+        raise_failed(bundle)
+    return bundle
 
 
 # --- before: settings that cannot be exported ------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 denoiser.onnx           the portable graph, which every engine on the CPU can run
 denoiser.float.onnx     before quantization, for engines in which integers are slower on this machine
+denoiser.openvino.onnx  fewer layers quantized, if OpenVINO cannot run the portable graph (export/engine_variants.py)
 denoiser.tensorrt.onnx  another Q/DQ form, from which TensorRT engines of a quantized model are built
 """
 
@@ -20,7 +21,7 @@ from diffpress.export.passes.fold_timesteps import foldable_timesteps, folded_la
 from diffpress.export.passes.half_precision import FLOAT, kept_modules
 from diffpress.export.targets.precision import precision_of
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
-from diffpress.export.verify.parity import ParityCase, parity_case_for
+from diffpress.export.verify.reference import ParityCase, parity_case_for
 from diffpress.runtime.pipeline import resized
 
 logger = logging.getLogger(__name__)
@@ -78,7 +79,8 @@ class Denoiser:
         if not engines:
             return self
         float_graph = TargetGraph("denoiser.float.onnx", self.float_graph, None, engines=tuple(sorted(engines)))
-        return replace(self, variants=(float_graph, *self.variants))
+        others = tuple(variant for variant in self.variants if not set(variant.engines) <= set(engines))
+        return replace(self, variants=(float_graph, *others))
 
     def graph_for(self, engine: str) -> TargetGraph:
         """Return the graph that the engine runs."""
@@ -99,6 +101,10 @@ def lower_denoiser(checkpoint: Checkpoint, config: ExportConfig, traced: Graph |
     float_graph = lower(traced, "float", PassContext(timesteps=timesteps))
     if timesteps:
         checkpoint = _restricted(checkpoint, folded_layers(traced, float_graph))
+    if checkpoint.quantization is not None and not checkpoint.quantization.layers:
+        logger.warning("no layer of the checkpoint is quantized: its graphs are exported in float")
+        plan = checkpoint.spec.plan.without_corrections
+        checkpoint = checkpoint.evolve(spec=checkpoint.spec.with_plan(plan), quantization=None)
     quantization, keep = checkpoint.quantization, kept_modules(checkpoint.model, config.precision)
     # ONNX Runtime has no integer kernels with fp16 scales: the float layers of a quantized model stay fp32 on the CPU
     precision = config.precision if quantization is None else FLOAT

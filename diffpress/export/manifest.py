@@ -21,6 +21,8 @@ from diffpress.export.graph.model import Graph
 from diffpress.export.graph.opsets import opset_of
 from diffpress.export.targets.precision import computing_layers, layer_formats
 from diffpress.export.verify.denoiser_check import Verified
+from diffpress.export.verify.gate import ParityFailure
+from diffpress.runtime.bundle import required_features
 
 
 def graph_entry(file: str, graph: Graph, precision: str) -> dict[str, Any]:
@@ -42,6 +44,7 @@ def manifest_content(
     built: list[dict[str, Any]],
     name: str | None,
     metrics: dict[str, Any] | None,
+    failures: Sequence[ParityFailure] = (),
 ) -> dict[str, Any]:
     """Return the manifest of a bundle without its files.
 
@@ -53,9 +56,11 @@ def manifest_content(
         built: Entries of engines that were built.
         name: Name of the bundle; None for the class of the network.
         metrics: Metrics, if there are any.
+        failures: What failed parity, in any engine.
     """
     checkpoint = denoiser.checkpoint
     return {
+        "requires": required_features(checkpoint.spec, components),
         "name": name or type(checkpoint.model).__name__,
         "family": checkpoint.source.kind,
         "spec": checkpoint.spec.to_json(),
@@ -64,6 +69,7 @@ def manifest_content(
         "history": [_timeless(asdict(record)) for record in checkpoint.history],
         "metrics": metrics or {},
         "parity": verified.parity,
+        **({"parity_failures": [asdict(failure) for failure in failures]} if failures else {}),
     }
 
 

@@ -17,8 +17,10 @@ from diffpress.compress.models.counts import count
 from diffpress.compress.workspace import Workspace
 from diffpress.export.bundle import export_bundle, measure_latencies
 from diffpress.export.denoiser import PORTABLE, lower_denoiser
+from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
 from diffpress.export.scores import running_parity
+from diffpress.export.verify.gate import failures_of
 from diffpress.export.verify.latency import Latency, read_latencies, slower_engines, write_latencies
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
 
@@ -31,24 +33,41 @@ def baseline_bundle(teacher: Checkpoint, config: ExportConfig, workspace: Worksp
     found = _made_before(workspace.baseline, metrics)
     if found is None:
         plain = config.model_copy(update={"precision": "fp32", "fixed_timesteps": False})
-        found = export_bundle(teacher, workspace.baseline, plain, name="teacher", metrics=_set(metrics), latencies=())
+        found = export_bundle(
+            teacher,
+            workspace.baseline,
+            plain,
+            name="teacher",
+            metrics=_set(metrics),
+            latencies=(),
+            keep_failed=True,
+        )
         _log_parity("teacher", found)
     return found
 
 
 def result_bundle(
-    checkpoint: Checkpoint, teacher: Checkpoint, config: ExportConfig, workspace: Workspace, baseline: Bundle
+    checkpoint: Checkpoint,
+    teacher: Checkpoint,
+    config: ExportConfig,
+    workspace: Workspace,
+    baseline: Bundle,
+    parity_sqnr_db: float | None = None,
 ) -> Bundle:
-    """Return the bundle to deploy; write its float graph, and the latency of int8 in each engine."""
+    """Return the bundle to deploy; write its float graph, and the latency of int8 in each engine.
+
+    A bundle that failed parity is kept: the gates of the run report it. `parity_sqnr_db` replaces the built-in bounds.
+    """
     key = _settings(checkpoint, config) | {"fixed_timesteps": config.fixed_timesteps, "precision": config.precision}
+    gate = {"parity_sqnr_db": parity_sqnr_db}
     if checkpoint.quantization is None:
         workspace.latency.unlink(missing_ok=True)
     latencies = read_latencies(workspace.latency, key) if checkpoint.quantization else []
     if latencies is not None and workspace.float_graph.is_dir():
-        found = _made_before(workspace.bundle, key | _reverted(config, latencies))
+        found = _made_before(workspace.bundle, key | gate | _reverted(config, latencies))
         if found is not None:
             return found
-    denoiser = lower_denoiser(checkpoint, config)
+    denoiser = with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
 
     def write_traced(folder: Path) -> None:
         save_graph(denoiser.traced, folder / PORTABLE)
@@ -64,10 +83,12 @@ def result_bundle(
         workspace.bundle,
         config,
         name="student",
-        metrics=_set(key) | _reverted(config, latencies) | ratios,
+        metrics=_set(key | gate) | _reverted(config, latencies) | ratios,
         denoiser=denoiser,
         latencies=latencies,
         reuse=baseline,
+        parity_sqnr_db=parity_sqnr_db,
+        keep_failed=True,
     )
     _log_parity("student", bundle)
     return bundle
@@ -105,3 +126,6 @@ def _log_parity(name: str, bundle: Bundle) -> None:
         logger.info(
             f"{name}: {engine} against torch fp32: SQNR {row['sqnr_db']:.1f} dB, largest difference {row['max_abs']:g}"
         )
+    for failure in failures_of(bundle):
+        if failure.target:
+            logger.warning(f"{name}: parity failed: {failure.message}")

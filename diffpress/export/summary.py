@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from diffpress.export.targets.tensorrt import tensorrt_line
 from diffpress.export.verify.engine_check import engine_check_line
+from diffpress.export.verify.gate import failures_of
 from diffpress.runtime.bundle import Bundle
 
 
@@ -22,6 +23,8 @@ def summary(bundle: Bundle) -> list[str]:
     for engine, row in manifest["parity"].items():
         size = f"{row['samples']} samples, {row['steps']} steps"
         lines.append(f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB")
+    for failure in failures_of(bundle):
+        lines.append(f"  parity FAILED{'' if failure.target else ' (not a target)'}: {failure.message}")
     for engine, entry in denoiser["variants"].items():
         parity = f": parity SQNR {entry['parity']['sqnr_db']:.1f} dB" if "parity" in entry else ""
         lines.append(f"  {engine} runs {entry['file']}, {entry['precision']}{parity}")

@@ -12,7 +12,7 @@ from diffpress.cli.export import run as export_command
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.export.graph.model import Graph
 from diffpress.runtime.bundle import load_bundle
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -37,6 +37,18 @@ def test_export_writes_a_bundle_and_lists_its_content(
     assert "denoiser.onnx" in output and "MiB" in output
     assert "parity onnxruntime: 16 samples, 4 steps, largest difference" in output
     assert load_bundle(tmp_path / "bundle").manifest["graphs"]["denoiser"]["precision"] == "fp32"
+
+
+def test_the_parity_bound_of_the_command_replaces_the_built_in_one_and_keeps_the_bundle(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("diffpress.export.denoiser.to_onnx", lambda *_: unet_graph)
+    save_checkpoint(unet, tmp_path / "checkpoint")
+    words = (tmp_path / "checkpoint", "--out", tmp_path / "bundle", "--threads", 1, "--parity-sqnr-db")
+    with pytest.raises(GateFailedError, match=r"199 dB are required by parity_sqnr_db.*The bundle is kept"):
+        run(*words, 199)
+    assert load_bundle(tmp_path / "bundle").manifest["parity_failures"][0]["required_db"] == 199.0
+    assert run(*words, -5) == 0 and "parity_failures" not in load_bundle(tmp_path / "bundle").manifest
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -18,8 +19,9 @@ from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.summary import summary
 from diffpress.export.verify.engine_check import check_engine, engine_check_line
 from diffpress.runtime.bundle import Bundle, load_bundle, sha256
-from diffpress.runtime.engines import open_engine
+from diffpress.runtime.engines import available, load_engine, open_engine
 from diffpress.runtime.errors import GateFailedError, InvalidInputError
+from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.sampler import generate
 from tests.export.oracle import exported, quantized_graph
 
@@ -145,14 +147,57 @@ def test_an_output_that_is_no_bundle_is_rejected_before_the_checkpoint_is_read(t
         export(tmp_path / "no-such-checkpoint", tmp_path / "photos")
 
 
-def test_a_graph_of_another_model_fails_parity_and_writes_nothing(
-    unet: Checkpoint, unet_graph: Graph, tmp_path: Path
+def test_a_failed_gate_keeps_the_bundle_and_sampling_it_warns(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """The graph is that of another model."""
     other = unet.evolve(model=unet.clone_model())
     other.model.get_parameter("conv_out.bias").data += 0.1
-    with pytest.raises(GateFailedError, match="samples differ"):
+    with pytest.raises(GateFailedError, match=r"b: parity failed: .*60 dB are required.*The bundle is kept") as caught:
         exported(other, tmp_path / "b", float_graph=unet_graph, threads=1)
-    assert list(tmp_path.iterdir()) == []
+    assert "\n" not in str(caught.value) and [path.name for path in tmp_path.iterdir()] == ["b"]
+    kept = load_bundle(tmp_path / "b")
+    failures = {entry["engine"]: entry for entry in kept.manifest["parity_failures"]}
+    assert failures["onnxruntime"]["target"] and set(kept.manifest["parity"]) == set(available())
+    assert any("parity FAILED: denoiser.onnx in onnxruntime" in line for line in summary(kept))
+    with Pipeline(kept, "onnxruntime"):
+        assert "failed parity with torch when it was exported: denoiser.onnx in onnxruntime" in caplog.text
+    accepted = exported(other, tmp_path / "b", float_graph=unet_graph, threads=1, parity_sqnr_db=5.0)
+    assert "parity_failures" not in accepted.manifest
+
+
+@pytest.mark.skipif("openvino" not in available(), reason="needs openvino")
+def test_an_engine_that_is_no_target_is_recorded_warned_of_and_tried_last(
+    unet: Checkpoint,
+    unet_graph: Graph,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def load(path: Path, name: str, *arguments: Any, **options: Any) -> Any:
+        if name == "openvino":
+            raise InvalidInputError("openvino cannot run it")
+        return load_engine(path, name, *arguments, **options)
+
+    monkeypatch.setattr("diffpress.export.verify.parity.load_engine", load)
+    bundle = exported(unet, tmp_path / "b", ["onnx"], float_graph=unet_graph, threads=1)
+    (failure,) = bundle.manifest["parity_failures"]
+    assert (failure["engine"], failure["target"], failure["sqnr_db"]) == ("openvino", False, None)
+    assert "openvino is not a target, so the export continues" in caplog.text
+    assert open_engine(bundle, threads=1).name == "onnxruntime"
+    caplog.clear()
+    assert open_engine(bundle, "openvino", 1).name == "openvino" and "failed parity" in caplog.text
+    with pytest.raises(GateFailedError, match=r"denoiser\.onnx in openvino: openvino cannot run it"):
+        exported(unet, tmp_path / "b", ["onnx", "openvino"], float_graph=unet_graph, threads=1)
+
+
+def test_a_checkpoint_without_a_quantized_layer_is_exported_in_float(
+    unet: Checkpoint, unet_graph: Graph, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    empty = unet.evolve(quantization=Quantization("int8"))
+    bundle = exported(empty, tmp_path / "b", float_graph=unet_graph, threads=1)
+    assert bundle.manifest["graphs"]["denoiser"]["precision"] == "fp32"
+    assert "no layer of the checkpoint is quantized" in caplog.text
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="needs openvino")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.run import export_and_report
 from diffpress.export.verify.latency import Latency
 from diffpress.runtime.bundle import load_bundle, sha256
+from diffpress.runtime.errors import GateFailedError
+from diffpress.runtime.sampling_plan import OutputCorrection
 from diffpress.runtime.spec import DenoiserSpec
+from tests.export.oracle import measured_scales
 
 RECIPE = "stages: [quantize]\nexport: {targets: [onnx], revert_slower: %s%s}\n"
 QUICK, SLOW = Latency("onnxruntime", "int8", 10.0, 6.0), Latency("onnxruntime", "int8", 10.0, 12.0)
@@ -61,8 +65,8 @@ def run(
     """Deliver the quantized checkpoint repeatedly to the same folder."""
     quantized = wide.evolve(quantization=scales(wide, weight_range=127 / 64, outputs=True))
 
-    def once(revert: bool, checkpoint: Checkpoint = quantized, settings: str = "") -> Path:
-        (tmp_path / "r.yaml").write_text(RECIPE % (str(revert).lower(), settings))
+    def once(revert: bool, checkpoint: Checkpoint = quantized, settings: str = "", gates: str = "") -> Path:
+        (tmp_path / "r.yaml").write_text(RECIPE % (str(revert).lower(), settings) + gates)
         recipe, out = Recipe.load(tmp_path / "r.yaml"), tmp_path / "out"
         claim_folder(out, wide, recipe, update=True)
         export_and_report(checkpoint, wide, recipe, out)
@@ -145,6 +149,42 @@ def test_a_size_of_the_recipe_fixes_the_graphs_of_both_bundles(
     run(revert=False)  # without it, both are made again
     assert load_bundle(out / "bundle").spec.image_size == load_bundle(out / "baseline").spec.image_size == (8, 8)
     assert "size" not in load_bundle(out / "bundle").manifest["metrics"]
+
+
+def test_a_recipes_parity_gate_replaces_the_built_in_bound_and_everything_is_kept(
+    run: Callable[..., Path], measured: Callable[..., list[int]], tmp_path: Path
+) -> None:
+    measured(QUICK)
+    with pytest.raises(GateFailedError, match=r"parity_sqnr_db is \d+\.\d+, the bound is 199\. The work is kept"):
+        run(revert=False, gates="gates: {parity_sqnr_db: 199}\n")
+    out = tmp_path / "out"
+    (gate,) = json.loads((out / "gates.json").read_text())
+    assert not gate["passed"] and load_bundle(out / "bundle").manifest["parity_failures"]
+    assert (out / "comparison.png").is_file() and (out / "report.json").is_file()
+    run(revert=False, gates="gates: {parity_sqnr_db: 5}\n")  # the bundle is made again, without the mark
+    assert "parity_failures" not in load_bundle(out / "bundle").manifest
+
+
+def test_a_model_that_quantization_destroys_fails_by_default_and_can_be_accepted(
+    run: Callable[..., Path],
+    measured: Callable[..., list[int]],
+    wide: Checkpoint,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Its corrections are wrong, so torch's fake quantization and the engines agree on useless samples."""
+    measured(QUICK)
+    plan = wide.spec.plan
+    wrong = replace(plan, clip=False, output_corrections=(OutputCorrection(0.0, (20.0,)),) * plan.steps)
+    scales = measured_scales(wide, weight_range=127 / 64, outputs=True)
+    destroyed = wide.evolve(quantization=scales, spec=wide.spec.with_plan(wrong))
+    with pytest.raises(GateFailedError, match=r"-\d+\.\d dB SQNR to torch .* 0 dB are required") as caught:
+        run(revert=False, checkpoint=destroyed)
+    assert "\n" not in str(caught.value) and "further from the float model's than zeros are" in str(caught.value)
+    reason = json.loads((tmp_path / "out" / "gates.json").read_text())[0]["reason"]
+    assert "denoiser.onnx in onnxruntime" in reason
+    run(revert=False, checkpoint=destroyed, gates="gates: {parity_sqnr_db: -60}\n")
+    assert "further from the float model's than zeros are" in caplog.text  # a warning in any case
 
 
 def test_a_float_checkpoint_is_not_timed_and_has_only_its_float_graph(
