@@ -19,6 +19,7 @@ from diffpress.compress.models.diffusers_blocks import Coupled
 from diffpress.compress.progress import progress
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.training.losses import epsilon_loss
+from diffpress.compress.training.teacher_data import data_for
 
 Importance = Callable[[torch.Tensor], torch.Tensor]
 
@@ -35,7 +36,7 @@ def importance_of(model: nn.Module, checkpoint: Checkpoint, config: PruneConfig,
 
 
 def _accumulate_gradients_(model: nn.Module, checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> None:
-    data = ctx.require_data("prune: {method: taylor}")
+    data = data_for(ctx, config.batch)
     generator = torch.Generator().manual_seed(ctx.seed)
     x0, conditions = data.batch(config.batch, generator)
     noise = torch.randn(x0.shape, generator=generator)

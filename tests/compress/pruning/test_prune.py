@@ -158,6 +158,17 @@ def test_a_module_with_depthwise_convolutions_is_pruned_validly(
     assert torch.isfinite(output(small)).all()
 
 
+@pytest.mark.parametrize("resample", ["ResnetDownsampleBlock2D", "DownBlock2D"])
+def test_a_unet_whose_resampling_layers_torch_pruning_does_not_follow_is_pruned(
+    resample: str, unet_with: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
+    up = {"DownBlock2D": "UpBlock2D", "ResnetDownsampleBlock2D": "ResnetUpsampleBlock2D"}[resample]
+    blocks = {"down_block_types": [resample, "DownBlock2D"], "up_block_types": ["UpBlock2D", up]}
+    checkpoint = unet_with(**blocks)
+    small = prune(checkpoint, config(), context(checkpoint))
+    assert changed_widths(small.model, checkpoint.source.original)
+
+
 # --- which channels --------------------------------------------------------------------------------------------
 
 
@@ -341,11 +352,6 @@ def test_a_high_ratio_still_leaves_a_working_model(
 def test_a_ratio_that_removes_nothing_is_refused(unet: Checkpoint, context: Callable[..., Context]) -> None:
     with pytest.raises(InvalidInputError, match=r"prune: ratio 0\.01 with round_to 16 removes nothing"):
         prune(unet, config(ratio=0.01, round_to=16), context(unet))
-
-
-def test_taylor_without_images_is_refused(unet: Checkpoint, context: Callable[..., Context]) -> None:
-    with pytest.raises(InvalidInputError, match=r"taylor.* needs images: set 'data"):
-        prune(unet, config("taylor"), context(unet, data=False))
 
 
 class Dead(Chain):
