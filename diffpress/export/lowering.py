@@ -164,7 +164,9 @@ def _if_quantized(rewrite: Callable[[Graph, Quantization], Graph]) -> Callable[[
 
 def _convolve_integer_layers(graph: Graph, quantization: Quantization) -> Graph:
     formats = quantization.layer_formats.items()
-    return linear_to_conv1x1(graph, [layer for layer, kind in formats if FORMATS[kind].activations is INT8])
+    integer = [layer for layer, kind in formats if FORMATS[kind].activations is INT8]
+    rounded = {key.removesuffix(".output") for key in quantization.amax if key.endswith(".output")}
+    return linear_to_conv1x1(graph, integer, rounded)
 
 
 def _halve(graph: Graph, context: PassContext) -> Graph:

@@ -27,8 +27,10 @@ from diffpress.export.verify.latency import Latency
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
 
-CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
-Layer = nn.Conv1d | nn.Conv2d | nn.ConvTranspose2d | nn.Linear | nn.Embedding  # whose weight can have a scale
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+Layer = (
+    nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.Linear | nn.Embedding
+)  # whose weight can have a scale
 
 
 def run_exactly(graph: Graph | onnx.ModelProto, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -112,6 +114,7 @@ def exported(
     reuse: Bundle | None = None,
     capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
+    parity_sqnr_db: float | None = None,
     **settings: Any,
 ) -> Bundle:
     """Export a checkpoint whose graph may be traced already; nothing is timed."""
@@ -119,7 +122,14 @@ def exported(
     config = ExportConfig.model_validate({"targets": targets, "tensorrt": tensorrt, **settings})
     denoiser = None if float_graph is None else lower_denoiser(checkpoint, config, float_graph)
     return export_bundle(
-        checkpoint, folder, config, metrics=metrics, denoiser=denoiser, latencies=latencies, reuse=reuse
+        checkpoint,
+        folder,
+        config,
+        metrics=metrics,
+        denoiser=denoiser,
+        latencies=latencies,
+        reuse=reuse,
+        parity_sqnr_db=parity_sqnr_db,
     )
 
 

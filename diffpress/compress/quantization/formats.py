@@ -59,6 +59,8 @@ class Format:
     scales: Number | None = None
 
 
+LEAST_MAGNITUDE = 2.0**-100  # smaller magnitudes count as zero
+
 INT8 = Number("int8", 127, 8)
 INT4 = Number("int4", 7, 4)
 FP8 = Number("float8_e4m3fn", 448, (4, 3))

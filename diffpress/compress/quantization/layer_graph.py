@@ -24,15 +24,15 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.layer_kinds import LAYERS, channel_axis, layer_input
 from diffpress.runtime.network_inputs import dummy_inputs
 from diffpress.runtime.spec import DenoiserSpec
 
-LAYERS = (nn.Conv2d, nn.Linear)
 CONCATS = (torch.cat, torch.concat, torch.concatenate)
 CHANNEL_WISE = (
     *(F.group_norm, F.layer_norm, F.batch_norm, F.instance_norm),
     *(F.silu, F.relu, F.gelu, F.mish, F.leaky_relu, F.dropout, torch.tanh, torch.sigmoid, torch.relu),
-    *(F.interpolate, F.avg_pool2d, F.max_pool2d),
+    *(F.interpolate, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d, F.max_pool1d, F.max_pool2d, F.max_pool3d),
     *(torch.Tensor.contiguous, torch.Tensor.to, torch.Tensor.float, torch.Tensor.clone),
 )
 # operations besides concatenation that may copy values or add zeros, with their parameters by position
@@ -93,15 +93,11 @@ def trace_layer_graph(model: nn.Module, spec: DenoiserSpec) -> LayerGraph:
         for name, module in model.named_modules():
             stack.callback(module.register_forward_hook(partial(tracer.on_output, f"{name}.output")).remove)
             if isinstance(module, LAYERS):
-                stack.callback(module.register_forward_pre_hook(partial(tracer.on_input, name)).remove)
+                hook = partial(tracer.on_input, name)
+                stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         stack.enter_context(tracer)
         network.run(dummy_inputs(network, spec, 1))
     return LayerGraph(tuple(tracer.events), tracer.ranks, tracer.concats)
-
-
-def channel_axis(layer: nn.Module) -> int:
-    """Return the channel axis of the layer's input."""
-    return 1 if isinstance(layer, nn.Conv2d) else -1
 
 
 class _Tracer(TorchFunctionMode):
@@ -116,10 +112,8 @@ class _Tracer(TorchFunctionMode):
         self._numbers = WeakIdKeyDictionary()  # live tensor -> its number
         self._joined = WeakIdKeyDictionary()  # live tensor that holds a concatenation -> its axis and widths
 
-    def on_input(self, layer: str, module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        if not args:  # called with keywords, which quantizers do not support either
-            return
-        x = args[0]
+    def on_input(self, layer: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = layer_input(args, kwargs)
         self.events.append(Event(f"{layer}.input", self._number(x)))
         self.ranks[layer] = x.dim()
         axis, widths = self._joined.get(x, (None, ()))

@@ -1,14 +1,22 @@
 """The format of every layer, by the first rule that applies.
 
-ignored_layers, format_overrides    the longest matching prefix of the layer's name gives its format, or float
+unsupported                         float: layer_kinds.py gives the reasons
+ignored_layers, format_overrides    the pattern with the most letters that matches gives the format, or float
 sensitive, or not among `layers`    float arithmetic; linear layers still store their weights as int8, because
                                     time and class embeddings add much to file size and little to latency
 all others                          the stage's format; fp8 where nvfp4 does not fit
+
+A pattern is a prefix of layer names ('mid_block' covers a whole block), or has wildcards (*, ?, [...]) and matches the
+complete name of a layer or of a module around it: 'blocks.*.attn' covers 'blocks.3.attn.to_q'.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -16,43 +24,86 @@ from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, INT8
 from diffpress.compress.quantization.layer_graph import LayerGraph
+from diffpress.compress.quantization.layer_kinds import ALL_ZERO, KINDS, LAYERS, NOT_CALLED, TRANSPOSED, unsupported
 from diffpress.runtime.errors import InvalidInputError
 
-KINDS: dict[str, type[nn.Module]] = {"conv": nn.Conv2d, "linear": nn.Linear}
 FLOAT = "float"
+WILDCARDS = re.compile(r"[*?\[]")
 
 
 def choose_formats(model: nn.Module, config: QuantizeConfig) -> dict[str, str]:
     """Return layer -> format name, in the model's order, without layers kept in float.
 
     Raises:
-        InvalidInputError: A prefix matches no layer, or the formats cannot be combined in one model.
+        InvalidInputError: A pattern matches no layer, or the formats cannot be combined in one model.
     """
-    every = tuple(KINDS.values())
-    layers: dict[str, nn.Module] = {name: module for name, module in model.named_modules() if isinstance(module, every)}
-    overrides = {**dict.fromkeys(config.ignored_layers, FLOAT), **config.format_overrides}
-    _check_prefixes_match(layers, ignored_layers=config.ignored_layers, format_overrides=config.format_overrides)
-    sensitive_layers = set(adapter_for(model).sensitive_layers(model)) if config.keep_sensitive_layers else set()
-    kinds = tuple(KINDS[kind] for kind in config.layers)
-    chosen: dict[str, str] = {}
-    for name, layer in layers.items():
-        prefixes = [prefix for prefix in overrides if name.startswith(prefix)]
-        if prefixes:
-            chosen[name] = overrides[max(prefixes, key=len)]
-        elif name not in sensitive_layers and isinstance(layer, kinds):
-            chosen[name] = config.format
-        elif isinstance(layer, nn.Linear):
-            chosen[name] = "int8_weight_only"
-    chosen = {name: _supported_format(kind, layers[name]) for name, kind in chosen.items() if kind != FLOAT}
+    layers = dict(model.named_modules())
+    wanted = _wanted_formats(model, config)
+    chosen = {
+        name: _supported_format(kind, layers[name]) for name, kind in wanted.items() if not unsupported(layers[name])
+    }
     _check_formats_combine(set(chosen.values()))
     return chosen
 
 
-def _check_prefixes_match(layers: Iterable[str], **settings: Iterable[str]) -> None:
-    for setting, prefixes in settings.items():
-        for prefix in prefixes:
-            if not any(layer.startswith(prefix) for layer in layers):
-                raise InvalidInputError(f"quantize: {setting}: no layer name of the model starts with '{prefix}'")
+def reasons_for_float(
+    model: nn.Module, config: QuantizeConfig, graph: LayerGraph, quantized: Iterable[str]
+) -> dict[str, str]:
+    """Return layer -> why it is not among the `quantized` layers, for those that the settings do not keep in float."""
+    modules, quantized = dict(model.named_modules()), set(quantized)
+    return {
+        name: unsupported(modules[name]) or (ALL_ZERO if name in graph.ranks else NOT_CALLED)
+        for name in _wanted_formats(model, config)
+        if name not in quantized
+    }
+
+
+def _wanted_formats(model: nn.Module, config: QuantizeConfig) -> dict[str, str]:
+    """Return layer -> format name that the settings ask for, also of layers that are unsupported."""
+    candidates: Any = (*LAYERS, *TRANSPOSED)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, candidates)}
+    overrides = {**dict.fromkeys(config.ignored_layers, FLOAT), **config.format_overrides}
+    _check_patterns_match(model, layers, overrides, config.ignored_layers)
+    sensitive_layers = set(adapter_for(model).sensitive_layers(model)) if config.keep_sensitive_layers else set()
+    kinds = tuple(kind for name in config.layers for kind in KINDS[name])
+    if "conv" in config.layers:
+        kinds += TRANSPOSED
+    chosen: dict[str, str] = {}
+    for name, layer in layers.items():
+        patterns = [pattern for pattern in overrides if matches(name, pattern)]
+        if patterns:
+            chosen[name] = overrides[max(patterns, key=lambda pattern: len(WILDCARDS.sub("", pattern)))]
+        elif name not in sensitive_layers and isinstance(layer, kinds):
+            chosen[name] = config.format
+        elif isinstance(layer, nn.Linear):
+            chosen[name] = "int8_weight_only"
+    return {name: kind for name, kind in chosen.items() if kind != FLOAT}
+
+
+def matches(name: str, pattern: str) -> bool:
+    """Return whether a layer's name matches a pattern (see the top of this file)."""
+    if WILDCARDS.search(pattern):
+        return fnmatchcase(name, pattern) or fnmatchcase(name, f"{pattern}.*")
+    return name.startswith(pattern)
+
+
+def _check_patterns_match(
+    model: nn.Module, layers: Mapping[str, nn.Module], overrides: Mapping[str, str], ignored: Sequence[str]
+) -> None:
+    """Raise InvalidInputError for a pattern without effect; layers that are float anyway may be kept in float."""
+    modules = dict(model.named_modules())
+    for pattern, kind in overrides.items():
+        names = modules if kind == FLOAT else layers
+        matched = [name for name in names if matches(name, pattern)]
+        where = f"quantize: {'ignored_layers' if pattern in ignored else 'format_overrides'}"
+        if not matched:
+            near = get_close_matches(pattern, [name for name in modules if name], n=3, cutoff=0.4)
+            hint = f"; similar names: {', '.join(near)}" if near else ""
+            verb = "matches" if WILDCARDS.search(pattern) else "starts with"
+            raise InvalidInputError(f"{where}: no layer name of the model {verb} '{pattern}'{hint}")
+        reasons = [unsupported(layers[name]) for name in matched] if kind != FLOAT else [""]
+        if all(reasons):
+            raise InvalidInputError(f"{where}: '{matched[0]}' cannot be in {kind}: {reasons[0]}; remove '{pattern}'")
 
 
 def _supported_format(kind: str, layer: nn.Module) -> str:
@@ -85,7 +136,7 @@ def quantized_outputs(
         return []
     modules = dict(model.named_modules())
     integer = [name for name, kind in formats.items() if FORMATS[kind].activations is INT8]
-    linear = {name for name in integer if isinstance(modules[name], nn.Linear)}
+    linear = {name for name in integer if isinstance(modules[name], KINDS["linear"])}
     rounded = [name for name in integer if name not in linear or (graph.ranks.get(name) == 3 and not config.svdquant)]
     # sums inside modules with another format are not quantized either
     overridden = (
@@ -94,6 +145,8 @@ def quantized_outputs(
     )
     convolutions = set(rounded) - linear
     residual_outputs = [
-        name for name in adapter_for(model).residual_outputs(model) if convolutions and not name.startswith(overridden)
+        name
+        for name in adapter_for(model).residual_outputs(model)
+        if convolutions and not any(matches(name, pattern) for pattern in overridden)
     ]
     return [*rounded, *(name for name in residual_outputs if name not in rounded)]

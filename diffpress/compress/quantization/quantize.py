@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 
 import torch
 from torch import nn
@@ -27,10 +28,11 @@ from diffpress.compress.quantization.calibration.calibrate import calibrate, che
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.layer_graph import LayerGraph, trace_layer_graph
-from diffpress.compress.quantization.layer_selection import choose_formats, quantized_outputs
-from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.quantization.layer_selection import choose_formats, quantized_outputs, reasons_for_float
+from diffpress.compress.quantization.quantizers import fake_quantized, quantizers_that_ran
 from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 from diffpress.compress.quantization.unified_scales import unify_scales
+from diffpress.runtime.errors import InvalidInputError
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +41,7 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     """Return the checkpoint with the scales of every quantized layer; GPTQ and QAT also change its weights.
 
     Raises:
-        InvalidInputError: The settings do not fit the model, or a scale is zero, infinite or missing.
+        InvalidInputError: The settings do not fit the model, nothing of it can be quantized, or a value is not finite.
         GateFailedError: `config.bounds` cannot be kept together.
     """
     model, spec = checkpoint.model, checkpoint.spec
@@ -48,8 +50,11 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     formats = choose_formats(model, config)
     check_calibration(formats, config)
     graph = trace_layer_graph(model, spec)
+    formats = {name: kind for name, kind in formats.items() if name in graph.ranks}
     dataset = trajectories_of(checkpoint, config, ctx)
     scales = _scales(model, formats, graph, dataset, config, ctx)
+    _report_float_layers(reasons_for_float(model, config, graph, scales.layers), scales)
+    _check_quantizers_run(checkpoint.evolve(quantization=scales))
     if config.bounds:
         scales = within_bounds(checkpoint, scales, dataset, config.bounds, ctx)
     if config.svdquant:
@@ -62,7 +67,7 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     if config.qat:
         return qat(quantized, dataset, config.qat, config.batch, ctx)
     if config.output_correction:
-        return with_output_corrections(quantized, model, dataset.conditioning, config.samples, config.batch)
+        return with_output_corrections(quantized, model, dataset.conditioning, config.samples, config.batch, ctx.notes)
     return quantized
 
 
@@ -84,10 +89,41 @@ def _scales(
     amax = calibrate(dataset, formats, outputs, smooth, config)
     # a smoothed layer quantizes a scaled copy of the concatenated tensor, so its input scale is its own
     amax |= unify_scales(graph, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
-    counts = {kind: list(formats.values()).count(kind) for kind in FORMATS}
-    logger.info(", ".join(f"{count} layers in {kind}" for kind, count in counts.items() if count))
     others = {name: kind for name, kind in formats.items() if kind != config.format}
-    return Quantization(config.format, amax, others, smooth)
+    unscaled = [name for name in formats if f"{name}.weight" not in amax]
+    return Quantization(config.format, amax, others, smooth).without(unscaled)
+
+
+def _report_float_layers(reasons: Mapping[str, str], scales: Quantization) -> None:
+    """Log the number of layers in each format, and in one line the layers that stay in float and why.
+
+    Raises:
+        InvalidInputError: No layer is quantized.
+    """
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    in_float = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
+    if not scales.layers:
+        raise InvalidInputError(
+            f"quantize: no layer of the model can be in {scales.format}: {in_float or 'all are sensitive or ignored'}"
+        )
+    kinds = list(scales.layer_formats.values())
+    logger.info(", ".join(f"{kinds.count(kind)} layers in {kind}" for kind in FORMATS if kind in kinds))
+    if in_float:
+        logger.info(f"kept in float: {in_float}")
+
+
+def _check_quantizers_run(quantized: Checkpoint) -> None:
+    """Raise InvalidInputError if fake quantization is bypassed: its error would be that of the float model."""
+    assert quantized.quantization is not None
+    bypassed = sorted(set(quantized.quantization.amax) - quantizers_that_ran(quantized))
+    if bypassed:
+        names = sorted({key.rpartition(".")[0] for key in bypassed})
+        raise InvalidInputError(
+            f"quantize: fake quantization of {', '.join(names)} does not run in torch, so its error is not measured; "
+            f"keep {'them' if len(names) > 1 else 'it'} in float with ignored_layers: [{', '.join(names)}]"
+        )
 
 
 def trajectories_of(

@@ -8,22 +8,24 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.algorithms.svdquant import attach_svdquant_
 from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax
 from diffpress.compress.quantization.formats import FORMATS, FP4, FP8, INT8, Format, scale_shape
+from diffpress.compress.quantization.layer_kinds import torch_class
 from diffpress.compress.quantization.nvfp4 import BACKEND, BLOCK, fake_nvfp4
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import dummy_inputs
 
 
 def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
@@ -71,28 +73,47 @@ def _check_scales_fit(modules: dict[str, nn.Module], amax: dict[str, torch.Tenso
 
 def insert_quantizers(model: nn.Module, formats: Mapping[str, str], outputs: Iterable[str]) -> Any:
     """Insert quantizers in place: into every layer of `formats`, and after each module of `outputs`."""
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-        warnings.simplefilter("ignore")  # modelopt warns about optional plugins and prints a summary
-        import modelopt.torch.quantization as mtq
-        from modelopt.torch.opt.dynamic import DynamicModule
-
-        rules: list[dict[str, Any]] = [{"quantizer_name": "*", "enable": False}]
-        output_modules = set(outputs)
-        for name, kind in formats.items():
-            form = FORMATS[kind]
-            rules.append(_quantizer_config(f"{name}.weight", _weight_settings(form, model.get_submodule(name))))
-            if form.activations:
-                rules.append(_quantizer_config(f"{name}.input", _activation_settings(form)))
-            if name in output_modules:
-                rules.append(_quantizer_config(f"{name}.output", _activation_settings(form)))
-        quantized = mtq.quantize(model, {"quant_cfg": rules, "algorithm": None})
-    for name, module in list(quantized.named_modules()):
-        # revert modules without scales: modelopt's attention, for example, has no gradient
-        if isinstance(module, DynamicModule) and name not in formats:
-            module.export()
+    output_modules = set(outputs)
+    for name, kind in formats.items():
+        _quantize_layer_(model.get_submodule(name), FORMATS[kind], name in output_modules)
     for name in output_modules - set(formats):
-        _quantize_output_(quantized.get_submodule(name))
-    return quantized
+        _quantize_output_(model.get_submodule(name))
+    return model
+
+
+def quantizers_that_ran(checkpoint: Checkpoint) -> set[str]:
+    """Return the keys of the amaxes whose fake quantizers run in one evaluation of the quantized checkpoint."""
+    model = fake_quantized(checkpoint)
+    ran: set[str] = set()
+    with ExitStack() as stack:
+        for name, module in model.named_modules():
+            layer, _, quantizer = name.rpartition(".")
+            key = f"{layer}.{quantizer.removesuffix('_quantizer')}"
+            if getattr(module, "is_enabled", False):  # of TensorQuantizer
+                stack.callback(module.register_forward_hook(lambda *_, key=key: ran.add(key)).remove)
+        network = TorchNetwork(model, checkpoint.spec)
+        network.run(dummy_inputs(network, checkpoint.spec, 1))
+    return ran
+
+
+def _quantize_layer_(layer: Any, form: Format, with_output: bool) -> None:
+    """Convert a layer in place to modelopt's quantized layer, with quantizers of `form`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # modelopt warns about optional plugins
+        from modelopt.torch.quantization.config import QuantizerAttributeConfig
+        from modelopt.torch.quantization.nn import QuantModuleRegistry
+
+        # modelopt names its class after the layer's, and refuses a second class of the same name
+        layer.__class__ = torch_class(layer)
+        QuantModuleRegistry.convert(layer)
+    settings = {"weight": _weight_settings(form, layer)}
+    if form.activations:
+        settings["input"] = _activation_settings(form)
+    if with_output:
+        settings["output"] = _activation_settings(form)
+    for side in ("weight", "input", "output"):
+        attributes = settings.get(side, {"enable": False})
+        getattr(layer, f"{side}_quantizer").set_from_attribute_config(QuantizerAttributeConfig(**attributes))
 
 
 def _quantize_output_(module: nn.Module) -> None:
@@ -106,10 +127,6 @@ def _quantize_output_(module: nn.Module) -> None:
 
 def _quantized_output(module: Any, _: Any, out: Any) -> Any:
     return (module.output_quantizer(out[0]), *out[1:]) if isinstance(out, tuple) else module.output_quantizer(out)
-
-
-def _quantizer_config(key: str, cfg: dict[str, Any]) -> dict[str, Any]:
-    return {"quantizer_name": f"{key}_quantizer", "cfg": cfg}
 
 
 def _activation_settings(form: Format) -> dict[str, Any]:

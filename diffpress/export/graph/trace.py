@@ -19,6 +19,7 @@ import contextlib
 import copy
 import io
 import logging
+import math
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from onnxscript import opset18 as op
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from diffpress.compress.models.fast_path import without_fast_path
 from diffpress.export.graph.model import Graph, Weight, stub
 from diffpress.runtime.errors import InvalidInputError
 
@@ -48,6 +50,9 @@ SUMS = ("Add", "Div")
 
 # The optimizer sees tensors up to this size as constants (biases, norms), but never a layer's weight.
 FOLDED_BYTES = 2**16
+
+# how torch.export reports a dynamic size that the module does not accept
+FIXED_SIZE = re.compile(r"static shape of (\d+) for dimension inputs\['tensors'\]\[(\d+)\]\.shape\[(\d+)\]")
 
 # name prefix of the wrapped module
 PREFIX = "model."
@@ -88,17 +93,15 @@ def trace(
         InvalidInputError: If the module cannot be traced.
     """
     try:
-        with _quiet():
+        with _quiet(), without_fast_path():
             program = _exported(_PositionalWrapper(_faked(module), forward, list(inputs)).eval(), inputs, outputs, axes)
             tensors = {f"{PREFIX}{name}": tensor for name, tensor in _tensors(module)}
             weights = _take_weights_(program.model.graph, tensors)
-            program.optimize()
+            with _hidden_scalars(program.model.graph):
+                program.optimize()
     except Exception as error:  # tracing, decomposition and translation each raise their own types
-        kind = type(module).__name__
-        raise InvalidInputError(
-            f"{kind}: cannot be traced into an ONNX graph ({_reason(error)}); its forward must consist of "
-            "tensor operations without branches on tensor values"
-        ) from error
+        reason = _reason(error, {name: axes.get(name, {}) for name in inputs})
+        raise InvalidInputError(f"{type(module).__name__}: cannot be traced into an ONNX graph ({reason})") from error
     graph = _assembled(program.model, weights)
     _name_layers_(graph.proto.graph, module)
     _name_sums_(graph.proto.graph, module)
@@ -176,6 +179,30 @@ def _take_weights_(graph: onnx_ir.Graph, tensors: dict[str, Tensor]) -> dict[onn
     return weights
 
 
+@contextlib.contextmanager
+def _hidden_scalars(graph: onnx_ir.Graph) -> Iterator[None]:
+    """Hide scalars that the optimizer takes for 0 or 1: it would remove `+ 1e-8` and `* 1.000001`."""
+    hidden: dict[onnx_ir.Value, onnx_ir.TensorProtocol] = {}
+    scalars = {value: value.const_value for value in graph.initializers.values()}
+    scalars |= {node.outputs[0]: onnx_ir.convenience.get_const_tensor(node.outputs[0]) for node in graph}
+    for value, tensor in scalars.items():
+        if tensor is None or isinstance(getattr(tensor, "raw", None), FakeTensor) or tensor.shape != ():
+            continue
+        number = tensor.numpy().item()
+        if any(number != whole and math.isclose(number, whole, rel_tol=1e-5, abs_tol=1e-8) for whole in (0, 1)):
+            stored = value
+            if value.producer() is not None:
+                name = f"{value.name}_scalar"
+                stored = onnx_ir.Value(name=name, type=value.type, shape=value.shape, const_value=tensor)
+                value.replace_all_uses_with(stored)
+                graph.register_initializer(stored)
+            stored.const_value = None
+            hidden[stored] = tensor
+    yield
+    for value, tensor in hidden.items():
+        value.const_value = tensor
+
+
 def _read(tensor: Tensor, order: tuple[int, ...]) -> np.ndarray:
     array: np.ndarray = tensor.detach().to("cpu", _widened(tensor.dtype)).numpy()
     return array.transpose(order)
@@ -232,24 +259,45 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-def _reason(error: BaseException) -> str:
-    """Return the root cause in one line; the exporter wraps it in a page of advice."""
+def _reason(error: BaseException, axes: dict[str, dict[int, str]]) -> str:
+    """Return the root cause and what to do, in one line; the exporter wraps it in a page of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
+    fixed = FIXED_SIZE.findall(str(error))
+    if fixed:
+        places = []
+        for number, dim, size in ((int(index), int(dim), size) for size, index, dim in fixed):
+            name = list(axes)[number]
+            places.append(f"axis {dim} of input '{name}' ({axes[name].get(dim, '')}) to {size}")
+        return (
+            f"its forward fixes {' and '.join(places)}, the size that it was traced with; it must accept any number of "
+            "samples, each with its own timestep"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    reason = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    if "No ONNX function found" in reason:
+        return f"{reason}; replace this operator in its forward"
+    return f"{reason}; its forward must consist of tensor operations without branches on tensor values"
 
 
 def _name_layers_(graph: onnx.GraphProto, module: nn.Module) -> None:
     """Name the nodes that apply a layer's weight after that layer."""
-    layers = {name for name, child in module.named_modules() if hasattr(child, "weight")}
+    layers = {
+        name: canonical for name, canonical in _names(module).items() if hasattr(module.get_submodule(name), "weight")
+    }
     stored = {tensor.name for tensor in graph.initializer}
     uses: dict[str, int] = {}
     for node in graph.node:
-        layer, index = _layer(node), WEIGHT_INPUT.get(node.op_type)
-        if index is not None and layer in layers and node.input[index] in stored:
+        layer, index = layers.get(_layer(node), ""), WEIGHT_INPUT.get(node.op_type)
+        if index is not None and layer and node.input[index] in stored:
             uses[layer] = uses.get(layer, 0) + 1
             node.name = layer if uses[layer] == 1 else f"{layer}#{uses[layer]}"
+
+
+def _names(module: nn.Module) -> dict[str, str]:
+    """Return the name of every submodule -> its first name; one that is registered twice has two."""
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(child), name) for name, child in module.named_modules(remove_duplicate=False)}
 
 
 def _name_sums_(graph: onnx.GraphProto, module: nn.Module) -> None:

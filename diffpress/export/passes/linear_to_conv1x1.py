@@ -7,6 +7,10 @@ processors without integer dot products, their kernels for such convolutions are
 products: 384 -> 1536 -> 384 over 8 x 256 tokens, four times, took OpenVINO 260 ms in fp32, 262 ms as integer products
 and 149 ms as convolutions; ONNX Runtime took 234, 260 and 117 ms (one thread, AVX2, minimum of eight alternating
 rounds).
+
+If the result is transposed again, to [B, O, L], the last two nodes are Squeeze -> Transpose: both transpositions then
+cancel. OpenVINO 2026.4 drops one of them otherwise and returns the values in a wrong order. This does not happen to
+rounded results that are added to one of a convolution, whose channels are innermost as well (attention of U-Nets).
 """
 
 from __future__ import annotations
@@ -21,15 +25,25 @@ from onnx import helper
 
 from diffpress.export.graph.model import Graph, Weight, weight_of
 from diffpress.export.graph.rewrite import Rewrite
+from diffpress.export.graph.trace import SUMS
 from diffpress.export.passes.quantize_weights import layer_of
 
-AXIS = "sequence_axis"
+AXIS, LAST_AXIS = "sequence_axis", "last_axis"
+SWAPPED = [0, 2, 1]
+# operators that act on each value separately
+ELEMENTWISE = {
+    *("Abs", "Add", "Cast", "Celu", "Clip", "Cos", "Div", "Elu", "Erf", "Exp", "Gelu", "HardSigmoid", "HardSwish"),
+    *("Identity", "LeakyRelu", "Log", "Mish", "Mul", "Neg", "PRelu", "Pow", "Reciprocal", "Relu", "Selu", "Sigmoid"),
+    *("Sin", "Softplus", "Softsign", "Sqrt", "Sub", "Swish", "Tanh", "ThresholdedRelu"),
+}
 # name prefixes: the node that reads the layer's input, and the transposed tensor
 ENTRY, CHANNELS = "enter/", "channels/"
 
 
-def linear_to_conv1x1(graph: Graph, layers: Collection[str]) -> Graph:
+def linear_to_conv1x1(graph: Graph, layers: Collection[str], rounded: Collection[str] = ()) -> Graph:
     """Return a copy of `graph` with `layers` that are MatMuls over [B, L, I] rewritten as convolutions.
+
+    The outputs of those in `rounded` will be quantized.
 
     The convolutions keep the layers' names and include their biases. Layers over other shapes are not changed.
 
@@ -43,7 +57,8 @@ def linear_to_conv1x1(graph: Graph, layers: Collection[str]) -> Graph:
         if node.op_type == "MatMul" and layer_of(node) in layers and ranks.get(node.input[0]) == 3:
             bias = biases.get(node.output[0])
             merged |= {bias.name} if bias is not None else set()
-            _convolve_(rewrite, node, bias)
+            transposed = _is_transposed(old, (bias or node).output[0], layer_of(node) in rounded)
+            _convolve_(rewrite, node, bias, transposed)
         elif node.name not in merged:
             rewrite.nodes.append(node)
     return rewrite.graph()
@@ -72,7 +87,48 @@ def bias_additions(graph: onnx.GraphProto) -> dict[str, onnx.NodeProto]:
     return found
 
 
-def _convolve_(rewrite: Rewrite, node: onnx.NodeProto, bias: onnx.NodeProto | None) -> None:
+def _is_transposed(graph: onnx.GraphProto, tensor: str, rounded: bool) -> bool:
+    """Return whether [B, L, O] or an elementwise function of it is transposed to [B, O, L], which OpenVINO drops."""
+    stored = {initializer.name for initializer in graph.initializer}
+    derived = {tensor}
+    for node in graph.node:
+        computed = [name for name in node.input if name and name not in stored]
+        if not computed or not derived.issuperset(computed):
+            continue
+        swapped = node.op_type == "Transpose" and _permutation(node) == SWAPPED
+        if swapped and not (rounded and _added_to_convolution(graph, node)):
+            return True
+        if node.op_type in ELEMENTWISE:
+            derived.update(node.output)
+    return False
+
+
+def _added_to_convolution(graph: onnx.GraphProto, transpose: onnx.NodeProto) -> bool:
+    """Return whether a transposed tensor is only reshaped and then added to a convolution, or a sum with one."""
+    tensor = transpose.output[0]
+    reshapes = [node for node in graph.node if tensor in node.input]
+    if [node.op_type for node in reshapes] != ["Reshape"]:
+        return False
+    tensor = reshapes[0].output[0]
+    sums = [node for node in graph.node if tensor in node.input]
+    if [node.op_type for node in sums] != ["Add"]:
+        return False
+    makers = {name: node for node in graph.node for name in node.output}
+    todo = [_other(sums[0], tensor)]
+    while todo:
+        maker = makers.get(todo.pop())
+        if maker is not None and maker.op_type == "Conv":
+            return True
+        if maker is not None and maker.op_type in SUMS:
+            todo += maker.input
+    return False
+
+
+def _permutation(node: onnx.NodeProto) -> list[int]:
+    return next((list(entry.ints) for entry in node.attribute if entry.name == "perm"), [])
+
+
+def _convolve_(rewrite: Rewrite, node: onnx.NodeProto, bias: onnx.NodeProto | None, transposed: bool) -> None:
     name, out = node.name, (bias or node).output[0]
     weight = weight_of(rewrite.source, node.input[1])
     in_channels, out_channels = weight.shape
@@ -84,6 +140,15 @@ def _convolve_(rewrite: Rewrite, node: onnx.NodeProto, bias: onnx.NodeProto | No
         helper.make_node("Unsqueeze", [node.input[0], AXIS], [f"rows/{name}"], f"{ENTRY}{name}"),
         helper.make_node("Transpose", [f"rows/{name}"], inputs[:1], f"transpose/{name}", perm=[0, 3, 1, 2]),
         helper.make_node("Conv", inputs, [f"convolved/{name}"], name, kernel_shape=[1, 1]),
+    ]
+    if transposed:
+        axis = rewrite.add(LAST_AXIS, np.array([3], np.int64))
+        rewrite.nodes += [
+            helper.make_node("Squeeze", [f"convolved/{name}", axis], [f"out/{name}"], f"return/{name}"),
+            helper.make_node("Transpose", [f"out/{name}"], [out], f"leave/{name}", perm=SWAPPED),
+        ]
+        return
+    rewrite.nodes += [
         helper.make_node("Transpose", [f"convolved/{name}"], [f"out/{name}"], f"return/{name}", perm=[0, 2, 3, 1]),
         helper.make_node("Squeeze", [f"out/{name}", AXIS], [out], f"leave/{name}"),
     ]

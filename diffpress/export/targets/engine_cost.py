@@ -27,7 +27,7 @@ from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.lowering import PassContext, lower
 from diffpress.export.passes.quantize_weights import layer_of
 from diffpress.export.verify.latency import BATCH, alternating_latency_ms
-from diffpress.export.verify.parity import parity_case_for
+from diffpress.export.verify.reference import parity_case_for
 from diffpress.runtime.engines import Engine, load_engine
 from diffpress.runtime.engines.precision_report import Kernel
 from diffpress.runtime.network_inputs import dummy_inputs

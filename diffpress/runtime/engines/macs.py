@@ -28,8 +28,11 @@ def transposed_convolution(inputs: Shape, weights: Shape) -> int:
 
 
 def product(a: Shape, out: Shape) -> int:
-    """MACs of a matrix product A [..., M, K] B = `out` [..., M, N]; A is not broadcast over the batch."""
-    return prod(a) * out[-1]
+    """MACs of a matrix product A [..., M, K] B = `out` [..., M, N]; A is not broadcast over the batch.
+
+    B may be a vector: then N is 1 and `out` has one dimension less than A.
+    """
+    return prod(a) * (out[-1] if len(out) >= len(a) else 1)
 
 
 def attention(query: Shape, key: Shape, value: Shape) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 
-PRECISIONS = ("f32", "bf16", "f16")
+logger = logging.getLogger(__name__)
+
+PRECISIONS = ("fp32", "bf16", "fp16")
+FORMER_PRECISIONS = {"f32": "fp32", "f16": "fp16"}
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class EngineOptions:
     """
 
     threads: int | None = None
-    precision: str = "f32"
+    precision: str = "fp32"
     streams: int = 1
     cache: Cache | None = None
     providers: tuple[str, ...] = ()
@@ -40,6 +44,10 @@ class EngineOptions:
             raise InvalidInputError(f"{self.threads} threads: must be at least 1; omit it to let the engine choose")
         if self.streams < 1:
             raise InvalidInputError(f"{self.streams} streams: must be at least 1")
+        if self.precision in FORMER_PRECISIONS:
+            present = FORMER_PRECISIONS[self.precision]
+            logger.warning(f"precision {self.precision} is now {present}; the old name works until diffpress 0.4")
+            object.__setattr__(self, "precision", present)
         if self.precision not in PRECISIONS:
             raise unknown_name("precision", self.precision, PRECISIONS)
 

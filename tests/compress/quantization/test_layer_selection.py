@@ -66,6 +66,37 @@ def test_impossible_settings_are_refused_in_one_line(settings: dict[str, Any], m
     assert "\n" not in str(caught.value)
 
 
+def test_a_pattern_with_wildcards_covers_layers_and_the_modules_around_them(unet: Checkpoint) -> None:
+    names = set(choose_formats(unet.model, config(keep_sensitive_layers=False)))
+    attentions = {name for name in names if ".attentions." in name}
+    queries = {name for name in attentions if name.endswith(".to_q")}
+    chosen = choose_formats(unet.model, config(ignored_layers=("*.attentions.?",), keep_sensitive_layers=False))
+    assert attentions and set(chosen) == names - attentions
+    overrides = {"*.attentions.*": "w4a8", "*.attentions.*.to_q": "int4", "mid_block": "float"}
+    chosen = choose_formats(unet.model, config(format_overrides=overrides))
+    for name in queries:  # the pattern with the most letters decides
+        assert chosen[name] == "int4"
+    assert {chosen[name] for name in attentions - queries} == {"w4a8"}
+    assert not any(name.startswith("mid_block.resnets") for name in chosen)
+
+
+def test_a_whole_name_with_wildcards_is_not_a_prefix(unet: Checkpoint) -> None:
+    chosen = choose_formats(unet.model, config(ignored_layers=("mid_block.resnets.*.conv1",)))
+    assert "mid_block.resnets.0.conv1" not in chosen and "mid_block.resnets.0.conv2" in chosen
+
+
+def test_a_pattern_that_matches_nothing_is_refused_with_the_nearest_names(unet: Checkpoint) -> None:
+    with pytest.raises(InvalidInputError, match=r"matches 'mid_blok\.\*'; similar names: mid_block"):
+        choose_formats(unet.model, config(ignored_layers=("mid_blok.*",)))
+
+
+def test_a_module_that_is_float_anyway_may_be_ignored_but_not_be_given_a_format(unet: Checkpoint) -> None:
+    ignored = config(ignored_layers=("conv_norm_out",))
+    assert choose_formats(unet.model, ignored) == choose_formats(unet.model, config())
+    with pytest.raises(InvalidInputError, match=r"format_overrides: no layer name .* starts with 'conv_norm_out'"):
+        choose_formats(unet.model, config(format_overrides={"conv_norm_out": "int8"}))
+
+
 @pytest.mark.parametrize(
     "settings",
     [

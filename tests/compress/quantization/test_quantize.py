@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import nn
 from torch.nn import functional as F
 
 from diffpress.compress.checkpoint import Checkpoint
@@ -190,38 +189,3 @@ def test_ignored_layers_have_no_scales(unet: Checkpoint, context: Callable[..., 
 def test_an_ignored_layer_that_does_not_exist_is_refused(unet: Checkpoint, context: Callable[..., Context]) -> None:
     with pytest.raises(InvalidInputError, match=r"ignored_layers: no layer name .* starts with 'up_blocks\.7'"):
         quantize(unet, config(ignored_layers=("up_blocks.7",)), context(unet))
-
-
-@pytest.mark.parametrize("cause", ["weight", "input"])
-def test_a_layer_with_a_zero_scale_is_named_with_the_setting_that_fixes_it(
-    cause: str, small: Checkpoint, context: Callable[..., Context]
-) -> None:
-    model: Any = small.clone_model()
-    with torch.no_grad():
-        if cause == "weight":
-            model.inner.weight[5] = 0.0
-        else:
-            nn.init.zeros_(model.norm.weight)
-            nn.init.zeros_(model.norm.bias)
-    checkpoint = small.evolve(model=model)
-    with pytest.raises(InvalidInputError, match=rf"the {cause} scale of layer 'inner' .* ignored_layers: \[inner\]"):
-        quantize(checkpoint, config(), context(small))
-    assert scales_of(quantize(checkpoint, config(ignored_layers=("inner",)), context(small))).layers == ["time"]
-
-
-class Spare(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.inner = nn.Conv2d(1, 8, 1), nn.Conv2d(8, 8, 1)
-        self.spare, self.last = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 1, 1)
-
-    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
-        return self.last(self.inner(self.first(sample)))
-
-
-def test_a_layer_that_never_runs_while_sampling_is_named(
-    custom: Callable[..., Checkpoint], context: Callable[..., Context]
-) -> None:
-    checkpoint = custom(Spare())
-    with pytest.raises(InvalidInputError, match=r"the input scale of layer 'spare' .* ignored_layers: \[spare\]"):
-        quantize(checkpoint, config(), context(checkpoint))

@@ -191,6 +191,58 @@ def test_a_module_that_cannot_be_traced_is_named_in_one_line() -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("axis", ["batch", "steps"])
+def test_a_module_that_fixes_a_size_is_told_which_input_and_axis(axis: str) -> None:
+    class OfTwo(nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return x * t.view(2, 1)
+
+    inputs = {"x": torch.randn(2, 3), "t": torch.ones(2)}
+    axes = {"x": {0: "batch"}, "t": {0: axis}}
+    message = rf"fixes axis 0 of input 'x' \(batch\) to 2 and axis 0 of input 't' \({axis}\) to 2.* own timestep"
+    with pytest.raises(InvalidInputError, match=message):
+        trace(OfTwo(), lambda m, feed: m(feed["x"], feed["t"]), inputs, ["y"], axes)
+
+
+@pytest.mark.parametrize("small", [1e-15, 1e-8, -1e-9, 1e-6])
+def test_a_constant_near_zero_or_one_is_kept(small: float) -> None:
+    """The optimizer takes 1e-8 for 0 and 1.000001 for 1: 0 / (0 + 1e-15) became NaN."""
+
+    class Divided(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([torch.relu(x) / (torch.relu(x) + small), x * (1.0 + small), x - small * 1e-3])
+
+    x = torch.tensor([[-1.0, 0.0, 1e-9, 2.0]] * 2)
+    graph = trace(Divided(), lambda m, feed: m(feed["x"]), {"x": x}, ["y"], {"x": {0: "batch"}})
+    np.testing.assert_array_equal(run(graph, {"x": x})[0], Divided()(x))
+
+
+class Aliased(nn.Module):
+    """A layer that is registered under three names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 4)
+        self.alias, self.chain = self.layer, nn.Sequential(self.layer, nn.ReLU(), self.layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.chain(self.alias(x))
+
+
+def test_a_layer_with_several_names_has_its_first_name_at_every_use() -> None:
+    graph = trace(Aliased(), lambda m, feed: m(feed["x"]), {"x": torch.randn(2, 4)}, ["y"], {"x": {0: "batch"}})
+    assert [node.name for node in graph.proto.graph.node if node.op_type == "Gemm"] == ["layer", "layer#2", "layer#3"]
+
+
+def test_torchs_transformer_layer_is_traced_module_by_module() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True).eval()
+    x = torch.randn(2, 5, 8)
+    graph = trace(layer, lambda m, feed: m(feed["x"]), {"x": x}, ["y"], {"x": {0: "batch"}})
+    assert {"linear1", "linear2"} <= {node.name for node in graph.proto.graph.node}
+    np.testing.assert_allclose(run(graph, {"x": torch.cat([x, x])})[0][2:], layer(x).detach(), atol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 class Sums(nn.Module):
     """Blocks that end in a sum, in a divided sum or in another operation, and one that is called twice."""
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -10,9 +14,14 @@ import pytest
 import torch
 from torch import nn
 
-from diffpress.export.graph.model import Graph, load_all
+from diffpress.compress.checkpoint import Quantization
+from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.export.graph.model import Graph, load_all, save_graph
 from diffpress.export.graph.trace import trace
+from diffpress.export.passes.insert_qdq import insert_qdq
 from diffpress.export.passes.linear_to_conv1x1 import linear_to_conv1x1
+from diffpress.runtime.engines import available, load_engine
+from tests.export.oracle import run_exactly
 
 
 class Tokens(nn.Module):
@@ -84,3 +93,54 @@ def test_a_bias_stays_outside_if_the_product_before_it_has_other_readers() -> No
     made = linear_to_conv1x1(graph, ("layer",))
     assert "Add" in {node.op_type for node in made.proto.graph.node}
     np.testing.assert_allclose(run(made, sample.numpy()), run(graph, sample.numpy()), rtol=0, atol=1e-6)
+
+
+class Projection(nn.Module):
+    """Image [B, 16, 8, 8] -> tokens -> linear layer -> `used(self, tokens, image)`."""
+
+    def __init__(self, used: Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]) -> None:
+        super().__init__()
+        self.linear, self.conv, self._used = nn.Linear(16, 16), nn.Conv2d(16, 4, 3, padding=1), used
+        self.same = nn.Conv2d(16, 16, 3, padding=1)
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        return self._used(self, self.linear(sample.flatten(2).transpose(1, 2)), sample)
+
+
+def to_image(x: torch.Tensor) -> torch.Tensor:
+    return x.transpose(1, 2).reshape(-1, 16, 8, 8)
+
+
+USES: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "tokens": lambda m, x, image: 1.5 * x,
+    "transposed": lambda m, x, image: 1.5 * x.transpose(1, 2),
+    "image": lambda m, x, image: to_image(x),
+    "convolved": lambda m, x, image: m.conv(to_image(x)),
+    "activation, then transposed": lambda m, x, image: 1.5 * torch.relu(x).transpose(1, 2),
+    "added to the input": lambda m, x, image: m.conv(to_image(x) + image),
+    "added to a convolution": lambda m, x, image: m.conv(to_image(x) + (image + m.same(image)) / 1.4),
+    "added to an activation": lambda m, x, image: m.conv(to_image(x) + torch.relu(m.same(image))),
+    "scaled image": lambda m, x, image: to_image(x) * image,
+    "concatenated image": lambda m, x, image: torch.cat([to_image(x), image], 1),
+    "heads": lambda m, x, image: 1.5 * x.transpose(1, 2).unflatten(1, (2, 8)).transpose(2, 3),
+    "linear attention": lambda m, x, image: (x.transpose(1, 2) @ torch.relu(x)) @ x.transpose(1, 2),
+}
+
+
+@pytest.mark.skipif("openvino" not in available(), reason="needs openvino")
+@pytest.mark.parametrize("rounded", ["rounded", "float"])
+@pytest.mark.parametrize("use", USES)
+def test_openvino_computes_the_same_whatever_reads_the_layer(use: str, rounded: str, tmp_path: Path) -> None:
+    """OpenVINO 2026.4 drops a transposition that follows the one of the convolution, and permutes the values."""
+    torch.manual_seed(0)
+    sample = torch.randn(2, 16, 8, 8)
+    inputs = {"sample": sample.numpy()}
+    traced = trace(Projection(USES[use]).eval(), lambda m, f: m(f["sample"]), {"sample": sample}, ["out"], {})
+    graph = linear_to_conv1x1(traced, ("linear",), ("linear",) if rounded == "rounded" else ())
+    amax = {"linear.weight": torch.full((16,), 0.5), "linear.input": torch.tensor(4.0)}
+    if rounded == "rounded":
+        amax["linear.output"] = torch.tensor(3.0)
+    graph = insert_qdq(graph, Quantization("int8", amax))
+    save_graph(graph, tmp_path / "graph.onnx")
+    with closing(load_engine(tmp_path / "graph.onnx", "openvino", 1)) as engine:
+        assert sqnr_db(run_exactly(graph, inputs), engine.run(inputs)) > 90

@@ -289,6 +289,8 @@ def test_macs_follow_from_the_shapes() -> None:
     assert macs.transposed_convolution([1, 8, 4, 4], [8, 3, 2, 2]) == 8 * 16 * 3 * 4
     assert macs.product([2, 64, 16], [2, 64, 16]) == PRODUCT
     assert macs.product([2, 16, 64], [2, 64, 16]) == PRODUCT  # A stored transposed
+    assert macs.product([16, 64], [16]) == macs.product([16], [64]) == 16 * 64  # B or A is a vector
+    assert macs.product([16], []) == 16
     assert macs.attention([1, 4, 49, 32], [1, 4, 49, 32], [1, 4, 49, 32]) == 2 * 4 * 49 * 49 * 32
     assert macs.attention([1, 49, 128], [1, 49, 128], [1, 49, 128]) == 2 * 4 * 49 * 49 * 32
 

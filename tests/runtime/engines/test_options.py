@@ -111,12 +111,23 @@ def test_onnx_runtime_streams_share_the_threads(float_graph: Path) -> None:
     [
         ({"threads": 0}, "0 threads"),
         ({"streams": 0}, "0 streams"),
-        ({"precision": "fp16"}, "unknown precision 'fp16'"),
+        ({"precision": "fp8"}, "unknown precision 'fp8'"),
     ],
 )
 def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
         EngineOptions(**options)
+
+
+def test_the_former_names_of_precisions_become_the_present_ones_with_a_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    assert [EngineOptions(precision=name).precision for name in ("f32", "f16", "bf16")] == ["fp32", "fp16", "bf16"]
+    assert EngineOptions.from_json({"precision": "f32"}) == EngineOptions()
+    assert warnings_of(caplog)[:2] == [
+        "precision f32 is now fp32; the old name works until diffpress 0.4",
+        "precision f16 is now fp16; the old name works until diffpress 0.4",
+    ]
 
 
 def test_unsupported_options_raise_and_a_cache_is_always_accepted(tmp_path: Path, float_graph: Path) -> None:

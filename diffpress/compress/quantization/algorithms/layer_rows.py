@@ -16,6 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.fast_path import without_fast_path
+from diffpress.compress.quantization.layer_kinds import CONVOLUTIONS, layer_input
 
 Visit = Callable[[str, Any, torch.Tensor], None]
 
@@ -28,21 +30,21 @@ def visit_layers(model: nn.Module, layers: Iterable[str], inputs: dict[str, torc
     modules = dict(model.named_modules())
     seen: set[str] = set()
 
-    def hook(name: str, layer: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+    def hook(name: str, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if name not in seen:
             seen.add(name)
-            visit(name, layer, args[0])
+            visit(name, layer, layer_input(args, kwargs))
 
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack, torch.no_grad(), without_fast_path():
         for name in layers:
-            stack.callback(modules[name].register_forward_pre_hook(partial(hook, name)).remove)
+            stack.callback(modules[name].register_forward_pre_hook(partial(hook, name), with_kwargs=True).remove)
         adapter_for(model).forward(model, inputs)
 
 
 def rows_of(layer: Any, x: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:
     """Return about `count` rows of x, float32 [groups, rows, K], equally many per state; a linear layer is 1 group."""
     each = max(1, count // len(x))
-    if not isinstance(layer, nn.Conv2d):
+    if not isinstance(layer, CONVOLUTIONS):
         return torch.cat([_sampled(state.reshape(-1, state.shape[-1]), each, generator) for state in x])[None].float()
     rows = torch.cat(
         [_sampled(_patches(layer, state), each, generator) for state in x]
@@ -55,10 +57,17 @@ def quadratic(error: torch.Tensor, products: torch.Tensor) -> float:
     return float(((error @ products) * error).sum())
 
 
-def _patches(layer: nn.Conv2d, state: torch.Tensor) -> torch.Tensor:
+def _patches(layer: Any, state: torch.Tensor) -> torch.Tensor:
+    """Return the patches [rows, K] that the kernel of a 1d, 2d or 3d convolution covers in `state` [C, ...]."""
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
-    padded = F.pad(state[None], layer._reversed_padding_repeated_twice, mode)
-    return F.unfold(padded, layer.kernel_size, layer.dilation, 0, layer.stride)[0].T
+    windows = F.pad(state[None], layer._reversed_padding_repeated_twice, mode)[0]
+    dims = len(layer.kernel_size)
+    for axis, (size, dilation, stride) in enumerate(
+        zip(layer.kernel_size, layer.dilation, layer.stride, strict=True), start=1
+    ):
+        windows = windows.unfold(axis, dilation * (size - 1) + 1, stride)[..., ::dilation]
+    rows = windows.movedim(0, dims)  # [*positions, C, *kernel]
+    return rows.flatten(dims).flatten(0, dims - 1)
 
 
 def _sampled(rows: torch.Tensor, count: int, generator: torch.Generator) -> torch.Tensor:

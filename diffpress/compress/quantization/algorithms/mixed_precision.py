@@ -33,6 +33,7 @@ from diffpress.compress.config import EvaluateConfig
 from diffpress.compress.context import Context, EngineCosts
 from diffpress.compress.evaluation.evaluate import evaluate
 from diffpress.compress.evaluation.features import load_features, load_reference
+from diffpress.compress.evaluation.subject import EvaluationSubject
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
@@ -232,7 +233,9 @@ def _frechet(
 
     def distance(quantization: Quantization | None) -> float:
         with opened(quantization) as network:
-            found = evaluate(network, spec, FRECHET, features, reference, what="sampling for max_frechet_ratio")
+            found = evaluate(
+                EvaluationSubject(network, spec), FRECHET, features, reference, what="sampling for max_frechet_ratio"
+            )
         return float(found["frechet"]["mean"])
 
     exact = distance(None)

@@ -22,7 +22,8 @@ from torch import nn
 from diffpress.compress.quantization.calibration.observer import NonFiniteError
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
-from diffpress.compress.quantization.layer_graph import LayerGraph, channel_axis
+from diffpress.compress.quantization.layer_graph import LayerGraph
+from diffpress.compress.quantization.layer_kinds import channel_axis
 from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 
 SMOOTHED: tuple[type[nn.Module], ...] = (nn.Linear,)

@@ -24,7 +24,7 @@ from diffpress.compress.quantization.calibration.observer import Observer
 from diffpress.compress.quantization.calibration.statistics import Statistics, empty_statistics, update_statistics_
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.config import QuantizeConfig
-from diffpress.compress.quantization.formats import FORMATS, INT8
+from diffpress.compress.quantization.formats import FORMATS, INT8, LEAST_MAGNITUDE
 from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, evaluations_per_batch
 from diffpress.runtime.errors import InvalidInputError
 
@@ -50,10 +50,11 @@ def calibrate(
         config: Settings of the stage.
 
     Returns:
-        The amax of every quantizer, '<layer>.<weight|input|output>' -> float32 tensor.
+        The amax of every quantizer, '<layer>.<weight|input|output>' -> float32 tensor, without tensors that are always
+        zero, and without layers that have such a weight or input: they cannot be scaled.
 
     Raises:
-        InvalidInputError: A scale is zero, infinite or missing, or a value is not finite; the message names the layer.
+        InvalidInputError: A value is not finite; the message names the layer.
     """
     modules = dict(dataset.model.named_modules())
     quantized_inputs = [name for name, kind in formats.items() if FORMATS[kind].activations]
@@ -105,11 +106,6 @@ def _amax(
         name = key.rpartition(".")[0]
         number = (FORMATS[formats[name]].activations if name in formats else None) or INT8
         found[key] = torch.tensor(amax_of(statistics, i, method, number, percentile))
-    for key, value in found.items():
-        if not (torch.isfinite(value).all() and (value > 0).all()):
-            name, _, what = key.rpartition(".")
-            raise InvalidInputError(
-                f"quantize: the {what} scale of layer '{name}' is zero, infinite or missing; "
-                f"keep the layer in float with ignored_layers: [{name}]"
-            )
-    return found
+    zero = {key for key, value in found.items() if not (value >= LEAST_MAGNITUDE).all()}
+    unscaled = {key.rpartition(".")[0] for key in zero if not key.endswith(".output")}
+    return {key: value for key, value in found.items() if key not in zero and key.rpartition(".")[0] not in unscaled}

@@ -21,6 +21,7 @@ from torch import nn
 from diffpress.compress.distillation.block_features import capture_features, energy_map
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import Advance
+from diffpress.compress.quantization.layer_kinds import layer_input
 from diffpress.compress.training.resume import read_state, write_state
 from diffpress.runtime.errors import InvalidInputError
 
@@ -134,7 +135,7 @@ class ObservedNetwork:
                 for key, observe in observers.items():
                     layer, _, side = key.rpartition(".")
                     hook = partial(self._observe, observe, side)
-                    stack.callback(modules[layer].register_forward_hook(hook).remove)
+                    stack.callback(modules[layer].register_forward_hook(hook, with_kwargs=True).remove)
                 yield
         except NonFiniteError as error:
             inputs = self.visited[-1]
@@ -151,10 +152,16 @@ class ObservedNetwork:
         return {OUTPUT: out} | {f"{ENERGY}{name}": energy_map(x).cpu().numpy() for name, x in features.items()}
 
     def _observe(
-        self, observe: Observer, side: str, module: nn.Module, args: tuple[torch.Tensor, ...], out: Any
+        self,
+        observe: Observer,
+        side: str,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        out: Any,
     ) -> None:
         results = out if isinstance(out, tuple) else (out,)
-        seen = args[0] if side == "input" else results[0]
+        seen = layer_input(args, kwargs) if side == "input" else results[0]
         observe(seen, len(self.visited) - 1, len(self.visited[-1]["sample"]))
 
 

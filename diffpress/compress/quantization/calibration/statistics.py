@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import torch
 
 from diffpress.compress.quantization.calibration.observer import NonFiniteError
+from diffpress.compress.quantization.formats import LEAST_MAGNITUDE
 
 BINS = 4096
-LEAST_TOP = 2.0**-100  # smaller magnitudes count as zero
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def empty_statistics(names: Iterable[str], evaluations: int) -> Statistics:
     return Statistics(
         names,
         torch.zeros(len(names), dtype=real),
-        torch.full((len(names),), LEAST_TOP, dtype=real),
+        torch.full((len(names),), LEAST_MAGNITUDE, dtype=real),
         torch.zeros(len(names), BINS, dtype=integer),
         torch.zeros(len(names), evaluations, dtype=real),
         torch.zeros(len(names), evaluations, dtype=integer),

@@ -5,7 +5,7 @@ took 0.70x of the dynamic graph's time, in fp32 and in int8 (alternating medians
 shapes stay in memory; with a cache they persist between processes, and a cached model is loaded without reading the
 graph.
 
-Precision is pinned to f32 unless bf16 or f16 is requested, so a float graph stays float32 on CPUs with bf16; the Q/DQ
+Precision is pinned to fp32 unless bf16 or fp16 is requested, so a float graph stays float32 on CPUs with bf16; the Q/DQ
 parts of a quantized graph run on integers. Weight-only quantized layers keep float inputs: by default OpenVINO would
 round them to int8 in groups of 32 on CPUs with AVX512-VNNI.
 """
@@ -34,8 +34,10 @@ from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 EXTRA = "openvino"
 OPTIONS = {"threads", "precision", "streams"}
 KEPT_SHAPES = 4
+NO_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
 
-CAPABILITIES = {"bf16": "BF16", "f16": "FP16"}
+CAPABILITIES = {"bf16": "BF16", "fp16": "FP16"}
+HINTS = {"fp32": "f32", "bf16": "bf16", "fp16": "f16"}  # OpenVINO's names
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -81,7 +83,7 @@ class OpenVinoEngine:
 
     Attributes:
         inputs: Inputs of the graph: name -> dtype.
-        precision: The precision it was opened with: f32, bf16 or f16.
+        precision: The precision it was opened with: fp32, bf16 or fp16.
         graph_bytes: Size of the graph, including its weights.
     """
 
@@ -141,7 +143,7 @@ class OpenVinoEngine:
         """Time kernels with the performance counters of a second compiled model."""
         with self._compiling:
             model = self._reshaped(tensor_shapes(example_inputs))
-            compiled = self._core.compile_model(model, "CPU", self._options | {"PERF_COUNT": True})
+            compiled = self._compile_model(model, self._options | {"PERF_COUNT": True})
         names = layer_names(compiled)
         request, times = compiled.create_infer_request(), dict[str, list[float]]()
         for _ in range(runs + 1):
@@ -173,7 +175,7 @@ class OpenVinoEngine:
         try:
             model = self._import(key)
             if model is None:
-                model = self._core.compile_model(variant.change(self._reshaped(shapes)), "CPU", self._options)
+                model = self._compile_model(variant.change(self._reshaped(shapes)), self._options)
                 if self._cache is not None:
                     self._cache.write(key, _exported(model))
         except InvalidInputError:
@@ -184,6 +186,14 @@ class OpenVinoEngine:
         for _ in range(self._streams):
             compiled.requests.put(variant.request(model))
         return compiled
+
+    def _compile_model(self, model: Any, options: dict[str, Any]) -> Any:
+        try:
+            return self._core.compile_model(model, "CPU", options)
+        except Exception:
+            # OpenVINO 2026.4 generates kernels ("snippets") for operators that it cannot generate, e.g. Mish between
+            # linear layers
+            return self._core.compile_model(model, "CPU", options | NO_SNIPPETS)
 
     def _import(self, key: str) -> Any:
         """Import the compiled model from the cache; None if it is missing or OpenVINO rejects it."""
@@ -242,9 +252,9 @@ def _properties(core: Any, options: EngineOptions) -> dict[str, Any]:
     if capability is not None and capability not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
         device = core.get_property("CPU", "FULL_DEVICE_NAME")
         raise EngineUnavailableError(
-            f"engine 'openvino': this CPU ({device}) does not support precision {options.precision}; use f32"
+            f"engine 'openvino': this CPU ({device}) does not support precision {options.precision}; use fp32"
         )
-    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": options.precision}
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[options.precision]}
     properties["DYNAMIC_QUANTIZATION_GROUP_SIZE"] = 0
     if options.streams > 1:
         properties |= {"PERFORMANCE_HINT": "THROUGHPUT", "NUM_STREAMS": options.streams}
@@ -273,6 +283,5 @@ def _exported(model: Any) -> bytes:
 def _error(path: Path, verb: str, error: Exception) -> InvalidInputError:
     """Convert a multi-line OpenVINO error: its last line is the reason, the others are source locations."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip() and "Exception from" not in line]
-    return InvalidInputError(
-        f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); export it again"
-    )
+    advice = "export it again" if verb == "load" else "use another engine"
+    return InvalidInputError(f"{path}: OpenVINO cannot {verb} it ({(lines or ['no reason given'])[-1]}); {advice}")

@@ -27,7 +27,7 @@ from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.trajectory_dataset import States, TrajectoryDataset
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.compress.training.image_data import ImageData
+from diffpress.compress.training.sample_data import SampleData
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate
 from tests.compress.quantization.scales import scales_of
@@ -51,7 +51,7 @@ def small(custom_files: Callable[..., tuple[Path, Path]]) -> Checkpoint:
 
 
 @pytest.fixture(scope="module")
-def trained(unet: Checkpoint, images: ImageData, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+def trained(unet: Checkpoint, images: SampleData, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     """The tiny U-Net after a short training on stripes and checkerboards, so that its samples have structure."""
     recover = RecoverConfig(
         steps=60, batch=16, learning_rate=3e-3, output_weight=0.0, feature_weight=0.0, task_weight=1.0, save_every=1000

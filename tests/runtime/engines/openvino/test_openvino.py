@@ -148,7 +148,7 @@ def test_a_precision_the_cpu_does_not_support_raises_a_one_line_error(
         return ["FP32", "INT8"] if name == "OPTIMIZATION_CAPABILITIES" else real(self, device, name, *rest)
 
     monkeypatch.setattr(openvino.Core, "get_property", incapable)
-    with pytest.raises(EngineUnavailableError, match="does not support precision bf16; use f32") as caught:
+    with pytest.raises(EngineUnavailableError, match="does not support precision bf16; use fp32") as caught:
         load_engine(float_graph, "openvino", options=EngineOptions(precision="bf16"))
     assert "\n" not in str(caught.value)
 
@@ -167,7 +167,7 @@ def test_a_precision_the_cpu_supports_is_passed_to_openvino(float_graph: Path, m
     real_compile = openvino.Core.compile_model
     monkeypatch.setattr(openvino.Core, "get_property", capable)
     monkeypatch.setattr(openvino.Core, "compile_model", compiling)
-    for precision in ("bf16", "f32"):
+    for precision in ("bf16", "fp32"):
         load_engine(float_graph, "openvino", options=EngineOptions(precision=precision)).run(sample_inputs())
     assert hints == ["bf16", "f32"]
 
