@@ -112,7 +112,7 @@ class Source:
     """How to rebuild the unpruned module: a diffusers class and config, or a user's file and weights.
 
     `pipeline_folder` holds the other components of the pipeline: text encoders, tokenizers, decoder. `original` holds
-    the widths of the unpruned module.
+    the widths of the unpruned module. `decoder` is that of a user's file.
     """
 
     kind: str
@@ -123,6 +123,7 @@ class Source:
     weights: Path | None = None
     pipeline_folder: Path | None = None
     original: Widths = field(default_factory=dict)
+    decoder: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,12 @@ class Checkpoint:
 
     def clone_model(self) -> nn.Module:
         """Return a deep copy, for stages that modify weights: a stage never modifies its input."""
+        _detach_computed_(self.model)
         return copy.deepcopy(self.model)
 
     def shared_model(self) -> nn.Module:
         """Return a copy that shares this model's tensors: for hooks and quantizers, not for training."""
+        _detach_computed_(self.model)
         tensors = [*self.model.parameters(), *self.model.buffers()]
         return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
 
@@ -166,6 +169,8 @@ class Checkpoint:
         tensors = dict(self.model.state_dict())
         if self.quantization is not None:
             tensors.update({f"quantization.{name}": value for name, value in self.quantization.tensors.items()})
+        if self.source.decoder is not None:
+            tensors.update({f"decoder.{name}": value for name, value in self.source.decoder.state_dict().items()})
         for name in sorted(tensors):
             digest.update(name.encode())
             digest.update(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -179,6 +184,14 @@ class Checkpoint:
             "spec": self.spec.to_json(),
             "quantization": self.quantization.facts() if self.quantization else None,
         }
+
+
+def _detach_computed_(model: nn.Module) -> None:
+    """Detach what a hook computes from parameters, as torch's older weight_norm does: it cannot be copied."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, torch.Tensor) and value.grad_fn is not None:
+                setattr(module, name, value.detach())
 
 
 def save_checkpoint(checkpoint: Checkpoint, folder: Path) -> None:

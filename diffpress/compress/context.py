@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -13,10 +14,13 @@ import torch
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, dummy_conditioning
+from diffpress.runtime.spec import DenoiserSpec
+
+logger = logging.getLogger(__name__)
 
 
 class Data(Protocol):
-    """Training data of a stage (compress/training/image_data.py, compress/training/teacher_data.py)."""
+    """Training data of a stage (compress/training/sample_data.py, compress/training/teacher_data.py)."""
 
     @property
     def hash(self) -> str:
@@ -29,7 +33,7 @@ class Data(Protocol):
         ...
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Draw x_0 [size, C, H, W] and its conditioning."""
+        """Draw x_0 [size, ...] and its conditioning."""
         ...
 
     def conditions(self, count: int) -> ConditioningInputs:
@@ -89,9 +93,21 @@ class Context:
     def require_data(self, purpose: str) -> Data:
         """Return the training data; InvalidInputError naming `purpose` if there is none."""
         if self.data is None:
-            raise InvalidInputError(f"{purpose} needs images: set 'data: FILE.npz' in the recipe")
+            raise InvalidInputError(f"{purpose} needs data: set 'data: FILE.npz' in the recipe")
         return self.data
 
     def conditions(self, count: int) -> ConditioningInputs:
         """Return the conditioning of `count` samples generated for calibration."""
-        return dummy_conditioning(self.teacher.spec, count) if self.data is None else self.data.conditions(count)
+        return random_conditioning(self.teacher.spec, count) if self.data is None else self.data.conditions(count)
+
+
+def random_conditioning(spec: DenoiserSpec, count: int) -> ConditioningInputs:
+    """Return the conditioning of samples without data: the classes in turn, or random text inputs and tensors."""
+    if spec.conditioning.names and spec.conditioning.kind != "class":
+        is_text = spec.conditioning.kind == "text"
+        reason = "the model came without its text encoders" if is_text else "no data"
+        logger.warning(
+            f"{reason}: random values replace {', '.join(spec.conditioning.names)}, so calibration and training see "
+            "other inputs than deployment"
+        )
+    return dummy_conditioning(spec, count)

@@ -1,21 +1,27 @@
 """Conditioning: the inputs of a denoiser besides sample and timestep, as JSON-serializable data.
 
-kind     inputs                     values
+kind      inputs                     values
 none
-class    class_labels               one label per sample, or the null label
-text     those named in `inputs`    prompts encoded by the bundle's text encoders (runtime/prompts.py)
+class     class_labels               one label per sample, or the null label
+text      those named in `inputs`    prompts encoded by the bundle's text encoders (runtime/prompts.py)
+tensors   those named in `tensors`   arrays of the caller: observations, a low-resolution image, an embedding
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.json_fields import LARGEST, boolean, check_fields, convert_errors
 
-CONDITIONINGS = ("none", "class", "text")
+CONDITIONINGS = ("none", "class", "text", "tensors")
+TENSOR_DTYPES = ("float32", "int64")
+RESERVED_NAMES = ("sample", "timestep", "class_labels", "guidance")
 
 
 @dataclass(frozen=True)
@@ -65,8 +71,58 @@ class TextInput:
 
 
 @dataclass(frozen=True)
+class TensorInput:
+    """One input of a denoiser that the caller supplies as an array.
+
+    Attributes:
+        shape: Shape of one sample's tensor; () for one number per sample.
+        dtype: float32 or int64.
+        null: Value of the unconditional half under guidance: a number that fills the tensor, or an array of `shape`
+            (stored as a flat tuple). None if the input is the same in both halves.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.TensorInput((2, 5), null=0.0)
+        TensorInput(shape=(2, 5), dtype='float32', null=0.0)
+    """
+
+    shape: tuple[int, ...]
+    dtype: str = TENSOR_DTYPES[0]
+    null: Any = None
+
+    def __post_init__(self) -> None:
+        if self.dtype not in TENSOR_DTYPES:
+            raise InvalidInputError(f"conditioning: dtype '{self.dtype}' is not one of {', '.join(TENSOR_DTYPES)}")
+        if min(self.shape, default=1) < 1 or math.prod(self.shape) > LARGEST:
+            raise InvalidInputError(f"conditioning: shape {tuple(self.shape)} has a size below 1 or is too large")
+        object.__setattr__(self, "shape", tuple(int(side) for side in self.shape))
+        if self.null is not None:
+            object.__setattr__(self, "null", self._stored_null())
+
+    def _stored_null(self) -> float | int | tuple[float | int, ...]:
+        """Return `null` as a number or a flat tuple of numbers."""
+        given = np.asarray(self.null)
+        if given.dtype.kind not in "iuf" or (given.dtype.kind == "f" and self.dtype == "int64"):
+            raise InvalidInputError(f"conditioning: null is {given.dtype}, the input is {self.dtype}")
+        if given.size not in (1, math.prod(self.shape)) or not np.isfinite(given).all():
+            raise InvalidInputError(
+                f"conditioning: null has shape {given.shape}; give one finite number, or an array of shape {self.shape}"
+            )
+        stored = given.astype(self.dtype)
+        return stored.item() if given.ndim == 0 else tuple(stored.ravel().tolist())
+
+    @property
+    def null_array(self) -> np.ndarray | None:
+        """The null as an array of `shape`; None if there is none."""
+        if self.null is None:
+            return None
+        values = np.asarray(self.null, self.dtype)
+        return np.broadcast_to(values, self.shape) if values.size == 1 else values.reshape(self.shape)
+
+
+@dataclass(frozen=True)
 class Conditioning:
-    """Conditioning of a denoiser: none, a class label, or text.
+    """Conditioning of a denoiser: none, a class label, text, or named tensors.
 
     Attributes:
         kind: One of CONDITIONINGS.
@@ -76,6 +132,12 @@ class Conditioning:
         inputs: Text inputs of the denoiser by name.
         zero_negative: Without a negative prompt, use zeros instead of the encoded empty prompt (SDXL).
         guidance_input: The guidance weight is an input of the network, so that one evaluation suffices (LCM, Flux).
+        tensors: Tensor inputs of the denoiser by name; the module is called with them as keyword arguments.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.Conditioning("tensors", tensors={"observation": dp.TensorInput((2, 5))}).names
+        ('observation',)
     """
 
     kind: str = "none"
@@ -85,6 +147,7 @@ class Conditioning:
     inputs: Mapping[str, TextInput] = field(default_factory=dict)
     zero_negative: bool = False
     guidance_input: bool = False
+    tensors: Mapping[str, TensorInput] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.kind not in CONDITIONINGS:
@@ -93,6 +156,27 @@ class Conditioning:
             raise InvalidInputError(f"class conditioning needs the number of classes (1 to {LARGEST})")
         if self.null_label is not None and not 0 <= self.null_label <= LARGEST:
             raise InvalidInputError(f"null label {self.null_label} is negative or above {LARGEST}")
+        if (self.kind == "tensors") != bool(self.tensors):
+            raise InvalidInputError(
+                f"conditioning kind '{self.kind}' with {len(self.tensors)} tensors; kind 'tensors' needs at least one, "
+                "as in Conditioning('tensors', tensors={'name': TensorInput(shape)}), and no other kind has any"
+            )
+        for name in self.tensors:
+            if not name.isidentifier() or name in RESERVED_NAMES:
+                raise InvalidInputError(
+                    f"conditioning: the tensor name '{name}' must be a Python name other than "
+                    f"{', '.join(RESERVED_NAMES)}"
+                )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the conditioning inputs of the network, without the guidance weight."""
+        return ("class_labels",) if self.kind == "class" else (*self.inputs, *self.tensors)
+
+    @property
+    def has_null(self) -> bool:
+        """Whether there is an unconditional half for guidance, without a prompt."""
+        return self.null_label is not None or any(entry.null is not None for entry in self.tensors.values())
 
 
 def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioning:
@@ -112,6 +196,7 @@ def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioni
             inputs={str(name): _text_input(entry, where) for name, entry in raw.get("inputs", {}).items()},
             zero_negative=boolean(raw.get("zero_negative", False)),
             guidance_input=boolean(raw.get("guidance_input", False)),
+            tensors={str(name): _tensor_input(entry, where) for name, entry in raw.get("tensors", {}).items()},
         )
 
 
@@ -119,3 +204,8 @@ def _text_input(data: Any, where: str) -> TextInput:
     raw = check_fields(TextInput, data, where)
     rows = tuple(row if isinstance(row, int) else tuple(str(piece) for piece in row) for row in raw["rows"])
     return TextInput(tuple(int(side) for side in raw["shape"]), rows)
+
+
+def _tensor_input(data: Any, where: str) -> TensorInput:
+    raw = check_fields(TensorInput, data, where)
+    return TensorInput(tuple(int(side) for side in raw["shape"]), str(raw["dtype"]), raw.get("null"))

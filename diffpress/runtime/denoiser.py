@@ -42,7 +42,7 @@ def make_denoiser(
     interval: Interval | None = None,
     rescale: float = 0.0,
 ) -> Denoise:
-    """Return the function (x float32 [N, C, H, W], level) -> x_0 of the same shape.
+    """Return the function (x float32 [N, ...], level) -> x_0 of the same shape.
 
     Args:
         network: The denoiser network.
@@ -148,7 +148,7 @@ def thresholded(x0: np.ndarray, threshold: Threshold, data_range: tuple[float, f
 
 
 def corrected(out: np.ndarray, correction: OutputCorrection) -> np.ndarray:
-    """Return the corrected outputs (out - bias) / (1 + slope), float32 [N, C, H, W]."""
-    bias = np.asarray(correction.bias, np.float32)[:, None, None]
+    """Return the corrected outputs (out - bias[channel]) / (1 + slope), float32 [N, C, ...]."""
+    bias = np.asarray(correction.bias, np.float32).reshape(-1, *[1] * (out.ndim - 2))
     result: np.ndarray = (out - bias) * np.float32(1.0 / (1.0 + correction.slope))
     return result

@@ -1,10 +1,10 @@
 """Inputs of one denoiser evaluation: the network protocol, conditioning arrays and typed graph inputs.
 
-    sample          [B, C, H, W]
+    sample          [B, ...]        of the spec's sample shape, [B, C, H, W] for images
     timestep        [B]             rounded if the graph takes integers
     class_labels    [B]             class-conditional models
     guidance        [B]             models that take the guidance weight as an input
-    text inputs     [B, ...]        as named in the spec's conditioning
+    text inputs, tensors            [B, ...], as named in the spec's conditioning
 
 B is N for N samples; under guidance it is 2 N, the cond half followed by the uncond half.
 """
@@ -13,12 +13,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
+from diffpress.runtime.conditioning import TensorInput
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import evaluations_per_step, is_guided
+from diffpress.runtime.io.arrays import read_npz
 from diffpress.runtime.spec import DenoiserSpec
 
 SAMPLE, TIMESTEP, LABELS, GUIDANCE = "sample", "timestep", "class_labels", "guidance"
@@ -42,7 +45,7 @@ class ConditioningInputs:
     cond: Mapping[str, np.ndarray] = field(default_factory=dict)
     uncond: Mapping[str, np.ndarray] | None = None
 
-    def part(self, members: slice) -> ConditioningInputs:
+    def part(self, members: slice | np.ndarray) -> ConditioningInputs:
         """Return the conditioning of these samples alone."""
         uncond = None if self.uncond is None else {name: array[members] for name, array in self.uncond.items()}
         return ConditioningInputs({name: array[members] for name, array in self.cond.items()}, uncond)
@@ -69,10 +72,68 @@ def class_conditioning(spec: DenoiserSpec, labels: np.ndarray | None) -> Conditi
     )
 
 
-def dummy_conditioning(spec: DenoiserSpec, count: int) -> ConditioningInputs:
-    """Return conditioning for timing and comparing networks: the classes in turn, or noise for encoded text.
+def tensor_conditioning(spec: DenoiserSpec, count: int, arrays: Mapping[str, object]) -> ConditioningInputs:
+    """Return the conditioning of `count` samples for the arrays of a model that is conditioned on tensors.
 
-    It is the same in every call.
+    Args:
+        spec: The model's spec.
+        count: Number of samples, N.
+        arrays: Every tensor of the spec's conditioning by name: [N, ...], or [...] for all samples.
+
+    Raises:
+        InvalidInputError: A name, shape or dtype does not match the spec, or a value is not finite.
+    """
+    expected = spec.conditioning.tensors
+    if set(arrays) != set(expected):
+        found = ", ".join(sorted(arrays)) or "none"
+        raise InvalidInputError(f"conditioning: the model expects {', '.join(expected) or 'none'}, got {found}")
+    cond = {name: _checked_tensor(name, entry, count, arrays[name]) for name, entry in expected.items()}
+    if not spec.conditioning.has_null:
+        return ConditioningInputs(cond)
+    nulls = {name: entry.null_array for name, entry in expected.items()}
+    uncond = {
+        name: array if (null := nulls[name]) is None else np.array(np.broadcast_to(null, array.shape))
+        for name, array in cond.items()
+    }
+    return ConditioningInputs(cond, uncond)
+
+
+def _checked_tensor(name: str, entry: TensorInput, count: int, given: object) -> np.ndarray:
+    """Return the array as [count, *shape] in the entry's dtype."""
+    array = np.asarray(given)
+    shapes = {entry.shape, (count, *entry.shape)}
+    if array.shape not in shapes:
+        raise InvalidInputError(
+            f"conditioning: '{name}' has shape {list(array.shape)}, expected {[count, *entry.shape]} for {count} "
+            f"samples or {list(entry.shape)} for all"
+        )
+    if array.dtype.kind not in ("iu" if entry.dtype == "int64" else "iuf"):
+        raise InvalidInputError(f"conditioning: '{name}' is {array.dtype}, expected {entry.dtype}")
+    if not np.isfinite(array).all():
+        raise InvalidInputError(f"conditioning: '{name}' contains NaN or infinite values")
+    return np.array(np.broadcast_to(array, (count, *entry.shape)), entry.dtype)
+
+
+def read_conditioning(path: Path, spec: DenoiserSpec) -> dict[str, np.ndarray]:
+    """Read the arrays of an npz file for `tensor_conditioning`, by the names of the spec's tensors.
+
+    Raises:
+        InvalidInputError: The model is not conditioned on tensors, the file is not readable, or its names do not match.
+    """
+    expected = spec.conditioning.tensors
+    if not expected:
+        raise InvalidInputError(f"{path}: the model is not conditioned on tensors; leave the conditioning out")
+    arrays = read_npz(path)
+    if set(arrays) != set(expected):
+        found = ", ".join(sorted(arrays)) or "none"
+        raise InvalidInputError(f"{path}: has the arrays {found}; the model expects {', '.join(expected)}")
+    return arrays
+
+
+def dummy_conditioning(spec: DenoiserSpec, count: int) -> ConditioningInputs:
+    """Return conditioning for timing and comparing networks: the classes in turn, or noise for text and tensors.
+
+    It is the same in every call. Integer tensors are zeros: their valid range is not known.
     """
     if spec.conditioning.kind == "class":
         return class_conditioning(spec, np.arange(count) % spec.conditioning.classes)
@@ -84,10 +145,20 @@ def dummy_conditioning(spec: DenoiserSpec, count: int) -> ConditioningInputs:
         else noise.standard_normal((count, *entry.shape), dtype=np.float32)
         for name, entry in spec.conditioning.inputs.items()
     }
+    if spec.conditioning.tensors:
+        return tensor_conditioning(
+            spec, count, {n: _dummy(t, count, noise) for n, t in spec.conditioning.tensors.items()}
+        )
     uncond = {
         name: array if spec.conditioning.inputs[name].is_plain else np.zeros_like(array) for name, array in cond.items()
     }
     return ConditioningInputs(cond, uncond)
+
+
+def _dummy(entry: TensorInput, count: int, noise: np.random.Generator) -> np.ndarray:
+    if entry.dtype == "int64":
+        return np.zeros((count, *entry.shape), np.int64)
+    return noise.standard_normal((count, *entry.shape), dtype=np.float32)
 
 
 def dummy_inputs(network: Network, spec: DenoiserSpec, batch: int) -> dict[str, np.ndarray]:
@@ -143,7 +214,7 @@ def typed_timesteps(timesteps: Sequence[float], dtype: np.dtype) -> np.ndarray:
 def network_conditioning(spec: DenoiserSpec, conditions: ConditioningInputs, guided: bool) -> dict[str, np.ndarray]:
     """The conditioning of one evaluation: the cond half, followed by the uncond half under guidance."""
     conditioning = spec.conditioning
-    expected = {LABELS} if conditioning.kind == "class" else set(conditioning.inputs)
+    expected = set(conditioning.names)
     if set(conditions.cond) != expected:
         if conditioning.kind == "class":
             raise InvalidInputError(
@@ -158,7 +229,9 @@ def network_conditioning(spec: DenoiserSpec, conditions: ConditioningInputs, gui
     if conditioning.kind == "none":
         raise InvalidInputError("guidance was set, but the model is not conditional; use guidance 1")
     if conditions.uncond is None:
-        what = "a null label" if conditioning.kind == "class" else "an encoded negative prompt"
+        what = {"class": "a null label", "tensors": "a tensor with a null"}.get(
+            conditioning.kind, "an encoded negative prompt"
+        )
         raise InvalidInputError(f"guidance needs {what}, but there is none; use guidance 1")
     return {name: np.concatenate([array, conditions.uncond[name]]) for name, array in conditions.cond.items()}
 
@@ -166,8 +239,7 @@ def network_conditioning(spec: DenoiserSpec, conditions: ConditioningInputs, gui
 def check_inputs(network: Network, spec: DenoiserSpec) -> None:
     """Raise InvalidInputError if the graph's inputs are not those that the spec requires."""
     conditioning = spec.conditioning
-    expected = {SAMPLE, TIMESTEP, *conditioning.inputs}
-    expected |= {LABELS} if conditioning.kind == "class" else set()
+    expected = {SAMPLE, TIMESTEP, *conditioning.names}
     expected |= {GUIDANCE} if conditioning.guidance_input else set()
     if set(network.inputs) != expected:
         found = ", ".join(sorted(network.inputs))

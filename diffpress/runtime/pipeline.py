@@ -1,6 +1,8 @@
-"""An open bundle: prompts or labels in, images out, without torch.
+"""An open bundle: prompts, labels or tensors in, images or other samples out, without torch.
 
     prompt -> text encoders -> conditioning;   noise -> denoiser, step by step -> latent;   latent -> decoder -> image
+
+Samples that are not pictures (points, sequences, video, images of 2 channels, latents without a decoder) are arrays.
 
 The engines of the other components are opened when they are needed. A text encoder may be larger than everything else,
 so each one is closed directly after use. The decoder stays open for the next batch.
@@ -18,18 +20,18 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from diffpress.runtime.bundle import Bundle, load_bundle
-from diffpress.runtime.conditioning import Conditioning
+from diffpress.runtime.call_arguments import check_request, chosen_seeds, missing_tensors, per_image, tensor_rows
 from diffpress.runtime.engines import Engine, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.io.images import to_pil
-from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning
+from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning, tensor_conditioning
 from diffpress.runtime.prompts import encode, open_tokenizer, unconditional
 from diffpress.runtime.requested_plan import requested_spec
 from diffpress.runtime.sampler import Step, cycled_labels, generate, generate_batches
-from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.timesteps import reshifted
+from diffpress.runtime.spaced_timesteps import reshifted
+from diffpress.runtime.spec import DenoiserSpec, is_picture
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -71,8 +73,8 @@ class Pipeline:
         spec = self.bundle.spec
         for graph in (e.graph for e in spec.conditioning.encoders):
             self.bundle.graph(graph)  # a missing component is reported before any work
-        if spec.latent_factor > 1:
-            self.bundle.graph(DECODER)
+        if spec.latent_factor > 1 and spec.conditioning.encoders:
+            self.bundle.graph(DECODER)  # a whole pipeline has one
         self._options = (options or EngineOptions()).with_threads(threads)
         self.denoiser = open_engine(self.bundle, engine, options=self._options)
         self.spec = self.bundle.spec_for(self.denoiser.name)
@@ -102,26 +104,29 @@ class Pipeline:
         size: tuple[int, int] | None = None,
         batch: int = 8,
         callback: Callable[[Step], None] | None = None,
-    ) -> list[Image.Image]:
+        conditioning: Mapping[str, Any] | None = None,
+    ) -> list[Image.Image] | np.ndarray:
         """Sample one image per seed; whatever is left out follows the bundle's own sampling plan.
 
         Args:
             prompt: Text for all images, or one text per image, for models conditioned on text.
             negative_prompt: What the images should not show; needs guidance.
             labels: The class of all images, or one class per image; None takes the classes in turn.
-            seeds: One seed per image, or a single seed. None takes 0, 1, ... for as many images as there are prompts
-                or labels (one if neither is a list). An image depends on its seed, conditioning and plan alone.
+            seeds: One seed per image, or a single seed. None takes 0, 1, ... for as many images as there are prompts,
+                labels or rows of `conditioning` (one if none is a list). An image depends on its seed, conditioning
+                and plan alone.
             steps: Denoising steps.
             solver: Name of a solver, such as "dpmpp_2m".
             spacing: Timestep spacing, such as "trailing" or "karras".
             guidance: Weight of classifier-free guidance; 1 switches it off.
             size: Height and width in pixels, for models that allow other sizes.
             batch: Images sampled together.
-            callback: Called after every step with its `Step`: index, timestep t, and x and x0 float32 [N, C, H, W].
+            callback: Called after every step with its `Step`: index, timestep t, and x and x0 float32 [N, ...].
                 Sampling then runs step by step, without fused sampling.
+            conditioning: Arrays by name, for models conditioned on tensors: [N, ...], or [...] for all images.
 
         Returns:
-            PIL images, in the order of the seeds.
+            PIL images, in the order of the seeds. Samples that are not pictures are one array, float32 [N, ...].
 
         Raises:
             InvalidInputError: If an argument does not fit the model or the bundle.
@@ -130,21 +135,45 @@ class Pipeline:
             raise InvalidInputError(f"{self.bundle.path}: the pipeline is closed; open another one")
         if size is not None and not (isinstance(size, Sequence) and len(size) == 2):
             raise InvalidInputError(f"size {size!r}: give height and width in pixels, as in (512, 768)")
-        chosen = _seeds(seeds, prompt, labels)
+        tensors = None if conditioning is None else {name: np.asarray(value) for name, value in conditioning.items()}
+        chosen = chosen_seeds(seeds, prompt, labels, tensor_rows(self.spec, tensors))
         spec = self.bundle.spec
         if size is not None:
             spec = resized(spec, size, has_fixed_size(self.bundle))
         spec = self.bundle.spec_for(self.denoiser.name, requested_spec(spec, steps, solver, spacing, guidance))
-        check_request(spec.conditioning, prompt=prompt, negative_prompt=negative_prompt, labels=labels)
-        conditioning = self.conditions(
+        check_request(spec.conditioning, prompt=prompt, negative_prompt=negative_prompt, labels=labels, tensors=tensors)
+        conditions = self.conditions(
             len(chosen),
             spec,
-            labels=_per_image(labels, len(chosen), "labels"),
-            prompts=_per_image(prompt, len(chosen), "prompts"),
-            negatives=_per_image(negative_prompt, len(chosen), "negative prompts"),
+            labels=per_image(labels, len(chosen), "labels"),
+            prompts=per_image(prompt, len(chosen), "prompts"),
+            negatives=per_image(negative_prompt, len(chosen), "negative prompts"),
+            tensors=tensors,
         )
-        batches = self.images(chosen, conditioning, spec, batch, on_step=callback)
+        batches = self.images(chosen, conditions, spec, batch, on_step=callback)
+        if not self.makes_pictures:
+            return np.concatenate(list(batches))
         return [image for images in batches for image in to_pil(images, spec.data_range)]
+
+    @property
+    def makes_pictures(self) -> bool:
+        """Whether the samples can be shown as pictures: [C, H, W] with 1, 3 or 4 channels, and no undecoded latents."""
+        return is_picture(self.output_shape()) and (self._decodes or self.spec.is_pixel_space)
+
+    def output_shape(self, spec: DenoiserSpec | None = None) -> tuple[int, ...]:
+        """Return the shape of one sample after decoding, [C, H, W] for images; `spec` is as in `images`."""
+        spec = spec or self.spec
+        if not self._decodes:
+            return spec.sample_shape
+        outputs = self.bundle.manifest["graphs"][DECODER].get("outputs", {})
+        shape = next((tuple(output["shape"][1:]) for output in outputs.values()), (3, "height", "width"))
+        return shape if all(isinstance(side, int) for side in shape) else (shape[0], *spec.image_size)
+
+    @property
+    def _decodes(self) -> bool:
+        manifest = self.bundle.manifest
+        is_latent = self.spec.latent_factor > 1 or "decoder" in manifest.get("requires", ())
+        return is_latent and DECODER in manifest["graphs"]
 
     def images(
         self,
@@ -155,7 +184,7 @@ class Pipeline:
         *,
         on_step: Callable[[Step], None] | None = None,
     ) -> Iterator[np.ndarray]:
-        """Images float32 [B, C, H, W] in the data range, batch by batch, one for each seed.
+        """Images float32 [B, C, H, W] in the data range, or other samples [B, ...], batch by batch, one for each seed.
 
         `spec` is the bundle's own or one with another plan or size (`resized`). `on_step` is called after every step.
         """
@@ -175,9 +204,27 @@ class Pipeline:
         labels: Sequence[int] | np.ndarray | None = None,
         prompts: Sequence[str] | None = None,
         negatives: Sequence[str] | None = None,
+        tensors: Mapping[str, np.ndarray] | None = None,
     ) -> ConditioningInputs:
-        """Conditioning of `count` samples: `labels` (None: the classes in turn) or `prompts`, one for each sample."""
+        """Conditioning of `count` samples.
+
+        Args:
+            count: Number of samples.
+            spec: The bundle's own spec or one with another plan or size.
+            labels: One class for each sample; None takes the classes in turn.
+            prompts: One text for each sample, for models conditioned on text.
+            negatives: One negative prompt for each sample.
+            tensors: Arrays [count, ...], or [...] for all samples, for models conditioned on tensors;
+                `read_conditioning` (runtime/network_inputs.py) reads them from a file.
+
+        Raises:
+            InvalidInputError: If something is missing or does not fit the model.
+        """
         spec = spec or self.spec
+        if spec.conditioning.kind == "tensors":
+            if tensors is None:
+                raise InvalidInputError(missing_tensors(spec.conditioning))
+            return tensor_conditioning(spec, count, tensors)
         if spec.conditioning.kind != "text":
             classes = cycled_labels(spec, count) if labels is None else np.asarray(labels)
             return class_conditioning(spec, classes)
@@ -197,17 +244,15 @@ class Pipeline:
     def decode(self, samples: np.ndarray, spec: DenoiserSpec | None = None) -> np.ndarray:
         """Decode latents into images, one at a time, since a decoder's memory grows with the batch.
 
-        Samples of a model of pixels are returned as they are.
+        Samples are returned as they are if the bundle has no decoder. Pictures are clipped to the data range.
         """
         spec = spec or self.spec
-        if spec.latent_factor == 1:
+        if not self._decodes:
             return samples
-        latents = samples / np.float32(spec.latent_scale) + np.float32(spec.latent_shift)
         if self._decoder is None:
             self._decoder = self._open(DECODER)
         decoder, (name,) = self._decoder, self._decoder.inputs
-        pictures = [decoder.run({name: latent[None].astype(decoder.inputs[name])}) for latent in latents]
-        return np.clip(np.concatenate(pictures), *spec.data_range)
+        return decoded(lambda latent: decoder.run({name: latent.astype(decoder.inputs[name])}), samples, spec)
 
     def _open(self, graph: str) -> Engine:
         """Open another graph in the denoiser's engine; it runs one batch at a time."""
@@ -219,6 +264,13 @@ class Pipeline:
         self.denoiser.close()
         if self._decoder is not None:
             self._decoder.close()
+
+
+def decoded(decode: Callable[[np.ndarray], np.ndarray], samples: np.ndarray, spec: DenoiserSpec) -> np.ndarray:
+    """Decode latents [N, ...] one at a time; pictures are clipped to the data range."""
+    latents = samples / np.float32(spec.latent_scale) + np.float32(spec.latent_shift)
+    found = np.concatenate([decode(latent[None]) for latent in latents])
+    return np.clip(found, *spec.data_range) if is_picture(found.shape[1:]) else found
 
 
 def in_streams(
@@ -242,61 +294,6 @@ def in_streams(
 
     with ThreadPoolExecutor(streams) as pool:
         yield from pool.map(sampled, parts)
-
-
-def check_request(
-    conditioning: Conditioning,
-    *,
-    prompt: object = None,
-    negative_prompt: object = None,
-    labels: object = None,
-) -> None:
-    """Raise InvalidInputError for a prompt or label that this kind of model does not take, or a missing prompt."""
-    kind = conditioning.kind
-    if kind != "text" and (prompt is not None or negative_prompt is not None):
-        hint = f"give labels of 0..{conditioning.classes - 1}" if kind == "class" else "leave the prompt out"
-        name = "prompt" if prompt is not None else "negative_prompt"
-        raise InvalidInputError(f"{name}: the model is not conditioned on text; {hint}")
-    if kind == "text" and prompt is None:
-        raise InvalidInputError("the model is conditioned on text: give a prompt")
-    if labels is None:
-        return
-    if kind != "class":
-        raise InvalidInputError("labels: the model is not class-conditional; leave the labels out")
-    for label in np.ravel(np.asarray(labels)).tolist():
-        if label not in range(conditioning.classes):
-            raise InvalidInputError(f"labels: {label!r} is not a class of the model, 0..{conditioning.classes - 1}")
-
-
-def _seeds(seeds: int | Iterable[int] | None, prompt: object, labels: object) -> list[int]:
-    """Return one seed per image; without seeds, 0, 1, ... for each prompt or label that was listed."""
-    if seeds is None:
-        lists = [value for value in (prompt, labels) if isinstance(value, Sequence) and not isinstance(value, str)]
-        return list(range(len(lists[0]) if lists else 1))
-    try:
-        chosen = [int(seeds)] if isinstance(seeds, int | np.integer) else [int(seed) for seed in seeds]
-    except (TypeError, ValueError) as error:
-        raise InvalidInputError(f"seeds: expected integers, found {seeds!r}") from error
-    if not chosen:
-        raise InvalidInputError("seeds: give at least one seed")
-    return chosen
-
-
-def _per_image(value: Any, count: int, what: str) -> Any:
-    """Return a list with one entry per image, from one value for all or from one value per image."""
-    if value is None:
-        return None
-    if not _is_list(value):
-        return [value] * count
-    if len(value) != count:
-        raise InvalidInputError(
-            f"{what}: {len(value)} given for {count} images; give one for each seed, or one for all"
-        )
-    return list(value)
-
-
-def _is_list(value: Any) -> bool:
-    return value is not None and not isinstance(value, str) and hasattr(value, "__len__")
 
 
 def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> DenoiserSpec:

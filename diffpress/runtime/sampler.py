@@ -13,7 +13,6 @@ An engine that supports fused sampling runs the whole plan in one call if its co
 
 from __future__ import annotations
 
-import itertools
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -33,8 +32,8 @@ from diffpress.runtime.network_inputs import (
     dummy_inputs,
     static_inputs,
 )
-from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule, noise_level_at
-from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
+from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
+from diffpress.runtime.sampling_plan import SamplingPlan, plan_steps
 from diffpress.runtime.solvers import get_solver
 from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, StepState
 from diffpress.runtime.spec import DenoiserSpec
@@ -79,7 +78,7 @@ def sample(
 
     Args:
         denoise: The model, (x, level) -> x_0, including guidance and clipping.
-        noise: Unit noise to start from, float32 [N, C, H, W].
+        noise: Unit noise to start from, float32 [N, ...].
         schedule: Noise schedule.
         plan: Sampling plan.
         fresh_noise: Returns unit noise shaped like x for step k = 1, 2, ..., and for k + N if a step needs a second
@@ -89,10 +88,10 @@ def sample(
         InvalidInputError: Unknown solver, or `fresh_noise` is missing.
     """
     solver = get_solver(plan.solver)
-    levels = plan_levels(schedule, plan.timesteps, plan.end)
-    x = _started(noise, levels[0], plan)
+    levels = plan_steps(schedule, plan)
+    x = _started(noise, levels[0][0], plan)
     history: deque[PreviousStep] = deque(maxlen=MAX_HISTORY)
-    for index, (now, after) in enumerate(itertools.pairwise(levels)):
+    for index, (now, after) in enumerate(levels):
         x0 = denoise(x, now)
 
         def fresh(k: int, stream: int = index + 1) -> np.ndarray:
@@ -172,7 +171,7 @@ def generate(
     batch: int = 8,
     conditions: ConditioningInputs | None = None,
 ) -> np.ndarray:
-    """Return samples float32 [N, C, H, W], one per seed: images in the data range, or latents.
+    """Return samples float32 [N, ...], one per seed: images or other data in the data range, or latents.
 
     `diffpress.runtime.pipeline.Pipeline.decode` turns latents into images.
 
@@ -183,7 +182,7 @@ def generate(
         labels: N class labels; None takes the classes of a class-conditional model in turn.
         plan: Sampling plan; defaults to the spec's.
         batch: Batch size; the last batch may be smaller.
-        conditions: Conditioning of the N samples instead of labels, for text-conditional models.
+        conditions: Conditioning of the N samples instead of labels, for models conditioned on text or tensors.
 
     Raises:
         InvalidInputError: The arguments do not fit the model or each other.
@@ -255,7 +254,7 @@ def _one_batch(
     denoise = plan_denoiser(network, spec, conditions)
     noise = noise_for(seeds, spec.sample_shape)
     if run_fused is not None:
-        started = _started(noise, noise_level_at(spec.schedule, plan.timesteps[0]), plan)
+        started = _started(noise, plan_steps(spec.schedule, plan)[0][0], plan)
         fused = run_fused(static_inputs(network, spec, conditions, len(seeds)), started)
         if fused is not None:
             return fused

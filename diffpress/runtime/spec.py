@@ -23,9 +23,12 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.json_fields import LARGEST, check_fields, convert_errors, floats
 from diffpress.runtime.noise_schedule import NoiseSchedule
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_from_json
+from diffpress.runtime.solver_settings import SolverSettings, solver_settings_from_json
 from diffpress.runtime.timesteps import TimestepSpacing, spacing_from_json
 
 PREDICTIONS = ("epsilon", "v", "sample", "flow")
+MAX_RANK = 4  # of a sample; batches have one dimension more
+PICTURE_CHANNELS = (1, 3, 4)
 
 
 @dataclass(frozen=True)
@@ -35,13 +38,15 @@ class DenoiserSpec:
     Attributes:
         prediction: One of PREDICTIONS.
         schedule: Noise schedule.
-        sample_shape: Default (channels, height, width) of a sample: pixels or latents.
+        sample_shape: Shape of one sample, pixels or latents, with 1 to 4 sizes and the channels first: (D,) for points,
+            (C, L) for sequences, (C, H, W) for images, (C, T, H, W) for video.
         plan: Sampling plan.
         conditioning: Inputs besides sample and timestep.
         latent_scale: A latent is decoded from latent / latent_scale + latent_shift.
         latent_shift: See `latent_scale`.
-        data_range: Lowest and highest pixel value.
-        latent_factor: Pixels per latent cell along one side; 1 for pixel-space models and denoisers without decoder.
+        data_range: Lowest and highest value of the data; x_0 is clipped to it if the plan clips.
+        latent_factor: Pixels per latent cell along one side; 1 for models of pixels or other data, and for denoisers of
+            pipelines without a decoder.
         size_multiple: Other image sizes must have sides that are multiples of this many cells.
         spacing: Timestep spacing for plans with another number of steps.
         fixed_timesteps: The only timesteps the network supports, if it was exported for one plan
@@ -50,6 +55,7 @@ class DenoiserSpec:
         distilled_timesteps: Timesteps of other plans with the same solver that a distilled network was trained for.
         baked_in_guidance: Guidance weight that the network was distilled from, 1 if none. Further distillation uses it
             where the plan's own weight is 1.
+        solver_settings: Settings of solvers that differ from the rules in `diffpress.runtime.carried_settings`.
 
     Examples:
         >>> import diffpress as dp
@@ -61,7 +67,7 @@ class DenoiserSpec:
 
     prediction: str
     schedule: NoiseSchedule
-    sample_shape: tuple[int, int, int]
+    sample_shape: tuple[int, ...]
     plan: SamplingPlan
     conditioning: Conditioning = field(default_factory=Conditioning)
     latent_scale: float = 1.0
@@ -74,14 +80,17 @@ class DenoiserSpec:
     distilled: str = ""
     distilled_timesteps: tuple[tuple[float, ...], ...] = ()
     baked_in_guidance: float = 1.0
+    solver_settings: tuple[SolverSettings, ...] = ()
 
     def __post_init__(self) -> None:
         if self.prediction not in PREDICTIONS:
             raise InvalidInputError(f"prediction '{self.prediction}' is not one of {', '.join(PREDICTIONS)}")
-        if len(self.sample_shape) != 3 or min(self.sample_shape) < 1 or math.prod(self.sample_shape) > LARGEST:
+        sizes = tuple(self.sample_shape)
+        object.__setattr__(self, "sample_shape", sizes)  # a list or torch.Size compares and prints differently
+        if not 1 <= len(sizes) <= MAX_RANK or min(sizes) < 1 or math.prod(sizes) > LARGEST:
             raise InvalidInputError(
-                f"sample shape {self.sample_shape} must be (channels, height, width), each at least 1, and together at "
-                f"most {LARGEST} values"
+                f"sample shape {sizes} must have 1 to {MAX_RANK} sizes, channels first, as in (D,), (C, L), (C, H, W) "
+                f"or (C, T, H, W), each at least 1, and together at most {LARGEST} values"
             )
         if max(self.plan.timesteps) > len(self.schedule) - 1:
             raise InvalidInputError(
@@ -112,7 +121,11 @@ class DenoiserSpec:
 
     @property
     def image_size(self) -> tuple[int, int]:
-        """Height and width of the final image, in pixels."""
+        """Height and width of the final image, in pixels; raises InvalidInputError if samples are not [C, H, W]."""
+        if len(self.sample_shape) != 3:
+            raise InvalidInputError(
+                f"samples of shape {self.sample_shape} are no images: they have no height and width"
+            )
         return self.sample_shape[1] * self.latent_factor, self.sample_shape[2] * self.latent_factor
 
     @property
@@ -120,22 +133,39 @@ class DenoiserSpec:
         """Whether samples are images. Text-conditional denoisers exported without a decoder have latents as well."""
         return self.latent_factor == 1 and self.conditioning.kind != "text"
 
-    def tokens(self, shape: tuple[int, int, int]) -> int:
+    @property
+    def is_picture(self) -> bool:
+        """Whether a sample itself can be shown as a picture: pixels [C, H, W] with 1, 3 or 4 channels."""
+        return self.is_pixel_space and is_picture(self.sample_shape)
+
+    def tokens(self, shape: tuple[int, ...]) -> int:
         """Return the number of image tokens of a sample of this shape, as dynamic shifts count them.
 
-        A token covers `size_multiple` x `size_multiple` latent cells.
+        A token covers `size_multiple` latent cells along each side.
         """
-        return (shape[1] // self.size_multiple) * (shape[2] // self.size_multiple)
+        return math.prod(side // self.size_multiple for side in shape[1:])
+
+    @property
+    def takes_integers(self) -> bool:
+        """Whether the network takes integer timesteps: discrete-time models without text conditioning do."""
+        return self.prediction != "flow" and self.conditioning.kind != "text" and self.spacing.integer
 
     def with_plan(self, plan: SamplingPlan) -> DenoiserSpec:
         """Return the spec with another sampling plan."""
         return replace(self, plan=plan)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as JSON-serializable data; `baked_in_guidance` is an entry only if there is any."""
+        """Return the spec as JSON-serializable data; `baked_in_guidance` and `tensors` are entries only if in use."""
         data = asdict(self)
+        # keeps the hashes of checkpoints that were saved before these entries existed
         if self.baked_in_guidance == 1.0:
-            del data["baked_in_guidance"]  # keeps the hashes of checkpoints that were saved before the entry existed
+            del data["baked_in_guidance"]
+        if not self.conditioning.tensors:
+            del data["conditioning"]["tensors"]
+        data |= {"plan": self.plan.to_json(), "spacing": self.spacing.to_json()}
+        data["solver_settings"] = [settings.to_json() for settings in self.solver_settings]
+        if not self.solver_settings:
+            del data["solver_settings"]
         return data
 
     @staticmethod
@@ -152,7 +182,7 @@ class DenoiserSpec:
                 schedule=NoiseSchedule(
                     **{k: floats(v) for k, v in check_fields(NoiseSchedule, raw["schedule"], where).items()}
                 ),
-                sample_shape=_shape(raw["sample_shape"]),
+                sample_shape=tuple(int(size) for size in raw["sample_shape"]),
                 plan=plan_from_json(raw["plan"], f"{where}.plan"),
                 conditioning=conditioning_from_json(raw["conditioning"], f"{where}.conditioning"),
                 latent_scale=float(raw["latent_scale"]),
@@ -165,12 +195,16 @@ class DenoiserSpec:
                 distilled=str(raw.get("distilled", "")),
                 distilled_timesteps=tuple(floats(timesteps) for timesteps in raw.get("distilled_timesteps", ())),
                 baked_in_guidance=float(raw.get("baked_in_guidance", 1.0)),
+                solver_settings=tuple(
+                    solver_settings_from_json(entry, f"{where}.solver_settings")
+                    for entry in raw.get("solver_settings", ())
+                ),
             )
 
 
-def _shape(values: Any) -> tuple[int, int, int]:
-    channels, height, width = (int(v) for v in values)
-    return channels, height, width
+def is_picture(shape: tuple[int, ...]) -> bool:
+    """Return whether an array of this shape can be shown as a picture: [C, H, W] with 1, 3 or 4 channels."""
+    return len(shape) == 3 and shape[0] in PICTURE_CHANNELS
 
 
 def _range(values: Any) -> tuple[float, float]:

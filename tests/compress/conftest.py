@@ -23,7 +23,7 @@ from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.compress.training.image_data import ImageData
+from diffpress.compress.training.sample_data import SampleData
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.noise_schedule import betas_schedule
 from diffpress.runtime.sampling_plan import make_plan
@@ -142,10 +142,10 @@ def quantized(pruned: Checkpoint, unet: Checkpoint) -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def images(unet: Checkpoint) -> ImageData:
+def images(unet: Checkpoint) -> SampleData:
     """Stripes and checkerboards of three classes, uint8 [48, 1, 8, 8]."""
     x, labels = image_arrays()
-    return ImageData(x[:, None], labels, "images", unet.spec)
+    return SampleData(x[:, None], labels, "images", unet.spec)
 
 
 @pytest.fixture
@@ -164,10 +164,10 @@ def image_arrays() -> tuple[np.ndarray, np.ndarray]:
 
 
 @pytest.fixture
-def context(images: ImageData, tmp_path: Path) -> Callable[..., Context]:
+def context(images: SampleData, tmp_path: Path) -> Callable[..., Context]:
     def make(teacher: Checkpoint, seed: int = 0, data: bool = True) -> Context:
         labels = images.labels if teacher.spec.conditioning.kind == "class" else None
-        found = ImageData(images.x, labels, images.hash, teacher.spec) if data else None
+        found = SampleData(images.x, labels, images.hash, teacher.spec) if data else None
         return Context(seed, tmp_path / "work", teacher, found)
 
     return make

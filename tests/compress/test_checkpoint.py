@@ -203,14 +203,17 @@ def load(path):
 """
 
 
-def test_pruning_a_layer_whose_widths_cannot_be_saved_is_refused_by_name(
-    context: Callable[..., Context], tmp_path: Path
+def test_pruned_layers_of_every_kind_reload_with_the_same_outputs(
+    context: Callable[..., Context], output: Callable[[Checkpoint], torch.Tensor], tmp_path: Path
 ) -> None:
     (tmp_path / "mixed.py").write_text(LAYERS_FILE)
     (tmp_path / "weights").write_bytes(b"")
     loaded = load_checkpoint(f"{tmp_path / 'mixed.py'}:{tmp_path / 'weights'}")
-    with pytest.raises(InvalidInputError, match="'batch' is a BatchNorm2d"):
-        prune(loaded, PruneConfig(method="magnitude", ratio=0.5, round_to=1), context(loaded))
+    small = prune(loaded, PruneConfig(method="magnitude", ratio=0.5, round_to=1), context(loaded))
+    save_checkpoint(small, tmp_path / "small")
+    again = load_checkpoint(f"{tmp_path / 'mixed.py'}:{tmp_path / 'small'}")
+    assert again.hash == small.hash and torch.equal(output(again), output(small))
+    assert again.model.state_dict()["batch.running_var"].shape == (4,)
 
 
 # --- atomic writes ---------------------------------------------------------------------------------------------

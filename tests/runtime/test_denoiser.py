@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from diffpress.runtime.conditioning import Conditioning, TextInput
-from diffpress.runtime.denoiser import Denoise, make_denoiser, plan_denoiser, thresholded
+from diffpress.runtime.denoiser import Denoise, corrected, make_denoiser, plan_denoiser, thresholded
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import Interval, evaluations_at, evaluations_per_step, rescaled
 from diffpress.runtime.network_inputs import (
@@ -21,7 +21,7 @@ from diffpress.runtime.network_inputs import (
     dummy_inputs,
 )
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule, betas_schedule, flow_schedule, noise_level_at
-from diffpress.runtime.sampling_plan import Threshold, make_plan
+from diffpress.runtime.sampling_plan import OutputCorrection, Threshold, make_plan
 from diffpress.runtime.spec import DenoiserSpec
 from tests.runtime.conftest import FakeNetwork, Mixture
 
@@ -193,14 +193,16 @@ def test_evaluating_a_timestep_that_was_not_exported_is_refused(
         make_denoiser(fake_network("v", COSINE), spec)(noise(1, 1, 4, 4), noise_level_at(COSINE, 41.5))
 
 
-def test_guidance_one_evaluates_the_cond_half_only(
-    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray]
+@pytest.mark.parametrize("weight", [1.0, 0.5, 0.0, -2.0])
+def test_guidance_of_at_most_one_evaluates_the_cond_half_only_as_in_diffusers(
+    fake_network: type[FakeNetwork], noise: Callable[..., np.ndarray], weight: float
 ) -> None:
-    network = fake_network("v", COSINE, labelled=True)
+    network, x, level = fake_network("v", COSINE, labelled=True), noise(3, 1, 4, 4), noise_level_at(COSINE, 40)
     spec = spec_of("v", conditioning=CLASSES)
-    labelled_denoiser(network, spec, np.array([1, 2, 3]))(noise(3, 1, 4, 4), noise_level_at(COSINE, 40))
-    assert len(network.calls) == 1 and len(network.calls[0]["sample"]) == 3
-    assert evaluations_per_step(spec) == 1
+    found = labelled_denoiser(network, spec, np.array([1, 2, 3]), guidance=weight)(x, level)
+    assert len(network.calls) == 1 and network.calls[0]["class_labels"].tolist() == [1, 2, 3]
+    assert np.array_equal(found, labelled_denoiser(network, spec, np.array([1, 2, 3]))(x, level))
+    assert evaluations_per_step(spec.with_plan(replace(spec.plan, guidance=weight))) == 1
     assert evaluations_per_step(spec.with_plan(replace(spec.plan, guidance=2.5))) == 2
 
 
@@ -335,3 +337,10 @@ def test_conditioning_for_an_unconditional_model_is_refused(fake_network: type[F
         make_denoiser(
             fake_network("v", COSINE), spec_of("v"), conditions=ConditioningInputs({"class_labels": np.array([1])})
         )
+
+
+@pytest.mark.parametrize("shape", [(2,), (2, 5), (2, 4, 3), (2, 3, 4, 3)])
+def test_a_correction_is_per_channel_for_samples_of_any_shape(shape: tuple[int, ...]) -> None:
+    out = np.ones((3, *shape), np.float32)
+    found = corrected(out, OutputCorrection(1.0, (1.0, -3.0)))
+    assert found.shape == out.shape and (found[:, 0] == 0.0).all() and (found[:, 1] == 2.0).all()

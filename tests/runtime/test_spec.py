@@ -118,7 +118,7 @@ def change(path: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (change("plan.guidance_interval", [-1.0, None]), "0 <= low < high"),
         (change("plan.guidance_interval", [1.0]), "here.plan: "),
         (change("plan.guidance_rescale", 1.5), "guidance_rescale 1.5"),
-        (change("sample_shape", [1, 28]), "here: "),
+        (change("sample_shape", [4, 8, 16, 1, 1]), "must have 1 to 4 sizes"),
         (change("sample_shape", [0, 28, 28]), "each at least 1"),
         (change("schedule.alphas", [0.9, 0.5]), "equally long"),
         (change("schedule.sigmas", [float("nan")] * 20), "finite"),

@@ -13,19 +13,33 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpress.runtime.errors import InvalidInputError
+
 Features = dict[str, torch.Tensor]
+
+# layers of sequences whose outputs are [B, C, L]; all others write [B, tokens, C]
+CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.GroupNorm, nn.InstanceNorm1d)
 
 
 def energy_map(feature: torch.Tensor) -> torch.Tensor:
-    """Return the energy map [B, H, W] of [B, C, H, W], or [B, tokens] of [B, tokens, C]."""
-    return feature.square().mean(1 if feature.dim() == 4 else -1)
+    """Return the energy map [B, H, W] of [B, C, H, W], [B, T, H, W] of [B, C, T, H, W] or [B, ...] of [B, ..., C]."""
+    return feature.square().mean(1 if feature.dim() >= 4 else -1)
 
 
 def energy_distance(features: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]) -> torch.Tensor:
     """Return the relative squared distance of the features' energy maps to `references`, averaged over blocks.
 
     `features` has at least the blocks of `references`, which are energy maps.
+
+    Raises:
+        InvalidInputError: The energy maps of a block have different shapes, so they cannot be compared.
     """
+    for name, reference in references.items():
+        if (shape := energy_map(features[name]).shape) != reference.shape:
+            raise InvalidInputError(
+                f"distill: the output of block '{name}' has energy maps {list(shape)}, the teacher's are "
+                f"{list(reference.shape)}; set feature_weight: 0"
+            )
     distances = [
         torch.mean((energy_map(features[name]) - reference) ** 2) / torch.mean(reference**2).clamp_min(1e-12)
         for name, reference in references.items()
@@ -49,6 +63,14 @@ def _store_output(features: Features, name: str) -> Callable[..., None]:
         if isinstance(output, tuple):
             # U-Net blocks return (hidden states, (skip, ...), ...), joint transformer blocks (text, hidden states)
             output = output[0] if isinstance(output[-1], tuple) or len(output) > 2 else output[-1]
-        features[name] = output
+        if not (isinstance(output, torch.Tensor) and output.is_floating_point()):
+            return  # a block of a custom module may return anything
+        features[name] = output.transpose(1, 2) if output.dim() == 3 and _is_channels_first(module) else output
 
     return hook
+
+
+def _is_channels_first(module: nn.Module) -> bool:
+    """Return whether a module writes [B, C, L], judged by its last layer."""
+    layers = [layer for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None]
+    return bool(layers) and isinstance(layers[-1], CHANNELS_FIRST)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffpress.compress.training.losses import Tensors, forward
+from diffpress.compress.training.losses import Tensors, forward, per_sample
 from diffpress.runtime.network_inputs import GUIDANCE
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -32,14 +32,16 @@ def drop_conditioning(
     dropped = torch.rand((batch,), generator=generator) < share
     kept = {name: value for name, value in inputs.items() if name not in uncond_inputs}
     return kept | {
-        name: torch.where(dropped.view(-1, *[1] * (inputs[name].dim() - 1)), uncond_value, inputs[name])
+        name: torch.where(per_sample(dropped, inputs[name].dim() - 1), uncond_value, inputs[name])
         for name, uncond_value in uncond_inputs.items()
     }
 
 
 def effective_guidance(spec: DenoiserSpec) -> float:
     """Return the guidance weight of the samples: that of the plan, or else the one baked into the network."""
-    return spec.baked_in_guidance if spec.plan.guidance == 1.0 else spec.plan.guidance
+    weight = spec.plan.guidance
+    is_off = weight == 1.0 if spec.conditioning.guidance_input else weight <= 1.0
+    return spec.baked_in_guidance if is_off else weight
 
 
 def guided_output(
@@ -51,15 +53,15 @@ def guided_output(
     uncond: Tensors,
     weight: torch.Tensor | float,
 ) -> torch.Tensor:
-    """Return the teacher's output [B, C, H, W] under classifier-free guidance, without gradients.
+    """Return the teacher's output [B, ...] under classifier-free guidance, without gradients.
 
-    Takes one evaluation if `weight` is the number 1 or the weight is an input of the network, otherwise one
-    evaluation of a batch of 2 B.
+    Takes one evaluation if `weight` is a number of at most 1, as in sampling, or an input of the network, otherwise
+    one evaluation of a batch of 2 B.
 
     Args:
         teacher: The network.
         spec: Its spec.
-        x_t: Noisy samples [B, C, H, W].
+        x_t: Noisy samples [B, ...].
         t: Integer timesteps [B].
         cond: Conditional inputs [B, ...] by name.
         uncond: Unconditional inputs [1, ...] by name.
@@ -68,11 +70,12 @@ def guided_output(
     if spec.conditioning.guidance_input:
         weights = torch.full((len(x_t),), weight, device=x_t.device) if isinstance(weight, float) else weight
         cond, weight = cond | {GUIDANCE: weights}, 1.0
-    if isinstance(weight, float) and weight == 1.0:
+    if isinstance(weight, float) and weight <= 1.0:
         with torch.no_grad():
             return forward(teacher, spec, x_t, t, cond)
     uncond_value = {name: uncond[name].expand_as(value) if name in uncond else value for name, value in cond.items()}
     both = {name: torch.cat([value, uncond_value[name]]) for name, value in cond.items()}
     with torch.no_grad():
         cond_out, uncond_out = forward(teacher, spec, torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
-    return uncond_out + (weight if isinstance(weight, float) else weight.view(-1, 1, 1, 1)) * (cond_out - uncond_out)
+    factor = weight if isinstance(weight, float) else per_sample(weight, x_t.dim() - 1)
+    return uncond_out + factor * (cond_out - uncond_out)

@@ -27,7 +27,7 @@ from diffpress.compress.distillation.config import ConsistencyConfig
 from diffpress.compress.distillation.few_steps import few_timesteps, log_ratios, student_spec
 from diffpress.compress.distillation.student import train_student
 from diffpress.compress.training.loop import Objective
-from diffpress.compress.training.losses import Tensors, add_noise, forward, noise_levels_at
+from diffpress.compress.training.losses import Tensors, add_noise, forward, noise_levels_at, per_sample
 from diffpress.compress.training.teacher_data import data_for
 from diffpress.runtime.noise_schedule import NoiseSchedule
 from diffpress.runtime.parameterization import MIN_DIVISOR, to_x0
@@ -65,7 +65,7 @@ def consistency(checkpoint: Checkpoint, config: ConsistencyConfig, ctx: Context)
         _seed_dropout(dropout_seed)
         with torch.no_grad():
             x0_s = consistency_x0(student, spec, x0, noise, s.clamp_min(0), cond)
-        clean = (s < 0).view(-1, 1, 1, 1)
+        clean = per_sample(s < 0, x0.dim() - 1)
         gap = noise_ratios(spec, t) - torch.where(clean, 0.0, noise_ratios(spec, s.clamp_min(0)))
         return torch.mean(pseudo_huber(x0_t - torch.where(clean, x0, x0_s)) / gap.flatten())
 
@@ -101,13 +101,13 @@ def draw_timestep_pairs(
 def consistency_x0(
     model: nn.Module, spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torch.Tensor, cond: Tensors
 ) -> torch.Tensor:
-    """Return f [B, C, H, W] at timesteps `t` [B] on the lines through `x0` and `noise`."""
+    """Return f [B, ...] at timesteps `t` [B] on the lines through `x0` and `noise`."""
     x_t = add_noise(spec, x0, noise, t)
     return to_x0(spec.prediction, x_t, forward(model, spec, x_t, t, cond), noise_levels_at(spec, t))
 
 
 def noise_ratios(spec: DenoiserSpec, t: torch.Tensor) -> torch.Tensor:
-    """Return sigma / alpha at timesteps `t` [B], shaped [B, 1, 1, 1]; finite where alpha is zero."""
+    """Return sigma / alpha at timesteps `t` [B], shaped [B, 1, ...]; finite where alpha is zero."""
     level = noise_levels_at(spec, t)
     return level.sigma / level.alpha.clamp_min(MIN_DIVISOR)
 

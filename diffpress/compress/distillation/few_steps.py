@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from diffpress.compress.training.losses import NoiseLevelBatch, Tensors, forward
+from diffpress.compress.training.losses import NoiseLevelBatch, Tensors, forward, per_sample
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
 from diffpress.runtime.parameterization import to_x0
@@ -108,7 +108,7 @@ def refine_plan(
         inner = {round(float(t)) for t in np.interp(ramp, ratios, np.arange(len(schedule)))}
         kept.append(len(found))
         found += [float(t) for t in sorted(inner | {round(start)}, reverse=True) if stop < t <= start]
-    return replace(plan.without_corrections, timesteps=tuple(found), eta=0.0), tuple(kept)
+    return replace(plan.over(tuple(found)).without_corrections, eta=0.0), tuple(kept)
 
 
 def log_ratios(schedule: NoiseSchedule) -> np.ndarray:
@@ -117,15 +117,15 @@ def log_ratios(schedule: NoiseSchedule) -> np.ndarray:
     return np.log(np.maximum(sigmas, 1e-8)) - np.log(np.maximum(alphas, 1e-8))
 
 
-def gather_levels(levels: tuple[NoiseLevel, ...], index: torch.Tensor) -> NoiseLevelBatch:
-    """Return the levels at `index`, int64 [B], on its device."""
+def gather_levels(levels: tuple[NoiseLevel, ...], index: torch.Tensor, rank: int) -> NoiseLevelBatch:
+    """Return the levels at `index`, int64 [B], on its device, for samples with `rank` dimensions."""
     t, alpha, sigma = _table(levels, index.device)[index].unbind(1)
-    return NoiseLevelBatch(t.round().long(), alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1))
+    return NoiseLevelBatch(t.round().long(), per_sample(alpha, rank), per_sample(sigma, rank))
 
 
 def expand_level(levels: tuple[NoiseLevel, ...], number: int, x: torch.Tensor) -> NoiseLevelBatch:
     """Return the level at `number` for every sample of `x` [B, ...], on its device."""
-    return gather_levels(levels, torch.full((len(x),), number, device=x.device))
+    return gather_levels(levels, torch.full((len(x),), number, device=x.device), x.dim() - 1)
 
 
 @lru_cache(maxsize=32)
@@ -144,6 +144,6 @@ def clip_x0(spec: DenoiserSpec, x0: torch.Tensor) -> torch.Tensor:
 def predict_x0(
     model: nn.Module, spec: DenoiserSpec, x: torch.Tensor, here: NoiseLevelBatch, cond: Tensors
 ) -> torch.Tensor:
-    """Return the model's x_0 at x, [B, C, H, W], clipped if the plan clips."""
+    """Return the model's x_0 at x, [B, ...], clipped if the plan clips."""
     out = forward(model, spec, x, here.t, cond)
     return clip_x0(spec, to_x0(spec.prediction, x, out, here))

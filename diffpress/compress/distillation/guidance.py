@@ -43,8 +43,8 @@ def guidance(checkpoint: Checkpoint, config: GuidanceConfig, ctx: Context) -> Ch
             "distill: {kind: guidance}: the model has no null label or prompt, so it cannot be guided"
         )
     low, high = config.weights or (config.weight or spec.plan.guidance,) * 2
-    if low == high == 1.0:
-        raise InvalidInputError("distill: {kind: guidance}: weight 1 is no guidance; set a larger weight")
+    if high <= 1.0:
+        raise InvalidInputError(f"distill: {{kind: guidance}}: weight {high:g} is no guidance; set one above 1")
     student = with_guidance_input(checkpoint) if config.weights else checkpoint
     if not config.weights:
         ctx.notes["guidance"] = low

@@ -80,7 +80,7 @@ def _halving_objective(
         student: nn.Module, x0: torch.Tensor, noise: torch.Tensor, index: torch.Tensor, cond: Tensors, uncond: Tensors
     ) -> torch.Tensor:
         teacher.to(x0.device)
-        here, middle, there = (gather_levels(levels, index + i) for i in range(3))
+        here, middle, there = (gather_levels(levels, index + i, x0.dim() - 1) for i in range(3))
         x = here.alpha * x0 + here.sigma * noise
         with torch.no_grad():
             moved = x
@@ -110,6 +110,7 @@ def _guided_x0(
 def v_objective(teacher: nn.Module, spec: DenoiserSpec, data: Data, batch: int) -> Objective:
     """Return the objective that trains a v prediction on an epsilon teacher, at all timesteps."""
     own_spec = replace(spec, prediction="v")
+    bounded = spec.is_picture or (spec.is_pixel_space and spec.plan.clip)  # points and such may have no data range
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
         x0, cond = data.batch(batch, generator)
@@ -123,7 +124,7 @@ def v_objective(teacher: nn.Module, spec: DenoiserSpec, data: Data, batch: int) 
             eps = forward(teacher, spec, x_t, t, cond)
         # near pure noise a small error of epsilon is a large one of x_0: clip to the range of the data or batch
         image = to_x0(spec.prediction, x_t, eps, level)
-        image = image.clamp(*spec.data_range) if spec.is_pixel_space else image.clamp(x0.min(), x0.max())
+        image = image.clamp(*spec.data_range) if bounded else image.clamp(x0.min(), x0.max())
         target = to_output("v", image, noise_in(x_t, image, level), level)
         return torch.mean((forward(student, own_spec, x_t, t, cond) - target) ** 2)
 

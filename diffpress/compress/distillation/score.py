@@ -51,7 +51,7 @@ class GeneratorCritic(nn.Module):
         self.generator, self.critic, self._spec = generator, critic, spec
 
     def forward(self, network: str, x: torch.Tensor, t: torch.Tensor, conditions: Tensors) -> torch.Tensor:
-        """Return the output of `network`, 'generator' or 'critic', at x [B, C, H, W] and timesteps t [B]."""
+        """Return the output of `network`, 'generator' or 'critic', at x [B, ...] and timesteps t [B]."""
         out: torch.Tensor = forward(getattr(self, network), self._spec, x, t, conditions)
         return out
 
@@ -105,7 +105,7 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
             teacher_out = guided_output(teacher, spec, x_t, t, conditions, uncond, weight)
             real = to_x0(spec.prediction, x_t, teacher_out, level)
             fake = to_x0(spec.prediction, x_t, pair("critic", x_t, t, conditions), level)
-            scale = (x - real).abs().mean(dim=(1, 2, 3), keepdim=True).clamp_min(1e-4)
+            scale = (x - real).abs().mean(dim=tuple(range(1, x.dim())), keepdim=True).clamp_min(1e-4)
             target = x - (fake - real) / scale
         return 0.5 * torch.mean((x - target) ** 2)
 
@@ -121,14 +121,14 @@ def generate_x0(
     conditions: Tensors,
     noise: list[torch.Tensor],
 ) -> torch.Tensor:
-    """Return the generator's x_0 [B, C, H, W] at step len(noise) - 1; only that step has gradients.
+    """Return the generator's x_0 [B, ...] at step len(noise) - 1; only that step has gradients.
 
     Args:
         pair: A GeneratorCritic, possibly wrapped for distributed training.
         spec: Spec of the generator.
         levels: Noise levels of its plan.
         conditions: Conditioning [B, ...] by name.
-        noise: Initial noise and the fresh noise before each further step, each [B, C, H, W].
+        noise: Initial noise and the fresh noise before each further step, each [B, ...].
     """
     first, *fresh = noise
     x = first * initial_std(levels[0], spec.plan.start)

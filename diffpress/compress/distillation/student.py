@@ -13,7 +13,7 @@ from diffpress.compress.distillation.config import DistillConfig
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.training.loop import Objective, Training, train
 from diffpress.compress.training.resume import read_state, write_state
-from diffpress.runtime.io.images import image_grid, to_uint8, write_png
+from diffpress.runtime.io.images import image_grid, to_uint8, write_image
 from diffpress.runtime.network_inputs import dummy_conditioning
 from diffpress.runtime.sampler import generate
 from diffpress.runtime.spec import DenoiserSpec
@@ -74,12 +74,12 @@ def train_student(
 
 
 def draw_samples(model: nn.Module, spec: DenoiserSpec, file: Path) -> None:
-    """Write an image grid of samples under the spec's plan; do nothing for latent models."""
-    if not spec.is_pixel_space:
+    """Write an image grid of samples under the spec's plan; do nothing for samples that are not pictures."""
+    if not spec.is_picture:
         return
     conditions = dummy_conditioning(spec, PREVIEW_SAMPLES)
     images = generate(
         TorchNetwork(model, spec), spec, range(PREVIEW_SAMPLES), batch=PREVIEW_SAMPLES, conditions=conditions
     )
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_png(image_grid(to_uint8(images, spec.data_range)), file)
+    write_image(image_grid(to_uint8(images, spec.data_range)), file)

@@ -25,22 +25,24 @@ ANY_MODULE = Adapter()
 
 
 def adapter_for(model: nn.Module) -> Adapter:
-    """Return the adapter of a model's class; unknown classes get the defaults."""
+    """Return the adapter of a model's diffusers class; other classes get the defaults, whatever their names are."""
     bare = getattr(model, "module", model) if isinstance(model, DistributedDataParallel) else model
+    if not type(bare).__module__.startswith("diffusers."):
+        return ANY_MODULE
     return ADAPTERS.get(type(bare).__name__, ANY_MODULE)
 
 
 def timestep_dtype(spec: DenoiserSpec) -> torch.dtype:
-    """Return int64 for discrete-time models without text conditioning, as they were trained; else float32."""
-    integer = spec.prediction != "flow" and spec.conditioning.kind != "text" and spec.spacing.integer
-    return torch.int64 if integer else torch.float32
+    """Return int64 for models that take integer timesteps, as they were trained; else float32."""
+    return torch.int64 if spec.takes_integers else torch.float32
 
 
 def dummy_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return random inputs with the names, shapes and dtypes that the model expects.
 
-    sample float32 [B, C, H, W], timestep int64 or float32 [B], and depending on the conditioning: class_labels int64
-    [B], text inputs float32 [B, ...], guidance float32 [B].
+    sample float32 [B, ...], timestep int64 or float32 [B], and depending on the conditioning: class_labels int64 [B],
+    text inputs float32 [B, ...], tensors float32 or int64 [B, ...], guidance float32 [B]. Integer tensors are zeros:
+    their valid range is not known.
     """
     generator = torch.Generator().manual_seed(seed)
     conditioning = spec.conditioning
@@ -53,6 +55,10 @@ def dummy_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, tor
     for name, entry in conditioning.inputs.items():
         drawn = torch.randn(batch, *entry.shape, generator=generator)
         inputs[name] = torch.ones_like(drawn) if entry.is_plain else drawn
+    for name, tensor in conditioning.tensors.items():
+        shape = (batch, *tensor.shape)
+        is_integer = tensor.dtype == "int64"
+        inputs[name] = torch.zeros(shape, dtype=torch.int64) if is_integer else torch.randn(shape, generator=generator)
     if conditioning.guidance_input:
         inputs["guidance"] = torch.full((batch,), spec.plan.guidance)
     return inputs

@@ -7,13 +7,14 @@ the network alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import nn
 
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
+from diffpress.compress.models.fast_path import without_fast_path
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -21,13 +22,15 @@ class TorchNetwork:
     """A torch denoiser as `diffpress.runtime.network_inputs.Network`, run in eval mode without gradients.
 
     Each run restores the previous mode, so that a model can be sampled during training. Weights in bfloat16 or float16
-    are converted to float32 for the computation: the result is the reference for float32 engines.
+    are converted to float32 for the computation: the result is the reference for float32 engines. `fast_path` permits
+    torch's fused attention (compress/models/fast_path.py), which bypasses quantizers and hooks.
     """
 
     name = "torch"
 
-    def __init__(self, model: nn.Module, spec: DenoiserSpec) -> None:
+    def __init__(self, model: nn.Module, spec: DenoiserSpec, fast_path: bool = False) -> None:
         self._model, self._forward = model, adapter_for(model).forward
+        self._attention = nullcontext if fast_path else without_fast_path
         # a custom module may have no parameters
         self._device = next((p.device for p in model.parameters()), torch.device("cpu"))
         self.inputs: Mapping[str, np.dtype] = {
@@ -35,12 +38,12 @@ class TorchNetwork:
         }
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
-        """Evaluate the network on inputs by name; returns float32 [B, C, H, W]."""
+        """Evaluate the network on inputs by name; returns float32 [B, ...]."""
         feed = {name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for name, array in inputs.items()}
         training = self._model.training
         self._model.eval()
         try:
-            with torch.no_grad(), _in_float32(self._model):
+            with torch.no_grad(), self._attention(), _in_float32(self._model):
                 out = self._forward(self._model, feed)
         finally:
             self._model.train(training)

@@ -21,7 +21,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class NoiseLevelBatch(NamedTuple):
-    """Noise level of each sample of a batch: timesteps int64 [B]; alpha and sigma float32 [B, 1, 1, 1]."""
+    """Noise level of each sample of a batch: timesteps int64 [B]; alpha and sigma float32, see `per_sample`."""
 
     t: torch.Tensor
     alpha: torch.Tensor
@@ -31,7 +31,13 @@ class NoiseLevelBatch(NamedTuple):
 def noise_levels_at(spec: DenoiserSpec, t: torch.Tensor) -> NoiseLevelBatch:
     """Return the noise levels at integer timesteps `t` [B]."""
     alphas, sigmas = _tables(spec.schedule, t.device)
-    return NoiseLevelBatch(t, alphas[t].view(-1, 1, 1, 1), sigmas[t].view(-1, 1, 1, 1))
+    rank = len(spec.sample_shape)
+    return NoiseLevelBatch(t, per_sample(alphas[t], rank), per_sample(sigmas[t], rank))
+
+
+def per_sample(values: torch.Tensor, rank: int) -> torch.Tensor:
+    """Return one value per sample, [B], as [B, 1, ...] with `rank` ones: it broadcasts to samples of that rank."""
+    return values.view(-1, *[1] * rank)
 
 
 @lru_cache(maxsize=8)

@@ -1,4 +1,4 @@
-"""Training data sampled from the teacher, for latent and text models and recipes without images.
+"""Training data sampled from the teacher, for latent and text models and recipes without data.
 
     sample i = the teacher's sample under its own plan, with prompt i (class i, ...) and seed TEACHER_DATA_SEED + i
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,15 +19,13 @@ import torch
 
 from diffpress.compress.builtin import PROMPTS
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import Context, Data
+from diffpress.compress.context import Context, Data, random_conditioning
 from diffpress.compress.models.components import encode_prompts
 from diffpress.compress.seeds import TEACHER_DATA_SEED
 from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
-from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
-from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
-
-logger = logging.getLogger(__name__)
+from diffpress.runtime.io.prompt_file import read_prompt_file
+from diffpress.runtime.network_inputs import ConditioningInputs
 
 Tensors = dict[str, torch.Tensor]
 
@@ -60,7 +57,7 @@ class TeacherData:
         self._trajectories.generate()
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
-        """Draw a random batch: samples, float32 [B, C, H, W], and their conditioning [B, ...] by name."""
+        """Draw a random batch: samples, float32 [B, ...], and their conditioning [B, ...] by name."""
         states, cond = self._trajectories.batch(size, generator)
         return states[:, -1], cond
 
@@ -73,11 +70,8 @@ class TeacherData:
     def conditions(self, count: int) -> ConditioningInputs:
         """Return the conditioning of `count` samples: the prompts in turn, the classes in turn, or none."""
         spec = self.teacher.spec
-        if spec.conditioning.kind != "text":
-            return dummy_conditioning(spec, count)
         if not spec.conditioning.encoders:
-            logger.info("the model came without its text encoders: random noise replaces the encoded prompts")
-            return dummy_conditioning(spec, count)
+            return random_conditioning(spec, count)
         prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
         cond = encode_prompts(self.teacher, prompts)
         if not is_guided(spec, spec.plan.guidance):
@@ -113,12 +107,4 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
     Raises:
         InvalidInputError: The file is unreadable or contains no prompts.
     """
-    file = path or PROMPTS
-    try:
-        lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidInputError(f"{file}: not readable as a text file of prompts ({error})") from error
-    prompts = tuple(line for line in lines if line)
-    if not prompts:
-        raise InvalidInputError(f"{file}: contains no prompts; write one per line")
-    return prompts
+    return read_prompt_file(path or PROMPTS)

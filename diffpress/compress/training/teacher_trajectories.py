@@ -37,7 +37,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TeacherTrajectories:
-    """Trajectories of a teacher, each float32 [P, C, H, W].
+    """Trajectories of a teacher, each float32 [P, ...].
 
     A trajectory holds the states before the steps `kept`, followed by the final state.
 
@@ -66,7 +66,7 @@ class TeacherTrajectories:
         len(self._files)
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
-        """Draw random trajectories, float32 [B, P, C, H, W], and their conditioning [B, ...] by name."""
+        """Draw random trajectories, float32 [B, P, ...], and their conditioning [B, ...] by name."""
         picks = torch.randint(0, self.count, (size,), generator=generator).numpy()
         rows = np.stack([self._files[pick // ROWS_PER_FILE][pick % ROWS_PER_FILE] for pick in picks])
         cond = {name: torch.from_numpy(array[picks]) for name, array in self.conditions.cond.items()}
@@ -113,7 +113,7 @@ class TeacherTrajectories:
         self.teacher.model.to("cpu")
 
     def _sample(self, network: TorchNetwork, members: range) -> np.ndarray:
-        """Sample the trajectories `members`, float32 [len(members), P, C, H, W]."""
+        """Sample the trajectories `members`, float32 [len(members), P, ...]."""
         plan, spec = self.plan, self.teacher.spec.with_plan(self.plan)
         denoise = plan_denoiser(network, spec, self.conditions.part(slice(members.start, members.stop)))
         seeds = [self.seed + member for member in members]

@@ -34,10 +34,10 @@ class FusedSampler(Protocol):
             engine: The engine that the network is loaded in.
             program: Coefficients of the steps.
             static_inputs: Inputs besides sample and timestep, constant over all steps, [halves N, ...] each.
-            start: Initial sample, float32 [N, C, H, W].
+            start: Initial sample, float32 [N, C, ...].
 
         Returns:
-            The final sample, float32 [N, C, H, W], or None if this engine cannot run the program.
+            The final sample, float32 [N, C, ...], or None if this engine cannot run the program.
         """
 
 

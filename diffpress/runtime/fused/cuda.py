@@ -143,10 +143,10 @@ class FusedSampling:
         Args:
             program: Coefficients of the steps.
             feed: Inputs of the first evaluation, by name.
-            start: Initial sample, float32 [N, C, H, W].
+            start: Initial sample, float32 [N, C, ...].
 
         Returns:
-            The final sample, float32 [N, C, H, W].
+            The final sample, float32 [N, C, ...].
         """
         count, (channels, *sides) = start.size, start.shape[1:]
         timestep, tensors = feed[TIMESTEP].dtype, self._binding.device

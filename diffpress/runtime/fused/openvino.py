@@ -42,10 +42,10 @@ def run_fused(
 ) -> np.ndarray | None:
     """Run all steps of a program inside OpenVINO; see diffpress.runtime.fused.FusedSampler.
 
-    Returns None for large networks, for other sample types than float32, and for f16, for which it is untested
+    Returns None for large networks, for other sample types than float32, and for fp16, for which it is untested
     whether the solver steps stay in float32.
     """
-    if engine.precision == "f16" or engine.inputs[SAMPLE] != np.float32 or engine.graph_bytes > MAX_GRAPH_BYTES:
+    if engine.precision == "fp16" or engine.inputs[SAMPLE] != np.float32 or engine.graph_bytes > MAX_GRAPH_BYTES:
         return None
     rows, halves = program.halves * len(start), program.halves
     shapes = {name: array.shape for name, array in static_inputs.items()}
@@ -58,7 +58,7 @@ def run_fused(
 def fused_model(model: Any, halves: int) -> Any:
     """Return a copy of a network that is wrapped in one solver step.
 
-    Instead of `sample` the new model has these inputs: x, float32 [N, C, H, W]; kept and x_0 of the previous steps, of
+    Instead of `sample` the new model has these inputs: x, float32 [N, C, ...]; kept and x_0 of the previous steps, of
     the same shape; a row of Program.table and one of Program.offsets; and the guidance weight with the lower and upper
     bound of x_0, [3]. It returns the next x, kept and x_0. All three are model outputs, which OpenVINO computes in
     float32 even if the network runs in bfloat16.

@@ -23,7 +23,7 @@ from diffpress.runtime.denoiser import corrected
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
 from diffpress.runtime.parameterization import to_x0
-from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
+from diffpress.runtime.sampling_plan import SamplingPlan, plan_steps
 from diffpress.runtime.solvers import get_solver
 from diffpress.runtime.solvers.contract import MAX_HISTORY, PreviousStep, Solver, StepState
 from diffpress.runtime.spec import DenoiserSpec
@@ -32,6 +32,8 @@ SAMPLE_TERM, X0_TERM, CLIPPED_TERM = 0, 1, 2
 FIRST_HISTORY = 3
 TERMS = FIRST_HISTORY + 2 * MAX_HISTORY
 COLUMNS = 2 + 2 * TERMS  # of Program.table
+
+Levels = tuple[tuple[NoiseLevel, NoiseLevel], ...]  # where each step starts and ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,12 +100,12 @@ def _program(
 ) -> Program | None:
     if plan.threshold is not None or plan.guidance_rescale > 0 or plan.guidance_interval is not None:
         return None
-    solver, levels = get_solver(plan.solver), plan_levels(schedule, plan.timesteps, plan.end)
+    solver, levels = get_solver(plan.solver), plan_steps(schedule, plan)
     try:
         step_weights = [_weights_of_step(solver, schedule, plan, levels, index) for index in range(plan.steps)]
     except _NotLinearError:
         return None
-    reads = [_x0_coefficients(prediction, channels, plan, index, level) for index, level in enumerate(levels[:-1])]
+    reads = [_x0_coefficients(prediction, channels, plan, index, level) for index, (level, _) in enumerate(levels)]
     return Program(
         timesteps=plan.timesteps,
         halves=2 if guided else 1,
@@ -131,7 +133,7 @@ def _x0_coefficients(
 
 
 def _weights_of_step(
-    solver: Solver, schedule: NoiseSchedule, plan: SamplingPlan, levels: tuple[NoiseLevel, ...], index: int
+    solver: Solver, schedule: NoiseSchedule, plan: SamplingPlan, levels: Levels, index: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the weights of all terms in `kept` and in x', float64 [TERMS] each."""
 
@@ -160,19 +162,18 @@ def _step(
     solver: Solver,
     schedule: NoiseSchedule,
     plan: SamplingPlan,
-    levels: tuple[NoiseLevel, ...],
+    levels: Levels,
     index: int,
     terms: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Run one step of the solver on `terms` [TERMS, n] as samples; returns `kept` and x'."""
     pairs = terms[FIRST_HISTORY:].reshape(MAX_HISTORY, 2, -1)[: min(index, MAX_HISTORY)]
-    history = tuple(PreviousStep(levels[index - 1 - back], x, x0) for back, (x, x0) in enumerate(pairs))[::-1]
+    history = tuple(PreviousStep(levels[index - 1 - back][0], x, x0) for back, (x, x0) in enumerate(pairs))[::-1]
     x, x0 = terms[SAMPLE_TERM], terms[X0_TERM]
     step = StepState(
         x,
         x0,
-        levels[index],
-        levels[index + 1],
+        *levels[index],
         history,
         index,
         plan.steps,

@@ -96,7 +96,7 @@ def test_a_step_between_gathered_levels_is_that_of_the_sampler(
     rng = np.random.default_rng(0)
     x, out = rng.standard_normal((2, 3, 1, 8, 8), dtype=np.float32)
     now, after = noise_level_at(spec.schedule, 70), noise_level_at(spec.schedule, 30)
-    here, there = (gather_levels((now, after), torch.full((3,), i)) for i in range(2))
+    here, there = (gather_levels((now, after), torch.full((3,), i), 3) for i in range(2))
     x0 = to_x0(prediction, torch.from_numpy(x), torch.from_numpy(out), here)
     np.testing.assert_allclose(x0.numpy(), to_x0(prediction, x, out, now), rtol=1e-4, atol=1e-5)
     moved = transfer(torch.from_numpy(x), x0, here, there)

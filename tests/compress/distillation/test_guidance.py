@@ -79,7 +79,7 @@ def test_a_model_without_a_null_label_is_refused_and_so_is_weight_one(
 ) -> None:
     with pytest.raises(InvalidInputError, match="no null label"):
         distill(plain, config(weight=2.0), context(plain))
-    with pytest.raises(InvalidInputError, match="weight 1 is no guidance"):
+    with pytest.raises(InvalidInputError, match="weight 1 is no guidance; set one above 1"):
         distill(unet, config(), context(unet))
     with pytest.raises(InvalidInputError, match="a UNet2DModel has no input for the guidance weight"):
         distill(unet, config(weights=(1.0, 4.0)), context(unet))

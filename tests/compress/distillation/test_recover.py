@@ -22,8 +22,8 @@ from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.widths import widths_of
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
-from diffpress.compress.training.image_data import ImageData
 from diffpress.compress.training.losses import forward
+from diffpress.compress.training.sample_data import SampleData
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -58,7 +58,7 @@ def test_the_same_seed_gives_the_same_weights_and_another_seed_does_not(
 
 
 def test_the_task_loss_alone_trains_towards_the_data(
-    plain: Checkpoint, context: Callable[..., Context], images: ImageData
+    plain: Checkpoint, context: Callable[..., Context], images: SampleData
 ) -> None:
     # without teacher terms the loss is the denoising loss
     settings = config(steps=40, batch=16, output_weight=0.0, feature_weight=0.0, task_weight=1.0, learning_rate=5e-3)

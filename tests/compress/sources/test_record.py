@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from diffpress.compress.checkpoint import FORMAT, RECORD, Checkpoint, Record, save_checkpoint
-from diffpress.compress.evaluation.subject import open_network
+from diffpress.compress.evaluation.open_subject import open_subject
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampler import generate
@@ -22,7 +22,8 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "format_1"
 
 
 def samples(folder: Path) -> np.ndarray:
-    network, spec = open_network(str(folder), None, 1)
+    subject = open_subject(str(folder), threads=1)
+    network, spec = subject.network, subject.spec
     return generate(network, spec, seeds=range(4), labels=np.array([0, 1, 2, 0]))
 
 

@@ -156,7 +156,7 @@ def test_with_the_network_in_bfloat16_the_steps_stay_in_float32(graph: Path, eng
     assert np.abs(found - expected).max() < 0.1 * np.abs(expected - exact).max()
 
 
-def test_f16_is_run_by_the_loop(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_is_run_by_the_loop(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = openvino.Core.get_property
 
     def capable(self: Any, device: str, name: str, *rest: Any) -> Any:
@@ -164,7 +164,7 @@ def test_f16_is_run_by_the_loop(graph: Path, monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(openvino.Core, "get_property", capable)
     program, cond = fused_program(classes_spec("ddim")), {"class_labels": np.arange(2)}
-    with closing(load_engine(graph, "openvino", options=EngineOptions(precision="f16"))) as half:
+    with closing(load_engine(graph, "openvino", options=EngineOptions(precision="fp16"))) as half:
         assert isinstance(half, OpenVinoEngine) and program is not None
         assert run_fused(half, program, cond, np.zeros((2, *SHAPE), np.float32)) is None
 

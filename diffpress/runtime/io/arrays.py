@@ -1,0 +1,33 @@
+"""Arrays of a .npy or .npz file; nothing is unpickled."""
+
+from __future__ import annotations
+
+import zipfile
+from pathlib import Path
+
+import numpy as np
+
+from diffpress.runtime.errors import InvalidInputError
+
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Read all arrays of an npz file by name; raises InvalidInputError if it is not readable or has objects."""
+    try:
+        # numpy leaves a damaged archive open, so the file is opened here
+        with path.open("rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if isinstance(file, np.ndarray):
+                raise InvalidInputError(f"{path}: holds a single array; expected an npz file of named arrays")
+            return {name: file[name] for name in file.files}
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise InvalidInputError(f"{path}: not readable as an npz file ({error})") from error
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """Read the array of a npy file; raises InvalidInputError if it is not readable or has objects."""
+    try:
+        with path.open("rb") as opened:
+            array: np.ndarray = np.lib.format.read_array(opened, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InvalidInputError(f"{path}: not readable as a npy file ({error})") from error
+    return array
