@@ -69,9 +69,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--streams", type=int, default=1, metavar="S", help="batches that run at the same time (1)")
     parser.add_argument(
         "--precision",
-        choices=PRECISIONS,
-        default="f32",
-        help="precision of float layers, where the engine supports it (f32)",
+        default="fp32",
+        metavar="P",
+        help=f"precision of float layers, where the engine supports it: {', '.join(PRECISIONS)} (fp32)",
     )
     parser.add_argument(
         "--providers",
@@ -100,6 +100,14 @@ def engine_options(args: argparse.Namespace, cache: Cache | None) -> EngineOptio
 def chosen_engine(args: argparse.Namespace) -> str | None:
     """Return the engine that was named; None for the first one that can run here. --rebuild implies tensorrt."""
     return args.engine or ("tensorrt" if args.rebuild else None)
+
+
+def utf8_text(text: str) -> str:
+    """Return an argument as text: under an ASCII locale Python keeps the bytes of other characters as surrogates."""
+    try:
+        return text.encode("utf-8", "surrogateescape").decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from error
 
 
 def parsed_size(text: str) -> tuple[int, int]:

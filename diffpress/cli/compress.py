@@ -20,8 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the recipe; the same command again resumes it."""
     from diffpress.compress.recipe import Recipe
+
+    recipe = Recipe.load(args.recipe, args.set)  # a mistake in it is reported before torch is imported
     from diffpress.export.run import run_recipe
 
-    recipe = Recipe.load(args.recipe, args.set)
     run_recipe(lambda: loaded(args), recipe, args.out, update=args.update, where=str(args.recipe), show=print)
     return 0

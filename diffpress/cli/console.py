@@ -1,12 +1,16 @@
 """What a command prints: the log records of the package.
 
 INFO       indented, on stdout; a heading such as '[1/3] prune' is not indented
-WARNING    'warning: ...' on stderr
+WARNING    'warning: ...' on stderr, once for each text
 ERROR      'diffpress: ...' on stderr
+
+Characters that the terminal cannot show are written in ASCII.
 """
 
 from __future__ import annotations
 
+import codecs
+import io
 import logging
 import sys
 import textwrap
@@ -14,17 +18,40 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PACKAGE = "diffpress"
+ASCII = {"±": "+-"}
 
 
 class _Console(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self._warned: set[str] = set()
+
     def emit(self, record: logging.LogRecord) -> None:
         text = record.getMessage()
         if record.levelno >= logging.ERROR:
             print(f"diffpress: {text}", file=sys.stderr)
         elif record.levelno >= logging.WARNING:
-            print(f"warning: {text}", file=sys.stderr)
+            if text not in self._warned:
+                print(f"warning: {text}", file=sys.stderr)
+            self._warned.add(text)
         else:
             print(text if text.startswith("[") else textwrap.indent(text, "  "), flush=True)
+
+
+def in_ascii(error: UnicodeError) -> tuple[str, int]:
+    """Codec error handler: the ASCII form of characters that an encoding lacks, and where to continue."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    lacking = error.object[error.start : error.end]
+    return "".join(ASCII.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking), error.end
+
+
+def show_every_character() -> None:
+    """Let stdout and stderr write ASCII for characters that their encoding lacks, instead of raising an error."""
+    codecs.register_error("diffpress.ascii", in_ascii)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="diffpress.ascii")
 
 
 @contextmanager

@@ -32,7 +32,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     plan = facts["plan"]
     guidance = "" if plan["guidance"] == 1 else f", guidance {plan['guidance']:g}"
     corrected = ", output corrections" if plan["output_corrections"] else ""
-    height, width = facts["image_size"]
+    pixels = "" if facts["image_size"] is None else "{}x{} pixels, ".format(*facts["image_size"])
     engines = [
         f"{entry['engine']} {entry.get('version', '')}".strip()
         + (f" ({entry['integer_mac_share']:.1%} integer MACs)" if entry.get("integer_mac_share") else "")
@@ -44,7 +44,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("precision", facts["precision"] or "not recorded"),
         ("parameters", "not recorded" if facts["parameters"] is None else f"{facts['parameters']:,}"),
         ("size", f"{facts['size_mib']:.2f} MiB"),
-        ("image", f"{height}x{width} pixels, samples {facts['sample_shape']}, {facts['prediction']} prediction"),
+        ("image", f"{pixels}samples {facts['sample_shape']}, {facts['prediction']} prediction"),
         ("conditioning", facts["conditioning"]),
         ("plan", f"{plan['steps']} steps of {plan['solver']}{guidance}{corrected}"),
         ("history", " -> ".join(facts["history"]) or "none"),

@@ -8,11 +8,11 @@ import logging
 import os
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import NoReturn
 
 from diffpress import __version__
-from diffpress.cli.console import console
-from diffpress.runtime.errors import DiffpressError, extra_for
+from diffpress.cli.console import console, show_every_character
+from diffpress.runtime.errors import DiffpressError, InvalidInputError, extra_for, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -36,38 +36,63 @@ VERBS = {
 def main(argv: list[str] | None = None) -> int:
     """Run one command line, `sys.argv` by default, and return its exit code."""
     words = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("diffpress", description="Make a pretrained diffusion model deployable.")
+    show_every_character()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it advises on packages that diffpress does not use
+    return reported(lambda: _run(words), f"diffpress {words[0] if words else ''}")
+
+
+def reported(run: Callable[[], int], command: str) -> int:
+    """Return what `run` returns; an expected error becomes one line on stderr and its exit code."""
+    with console():
+        try:
+            return _flushed(run)
+        except DiffpressError as error:
+            return _failed(str(error), error.exit_code)
+        except ModuleNotFoundError as error:
+            extra = extra_for(error, command)
+            if extra is None:
+                raise
+            return _failed(str(extra), extra.exit_code)
+        except KeyboardInterrupt as interrupt:
+            return _failed(f"interrupted; {str(interrupt) or 'run the same command again to resume'}", 130)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has gone
+            return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser that raises InvalidInputError."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InvalidInputError(f"{message}; see {self.prog} --help")
+
+
+def _run(words: list[str]) -> int:
+    """Run the verb that the first word names, with the other words as its arguments."""
+    parser = _Parser("diffpress", description="Make a pretrained diffusion model deployable.")
     parser.add_argument("--version", action="version", version=f"diffpress {__version__}")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     for verb, purpose in VERBS.items():
         verbs.add_parser(verb, help=purpose, add_help=False)
+    if words and not words[0].startswith("-") and words[0] not in VERBS:
+        raise unknown_name("command", words[0], VERBS)
     verb = parser.parse_args(words[:1]).verb
-    return run_verb(verb, lambda: importlib.import_module(f"diffpress.cli.{verb}"), words[1:])
+    module = importlib.import_module(f"diffpress.cli.{verb}")
+    example = getattr(module, "EXAMPLE", None)
+    parser = _Parser(f"diffpress {verb}", description=VERBS[verb], epilog=example and f"example: {example}")
+    module.add_arguments(parser)
+    return int(module.run(parser.parse_args(words[1:])))
 
 
-def run_verb(verb: str, load: Callable[[], Any], words: list[str]) -> int:
-    """Run a verb's module and return its exit code; every expected error becomes one line on stderr."""
-    with console():
-        try:
-            module = load()
-            example = getattr(module, "EXAMPLE", None)
-            parser = argparse.ArgumentParser(
-                f"diffpress {verb}", description=VERBS.get(verb), epilog=example and f"example: {example}"
-            )
-            module.add_arguments(parser)
-            return int(module.run(parser.parse_args(words)))
-        except DiffpressError as error:
-            return _failed(str(error), error.exit_code)
-        except ModuleNotFoundError as error:
-            extra = extra_for(error, f"diffpress {verb}")
-            if extra is None:
-                raise
-            return _failed(str(extra), extra.exit_code)
-        except KeyboardInterrupt:
-            return _failed("interrupted; run the same command again to resume", 130)
-        except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has gone
-            return 0
+def _flushed(run: Callable[[], int]) -> int:
+    """Return what `run` returns, with stdout flushed: a closed pipe is noticed here, and not while Python exits."""
+    try:
+        code = run()
+    except SystemExit:  # argparse's --help and --version
+        sys.stdout.flush()
+        raise
+    sys.stdout.flush()
+    return code
 
 
 def _failed(message: str, code: int) -> int:

@@ -1,37 +1,64 @@
-"""`diffpress sample`: sample a bundle without torch and write one PNG with all images."""
+"""`diffpress sample`: sample a bundle without torch, and write what is made as it is made."""
 
 from __future__ import annotations
 
 import argparse
 import logging
-import time
 from contextlib import closing
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options, parsed_size
-from diffpress.runtime.conditioning import Conditioning
+from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options, parsed_size, utf8_text
+from diffpress.cli.progress_bar import is_shown, progress_bar
 from diffpress.runtime.engines import ENGINES
 from diffpress.runtime.engines.cache import Cache, cache_folder
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.solvers import SOLVERS
 
+if TYPE_CHECKING:
+    from diffpress.runtime.bundle import Bundle
+    from diffpress.runtime.conditioning import Conditioning
+    from diffpress.runtime.sample_request import SampleRequest
+    from diffpress.runtime.spec import DenoiserSpec
+
 logger = logging.getLogger(__name__)
 
-EXAMPLE = 'diffpress sample work/bundle --prompt "a lighthouse in the fog" -n 4 --steps 20 --out lighthouse.png'
+EXAMPLE = 'diffpress sample work --prompt "a lighthouse in the fog" -n 4 --steps 20 --out lighthouse/'
+DEFAULT_NUMBER = 16  # of a model without prompts
+MAX_NUMBER = 10**7
+# what an argument is for: the kind of conditioning of the model
+ARGUMENT_OF = {"prompt": "text", "prompt_file": "text", "negative": "text", "label": "class", "conditioning": "tensors"}
+KINDS = {"text": "conditioned on text", "class": "class-conditional", "tensors": "conditioned on tensors"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `diffpress sample`; what is left out follows the bundle's own sampling plan."""
-    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder with a manifest.json")
-    parser.add_argument("-n", "--number", type=int, default=16, metavar="N", help="number of images (16)")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder of a bundle or of a compress run")
+    parser.add_argument(
+        "-n",
+        "--number",
+        type=int,
+        metavar="N",
+        help=f"number of images ({DEFAULT_NUMBER}); with prompts, images for each prompt (1)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="image i starts from seed + i (0)")
     parser.add_argument(
-        "--out", type=Path, default=Path("grid.png"), metavar="PNG", help="file for the image grid (grid.png)"
+        "--out",
+        default="grid.png",
+        metavar="PATH",
+        help="DIR/ for one PNG per image, named by its seed; a .png, .jpg or .webp file for one image grid; a .npy or "
+        ".npz file for float32 samples (grid.png)",
     )
     request = parser.add_mutually_exclusive_group()
     request.add_argument("--label", type=int, metavar="K", help="class of all images (default: all classes in turn)")
-    request.add_argument("--prompt", metavar="TEXT", help="text, for a model conditioned on text")
-    parser.add_argument("--negative", metavar="TEXT", help="what the image should not show; needs guidance above 1")
+    request.add_argument("--prompt", type=utf8_text, metavar="TEXT", help="text, for a model conditioned on text")
+    request.add_argument("--prompt-file", type=Path, metavar="FILE", help="text file with one prompt per line")
+    request.add_argument(
+        "--conditioning", type=Path, metavar="NPZ", help="arrays by name, for a model conditioned on tensors"
+    )
+    parser.add_argument(
+        "--negative", type=utf8_text, metavar="TEXT", help="what no image should show; needs guidance above 1"
+    )
     parser.add_argument("--size", metavar="HxW", help="height and width in pixels, for models that allow other sizes")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--solver", metavar="S", help=", ".join(SOLVERS))
@@ -51,67 +78,121 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Sample, write the image grid, and print where it is and the time per image; raises DiffpressError."""
-    import numpy as np
-
+    """Sample, write the output, and print where it is and the time per image; raises DiffpressError."""
     from diffpress.runtime.bundle import load_bundle
     from diffpress.runtime.engines import engine_label
-    from diffpress.runtime.io.images import image_grid, to_uint8, write_png
-    from diffpress.runtime.pipeline import Pipeline, has_fixed_size, resized
-    from diffpress.runtime.requested_plan import plan_description, requested_spec
-    from diffpress.runtime.sampler import MAX_SEED, warm_up
+    from diffpress.runtime.io.sample_files import check_output
+    from diffpress.runtime.pipeline import Pipeline
+    from diffpress.runtime.requested_plan import plan_description
+    from diffpress.runtime.sample_run import SampleRun, check_samples
 
-    if args.out.suffix not in ("", ".png"):
-        raise InvalidInputError(f"--out {args.out}: images are written as PNG; choose a file that ends in .png")
-    if args.number < 1 or args.batch < 1:
-        raise InvalidInputError(f"-n {args.number} --batch {args.batch}: both must be at least 1")
-    if not 0 <= args.seed <= MAX_SEED - args.number:
-        raise InvalidInputError(f"--seed {args.seed}: must lie in 0..{MAX_SEED - args.number}")
+    check_output(args.out)
+    for flag, value in (("-n", args.number), ("--batch", args.batch)):
+        if value is not None and value < 1:
+            raise InvalidInputError(f"{flag} {value}: must be at least 1")
     options = engine_options(args, None if args.no_cache else Cache(cache_folder()))
     bundle = load_bundle(args.bundle)
-    spec = bundle.spec
-    if args.size is not None:
-        spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
-    spec = requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance)
-    _check_request(spec.conditioning, args.label, args.prompt, args.negative)
+    spec = _requested_spec(bundle, args)
+    request = _request(args, spec)
     with closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
         spec = bundle.spec_for(pipeline.denoiser.name, spec)
-        if pipeline.spec.plan.output_corrections and not spec.plan.output_corrections:
-            logger.warning(
-                "the requested plan differs from the bundle's: its output corrections do not apply and are disabled"
-            )
-        conditions = pipeline.conditions(
-            args.number,
-            spec,
-            labels=None if args.label is None else np.full(args.number, args.label),
-            prompts=None if args.prompt is None else [args.prompt] * args.number,
-            negatives=None if args.negative is None else [args.negative] * args.number,
-        )
-        # compiling for this batch size is part of loading, not of the time per image
-        warm_up(pipeline.denoiser, spec, min(args.batch, args.number))
-        start = time.perf_counter()
-        seeds = np.arange(args.seed, args.seed + args.number)
-        images = np.concatenate(list(pipeline.images(seeds, conditions, spec, args.batch)))
-        image_ms = (time.perf_counter() - start) * 1e3 / args.number
+        _warn_of_lost_corrections(pipeline.spec, spec)
+        check_samples(pipeline, spec, request, args.out)
+        work = SampleRun(pipeline, spec, request, args.out, args.batch, options)
+        with progress_bar(len(work), "images") as advance:
+            seconds = work.sample(advance, shows_steps=is_shown())
+        what = "image" if pipeline.makes_pictures else "sample"
         engine = engine_label(pipeline.denoiser)
-    write_png(image_grid(to_uint8(images, spec.data_range)), args.out)
-    made = "1 image" if args.number == 1 else f"{args.number} images"
-    print(f"{args.out}: {made}, {plan_description(spec)} in {engine}, {image_ms:.1f} ms per image")
+    made, finished = len(work), len(request) - len(work)
+    each = f" of {len(request.prompts)} prompts" if len(request.prompts) > 1 else ""
+    if not made:
+        print(f"{args.out}: nothing to do, {_count(finished, what)}{each} finished before")
+        return 0
+    print(
+        f"{args.out}: {_count(made, what)}{each}, {plan_description(spec)} in {engine}, "
+        f"{seconds * 1e3 / made:.1f} ms per {what}" + (f"; {finished} finished before" if finished else "")
+    )
     return 0
 
 
-def _check_request(conditioning: Conditioning, label: int | None, prompt: str | None, negative: str | None) -> None:
-    """Raise InvalidInputError for a label or prompt that this model does not take, or for a missing prompt."""
-    if conditioning.kind != "text" and (prompt is not None or negative is not None):
-        flag = "--prompt" if prompt is not None else "--negative"
-        raise InvalidInputError(f"{flag}: the model is not conditioned on text; {_alternative(conditioning)}")
-    if conditioning.kind == "text" and prompt is None:
-        raise InvalidInputError("the model is conditioned on text: give a prompt with --prompt TEXT")
-    if label is not None and conditioning.kind != "class":
-        raise InvalidInputError("--label: the model is not class-conditional; leave the label out")
-    if label is not None and not 0 <= label < conditioning.classes:
-        raise InvalidInputError(f"--label {label}: the model has the classes 0..{conditioning.classes - 1}")
+def _warn_of_lost_corrections(own: DenoiserSpec, requested: DenoiserSpec) -> None:
+    """Warn if the requested plan has none of the output corrections that the bundle's own plan has."""
+    from diffpress.runtime.requested_plan import plan_description
+
+    if own.plan.output_corrections and not requested.plan.output_corrections:
+        logger.warning(
+            f"the bundle's output corrections were measured for {plan_description(own)} at guidance "
+            f"{own.plan.guidance:g}; they do not fit the requested solver or guidance and are left out, so that the "
+            "images contain more of the quantization error"
+        )
+
+
+def _requested_spec(bundle: Bundle, args: argparse.Namespace) -> DenoiserSpec:
+    from diffpress.runtime.pipeline import has_fixed_size, resized
+    from diffpress.runtime.requested_plan import requested_spec
+
+    spec = bundle.spec
+    if args.size is not None:
+        spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
+    return requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance)
+
+
+def _request(args: argparse.Namespace, spec: DenoiserSpec) -> SampleRequest:
+    """Return what the arguments ask for; raises InvalidInputError if the model does not take it."""
+    from diffpress.runtime.io.prompt_file import read_prompt_file
+    from diffpress.runtime.network_inputs import read_conditioning
+    from diffpress.runtime.sample_request import SampleRequest
+    from diffpress.runtime.sampler import MAX_SEED
+
+    _check_request(spec.conditioning, args)
+    prompts: tuple[str, ...] = () if args.prompt is None else (args.prompt,)
+    if args.prompt_file is not None:
+        prompts = read_prompt_file(args.prompt_file)
+    tensors = {} if args.conditioning is None else read_conditioning(args.conditioning, spec)
+    rows = {
+        name: len(array)
+        for name, array in tensors.items()
+        if array.ndim == len(spec.conditioning.tensors[name].shape) + 1
+    }
+    number = args.number or (1 if prompts else next(iter(rows.values()), DEFAULT_NUMBER))
+    if number < 1:
+        raise InvalidInputError(f"--conditioning {args.conditioning}: has no rows; give one row per sample")
+    for name, count in rows.items():
+        if count != number:
+            raise InvalidInputError(
+                f"--conditioning {args.conditioning}: '{name}' has {count} rows for {number} samples; leave out -n"
+            )
+    request = SampleRequest(args.seed, number, prompts, args.negative, args.label, tensors)
+    if len(request) > MAX_NUMBER:
+        raise InvalidInputError(f"-n {number}: {len(request)} images are more than {MAX_NUMBER}; make them in parts")
+    if not 0 <= args.seed <= MAX_SEED - len(request):
+        raise InvalidInputError(f"--seed {args.seed}: must lie in 0..{MAX_SEED - len(request)}")
+    return request
+
+
+def _check_request(conditioning: Conditioning, args: argparse.Namespace) -> None:
+    """Raise InvalidInputError for a condition that this model does not take, or for one that is missing."""
+    for name, kind in ARGUMENT_OF.items():
+        if getattr(args, name) is not None and kind != conditioning.kind:
+            flag = f"--{name.replace('_', '-')}"
+            raise InvalidInputError(f"{flag}: the model is not {KINDS[kind]}; {_alternative(conditioning)}")
+    missing = args.prompt is None and args.prompt_file is None and args.conditioning is None
+    if missing and conditioning.kind in ("text", "tensors"):
+        raise InvalidInputError(f"the model is {KINDS[conditioning.kind]}: {_alternative(conditioning)}")
+    if args.label is not None and not 0 <= args.label < conditioning.classes:
+        raise InvalidInputError(f"--label {args.label}: the model has the classes 0..{conditioning.classes - 1}")
 
 
 def _alternative(conditioning: Conditioning) -> str:
-    return f"use --label 0..{conditioning.classes - 1}" if conditioning.kind == "class" else "leave it out"
+    """Return what to do for a model with this conditioning."""
+    if conditioning.kind == "class":
+        return f"use --label 0..{conditioning.classes - 1}"
+    if conditioning.kind == "text":
+        return "give a prompt with --prompt TEXT"
+    if conditioning.kind == "tensors":
+        return f"give the arrays {', '.join(conditioning.tensors)} with --conditioning FILE.npz"
+    return "leave it out"
+
+
+def _count(number: int, what: str) -> str:
+    return f"1 {what}" if number == 1 else f"{number} {what}s"

@@ -7,7 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from diffpress.runtime.bundle import MANIFEST, load_bundle
+from diffpress.runtime.bundle import find_bundle, load_bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -19,9 +19,9 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Raises InvalidInputError for a path that is neither.
     """
-    folder = Path(path)
-    if (folder / MANIFEST).is_file():
-        return _describe_bundle(folder)
+    folder, bundle = Path(path), find_bundle(path)
+    if bundle is not None:
+        return _describe_bundle(bundle)
     if folder.is_dir():
         return _describe_checkpoint(folder)
     raise InvalidInputError(f"{folder}: no such folder; give a bundle or a checkpoint in diffusers' layout")
@@ -51,8 +51,9 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
 
 def _describe_checkpoint(folder: Path) -> dict[str, Any]:
     from diffpress.compress.sources.diffusers_folder import spec_of_folder
-    from diffpress.compress.sources.layout import read_layout, weight_files
+    from diffpress.compress.sources.layout import read_layout
     from diffpress.compress.sources.record import read_record
+    from diffpress.compress.sources.weights import weight_files
 
     record = read_record(folder) or {}
     if record.get("kind") == "custom":
@@ -99,7 +100,7 @@ def _describe_sampling(spec: DenoiserSpec) -> dict[str, Any]:
     return {
         "prediction": spec.prediction,
         "sample_shape": list(spec.sample_shape),
-        "image_size": list(spec.image_size),
+        "image_size": list(spec.image_size) if len(spec.sample_shape) == 3 else None,
         "conditioning": conditioning.kind if conditioning.kind != "class" else f"{conditioning.classes} classes",
         "plan": {
             "solver": plan.solver,

@@ -22,7 +22,7 @@ from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.stages import STAGES, Stage
 from diffpress.compress.training import distributed
-from diffpress.compress.training.image_data import load_images
+from diffpress.compress.training.sample_data import load_samples
 from diffpress.compress.training.teacher_data import TeacherData, read_prompts
 from diffpress.compress.workspace import Workspace
 from diffpress.runtime.bundle import sha256
@@ -69,18 +69,14 @@ def run_stages(
 
 
 def open_data(teacher: Checkpoint, recipe: Recipe, workspace: Workspace) -> Data | None:
-    """Return the recipe's images; for models of latents or text, samples of the teacher under the recipe's prompts."""
+    """Return the recipe's samples; without any, samples of the teacher for models of latents or text."""
     spec = teacher.spec
-    if spec.is_pixel_space:
-        return load_images(recipe.data, spec) if recipe.data else None
-    if spec.conditioning.kind == "text":
-        prompts = read_prompts(recipe.data)
-    elif recipe.data is None:
-        prompts = ()
-    else:
-        raise InvalidInputError(
-            f"{recipe.data}: a model of latents learns from samples of its teacher; leave 'data' out"
-        )
+    if spec.conditioning.kind != "text":
+        if recipe.data is not None:
+            return load_samples(recipe.data, spec)
+        if spec.is_pixel_space:
+            return None
+    prompts = read_prompts(recipe.data) if spec.conditioning.kind == "text" else ()
     return TeacherData(teacher, recipe.teacher_samples, workspace.stages, prompts)
 
 
@@ -137,10 +133,12 @@ def reference_to(folder: Path, teacher: Checkpoint) -> str:
 def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -> None:
     """Make `out` this run's folder; one that belongs to another run is refused and left as it is."""
     # data is compared by content, so that a project may be moved
-    facts = {**recipe.to_json(), "teacher": teacher.hash, "data": sha256(recipe.data) if recipe.data else None}
-    file = Workspace(out).recipe
+    resolved, inputs = recipe.to_json(), {"teacher": teacher.hash, "data": sha256(recipe.data) if recipe.data else None}
+    file, inputs_file = Workspace(out).recipe, Workspace(out).inputs
     if file.is_file() and not update:
-        difference = _first_difference(read_json(file), facts)
+        # without inputs.json, recipe.json holds the hashes itself
+        before = read_json(file) | (read_json(inputs_file) if inputs_file.is_file() else {})
+        difference = _first_difference(before, resolved | inputs)
         if difference:
             raise InvalidInputError(
                 f"{out}: was made by another recipe ({difference}); choose another --out, "
@@ -148,7 +146,8 @@ def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -
             )
     elif not file.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InvalidInputError(f"{out}: exists and is not a folder of diffpress; choose another --out")
-    write_json(file, facts)
+    write_json(file, {key: value for key, value in resolved.items() if value is not None})
+    write_json(inputs_file, inputs)
 
 
 def _first_difference(old: Any, new: Any, path: str = "") -> str:

@@ -1,4 +1,4 @@
-"""A recipe: one YAML file that describes a whole run. It is read, checked and ordered before any work begins.
+"""A recipe: one YAML or JSON file that describes a whole run. It is read, checked and ordered before any work begins.
 
     seed: 0
     data: images.npz            # prompts.txt for a model of text
@@ -11,12 +11,15 @@
     evaluate: {samples: 256, seeds: 3}
     gates: {frechet_ratio: 1.3}
 
-Unknown keys are refused with their path and the nearest match. Paths are relative to the recipe's folder.
+Unknown keys are refused with their path and the nearest match. Paths are relative to the recipe's folder. The resolved
+recipe of a run, `recipe.json` in its folder, is a recipe as well.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -39,6 +42,7 @@ from diffpress.runtime.errors import InvalidInputError, unknown_name
 from diffpress.runtime.sampler import MAX_SEED
 
 SECTIONS: dict[str, type[Config]] = {"export": ExportConfig, "evaluate": EvaluateConfig, "gates": GatesConfig}
+EVALUATE_FILES = ("features", "reference", "prompts")
 KEYS = ("seed", "data", "teacher_samples", "stages", *SECTIONS)
 
 TEACHER_SAMPLES = 64
@@ -68,26 +72,23 @@ class Recipe:
         """Read a recipe file, or a built-in recipe by its name, and check it.
 
         Args:
-            path: A YAML file, or "quick", "int8" and so on (`diffpress recipes` lists them).
+            path: A YAML or JSON file, or "quick", "int8" and so on (`diffpress recipes` lists them).
             overrides: Settings to replace, each "stages.prune.ratio=0.2" or shorter, "prune.ratio=0.2".
 
         Raises:
-            InvalidInputError: For everything that is wrong with it: file, key and hint in one line.
+            InvalidInputError: For everything that is wrong with it: file or override, key and hint in one line.
         """
         file = recipe_file(path)
         if not file.exists() and not file.suffix:
             raise unknown_name("recipe", str(path), built_in_recipes())
+        raw = _read(file)
         try:
-            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise InvalidInputError(f"{file}: the recipe cannot be read ({error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InvalidInputError(f"{file}: not valid YAML ({' '.join(str(error).split())[:200]})") from error
-        if not isinstance(raw, dict):
-            raise InvalidInputError(f"{file}: a recipe is a mapping with the keys {', '.join(KEYS)}")
-        for override in overrides:
-            _override_(raw, override)
-        return _resolve(raw, file)
+            return _resolve(_overridden(raw, overrides), file)
+        except InvalidInputError as error:
+            culprit = _culprit(raw, overrides, file, str(error))
+            if culprit is None:
+                raise
+            raise InvalidInputError(f"--set {culprit}: {str(error).removeprefix(f'{file}: ')}") from error
 
     @staticmethod
     def of(
@@ -116,16 +117,32 @@ class Recipe:
         return replace(recipe, stages=made)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the resolved recipe as JSON, every default written out."""
+        """Return the resolved recipe as JSON, every default written out; it can be read from any folder."""
         return {
             "seed": self.seed,
-            "data": str(self.data) if self.data else None,
+            "data": _data_reference(self.data) if self.data else None,
             "teacher_samples": self.teacher_samples,
             "stages": [{stage.name: stage.config.model_dump(mode="json")} for stage in self.stages],
             "export": self.export.model_dump(mode="json"),
             "evaluate": self.evaluate.model_dump(mode="json") if self.evaluate else None,
             "gates": self.gates.model_dump(mode="json"),
         }
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """Return the content of a recipe file, unchecked."""
+    is_json = file.suffix == ".json"
+    try:
+        text = file.read_text(encoding="utf-8")
+        raw = json.loads(text) if is_json else yaml.safe_load(text)
+    except OSError as error:
+        raise InvalidInputError(f"{file}: the recipe cannot be read ({error.strerror})") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        kind = "JSON" if is_json else "YAML"
+        raise InvalidInputError(f"{file}: not valid {kind} ({' '.join(str(error).split())[:200]})") from error
+    if not isinstance(raw, dict):
+        raise InvalidInputError(f"{file}: a recipe is a mapping with the keys {', '.join(KEYS)}")
+    return raw
 
 
 def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
@@ -144,11 +161,23 @@ def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
     gates, evaluate = sections["gates"] or GatesConfig(), sections["evaluate"]
     if gates.frechet_ratio is not None and evaluate is None:
         evaluate = EvaluateConfig()
+    if evaluate is not None:
+        named = {name: getattr(evaluate, name) for name in EVALUATE_FILES}
+        found = {name: _existing(file, path, f"evaluate.{name}") for name, file in named.items() if file is not None}
+        evaluate = evaluate.model_copy(update=found)
     made = raw.get("teacher_samples", TEACHER_SAMPLES)
     if not isinstance(made, int) or isinstance(made, bool) or made < 1:
         raise InvalidInputError(f"{path}: teacher_samples: {made!r} must be a whole number from 1")
     data = _data_path(raw.get("data"), path)
     return Recipe(seed, data, made, stages, sections["export"] or ExportConfig(), evaluate, gates)
+
+
+def _existing(file: Path, path: Path, where: str) -> Path:
+    """Return a file or folder that the recipe names relative to its own folder."""
+    found = (path.parent / file).resolve()
+    if not found.exists():
+        raise InvalidInputError(f"{path}: {where}: {found} does not exist")
+    return found
 
 
 def _stage(entry: Any, index: int, path: Path) -> Stage:
@@ -189,19 +218,53 @@ def _data_path(value: Any, path: Path) -> Path | None:
     return file
 
 
+def _data_reference(data: Path) -> str:
+    """Return what `data` in a recipe in any folder must be to name this file."""
+    file, built_in = data.resolve(), CALIB_DATA.resolve()
+    return f"calib_data/{file.relative_to(built_in)}" if file.is_relative_to(built_in) else str(file)
+
+
+def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    changed = deepcopy(raw)
+    for override in overrides:
+        _override_(changed, override)
+    return changed
+
+
+def _culprit(raw: dict[str, Any], overrides: Sequence[str], file: Path, message: str) -> str | None:
+    """Return the override that causes this error; None if the file has it without any, or if it is named already."""
+    if message.startswith("--set "):
+        return None
+    for count in range(len(overrides) + 1):
+        try:
+            _resolve(_overridden(raw, overrides[:count]), file)
+        except InvalidInputError as error:
+            if str(error) == message:
+                return overrides[count - 1] if count else None
+    return None
+
+
 def _override_(raw: dict[str, Any], override: str) -> None:
-    """Apply `distill.steps=100`, or `stages.1.distill.steps=100` where a stage occurs more than once."""
+    """Apply `distill.steps=100`, or `stages.1.distill.steps=100` where a stage occurs more than once.
+
+    A file is looked up in the current folder first, since the recipe may be a built-in one.
+    """
     key, equals, value = override.partition("=")
     if not equals or not key:
         raise InvalidInputError(f"--set {override}: expected key=value, like stages.0.prune.ratio=0.2")
     *parents, last = key.split(".")
     if parents and parents[0] in STAGES:
         parents = ["stages", *parents]
+    elif parents and parents[0] not in KEYS:
+        raise unknown_key(parents[0], (*KEYS, *STAGES), f"--set {override}: ")
     node: Any = raw
     for part in parents:
         node = _child(node, part, override)
     if not isinstance(node, dict):
         raise InvalidInputError(f"--set {override}: '{key}' does not lead to a setting of the recipe")
+    if key in ("data", *(f"evaluate.{name}" for name in EVALUATE_FILES)) and Path(value).exists():
+        node[last] = str(Path(value).absolute())
+        return
     try:
         node[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -1,7 +1,7 @@
 """Paths of all files and folders that a run writes (`diffpress compress --out DIR`).
 
-    recipe.json  stages/NN-NAME-KEY/  checkpoint/  float/  baseline/  bundle/  logs/NN-NAME-KEY/
-    evaluation.json  gates.json  latency.json  report.json  report.html  comparison.png
+    recipe.json  inputs.json  stages/NN-NAME-KEY/  checkpoint/  float/  baseline/  bundle/  logs/NN-NAME-KEY/
+    evaluation.json  gates.json  latency.json  report.json  report.html  comparison.png (or .npz)
 
 Other modules take their paths from a `Workspace`.
 """
@@ -20,8 +20,13 @@ class Workspace:
 
     @property
     def recipe(self) -> Path:
-        """Resolved recipe, by which a later run recognizes its folder."""
+        """Resolved recipe, by which a later run recognizes its folder; it is a recipe that repeats the run."""
         return self.root / "recipe.json"
+
+    @property
+    def inputs(self) -> Path:
+        """Hashes of the checkpoint and of the data that the run started from."""
+        return self.root / "inputs.json"
 
     @property
     def stages(self) -> Path:
@@ -84,6 +89,16 @@ class Workspace:
     def comparison(self) -> Path:
         """Images of the teacher and of the result from the same noise."""
         return self.root / "comparison.png"
+
+    @property
+    def comparison_arrays(self) -> Path:
+        """The same for samples that are not pictures: arrays `teacher` and `bundle`, float32 [N, ...]."""
+        return self.root / "comparison.npz"
+
+    @property
+    def compared(self) -> Path | None:
+        """The comparison image or arrays; None if the run could not sample."""
+        return next((file for file in (self.comparison, self.comparison_arrays) if file.is_file()), None)
 
     @property
     def report_data(self) -> Path:

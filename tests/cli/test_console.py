@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import logging
 
 import pytest
 
-from diffpress.cli.console import console
+from diffpress.cli.console import console, show_every_character
 
 logger = logging.getLogger("diffpress.somewhere")
 Captured = pytest.CaptureFixture[str]
@@ -63,3 +64,19 @@ def test_only_the_main_process_reports_progress(capsys: Captured, monkeypatch: p
             logger.info(f"progress of {rank}")
             logger.warning(f"warning of {rank}")
     assert capsys.readouterr() == ("  progress of 0\n", "warning: warning of 0\nwarning: warning of 1\n")
+
+
+def test_the_same_warning_is_printed_once(capsys: Captured) -> None:
+    with console():
+        for text in ("too long", "other", "too long"):
+            logger.warning(text)
+    assert capsys.readouterr().err == "warning: too long\nwarning: other\n"
+
+
+def test_characters_that_the_encoding_lacks_are_written_in_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", terminal)
+    show_every_character()
+    terminal.write("1.0 ± 0.1, café, 漢, \udcc3")
+    terminal.flush()
+    assert terminal.buffer.getvalue() == b"1.0 +- 0.1, caf\\xe9, \\u6f22, \\udcc3"

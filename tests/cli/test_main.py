@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -13,9 +16,9 @@ from typing import Any
 
 import pytest
 
+from diffpress.cli.arguments import utf8_text
 from diffpress.cli.main import VERBS, main
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.spec import DenoiserSpec
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "runtime" / "tiny_bundle"
@@ -42,12 +45,14 @@ gates: {parity_sqnr_db: 190}
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch = pytest.importorskip("torch")
-    from diffusers import UNet2DModel
+    from diffusers import DDPMScheduler, UNet2DModel
 
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("teacher")
     model: Any = UNet2DModel(**UNET)
     model.save_pretrained(folder / "unet")
+    scheduler: Any = DDPMScheduler()
+    scheduler.save_pretrained(folder / "scheduler")
     return folder
 
 
@@ -163,6 +168,43 @@ def test_a_missing_extra_is_named_with_its_install_command(words: tuple[object, 
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["compress", "plan", "export", "init", "recipes", "schema", "sample", "info"])
+def test_help_loads_no_heavy_package(verb: str) -> None:
+    done = in_fresh_process(verb, "--help", code=LOADED)
+    assert done.returncode == 0 and f"usage: diffpress {verb}" in done.stdout
+    assert not packages(done) & {"torch", "diffusers", "transformers", "onnx", "pydantic"}
+
+
+@pytest.mark.parametrize("words", [("recipes",), ("init", "--out", "r.yaml"), ("schema",)], ids=lambda words: words[0])
+def test_verbs_about_recipes_do_not_load_torch(words: tuple[str, ...], tmp_path: Path) -> None:
+    done = in_fresh_process(*words, code=LOADED, cwd=tmp_path)
+    assert done.returncode == 0 and not packages(done) & {"torch", "diffusers", "transformers"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--recipe", "int9"), "unknown recipe 'int9': did you mean 'int8'?"),
+        (
+            ("--recipe", "misspelt.yaml"),
+            "misspelt.yaml: unknown key 'stages[0].quantize.fromat'; did you mean",
+        ),
+        (("--set", "evaluate.samples=4"), "--set evaluate.samples=4: evaluate.samples: "),
+        (("--set", "prune.ratio=much"), "--set prune.ratio=much: stages[1].prune.ratio: "),
+        (("--set", "data=nowhere.npz"), "--set data=nowhere.npz: data: "),
+    ],
+)
+@pytest.mark.parametrize("verb", ["compress", "plan"])
+def test_a_mistake_in_a_recipe_is_reported_before_torch_is_imported(
+    verb: str, words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "misspelt.yaml").write_text("stages: [{quantize: {fromat: int8}}]")
+    out = ("--out", "out") if verb == "compress" else ()
+    done = in_fresh_process(verb, *words, *out, code=LOADED, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"diffpress: {message}") and done.stderr.count("\n") == 1
+    assert not packages(done) & {"torch", "diffusers", "transformers"}
+
+
 # --- exit codes ------------------------------------------------------------------------------------------------
 
 
@@ -170,7 +212,7 @@ def test_a_missing_extra_is_named_with_its_install_command(words: tuple[object, 
     ("words", "culprit"),
     [
         ((), "VERB"),
-        (("compres",), "compres"),
+        (("compres",), "unknown command 'compres': did you mean 'compress'?"),
         (("compress",), "--out"),
         (("plan", "--recip", "--nonsense"), "--recip"),
         (("plan", "a", "b"), "b"),
@@ -181,7 +223,7 @@ def test_a_missing_extra_is_named_with_its_install_command(words: tuple[object, 
 )
 def test_invalid_command_lines_are_refused(words: tuple[object, ...], culprit: str, call: Call) -> None:
     code, _, error = call(*words)
-    assert code == 2 and culprit in error.splitlines()[-1] and "Traceback" not in error
+    assert code == 2 and culprit in error and error.startswith("diffpress: ") and error.count("\n") == 1
 
 
 def test_a_missing_checkpoint_is_refused_by_every_verb_that_reads_one(
@@ -248,8 +290,8 @@ def test_too_few_samples_to_evaluate_are_refused(
 def test_evaluating_a_student_with_other_steps_prints_a_warning(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     from diffpress.compress.evaluation import evaluate as module
 
-    def evaluate(network: object, spec: DenoiserSpec, *rest: object) -> None:
-        raise InvalidInputError(f"{spec.plan.steps} steps")
+    def evaluate(subject: Any, *rest: object) -> None:
+        raise InvalidInputError(f"{subject.spec.plan.steps} steps")
 
     monkeypatch.setattr(module, "evaluate", evaluate)
     student = ROOT / "calib_data" / "student"
@@ -284,6 +326,42 @@ def test_an_interrupted_command_says_how_to_resume(call: Call, monkeypatch: pyte
     monkeypatch.setattr(plan, "run", interrupt)
     code, _, error = call("plan")
     assert code == 130 and error.count("\n") == 1 and "run the same command again to resume" in error
+
+
+def test_a_verb_may_say_what_an_interruption_left(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffpress.cli import plan
+
+    def interrupt(args: object) -> None:
+        raise KeyboardInterrupt("4 of 7 images are kept")
+
+    monkeypatch.setattr(plan, "run", interrupt)
+    assert call("plan") == (130, "", "diffpress: interrupted; 4 of 7 images are kept\n")
+
+
+@pytest.mark.parametrize("words", ["recipes", "schema", "--help", "schema --help"])
+def test_a_reader_that_stops_reading_is_no_error(words: str) -> None:
+    command = f"{shlex.quote(sys.executable)} -m diffpress {words} | true; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_prompts_and_paths_need_no_unicode_terminal(tmp_path: Path) -> None:
+    if sys.platform == "win32":
+        pytest.skip("there is no C locale")
+    folder = shutil.copytree(TINY, tmp_path / "bündel")
+    for locale in ({"PYTHONIOENCODING": "ascii"}, {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        command = [sys.executable, "-m", "diffpress", "sample", str(folder), "-n1", "--out", str(tmp_path / "é.png")]
+        done = subprocess.run(
+            command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "LC_ALL": "C", **locale}
+        )
+        assert done.returncode == 0 and "1 image, 8 steps" in done.stdout, done.stderr
+    assert (tmp_path / "é.png").is_file()
+
+
+def test_an_argument_of_bytes_is_read_as_utf_8() -> None:
+    assert utf8_text("café 漢") == utf8_text("café 漢".encode().decode("ascii", "surrogateescape")) == "café 漢"
+    with pytest.raises(argparse.ArgumentTypeError, match="is not UTF-8"):
+        utf8_text(b"\xff".decode("ascii", "surrogateescape"))
 
 
 def test_an_unexpected_error_keeps_its_traceback(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,16 +428,18 @@ def test_a_failed_gate_gives_exit_code_1_and_keeps_the_output(run: tuple[int, Pa
     assert [record["stage"] for record in report["history"]] == ["schedule", "prune"]
 
 
+@pytest.mark.parametrize("recipe_of_the_run", ["recipe.yaml", "out/recipe.json"])
 def test_repeating_a_run_only_loads_existing_results(
-    run: tuple[int, Path], teacher: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    recipe_of_the_run: str, run: tuple[int, Path], teacher: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from diffpress.export import run_bundles as module
 
     _, folder = run
     monkeypatch.setattr(module, "export_bundle", lambda *a, **k: pytest.fail("exported again"))
-    code, output, error = call("compress", teacher, "--recipe", folder / "recipe.yaml", "--out", folder / "out")
+    code, output, error = call("compress", teacher, "--recipe", folder / recipe_of_the_run, "--out", folder / "out")
     assert code == 1 and output.count("done before") >= 4
-    assert error.count("\n") == 1 and "gate failed: parity_sqnr_db is " in error and "the bound is 190" in error
+    last = error.splitlines()[-1]
+    assert "gate failed: parity_sqnr_db is " in last and "the bound is 190" in last
 
 
 def test_another_recipe_in_the_same_folder_is_refused(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,12 @@ def test_info_describes_a_bundle(capsys: pytest.CaptureFixture[str]) -> None:
         "guidance": 1.0,
         "output_corrections": False,
     }
+
+
+def test_the_folder_of_a_compress_run_stands_for_its_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "work" / "bundle")
+    facts = json.loads(output(capsys, "info", tmp_path / "work", "--json"))
+    assert facts["kind"] == "bundle" and facts["path"] == str(tmp_path / "work" / "bundle")
 
 
 def test_info_describes_a_checkpoint_without_loading_its_weights(capsys: pytest.CaptureFixture[str]) -> None:

@@ -175,10 +175,11 @@ def test_images_that_do_not_match_the_model_are_refused_before_any_stage(
         "images are": {"x": np.zeros((5, 9, 9), np.uint8), "y": np.zeros(5)},
         "no labels": {"x": np.zeros((5, 8, 8), np.uint8)},
         "labels reach 3": {"x": np.zeros((5, 8, 8), np.uint8), "y": np.full(5, 3)},
-        "no array 'x'": {"images": np.zeros(3)},
+        "expected either 'x'": {"y": np.zeros(5)},
+        "'images' is float64": {"images": np.zeros(3)},
         "float64": {"x": np.zeros((5, 8, 8)), "y": np.zeros(5)},
         "no images": {"x": np.zeros((0, 8, 8), np.uint8), "y": np.zeros(0)},
-        "'y' has shape": {"x": np.zeros((5, 8, 8), np.uint8), "y": np.zeros(4)},
+        "'y' is float64": {"x": np.zeros((5, 8, 8), np.uint8), "y": np.zeros(4)},
     }
     for message, arrays in cases.items():
         np.savez(npz, **arrays)
@@ -198,8 +199,9 @@ def test_a_new_or_empty_folder_is_accepted(teacher: Checkpoint, recipe: Callable
     (tmp_path / "empty").mkdir()
     for name in ("empty", "new/deeper"):
         claim_folder(tmp_path / name, teacher, recipe(), update=False)
-        facts = json.loads((tmp_path / name / "recipe.json").read_text())
-        assert facts["teacher"] == teacher.hash and facts["seed"] == 2
+        found = json.loads((tmp_path / name / "recipe.json").read_text())
+        inputs = json.loads((tmp_path / name / "inputs.json").read_text())
+        assert found["seed"] == 2 and inputs["teacher"] == teacher.hash
 
 
 def test_the_same_recipe_may_run_again(teacher: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path) -> None:

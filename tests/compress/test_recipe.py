@@ -12,8 +12,10 @@ import pytest
 
 from diffpress.cli.plan import add_arguments
 from diffpress.compress.builtin import CALIB_DATA, RECIPES
+from diffpress.compress.distillation.distill import KINDS
 from diffpress.compress.recipe import Recipe
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.files import write_json
 
 RECIPE = """
 seed: 3
@@ -286,3 +288,82 @@ def test_quantization_bounds_are_read_and_an_invalid_one_is_named_with_its_path(
     refused(wrong % "min_sqnr: 30", "stages[0].quantize.bounds.min_sqnr", "did you mean 'min_sqnr_db'?")
     refused(wrong % "", "stages[0].quantize.bounds", "give at least one of min_sqnr_db, ")
     refused(wrong % "max_size_mib: 0", "stages[0].quantize.bounds.max_size_mib", "greater than 0")
+
+
+# --- recipes of runs, and who is to blame ------------------------------------------------------------------------
+
+
+def test_the_resolved_recipe_of_a_run_is_a_recipe(npz: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(npz.parent)  # the recipe names its data relative to itself, the run's folder is elsewhere
+    Path("r.yaml").write_text(RECIPE + f"data: {npz.name}\n")
+    found = Recipe.load("r.yaml", ("evaluate.samples=8", "quantize.qat.learning_rate=1.0e-07"))
+    again = tmp_path / "elsewhere" / "recipe.json"
+    write_json(again, {key: value for key, value in found.to_json().items() if value is not None})
+    monkeypatch.chdir(tmp_path)
+    assert Recipe.load(again).to_json() == found.to_json() and Recipe.load(again).data == npz.resolve()
+    assert Recipe.load(again, ("seed=9",)).seed == 9
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *(path.read_text() for path in sorted(RECIPES.glob("*.yaml"))),
+        "stages: [schedule, prune, distill, quantize]",
+        "stages: [{schedule: {search: gits, refine: 2}}]",
+        "stages: [{schedule: {timesteps: [900, 500, 100]}}]",
+        *(f"stages: [prune, {{distill: {{kind: {kind}}}}}]" for kind in KINDS),
+        "stages: [{quantize: {format: w4a8, awq: true, calibration: mse}}]",
+        "stages: [{quantize: {smoothquant: {alpha: 0.3}, qat: true, ignored_layers: [up], gptq: {samples: 3}}}]",
+        "stages: [{quantize: {svdquant: true, format_overrides: {up: float}, bounds: {min_sqnr_db: 20}}}]",
+        "export: {targets: [tensorrt], tensorrt: {sizes: [[8, 8], [16, 16]]}}",
+    ],
+)
+def test_every_resolved_recipe_reads_back_unchanged(text: str, recipe: Callable[..., Recipe], tmp_path: Path) -> None:
+    found = recipe(text).to_json()
+    write_json(tmp_path / "recipe.json", {key: value for key, value in found.items() if value is not None})
+    assert Recipe.load(tmp_path / "recipe.json").to_json() == found
+
+
+def test_built_in_data_keeps_its_name_in_a_resolved_recipe(recipe: Callable[..., Recipe]) -> None:
+    assert recipe("data: calib_data/calibration.npz").to_json()["data"] == "calib_data/calibration.npz"
+
+
+def test_broken_json_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "recipe.json").write_text("{'seed': 1}")
+    with pytest.raises(InvalidInputError, match=r"recipe.json: not valid JSON"):
+        Recipe.load(tmp_path / "recipe.json")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["quantize.fromat=int8"], "--set quantize.fromat=int8: unknown key 'stages[0].quantize.fromat'; did you mean"),
+        (["quantize.samples=0"], "--set quantize.samples=0: stages[0].quantize.samples: "),
+        (["quantize.samples=abc", "seed=3"], "--set quantize.samples=abc: stages[0].quantize.samples: "),
+        (["seed=3", "seed=-1"], "--set seed=-1: seed: -1"),
+        (["quantise.samples=4"], "--set quantise.samples=4: unknown key 'quantise'; did you mean 'quantize'?"),
+        (["sead=1"], "--set sead=1: unknown key 'sead'; did you mean 'seed'?"),
+        (["data=nope.npz"], "--set data=nope.npz: data: "),
+        (["evaluate.samples=4"], "--set evaluate.samples=4: evaluate.samples: "),
+        (["stages=[distill]"], "--set stages=[distill]: stages[0]: distill: {kind: recover} must come after prune"),
+    ],
+)
+def test_a_mistake_in_an_override_names_the_override_and_not_the_recipe(overrides: list[str], message: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        Recipe.load("int8", overrides)
+    assert str(caught.value).startswith(message) and "int8.yaml" not in str(caught.value).split(";")[0]
+
+
+def test_a_mistake_in_the_file_names_the_file_even_with_overrides(refused: Callable[..., None]) -> None:
+    refused("stages: [{prune: {ratoi: 0.2}}]", "r.yaml: unknown key 'stages[0].prune.ratoi'", overrides=("seed=1",))
+
+
+def test_an_override_can_repair_a_recipe(recipe: Callable[..., Recipe]) -> None:
+    assert recipe("seed: -1", "seed=1").seed == 1
+
+
+def test_data_in_an_override_is_relative_to_the_current_folder_first(
+    npz: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(npz.parent)
+    assert Recipe.load("int8", (f"data={npz.name}",)).data == npz.resolve()

@@ -21,8 +21,9 @@ from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import flow_schedule
 from diffpress.runtime.pipeline import Pipeline, has_fixed_size, resized
 from diffpress.runtime.sampling_plan import SamplingPlan, make_plan
+from diffpress.runtime.spaced_timesteps import space
 from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.timesteps import TimestepSpacing, spaced_timesteps
+from diffpress.runtime.timesteps import TimestepSpacing
 
 FLOAT32, INT64 = np.dtype(np.float32), np.dtype(np.int64)
 SCHEDULE = flow_schedule(1000)
@@ -100,6 +101,9 @@ class Letters:
     def no_padding(self) -> None:
         pass
 
+    def get_added_tokens_decoder(self) -> dict[int, Any]:
+        return {}
+
     def encode(self, text: str) -> Any:
         ids = [ord(letter) - 96 for letter in text]
         rest = SimpleNamespace(offsets=[(self.length, len(text))], special_tokens_mask=[0])
@@ -148,7 +152,7 @@ def test_a_larger_image_is_shifted_further_towards_the_noise() -> None:
     # shift exp(m), m linear from 0.5 at 16 tokens to 1.25 at 64 tokens, as in Flux
     spacing = TimestepSpacing("linspace", integer=False, dynamic=(0.5, 1.25, 16, 64))
     spec = make_spec(spacing=spacing)
-    steps = spaced_timesteps(spacing, 4, SCHEDULE, spec.tokens(spec.sample_shape))
+    steps = space(spacing, 4, SCHEDULE, spec.tokens(spec.sample_shape)).timesteps
     spec = spec.with_plan(SamplingPlan("euler", steps, clip=False))
     large = resized(spec, (64, 64))
     assert spec.tokens(spec.sample_shape) == 16 and large.tokens(large.sample_shape) == 64

@@ -1,4 +1,4 @@
-"""Image output: float arrays to 8-bit pixels, image grids, and atomic PNG writes.
+"""Image output: float arrays to 8-bit pixels, image grids, and atomic writes of PNG, JPEG and WebP.
 
 pixel = round(255 (x - low) / (high - low)),  clipped to 0..255
 """
@@ -6,8 +6,9 @@ pixel = round(255 (x - low) / (high - low)),  clipped to 0..255
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -16,6 +17,27 @@ from diffpress.runtime.io.files import atomic
 
 if TYPE_CHECKING:
     from PIL import Image
+
+GRID_GAP = 2  # white pixels between neighbouring images
+
+
+class ImageFormat(NamedTuple):
+    """How Pillow writes an image file, and what the format can store."""
+
+    name: str
+    options: dict[str, Any]
+    longest_side: int
+    channels: tuple[int, ...] = (1, 3, 4)
+
+
+_JPEG = ImageFormat("JPEG", {"quality": 95}, 2**16 - 1, (1, 3))
+FORMATS = {
+    "": ImageFormat("PNG", {}, 2**31 - 1),
+    ".png": ImageFormat("PNG", {}, 2**31 - 1),
+    ".jpg": _JPEG,
+    ".jpeg": _JPEG,
+    ".webp": ImageFormat("WEBP", {"quality": 95}, 2**14 - 1),
+}
 
 
 def to_uint8(images: np.ndarray, data_range: tuple[float, float] = (-1.0, 1.0)) -> np.ndarray:
@@ -30,12 +52,12 @@ def to_pil(images: np.ndarray, data_range: tuple[float, float] = (-1.0, 1.0)) ->
     from PIL import Image
 
     if images.shape[1] not in (1, 3, 4):
-        raise InvalidInputError(f"samples with {images.shape[1]} channels are no pictures; decode them first")
+        raise InvalidInputError(f"samples with {images.shape[1]} channels are not pictures; decode them first")
     pixels = to_uint8(images, data_range)
     return [Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array) for array in pixels]
 
 
-def image_grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> np.ndarray:
+def image_grid(pixels: np.ndarray, columns: int | None = None, gap: int = GRID_GAP) -> np.ndarray:
     """Arrange images in one image grid, roughly square by default.
 
     Args:
@@ -61,18 +83,25 @@ def image_grid(pixels: np.ndarray, columns: int | None = None, gap: int = 2) -> 
     return canvas[: canvas.shape[0] - gap, : canvas.shape[1] - gap]
 
 
-def write_png(pixels: np.ndarray, path: Path) -> None:
-    """Write a PNG atomically.
+def write_image(pixels: np.ndarray, path: Path, text: Mapping[str, str] | None = None) -> None:
+    """Write an image atomically.
 
     Args:
         pixels: uint8 [H, W, C] with 1, 3 or 4 channels.
-        path: File to write; missing parent folders are created.
+        path: File to write, in the format of its suffix (`FORMATS`); missing parent folders are created.
+        text: Text entries of a PNG; other formats store none.
 
     Raises:
         InvalidInputError: The file cannot be written.
     """
     from PIL import Image
+    from PIL.PngImagePlugin import PngInfo
 
-    image = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
-    with atomic(path) as temporary:
-        image.save(temporary, format="PNG")
+    image, kind = Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels), FORMATS[path.suffix.lower()]
+    options = dict(kind.options)
+    if text and kind.name == "PNG":
+        options["pnginfo"] = PngInfo()
+        for key, value in text.items():
+            options["pnginfo"].add_text(key, value)  # as iTXt (UTF-8) if it is not Latin-1
+    with atomic(path, errors=ValueError) as temporary:
+        image.save(temporary, format=kind.name, **options)

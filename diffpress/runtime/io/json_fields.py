@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import Any
 
 from diffpress.runtime.errors import InvalidInputError
@@ -35,6 +35,16 @@ def check_fields(cls: type, data: Any, where: str) -> dict[str, Any]:
     if unknown:
         raise InvalidInputError(f"{where}: unknown entry '{unknown[0]}'")
     return data
+
+
+def without_defaults(value: Any, names: Iterable[str]) -> dict[str, Any]:
+    """Return a dataclass as a dict, without those of the named fields that have their default value.
+
+    Fields that were added later are named, so that the JSON form of older data, and its hash, stays the same.
+    """
+    defaults = {field.name: field.default for field in fields(value)}
+    unused = {name for name in names if getattr(value, name) == defaults[name]}
+    return {name: entry for name, entry in asdict(value).items() if name not in unused}
 
 
 def floats(values: Any) -> tuple[float, ...]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.io.images import image_grid, to_uint8, write_png
+from diffpress.runtime.io.images import image_grid, to_uint8, write_image
 
 
 def test_the_data_range_maps_to_0_to_255_and_other_values_are_clipped() -> None:
@@ -58,7 +58,7 @@ def test_a_png_reads_back_unchanged(tmp_path: Path, channels: int) -> None:
     from PIL import Image
 
     pixels = np.random.default_rng(0).integers(0, 256, (6, 7, channels), dtype=np.uint8)
-    write_png(pixels, tmp_path / "deep" / "grid.png")
+    write_image(pixels, tmp_path / "deep" / "grid.png")
     with Image.open(tmp_path / "deep" / "grid.png") as image:
         assert np.array_equal(np.asarray(image).reshape(pixels.shape), pixels) and image.format == "PNG"
 
@@ -77,7 +77,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_temporary_file(
 
     monkeypatch.setattr(Image.Image, "save", write_half)
     with pytest.raises(InvalidInputError, match="no space left"):
-        write_png(np.zeros((2, 2, 1), np.uint8), path)
+        write_image(np.zeros((2, 2, 1), np.uint8), path)
     assert path.read_bytes() == b"the old one" and list(tmp_path.iterdir()) == [path]
 
 
@@ -85,14 +85,14 @@ def test_a_reader_of_the_old_file_is_not_disturbed(tmp_path: Path) -> None:
     path = tmp_path / "grid.png"
     path.write_bytes(b"the old one")
     with path.open("rb") as reader:
-        write_png(np.zeros((2, 2, 1), np.uint8), path)
+        write_image(np.zeros((2, 2, 1), np.uint8), path)
         assert reader.read() == b"the old one"
     assert path.read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_written_file_has_the_default_permissions(tmp_path: Path) -> None:
     (tmp_path / "other").write_text("")
-    write_png(np.zeros((2, 2, 1), np.uint8), tmp_path / "grid.png")
+    write_image(np.zeros((2, 2, 1), np.uint8), tmp_path / "grid.png")
     mode = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("other", "grid.png")]
     assert mode[0] == mode[1]
 
@@ -100,7 +100,7 @@ def test_a_written_file_has_the_default_permissions(tmp_path: Path) -> None:
 def test_an_unwritable_path_raises(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInputError, match="choose another path"):
-        write_png(np.zeros((2, 2, 1), np.uint8), tmp_path / "file" / "grid.png")
+        write_image(np.zeros((2, 2, 1), np.uint8), tmp_path / "file" / "grid.png")
     with pytest.raises(InvalidInputError, match="choose another path"):
-        write_png(np.zeros((2, 2, 1), np.uint8), tmp_path)
+        write_image(np.zeros((2, 2, 1), np.uint8), tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
