@@ -6,11 +6,11 @@ Heavy packages are imported inside the functions, so that each needs only what i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-from diffpress.compress.builtin import FEATURES, REFERENCE, TEACHER
+from diffpress.compress.builtin import TEACHER
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from diffpress.runtime.bundle import Bundle
     from diffpress.runtime.engines.options import EngineOptions
     from diffpress.runtime.engines.tensorrt.options import BuildOptions
+
+PIXEL_SAMPLES, LATENT_SAMPLES = 2000, 64  # of `evaluate`, per seed
 
 
 def load(reference: str | Path = TEACHER, *, loras: Sequence[str] = (), config: str | Path | None = None) -> Checkpoint:
@@ -65,7 +67,7 @@ def compress(
         stages: A stage object (`Prune`, `Recover`, `Quantize`, ...) or several in order; or a `Recipe`, a recipe's
             file, or the name of a built-in recipe, of which only the stages are run.
         out: Folder for the finished stages. The same call again resumes there.
-        data: Training images (.npz), or prompts (.txt) for models of text. A recipe names its own.
+        data: Training samples (.npz or .npy), or prompts (.txt) for models of text. A recipe names its own.
         seed: Every random draw follows from it (0). A recipe names its own.
         update: Accept an `out` that was made with other settings, and redo only what changed.
 
@@ -111,6 +113,7 @@ def export(
     compute_capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
     threads: int | None = None,
+    parity_sqnr_db: float | None = None,
 ) -> Bundle:
     """Export a checkpoint as a bundle: the folder that is deployed and sampled from without torch.
 
@@ -125,10 +128,11 @@ def export(
         compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
         build: How TensorRT engines are built.
         threads: Processor threads of the parity check; None for all.
+        parity_sqnr_db: SQNR to torch in dB that the denoiser's graphs must reach; None for the built-in bounds.
 
     Raises:
         InvalidInputError: For options that do not fit the checkpoint.
-        GateFailedError: If parity with torch fails.
+        GateFailedError: If parity with torch fails. The bundle is kept, and its manifest lists what failed.
 
     Examples:
         >>> import diffpress as dp
@@ -161,7 +165,8 @@ def export(
         config = ExportConfig.model_validate(settings)
     except ValidationError as error:
         raise input_error(error, ExportConfig, "export") from error
-    return export_bundle(checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint), Path(out), config)
+    checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
+    return export_bundle(checkpoint, Path(out), config, parity_sqnr_db=parity_sqnr_db)
 
 
 def bench(
@@ -199,12 +204,13 @@ def evaluate(
     subject: str | Path,
     *,
     against: str | Path | None = None,
-    samples: int = 2000,
+    samples: int | None = None,
     seeds: int = 3,
     batch: int = 64,
     steps: int | None = None,
-    features: str | Path = FEATURES,
-    reference: str | Path = REFERENCE,
+    features: str | Path | None = None,
+    reference: str | Path | None = None,
+    prompts: str | Path | None = None,
     engine: str | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
@@ -213,12 +219,16 @@ def evaluate(
     Args:
         subject: A bundle, which runs in an engine, or a checkpoint, which runs in torch.
         against: Another bundle or checkpoint, for PSNR and SSIM from the same noise.
-        samples: Images for each seed, at least 8.
+        samples: Images for each seed, at least 8; None for 2000 in pixel space and 64 for models of latents.
         seeds: Independent draws, of which mean and standard deviation are given.
         batch: Images sampled together.
         steps: Denoising steps other than the sampling plan's.
-        features: Feature network (ONNX: input "sample", outputs "features" and "logits").
-        reference: Real images as .npz, or their features.
+        features: Image encoder (ONNX; see `diffpress.compress.evaluation.features`), with a text encoder also for a
+            CLIP score. None for the built-in one, which fits 28 x 28 grey images; a model of latents is then only
+            compared with `against`.
+        reference: Real images as .npz or a folder, or their features as .npz. None for the built-in images with the
+            built-in features, else for samples of `against`.
+        prompts: Prompts of a text model, one per line, used in turn; None for the built-in ones.
         engine: Engine of a bundle; None for the first one that can run here.
         threads: Processor threads; None for all.
 
@@ -233,23 +243,42 @@ def evaluate(
     """
     from diffpress.compress.config import EvaluateConfig
     from diffpress.compress.evaluation.evaluate import evaluate as score_samples
-    from diffpress.compress.evaluation.evaluate import paired
-    from diffpress.compress.evaluation.features import load_features, load_reference
-    from diffpress.compress.evaluation.subject import open_network
+    from diffpress.compress.evaluation.evaluate import open_features, open_reference, paired, unscored
+    from diffpress.compress.evaluation.open_subject import open_subject
+    from diffpress.compress.training.teacher_data import read_prompts
     from diffpress.runtime.requested_plan import requested_spec
 
     for name, value, least in (("samples", samples, 8), ("seeds", seeds, 1), ("batch", batch, 1)):
-        if value < least:
+        if value is not None and value < least:
             raise InvalidInputError(f"{name} = {value}: too few, give at least {least}")
-    network, spec = open_network(str(subject), engine, threads)
-    with closing(network):
-        spec = requested_spec(spec, steps)
-        feature_network = load_features(Path(features), spec, threads)
-        real = load_reference(Path(reference), feature_network, spec)
-        config = EvaluateConfig(samples=samples, seeds=seeds, batch=batch)
-        result = score_samples(network, spec, config, feature_network, real)
+    texts = read_prompts(None if prompts is None else Path(prompts))
+    with ExitStack() as stack:
+        ours = stack.enter_context(closing(open_subject(str(subject), engine, threads, texts=texts)))
+        if prompts is not None and ours.encode is None:
+            raise InvalidInputError(f"{prompts}: {subject} encodes no prompts; leave them out")
+        ours = ours.with_spec(requested_spec(ours.spec, steps))
+        count = samples or (PIXEL_SAMPLES if ours.spec.is_pixel_space else LATENT_SAMPLES)
+        config = EvaluateConfig(
+            samples=count,
+            seeds=seeds,
+            batch=batch,
+            features=None if features is None else Path(features),
+            reference=None if reference is None else Path(reference),
+        )
+        feature_network = open_features(config, ours.spec, threads)
+        other = None
         if against is not None:
-            other, _ = open_network(str(against), engine, threads)
-            with closing(other):
-                result["paired"] = paired(network, other, spec, config, Path(against).name)
+            other = stack.enter_context(closing(open_subject(str(against), engine, threads, texts=texts)))
+        elif feature_network is None:
+            raise InvalidInputError(
+                f"{subject}: no built-in features fit its images; name an ONNX image encoder with --features, or a "
+                "model to compare it with from the same noise with --against"
+            )
+        result = unscored(config)
+        if feature_network is not None:
+            named = "" if against is None else Path(against).name
+            real = open_reference(config, feature_network, ours.spec, other, named)
+            result = score_samples(ours, config, feature_network, real)
+        if other is not None:
+            result["paired"] = paired(ours, other, config, Path(str(against)).name)
     return result

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write JSON if asked."""
     from diffpress.compress.evaluation.bench import bench
-    from diffpress.runtime.benchmarking.bench import table
+    from diffpress.runtime.benchmarking.bench import Overhead, table
     from diffpress.runtime.io.files import write_json
 
     # `load_ms` is that of a first load, so nothing is cached but TensorRT engines built with --rebuild
@@ -50,9 +50,8 @@ def run(args: argparse.Namespace) -> int:
     for what, reason in result["left_out"].items():
         print(f"left out: {what}: {reason}")
     print(table(result["rows"]))
-    for name, share in result["sampler_overhead"].items():
-        found = f"{share:.2%} of the sampling time" if share > 0 else "below the noise of this run"
-        print(f"sampler overhead outside {name}: {found} at batch {min(args.batch)}")
+    for name, overhead in result["sampler_overhead"].items():
+        print(f"sampler overhead outside {name}: {Overhead(**overhead)}, batch {min(args.batch)}")
     if args.json:
         write_json(args.json, result)
         print(f"written to {args.json}")

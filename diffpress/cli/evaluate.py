@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffpress.compress.builtin import FEATURES, REFERENCE
-
 EXAMPLE = "diffpress evaluate work/bundle --against work/baseline --samples 500"
 
 
@@ -16,15 +14,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         type=Path,
-        default=REFERENCE,
         metavar="DATA",
-        help="npz of real images, or of their features (default: Fashion-MNIST's test images)",
+        help="npz or folder of real images, or npz of their features (default: Fashion-MNIST's test images for the "
+        "built-in features, else samples of --against)",
     )
-    parser.add_argument("--features", type=Path, default=FEATURES, metavar="NET", help="feature network, ONNX")
+    parser.add_argument(
+        "--features",
+        type=Path,
+        metavar="NET",
+        help="image encoder, ONNX; with a text encoder (CLIP) it also scores prompts (default: the built-in one, for "
+        "28 x 28 grey images)",
+    )
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts of a text model, one per line, in turn")
     parser.add_argument(
         "--against", metavar="BUNDLE_OR_CHECKPOINT", help="also compute PSNR and SSIM to this one, from the same noise"
     )
-    parser.add_argument("--samples", type=int, default=2000, help="images for each seed (2000)")
+    parser.add_argument("--samples", type=int, help="images for each seed (2000; 64 for models of latents)")
     parser.add_argument("--seeds", type=int, default=3, help="independent draws (3)")
     parser.add_argument("--batch", type=int, default=64, help="images sampled together (64)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps other than the sampling plan's")
@@ -36,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Score the subject's samples, print the scores and write them as JSON where asked."""
     from diffpress.api import evaluate
-    from diffpress.compress.evaluation.subject import log_evaluation
+    from diffpress.compress.evaluation.summary import log_evaluation
     from diffpress.runtime.io.files import write_json
 
     result = evaluate(
@@ -48,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         steps=args.steps,
         features=args.features,
         reference=args.reference,
+        prompts=args.prompts,
         engine=args.engine,
         threads=args.threads,
     )

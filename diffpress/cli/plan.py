@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 from pathlib import Path
 
 from diffpress.cli.arguments import add_recipe_arguments, loaded
@@ -19,12 +20,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the resolved stages with the sizes before and after."""
-    from diffpress.compress.dry_run import dry_run
     from diffpress.compress.recipe import Recipe
+
+    recipe = Recipe.load(args.recipe, args.set)  # a mistake in it is reported before torch is imported
+    from diffpress.compress.dry_run import dry_run
     from diffpress.export.run import check_recipe
     from diffpress.runtime.io.files import write_json
 
-    recipe, checkpoint = Recipe.load(args.recipe, args.set), loaded(args)
+    if args.json == "-":
+        logging.getLogger("diffpress").setLevel(logging.WARNING)  # what is printed is JSON
+    checkpoint = loaded(args)
     check_recipe(recipe, checkpoint, str(args.recipe))
     result = dry_run(checkpoint, recipe)
     if args.json == "-":
@@ -40,7 +45,17 @@ def run(args: argparse.Namespace) -> int:
         settings = ", ".join(f"{k}={v}" for k, v in changed.items())
         print(f"  {number + 1}. {stage.name:<9} {settings}")
         print(f"     -> {_describe_sizes(entry['after'])}")
+        if entry["seconds"] is not None:
+            print(
+                f"     about {_duration(entry['seconds'])} on this machine, peak memory about {entry['peak_mib']:,} MiB"
+            )
     return 0
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
 
 
 def _describe_sizes(sizes: dict[str, int] | None) -> str:

@@ -20,7 +20,8 @@ def run(args: argparse.Namespace) -> int:
 
     workspace = Workspace(args.folder)
     print(summary(write_report(workspace.root)))
-    print(f"images  {workspace.comparison}")
+    if workspace.compared is not None:
+        print(f"images  {workspace.compared}")
     print(f"bundle  {workspace.bundle}")
     print(f"report  {workspace.report_page}")
     return 0

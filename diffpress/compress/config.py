@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -123,7 +124,9 @@ class GatesConfig(Config):
         None, gt=0.0, description="Maximum Fréchet distance of the samples, as a ratio to the teacher's."
     )
     parity_sqnr_db: float | None = Field(
-        None, description="Minimum SQNR between the engine's and the torch model's output, in dB."
+        None,
+        description="Minimum SQNR between the engine's and the float torch model's samples, in dB, in place of the "
+        "built-in bounds.",
     )
 
 
@@ -133,6 +136,19 @@ class EvaluateConfig(Config):
     samples: int = Field(256, ge=8, description="Samples per seed.")
     seeds: int = Field(3, ge=1, description="Number of seeds; each gives one set of samples.")
     batch: int = Field(64, ge=1, description="Samples per batch.")
+    features: Path | None = Field(
+        None,
+        description="ONNX image encoder for the Fréchet distance and KID; None means the built-in one, which fits "
+        "28 x 28 grey images only.",
+    )
+    reference: Path | None = Field(
+        None,
+        description="Real images (.npz or a folder) for the features; None means other samples of the uncompressed "
+        "model, or the built-in images for the built-in features.",
+    )
+    prompts: Path | None = Field(
+        None, description="Prompts of a text model, one per line, used in turn; None means the built-in ones."
+    )
 
 
 def input_error(error: ValidationError, config: Any, where: str) -> InvalidInputError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,6 +10,8 @@ import torch
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
+from diffpress.compress.distillation.config import DistillConfig
+from diffpress.compress.effort import estimated_bytes, estimated_seconds, measure_cost
 from diffpress.compress.models.counts import count
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
@@ -16,44 +19,86 @@ from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, stored_bytes
 from diffpress.compress.quantization.layer_selection import choose_formats
 from diffpress.compress.recipe import Recipe
+from diffpress.compress.sampling_schedule.config import ScheduleConfig
+from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.compress.stages import STAGES
 
 
 class Estimate(NamedTuple):
-    """A checkpoint of the shapes that the run will have there, and its sizes."""
+    """A checkpoint of the shapes and the plan that the run will have there, and its sizes.
+
+    The sizes are None if the widths depend on the importance, which is measured in the run.
+    """
 
     checkpoint: Checkpoint
-    sizes: dict[str, int]
+    sizes: dict[str, int] | None
 
 
 def dry_run(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
-    """Return the resolved recipe, the stage order, and the sizes before and (if predictable) after each stage."""
+    """Return the resolved recipe, the stage order, and the sizes before and (if predictable) after each stage.
+
+    `seconds` and `peak_mib` of each stage are estimated from its evaluations of the network (compress/effort.py), as if
+    every stage had the network of the checkpoint.
+    """
     before = _sizes(checkpoint)
-    estimate: Estimate | None = Estimate(checkpoint, before)
-    stages: list[dict[str, Any]] = []
+    estimate, cost, stages = Estimate(checkpoint, before), measure_cost(checkpoint), list[dict[str, Any]]()
+    teacher_samples = _teacher_samples(checkpoint, recipe)
     for stage in recipe.stages:
-        if estimate is not None:
-            estimate = STAGES[stage.name].estimate(estimate, stage.config, recipe.seed)
-        sizes = None if estimate is None else estimate.sizes
-        stages.append({"name": stage.name, "config": stage.config.model_dump(mode="json"), "after": sizes})
+        work = STAGES[stage.name].work(stage.config, estimate.checkpoint.spec, teacher_samples)
+        estimate = STAGES[stage.name].estimate(estimate, stage.config, recipe.seed)
+        entry = {"name": stage.name, "config": stage.config.model_dump(mode="json"), "after": estimate.sizes}
+        seconds = peak_mib = None
+        if work is not None:
+            seconds = round(estimated_seconds(work, cost), 1)
+            peak_mib = round(estimated_bytes(work, cost, before["bytes"]) / 2**20)
+        stages.append(entry | {"seconds": seconds, "peak_mib": peak_mib})
     return {"recipe": recipe.to_json(), "order": [s.name for s in recipe.stages], "before": before, "stages": stages}
 
 
-def estimate_prune(estimate: Estimate, config: PruneConfig, seed: int) -> Estimate | None:
-    """Return the sizes after pruning; None if the widths depend on the importance, which is measured in the run."""
-    if config.scope == "global":
-        return None
-    # the widths depend on the ratio alone, and this criterion needs no data
+def _teacher_samples(checkpoint: Checkpoint, recipe: Recipe) -> int | None:
+    """Return how many samples the teacher makes as training data; None if each stage has its own number."""
+    if not checkpoint.spec.is_pixel_space:
+        return recipe.teacher_samples
+    return 0 if recipe.data is not None else None
+
+
+def estimate_schedule(estimate: Estimate, config: ScheduleConfig, seed: int) -> Estimate:
+    """Return the same sizes with the stage's plan; a search changes its timesteps, not their number."""
+    unsearched = config.model_copy(update={"search": None})
+    planned = schedule(estimate.checkpoint, unsearched, Context(seed, Path(), estimate.checkpoint))
+    return estimate._replace(checkpoint=planned)
+
+
+def estimate_distill(estimate: Estimate, config: DistillConfig, seed: int) -> Estimate:
+    """Return the same sizes; few-step students and those of kind guidance have a cheaper plan."""
+    spec, steps = estimate.checkpoint.spec, getattr(config, "sample_steps", None)
+    if steps is None and config.kind != "guidance":
+        return estimate
+    plan = replace(spec.plan.without_corrections, guidance=1.0)
+    if steps is not None:
+        plan = plan.spaced(spec.spacing, steps, spec.schedule, spec.tokens(spec.sample_shape))
+    return estimate._replace(checkpoint=estimate.checkpoint.evolve(spec=spec.with_plan(plan)))
+
+
+def estimate_prune(estimate: Estimate, config: PruneConfig, seed: int) -> Estimate:
+    """Return the sizes after pruning.
+
+    The model is pruned in any case, which refuses what the run will refuse and names the layers that it will skip.
+    """
+    # which layers can be pruned depends on the model alone, and this criterion needs no data
     by_magnitude = config.model_copy(update={"method": "magnitude"})
     pruned = prune(estimate.checkpoint, by_magnitude, Context(seed, Path(), estimate.checkpoint))
-    return Estimate(pruned, _sizes(pruned))
+    return Estimate(pruned, None if config.scope == "global" else _sizes(pruned))
 
 
 def estimate_quantize(estimate: Estimate, config: QuantizeConfig, seed: int) -> Estimate:
     """Return the sizes with the weights of every quantized layer in its format."""
     model = estimate.checkpoint.model
+    formats = choose_formats(model, config)
+    if estimate.sizes is None:
+        return estimate
     total = estimate.sizes["bytes"]
-    for name, kind in choose_formats(model, config).items():
+    for name, kind in formats.items():
         weight: torch.Tensor = model.get_submodule(name).weight  # type: ignore[assignment]
         total += stored_bytes(FORMATS[kind], weight.shape) - 4 * weight.numel()
     return estimate._replace(sizes={**estimate.sizes, "bytes": total})

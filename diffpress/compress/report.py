@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from diffpress.compress.evaluation.summary import spread
 from diffpress.compress.workspace import Workspace
 from diffpress.runtime.benchmarking.bench import TORCH, table
 from diffpress.runtime.bundle import load_bundle
@@ -78,20 +79,23 @@ def summary(facts: dict[str, Any]) -> str:
     evaluation = facts["evaluation"]
     if evaluation:
         ours, theirs = evaluation["bundle"], evaluation["baseline"]
-        lines.append(
-            (
-                f"Frechet distance ({ours['seeds']} x {ours['samples']})",
-                _spread(theirs["frechet"]),
-                _spread(ours["frechet"]),
-                f"{ours['frechet']['mean'] / theirs['frechet']['mean']:.3f}",
-            )
-        )
-        lines.append(("  real images", f"{theirs['frechet']['floor']:.3f}", "", ""))
-        lines.append(("KID", _spread(theirs["kid"], 4), _spread(ours["kid"], 4), ""))
+        if ours["frechet"]:
+            before, after, floor = theirs["frechet"], ours["frechet"], theirs["frechet"]["floor"]
+            # below the distance of real images to each other, a ratio compares noise with noise
+            measurable = max(before["mean"], after["mean"]) > floor
+            ratio = f"{after['mean'] / before['mean']:.3f}" if measurable else "both below real images"
+            name = f"Frechet distance ({ours['seeds']} x {ours['samples']})"
+            lines.append((name, spread(before), spread(after), ratio))
+            lines.append(("  real images", f"{floor:.3f}", "", ""))
+            lines.append(("KID", spread(theirs["kid"], 4), spread(ours["kid"], 4), ""))
+        if "clip_score" in ours:
+            lines.append(("CLIP score", spread(theirs["clip_score"], 2), spread(ours["clip_score"], 2), ""))
         if ours["label_accuracy"] is not None:
             lines.append(("label accuracy", f"{theirs['label_accuracy']:.3f}", f"{ours['label_accuracy']:.3f}", ""))
         if ours["paired"]:
-            lines.append(("PSNR to the teacher, same plan, dB", "", f"{ours['paired']['psnr_db']:.1f}", ""))
+            pairs = f"same plan, {ours['samples']} pairs"
+            lines.append((f"PSNR to the teacher, dB ({pairs})", "", f"{ours['paired']['psnr_db']:.1f}", ""))
+            lines.append(("SSIM to the teacher", "", f"{ours['paired']['ssim']:.3f}", ""))
     for name, old, new, ratio in _speeds(facts["bench"]):
         lines.append((name, old, new, ratio))
     widths = [max(len(line[i]) for line in lines) for i in range(4)]
@@ -122,10 +126,6 @@ def _speeds(bench: dict[str, Any] | None) -> list[tuple[str, str, str, str]]:
                     )
                 )
     return found
-
-
-def _spread(value: dict[str, float], digits: int = 3) -> str:
-    return f"{value['mean']:.{digits}f} ± {value['sd']:.{digits}f}"
 
 
 def _teacher_sqnr_db(changed: dict[str, Any]) -> Any:

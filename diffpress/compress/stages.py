@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
     from diffpress.compress.context import Context
     from diffpress.compress.dry_run import Estimate
+    from diffpress.compress.effort import Work
     from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -65,7 +66,9 @@ class StageDef:
         ordering: What cannot, or must, come before it.
         quantizes: Whether it gives the model quantization scales.
         trains: Whether it runs the training loop with these settings; several processes share that work.
-        estimate: (estimate, config, seed) -> sizes after the stage; None if they are not known before the run.
+        estimate: (estimate, config, seed) -> shapes, plan and sizes after the stage.
+        work: (config, spec, samples) -> network evaluations, for `plan`; None if unknown. `samples` are those that the
+            teacher makes as training data, None for the stage's own number.
         check: (config, spec, has_engines, where) raises for what cannot work, before any stage runs.
     """
 
@@ -75,7 +78,8 @@ class StageDef:
     ordering: tuple[OrderRule, ...] = ()
     quantizes: bool = False
     trains: Callable[[Any], bool] = lambda config: False
-    estimate: Callable[[Estimate, Any, int], Estimate | None] = lambda estimate, config, seed: estimate
+    estimate: Callable[[Estimate, Any, int], Estimate] = lambda estimate, config, seed: estimate
+    work: Callable[[Any, DenoiserSpec, int | None], Work | None] = lambda config, spec, samples: None
     check: Callable[[Any, DenoiserSpec, bool, str], None] = lambda config, spec, has_engines, where: None
 
     @property
@@ -116,6 +120,8 @@ STAGES: dict[str, StageDef] = {
             ScheduleConfig,
             lazy("diffpress.compress.sampling_schedule.schedule:schedule"),
             ordering=(_after_quantize("scales are calibrated on the trajectory that is deployed"), _after_few_steps()),
+            estimate=lazy("diffpress.compress.dry_run:estimate_schedule"),
+            work=lazy("diffpress.compress.effort:work_of_schedule"),
         ),
         StageDef(
             "prune",
@@ -123,6 +129,7 @@ STAGES: dict[str, StageDef] = {
             lazy("diffpress.compress.pruning.prune:prune"),
             ordering=(_after_quantize("scales are calibrated for one set of channels"), _after_few_steps()),
             estimate=lazy("diffpress.compress.dry_run:estimate_prune"),
+            work=lazy("diffpress.compress.effort:work_of_prune"),
         ),
         StageDef(
             "distill",
@@ -134,6 +141,8 @@ STAGES: dict[str, StageDef] = {
                 OrderRule(("prune",), ": nothing was lost yet", required=True, only=_RECOVER),
             ),
             trains=lambda config: True,
+            estimate=lazy("diffpress.compress.dry_run:estimate_distill"),
+            work=lazy("diffpress.compress.effort:work_of_distill"),
         ),
         StageDef(
             "quantize",
@@ -143,6 +152,7 @@ STAGES: dict[str, StageDef] = {
             quantizes=True,
             trains=lambda config: config.qat is not None,
             estimate=lazy("diffpress.compress.dry_run:estimate_quantize"),
+            work=lazy("diffpress.compress.effort:work_of_quantize"),
             check=_check_quantize,
         ),
     )

@@ -10,10 +10,9 @@ import logging
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
-from diffpress.compress.builtin import FEATURES
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
-from diffpress.compress.evaluation.features import load_features
 from diffpress.compress.pipeline import claim_folder, run_stages
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.report import summary, write_report
@@ -21,10 +20,12 @@ from diffpress.compress.stages import STAGES
 from diffpress.compress.training import distributed
 from diffpress.compress.workspace import Workspace
 from diffpress.export.bundle import check_export
-from diffpress.export.comparison import write_comparison
+from diffpress.export.comparison import paired_scores, sample_pairs, write_comparison
 from diffpress.export.run_bundles import baseline_bundle, result_bundle
-from diffpress.export.scores import evaluate_bundles, evaluate_gates
+from diffpress.export.scores import check_evaluation, evaluate_bundles, evaluate_gates
 from diffpress.export.targets.engine_cost import open_engine_costs
+from diffpress.export.verify.gate import cannot_sample
+from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import GateFailedError
 from diffpress.runtime.io.files import write_json
 from diffpress.runtime.pipeline import Pipeline, resized
@@ -65,7 +66,7 @@ def check_recipe(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
     if size is not None:
         spec = resized(spec, size)
     if recipe.evaluate is not None:
-        load_features(FEATURES, spec)
+        check_evaluation(recipe.evaluate, recipe.gates, spec, where)
     for number, stage in enumerate(recipe.stages):
         STAGES[stage.name].check(stage.config, teacher.spec, True, f"{where}: stages[{number}]")
     check_export(recipe.export, quantized=any(STAGES[stage.name].quantizes for stage in recipe.stages))
@@ -83,19 +84,36 @@ def export_and_report(
     logger.info("[export]")
     save_checkpoint(checkpoint, workspace.checkpoint)
     baseline = baseline_bundle(teacher, recipe.export, workspace)
-    bundle = result_bundle(checkpoint, teacher, recipe.export, workspace, baseline)
-    scores = None
-    with closing(Pipeline(bundle)) as ours, closing(Pipeline(baseline)) as theirs:
-        write_comparison(ours, theirs, workspace.comparison)
-        if recipe.evaluate is not None:
-            logger.info("[evaluate]")
-            scores = evaluate_bundles(
-                ours.denoiser, bundle, theirs.denoiser, baseline, recipe.evaluate, workspace.evaluation
-            )
+    bundle = result_bundle(checkpoint, teacher, recipe.export, workspace, baseline, recipe.gates.parity_sqnr_db)
+    if cannot_sample(bundle):
+        for file in (workspace.evaluation, workspace.comparison, workspace.comparison_arrays):
+            file.unlink(missing_ok=True)  # of an earlier run
+    scores = None if cannot_sample(bundle) else _compare(bundle, baseline, recipe, workspace)
     gates = evaluate_gates(recipe.gates, bundle, scores)
     write_json(workspace.gates, gates)
     show(summary(write_report(out)))
-    show(f"bundle  {workspace.bundle}\nreport  {workspace.report_page}\nimages  {workspace.comparison}")
-    failed = [f"{g['gate']} is {g['value']:.3f}, the bound is {g['bound']:g}" for g in gates if not g["passed"]]
+    show(f"bundle  {workspace.bundle}\nreport  {workspace.report_page}")
+    if workspace.compared is not None:
+        show(f"images  {workspace.compared}")
+    failed = [_failed_gate(gate) for gate in gates if not gate["passed"]]
     if failed:
         raise GateFailedError(f"{out}: gate failed: {'; '.join(failed)}. The work is kept")
+
+
+def _failed_gate(gate: dict[str, Any]) -> str:
+    found = gate.get("reason") or f"is {gate['value']:.3f}, the bound is {gate['bound']:g}"
+    return f"{gate['gate']} {found}"
+
+
+def _compare(bundle: Bundle, baseline: Bundle, recipe: Recipe, workspace: Workspace) -> dict[str, Any]:
+    """Write the comparison image and the scores of both bundles; return the scores."""
+    with closing(Pipeline(bundle)) as ours, closing(Pipeline(baseline)) as theirs:
+        pairs = sample_pairs(ours, theirs)
+        write_comparison(pairs, workspace)
+        if recipe.evaluate is None:
+            scores = paired_scores(pairs)
+            write_json(workspace.evaluation, scores)
+        else:
+            logger.info("[evaluate]")
+            scores = evaluate_bundles(ours, theirs, recipe.evaluate, workspace.evaluation)
+    return scores

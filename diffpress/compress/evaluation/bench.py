@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.runtime.benchmarking.bench import Subject, bundle_subject, measure, sampler_overhead
-from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
+from diffpress.runtime.bundle import Bundle, find_bundle, load_bundle
 from diffpress.runtime.engines import Engine, engine_label, installed, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import DiffpressError
@@ -58,7 +58,7 @@ def bench(
             return engine
 
         for baseline in baselines:
-            if (Path(baseline) / MANIFEST).is_file():
+            if find_bundle(baseline) is not None:
                 other = load_bundle(baseline)
                 for name in names:
                     add(other, name)
@@ -69,6 +69,6 @@ def bench(
         for name in names:
             engine = add(opened, name)
             if engine is not None:
-                overheads[engine_label(engine)] = sampler_overhead(engine, opened.spec, min(batch), repeats)
+                overheads[engine_label(engine)] = sampler_overhead(engine, opened.spec, min(batch), repeats)._asdict()
         result: dict[str, Any] = measure(subjects, batch, repeats)
     return result | {"sampler_overhead": overheads, "left_out": left_out}

@@ -79,7 +79,8 @@ def ssim(reference: np.ndarray, other: np.ndarray, data_range: float) -> float:
     import torch
     from torchmetrics.functional.image import structural_similarity_index_measure
 
+    sigma = max(0.1, min(1.5, (min(reference.shape[2:]) - 1) / 3.5))  # the window must be smaller than the image
     value = structural_similarity_index_measure(
-        torch.from_numpy(other), torch.from_numpy(reference), data_range=data_range
+        torch.from_numpy(other), torch.from_numpy(reference), data_range=data_range, sigma=sigma
     )
     return float(value)  # type: ignore[arg-type]

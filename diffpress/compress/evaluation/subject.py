@@ -1,49 +1,79 @@
-"""Open the subject of an evaluation (a bundle in an engine, or a checkpoint in torch) and print its scores."""
+"""The subject of an evaluation: a denoiser as a source of images, with its prompts or classes in turn."""
 
 from __future__ import annotations
 
-import logging
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
-import torch
+import numpy as np
 
-from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.sources.load import load_checkpoint
-from diffpress.runtime.bundle import MANIFEST, load_bundle
-from diffpress.runtime.engines import open_engine
-from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.network_inputs import ConditioningInputs, Network, dummy_conditioning
+from diffpress.runtime.pipeline import Pipeline
+from diffpress.runtime.sampler import cycled_labels
 from diffpress.runtime.spec import DenoiserSpec
 
-logger = logging.getLogger(__name__)
+
+def unchanged(samples: np.ndarray) -> np.ndarray:
+    """Return samples that are images already."""
+    return samples
 
 
-def open_network(
-    reference: str, engine: str | None, threads: int | None, options: EngineOptions | None = None
-) -> tuple[Any, DenoiserSpec]:
-    """Open a bundle in an engine, or a checkpoint in torch (fake-quantized if quantized); return it with its spec."""
-    if (Path(reference) / MANIFEST).is_file():
-        bundle = load_bundle(reference)
-        opened = open_engine(bundle, engine, threads, options=options)
-        return opened, bundle.spec_for(opened.name)
-    checkpoint = load_checkpoint(reference)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return TorchNetwork(fake_quantized(checkpoint).to(device), checkpoint.spec), checkpoint.spec
+def _do_nothing() -> None:
+    return None
 
 
-def log_evaluation(name: str, result: dict[str, Any]) -> None:
-    """Log the result of `evaluate` in up to three lines."""
-    frechet, kid = result["frechet"], result["kid"]
-    logger.info(
-        f"{name}: Frechet {frechet['mean']:.3f} ± {frechet['sd']:.3f} (real images {frechet['floor']:.3f}), "
-        f"KID {kid['mean']:.4f} ± {kid['sd']:.4f}, {result['seeds']} x {result['samples']} samples, "
-        f"features {result['features']['name']}"
+@dataclass(frozen=True)
+class EvaluationSubject:
+    """What is sampled for an evaluation.
+
+    Attributes:
+        network: The denoiser.
+        spec: Its spec.
+        decode: Samples [N, C, H, W] -> images, for models of latents.
+        encode: (prompts, spec) -> conditioning, for models conditioned on text that have text encoders.
+        texts: Prompts of a text model, used in turn.
+        close: Releases what was opened.
+    """
+
+    network: Network
+    spec: DenoiserSpec
+    decode: Callable[[np.ndarray], np.ndarray] = unchanged
+    encode: Callable[[Sequence[str], DenoiserSpec], ConditioningInputs] | None = None
+    texts: tuple[str, ...] = ()
+    close: Callable[[], None] = field(default=_do_nothing, repr=False)
+
+    def with_spec(self, spec: DenoiserSpec) -> EvaluationSubject:
+        """Return the subject with another spec, such as one with another sampling plan."""
+        return replace(self, spec=spec)
+
+    def labels(self, count: int) -> np.ndarray | None:
+        """Return the labels of `count` samples: the classes in turn; None for a model without classes."""
+        return cycled_labels(self.spec, count)
+
+    def prompts(self, count: int) -> list[str]:
+        """Return the prompts of `count` samples, in turn; empty for a model that encodes no text."""
+        return [self.texts[i % len(self.texts)] for i in range(count)] if self.encode and self.texts else []
+
+    def conditions(self, count: int) -> ConditioningInputs:
+        """Return the conditioning of `count` samples: prompts or classes in turn; dummies without text encoders."""
+        prompts = self.prompts(count)
+        if not prompts or self.encode is None:
+            return dummy_conditioning(self.spec, count)
+        return self.encode(prompts, self.spec)
+
+
+def pipeline_subject(pipeline: Pipeline, texts: Sequence[str] = ()) -> EvaluationSubject:
+    """Return an open bundle as a subject."""
+
+    def encode(prompts: Sequence[str], spec: DenoiserSpec) -> ConditioningInputs:
+        return pipeline.conditions(len(prompts), spec, prompts=prompts)
+
+    encodes = bool(pipeline.spec.conditioning.encoders)
+    return EvaluationSubject(
+        pipeline.denoiser,
+        pipeline.spec,
+        pipeline.decode,
+        encode if encodes else None,
+        tuple(texts),
+        pipeline.close,
     )
-    if result["label_accuracy"] is not None:
-        logger.info(f"{name}: label accuracy {result['label_accuracy']:.1%}")
-    if result["paired"]:
-        logger.info(
-            f"{name}: PSNR {result['paired']['psnr_db']:.1f} dB, SSIM {result['paired']['ssim']:.3f} "
-            f"against {result['paired']['against']}, same noise"
-        )

@@ -15,8 +15,8 @@ from diffpress.compress.evaluation.metrics import sqnr_db
 from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.quantization.quantizers import fake_quantized
-from diffpress.compress.training.image_data import ImageData
 from diffpress.compress.training.losses import add_noise, forward
+from diffpress.compress.training.sample_data import SampleData
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
 
 BATCH = 16
@@ -27,12 +27,12 @@ SHARES = (0.1, 0.4, 0.7, 0.95)  # fractions of the last timestep
 def teacher_sqnr_db(checkpoint: Checkpoint, teacher: Checkpoint, data: Data | None) -> float:
     """Return the SQNR in dB of `checkpoint`'s output relative to `teacher`'s; quantized checkpoints are fake-quantized.
 
-    Uses real images if there are any, else pure noise with dummy conditioning: generating samples with the teacher
+    Uses real samples if there are any, else pure noise with dummy conditioning: generating samples with the teacher
     would cost more than the stage itself.
     """
     spec, generator = teacher.spec, torch.Generator().manual_seed(0)
     batch = LARGE_BATCH if is_large(teacher.model) else BATCH
-    if isinstance(data, ImageData):
+    if isinstance(data, SampleData):
         x0, conditions = data.batch(batch, generator)
     else:
         x0, inputs = torch.zeros(batch, *spec.sample_shape), dummy_inputs(spec, batch)

@@ -20,8 +20,8 @@ BASELINE_SOLVER, BASELINE_STEPS = "ddim", 50
 def torch_subject(reference: str, threads: int | None = None) -> Subject:
     """Return the checkpoint in PyTorch eager, float32, as a benchmark subject.
 
-    Pixel-space models are sampled with DDIM and 50 steps, the common default; latent models under their pipeline's
-    plan.
+    Pixel-space models are sampled with DDIM and 50 steps, the common default, with their plan's guidance; latent models
+    under their pipeline's plan.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -29,9 +29,11 @@ def torch_subject(reference: str, threads: int | None = None) -> Subject:
     spec = checkpoint.spec
     if spec.is_pixel_space:
         steps = min(BASELINE_STEPS, len(spec.schedule))
-        spec = spec.with_plan(make_plan(BASELINE_SOLVER, steps, spec.schedule, clip=spec.plan.clip))
-    one_step = replace(spec.plan, timesteps=spec.plan.timesteps[:1])
-    network = TorchNetwork(checkpoint.model, spec)
+        plan = make_plan(BASELINE_SOLVER, steps, spec.schedule, clip=spec.plan.clip)
+        guidance = {name: getattr(spec.plan, name) for name in ("guidance", "guidance_rescale", "guidance_interval")}
+        spec = spec.with_plan(replace(plan, **guidance))
+    one_step = spec.plan.over(spec.plan.timesteps[:1])
+    network = TorchNetwork(checkpoint.model, spec, fast_path=True)
     return Subject(
         name=f"{Path(reference).name} (PyTorch eager)",
         engine=TORCH,

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -46,6 +46,7 @@ INSTRUCTION_SETS = (
     "asimd",
     "asimddp",
 )
+MIN_ROUNDS = 3  # a single round says nothing about its noise
 PACKAGES = ("numpy", "onnxruntime", "openvino")
 
 # column heading of the printed table -> (key of the row, digits)
@@ -168,7 +169,7 @@ def _executed(bundle: Bundle, engine: str, integer_mac_share: float | None, opti
         return exported
     if integer_mac_share > 0.5:
         return "int8"
-    return FLOAT if options.precision == "f32" else options.precision
+    return options.precision
 
 
 def sample_once(network: Network, spec: DenoiserSpec, batch: int, streams: int = 1) -> np.ndarray:
@@ -179,11 +180,23 @@ def sample_once(network: Network, spec: DenoiserSpec, batch: int, streams: int =
     )
 
 
-def sampler_overhead(engine: Network, spec: DenoiserSpec, batch: int = 8, repeats: int = 3) -> float:
-    """Return the share of sampling time not spent in network evaluations, as the median of `repeats` rounds.
+class Overhead(NamedTuple):
+    """Share of sampling time outside the network, and half the range over the rounds that it was measured in."""
+
+    share: float
+    noise: float
+
+    def __str__(self) -> str:
+        if self.share > self.noise:
+            return f"{self.share:.1%} ± {self.noise:.1%} of the sampling time"
+        return f"below {max(self.share, 0.0) + self.noise:.1%} of the sampling time, the noise of this run"
+
+
+def sampler_overhead(engine: Network, spec: DenoiserSpec, batch: int = 8, repeats: int = 3) -> Overhead:
+    """Return the share of sampling time not spent in network evaluations, the median of at least MIN_ROUNDS rounds.
 
     Each round times a sampling run and its network evaluations alone. Solver steps that the engine runs in its graph
-    (diffpress.runtime.fused) count as overhead. Timing noise may make the result negative.
+    (diffpress.runtime.fused) count as overhead. Timing noise may make the share negative.
     """
     recording = RecordingNetwork(engine)
     sample_once(recording, spec, batch)
@@ -193,8 +206,10 @@ def sampler_overhead(engine: Network, spec: DenoiserSpec, batch: int = 8, repeat
         for inputs in recording.feeds:
             engine.run(inputs)
 
-    sampling, evaluating = alternating_times_ms([lambda: sample_once(engine, spec, batch), evaluate], repeats)
-    return statistics.median(1.0 - part / total for total, part in zip(sampling, evaluating, strict=True))
+    works = [lambda: sample_once(engine, spec, batch), evaluate]
+    sampling, evaluating = alternating_times_ms(works, max(repeats, MIN_ROUNDS))
+    shares = [1.0 - part / total for total, part in zip(sampling, evaluating, strict=True)]
+    return Overhead(statistics.median(shares), (max(shares) - min(shares)) / 2.0)
 
 
 def machine() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,11 +11,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+import diffpress as dp
 from diffpress.compress.builtin import FEATURES, REFERENCE
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import EvaluateConfig
-from diffpress.compress.evaluation.evaluate import evaluate, paired, real_floor
+from diffpress.compress.evaluation.evaluate import evaluate, paired, real_floor, sampled_features
 from diffpress.compress.evaluation.features import FeatureNetwork, Reference, load_features, load_reference
+from diffpress.compress.evaluation.subject import EvaluationSubject
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.runtime.errors import InvalidInputError
 
@@ -34,9 +37,13 @@ def reference() -> Reference:
     return Reference(embed(real)[0], {"file": "real.npz", "sha256": "r" * 64, "images": 80})
 
 
+def subject_of(checkpoint: Checkpoint) -> EvaluationSubject:
+    return EvaluationSubject(TorchNetwork(checkpoint.model, checkpoint.spec), checkpoint.spec)
+
+
 def scored(checkpoint: Checkpoint, reference: Reference, **settings: Any) -> dict[str, Any]:
     config = EvaluateConfig(**{"samples": 12, "seeds": 3, "batch": 5, **settings})
-    return evaluate(TorchNetwork(checkpoint.model, checkpoint.spec), checkpoint.spec, config, FAKE, reference)
+    return evaluate(subject_of(checkpoint), config, FAKE, reference)
 
 
 def test_the_result_has_the_documented_shape(unet: Checkpoint, reference: Reference) -> None:
@@ -62,7 +69,20 @@ def test_scores_are_deterministic_and_do_not_depend_on_the_batch(unet: Checkpoin
 
 def test_seeds_are_independent_and_one_seed_has_no_spread(unet: Checkpoint, reference: Reference) -> None:
     assert scored(unet, reference)["frechet"]["sd"] > 0.0
-    assert scored(unet, reference, seeds=1)["frechet"]["sd"] == 0.0
+    assert scored(unet, reference, seeds=1)["frechet"]["sd"] is None
+
+
+def test_samples_unlike_the_reference_are_warned_of(
+    unet: Checkpoint, reference: Reference, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = Reference(reference.features + 20.0, reference.source)
+    scored(unet, other)
+    assert "look nothing like the reference real.npz" in caplog.text
+    caplog.clear()
+    subject = subject_of(unet)
+    own = np.concatenate([f for f, _ in sampled_features(subject, EvaluateConfig(samples=40), FAKE, "", [7])])
+    scored(unet, Reference(own, reference.source))
+    assert "look nothing like" not in caplog.text
 
 
 def test_the_floor_is_positive_and_falls_with_the_number_of_samples(reference: Reference) -> None:
@@ -82,9 +102,9 @@ def test_the_floor_uses_at_most_half_of_the_reference(unet: Checkpoint, referenc
 
 
 def test_paired_metrics_compare_the_same_noise(unet: Checkpoint, quantized: Checkpoint) -> None:
-    ours, theirs = (TorchNetwork(c.model, c.spec) for c in (quantized, unet))
-    same = paired(theirs, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "itself")
-    other = paired(ours, theirs, unet.spec, EvaluateConfig(samples=64, batch=16), "teacher")
+    ours, theirs = subject_of(quantized), subject_of(unet)
+    same = paired(theirs, theirs, EvaluateConfig(samples=64, batch=16), "itself")
+    other = paired(ours, theirs, EvaluateConfig(samples=64, batch=16), "teacher")
     assert same["against"] == "itself" and same["ssim"] == pytest.approx(1.0, abs=1e-5)
     assert same["psnr_db"] > 100 > other["psnr_db"]
 
@@ -97,7 +117,7 @@ def test_the_built_in_feature_network_and_reference_match(unet: Checkpoint) -> N
     network = load_features(FEATURES, spec, threads=1)
     features, logits = network.run(np.zeros((2, 1, 28, 28), np.float32))
     stored = load_reference(REFERENCE, network, spec)
-    assert logits.shape == (2, 10) and stored.features.shape[1] == features.shape[1]
+    assert logits is not None and logits.shape == (2, 10) and stored.features.shape[1] == features.shape[1]
     assert stored.source["images"] == len(stored.features) == 10_000
 
 
@@ -143,3 +163,22 @@ def test_reference_images_of_another_size_are_refused(unet: Checkpoint, tmp_path
     np.savez(tmp_path / "reference.npz", x=np.zeros((20, 9, 9), np.uint8))
     with pytest.raises(InvalidInputError, match=r"reference.npz: .*\[1, 9, 9\].*\[1, 8, 8\]"):
         load_reference(tmp_path / "reference.npz", FAKE, unet.spec)
+
+
+# --- models of text --------------------------------------------------------------------------------------------
+
+
+def test_a_text_model_is_compared_with_another_from_the_same_noise(sd_bundle: Path) -> None:
+    settings: dict[str, Any] = {"samples": 8, "seeds": 1, "steps": 2, "engine": "onnxruntime", "threads": 1}
+    found = dp.evaluate(sd_bundle, against=sd_bundle, **settings)
+    assert found["frechet"] is None and found["samples"] == 8
+    assert found["paired"]["psnr_db"] > 100 and found["paired"]["ssim"] == pytest.approx(1.0, abs=1e-4)
+    with pytest.raises(InvalidInputError, match=r"no built-in features fit its images; .*--features, or .*--against"):
+        dp.evaluate(sd_bundle, **settings)
+
+
+def test_a_checkpoint_in_torch_gives_the_images_of_its_bundle(
+    sd_bundle: Path, tiny_folder: Callable[..., Path]
+) -> None:
+    found = dp.evaluate(tiny_folder("sd"), against=sd_bundle, samples=8, seeds=1, steps=2, threads=1)
+    assert found["paired"]["psnr_db"] > 90

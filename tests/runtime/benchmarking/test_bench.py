@@ -160,11 +160,11 @@ def test_a_bundle_can_be_measured(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("exported", "share", "requested", "expected"),
     [
-        ("int8", 0.9, "f32", "int8"),
-        ("int8", 0.1, "f32", "fp32"),  # quantized layers ran in float
+        ("int8", 0.9, "fp32", "int8"),
+        ("int8", 0.1, "fp32", "fp32"),  # quantized layers ran in float
         ("fp32", 0.0, "bf16", "bf16"),
-        ("fp16", 0.0, "f32", "fp16"),
-        ("fp8", None, "f32", "fp8"),  # the engine does not report precision
+        ("fp16", 0.0, "fp32", "fp16"),
+        ("fp8", None, "fp32", "fp8"),  # the engine does not report precision
     ],
 )
 def test_the_reported_precision_is_the_executed_one(
@@ -202,7 +202,7 @@ def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeyp
         now[0] += 0.001 * bundle.spec.plan.steps
 
     monkeypatch.setattr(bench, "in_streams", slow_streams)
-    assert bench.sampler_overhead(SlowNetwork(), bundle.spec, batch=2) == pytest.approx(0.01)
+    assert bench.sampler_overhead(SlowNetwork(), bundle.spec, batch=2) == pytest.approx((0.01, 0.0))
 
     class SlowFusedNetwork(SlowNetwork):
         name = "fused"
@@ -215,7 +215,19 @@ def test_sampler_overhead_is_the_time_beyond_the_evaluations(tiny: Path, monkeyp
 
     monkeypatch.setitem(FUSED_SAMPLERS, "fused", run_fused)
     # 0.11 s per step, of which the evaluation takes 0.099
-    assert bench.sampler_overhead(SlowFusedNetwork(), bundle.spec, batch=2) == pytest.approx(0.1)
+    assert bench.sampler_overhead(SlowFusedNetwork(), bundle.spec, batch=2) == pytest.approx((0.1, 0.0))
+
+
+@pytest.mark.parametrize(
+    ("share", "noise", "expected"),
+    [
+        (0.053, 0.004, "5.3% ± 0.4% of the sampling time"),
+        (-0.37, 0.05, "below 5.0% of the sampling time, the noise of this run"),
+        (0.01, 0.02, "below 3.0% of the sampling time, the noise of this run"),
+    ],
+)
+def test_an_overhead_within_its_noise_is_given_as_a_bound(share: float, noise: float, expected: str) -> None:
+    assert str(bench.Overhead(share, noise)) == expected
 
 
 def test_a_fresh_process_measures_loading_and_memory(tiny: Path) -> None:

@@ -1,0 +1,150 @@
+"""What a recipe costs: network evaluations of every stage, and from them time and memory on this machine.
+
+    seconds   (evaluations + TRAINED trained) * seconds of one evaluation of one sample, measured here
+    memory    copies * weights in fp32 + activations, the outputs of all layers for the samples of one batch if they are
+              kept for gradients, else the largest ACTIVE of them
+
+Both are estimates: what else a stage does (solving for scales, saving) is not counted.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.distillation.config import (
+    DistillConfig,
+    GuidanceConfig,
+    ProgressiveConfig,
+    TrajectoryConfig,
+)
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
+from diffpress.compress.models.counts import is_large
+from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.quantization.config import QuantizeConfig
+from diffpress.compress.sampling_schedule.config import ScheduleConfig
+from diffpress.runtime.guidance import evaluations_per_step
+from diffpress.runtime.sampler import network_evaluations
+from diffpress.runtime.spec import DenoiserSpec
+
+TRAINED = 3.0  # forward, and a backward pass of twice its products
+ACTIVE = 4  # tensors that are alive at the same time without gradients
+BATCH, ROUNDS = 4, 3
+
+
+class Work(NamedTuple):
+    """Network evaluations of a stage, counted in samples, and what it holds at the same time.
+
+    Attributes:
+        evaluations: Without gradients.
+        trained: With gradients.
+        batch: Samples of one evaluation.
+        copies: Copies of the weights in fp32: networks, gradients, optimizer states, averages.
+    """
+
+    evaluations: float = 0.0
+    trained: float = 0.0
+    batch: int = 1
+    copies: int = 2
+
+
+class NetworkCost(NamedTuple):
+    """Cost of one evaluation of one sample: seconds here, and bytes of all layers' outputs and of the largest."""
+
+    seconds: float
+    kept_bytes: int
+    largest_bytes: int
+
+
+def measure_cost(checkpoint: Checkpoint) -> NetworkCost:
+    """Time the network on this machine and sum its layers' outputs; a large model is evaluated once."""
+    model, spec = checkpoint.model.eval(), checkpoint.spec
+    batch, rounds = (1, 1) if is_large(model) else (BATCH, ROUNDS)
+    inputs, forward, times = dummy_inputs(spec, batch), adapter_for(model).forward, []
+    with torch.no_grad(), _output_bytes(model) as sizes:
+        for _ in range(rounds):
+            sizes.clear()
+            start = time.perf_counter()
+            forward(model, inputs)
+            times.append((time.perf_counter() - start) / batch)
+    return NetworkCost(statistics.median(times), sum(sizes) // batch, max(sizes, default=0) // batch)
+
+
+def estimated_seconds(work: Work, cost: NetworkCost) -> float:
+    """Return the seconds of a stage's network evaluations."""
+    return (work.evaluations + TRAINED * work.trained) * cost.seconds
+
+
+def estimated_bytes(work: Work, cost: NetworkCost, weights: int) -> int:
+    """Return the memory of a stage at its peak; `weights` are the bytes of one copy in fp32."""
+    active = cost.kept_bytes if work.trained else ACTIVE * cost.largest_bytes
+    return work.copies * weights + work.batch * active
+
+
+def work_of_prune(config: PruneConfig, spec: DenoiserSpec, teacher_samples: int | None) -> Work:
+    """Gradients at some timesteps for method taylor; the other methods read the weights only."""
+    if config.method != "taylor":
+        return Work()
+    return Work(
+        _teacher_data(spec, teacher_samples, config.batch), config.batch * config.timesteps, config.batch, copies=3
+    )
+
+
+def work_of_distill(config: DistillConfig, spec: DenoiserSpec, teacher_samples: int | None) -> Work:
+    """The student's training, the teacher's targets, and the samples it learns from."""
+    each, guided = config.steps * config.batch, evaluations_per_step(spec)
+    trained, evaluations = each, each + _teacher_data(spec, teacher_samples, config.samples)
+    if isinstance(config, GuidanceConfig):
+        evaluations += each
+    elif isinstance(config, ProgressiveConfig):
+        phases = (config.start_steps // config.sample_steps).bit_length() - 1 + (spec.prediction == "epsilon")
+        trained, evaluations = phases * each, evaluations - each + 2 * each * (guided + phases - 1)
+    elif isinstance(config, TrajectoryConfig):
+        evaluations = each + config.trajectories * config.trajectory_steps * guided
+    return Work(evaluations, trained, config.batch, copies=6)
+
+
+def work_of_schedule(config: ScheduleConfig, spec: DenoiserSpec, teacher_samples: int | None) -> Work:
+    """The fine trajectories of a search, and the jumps between their states."""
+    if config.search is None:
+        return Work(copies=1)
+    return Work(config.samples * config.fine * (1 + evaluations_per_step(spec)), 0.0, config.batch, copies=1)
+
+
+def work_of_quantize(config: QuantizeConfig, spec: DenoiserSpec, teacher_samples: int | None) -> Work:
+    """Trajectories for calibration and for the methods that evaluate them again, corrections, and QAT."""
+    one = config.samples * network_evaluations(spec)
+    again = sum(map(bool, (config.smoothquant, config.split_concats, config.awq, config.gptq)))
+    if config.qat is None:
+        corrected = 5 * one if config.output_correction else 0  # fitted, and compared with and without on other noise
+        return Work(one * (1 + again) + corrected, 0.0, config.batch)
+    recorded = config.qat.trajectories * (network_evaluations(spec) + spec.plan.steps)
+    return Work(one * again + recorded, config.qat.steps * config.batch, config.batch, copies=6)
+
+
+def _teacher_data(spec: DenoiserSpec, teacher_samples: int | None, own: int) -> float:
+    return (own if teacher_samples is None else teacher_samples) * network_evaluations(spec)
+
+
+@contextmanager
+def _output_bytes(model: nn.Module) -> Iterator[list[int]]:
+    """Record the bytes of every leaf module's output while the model runs."""
+    sizes: list[int] = []
+
+    def record(module: nn.Module, inputs: object, output: object) -> None:
+        if isinstance(output, torch.Tensor):
+            sizes.append(4 * output.numel())
+
+    hooks = [m.register_forward_hook(record) for m in model.modules() if not any(True for _ in m.children())]
+    try:
+        yield sizes
+    finally:
+        for hook in hooks:
+            hook.remove()
