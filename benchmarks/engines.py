@@ -42,7 +42,7 @@ OPTIONS = {
     "2 threads": EngineOptions(threads=2),
     "2 threads, 2 streams": EngineOptions(threads=2, streams=2),
     "2 threads, bf16": EngineOptions(threads=2, precision="bf16"),
-    "2 threads, f16": EngineOptions(threads=2, precision="f16"),
+    "2 threads, fp16": EngineOptions(threads=2, precision="fp16"),
 }
 PAIRED = 16
 MANY_STEPS = 50  # enough for the fixed cost of a sampling run to be negligible
@@ -130,7 +130,7 @@ def loads(bundle: Bundle, batch: int, rounds: int) -> list[dict[str, Any]]:
 
 
 def overheads(bundle: Bundle, rounds: int) -> list[dict[str, Any]]:
-    """Return rows of {engine, steps, share} under the bundle's plan and, if it accepts others, a long one."""
+    """Return rows of {engine, steps, share, noise} under the bundle's plan and, if it accepts others, a long one."""
     rows = []
     for name in available():
         spec = bundle.spec_for(name)
@@ -139,8 +139,8 @@ def overheads(bundle: Bundle, rounds: int) -> list[dict[str, Any]]:
             specs.append(spec.with_plan(make_plan("dpmpp_2m", MANY_STEPS, spec.schedule, clip=spec.plan.clip)))
         with closing(open_engine(bundle, name)) as engine:
             for spec in specs:
-                share = sampler_overhead(engine, spec, batch=1, repeats=rounds)
-                rows.append({"engine": name, "steps": spec.plan.steps, "share": share})
+                overhead = sampler_overhead(engine, spec, batch=1, repeats=rounds)
+                rows.append({"engine": name, "steps": spec.plan.steps, **overhead._asdict()})
     return rows
 
 

@@ -77,7 +77,7 @@ def solvers(args: argparse.Namespace) -> None:
     from diffpress.compress.config import EvaluateConfig
     from diffpress.compress.evaluation.evaluate import evaluate
     from diffpress.compress.evaluation.features import load_features, load_reference
-    from diffpress.compress.evaluation.subject import open_network
+    from diffpress.compress.evaluation.open_subject import open_subject
     from diffpress.compress.sources.load import load_checkpoint
     from diffpress.export.bundle import export_bundle
     from diffpress.runtime.engines import preferred
@@ -89,12 +89,13 @@ def solvers(args: argparse.Namespace) -> None:
     if name != "torch" and not (folder / "manifest.json").is_file():
         export_bundle(load_checkpoint(str(TEACHER)), folder)
     options = EngineOptions(precision=args.precision)
-    engine, spec = open_network(str(TEACHER if name == "torch" else folder), name, args.threads, options)
+    subject = open_subject(str(TEACHER if name == "torch" else folder), name, args.threads, options)
+    engine, spec = subject.network, subject.spec
     features = load_features(FEATURES, spec, args.threads)
     reference = load_reference(REFERENCE, features, spec)
     config = EvaluateConfig(samples=args.samples, seeds=args.seeds, batch=args.batch)
     rows: dict[str, Row] = json.loads(args.json.read_text()) if args.json.is_file() else {}
-    with closing(engine):
+    with closing(subject):
         for solver, spacing, evaluations in requested_rows(args.steps, args.only):
             steps = steps_for(solver, evaluations)
             key = f"{solver} {spacing} {evaluations} calls, {args.samples} x {args.seeds}" + (
@@ -104,7 +105,7 @@ def solvers(args: argparse.Namespace) -> None:
                 continue
             plan, search_record = plan_of(engine, spec, solver, spacing, steps, args.refine)
             start = time.monotonic()
-            scores = evaluate(engine, replace(spec, plan=plan), config, features, reference, what=key)
+            scores = evaluate(subject.with_spec(spec.with_plan(plan)), config, features, reference, what=key)
             rows[key] = {
                 "solver": solver,
                 "grid": spacing,
@@ -159,7 +160,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=50)
     parser.add_argument("--engine", help="openvino, onnxruntime, tensorrt or torch (default: the fastest installed)")
-    parser.add_argument("--precision", default="f32", help="precision of the engine: f32, bf16 or f16")
+    parser.add_argument("--precision", default="fp32", help="precision of the engine: fp32, bf16 or fp16")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--refine", type=int, default=6, help="refinement rounds of the search")
     parser.add_argument("--work", type=Path, default=Path("build/few_step"), help="folder of the teacher's bundle")

@@ -177,7 +177,7 @@ def main() -> int:
                 stack.enter_context(closing(engine))
                 spec = bundle.spec_for(TENSORRT)
                 subjects += [Subject(str(path), label, wrap(engine), spec) for label, wrap in MODES.items()]
-                share = sampler_overhead(step_by_step(engine), spec, batch=1, repeats=3)
+                share = sampler_overhead(step_by_step(engine), spec, batch=1).share
                 result["loads"].append({"name": str(path), **row, "outside_engine": share})
                 result["compared"] += compared(bundle, engine, left_out)
             with recorded_errors(f"{path}, onnxruntime with cuda", left_out):

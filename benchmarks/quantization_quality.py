@@ -83,6 +83,7 @@ def measured(checkpoint: Checkpoint, bundle: Path, samples: int, seeds: int, ref
     from diffpress.compress.config import EvaluateConfig
     from diffpress.compress.evaluation.evaluate import evaluate, paired
     from diffpress.compress.evaluation.features import load_features, load_reference
+    from diffpress.compress.evaluation.subject import EvaluationSubject
     from diffpress.export.bundle import export_bundle
     from diffpress.runtime.bundle import load_bundle
     from diffpress.runtime.engines import available, load_engine
@@ -91,11 +92,12 @@ def measured(checkpoint: Checkpoint, bundle: Path, samples: int, seeds: int, ref
     features = load_features(FEATURES, exported.spec)
     config = EvaluateConfig(samples=samples, seeds=seeds, batch=BATCH)
     with closing(load_engine(exported.graph("denoiser"), name)) as engine:
-        scores = evaluate(engine, exported.spec, config, features, load_reference(REFERENCE, features, exported.spec))
+        subject = EvaluationSubject(engine, exported.spec)
+        scores = evaluate(subject, config, features, load_reference(REFERENCE, features, exported.spec))
         if reference is not None:
             paired_config = config.model_copy(update={"samples": PAIRED_SAMPLES})
             with closing(load_engine(load_bundle(reference).graph("denoiser"), name)) as other:
-                scores["paired"] = paired(engine, other, exported.spec, paired_config, FLOAT)
+                scores["paired"] = paired(subject, EvaluationSubject(other, exported.spec), paired_config, FLOAT)
     return scores | {"engine": name, "bundle": exported.hash}
 
 

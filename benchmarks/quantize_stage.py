@@ -32,11 +32,11 @@ def measured(name: str, work: Path) -> dict[str, Any]:
     from diffpress.compress.quantization.config import QuantizeConfig
     from diffpress.compress.quantization.quantize import quantize
     from diffpress.compress.sources.load import load_checkpoint
-    from diffpress.compress.training.image_data import load_images
+    from diffpress.compress.training.sample_data import load_samples
     from diffpress.export.targets.engine_cost import open_engine_costs
 
     teacher = load_checkpoint(TEACHER)
-    images = load_images(CALIB_DATA / "calibration.npz", teacher.spec)
+    images = load_samples(CALIB_DATA / "calibration.npz", teacher.spec)
     ctx = Context(0, work, teacher, images, open_engine_costs)
     began = time.monotonic()
     result = quantize(teacher, QuantizeConfig(**CONFIGS[name]), ctx)
