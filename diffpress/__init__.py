@@ -39,6 +39,8 @@ if TYPE_CHECKING:
     from diffpress.compress.sampling_schedule.config import ScheduleConfig
     from diffpress.runtime.bundle import Bundle as Bundle
     from diffpress.runtime.bundle import load_bundle as load_bundle
+    from diffpress.runtime.conditioning import Conditioning as Conditioning
+    from diffpress.runtime.conditioning import TensorInput as TensorInput
     from diffpress.runtime.errors import DiffpressError as DiffpressError
     from diffpress.runtime.errors import EngineUnavailableError as EngineUnavailableError
     from diffpress.runtime.errors import GateFailedError as GateFailedError
@@ -67,6 +69,7 @@ if TYPE_CHECKING:
 _MODULES = {
     "Bundle": "diffpress.runtime.bundle",
     "Checkpoint": "diffpress.compress.checkpoint",
+    "Conditioning": "diffpress.runtime.conditioning",
     "Consistency": "diffpress.compress.distillation.config:ConsistencyConfig",
     "DenoiserSpec": "diffpress.runtime.spec",
     "DiffpressError": "diffpress.runtime.errors",
@@ -85,6 +88,7 @@ _MODULES = {
     "Schedule": "diffpress.compress.sampling_schedule.config:ScheduleConfig",
     "Score": "diffpress.compress.distillation.config:ScoreConfig",
     "Step": "diffpress.runtime.sampler",
+    "TensorInput": "diffpress.runtime.conditioning",
     "Trajectory": "diffpress.compress.distillation.config:TrajectoryConfig",
     "bench": "diffpress.api",
     "betas_schedule": "diffpress.runtime.noise_schedule",

@@ -11,7 +11,6 @@ Training and stages are imported in the functions that need them, since importin
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -24,7 +23,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from diffpress.cli.main import run_verb
+from diffpress.cli.main import reported
 from diffpress.compress.training import distributed
 from diffpress.runtime.errors import InvalidInputError
 
@@ -77,12 +76,8 @@ def drawing_late(loss_of: Callable[[nn.Module, torch.Generator, float], torch.Te
     return Objective(lambda generator, share: (generator, share), loss_of)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("words", nargs="+")
-
-
-def run(args: argparse.Namespace) -> int:
-    action, target, *rest = args.words
+def run(words: list[str]) -> int:
+    action, target, *rest = words
     with distributed.together():
         logger.info("here")
         if action == "refuse":
@@ -121,4 +116,4 @@ def _train(action: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(run_verb("try", lambda: sys.modules[__name__], sys.argv[2:]))
+    sys.exit(reported(lambda: run(sys.argv[2:]), "try"))

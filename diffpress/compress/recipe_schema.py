@@ -16,7 +16,8 @@ from diffpress.runtime.sampler import MAX_SEED
 
 DESCRIPTIONS = {
     "seed": "Seed of every random draw of the run.",
-    "data": "Training images (.npz with `x` uint8 [N, H, W(, C)] and `y` labels [N]), or prompts (.txt, one per line) "
+    "data": "Training samples: .npz with `x` uint8 [N, H, W(, C)] and `y` labels [N], or with `samples` float [N, ...] "
+    "and the model's conditioning tensors by name; or prompts (.txt, one per line) "
     "for models conditioned on text. Relative to the recipe; `calib_data/...` names the built-in data.",
     "teacher_samples": "Number of teacher samples that models of latents train on.",
     "stages": "The stages, in the order in which they run.",

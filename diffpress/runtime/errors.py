@@ -50,7 +50,8 @@ class EngineUnavailableError(InvalidInputError):
 def unknown_name(what: str, name: str, known: Iterable[str]) -> InvalidInputError:
     """Return the error for an unknown name, which suggests the nearest match or lists all valid names."""
     names = list(known)
-    near = difflib.get_close_matches(name, names, n=1)
+    spelled = name.lower().replace("+", "p").replace("-", "_").replace(" ", "_")  # DPM++ 2M is dpmpp_2m
+    near = difflib.get_close_matches(spelled, names, n=1)
     hint = f"did you mean '{near[0]}'?" if near else f"choose from {', '.join(names)}"
     return InvalidInputError(f"unknown {what} '{name}': {hint}")
 
