@@ -35,15 +35,31 @@ def choose_formats(model: nn.Module, config: QuantizeConfig) -> dict[str, str]:
     """Return layer -> format name, in the model's order, without layers kept in float.
 
     Raises:
-        InvalidInputError: A pattern matches no layer, or the formats cannot be combined in one model.
+        InvalidInputError: A pattern matches no layer, no layer is left, or the formats cannot be combined in one model.
     """
     layers = dict(model.named_modules())
     wanted = _wanted_formats(model, config)
     chosen = {
         name: _supported_format(kind, layers[name]) for name, kind in wanted.items() if not unsupported(layers[name])
     }
+    if not chosen:
+        raise nothing_quantized(config.format, {name: unsupported(layers[name]) for name in wanted})
     _check_formats_combine(set(chosen.values()))
     return chosen
+
+
+def nothing_quantized(kind: str, reasons: Mapping[str, str]) -> InvalidInputError:
+    """Return the error for a model without a quantized layer, with the `reasons` of its layers."""
+    why = described(reasons) or "all are sensitive or ignored"
+    return InvalidInputError(f"quantize: no layer of the model can be in {kind}: {why}; remove the stage")
+
+
+def described(reasons: Mapping[str, str]) -> str:
+    """Return the layers with the same reason together, as 'a, b (never called); c (all zero)'."""
+    groups: dict[str, list[str]] = {}
+    for name, reason in reasons.items():
+        groups.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
 
 
 def reasons_for_float(

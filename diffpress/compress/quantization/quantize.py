@@ -28,7 +28,13 @@ from diffpress.compress.quantization.calibration.calibrate import calibrate, che
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.layer_graph import LayerGraph, trace_layer_graph
-from diffpress.compress.quantization.layer_selection import choose_formats, quantized_outputs, reasons_for_float
+from diffpress.compress.quantization.layer_selection import (
+    choose_formats,
+    described,
+    nothing_quantized,
+    quantized_outputs,
+    reasons_for_float,
+)
 from diffpress.compress.quantization.quantizers import fake_quantized, quantizers_that_ran
 from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 from diffpress.compress.quantization.unified_scales import unify_scales
@@ -100,18 +106,12 @@ def _report_float_layers(reasons: Mapping[str, str], scales: Quantization) -> No
     Raises:
         InvalidInputError: No layer is quantized.
     """
-    groups: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        groups.setdefault(reason, []).append(name)
-    in_float = "; ".join(f"{', '.join(names)} ({reason})" for reason, names in groups.items())
     if not scales.layers:
-        raise InvalidInputError(
-            f"quantize: no layer of the model can be in {scales.format}: {in_float or 'all are sensitive or ignored'}"
-        )
+        raise nothing_quantized(scales.format, reasons)
     kinds = list(scales.layer_formats.values())
     logger.info(", ".join(f"{kinds.count(kind)} layers in {kind}" for kind in FORMATS if kind in kinds))
-    if in_float:
-        logger.info(f"kept in float: {in_float}")
+    if reasons:
+        logger.info(f"kept in float: {described(reasons)}")
 
 
 def _check_quantizers_run(quantized: Checkpoint) -> None:
