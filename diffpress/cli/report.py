@@ -20,8 +20,9 @@ def run(args: argparse.Namespace) -> int:
 
     workspace = Workspace(args.folder)
     print(summary(write_report(workspace.root)))
-    if workspace.compared is not None:
-        print(f"images  {workspace.compared}")
+    compared = workspace.compared()
+    if compared is not None:
+        print(f"images  {compared}")
     print(f"bundle  {workspace.bundle}")
     print(f"report  {workspace.report_page}")
     return 0

@@ -95,9 +95,8 @@ class Workspace:
         """The same for samples that are not pictures: arrays `teacher` and `bundle`, float32 [N, ...]."""
         return self.root / "comparison.npz"
 
-    @property
     def compared(self) -> Path | None:
-        """The comparison image or arrays; None if the run could not sample."""
+        """Return the comparison image or arrays; None if the run could not sample."""
         return next((file for file in (self.comparison, self.comparison_arrays) if file.is_file()), None)
 
     @property

@@ -93,8 +93,9 @@ def export_and_report(
     write_json(workspace.gates, gates)
     show(summary(write_report(out)))
     show(f"bundle  {workspace.bundle}\nreport  {workspace.report_page}")
-    if workspace.compared is not None:
-        show(f"images  {workspace.compared}")
+    compared = workspace.compared()
+    if compared is not None:
+        show(f"images  {compared}")
     failed = [_failed_gate(gate) for gate in gates if not gate["passed"]]
     if failed:
         raise GateFailedError(f"{out}: gate failed: {'; '.join(failed)}. The work is kept")
