@@ -274,7 +274,7 @@ def evaluate(
                 f"{subject}: no built-in features fit its images; name an ONNX image encoder with --features, or a "
                 "model to compare it with from the same noise with --against"
             )
-        result = unscored(config)
+        result = unscored(config.samples, config.seeds)
         if feature_network is not None:
             named = "" if against is None else Path(against).name
             real = open_reference(config, feature_network, ours.spec, other, named)

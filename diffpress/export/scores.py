@@ -59,7 +59,7 @@ def evaluate_bundles(ours: Pipeline, theirs: Pipeline, config: EvaluateConfig, f
     texts = read_prompts(config.prompts) if ours.spec.conditioning.kind == "text" else ()
     bundle, baseline = pipeline_subject(ours, texts), pipeline_subject(theirs, texts)
     features = open_features(config, bundle.spec)
-    scores = {"baseline": unscored(config), "bundle": unscored(config)}
+    scores = {name: unscored(config.samples, config.seeds) for name in ("baseline", "bundle")}
     if features is not None:
         reference = open_reference(config, features, bundle.spec, baseline, "the uncompressed model")
         for name, subject in (("baseline", baseline), ("bundle", bundle)):

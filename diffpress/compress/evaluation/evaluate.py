@@ -137,10 +137,10 @@ def open_reference(
     return Reference(found, {"file": f"samples of {name}", "sha256": digest, "images": len(found)})
 
 
-def unscored(config: EvaluateConfig) -> dict[str, Any]:
+def unscored(samples: int, seeds: int) -> dict[str, Any]:
     """Return a result without distributional metrics, for models that no feature network was named for."""
     nothing = dict.fromkeys(("features", "frechet", "kid", "paired", "label_accuracy", "reference"))
-    return {"samples": config.samples, "seeds": config.seeds, **nothing}
+    return {"samples": samples, "seeds": seeds, **nothing}
 
 
 def sampled_features(

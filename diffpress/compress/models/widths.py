@@ -140,14 +140,9 @@ def refresh_sizes_(module: Any) -> None:
 def _shapes(module: Any) -> dict[str, Shape]:
     """Return the shapes that the attributes of a layer of a known kind imply."""
     if isinstance(module, _ConvNd):
-        first, second = (
-            (module.in_channels, module.out_channels)
-            if module.transposed
-            else (
-                module.out_channels,
-                module.in_channels,
-            )
-        )
+        first, second = module.out_channels, module.in_channels
+        if module.transposed:
+            first, second = second, first
         return {"weight": (first, second // module.groups, *module.kernel_size), "bias": (module.out_channels,)}
     if isinstance(module, nn.Linear):
         return {"weight": (module.out_features, module.in_features), "bias": (module.out_features,)}

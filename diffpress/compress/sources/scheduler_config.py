@@ -21,6 +21,7 @@ import torch
 from diffpress.compress.sources.layout import first_line
 from diffpress.compress.sources.scheduler_classes import (
     EQUIVALENTS,
+    OWN_NOISE,
     SAME_PARAMETERIZATION,
     SCHEDULERS,
     SchedulerClass,
@@ -148,7 +149,7 @@ def scheduler_facts(config: Settings, name: str, pipeline_sigmas: bool | None = 
         only(settings, "beta_schedule", "linear", "scaled_linear", "exp")
     note = f"{name}: {entry.note}" if entry.note else None
     if solver in ("ddpm", "dpmpp_2m_sde", "consistency") and note is None:
-        note = f"{name}: the noise added at each step is drawn by diffpress's own generator"
+        note = f"{name}: {OWN_NOISE}"
     if entry.family == "flow":
         schedule = flow_schedule(int(settings["num_train_timesteps"]) + 1)  # timesteps 0 to T inclusive
         return SchedulerFacts(
