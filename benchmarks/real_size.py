@@ -1,328 +1,186 @@
-"""Memory, time and parity at full model size: U-Nets of Stable Diffusion 1.5 (860M) and SDXL (2.6B), no download.
+"""Race at full model size: time, agreement, memory and effort of diffpress, the engines alone and NNCF, no download.
 
-    python benchmarks/real_size.py sd15     int8 PTQ of weights and activations (8 steps with guidance), export
-    python benchmarks/real_size.py sdxl     the same with 4 steps, held in bf16
-    python benchmarks/real_size.py sd15 --scale small      a minute: the same steps on a network of 0.8M parameters
+    python benchmarks/real_size.py sd15              U-Net of Stable Diffusion 1.5 (860M), 8 steps with guidance
+    python benchmarks/real_size.py sdxl              U-Net of SDXL (2.6B), 4 steps, weights in bfloat16
+    python benchmarks/real_size.py dit_xl            DiT-XL/2 (675M), 8 steps, weights in bfloat16
+    python benchmarks/real_size.py sd15 --scale small                          the same steps on a small network
+    python benchmarks/real_size.py sd15 --peers /path/to/nncf-env/bin/python   with NNCF, from its own environment
 
-Memory and time do not depend on weight values, but parity does: with random weights a trajectory is chaotic, and its
-SQNR says nothing. So the network predicts something. Its residual branches are damped, and its last convolution is
-fitted by ridge regression to v = alpha eps - sigma x_0 of smooth Gaussian fields x_0, which need no data either:
+The network is random except for its last layer, which is fitted so that it predicts something (fitted_network.py). All
+subjects (subjects.py) are calibrated on the same recorded inputs and compared on others (made_models.py), each in
+processes of its own: one for accuracy, and one in each of two rounds of timing, in which the subjects alternate. A
+subject that runs out of memory gets a row that says so.
 
-    W = argmin sum |W f(x_t, t) - v|^2 + lambda |W|^2       f: inputs of the last layer, 3 x 3 patches of C channels
-
-Each step runs in a process of its own and is not repeated in the same --work. Prints one JSON line for each, with its
-seconds and the peak resident memory of the process (VmHWM, which includes mapped files). Ends with exit code 1 if a
-gate failed; the bundle is kept.
+Prints one JSON line per process as it ends and a Markdown table at the end. WORK/<model>-race.json has all rows. A
+finished step is not repeated in the same --work unless its row in WORK/<model>/rows is removed; what depends on it then
+is. Ends with exit code 1 if a check failed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+from made_models import MAKINGS, Race, needed
+from race_table import markdown, subject_row, verdicts, with_ratios
+from real_size_models import MODELS
+from subjects import SUBJECTS, accuracy, timing
 
-SD15: dict[str, Any] = {
-    "sample_size": 64,
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
-}
-SDXL: dict[str, Any] = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "use_linear_projection": True,
-}
-SMALL: dict[str, Any] = {
-    "sample_size": 16,
-    "block_out_channels": (32, 64),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
-    "attention_head_dim": 4,
-    "cross_attention_dim": 32,
-}
-SMALL_BLOCKS = {
-    "sd15": {
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    },
-    "sdxl": {
-        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-        "transformer_layers_per_block": (1, 2),
-        "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 64,
-    },
-}
-SCHEDULER = {
-    "_class_name": "DDIMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "clip_sample": False,
-    "prediction_type": "v_prediction",
-}
-# config, dtype of the weights, steps that the model is quantized and sampled with
-MODELS = {"sd15": (SD15, "float32", 8), "sdxl": (SDXL, "bfloat16", 4)}
+ROUNDS = 2
+NOT_INSTALLED = "not installed"
 
-GUIDANCE = 7.5
-# last layers of residual branches, scaled so that no block changes its input much
-DAMPED, DAMPING = ("conv2.weight", "to_out.0.weight", "ff.net.2.weight", "proj_out.weight"), 0.1
-POSITIONS = 2**17  # pixels that the last layer is fitted to
-SHOWN = 256  # other pixels, of each timestep and side
-FIT_SIDES = (16, 64)  # of latents; parity is checked on 16 x 16
-FIT_BATCH = 4
-RIDGE = 1e-3  # lambda, relative to the mean square of a feature
-CORRELATION = 4.0  # length of the Gaussian fields, in latent cells
-LAST = "conv_out"
+Row = dict[str, Any]
 
 
-def config_of(name: str, scale: str) -> dict[str, Any]:
-    """Return the U-Net's config."""
-    config = MODELS[name][0]
-    return config if scale == "full" else {**config, **SMALL, **SMALL_BLOCKS[name]}
+class Runner:
+    """Runs tasks in processes and stores their rows; a row newer than those it needs is not made again."""
 
+    def __init__(self, race: Race, peers: Path | None) -> None:
+        self._race, self._peers = race, peers
+        self._command = [sys.executable, __file__, race.name, "--scale", "small" if race.small else "full"]
+        self._command += ["--work", str(race.work), "--task"]
+        for folder in ("rows", "logs"):
+            (race.folder / folder).mkdir(parents=True, exist_ok=True)
 
-def write(name: str, scale: str, folder: Path) -> dict[str, Any]:
-    """Write the model's config and damped random weights, in the dtype it is usually stored in."""
-    import torch
-    from accelerate import init_empty_weights
-    from diffusers import UNet2DConditionModel
-    from safetensors.torch import save_file
+    def make(self, step: str, rows: dict[str, Row]) -> Row:
+        """Return the row of one step of making; `rows` are those of earlier steps."""
+        making, command = MAKINGS[step], [*self._command, json.dumps(["make", step])]
+        blocked = _blocked(making.needs, rows)
+        if making.peer is not None and self._peers is None:
+            blocked = NOT_INSTALLED
+        elif making.peer is not None and not blocked:
+            command = [str(self._peers), *making.peer(self._race)]
+        return self._run(step, command, making.needs, blocked, {"step": step})
 
-    dtype = getattr(torch, MODELS[name][1])
-    with init_empty_weights():
-        model = UNet2DConditionModel(**config_of(name, scale))
-    generator, state = torch.Generator().manual_seed(0), {}
-    for key, tensor in model.state_dict().items():
-        if tensor.dim() > 1:
-            weight = torch.randn(tensor.shape, generator=generator).div_(tensor[0].numel() ** 0.5)
+    def measure(self, subject: str, rows: dict[str, Row], phase: str, *arguments: int) -> Row:
+        """Return the row of one phase of measuring a subject."""
+        needs = (*SUBJECTS[subject].made_by, *SUBJECTS[subject].needs)
+        task = "-".join([subject, phase, *map(str, arguments)])
+        command = [*self._command, json.dumps([phase, subject, *arguments])]
+        return self._run(task, command, needs, _blocked(needs, rows), {"subject": subject, "phase": phase})
+
+    def _run(self, task: str, command: Sequence[str], needs: Sequence[str], blocked: str, head: Row) -> Row:
+        file = self._file(task)
+        if not blocked and _is_newer(file, [self._file(need) for need in needs]):
+            row: Row = json.loads(file.read_text()) | {"done_before": True}
+        elif blocked:
+            row = head | {"failed": blocked}
         else:
-            weight = torch.ones(tensor.shape) if key.endswith("weight") else torch.zeros(tensor.shape)
-        state[key] = weight.mul_(DAMPING if key.endswith(DAMPED) else 1.0).to(dtype)
-    (folder / "unet").mkdir(parents=True)
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
-    text = json.dumps(dict(model.config) | {"_class_name": "UNet2DConditionModel"})
-    (folder / "unet" / "config.json").write_text(text)
-    save_file(state, weights_of(folder))
-    return {"parameters": sum(tensor.numel() for tensor in state.values())}
+            file.unlink(missing_ok=True)
+            row = head | run_process(command, self._race.folder / "logs" / f"{task}.log")
+            if "failed" not in row:
+                file.write_text(json.dumps(row))
+        print(json.dumps({"model": self._race.title, **row}), flush=True)
+        return row
+
+    def _file(self, task: str) -> Path:
+        return self._race.folder / "rows" / f"{task}.json"
 
 
-def fit(name: str, scale: str, folder: Path) -> dict[str, Any]:
-    """Fit the last layer and store it in the weights; return the explained share of v at each timestep."""
-    checkpoint = loaded(name, folder)
-    last = checkpoint.model.get_submodule(LAST)
-    size = 9 * last.in_channels + 1
-    gram, cross = np.zeros((size, size)), np.zeros((size, last.out_channels))
-    held_out = {}
-    for t, side, v, features in fitting_states(checkpoint, config_of(name, scale)["sample_size"]):
-        patches, target = patches_of(features), v.transpose(0, 2, 3, 1).reshape(-1, v.shape[1])
-        # the last sample of each timestep and side is not fitted: it shows what was learned
-        count = side * side
-        held_out[t, side] = (patches[-count:][:SHOWN].copy(), target[-count:][:SHOWN])
-        gram += patches[:-count].T @ patches[:-count]
-        cross += patches[:-count].T @ target[:-count]
-    solved = np.linalg.solve(gram + RIDGE * np.trace(gram) / size * np.eye(size), cross)
-    weight = solved[:-1].reshape(3, 3, last.in_channels, last.out_channels).transpose(3, 2, 0, 1)
-    overwrite(weights_of(folder), {f"{LAST}.weight": weight, f"{LAST}.bias": solved[-1]})
-    explained = {
-        f"t = {t:g}, {side} x {side}": round(1.0 - float(((p @ solved - y) ** 2).mean() / (y**2).mean()), 3)
-        for (t, side), (p, y) in held_out.items()
-    }
-    return {"positions": int(gram[-1, -1]), "explained_on_other_samples": explained}
+def _blocked(needs: Sequence[str], rows: dict[str, Row]) -> str:
+    """Return why a task cannot run: the first step that it needs and that failed, or ''."""
+    failed = [(need, rows[need]["failed"]) for need in needs if "failed" in rows.get(need, {})]
+    if not failed:
+        return ""
+    need, reason = failed[0]
+    return reason if reason == NOT_INSTALLED else f"{need}: {reason}"
 
 
-def fitting_states(checkpoint: Any, sample_size: int) -> Iterator[tuple[float, int, np.ndarray, np.ndarray]]:
-    """Yield (t, side, v, inputs of the last layer) for each timestep of the plan and side of the latents."""
-    from dataclasses import replace
-
-    from diffpress.compress.models.torch_network import TorchNetwork
-    from diffpress.runtime.network_inputs import dummy_conditioning, network_conditioning, network_feed
-    from diffpress.runtime.noise_schedule import noise_level_at
-
-    spec, generator = checkpoint.spec, np.random.default_rng(0)
-    inputs: list[np.ndarray] = []
-    hook = checkpoint.model.get_submodule(LAST).register_forward_pre_hook(
-        lambda layer, arguments: inputs.append(arguments[0].float().numpy())
-    )
-    sides = sorted({min(side, sample_size) for side in FIT_SIDES})
-    for t in spec.plan.timesteps:
-        for side in sides:
-            shape = (spec.sample_shape[0], side, side)
-            network = TorchNetwork(checkpoint.model, replace(spec, sample_shape=shape))
-            samples = 1 + max(1, POSITIONS // (side * side * len(sides) * spec.plan.steps))
-            level = noise_level_at(spec.schedule, t)
-            x0, noise = gaussian_fields(generator, samples, shape), generator.standard_normal((samples, *shape))
-            x = (level.alpha * x0 + level.sigma * noise).astype(np.float32)
-            inputs.clear()
-            for start in range(0, samples, FIT_BATCH):
-                part = x[start : start + FIT_BATCH]
-                conditions = network_conditioning(spec, dummy_conditioning(spec, len(part)), guided=False)
-                network.run(network_feed(network, spec, part, t, conditions, 1.0))
-            yield t, side, level.alpha * noise - level.sigma * x0, np.concatenate(inputs)
-    hook.remove()
+def _is_newer(file: Path, others: Sequence[Path]) -> bool:
+    return file.is_file() and all(file.stat().st_mtime_ns >= other.stat().st_mtime_ns for other in others)
 
 
-def gaussian_fields(generator: np.random.Generator, samples: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Return smooth Gaussian fields [samples, *shape] of unit variance on a torus."""
-    _, height, width = shape
-    rows, columns = np.meshgrid(np.fft.fftfreq(height), np.fft.fftfreq(width), indexing="ij")
-    amplitude = np.exp(-((np.pi * CORRELATION) ** 2) * (rows**2 + columns**2) / 2)
-    amplitude *= np.sqrt(height * width / (amplitude**2).sum())
-    noise = generator.standard_normal((samples, *shape))
-    return np.fft.ifft2(np.fft.fft2(noise) * amplitude).real
+def run_process(command: Sequence[str], log: Path) -> Row:
+    """Run a process that prints a JSON line at its end; return it, or {"failed": reason}. `log` gets its stderr."""
+    with log.open("w") as stream:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=stream, text=True)
+    if done.returncode == 0:
+        return dict(json.loads(done.stdout.splitlines()[-1]))
+    if done.returncode < 0:
+        name = signal.Signals(-done.returncode).name
+        return {"failed": "out of memory (killed)" if name == "SIGKILL" else f"ended by {name}"}
+    lines = [line.strip() for line in log.read_text().splitlines() if line.strip()]
+    return {"failed": (lines or [f"exit code {done.returncode}"])[-1][:300]}
 
 
-def patches_of(features: np.ndarray) -> np.ndarray:
-    """Return the 3 x 3 patches of [N, C, H, W] and a constant, float64 [N H W, 9 C + 1]."""
-    padded = np.pad(features, ((0, 0), (0, 0), (1, 1), (1, 1)))
-    windows = np.lib.stride_tricks.sliding_window_view(padded, (3, 3), axis=(2, 3))  # [N, C, H, W, 3, 3]
-    flat = windows.transpose(0, 2, 3, 4, 5, 1).reshape(-1, 9 * features.shape[1])
-    return np.concatenate([flat, np.ones((len(flat), 1))], axis=1, dtype=np.float64)
-
-
-def overwrite(file: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Replace tensors of a .safetensors file in place, in their dtype."""
-    import torch
-
-    with file.open("r+b") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        header = json.loads(stream.read(length))
-        for name, values in tensors.items():
-            dtype = {"F32": torch.float32, "BF16": torch.bfloat16}[header[name]["dtype"]]
-            data = torch.from_numpy(np.ascontiguousarray(values)).to(dtype).view(torch.uint8).numpy().tobytes()
-            start, end = header[name]["data_offsets"]
-            assert len(data) == end - start, name
-            stream.seek(8 + length + start)
-            stream.write(data)
-
-
-def quantize(name: str, scale: str, folder: Path) -> dict[str, Any]:
-    """Load the model, quantize weights and activations to int8, and save the checkpoint."""
-    from diffpress.compress.checkpoint import save_checkpoint
-    from diffpress.compress.context import Context
-    from diffpress.compress.quantization.config import QuantizeConfig
-    from diffpress.compress.quantization.quantize import quantize as quantize_stage
-
-    checkpoint = loaded(name, folder)
-    context = Context(0, folder.with_name(f"{folder.name}-work"), checkpoint)
-    quantized = quantize_stage(checkpoint, QuantizeConfig(samples=1, batch=1), context)
-    save_checkpoint(quantized, int8_folder(folder))
-    return context.notes
-
-
-def export(name: str, scale: str, folder: Path) -> dict[str, Any]:
-    """Export the quantized model, with parity in torch and the engines; a bundle that fails is kept."""
-    import torch
-
-    from diffpress.compress.sources.load import load_checkpoint
-    from diffpress.export.bundle import export_bundle
-
-    checkpoint = load_checkpoint(int8_folder(folder), dtype=getattr(torch, MODELS[name][1]))
-    bundle = export_bundle(checkpoint, folder.with_name(f"{folder.name}-bundle"), keep_failed=True)
-    failures = [entry["message"] for entry in bundle.manifest.get("parity_failures", []) if entry["target"]]
-    return {"parity": bundle.manifest["parity"], "failures": failures}
-
-
-def loaded(name: str, folder: Path) -> Any:
-    """Load the model with the plan that it is quantized and sampled under."""
-    import torch
-
-    from diffpress.compress.sources.load import load_checkpoint
-    from diffpress.runtime.sampling_plan import make_plan
-
-    checkpoint = load_checkpoint(folder, dtype=getattr(torch, MODELS[name][1]))
-    plan = make_plan("dpmpp_2m", MODELS[name][2], checkpoint.spec.schedule, guidance=GUIDANCE, clip=False)
-    return checkpoint.evolve(spec=checkpoint.spec.with_plan(plan))
-
-
-def weights_of(folder: Path) -> Path:
-    return folder / "unet" / "diffusion_pytorch_model.safetensors"
-
-
-def int8_folder(folder: Path) -> Path:
-    return folder.with_name(f"{folder.name}-int8")
-
-
-WORK: dict[str, Callable[[str, str, Path], dict[str, Any]]] = {
-    "write": write,
-    "fit": fit,
-    "quantize": quantize,
-    "export": export,
-}
-
-
-def run_step(step: str, name: str, scale: str, folder: Path) -> dict[str, Any]:
-    """Run one step in this process and store its row; `write` starts anew after an interrupted attempt."""
+def run_task(race: Race, task: Sequence[Any]) -> Row:
+    """Run one task in this process and return its row."""
     from diffpress.runtime.benchmarking.probe import peak_mib
 
-    if step == "write":
-        shutil.rmtree(folder, ignore_errors=True)
-    start = time.perf_counter()
-    result = WORK[step](name, scale, folder)
-    peak = peak_mib()
-    row = {
-        "model": name,
-        "step": step,
-        "seconds": round(time.perf_counter() - start, 1),
-        "peak_mib": None if peak is None else round(peak),
-        "weights_mib": round(weights_of(folder).stat().st_size / 2**20),
-        **result,
-    }
-    row_of(step, folder).write_text(json.dumps(row))
-    return row
+    phase, name, *arguments = task
+    if phase == "accuracy":
+        return accuracy(race, name)
+    if phase == "timing":
+        number, repeats = arguments
+        return timing(race, name, repeats, first=number == 1)
+    start, run = time.perf_counter(), MAKINGS[name].run
+    assert run is not None, name
+    result = run(race)
+    return {"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), **result}
 
 
-def row_of(step: str, folder: Path) -> Path:
-    """Return the file that holds the row of a finished step."""
-    return folder.with_name(f"{folder.name}-{step}.json")
+def run_race(race: Race, names: Sequence[str], repeats: int, peers: Path | None) -> int:
+    """Make, measure, print the table and return the exit code."""
+    from diffpress.runtime.benchmarking.bench import machine
+
+    runner, facts = Runner(race, peers), machine()
+    print(json.dumps({"machine": facts}), flush=True)
+    makings: dict[str, Row] = {}
+    for step in needed([step for name in names for step in (*SUBJECTS[name].made_by, *SUBJECTS[name].needs)]):
+        makings[step] = runner.make(step, makings)
+    if "failed" in makings["record"]:
+        print(f"there is nothing to compare with: {makings['record']['failed']}", file=sys.stderr)
+        return 1
+    accuracies = {name: runner.measure(name, makings, "accuracy") for name in names}
+    timings: dict[str, list[Row]] = {name: [] for name in names}
+    for number in range(1, ROUNDS + 1):
+        for name in names:
+            timings[name].append(runner.measure(name, makings, "timing", number, repeats))
+    rows = with_ratios([subject_row(name, makings, accuracies[name], timings[name]) for name in names])
+    checks = verdicts(race.name, race.small, rows, makings)
+    report = {"machine": facts, "repeats": repeats, "makings": makings, "rows": rows, "checks": checks}
+    (race.work / f"{race.title}-race.json").write_text(json.dumps(report, indent=1) + "\n")
+    network = (
+        f"{makings['write']['parameters'] / 1e6:.1f}M parameters, R^2 {makings['fit']['r2']:.2f} on unseen states, "
+        f"{makings['record']['evaluations']} evaluations."
+    )
+    print(f"\n{markdown(race.title, facts, network, rows, checks)}", flush=True)
+    return 0 if all(check["passed"] for check in checks) else 1
 
 
 def main() -> int:
-    """Run all steps that are not done, each in a process of its own."""
+    """Run the race, or one of its tasks in a process of its own."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", choices=MODELS)
     parser.add_argument("--scale", choices=("full", "small"), default="full", help="size of the network (full)")
-    parser.add_argument(
-        "--work", type=Path, help="folder for weights, checkpoint and bundle, needs 40 GB (default: a temporary one)"
-    )
-    parser.add_argument("--step", choices=tuple(WORK), help=argparse.SUPPRESS)  # of a child process
+    parser.add_argument("--work", type=Path, help="folder for all files, needs 60 GB (default: a temporary one)")
+    parser.add_argument("--subjects", type=lambda text: text.split(","), default=list(SUBJECTS), metavar="A,B,...")
+    parser.add_argument("--repeats", type=int, default=5, help="timed evaluations in each of two rounds (5)")
+    parser.add_argument("--peers", type=Path, metavar="PYTHON", help="Python of an environment with nncf and openvino")
+    parser.add_argument("--task", type=json.loads, help=argparse.SUPPRESS)  # of a child process
     args = parser.parse_args()
-    if args.step:
-        run_step(args.step, args.model, args.scale, args.work)
+    unknown = [name for name in args.subjects if name not in SUBJECTS]
+    if unknown:
+        parser.error(f"unknown subject '{unknown[0]}': choose from {', '.join(SUBJECTS)}")
+    if args.repeats < 1:
+        parser.error("--repeats must be at least 1")
+    if args.peers and not args.peers.is_file():
+        parser.error(f"--peers {args.peers}: no such file")
+    if args.task:
+        print(json.dumps(run_task(Race(args.model, args.scale == "small", args.work), args.task)))
         return 0
-    from diffpress.runtime.benchmarking.bench import machine
-
-    facts = machine()
-    vnni = any("vnni" in name for name in facts["instruction_sets"])
-    print(json.dumps({"cpu": facts["cpu"], "cores": facts["cores"], "vnni": vnni}), flush=True)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = (args.work or Path(temporary)) / (args.model if args.scale == "full" else f"{args.model}-small")
-        row: dict[str, Any] = {}
-        for step in WORK:
-            done = row_of(step, folder).is_file()
-            if not done:
-                command = [sys.executable, __file__, args.model, "--scale", args.scale]
-                subprocess.run([*command, "--work", str(folder), "--step", step], check=True, stdout=sys.stderr)
-            row = json.loads(row_of(step, folder).read_text())
-            print(json.dumps(row | ({"done_before": True} if done else {})), flush=True)
-    return 1 if row["failures"] else 0
+        race = Race(args.model, args.scale == "small", (args.work or Path(temporary)).resolve())
+        # in the table's order, each once
+        return run_race(race, [name for name in SUBJECTS if name in args.subjects], args.repeats, args.peers)
 
 
 if __name__ == "__main__":
