@@ -213,6 +213,7 @@ def evaluate(
     prompts: str | Path | None = None,
     engine: str | None = None,
     threads: int | None = None,
+    options: EngineOptions | None = None,
 ) -> dict[str, Any]:
     """Score samples of a bundle or checkpoint; returns what `diffpress evaluate --json` writes.
 
@@ -230,10 +231,12 @@ def evaluate(
             built-in features, else for samples of `against`.
         prompts: Prompts of a text model, one per line, used in turn; None for the built-in ones.
         engine: Engine of a bundle; None for the first one that can run here.
-        threads: Processor threads; None for all.
+        threads: Processor threads; overrides those of `options`. None for all.
+        options: Precision and so on, of the engine of a bundle.
 
     Raises:
-        InvalidInputError: If the feature network does not fit the model's images, or too few samples are asked for.
+        InvalidInputError: If the feature network does not fit the model's images, too few samples are asked for, or an
+            engine is named for checkpoints alone.
 
     Examples:
         >>> import diffpress as dp
@@ -241,19 +244,24 @@ def evaluate(
         >>> sorted(scores["kid"])
         ['mean', 'sd']
     """
-    from diffpress.compress.config import EvaluateConfig
-    from diffpress.compress.evaluation.evaluate import evaluate as score_samples
-    from diffpress.compress.evaluation.evaluate import open_features, open_reference, paired, unscored
-    from diffpress.compress.evaluation.open_subject import open_subject
-    from diffpress.compress.training.teacher_data import read_prompts
-    from diffpress.runtime.requested_plan import requested_spec
-
     for name, value, least in (("samples", samples, 8), ("seeds", seeds, 1), ("batch", batch, 1)):
         if value is not None and value < least:
             raise InvalidInputError(f"{name} = {value}: too few, give at least {least}")
+    from diffpress.compress.config import EvaluateConfig
+    from diffpress.compress.evaluation.evaluate import evaluate as score_samples
+    from diffpress.compress.evaluation.evaluate import open_features, open_reference, paired, unscored
+    from diffpress.compress.evaluation.open_subject import check_engine_options, open_subject, torch_threads
+    from diffpress.compress.training.teacher_data import read_prompts
+    from diffpress.runtime.engines.options import EngineOptions
+    from diffpress.runtime.requested_plan import requested_spec
+
+    options = (options or EngineOptions()).with_threads(threads)
+    subjects = [str(one) for one in (subject, against) if one is not None]
+    check_engine_options(subjects, engine, options)
     texts = read_prompts(None if prompts is None else Path(prompts))
     with ExitStack() as stack:
-        ours = stack.enter_context(closing(open_subject(str(subject), engine, threads, texts=texts)))
+        stack.enter_context(torch_threads(options.threads))
+        ours = stack.enter_context(closing(open_subject(str(subject), engine, options=options, texts=texts)))
         if prompts is not None and ours.encode is None:
             raise InvalidInputError(f"{prompts}: {subject} encodes no prompts; leave them out")
         ours = ours.with_spec(requested_spec(ours.spec, steps))
@@ -265,10 +273,10 @@ def evaluate(
             features=None if features is None else Path(features),
             reference=None if reference is None else Path(reference),
         )
-        feature_network = open_features(config, ours.spec, threads)
+        feature_network = open_features(config, ours.spec, options.threads)
         other = None
         if against is not None:
-            other = stack.enter_context(closing(open_subject(str(against), engine, threads, texts=texts)))
+            other = stack.enter_context(closing(open_subject(str(against), engine, options=options, texts=texts)))
         elif feature_network is None:
             raise InvalidInputError(
                 f"{subject}: no built-in features fit its images; name an ONNX image encoder with --features, or a "

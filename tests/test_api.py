@@ -148,8 +148,8 @@ def test_a_callback_sees_every_step_and_changes_no_image(bundle: Path) -> None:
     [
         ({"prompt": "a cat"}, r"not conditioned on text; give labels of 0\.\.2"),
         ({"negative_prompt": "a dog"}, "not conditioned on text"),
-        ({"labels": 3}, r"labels: 3 is not a class of the model, 0\.\.2"),
-        ({"labels": ["shoe"]}, "labels: 'shoe' is not a class"),
+        ({"labels": 3}, r"labels 3: the model has the classes 0\.\.2"),
+        ({"labels": ["shoe"]}, "labels 'shoe': the model has the classes"),
         ({"labels": [0, 1], "seeds": range(3)}, "labels: 2 given for 3 images"),
         ({"seeds": []}, "at least one seed"),
         ({"seeds": ["a"]}, "expected integers"),

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 import diffpress as dp
+from diffpress.cli.main import main
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.evaluation.metrics import mean_sqnr_db
 from diffpress.compress.models.components import DECODER, load_component
@@ -66,6 +67,43 @@ def test_a_float_bundle_of_any_shape_samples_what_torch_samples(name: str, tmp_p
     expected = torch_samples(checkpoint, name)
     for engine in ENGINES:
         assert mean_sqnr_db(expected, runtime_samples(tmp_path / "bundle", name, engine)) >= EXACT_DB
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("name", ["sequence", "upscaler"])
+def test_the_command_line_samples_what_torch_samples_for_a_file_of_conditioning(
+    name: str, engine: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, bundle, file, out = custom_model(name, tmp_path), tmp_path / "b", tmp_path / "x.npz", tmp_path / "y.npy"
+
+    def sampled(*words: object) -> str:
+        out.unlink(missing_ok=True)
+        code = main([str(word) for word in ("sample", bundle, "--engine", engine, "--out", out, *words)])
+        output = capsys.readouterr()
+        assert code == (0 if out.exists() else 2) and (out.exists() or output.err.count("\n") == 1)
+        return output.err
+
+    assert main(["export", model, "--out", str(bundle), "--targets", "onnx", "openvino", "--threads", "1"]) == 0
+    capsys.readouterr()
+    arrays, expected = conditioning(name, COUNT), torch_samples(load_checkpoint(model), name)
+    assert sampled("--conditioning", write_arrays(file, arrays), "--batch", 3) == ""
+    np.testing.assert_allclose(np.load(out), expected, rtol=0, atol=1e-5)
+    # one array for all samples
+    first = {key: array[0] for key, array in arrays.items()}
+    assert sampled("--conditioning", write_arrays(file, first), "-n", COUNT) == ""
+    assert len(np.load(out)) == COUNT
+    np.testing.assert_allclose(np.load(out)[0], expected[0], rtol=0, atol=1e-5)
+    key = next(iter(arrays))
+    assert f"give the arrays {key} float32" in sampled() and "--conditioning FILE.npz" in sampled()
+    assert f"'{key}' has {COUNT} rows for 2 samples" in sampled("--conditioning", write_arrays(file, arrays), "-n", 2)
+    assert key in sampled("--conditioning", write_arrays(file, {"other": arrays[key]}))
+    assert "shape" in sampled("--conditioning", write_arrays(file, {**arrays, key: arrays[key][..., :1]}))
+    assert "not conditioned on text" in sampled("--prompt", "a cat")
+
+
+def write_arrays(file: Path, arrays: dict[str, np.ndarray]) -> Path:
+    np.savez(file, allow_pickle=False, **arrays)
+    return file
 
 
 @pytest.mark.slow

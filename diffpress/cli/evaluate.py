@@ -5,6 +5,10 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options
+from diffpress.runtime.engines import ENGINES
+from diffpress.runtime.engines.cache import Cache, cache_folder
+
 EXAMPLE = "diffpress evaluate work/bundle --against work/baseline --samples 500"
 
 
@@ -33,8 +37,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seeds", type=int, default=3, help="independent draws (3)")
     parser.add_argument("--batch", type=int, default=64, help="images sampled together (64)")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps other than the sampling plan's")
-    parser.add_argument("--engine", metavar="E", help="engine of a bundle (the first one that can run here)")
-    parser.add_argument("--threads", type=int, metavar="T", help="processor threads (all)")
+    parser.add_argument(
+        "--engine", metavar="E", help=f"of a bundle: {', '.join(ENGINES)} (the first of these that can run here)"
+    )
+    add_engine_arguments(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores as JSON")
 
 
@@ -54,8 +60,8 @@ def run(args: argparse.Namespace) -> int:
         features=args.features,
         reference=args.reference,
         prompts=args.prompts,
-        engine=args.engine,
-        threads=args.threads,
+        engine=chosen_engine(args),
+        options=engine_options(args, Cache(cache_folder()) if args.rebuild else None),
     )
     log_evaluation(Path(args.subject).name, result)
     if args.json:

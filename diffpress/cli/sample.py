@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options, parsed_size, utf8_text
 from diffpress.cli.progress_bar import is_shown, progress_bar
+from diffpress.runtime.call_arguments import RequestArguments, check_request
 from diffpress.runtime.engines import ENGINES
 from diffpress.runtime.engines.cache import Cache, cache_folder
 from diffpress.runtime.errors import InvalidInputError
@@ -17,7 +18,6 @@ from diffpress.runtime.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from diffpress.runtime.bundle import Bundle
-    from diffpress.runtime.conditioning import Conditioning
     from diffpress.runtime.sample_request import SampleRequest
     from diffpress.runtime.spec import DenoiserSpec
 
@@ -26,9 +26,22 @@ logger = logging.getLogger(__name__)
 EXAMPLE = 'diffpress sample work --prompt "a lighthouse in the fog" -n 4 --steps 20 --out lighthouse/'
 DEFAULT_NUMBER = 16  # of a model without prompts
 MAX_NUMBER = 10**7
-# what an argument is for: the kind of conditioning of the model
-ARGUMENT_OF = {"prompt": "text", "prompt_file": "text", "negative": "text", "label": "class", "conditioning": "tensors"}
-KINDS = {"text": "conditioned on text", "class": "class-conditional", "tensors": "conditioned on tensors"}
+ARGUMENTS = RequestArguments(
+    {
+        "--prompt": "text",
+        "--prompt-file": "text",
+        "--negative": "text",
+        "--label": "class",
+        "--conditioning": "tensors",
+    },
+    ("--negative",),
+    {
+        "text": "give a prompt with --prompt TEXT",
+        "class": "use --label 0..{last}",
+        "tensors": "give the arrays {tensors} with --conditioning FILE.npz",
+        "none": "leave it out",
+    },
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -144,7 +157,8 @@ def _request(args: argparse.Namespace, spec: DenoiserSpec) -> SampleRequest:
     from diffpress.runtime.sample_request import SampleRequest
     from diffpress.runtime.sampler import MAX_SEED
 
-    _check_request(spec.conditioning, args)
+    given = {name: getattr(args, name.removeprefix("--").replace("-", "_")) for name in ARGUMENTS.kinds}
+    check_request(spec.conditioning, given, ARGUMENTS)
     prompts: tuple[str, ...] = () if args.prompt is None else (args.prompt,)
     if args.prompt_file is not None:
         prompts = read_prompt_file(args.prompt_file)
@@ -168,30 +182,6 @@ def _request(args: argparse.Namespace, spec: DenoiserSpec) -> SampleRequest:
     if not 0 <= args.seed <= MAX_SEED - len(request):
         raise InvalidInputError(f"--seed {args.seed}: must lie in 0..{MAX_SEED - len(request)}")
     return request
-
-
-def _check_request(conditioning: Conditioning, args: argparse.Namespace) -> None:
-    """Raise InvalidInputError for a condition that this model does not take, or for one that is missing."""
-    for name, kind in ARGUMENT_OF.items():
-        if getattr(args, name) is not None and kind != conditioning.kind:
-            flag = f"--{name.replace('_', '-')}"
-            raise InvalidInputError(f"{flag}: the model is not {KINDS[kind]}; {_alternative(conditioning)}")
-    missing = args.prompt is None and args.prompt_file is None and args.conditioning is None
-    if missing and conditioning.kind in ("text", "tensors"):
-        raise InvalidInputError(f"the model is {KINDS[conditioning.kind]}: {_alternative(conditioning)}")
-    if args.label is not None and not 0 <= args.label < conditioning.classes:
-        raise InvalidInputError(f"--label {args.label}: the model has the classes 0..{conditioning.classes - 1}")
-
-
-def _alternative(conditioning: Conditioning) -> str:
-    """Return what to do for a model with this conditioning."""
-    if conditioning.kind == "class":
-        return f"use --label 0..{conditioning.classes - 1}"
-    if conditioning.kind == "text":
-        return "give a prompt with --prompt TEXT"
-    if conditioning.kind == "tensors":
-        return f"give the arrays {', '.join(conditioning.tensors)} with --conditioning FILE.npz"
-    return "leave it out"
 
 
 def _count(number: int, what: str) -> str:

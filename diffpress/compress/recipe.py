@@ -17,7 +17,6 @@ recipe of a run, `recipe.json` in its folder, is a recipe as well.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
@@ -37,6 +36,7 @@ from diffpress.compress.config import (
     input_error,
     unknown_key,
 )
+from diffpress.compress.recipe_text import read_recipe_text, yaml_value
 from diffpress.compress.stages import STAGES, Stage, check_order, stages_of
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 from diffpress.runtime.sampler import MAX_SEED
@@ -131,15 +131,7 @@ class Recipe:
 
 def _read(file: Path) -> dict[str, Any]:
     """Return the content of a recipe file, unchecked."""
-    is_json = file.suffix == ".json"
-    try:
-        text = file.read_text(encoding="utf-8")
-        raw = json.loads(text) if is_json else yaml.safe_load(text)
-    except OSError as error:
-        raise InvalidInputError(f"{file}: the recipe cannot be read ({error.strerror})") from error
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        kind = "JSON" if is_json else "YAML"
-        raise InvalidInputError(f"{file}: not valid {kind} ({' '.join(str(error).split())[:200]})") from error
+    raw = read_recipe_text(file)
     if not isinstance(raw, dict):
         raise InvalidInputError(f"{file}: a recipe is a mapping with the keys {', '.join(KEYS)}")
     return raw
@@ -266,7 +258,9 @@ def _override_(raw: dict[str, Any], override: str) -> None:
         node[last] = str(Path(value).absolute())
         return
     try:
-        node[last] = yaml.safe_load(value)
+        node[last] = yaml_value(value)
+    except InvalidInputError as error:
+        raise InvalidInputError(f"--set {override}: {error}") from error
     except yaml.YAMLError as error:
         raise InvalidInputError(f"--set {override}: '{value}' is not a YAML value") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,39 +13,69 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
 
+@dataclass(frozen=True)
+class RequestArguments:
+    """Arguments that say what is sampled, as one interface names them.
+
+    Attributes:
+        kinds: Argument -> the kind of conditioning that it is for.
+        optional: Arguments that do not suffice alone.
+        hints: Kind of conditioning -> what to give; {last} is the highest class, {tensors} are the tensors' inputs.
+    """
+
+    kinds: Mapping[str, str]
+    optional: tuple[str, ...]
+    hints: Mapping[str, str]
+
+
+MODELS = {"text": "conditioned on text", "class": "class-conditional", "tensors": "conditioned on tensors"}
+NEEDED = ("text", "tensors")  # labels have a default: the classes in turn
+PYTHON = RequestArguments(
+    {"prompt": "text", "negative_prompt": "text", "labels": "class", "conditioning": "tensors"},
+    ("negative_prompt",),
+    {
+        "text": "give a prompt",
+        "class": "give labels of 0..{last}",
+        "tensors": "give conditioning with {tensors} for each sample",
+        "none": "leave it out",
+    },
+)
+
+
 def check_request(
-    conditioning: Conditioning,
-    *,
-    prompt: object = None,
-    negative_prompt: object = None,
-    labels: object = None,
-    tensors: object = None,
+    conditioning: Conditioning, given: Mapping[str, object], arguments: RequestArguments = PYTHON
 ) -> None:
-    """Raise InvalidInputError for a request that this kind of model does not take, or a missing prompt or tensor."""
+    """Raise InvalidInputError for a request that this kind of model does not take, or that lacks what it needs.
+
+    Args:
+        conditioning: The model's.
+        given: Argument -> value, None if it was left out.
+        arguments: What each of them is for.
+    """
     kind = conditioning.kind
-    if kind == "tensors" and tensors is None:
-        raise InvalidInputError(missing_tensors(conditioning))
-    if kind != "tensors" and tensors is not None:
-        raise InvalidInputError("conditioning: the model is not conditioned on tensors; leave it out")
-    if kind != "text" and (prompt is not None or negative_prompt is not None):
-        hint = f"give labels of 0..{conditioning.classes - 1}" if kind == "class" else "leave the prompt out"
-        name = "prompt" if prompt is not None else "negative_prompt"
-        raise InvalidInputError(f"{name}: the model is not conditioned on text; {hint}")
-    if kind == "text" and prompt is None:
-        raise InvalidInputError("the model is conditioned on text: give a prompt")
-    if labels is None:
-        return
-    if kind != "class":
-        raise InvalidInputError("labels: the model is not class-conditional; leave the labels out")
-    for label in np.ravel(np.asarray(labels)).tolist():
-        if label not in range(conditioning.classes):
-            raise InvalidInputError(f"labels: {label!r} is not a class of the model, 0..{conditioning.classes - 1}")
+    named = {name: value for name, value in given.items() if value is not None}
+    for name in named:
+        if arguments.kinds[name] != kind:
+            what = MODELS[arguments.kinds[name]]
+            raise InvalidInputError(f"{name}: the model is not {what}; {_hint(conditioning, arguments)}")
+    if kind in NEEDED and not named.keys() - set(arguments.optional):
+        raise InvalidInputError(is_missing(conditioning, arguments))
+    for name, value in named.items():
+        for label in np.ravel(np.asarray(value)).tolist() if kind == "class" else ():
+            if label not in range(conditioning.classes):
+                raise InvalidInputError(f"{name} {label!r}: the model has the classes 0..{conditioning.classes - 1}")
 
 
-def missing_tensors(conditioning: Conditioning) -> str:
-    """Return the message for a model whose conditioning tensors were not given."""
-    shapes = ", ".join(f"{name} {entry.dtype} {list(entry.shape)}" for name, entry in conditioning.tensors.items())
-    return f"conditioning: the model is conditioned on tensors: give {shapes} for each sample"
+def is_missing(conditioning: Conditioning, arguments: RequestArguments = PYTHON) -> str:
+    """Return the message for a model whose prompt or conditioning tensors were not given."""
+    return f"the model is {MODELS[conditioning.kind]}: {_hint(conditioning, arguments)}"
+
+
+def _hint(conditioning: Conditioning, arguments: RequestArguments) -> str:
+    """Return what to give to a model with this conditioning."""
+    entries = conditioning.tensors.items()
+    tensors = ", ".join(f"{name} {entry.dtype} {list(entry.shape)}" for name, entry in entries)
+    return arguments.hints[conditioning.kind].format(last=conditioning.classes - 1, tensors=tensors)
 
 
 def tensor_rows(spec: DenoiserSpec, tensors: Mapping[str, np.ndarray] | None) -> list[int]:

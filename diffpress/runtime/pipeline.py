@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from diffpress.runtime.bundle import Bundle, load_bundle
-from diffpress.runtime.call_arguments import check_request, chosen_seeds, missing_tensors, per_image, tensor_rows
+from diffpress.runtime.call_arguments import check_request, chosen_seeds, is_missing, per_image, tensor_rows
 from diffpress.runtime.engines import Engine, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
@@ -141,7 +141,8 @@ class Pipeline:
         if size is not None:
             spec = resized(spec, size, has_fixed_size(self.bundle))
         spec = self.bundle.spec_for(self.denoiser.name, requested_spec(spec, steps, solver, spacing, guidance))
-        check_request(spec.conditioning, prompt=prompt, negative_prompt=negative_prompt, labels=labels, tensors=tensors)
+        given = {"prompt": prompt, "negative_prompt": negative_prompt, "labels": labels, "conditioning": conditioning}
+        check_request(spec.conditioning, given)
         conditions = self.conditions(
             len(chosen),
             spec,
@@ -223,13 +224,13 @@ class Pipeline:
         spec = spec or self.spec
         if spec.conditioning.kind == "tensors":
             if tensors is None:
-                raise InvalidInputError(missing_tensors(spec.conditioning))
+                raise InvalidInputError(is_missing(spec.conditioning))
             return tensor_conditioning(spec, count, tensors)
         if spec.conditioning.kind != "text":
             classes = cycled_labels(spec, count) if labels is None else np.asarray(labels)
             return class_conditioning(spec, classes)
         if prompts is None:
-            raise InvalidInputError("the model is conditioned on text: give a prompt")
+            raise InvalidInputError(is_missing(spec.conditioning))
         guided = is_guided(spec, spec.plan.guidance)
         if negatives is not None and not guided:
             raise InvalidInputError("a negative prompt needs guidance above 1, which this model or plan does without")

@@ -18,6 +18,7 @@ import pytest
 
 from diffpress.cli.arguments import utf8_text
 from diffpress.cli.main import VERBS, main
+from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[2]
@@ -205,6 +206,22 @@ def test_a_mistake_in_a_recipe_is_reported_before_torch_is_imported(
     assert not packages(done) & {"torch", "diffusers", "transformers"}
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--samples", "4"), "samples = 4: too few, give at least 8"),
+        (("--precision", "fp8"), "unknown precision 'fp8': choose from fp32, bf16, fp16"),
+        (("--threads", "0"), "0 threads: must be at least 1"),
+    ],
+)
+def test_a_mistake_in_an_evaluation_is_reported_before_torch_is_imported(
+    words: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = in_fresh_process("evaluate", "checkpoint", *words, code=LOADED, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith(f"diffpress: {message}") and done.stderr.count("\n") == 1
+    assert not packages(done) & {"torch", "diffusers", "transformers"}
+
+
 # --- exit codes ------------------------------------------------------------------------------------------------
 
 
@@ -285,6 +302,35 @@ def test_too_few_samples_to_evaluate_are_refused(
     flag: tuple[str, int], teacher: Path, refused: Callable[..., None]
 ) -> None:
     refused(("evaluate", teacher, *flag), flag[0].removeprefix("--"), "too few")
+
+
+@pytest.mark.parametrize(
+    ("flag", "named"),
+    [
+        (("--engine", "onnxruntime"), "engine"),
+        (("--precision", "bf16"), "precision"),
+        (("--providers", "cpu"), "providers"),
+        (("--rebuild",), "engine and rebuild"),
+    ],
+)
+def test_evaluating_a_checkpoint_takes_no_engine(
+    flag: tuple[str, ...], named: str, teacher: Path, refused: Callable[..., None]
+) -> None:
+    refused(("evaluate", teacher, *flag), str(teacher), f"leave out {named}, or name a bundle")
+
+
+def test_evaluate_hands_the_options_of_the_engine_on(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch = pytest.importorskip("torch")
+    from diffpress.compress.evaluation import open_subject as module
+
+    def opened(bundle: object, engine: str, threads: None, *, options: EngineOptions) -> None:
+        raise InvalidInputError(f"{engine} {options.non_default} {options.threads} {torch.get_num_threads()}")
+
+    before = torch.get_num_threads()
+    monkeypatch.setattr(module, "Pipeline", opened)
+    words = ("--engine", "openvino", "--threads", before + 1, "--streams", 2, "--precision", "bf16")
+    expected = f"diffpress: openvino ['threads', 'precision', 'streams'] {before + 1} {before + 1}\n"
+    assert call("evaluate", TINY, *words) == (2, "", expected) and torch.get_num_threads() == before
 
 
 def test_evaluating_a_student_with_other_steps_prints_a_warning(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -162,6 +162,39 @@ def test_broken_yaml_is_refused(text: str, refused: Callable[..., None]) -> None
     refused(text, "r.yaml", "not valid YAML")
 
 
+REPEATED = [
+    ("seed: 1\nstages: [prune]\nseed: 2\n", "'seed'", "line 3"),
+    ("stages:\n  - prune: {ratio: 0.1}\nstages: [quantize]\n", "'stages'", "line 3"),
+    ("stages:\n  - prune: {ratio: 0.1, method: taylor, ratio: 0.3}\n", "'ratio'", "line 2"),
+    ('export:\n  targets: [onnx]\n  "targets": [openvino]\n', "'targets'", "line 3"),
+]
+
+
+@pytest.mark.parametrize(("text", "key", "line"), REPEATED)
+def test_a_key_that_is_given_twice_is_refused_by_name(
+    text: str, key: str, line: str, refused: Callable[..., None]
+) -> None:
+    refused(text, "r.yaml", key, line, "twice")
+
+
+@pytest.mark.parametrize(
+    ("text", "key"),
+    [('{"seed": 1, "seed": 2}', "'seed'"), ('{"stages": [{"prune": {"ratio": 0.1, "ratio": 0.3}}]}', "'ratio'")],
+)
+def test_a_key_that_a_json_recipe_gives_twice_is_refused_by_name(text: str, key: str, tmp_path: Path) -> None:
+    (tmp_path / "r.json").write_text(text)
+    with pytest.raises(InvalidInputError, match=f"r.json: key {key} is given twice; keep one of them"):
+        Recipe.load(tmp_path / "r.json")
+
+
+def test_stages_may_repeat_a_key_and_a_merge_key_may_be_overridden(recipe: Callable[..., Recipe]) -> None:
+    text = "stages:\n- prune: &first {ratio: 0.1, method: taylor}\n- prune: {<<: *first, ratio: 0.2}\n"
+    assert [stage.config.ratio for stage in recipe(text).stages] == [0.1, 0.2]
+    # the second mapping is merged into the third, after its own merge key is expanded
+    chain = f"{text}- prune: &second {{<<: *first, ratio: 0.3}}\n- prune: {{<<: *second, ratio: 0.4}}\n"
+    assert [stage.config.ratio for stage in recipe(chain).stages] == [0.1, 0.2, 0.3, 0.4]
+
+
 @pytest.mark.parametrize("text", ["", "just words", "- prune", "5"])
 def test_a_file_that_is_no_mapping_is_refused(text: str, refused: Callable[..., None]) -> None:
     refused(text, "r.yaml", "a recipe is a mapping", "stages")
@@ -268,6 +301,7 @@ def test_the_example_in_the_help_works() -> None:
         ("stages.0=5", "stages.0"),
         ("seed.x=5", "seed"),
         ("stages.prune.ratio=[", "stages.prune.ratio=["),
+        ("export={targets: [onnx], targets: [openvino]}", "key 'targets' is given twice"),
     ],
 )
 def test_an_override_of_an_unknown_setting_is_refused(override: str, word: str, refused: Callable[..., None]) -> None:

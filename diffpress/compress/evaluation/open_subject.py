@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.training.teacher_data import TeacherData
 from diffpress.runtime.bundle import find_bundle, load_bundle
 from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.pipeline import Pipeline, decoded
 from diffpress.runtime.spec import DenoiserSpec
@@ -29,7 +31,10 @@ def open_subject(
     options: EngineOptions | None = None,
     texts: Sequence[str] = (),
 ) -> EvaluationSubject:
-    """Open a bundle in an engine, or a checkpoint in torch (fake-quantized if quantized)."""
+    """Open a bundle in an engine, or a checkpoint in torch (fake-quantized if quantized).
+
+    Engine and options are those of a bundle; a checkpoint takes none of them.
+    """
     if find_bundle(reference) is not None:
         return pipeline_subject(Pipeline(load_bundle(reference), engine, threads, options=options), texts)
     checkpoint = load_checkpoint(reference)
@@ -38,6 +43,27 @@ def open_subject(
     decode = _decoder(checkpoint) if DECODER in component_names(checkpoint) else unchanged
     encode = _encoder(checkpoint) if checkpoint.spec.conditioning.encoders else None
     return EvaluationSubject(network, checkpoint.spec, decode, encode, tuple(texts))
+
+
+def check_engine_options(subjects: Sequence[str], engine: str | None, options: EngineOptions) -> None:
+    """Raise InvalidInputError if an engine or options other than threads are named, but no subject is a bundle."""
+    given = [*(["engine"] if engine else []), *(name for name in options.non_default if name != "threads")]
+    if given and not any(find_bundle(subject) for subject in subjects):
+        raise InvalidInputError(
+            f"{subjects[0]}: a checkpoint runs in torch, without an engine: leave out {' and '.join(given)}, or name a "
+            "bundle"
+        )
+
+
+@contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use this many threads inside the block; None changes nothing."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _encoder(checkpoint: Checkpoint) -> Callable[[Sequence[str], DenoiserSpec], ConditioningInputs]:

@@ -29,7 +29,6 @@ RENAMED = {
     ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
     ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
 }
-LIBRARIES = ("diffusers", "transformers")
 # complete models that published folders name in the config of the encoder that diffusers loads from them
 ENCODER_OF = {"T5ForConditionalGeneration": "T5EncoderModel", "T5Model": "T5EncoderModel", "CLIPModel": "CLIPTextModel"}
 # settings of a tokenizer that tokenizer.json does not store, and the value that the runtime follows
@@ -64,7 +63,7 @@ class Layout:
     @property
     def kind(self) -> str:
         """Class of the denoiser, under its present name."""
-        name = self._class_in_index(self.denoiser.name) or str(self.config.get("_class_name"))
+        name = self.class_in_index(self.denoiser.name) or str(self.config.get("_class_name"))
         return RENAMED.get((name, str(self.config.get("norm_type"))), name)
 
     def kind_of(self, component: str) -> str:
@@ -74,14 +73,19 @@ class Layout:
         """
         config = self.configs[component]
         in_config = (config.get("architectures") or [config.get("_class_name") or "without a name"])[0]
-        return self._class_in_index(component) or ENCODER_OF.get(str(in_config), str(in_config))
+        return self.class_in_index(component) or ENCODER_OF.get(str(in_config), str(in_config))
 
-    def _class_in_index(self, component: str) -> str | None:
+    def class_in_index(self, component: str) -> str | None:
+        """Return the class of a component in the index, None if it has none.
+
+        It is 'library.Class' if it is not of the library that such components are from; diffusers would look there.
+        """
         entry = self.index.get(component)
         if not isinstance(entry, list) or len(entry) != 2 or not entry[1]:
             return None
         library, name = entry
-        return str(name) if library in LIBRARIES else f"{library}.{name}"  # of a file that the pipeline brings along
+        usual = "transformers" if component in (*TEXT_ENCODERS, *TOKENIZERS) else "diffusers"
+        return str(name) if library == usual else f"{library}.{name}"
 
     @property
     def pipeline(self) -> str:
@@ -109,7 +113,7 @@ class Layout:
         folder = self.folder / component
         if not any((folder / name).is_file() for name in VOCABULARIES):
             raise InvalidInputError(f"{folder}: has no {', '.join(VOCABULARIES)}; copy the whole pipeline again")
-        name = self._class_in_index(component) or "AutoTokenizer"
+        name = self.class_in_index(component) or "AutoTokenizer"
         if not hasattr(transformers, name):
             raise InvalidInputError(
                 f"{self.folder / INDEX}: {component}: class '{name}' is not one of transformers; name the class of the "

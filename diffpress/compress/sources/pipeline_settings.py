@@ -62,8 +62,8 @@ def read_settings(layout: Layout, denoiser: nn.Module, scheduler: dict[str, Any]
     name = layout.pipeline or usual_pipeline(layout)
     check_pipeline(layout, name)
     definition = PIPELINES[name]
-    if scheduler is not None:
-        scheduler = _with_class_of_index(layout, scheduler)
+    if scheduler is not None and (of_index := layout.class_in_index("scheduler")):
+        scheduler = {**scheduler, "_class_name": of_index}
     built = None if scheduler is None else _build_scheduler(scheduler)
     before: dict[str, Any] = {}
     if scheduler is not None and built is not None:
@@ -101,15 +101,6 @@ def _build_decoder(layout: Layout, component: str) -> Any:
         init_empty_weights(include_buffers=False),
     ):
         return getattr(diffusers, name).from_config(layout.configs[component])
-
-
-def _with_class_of_index(layout: Layout, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a scheduler's config with the class that the index names, which diffusers builds."""
-    entry = layout.index.get("scheduler")
-    if not isinstance(entry, list) or len(entry) != 2 or not entry[1]:
-        return config
-    library, name = entry
-    return {**config, "_class_name": name if library == "diffusers" else f"{library}.{name}"}
 
 
 def _build_scheduler(config: dict[str, Any]) -> Any:

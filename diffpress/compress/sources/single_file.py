@@ -1,28 +1,33 @@
 """Convert a .safetensors file in the original (CompVis, Stability, BFL) layout to a pipeline folder.
 
-diffusers ignores some markers of a file: empty tensors or header metadata that name the prediction type.
+diffusers ignores some markers of a file: empty tensors or header metadata that name the prediction type. It also drops
+tensors that its configs have no place for; here they are refused by name, and so are missing ones.
 """
 
 from __future__ import annotations
 
 import inspect
 import logging
-import re
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from diffpress.compress.checkpoint import write_folder
-from diffpress.compress.sources.layout import first_line
+from diffpress.compress.sources.layout import TEXT_ENCODERS, first_line
 from diffpress.compress.sources.pretrained import quiet_libraries
+from diffpress.compress.sources.single_file_components import (
+    components_outside,
+    empty_components,
+    is_missing,
+    unread_by_models,
+)
+from diffpress.compress.sources.single_file_text import unread_text_tensors
 from diffpress.compress.sources.weights import (
     PICKLES,
     header_metadata,
     refuse_quantized,
     tensor_shapes,
-    unread_tensors,
 )
 from diffpress.runtime.errors import InvalidInputError
 
@@ -35,14 +40,8 @@ EDM = ("edm_mean", "edm_std", "edm_vpred.sigma_max", "edm_vpred.sigma_min")
 # entry of the header's metadata that training tools write, and its values
 PREDICTION_ENTRY = "modelspec.prediction_type"
 PREDICTIONS = {"v": "v_prediction", "epsilon": "epsilon"}
-# parts of a file that diffusers converts completely, so that a tensor left over means another architecture
+# components that diffusers converts completely, so that a tensor left over means another architecture
 CONVERTED = ("model.diffusion_model.", "first_stage_model.")
-TEXT = ("cond_stage_model.", "conditioner.", "text_encoders.")
-# tensors of training that have no part in sampling: losses, averaged copies, tables of the noise schedule
-TRAINING = re.compile(
-    r"^(first_stage_model\.(loss|model_ema)\.|model_ema\.|denoiser\.sigmas$|log_one_minus_|sqrt_|posterior_|"
-    r"(alphas_cumprod|betas|logvar|lvlb_weights|scale_factor|global_step))"
-)
 
 
 def from_single_file(file: Path, into: Path, config: str | None = None) -> Path:
@@ -69,19 +68,23 @@ def from_single_file(file: Path, into: Path, config: str | None = None) -> Path:
     refuse_quantized(file)
     tensors = {name: torch.empty(shape, device="meta") for name, shape in tensor_shapes(file).items()}
     _refuse_unsupported_markers(file, tensors)
-    pipe, source = _converted(file, tensors, config)
-    for component, model in pipe.components.items():
-        if isinstance(model, nn.Module) and any(parameter.is_meta for parameter in model.parameters()):
-            raise InvalidInputError(f"{file}: weights of {component} are missing (config from {source})")
-    _check_all_read(file, tensors, pipe)
+    index, source = _described(file, tensors, config)
+    models = empty_components(index, source)
+    outside = components_outside(file, tensors, models, source)
+    _check_tensors(file, tensors, {name: model for name, model in models.items() if name not in outside}, source)
+    pipe = _loaded(file, index, source, outside)
+    for component in models.keys() - outside.keys():
+        missing = sorted(name for name, value in getattr(pipe, component).named_parameters() if value.is_meta)
+        if missing:
+            raise InvalidInputError(is_missing(file, component, missing, source))
     _set_prediction_(pipe, file, tensors, source)
     with quiet_libraries():
         write_folder(into, lambda temporary: pipe.save_pretrained(temporary, safe_serialization=True))
     return into
 
 
-def _converted(file: Path, tensors: dict[str, torch.Tensor], config: str | None) -> tuple[Any, str]:
-    """Return the file as a pipeline of diffusers, and where its configs are from."""
+def _described(file: Path, tensors: dict[str, torch.Tensor], config: str | None) -> tuple[dict[str, Any], str]:
+    """Return model_index.json of the file's pipeline, and the folder or hub id that it is from."""
     import diffusers
     from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS, infer_diffusers_model_type
 
@@ -92,25 +95,33 @@ def _converted(file: Path, tensors: dict[str, torch.Tensor], config: str | None)
             f"{file}: not in a single-file layout that diffusers recognizes; use a pipeline folder instead"
         )
     source = config or DIFFUSERS_DEFAULT_PIPELINE_PATHS[kind]["pretrained_model_name_or_path"]
-    local = Path(source).is_dir()
     try:
-        name = str(diffusers.DiffusionPipeline.load_config(source, local_files_only=local)["_class_name"])
+        index = dict(diffusers.DiffusionPipeline.load_config(source, local_files_only=Path(source).is_dir()))
+        name = str(index["_class_name"])
     except Exception as error:  # the hub client raises dozens of unrelated types
         raise InvalidInputError(
             f"{file}: detected as type '{kind}', but its configs could not be read from {source} "
             f"({first_line(error)}); pass --config FOLDER, a diffusers pipeline folder of the same family, "
             "to do without the hub"
         ) from error
-    pipeline: Any = getattr(diffusers, name, None)
-    if not hasattr(pipeline, "from_single_file"):
+    if not hasattr(getattr(diffusers, name, None), "from_single_file"):
         raise InvalidInputError(f"{source}: diffusers cannot load {name} from a single file")
+    return index, source
+
+
+def _loaded(file: Path, index: dict[str, Any], source: str, outside: dict[str, Any]) -> Any:
+    """Return the file as a pipeline of diffusers, with the components that it does not hold."""
+    import diffusers
+
+    name = index["_class_name"]
     try:
         with quiet_libraries():
-            return pipeline.from_single_file(str(file), config=source, local_files_only=local), source
+            return getattr(diffusers, name).from_single_file(
+                str(file), config=source, local_files_only=Path(source).is_dir(), **outside
+            )
     except Exception as error:  # torch, transformers and diffusers raise many types for a mismatched file
         raise InvalidInputError(
-            f"{file}: diffusers cannot load it as {name} with the configs of {source} ({first_line(error)}); "
-            "components missing from the file are read from --config FOLDER"
+            f"{file}: diffusers cannot load it as {name} with the configs of {source} ({first_line(error)})"
         ) from error
 
 
@@ -125,35 +136,21 @@ def _refuse_unsupported_markers(file: Path, tensors: dict[str, torch.Tensor]) ->
         )
 
 
-def _check_all_read(file: Path, tensors: dict[str, torch.Tensor], pipe: Any) -> None:
-    """Refuse a tensor of the network that diffusers did not convert; warn of tensors of unknown meaning."""
-    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
-
-    known = {V_PREDICTION, ZERO_SNR}
-    rest = {name: tensor for name, tensor in tensors.items() if name not in known and not TRAINING.match(name)}
-    for model in pipe.components.values():
-        entry: Any = SINGLE_FILE_LOADABLE_CLASSES.get(type(model).__name__)
-        if entry is None:
-            continue
-        expected = model.state_dict().keys()
-
-        def convert(
-            state: dict[str, torch.Tensor], model: Any = model, entry: Any = entry, expected: Any = expected
-        ) -> list[torch.Tensor]:
-            found = entry["checkpoint_mapping_fn"](config=dict(model.config), checkpoint=state)
-            return [tensor for name, tensor in found.items() if name in expected and tensor is not None]
-
-        if not expected <= rest.keys():  # else the file has diffusers' own names
-            unread = set(unread_tensors(rest, convert))
-            rest = {name: tensor for name, tensor in rest.items() if name in unread}
-    unknown = sorted(name for name in rest if not name.startswith(TEXT))
-    if unknown and unknown[0].startswith(CONVERTED):
+def _check_tensors(file: Path, tensors: dict[str, torch.Tensor], models: dict[str, Any], source: str) -> None:
+    """Refuse a tensor that a component lacks, or has besides its own; warn of tensors of unknown meaning."""
+    encoders = [model for component, model in models.items() if component in TEXT_ENCODERS]
+    others = {component: model for component, model in models.items() if component not in TEXT_ENCODERS}
+    rest = unread_by_models(file, tensors, others, source)
+    of_text, unread = unread_text_tensors(rest, encoders)
+    unread = sorted(set(unread) - {V_PREDICTION, ZERO_SNR})
+    foreign = sorted([*of_text, *(name for name in unread if name.startswith(CONVERTED))])
+    if foreign:
         raise InvalidInputError(
-            f"{file}: tensor '{unknown[0]}' does not belong to this {type(pipe).__name__} ({len(unknown)} in all); is "
-            "it another architecture?"
+            f"{file}: tensor '{foreign[0]}' does not belong to the model that {source} describes ({len(foreign)} in "
+            "all); is it another architecture?"
         )
-    if unknown:
-        logger.warning(f"{file}: tensor '{unknown[0]}' is unknown and not used ({len(unknown)} in all)")
+    if unread:
+        logger.warning(f"{file}: tensor '{unread[0]}' is unknown and not used ({len(unread)} in all)")
 
 
 def _set_prediction_(pipe: Any, file: Path, tensors: dict[str, torch.Tensor], source: str) -> None:

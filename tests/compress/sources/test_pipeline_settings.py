@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, DiffusionPipeline
 
 from diffpress.compress.sources.diffusers_folder import spec_of_folder
 from diffpress.compress.sources.load import load_checkpoint
@@ -365,6 +365,25 @@ def test_a_scheduler_that_the_pipeline_does_not_work_with_is_refused(
     folder = copied(kind)
     edit(folder / "model_index.json", scheduler=["diffusers", scheduler])
     refused(folder, "model_index.json", scheduler)
+
+
+@pytest.mark.parametrize(
+    ("component", "entry"),
+    [
+        ("scheduler", ["transformers", "PNDMScheduler"]),
+        ("unet", ["transformers", "UNet2DConditionModel"]),
+        ("vae", ["transformers", "AutoencoderKL"]),
+        ("unet", ["my_unet", "UNet2DConditionModel"]),
+    ],
+)
+def test_a_component_of_another_library_is_refused(
+    component: str, entry: list[str], copied: Callable[[str], Path]
+) -> None:
+    folder = copied("sd")
+    edit(folder / "model_index.json", **{component: entry})
+    with pytest.raises((ValueError, AttributeError, OSError)):
+        DiffusionPipeline.from_pretrained(folder, local_files_only=True)
+    refused(folder, ".".join(entry))
 
 
 def test_a_denoiser_of_another_family_than_its_pipeline_is_refused(copied: Callable[[str], Path]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline, EulerDiscreteScheduler, PNDMScheduler
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
+from diffpress.compress.models.components import load_component
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.sources.single_file import from_single_file
 from diffpress.runtime.errors import InvalidInputError
@@ -126,6 +127,151 @@ def test_a_tensor_of_the_network_that_diffusers_does_not_read_is_refused(
     name: str, converted: Callable[..., Path]
 ) -> None:
     refused(lambda: converted(**{name: torch.ones(3)}), "finetune.safetensors", f"'{name}'", "does not belong")
+
+
+TEXT = "cond_stage_model.transformer.text_model."
+LAYER = "encoder.layers.1.mlp.fc1.weight"
+
+
+def without(name: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    def remove(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        assert name in state
+        return {key: tensor for key, tensor in state.items() if key != name}
+
+    return remove
+
+
+@pytest.mark.parametrize(
+    ("name", "named"),
+    [
+        (TEXT + LAYER, f"tensor '{LAYER}' of text_encoder is missing"),
+        (TEXT + "final_layer_norm.bias", "tensor 'final_layer_norm.bias' of text_encoder is missing"),
+        ("first_stage_model.decoder.norm_out.weight", "tensor 'decoder.conv_norm_out.weight' of vae is missing"),
+        ("model.diffusion_model.out.2.bias", "tensor 'conv_out.bias' of unet is missing"),
+        ("first_stage_model.quant_conv.bias", "tensor 'quant_conv.bias' of vae is missing"),
+    ],
+)
+def test_a_missing_tensor_of_a_component_is_named(
+    name: str, named: str, converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    refused(lambda: converted(without(name)), "finetune.safetensors", named)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "name", [TEXT + LAYER, TEXT + "embeddings.token_embedding.weight", "first_stage_model.decoder.conv_out.bias"]
+)
+def test_a_misshapen_tensor_of_a_component_is_named(name: str, converted: Callable[..., Path]) -> None:
+    def cut(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {**state, name: state[name][:-1].clone()}
+
+    refused(lambda: converted(cut), "finetune.safetensors", name.removeprefix(TEXT).split(".", 2)[-1], "shape")
+
+
+@pytest.mark.parametrize("name", [TEXT + "encoder.layers.1.adapter.weight", TEXT + "encoder.layers.2.mlp.fc1.weight"])
+def test_a_tensor_that_the_text_encoder_does_not_have_is_refused(name: str, converted: Callable[..., Path]) -> None:
+    refused(lambda: converted(**{name: torch.ones(3)}), "finetune.safetensors", f"'{name}'", "does not belong")
+
+
+def test_tensors_of_a_complete_clip_are_ignored(
+    converted: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    prefix = "cond_stage_model.transformer."
+    names = ("logit_scale", "text_projection.weight", "vision_model.conv1.weight", "text_model.embeddings.position_ids")
+    with caplog.at_level("WARNING", logger="diffpress"):
+        converted(**{prefix + name: torch.ones(3) for name in names})
+    assert caplog.messages == []
+
+
+def test_a_text_encoder_that_the_pipeline_does_not_have_is_named_in_a_warning(
+    converted: Callable[..., Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    name = "text_encoders.t5xxl.transformer.encoder.final_layer_norm.weight"
+    with caplog.at_level("WARNING", logger="diffpress"):
+        converted(**{name: torch.ones(3)})
+    (message,) = caplog.messages
+    assert f"'{name}'" in message and "not used" in message
+
+
+@pytest.mark.parametrize(
+    ("component", "name", "prefix", "tensor"),
+    [
+        ("text_encoder", "text_encoder", TEXT, LAYER),
+        ("vae", "vae_decoder", "first_stage_model.", "decoder.conv_in.bias"),
+    ],
+)
+def test_a_component_that_the_file_does_not_hold_is_that_of_the_config_and_checked(
+    component: str, name: str, prefix: str, tensor: str, converted: Callable[..., Path], config: Path, tmp_path: Path
+) -> None:
+    def without_component(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor for name, tensor in state.items() if not name.startswith(prefix)}
+
+    found = load_component(load_checkpoint(converted(without_component)), name).module.state_dict()
+    expected = load_component(load_checkpoint(config), name).module.state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    (file,) = (config / component).glob("*.safetensors")
+    state = load_file(file)
+    gone = next(name for name in state if name.endswith(tensor))
+    save_file({name: tensor for name, tensor in state.items() if name != gone}, file, metadata={"format": "pt"})
+
+    def again() -> Path:
+        return from_single_file(tmp_path / "finetune.safetensors", tmp_path / "out", str(config))
+
+    checkpoint = load_checkpoint(again())
+    refused(lambda: load_component(checkpoint, name), f"'{gone}' is missing")
+    file.unlink()
+    refused(again, "finetune.safetensors", f"has no {component}", str(config), "--config")
+
+
+def to_open_clip(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename the text encoder's tensors to those of OpenCLIP, as in files of Stable Diffusion 2."""
+    names = {
+        "embeddings.token_embedding": "token_embedding",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "final_layer_norm": "ln_final",
+        "encoder.layers": "transformer.resblocks",
+        "layer_norm": "ln_",
+        "self_attn": "attn",
+        "fc1": "c_fc",
+        "fc2": "c_proj",
+    }
+    found = {name: tensor for name, tensor in state.items() if not name.startswith(TEXT)}
+    for name in sorted(state.keys() - found.keys()):
+        new = name.removeprefix(TEXT)
+        for theirs, ours in names.items():
+            new = new.replace(theirs, ours)
+        if ".q_proj." in name:
+            tensor = torch.cat([state[name.replace("q_proj", f"{which}_proj")] for which in "qkv"])
+            new = new.replace("q_proj.", "in_proj_")
+        elif ".k_proj." in name or ".v_proj." in name:
+            continue
+        else:
+            tensor = state[name]
+        found["cond_stage_model.model." + new] = tensor.contiguous()
+    return found
+
+
+def test_a_text_encoder_with_the_names_of_open_clip_is_checked_as_well(
+    converted: Callable[..., Path], config: Path
+) -> None:
+    prefix = "cond_stage_model.model."
+    extra = {
+        prefix + name: torch.ones(32, 32) for name in ("logit_scale", "text_projection", "attn_mask", "visual.proj")
+    }
+    found = load_component(load_checkpoint(converted(to_open_clip, **extra)), "text_encoder").module.state_dict()
+    expected = DiffusionPipeline.from_pretrained(config, local_files_only=True).text_encoder.state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    gone = prefix + "transformer.resblocks.0.attn.in_proj_weight"
+    refused(
+        lambda: converted(lambda state: without(gone)(to_open_clip(state))),
+        "'encoder.layers.0.self_attn.k_proj.weight' of text_encoder is missing (3 in all",
+    )
+    foreign = prefix + "transformer.resblocks.0.attn.adapter.weight"
+    refused(
+        lambda: converted(lambda state: {**to_open_clip(state), foreign: torch.ones(3)}),
+        f"'{foreign}'",
+        "does not belong",
+    )
 
 
 def test_tensors_of_training_are_ignored_and_unknown_ones_named(
