@@ -21,6 +21,8 @@ import numpy as np
 from real_size_models import Model
 
 if TYPE_CHECKING:
+    import torch
+
     from diffpress.compress.checkpoint import Checkpoint
 
 # alpha^2 = exp(-1000 beta) = 0.1 at the last timestep: at the noise levels of Stable Diffusion (0.005) x_0 is barely
@@ -64,10 +66,7 @@ def write_network(model: Model, small: bool, folder: Path) -> dict[str, Any]:
         network = getattr(diffusers, model.kind)(**model.config | (model.small if small else {}))
     generator, dtype, state = torch.Generator().manual_seed(0), getattr(torch, model.dtype), {}
     for key, tensor in network.state_dict().items():
-        if tensor.dim() > 1:
-            weight = torch.randn(tensor.shape, generator=generator).div_(tensor[0].numel() ** 0.5)
-        else:
-            weight = torch.ones(tensor.shape) if key.endswith("weight") else torch.zeros(tensor.shape)
+        weight = random_tensor(key, tensor.shape, generator)
         state[key] = weight.mul_(DAMPING if key.endswith(DAMPED) else 1.0).to(dtype)
     shutil.rmtree(folder, ignore_errors=True)
     (folder / model.component).mkdir(parents=True)
@@ -77,6 +76,15 @@ def write_network(model: Model, small: bool, folder: Path) -> dict[str, Any]:
     (folder / model.component / "config.json").write_text(json.dumps(config))
     save_file(state, weights_file(model, folder))
     return {"parameters": sum(tensor.numel() for tensor in state.values())}
+
+
+def random_tensor(name: str, shape: torch.Size, generator: torch.Generator) -> torch.Tensor:
+    """Return variance-preserving random weights; scales are 1 and biases 0, so that norms are the identity."""
+    import torch
+
+    if len(shape) > 1:
+        return torch.randn(shape, generator=generator).div_(shape[1:].numel() ** 0.5)
+    return torch.full(shape, float(name.endswith("weight")))
 
 
 def weights_file(model: Model, folder: Path) -> Path:

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from fitted_network import fit_network, load_network, write_network
+from quantization import has_dot_products
 from real_size_models import MODELS, Model
 
 if TYPE_CHECKING:
@@ -214,13 +215,6 @@ def _nncf(race: Race) -> list[str]:
     files = [str(race.inputs / f"A-{index}.npz") for index in range(len(recorded(race, "A")))]
     flags = [] if has_dot_products() else ["--no-dot-products"]
     return [str(NNCF_SCRIPT), str(race.float_graph), str(race.nncf_graph), *flags, "--inputs", *files]
-
-
-def has_dot_products() -> bool:
-    """Return whether this processor multiplies 8-bit integers without a 16-bit intermediate sum, which can overflow."""
-    from diffpress.runtime.benchmarking.bench import machine
-
-    return any("vnni" in name or name in ("amx_int8", "asimddp") for name in machine()["instruction_sets"])
 
 
 MAKINGS: dict[str, Making] = {

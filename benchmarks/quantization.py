@@ -37,6 +37,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from checks import check, check_line
+from fitted_network import random_tensor
 
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
@@ -106,10 +108,7 @@ def write_random(name: str, folder: Path) -> Path:
     model, generator = getattr(diffusers, kind)(**config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for key, tensor in model.named_parameters():
-            if tensor.dim() > 1:
-                tensor.copy_(torch.randn(tensor.shape, generator=generator) / tensor[0].numel() ** 0.5)
-            else:
-                tensor.fill_(float(key.endswith("weight")))  # norms start as the identity
+            tensor.copy_(random_tensor(key, tensor.shape, generator))
     model.save_pretrained(folder / component)
     (folder / "scheduler").mkdir(exist_ok=True)
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER))
@@ -155,19 +154,10 @@ def quantize_with_nncf(graph: Path, batches: Sequence[dict[str, np.ndarray]], tr
     was 3 dB worse. Splitting the batches into single samples cost another 3 dB, since NNCF averages its ranges over
     the entries of the dataset.
     """
-    import nncf
-    import openvino
+    from peers.nncf_ptq import quantize_onnx
 
-    fix = nncf.OverflowFix.FIRST_LAYER if has_dot_products() else nncf.OverflowFix.ENABLE
     with contextlib.redirect_stdout(sys.stderr):
-        model = nncf.quantize(
-            openvino.Core().read_model(graph),
-            nncf.Dataset(batches),
-            model_type=nncf.ModelType.TRANSFORMER if transformer else None,
-            subset_size=len(batches),
-            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
-        )
-    openvino.save_model(model, out, compress_to_fp16=False)
+        quantize_onnx(graph, batches, transformer, has_dot_products(), out)
 
 
 def has_dot_products() -> bool:
@@ -245,8 +235,9 @@ def integer_share_outside(precision_report: PrecisionReport, sensitive: Sequence
 
 
 def size(path: Path) -> int:
-    """Return the bytes of a model; an OpenVINO IR stores its weights in a second file."""
-    return sum(file.stat().st_size for file in (path, path.with_suffix(".bin")) if file.is_file())
+    """Return the bytes of a model with its weights, which ONNX stores in FILE.data and OpenVINO in FILE.bin."""
+    files = (path, path.with_name(f"{path.name}.data"), path.with_suffix(".bin"))
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -267,14 +258,7 @@ def verdicts(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         ("step / NNCF's step, OpenVINO", ours["step_ms"] / theirs["step_ms"], "<=", 1.0),
         ("PSNR against NNCF's PSNR, OpenVINO, dB", ours["psnr_db"], ">=", theirs["psnr_db"]),
     ]
-    return [
-        {"what": what, "value": value, "bound": f"{sign} {bound:.4g}", "passed": _holds(value, sign, bound)}
-        for what, value, sign, bound in checks
-    ]
-
-
-def _holds(value: float, sign: str, bound: float) -> bool:
-    return value <= bound if sign == "<=" else value >= bound
+    return [check(*entry) for entry in checks]
 
 
 def show(result: Mapping[str, Any]) -> None:
@@ -288,9 +272,7 @@ def show(result: Mapping[str, Any]) -> None:
             f"| {row['integer_mac_share']:.3f} | {row['file_ratio']:.3f} |"
         )
     print()
-    for verdict in result["verdicts"]:
-        word = "pass" if verdict["passed"] else "FAIL"
-        print(f"- {word}: {verdict['what']} {verdict['value']:.4g} ({verdict['bound']})")
+    print("\n".join(check_line(row) for row in result["verdicts"]))
     sys.stdout.flush()
 
 

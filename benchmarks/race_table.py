@@ -13,6 +13,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from checks import check, check_line
 from subjects import REFERENCE, SUBJECTS
 
 Row = dict[str, Any]
@@ -73,10 +74,10 @@ def verdicts(model: str, small: bool, rows: Sequence[Row], makings: Mapping[str,
     Checks of subjects that did not take part are left out; of a subject that failed, they fail. At the small scale time
     and memory say nothing about the real size, so only what the network predicts and parity are checked.
     """
-    found = [_check("R^2 on unseen states", makings["fit"].get("r2"), ">=", R2)]
+    found = [check("R^2 on unseen states", makings["fit"].get("r2"), ">=", R2)]
     if "export" in makings:
         failures = makings["export"].get("parity_failures")
-        found.append(_check("parity failures", None if failures is None else len(failures), "<=", 0))
+        found.append(check("parity failures", None if failures is None else len(failures), "<=", 0))
     if small:
         return found
     table = {row["subject"]: row for row in rows}
@@ -88,43 +89,38 @@ def verdicts(model: str, small: bool, rows: Sequence[Row], makings: Mapping[str,
         found += _against_peers(model, best, peers, table.get(REFERENCE, {}))
     if "onnxruntime-int8" in table and "onnxruntime-fp32" in table:
         ratio = _ratio(table["onnxruntime-int8"], table["onnxruntime-fp32"])
-        found.append(_check("ONNX Runtime int8 / fp32", ratio, "<=", ONNXRUNTIME_TIME))
+        found.append(check("ONNX Runtime int8 / fp32", ratio, "<=", ONNXRUNTIME_TIME))
     for row in ours.values():
-        found.append(_check(f"SQNR of x_0, dB, {row['label']}", row.get("x0_db"), ">=", INT8_X0_DB))
+        found.append(check(f"SQNR of x_0, dB, {row['label']}", row.get("x0_db"), ">=", INT8_X0_DB))
         share = row.get("integer_share_outside_attention")
-        found.append(_check(f"integer MACs outside attention, {row['label']}", share, ">=", INTEGER_SHARE))
+        found.append(check(f"integer MACs outside attention, {row['label']}", share, ">=", INTEGER_SHARE))
     if best:
         weights_mib = 4 * makings["write"]["parameters"] / 2**20
         peak = best.get("make_peak_mib")
         memory = None if peak is None else peak / weights_mib
-        found.append(_check("peak memory of making / fp32 weights", memory, "<=", MEMORY_OF_WEIGHTS))
-        found.append(_check("seconds to load again", best.get("load_seconds", [None])[-1], "<=", LOAD_SECONDS))
+        found.append(check("peak memory of making / fp32 weights", memory, "<=", MEMORY_OF_WEIGHTS))
+        found.append(check("seconds to load again", best.get("load_seconds", [None])[-1], "<=", LOAD_SECONDS))
     return found
 
 
 def _against_peers(model: str, best: Row, peers: Sequence[Row], reference: Row) -> list[Row]:
     """Compare our fastest row with the fastest peer, or with the float graph if no peer was measured."""
     if not peers:
-        return [_check("OpenVINO int8 / fp32", _ratio(best, reference), "<=", TIME_OF_FLOAT)] if reference else []
+        return [check("OpenVINO int8 / fp32", _ratio(best, reference), "<=", TIME_OF_FLOAT)] if reference else []
     peer = min(peers, key=lambda row: row["ms"])
     found = [
-        _check(f"time / {peer['label']}", _ratio(best, peer), "<=", TIME_OF_PEER[model]),
-        _check(f"SQNR, dB, against {peer['label']}", best.get("sqnr_db"), ">=", peer["sqnr_db"]),
+        check(f"time / {peer['label']}", _ratio(best, peer), "<=", TIME_OF_PEER[model]),
+        check(f"SQNR, dB, against {peer['label']}", best.get("sqnr_db"), ">=", peer["sqnr_db"]),
     ]
     if "seconds_of" in peer:
         seconds = sum(best["seconds_of"].values()) if "seconds_of" in best else None
         bound = sum(peer["seconds_of"].values())
-        found.append(_check(f"seconds to make, against {peer['label']}", seconds, "<=", bound))
+        found.append(check(f"seconds to make, against {peer['label']}", seconds, "<=", bound))
     return found
 
 
 def _ratio(row: Row, other: Row) -> float | None:
     return row["ms"] / other["ms"] if "ms" in row and "ms" in other else None
-
-
-def _check(what: str, value: float | None, sign: str, bound: float) -> Row:
-    holds = value is not None and (value <= bound if sign == "<=" else value >= bound)
-    return {"what": what, "value": value, "bound": f"{sign} {bound:.4g}", "passed": holds}
 
 
 # --- Markdown ----------------------------------------------------------------------------------------------------
@@ -157,7 +153,7 @@ def markdown(title: str, machine: Mapping[str, Any], facts: str, rows: Sequence[
         if why != _reason(row)
     ]
     lines += ["", *failed] if failed else []
-    return "\n".join([*lines, "", *(_verdict(check) for check in checks)])
+    return "\n".join([*lines, "", *(check_line(row) for row in checks)])
 
 
 def _line(cells: Sequence[str]) -> str:
@@ -199,8 +195,3 @@ def _number(value: float | None, digits: int) -> str:
 
 def _db(value: float | None) -> str:
     return "exact" if value == EXACT_DB else _number(value, 1)
-
-
-def _verdict(check: Row) -> str:
-    value = "not measured" if check["value"] is None else f"{check['value']:.4g}"
-    return f"- {'pass' if check['passed'] else 'FAIL'}: {check['what']} {value} ({check['bound']})"

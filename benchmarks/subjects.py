@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from fitted_network import load_network, weights_file
 from made_models import COMPARED_SEED, Race, recorded, sampled, spec_of
+from quantization import size
 
 if TYPE_CHECKING:
     from diffpress.runtime.spec import DenoiserSpec
@@ -55,18 +56,18 @@ class Subject:
 # --- opening -----------------------------------------------------------------------------------------------------
 
 
-class TorchNetwork:
+class TorchInDtype:
     """A torch model in one dtype as a network; inputs of floating point are converted to it."""
 
     def __init__(self, race: Race, dtype: str, compiled: bool) -> None:
         import torch
 
         from diffpress.compress.models.adapter import adapter_for
-        from diffpress.compress.models.torch_network import TorchNetwork as Reference
+        from diffpress.compress.models.torch_network import TorchNetwork
 
         checkpoint = load_network(race.model, race.network, dtype)
         self._forward, self._dtype = adapter_for(checkpoint.model).forward, getattr(torch, dtype)
-        self.inputs: Mapping[str, np.dtype] = Reference(checkpoint.model, checkpoint.spec).inputs
+        self.inputs: Mapping[str, np.dtype] = TorchNetwork(checkpoint.model, checkpoint.spec).inputs
         self._model: Any = torch.compile(checkpoint.model, dynamic=False) if compiled else checkpoint.model
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -83,7 +84,7 @@ class TorchNetwork:
 def _torch(dtype: str, compiled: bool = False) -> Callable[[Race, Path], Opened]:
     def opened(race: Race, cache: Path) -> Opened:
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-        return TorchNetwork(race, dtype, compiled), spec_of(race)
+        return TorchInDtype(race, dtype, compiled), spec_of(race)
 
     return opened
 
@@ -188,7 +189,7 @@ def accuracy(race: Race, name: str) -> dict[str, Any]:
         "sqnr_db": statistics.mean(outputs_db),
         "sqnr_min_db": min(outputs_db),
         "x0_db": mean_sqnr_db(np.load(race.inputs / "B-final.npy"), final),
-        "file_bytes": _bytes(SUBJECTS[name].file(race)),
+        "file_bytes": size(SUBJECTS[name].file(race)),
     }
     if hasattr(network, "precision_report"):
         report = network.precision_report(evaluations[0][0])
@@ -234,9 +235,3 @@ def timing(race: Race, name: str, repeats: int, first: bool) -> dict[str, Any]:
 
 def _cache(race: Race, name: str) -> Path:
     return race.folder / "cache" / name
-
-
-def _bytes(graph: Path) -> int:
-    """Return the bytes of a graph with its weights, which ONNX stores in FILE.data and OpenVINO in FILE.bin."""
-    files = (graph, graph.with_name(f"{graph.name}.data"), graph.with_suffix(".bin"))
-    return sum(file.stat().st_size for file in files if file.is_file())

@@ -17,6 +17,7 @@ import argparse  # noqa: E402
 import contextlib  # noqa: E402
 import json  # noqa: E402
 import sys  # noqa: E402
+from collections.abc import Sequence  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import nncf  # noqa: E402
@@ -31,18 +32,34 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, nargs="+", required=True)
     parser.add_argument("--no-dot-products", action="store_true", help="8-bit products overflow on this processor")
     args = parser.parse_args()
-    fix = nncf.OverflowFix.ENABLE if args.no_dot_products else nncf.OverflowFix.FIRST_LAYER
-    with contextlib.redirect_stdout(sys.stderr):
-        model = nncf.quantize(
-            openvino.Core().read_model(args.graph),
-            nncf.Dataset([dict(np.load(file)) for file in args.inputs]),
-            model_type=nncf.ModelType.TRANSFORMER,
-            subset_size=len(args.inputs),
-            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
-        )
+    inputs = [dict(np.load(file)) for file in args.inputs]
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    openvino.save_model(model, args.out, compress_to_fp16=False)
+    with contextlib.redirect_stdout(sys.stderr):
+        quantize_onnx(args.graph, inputs, transformer=True, dot_products=not args.no_dot_products, out=args.out)
     print(json.dumps({"seconds": time.perf_counter() - start, "peak_mib": peak_mib(), "version": nncf.__version__}))
+
+
+def quantize_onnx(
+    graph: Path, batches: Sequence[dict[str, np.ndarray]], transformer: bool, dot_products: bool, out: Path
+) -> None:
+    """Quantize an ONNX file and save it as an OpenVINO IR.
+
+    Args:
+        graph: The float graph.
+        batches: Inputs of one evaluation each, by name.
+        transformer: Whether to use the preset for transformers.
+        dot_products: Whether the processor sums 8-bit products without overflow.
+        out: The IR.
+    """
+    fix = nncf.OverflowFix.FIRST_LAYER if dot_products else nncf.OverflowFix.ENABLE
+    model = nncf.quantize(
+        openvino.Core().read_model(graph),
+        nncf.Dataset(batches),
+        model_type=nncf.ModelType.TRANSFORMER if transformer else None,
+        subset_size=len(batches),
+        advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=fix),
+    )
+    openvino.save_model(model, out, compress_to_fp16=False)
 
 
 def peak_mib() -> float:

@@ -59,14 +59,14 @@ def check_request(
             what = MODELS[arguments.kinds[name]]
             raise InvalidInputError(f"{name}: the model is not {what}; {_hint(conditioning, arguments)}")
     if kind in NEEDED and not named.keys() - set(arguments.optional):
-        raise InvalidInputError(is_missing(conditioning, arguments))
+        raise InvalidInputError(missing_condition(conditioning, arguments))
     for name, value in named.items():
         for label in np.ravel(np.asarray(value)).tolist() if kind == "class" else ():
             if label not in range(conditioning.classes):
                 raise InvalidInputError(f"{name} {label!r}: the model has the classes 0..{conditioning.classes - 1}")
 
 
-def is_missing(conditioning: Conditioning, arguments: RequestArguments = PYTHON) -> str:
+def missing_condition(conditioning: Conditioning, arguments: RequestArguments = PYTHON) -> str:
     """Return the message for a model whose prompt or conditioning tensors were not given."""
     return f"the model is {MODELS[conditioning.kind]}: {_hint(conditioning, arguments)}"
 

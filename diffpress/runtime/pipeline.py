@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from diffpress.runtime.bundle import Bundle, load_bundle
-from diffpress.runtime.call_arguments import check_request, chosen_seeds, is_missing, per_image, tensor_rows
+from diffpress.runtime.call_arguments import check_request, chosen_seeds, missing_condition, per_image, tensor_rows
 from diffpress.runtime.engines import Engine, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
@@ -224,13 +224,13 @@ class Pipeline:
         spec = spec or self.spec
         if spec.conditioning.kind == "tensors":
             if tensors is None:
-                raise InvalidInputError(is_missing(spec.conditioning))
+                raise InvalidInputError(missing_condition(spec.conditioning))
             return tensor_conditioning(spec, count, tensors)
         if spec.conditioning.kind != "text":
             classes = cycled_labels(spec, count) if labels is None else np.asarray(labels)
             return class_conditioning(spec, classes)
         if prompts is None:
-            raise InvalidInputError(is_missing(spec.conditioning))
+            raise InvalidInputError(missing_condition(spec.conditioning))
         guided = is_guided(spec, spec.plan.guidance)
         if negatives is not None and not guided:
             raise InvalidInputError("a negative prompt needs guidance above 1, which this model or plan does without")

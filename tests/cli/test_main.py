@@ -323,7 +323,7 @@ def test_evaluate_hands_the_options_of_the_engine_on(call: Call, monkeypatch: py
     torch = pytest.importorskip("torch")
     from diffpress.compress.evaluation import open_subject as module
 
-    def opened(bundle: object, engine: str, threads: None, *, options: EngineOptions) -> None:
+    def opened(bundle: object, engine: str, *, options: EngineOptions) -> None:
         raise InvalidInputError(f"{engine} {options.non_default} {options.threads} {torch.get_num_threads()}")
 
     before = torch.get_num_threads()

@@ -27,7 +27,6 @@ from diffpress.runtime.spec import DenoiserSpec
 def open_subject(
     reference: str,
     engine: str | None = None,
-    threads: int | None = None,
     options: EngineOptions | None = None,
     texts: Sequence[str] = (),
 ) -> EvaluationSubject:
@@ -36,7 +35,7 @@ def open_subject(
     Engine and options are those of a bundle; a checkpoint takes none of them.
     """
     if find_bundle(reference) is not None:
-        return pipeline_subject(Pipeline(load_bundle(reference), engine, threads, options=options), texts)
+        return pipeline_subject(Pipeline(load_bundle(reference), engine, options=options), texts)
     checkpoint = load_checkpoint(reference)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = TorchNetwork(fake_quantized(checkpoint).to(device), checkpoint.spec)

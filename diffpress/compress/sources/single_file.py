@@ -19,7 +19,7 @@ from diffpress.compress.sources.pretrained import quiet_libraries
 from diffpress.compress.sources.single_file_components import (
     components_outside,
     empty_components,
-    is_missing,
+    missing_parameters,
     unread_by_models,
 )
 from diffpress.compress.sources.single_file_text import unread_text_tensors
@@ -76,7 +76,7 @@ def from_single_file(file: Path, into: Path, config: str | None = None) -> Path:
     for component in models.keys() - outside.keys():
         missing = sorted(name for name, value in getattr(pipe, component).named_parameters() if value.is_meta)
         if missing:
-            raise InvalidInputError(is_missing(file, component, missing, source))
+            raise InvalidInputError(missing_parameters(file, component, missing, source))
     _set_prediction_(pipe, file, tensors, source)
     with quiet_libraries():
         write_folder(into, lambda temporary: pipe.save_pretrained(temporary, safe_serialization=True))

@@ -148,7 +148,7 @@ def _converted(file: Path, component: str, model: Any, source: str, state: Tenso
 def _check(file: Path, component: str, found: Tensors, model: Any, source: str) -> None:
     missing = sorted(name for name, _ in model.named_parameters() if name not in found)
     if missing:
-        raise InvalidInputError(is_missing(file, component, missing, source))
+        raise InvalidInputError(missing_parameters(file, component, missing, source))
     for name, tensor in model.state_dict().items():
         if name in found and found[name].shape != tensor.shape:
             raise InvalidInputError(
@@ -157,7 +157,7 @@ def _check(file: Path, component: str, found: Tensors, model: Any, source: str) 
             )
 
 
-def is_missing(file: Path, component: str, names: list[str], source: str) -> str:
+def missing_parameters(file: Path, component: str, names: list[str], source: str) -> str:
     """Return the message for parameters of a component that the file does not have."""
     return (
         f"{file}: tensor '{names[0]}' of {component} is missing ({len(names)} in all; config from {source}); copy the "

@@ -22,7 +22,7 @@ FIXTURES = Path(__file__).parents[2] / "fixtures" / "format_1"
 
 
 def samples(folder: Path) -> np.ndarray:
-    subject = open_subject(str(folder), threads=1)
+    subject = open_subject(str(folder))
     network, spec = subject.network, subject.spec
     return generate(network, spec, seeds=range(4), labels=np.array([0, 1, 2, 0]))
 
