@@ -44,7 +44,7 @@ def dry_run(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
     estimate, cost, stages = Estimate(checkpoint, before), measure_cost(checkpoint), list[dict[str, Any]]()
     teacher_samples = _teacher_samples(checkpoint, recipe)
     for stage in recipe.stages:
-        work = STAGES[stage.name].work(stage.config, estimate.checkpoint.spec, teacher_samples)
+        work = STAGES[stage.name].work(stage.config, estimate.checkpoint, teacher_samples)
         estimate = STAGES[stage.name].estimate(estimate, stage.config, recipe.seed)
         entry = {"name": stage.name, "config": stage.config.model_dump(mode="json"), "after": estimate.sizes}
         seconds = peak_mib = None

@@ -28,6 +28,7 @@ from diffpress.compress.distillation.config import (
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.quantization.algorithms.output_correction import corrects_output
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.runtime.guidance import evaluations_per_step
@@ -88,17 +89,21 @@ def estimated_bytes(work: Work, cost: NetworkCost, weights: int) -> int:
     return work.copies * weights + work.batch * active
 
 
-def work_of_prune(config: PruneConfig, spec: DenoiserSpec, teacher_samples: int | None) -> Work:
+def work_of_prune(config: PruneConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
     """Gradients at some timesteps for method taylor; the other methods read the weights only."""
     if config.method != "taylor":
         return Work()
     return Work(
-        _teacher_data(spec, teacher_samples, config.batch), config.batch * config.timesteps, config.batch, copies=3
+        _teacher_data(checkpoint.spec, teacher_samples, config.batch),
+        config.batch * config.timesteps,
+        config.batch,
+        copies=3,
     )
 
 
-def work_of_distill(config: DistillConfig, spec: DenoiserSpec, teacher_samples: int | None) -> Work:
+def work_of_distill(config: DistillConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
     """The student's training, the teacher's targets, and the samples it learns from."""
+    spec = checkpoint.spec
     each, guided = config.steps * config.batch, evaluations_per_step(spec)
     trained, evaluations = each, each + _teacher_data(spec, teacher_samples, config.samples)
     if isinstance(config, GuidanceConfig):
@@ -111,19 +116,21 @@ def work_of_distill(config: DistillConfig, spec: DenoiserSpec, teacher_samples: 
     return Work(evaluations, trained, config.batch, copies=6)
 
 
-def work_of_schedule(config: ScheduleConfig, spec: DenoiserSpec, teacher_samples: int | None) -> Work:
+def work_of_schedule(config: ScheduleConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
     """The fine trajectories of a search, and the jumps between their states."""
     if config.search is None:
         return Work(copies=1)
-    return Work(config.samples * config.fine * (1 + evaluations_per_step(spec)), 0.0, config.batch, copies=1)
+    evaluations = config.samples * config.fine * (1 + evaluations_per_step(checkpoint.spec))
+    return Work(evaluations, 0.0, config.batch, copies=1)
 
 
-def work_of_quantize(config: QuantizeConfig, spec: DenoiserSpec, teacher_samples: int | None) -> Work:
+def work_of_quantize(config: QuantizeConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
     """Trajectories for calibration and for the methods that evaluate them again, corrections, and QAT."""
+    spec = checkpoint.spec
     one = config.samples * network_evaluations(spec)
     again = sum(map(bool, (config.smoothquant, config.split_concats, config.awq, config.gptq)))
     if config.qat is None:
-        corrected = 5 * one if config.output_correction else 0  # fitted, and compared with and without on other noise
+        corrected = 5 * one if corrects_output(config, checkpoint.model) else 0  # fitted, and compared on other noise
         return Work(one * (1 + again) + corrected, 0.0, config.batch)
     recorded = config.qat.trajectories * (network_evaluations(spec) + spec.plan.steps)
     return Work(one * again + recorded, config.qat.steps * config.batch, config.batch, copies=6)

@@ -67,8 +67,8 @@ class StageDef:
         quantizes: Whether it gives the model quantization scales.
         trains: Whether it runs the training loop with these settings; several processes share that work.
         estimate: (estimate, config, seed) -> shapes, plan and sizes after the stage.
-        work: (config, spec, samples) -> network evaluations, for `plan`; None if unknown. `samples` are those that the
-            teacher makes as training data, None for the stage's own number.
+        work: (config, checkpoint, samples) -> network evaluations, for `plan`; None if unknown. `samples` are those
+            that the teacher makes as training data, None for the stage's own number.
         check: (config, spec, has_engines, where) raises for what cannot work, before any stage runs.
     """
 
@@ -79,7 +79,7 @@ class StageDef:
     quantizes: bool = False
     trains: Callable[[Any], bool] = lambda config: False
     estimate: Callable[[Estimate, Any, int], Estimate] = lambda estimate, config, seed: estimate
-    work: Callable[[Any, DenoiserSpec, int | None], Work | None] = lambda config, spec, samples: None
+    work: Callable[[Any, Checkpoint, int | None], Work | None] = lambda config, checkpoint, samples: None
     check: Callable[[Any, DenoiserSpec, bool, str], None] = lambda config, spec, has_engines, where: None
 
     @property

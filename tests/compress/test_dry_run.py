@@ -65,7 +65,7 @@ def test_the_estimated_evaluations_are_about_those_of_the_stage(
         checkpoint = teacher.evolve(history=())
     with counted_samples() as found:
         STAGES[stage.name].run(checkpoint, stage.config, Context(0, tmp_path / "work", teacher, shared=tmp_path))
-    work = STAGES[stage.name].work(stage.config, teacher.spec, None)
+    work = STAGES[stage.name].work(stage.config, teacher, None)
     assert work is not None
     assert found["trained"] == pytest.approx(work.trained, rel=0.2)
     assert found["evaluations"] == pytest.approx(work.evaluations, rel=0.5)
@@ -84,7 +84,7 @@ def test_a_dry_run_counts_later_stages_under_the_plan_of_earlier_ones(unet: Chec
     assert [entry["name"] for entry in few["stages"]] == ["schedule", "quantize"]
     assert all(entry["seconds"] >= 0 and entry["peak_mib"] >= 0 for entry in few["stages"])
     work = STAGES["quantize"].work
-    one, two = (work(dp.Quantize(samples=8), unet.spec.with_plan(plan), 0) for plan in _plans(unet))
+    one, two = (work(dp.Quantize(samples=8), unet.evolve(spec=unet.spec.with_plan(plan)), 0) for plan in _plans(unet))
     assert one is not None and two is not None and one.evaluations == 2 * two.evaluations
     assert many["stages"][0]["seconds"] > 0
 

@@ -190,9 +190,10 @@ class QuantizeConfig(StageConfig):
     qat: Annotated[QATConfig | None, BeforeValidator(_switch, json_schema_input_type=bool | QATConfig | None)] = Field(
         None, description="Quantization-aware training after calibration."
     )
-    output_correction: bool = Field(
-        True,
-        description="Measure the mean quantization error of the output per timestep; the sampler corrects it (PTQD).",
+    output_correction: bool | None = Field(
+        None,
+        description="Measure the mean quantization error of the output per timestep; the sampler corrects it (PTQD). "
+        "By default only for models of up to 100 million parameters.",
     )
     bounds: BoundsConfig | None = Field(
         None, description="Bounds on quality and cost; layers return to float until they hold."

@@ -20,7 +20,10 @@ from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.algorithms.awq import awq_vectors
 from diffpress.compress.quantization.algorithms.gptq import round_weights
 from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds, within_bounds
-from diffpress.compress.quantization.algorithms.output_correction import with_output_corrections
+from diffpress.compress.quantization.algorithms.output_correction import (
+    corrects_output,
+    with_output_corrections,
+)
 from diffpress.compress.quantization.algorithms.qat import qat
 from diffpress.compress.quantization.algorithms.smoothquant import smoothing_vectors
 from diffpress.compress.quantization.algorithms.svdquant import with_svdquant
@@ -72,7 +75,7 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
         quantized = round_weights(quantized, student, visited, config.gptq.samples, ctx)
     if config.qat:
         return qat(quantized, dataset, config.qat, config.batch, ctx)
-    if config.output_correction:
+    if corrects_output(config, model):
         return with_output_corrections(quantized, model, dataset.conditioning, config.samples, config.batch, ctx.notes)
     return quantized
 

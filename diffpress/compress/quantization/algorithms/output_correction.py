@@ -15,6 +15,9 @@ A correction that makes each output better can make the trajectory worse: an eps
 first step by alpha, which may be 0.006. So the corrections are kept only if they bring whole trajectories closer to the
 float model's, from noise that they were not fitted to.
 
+They cost five times the evaluations of calibration, so that by default a model of more than 100 million parameters has
+none: on a Stable Diffusion 1.5 U-Net they were left out anyway (19.1 dB with them, 20.1 without).
+
 On the default teacher (int8, 64 samples) PSNR to the float model rose from 36.1 to 39.0 dB over 20 steps, from 36.0 to
 38.3 over 8 and by 0.4 over 2; the mean of the samples, previously 0.013 too low, came within 0.002. After QAT there was
 nothing to gain (38.4 and 38.3 dB over 8 steps).
@@ -32,8 +35,10 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
+from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.seeds import OUTPUT_CORRECTION_SEED
 from diffpress.runtime.denoiser import Predict, denoiser_from_predictor, make_predictor
@@ -49,6 +54,11 @@ logger = logging.getLogger(__name__)
 
 # a larger slope is no loss of amplitude: the quantization error outweighs the output, and no factor restores that
 MAX_SLOPE = 0.25
+
+
+def corrects_output(config: QuantizeConfig, model: nn.Module) -> bool:
+    """Return whether corrections are to be measured, by the settings or, by default, the size of the model."""
+    return not is_large(model) if config.output_correction is None else config.output_correction
 
 
 def with_output_corrections(

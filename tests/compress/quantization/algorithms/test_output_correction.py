@@ -19,6 +19,7 @@ from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.models.widths import widths_of
 from diffpress.compress.quantization.algorithms.output_correction import (
     MAX_SLOPE,
+    corrects_output,
     fit_correction,
     helps,
     measure_corrections,
@@ -155,6 +156,18 @@ def test_corrections_of_points_and_sequences_have_one_bias_per_channel() -> None
 def test_corrections_are_kept_only_for_a_gain_beyond_its_noise(gains: list[float], kept: bool) -> None:
     without = np.full(len(gains), 20.0)
     assert helps(without, without + np.array(gains)) is kept
+
+
+@pytest.mark.parametrize(
+    ("asked", "large", "measured"),
+    [(None, False, True), (None, True, False), (True, True, True), (False, False, False)],
+)
+def test_by_default_only_models_that_are_not_large_are_corrected(
+    asked: bool | None, large: bool, measured: bool
+) -> None:
+    with torch.device("meta"):
+        model = nn.Linear(10_001 if large else 1, 10_000, bias=False)
+    assert corrects_output(QuantizeConfig(output_correction=asked), model) is measured
 
 
 @pytest.mark.parametrize("distort", [lambda x: -x, np.zeros_like, lambda x: x * np.nan], ids=["negated", "zero", "nan"])
