@@ -29,6 +29,7 @@ VERBS = {
     "recipes": "list the built-in recipes",
     "schema": "print the JSON schema of a recipe, for editors",
     "init": "write a built-in recipe to a file, to edit",
+    "cache": "show or clear the cache of compiled models",
     "doctor": "check what this machine can run, and which extras are missing",
 }
 

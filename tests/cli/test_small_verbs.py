@@ -120,3 +120,26 @@ def test_the_help_of_a_verb_has_an_example_that_parses(verb: str, capsys: pytest
     parser = argparse.ArgumentParser(exit_on_error=True)
     module.add_arguments(parser)
     assert (command, found) == ("diffpress", verb) and parser.parse_args(words) is not None
+
+
+def test_cache_counts_and_removes_what_diffpress_stored_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFPRESS_CACHE", str(tmp_path))
+    monkeypatch.setenv("DIFFPRESS_CACHE_GIB", "2.5")
+    for file in ("a.compiled", "b.compiled", "unlinked/hash/denoiser.onnx", "tensorrt/timing-1.cache", "mine.txt"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_bytes(bytes(2**20))
+    first, *kinds = output(capsys, "cache", "info").splitlines()
+    assert str(tmp_path) in first and "2.5 GiB" in first
+    assert [line.split()[-3:] for line in kinds] == [["2", "2.0", "MiB"], ["1", "1.0", "MiB"], ["1", "1.0", "MiB"]]
+    assert output(capsys, "cache", "clear").count("removed") == 3
+    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["mine.txt"]
+    assert "removed" not in output(capsys, "cache", "clear")
+
+
+def test_cache_refuses_a_limit_that_is_no_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFPRESS_CACHE_GIB", "plenty")
+    assert "DIFFPRESS_CACHE_GIB=plenty: give a number of GiB" in output(capsys, "cache", "info", code=2)

@@ -4,13 +4,14 @@
 
 The key covers everything the data depends on: the graph's bytes, and what the engine adds. A truncated, damaged or
 renamed file counts as a cache miss, and its content is compiled again. The cache is optional: if the folder is not
-writable, nothing is stored.
+writable, nothing is stored. Above the limit of all entries, DIFFPRESS_CACHE_GIB, the least recently used are removed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,9 +19,15 @@ from pathlib import Path
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import write_bytes
 
-LIMIT = 4 * 2**30  # bytes of all entries; the least recently used are evicted first
-LARGEST = 2**30  # bytes of one entry: larger ones are slow to read as well
+DEFAULT_GIB = 16.0  # an SDXL U-Net in int8 takes 2.6
 SUFFIX = ".compiled"
+
+# what diffpress keeps in the cache folder -> its files or folders; nothing else in there is touched
+CONTENTS = {
+    "compiled models": f"*{SUFFIX}",
+    "bundles without links": "unlinked/*",
+    "TensorRT timings": "tensorrt/timing-*.cache",
+}
 
 DIGEST = hashlib.sha256().digest_size
 
@@ -31,6 +38,22 @@ def cache_folder() -> Path:
     if chosen:
         return Path(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "diffpress"
+
+
+def limit_bytes() -> int:
+    """Return the limit of all entries: $DIFFPRESS_CACHE_GIB, or DEFAULT_GIB.
+
+    Raises:
+        InvalidInputError: The variable is not a number of at least 0.
+    """
+    chosen = os.environ.get("DIFFPRESS_CACHE_GIB") or str(DEFAULT_GIB)
+    try:
+        limit = float(chosen)
+    except ValueError:
+        limit = math.nan
+    if not 0.0 <= limit < math.inf:
+        raise InvalidInputError(f"DIFFPRESS_CACHE_GIB={chosen}: give a number of GiB, 0 to store nothing")
+    return int(limit * 2**30)
 
 
 @dataclass(frozen=True)
@@ -59,7 +82,7 @@ class Cache:
 
     def write(self, key: str, data: bytes) -> None:
         """Store data under `key` atomically and evict old entries above the size limit."""
-        if self.graph is None or len(data) > LARGEST:
+        if self.graph is None or len(data) > limit_bytes():
             return
         with contextlib.suppress(OSError, InvalidInputError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -76,9 +99,9 @@ class Cache:
 
     def _evict(self) -> None:
         stats = [(path.stat(), path) for path in self.folder.glob(f"*{SUFFIX}")]
-        total = sum(stat.st_size for stat, _ in stats)
+        total, limit = sum(stat.st_size for stat, _ in stats), limit_bytes()
         for stat, path in sorted(stats, key=lambda entry: entry[0].st_mtime):
-            if total <= LIMIT:
+            if total <= limit:
                 return
             path.unlink(missing_ok=True)
             total -= stat.st_size

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from diffpress.runtime.engines import cache as module
-from diffpress.runtime.engines.cache import Cache, cache_folder
+from diffpress.runtime.engines.cache import Cache, cache_folder, limit_bytes
+from diffpress.runtime.errors import InvalidInputError
 
 
 def entries(folder: Path) -> list[Path]:
@@ -76,15 +76,22 @@ def test_the_least_recently_used_entry_is_evicted_and_other_files_are_kept(
         (newest,) = set(tmp_path.glob("*.compiled")) - {path for path in tmp_path.iterdir() if path.stat().st_mtime < 9}
         os.utime(newest, (number + 1, number + 1))
     assert cache.read("a") is not None  # now the most recently used
-    monkeypatch.setattr(module, "LIMIT", 300)
+    monkeypatch.setenv("DIFFPRESS_CACHE_GIB", str(300 / 2**30))
     cache.write("d", b"x" * 68)
     assert [key for key in "abcd" if cache.read(key) is None] == ["b"] and (tmp_path / "precious").exists()
 
 
 def test_an_entry_above_the_size_limit_is_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "LARGEST", 7)
+    monkeypatch.setenv("DIFFPRESS_CACHE_GIB", str(7 / 2**30))
     Cache(tmp_path, "graph").write("key", b"datadata")
     assert entries(tmp_path) == []
+
+
+@pytest.mark.parametrize("value", ["much", "-1", "nan", "inf"])
+def test_a_limit_that_is_no_number_is_refused_by_its_name(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFPRESS_CACHE_GIB", value)
+    with pytest.raises(InvalidInputError, match=f"DIFFPRESS_CACHE_GIB={value}: give a number"):
+        limit_bytes()
 
 
 def test_the_cache_folder_follows_the_environment_variables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
