@@ -27,6 +27,7 @@ import numpy as np
 
 from diffpress.runtime.bundle import PrebuiltEngine
 from diffpress.runtime.engines.openvino.layers import layer_names, products
+from diffpress.runtime.engines.openvino.signed_integers import with_signed_integers
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport, precision_report_of
 from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
@@ -34,6 +35,7 @@ from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 EXTRA = "openvino"
 OPTIONS = {"threads", "precision", "streams"}
 KEPT_SHAPES = 4
+FORM = 1  # version of what is changed in a graph that was read, part of the cache key: increment it with every change
 NO_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
 
 CAPABILITIES = {"bf16": "BF16", "fp16": "FP16"}
@@ -223,12 +225,13 @@ class OpenVinoEngine:
     def _key(self, shapes: Shapes, variant: tuple[int, ...] = ()) -> str:
         """Cache key: everything a compiled model depends on besides the graph."""
         version, device = self._core.get_versions("CPU")["CPU"].build_number, "FULL_DEVICE_NAME"
-        return json.dumps([version, self._core.get_property("CPU", device), self._options, shapes, *variant])
+        return json.dumps([version, self._core.get_property("CPU", device), self._options, FORM, shapes, *variant])
 
     def _read(self) -> Any:
         if self._model is None:
             try:
                 self._model = self._core.read_model(self._path)
+                with_signed_integers(self._model)
             except Exception as error:
                 raise _error(self._path, "load", error) from error
         return self._model
