@@ -19,6 +19,7 @@ from diffpress.export.bundle import export_bundle
 from diffpress.export.engine_variants import layers_that_fail
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.engines import available, open_engine
+from diffpress.runtime.engines.openvino import engine as openvino_engine
 from diffpress.runtime.network_inputs import dummy_inputs
 from diffpress.runtime.noise_schedule import betas_schedule
 from diffpress.runtime.sampling_plan import make_plan
@@ -81,15 +82,33 @@ class PaddedAttention(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def padded(scales: Callable[..., Quantization], tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+def padded_checkpoint(scales: Callable[..., Quantization]) -> Checkpoint:
     torch.manual_seed(0)
     schedule = betas_schedule("linear", 50)
     spec = DenoiserSpec("epsilon", schedule, (4, 8, 8), make_plan("ddim", 3, schedule))
     model = PaddedAttention().eval()
     checkpoint = Checkpoint(model, spec, Source("custom", original=widths_of(model)))
-    checkpoint = checkpoint.evolve(quantization=scales(checkpoint, weight_range=127 / 64, outputs=True))
-    config = ExportConfig.model_validate({"targets": ["onnx", "openvino"]})
-    return export_bundle(checkpoint, tmp_path_factory.mktemp("out") / "bundle", config)
+    return checkpoint.evolve(quantization=scales(checkpoint, weight_range=127 / 64, outputs=True))
+
+
+CONFIG = ExportConfig.model_validate({"targets": ["onnx", "openvino"]})
+
+
+@pytest.fixture(scope="module")
+def padded(padded_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle for an OpenVINO that reads uint8 numbers as they are written: it cannot compile the padded v."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openvino_engine, "with_signed_integers", lambda model: None)
+        return export_bundle(padded_checkpoint, tmp_path_factory.mktemp("out") / "bundle", CONFIG)
+
+
+@needs_openvino
+def test_openvino_needs_no_graph_of_its_own_with_signed_integers(padded_checkpoint: Checkpoint, tmp_path: Path) -> None:
+    bundle = export_bundle(padded_checkpoint, tmp_path / "bundle", CONFIG)
+    assert "variants" not in bundle.manifest["graphs"]["denoiser"]
+    assert (
+        bundle.manifest["parity"]["openvino"]["sqnr_db"] > bundle.manifest["parity"]["torch_fake_quant"]["sqnr_db"] - 1
+    )
 
 
 @needs_openvino

@@ -27,6 +27,7 @@ import numpy as np
 
 from diffpress.runtime.bundle import PrebuiltEngine
 from diffpress.runtime.engines.openvino.layers import layer_names, products
+from diffpress.runtime.engines.openvino.residual_sums import with_float_residual_sums
 from diffpress.runtime.engines.openvino.signed_integers import with_signed_integers
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport, precision_report_of
@@ -232,6 +233,7 @@ class OpenVinoEngine:
             try:
                 self._model = self._core.read_model(self._path)
                 with_signed_integers(self._model)
+                with_float_residual_sums(self._model)
             except Exception as error:
                 raise _error(self._path, "load", error) from error
         return self._model
