@@ -6,7 +6,8 @@ shapes stay in memory; with a cache they persist between processes, and a cached
 graph.
 
 Precision is pinned to fp32 unless bf16 or fp16 is requested, so a float graph stays float32 on CPUs with bf16; the Q/DQ
-parts of a quantized graph run on integers. Weight-only quantized layers keep float inputs: by default OpenVINO would
+parts of a quantized graph run on integers. What is changed in a graph that was read: signed_integers.py,
+residual_sums.py, float_angles.py. Weight-only quantized layers keep float inputs: by default OpenVINO would
 round them to int8 in groups of 32 on CPUs with AVX512-VNNI.
 """
 
@@ -26,6 +27,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffpress.runtime.bundle import PrebuiltEngine
+from diffpress.runtime.engines.openvino.float_angles import with_float_angles
 from diffpress.runtime.engines.openvino.layers import layer_names, products
 from diffpress.runtime.engines.openvino.residual_sums import with_float_residual_sums
 from diffpress.runtime.engines.openvino.signed_integers import with_signed_integers
@@ -36,7 +38,7 @@ from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 EXTRA = "openvino"
 OPTIONS = {"threads", "precision", "streams"}
 KEPT_SHAPES = 4
-FORM = 1  # version of what is changed in a graph that was read, part of the cache key: increment it with every change
+FORM = 2  # version of what is changed in a graph that was read, part of the cache key: increment it with every change
 NO_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
 
 CAPABILITIES = {"bf16": "BF16", "fp16": "FP16"}
@@ -114,8 +116,8 @@ class OpenVinoEngine:
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return all outputs by name; raises InvalidInputError if OpenVINO fails."""
         with self.reserved(tensor_shapes(inputs)) as request:
-            # copies: with `share_outputs` the next inference would overwrite them
-            return dict(zip(self._outputs, request.infer(inputs, share_inputs=True).to_tuple(), strict=True))
+            # copies: with `share_outputs` the next inference would overwrite them; float_angles.py appends outputs
+            return dict(zip(self._outputs, request.infer(inputs, share_inputs=True).to_tuple(), strict=False))
 
     @contextmanager
     def reserved(self, shapes: Shapes, variant: Variant = UNCHANGED) -> Iterator[Any]:
@@ -191,6 +193,8 @@ class OpenVinoEngine:
         return compiled
 
     def _compile_model(self, model: Any, options: dict[str, Any]) -> Any:
+        if self.precision != "fp32":
+            with_float_angles(model)
         try:
             return self._core.compile_model(model, "CPU", options)
         except Exception:
