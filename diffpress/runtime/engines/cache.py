@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.io.files import write_bytes
+from diffpress.runtime.io.files import atomic
 
 DEFAULT_GIB = 16.0  # an SDXL U-Net in int8 takes 2.6
 SUFFIX = ".compiled"
@@ -73,26 +73,27 @@ class Cache:
             return None
         path = self._path(key)
         try:
-            content = path.read_bytes()
+            with path.open("rb") as file:
+                digest, data = file.read(DIGEST), file.read()
             os.utime(path)  # marks it as recently used
         except OSError:
             return None
-        data = content[DIGEST:]
-        return data if content[:DIGEST] == self._digest(key, data) else None
+        return data if digest == self._digest(key, data) else None
 
-    def write(self, key: str, data: bytes) -> None:
+    def write(self, key: str, data: bytes | memoryview) -> None:
         """Store data under `key` atomically and evict old entries above the size limit."""
         if self.graph is None or len(data) > limit_bytes():
             return
         with contextlib.suppress(OSError, InvalidInputError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            write_bytes(self._path(key), self._digest(key, data) + data, shared=True)
+            with atomic(self._path(key), shared=True) as temporary, temporary.open("wb") as file:
+                file.writelines((self._digest(key, data), data))
             self._evict()
 
     def _path(self, key: str) -> Path:
         return self.folder / (self._digest(key, b"").hex()[:32] + SUFFIX)
 
-    def _digest(self, key: str, data: bytes) -> bytes:
+    def _digest(self, key: str, data: bytes | memoryview) -> bytes:
         digest = hashlib.sha256(f"{self.graph}\n{key}\n".encode())
         digest.update(data)
         return digest.digest()

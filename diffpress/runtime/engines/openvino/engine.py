@@ -208,7 +208,7 @@ class OpenVinoEngine:
         if stored is None:
             return None
         try:
-            return self._core.import_model(io.BytesIO(stored), "CPU", self._options)
+            return self._core.import_model(stored, "CPU", self._options)
         except Exception:  # it is compiled again
             return None
 
@@ -283,10 +283,10 @@ def tensor_shapes(inputs: dict[str, np.ndarray]) -> Shapes:
     return tuple((name, array.shape) for name, array in inputs.items())
 
 
-def _exported(model: Any) -> bytes:
+def _exported(model: Any) -> memoryview:
     stream = io.BytesIO()
     model.export_model(stream)
-    return stream.getvalue()
+    return stream.getbuffer()
 
 
 def _error(path: Path, verb: str, error: Exception) -> InvalidInputError:
