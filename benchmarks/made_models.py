@@ -217,11 +217,18 @@ def _nncf(race: Race) -> list[str]:
     return [str(NNCF_SCRIPT), str(race.float_graph), str(race.nncf_graph), *flags, "--inputs", *files]
 
 
+def _roofline(race: Race) -> dict[str, Any]:
+    from roofline import measure
+
+    return measure(race)
+
+
 MAKINGS: dict[str, Making] = {
     "write": Making(_write),
     "fit": Making(_fit, ("write",)),
     "record": Making(record, ("fit",)),
     "float": Making(_float, ("fit",)),
+    "roofline": Making(_roofline, ("record", "float")),
     "ptq": Making(_ptq, ("fit",)),
     "export": Making(_export, ("ptq",)),
     "nncf": Making(None, ("record", "float"), peer=_nncf),

@@ -2,6 +2,7 @@
 
     ms         median over the repeats of all rounds, with half the range of these repeats
     ratio      ms / ms of OpenVINO fp32
+    roofline   time of the products at the machine's measured peaks / ms (roofline.py)
     seconds    of the steps that made the subject's own model: PTQ, export and parity for diffpress, PTQ for a peer
 
 A subject of which a process died has the reason instead of the numbers of that process.
@@ -14,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from checks import check, check_line
+from roofline import bound_ms
 from subjects import REFERENCE, SUBJECTS
 
 Row = dict[str, Any]
@@ -46,6 +48,8 @@ def subject_row(name: str, makings: Mapping[str, Row], accuracy: Row, timings: S
         row |= {"ms": statistics.median(times), "spread_ms": (max(times) - min(times)) / 2.0}
         row["run_peak_mib"] = max(timing["run_peak_mib"] for timing in measured)
         row["load_seconds"] = [timing["load_seconds"] for timing in measured]
+        bound = bound_ms(makings.get("roofline", {}), name)
+        row |= {} if bound is None else {"of_roofline": bound / row["ms"]}
     made = [makings[step] for step in SUBJECTS[name].made_by if "seconds" in makings.get(step, {})]
     if made:
         row["seconds_of"] = {part: value for step in made for part, value in seconds_of(step).items()}
@@ -129,6 +133,7 @@ HEAD = (
     "subject",
     "ms",
     "/ OpenVINO fp32",
+    "of the roofline",
     "SQNR dB (min)",
     "x_0 dB",
     "integer MACs (outside attention)",
@@ -168,6 +173,7 @@ def _cells(row: Row) -> list[str]:
         row["label"],
         ms,
         _number(row.get("ratio"), 2),
+        _number(row.get("of_roofline"), 2),
         f"{_db(row['sqnr_db'])} ({_db(row['sqnr_min_db'])})" if "sqnr_db" in row else "-",
         _db(row.get("x0_db")),
         f"{row['integer_mac_share']:.2f} ({row['integer_share_outside_attention']:.2f})"

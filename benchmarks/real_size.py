@@ -62,7 +62,7 @@ class Runner:
 
     def measure(self, subject: str, rows: dict[str, Row], phase: str, *arguments: int) -> Row:
         """Return the row of one phase of measuring a subject."""
-        needs = (*SUBJECTS[subject].made_by, *SUBJECTS[subject].needs)
+        needs = SUBJECTS[subject].steps
         task = "-".join([subject, phase, *map(str, arguments)])
         command = [*self._command, json.dumps([phase, subject, *arguments])]
         return self._run(task, command, needs, _blocked(needs, rows), {"subject": subject, "phase": phase})
@@ -134,7 +134,7 @@ def run_race(race: Race, names: Sequence[str], repeats: int, peers: Path | None)
     runner, facts = Runner(race, peers), machine()
     print(json.dumps({"machine": facts}), flush=True)
     makings: dict[str, Row] = {}
-    for step in needed([step for name in names for step in (*SUBJECTS[name].made_by, *SUBJECTS[name].needs)]):
+    for step in needed([step for name in names for step in SUBJECTS[name].steps]):
         makings[step] = runner.make(step, makings)
     if "failed" in makings["record"]:
         print(f"there is nothing to compare with: {makings['record']['failed']}", file=sys.stderr)
@@ -148,9 +148,11 @@ def run_race(race: Race, names: Sequence[str], repeats: int, peers: Path | None)
     checks = verdicts(race.name, race.small, rows, makings)
     report = {"machine": facts, "repeats": repeats, "makings": makings, "rows": rows, "checks": checks}
     (race.work / f"{race.title}-race.json").write_text(json.dumps(report, indent=1) + "\n")
+    peaks = makings.get("roofline", {}).get("peak_gmacs", {})
     network = (
         f"{makings['write']['parameters'] / 1e6:.1f}M parameters, R^2 {makings['fit']['r2']:.2f} on unseen states, "
-        f"{makings['record']['evaluations']} evaluations."
+        f"{makings['record']['evaluations']} evaluations. "
+        f"Peaks: {', '.join(f'{kind} {value:.0f} GMAC/s' for kind, value in peaks.items()) or 'not measured'}."
     )
     print(f"\n{markdown(race.title, facts, network, rows, checks)}", flush=True)
     return 0 if all(check["passed"] for check in checks) else 1

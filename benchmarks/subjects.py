@@ -5,6 +5,7 @@
 
 Adding a subject takes one entry of SUBJECTS and, if its model is not made yet, one of MAKINGS. A subject opens as a
 network of diffpress's runtime (inputs by name -> output), so that shapes, plan and sampler are the same for all.
+OpenVINO alone and NNCF run without diffpress's engine, which changes graphs (runtime/engines/openvino).
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from made_models import COMPARED_SEED, Race, recorded, sampled, spec_of
 from quantization import size
 
 if TYPE_CHECKING:
+    from diffpress.runtime.engines.precision_report import PrecisionReport
     from diffpress.runtime.spec import DenoiserSpec
 
 Opened = tuple[Any, "DenoiserSpec"]  # a Network and its spec
@@ -48,9 +50,14 @@ class Subject:
     open: Callable[[Race, Path], Opened]
     file: Callable[[Race], Path]
     made_by: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ("record", "float")
+    needs: tuple[str, ...] = ("record", "float", "roofline")
     ours: bool = False
     peer: bool = False
+
+    @property
+    def steps(self) -> tuple[str, ...]:
+        """All steps of making that it needs."""
+        return (*self.made_by, *self.needs)
 
 
 # --- opening -----------------------------------------------------------------------------------------------------
@@ -89,8 +96,46 @@ def _torch(dtype: str, compiled: bool = False) -> Callable[[Race, Path], Opened]
     return opened
 
 
+class PlainOpenVino:
+    """A graph as a user of OpenVINO runs it: unchanged, for fixed shapes, with OpenVINO's own cache."""
+
+    def __init__(self, path: Path, precision: str, cache: Path) -> None:
+        import openvino
+
+        from diffpress.runtime.engines.openvino.engine import HINTS
+
+        self._core = openvino.Core()
+        self._core.set_property({"CACHE_DIR": str(cache)})
+        self._options = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": HINTS[precision]}
+        self._model = self._core.read_model(path)
+        self.inputs = {node.get_any_name(): np.dtype(node.element_type.to_dtype()) for node in self._model.inputs}
+        self._compiled: Any = None
+        self._request: Any = None
+
+    def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
+        """Return the output for one batch, of the same shape in every call."""
+        if self._request is None:
+            self._model.reshape({name: array.shape for name, array in inputs.items()})
+            self._compiled = self._core.compile_model(self._model, "CPU", self._options)
+            self._request = self._compiled.create_infer_request()
+        out: np.ndarray = self._request.infer(inputs, share_inputs=True).to_tuple()[0]
+        return out
+
+    def precision_report(self, example_inputs: dict[str, np.ndarray]) -> PrecisionReport:
+        """Report precision from the layers of the compiled model."""
+        from diffpress.runtime.engines.openvino.layers import products
+        from diffpress.runtime.engines.precision_report import precision_report_of
+
+        self.run(example_inputs)
+        return precision_report_of(list(products(self._model, self._compiled)), ())
+
+
+def _plain_openvino(file: Callable[[Race], Path], precision: str) -> Callable[[Race, Path], Opened]:
+    return lambda race, cache: (PlainOpenVino(file(race), precision, cache), spec_of(race))
+
+
 def _engine(name: str, file: Callable[[Race], Path], precision: str = "fp32") -> Callable[[Race, Path], Opened]:
-    """Return what opens a single graph in an engine."""
+    """Return what opens a single graph in an engine of diffpress."""
 
     def opened(race: Race, cache: Path) -> Opened:
         from diffpress.runtime.engines import load_engine
@@ -155,8 +200,12 @@ def _of_bundle(label: str, engine: str, precision: str = "fp32") -> Subject:
     return Subject(label, _bundle(engine, precision), _int8_graph(engine), ("ptq", "export"), ours=True)
 
 
+def _of_openvino(label: str, precision: str) -> Subject:
+    return Subject(label, _plain_openvino(_float_graph, precision), _float_graph, ("float",))
+
+
 def _of_nncf(label: str, precision: str) -> Subject:
-    return Subject(label, _engine("openvino", _nncf_graph, precision), _nncf_graph, ("nncf",), peer=True)
+    return Subject(label, _plain_openvino(_nncf_graph, precision), _nncf_graph, ("nncf",), peer=True)
 
 
 SUBJECTS: dict[str, Subject] = {
@@ -165,8 +214,9 @@ SUBJECTS: dict[str, Subject] = {
     "torch-compile": Subject("torch.compile fp32", _torch("float32", compiled=True), _weights, needs=("record",)),
     "onnxruntime-fp32": _of_float("ONNX Runtime fp32", "onnxruntime"),
     "onnxruntime-int8": _of_bundle("ONNX Runtime int8 (diffpress)", "onnxruntime"),
-    "openvino-fp32": _of_float("OpenVINO fp32", "openvino"),
-    "openvino-bf16": _of_float("OpenVINO bf16", "openvino", "bf16"),
+    "openvino-fp32": _of_openvino("OpenVINO fp32", "fp32"),
+    "openvino-bf16": _of_openvino("OpenVINO bf16", "bf16"),
+    "openvino-bf16-diffpress": _of_float("OpenVINO bf16 (diffpress)", "openvino", "bf16"),
     "openvino-int8": _of_bundle("OpenVINO int8 (diffpress), fp32 around", "openvino"),
     "openvino-int8-bf16": _of_bundle("OpenVINO int8 (diffpress), bf16 around", "openvino", "bf16"),
     "nncf": _of_nncf("NNCF int8 in OpenVINO, fp32 around", "fp32"),

@@ -54,6 +54,13 @@ def all_rows(ours_ms: float = 8.0, peer_ms: float = 10.0, ours_db: float = 30.0)
     )
 
 
+def test_the_share_of_the_roofline_is_the_bound_divided_by_the_time() -> None:
+    roofline = {"peak_gmacs": {"fp32": 1.0, "bf16": 2.0, "int8": 4.0}, "layer_gmacs": 0.02, "attention_gmacs": 0.01}
+    row = subject_row("openvino-int8-bf16", MAKINGS | {"roofline": roofline}, compared(), [timed(20.0)])
+    assert row["of_roofline"] == pytest.approx((5.0 + 5.0) / 20.0)
+    assert "of_roofline" not in subject_row("torch-fp32", MAKINGS | {"roofline": roofline}, compared(), [timed(20.0)])
+
+
 def failed(rows: list[Row], model: str = "sd15", makings: dict[str, Row] = MAKINGS) -> list[str]:
     return [check["what"] for check in verdicts(model, False, rows, makings) if not check["passed"]]
 
@@ -100,7 +107,7 @@ def test_the_table_names_the_processor_and_divides_the_time_of_making() -> None:
     assert {line.count("|") for line in (head, *lines)} == {head.count("|")}
     assert "2 cores of A (avx512_vnni)" in text
     assert (
-        "| 8.00 ± 0.00 | 0.40 | 30.0 (29.0) | 25.0 | 0.90 (0.99) | 50 = ptq 20 + export 10 + write and parity 20 |"
+        "| 8.00 ± 0.00 | 0.40 | - | 30.0 (29.0) | 25.0 | 0.90 (0.99) | 50 = ptq 20 + export 10 + write and parity 20 |"
         in text
     )
 
