@@ -4,6 +4,7 @@
                  -> float       fp32 ONNX file
                  -> ptq -> export
     record, float -> nncf       in an environment of its own
+                  -> roofline   peaks of the machine
 
 Set A calibrates: it is the trajectory that diffpress's calibration samples, so every quantizer sees the same inputs.
 Set B, from other noise under the same plan, is what everything is compared on.

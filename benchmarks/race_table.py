@@ -1,9 +1,9 @@
 """Rows of a race's table from what its processes measured, its verdicts, and the table in Markdown.
 
-    ms         median over the repeats of all rounds, with half the range of these repeats
-    ratio      ms / ms of OpenVINO fp32
-    roofline   time of the products at the machine's measured peaks / ms (roofline.py)
-    seconds    of the steps that made the subject's own model: PTQ, export and parity for diffpress, PTQ for a peer
+    ms           median over the repeats of all rounds, with half the range of these repeats
+    ratio        ms / ms of OpenVINO fp32
+    of_roofline  time of the products at the machine's measured peaks / ms (roofline.py)
+    seconds      of the steps that made the subject's own model: PTQ, export and parity for diffpress, PTQ for a peer
 
 A subject of which a process died has the reason instead of the numbers of that process.
 """

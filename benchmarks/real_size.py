@@ -62,7 +62,7 @@ class Runner:
 
     def measure(self, subject: str, rows: dict[str, Row], phase: str, *arguments: int) -> Row:
         """Return the row of one phase of measuring a subject."""
-        needs = SUBJECTS[subject].steps
+        needs = SUBJECTS[subject].makings
         task = "-".join([subject, phase, *map(str, arguments)])
         command = [*self._command, json.dumps([phase, subject, *arguments])]
         return self._run(task, command, needs, _blocked(needs, rows), {"subject": subject, "phase": phase})
@@ -134,7 +134,8 @@ def run_race(race: Race, names: Sequence[str], repeats: int, peers: Path | None)
     runner, facts = Runner(race, peers), machine()
     print(json.dumps({"machine": facts}), flush=True)
     makings: dict[str, Row] = {}
-    for step in needed([step for name in names for step in SUBJECTS[name].steps]):
+    steps = needed([step for name in names for step in SUBJECTS[name].makings])
+    for step in needed([*steps, "roofline"]) if "float" in steps else steps:
         makings[step] = runner.make(step, makings)
     if "failed" in makings["record"]:
         print(f"there is nothing to compare with: {makings['record']['failed']}", file=sys.stderr)

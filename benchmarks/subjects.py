@@ -50,12 +50,12 @@ class Subject:
     open: Callable[[Race, Path], Opened]
     file: Callable[[Race], Path]
     made_by: tuple[str, ...] = ()
-    needs: tuple[str, ...] = ("record", "float", "roofline")
+    needs: tuple[str, ...] = ("record", "float")
     ours: bool = False
     peer: bool = False
 
     @property
-    def steps(self) -> tuple[str, ...]:
+    def makings(self) -> tuple[str, ...]:
         """All steps of making that it needs."""
         return (*self.made_by, *self.needs)
 

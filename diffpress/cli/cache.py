@@ -1,10 +1,13 @@
-"""`diffpress cache`: what is in the cache folder, and remove it."""
+"""`diffpress cache`: show or remove what diffpress stores in the cache folder."""
 
 from __future__ import annotations
 
 import argparse
 import shutil
 from pathlib import Path
+
+from diffpress.runtime.engines.cache import CONTENTS, cache_folder, limit_bytes
+from diffpress.runtime.errors import InvalidInputError
 
 EXAMPLE = "diffpress cache info"
 
@@ -15,18 +18,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the size of what is cached, or remove it; other files in the folder are kept."""
-    from diffpress.runtime.engines.cache import CONTENTS, cache_folder, limit_bytes
-
+    """Print the size of what is cached, and remove it for `clear`; other files in the folder are kept."""
     folder, limit = cache_folder(), limit_bytes()
-    print(f"{folder}, limit {limit / 2**30:g} GiB (DIFFPRESS_CACHE, DIFFPRESS_CACHE_GIB)")
+    print(f"{folder} (DIFFPRESS_CACHE)")
     for kind, pattern in CONTENTS.items():
         found = sorted(folder.glob(pattern))
-        size = sum(_bytes(path) for path in found) / 2**20
-        if args.action == "clear":
+        line = f"  {kind:<22} {len(found):>4}  {sum(map(_bytes, found)) / 2**20:>9.1f} MiB"
+        if kind == "compiled models":
+            line += f" of {limit / 2**20:.0f} (DIFFPRESS_CACHE_GIB)"
+        if args.action == "clear" and found:
             for path in found:
                 _remove(path)
-        print(f"  {kind:<22} {len(found):>4}  {size:>9.1f} MiB{' removed' if args.action == 'clear' and found else ''}")
+            line += ", removed"
+        print(line)
     return 0
 
 
@@ -36,15 +40,16 @@ def _bytes(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Remove a file or a folder; one that another process has removed meanwhile is no error.
+    """Remove a file or a folder; that another process has removed it meanwhile is no error.
 
     Raises:
         InvalidInputError: It cannot be removed.
     """
-    from diffpress.runtime.errors import InvalidInputError
-
     try:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
     except FileNotFoundError:
         return
     except OSError as error:

@@ -29,7 +29,7 @@ VERBS = {
     "recipes": "list the built-in recipes",
     "schema": "print the JSON schema of a recipe, for editors",
     "init": "write a built-in recipe to a file, to edit",
-    "cache": "show or clear the cache of compiled models",
+    "cache": "show or remove compiled models and what else is cached",
     "doctor": "check what this machine can run, and which extras are missing",
 }
 

@@ -21,8 +21,8 @@ ROOFLINE: dict[str, Any] = {
     [
         ("openvino-fp32", 10_000.0),
         ("openvino-bf16", 5_000.0),
-        ("openvino-int8", 4_000.0),
-        ("nncf-bf16", 3_000.0),
+        ("openvino-int8", 3_250.0),
+        ("nncf-bf16", 2_750.0),
         ("torch-fp32", None),
     ],
 )
@@ -35,12 +35,17 @@ def test_the_timed_products_compute_what_they_are_counted_as(monkeypatch: pytest
     openvino = pytest.importorskip("openvino")
     import roofline
 
-    for name, value in {"SIDE": 8, "CHANNELS": 16, "ROWS": 32}.items():
+    from diffpress.runtime.engines.openvino.layers import products
+
+    for name, value in {"SIDE": 8, "CHANNELS": 16, "ROWS": 32, "DEPTH": 64}.items():
         monkeypatch.setattr(roofline, name, value)
-    x = np.abs(np.random.default_rng(0).integers(-100, 100, (32, 16))).astype(np.float32) / 100
-    weight = np.random.default_rng(0).integers(-64, 65, (16, 32)) * 0.01
+    x = np.random.default_rng(0).integers(0, 100, (32, 64)).astype(np.float32) / 100
+    weight = np.random.default_rng(0).integers(-64, 65, (64, 32)) * 0.01
     for kind in ("fp32", "int8"):
-        model = roofline._product(kind)
-        out = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})(x)[0]
-        np.testing.assert_allclose(out, np.maximum(x @ weight, 0.0), atol=1e-3)
+        product, convolution = roofline._product(kind), roofline._convolution(kind)
+        compiled = openvino.Core().compile_model(product, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        np.testing.assert_allclose(compiled(x)[0], np.maximum(x @ weight, 0.0), atol=1e-3)
+        assert sum(found.macs for found in products(product, compiled)) == 32 * 32 * 64
+        compiled = openvino.Core().compile_model(convolution, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        assert sum(found.macs for found in products(convolution, compiled)) == 8 * 8 * 16 * 16 * 9
         assert roofline.peak(kind) > 0.0

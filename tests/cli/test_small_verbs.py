@@ -127,15 +127,30 @@ def test_cache_counts_and_removes_what_diffpress_stored_and_nothing_else(
 ) -> None:
     monkeypatch.setenv("DIFFPRESS_CACHE", str(tmp_path))
     monkeypatch.setenv("DIFFPRESS_CACHE_GIB", "2.5")
-    for file in ("a.compiled", "b.compiled", "unlinked/hash/denoiser.onnx", "tensorrt/timing-1.cache", "mine.txt"):
+    stored = ["a.compiled", "b.compiled", "unlinked/hash/denoiser.onnx", "tensorrt/timing-1.cache"]
+    for file in (*stored, ".c.compiled.7.partial", "mine.txt", "tensorrt/mine.txt"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_bytes(bytes(2**20))
     first, *kinds = output(capsys, "cache", "info").splitlines()
-    assert str(tmp_path) in first and "2.5 GiB" in first
-    assert [line.split()[-3:] for line in kinds] == [["2", "2.0", "MiB"], ["1", "1.0", "MiB"], ["1", "1.0", "MiB"]]
-    assert output(capsys, "cache", "clear").count("removed") == 3
-    assert [path.name for path in tmp_path.rglob("*") if path.is_file()] == ["mine.txt"]
+    assert str(tmp_path) in first and "2.0 MiB of 2560 (DIFFPRESS_CACHE_GIB)" in kinds[0]
+    assert [line.split(" MiB")[0].split()[-2:] for line in kinds] == [["2", "2.0"], *[["1", "1.0"]] * 3]
+    assert output(capsys, "cache", "clear").count("removed") == 4
+    assert sorted(path.name for path in tmp_path.rglob("*") if path.is_file()) == ["mine.txt", "mine.txt"]
     assert "removed" not in output(capsys, "cache", "clear")
+
+
+def test_cache_that_cannot_be_removed_is_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DIFFPRESS_CACHE", str(tmp_path))
+    (tmp_path / "a.compiled").write_bytes(b"x")
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    said = output(capsys, "cache", "clear", code=2)
+    assert "a.compiled: cannot be removed (Permission denied); change the folder's permissions" in said
 
 
 def test_cache_refuses_a_limit_that_is_no_number(

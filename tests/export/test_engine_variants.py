@@ -98,7 +98,7 @@ CONFIG = ExportConfig.model_validate({"targets": ["onnx", "openvino"]})
 def padded(padded_checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     """A bundle for an OpenVINO that reads uint8 numbers as they are written: it cannot compile the padded v."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(openvino_engine, "with_signed_integers", lambda model: None)
+        patch.setattr(openvino_engine, "use_signed_integers_", lambda model: None)
         return export_bundle(padded_checkpoint, tmp_path_factory.mktemp("out") / "bundle", CONFIG)
 
 

@@ -83,8 +83,8 @@ class Placement:
     def round_product_(self, node: onnx.NodeProto) -> None:
         """Make a product of two tensors with integer scales read integers; the pairs absorb their factors.
 
-        ONNX Runtime then computes q k^T of a DiT on integers (attention takes 0.9x of the time), and OpenVINO still
-        uses its fused float attention kernel. The softmax output has no integer scale: rounding it to 1/255 disabled
+        ONNX Runtime then computes q k^T of a DiT on integers (attention takes 0.9x of the time), and so does
+        OpenVINO in its fused attention kernel. The softmax output has no integer scale: rounding it to 1/255 disabled
         that kernel (1.2x to 1.4x of the time) and cost a DiT 3 dB. TensorRT fuses attention as well.
         """
         if node.op_type == "MatMul" and not self.tensorrt and all(name in self.integer_scales for name in node.input):

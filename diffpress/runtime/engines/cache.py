@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import math
 import os
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,12 +22,14 @@ from diffpress.runtime.io.files import atomic
 
 DEFAULT_GIB = 16.0  # an SDXL U-Net in int8 takes 2.6
 SUFFIX = ".compiled"
+ABANDONED_SECONDS = 3600.0  # after which a temporary file is what a killed process left
 
 # what diffpress keeps in the cache folder -> its files or folders; nothing else in there is touched
 CONTENTS = {
     "compiled models": f"*{SUFFIX}",
     "bundles without links": "unlinked/*",
     "TensorRT timings": "tensorrt/timing-*.cache",
+    "unfinished writes": f".*{SUFFIX}.*.partial",
 }
 
 DIGEST = hashlib.sha256().digest_size
@@ -73,7 +76,7 @@ class Cache:
             return None
         path = self._path(key)
         try:
-            with path.open("rb") as file:
+            with path.open("rb", buffering=0) as file:  # a buffered file would hold the rest twice
                 digest, data = file.read(DIGEST), file.read()
             os.utime(path)  # marks it as recently used
         except OSError:
@@ -99,6 +102,9 @@ class Cache:
         return digest.digest()
 
     def _evict(self) -> None:
+        for path in self.folder.glob(CONTENTS["unfinished writes"]):
+            if time.time() - path.stat().st_mtime > ABANDONED_SECONDS:
+                path.unlink(missing_ok=True)
         stats = [(path.stat(), path) for path in self.folder.glob(f"*{SUFFIX}")]
         total, limit = sum(stat.st_size for stat, _ in stats), limit_bytes()
         for stat, path in sorted(stats, key=lambda entry: entry[0].st_mtime):

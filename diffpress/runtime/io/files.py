@@ -80,9 +80,9 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def write_bytes(path: Path, data: Any, shared: bool = False) -> None:
+def write_bytes(path: Path, data: Any) -> None:
     """Write bytes or a buffer atomically (see `atomic`); raises InvalidInputError if the path is not writable."""
-    with atomic(path, shared=shared) as temporary:
+    with atomic(path) as temporary:
         temporary.write_bytes(data)
 
 

@@ -118,6 +118,7 @@ USES: dict[str, Callable[[Any, torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "convolved": lambda m, x, image: m.conv(to_image(x)),
     "activation, then transposed": lambda m, x, image: 1.5 * torch.relu(x).transpose(1, 2),
     "added to tokens, then transposed": lambda m, x, image: 1.5 * (x + image.flatten(2).mT).transpose(1, 2),
+    "added to tokens, then to an image": lambda m, x, image: m.conv(to_image(x + image.flatten(2).mT) + m.same(image)),
     "added to the input": lambda m, x, image: m.conv(to_image(x) + image),
     "added to a convolution": lambda m, x, image: m.conv(to_image(x) + (image + m.same(image)) / 1.4),
     "added to an activation": lambda m, x, image: m.conv(to_image(x) + torch.relu(m.same(image))),
@@ -139,11 +140,12 @@ def test_openvino_computes_the_same_whatever_reads_the_layer(use: str, rounded: 
     traced = trace(Projection(USES[use]).eval(), lambda m, f: m(f["sample"]), {"sample": sample}, ["out"], {})
     graph = linear_to_conv1x1(traced, ("linear",), ("linear",) if rounded == "rounded" else ())
     amax = {"linear.weight": torch.full((16,), 0.5), "linear.input": torch.tensor(4.0)}
+    exact = [run_exactly(insert_qdq(graph, Quantization("int8", amax)), inputs)]
     if rounded == "rounded":
         amax["linear.output"] = torch.tensor(3.0)
-    graph = insert_qdq(graph, Quantization("int8", amax))
-    save_graph(graph, tmp_path / "graph.onnx")
+        exact.append(run_exactly(insert_qdq(graph, Quantization("int8", amax)), inputs))
+    save_graph(insert_qdq(graph, Quantization("int8", amax)), tmp_path / "graph.onnx")
     with closing(load_engine(tmp_path / "graph.onnx", "openvino", 1)) as engine:
-        # the engine adds values before they are rounded
-        same_db = 40 if rounded == "rounded" and use.startswith("added") else 90
-        assert sqnr_db(run_exactly(graph, inputs), engine.run(inputs)) > same_db
+        found = engine.run(inputs)
+    # the engine adds values before they are rounded (runtime/engines/openvino/residual_sums.py)
+    assert max(sqnr_db(expected, found) for expected in exact[-2 if use.startswith("added") else -1 :]) > 90

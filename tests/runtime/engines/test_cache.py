@@ -87,6 +87,21 @@ def test_an_entry_above_the_size_limit_is_not_stored(tmp_path: Path, monkeypatch
     assert entries(tmp_path) == []
 
 
+def test_a_limit_of_0_stores_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DIFFPRESS_CACHE_GIB", "0")
+    Cache(tmp_path, "graph").write("key", b"d")
+    assert entries(tmp_path) == []
+
+
+def test_what_a_killed_process_left_is_removed_later(tmp_path: Path) -> None:
+    left, recent = tmp_path / ".a.compiled.7.partial", tmp_path / ".b.compiled.8.partial"
+    for path in (left, recent):
+        path.write_bytes(b"half")
+    os.utime(left, (1, 1))
+    Cache(tmp_path, "graph").write("key", b"data")
+    assert not left.exists() and recent.exists() and len(entries(tmp_path)) == 2
+
+
 @pytest.mark.parametrize("value", ["much", "-1", "nan", "inf"])
 def test_a_limit_that_is_no_number_is_refused_by_its_name(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFPRESS_CACHE_GIB", value)

@@ -6,8 +6,8 @@ shapes stay in memory; with a cache they persist between processes, and a cached
 graph.
 
 Precision is pinned to fp32 unless bf16 or fp16 is requested, so a float graph stays float32 on CPUs with bf16; the Q/DQ
-parts of a quantized graph run on integers. What is changed in a graph that was read: signed_integers.py,
-residual_sums.py, float_angles.py. Weight-only quantized layers keep float inputs: by default OpenVINO would
+parts of a quantized graph run on integers. Rewrites of a graph after it is read: signed_integers.py, residual_sums.py,
+timestep_embedding.py. Weight-only quantized layers keep float inputs: by default OpenVINO would
 round them to int8 in groups of 32 on CPUs with AVX512-VNNI.
 """
 
@@ -27,10 +27,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from diffpress.runtime.bundle import PrebuiltEngine
-from diffpress.runtime.engines.openvino.float_angles import with_float_angles
 from diffpress.runtime.engines.openvino.layers import layer_names, products
-from diffpress.runtime.engines.openvino.residual_sums import with_float_residual_sums
-from diffpress.runtime.engines.openvino.signed_integers import with_signed_integers
+from diffpress.runtime.engines.openvino.residual_sums import keep_residual_sums_float_
+from diffpress.runtime.engines.openvino.signed_integers import use_signed_integers_
+from diffpress.runtime.engines.openvino.timestep_embedding import keep_timestep_embedding_float_
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport, precision_report_of
 from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
@@ -38,7 +38,7 @@ from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 EXTRA = "openvino"
 OPTIONS = {"threads", "precision", "streams"}
 KEPT_SHAPES = 4
-FORM = 2  # version of what is changed in a graph that was read, part of the cache key: increment it with every change
+REWRITES_VERSION = 2  # of the graph after it is read, part of the cache key: increment it with every change
 NO_SNIPPETS = {"SNIPPETS_MODE": "DISABLE"}
 
 CAPABILITIES = {"bf16": "BF16", "fp16": "FP16"}
@@ -116,8 +116,11 @@ class OpenVinoEngine:
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return all outputs by name; raises InvalidInputError if OpenVINO fails."""
         with self.reserved(tensor_shapes(inputs)) as request:
-            # copies: with `share_outputs` the next inference would overwrite them; float_angles.py appends outputs
-            return dict(zip(self._outputs, request.infer(inputs, share_inputs=True).to_tuple(), strict=False))
+            # copies: with `share_outputs` the next inference would overwrite them
+            outputs = request.infer(inputs, share_inputs=True).to_tuple()
+            return dict(
+                zip(self._outputs, outputs[: len(self._outputs)], strict=True)
+            )  # timestep_embedding.py adds some
 
     @contextmanager
     def reserved(self, shapes: Shapes, variant: Variant = UNCHANGED) -> Iterator[Any]:
@@ -193,8 +196,8 @@ class OpenVinoEngine:
         return compiled
 
     def _compile_model(self, model: Any, options: dict[str, Any]) -> Any:
-        if self.precision != "fp32":
-            with_float_angles(model)
+        if self.precision == "bf16":
+            keep_timestep_embedding_float_(model)
         try:
             return self._core.compile_model(model, "CPU", options)
         except Exception:
@@ -230,14 +233,17 @@ class OpenVinoEngine:
     def _key(self, shapes: Shapes, variant: tuple[int, ...] = ()) -> str:
         """Cache key: everything a compiled model depends on besides the graph."""
         version, device = self._core.get_versions("CPU")["CPU"].build_number, "FULL_DEVICE_NAME"
-        return json.dumps([version, self._core.get_property("CPU", device), self._options, FORM, shapes, *variant])
+        return json.dumps(
+            [version, self._core.get_property("CPU", device), self._options, REWRITES_VERSION, shapes, *variant]
+        )
 
     def _read(self) -> Any:
         if self._model is None:
             try:
-                self._model = self._core.read_model(self._path)
-                with_signed_integers(self._model)
-                with_float_residual_sums(self._model)
+                model = self._core.read_model(self._path)
+                use_signed_integers_(model)
+                keep_residual_sums_float_(model)
+                self._model = model
             except Exception as error:
                 raise _error(self._path, "load", error) from error
         return self._model

@@ -10,7 +10,7 @@ import pytest
 openvino = pytest.importorskip("openvino")
 op = openvino.opset13
 
-from diffpress.runtime.engines.openvino.residual_sums import with_float_residual_sums  # noqa: E402
+from diffpress.runtime.engines.openvino.residual_sums import keep_residual_sums_float_  # noqa: E402
 
 C = 4
 RNG = np.random.default_rng(0)
@@ -50,7 +50,7 @@ def test_a_sum_and_its_branch_are_not_rounded() -> None:
     model = model_of(x, op.relu(rounded(op.add(x, rounded(branch)))))
     plain = model_of(x, op.relu(op.add(x, branch)))
     values = RNG.standard_normal((2, C)).astype(np.float32)
-    with_float_residual_sums(model)
+    keep_residual_sums_float_(model)
     assert rounded_inputs(model) == ["MatMul"]  # the input of the layer
     np.testing.assert_allclose(result_of(model, values), result_of(plain, values), atol=1e-6)
 
@@ -60,7 +60,7 @@ def test_readers_that_multiply_keep_the_rounding_also_behind_moves() -> None:
     total = rounded(op.add(x, op.relu(x)))
     moved = op.transpose(op.reshape(total, np.array([1, 2, C]), False), np.array([0, 2, 1]))
     model = model_of(x, op.relu(total), layer(total), op.matmul(moved, np.ones((1, 2, 1), np.float32), False, False))
-    with_float_residual_sums(model)
+    keep_residual_sums_float_(model)
     assert rounded_inputs(model) == ["MatMul", "Reshape"]
 
 
@@ -68,16 +68,40 @@ def test_a_branch_is_followed_through_moves_to_its_sum() -> None:
     x = op.parameter([2, C], np.float32)
     branch = op.reshape(op.unsqueeze(rounded(op.relu(x)), np.array([0])), np.array([2, C]), False)
     model = model_of(x, op.add(branch, x))
-    with_float_residual_sums(model)
+    keep_residual_sums_float_(model)
     assert rounded_inputs(model) == []
 
 
-def test_a_rounding_between_two_transpositions_stays() -> None:
+@pytest.mark.parametrize(("transpositions", "rounded_by"), [(1, []), (2, ["Transpose"])])
+def test_a_rounding_before_two_transpositions_stays(transpositions: int, rounded_by: list[str]) -> None:
+    x = op.parameter([C, C], np.float32)
+    branch = rounded(op.relu(x))
+    for _ in range(transpositions):
+        branch = op.transpose(branch, np.array([1, 0]))
+    model = model_of(x, op.add(branch, x))
+    keep_residual_sums_float_(model)
+    assert rounded_inputs(model) == rounded_by
+
+
+def test_moves_with_one_name_are_both_followed() -> None:
     x = op.parameter([2, C], np.float32)
-    swapped, back = (np.array(order) for order in ([1, 0], [1, 0]))
-    model = model_of(x, op.add(op.transpose(op.transpose(rounded(op.relu(x)), swapped), back), x))
-    with_float_residual_sums(model)
-    assert rounded_inputs(model) == ["Transpose"]
+    total = rounded(op.add(x, op.relu(x)))
+    moved = [op.reshape(total, np.array([1, 2, C]), False), op.reshape(total, np.array([2, C]), False)]
+    split = op.split(op.concat(moved[:1], 0), np.int64(0), 1)
+    for node in (*moved, split):
+        node.set_friendly_name("same")
+    model = model_of(x, op.relu(moved[0]), layer(moved[1]), op.relu(split.output(0)))
+    keep_residual_sums_float_(model)
+    assert rounded_inputs(model) == ["Reshape"]  # the one before the layer
+
+
+def test_a_sum_that_is_scaled_or_added_to_itself_or_returned_is_not_rounded() -> None:
+    x = op.parameter([2, C], np.float32)
+    scaled = rounded(op.divide(op.add(x, op.relu(x)), np.float32(1.4)))
+    twice = rounded(op.tanh(x))
+    model = model_of(x, op.relu(scaled), op.add(twice, twice), rounded(op.add(x, op.sigmoid(x))))
+    keep_residual_sums_float_(model)
+    assert rounded_inputs(model) == []
 
 
 def test_what_is_no_residual_sum_stays_rounded() -> None:
@@ -85,5 +109,5 @@ def test_what_is_no_residual_sum_stays_rounded() -> None:
     with_bias = rounded(layer(x))  # a stored bias is no branch
     again = rounded(rounded(op.add(x, op.relu(x))))  # rounded with another scale
     model = model_of(x, op.relu(with_bias), layer(again))
-    with_float_residual_sums(model)
+    keep_residual_sums_float_(model)
     assert rounded_inputs(model) == ["FakeQuantize", "MatMul", "Relu"]
