@@ -2,9 +2,9 @@
 
     bound = MACs of layers / peak of their type + MACs of q k^T / peak of theirs + MACs of p v / peak of theirs
 
-A peak is that of one large convolution or matrix product of a type in OpenVINO, whichever is faster, with all cores; its
-time includes writing the result. Normalization, softmax, activations and the weights' way from memory are not in the
-bound: they are what lies between it and the measured time.
+A peak is that of one large convolution or matrix product of a type in OpenVINO, whichever is faster, with all cores.
+Its time includes writing the result. Normalization, softmax, activations and reading the weights from memory are not
+in the bound: they are what lies between it and the measured time.
 """
 
 from __future__ import annotations
