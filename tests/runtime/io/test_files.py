@@ -101,7 +101,8 @@ def test_processes_that_write_a_shared_file_do_not_collide(tmp_path: Path) -> No
         [sys.executable, "-c", program, target], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout is not None and other.stdout.readline() == "ready\n"
-    write_bytes(target, b"ours", shared=True)
+    with atomic(target, shared=True) as temporary:
+        temporary.write_bytes(b"ours")
     assert target.read_text() == "ours"
     other.communicate("\n", timeout=30)
     assert other.returncode == 0 and target.read_text() == "other" and files_in(tmp_path) == ["target"]

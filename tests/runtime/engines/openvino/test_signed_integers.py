@@ -17,9 +17,9 @@ from diffpress.runtime.engines.openvino.signed_integers import use_signed_intege
 SCALE = np.float32(0.037)
 
 
-def quantized(x: Any, zero: int = 128, scale: float = SCALE) -> Any:
+def quantized(x: Any, zero: int = 128) -> Any:
     """Return x as uint8 numbers, as OpenVINO reads QuantizeLinear."""
-    bounds = (op.constant(np.float32(bound)) for bound in (-zero * scale, (255 - zero) * scale, 0.0, 255.0))
+    bounds = (op.constant(np.float32(bound)) for bound in (-zero * SCALE, (255 - zero) * SCALE, 0.0, 255.0))
     return op.convert(op.fake_quantize(x, *bounds, 256), "u8")
 
 
