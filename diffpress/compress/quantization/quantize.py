@@ -20,10 +20,7 @@ from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.quantization.algorithms.awq import awq_vectors
 from diffpress.compress.quantization.algorithms.gptq import round_weights
 from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds, within_bounds
-from diffpress.compress.quantization.algorithms.output_correction import (
-    corrects_output,
-    with_output_corrections,
-)
+from diffpress.compress.quantization.algorithms.output_correction import corrects_output, with_output_corrections
 from diffpress.compress.quantization.algorithms.qat import qat
 from diffpress.compress.quantization.algorithms.smoothquant import smoothing_vectors
 from diffpress.compress.quantization.algorithms.svdquant import with_svdquant

@@ -6,9 +6,9 @@ shapes stay in memory; with a cache they persist between processes, and a cached
 graph.
 
 Precision is pinned to fp32 unless bf16 or fp16 is requested, so a float graph stays float32 on CPUs with bf16; the Q/DQ
-parts of a quantized graph run on integers. Rewrites of a graph after it is read: signed_integers.py, residual_sums.py,
-timestep_embedding.py. Weight-only quantized layers keep float inputs: by default OpenVINO would
-round them to int8 in groups of 32 on CPUs with AVX512-VNNI.
+parts of a quantized graph run on integers. Weight-only quantized layers keep float inputs: by default OpenVINO would
+round them to int8 in groups of 32 on CPUs with AVX512-VNNI. Rewrites of a graph after it is read: signed_integers.py,
+residual_sums.py, timestep_embedding.py.
 """
 
 from __future__ import annotations
@@ -118,9 +118,8 @@ class OpenVinoEngine:
         with self.reserved(tensor_shapes(inputs)) as request:
             # copies: with `share_outputs` the next inference would overwrite them
             outputs = request.infer(inputs, share_inputs=True).to_tuple()
-            return dict(
-                zip(self._outputs, outputs[: len(self._outputs)], strict=True)
-            )  # timestep_embedding.py adds some
+            own = outputs[: len(self._outputs)]  # timestep_embedding.py appends others
+            return dict(zip(self._outputs, own, strict=True))
 
     @contextmanager
     def reserved(self, shapes: Shapes, variant: Variant = UNCHANGED) -> Iterator[Any]:
