@@ -22,13 +22,14 @@ from diffpress.runtime.io.files import atomic
 
 DEFAULT_GIB = 16.0  # an SDXL U-Net in int8 takes 2.6
 SUFFIX = ".compiled"
+UNLINKED, TENSORRT = "unlinked", "tensorrt"  # folders of linked_files.py and tensorrt/builder.py
 ABANDONED_SECONDS = 3600.0  # after which a temporary file is what a killed process left
 
 # what diffpress keeps in the cache folder -> its files or folders; nothing else in there is touched
 CONTENTS = {
     "compiled models": f"*{SUFFIX}",
-    "bundles without links": "unlinked/*",
-    "TensorRT timings": "tensorrt/timing-*.cache",
+    "bundles without links": f"{UNLINKED}/*",
+    "TensorRT timings": f"{TENSORRT}/timing-*.cache",
     "unfinished writes": f".*{SUFFIX}.*.partial",
 }
 

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from diffpress.runtime.bundle import Bundle
-from diffpress.runtime.engines.cache import cache_folder
+from diffpress.runtime.engines.cache import UNLINKED, cache_folder
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import link_or_copy
 
@@ -25,7 +25,7 @@ def without_links(bundle: Bundle, graph: Path) -> Path:
     files, real = bundle.manifest["files"], bundle.path.resolve()
     if all((bundle.path / name).resolve() == real / name for name in files):
         return graph
-    folder = cache_folder() / "unlinked" / bundle.hash[:32]
+    folder = cache_folder() / UNLINKED / bundle.hash[:32]
     if not all(_size(folder / name) == entry["bytes"] for name, entry in files.items()):
         _make(bundle, folder)
     return folder / graph.relative_to(bundle.path)

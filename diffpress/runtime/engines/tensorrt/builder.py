@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffpress.runtime.bundle import sha256
-from diffpress.runtime.engines.cache import cache_folder
+from diffpress.runtime.engines.cache import TENSORRT, cache_folder
 from diffpress.runtime.engines.tensorrt import library as libraries
 from diffpress.runtime.engines.tensorrt.messages import build_error, parse_error
 from diffpress.runtime.engines.tensorrt.monitor import monitor
@@ -222,7 +222,7 @@ def _with_timing_cache(trt: Any, config: Any, capability: str) -> Path:
 
     (TensorRT-RTX does not time kernels while building and needs none.)
     """
-    path = cache_folder() / "tensorrt" / f"timing-{trt.__version__}-{capability}.cache"
+    path = cache_folder() / TENSORRT / f"timing-{trt.__version__}-{capability}.cache"
     timings = path.read_bytes() if path.is_file() else b""
     config.set_timing_cache(config.create_timing_cache(timings), False)
     return path
