@@ -1,8 +1,8 @@
 """examples/pretrain.py: a tiny run writes a loadable pipeline, and a stopped run resumes exactly."""
 
+import argparse
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,13 +16,11 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def pretrain() -> Iterator[ModuleType]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "examples"))
-        import pretrain
+def pretrain(examples: None) -> ModuleType:
+    import pretrain
 
-        patch.setattr(pretrain, "GRID_STEPS", 2)  # sampling would take longer than training
-        yield pretrain
+    pretrain.GRID_STEPS = 2  # sampling would take longer than training
+    return pretrain
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +55,7 @@ def test_a_tiny_run_writes_a_pipeline_with_finite_output(pretrain: ModuleType, i
         v = pipeline.unet(sample, t, class_labels=torch.tensor([3, 10])).sample  # 10 is the null label
     assert v.shape == sample.shape
     assert torch.isfinite(v).all()
-    assert (tmp_path / "samples" / "step_000003.png").stat().st_size > 0
+    assert (tmp_path / "samples" / "training_000003.png").stat().st_size > 0
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
@@ -69,9 +67,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert uninterrupted.keys() == resumed.keys()
     assert all(torch.equal(uninterrupted[name], resumed[name]) for name in uninterrupted)
     states = [torch.load(tmp_path / name / "training.pt", weights_only=True) for name in ("uninterrupted", "resumed")]
-    assert all(torch.equal(states[0]["unet"][name], states[1]["unet"][name]) for name in uninterrupted)
+    assert all(torch.equal(states[0]["model"][name], states[1]["model"][name]) for name in uninterrupted)
     # the pipeline has the EMA weights
-    assert any(not torch.equal(uninterrupted[name], states[0]["unet"][name]) for name in uninterrupted)
+    assert any(not torch.equal(uninterrupted[name], states[0]["model"][name]) for name in uninterrupted)
 
 
 def test_color_images_without_labels_train_an_unconditional_network(pretrain: ModuleType, tmp_path: Path) -> None:
@@ -95,22 +93,29 @@ def test_network_and_scheduler_match_the_shipped_teacher(pretrain: ModuleType) -
         }
 
 
-def test_loss_weight_is_min_snr_over_snr_plus_one(pretrain: ModuleType) -> None:
-    """A network that always outputs 0 has the loss E[w |v|^2], computed here with numpy."""
+def test_the_loss_is_the_mean_square_of_the_error_of_v(pretrain: ModuleType) -> None:
+    """A network that always outputs 0 has the loss E |v|^2, computed here with numpy."""
     scheduler = pretrain.build_scheduler()
     x = np.full((4, 1, 8, 8), 255, np.uint8)  # x_0 = 1 everywhere
     unet = pretrain.build_unet((1, 8, 8), None)
     for parameter in unet.conv_out.parameters():
         torch.nn.init.zeros_(parameter)
-    settings = pretrain.Settings(steps=1, batch=4, lr=1e-3, seed=5, images_sha256="")
     rng = np.random.default_rng([5, 1, 0])
     noise = rng.standard_normal(x.shape, dtype=np.float32).astype(np.float64)
-    alpha = scheduler.alphas_cumprod.double().numpy()[rng.integers(0, 1000, 4)]
-    v = np.sqrt(alpha)[:, None, None, None] * noise - np.sqrt(1 - alpha)[:, None, None, None]
-    snr = alpha / (1 - alpha)
-    expected = (np.minimum(snr, 5) / (snr + 1) * (v**2).mean(axis=(1, 2, 3))).mean()
-    loss = pretrain.loss_of_step(unet, scheduler, x, None, 0, settings)
-    assert loss.item() == pytest.approx(expected, rel=1e-4)  # float32 against float64
+    alpha = scheduler.alphas_cumprod.double().numpy()[rng.integers(0, 1000, 4)][:, None, None, None]
+    v = np.sqrt(alpha) * noise - np.sqrt(1 - alpha)
+    loss = pretrain.loss_of_step(unet, scheduler, x, None, 0, argparse.Namespace(seed=5, batch=4))
+    assert loss.item() == pytest.approx((v**2).mean(), rel=1e-4)  # float32 against float64
+
+
+def test_a_run_starts_from_the_weights_of_init(pretrain: ModuleType, images: Path, tmp_path: Path) -> None:
+    before = run(pretrain, images, tmp_path / "first", "--steps", "1")
+    after = run(
+        pretrain, images, tmp_path / "second", "--steps", "1", "--lr", "1e-12", "--init", str(tmp_path / "first")
+    )
+    assert all(torch.allclose(before[name], after[name], atol=1e-6) for name in before)
+    with pytest.raises(SystemExit, match="no usable unet"):
+        run(pretrain, images, tmp_path / "third", "--steps", "1", "--init", str(images.parent))
 
 
 def test_every_image_is_used_once_per_epoch(pretrain: ModuleType) -> None:
@@ -122,7 +127,7 @@ def test_every_image_is_used_once_per_epoch(pretrain: ModuleType) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--steps", "5", "--resume"], "made with other settings"),
+        (["--steps", "4", "--lr", "1", "--resume"], "made with other settings"),
         (["--steps", "1"], "pass --resume"),
         (["--batch", "65", "--resume"], "more than the 64 images"),
         (["--steps", "0"], "--steps must be at least 1"),
