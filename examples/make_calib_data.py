@@ -5,7 +5,7 @@ r"""Build the data folder that ships with the project, with a hash, a licence an
     calibration.npz  a class-balanced draw of training images: x uint8 [N, 28, 28], y uint8 [N]
     reference.npz    held-out images in feature space: features [N, 64] for the kernel distance, mean m and
                      covariance S for the Frechet distance |m - m'|^2 + tr(S + S' - 2 (S S')^(1/2))
-    MANIFEST.json    {path: {sha256, bytes, licence, source}} of every data file
+    MANIFEST.json    {path: {sha256, bytes, licence, source}} of every data file (data_manifest.py)
 
 The folder must already contain `features.onnx`, the feature network written by train_features.py, and `prompts.txt`,
 which no script generates. The same inputs give the same bytes on the same machine: archives have fixed time stamps.
@@ -15,40 +15,21 @@ which no script generates. The same inputs give the same bytes on the same machi
 """
 
 import argparse
-import hashlib
 import json
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from data_manifest import fingerprint, write_json, write_manifest
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-FASHION = "Fashion-MNIST, Zalando Research"
-MADE_HERE = "made for this project from Fashion-MNIST training images"
 CALIBRATION_IMAGES = 2048
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 CONFIGS = ("unet/config.json", "scheduler/scheduler_config.json")
 
 PLAN = {"solver": "dpmpp_2m", "steps": 20, "grid": "logsnr"}
-
-# Licence and source of each file; sizes and hashes are added once the files are written.
-PROVENANCE = {
-    "teacher/diffpress.json": ("Apache-2.0", MADE_HERE),
-    "teacher/model_index.json": ("Apache-2.0", MADE_HERE),
-    "teacher/unet/config.json": ("Apache-2.0", MADE_HERE),
-    "teacher/unet/diffusion_pytorch_model.safetensors": ("Apache-2.0", MADE_HERE),
-    "teacher/scheduler/scheduler_config.json": ("Apache-2.0", MADE_HERE),
-    "student/diffpress.json": ("Apache-2.0", MADE_HERE),
-    "student/unet/config.json": ("Apache-2.0", MADE_HERE),
-    "student/unet/diffusion_pytorch_model.safetensors": ("Apache-2.0", MADE_HERE),
-    "student/scheduler/scheduler_config.json": ("Apache-2.0", MADE_HERE),
-    "calibration.npz": ("MIT", f"{FASHION}: {CALIBRATION_IMAGES} of the 60,000 training images"),
-    "features.onnx": ("Apache-2.0", MADE_HERE),
-    "reference.npz": ("MIT", f"{FASHION}: the 10,000 test images through features.onnx"),
-    "prompts.txt": ("Apache-2.0", "written for this project"),
-}
 
 
 def load_images(path: Path, labels: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -85,10 +66,6 @@ def save_npz(path: Path, **arrays: np.ndarray) -> None:
             entry.compress_type = zipfile.ZIP_DEFLATED
             with archive.open(entry, "w") as file:
                 np.lib.format.write_array(file, np.asarray(array), allow_pickle=False)
-
-
-def write_json(path: Path, value: dict) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def save_half_precision(source: Path, out: Path) -> dict[str, dict]:
@@ -169,10 +146,6 @@ def extract(network: Path, x: np.ndarray, batch: int = 500) -> tuple[np.ndarray,
     return np.concatenate(features), np.concatenate(labels)
 
 
-def fingerprint(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
 def save_reference(network: Path, x: np.ndarray, y: np.ndarray, path: Path) -> float:
     """Write the statistics of real images in feature space and return the network's accuracy on them.
 
@@ -189,18 +162,6 @@ def save_reference(network: Path, x: np.ndarray, y: np.ndarray, path: Path) -> f
         features_sha256=np.array(fingerprint(network)),
     )
     return float((recognised == y).mean())
-
-
-def manifest(folder: Path) -> dict[str, dict[str, str | int]]:
-    return {
-        name: {
-            "sha256": fingerprint(folder / name),
-            "bytes": (folder / name).stat().st_size,
-            "licence": licence,
-            "source": source,
-        }
-        for name, (licence, source) in PROVENANCE.items()
-    }
 
 
 def load_grey(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -236,13 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     drawn = balanced_draw(y, CALIBRATION_IMAGES, args.seed)
     save_npz(args.out / "calibration.npz", x=x[drawn, 0], y=y[drawn].astype(np.uint8))
     accuracy = save_reference(network, test_x, test_y, args.out / "reference.npz")
-    entries = manifest(args.out)
-    write_json(args.out / "MANIFEST.json", entries)
-
     print(f"accuracy of features.onnx: {accuracy:.4f} on {len(test_x):,} held-out images")
-    for name, entry in entries.items():  # rows of the table in the folder's README
-        size, licence, source, sha256 = (entry[key] for key in ("bytes", "licence", "source", "sha256"))
-        print(f"| `{name}` | {size:,} | {licence} | {source} | `{sha256}` |")
+    write_manifest(args.out)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ trained, selected or calibrated on it, because an optimised score no longer meas
 import argparse
 import io
 import time
+import warnings
 from pathlib import Path
 
 import onnx
@@ -119,25 +120,27 @@ def train(x: Tensor, y: Tensor, epochs: int, batch: int, lr: float, seed: int) -
     return net
 
 
-def to_onnx(net: FeatureNet) -> onnx.ModelProto:
-    """Fold each BatchNorm into its convolution and export with a dynamic batch dimension."""
+def exported(net: nn.Module, inputs: dict[str, Tensor], outputs: tuple[str, ...]) -> onnx.ModelProto:
+    """Fold each BatchNorm into its convolution and export; the first dimension of each input is dynamic."""
     net = net.eval().to(memory_format=torch.contiguous_format)
     for module in net.modules():
         if isinstance(module, ConvNorm):
             module.fold_()
     buffer = io.BytesIO()
-    torch.onnx.export(
-        net,
-        (torch.zeros(2, 1, 28, 28),),
-        buffer,
-        input_names=["sample"],
-        output_names=["features", "logits"],
-        dynamic_shapes=({0: torch.export.Dim("batch")},),
-        opset_version=OPSET,
-        dynamo=True,
-        external_data=False,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of torch's exporter
+        torch.onnx.export(
+            net,
+            tuple(inputs.values()),
+            buffer,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=tuple({0: torch.export.Dim(f"batch_{number}")} for number in range(len(inputs))),
+            opset_version=OPSET,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
     model = onnx.load_from_string(buffer.getvalue())
     # The exporter records the source line of every node, including local paths.
     del model.metadata_props[:], model.graph.metadata_props[:]
@@ -168,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--out {args.out}: the folder {args.out.parent} does not exist")
 
     net = train(torch.from_numpy(x), torch.from_numpy(y), args.epochs, args.batch, args.lr, args.seed)
-    model = to_onnx(net)
+    model = exported(net, {"sample": torch.zeros(2, 1, 28, 28)}, ("features", "logits"))
     args.out.write_bytes(model.SerializeToString(deterministic=True))
     print(f"wrote {args.out} ({args.out.stat().st_size:,} bytes)")
     _, recognised = extract(args.out, test_x)
