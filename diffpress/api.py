@@ -211,6 +211,7 @@ def evaluate(
     features: str | Path | None = None,
     reference: str | Path | None = None,
     prompts: str | Path | None = None,
+    candidates: str | Path | None = None,
     engine: str | None = None,
     threads: int | None = None,
     options: EngineOptions | None = None,
@@ -230,6 +231,8 @@ def evaluate(
         reference: Real images as .npz or a folder, or their features as .npz. None for the built-in images with the
             built-in features, else for samples of `against`.
         prompts: Prompts of a text model, one per line, used in turn; None for the built-in ones.
+        candidates: Texts, one per line, for retrieval: how often the one that occurs in an image's prompt is the
+            nearest to it, if the image encoder has a text encoder. None for the distinct prompts.
         engine: Engine of a bundle; None for the first one that can run here.
         threads: Processor threads; overrides those of `options`. None for all.
         options: Precision and so on, of the engine of a bundle.
@@ -272,6 +275,7 @@ def evaluate(
             batch=batch,
             features=None if features is None else Path(features),
             reference=None if reference is None else Path(reference),
+            candidates=None if candidates is None else Path(candidates),
         )
         feature_network = open_features(config, ours.spec, options.threads)
         other = None

@@ -31,6 +31,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--prompts", type=Path, metavar="FILE", help="prompts of a text model, one per line, in turn")
     parser.add_argument(
+        "--candidates",
+        type=Path,
+        metavar="FILE",
+        help="texts, one per line, among which the text encoder has to find the one that occurs in the prompt "
+        "(default: the prompts)",
+    )
+    parser.add_argument(
         "--against", metavar="BUNDLE_OR_CHECKPOINT", help="also compute PSNR and SSIM to this one, from the same noise"
     )
     parser.add_argument("--samples", type=int, help="images for each seed (2000; 64 for models of latents)")
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         features=args.features,
         reference=args.reference,
         prompts=args.prompts,
+        candidates=args.candidates,
         engine=chosen_engine(args),
         options=engine_options(args, Cache(cache_folder()) if args.rebuild else None),
     )

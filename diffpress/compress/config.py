@@ -149,6 +149,11 @@ class EvaluateConfig(Config):
     prompts: Path | None = Field(
         None, description="Prompts of a text model, one per line, used in turn; None means the built-in ones."
     )
+    candidates: Path | None = Field(
+        None,
+        description="Texts, one per line, among which the one that occurs in its prompt has to be the nearest to an "
+        "image (retrieval, with features that have a text encoder); None means the distinct prompts.",
+    )
 
 
 def input_error(error: ValidationError, config: Any, where: str) -> InvalidInputError:

@@ -11,8 +11,8 @@
     evaluate: {samples: 256, seeds: 3}
     gates: {frechet_ratio: 1.3}
 
-Unknown keys are refused with their path and the nearest match. Paths are relative to the recipe's folder. The resolved
-recipe of a run, `recipe.json` in its folder, is a recipe as well.
+Unknown keys are refused with their path and the nearest match. Paths are relative to the recipe's folder, or begin with
+`calib_data/` for the built-in data. The resolved recipe of a run, `recipe.json` in its folder, is a recipe as well.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from diffpress.runtime.errors import InvalidInputError, unknown_name
 from diffpress.runtime.sampler import MAX_SEED
 
 SECTIONS: dict[str, type[Config]] = {"export": ExportConfig, "evaluate": EvaluateConfig, "gates": GatesConfig}
-EVALUATE_FILES = ("features", "reference", "prompts")
+EVALUATE_FILES = ("features", "reference", "prompts", "candidates")
 KEYS = ("seed", "data", "teacher_samples", "stages", *SECTIONS)
 
 TEACHER_SAMPLES = 64
@@ -120,11 +120,11 @@ class Recipe:
         """Return the resolved recipe as JSON, every default written out; it can be read from any folder."""
         return {
             "seed": self.seed,
-            "data": _data_reference(self.data) if self.data else None,
+            "data": _reference(self.data) if self.data else None,
             "teacher_samples": self.teacher_samples,
             "stages": [{stage.name: stage.config.model_dump(mode="json")} for stage in self.stages],
             "export": self.export.model_dump(mode="json"),
-            "evaluate": self.evaluate.model_dump(mode="json") if self.evaluate else None,
+            "evaluate": _evaluate_json(self.evaluate) if self.evaluate else None,
             "gates": self.gates.model_dump(mode="json"),
         }
 
@@ -165,11 +165,17 @@ def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
 
 
 def _existing(file: Path, path: Path, where: str) -> Path:
-    """Return a file or folder that the recipe names relative to its own folder."""
-    found = (path.parent / file).resolve()
+    """Return a file or folder that the recipe at `path` names."""
+    found = _named(file, path).resolve()
     if not found.exists():
         raise InvalidInputError(f"{path}: {where}: {found} does not exist")
     return found
+
+
+def _named(file: Path, path: Path) -> Path:
+    """Return the path that a recipe means: relative to its folder, or in the built-in data."""
+    built_in = file.parts[:1] == ("calib_data",)
+    return CALIB_DATA / file.relative_to("calib_data") if built_in else path.parent / file
 
 
 def _stage(entry: Any, index: int, path: Path) -> Stage:
@@ -203,17 +209,21 @@ def _config(kind: Any, settings: Any, path: Path, where: str) -> Any:
 def _data_path(value: Any, path: Path) -> Path | None:
     if value is None:
         return None
-    name = str(value)
-    file = CALIB_DATA / name.removeprefix("calib_data/") if name.startswith("calib_data/") else path.parent / name
+    file = _named(Path(str(value)), path)
     if not file.is_file():
         raise InvalidInputError(f"{path}: data: {file} does not exist")
     return file
 
 
-def _data_reference(data: Path) -> str:
-    """Return what `data` in a recipe in any folder must be to name this file."""
+def _reference(data: Path) -> str:
+    """Return how a recipe in any folder names this file."""
     file, built_in = data.resolve(), CALIB_DATA.resolve()
     return f"calib_data/{file.relative_to(built_in)}" if file.is_relative_to(built_in) else str(file)
+
+
+def _evaluate_json(config: EvaluateConfig) -> dict[str, Any]:
+    files = {name: file for name in EVALUATE_FILES if (file := getattr(config, name)) is not None}
+    return config.model_dump(mode="json") | {name: _reference(file) for name, file in files.items()}
 
 
 def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

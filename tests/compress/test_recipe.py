@@ -359,7 +359,11 @@ def test_every_resolved_recipe_reads_back_unchanged(text: str, recipe: Callable[
 
 
 def test_built_in_data_keeps_its_name_in_a_resolved_recipe(recipe: Callable[..., Recipe]) -> None:
-    assert recipe("data: calib_data/calibration.npz").to_json()["data"] == "calib_data/calibration.npz"
+    named = "calib_data/calibration.npz"
+    assert recipe(f"data: {named}").to_json()["data"] == named
+    found = recipe(f"evaluate: {{features: calib_data/features.onnx, reference: {named}}}")
+    assert found.evaluate is not None and found.evaluate.reference == (CALIB_DATA / "calibration.npz").resolve()
+    assert found.to_json()["evaluate"]["features"] == "calib_data/features.onnx"
 
 
 def test_broken_json_is_refused(tmp_path: Path) -> None:

@@ -3,8 +3,8 @@
 distributional   Frechet distance and KID of N samples to the reference, in a named feature network, for each of K
                  seeds; and the floor: the Frechet distance of N real images (at most half of them) to the others
 paired           PSNR and SSIM between the images of this model and another from the same noise and conditioning
-CLIP score       100 max(cos(image, prompt), 0), mean over samples (Hessel et al. 2021), if the feature network has a
-                 text encoder and the model is conditioned on text
+prompt adherence CLIP score and retrieval (prompt_adherence.py), if the feature network has a text encoder and the model
+                 is conditioned on text
 
 The feature network is used only for scoring: nothing is trained on it or selected by it.
 """
@@ -29,6 +29,7 @@ from diffpress.compress.evaluation.metrics import (
     psnr_db,
     ssim,
 )
+from diffpress.compress.evaluation.prompt_adherence import prompt_adherence
 from diffpress.compress.evaluation.subject import EvaluationSubject
 from diffpress.compress.progress import progress
 from diffpress.compress.seeds import EVALUATION_SEED
@@ -71,9 +72,9 @@ def evaluate(
             f"{reference.source['file']} has {len(reference.features)}"
         )
     labels = subject.labels(config.samples)
-    texts = _text_features(subject, features, config.samples)
+    adherence = prompt_adherence(subject.prompts(config.samples), features, config.candidates)
     real = moments(reference.features)
-    distances, kids, accuracies, scores, means = [], [], [], [], []
+    distances, kids, accuracies, scores, retrieved, means = [], [], [], [], [], []
     for found, logits in sampled_features(subject, config, features, what, range(config.seeds)):
         mean, covariance = moments(found)
         means.append(mean)
@@ -81,8 +82,9 @@ def evaluate(
         kids.append(kernel_distance(found, reference.features, reference.kernel_within))
         if labels is not None and logits is not None:
             accuracies.append(float((logits.argmax(1) == labels).mean()))
-        if texts is not None:
-            scores.append(float(100.0 * _cosines(found, texts).clip(0.0).mean()))
+        if adherence is not None:
+            scores.append(adherence.clip_score(found))
+            retrieved.append(adherence.retrieval(found))
     _warn_if_unlike(np.mean(means, axis=0), real, reference)
     result = {
         "samples": config.samples,
@@ -94,7 +96,10 @@ def evaluate(
         "label_accuracy": statistics.fmean(accuracies) if accuracies else None,
         "reference": reference.source,
     }
-    return result | ({"clip_score": _spread(scores)} if scores else {})
+    if adherence is not None:
+        result["clip_score"] = _spread(scores)
+        result["retrieval"] = _spread(retrieved) | {"candidates": len(adherence.candidates)}
+    return result
 
 
 def open_features(config: EvaluateConfig, spec: DenoiserSpec, threads: int | None = None) -> FeatureNetwork | None:
@@ -104,11 +109,12 @@ def open_features(config: EvaluateConfig, spec: DenoiserSpec, threads: int | Non
         InvalidInputError: It does not fit the model's images.
     """
     if config.features is None and not spec.is_pixel_space:
-        if config.reference is not None:
-            raise InvalidInputError(
-                f"{config.reference}: a reference needs features of the model's images; name an ONNX image encoder "
-                "with --features (in a recipe evaluate.features)"
-            )
+        for file, what in ((config.reference, "a reference needs"), (config.candidates, "candidates need")):
+            if file is not None:
+                raise InvalidInputError(
+                    f"{file}: {what} features of the model's images; name an ONNX image encoder with --features (in a "
+                    "recipe evaluate.features)"
+                )
         return None
     return load_features(config.features or FEATURES, spec, threads)
 
@@ -205,21 +211,6 @@ def image_agreement(expected: np.ndarray, found: np.ndarray, data_range: tuple[f
     """Return mean PSNR in dB and SSIM over images [N, C, H, W]."""
     span = data_range[1] - data_range[0]
     return {"psnr_db": psnr_db(expected, found, span), "ssim": ssim(expected, found, span)}
-
-
-def _text_features(subject: EvaluationSubject, features: FeatureNetwork, count: int) -> np.ndarray | None:
-    prompts = subject.prompts(count)
-    if not prompts or features.embed_text is None:
-        return None
-    distinct = list(dict.fromkeys(prompts))
-    rows = np.concatenate([features.embed_text([prompt]) for prompt in distinct])
-    return rows[[distinct.index(prompt) for prompt in prompts]]
-
-
-def _cosines(images: np.ndarray, texts: np.ndarray) -> np.ndarray:
-    norms = np.linalg.norm(images, axis=1) * np.linalg.norm(texts, axis=1)
-    result: np.ndarray = (images * texts).sum(1) / norms.clip(1e-12)
-    return result
 
 
 def _warn_if_unlike(mean: np.ndarray, real: tuple[np.ndarray, np.ndarray], reference: Reference) -> None:

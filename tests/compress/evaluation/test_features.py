@@ -109,7 +109,7 @@ def test_prompts_are_embedded_by_the_text_encoder(clip: tuple[Path, CLIPModel], 
     np.testing.assert_allclose(encoder.embed_text(PROMPTS), np.asarray(expected), atol=1e-5)
 
 
-def test_a_text_model_gets_a_clip_score(
+def test_a_text_model_gets_a_clip_score_and_a_retrieval_accuracy(
     clip: tuple[Path, CLIPModel], encoder: FeatureNetwork, plain: Checkpoint, tmp_path: Path
 ) -> None:
     # the score is the mean cosine of each image with its own prompt
@@ -133,6 +133,9 @@ def test_a_text_model_gets_a_clip_score(
     images = np.concatenate(drawn)
     cosines = (images * texts).sum(1) / np.linalg.norm(images, axis=1) / np.linalg.norm(texts, axis=1)
     assert found["clip_score"]["mean"] == pytest.approx(100 * cosines.clip(0).mean(), rel=1e-5)
+    other = encoder.embed_text([PROMPTS[(i + 1) % 2] for i in range(8)])
+    others = (images * other).sum(1) / np.linalg.norm(images, axis=1) / np.linalg.norm(other, axis=1)
+    assert found["retrieval"] == {"mean": pytest.approx((cosines > others).mean()), "sd": None, "candidates": 2}
 
 
 def test_a_folder_of_pictures_of_any_size_is_a_reference(
