@@ -5,6 +5,8 @@ Adding a family takes one file in compress/models/families/ and one line here, u
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -22,6 +24,7 @@ ADAPTERS: dict[str, Adapter] = {
     "FluxTransformer2DModel": flux.ADAPTER,
 }
 ANY_MODULE = Adapter()
+SMALL_SIDE = 16  # cells
 
 
 def adapter_for(model: nn.Module) -> Adapter:
@@ -62,6 +65,18 @@ def dummy_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, tor
     if conditioning.guidance_input:
         inputs["guidance"] = torch.full((batch,), spec.plan.guidance)
     return inputs
+
+
+def small_spec(model: nn.Module, spec: DenoiserSpec) -> DenoiserSpec:
+    """Return the spec at the smallest size that passes through every layer, for evaluations whose values do not matter.
+
+    It has sides of about SMALL_SIDE cells, or those of the spec if they are smaller or the model is not resizable.
+    """
+    if not adapter_for(model).resizable:
+        return spec
+    side = max(2, SMALL_SIDE // spec.size_multiple) * spec.size_multiple
+    channels, height, width = spec.sample_shape
+    return replace(spec, sample_shape=(channels, min(side, height), min(side, width)))
 
 
 def dynamic_axes(model: nn.Module, spec: DenoiserSpec, fixed_size: bool = False) -> dict[str, dict[int, str]]:

@@ -14,7 +14,7 @@ import numpy as np
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.adapter import small_spec
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.quantizers import fake_quantized
@@ -26,7 +26,7 @@ SAMPLES = 16  # with four samples, the SQNR varies by 1 dB between draws
 WITHIN_DB = 1.0
 
 # for latent models
-LATENT_SAMPLES, LATENT_STEPS, LATENT_SIDE = 2, 4, 16
+LATENT_SAMPLES, LATENT_STEPS = 2, 4
 LATENT_WITHIN_DB = 3.0  # two samples vary more than sixteen
 
 
@@ -70,10 +70,8 @@ def parity_case_for(model: nn.Module, spec: DenoiserSpec, fixed_size: bool = Fal
     """Return the parity test case for a model (see the module docstring)."""
     if spec.is_pixel_space and not is_large(model):
         return ParityCase(spec, SAMPLES, WITHIN_DB)
-    if adapter_for(model).resizable and not fixed_size:
-        side = max(2, LATENT_SIDE // spec.size_multiple) * spec.size_multiple
-        channels, height, width = spec.sample_shape
-        spec = replace(spec, sample_shape=(channels, min(side, height), min(side, width)))
+    if not fixed_size:
+        spec = small_spec(model, spec)
     stride = -(-spec.plan.steps // LATENT_STEPS)
     plan = spec.plan.over(spec.plan.timesteps[::stride])
     return ParityCase(spec.with_plan(plan), LATENT_SAMPLES, LATENT_WITHIN_DB)
