@@ -4,7 +4,9 @@ On disk a checkpoint is the diffusers layout plus diffpress.json, which holds wh
 
     unet/config.json, unet/diffusion_pytorch_model.safetensors, scheduler/...     (or weights.safetensors)
     vae/, text_encoder/, tokenizer/ ...     the pipeline's other components, unchanged; hard links if supported
+    LICENSE, NOTICE, README.md, ...         the licence and model card it came with
     quantization.safetensors    quantization scales, if the checkpoint is quantized
+    quantization.<component>.safetensors    likewise of another component, such as vae_decoder
     diffpress.json              spec, per-layer widths, quantized layers, history
 """
 
@@ -14,7 +16,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -27,11 +29,13 @@ from torch import nn
 
 from diffpress.compress.models.widths import Widths, changed_widths
 from diffpress.compress.sources.layout import link_components
+from diffpress.compress.sources.terms import Terms, write_terms
 from diffpress.runtime.io.files import atomic_folder
 from diffpress.runtime.spec import DenoiserSpec
 
 FORMAT = 2
 RECORD = "diffpress.json"
+SCALES = "quantization"  # stem of the files of scales
 TENSOR_KINDS = ("amax", "smooth", "svdquant")  # the tensor fields of Quantization
 
 
@@ -112,7 +116,7 @@ class Source:
     """How to rebuild the unpruned module: a diffusers class and config, or a user's file and weights.
 
     `pipeline_folder` holds the other components of the pipeline: text encoders, tokenizers, decoder. `original` holds
-    the widths of the unpruned module. `decoder` is that of a user's file.
+    the widths of the unpruned module. `decoder` is that of a user's file. `terms` are the files of its licence.
     """
 
     kind: str
@@ -124,11 +128,20 @@ class Source:
     pipeline_folder: Path | None = None
     original: Widths = field(default_factory=dict)
     decoder: nn.Module | None = None
+    terms: Terms = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
     """A denoiser with its spec, source, history and quantization.
+
+    Attributes:
+        model: The denoiser.
+        spec: Its spec.
+        source: How to rebuild it.
+        history: One record per stage.
+        quantization: Formats and scales of the denoiser; None if it is not quantized.
+        components: Formats and scales of other components of its pipeline, by the names of their graphs.
 
     Examples:
         >>> import diffpress as dp
@@ -142,6 +155,7 @@ class Checkpoint:
     source: Source
     history: tuple[Record, ...] = ()
     quantization: Quantization | None = None
+    components: Mapping[str, Quantization] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         plan, stages = self.spec.plan, [record.stage for record in self.history]
@@ -154,9 +168,7 @@ class Checkpoint:
 
     def shared_model(self) -> nn.Module:
         """Return a copy that shares this model's tensors: for hooks and quantizers, not for training."""
-        _detach_computed_(self.model)
-        tensors = [*self.model.parameters(), *self.model.buffers()]
-        return copy.deepcopy(self.model, {id(tensor): tensor for tensor in tensors})
+        return shared_copy(self.model)
 
     def evolve(self, **changes: Any) -> Checkpoint:
         """Return a copy with the given fields replaced."""
@@ -167,8 +179,8 @@ class Checkpoint:
         """SHA-256 over everything that affects the checkpoint's output and sampling; history is excluded."""
         digest = hashlib.sha256(json.dumps(self._facts(), sort_keys=True).encode())
         tensors = dict(self.model.state_dict())
-        if self.quantization is not None:
-            tensors.update({f"quantization.{name}": value for name, value in self.quantization.tensors.items()})
+        for prefix, scales in self._all_scales().items():
+            tensors.update({f"{prefix}.{name}": value for name, value in scales.tensors.items()})
         if self.source.decoder is not None:
             tensors.update({f"decoder.{name}": value for name, value in self.source.decoder.state_dict().items()})
         for name in sorted(tensors):
@@ -183,7 +195,23 @@ class Checkpoint:
             "widths": changed_widths(self.model, self.source.original),
             "spec": self.spec.to_json(),
             "quantization": self.quantization.facts() if self.quantization else None,
+            **({"components": self._component_facts()} if self.components else {}),
         }
+
+    def _component_facts(self) -> dict[str, Any]:
+        return {name: scales.facts() for name, scales in self.components.items()}
+
+    def _all_scales(self) -> dict[str, Quantization]:
+        """Return the scales of all components by the stem of their file."""
+        own = {} if self.quantization is None else {SCALES: self.quantization}
+        return own | {f"{SCALES}.{name}": scales for name, scales in self.components.items()}
+
+
+def shared_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a module that shares its tensors."""
+    _detach_computed_(model)
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _detach_computed_(model: nn.Module) -> None:
@@ -230,14 +258,16 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
             (folder / "scheduler").mkdir()
             text = json.dumps(source.scheduler, indent=2, sort_keys=True) + "\n"
             (folder / "scheduler" / "scheduler_config.json").write_text(text)
-    if checkpoint.quantization is not None:
-        save_file(_unshared(checkpoint.quantization.tensors), folder / "quantization.safetensors")
+    write_terms(source.terms, folder)
+    for stem, scales in checkpoint._all_scales().items():
+        save_file(_unshared(scales.tensors), folder / f"{stem}.safetensors")
     facts = {
         "format": FORMAT,
         "kind": source.kind,
         "folder": source.folder,
         "widths": changed_widths(checkpoint.model, source.original),
         "quantization": checkpoint.quantization.facts() if checkpoint.quantization else None,
+        "components": checkpoint._component_facts(),
         "hash": checkpoint.hash,
         "history": [asdict(record) for record in checkpoint.history],
         "spec": checkpoint.spec.to_json(),

@@ -21,6 +21,7 @@ from typing import Any
 from diffpress.compress.checkpoint import Checkpoint, write_folder
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.sources.layout import read_layout
+from diffpress.compress.sources.terms import write_terms
 from diffpress.export.components import export_components
 from diffpress.export.denoiser import Denoiser, lower_denoiser
 from diffpress.export.engine_variants import with_engine_variants
@@ -168,6 +169,7 @@ def _log_expected_speed(latencies: Sequence[Latency], denoiser: Denoiser) -> Non
 def _write_graphs(denoiser: Denoiser, folder: Path) -> dict[str, int]:
     """Write all graphs of the denoiser; return file -> bytes of graph and weights."""
     source, portable = denoiser.checkpoint.source, denoiser.portable
+    write_terms(source.terms, folder)
     if source.pipeline_folder is None:
         size = save_graph(portable.graph, folder / portable.file)
     else:

@@ -27,6 +27,7 @@ from diffpress.compress.sources.pipelines import PIXEL_PIPELINES
 from diffpress.compress.sources.pretrained import quiet_libraries
 from diffpress.compress.sources.record import history_and_scales, read_record
 from diffpress.compress.sources.scheduler_config import read_scheduler
+from diffpress.compress.sources.terms import read_terms
 from diffpress.compress.sources.weights import load_weights_, weight_files
 from diffpress.runtime.carried_settings import with_solver
 from diffpress.runtime.conditioning import conditioning_from_json
@@ -61,6 +62,7 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         folder=layout.denoiser.name if layout.denoiser.name in DENOISERS else "unet",
         original=widths_of(model),
         pipeline_folder=folder if layout.configs else None,
+        terms=read_terms(folder),
     )
     spec = _recorded_spec(folder, record) or _spec_of(layout, model, scheduler, scheduler_file, _chooses_plan(record))
     if record is not None and "spec" not in record:

@@ -1,19 +1,23 @@
-"""Download a pipeline from the Hugging Face hub through diffusers."""
+"""Download a pipeline from the Hugging Face hub through diffusers, with its licence."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from diffpress.compress.sources.layout import first_line
+from diffpress.compress.sources.terms import CARD, PATTERNS
 from diffpress.runtime.errors import InvalidInputError
 
 
 def download_pipeline(hub_id: str) -> Path:
     """Download a pipeline (safetensors only) and return its folder in the local cache."""
     from diffusers import DiffusionPipeline
+    from huggingface_hub import snapshot_download
 
     try:
-        return Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
+        folder = Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
+        snapshot_download(hub_id, revision=folder.name, allow_patterns=[*PATTERNS, CARD])
+        return folder
     except Exception as error:  # the hub client raises dozens of unrelated types
         raise InvalidInputError(
             f"{hub_id}: no such local folder, and the download from the hub failed ({first_line(error)})"

@@ -26,7 +26,15 @@ from diffpress.compress.sources.pretrained import (
     load_text_encoder,
     quiet_libraries,
 )
-from diffpress.compress.sources.weights import PICKLES, is_finite, read_tensors, tensor_shapes, unread_tensors
+from diffpress.compress.sources.terms import read_terms, stated_terms, write_terms
+from diffpress.compress.sources.weights import (
+    PICKLES,
+    header_metadata,
+    is_finite,
+    read_tensors,
+    tensor_shapes,
+    unread_tensors,
+)
 from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
 from diffpress.runtime.io.files import read_json
 
@@ -76,6 +84,10 @@ def fuse_loras(folder: Path, loras: Sequence[str], into: Path) -> Path:
                 modified[name].save_pretrained(temporary / name)
             elif source.is_dir():
                 shutil.copytree(source, temporary / name)
+        write_terms(read_terms(folder), temporary)
+        for name, (file, _) in zip(names, adapters, strict=True):
+            stated = stated_terms(header_metadata(file))
+            write_terms({f"LICENSE.{name}.txt": text for text in stated.values()}, temporary)
 
     write_folder(into, fill)
     return into

@@ -8,31 +8,41 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from diffpress.compress.checkpoint import FORMAT, RECORD, TENSOR_KINDS, Quantization, Record
+from diffpress.compress.checkpoint import FORMAT, RECORD, SCALES, TENSOR_KINDS, Quantization, Record
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.format_1 import upgraded_spec, upgraded_tensor_name
 from diffpress.runtime.io.files import read_json
 
 
-def history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tuple[Record, ...], Quantization | None]:
-    """Return the history and the quantization of a checkpoint folder; () and None without a record.
+def history_and_scales(
+    record: dict[str, Any] | None, folder: Path
+) -> tuple[tuple[Record, ...], Quantization | None, dict[str, Quantization]]:
+    """Return the history, the denoiser's scales and those of other components; (), None and {} without a record.
 
     Raises:
         InvalidInputError: The history or a scale is invalid.
     """
     if record is None:
-        return (), None
+        return (), None, {}
     try:
         history = tuple(Record(**entry) for entry in record.get("history", []))
     except TypeError as error:
         raise InvalidInputError(f"{folder / RECORD}: invalid history ({error})") from error
-    if not record.get("quantization"):
-        return history, None
-    file = folder / "quantization.safetensors"
+    upgrade = record.get("format") == 1
+    facts, others = record.get("quantization"), record.get("components") or {}
+    own = _scales(facts, folder / f"{SCALES}.safetensors", upgrade) if facts else None
+    components = {
+        name: _scales(entry, folder / f"{SCALES}.{name}.safetensors", upgrade) for name, entry in others.items()
+    }
+    return history, own, components
+
+
+def _scales(facts: dict[str, Any], file: Path, upgrade: bool) -> Quantization:
+    """Read the scales in `file`; `upgrade` those of format 1."""
     try:
         with safe_open(file, framework="pt") as tensors:
             found = {name: tensors.get_tensor(name) for name in tensors.keys()}
-        if record.get("format") == 1:
+        if upgrade:
             found = {upgraded_tensor_name(name): value for name, value in found.items()}
     except (SafetensorError, OSError) as error:
         raise InvalidInputError(f"{file}: the scales cannot be read ({error}); quantize again") from error
@@ -42,9 +52,8 @@ def history_and_scales(record: dict[str, Any] | None, folder: Path) -> tuple[tup
             raise InvalidInputError(f"{file}: scale '{name}' is zero, negative or not finite; quantize again")
         if name.partition(".")[0] not in TENSOR_KINDS:
             raise InvalidInputError(f"{file}: unknown scale '{name}'; quantize again")
-    facts = record["quantization"]
     kinds = {kind: _of_kind(found, kind) for kind in TENSOR_KINDS}
-    return history, Quantization(str(facts["format"]), formats=dict(facts.get("formats", {})), **kinds)
+    return Quantization(str(facts["format"]), formats=dict(facts.get("formats", {})), **kinds)
 
 
 def _of_kind(tensors: dict[str, torch.Tensor], kind: str) -> dict[str, torch.Tensor]:

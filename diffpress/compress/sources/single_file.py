@@ -23,6 +23,7 @@ from diffpress.compress.sources.single_file_components import (
     unread_by_models,
 )
 from diffpress.compress.sources.single_file_text import unread_text_tensors
+from diffpress.compress.sources.terms import stated_terms, write_terms
 from diffpress.compress.sources.weights import (
     PICKLES,
     header_metadata,
@@ -78,8 +79,13 @@ def from_single_file(file: Path, into: Path, config: str | None = None) -> Path:
         if missing:
             raise InvalidInputError(missing_parameters(file, component, missing, source))
     _set_prediction_(pipe, file, tensors, source)
+
+    def fill(temporary: Path) -> None:
+        pipe.save_pretrained(temporary, safe_serialization=True)
+        write_terms(stated_terms(header_metadata(file)), temporary)
+
     with quiet_libraries():
-        write_folder(into, lambda temporary: pipe.save_pretrained(temporary, safe_serialization=True))
+        write_folder(into, fill)
     return into
 
 

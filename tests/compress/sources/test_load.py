@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, NoReturn
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -162,7 +164,13 @@ def test_a_hub_id_is_downloaded_by_diffusers(pipeline_folder: Path, monkeypatch:
         calls.append((name, options))
         return str(pipeline_folder)
 
+    def snapshot(name: str, *, revision: str, allow_patterns: list[str]) -> None:
+        assert (name, revision) == ("someone/model-8.1", pipeline_folder.name)
+        assert all(any(fnmatch(file, pattern) for pattern in allow_patterns) for file in ("LICENSE.md", "README.md"))
+        assert not any(fnmatch("unet/model.bin", pattern) for pattern in allow_patterns)
+
     monkeypatch.setattr(DiffusionPipeline, "download", download)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert load_checkpoint("someone/model-8.1").hash == load_checkpoint(pipeline_folder).hash
     assert calls == [("someone/model-8.1", {"use_safetensors": True})]
 

@@ -317,3 +317,8 @@ def test_nothing_is_printed(
     capfd.readouterr()
     from_single_file(tmp_path / "finetune.safetensors", tmp_path / "again", str(config))
     assert capfd.readouterr() == ("", "")
+
+
+def test_the_licence_in_the_header_becomes_a_file(converted: Callable[..., Path]) -> None:
+    folder = converted(metadata={"modelspec.license": "CreativeML Open RAIL++-M"})
+    assert "CreativeML Open RAIL++-M" in (folder / "LICENSE.txt").read_text()
