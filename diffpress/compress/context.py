@@ -11,8 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
+from diffpress.compress.builtin import PROMPTS
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.prompt_file import read_prompt_file
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, dummy_conditioning
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -95,6 +97,12 @@ class Context:
         if self.data is None:
             raise InvalidInputError(f"{purpose} needs data: set 'data: FILE.npz' in the recipe")
         return self.data
+
+    @property
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts of the run: those of its data, or the built-in ones."""
+        given = getattr(self.data, "prompts", ())
+        return given or read_prompt_file(PROMPTS)
 
     def conditions(self, count: int) -> ConditioningInputs:
         """Return the conditioning of `count` samples generated for calibration."""

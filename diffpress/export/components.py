@@ -1,22 +1,24 @@
 """A pipeline's other components: text encoders and the latent decoder, each lowered, written and verified.
 
-One component is in memory at a time. Those of the uncompressed model's bundle are reused: compression does not change
-them.
+One component is in memory at a time. Those of the uncompressed model's bundle are reused if they are not quantized.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.models.components import DECODER, Component, component_names, load_component
+from diffpress.compress.quantization.quantizers import fake_quantized_module
 from diffpress.export.graph.trace import trace
 from diffpress.export.lowering import PassContext, lower
 from diffpress.export.manifest import graph_entry, parameter_count
 from diffpress.export.passes.half_precision import FLOAT, kept_modules
 from diffpress.export.targets.pipeline_folder import link_graph, write_graph
+from diffpress.export.targets.precision import precision_of
 from diffpress.export.verify.gate import ParityFailure, ParityGate, failures_of
 from diffpress.export.verify.parity import check_component
 from diffpress.runtime.bundle import Bundle
@@ -27,7 +29,7 @@ def export_components(
 ) -> tuple[dict[str, dict[str, Any]], tuple[ParityFailure, ...]]:
     """Write the components of the checkpoint's pipeline into a bundle's folder.
 
-    The decoder stays fp32: it overflows fp16.
+    The decoder stays fp32: it overflows fp16. The float layers of a quantized component stay fp32 as well.
 
     Returns:
         Their manifest entries, and what failed parity.
@@ -36,30 +38,39 @@ def export_components(
     failures: list[ParityFailure] = []
     made_before = reuse.manifest["graphs"] if reuse else {}
     for name in component_names(checkpoint):
-        precision = FLOAT if name == DECODER else config.precision
-        if reuse is not None and made_before[name]["precision"] == precision:
+        scales = checkpoint.components.get(name)
+        precision = FLOAT if name == DECODER or scales is not None else config.precision
+        if scales is None and reuse is not None and made_before[name]["precision"] == precision:
             link_graph(reuse.path, folder, name)
             entries[name] = made_before[name]
             failures += [failure for failure in failures_of(reuse) if failure.graph == made_before[name]["file"]]
         else:
             component = load_component(checkpoint, name)
-            entries[name], failed = _export_component(component, precision, folder, config.threads, gate)
+            entries[name], failed = _export_component(component, scales, precision, folder, config.threads, gate)
             failures += failed
     return entries, tuple(failures)
 
 
 def _export_component(
-    component: Component, precision: str, folder: Path, threads: int | None, gate: ParityGate
+    component: Component,
+    scales: Quantization | None,
+    precision: str,
+    folder: Path,
+    threads: int | None,
+    gate: ParityGate,
 ) -> tuple[dict[str, Any], tuple[ParityFailure, ...]]:
     module = component.module
     traced = trace(module, component.forward, component.examples, component.outputs, component.axes)
-    context = PassContext(precision=precision, keep=kept_modules(module, precision), name=component.name)
+    context = PassContext(scales, precision, keep=kept_modules(module, precision), name=component.name)
     graph = lower(traced, "cpu", context)
     size = write_graph(graph, folder, component.name, component.name, component.config)
     file = f"{component.name}.onnx"
-    parity, failures = check_component(component, folder / file, threads=threads, precision=precision, gate=gate)
+    quantized = None if scales is None else replace(component, module=fake_quantized_module(module, scales))
+    parity, failures = check_component(
+        component, folder / file, quantized, threads=threads, precision=precision, gate=gate
+    )
     entry = {
-        **graph_entry(file, graph, precision),
+        **graph_entry(file, graph, precision_of(scales, precision)),
         "bytes": size,
         "parameters": parameter_count(module),
         "parity": parity,

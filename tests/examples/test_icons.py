@@ -66,6 +66,6 @@ def test_a_file_with_other_arrays_exits_with_a_one_line_error(
     icons: ModuleType, tmp_path: Path, arrays: dict[str, np.ndarray], message: str
 ) -> None:
     usual = {"rgba": np.zeros((2, 8, 8, 4), np.uint8), "caption": np.array(["a", "b"]), "style": np.array(["c", "c"])}
-    np.savez(tmp_path / "icons.npz", **(usual | arrays))
+    np.savez(tmp_path / "icons.npz", **(usual | arrays))  # type: ignore[arg-type]  # numpy: allow_pickle=
     with pytest.raises(SystemExit, match=message):
         icons.load_icons(tmp_path / "icons.npz")

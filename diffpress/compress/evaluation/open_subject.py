@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.evaluation.subject import EvaluationSubject, pipeline_subject, unchanged
-from diffpress.compress.models.components import DECODER, component_names, load_component
+from diffpress.compress.models.components import (
+    DECODER,
+    Component,
+    component_names,
+    load_component,
+    prompt_conditions,
+)
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.components import fake_quantized_components
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.compress.training.teacher_data import TeacherData
 from diffpress.runtime.bundle import find_bundle, load_bundle
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
@@ -39,8 +44,9 @@ def open_subject(
     checkpoint = load_checkpoint(reference)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = TorchNetwork(fake_quantized(checkpoint).to(device), checkpoint.spec)
-    decode = _decoder(checkpoint) if DECODER in component_names(checkpoint) else unchanged
-    encode = _encoder(checkpoint) if checkpoint.spec.conditioning.encoders else None
+    quantized = fake_quantized_components(checkpoint)
+    decode = _decoder(checkpoint, quantized) if DECODER in component_names(checkpoint) else unchanged
+    encode = _encoder(checkpoint, quantized) if checkpoint.spec.conditioning.encoders else None
     return EvaluationSubject(network, checkpoint.spec, decode, encode, tuple(texts))
 
 
@@ -65,15 +71,13 @@ def torch_threads(count: int | None) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _encoder(checkpoint: Checkpoint) -> Callable[[Sequence[str], DenoiserSpec], ConditioningInputs]:
-    def encode(prompts: Sequence[str], spec: DenoiserSpec) -> ConditioningInputs:
-        data = TeacherData(checkpoint.evolve(spec=spec), len(prompts), Path(), tuple(prompts))
-        return data.conditions(len(prompts))
-
-    return encode
+def _encoder(
+    checkpoint: Checkpoint, quantized: Mapping[str, Component]
+) -> Callable[[Sequence[str], DenoiserSpec], ConditioningInputs]:
+    return lambda prompts, spec: prompt_conditions(checkpoint.evolve(spec=spec), prompts, quantized)
 
 
-def _decoder(checkpoint: Checkpoint) -> Callable[[np.ndarray], np.ndarray]:
-    spec, component = checkpoint.spec, load_component(checkpoint, DECODER)
+def _decoder(checkpoint: Checkpoint, quantized: Mapping[str, Component]) -> Callable[[np.ndarray], np.ndarray]:
+    spec, component = checkpoint.spec, quantized.get(DECODER) or load_component(checkpoint, DECODER)
 
     return lambda samples: decoded(lambda x: component.run_all({"latent_sample": x})["sample"], samples, spec)

@@ -32,10 +32,13 @@ from diffpress.compress.sources.pretrained import (
 )
 from diffpress.runtime.conditioning import TextEncoder
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.guidance import is_guided
+from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.prompts import MASK, encode, unconditional
 from diffpress.runtime.spec import DenoiserSpec
 
 DECODER = "vae_decoder"
+EXAMPLE_PROMPTS = ("a photo of a lighthouse in the fog", "")
 # pipelines that pass the attention mask to a text encoder whose config has `use_attention_mask`
 MASKED_PIPELINES = ("", "StableDiffusionPipeline", "LatentConsistencyModelPipeline")
 
@@ -70,6 +73,11 @@ class Component:
     def inputs(self) -> Mapping[str, np.dtype]:
         """Input names and dtypes."""
         return {name: tensor.numpy().dtype for name, tensor in self.examples.items()}
+
+    @property
+    def example_arrays(self) -> dict[str, np.ndarray]:
+        """The example inputs as arrays."""
+        return {name: tensor.numpy() for name, tensor in self.examples.items()}
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one batch and return all outputs by name, as an engine does."""
@@ -112,7 +120,8 @@ def _text_encoder(layout: Layout, name: str, spec: DenoiserSpec) -> Component:
     module: Any = load_text_encoder(folder, kind)
     encoder = next(e for e in spec.conditioning.encoders if e.graph == name)
     _check_vocabulary(layout, encoder, module.get_input_embeddings().weight.shape[0])
-    examples = {"input_ids": torch.zeros(2, encoder.length, dtype=torch.int64)}
+    padded = {"padding": "max_length", "max_length": encoder.length, "truncation": True, "return_tensors": "pt"}
+    examples = {"input_ids": layout.tokenizer(encoder.tokenizer)(list(EXAMPLE_PROMPTS), **padded)["input_ids"]}
     masked = config.get("use_attention_mask") and layout.pipeline in MASKED_PIPELINES
     if masked or any(f"{name}.{MASK}" in rows for rows in _encoder_outputs(spec)):
         # if the denoiser receives the mask, so does its text encoder
@@ -155,9 +164,8 @@ def _decoder(layout: Layout, name: str, spec: DenoiserSpec) -> Component:
     for part, child in list(module.named_children()):
         if part == "encoder" or any(parameter.is_meta for parameter in child.parameters()):
             delattr(module, part)  # not needed for decoding, and some files lack it
-    examples = {"latent_sample": torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))}
     axes = {"latent_sample": {0: "batch", 2: "latent_height", 3: "latent_width"}}
-    return Component(DECODER, name, config, module, _decode, examples, ["sample"], axes)
+    return Component(DECODER, name, config, module, _decode, _example_latents(spec), ["sample"], axes)
 
 
 def _decode(module: Any, inputs: Tensors) -> tuple[torch.Tensor, ...]:
@@ -168,16 +176,42 @@ def _custom_decoder(module: nn.Module, spec: DenoiserSpec) -> Component:
     def decode(decoder: nn.Module, inputs: Tensors) -> tuple[torch.Tensor, ...]:
         return (decoder(inputs["latent_sample"]),)
 
-    examples = {"latent_sample": torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))}
-    return Component(DECODER, DECODER, {}, module, decode, examples, ["sample"], {"latent_sample": {0: "batch"}})
+    axes = {"latent_sample": {0: "batch"}}
+    return Component(DECODER, DECODER, {}, module, decode, _example_latents(spec), ["sample"], axes)
 
 
-def encode_prompts(checkpoint: Checkpoint, prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
+def _example_latents(spec: DenoiserSpec) -> Tensors:
+    """Return noise with the magnitude of decoded latents."""
+    noise = torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))
+    return {"latent_sample": noise / spec.latent_scale + spec.latent_shift}
+
+
+def prompt_conditions(
+    checkpoint: Checkpoint, prompts: Sequence[str], encoders: Mapping[str, Component] | None = None
+) -> ConditioningInputs:
+    """Return the conditioning of one sample for each prompt, with the unconditional half if the plan is guided.
+
+    Args:
+        checkpoint: The checkpoint, loaded from a complete pipeline.
+        prompts: The prompts.
+        encoders: Text encoders in place of the checkpoint's own, by name.
+    """
+    cond = encode_prompts(checkpoint, prompts, encoders)
+    if not is_guided(checkpoint.spec, checkpoint.spec.plan.guidance):
+        return ConditioningInputs(cond)
+    uncond = encode_prompts(checkpoint, None, encoders)
+    return ConditioningInputs(cond, {name: np.repeat(array, len(prompts), axis=0) for name, array in uncond.items()})
+
+
+def encode_prompts(
+    checkpoint: Checkpoint, prompts: Sequence[str] | None, encoders: Mapping[str, Component] | None = None
+) -> dict[str, np.ndarray]:
     """Encode prompts with the checkpoint's text encoders into the denoiser's text inputs, float32 [N, ...].
 
     Args:
         checkpoint: The checkpoint, loaded from a complete pipeline.
         prompts: N prompts; None returns the inputs of the unconditional half of guidance, [1, ...].
+        encoders: Text encoders in place of the checkpoint's own, by name.
 
     Raises:
         InvalidInputError: The checkpoint has no text encoders.
@@ -189,11 +223,12 @@ def encode_prompts(checkpoint: Checkpoint, prompts: Sequence[str] | None) -> dic
         )
     layout = read_layout(checkpoint.source.pipeline_folder)
     tokenizers = {e.tokenizer: layout.tokenizer(e.tokenizer).backend_tokenizer for e in conditioning.encoders}
-    encoders = {e.graph: load_component(checkpoint, e.graph) for e in conditioning.encoders}
+    given = dict(encoders or {})
+    opened = {e.graph: given.get(e.graph) or load_component(checkpoint, e.graph) for e in conditioning.encoders}
     size = checkpoint.spec.image_size
     if prompts is None:
-        return unconditional(None, 1, conditioning, encoders, tokenizers, size)
-    return encode(prompts, conditioning, encoders, tokenizers, size)
+        return unconditional(None, 1, conditioning, opened, tokenizers, size)
+    return encode(prompts, conditioning, opened, tokenizers, size)
 
 
 def _encoder_outputs(spec: DenoiserSpec) -> list[tuple[str, ...]]:

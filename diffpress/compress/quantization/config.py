@@ -166,6 +166,11 @@ class QuantizeConfig(StageConfig):
     format_overrides: dict[str, FormatName | Literal["float"]] = Field(
         {}, description="Name prefix of layers -> their format, or float; the longest matching prefix wins."
     )
+    components: dict[str, FormatName | Literal["float"]] | FormatName = Field(
+        {},
+        description="Other components of the pipeline -> their format, as {text_encoder: int8, vae_decoder: int8}; a "
+        "format alone is that of all of them.",
+    )
     samples: int = Field(32, ge=1, description="Number of trajectories sampled for calibration and for other methods.")
     batch: int = Field(16, ge=1, description="Samples per evaluation; states per training step of qat.")
     calibration: Annotated[

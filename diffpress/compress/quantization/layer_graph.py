@@ -11,7 +11,7 @@ channel separately (normalization, activation, resampling), which finds it with 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -86,9 +86,14 @@ class LayerGraph:
 
 
 def trace_layer_graph(model: nn.Module, spec: DenoiserSpec) -> LayerGraph:
-    """Trace the layer graph of `model` in one evaluation on random inputs."""
-    tracer = _Tracer()
+    """Trace the layer graph of a denoiser in one evaluation on random inputs."""
     network = TorchNetwork(model, spec)
+    return layer_graph(model, lambda: network.run(dummy_inputs(network, spec, 1)))
+
+
+def layer_graph(model: nn.Module, evaluate: Callable[[], object]) -> LayerGraph:
+    """Trace the layer graph of any module while `evaluate` runs it."""
+    tracer = _Tracer()
     with ExitStack() as stack:
         for name, module in model.named_modules():
             stack.callback(module.register_forward_hook(partial(tracer.on_output, f"{name}.output")).remove)
@@ -96,7 +101,7 @@ def trace_layer_graph(model: nn.Module, spec: DenoiserSpec) -> LayerGraph:
                 hook = partial(tracer.on_input, name)
                 stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
         stack.enter_context(tracer)
-        network.run(dummy_inputs(network, spec, 1))
+        evaluate()
     return LayerGraph(tuple(tracer.events), tracer.ranks, tracer.concats)
 
 

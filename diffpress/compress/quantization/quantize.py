@@ -16,7 +16,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
-from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.adapter import adapter_for, small_spec
 from diffpress.compress.quantization.algorithms.awq import awq_vectors
 from diffpress.compress.quantization.algorithms.gptq import round_weights
 from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds, within_bounds
@@ -25,6 +25,7 @@ from diffpress.compress.quantization.algorithms.qat import qat
 from diffpress.compress.quantization.algorithms.smoothquant import smoothing_vectors
 from diffpress.compress.quantization.algorithms.svdquant import with_svdquant
 from diffpress.compress.quantization.calibration.calibrate import calibrate, check_calibration
+from diffpress.compress.quantization.components import component_formats, quantize_components
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.layer_graph import LayerGraph, trace_layer_graph
@@ -55,11 +56,13 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
         check_bounds(config.bounds, spec, ctx.open_engine_costs is not None)
     formats = choose_formats(model, config)
     check_calibration(formats, config)
-    graph = trace_layer_graph(model, spec)
+    component_formats(checkpoint, config)
+    graph = trace_layer_graph(model, small_spec(model, spec))
     formats = {name: kind for name, kind in formats.items() if name in graph.ranks}
     dataset = trajectories_of(checkpoint, config, ctx)
     scales = _scales(model, formats, graph, dataset, config, ctx)
     _report_float_layers(reasons_for_float(model, config, graph, scales.layers), scales)
+    checkpoint = checkpoint.evolve(components=quantize_components(checkpoint, config, dataset, ctx))
     _check_quantizers_run(checkpoint.evolve(quantization=scales))
     if config.bounds:
         scales = within_bounds(checkpoint, scales, dataset, config.bounds, ctx)
@@ -147,5 +150,6 @@ def trajectories_of(
         work=ctx.work if student is None else ctx.work / "quantized",
         run=json.dumps(facts),
         recorded=student is not None or any(map(bool, read_again)),
+        keeps_final=bool(config.components),
         blocks=tuple(adapter_for(model).blocks(model)) if with_energies else (),
     )

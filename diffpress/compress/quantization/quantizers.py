@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.checkpoint import Checkpoint, Quantization, shared_copy
+from diffpress.compress.models.adapter import small_spec
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.algorithms.svdquant import attach_svdquant_
@@ -38,9 +39,17 @@ def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
     """
     if checkpoint.quantization is None:
         return checkpoint.model
-    quantization = checkpoint.quantization
+    return fake_quantized_module(checkpoint.model, checkpoint.quantization)
+
+
+def fake_quantized_module(module: nn.Module, quantization: Quantization) -> nn.Module:
+    """Return a copy of a module that shares its tensors, with modelopt's quantizers inserted, in eval mode.
+
+    Raises:
+        InvalidInputError: The scales do not fit the module.
+    """
     amax, formats = quantization.amax, quantization.layer_formats
-    model = checkpoint.shared_model()
+    model = shared_copy(module)
     _check_scales_fit(dict(model.named_modules()), amax, formats)
     outputs = [key.removesuffix(".output") for key in amax if key.endswith(".output")]
     model = insert_quantizers(model, formats, outputs)
@@ -91,8 +100,9 @@ def quantizers_that_ran(checkpoint: Checkpoint) -> set[str]:
             key = f"{layer}.{quantizer.removesuffix('_quantizer')}"
             if getattr(module, "is_enabled", False):  # of TensorQuantizer
                 stack.callback(module.register_forward_hook(lambda *_, key=key: ran.add(key)).remove)
-        network = TorchNetwork(model, checkpoint.spec)
-        network.run(dummy_inputs(network, checkpoint.spec, 1))
+        spec = small_spec(checkpoint.model, checkpoint.spec)
+        network = TorchNetwork(model, spec)
+        network.run(dummy_inputs(network, spec, 1))
     return ran
 
 

@@ -37,12 +37,14 @@ from diffpress.compress.quantization.calibration.observer import (
 )
 from diffpress.compress.seeds import CALIBRATION_SEED
 from diffpress.compress.training import distributed
-from diffpress.compress.training.resume import write_state
+from diffpress.compress.training.resume import read_state, write_state
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.sampler import generate_batches
 from diffpress.runtime.solvers import solver_evaluations
 from diffpress.runtime.spec import DenoiserSpec
+
+FINAL = "final samples"
 
 Tensors = dict[str, torch.Tensor]
 
@@ -61,11 +63,6 @@ class States(NamedTuple):
     energies: Tensors
 
 
-def evaluations_per_batch(spec: DenoiserSpec) -> int:
-    """Return the evaluations per batch under the spec's plan; one evaluation holds both cond and uncond."""
-    return solver_evaluations(spec.plan.solver, spec.plan.steps)
-
-
 @dataclass(frozen=True)
 class TrajectoryDataset:
     """Trajectories of one model, sampled when they are first needed.
@@ -80,6 +77,7 @@ class TrajectoryDataset:
         work: Folder of the files.
         run: Text that identifies the model and its settings; files of another run are not used.
         recorded: Whether the states are recorded.
+        keeps_final: Whether `final_samples` will be read.
         blocks: Names of the blocks whose energy maps are recorded.
     """
 
@@ -92,7 +90,13 @@ class TrajectoryDataset:
     work: Path
     run: str
     recorded: bool = True
+    keeps_final: bool = False
     blocks: tuple[str, ...] = ()
+
+    @property
+    def evaluations_per_batch(self) -> int:
+        """Evaluations in which one batch is sampled; each holds both cond and uncond."""
+        return solver_evaluations(self.spec.plan.solver, self.spec.plan.steps)
 
     @cached_property
     def conditioning(self) -> ConditioningInputs:
@@ -131,6 +135,14 @@ class TrajectoryDataset:
         energies = {name: stacked.pop(name) for name in list(stacked) if name.startswith(ENERGY)}
         return States(stacked, outputs, {name.removeprefix(ENERGY): value for name, value in energies.items()})
 
+    def final_samples(self) -> np.ndarray:
+        """Return the samples [N, ...] at the end of the first `samples` trajectories."""
+        spans = self._spans(self.samples)
+        missing = [span for span in spans if self._final(span) is None]
+        if missing:
+            self._run("trajectories", missing, {}, {})
+        return np.concatenate([found for span in spans if (found := self._final(span)) is not None])
+
     def _spans(self, stop: int) -> list[range]:
         """Return the trajectories of each batch up to `stop`; no batch crosses `samples` or `trained_on`."""
         cuts = sorted({0, *(cut for cut in (self.samples, self.trained_on) if cut < stop), stop})
@@ -157,7 +169,7 @@ class TrajectoryDataset:
         # without observers, the recorded batches themselves are what is done
         saved = SavedRun(self.work / f"{what}.safetensors", facts, gathered) if observers else None
         done, returned = saved.restore() if saved else (0, [])
-        per_batch = evaluations_per_batch(self.spec)
+        per_batch = self.evaluations_per_batch
         finished, total = done // per_batch, per_batch * len(spans)
         if finished == len(spans):
             return
@@ -178,15 +190,17 @@ class TrajectoryDataset:
                     network.next_batch()
 
     def _visit(self, network: ObservedNetwork, span: range) -> None:
-        if self.recorded and self._is_recorded(span):
+        if self.recorded and self._is_recorded(span) and not (self.keeps_final and self._final(span) is None):
             file = _StateFile(self._path(span))
             for index in range(len(file.rows)):
                 network.run(file.inputs(index))
             return
         seeds = range(CALIBRATION_SEED + span.start, CALIBRATION_SEED + span.stop)
         conditioning = self._conditioning.part(slice(span.start, span.stop))
-        for _ in generate_batches(network, self.spec, seeds, batch=len(span), conditions=conditioning):
-            pass
+        batches = generate_batches(network, self.spec, seeds, batch=len(span), conditions=conditioning)
+        final = torch.from_numpy(np.concatenate(list(batches)))
+        if self.keeps_final:
+            write_state(self._final_path(span), {FINAL: final}, {"run": self.run}, FINAL, every_process=True)
         if self.recorded:
             _write(self._path(span), self.run, network.visited, network.returned)
 
@@ -197,6 +211,14 @@ class TrajectoryDataset:
     def _path(self, span: range) -> Path:
         # a folder per process, so that none reads a file that another is writing
         return self.work / f"trajectories-{distributed.index()}" / f"{span.start:06d}-{span.stop:06d}.safetensors"
+
+    def _final_path(self, span: range) -> Path:
+        return self._path(span).with_suffix(".final.safetensors")
+
+    def _final(self, span: range) -> np.ndarray | None:
+        """Return the final samples of a batch, if this run has sampled it."""
+        saved = read_state(self._final_path(span), FINAL)
+        return None if saved is None or saved[1].get("run") != self.run else saved[0][FINAL].numpy()
 
     def _is_recorded(self, span: range) -> bool:
         path = self._path(span)

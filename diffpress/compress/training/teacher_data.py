@@ -14,16 +14,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from diffpress.compress.builtin import PROMPTS
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context, Data, random_conditioning
-from diffpress.compress.models.components import encode_prompts
+from diffpress.compress.models.components import prompt_conditions
 from diffpress.compress.seeds import TEACHER_DATA_SEED
 from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
-from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.io.prompt_file import read_prompt_file
 from diffpress.runtime.network_inputs import ConditioningInputs
 
@@ -72,12 +70,7 @@ class TeacherData:
         spec = self.teacher.spec
         if not spec.conditioning.encoders:
             return random_conditioning(spec, count)
-        prompts = [self.prompts[i % len(self.prompts)] for i in range(count)]
-        cond = encode_prompts(self.teacher, prompts)
-        if not is_guided(spec, spec.plan.guidance):
-            return ConditioningInputs(cond)
-        uncond = encode_prompts(self.teacher, None)
-        return ConditioningInputs(cond, {name: np.repeat(array, count, axis=0) for name, array in uncond.items()})
+        return prompt_conditions(self.teacher, [self.prompts[i % len(self.prompts)] for i in range(count)])
 
     @cached_property
     def _conditioning(self) -> ConditioningInputs:

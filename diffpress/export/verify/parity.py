@@ -32,6 +32,7 @@ from diffpress.runtime.errors import GateFailedError, InvalidInputError
 logger = logging.getLogger(__name__)
 
 COMPONENT_SQNR_DB = {"fp32": 60.0, "fp16": 45.0, "bf16": 30.0}
+COMPONENT_WITHIN_DB = 3.0  # of torch's fake quantization; the examples are few
 
 # ONNX Runtime has no kernels for bfloat16 on the CPU (1.32: no Conv, Gemm, MatMul or Add)
 CANNOT_RUN = {"bf16": (onnxruntime_engine.NAME,)}
@@ -119,6 +120,7 @@ def runs(precision: str) -> list[str]:
 def check_component(
     component: Component,
     graph: Path,
+    quantized: Component | None = None,
     *,
     threads: int | None = None,
     precision: str = "fp32",
@@ -126,11 +128,23 @@ def check_component(
 ) -> tuple[dict[str, float], tuple[ParityFailure, ...]]:
     """Compare a component's graph with torch in all installed engines that support `precision`.
 
+    Args:
+        component: The float component.
+        graph: The graph's file.
+        quantized: The fake-quantized component, if the graph is quantized.
+        threads: Processor threads of the engines.
+        precision: Precision of the float layers.
+        gate: The parity gate.
+
     Returns:
-        {engine: SQNR in dB of the output with the lowest SQNR}, and what failed: COMPONENT_SQNR_DB are required.
+        {engine: SQNR in dB of the output with the lowest SQNR}, and what failed: COMPONENT_SQNR_DB are required, of a
+        quantized graph that of torch's fake quantization less COMPONENT_WITHIN_DB.
     """
-    inputs = {name: tensor.numpy() for name, tensor in component.examples.items()}
+    inputs = component.example_arrays
     expected, names, required_db = component.run_all(inputs), runs(precision), COMPONENT_SQNR_DB[precision]
+    if quantized is not None:
+        fake_quant_db = _lowest_db(expected, quantized.run_all(inputs))
+        required_db = round(min(required_db, max(0.0, fake_quant_db - COMPONENT_WITHIN_DB)), 1)
     found: dict[str, float] = {}
     failures: list[ParityFailure] = []
     for name in names:
@@ -142,16 +156,23 @@ def check_component(
         except (InvalidInputError, GateFailedError) as error:
             failures.append(fail(None, None, f"{where}: {error}"))
             continue
-        lowest_db = round(min(mean_sqnr_db(expected[key], outputs[key]) for key in expected), 1)
+        lowest_db = _lowest_db(expected, outputs)
         if not np.isfinite(lowest_db):
             failures.append(fail(None, required_db, f"{where}: {_not_finite_side(expected)} gives NaN"))
             continue
         found[name] = lowest_db
         if lowest_db < required_db:
             advice = "" if precision == "fp32" else "; use --precision fp32"
+            if quantized is not None:
+                advice = "; leave it out of quantize.components"
             message = f"{where}: {lowest_db:.1f} dB SQNR to torch, {required_db:g} dB are required{advice}"
             failures.append(fail(lowest_db, required_db, message))
     return found, tuple(failures)
+
+
+def _lowest_db(expected: dict[str, np.ndarray], outputs: dict[str, np.ndarray]) -> float:
+    """Return the SQNR in dB of the output with the lowest one."""
+    return round(min(mean_sqnr_db(expected[key], outputs[key]) for key in expected), 1)
 
 
 def _not_finite_side(expected: dict[str, np.ndarray]) -> str:

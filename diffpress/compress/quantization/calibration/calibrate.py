@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -25,7 +25,6 @@ from diffpress.compress.quantization.calibration.statistics import Statistics, e
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, INT8, LEAST_MAGNITUDE
-from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, evaluations_per_batch
 from diffpress.runtime.errors import InvalidInputError
 
 LEVELS, REDUCED_LEVELS = 127, 64
@@ -33,8 +32,26 @@ LEVELS, REDUCED_LEVELS = 127, 64
 Tensors = dict[str, torch.Tensor]
 
 
+class CalibrationData(Protocol):
+    """A model with the inputs that it is calibrated on (trajectory_dataset.py, components.py)."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The float model."""
+        ...
+
+    @property
+    def evaluations_per_batch(self) -> int:
+        """Number of different evaluations, such as the timesteps of a sampling plan."""
+        ...
+
+    def observe(self, what: str, observers: Mapping[str, Observer], gathered: Tensors) -> None:
+        """Evaluate the model on all inputs with these observers; `what` names the run, `gathered` what it updates."""
+        ...
+
+
 def calibrate(
-    dataset: TrajectoryDataset,
+    dataset: CalibrationData,
     formats: Mapping[str, str],
     outputs: Iterable[str],
     smooth: Mapping[str, torch.Tensor],
@@ -43,7 +60,7 @@ def calibrate(
     """Calibrate every quantizer; if no activation is quantized, the model is not run.
 
     Args:
-        dataset: The states of the float model.
+        dataset: The float model, and what it is evaluated on.
         formats: Layer -> format name.
         outputs: Modules whose outputs are quantized too (layer_selection.py).
         smooth: Layer -> smoothing vector.
@@ -59,7 +76,7 @@ def calibrate(
     modules = dict(dataset.model.named_modules())
     quantized_inputs = [name for name, kind in formats.items() if FORMATS[kind].activations]
     keys = [f"{name}.input" for name in quantized_inputs] + [f"{name}.output" for name in outputs]
-    statistics = empty_statistics(keys, evaluations_per_batch(dataset.spec))
+    statistics = empty_statistics(keys, dataset.evaluations_per_batch)
     observers: dict[str, Observer] = {key: partial(update_statistics_, statistics, i) for i, key in enumerate(keys)}
     for name, s in smooth.items():
         if (key := f"{name}.input") in observers:
