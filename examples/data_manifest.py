@@ -32,7 +32,9 @@ PROVENANCE = {
     "icons/calibration.npz": ("MIT AND Apache-2.0", f"{ICONS}: 512 compositions"),
     "icons/reference.npz": ("MIT AND Apache-2.0", f"{ICONS}: 4,560 compositions through icons/features/model.onnx"),
     "icons/*.txt": ("MIT AND Apache-2.0", f"names of {ICONS}"),
-    "licences/*": ("as stated in the file", "the licence texts of the data"),
+    "licences/Fashion-MNIST.txt": ("MIT", "its licence"),
+    "licences/Fluent-Emoji.txt": ("MIT", "its licence"),
+    "licences/Noto-Emoji.txt": ("Apache-2.0", "its licence"),
 }
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SOURCES = ("diffpress", "calib_data", "pyproject.toml", "README.md", "LICENSE")
+SOURCES = ("diffpress", "calib_data", "pyproject.toml", "README.md", "LICENSE", "NOTICE")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,12 @@ def test_recipes_and_data_are_inside_it(installed: Path) -> None:
     )
     done = run(["-c", code], installed, installed)
     assert done.stdout.split() == [str(installed / "diffpress" / "calib_data" / "teacher"), "True", "3"], done.stderr
+
+
+def test_every_licence_is_stated_in_its_metadata(wheel: Path) -> None:
+    names = [name.partition("/licenses/")[2] for name in zipfile.ZipFile(wheel).namelist() if "/licenses/" in name]
+    licences = {path.relative_to(ROOT).as_posix() for path in (ROOT / "calib_data" / "licences").iterdir()}
+    assert set(names) == {"LICENSE", "NOTICE"} | licences
 
 
 def test_a_checkout_without_the_links_finds_its_data(tmp_path: Path) -> None:
