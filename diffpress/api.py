@@ -231,8 +231,8 @@ def evaluate(
         reference: Real images as .npz or a folder, or their features as .npz. None for the built-in images with the
             built-in features, else for samples of `against`.
         prompts: Prompts of a text model, one per line, used in turn; None for the built-in ones.
-        candidates: Texts, one per line, for retrieval: how often the one that occurs in an image's prompt is the
-            nearest to it, if the image encoder has a text encoder. None for the distinct prompts.
+        candidates: Texts for the retrieval accuracy, one per line: an image is correct if its nearest text is the
+            longest one that its prompt contains. None for the distinct prompts.
         engine: Engine of a bundle; None for the first one that can run here.
         threads: Processor threads; overrides those of `options`. None for all.
         options: Precision and so on, of the engine of a bundle.

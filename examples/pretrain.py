@@ -26,7 +26,6 @@ from training import (
     autocast,
     averaged_weights,
     check_options,
-    indices,
     load_or_build,
     pick_device,
     prepare_folder,
@@ -56,6 +55,13 @@ def build_unet(shape: tuple[int, int, int], classes: int | None) -> UNet2DModel:
 
 def build_scheduler() -> DDPMScheduler:
     return DDPMScheduler(beta_schedule="squaredcos_cap_v2", prediction_type="v_prediction")
+
+
+def indices(step: int, count: int, batch: int, seed: int) -> np.ndarray:
+    """Return the image indices of a step: batches of one permutation per epoch, without an incomplete last batch."""
+    epoch, position = divmod(step, count // batch)
+    order = np.random.default_rng([seed, 0, epoch]).permutation(count)
+    return order[position * batch : (position + 1) * batch]
 
 
 def loss_of_step(
@@ -133,7 +139,7 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"--batch {args.batch} is more than the {len(x)} images of {args.images}")
     state_path = args.out / "training.pt"
     device = pick_device(args.device)
-    prepare_folder(args.out, state_path, args.resume)
+    prepare_folder(state_path, args)
 
     digest = hashlib.sha256(x.tobytes() + (b"" if y is None else y.tobytes())).hexdigest()
     torch.manual_seed(args.seed)

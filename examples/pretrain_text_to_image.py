@@ -1,4 +1,4 @@
-"""Train a small Stable Diffusion on captioned icons, from nothing: a text-to-image checkpoint to compress.
+"""Train a small Stable Diffusion on captioned icons from scratch: a text-to-image checkpoint to compress.
 
 Three stages, each resumable, each starting from what the earlier ones left in --out:
 
@@ -18,10 +18,11 @@ drawn; with equal weights the names are learned several times earlier.
     python examples/pretrain_text_to_image.py text_encoder --icons icons.npz --out teacher
     python examples/pretrain_text_to_image.py denoiser     --icons icons.npz --out teacher
 
---out is a `StableDiffusionPipeline` folder as soon as the last stage has written its first sample picture.
+--out is a `StableDiffusionPipeline` folder as soon as the last stage has written its first image grid.
 """
 
 import argparse
+import hashlib
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,15 +37,25 @@ from icons import COLOURS, Icons, load_icons
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
-from training import add_options, autocast, check_options, load_or_build, pick_device, prepare_folder, train
+from training import (
+    add_options,
+    autocast,
+    check_options,
+    load_component,
+    load_or_build,
+    pick_device,
+    prepare_folder,
+    train,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 TOKENS, VOCABULARY, WIDTH = 16, 2078, 192
-SLICES = 8  # of the latents; the last 8 of 16 tokens follow the caption, so they have seen all of it
+SLICES = 8  # of the latents, one for each of the last tokens, which have seen captions of up to 8 tokens whole
 CAPTION_DROPOUT = 0.1
 KL_WEIGHT, EDGE_WEIGHT = 1e-4, 0.5
-WHITE = 0.3  # of the training images are drawn over white, the other colours share the rest
-GRID_STEPS, GUIDANCE, GRID_COLUMNS, GRID_ROWS = 20, 3.0, 8, 4
+WHITE = 0.3  # fraction of training images over white; the other colours have equal shares
+GRID_STEPS, GUIDANCE, GRID_COLUMNS, GRID_ROWS = 20, 3.0, 8, 4  # of image grids
+PRETRAINED = "pretrained_text_encoder"  # its folder; the denoiser's stage trains it further, to text_encoder/
 EMPTY = -1  # in place of a combination: the empty caption
 
 
@@ -178,12 +189,12 @@ def all_latents(data: Data, vae: AutoencoderKL, batch: int = 256) -> Tensor:
     return torch.cat(parts)
 
 
-def grid_of_held_out(data: Data) -> np.ndarray:
-    """Return the combinations that sample pictures show."""
+def combinations_of_grid(data: Data) -> np.ndarray:
+    """Return the combinations that image grids show."""
     return np.resize(data.icons.held_out(), GRID_ROWS * GRID_COLUMNS)
 
 
-def save_grid(images: list[Image.Image], path: Path) -> None:
+def save_image_grid(images: list[Image.Image], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     make_image_grid(images, len(images) // GRID_COLUMNS, GRID_COLUMNS).save(path)
 
@@ -212,7 +223,7 @@ def autoencoder_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module, 
         return reconstruction_error(target, output) + KL_WEIGHT * kl
 
     @torch.no_grad()
-    def sample(vae: AutoencoderKL, path: Path) -> None:
+    def on_sample(vae: AutoencoderKL, path: Path) -> None:
         combinations = np.resize(np.arange(0, data.icons.combinations, 71), 256)  # 71 is odd: all colours
         target = as_sample(data.icons.images(combinations), data.device)
         latents = vae.encode(target).latent_dist.mean
@@ -222,9 +233,9 @@ def autoencoder_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module, 
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
         vae.save_pretrained(data.out / "vae")
         pairs = zip(as_images(target), as_images(output), strict=True)
-        save_grid([image for pair in pairs for image in pair][: GRID_ROWS * GRID_COLUMNS], path)
+        save_image_grid([image for pair in pairs for image in pair][: GRID_ROWS * GRID_COLUMNS], path)
 
-    return vae, loss_of_step, sample
+    return vae, loss_of_step, on_sample
 
 
 # --- the text encoder ------------------------------------------------------------------------------------------------
@@ -247,7 +258,7 @@ class LatentsFromText(nn.Module):
 
 
 def text_encoder_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module, Callable, Callable]:
-    vae = AutoencoderKL.from_pretrained(data.out / "vae").to(data.device)
+    vae = load_component(data.out, "vae", AutoencoderKL).to(data.device)
     latents = all_latents(data, vae)
     tokenizer = build_tokenizer(data.icons.captions())
     tokenizer.save_pretrained(data.out / "tokenizer")
@@ -261,25 +272,25 @@ def text_encoder_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module,
         return F.mse_loss(output, latents[combinations])
 
     @torch.no_grad()
-    def sample(model: LatentsFromText, path: Path) -> None:
+    def on_sample(model: LatentsFromText, path: Path) -> None:
         held_out = data.icons.held_out()
         output = model(ids[held_out])
         error = (output - latents[held_out]).square().mean() / latents[held_out].var()
         print(f"held-out captions: {1 - error:.4f} of the variance of the latents is explained")
-        model.text_encoder.save_pretrained(data.out / "text_encoder")
-        shown = model(ids[grid_of_held_out(data)]) / vae.config.scaling_factor
-        save_grid(as_images(vae.decode(shown).sample), path)
+        model.text_encoder.save_pretrained(data.out / PRETRAINED)
+        shown = model(ids[combinations_of_grid(data)]) / vae.config.scaling_factor
+        save_image_grid(as_images(vae.decode(shown).sample), path)
 
-    return model, loss_of_step, sample
+    return model, loss_of_step, on_sample
 
 
 # --- the denoiser ----------------------------------------------------------------------------------------------------
 
 
 def denoiser_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module, Callable, Callable]:
-    vae = AutoencoderKL.from_pretrained(data.out / "vae").to(data.device)
+    vae = load_component(data.out, "vae", AutoencoderKL).to(data.device)
     tokenizer = CLIPTokenizer.from_pretrained(data.out / "tokenizer")
-    text_encoder = CLIPTextModel.from_pretrained(data.out / "text_encoder").to(data.device).train()
+    text_encoder = load_component(data.out, PRETRAINED, CLIPTextModel).to(data.device).train()
     unet = load_or_build(args.init, "unet", UNet2DConditionModel, build_unet).to(data.device)
     scheduler = build_scheduler()
     latents = all_latents(data, vae)
@@ -294,13 +305,13 @@ def denoiser_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module, Cal
         fractions = (rng.permutation(args.batch) + rng.random(args.batch)) / args.batch
         t = torch.from_numpy((fractions * scheduler.config.num_train_timesteps).astype(np.int64)).to(data.device)
         dropped = rng.random(args.batch) < CAPTION_DROPOUT
-        told = ids[np.where(dropped, EMPTY, combinations)]
+        input_ids = ids[np.where(dropped, EMPTY, combinations)]
         with autocast(data.device):
-            states = text_encoder(told).last_hidden_state
+            states = text_encoder(input_ids).last_hidden_state
             v = unet(scheduler.add_noise(clean, noise, t), t, encoder_hidden_states=states).sample
         return F.mse_loss(v.float(), scheduler.get_velocity(clean, noise, t))
 
-    def sample(model: nn.ModuleDict, path: Path) -> None:
+    def on_sample(model: nn.ModuleDict, path: Path) -> None:
         pipeline = StableDiffusionPipeline(
             vae=vae,
             text_encoder=model["text_encoder"].eval(),
@@ -312,16 +323,16 @@ def denoiser_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module, Cal
             requires_safety_checker=False,
         )
         pipeline.set_progress_bar_config(disable=True)
-        prompts = [captions[combination] for combination in grid_of_held_out(data)]
+        prompts = [captions[combination] for combination in combinations_of_grid(data)]
         generator = torch.Generator().manual_seed(0)
         images = pipeline(
             prompts, num_inference_steps=GRID_STEPS, guidance_scale=GUIDANCE, generator=generator, output_type="pil"
         ).images
-        save_grid(images, path)
+        save_image_grid(images, path)
         pipeline.save_pretrained(data.out)
         model.train()
 
-    return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), loss_of_step, sample
+    return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), loss_of_step, on_sample
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -341,7 +352,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         stage = stages.add_parser(name)
         stage.add_argument("--icons", type=Path, required=True, help="npz with rgba, caption and style")
         stage.add_argument("--out", type=Path, required=True, help="pipeline folder; <stage>.pt is the checkpoint")
-        add_options(stage, steps, batch, lr)
+        add_options(stage, steps, batch, lr, init=name != "text_encoder")
     args = parser.parse_args(argv)
     check_options(args)
     return args
@@ -352,13 +363,16 @@ def main(argv: list[str] | None = None) -> None:
     icons = load_icons(args.icons)
     state_path = args.out / f"{args.stage}.pt"
     device = pick_device(args.device)
-    prepare_folder(args.out, state_path, args.resume)
+    prepare_folder(state_path, args)
 
     training = np.isin(np.arange(icons.combinations), icons.training()).reshape(len(icons.rgba), len(COLOURS))
     torch.manual_seed(args.seed)
-    model, loss_of_step, sample = STAGES[args.stage][0](Data(icons, training, args.out, device), args)
-    train(model, loss_of_step, sample, icons.sha256, state_path, args)
-    print(f"wrote {args.out}")
+    model, loss_of_step, on_sample = STAGES[args.stage][0](Data(icons, training, args.out, device), args)
+    digest = hashlib.sha256(icons.sha256.encode())
+    if args.stage != "autoencoder":  # what is trained on latents belongs to one autoencoder
+        for _, weight in sorted(load_component(args.out, "vae", AutoencoderKL).state_dict().items()):
+            digest.update(weight.numpy().tobytes())
+    train(model, loss_of_step, on_sample, digest.hexdigest(), state_path, args)
 
 
 if __name__ == "__main__":

@@ -3,12 +3,11 @@
 Like CLIP (Radford et al. 2021, arXiv:2103.00020), two encoders with one space, trained so that the cosine of an image
 and its own caption is the highest of the batch, in both directions:
 
-    pixel_values [B, 3, 64, 64] -> 32 x 32 x 32 -> 16 x 16 x 64 -> 8 x 8 x 128 -> mean -> image_embeds [B, 128]
+    pixel_values [B, 3, 64, 64] -> 32 x 32 x 32 -> 16 x 16 x 64 -> 8 x 8 x 128 -> mean, max -> image_embeds [B, 128]
     input_ids    [N, 16]        -> two transformer layers of width 128 -> last token -> text_embeds [N, 128]
 
-A caption of half of the images is complete, that of the others is the name alone: the embedding of a name is then near
-all drawings of it, and the names can be retrieved. Two images of a batch with the same name are no negatives of each
-other.
+Half of the captions are complete, the others are the name alone, so that names can be retrieved. Pairs with the same
+name are not negatives.
 
 These encoders are used for *scoring* only: nothing is trained, selected or calibrated on them.
 
@@ -116,7 +115,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the encoders that score generated icons.")
     parser.add_argument("--icons", type=Path, required=True, help="npz with rgba, caption and style")
     parser.add_argument("--out", type=Path, required=True, help="folder of the ONNX file and its configs")
-    add_options(parser, steps=3000, batch=256, lr=1e-3)
+    add_options(parser, steps=3000, batch=256, lr=1e-3, init=False)
     args = parser.parse_args(argv)
     check_options(args)
     return args
@@ -127,13 +126,15 @@ def main(argv: list[str] | None = None) -> None:
     icons = load_icons(args.icons)
     state_path = args.out / "features.pt"
     device = pick_device(args.device)
-    prepare_folder(args.out, state_path, args.resume)
+    prepare_folder(state_path, args)
 
     captions, names = icons.captions(), sorted(set(icons.names.tolist()))
     tokenizer = build_tokenizer(captions)
     of_captions, of_names = (torch.from_numpy(encoded_captions(tokenizer, texts)) for texts in (captions, names))
     number = np.searchsorted(names, icons.names)
     combinations = icons.training()
+    if args.batch > len(combinations):
+        raise SystemExit(f"--batch {args.batch} is more than the {len(combinations)} combinations of {args.icons}")
     torch.manual_seed(args.seed)
     model = IconFeatures(len(tokenizer)).to(device)
 
@@ -149,13 +150,14 @@ def main(argv: list[str] | None = None) -> None:
             images, texts = model(pixels, ids.to(device))
         return contrastive_loss(images.float(), texts.float(), model.log_scale, same.to(device))
 
-    def sample(averaged: nn.Module, path: Path) -> None:
-        averaged.eval()
-        score = retrieval(averaged, icons, of_names.to(device), names)
+    def on_sample(model: nn.Module, path: Path) -> None:
+        model.eval()
+        score = retrieval(model, icons, of_names.to(device), names)
         print(f"held-out combinations: the name is the nearest of {len(names)} for {score:.3f}", flush=True)
-        averaged.train()
+        model.train()
 
-    training = train(model, loss_of_step, sample, icons.sha256, state_path, args)
+    # the last weights, not their average, to which the statistics of BatchNorm do not belong
+    training = train(model, loss_of_step, on_sample, icons.sha256, state_path, args, averaged=False)
     if training.step < args.steps:
         return
     tokenizer.save_pretrained(args.out)
@@ -167,7 +169,6 @@ def main(argv: list[str] | None = None) -> None:
         "image_std": [STD] * 3,
     }
     (args.out / "preprocessor_config.json").write_text(json.dumps(processor, indent=2) + "\n", encoding="utf-8")
-    # the learning rate has fallen to zero: the last weights, to which the statistics of BatchNorm belong, are exported
     dummies = {"pixel_values": torch.zeros(2, 3, 64, 64), "input_ids": torch.zeros(3, TOKENS, dtype=torch.int64)}
     graph = exported(model.cpu(), dummies, ("image_embeds", "text_embeds"))
     file = args.out / "model.onnx"

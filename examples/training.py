@@ -12,12 +12,11 @@ import argparse
 import os
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from rich.console import Console
@@ -85,13 +84,6 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=has_fast_bfloat16(device))
 
 
-def indices(step: int, count: int, batch: int, seed: int) -> np.ndarray:
-    """Return the image indices of a step: batches of one permutation per epoch, without an incomplete last batch."""
-    epoch, position = divmod(step, count // batch)
-    order = np.random.default_rng([seed, 0, epoch]).permutation(count)
-    return order[position * batch : (position + 1) * batch]
-
-
 def save_state(training: Training, settings: dict, path: Path) -> None:
     """Write to a temporary file, flush and rename, so that `path` is always a complete checkpoint."""
     temporary = path.with_suffix(".partial")
@@ -103,7 +95,7 @@ def save_state(training: Training, settings: dict, path: Path) -> None:
 
 
 def load_state_(training: Training, settings: dict, path: Path) -> None:
-    """Continue from a checkpoint that was made with the same settings."""
+    """Restore a state that was saved with the same settings."""
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         before = state.pop("settings")
@@ -166,20 +158,23 @@ def train_step_(training: Training, loss: Tensor) -> Tensor:
 def train(
     model: nn.Module,
     loss_of_step: Callable[[int], Tensor],
-    sample: Callable[[nn.Module, Path], None],
+    on_sample: Callable[[nn.Module, Path], None],
     data_sha256: str,
     state_path: Path,
     args: argparse.Namespace,
+    averaged: bool = True,
 ) -> Training:
     """Train up to --stop-at, --steps or --minutes, from the checkpoint at `state_path` if there is one.
 
     Args:
         model: What is trained, on its device.
         loss_of_step: Computes the loss of step k.
-        sample: Writes a picture of what the given model, which has the EMA weights, makes.
+        on_sample: Called every --sample-every steps and at the end, with the model under its EMA weights and the path
+            of an image grid; it also saves what the script makes.
         data_sha256: Hash of the training set; resuming requires the same one.
         state_path: Where checkpoints are written.
         args: Options of `add_options`.
+        averaged: Whether `on_sample` sees the EMA weights; otherwise the last ones.
 
     Raises:
         SystemExit: The checkpoint does not fit, the loss is not finite (1), or the run was interrupted (130).
@@ -189,6 +184,14 @@ def train(
     if state_path.exists():
         load_state_(training, settings, state_path)
         print(f"resuming at step {training.step} of {args.steps}", flush=True)
+    if training.step > args.steps:
+        raise SystemExit(f"--steps {args.steps}: {state_path} is at step {training.step} already")
+
+    def sample() -> None:
+        path = state_path.parent / "samples" / f"{state_path.stem}_{training.step:06d}.png"
+        with averaged_weights(training) if averaged else nullcontext(model) as current:
+            on_sample(current, path)
+
     try:
         _train_(training, loss_of_step, sample, settings, state_path, args)
     except KeyboardInterrupt:
@@ -202,7 +205,7 @@ def train(
 def _train_(
     training: Training,
     loss_of_step: Callable[[int], Tensor],
-    sample: Callable[[nn.Module, Path], None],
+    sample: Callable[[], None],
     settings: dict,
     state_path: Path,
     args: argparse.Namespace,
@@ -221,18 +224,19 @@ def _train_(
                 if not torch.isfinite(smooth):
                     raise SystemExit(f"loss is not finite at step {training.step}: restart with a smaller --lr")
                 save_state(training, settings, state_path)
-            if training.step % args.sample_every == 0 or training.step == last:
-                with averaged_weights(training) as model:
-                    sample(model, state_path.parent / "samples" / f"{state_path.stem}_{training.step:06d}.png")
+            if training.step % args.sample_every == 0 and training.step < last:
+                sample()
+    sample()  # also if a run that was killed here had no step left
 
 
-def add_options(parser: argparse.ArgumentParser, steps: int, batch: int, lr: float) -> None:
-    """Add the options of a training run, with these defaults."""
+def add_options(parser: argparse.ArgumentParser, steps: int, batch: int, lr: float, init: bool = True) -> None:
+    """Add the options of a training run, with these defaults; --init only where a run can start from weights."""
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch", type=int, default=batch)
     parser.add_argument("--lr", type=float, default=lr, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--init", type=Path, help="pipeline folder whose weights a new run starts from")
+    if init:
+        parser.add_argument("--init", type=Path, help="pipeline folder whose weights a new run starts from")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1, ...")
     parser.add_argument("--resume", action="store_true", help="resume from the checkpoint in --out, if any")
     parser.add_argument("--stop-at", type=int, help="stop early at this step, to resume later")
@@ -253,21 +257,26 @@ def check_options(args: argparse.Namespace) -> None:
         raise SystemExit("--minutes must be above 0")
 
 
-def prepare_folder(out: Path, state_path: Path, resume: bool) -> None:
-    """Make the output folder; exit with one line if that fails, or if a checkpoint is there and `resume` is off."""
-    if state_path.exists() and not resume:
+def prepare_folder(state_path: Path, args: argparse.Namespace) -> None:
+    """Make the output folder --out; exit with one line if that fails, or if the options do not fit its checkpoint."""
+    if state_path.exists() and not args.resume:
         raise SystemExit(f"{state_path} exists: pass --resume to resume from it, or use another --out")
+    if state_path.exists() and getattr(args, "init", None) is not None:
+        raise SystemExit(f"{state_path} exists: --init is for a new run; leave it out to resume")
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        args.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SystemExit(f"--out {out}: cannot be created: {error}") from error
+        raise SystemExit(f"--out {args.out}: cannot be created: {error}") from error
 
 
 def load_or_build(folder: Path | None, component: str, kind: type, build: Callable[[], nn.Module]) -> nn.Module:
     """Load a component of the pipeline folder in fp32, or build a new one if there is no folder."""
-    if folder is None:
-        return build()
+    return build() if folder is None else load_component(folder, component, kind)
+
+
+def load_component(folder: Path, component: str, kind: type) -> nn.Module:
+    """Load a component of a pipeline folder in fp32; exit with one line if that fails."""
     try:
         return kind.from_pretrained(folder / component, torch_dtype=torch.float32)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"--init {folder}: no usable {component}/: {error}") from error
+        raise SystemExit(f"{folder}: no usable {component}/: {error}") from error

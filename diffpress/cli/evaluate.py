@@ -34,8 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--candidates",
         type=Path,
         metavar="FILE",
-        help="texts, one per line, among which the text encoder has to find the one that occurs in the prompt "
-        "(default: the prompts)",
+        help="texts for the retrieval accuracy, one per line: an image is correct if its nearest text is the longest "
+        "one that its prompt contains (default: the distinct prompts)",
     )
     parser.add_argument(
         "--against", metavar="BUNDLE_OR_CHECKPOINT", help="also compute PSNR and SSIM to this one, from the same noise"

@@ -6,7 +6,7 @@ On disk a checkpoint is the diffusers layout plus diffpress.json, which holds wh
     vae/, text_encoder/, tokenizer/ ...     the pipeline's other components, unchanged; hard links if supported
     LICENSE, NOTICE, README.md, ...         the licence and model card it came with
     quantization.safetensors    quantization scales, if the checkpoint is quantized
-    quantization.<component>.safetensors    likewise of another component, such as vae_decoder
+    quantization.<component>.safetensors    quantization scales of another component, if it is quantized
     diffpress.json              spec, per-layer widths, quantized layers, history
 """
 
@@ -141,7 +141,7 @@ class Checkpoint:
         source: How to rebuild it.
         history: One record per stage.
         quantization: Formats and scales of the denoiser; None if it is not quantized.
-        components: Formats and scales of other components of its pipeline, by the names of their graphs.
+        component_quantization: Formats and scales of other components of its pipeline, by the names of their graphs.
 
     Examples:
         >>> import diffpress as dp
@@ -155,7 +155,7 @@ class Checkpoint:
     source: Source
     history: tuple[Record, ...] = ()
     quantization: Quantization | None = None
-    components: Mapping[str, Quantization] = field(default_factory=dict)
+    component_quantization: Mapping[str, Quantization] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         plan, stages = self.spec.plan, [record.stage for record in self.history]
@@ -195,16 +195,16 @@ class Checkpoint:
             "widths": changed_widths(self.model, self.source.original),
             "spec": self.spec.to_json(),
             "quantization": self.quantization.facts() if self.quantization else None,
-            **({"components": self._component_facts()} if self.components else {}),
+            **({"components": self._component_facts()} if self.component_quantization else {}),
         }
 
     def _component_facts(self) -> dict[str, Any]:
-        return {name: scales.facts() for name, scales in self.components.items()}
+        return {name: scales.facts() for name, scales in self.component_quantization.items()}
 
     def _all_scales(self) -> dict[str, Quantization]:
-        """Return the scales of all components by the stem of their file."""
+        """Return the scales of the denoiser and of other components, by file stem."""
         own = {} if self.quantization is None else {SCALES: self.quantization}
-        return own | {f"{SCALES}.{name}": scales for name, scales in self.components.items()}
+        return own | {f"{SCALES}.{name}": scales for name, scales in self.component_quantization.items()}
 
 
 def shared_copy(model: nn.Module) -> nn.Module:

@@ -130,6 +130,9 @@ class GatesConfig(Config):
     )
 
 
+EVALUATE_FILES = ("features", "reference", "prompts", "candidates")  # settings of EvaluateConfig that name files
+
+
 class EvaluateConfig(Config):
     """Score samples of the result and of the teacher."""
 
@@ -151,8 +154,8 @@ class EvaluateConfig(Config):
     )
     candidates: Path | None = Field(
         None,
-        description="Texts, one per line, among which the one that occurs in its prompt has to be the nearest to an "
-        "image (retrieval, with features that have a text encoder); None means the distinct prompts.",
+        description="Texts for the retrieval accuracy, one per line: an image is correct if its nearest text is the "
+        "longest one that its prompt contains; None means the distinct prompts.",
     )
 
 

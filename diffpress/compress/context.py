@@ -30,6 +30,11 @@ class Data(Protocol):
         ...
 
     @property
+    def prompts(self) -> tuple[str, ...]:
+        """Prompts of the samples, for models conditioned on text."""
+        ...
+
+    @property
     def uncond(self) -> dict[str, torch.Tensor]:
         """Conditioning of the unconditional half of guidance, [1, ...]."""
         ...
@@ -100,8 +105,8 @@ class Context:
 
     @property
     def prompts(self) -> tuple[str, ...]:
-        """Prompts of the run: those of its data, or the built-in ones."""
-        given = getattr(self.data, "prompts", ())
+        """Prompts of the run's data; the built-in ones if it has none."""
+        given = () if self.data is None else self.data.prompts
         return given or read_prompt_file(PROMPTS)
 
     def conditions(self, count: int) -> ConditioningInputs:

@@ -15,6 +15,7 @@ from diffpress.compress.effort import estimated_bytes, estimated_seconds, measur
 from diffpress.compress.models.counts import count
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
+from diffpress.compress.quantization.components import component_formats
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, stored_bytes
 from diffpress.compress.quantization.layer_selection import choose_formats
@@ -95,6 +96,7 @@ def estimate_quantize(estimate: Estimate, config: QuantizeConfig, seed: int) -> 
     """Return the sizes with the weights of every quantized layer in its format."""
     model = estimate.checkpoint.model
     formats = choose_formats(model, config)
+    component_formats(estimate.checkpoint, config)
     if estimate.sizes is None:
         return estimate
     total = estimate.sizes["bytes"]

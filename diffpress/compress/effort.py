@@ -26,9 +26,11 @@ from diffpress.compress.distillation.config import (
     TrajectoryConfig,
 )
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
+from diffpress.compress.models.components import DECODER
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.quantization.algorithms.output_correction import corrects_output
+from diffpress.compress.quantization.components import COMPARED_IMAGES, component_formats
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.runtime.guidance import evaluations_per_step
@@ -128,12 +130,14 @@ def work_of_quantize(config: QuantizeConfig, checkpoint: Checkpoint, teacher_sam
     """Trajectories for calibration and for the methods that evaluate them again, corrections, and QAT."""
     spec = checkpoint.spec
     one = config.samples * network_evaluations(spec)
+    encoders = sum(name != DECODER for name in component_formats(checkpoint, config))
+    sampled = 2 * COMPARED_IMAGES * encoders * network_evaluations(spec)
     again = sum(map(bool, (config.smoothquant, config.split_concats, config.awq, config.gptq)))
     if config.qat is None:
         corrected = 5 * one if corrects_output(config, checkpoint.model) else 0  # fitted, and compared on other noise
-        return Work(one * (1 + again) + corrected, 0.0, config.batch)
+        return Work(one * (1 + again) + corrected + sampled, 0.0, config.batch)
     recorded = config.qat.trajectories * (network_evaluations(spec) + spec.plan.steps)
-    return Work(one * again + recorded, config.qat.steps * config.batch, config.batch, copies=6)
+    return Work(one * again + recorded + sampled, config.qat.steps * config.batch, config.batch, copies=6)
 
 
 def _teacher_data(spec: DenoiserSpec, teacher_samples: int | None, own: int) -> float:

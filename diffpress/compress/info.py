@@ -39,7 +39,9 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
         "precision": denoiser.get("precision"),
         "parameters": denoiser.get("parameters"),
         "size_mib": round(sum(entry["bytes"] for entry in manifest["files"].values()) / 2**20, 2),
-        "components": [name for name in manifest["graphs"] if name != "denoiser"],
+        "components": [
+            _in_format(name, entry["precision"]) for name, entry in manifest["graphs"].items() if name != "denoiser"
+        ],
         **_describe_sampling(bundle.spec),
         "history": [record["stage"] for record in manifest.get("history", [])],
         "engines": [
@@ -51,7 +53,7 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
 
 def _describe_checkpoint(folder: Path) -> dict[str, Any]:
     from diffpress.compress.sources.diffusers_folder import spec_of_folder
-    from diffpress.compress.sources.layout import read_layout
+    from diffpress.compress.sources.layout import DECODERS, read_layout
     from diffpress.compress.sources.record import read_record
     from diffpress.compress.sources.weights import weight_files
 
@@ -66,6 +68,8 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
         spec = spec_of_folder(folder)
     parameters = _parameters_by_dtype(files)
     quantization = record.get("quantization") or {}
+    scales = {name: entry["format"] for name, entry in (record.get("components") or {}).items()}
+    formats = scales | dict.fromkeys(DECODERS, scales.get("vae_decoder"))  # the folders of a decoder have other names
     return {
         "kind": "checkpoint",
         "path": str(folder),
@@ -75,11 +79,16 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
         "precision": quantization.get("format") or ", ".join(sorted(parameters)),
         "parameters": sum(parameters.values()),
         "size_mib": round(sum(file.stat().st_size for file in files) / 2**20, 2),
-        "components": components,
+        "components": [_in_format(name, formats.get(name)) for name in components],
         **_describe_sampling(spec),
         "history": [entry["stage"] for entry in record.get("history", [])],
         "engines": [],
     }
+
+
+def _in_format(component: str, precision: str | None) -> str:
+    """Return the component's name, with its format if that is not fp32."""
+    return component if precision in (None, "fp32") else f"{component} ({precision})"
 
 
 def _parameters_by_dtype(files: list[Path]) -> Counter[str]:

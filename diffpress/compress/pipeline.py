@@ -11,6 +11,7 @@ import json
 import logging
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,7 @@ def run_stages(
         distributed.wait()
         if done or not distributed.is_main():
             checkpoint = load_checkpoint(reference_to(folder, teacher))
+            checkpoint = checkpoint.evolve(source=replace(checkpoint.source, terms=teacher.source.terms))
     return checkpoint
 
 

@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from diffpress.compress.builtin import CALIB_DATA, built_in_recipes, recipe_file
 from diffpress.compress.config import (
+    EVALUATE_FILES,
     Config,
     EvaluateConfig,
     ExportConfig,
@@ -42,7 +43,6 @@ from diffpress.runtime.errors import InvalidInputError, unknown_name
 from diffpress.runtime.sampler import MAX_SEED
 
 SECTIONS: dict[str, type[Config]] = {"export": ExportConfig, "evaluate": EvaluateConfig, "gates": GatesConfig}
-EVALUATE_FILES = ("features", "reference", "prompts", "candidates")
 KEYS = ("seed", "data", "teacher_samples", "stages", *SECTIONS)
 
 TEACHER_SAMPLES = 64
@@ -173,9 +173,10 @@ def _existing(file: Path, path: Path, where: str) -> Path:
 
 
 def _named(file: Path, path: Path) -> Path:
-    """Return the path that a recipe means: relative to its folder, or in the built-in data."""
-    built_in = file.parts[:1] == ("calib_data",)
-    return CALIB_DATA / file.relative_to("calib_data") if built_in else path.parent / file
+    """Return the path that a recipe means: relative to its folder, or else in the built-in data."""
+    own = path.parent / file
+    built_in = file.parts[:1] == ("calib_data",) and not own.exists()
+    return CALIB_DATA / file.relative_to("calib_data") if built_in else own
 
 
 def _stage(entry: Any, index: int, path: Path) -> Stage:

@@ -90,7 +90,8 @@ def summary(facts: dict[str, Any]) -> str:
             lines.append(("KID", spread(theirs["kid"], 4), spread(ours["kid"], 4), ""))
         if "clip_score" in ours:
             lines.append(("CLIP score", spread(theirs["clip_score"], 2), spread(ours["clip_score"], 2), ""))
-            name = f"prompt retrieved among {ours['retrieval']['candidates']}"
+        if "retrieval" in ours:
+            name = f"retrieval accuracy among {ours['retrieval']['candidates']} texts"
             lines.append((name, spread(theirs["retrieval"]), spread(ours["retrieval"]), ""))
         if ours["label_accuracy"] is not None:
             lines.append(("label accuracy", f"{theirs['label_accuracy']:.3f}", f"{ours['label_accuracy']:.3f}", ""))

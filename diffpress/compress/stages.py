@@ -15,7 +15,7 @@ from diffpress.compress.lazy import lazy
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
@@ -101,6 +101,11 @@ def _check_quantize(config: QuantizeConfig, spec: DenoiserSpec, has_engines: boo
     from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds
     from diffpress.compress.training import distributed
 
+    if isinstance(config.components, dict):
+        known = [*(encoder.graph for encoder in spec.conditioning.encoders), "vae_decoder"]
+        for name in config.components:
+            if name not in known:
+                raise unknown_name(f"{where}: quantize.components", name, known)
     if config.bounds is None:
         return
     check_bounds(config.bounds, spec, has_engines)

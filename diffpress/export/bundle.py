@@ -81,6 +81,7 @@ def export_bundle(
     """
     check_output_folder(out)
     check_export(config, checkpoint.quantization is not None, layer_formats(checkpoint.quantization).values())
+    check_components(config, bool(checkpoint.component_quantization))
     denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)
@@ -89,6 +90,7 @@ def export_bundle(
     gate = ParityGate(config.targets, parity_sqnr_db)
 
     def fill(folder: Path) -> None:
+        write_terms(deployed.checkpoint.source.terms, folder)
         sizes = _write_graphs(deployed, folder)
         verified = verify_denoiser(deployed, folder, sizes, config, gate)
         components, component_failures = export_components(deployed.checkpoint, config, folder, gate, reuse)
@@ -151,6 +153,15 @@ def check_export(config: ExportConfig, quantized: bool, formats: Iterable[str] =
         check_supported(formats, tensorrt.compute_capabilities)
 
 
+def check_components(config: ExportConfig, quantized: bool) -> None:
+    """Raise InvalidInputError if other components than the denoiser are quantized and TensorRT is a target."""
+    if quantized and TENSORRT in config.targets:
+        raise InvalidInputError(
+            "quantize.components with target tensorrt is not supported: its graphs are made for engines on the CPU; "
+            "remove one of them"
+        )
+
+
 # --- the steps -------------------------------------------------------------------------------------------------
 
 
@@ -169,7 +180,6 @@ def _log_expected_speed(latencies: Sequence[Latency], denoiser: Denoiser) -> Non
 def _write_graphs(denoiser: Denoiser, folder: Path) -> dict[str, int]:
     """Write all graphs of the denoiser; return file -> bytes of graph and weights."""
     source, portable = denoiser.checkpoint.source, denoiser.portable
-    write_terms(source.terms, folder)
     if source.pipeline_folder is None:
         size = save_graph(portable.graph, folder / portable.file)
     else:

@@ -5,14 +5,13 @@ One component is in memory at a time. Those of the uncompressed model's bundle a
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.models.components import DECODER, Component, component_names, load_component
-from diffpress.compress.quantization.quantizers import fake_quantized_module
+from diffpress.compress.quantization.components import fake_quantized_component
 from diffpress.export.graph.trace import trace
 from diffpress.export.lowering import PassContext, lower
 from diffpress.export.manifest import graph_entry, parameter_count
@@ -38,7 +37,7 @@ def export_components(
     failures: list[ParityFailure] = []
     made_before = reuse.manifest["graphs"] if reuse else {}
     for name in component_names(checkpoint):
-        scales = checkpoint.components.get(name)
+        scales = checkpoint.component_quantization.get(name)
         precision = FLOAT if name == DECODER or scales is not None else config.precision
         if scales is None and reuse is not None and made_before[name]["precision"] == precision:
             link_graph(reuse.path, folder, name)
@@ -65,7 +64,7 @@ def _export_component(
     graph = lower(traced, "cpu", context)
     size = write_graph(graph, folder, component.name, component.name, component.config)
     file = f"{component.name}.onnx"
-    quantized = None if scales is None else replace(component, module=fake_quantized_module(module, scales))
+    quantized = None if scales is None else fake_quantized_component(component, scales)
     parity, failures = check_component(
         component, folder / file, quantized, threads=threads, precision=precision, gate=gate
     )

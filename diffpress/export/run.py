@@ -19,7 +19,7 @@ from diffpress.compress.report import summary, write_report
 from diffpress.compress.stages import STAGES
 from diffpress.compress.training import distributed
 from diffpress.compress.workspace import Workspace
-from diffpress.export.bundle import check_export
+from diffpress.export.bundle import check_components, check_export
 from diffpress.export.comparison import paired_scores, sample_pairs, write_comparison
 from diffpress.export.run_bundles import baseline_bundle, result_bundle
 from diffpress.export.scores import check_evaluation, evaluate_bundles, evaluate_gates
@@ -70,6 +70,7 @@ def check_recipe(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
     for number, stage in enumerate(recipe.stages):
         STAGES[stage.name].check(stage.config, teacher.spec, True, f"{where}: stages[{number}]")
     check_export(recipe.export, quantized=any(STAGES[stage.name].quantizes for stage in recipe.stages))
+    check_components(recipe.export, any(getattr(stage.config, "components", None) for stage in recipe.stages))
 
 
 def export_and_report(

@@ -6,6 +6,7 @@ result are kept beside the bundle, because measuring again would give other numb
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -98,7 +99,11 @@ def _settings(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
     """Return what every bundle of the run depends on; settings that are None are not stored."""
     tensorrt = {"tensorrt": config.tensorrt.model_dump(mode="json")} if "tensorrt" in config.targets else {}
     size = None if config.size is None else list(config.size)
-    return {"checkpoint": checkpoint.hash, "targets": list(config.targets), **tensorrt, "size": size}
+    facts = {"checkpoint": checkpoint.hash, "targets": list(config.targets), **tensorrt, "size": size}
+    terms = checkpoint.source.terms
+    return facts | (
+        {"terms": {name: hashlib.sha256(text).hexdigest() for name, text in terms.items()}} if terms else {}
+    )
 
 
 def _set(settings: dict[str, Any]) -> dict[str, Any]:

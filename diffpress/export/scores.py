@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from diffpress.compress.config import EvaluateConfig, GatesConfig
+from diffpress.compress.config import EVALUATE_FILES, EvaluateConfig, GatesConfig
 from diffpress.compress.evaluation.evaluate import evaluate, open_features, open_reference, paired, unscored
 from diffpress.compress.evaluation.prompt_adherence import prompt_adherence
 from diffpress.compress.evaluation.subject import pipeline_subject
@@ -31,13 +31,15 @@ def check_evaluation(config: EvaluateConfig, gates: GatesConfig, spec: DenoiserS
             f"{where}: gates.frechet_ratio needs features of the model's images; name an ONNX image encoder as "
             "evaluate.features"
         )
-    texts: tuple[str, ...] = ()
+    prompts: list[str] = []
     if spec.conditioning.kind == "text":
         texts = read_prompts(config.prompts)
+        if spec.conditioning.encoders:
+            prompts = [texts[i % len(texts)] for i in range(config.samples)]
     elif config.prompts is not None:
         raise InvalidInputError(f"{where}: evaluate.prompts: the model is not conditioned on text; remove it")
     if features is not None:
-        prompt_adherence(texts, features, config.candidates)
+        prompt_adherence(prompts, features, config.candidates)
 
 
 def evaluate_bundles(ours: Pipeline, theirs: Pipeline, config: EvaluateConfig, file: Path) -> dict[str, Any]:
@@ -53,8 +55,7 @@ def evaluate_bundles(ours: Pipeline, theirs: Pipeline, config: EvaluateConfig, f
         {key, baseline, bundle}, where `key` is what the scores depend on.
     """
     key = {"bundle": ours.bundle.hash, "baseline": theirs.bundle.hash, "config": config.model_dump(mode="json")}
-    files = (config.features, config.reference, config.prompts, config.candidates)
-    named = [file for file in files if file is not None]
+    named = [file for name in EVALUATE_FILES if (file := getattr(config, name)) is not None]
     if named:
         key["files"] = [sha256(file) if file.is_file() else str(sorted(file.iterdir())) for file in named]
     before = read_json(file) if file.is_file() else {}

@@ -131,14 +131,15 @@ def unet() -> Checkpoint:
 
 
 @pytest.fixture(scope="session")
-def pruned(unet: Checkpoint) -> Checkpoint:
+def pruned(unet: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     config = PruneConfig(method="magnitude", ratio=0.4, round_to=4)
-    return prune(unet, config, Context(0, Path(), unet))
+    return prune(unet, config, Context(0, tmp_path_factory.mktemp("prune"), unet))
 
 
 @pytest.fixture(scope="session")
-def quantized(pruned: Checkpoint, unet: Checkpoint) -> Checkpoint:
-    return quantize(pruned, QuantizeConfig(samples=4, batch=4), Context(0, Path(), unet))
+def quantized(pruned: Checkpoint, unet: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    context = Context(0, tmp_path_factory.mktemp("quantize"), unet)
+    return quantize(pruned, QuantizeConfig(samples=4, batch=4), context)
 
 
 @pytest.fixture(scope="session")

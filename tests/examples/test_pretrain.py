@@ -3,6 +3,7 @@
 import argparse
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,11 +17,12 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def pretrain(examples: None) -> ModuleType:
+def pretrain(examples: None) -> Iterator[ModuleType]:
     import pretrain
 
-    pretrain.GRID_STEPS = 2  # sampling would take longer than training
-    return pretrain
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pretrain, "GRID_STEPS", 2)  # sampling would take longer than training
+        yield pretrain
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +72,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(
     assert all(torch.equal(states[0]["model"][name], states[1]["model"][name]) for name in uninterrupted)
     # the pipeline has the EMA weights
     assert any(not torch.equal(uninterrupted[name], states[0]["model"][name]) for name in uninterrupted)
+
+
+def test_a_run_can_be_extended_before_its_learning_rate_falls(
+    pretrain: ModuleType, images: Path, stopped: Path, tmp_path: Path
+) -> None:
+    # of 4 steps the learning rate is constant up to the third, of 10 up to the eighth
+    copy = shutil.copytree(stopped, tmp_path / "extended")
+    run(pretrain, images, copy, "--steps", "10", "--stop-at", "3", "--resume")
+    run(pretrain, images, tmp_path / "whole", "--steps", "10", "--stop-at", "3")
+    states = [torch.load(folder / "training.pt", weights_only=True) for folder in (copy, tmp_path / "whole")]
+    assert all(torch.equal(states[0]["model"][name], states[1]["model"][name]) for name in states[0]["model"])
+
+
+def test_a_run_stops_after_its_minutes(pretrain: ModuleType, images: Path, tmp_path: Path) -> None:
+    run(pretrain, images, tmp_path, "--steps", "1000", "--minutes", "1e-9")
+    assert torch.load(tmp_path / "training.pt", weights_only=True)["step"] == 1
 
 
 def test_color_images_without_labels_train_an_unconditional_network(pretrain: ModuleType, tmp_path: Path) -> None:
@@ -129,6 +147,9 @@ def test_every_image_is_used_once_per_epoch(pretrain: ModuleType) -> None:
     [
         (["--steps", "4", "--lr", "1", "--resume"], "made with other settings"),
         (["--steps", "1"], "pass --resume"),
+        (["--steps", "1", "--resume"], "is at step 2 already"),
+        (["--steps", "4", "--resume", "--init", "somewhere"], "--init is for a new run"),
+        (["--steps", "4", "--minutes", "0"], "--minutes must be above 0"),
         (["--batch", "65", "--resume"], "more than the 64 images"),
         (["--steps", "0"], "--steps must be at least 1"),
     ],

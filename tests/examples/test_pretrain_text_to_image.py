@@ -1,6 +1,8 @@
 """examples/pretrain_text_to_image.py: three tiny stages write a pipeline, and a stopped run resumes exactly."""
 
 import shutil
+import string
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,11 +18,13 @@ STAGES = ("autoencoder", "text_encoder", "denoiser")
 
 
 @pytest.fixture(scope="module")
-def pretrain(examples: None) -> ModuleType:
+def pretrain(examples: None) -> Iterator[ModuleType]:
     import pretrain_text_to_image
 
-    pretrain_text_to_image.GRID_STEPS = pretrain_text_to_image.GRID_ROWS = 1  # pictures would take longer than training
-    return pretrain_text_to_image
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("GRID_STEPS", "GRID_ROWS"):  # image grids would take longer than training
+            patch.setattr(pretrain_text_to_image, name, 1)
+        yield pretrain_text_to_image
 
 
 @pytest.fixture(scope="module")
@@ -53,9 +57,10 @@ def test_three_stages_write_a_pipeline_that_diffusers_and_diffpress_load(teacher
     assert len(list((teacher / "samples").glob("*.png"))) == len(STAGES)
 
 
-def test_the_checkpoint_that_ships_has_at_most_25_megabytes_in_half_precision(teacher: Path) -> None:
-    pipeline = StableDiffusionPipeline.from_pretrained(teacher)
-    models = (pipeline.unet, pipeline.vae, pipeline.text_encoder)
+def test_the_networks_have_at_most_25_megabytes_in_half_precision(pretrain: ModuleType) -> None:
+    words = [f"{first}{second}" for first in string.ascii_lowercase for second in string.ascii_letters * 2]
+    tokenizer = pretrain.build_tokenizer(words * 3)
+    models = (pretrain.build_unet(), pretrain.build_autoencoder(), pretrain.build_text_encoder(tokenizer))
     assert 2 * sum(parameter.numel() for model in models for parameter in model.parameters()) < 24.5e6
 
 
@@ -85,7 +90,7 @@ def test_a_resumed_denoiser_equals_an_uninterrupted_one_bit_for_bit(
     for name, runs in (("whole", [["--steps", "4"]]), ("halves", [["--stop-at", "2"], ["--resume"]])):
         out = tmp_path / name
         out.mkdir()
-        for component in ("vae", "tokenizer", "text_encoder"):
+        for component in ("vae", "tokenizer", "pretrained_text_encoder"):
             shutil.copytree(teacher / component, out / component)
         for options in runs:
             run(pretrain, "denoiser", icons, out, "--steps", "4", *options)
@@ -96,7 +101,7 @@ def test_a_resumed_denoiser_equals_an_uninterrupted_one_bit_for_bit(
 def test_init_starts_from_the_weights_of_a_pipeline(
     pretrain: ModuleType, icons: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    for component in ("vae", "tokenizer", "text_encoder"):
+    for component in ("vae", "tokenizer", "pretrained_text_encoder"):
         shutil.copytree(teacher / component, tmp_path / component)
     options = ("--steps", "1", "--lr", "1e-12", "--init", str(teacher))
     run(pretrain, "denoiser", icons, tmp_path, *options)
@@ -105,3 +110,18 @@ def test_init_starts_from_the_weights_of_a_pipeline(
         torch.allclose(ours, theirs, atol=1e-6)
         for ours, theirs in zip(before.parameters(), after.parameters(), strict=True)
     )
+
+
+def test_a_stage_needs_what_the_earlier_ones_made(pretrain: ModuleType, icons: Path, tmp_path: Path) -> None:
+    for stage, missing in (("text_encoder", "vae"), ("denoiser", "vae")):
+        with pytest.raises(SystemExit, match=f"no usable {missing}/"):
+            run(pretrain, stage, icons, tmp_path, "--steps", "1")
+
+
+def test_a_denoiser_is_not_resumed_on_the_latents_of_another_autoencoder(
+    pretrain: ModuleType, icons: Path, teacher: Path, tmp_path: Path
+) -> None:
+    out = shutil.copytree(teacher, tmp_path / "out")
+    pretrain.build_autoencoder().save_pretrained(out / "vae")
+    with pytest.raises(SystemExit, match="made with other settings"):
+        run(pretrain, "denoiser", icons, out, "--steps", "4", "--resume")

@@ -18,14 +18,14 @@ from diffpress.compress.models.components import (
     prompt_conditions,
 )
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.components import fake_quantized_components
+from diffpress.compress.quantization.components import decode, quantized_components
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.bundle import find_bundle, load_bundle
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
-from diffpress.runtime.pipeline import Pipeline, decoded
+from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -44,7 +44,7 @@ def open_subject(
     checkpoint = load_checkpoint(reference)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = TorchNetwork(fake_quantized(checkpoint).to(device), checkpoint.spec)
-    quantized = fake_quantized_components(checkpoint)
+    quantized = quantized_components(checkpoint)
     decode = _decoder(checkpoint, quantized) if DECODER in component_names(checkpoint) else unchanged
     encode = _encoder(checkpoint, quantized) if checkpoint.spec.conditioning.encoders else None
     return EvaluationSubject(network, checkpoint.spec, decode, encode, tuple(texts))
@@ -78,6 +78,5 @@ def _encoder(
 
 
 def _decoder(checkpoint: Checkpoint, quantized: Mapping[str, Component]) -> Callable[[np.ndarray], np.ndarray]:
-    spec, component = checkpoint.spec, quantized.get(DECODER) or load_component(checkpoint, DECODER)
-
-    return lambda samples: decoded(lambda x: component.run_all({"latent_sample": x})["sample"], samples, spec)
+    decoder = quantized.get(DECODER) or load_component(checkpoint, DECODER)
+    return lambda samples: decode(decoder, samples, checkpoint.spec)

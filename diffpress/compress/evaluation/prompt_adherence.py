@@ -8,6 +8,7 @@ retrieval    fraction of images whose own text has the highest cosine of all can
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,12 @@ class PromptAdherence:
     Attributes:
         prompts: Normalized embeddings of the images' prompts [N, D].
         candidates: Normalized embeddings of all candidates [M, D].
-        right: Index of each image's own candidate [N].
+        own: Index of each image's own candidate [N].
     """
 
     prompts: np.ndarray
     candidates: np.ndarray
-    right: np.ndarray
+    own: np.ndarray
 
     def clip_score(self, images: np.ndarray) -> float:
         """Return the CLIP score of the features [N, D] of images."""
@@ -42,13 +43,13 @@ class PromptAdherence:
 
     def retrieval(self, images: np.ndarray) -> float:
         """Return the fraction of images [N, D] that are nearest to their own candidate."""
-        return float(((_normalized(images) @ self.candidates.T).argmax(axis=1) == self.right).mean())
+        return float(((_normalized(images) @ self.candidates.T).argmax(axis=1) == self.own).mean())
 
 
 def prompt_adherence(
     prompts: Sequence[str], features: FeatureNetwork, candidates: Path | None = None
 ) -> PromptAdherence | None:
-    """Embed the prompts of the images and the candidates of retrieval; None without prompts or text encoder.
+    """Embed prompts and candidates; return None if the model has no prompts or the network no text encoder.
 
     Args:
         prompts: Prompt of each image.
@@ -78,11 +79,16 @@ def prompt_adherence(
 
 def _own_candidate(prompt: str, texts: Sequence[str], file: Path) -> int:
     """Return the index of the longest text that occurs in the prompt as whole words."""
-    padded = f" {' '.join(prompt.lower().split())} "
-    found = [number for number, text in enumerate(texts) if f" {' '.join(text.lower().split())} " in padded]
+    folded = _folded(prompt)
+    patterns = (rf"(?<!\w){re.escape(_folded(text))}(?!\w)" for text in texts)
+    found = [number for number, pattern in enumerate(patterns) if re.search(pattern, folded)]
     if not found:
         raise InvalidInputError(f"{file}: no line occurs in the prompt '{prompt}'; add what its image has to show")
     return max(found, key=lambda number: len(texts[number]))
+
+
+def _folded(text: str) -> str:
+    return " ".join(text.lower().split())
 
 
 def _embedded(texts: Sequence[str], features: FeatureNetwork) -> np.ndarray:

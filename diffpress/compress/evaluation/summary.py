@@ -19,8 +19,9 @@ def log_evaluation(name: str, result: dict[str, Any]) -> None:
     if result["label_accuracy"] is not None:
         logger.info(f"{name}: label accuracy {result['label_accuracy']:.1%}")
     if "clip_score" in result:
-        among = f"retrieval among {result['retrieval']['candidates']} texts {spread(result['retrieval'])}"
-        logger.info(f"{name}: CLIP score {spread(result['clip_score'], 2)}, {among}")
+        among = f"{result['retrieval']['candidates']} texts"
+        accuracy = f"retrieval accuracy among {among} {spread(result['retrieval'])}"
+        logger.info(f"{name}: CLIP score {spread(result['clip_score'], 2)}, {accuracy}")
     if result["paired"]:
         logger.info(
             f"{name}: PSNR {result['paired']['psnr_db']:.1f} dB, SSIM {result['paired']['ssim']:.3f} "

@@ -68,7 +68,7 @@ def dummy_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, tor
 
 
 def small_spec(model: nn.Module, spec: DenoiserSpec) -> DenoiserSpec:
-    """Return the spec at the smallest size that passes through every layer, for evaluations whose values do not matter.
+    """Return the spec at a small size, for evaluations whose values do not matter.
 
     It has sides of about SMALL_SIDE cells, or those of the spec if they are smaller or the model is not resizable.
     """

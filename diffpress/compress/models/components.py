@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.models.fast_path import without_fast_path
 from diffpress.compress.sources.layout import TEXT_ENCODERS, Layout, read_layout
 from diffpress.compress.sources.pretrained import (
     DECODER_MODELS,
@@ -34,7 +35,7 @@ from diffpress.runtime.conditioning import TextEncoder
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.network_inputs import ConditioningInputs
-from diffpress.runtime.prompts import MASK, encode, unconditional
+from diffpress.runtime.prompts import BATCH, IDS, MASK, encode, tokenize, unconditional
 from diffpress.runtime.spec import DenoiserSpec
 
 DECODER = "vae_decoder"
@@ -82,7 +83,7 @@ class Component:
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run one batch and return all outputs by name, as an engine does."""
         feed = {name: torch.from_numpy(np.ascontiguousarray(value)) for name, value in inputs.items()}
-        with torch.no_grad():
+        with torch.no_grad(), without_fast_path():
             found = self.forward(self.module, feed)
         return {name: tensor.float().numpy() for name, tensor in zip(self.outputs, found, strict=True)}
 
@@ -120,8 +121,8 @@ def _text_encoder(layout: Layout, name: str, spec: DenoiserSpec) -> Component:
     module: Any = load_text_encoder(folder, kind)
     encoder = next(e for e in spec.conditioning.encoders if e.graph == name)
     _check_vocabulary(layout, encoder, module.get_input_embeddings().weight.shape[0])
-    padded = {"padding": "max_length", "max_length": encoder.length, "truncation": True, "return_tensors": "pt"}
-    examples = {"input_ids": layout.tokenizer(encoder.tokenizer)(list(EXAMPLE_PROMPTS), **padded)["input_ids"]}
+    tokenizer = layout.tokenizer(encoder.tokenizer).backend_tokenizer
+    examples = {IDS: torch.from_numpy(tokenize(tokenizer, EXAMPLE_PROMPTS, encoder).ids)}
     masked = config.get("use_attention_mask") and layout.pipeline in MASKED_PIPELINES
     if masked or any(f"{name}.{MASK}" in rows for rows in _encoder_outputs(spec)):
         # if the denoiser receives the mask, so does its text encoder
@@ -181,9 +182,19 @@ def _custom_decoder(module: nn.Module, spec: DenoiserSpec) -> Component:
 
 
 def _example_latents(spec: DenoiserSpec) -> Tensors:
-    """Return noise with the magnitude of decoded latents."""
+    """Return random latents in the decoder's scale."""
     noise = torch.randn(2, *spec.sample_shape, generator=torch.Generator().manual_seed(0))
     return {"latent_sample": noise / spec.latent_scale + spec.latent_shift}
+
+
+def text_inputs(checkpoint: Checkpoint, encoder: Component, prompts: Sequence[str]) -> list[dict[str, np.ndarray]]:
+    """Return the inputs of a text encoder for prompts, in batches."""
+    assert checkpoint.source.pipeline_folder is not None  # else it has no text encoders
+    layout = read_layout(checkpoint.source.pipeline_folder)
+    described = next(one for one in checkpoint.spec.conditioning.encoders if one.graph == encoder.name)
+    ids, mask, _ = tokenize(layout.tokenizer(described.tokenizer).backend_tokenizer, prompts, described)
+    batches = [slice(start, start + BATCH) for start in range(0, len(prompts), BATCH)]
+    return [{name: {IDS: ids, MASK: mask}[name][batch] for name in encoder.inputs} for batch in batches]
 
 
 def prompt_conditions(

@@ -1,22 +1,20 @@
 """Quantization of a pipeline's other components: text encoders and the decoder, weights and activations.
 
-Each is calibrated on what it computes in deployment, and its layers and scales are chosen as those of a denoiser:
+Each component is calibrated on its inputs in deployment. Formats and scales are chosen as for a denoiser:
 
-    text encoders    the prompts of the run
+    text encoders    the prompts of the run, and the empty prompt of guidance
     vae_decoder      the samples at the end of the denoiser's trajectories; its first and last layer stay in float
 
-The error is measured where it is seen, in the final image: the decoder's on these samples, a text encoder's by sampling
-a few of them again with the conditioning that it computes.
+The error is the PSNR of the final image with and without quantization: of the decoder on these samples, of a text
+encoder by sampling a few images with what it computes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,43 +22,43 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
-from diffpress.compress.evaluation.metrics import psnr_db
+from diffpress.compress.evaluation.metrics import mean_sqnr_db, psnr_db
 from diffpress.compress.models.components import (
     DECODER,
     Component,
     component_names,
-    encode_prompts,
     load_component,
     prompt_conditions,
+    text_inputs,
 )
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.quantization.calibration.calibrate import calibrate
-from diffpress.compress.quantization.calibration.observer import NonFiniteError, Observer
+from diffpress.compress.quantization.calibration.calibrate import calibrate, check_calibration
+from diffpress.compress.quantization.calibration.observer import NonFiniteError, Observer, observe_layers
 from diffpress.compress.quantization.config import QuantizeConfig
-from diffpress.compress.quantization.layer_graph import LayerGraph, layer_graph
-from diffpress.compress.quantization.layer_kinds import layer_input
+from diffpress.compress.quantization.layer_graph import layer_graph
 from diffpress.compress.quantization.layer_selection import FLOAT, choose_formats, quantized_outputs
-from diffpress.compress.quantization.quantizers import fake_quantized_module
-from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
+from diffpress.compress.quantization.quantizers import fake_quantized_module, quantizers_that_ran
+from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset, on_best_device
 from diffpress.compress.quantization.unified_scales import unify_scales
 from diffpress.compress.seeds import CALIBRATION_SEED
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 from diffpress.runtime.pipeline import decoded
 from diffpress.runtime.sampler import generate
-from diffpress.runtime.spec import DenoiserSpec
+from diffpress.runtime.spec import DenoiserSpec, is_picture
 
 logger = logging.getLogger(__name__)
 
-COMPARED = 4  # images that are sampled again to measure the effect of a text encoder
-LATENTS = 16  # that the decoder is calibrated on
+COMPARED_IMAGES = 4  # sampled to measure the effect of a text encoder
+CALIBRATION_LATENTS = 16
+CALIBRATION_PROMPTS = 256
 
-# evaluates a component, or its quantized copy, on its calibration data
-Run = Callable[[Component], np.ndarray]
+
+Images = tuple[np.ndarray, np.ndarray]  # without and with quantization
 
 
 @dataclass(frozen=True)
 class ComponentData:
-    """A component's module with what it is calibrated on; there is one evaluation per batch."""
+    """A component's module and how it is evaluated on its calibration data (calibration/calibrate.py)."""
 
     model: nn.Module
     evaluate: Callable[[], object]
@@ -68,20 +66,11 @@ class ComponentData:
 
     def observe(self, what: str, observers: Mapping[str, Observer], gathered: Mapping[str, torch.Tensor]) -> None:
         """Evaluate the module with `observers`, '<layer>.<input|output>' -> observer."""
-        modules = dict(self.model.named_modules())
-        with ExitStack() as stack:
-            for key, observe in observers.items():
-                layer, _, side = key.rpartition(".")
-                hook = partial(_observe, observe, side)
-                stack.callback(modules[layer].register_forward_hook(hook, with_kwargs=True).remove)
+        with self._observing(observers):
             self.evaluate()
 
-
-def _observe(
-    observe: Observer, side: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
-) -> None:
-    seen = layer_input(args, kwargs) if side == "input" else out[0] if isinstance(out, tuple) else out
-    observe(seen, 0, len(seen))
+    def _observing(self, observers: Mapping[str, Observer]) -> AbstractContextManager[None]:
+        return observe_layers(self.model, observers, lambda x: (0, len(x)))
 
 
 def component_formats(checkpoint: Checkpoint, config: QuantizeConfig) -> dict[str, str]:
@@ -91,6 +80,8 @@ def component_formats(checkpoint: Checkpoint, config: QuantizeConfig) -> dict[st
         InvalidInputError: It names a component that the checkpoint does not have.
     """
     names = component_names(checkpoint)
+    if config.components and not names:
+        raise InvalidInputError("quantize: components: the model has no other components; remove the setting")
     if isinstance(config.components, str):
         return dict.fromkeys(names, config.components)
     for name in config.components:
@@ -102,7 +93,7 @@ def component_formats(checkpoint: Checkpoint, config: QuantizeConfig) -> dict[st
 def quantize_components(
     checkpoint: Checkpoint, config: QuantizeConfig, dataset: TrajectoryDataset, ctx: Context
 ) -> dict[str, Quantization]:
-    """Return the formats and scales of the components that the config names; notes their effect on the image.
+    """Return the formats and scales of the components that the config names; records the image PSNR of each in notes.
 
     Args:
         checkpoint: The checkpoint; its denoiser is not quantized.
@@ -113,93 +104,133 @@ def quantize_components(
     Raises:
         InvalidInputError: A component cannot be quantized, or a value is not finite.
     """
-    found: dict[str, Quantization] = {}
-    prompts = ctx.prompts
+    found, notes = {}, {}
     for name, kind in component_formats(checkpoint, config).items():
         component = load_component(checkpoint, name)
-        run = _decodes(checkpoint, dataset) if name == DECODER else _encodes(checkpoint, name, prompts)
-        found[name] = scales = _scales(component, kind, run, config)
-        quantized = replace(component, module=fake_quantized_module(component.module, scales))
-        if name == DECODER:
-            images, others = run(component), run(quantized)
-        else:
-            images, others = _sampled_again(checkpoint, dataset, prompts, quantized)
-        low, high = checkpoint.spec.data_range
-        image_psnr_db = round(psnr_db(images, others, high - low), 1)
-        ctx.notes[name] = {"format": kind, "layers": len(scales.layers), "image_psnr_db": image_psnr_db}
-        logger.info(f"{name}: {len(scales.layers)} layers in {kind}, the image keeps {image_psnr_db:.1f} dB PSNR")
+        quantize_one = _quantize_decoder if name == DECODER else _quantize_text_encoder
+        found[name], (image, quantized_image) = quantize_one(checkpoint, component, kind, config, dataset, ctx)
+        notes[name] = {"format": kind, "layers": len(found[name].layers)}
+        notes[name] |= (effect := _effect(image, quantized_image, checkpoint.spec))
+        ((measure, decibels),) = effect.items()
+        logger.info(f"{name}: {len(found[name].layers)} layers in {kind}, {measure} {decibels:.1f}")
+    if notes:
+        ctx.notes["components"] = notes
     return found
 
 
-def fake_quantized_components(checkpoint: Checkpoint) -> dict[str, Component]:
-    """Return the checkpoint's quantized components with quantizers inserted, as the engine computes them."""
-    found = {}
-    for name, scales in checkpoint.components.items():
-        component = load_component(checkpoint, name)
-        found[name] = replace(component, module=fake_quantized_module(component.module, scales))
-    return found
+def _effect(exact: np.ndarray, quantized: np.ndarray, spec: DenoiserSpec) -> dict[str, float]:
+    """Return the PSNR of pictures in dB, or the SQNR of other data."""
+    if not is_picture(exact.shape[1:]):
+        return {"sample_sqnr_db": round(mean_sqnr_db(exact, quantized), 1)}
+    low, high = spec.data_range
+    return {"image_psnr_db": round(psnr_db(exact, quantized, high - low), 1)}
 
 
-def _scales(component: Component, kind: str, run: Run, config: QuantizeConfig) -> Quantization:
-    """Choose the component's formats and calibrate them while it runs."""
-    graph = layer_graph(component.module, lambda: component.run_all(component.example_arrays))
-    ends = tuple(_first_and_last(graph)) if component.name == DECODER else ()
-    settings = QuantizeConfig(
-        format=kind,
-        calibration=config.calibration,
-        reduce_range=config.reduce_range,
-        keep_sensitive_layers=False,
-        ignored_layers=ends,
+def _quantize_decoder(
+    checkpoint: Checkpoint,
+    component: Component,
+    kind: str,
+    config: QuantizeConfig,
+    dataset: TrajectoryDataset,
+    ctx: Context,
+) -> tuple[Quantization, Images]:
+    latents, spec = dataset.final_samples()[:CALIBRATION_LATENTS], checkpoint.spec
+    data = ComponentData(component.module, lambda: decode(component, latents, spec))
+    scales = _scales(component, kind, data, config)
+    quantized = fake_quantized_component(component, scales)
+    return scales, (decode(component, latents, spec), decode(quantized, latents, spec))
+
+
+def _quantize_text_encoder(
+    checkpoint: Checkpoint,
+    component: Component,
+    kind: str,
+    config: QuantizeConfig,
+    dataset: TrajectoryDataset,
+    ctx: Context,
+) -> tuple[Quantization, Images]:
+    inputs = text_inputs(checkpoint, component, ["", *ctx.prompts[:CALIBRATION_PROMPTS]])
+    data = ComponentData(component.module, lambda: [component.run_all(feed) for feed in inputs])
+    scales = _scales(component, kind, data, config)
+    return scales, _sampled_with(checkpoint, ctx.prompts, component, fake_quantized_component(component, scales))
+
+
+def fake_quantized_component(component: Component, scales: Quantization) -> Component:
+    """Return the component with quantizers inserted, which computes what a quantized graph does."""
+    return replace(component, module=fake_quantized_module(component.module, scales))
+
+
+def quantized_components(checkpoint: Checkpoint) -> dict[str, Component]:
+    """Return the checkpoint's quantized components by name, with quantizers inserted."""
+    return {
+        name: fake_quantized_component(load_component(checkpoint, name), scales)
+        for name, scales in checkpoint.component_quantization.items()
+    }
+
+
+def decode(decoder: Component, latents: np.ndarray, spec: DenoiserSpec) -> np.ndarray:
+    """Decode latents [N, ...] to images [N, C, H, W]."""
+    return decoded(lambda x: decoder.run_all({"latent_sample": x})["sample"], latents, spec)
+
+
+def _scales(component: Component, kind: str, data: ComponentData, config: QuantizeConfig) -> Quantization:
+    """Choose the component's formats, and calibrate them on `data`."""
+
+    def evaluate() -> object:
+        return component.run_all(component.example_arrays)
+
+    graph = layer_graph(component.module, evaluate)
+    of_denoiser_only = QuantizeConfig()
+    settings = config.model_copy(
+        update={
+            **{name: getattr(of_denoiser_only, name) for name in ("smoothquant", "split_concats", "svdquant")},
+            **{"format": kind, "keep_sensitive_layers": False, "ignored_layers": (), "format_overrides": {}},
+        }
     )
-    formats = choose_formats(component.module, settings)
-    formats = {name: form for name, form in formats.items() if name in graph.ranks}
-    outputs = quantized_outputs(component.module, graph, formats, settings)
-    data = ComponentData(component.module, lambda: run(component))
+    order = list(graph.ranks)
+    inner = order[1:-1] if component.name == DECODER else order
+    refusal = f"quantize: components: {component.name} has no layer that can be in {kind}; leave it out"
+    try:
+        chosen = choose_formats(component.module, settings)
+    except InvalidInputError as error:
+        raise InvalidInputError(refusal) from error
+    formats = {name: form for name, form in chosen.items() if name in inner}
+    if not formats:
+        raise InvalidInputError(refusal)
+    check_calibration(formats, settings)
+    outputs = [name for name in quantized_outputs(component.module, graph, formats, settings) if name in inner]
     try:
         amax = calibrate(data, formats, outputs, {}, settings)
     except NonFiniteError as error:
         raise InvalidInputError(
-            f"quantize: a value inside {component.name} is not finite in calibration; leave it out of components"
+            f"quantize: components: a value inside {component.name} is not finite in calibration; leave it out"
         ) from error
-    amax |= unify_scales(graph, amax)
+    amax = unify_scales(graph, amax)
     others = {name: form for name, form in formats.items() if form != kind}
-    return Quantization(kind, amax, others).without([name for name in formats if f"{name}.weight" not in amax])
+    scales = Quantization(kind, amax, others).without([name for name in formats if f"{name}.weight" not in amax])
+    quantized = fake_quantized_component(component, scales)
+    bypassed = set(scales.amax) - quantizers_that_ran(
+        quantized.module, lambda: quantized.run_all(component.example_arrays)
+    )
+    if bypassed:
+        raise InvalidInputError(
+            f"quantize: components: fake quantization of {', '.join(sorted(bypassed))} does not run in torch, so the "
+            f"error of {component.name} is not measured; leave it out"
+        )
+    return scales
 
 
-def _first_and_last(graph: LayerGraph) -> list[str]:
-    """Return the layers that run first and last."""
-    order = list(graph.ranks)
-    return [order[0], order[-1]]
+def _sampled_with(checkpoint: Checkpoint, prompts: Sequence[str], encoder: Component, quantized: Component) -> Images:
+    """Return a few images from the same noise with each of the two text encoders."""
+    spec, texts = checkpoint.spec, [prompts[i % len(prompts)] for i in range(COMPARED_IMAGES)]
+    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + COMPARED_IMAGES)
+    decoder = load_component(checkpoint, DECODER) if DECODER in component_names(checkpoint) else None
 
+    def sampled(used: Component) -> np.ndarray:
+        conditions = prompt_conditions(checkpoint, texts, {used.name: used})
+        with on_best_device(checkpoint.model, COMPARED_IMAGES) as model:
+            network = TorchNetwork(model, spec)
+            samples = generate(network, spec, seeds, batch=COMPARED_IMAGES, conditions=conditions)
+        return samples if decoder is None else decode(decoder, samples, spec)
 
-def _decodes(checkpoint: Checkpoint, dataset: TrajectoryDataset) -> Run:
-    latents = dataset.final_samples()[:LATENTS]
-    return lambda component: _decoded(component, latents, checkpoint.spec)
-
-
-def _decoded(decoder: Component, latents: np.ndarray, spec: DenoiserSpec) -> np.ndarray:
-    return decoded(lambda x: decoder.run_all({"latent_sample": x})["sample"], latents, spec)
-
-
-def _encodes(checkpoint: Checkpoint, name: str, prompts: Sequence[str]) -> Run:
-    def run(component: Component) -> np.ndarray:
-        (first, *_) = encode_prompts(checkpoint, prompts, {name: component}).values()
-        return first
-
-    return run
-
-
-def _sampled_again(
-    checkpoint: Checkpoint, dataset: TrajectoryDataset, prompts: Sequence[str], quantized: Component
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return a few images of the trajectories, and of the same noise with what the quantized text encoder computes."""
-    spec, latents = checkpoint.spec, dataset.final_samples()[:COMPARED]
-    texts = [prompts[i % len(prompts)] for i in range(len(latents))]
-    conditions = prompt_conditions(checkpoint, texts, {quantized.name: quantized})
-    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + len(latents))
-    network = TorchNetwork(checkpoint.model, spec)
-    others = generate(network, spec, seeds, batch=len(latents), conditions=conditions)
-    if DECODER not in component_names(checkpoint):
-        return latents, others
-    decoder = load_component(checkpoint, DECODER)
-    return _decoded(decoder, latents, spec), _decoded(decoder, others, spec)
+    return sampled(encoder), sampled(quantized)

@@ -17,6 +17,8 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, small_spec
+from diffpress.compress.models.components import DECODER
+from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.awq import awq_vectors
 from diffpress.compress.quantization.algorithms.gptq import round_weights
 from diffpress.compress.quantization.algorithms.mixed_precision import check_bounds, within_bounds
@@ -40,6 +42,7 @@ from diffpress.compress.quantization.quantizers import fake_quantized, quantizer
 from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 from diffpress.compress.quantization.unified_scales import unify_scales
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.network_inputs import dummy_inputs
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +65,9 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     dataset = trajectories_of(checkpoint, config, ctx)
     scales = _scales(model, formats, graph, dataset, config, ctx)
     _report_float_layers(reasons_for_float(model, config, graph, scales.layers), scales)
-    checkpoint = checkpoint.evolve(components=quantize_components(checkpoint, config, dataset, ctx))
     _check_quantizers_run(checkpoint.evolve(quantization=scales))
+    components = quantize_components(checkpoint, config, dataset, ctx)
+    checkpoint = checkpoint.evolve(component_quantization={**checkpoint.component_quantization, **components})
     if config.bounds:
         scales = within_bounds(checkpoint, scales, dataset, config.bounds, ctx)
     if config.svdquant:
@@ -120,7 +124,10 @@ def _report_float_layers(reasons: Mapping[str, str], scales: Quantization) -> No
 def _check_quantizers_run(quantized: Checkpoint) -> None:
     """Raise InvalidInputError if fake quantization is bypassed: its error would be that of the float model."""
     assert quantized.quantization is not None
-    bypassed = sorted(set(quantized.quantization.amax) - quantizers_that_ran(quantized))
+    model, spec = fake_quantized(quantized), small_spec(quantized.model, quantized.spec)
+    network = TorchNetwork(model, spec)
+    ran = quantizers_that_ran(model, lambda: network.run(dummy_inputs(network, spec, 1)))
+    bypassed = sorted(set(quantized.quantization.amax) - ran)
     if bypassed:
         names = sorted({key.rpartition(".")[0] for key in bypassed})
         raise InvalidInputError(
@@ -150,6 +157,6 @@ def trajectories_of(
         work=ctx.work if student is None else ctx.work / "quantized",
         run=json.dumps(facts),
         recorded=student is not None or any(map(bool, read_again)),
-        keeps_final=bool(config.components),
+        keeps_final=student is None and DECODER in component_formats(checkpoint, config),
         blocks=tuple(adapter_for(model).blocks(model)) if with_energies else (),
     )

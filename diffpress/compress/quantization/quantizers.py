@@ -9,7 +9,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
@@ -17,8 +17,6 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization, shared_copy
-from diffpress.compress.models.adapter import small_spec
-from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.algorithms.svdquant import attach_svdquant_
 from diffpress.compress.quantization.calibration.weight_scales import broadcast_amax
@@ -26,7 +24,6 @@ from diffpress.compress.quantization.formats import FORMATS, FP4, FP8, INT8, For
 from diffpress.compress.quantization.layer_kinds import torch_class
 from diffpress.compress.quantization.nvfp4 import BACKEND, BLOCK, fake_nvfp4
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.network_inputs import dummy_inputs
 
 
 def fake_quantized(checkpoint: Checkpoint) -> nn.Module:
@@ -90,9 +87,8 @@ def insert_quantizers(model: nn.Module, formats: Mapping[str, str], outputs: Ite
     return model
 
 
-def quantizers_that_ran(checkpoint: Checkpoint) -> set[str]:
-    """Return the keys of the amaxes whose fake quantizers run in one evaluation of the quantized checkpoint."""
-    model = fake_quantized(checkpoint)
+def quantizers_that_ran(model: nn.Module, evaluate: Callable[[], object]) -> set[str]:
+    """Return the keys of the amaxes whose fake quantizers run while `evaluate` runs the fake-quantized model."""
     ran: set[str] = set()
     with ExitStack() as stack:
         for name, module in model.named_modules():
@@ -100,9 +96,7 @@ def quantizers_that_ran(checkpoint: Checkpoint) -> set[str]:
             key = f"{layer}.{quantizer.removesuffix('_quantizer')}"
             if getattr(module, "is_enabled", False):  # of TensorQuantizer
                 stack.callback(module.register_forward_hook(lambda *_, key=key: ran.add(key)).remove)
-        spec = small_spec(checkpoint.model, checkpoint.spec)
-        network = TorchNetwork(model, spec)
-        network.run(dummy_inputs(network, spec, 1))
+        evaluate()
     return ran
 
 

@@ -173,7 +173,7 @@ class TrajectoryDataset:
         finished, total = done // per_batch, per_batch * len(spans)
         if finished == len(spans):
             return
-        with progress(what, total, done) as advance, _on_best_device(self.model, self.batch) as model:
+        with progress(what, total, done) as advance, on_best_device(self.model, self.batch) as model:
             network = ObservedNetwork(
                 model,
                 TorchNetwork(model, self.spec),
@@ -226,7 +226,7 @@ class TrajectoryDataset:
 
 
 @contextmanager
-def _on_best_device(model: nn.Module, batch: int) -> Iterator[nn.Module]:
+def on_best_device(model: nn.Module, batch: int) -> Iterator[nn.Module]:
     """Yield the model, or a copy on the GPU if there is one; convolutions there do not round to TF32."""
     if not torch.cuda.is_available():
         yield model

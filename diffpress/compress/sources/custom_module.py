@@ -17,9 +17,9 @@ from diffpress.compress.models.widths import apply_widths_, widths_of
 from diffpress.compress.sources.module_check import check_decoder, check_denoiser
 from diffpress.compress.sources.record import history_and_scales, read_record
 from diffpress.compress.sources.renamed_imports import refuse_old_imports
-from diffpress.compress.sources.terms import read_terms
+from diffpress.compress.sources.terms import read_terms, stated_terms
 from diffpress.compress.sources.user_file import neighbours_importable, run_file, user_errors
-from diffpress.compress.sources.weights import load_weights_
+from diffpress.compress.sources.weights import header_metadata, load_weights_
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -50,6 +50,8 @@ def load_custom_module(file: Path, weights: Path) -> Checkpoint:
     if decoder is not None:
         check_decoder(decoder, spec, file)
     terms = read_terms(weights) if weights.is_dir() else {}
+    if weights.suffix == ".safetensors":
+        terms = stated_terms(header_metadata(weights))
     source = Source("custom", file=file, weights=original, original=widths_of(module), decoder=decoder, terms=terms)
     if record is None:
         check_denoiser(module, spec, file)

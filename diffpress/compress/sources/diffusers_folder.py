@@ -62,7 +62,7 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         folder=layout.denoiser.name if layout.denoiser.name in DENOISERS else "unet",
         original=widths_of(model),
         pipeline_folder=folder if layout.configs else None,
-        terms=read_terms(folder),
+        terms=read_terms(folder) | (read_terms(folder.parent) if folder.name in DENOISERS else {}),
     )
     spec = _recorded_spec(folder, record) or _spec_of(layout, model, scheduler, scheduler_file, _chooses_plan(record))
     if record is not None and "spec" not in record:

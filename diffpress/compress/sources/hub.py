@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 from diffpress.compress.sources.layout import first_line
 from diffpress.compress.sources.terms import CARD, PATTERNS
 from diffpress.runtime.errors import InvalidInputError
+
+logger = logging.getLogger(__name__)
 
 
 def download_pipeline(hub_id: str) -> Path:
@@ -16,9 +19,12 @@ def download_pipeline(hub_id: str) -> Path:
 
     try:
         folder = Path(DiffusionPipeline.download(hub_id, use_safetensors=True))
-        snapshot_download(hub_id, revision=folder.name, allow_patterns=[*PATTERNS, CARD])
-        return folder
     except Exception as error:  # the hub client raises dozens of unrelated types
         raise InvalidInputError(
             f"{hub_id}: no such local folder, and the download from the hub failed ({first_line(error)})"
         ) from error
+    try:
+        snapshot_download(hub_id, revision=folder.name, allow_patterns=[*PATTERNS, CARD])
+    except Exception as error:  # the pipeline may be in the cache without them, and the hub out of reach
+        logger.warning(f"{hub_id}: its licence could not be downloaded, bundles will lack it ({first_line(error)})")
+    return folder

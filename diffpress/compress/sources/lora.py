@@ -85,9 +85,10 @@ def fuse_loras(folder: Path, loras: Sequence[str], into: Path) -> Path:
             elif source.is_dir():
                 shutil.copytree(source, temporary / name)
         write_terms(read_terms(folder), temporary)
-        for name, (file, _) in zip(names, adapters, strict=True):
-            stated = stated_terms(header_metadata(file))
-            write_terms({f"LICENSE.{name}.txt": text for text in stated.values()}, temporary)
+        for file, _ in adapters:
+            of_lora = stated_terms(header_metadata(file)) | (read_terms(file.parent) if file.name == LORA_FILE else {})
+            prefix = f"LICENSE.{file.parent.name}.{file.stem}"
+            write_terms({f"{prefix}.{name}": text for name, text in of_lora.items()}, temporary)
 
     write_folder(into, fill)
     return into

@@ -19,8 +19,7 @@ PATTERNS = tuple(  # of the hub, which distinguishes upper and lower case
     for pattern in (f"{stem}*", f"{stem.lower()}*", f"{stem.capitalize()}*")
 )
 NAME = re.compile(r"(licen[sc]e|copying|notice|use[-_ ]?policy|acceptable[-_ ]?use|terms)(?![a-z]).*", re.IGNORECASE)
-TEXT = ("", ".txt", ".md", ".rst", ".pdf", ".html")
-MAX_BYTES = 4 * 2**20
+NO_TEXT = (".py", ".json", ".npz", ".safetensors", ".png", ".jpg")
 HEADER_ENTRIES = ("modelspec.license", "license")
 
 Terms = dict[str, bytes]
@@ -34,9 +33,9 @@ def read_terms(folder: Path) -> Terms:
     """
     found = {}
     for file in sorted(folder.iterdir()):
-        if (NAME.fullmatch(file.name) and file.suffix.lower() in TEXT) or file.name == CARD:
+        if (NAME.fullmatch(file.name) and file.suffix.lower() not in NO_TEXT) or file.name == CARD:
             try:
-                if file.is_file() and file.stat().st_size <= MAX_BYTES:
+                if file.is_file():
                     found[file.name] = file.read_bytes()
             except OSError as error:
                 raise InvalidInputError(f"{file}: not readable ({error.strerror}); bundles must contain it") from error

@@ -38,6 +38,7 @@ class SampleData:
         hash: Hash of the file.
         spec: Spec of the model that the samples are for.
         tensors: Conditioning [N, ...] by name, for models conditioned on tensors.
+        prompts: Empty: models conditioned on text learn from their own samples (teacher_data.py).
     """
 
     x: np.ndarray
@@ -45,6 +46,7 @@ class SampleData:
     hash: str
     spec: DenoiserSpec
     tensors: dict[str, np.ndarray] = field(default_factory=dict)
+    prompts: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.x)

@@ -137,13 +137,16 @@ def check_component(
         gate: The parity gate.
 
     Returns:
-        {engine: SQNR in dB of the output with the lowest SQNR}, and what failed: COMPONENT_SQNR_DB are required, of a
-        quantized graph that of torch's fake quantization less COMPONENT_WITHIN_DB.
+        {engine: SQNR in dB of the output with the lowest SQNR}, and what failed: COMPONENT_SQNR_DB is required; of a
+        quantized graph, the SQNR of torch's fake quantization minus COMPONENT_WITHIN_DB, if that is lower.
     """
     inputs = component.example_arrays
     expected, names, required_db = component.run_all(inputs), runs(precision), COMPONENT_SQNR_DB[precision]
     if quantized is not None:
         fake_quant_db = _lowest_db(expected, quantized.run_all(inputs))
+        if not np.isfinite(fake_quant_db):
+            message = f"{graph.name}: torch's fake quantization gives NaN; leave it out of quantize.components"
+            return {}, (ParityFailure(graph.name, "torch", True, None, None, message),)
         required_db = round(min(required_db, max(0.0, fake_quant_db - COMPONENT_WITHIN_DB)), 1)
     found: dict[str, float] = {}
     failures: list[ParityFailure] = []

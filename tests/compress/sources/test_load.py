@@ -157,7 +157,9 @@ def test_a_custom_module_of_every_prediction_is_loaded(
     assert forward(loaded.model, loaded.spec, inputs["sample"], inputs["timestep"], {}).shape == (2, 1, 8, 8)
 
 
-def test_a_hub_id_is_downloaded_by_diffusers(pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_downloaded_by_diffusers(
+    pipeline_folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     calls = []
 
     def download(name: str, **options: Any) -> str:
@@ -168,11 +170,13 @@ def test_a_hub_id_is_downloaded_by_diffusers(pipeline_folder: Path, monkeypatch:
         assert (name, revision) == ("someone/model-8.1", pipeline_folder.name)
         assert all(any(fnmatch(file, pattern) for pattern in allow_patterns) for file in ("LICENSE.md", "README.md"))
         assert not any(fnmatch("unet/model.bin", pattern) for pattern in allow_patterns)
+        raise OSError("offline")  # the licence is missing then, and the checkpoint is loaded
 
     monkeypatch.setattr(DiffusionPipeline, "download", download)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert load_checkpoint("someone/model-8.1").hash == load_checkpoint(pipeline_folder).hash
     assert calls == [("someone/model-8.1", {"use_safetensors": True})]
+    assert "its licence could not be downloaded, bundles will lack it (offline)" in caplog.text
 
 
 def test_a_hub_error_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

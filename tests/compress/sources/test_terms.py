@@ -44,10 +44,14 @@ def test_a_licence_is_kept_in_checkpoints_and_bundles(licensed: Path, tmp_path: 
 
 
 def test_only_licences_and_the_model_card_are_kept(tmp_path: Path) -> None:
-    for name in (*TERMS, "licenses.py", "license_plates.npz", "terms.safetensors", "notes.txt", "noticeboard.md"):
+    for name in (*TERMS, "license.py", "license_plates.npz", "terms.safetensors", "notes.txt", "noticeboard.md"):
         (tmp_path / name).write_bytes(b"x")
     (tmp_path / "LICENSES").mkdir()
     assert read_terms(tmp_path).keys() == TERMS.keys()
+
+
+def test_a_bare_denoiser_has_the_licence_of_its_pipeline(licensed: Path) -> None:
+    assert load_checkpoint(licensed / "unet").source.terms == TERMS
 
 
 def test_a_single_file_states_its_licence_in_its_header() -> None:

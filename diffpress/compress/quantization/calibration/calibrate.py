@@ -71,7 +71,8 @@ def calibrate(
         zero, and without layers that have such a weight or input: they cannot be scaled.
 
     Raises:
-        InvalidInputError: A value is not finite; the message names the layer.
+        InvalidInputError: A value is not finite, in a trajectory; the message names the layer.
+        NonFiniteError: A value is not finite, in other data.
     """
     modules = dict(dataset.model.named_modules())
     quantized_inputs = [name for name, kind in formats.items() if FORMATS[kind].activations]

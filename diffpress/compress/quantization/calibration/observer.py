@@ -129,13 +129,8 @@ class ObservedNetwork:
         Raises:
             InvalidInputError: A value is not finite; the message names the module and the timestep.
         """
-        modules = dict(self.model.named_modules())
         try:
-            with ExitStack() as stack:
-                for key, observe in observers.items():
-                    layer, _, side = key.rpartition(".")
-                    hook = partial(self._observe, observe, side)
-                    stack.callback(modules[layer].register_forward_hook(hook, with_kwargs=True).remove)
+            with observe_layers(self.model, observers, self._position):
                 yield
         except NonFiniteError as error:
             inputs = self.visited[-1]
@@ -151,18 +146,32 @@ class ObservedNetwork:
             raise NonFiniteError
         return {OUTPUT: out} | {f"{ENERGY}{name}": energy_map(x).cpu().numpy() for name, x in features.items()}
 
-    def _observe(
-        self,
-        observe: Observer,
-        side: str,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        out: Any,
+    def _position(self, seen: torch.Tensor) -> tuple[int, int]:
+        return len(self.visited) - 1, len(self.visited[-1]["sample"])
+
+
+@contextmanager
+def observe_layers(
+    model: nn.Module, observers: Mapping[str, Observer], position: Callable[[torch.Tensor], tuple[int, int]]
+) -> Iterator[None]:
+    """Call `observers`, '<layer>.<input|output>' -> observer, in every evaluation of the model inside the context.
+
+    `position` returns the index of the present evaluation and its number of samples, given the tensor.
+    """
+
+    def hook(
+        observe: Observer, side: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any
     ) -> None:
         results = out if isinstance(out, tuple) else (out,)
         seen = layer_input(args, kwargs) if side == "input" else results[0]
-        observe(seen, len(self.visited) - 1, len(self.visited[-1]["sample"]))
+        observe(seen, *position(seen))
+
+    modules = dict(model.named_modules())
+    with ExitStack() as stack:
+        for key, observe in observers.items():
+            layer, _, side = key.rpartition(".")
+            stack.callback(modules[layer].register_forward_hook(partial(hook, observe, side), with_kwargs=True).remove)
+        yield
 
 
 def _first_not_finite(network: TorchNetwork, model: nn.Module, inputs: Arrays) -> str:
