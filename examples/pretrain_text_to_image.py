@@ -7,9 +7,10 @@ Three stages, each resumable, each starting from what the earlier ones left in -
     text_encoder   CLIPTextModel alone: its last SLICES states are trained to predict the latents of the image, one
                    horizontal slice each, through one linear layer that is discarded. The denoiser then has to learn
                    how to read captions, not what each of a thousand names looks like
-    denoiser       UNet2DConditionModel and the text encoder together, on v = sqrt(a) e - sqrt(1 - a) z (Salimans & Ho
-                   2022, arXiv:2202.00512), its error weighted equally at all timesteps, one caption in ten left empty
-                   for classifier-free guidance (Ho & Salimans 2022, arXiv:2207.12598)
+    denoiser       UNet2DConditionModel on v = sqrt(a) e - sqrt(1 - a) z (Salimans & Ho 2022, arXiv:2202.00512), its
+                   error weighted equally at all timesteps, one caption in ten left empty for classifier-free guidance
+                   (Ho & Salimans 2022, arXiv:2207.12598). The text encoder is not trained further, as in Stable
+                   Diffusion, so captions are encoded once
 
 Min-SNR weighting gives the v error at high noise a weight of SNR, almost 0, and that is where a caption decides what is
 drawn; with equal weights the names are learned several times earlier.
@@ -55,7 +56,6 @@ CAPTION_DROPOUT = 0.1
 KL_WEIGHT, EDGE_WEIGHT = 1e-4, 0.5
 WHITE = 0.3  # fraction of training images over white; the other colours have equal shares
 GRID_STEPS, GUIDANCE, GRID_COLUMNS, GRID_ROWS = 20, 3.0, 8, 4  # of image grids
-PRETRAINED = "pretrained_text_encoder"  # its folder; the denoiser's stage trains it further, to text_encoder/
 EMPTY = -1  # in place of a combination: the empty caption
 
 
@@ -189,6 +189,15 @@ def all_latents(data: Data, vae: AutoencoderKL, batch: int = 256) -> Tensor:
     return torch.cat(parts)
 
 
+@torch.no_grad()
+def all_states(
+    data: Data, tokenizer: CLIPTokenizer, text_encoder: CLIPTextModel, captions: list[str], batch: int = 512
+) -> Tensor:
+    """Return the text encoder's states of captions, float32 [N, TOKENS, WIDTH]."""
+    ids = torch.from_numpy(encoded_captions(tokenizer, captions)).to(data.device)
+    return torch.cat([text_encoder(part).last_hidden_state for part in ids.split(batch)])
+
+
 def combinations_of_grid(data: Data) -> np.ndarray:
     """Return the combinations that image grids show."""
     return np.resize(data.icons.held_out(), GRID_ROWS * GRID_COLUMNS)
@@ -277,7 +286,7 @@ def text_encoder_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module,
         output = model(ids[held_out])
         error = (output - latents[held_out]).square().mean() / latents[held_out].var()
         print(f"held-out captions: {1 - error:.4f} of the variance of the latents is explained")
-        model.text_encoder.save_pretrained(data.out / PRETRAINED)
+        model.text_encoder.save_pretrained(data.out / "text_encoder")
         shown = model(ids[combinations_of_grid(data)]) / vae.config.scaling_factor
         save_image_grid(as_images(vae.decode(shown).sample), path)
 
@@ -290,12 +299,12 @@ def text_encoder_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module,
 def denoiser_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module, Callable, Callable]:
     vae = load_component(data.out, "vae", AutoencoderKL).to(data.device)
     tokenizer = CLIPTokenizer.from_pretrained(data.out / "tokenizer")
-    text_encoder = load_component(data.out, PRETRAINED, CLIPTextModel).to(data.device).train()
+    text_encoder = load_component(data.out, "text_encoder", CLIPTextModel).to(data.device)
     unet = load_or_build(args.init, "unet", UNet2DConditionModel, build_unet).to(data.device)
     scheduler = build_scheduler()
     latents = all_latents(data, vae)
     captions = [*data.icons.captions(), ""]
-    ids = torch.from_numpy(encoded_captions(tokenizer, captions)).to(data.device)
+    states = all_states(data, tokenizer, text_encoder, captions)
 
     def loss_of_step(step: int) -> Tensor:
         combinations, rng = draw(data, args.batch, args.seed, step)
@@ -305,18 +314,17 @@ def denoiser_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module, Cal
         fractions = (rng.permutation(args.batch) + rng.random(args.batch)) / args.batch
         t = torch.from_numpy((fractions * scheduler.config.num_train_timesteps).astype(np.int64)).to(data.device)
         dropped = rng.random(args.batch) < CAPTION_DROPOUT
-        input_ids = ids[np.where(dropped, EMPTY, combinations)]
+        conditioning = states[np.where(dropped, EMPTY, combinations)]
         with autocast(data.device):
-            states = text_encoder(input_ids).last_hidden_state
-            v = unet(scheduler.add_noise(clean, noise, t), t, encoder_hidden_states=states).sample
+            v = unet(scheduler.add_noise(clean, noise, t), t, encoder_hidden_states=conditioning).sample
         return F.mse_loss(v.float(), scheduler.get_velocity(clean, noise, t))
 
-    def on_sample(model: nn.ModuleDict, path: Path) -> None:
+    def on_sample(unet: UNet2DConditionModel, path: Path) -> None:
         pipeline = StableDiffusionPipeline(
             vae=vae,
-            text_encoder=model["text_encoder"].eval(),
+            text_encoder=text_encoder,
             tokenizer=tokenizer,
-            unet=model["unet"].eval(),
+            unet=unet.eval(),
             scheduler=scheduler,
             safety_checker=None,
             feature_extractor=None,
@@ -330,29 +338,40 @@ def denoiser_stage(data: Data, args: argparse.Namespace) -> tuple[nn.Module, Cal
         ).images
         save_image_grid(images, path)
         pipeline.save_pretrained(data.out)
-        model.train()
+        unet.train()
 
-    return nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}), loss_of_step, on_sample
+    return unet, loss_of_step, on_sample
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
-# stage: (builds it, default steps, batch size and peak learning rate)
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage: what builds it, the components of --out that it reads, and the defaults of its options."""
+
+    build: Callable[[Data, argparse.Namespace], tuple[nn.Module, Callable, Callable]]
+    reads: dict[str, type]
+    steps: int
+    batch: int
+    lr: float
+
+
 STAGES = {
-    "autoencoder": (autoencoder_stage, 4000, 32, 1e-3),
-    "text_encoder": (text_encoder_stage, 4000, 256, 1e-3),
-    "denoiser": (denoiser_stage, 30000, 64, 1e-3),
+    "autoencoder": Stage(autoencoder_stage, {}, 2000, 32, 1e-3),
+    "text_encoder": Stage(text_encoder_stage, {"vae": AutoencoderKL}, 2500, 256, 1.5e-3),
+    "denoiser": Stage(denoiser_stage, {"vae": AutoencoderKL, "text_encoder": CLIPTextModel}, 20000, 64, 1e-3),
 }
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train a small Stable Diffusion on captioned icons.")
     stages = parser.add_subparsers(dest="stage", required=True)
-    for name, (_, steps, batch, lr) in STAGES.items():
+    for name, defaults in STAGES.items():
         stage = stages.add_parser(name)
         stage.add_argument("--icons", type=Path, required=True, help="npz with rgba, caption and style")
         stage.add_argument("--out", type=Path, required=True, help="pipeline folder; <stage>.pt is the checkpoint")
-        add_options(stage, steps, batch, lr, init=name != "text_encoder")
+        add_options(stage, defaults.steps, defaults.batch, defaults.lr, init=name != "text_encoder")
     args = parser.parse_args(argv)
     check_options(args)
     return args
@@ -367,10 +386,10 @@ def main(argv: list[str] | None = None) -> None:
 
     training = np.isin(np.arange(icons.combinations), icons.training()).reshape(len(icons.rgba), len(COLOURS))
     torch.manual_seed(args.seed)
-    model, loss_of_step, on_sample = STAGES[args.stage][0](Data(icons, training, args.out, device), args)
+    model, loss_of_step, on_sample = STAGES[args.stage].build(Data(icons, training, args.out, device), args)
     digest = hashlib.sha256(icons.sha256.encode())
-    if args.stage != "autoencoder":  # what is trained on latents belongs to one autoencoder
-        for _, weight in sorted(load_component(args.out, "vae", AutoencoderKL).state_dict().items()):
+    for component, kind in STAGES[args.stage].reads.items():  # what is trained on these belongs to them
+        for _, weight in sorted(load_component(args.out, component, kind).state_dict().items()):
             digest.update(weight.numpy().tobytes())
     train(model, loss_of_step, on_sample, digest.hexdigest(), state_path, args)
 

@@ -90,7 +90,7 @@ def test_a_resumed_denoiser_equals_an_uninterrupted_one_bit_for_bit(
     for name, runs in (("whole", [["--steps", "4"]]), ("halves", [["--stop-at", "2"], ["--resume"]])):
         out = tmp_path / name
         out.mkdir()
-        for component in ("vae", "tokenizer", "pretrained_text_encoder"):
+        for component in ("vae", "tokenizer", "text_encoder"):
             shutil.copytree(teacher / component, out / component)
         for options in runs:
             run(pretrain, "denoiser", icons, out, "--steps", "4", *options)
@@ -101,7 +101,7 @@ def test_a_resumed_denoiser_equals_an_uninterrupted_one_bit_for_bit(
 def test_init_starts_from_the_weights_of_a_pipeline(
     pretrain: ModuleType, icons: Path, teacher: Path, tmp_path: Path
 ) -> None:
-    for component in ("vae", "tokenizer", "pretrained_text_encoder"):
+    for component in ("vae", "tokenizer", "text_encoder"):
         shutil.copytree(teacher / component, tmp_path / component)
     options = ("--steps", "1", "--lr", "1e-12", "--init", str(teacher))
     run(pretrain, "denoiser", icons, tmp_path, *options)
