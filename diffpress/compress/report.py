@@ -14,7 +14,7 @@ from typing import Any
 from diffpress.compress.evaluation.summary import spread
 from diffpress.compress.workspace import Workspace
 from diffpress.runtime.benchmarking.bench import TORCH, table
-from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json_value, write_json, write_text
 
@@ -35,6 +35,7 @@ def write_report(folder: Path) -> dict[str, Any]:
     facts: dict[str, Any] = {
         "bundle": {"hash": bundle.hash, "denoiser_mib": onnx_mib, "size_ratio": onnx_mib / baseline_mib},
         "baseline": {"hash": baseline.hash, "denoiser_mib": baseline_mib},
+        "components": _components(bundle, baseline),
         "recipe": _read(run.recipe),
         "history": bundle.manifest["history"],
         "parity": bundle.manifest["parity"],
@@ -50,6 +51,23 @@ def write_report(folder: Path) -> dict[str, Any]:
     return facts
 
 
+def _components(bundle: Bundle, baseline: Bundle) -> dict[str, dict[str, Any]]:
+    """Return the size and precision of the other components, and what quantizing them costs in the image."""
+    changed = [record["changed"].get("components", {}) for record in bundle.manifest["history"]]
+    notes = {name: note for notes in changed for name, note in notes.items()}
+    before = baseline.manifest["graphs"]
+    return {
+        name: {
+            "mib": entry["bytes"] / 2**20,
+            "baseline_mib": before[name]["bytes"] / 2**20,
+            "precision": entry["precision"],
+            **{key: value for key, value in notes.get(name, {}).items() if key.endswith("_db")},
+        }
+        for name, entry in bundle.manifest["graphs"].items()
+        if name != "denoiser"
+    }
+
+
 def summary(facts: dict[str, Any]) -> str:
     """Format the summary table that compares the teacher with the bundle."""
     bundle, baseline = facts["bundle"], facts["baseline"]
@@ -62,6 +80,11 @@ def summary(facts: dict[str, Any]) -> str:
             f"{bundle['size_ratio']:.3f}",
         )
     )
+    for name, entry in facts["components"].items():
+        sizes = entry["baseline_mib"], entry["mib"]
+        lines.append((f"{name}.onnx, MiB", *(f"{size:.2f}" for size in sizes), f"{sizes[1] / sizes[0]:.3f}"))
+        if "image_psnr_db" in entry:
+            lines.append((f"  image PSNR with it in {entry['precision']}, dB", "", f"{entry['image_psnr_db']:.1f}", ""))
     for entry in facts["engines"]:
         if entry.get("integer_mac_share") is not None:
             lines.append((f"integer MACs, {entry['engine']}", "", f"{100 * entry['integer_mac_share']:.1f} %", ""))
