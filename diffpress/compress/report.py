@@ -81,8 +81,8 @@ def summary(facts: dict[str, Any]) -> str:
         )
     )
     for name, entry in facts["components"].items():
-        sizes = entry["baseline_mib"], entry["mib"]
-        lines.append((f"{name}.onnx, MiB", *(f"{size:.2f}" for size in sizes), f"{sizes[1] / sizes[0]:.3f}"))
+        old_mib, new_mib = entry["baseline_mib"], entry["mib"]
+        lines.append((f"{name}.onnx, MiB", f"{old_mib:.2f}", f"{new_mib:.2f}", f"{new_mib / old_mib:.3f}"))
         if "image_psnr_db" in entry:
             lines.append((f"  image PSNR with it in {entry['precision']}, dB", "", f"{entry['image_psnr_db']:.1f}", ""))
     for entry in facts["engines"]:
