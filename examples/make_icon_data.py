@@ -15,16 +15,21 @@ The same inputs give the same bytes on the same machine.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
-from data_manifest import fingerprint, write_manifest
+from data_manifest import fingerprint, write_json, write_manifest
 from diffusers import StableDiffusionPipeline
 from icons import COLOURS, Icons, load_icons
-from make_calib_data import save_npz, save_student
+from make_calib_data import save_npz
+from safetensors.numpy import load_file, save_file
 from torch import float16
+
+from diffpress.compress.checkpoint import RECORD
+from diffpress.compress.sources.load import load_checkpoint
 
 CALIBRATION_IMAGES = 512
 REFERENCE_COLOURS = 2  # per icon
@@ -35,11 +40,25 @@ SEED = 0
 def save_teacher(source: Path, out: Path) -> None:
     """Copy a pipeline with float16 weights."""
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(source, torch_dtype=float16)
+        pipeline = StableDiffusionPipeline.from_pretrained(source).to(dtype=float16)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{source}: not a StableDiffusionPipeline folder: {error}") from error
     shutil.rmtree(out, ignore_errors=True)
     pipeline.save_pretrained(out, safe_serialization=True)
+
+
+def save_student(source: Path, out: Path) -> None:
+    """Copy a diffpress checkpoint with float16 weights and the new hash; scales stay as they are."""
+    if not (source / RECORD).is_file():
+        raise SystemExit(f"{source}: not a diffpress checkpoint, it has no {RECORD}")
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(source, out)
+    for file in sorted(out.rglob("*.safetensors")):
+        if not file.name.startswith("quantization"):
+            half = {name: weight.astype(np.float16) for name, weight in load_file(file).items()}
+            save_file(half, file, metadata={"format": "pt"})
+    description = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    write_json(out / RECORD, description | {"hash": load_checkpoint(str(out)).hash})
 
 
 def one_caption_per_name(icons: Icons) -> list[str]:
@@ -92,9 +111,6 @@ def main(argv: list[str] | None = None) -> None:
         (folder / "features").mkdir(exist_ok=True)
         for name in FEATURE_FILES:
             shutil.copyfile(args.features / name, folder / "features" / name)
-    if not network.is_file():
-        raise SystemExit(f"{network} is missing: name the folder of train_icon_features.py with --features")
-
     captions = icons.captions()
     drawn = np.random.default_rng(SEED).choice(icons.training(), min(CALIBRATION_IMAGES, len(icons.training())), False)
     images = icons.images(drawn).transpose(0, 2, 3, 1)
@@ -106,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     }
     for name, lines in texts.items():
         (folder / name).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    save_reference(icons, network, folder / "reference.npz")
+    if network.is_file():
+        save_reference(icons, network, folder / "reference.npz")
     write_manifest(args.out)
 
 

@@ -277,6 +277,6 @@ def load_or_build(folder: Path | None, component: str, kind: type, build: Callab
 def load_component(folder: Path, component: str, kind: type) -> nn.Module:
     """Load a component of a pipeline folder in fp32; exit with one line if that fails."""
     try:
-        return kind.from_pretrained(folder / component, torch_dtype=torch.float32)
+        return kind.from_pretrained(folder / component).float()
     except (OSError, ValueError) as error:
         raise SystemExit(f"{folder}: no usable {component}/: {error}") from error

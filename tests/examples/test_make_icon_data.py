@@ -1,0 +1,69 @@
+"""examples/make_icon_data.py and data_manifest.py: the icons part of the data folder, with a licence for each file."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+from diffusers import StableDiffusionPipeline
+from safetensors.numpy import load_file
+
+from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.sources.load import load_checkpoint
+from tests.examples.made_icons import NAMES, save_icons
+
+
+@pytest.fixture
+def scripts(examples: None) -> ModuleType:
+    import make_icon_data
+
+    return make_icon_data
+
+
+def test_it_writes_captioned_images_prompts_and_a_manifest(
+    scripts: ModuleType, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_icons(tmp_path / "icons.npz")
+    icons = scripts.load_icons(tmp_path / "icons.npz")
+    out = tmp_path / "data"
+    scripts.main(["--icons", str(tmp_path / "icons.npz"), "--teacher", str(tiny_folder("sd")), "--out", str(out)])
+    lines = {
+        name: (out / "icons" / f"{name}.txt").read_text().splitlines() for name in ("prompts", "captions", "names")
+    }
+    captions = icons.captions()
+    assert lines["prompts"] == [captions[one] for one in icons.held_out()]
+    assert lines["names"] == sorted(NAMES) and len(lines["captions"]) == len(NAMES)
+    assert all(f" {name} on " in caption for name, caption in zip(sorted(NAMES), lines["captions"], strict=True))
+    with np.load(out / "icons" / "calibration.npz", allow_pickle=False) as file:
+        images, texts = file["x"], file["caption"]
+    assert len(images) == len(set(texts.tolist())) == len(icons.training())
+    (expected,) = icons.images(np.array([captions.index(texts[0])]))
+    assert np.array_equal(images[0], expected.transpose(1, 2, 0)) and set(texts.tolist()).isdisjoint(lines["prompts"])
+    manifest = json.loads((out / "MANIFEST.json").read_text())
+    files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    assert files - {"MANIFEST.json"} == set(manifest)
+    half = load_file(out / "icons" / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in half.values()} == {np.dtype(np.float16)}
+    StableDiffusionPipeline.from_pretrained(out / "icons" / "teacher")
+
+
+def test_a_student_keeps_its_components_and_loads_with_its_hash(
+    scripts: ModuleType, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    save_checkpoint(load_checkpoint(tiny_folder("sd")), tmp_path / "stage")
+    scripts.save_student(tmp_path / "stage", tmp_path / "student")
+    loaded = load_checkpoint(tmp_path / "student")
+    assert json.loads((tmp_path / "student" / "diffpress.json").read_text())["hash"] == loaded.hash
+    assert (tmp_path / "student" / "vae").is_dir() and loaded.spec.conditioning.encoders
+
+
+def test_a_file_without_provenance_is_refused(examples: None, tmp_path: Path) -> None:
+    import data_manifest
+
+    (tmp_path / "prompts.txt").write_text("a cat")
+    assert data_manifest.manifest(tmp_path)["prompts.txt"]["bytes"] == 5
+    (tmp_path / "new.bin").write_bytes(b"?")
+    with pytest.raises(SystemExit, match="fits 0 entries of PROVENANCE"):
+        data_manifest.manifest(tmp_path)
