@@ -48,16 +48,17 @@ def save_teacher(source: Path, out: Path) -> None:
 
 
 def save_student(source: Path, out: Path) -> None:
-    """Copy a diffpress checkpoint with float16 weights and the new hash; scales stay as they are."""
+    """Copy the denoiser of a diffpress checkpoint with float16 weights; its other components are the teacher's."""
     if not (source / RECORD).is_file():
         raise SystemExit(f"{source}: not a diffpress checkpoint, it has no {RECORD}")
     shutil.rmtree(out, ignore_errors=True)
-    shutil.copytree(source, out)
-    for file in sorted(out.rglob("*.safetensors")):
-        if not file.name.startswith("quantization"):
-            half = {name: weight.astype(np.float16) for name, weight in load_file(file).items()}
-            save_file(half, file, metadata={"format": "pt"})
-    description = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    for part in ("unet", "scheduler"):
+        shutil.copytree(source / part, out / part)
+    weights = out / "unet" / "diffusion_pytorch_model.safetensors"
+    half = {name: weight.astype(np.float16) for name, weight in load_file(weights).items()}
+    save_file(half, weights, metadata={"format": "pt"})
+    description = json.loads((source / RECORD).read_text(encoding="utf-8")) | {"pipeline": "../teacher"}
+    write_json(out / RECORD, description)
     write_json(out / RECORD, description | {"hash": load_checkpoint(str(out)).hash})
 
 

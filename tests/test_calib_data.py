@@ -9,7 +9,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from diffusers import DDPMPipeline
+from diffusers import AutoencoderKL, DDPMPipeline, StableDiffusionPipeline
 
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.sources.load import load_checkpoint
@@ -49,11 +49,12 @@ def test_file_matches_size_and_hash_in_the_manifest_and_the_readme(name: str) ->
     assert hashlib.sha256(content).hexdigest() == entry["sha256"]
     (row,) = [line for line in (DATA / "README.md").read_text().splitlines() if line.startswith(f"| `{name}` |")]
     assert entry["sha256"] in row and f"{entry['bytes']:,}" in row and entry["licence"] in row
-    assert entry["licence"] in ("MIT", "Apache-2.0") and entry["source"]
+    assert entry["licence"] in ("MIT", "Apache-2.0", "MIT AND Apache-2.0") and entry["source"]
 
 
 def test_the_folder_is_small() -> None:
-    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 25 * 10**6
+    assert sum(path.stat().st_size for path in DATA.rglob("*") if path.is_file()) <= 45 * 10**6
+    assert sum(path.stat().st_size for path in (DATA / "icons" / "teacher").rglob("*") if path.is_file()) <= 25 * 10**6
 
 
 def test_calibration_images_are_balanced_over_the_classes(calibration: dict[str, np.ndarray]) -> None:
@@ -158,3 +159,53 @@ def test_calibration_images_lie_close_to_the_reference_in_feature_space(
     features, _ = run_network(calibration["x"])
     distance = np.square(features.mean(axis=0) - reference["mean"]).sum()
     assert distance < 0.01 * np.trace(reference["covariance"])
+
+
+# --- the text-to-image teacher and its data ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def captioned() -> tuple[np.ndarray, list[str]]:
+    with np.load(DATA / "icons" / "calibration.npz", allow_pickle=False) as file:
+        return file["x"], file["caption"].tolist()
+
+
+def lines(name: str) -> list[str]:
+    return (DATA / "icons" / name).read_text(encoding="utf-8").splitlines()
+
+
+def test_held_out_prompts_are_combinations_that_no_calibration_image_has(
+    captioned: tuple[np.ndarray, list[str]],
+) -> None:
+    images, captions = captioned
+    prompts, names = lines("prompts.txt"), lines("names.txt")
+    assert images.shape == (512, 64, 64, 3) and images.dtype == np.uint8 and len(set(captions)) == 512
+    assert len(set(prompts)) == 200 and set(prompts).isdisjoint(captions)
+    assert len(set(names)) == 1140 and len(lines("captions.txt")) == 1140
+    # the style, a name and the colour
+    for text in (*prompts, *captions, *lines("captions.txt")):
+        style, _, rest = text.partition(" ")
+        name, _, _ = rest.rpartition(" on ")
+        assert style in ("flat", "shaded") and name in names
+
+
+def test_the_text_to_image_teacher_follows_the_colour_of_a_prompt() -> None:
+    """A few steps give the background its colour."""
+    pipeline = StableDiffusionPipeline.from_pretrained(DATA / "icons" / "teacher")
+    pipeline.set_progress_bar_config(disable=True)
+    generator = torch.Generator().manual_seed(0)
+    prompts = ["flat waffle on red", "shaded cinema on black", "flat waffle on blue"]
+    assert prompts[0] in lines("prompts.txt") and prompts[1] in lines("prompts.txt")
+    images = pipeline(prompts, num_inference_steps=6, guidance_scale=3.0, generator=generator, output_type="np").images
+    corners = images[:, (0, 0, -1, -1), (0, -1, 0, -1)].mean(axis=1)
+    colours = np.array([(214, 64, 69), (20, 20, 24), (66, 133, 244)]) / 255
+    assert np.abs(corners - colours).max() < 0.15
+
+
+def test_the_autoencoder_reconstructs_calibration_images(captioned: tuple[np.ndarray, list[str]]) -> None:
+    vae = AutoencoderKL.from_pretrained(DATA / "icons" / "teacher" / "vae")
+    pixels = torch.from_numpy(captioned[0][:64]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        output = vae.decode(vae.encode(pixels).latent_dist.mean).sample.clamp(-1, 1)
+    psnr = -10 * ((output - pixels) / 2).square().mean(dim=(1, 2, 3)).log10()
+    assert psnr.mean() > 28.0

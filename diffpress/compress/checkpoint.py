@@ -7,7 +7,8 @@ On disk a checkpoint is the diffusers layout plus diffpress.json, which holds wh
     LICENSE, NOTICE, README.md, ...         the licence and model card it came with
     quantization.safetensors    quantization scales, if the checkpoint is quantized
     quantization.<component>.safetensors    quantization scales of another component, if it is quantized
-    diffpress.json              spec, per-layer widths, quantized layers, history
+    diffpress.json              spec, per-layer widths, quantized layers, history. Its `pipeline`, written by hand, is a
+                                folder relative to this one whose other components are used
 """
 
 from __future__ import annotations

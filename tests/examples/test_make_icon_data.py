@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.numpy import load_file
 
 from diffpress.compress.checkpoint import save_checkpoint
+from diffpress.compress.models.components import encode_prompts
 from diffpress.compress.sources.load import load_checkpoint
 from tests.examples.made_icons import NAMES, save_icons
 
@@ -49,14 +50,17 @@ def test_it_writes_captioned_images_prompts_and_a_manifest(
     StableDiffusionPipeline.from_pretrained(out / "icons" / "teacher")
 
 
-def test_a_student_keeps_its_components_and_loads_with_its_hash(
+def test_a_student_shares_the_components_of_the_teacher_beside_it(
     scripts: ModuleType, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
+    scripts.save_teacher(tiny_folder("sd"), tmp_path / "teacher")
     save_checkpoint(load_checkpoint(tiny_folder("sd")), tmp_path / "stage")
     scripts.save_student(tmp_path / "stage", tmp_path / "student")
+    assert sorted(path.name for path in (tmp_path / "student").iterdir()) == ["diffpress.json", "scheduler", "unet"]
     loaded = load_checkpoint(tmp_path / "student")
     assert json.loads((tmp_path / "student" / "diffpress.json").read_text())["hash"] == loaded.hash
-    assert (tmp_path / "student" / "vae").is_dir() and loaded.spec.conditioning.encoders
+    found, expected = (encode_prompts(one, ["a cat"]) for one in (loaded, load_checkpoint(tmp_path / "teacher")))
+    assert found and all(np.array_equal(found[name], expected[name]) for name in found)
 
 
 def test_a_file_without_provenance_is_refused(examples: None, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from diffpress.compress.models.widths import apply_widths_, widths_of
 from diffpress.compress.sources.latent_space import read_latent_space
 from diffpress.compress.sources.layout import (
     DENOISERS,
+    INDEX,
     Layout,
     first_line,
     read_layout,
@@ -61,7 +62,7 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         scheduler,
         folder=layout.denoiser.name if layout.denoiser.name in DENOISERS else "unet",
         original=widths_of(model),
-        pipeline_folder=folder if layout.configs else None,
+        pipeline_folder=folder if layout.configs else _shared_pipeline(folder, record),
         terms=read_terms(folder) | (read_terms(folder.parent) if folder.name in DENOISERS else {}),
     )
     spec = _recorded_spec(folder, record) or _spec_of(layout, model, scheduler, scheduler_file, _chooses_plan(record))
@@ -74,6 +75,17 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         adapter_for(model).refresh_(model)
     load_weights_(model, weight_files(layout.denoiser), dtype)
     return Checkpoint(model.eval(), spec, source, *history_and_scales(record, folder))
+
+
+def _shared_pipeline(folder: Path, record: dict[str, Any] | None) -> Path | None:
+    """Return the folder whose other components a checkpoint uses, relative to its own; None if it names none."""
+    named = (record or {}).get("pipeline")
+    if named is None:
+        return None
+    shared = folder / str(named)
+    if not (shared / INDEX).is_file():
+        raise InvalidInputError(f"{folder / RECORD}: pipeline: {shared} has no {INDEX}; put the pipeline there")
+    return shared.resolve()
 
 
 def spec_of_folder(folder: Path) -> DenoiserSpec:

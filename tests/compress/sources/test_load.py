@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from fnmatch import fnmatch
 from pathlib import Path
@@ -155,6 +156,23 @@ def test_a_custom_module_of_every_prediction_is_loaded(
     assert torch.equal(model.first.weight, load_file(weights)["first.weight"])
     inputs = dummy_inputs(loaded.spec, 2)
     assert forward(loaded.model, loaded.spec, inputs["sample"], inputs["timestep"], {}).shape == (2, 1, 8, 8)
+
+
+def test_a_checkpoint_may_use_the_components_of_another_folder(
+    tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = shutil.copytree(tiny_folder("sd"), tmp_path / "teacher")
+    save_checkpoint(load_checkpoint(teacher), tmp_path / "student")
+    for name in ("vae", "text_encoder", "tokenizer", "model_index.json"):
+        part = tmp_path / "student" / name
+        shutil.rmtree(part) if part.is_dir() else part.unlink()
+    edit(tmp_path / "student" / "diffpress.json", pipeline="../teacher")
+    loaded = load_checkpoint(tmp_path / "student")
+    assert loaded.hash == load_checkpoint(teacher).hash and loaded.source.pipeline_folder == teacher.resolve()
+    save_checkpoint(loaded, tmp_path / "stage")
+    assert (tmp_path / "stage" / "vae" / "config.json").is_file(), "a later checkpoint is complete again"
+    edit(tmp_path / "student" / "diffpress.json", pipeline="../nowhere")
+    refused(tmp_path / "student", "diffpress.json: pipeline", "nowhere has no model_index.json")
 
 
 def test_a_hub_id_is_downloaded_by_diffusers(
