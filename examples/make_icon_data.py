@@ -38,13 +38,19 @@ SEED = 0
 
 
 def save_teacher(source: Path, out: Path) -> None:
-    """Copy a pipeline with float16 weights."""
+    """Copy a pipeline with float16 weights, which load as float32, and without the paths of this machine."""
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(source).to(dtype=float16)
     except (OSError, ValueError) as error:
         raise SystemExit(f"{source}: not a StableDiffusionPipeline folder: {error}") from error
     shutil.rmtree(out, ignore_errors=True)
     pipeline.save_pretrained(out, safe_serialization=True)
+    for file in (out / "model_index.json", *out.glob("*/config.json")):
+        config = json.loads(file.read_text(encoding="utf-8"))
+        config.pop("_name_or_path", None)
+        if "dtype" in config:  # transformers loads in this type, diffusers in float32
+            config["dtype"] = "float32"
+        write_json(file, config)
 
 
 def save_student(source: Path, out: Path) -> None:

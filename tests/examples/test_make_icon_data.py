@@ -7,6 +7,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.numpy import load_file
 
@@ -47,7 +48,9 @@ def test_it_writes_captioned_images_prompts_and_a_manifest(
     assert files - {"MANIFEST.json"} == set(manifest)
     half = load_file(out / "icons" / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in half.values()} == {np.dtype(np.float16)}
-    StableDiffusionPipeline.from_pretrained(out / "icons" / "teacher")
+    pipeline = StableDiffusionPipeline.from_pretrained(out / "icons" / "teacher")
+    assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
+    assert not any(str(tmp_path.parent) in file.read_text() for file in (out / "icons").rglob("*.json"))
 
 
 def test_a_student_shares_the_components_of_the_teacher_beside_it(
