@@ -55,9 +55,9 @@ def evaluate_bundles(ours: Pipeline, theirs: Pipeline, config: EvaluateConfig, f
         {key, baseline, bundle}, where `key` is what the scores depend on.
     """
     key = {"bundle": ours.bundle.hash, "baseline": theirs.bundle.hash, "config": config.model_dump(mode="json")}
-    named = [file for name in EVALUATE_FILES if (file := getattr(config, name)) is not None]
+    named: list[Path] = [path for path in (getattr(config, name) for name in EVALUATE_FILES) if path is not None]
     if named:
-        key["files"] = [sha256(file) if file.is_file() else str(sorted(file.iterdir())) for file in named]
+        key["files"] = [sha256(path) if path.is_file() else str(sorted(path.iterdir())) for path in named]
     before = read_json(file) if file.is_file() else {}
     if before.get("key") == key:
         logger.info("done before")
