@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -53,7 +52,8 @@ CALIBRATION_LATENTS = 16
 CALIBRATION_PROMPTS = 256
 
 
-Images = tuple[np.ndarray, np.ndarray]  # without and with quantization
+Use = Callable[[Component], object]  # runs a component on its calibration data
+Draw = Callable[[Component], np.ndarray]  # final images [N, ...] with a component
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,8 @@ class ComponentData:
 
     def observe(self, what: str, observers: Mapping[str, Observer], gathered: Mapping[str, torch.Tensor]) -> None:
         """Evaluate the module with `observers`, '<layer>.<input|output>' -> observer."""
-        with self._observing(observers):
+        with observe_layers(self.model, observers, lambda x: (0, len(x))):
             self.evaluate()
-
-    def _observing(self, observers: Mapping[str, Observer]) -> AbstractContextManager[None]:
-        return observe_layers(self.model, observers, lambda x: (0, len(x)))
 
 
 def component_formats(checkpoint: Checkpoint, config: QuantizeConfig) -> dict[str, str]:
@@ -107,12 +104,15 @@ def quantize_components(
     found, notes = {}, {}
     for name, kind in component_formats(checkpoint, config).items():
         component = load_component(checkpoint, name)
-        quantize_one = _quantize_decoder if name == DECODER else _quantize_text_encoder
-        found[name], (image, quantized_image) = quantize_one(checkpoint, component, kind, config, dataset, ctx)
-        notes[name] = {"format": kind, "layers": len(found[name].layers)}
-        notes[name] |= (effect := _effect(image, quantized_image, checkpoint.spec))
+        if name == DECODER:
+            use, images = _decoder_use(checkpoint, dataset)
+        else:
+            use, images = _text_encoder_use(checkpoint, component, ctx.prompts)
+        found[name] = scales = _scales(component, kind, use, config)
+        effect = _effect(images(component), images(fake_quantized_component(component, scales)), checkpoint.spec)
+        notes[name] = {"format": kind, "layers": len(scales.layers), **effect}
         ((measure, decibels),) = effect.items()
-        logger.info(f"{name}: {len(found[name].layers)} layers in {kind}, {measure} {decibels:.1f}")
+        logger.info(f"{name}: {len(scales.layers)} layers in {kind}, {measure} {decibels:.1f}")
     if notes:
         ctx.notes["components"] = notes
     return found
@@ -126,33 +126,29 @@ def _effect(exact: np.ndarray, quantized: np.ndarray, spec: DenoiserSpec) -> dic
     return {"image_psnr_db": round(psnr_db(exact, quantized, high - low), 1)}
 
 
-def _quantize_decoder(
-    checkpoint: Checkpoint,
-    component: Component,
-    kind: str,
-    config: QuantizeConfig,
-    dataset: TrajectoryDataset,
-    ctx: Context,
-) -> tuple[Quantization, Images]:
-    latents, spec = dataset.final_samples()[:CALIBRATION_LATENTS], checkpoint.spec
-    data = ComponentData(component.module, lambda: decode(component, latents, spec))
-    scales = _scales(component, kind, data, config)
-    quantized = fake_quantized_component(component, scales)
-    return scales, (decode(component, latents, spec), decode(quantized, latents, spec))
+def _decoder_use(checkpoint: Checkpoint, dataset: TrajectoryDataset) -> tuple[Use, Draw]:
+    latents = dataset.final_samples()[:CALIBRATION_LATENTS]
+
+    def draw(decoder: Component) -> np.ndarray:
+        return decode(decoder, latents, checkpoint.spec)
+
+    return draw, draw
 
 
-def _quantize_text_encoder(
-    checkpoint: Checkpoint,
-    component: Component,
-    kind: str,
-    config: QuantizeConfig,
-    dataset: TrajectoryDataset,
-    ctx: Context,
-) -> tuple[Quantization, Images]:
-    inputs = text_inputs(checkpoint, component, ["", *ctx.prompts[:CALIBRATION_PROMPTS]])
-    data = ComponentData(component.module, lambda: [component.run_all(feed) for feed in inputs])
-    scales = _scales(component, kind, data, config)
-    return scales, _sampled_with(checkpoint, ctx.prompts, component, fake_quantized_component(component, scales))
+def _text_encoder_use(checkpoint: Checkpoint, component: Component, prompts: Sequence[str]) -> tuple[Use, Draw]:
+    spec, inputs = checkpoint.spec, text_inputs(checkpoint, component, ["", *prompts[:CALIBRATION_PROMPTS]])
+    texts = [prompts[i % len(prompts)] for i in range(COMPARED_IMAGES)]
+    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + COMPARED_IMAGES)
+    decoder = load_component(checkpoint, DECODER) if DECODER in component_names(checkpoint) else None
+
+    def draw(encoder: Component) -> np.ndarray:
+        conditions = prompt_conditions(checkpoint, texts, {encoder.name: encoder})
+        with on_best_device(checkpoint.model, COMPARED_IMAGES) as model:
+            network = TorchNetwork(model, spec)
+            samples = generate(network, spec, seeds, batch=COMPARED_IMAGES, conditions=conditions)
+        return samples if decoder is None else decode(decoder, samples, spec)
+
+    return lambda encoder: [encoder.run_all(feed) for feed in inputs], draw
 
 
 def fake_quantized_component(component: Component, scales: Quantization) -> Component:
@@ -173,8 +169,8 @@ def decode(decoder: Component, latents: np.ndarray, spec: DenoiserSpec) -> np.nd
     return decoded(lambda x: decoder.run_all({"latent_sample": x})["sample"], latents, spec)
 
 
-def _scales(component: Component, kind: str, data: ComponentData, config: QuantizeConfig) -> Quantization:
-    """Choose the component's formats, and calibrate them on `data`."""
+def _scales(component: Component, kind: str, use: Use, config: QuantizeConfig) -> Quantization:
+    """Choose the component's formats, and calibrate them while `use` runs it."""
 
     def evaluate() -> object:
         return component.run_all(component.example_arrays)
@@ -200,6 +196,7 @@ def _scales(component: Component, kind: str, data: ComponentData, config: Quanti
     check_calibration(formats, settings)
     outputs = [name for name in quantized_outputs(component.module, graph, formats, settings) if name in inner]
     try:
+        data = ComponentData(component.module, lambda: use(component))
         amax = calibrate(data, formats, outputs, {}, settings)
     except NonFiniteError as error:
         raise InvalidInputError(
@@ -218,19 +215,3 @@ def _scales(component: Component, kind: str, data: ComponentData, config: Quanti
             f"error of {component.name} is not measured; leave it out"
         )
     return scales
-
-
-def _sampled_with(checkpoint: Checkpoint, prompts: Sequence[str], encoder: Component, quantized: Component) -> Images:
-    """Return a few images from the same noise with each of the two text encoders."""
-    spec, texts = checkpoint.spec, [prompts[i % len(prompts)] for i in range(COMPARED_IMAGES)]
-    seeds = range(CALIBRATION_SEED, CALIBRATION_SEED + COMPARED_IMAGES)
-    decoder = load_component(checkpoint, DECODER) if DECODER in component_names(checkpoint) else None
-
-    def sampled(used: Component) -> np.ndarray:
-        conditions = prompt_conditions(checkpoint, texts, {used.name: used})
-        with on_best_device(checkpoint.model, COMPARED_IMAGES) as model:
-            network = TorchNetwork(model, spec)
-            samples = generate(network, spec, seeds, batch=COMPARED_IMAGES, conditions=conditions)
-        return samples if decoder is None else decode(decoder, samples, spec)
-
-    return sampled(encoder), sampled(quantized)
