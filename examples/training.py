@@ -242,7 +242,7 @@ def add_options(parser: argparse.ArgumentParser, steps: int, batch: int, lr: flo
     parser.add_argument("--stop-at", type=int, help="stop early at this step, to resume later")
     parser.add_argument("--minutes", type=float, help="stop early after this time, to resume later")
     parser.add_argument("--save-every", type=int, default=500, help="steps between checkpoints")
-    parser.add_argument("--sample-every", type=int, default=1000, help="steps between sample pictures")
+    parser.add_argument("--sample-every", type=int, default=1000, help="steps between image grids")
     parser.add_argument("--log-every", type=int, default=50, help="steps between log lines without a terminal")
 
 
