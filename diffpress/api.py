@@ -57,6 +57,7 @@ def compress(
     *,
     out: str | Path,
     data: str | Path | None = None,
+    teacher: str | Path | None = None,
     seed: int | None = None,
     update: bool = False,
 ) -> Checkpoint:
@@ -68,6 +69,7 @@ def compress(
             file, or the name of a built-in recipe, of which only the stages are run.
         out: Folder for the finished stages. The same call again resumes there.
         data: Training samples (.npz or .npy), or prompts (.txt) for models of text. A recipe names its own.
+        teacher: What the model was made from, if it is a student already: stages learn from it. A recipe names its own.
         seed: Every random draw follows from it (0). A recipe names its own.
         update: Accept an `out` that was made with other settings, and redo only what changed.
 
@@ -82,7 +84,7 @@ def compress(
     """
     from diffpress.compress.checkpoint import Checkpoint
     from diffpress.compress.config import StageConfig
-    from diffpress.compress.pipeline import claim_folder, run_stages
+    from diffpress.compress.pipeline import claim_folder, load_teacher, run_stages
     from diffpress.compress.recipe import Recipe
     from diffpress.export.targets.engine_cost import open_engine_costs
 
@@ -91,14 +93,17 @@ def compress(
     if isinstance(stages, StageConfig):
         stages = [stages]
     if isinstance(stages, Recipe):
-        if data is not None or seed is not None:
-            raise InvalidInputError("compress: the recipe names data and seed itself; leave them out of the call")
+        if data is not None or teacher is not None or seed is not None:
+            raise InvalidInputError(
+                "compress: the recipe names data, teacher and seed itself; leave them out of the call"
+            )
         recipe = stages
     else:
-        recipe = Recipe.of(stages, data=data, seed=seed or 0)
-    teacher = model if isinstance(model, Checkpoint) else load(model)
-    claim_folder(Path(out), teacher, recipe, update)
-    return run_stages(teacher, recipe, Path(out), open_engine_costs)
+        recipe = Recipe.of(stages, data=data, teacher=teacher, seed=seed or 0)
+    checkpoint = model if isinstance(model, Checkpoint) else load(model)
+    learned_from = load_teacher(checkpoint, recipe)
+    claim_folder(Path(out), checkpoint, recipe, update, learned_from)
+    return run_stages(checkpoint, recipe, Path(out), open_engine_costs, learned_from)
 
 
 def export(

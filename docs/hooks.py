@@ -41,6 +41,7 @@ WIDTH = 100  # columns of the help texts
 TOP_LEVEL = {
     "seed": ("integer", "`0`"),
     "data": ("path", "`null`"),
+    "teacher": ("path or hub id", "`null`"),
     "teacher_samples": ("integer, >= 1", f"`{TEACHER_SAMPLES}`"),
     "stages": ("list", "`[]`"),
     "export": ("section", "defaults below"),

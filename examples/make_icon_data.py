@@ -1,6 +1,6 @@
 r"""Build the icons part of the data folder: the text-to-image teacher and what calibrates and scores it.
 
-    icons/teacher/         the teacher as a StableDiffusionPipeline folder, weights stored as float16
+    icons/teacher/         the teacher as a StableDiffusionPipeline folder with its sampling plan, weights as float16
     icons/student/         a few-step student of it as a diffpress checkpoint, weights stored as float16
     icons/features/        the encoders that score (train_icon_features.py)
     icons/calibration.npz  captioned training images: x uint8 [512, 64, 64, 3], caption str [512]
@@ -12,6 +12,8 @@ r"""Build the icons part of the data folder: the text-to-image teacher and what 
 The same inputs give the same bytes on the same machine.
 
     python examples/make_icon_data.py --icons icons.npz --teacher TEACHER --features FEATURES --out calib_data
+
+`--training FILE` writes all training images with their captions as well, in random order, for students to learn from.
 """
 
 import argparse
@@ -33,12 +35,13 @@ from diffpress.compress.sources.load import load_checkpoint
 
 CALIBRATION_IMAGES = 512
 REFERENCE_COLOURS = 2  # per icon
+PLAN = {"solver": "ddim", "steps": 50, "guidance": 2.0}
 FEATURE_FILES = ("model.onnx", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
 SEED = 0
 
 
 def save_teacher(source: Path, out: Path) -> None:
-    """Copy a pipeline with float16 weights, which load as float32, and without the paths of this machine."""
+    """Copy a pipeline with float16 weights, which load as float32, and its plan, without the paths of this machine."""
     try:
         pipeline = StableDiffusionPipeline.from_pretrained(source).to(dtype=float16)
     except (OSError, ValueError) as error:
@@ -51,6 +54,7 @@ def save_teacher(source: Path, out: Path) -> None:
         if "dtype" in config:  # transformers loads in this type, diffusers in float32
             config["dtype"] = "float32"
         write_json(file, config)
+    write_json(out / RECORD, {"plan": PLAN})
 
 
 def save_student(source: Path, out: Path) -> None:
@@ -74,6 +78,13 @@ def one_caption_per_name(icons: Icons) -> list[str]:
     captions = icons.captions()
     chosen = [rng.choice(np.flatnonzero(icons.names == name)) for name in np.unique(icons.names)]
     return [captions[icon * len(COLOURS) + rng.integers(len(COLOURS))] for icon in chosen]
+
+
+def save_captioned(icons: Icons, combinations: np.ndarray, path: Path) -> None:
+    """Write combinations as captioned images: x uint8 [N, H, W, 3] and caption str [N]."""
+    captions = icons.captions()
+    images = icons.images(combinations).transpose(0, 2, 3, 1)
+    save_npz(path, x=images, caption=np.array([captions[one] for one in combinations]))
 
 
 def save_reference(icons: Icons, network: Path, path: Path, batch: int = 240) -> None:
@@ -104,6 +115,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--features", type=Path, help="folder of train_icon_features.py (default: keep the present one)"
     )
+    parser.add_argument("--training", type=Path, metavar="FILE", help="npz to write all training images to")
     parser.add_argument("--out", type=Path, required=True, help="the data folder")
     args = parser.parse_args(argv)
     icons, folder = load_icons(args.icons), args.out / "icons"
@@ -120,8 +132,9 @@ def main(argv: list[str] | None = None) -> None:
             shutil.copyfile(args.features / name, folder / "features" / name)
     captions = icons.captions()
     drawn = np.random.default_rng(SEED).choice(icons.training(), min(CALIBRATION_IMAGES, len(icons.training())), False)
-    images = icons.images(drawn).transpose(0, 2, 3, 1)
-    save_npz(folder / "calibration.npz", x=images, caption=np.array([captions[one] for one in drawn]))
+    save_captioned(icons, drawn, folder / "calibration.npz")
+    if args.training is not None:
+        save_captioned(icons, np.random.default_rng([SEED, 3]).permutation(icons.training()), args.training)
     texts = {
         "prompts.txt": [captions[one] for one in icons.held_out()],
         "captions.txt": one_caption_per_name(icons),

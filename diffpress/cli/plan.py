@@ -24,12 +24,14 @@ def run(args: argparse.Namespace) -> int:
 
     recipe = Recipe.load(args.recipe, args.set)  # a mistake in it is reported before torch is imported
     from diffpress.compress.dry_run import dry_run
+    from diffpress.compress.pipeline import load_teacher
     from diffpress.export.run import check_recipe
     from diffpress.runtime.io.files import write_json
 
     if args.json == "-":
         logging.getLogger("diffpress").setLevel(logging.WARNING)  # what is printed is JSON
     checkpoint = loaded(args)
+    load_teacher(checkpoint, recipe)
     check_recipe(recipe, checkpoint, str(args.recipe))
     result = dry_run(checkpoint, recipe)
     if args.json == "-":

@@ -14,6 +14,12 @@ REFERENCE = CALIB_DATA / "reference.npz"
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
+def built_in_path(path: str | Path) -> Path:
+    """Return the file that `calib_data/...` means in any folder; other paths are returned unchanged."""
+    path = Path(path)
+    return CALIB_DATA.joinpath(*path.parts[1:]) if path.parts[:1] == (CALIB_DATA.name,) else path
+
+
 def built_in_recipes() -> dict[str, Path]:
     """Return the file of each built-in recipe, by name in alphabetical order."""
     return {file.stem: file for file in sorted(RECIPES.glob("*.yaml"))}

@@ -150,7 +150,9 @@ class EvaluateConfig(Config):
         "model, or the built-in images for the built-in features.",
     )
     prompts: Path | None = Field(
-        None, description="Prompts of a text model, one per line, used in turn; None means the built-in ones."
+        None,
+        description="Prompts of a text model, one per line, used in turn; None means those of the recipe's data, or "
+        "else the built-in ones.",
     )
     candidates: Path | None = Field(
         None,

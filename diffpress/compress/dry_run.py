@@ -58,9 +58,10 @@ def dry_run(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
 
 def _teacher_samples(checkpoint: Checkpoint, recipe: Recipe) -> int | None:
     """Return how many samples the teacher makes as training data; None if each stage has its own number."""
-    if not checkpoint.spec.is_pixel_space:
-        return recipe.teacher_samples
-    return 0 if recipe.data is not None else None
+    spec = checkpoint.spec
+    if recipe.data is not None and (spec.conditioning.kind != "text" or recipe.data.suffix == ".npz"):
+        return 0
+    return None if spec.is_pixel_space else recipe.teacher_samples
 
 
 def estimate_schedule(estimate: Estimate, config: ScheduleConfig, seed: int) -> Estimate:

@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from diffpress.compress.checkpoint import Checkpoint, Record, save_checkpoint
+from diffpress.compress.checkpoint import Checkpoint, Record, Source, save_checkpoint
 from diffpress.compress.context import Context, Data, EngineCostsFactory
 from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
 from diffpress.compress.models.counts import count
@@ -23,6 +23,7 @@ from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.stages import STAGES, Stage
 from diffpress.compress.training import distributed
+from diffpress.compress.training.captioned_images import load_captioned_images
 from diffpress.compress.training.sample_data import load_samples
 from diffpress.compress.training.teacher_data import TeacherData, read_prompts
 from diffpress.compress.workspace import Workspace
@@ -33,17 +34,39 @@ from diffpress.runtime.io.files import read_json, write_json
 logger = logging.getLogger(__name__)
 
 
+def load_teacher(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
+    """Return the model that the checkpoint was made from: the recipe's `teacher`, or the checkpoint itself.
+
+    Raises:
+        InvalidInputError: The teacher cannot be loaded, or its inputs or outputs differ from the checkpoint's.
+    """
+    if recipe.teacher is None:
+        return checkpoint
+    teacher = load_checkpoint(recipe.teacher)
+    for name in ("sample_shape", "prediction", "schedule", "data_range"):
+        if getattr(teacher.spec, name) != getattr(checkpoint.spec, name):
+            raise InvalidInputError(f"teacher: {recipe.teacher} has another {name} than the checkpoint to compress")
+    if teacher.spec.conditioning.names != checkpoint.spec.conditioning.names:
+        raise InvalidInputError(f"teacher: {recipe.teacher} is conditioned on other inputs than the checkpoint")
+    return teacher
+
+
 def run_stages(
-    teacher: Checkpoint, recipe: Recipe, out: Path, open_engine_costs: EngineCostsFactory | None = None
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    out: Path,
+    open_engine_costs: EngineCostsFactory | None = None,
+    teacher: Checkpoint | None = None,
 ) -> Checkpoint:
-    """Apply the recipe's stages to the teacher, reusing what `out`/stages already holds.
+    """Apply the recipe's stages to the checkpoint, reusing what `out`/stages already holds.
 
     With several processes, all of them train and the main one does the rest; the others load what it saved.
     `open_engine_costs` measures costs in an engine for the stages that need them (export/targets/engine_cost.py).
+    `teacher` is what the checkpoint was made from; by default, itself.
     """
     workspace = Workspace(out)
+    teacher, original = teacher or checkpoint, checkpoint.source
     data = open_data(teacher, recipe, workspace)
-    checkpoint = teacher
     for number, stage in enumerate(recipe.stages):
         logger.info(f"[{number + 1}/{len(recipe.stages)}] {stage.name}")
         key = stage_key(checkpoint, teacher, stage, recipe.seed, data)
@@ -65,21 +88,22 @@ def run_stages(
             checkpoint = run_stage(checkpoint, stage, folder, ctx)
         distributed.wait()
         if done or not distributed.is_main():
-            checkpoint = load_checkpoint(reference_to(folder, teacher))
-            checkpoint = checkpoint.evolve(source=replace(checkpoint.source, terms=teacher.source.terms))
+            checkpoint = load_checkpoint(reference_to(folder, original))
+            others = {name: getattr(original, name) for name in ("pipeline_folder", "decoder", "terms")}
+            checkpoint = checkpoint.evolve(source=replace(checkpoint.source, **others))
     return checkpoint
 
 
 def open_data(teacher: Checkpoint, recipe: Recipe, workspace: Workspace) -> Data | None:
     """Return the recipe's samples; without any, samples of the teacher for models of latents or text."""
-    spec = teacher.spec
-    if spec.conditioning.kind != "text":
-        if recipe.data is not None:
-            return load_samples(recipe.data, spec)
-        if spec.is_pixel_space:
-            return None
-    prompts = read_prompts(recipe.data) if spec.conditioning.kind == "text" else ()
-    return TeacherData(teacher, recipe.teacher_samples, workspace.stages, prompts)
+    spec, file = teacher.spec, recipe.data
+    if spec.conditioning.kind == "text":
+        if file is not None and file.suffix == ".npz":
+            return load_captioned_images(file, teacher, workspace.stages)
+        return TeacherData(teacher, recipe.teacher_samples, workspace.stages, read_prompts(file))
+    if file is not None:
+        return load_samples(file, spec)
+    return None if spec.is_pixel_space else TeacherData(teacher, recipe.teacher_samples, workspace.stages)
 
 
 def run_stage(checkpoint: Checkpoint, stage: Stage, folder: Path, ctx: Context) -> Checkpoint:
@@ -127,15 +151,20 @@ def stage_key(checkpoint: Checkpoint, teacher: Checkpoint, stage: Stage, seed: i
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def reference_to(folder: Path, teacher: Checkpoint) -> str:
-    """Return what `load_checkpoint` takes for a saved stage of this teacher; a custom module needs its file again."""
-    return f"{teacher.source.file}:{folder}" if teacher.source.file else str(folder)
+def reference_to(folder: Path, source: Source) -> str:
+    """Return what `load_checkpoint` takes for a saved stage; a custom module needs its file again."""
+    return f"{source.file}:{folder}" if source.file else str(folder)
 
 
-def claim_folder(out: Path, teacher: Checkpoint, recipe: Recipe, update: bool) -> None:
+def claim_folder(
+    out: Path, checkpoint: Checkpoint, recipe: Recipe, update: bool, teacher: Checkpoint | None = None
+) -> None:
     """Make `out` this run's folder; one that belongs to another run is refused and left as it is."""
-    # data is compared by content, so that a project may be moved
-    resolved, inputs = recipe.to_json(), {"teacher": teacher.hash, "data": sha256(recipe.data) if recipe.data else None}
+    # teacher and data are compared by content, so that a project may be moved
+    resolved = recipe.to_json()
+    inputs = {"teacher": (teacher or checkpoint).hash, "data": sha256(recipe.data) if recipe.data else None}
+    if recipe.teacher is not None:
+        inputs["checkpoint"] = checkpoint.hash
     file, inputs_file = Workspace(out).recipe, Workspace(out).inputs
     if file.is_file() and not update:
         # without inputs.json, recipe.json holds the hashes itself

@@ -1,7 +1,8 @@
 """A recipe: one YAML or JSON file that describes a whole run. It is read, checked and ordered before any work begins.
 
     seed: 0
-    data: images.npz            # prompts.txt for a model of text
+    data: images.npz            # with captions, or prompts.txt, for a model of text
+    teacher: sd15               # what the checkpoint was made from, if it is a student already
     teacher_samples: 64         # training data for models of latents: samples of the teacher
     stages:
       - prune: {method: taylor, ratio: 0.3}
@@ -26,7 +27,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from diffpress.compress.builtin import CALIB_DATA, built_in_recipes, recipe_file
+from diffpress.compress.builtin import CALIB_DATA, built_in_path, built_in_recipes, recipe_file
 from diffpress.compress.config import (
     EVALUATE_FILES,
     Config,
@@ -43,7 +44,7 @@ from diffpress.runtime.errors import InvalidInputError, unknown_name
 from diffpress.runtime.sampler import MAX_SEED
 
 SECTIONS: dict[str, type[Config]] = {"export": ExportConfig, "evaluate": EvaluateConfig, "gates": GatesConfig}
-KEYS = ("seed", "data", "teacher_samples", "stages", *SECTIONS)
+KEYS = ("seed", "data", "teacher", "teacher_samples", "stages", *SECTIONS)
 
 TEACHER_SAMPLES = 64
 
@@ -51,6 +52,9 @@ TEACHER_SAMPLES = 64
 @dataclass(frozen=True)
 class Recipe:
     """A checked recipe, every default filled in.
+
+    `teacher` is the model that the checkpoint was made from: stages learn from it, and the report compares with it.
+    None if that is the checkpoint itself.
 
     Examples:
         >>> import diffpress as dp
@@ -61,6 +65,7 @@ class Recipe:
 
     seed: int
     data: Path | None
+    teacher: str | None
     teacher_samples: int
     stages: tuple[Stage, ...]
     export: ExportConfig
@@ -95,6 +100,7 @@ class Recipe:
         stages: Sequence[StageConfig],
         *,
         data: str | Path | None = None,
+        teacher: str | Path | None = None,
         seed: int = 0,
         teacher_samples: int = TEACHER_SAMPLES,
     ) -> Recipe:
@@ -103,6 +109,7 @@ class Recipe:
         Args:
             stages: What to do, in this order.
             data: Training images (.npz), or prompts (.txt) for models of text.
+            teacher: The model that the checkpoint was made from, if it is a student already.
             seed: Every random draw of the run follows from it.
             teacher_samples: How many samples of the teacher models of latents learn from.
 
@@ -110,10 +117,10 @@ class Recipe:
             InvalidInputError: For an impossible order of stages, data that is not there, or a seed out of range.
         """
         where = Path("stages")
-        raw = {"seed": seed, "data": data, "teacher_samples": teacher_samples}
-        recipe = _resolve(raw, where if data is None else Path.cwd() / "stages")
+        raw = {"seed": seed, "data": data, "teacher": teacher, "teacher_samples": teacher_samples}
+        recipe = _resolve(raw, where if data is None and teacher is None else Path.cwd() / "stages")
         made = stages_of(stages)
-        check_order(made, str(where))
+        check_order(made, str(where), is_student=teacher is not None)
         return replace(recipe, stages=made)
 
     def to_json(self) -> dict[str, Any]:
@@ -121,6 +128,7 @@ class Recipe:
         return {
             "seed": self.seed,
             "data": _reference(self.data) if self.data else None,
+            "teacher": self.teacher,
             "teacher_samples": self.teacher_samples,
             "stages": [{stage.name: stage.config.model_dump(mode="json")} for stage in self.stages],
             "export": self.export.model_dump(mode="json"),
@@ -148,7 +156,8 @@ def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
     if not isinstance(entries, list):
         raise InvalidInputError(f"{path}: stages: must be a list of stages")
     stages = tuple(_stage(entry, i, path) for i, entry in enumerate(entries))
-    check_order(stages, str(path))
+    teacher = _teacher(raw.get("teacher"), path)
+    check_order(stages, str(path), is_student=teacher is not None)
     sections = {name: _section(raw, name, kind, path) for name, kind in SECTIONS.items()}
     gates, evaluate = sections["gates"] or GatesConfig(), sections["evaluate"]
     if gates.frechet_ratio is not None and evaluate is None:
@@ -161,7 +170,7 @@ def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
     if not isinstance(made, int) or isinstance(made, bool) or made < 1:
         raise InvalidInputError(f"{path}: teacher_samples: {made!r} must be a whole number from 1")
     data = _data_path(raw.get("data"), path)
-    return Recipe(seed, data, made, stages, sections["export"] or ExportConfig(), evaluate, gates)
+    return Recipe(seed, data, teacher, made, stages, sections["export"] or ExportConfig(), evaluate, gates)
 
 
 def _existing(file: Path, path: Path, where: str) -> Path:
@@ -175,8 +184,7 @@ def _existing(file: Path, path: Path, where: str) -> Path:
 def _named(file: Path, path: Path) -> Path:
     """Return the path that a recipe means: relative to its folder, or else in the built-in data."""
     own = path.parent / file
-    built_in = file.parts[:1] == ("calib_data",) and not own.exists()
-    return CALIB_DATA / file.relative_to("calib_data") if built_in else own
+    return own if own.exists() else path.parent / built_in_path(file)
 
 
 def _stage(entry: Any, index: int, path: Path) -> Stage:
@@ -214,6 +222,16 @@ def _data_path(value: Any, path: Path) -> Path | None:
     if not file.is_file():
         raise InvalidInputError(f"{path}: data: {file} does not exist")
     return file
+
+
+def _teacher(value: Any, path: Path) -> str | None:
+    """Return what `load_checkpoint` takes: a folder or file that the recipe names, or else a hub id."""
+    if value is None:
+        return None
+    if not isinstance(value, str | Path):
+        raise InvalidInputError(f"{path}: teacher: {value!r} must be a folder, a .safetensors file or a hub id")
+    file = _named(Path(value), path)
+    return _reference(file) if file.exists() else str(value)
 
 
 def _reference(data: Path) -> str:
@@ -265,7 +283,7 @@ def _override_(raw: dict[str, Any], override: str) -> None:
         node = _child(node, part, override)
     if not isinstance(node, dict):
         raise InvalidInputError(f"--set {override}: '{key}' does not lead to a setting of the recipe")
-    if key in ("data", *(f"evaluate.{name}" for name in EVALUATE_FILES)) and Path(value).exists():
+    if key in ("data", "teacher", *(f"evaluate.{name}" for name in EVALUATE_FILES)) and Path(value).exists():
         node[last] = str(Path(value).absolute())
         return
     try:

@@ -17,8 +17,10 @@ from diffpress.runtime.sampler import MAX_SEED
 DESCRIPTIONS = {
     "seed": "Seed of every random draw of the run.",
     "data": "Training samples: .npz with `x` uint8 [N, H, W(, C)] and `y` labels [N], or with `samples` float [N, ...] "
-    "and the model's conditioning tensors by name; or prompts (.txt, one per line) "
-    "for models conditioned on text. Relative to the recipe; `calib_data/...` names the built-in data.",
+    "and the model's conditioning tensors by name. For models conditioned on text: .npz with `x` and `caption` [N], "
+    "or prompts (.txt, one per line). Relative to the recipe; `calib_data/...` names the built-in data.",
+    "teacher": "What the checkpoint was made from, if it is a student already: stages learn from it, and the report "
+    "compares with it. A folder, a .safetensors file or a hub id.",
     "teacher_samples": "Number of teacher samples that models of latents train on.",
     "stages": "The stages, in the order in which they run.",
     "export": "Export of the result.",
@@ -39,6 +41,7 @@ def recipe_schema() -> dict[str, Any]:
     keys: dict[str, dict[str, Any]] = {
         "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "default": 0},
         "data": {"type": ["string", "null"], "default": None},
+        "teacher": {"type": ["string", "null"], "default": None},
         "teacher_samples": {"type": "integer", "minimum": 1, "default": TEACHER_SAMPLES},
         "stages": {"type": "array", "items": {"oneOf": [*entries, {"enum": list(STAGES)}]}, "default": []},
         **{name: settings[name] for name in SECTIONS},

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import textwrap
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,13 +15,15 @@ from diffpress.compress.models.counts import LARGE
 from diffpress.compress.training.teacher_data import read_prompts
 from diffpress.compress.workspace import Workspace
 from diffpress.runtime.io.files import atomic
-from diffpress.runtime.io.images import image_grid, to_uint8, write_image
+from diffpress.runtime.io.images import GRID_GAP, image_grid, to_uint8, write_image
 from diffpress.runtime.network_inputs import ConditioningInputs, dummy_conditioning
 from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.spec import DenoiserSpec
 
 COLUMNS, LATENT_COLUMNS, LARGE_COLUMNS = 10, 8, 4
 PAIRED_WITH = "teacher, same plan"
+CAPTIONED_WIDTH = 128  # pixels; narrower images are enlarged, so that prompts fit above them
+FONT_SIZE, LINE_HEIGHT, MAX_LINES = 12, 15, 4
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class Pairs:
         columns: Pairs per row of the image grid.
         data_range: Lowest and highest pixel value.
         pictures: Whether the samples can be shown as pictures.
+        prompts: Prompt of each pair, of models conditioned on text.
     """
 
     teacher: np.ndarray
@@ -40,28 +46,45 @@ class Pairs:
     columns: int
     data_range: tuple[float, float]
     pictures: bool = True
+    prompts: tuple[str, ...] = ()
 
 
-def sample_pairs(ours: Pipeline, theirs: Pipeline) -> Pairs:
-    """Sample both pipelines: two rows of pairs, or one short row for models of latents, which are slow."""
+def sample_pairs(ours: Pipeline, theirs: Pipeline, prompts: Path | None = None) -> Pairs:
+    """Sample both pipelines: two rows of pairs, or one short row for models of latents, which are slow.
+
+    `prompts` is a file of prompts, for models conditioned on text; None takes the built-in ones.
+    """
     pixels = theirs.spec.is_pixel_space
     large = theirs.bundle.manifest["graphs"]["denoiser"]["parameters"] > LARGE
     columns = COLUMNS if pixels else LARGE_COLUMNS if large else LATENT_COLUMNS
     count = 2 * columns if pixels else columns
     plan = ours.spec.plan.without_corrections
-    teacher, bundle = (_images(pipeline, pipeline.spec, count) for pipeline in (theirs, ours))
-    same = teacher if plan == theirs.spec.plan else _images(theirs, theirs.spec.with_plan(plan), count)
-    return Pairs(teacher, bundle, same, columns, theirs.spec.data_range, theirs.makes_pictures)
+    spec = theirs.spec
+    is_prompted = spec.conditioning.kind == "text" and spec.conditioning.encoders and not spec.conditioning.tensors
+    texts = read_prompts(prompts)[:count] if is_prompted else ()
+    count = len(texts) or count
+    teacher, bundle = (_images(pipeline, pipeline.spec, count, texts) for pipeline in (theirs, ours))
+    same = teacher if plan == spec.plan else _images(theirs, spec.with_plan(plan), count, texts)
+    return Pairs(teacher, bundle, same, columns, spec.data_range, theirs.makes_pictures, texts)
 
 
 def write_comparison(pairs: Pairs, workspace: Workspace) -> None:
-    """Write the teacher's images above and the bundle's below, each under its own sampling plan; others as arrays."""
+    """Write the teacher's images above and the bundle's below, each under its own sampling plan; others as arrays.
+
+    Prompts are written above their pair.
+    """
     if not pairs.pictures:
         with atomic(workspace.comparison_arrays) as temporary, temporary.open("wb") as file:
             np.savez(file, teacher=pairs.teacher, bundle=pairs.bundle)
         return
-    rows = [to_uint8(images, pairs.data_range) for images in (pairs.teacher, pairs.bundle)]
-    write_image(image_grid(np.concatenate(rows), columns=pairs.columns), workspace.comparison)
+    pixels = np.concatenate([to_uint8(images, pairs.data_range) for images in (pairs.teacher, pairs.bundle)])
+    if not pairs.prompts:
+        write_image(image_grid(pixels, columns=pairs.columns), workspace.comparison)
+        return
+    scale = -(-CAPTIONED_WIDTH // pixels.shape[2])
+    grid = image_grid(pixels.repeat(scale, axis=1).repeat(scale, axis=2), columns=len(pairs.prompts))
+    captions = _captions(pairs.prompts, scale * pixels.shape[2], grid.shape[1])
+    write_image(np.concatenate([captions, grid]), workspace.comparison)
 
 
 def paired_scores(pairs: Pairs) -> dict[str, Any]:
@@ -73,15 +96,29 @@ def paired_scores(pairs: Pairs) -> dict[str, Any]:
     return {"baseline": nothing, "bundle": nothing | {"paired": {"against": PAIRED_WITH, **agreement}}}
 
 
-def _images(pipeline: Pipeline, spec: DenoiserSpec, count: int) -> np.ndarray:
-    conditioning = _conditioning(pipeline, spec, count)
+def _captions(prompts: Sequence[str], width: int, total: int) -> np.ndarray:
+    """Draw one prompt above each column of this width, uint8 [H, total, 3]."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(FONT_SIZE)
+    letters = int(width / font.getlength("e"))
+    wrapped = [textwrap.wrap(prompt, letters, max_lines=MAX_LINES, placeholder="...") or [""] for prompt in prompts]
+    image = Image.new("RGB", (total, LINE_HEIGHT * max(map(len, wrapped)) + GRID_GAP), "white")
+    draw = ImageDraw.Draw(image)
+    for column, lines in enumerate(wrapped):
+        for line, text in enumerate(lines):
+            draw.text((column * (width + GRID_GAP), line * LINE_HEIGHT), text, "black", font)
+    return np.asarray(image)
+
+
+def _images(pipeline: Pipeline, spec: DenoiserSpec, count: int, prompts: Sequence[str]) -> np.ndarray:
+    conditioning = _conditioning(pipeline, spec, count, prompts)
     return np.concatenate(list(pipeline.images(range(count), conditioning, spec, batch=count)))
 
 
-def _conditioning(pipeline: Pipeline, spec: DenoiserSpec, count: int) -> ConditioningInputs:
-    """Return the first built-in prompts or the classes in turn; dummies for tensors and without text encoders."""
+def _conditioning(pipeline: Pipeline, spec: DenoiserSpec, count: int, prompts: Sequence[str]) -> ConditioningInputs:
+    """Return the prompts or the classes in turn; dummies for tensors and without text encoders."""
     conditioning = spec.conditioning
     if conditioning.tensors or (conditioning.kind == "text" and not conditioning.encoders):
         return dummy_conditioning(spec, count)
-    prompts = list(read_prompts(None)[:count]) if conditioning.kind == "text" else None
-    return pipeline.conditions(count, spec, prompts=prompts)
+    return pipeline.conditions(count, spec, prompts=list(prompts) or None)

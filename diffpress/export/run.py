@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
-from diffpress.compress.pipeline import claim_folder, run_stages
+from diffpress.compress.config import EvaluateConfig
+from diffpress.compress.pipeline import claim_folder, load_teacher, run_stages
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.report import summary, write_report
 from diffpress.compress.stages import STAGES
@@ -29,12 +30,13 @@ from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import GateFailedError
 from diffpress.runtime.io.files import write_json
 from diffpress.runtime.pipeline import Pipeline, resized
+from diffpress.runtime.spec import DenoiserSpec
 
 logger = logging.getLogger(__name__)
 
 
 def run_recipe(
-    open_teacher: Callable[[], Checkpoint],
+    open_checkpoint: Callable[[], Checkpoint],
     recipe: Recipe,
     out: Path,
     *,
@@ -51,24 +53,25 @@ def run_recipe(
     """
     with distributed.together():
         with distributed.main_first():
-            teacher = open_teacher()
-            check_recipe(recipe, teacher, where)
+            checkpoint = open_checkpoint()
+            teacher = load_teacher(checkpoint, recipe)
+            check_recipe(recipe, checkpoint, where)
             if distributed.is_main():
-                claim_folder(out, teacher, recipe, update)
-        checkpoint = run_stages(teacher, recipe, out, open_engine_costs)
+                claim_folder(out, checkpoint, recipe, update, teacher)
+        checkpoint = run_stages(checkpoint, recipe, out, open_engine_costs, teacher)
     if distributed.is_main():
         export_and_report(checkpoint, teacher, recipe, out, show)
 
 
-def check_recipe(recipe: Recipe, teacher: Checkpoint, where: str) -> None:
+def check_recipe(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
     """Raise errors that would otherwise occur at the end, before any work is done."""
-    spec, size = teacher.spec, recipe.export.size
+    spec, size = checkpoint.spec, recipe.export.size
     if size is not None:
         spec = resized(spec, size)
     if recipe.evaluate is not None:
-        check_evaluation(recipe.evaluate, recipe.gates, spec, where)
+        check_evaluation(_evaluate_config(recipe, spec), recipe.gates, spec, where)
     for number, stage in enumerate(recipe.stages):
-        STAGES[stage.name].check(stage.config, teacher.spec, True, f"{where}: stages[{number}]")
+        STAGES[stage.name].check(stage.config, checkpoint.spec, True, f"{where}: stages[{number}]")
     check_export(recipe.export, quantized=any(STAGES[stage.name].quantizes for stage in recipe.stages))
     check_components(recipe.export, any(getattr(stage.config, "components", None) for stage in recipe.stages))
 
@@ -110,12 +113,23 @@ def _failed_gate(gate: dict[str, Any]) -> str:
 def _compare(bundle: Bundle, baseline: Bundle, recipe: Recipe, workspace: Workspace) -> dict[str, Any]:
     """Write the comparison image and the scores of both bundles; return the scores."""
     with closing(Pipeline(bundle)) as ours, closing(Pipeline(baseline)) as theirs:
-        pairs = sample_pairs(ours, theirs)
+        pairs = sample_pairs(ours, theirs, _prompts(recipe, ours.spec))
         write_comparison(pairs, workspace)
         if recipe.evaluate is None:
             scores = paired_scores(pairs)
             write_json(workspace.evaluation, scores)
         else:
             logger.info("[evaluate]")
-            scores = evaluate_bundles(ours, theirs, recipe.evaluate, workspace.evaluation)
+            scores = evaluate_bundles(ours, theirs, _evaluate_config(recipe, ours.spec), workspace.evaluation)
     return scores
+
+
+def _evaluate_config(recipe: Recipe, spec: DenoiserSpec) -> EvaluateConfig:
+    assert recipe.evaluate is not None
+    return recipe.evaluate.model_copy(update={"prompts": _prompts(recipe, spec)})
+
+
+def _prompts(recipe: Recipe, spec: DenoiserSpec) -> Path | None:
+    """Return the file of the prompts that the result is shown and scored with; None for the built-in ones."""
+    named = None if recipe.evaluate is None else recipe.evaluate.prompts
+    return named or (recipe.data if spec.conditioning.kind == "text" else None)

@@ -87,12 +87,19 @@ def result_bundle(
         metrics=_set(key | gate) | _reverted(config, latencies) | ratios,
         denoiser=denoiser,
         latencies=latencies,
-        reuse=baseline,
+        reuse=baseline if _same_components(checkpoint, teacher) else None,
         parity_sqnr_db=parity_sqnr_db,
         keep_failed=True,
     )
     _log_parity("student", bundle)
     return bundle
+
+
+def _same_components(checkpoint: Checkpoint, teacher: Checkpoint) -> bool:
+    """Return whether both are denoisers of one pipeline, whose other components are exported once."""
+    ours, theirs = checkpoint.source, teacher.source
+    folders = [folder and folder.resolve() for folder in (ours.pipeline_folder, theirs.pipeline_folder)]
+    return folders[0] == folders[1] and ours.decoder is theirs.decoder
 
 
 def _settings(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:

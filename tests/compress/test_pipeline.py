@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from diffpress.compress import stages
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.pipeline import claim_folder, run_stages
+from diffpress.compress.pipeline import claim_folder, load_teacher, run_stages
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.stages import StageDef
@@ -376,3 +377,61 @@ def saved_step(file: Path) -> str:
 
     with safe_open(file, framework="pt") as opened:
         return opened.metadata()["step"]
+
+
+# --- a student and its teacher -----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def student(unet: Checkpoint, pruned: Checkpoint, tmp_path: Path) -> Checkpoint:
+    save_checkpoint(unet, tmp_path / "teacher")
+    save_checkpoint(pruned, tmp_path / "student")
+    return load_checkpoint(tmp_path / "student")
+
+
+def test_stages_of_a_student_learn_from_its_teacher(
+    student: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    teachers: list[str] = []
+    distill = stages.STAGES["distill"]
+
+    def run(checkpoint: Checkpoint, config: Any, context: Context) -> Checkpoint:
+        teachers.append(context.teacher.hash)
+        return distill.run(checkpoint, config, context)
+
+    monkeypatch.setitem(stages.STAGES, "distill", replace(distill, run=run))
+    settings = recipe("[{distill: {steps: 2, batch: 4}}]", "teacher=teacher")
+    teacher = load_teacher(student, settings)
+    result = run_stages(student, settings, tmp_path / "out", teacher=teacher)
+    assert teachers == [load_checkpoint(tmp_path / "teacher").hash] and student.hash != teachers[0]
+    assert result.history[-1].before == student.hash
+    # again: the finished stage is read
+    assert run_stages(student, settings, tmp_path / "out", teacher=teacher).hash == result.hash and len(teachers) == 1
+
+
+def test_a_folder_is_of_one_student_and_one_teacher(
+    student: Checkpoint, unet: Checkpoint, recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    settings = recipe("[schedule]", "teacher=teacher")
+    claim_folder(tmp_path / "out", student, settings, False, unet)
+    claim_folder(tmp_path / "out", student, settings, False, unet)
+    for checkpoint, teacher, name in ((unet, unet, "checkpoint"), (student, student, "teacher")):
+        with pytest.raises(InvalidInputError, match=rf"made by another recipe \({name}: "):
+            claim_folder(tmp_path / "out", checkpoint, settings, False, teacher)
+
+
+def test_a_teacher_of_other_samples_or_inputs_is_refused(
+    student: Checkpoint, unet_with: Callable[..., Checkpoint], recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    settings = recipe("[schedule]", "teacher=teacher")
+    for other, words in (
+        (unet_with(classes=4, prediction="epsilon"), "another prediction"),
+        (unet_with(), "conditioned on other inputs"),
+        (unet_with(classes=4, sample_size=16), "another sample_shape"),
+    ):
+        shutil.rmtree(tmp_path / "teacher")
+        if "sample_shape" in words:
+            other = other.evolve(spec=replace(other.spec, sample_shape=(1, 16, 16)))
+        save_checkpoint(other, tmp_path / "teacher")
+        with pytest.raises(InvalidInputError, match=words):
+            load_teacher(student, settings)

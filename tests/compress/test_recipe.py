@@ -52,7 +52,7 @@ def refused(recipe: Callable[..., Recipe]) -> Callable[..., None]:
 def test_a_resolved_recipe_writes_out_every_default_as_json(recipe: Callable[..., Recipe]) -> None:
     found = recipe().to_json()
     assert json.loads(json.dumps(found)) == found
-    assert list(found) == ["seed", "data", "teacher_samples", "stages", "export", "evaluate", "gates"]
+    assert list(found) == ["seed", "data", "teacher", "teacher_samples", "stages", "export", "evaluate", "gates"]
     assert [list(stage) for stage in found["stages"]] == [["prune"], ["distill"], ["quantize"]]
     prune = found["stages"][0]["prune"]
     assert prune["ratio"] == 0.25 and prune["method"] == "taylor" and prune["scope"] == "local"
@@ -119,7 +119,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_match(
 
 
 def test_an_unknown_key_without_a_near_match_lists_the_known_keys(refused: Callable[..., None]) -> None:
-    refused("xyzzy: 1", "'xyzzy'", "known are seed, data, teacher_samples, stages, export, evaluate, gates")
+    refused("xyzzy: 1", "'xyzzy'", "known are seed, data, teacher, teacher_samples, stages, export, evaluate, gates")
 
 
 @pytest.mark.parametrize(
@@ -405,3 +405,24 @@ def test_data_in_an_override_is_relative_to_the_current_folder_first(
 ) -> None:
     monkeypatch.chdir(npz.parent)
     assert Recipe.load("int8", (f"data={npz.name}",)).data == npz.resolve()
+
+
+# --- a student and its teacher -----------------------------------------------------------------------------------
+
+
+def test_a_teacher_is_found_beside_the_recipe_in_the_built_in_data_and_on_a_hub(
+    recipe: Callable[..., Recipe], npz: Path
+) -> None:
+    (npz.parent / "model").mkdir()
+    assert recipe("teacher: model").teacher == str(npz.parent / "model")
+    assert recipe("teacher: calib_data/icons/teacher").teacher == "calib_data/icons/teacher"
+    assert recipe("teacher: owner/name").teacher == "owner/name"
+    assert recipe("{}").teacher is None
+
+
+def test_what_must_come_before_a_stage_may_have_made_the_student(
+    recipe: Callable[..., Recipe], refused: Callable[..., None]
+) -> None:
+    assert [stage.name for stage in recipe("{teacher: owner/name, stages: [distill]}").stages] == ["distill"]
+    refused("{teacher: owner/name, stages: [quantize, prune]}", "prune cannot come after quantize")
+    refused("teacher: [1]", "teacher: [1] must be a folder")

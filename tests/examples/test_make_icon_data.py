@@ -29,8 +29,9 @@ def test_it_writes_captioned_images_prompts_and_a_manifest(
 ) -> None:
     save_icons(tmp_path / "icons.npz")
     icons = scripts.load_icons(tmp_path / "icons.npz")
-    out = tmp_path / "data"
-    scripts.main(["--icons", str(tmp_path / "icons.npz"), "--teacher", str(tiny_folder("sd")), "--out", str(out)])
+    out, training = tmp_path / "data", tmp_path / "training.npz"
+    words = ("--icons", tmp_path / "icons.npz", "--teacher", tiny_folder("sd"), "--training", training, "--out", out)
+    scripts.main([str(word) for word in words])
     lines = {
         name: (out / "icons" / f"{name}.txt").read_text().splitlines() for name in ("prompts", "captions", "names")
     }
@@ -43,11 +44,17 @@ def test_it_writes_captioned_images_prompts_and_a_manifest(
     assert len(images) == len(set(texts.tolist())) == len(icons.training())
     (expected,) = icons.images(np.array([captions.index(texts[0])]))
     assert np.array_equal(images[0], expected.transpose(1, 2, 0)) and set(texts.tolist()).isdisjoint(lines["prompts"])
+    with np.load(training, allow_pickle=False) as file:
+        assert sorted(file["caption"].tolist()) == sorted(captions[one] for one in icons.training())
+        (expected,) = icons.images(np.array([captions.index(file["caption"][5])]))
+        assert np.array_equal(file["x"][5], expected.transpose(1, 2, 0))
     manifest = json.loads((out / "MANIFEST.json").read_text())
     files = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     assert files - {"MANIFEST.json"} == set(manifest)
     half = load_file(out / "icons" / "teacher" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {weight.dtype for weight in half.values()} == {np.dtype(np.float16)}
+    plan = load_checkpoint(out / "icons" / "teacher").spec.plan
+    assert (plan.solver, plan.steps, plan.guidance) == ("ddim", 50, 2.0)
     pipeline = StableDiffusionPipeline.from_pretrained(out / "icons" / "teacher")
     assert {pipeline.unet.dtype, pipeline.vae.dtype, pipeline.text_encoder.dtype} == {torch.float32}
     assert not any(str(tmp_path.parent) in file.read_text() for file in (out / "icons").rglob("*.json"))

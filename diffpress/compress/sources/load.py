@@ -7,6 +7,7 @@
     file.safetensors                          a single-file checkpoint, if diffusers can read it
     owner/name                                a hub id, downloaded by diffusers
     file.py:weights                           the file defines  load(path) -> (module, DenoiserSpec)
+    calib_data/...                            a built-in checkpoint, such as calib_data/icons/teacher
 
 Weights are streamed from safetensors: nothing is unpickled, and no tensor is held twice. Only the denoiser is loaded;
 text encoders and decoders stay on disk until they are run or exported (compress/models/components.py).
@@ -23,6 +24,7 @@ from pathlib import Path
 
 import torch
 
+from diffpress.compress.builtin import built_in_path
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.sources.custom_module import load_custom_module
 from diffpress.compress.sources.diffusers_folder import load_diffusers_folder
@@ -64,7 +66,7 @@ def load_checkpoint(
 
 
 def _folder_of(text: str, config: str | None) -> Path:
-    path = Path(text)
+    path = Path(text) if Path(text).exists() else built_in_path(text)
     if path.is_dir():
         return path
     if path.is_file() and path.suffix == ".safetensors":

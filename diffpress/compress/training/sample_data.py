@@ -38,7 +38,7 @@ class SampleData:
         hash: Hash of the file.
         spec: Spec of the model that the samples are for.
         tensors: Conditioning [N, ...] by name, for models conditioned on tensors.
-        prompts: Empty: models conditioned on text learn from their own samples (teacher_data.py).
+        prompts: Empty: models conditioned on text learn from captioned images or from their own samples.
     """
 
     x: np.ndarray
@@ -102,10 +102,11 @@ def read_images(path: Path) -> np.ndarray:
     arrays = read_npz(path)
     if IMAGES not in arrays:
         raise InvalidInputError(f"{path}: no array '{IMAGES}'; expected uint8 images [N, H, W] or [N, H, W, C]")
-    return _channels_first(path, arrays[IMAGES])
+    return channels_first(path, arrays[IMAGES])
 
 
-def _channels_first(path: Path, x: np.ndarray) -> np.ndarray:
+def channels_first(path: Path, x: np.ndarray) -> np.ndarray:
+    """Return uint8 images [N, H, W] or [N, H, W, C] as [N, C, H, W]; InvalidInputError for anything else."""
     if x.dtype != np.uint8 or x.ndim not in (3, 4):
         raise InvalidInputError(
             f"{path}: '{IMAGES}' is {x.dtype} {list(x.shape)}; expected uint8 [N, H, W] or [N, H, W, C]"
@@ -122,7 +123,7 @@ def _samples(path: Path, name: str, x: np.ndarray, spec: DenoiserSpec) -> np.nda
                 f"{path}: holds images, but the model samples latents {list(spec.sample_shape)}; it learns from "
                 f"samples of its teacher without 'data', or from latents as a float array '{SAMPLES[0]}'"
             )
-        x = _channels_first(path, x)
+        x = channels_first(path, x)
         if x.shape[1:] != spec.sample_shape:
             raise InvalidInputError(
                 f"{path}: images are {list(x.shape[1:])}, the model expects {list(spec.sample_shape)}"

@@ -2,8 +2,8 @@
 
     sample i = the teacher's sample under its own plan, with prompt i (class i, ...) and seed TEACHER_DATA_SEED + i
 
-Prompts come from the recipe's `data: FILE.txt`, one per line, or from calib_data/prompts.txt. Samples are generated
-when a stage first needs them and are kept in the run's folder, so a resumed run does not generate them again.
+Prompts come from the recipe's `data: FILE.txt`, one per line, or else from calib_data/prompts.txt. Samples are
+generated when a stage first needs them and are kept in the run's folder, so a resumed run does not generate them again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context, Data, random_conditioning
 from diffpress.compress.models.components import prompt_conditions
 from diffpress.compress.seeds import TEACHER_DATA_SEED
+from diffpress.compress.training.captioned_images import read_captions
 from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
 from diffpress.runtime.io.prompt_file import read_prompt_file
 from diffpress.runtime.network_inputs import ConditioningInputs
@@ -95,9 +96,11 @@ def data_for(ctx: Context, count: int) -> Data:
 
 
 def read_prompts(path: Path | None) -> tuple[str, ...]:
-    """Read the prompts of a text file, one per line; None reads the built-in ones.
+    """Read the prompts of a text file, one per line, or the captions of an npz file; None reads the built-in ones.
 
     Raises:
         InvalidInputError: The file is unreadable or contains no prompts.
     """
+    if path is not None and path.suffix == ".npz":
+        return read_captions(path)
     return read_prompt_file(path or PROMPTS)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -23,14 +24,14 @@ from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
 from diffpress.compress.training import distributed
 from diffpress.runtime.denoiser import plan_denoiser
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.arrays import memory_map
 from diffpress.runtime.io.files import atomic
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.sampler import initial_std, noise_for, sample
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
 
 ROWS_PER_FILE = 256
-PIXEL_BATCH, LATENT_BATCH = 64, 4
+BATCH, BATCH_VALUES = 64, 2**16  # samples together: as many as have this many values, up to BATCH, at least 4
 
 Tensors = dict[str, torch.Tensor]
 
@@ -76,7 +77,7 @@ class TeacherTrajectories:
     def _files(self) -> list[np.ndarray]:
         """The rows of every file, memory-mapped; missing files are generated here."""
         self._generate_missing(self._spans)
-        return [_memory_map(path) for path in self._spans]
+        return [memory_map(path) for path in self._spans]
 
     @cached_property
     def _spans(self) -> dict[Path, range]:
@@ -98,8 +99,8 @@ class TeacherTrajectories:
     def _generate(self, missing: Mapping[Path, range]) -> None:
         spec = self.teacher.spec.with_plan(self.plan)
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        pixel_batch = ROWS_PER_FILE if device == "cuda" else PIXEL_BATCH  # smaller batches are no faster on a GPU
-        batch, done = pixel_batch if spec.is_pixel_space else LATENT_BATCH, 0
+        most = ROWS_PER_FILE if device == "cuda" else BATCH  # smaller batches are no faster on a GPU
+        batch, done = min(most, max(4, BATCH_VALUES // math.prod(spec.sample_shape))), 0
         with progress("samples of the teacher", sum(map(len, missing.values()))) as advance:
             network = TorchNetwork(self.teacher.model.to(device), spec)
             for path, span in missing.items():
@@ -125,12 +126,3 @@ class TeacherTrajectories:
             if step.index + 1 in self.kept or step.index + 1 == plan.steps:
                 states[step.index + 1] = step.x
         return np.stack([states[index] for index in (*self.kept, plan.steps)], axis=1)
-
-
-def _memory_map(path: Path) -> np.ndarray:
-    """Memory-map the array of a file, so that rows are read on access."""
-    try:
-        rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise InvalidInputError(f"{path}: cannot be read ({error}); delete it to generate it again") from error
-    return rows

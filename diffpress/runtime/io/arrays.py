@@ -31,3 +31,12 @@ def read_npy(path: Path) -> np.ndarray:
     except (OSError, ValueError, EOFError) as error:
         raise InvalidInputError(f"{path}: not readable as a npy file ({error})") from error
     return array
+
+
+def memory_map(path: Path) -> np.ndarray:
+    """Memory-map the array of a npy file of this program, so that rows are read on access."""
+    try:
+        rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise InvalidInputError(f"{path}: cannot be read ({error}); delete it to generate it again") from error
+    return rows

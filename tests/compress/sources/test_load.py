@@ -466,3 +466,9 @@ def test_a_saved_custom_checkpoint_with_a_damaged_record_is_refused(
     del record["spec"]
     (tmp_path / "saved" / "diffpress.json").write_text(json.dumps(record))
     refused(f"{file}:{tmp_path / 'saved'}", "diffpress.json", "spec")
+
+
+def test_built_in_checkpoints_are_found_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_checkpoint("calib_data/teacher").source.kind == "UNet2DModel"
+    refused("calib_data/no-such-teacher", "calib_data/no-such-teacher")
