@@ -4,8 +4,8 @@
 
 Samples that are not pictures (points, sequences, video, images of 2 channels, latents without a decoder) are arrays.
 
-The engines of the other components are opened when they are needed. A text encoder may be larger than everything else,
-so each one is closed directly after use. The decoder stays open for the next batch.
+The engines of the other components are opened when they are needed, and stay open for the next images. A text encoder
+that is larger than the denoiser is closed directly after use.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class Pipeline:
         self.denoiser = open_engine(self.bundle, engine, options=self._options)
         self.spec = self.bundle.spec_for(self.denoiser.name)
         self._decoder: Engine | None = None
+        self._text: _TextEncoders | None = None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -234,8 +235,9 @@ class Pipeline:
         guided = is_guided(spec, spec.plan.guidance)
         if negatives is not None and not guided:
             raise InvalidInputError("a negative prompt needs guidance above 1, which this model or plan does without")
-        text = _TextEncoders(self.bundle, self._open)
-        conditioning, size = spec.conditioning, spec.image_size
+        if self._text is None:
+            self._text = _TextEncoders(self.bundle, self._open)
+        text, conditioning, size = self._text, spec.conditioning, spec.image_size
         cond = encode(prompts, conditioning, text.encoders, text.tokenizers, size)
         if not guided:
             return ConditioningInputs(cond)
@@ -265,6 +267,8 @@ class Pipeline:
         self.denoiser.close()
         if self._decoder is not None:
             self._decoder.close()
+        if self._text is not None:
+            self._text.close()
 
 
 def decoded(decode: Callable[[np.ndarray], np.ndarray], samples: np.ndarray, spec: DenoiserSpec) -> np.ndarray:
@@ -339,18 +343,35 @@ class _TextEncoders:
         self.tokenizers = {e.tokenizer: open_tokenizer(bundle.path / e.tokenizer / "tokenizer.json") for e in encoders}
         self.encoders = {e.graph: _OnDemand(bundle, open_graph, e.graph) for e in encoders}
 
+    def close(self) -> None:
+        for encoder in self.encoders.values():
+            encoder.close()
+
 
 class _OnDemand:
-    """A network that is opened for each run and closed after it."""
+    """A network that is opened for its first run; one larger than the denoiser is closed after each."""
 
     def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine], graph: str) -> None:
         self._open = partial(open_graph, graph)
-        entries = bundle.manifest["graphs"][graph]["inputs"]
-        self.inputs: Mapping[str, np.dtype] = {name: np.dtype(entry["dtype"]) for name, entry in entries.items()}
+        self._engine: Engine | None = None
+        graphs = bundle.manifest["graphs"]
+        self.inputs: Mapping[str, np.dtype] = {
+            name: np.dtype(entry["dtype"]) for name, entry in graphs[graph]["inputs"].items()
+        }
+        self._stays_open = graphs[graph]["bytes"] <= graphs["denoiser"]["bytes"]
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        with closing(self._open()) as engine:
-            return engine.run_all(inputs)
+        if not self._stays_open:
+            with closing(self._open()) as engine:
+                return engine.run_all(inputs)
+        if self._engine is None:
+            self._engine = self._open()
+        return self._engine.run_all(inputs)
+
+    def close(self) -> None:
+        if self._engine is not None:
+            self._engine.close()
+            self._engine = None
 
 
 def _by(size: tuple[int, ...]) -> str:

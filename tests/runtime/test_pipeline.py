@@ -41,10 +41,17 @@ def make_spec(conditioning: Conditioning | None = None, **changes: Any) -> Denoi
     return replace(spec, size_multiple=2, **changes)
 
 
-def make_bundle(spec: DenoiserSpec, sides: tuple[Any, ...] = ("height", "width")) -> Bundle:
+def make_bundle(
+    spec: DenoiserSpec, sides: tuple[Any, ...] = ("height", "width"), text_encoder_bytes: int = 10
+) -> Bundle:
+    """Return a bundle whose denoiser has 10 bytes."""
     ids = {"input_ids": {"dtype": "int64", "shape": ["batch", 3]}}
-    denoiser = {"file": "denoiser.onnx", "inputs": {"sample": {"dtype": "float32", "shape": ["batch", 4, *sides]}}}
-    graphs = {"denoiser": denoiser, "vae_decoder": {"file": "d.onnx"}, "text_encoder": {"file": "t", "inputs": ids}}
+    sample = {"sample": {"dtype": "float32", "shape": ["batch", 4, *sides]}}
+    graphs: dict[str, Any] = {
+        "denoiser": {"file": "denoiser.onnx", "inputs": sample, "bytes": 10},
+        "vae_decoder": {"file": "d.onnx"},
+        "text_encoder": {"file": "t", "inputs": ids, "bytes": text_encoder_bytes},
+    }
     return Bundle(Path("there"), spec, {"graphs": graphs})
 
 
@@ -181,10 +188,8 @@ def test_pixels_need_no_decoder(engines: FakeEngines) -> None:
     assert Pipeline(make_bundle(spec)).decode(pixels) is pixels and engines.opened == ["denoiser"]
 
 
-def test_images_come_batch_by_batch_and_only_denoiser_and_decoder_stay_open(
-    engines: FakeEngines, letters: None
-) -> None:
-    pipeline = Pipeline(make_bundle(make_spec(TEXT)))
+def test_images_come_batch_by_batch_and_large_text_encoders_are_closed(engines: FakeEngines, letters: None) -> None:
+    pipeline = Pipeline(make_bundle(make_spec(TEXT), text_encoder_bytes=11))
     conditions = pipeline.conditions(3, prompts=["a", "b", "c"])
     assert engines.running == ["denoiser"] and set(engines.opened) == {"denoiser", "text_encoder"}
     found = [len(images) for images in pipeline.images([0, 1, 2], conditions, batch=2)]
@@ -193,6 +198,16 @@ def test_images_come_batch_by_batch_and_only_denoiser_and_decoder_stay_open(
     )
     # guidance doubles the batch, two steps each
     assert [size for graph, size in engines.batches if graph == "denoiser"] == [4, 4, 2, 2]
+    pipeline.close()
+    assert engines.running == []
+
+
+def test_a_text_encoder_no_larger_than_the_denoiser_is_opened_once(engines: FakeEngines, letters: None) -> None:
+    pipeline = Pipeline(make_bundle(make_spec(TEXT)))
+    first = pipeline.conditions(9, prompts=["a"] * 9)
+    again = pipeline.conditions(9, prompts=["a"] * 9)
+    np.testing.assert_array_equal(first.cond["states"], again.cond["states"])
+    assert engines.running == ["denoiser", "text_encoder"] == engines.opened
     pipeline.close()
     assert engines.running == []
 
