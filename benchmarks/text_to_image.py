@@ -1,11 +1,16 @@
 """Quality of text-to-image models on the icons of the built-in text-to-image teacher.
 
-    python benchmarks/text_to_image.py BUNDLE_OR_CHECKPOINT [--steps N] [--guidance W] [--seeds 3] [--json FILE]
+    python benchmarks/text_to_image.py BUNDLE [--steps N] [--solver S] [--guidance W] [--json FILE]
+        [--save IMAGES.npz] [--against IMAGES.npz]
 
     Frechet, KID   one image for each of the 1,140 names (icons/captions.txt), against icons/reference.npz, in the
                    features of icons/features/model.onnx
     retrieval      of the held-out prompts (icons/prompts.txt): how often the named icon is the nearest of all names
     colour         of the same images: how often the background has the prompt's colour, by the median of the frame
+    psnr_db        of the same images: to those that another model saved, from the same noise
+    ms_per_image   one prompt to one image, with text encoder and decoder: median of TIMED images. With `--eager`,
+                   alternating with that pipeline in diffusers, in PyTorch eager with EAGER_STEPS steps of DDIM
+    mib            size of all graphs
 
 Prints one JSON line per seed, and one with mean and standard deviation. `--real icons.npz` gives the same scores of
 real images. Needs diffpress[compress].
@@ -17,8 +22,9 @@ import argparse
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,9 +33,13 @@ import numpy as np
 if TYPE_CHECKING:
     from diffpress.compress.evaluation.features import FeatureNetwork, Reference
     from diffpress.compress.evaluation.subject import EvaluationSubject
+    from diffpress.runtime.pipeline import Pipeline
+    from diffpress.runtime.spec import DenoiserSpec
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
-BATCH = 64
+BATCH, TIMED = 64, 9
+EAGER_STEPS = 50
+PROMPT = "flat red apple on blue"
 HELD_OUT, ALL_NAMES = "prompts.txt", "captions.txt"
 
 # (prompts, number of the seed) -> one image for each prompt, uint8 [N, 3, H, W]
@@ -62,8 +72,48 @@ def real(icons: Path) -> Drawn:
     return lambda prompts, seed: loaded.images(np.array([captions[prompt] for prompt in prompts]))
 
 
-def scores(draw: Drawn, data: Path, features: FeatureNetwork, reference: Reference, seed: int) -> dict[str, float]:
-    """Return all scores of one seed."""
+def timings(pipeline: Pipeline, spec: DenoiserSpec, eager: Path | None) -> dict[str, float]:
+    """Return the median times from a prompt to its image, after one that is not counted."""
+
+    def bundle_image(seed: int) -> None:
+        conditions = pipeline.conditions(1, spec, prompts=[PROMPT])
+        np.concatenate(list(pipeline.images([seed], conditions, spec, batch=1)))
+
+    subjects = {"ms_per_image": bundle_image}
+    if eager is not None:
+        subjects = {"eager_ms_per_image": _eager(eager), **subjects}
+    milliseconds: dict[str, list[float]] = {name: [] for name in subjects}
+    for seed in range(TIMED + 1):
+        for name, draw in subjects.items():
+            began = time.perf_counter()
+            draw(seed)
+            milliseconds[name].append(1e3 * (time.perf_counter() - began))
+    return {name: statistics.median(values[1:]) for name, values in milliseconds.items()}
+
+
+def _eager(folder: Path) -> Callable[[int], object]:
+    """Return a function that draws one image with diffusers, with the guidance of the folder's own plan."""
+    import torch
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    from diffpress.compress.sources.diffusers_folder import spec_of_folder
+
+    found = StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
+    found.scheduler = DDIMScheduler.from_config(found.scheduler.config)
+    found.set_progress_bar_config(disable=True)
+    weight = spec_of_folder(folder).plan.guidance
+
+    def draw(seed: int) -> object:
+        generator = torch.Generator().manual_seed(seed)
+        return found(PROMPT, num_inference_steps=EAGER_STEPS, guidance_scale=weight, generator=generator)
+
+    return draw
+
+
+def scores(
+    draw: Drawn, data: Path, features: FeatureNetwork, reference: Reference, seed: int
+) -> tuple[dict[str, float], np.ndarray]:
+    """Return all scores of one seed, and the images of the held-out prompts."""
     from icons import COLOURS, background_colours
 
     from diffpress.compress.evaluation.metrics import frechet_distance, kernel_distance, moments
@@ -85,14 +135,18 @@ def scores(draw: Drawn, data: Path, features: FeatureNetwork, reference: Referen
         wanted = np.array([list(COLOURS).index(prompt.rpartition(" ")[2]) for prompt in prompts])
         found["retrieval"], found["clip_score"] = adherence.retrieval(embedded), adherence.clip_score(embedded)
         found["colour"] = float((background_colours(images) == wanted).mean())
-    return found
+    return found, images
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Score a text-to-image model on icons.")
-    parser.add_argument("subject", nargs="?", metavar="BUNDLE_OR_CHECKPOINT")
+    parser.add_argument("subject", nargs="?", metavar="BUNDLE")
+    parser.add_argument("--eager", type=Path, metavar="FOLDER", help="pipeline to time in PyTorch eager as well")
+    parser.add_argument("--save", type=Path, metavar="NPZ", help="write the images of the held-out prompts")
+    parser.add_argument("--against", type=Path, metavar="NPZ", help="the images that the PSNR is to")
     parser.add_argument("--real", type=Path, metavar="ICONS", help="score real images instead: npz of make_icons.py")
     parser.add_argument("--steps", type=int, help="denoising steps other than the sampling plan's")
+    parser.add_argument("--solver", help="solver other than the sampling plan's")
     parser.add_argument("--guidance", type=float, help="guidance weight other than the sampling plan's")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--data", type=Path, help="the icons folder (default: the built-in one)")
@@ -104,23 +158,40 @@ def main() -> int:
 
     from diffpress.compress.builtin import CALIB_DATA
     from diffpress.compress.evaluation.features import load_features, load_reference
-    from diffpress.compress.evaluation.open_subject import open_subject
+    from diffpress.compress.evaluation.metrics import psnr_db
+    from diffpress.compress.evaluation.subject import pipeline_subject
     from diffpress.compress.sources.diffusers_folder import spec_of_folder
-    from diffpress.runtime.requested_plan import requested_spec
+    from diffpress.runtime.bundle import load_bundle
+    from diffpress.runtime.io.arrays import read_npz
+    from diffpress.runtime.pipeline import Pipeline
+    from diffpress.runtime.requested_plan import plan_description, requested_spec
 
     data = args.data or CALIB_DATA / "icons"
     features = load_features(data / "features" / "model.onnx", spec_of_folder(data / "teacher"))
     reference = load_reference(data / "reference.npz", features, spec_of_folder(data / "teacher"))
+    result: dict[str, Any] = {"subject": args.subject or "real images"}
     if args.real is not None:
-        rows = [scores(real(args.real), data, features, reference, 0)]
+        rows = [scores(real(args.real), data, features, reference, 0)[0]]
     else:
-        with closing(open_subject(args.subject)) as subject:
-            subject = subject.with_spec(requested_spec(subject.spec, args.steps, guidance=args.guidance))
-            rows = []
+        with ExitStack() as stack:
+            pipeline = stack.enter_context(Pipeline(load_bundle(args.subject)))
+            spec = requested_spec(pipeline.spec, args.steps, args.solver, guidance=args.guidance)
+            subject = pipeline_subject(pipeline).with_spec(spec)
+            result["plan"] = plan_description(spec)
+            result |= timings(pipeline, spec, args.eager)
+            result["mib"] = sum(entry["bytes"] for entry in pipeline.bundle.manifest["graphs"].values()) / 2**20
+            rows, images = [], []
             for seed in range(args.seeds):
-                rows.append(scores(sampled(subject), data, features, reference, seed))
-                print(json.dumps({"seed": seed} | rows[-1]), flush=True)
-    result: dict[str, Any] = {"subject": args.subject or "real images", "seeds": len(rows), "steps": args.steps}
+                row, drawn = scores(sampled(subject), data, features, reference, seed)
+                if args.against is not None:
+                    expected = read_npz(args.against)["images"][seed]
+                    row["psnr_db"] = psnr_db(expected.astype(np.float64), drawn.astype(np.float64), 255.0)
+                rows.append(row)
+                images.append(drawn)
+                print(json.dumps({"seed": seed} | row), flush=True)
+        if args.save is not None:
+            np.savez_compressed(args.save, images=np.stack(images))
+    result["seeds"] = len(rows)
     for name in rows[0]:
         values = [row[name] for row in rows]
         result[name] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}

@@ -68,8 +68,9 @@ def compress(
         stages: A stage object (`Prune`, `Recover`, `Quantize`, ...) or several in order; or a `Recipe`, a recipe's
             file, or the name of a built-in recipe, of which only the stages are run.
         out: Folder for the finished stages. The same call again resumes there.
-        data: Training samples (.npz or .npy), or prompts (.txt) for models of text. A recipe names its own.
-        teacher: What the model was made from, if it is a student already: stages learn from it. A recipe names its own.
+        data: Training samples (.npz or .npy), with captions for models of text, or prompts (.txt) for them. A recipe
+            names its own.
+        teacher: The model to distill from, if not the model itself. A recipe names its own.
         seed: Every random draw follows from it (0). A recipe names its own.
         update: Accept an `out` that was made with other settings, and redo only what changed.
 
@@ -84,7 +85,7 @@ def compress(
     """
     from diffpress.compress.checkpoint import Checkpoint
     from diffpress.compress.config import StageConfig
-    from diffpress.compress.pipeline import claim_folder, load_teacher, run_stages
+    from diffpress.compress.pipeline import check_start, claim_folder, load_teacher, run_stages
     from diffpress.compress.recipe import Recipe
     from diffpress.export.targets.engine_cost import open_engine_costs
 
@@ -101,9 +102,10 @@ def compress(
     else:
         recipe = Recipe.of(stages, data=data, teacher=teacher, seed=seed or 0)
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
-    learned_from = load_teacher(checkpoint, recipe)
-    claim_folder(Path(out), checkpoint, recipe, update, learned_from)
-    return run_stages(checkpoint, recipe, Path(out), open_engine_costs, learned_from)
+    loaded_teacher = load_teacher(checkpoint, recipe)
+    check_start(checkpoint, recipe, "compress")
+    claim_folder(Path(out), checkpoint, recipe, update, loaded_teacher)
+    return run_stages(checkpoint, recipe, Path(out), open_engine_costs, loaded_teacher)
 
 
 def export(

@@ -68,7 +68,7 @@ def test_recipes_and_data_are_inside_it(installed: Path) -> None:
         "print(TEACHER, FEATURES.is_file(), len(list(RECIPES.glob('*.yaml'))))"
     )
     done = run(["-c", code], installed, installed)
-    assert done.stdout.split() == [str(installed / "diffpress" / "calib_data" / "teacher"), "True", "3"], done.stderr
+    assert done.stdout.split() == [str(installed / "diffpress" / "calib_data" / "teacher"), "True", "4"], done.stderr
 
 
 def test_every_licence_is_stated_in_its_metadata(wheel: Path) -> None:

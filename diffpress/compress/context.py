@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Data(Protocol):
-    """Training data of a stage (compress/training/sample_data.py, compress/training/teacher_data.py)."""
+    """Training data of a stage (sample_data.py, captioned_images.py and teacher_data.py in compress/training)."""
 
     @property
     def hash(self) -> str:
@@ -75,7 +75,7 @@ class Context:
     Attributes:
         seed: Seed of the stage.
         work: Folder for the state from which an interrupted stage resumes.
-        teacher: The checkpoint the run started from.
+        teacher: The model to distill from: the recipe's `teacher`, or else the checkpoint that the run started from.
         data: Training data, if the recipe has any.
         open_engine_costs: Opens engine measurements, if an engine is available.
         shared: Folder of samples that the stages of a run share; None keeps them in `work`.

@@ -18,10 +18,11 @@ from typing import Any
 from diffpress.compress.checkpoint import Checkpoint, Record, Source, save_checkpoint
 from diffpress.compress.context import Context, Data, EngineCostsFactory
 from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
+from diffpress.compress.models.components import component_names
 from diffpress.compress.models.counts import count
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.compress.stages import STAGES, Stage
+from diffpress.compress.stages import STAGES, Stage, check_order
 from diffpress.compress.training import distributed
 from diffpress.compress.training.captioned_images import load_captioned_images
 from diffpress.compress.training.sample_data import load_samples
@@ -35,20 +36,40 @@ logger = logging.getLogger(__name__)
 
 
 def load_teacher(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
-    """Return the model that the checkpoint was made from: the recipe's `teacher`, or the checkpoint itself.
+    """Return the model to distill from: the recipe's `teacher`, or else the checkpoint itself.
 
     Raises:
-        InvalidInputError: The teacher cannot be loaded, or its inputs or outputs differ from the checkpoint's.
+        InvalidInputError: The teacher cannot be loaded, or it differs from the checkpoint in its inputs, its samples or
+            its other components.
     """
     if recipe.teacher is None:
         return checkpoint
     teacher = load_checkpoint(recipe.teacher)
-    for name in ("sample_shape", "prediction", "schedule", "data_range"):
-        if getattr(teacher.spec, name) != getattr(checkpoint.spec, name):
-            raise InvalidInputError(f"teacher: {recipe.teacher} has another {name} than the checkpoint to compress")
-    if teacher.spec.conditioning.names != checkpoint.spec.conditioning.names:
-        raise InvalidInputError(f"teacher: {recipe.teacher} is conditioned on other inputs than the checkpoint")
+    ours, theirs = _interface(checkpoint), _interface(teacher)
+    for name, value in ours.items():
+        if theirs[name] != value:
+            difference = _first_difference(value, theirs[name]).replace(" there, ", " in the checkpoint, ")
+            raise InvalidInputError(
+                f"teacher: {recipe.teacher}: has another {name} than the checkpoint "
+                f"({difference.removesuffix(' here')} in the teacher)"
+            )
     return teacher
+
+
+def _interface(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return what a student has in common with its teacher, as JSON; a distilled one may have a guidance input."""
+    spec = checkpoint.spec.to_json()
+    names = ("sample_shape", "data_range", "schedule", "latent_factor", "latent_scale", "latent_shift")
+    conditioning = {name: value for name, value in spec["conditioning"].items() if name != "guidance_input"}
+    common = {name.replace("_", " "): spec[name] for name in names}
+    return common | {"conditioning": conditioning, "components": component_names(checkpoint)}
+
+
+def check_start(checkpoint: Checkpoint, recipe: Recipe, where: str) -> None:
+    """Raise InvalidInputError if a stage cannot come after what the checkpoint has gone through before the run."""
+    distilled, is_quantized = checkpoint.spec.distilled, checkpoint.quantization is not None
+    before = [f"distill: {{kind: {distilled}}}"] * bool(distilled) + ["quantize"] * is_quantized
+    check_order(recipe.stages, where, is_student=True, before=before)
 
 
 def run_stages(
@@ -62,10 +83,10 @@ def run_stages(
 
     With several processes, all of them train and the main one does the rest; the others load what it saved.
     `open_engine_costs` measures costs in an engine for the stages that need them (export/targets/engine_cost.py).
-    `teacher` is what the checkpoint was made from; by default, itself.
+    `teacher` is what `load_teacher` returns, if it was loaded before.
     """
-    workspace = Workspace(out)
-    teacher, original = teacher or checkpoint, checkpoint.source
+    workspace, source = Workspace(out), checkpoint.source
+    teacher = teacher or load_teacher(checkpoint, recipe)
     data = open_data(teacher, recipe, workspace)
     for number, stage in enumerate(recipe.stages):
         logger.info(f"[{number + 1}/{len(recipe.stages)}] {stage.name}")
@@ -88,9 +109,9 @@ def run_stages(
             checkpoint = run_stage(checkpoint, stage, folder, ctx)
         distributed.wait()
         if done or not distributed.is_main():
-            checkpoint = load_checkpoint(reference_to(folder, original))
-            others = {name: getattr(original, name) for name in ("pipeline_folder", "decoder", "terms")}
-            checkpoint = checkpoint.evolve(source=replace(checkpoint.source, **others))
+            checkpoint = load_checkpoint(reference_to(folder, source))
+            shared = {name: getattr(source, name) for name in ("pipeline_folder", "decoder", "terms")}
+            checkpoint = checkpoint.evolve(source=replace(checkpoint.source, **shared))
     return checkpoint
 
 
@@ -159,7 +180,10 @@ def reference_to(folder: Path, source: Source) -> str:
 def claim_folder(
     out: Path, checkpoint: Checkpoint, recipe: Recipe, update: bool, teacher: Checkpoint | None = None
 ) -> None:
-    """Make `out` this run's folder; one that belongs to another run is refused and left as it is."""
+    """Make `out` this run's folder; one that belongs to another run is refused and left as it is.
+
+    `teacher` is what `load_teacher` returns; None for the checkpoint itself.
+    """
     # teacher and data are compared by content, so that a project may be moved
     resolved = recipe.to_json()
     inputs = {"teacher": (teacher or checkpoint).hash, "data": sha256(recipe.data) if recipe.data else None}

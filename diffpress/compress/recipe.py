@@ -2,7 +2,7 @@
 
     seed: 0
     data: images.npz            # with captions, or prompts.txt, for a model of text
-    teacher: sd15               # what the checkpoint was made from, if it is a student already
+    teacher: sd15               # the model to distill from and to compare with, if not the checkpoint itself
     teacher_samples: 64         # training data for models of latents: samples of the teacher
     stages:
       - prune: {method: taylor, ratio: 0.3}
@@ -53,8 +53,7 @@ TEACHER_SAMPLES = 64
 class Recipe:
     """A checked recipe, every default filled in.
 
-    `teacher` is the model that the checkpoint was made from: stages learn from it, and the report compares with it.
-    None if that is the checkpoint itself.
+    `teacher` is the model to distill from and to compare with; None for the checkpoint itself.
 
     Examples:
         >>> import diffpress as dp
@@ -108,8 +107,8 @@ class Recipe:
 
         Args:
             stages: What to do, in this order.
-            data: Training images (.npz), or prompts (.txt) for models of text.
-            teacher: The model that the checkpoint was made from, if it is a student already.
+            data: Training images (.npz), with captions for models of text, or prompts (.txt) for them.
+            teacher: The model to distill from, if not the checkpoint itself.
             seed: Every random draw of the run follows from it.
             teacher_samples: How many samples of the teacher models of latents learn from.
 
@@ -230,14 +229,17 @@ def _teacher(value: Any, path: Path) -> str | None:
         return None
     if not isinstance(value, str | Path):
         raise InvalidInputError(f"{path}: teacher: {value!r} must be a folder, a .safetensors file or a hub id")
+    module, colon, weights = str(value).partition(".py:")
+    if colon:
+        return f"{path.parent.absolute() / module}.py:{path.parent.absolute() / weights}"
     file = _named(Path(value), path)
-    return _reference(file) if file.exists() else str(value)
+    return _reference(file) if value and file.exists() else str(value)
 
 
-def _reference(data: Path) -> str:
+def _reference(file: Path) -> str:
     """Return how a recipe in any folder names this file."""
-    file, built_in = data.resolve(), CALIB_DATA.resolve()
-    return f"calib_data/{file.relative_to(built_in)}" if file.is_relative_to(built_in) else str(file)
+    found, built_in = file.resolve(), CALIB_DATA.resolve()
+    return f"calib_data/{found.relative_to(built_in)}" if found.is_relative_to(built_in) else str(found)
 
 
 def _evaluate_json(config: EvaluateConfig) -> dict[str, Any]:
@@ -283,7 +285,7 @@ def _override_(raw: dict[str, Any], override: str) -> None:
         node = _child(node, part, override)
     if not isinstance(node, dict):
         raise InvalidInputError(f"--set {override}: '{key}' does not lead to a setting of the recipe")
-    if key in ("data", "teacher", *(f"evaluate.{name}" for name in EVALUATE_FILES)) and Path(value).exists():
+    if value and key in ("data", "teacher", *(f"evaluate.{name}" for name in EVALUATE_FILES)) and Path(value).exists():
         node[last] = str(Path(value).absolute())
         return
     try:

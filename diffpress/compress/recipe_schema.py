@@ -19,8 +19,8 @@ DESCRIPTIONS = {
     "data": "Training samples: .npz with `x` uint8 [N, H, W(, C)] and `y` labels [N], or with `samples` float [N, ...] "
     "and the model's conditioning tensors by name. For models conditioned on text: .npz with `x` and `caption` [N], "
     "or prompts (.txt, one per line). Relative to the recipe; `calib_data/...` names the built-in data.",
-    "teacher": "What the checkpoint was made from, if it is a student already: stages learn from it, and the report "
-    "compares with it. A folder, a .safetensors file or a hub id.",
+    "teacher": "The model to distill from and to compare with, if not the checkpoint itself: a folder, a .safetensors "
+    "file or a hub id.",
     "teacher_samples": "Number of teacher samples that models of latents train on.",
     "stages": "The stages, in the order in which they run.",
     "export": "Export of the result.",

@@ -164,17 +164,21 @@ STAGES: dict[str, StageDef] = {
 }
 
 
-def check_order(stages: Sequence[Stage], source: str, is_student: bool = False) -> None:
+def check_order(stages: Sequence[Stage], source: str, *, is_student: bool = False, before: Sequence[str] = ()) -> None:
     """Raise InvalidInputError for the first stage that breaks a rule of order, with the reason.
 
-    What must come before a stage may have been done before the recipe if it begins with a student.
+    Args:
+        stages: The recipe's stages.
+        source: Name of the recipe, for the message.
+        is_student: Whether the recipe begins with a student, which may have gone through any stage.
+        before: Labels of what the checkpoint is known to have gone through.
     """
     for i, stage in enumerate(stages):
-        before = [label for earlier in stages[:i] for label in earlier.labels]
+        earlier_labels = [*before, *(label for earlier in stages[:i] for label in earlier.labels)]
         for rule in STAGES[stage.name].ordering:
             if rule.only is not None and rule.only not in stage.labels:
                 continue
-            found = next((label for label in before if label in rule.earlier), None)
+            found = next((label for label in earlier_labels if label in rule.earlier), None)
             if rule.required and found is None and not is_student:
                 raise InvalidInputError(
                     f"{source}: stages[{i}]: {stage.labels[-1]} must come after {' or '.join(rule.earlier)}{rule.why}"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import textwrap
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -61,8 +61,7 @@ def sample_pairs(ours: Pipeline, theirs: Pipeline, prompts: Path | None = None) 
     plan = ours.spec.plan.without_corrections
     spec = theirs.spec
     is_prompted = spec.conditioning.kind == "text" and spec.conditioning.encoders and not spec.conditioning.tensors
-    texts = read_prompts(prompts)[:count] if is_prompted else ()
-    count = len(texts) or count
+    texts = tuple(itertools.islice(itertools.cycle(read_prompts(prompts)), count)) if is_prompted else ()
     teacher, bundle = (_images(pipeline, pipeline.spec, count, texts) for pipeline in (theirs, ours))
     same = teacher if plan == spec.plan else _images(theirs, spec.with_plan(plan), count, texts)
     return Pairs(teacher, bundle, same, columns, spec.data_range, theirs.makes_pictures, texts)
@@ -81,8 +80,10 @@ def write_comparison(pairs: Pairs, workspace: Workspace) -> None:
     if not pairs.prompts:
         write_image(image_grid(pixels, columns=pairs.columns), workspace.comparison)
         return
+    if pixels.shape[3] != 3:  # grey, or colours with transparency
+        pixels = np.repeat(pixels, 3, axis=3) if pixels.shape[3] == 1 else pixels[..., :3]
     scale = -(-CAPTIONED_WIDTH // pixels.shape[2])
-    grid = image_grid(pixels.repeat(scale, axis=1).repeat(scale, axis=2), columns=len(pairs.prompts))
+    grid = image_grid(pixels.repeat(scale, axis=1).repeat(scale, axis=2), columns=pairs.columns)
     captions = _captions(pairs.prompts, scale * pixels.shape[2], grid.shape[1])
     write_image(np.concatenate([captions, grid]), workspace.comparison)
 
@@ -96,19 +97,34 @@ def paired_scores(pairs: Pairs) -> dict[str, Any]:
     return {"baseline": nothing, "bundle": nothing | {"paired": {"against": PAIRED_WITH, **agreement}}}
 
 
-def _captions(prompts: Sequence[str], width: int, total: int) -> np.ndarray:
-    """Draw one prompt above each column of this width, uint8 [H, total, 3]."""
+def _captions(prompts: Sequence[str], width: int, total_width: int) -> np.ndarray:
+    """Draw one prompt above each column of this width, uint8 [H, total_width, 3]."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(FONT_SIZE)
-    letters = int(width / font.getlength("e"))
-    wrapped = [textwrap.wrap(prompt, letters, max_lines=MAX_LINES, placeholder="...") or [""] for prompt in prompts]
-    image = Image.new("RGB", (total, LINE_HEIGHT * max(map(len, wrapped)) + GRID_GAP), "white")
+    wrapped = [_wrapped(prompt, lambda line: font.getlength(line) <= width) for prompt in prompts]
+    image = Image.new("RGB", (total_width, LINE_HEIGHT * max(map(len, wrapped)) + GRID_GAP), "white")
     draw = ImageDraw.Draw(image)
     for column, lines in enumerate(wrapped):
-        for line, text in enumerate(lines):
-            draw.text((column * (width + GRID_GAP), line * LINE_HEIGHT), text, "black", font)
+        for number, line in enumerate(lines):
+            draw.text((column * (width + GRID_GAP), number * LINE_HEIGHT), line, "black", font)
     return np.asarray(image)
+
+
+def _wrapped(prompt: str, fits: Callable[[str], bool]) -> list[str]:
+    """Break a prompt into at most MAX_LINES lines that fit, the last one cut off if there is more."""
+    words, lines = prompt.split(), [""]
+    while words:
+        longer = f"{lines[-1]} {words[0]}".strip()
+        if fits(longer) or (not lines[-1] and len(lines) < MAX_LINES):
+            lines[-1] = longer
+            words.pop(0)
+        elif len(lines) < MAX_LINES:
+            lines.append("")
+        else:
+            break
+    cut = [line + ("..." if words and line is lines[-1] else "") for line in lines]
+    return [next(line[:end] for end in range(len(line), -1, -1) if fits(line[:end])) for line in cut]
 
 
 def _images(pipeline: Pipeline, spec: DenoiserSpec, count: int, prompts: Sequence[str]) -> np.ndarray:

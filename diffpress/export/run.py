@@ -14,7 +14,7 @@ from typing import Any
 
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.config import EvaluateConfig
-from diffpress.compress.pipeline import claim_folder, load_teacher, run_stages
+from diffpress.compress.pipeline import check_start, claim_folder, load_teacher, run_stages
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.report import summary, write_report
 from diffpress.compress.stages import STAGES
@@ -70,6 +70,7 @@ def check_recipe(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
         spec = resized(spec, size)
     if recipe.evaluate is not None:
         check_evaluation(_evaluate_config(recipe, spec), recipe.gates, spec, where)
+    check_start(checkpoint, recipe, where)
     for number, stage in enumerate(recipe.stages):
         STAGES[stage.name].check(stage.config, checkpoint.spec, True, f"{where}: stages[{number}]")
     check_export(recipe.export, quantized=any(STAGES[stage.name].quantizes for stage in recipe.stages))

@@ -60,12 +60,14 @@ def result_bundle(
     A bundle that failed parity is kept: the gates of the run report it. `parity_sqnr_db` replaces the built-in bounds.
     """
     key = _settings(checkpoint, config) | {"fixed_timesteps": config.fixed_timesteps, "precision": config.precision}
+    old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
+    ratios = {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
     gate = {"parity_sqnr_db": parity_sqnr_db}
     if checkpoint.quantization is None:
         workspace.latency.unlink(missing_ok=True)
     latencies = read_latencies(workspace.latency, key) if checkpoint.quantization else []
     if latencies is not None and workspace.float_graph.is_dir():
-        found = _made_before(workspace.bundle, key | gate | _reverted(config, latencies))
+        found = _made_before(workspace.bundle, key | gate | ratios | _reverted(config, latencies))
         if found is not None:
             return found
     denoiser = with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
@@ -77,8 +79,6 @@ def result_bundle(
     if latencies is None:
         latencies = measure_latencies(denoiser, config)
         write_latencies(workspace.latency, _set(key), latencies)
-    old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
-    ratios = {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
     bundle = export_bundle(
         checkpoint,
         workspace.bundle,

@@ -32,7 +32,7 @@ def output(capsys: pytest.CaptureFixture[str], *words: object, code: int = 0) ->
 
 def test_recipes_lists_every_built_in_recipe_with_a_line_about_it(capsys: pytest.CaptureFixture[str]) -> None:
     lines = output(capsys, "recipes").splitlines()
-    assert [line.split()[0] for line in lines] == ["int8", "quick", "smallest"]
+    assert [line.split()[0] for line in lines] == ["icons", "int8", "quick", "smallest"]
     assert all(len(line.split(maxsplit=1)[1]) > 20 for line in lines)
 
 

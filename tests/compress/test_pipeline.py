@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from diffpress.compress import stages
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.pipeline import claim_folder, load_teacher, run_stages
+from diffpress.compress.pipeline import check_start, claim_folder, load_teacher, run_stages
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.stages import StageDef
@@ -423,15 +423,60 @@ def test_a_folder_is_of_one_student_and_one_teacher(
 def test_a_teacher_of_other_samples_or_inputs_is_refused(
     student: Checkpoint, unet_with: Callable[..., Checkpoint], recipe: Callable[..., Recipe], tmp_path: Path
 ) -> None:
-    settings = recipe("[schedule]", "teacher=teacher")
+    settings, same = recipe("[schedule]", "teacher=teacher"), unet_with(classes=4)
     for other, words in (
-        (unet_with(classes=4, prediction="epsilon"), "another prediction"),
-        (unet_with(), "conditioned on other inputs"),
-        (unet_with(classes=4, sample_size=16), "another sample_shape"),
+        (
+            unet_with(),
+            r"another conditioning than .* in the checkpoint, .* in the teacher",
+        ),
+        (unet_with(classes=5), r"another conditioning .*classes: 3 in the checkpoint, 4 in the teacher"),
+        (same.evolve(spec=replace(same.spec, sample_shape=(1, 16, 16))), "another sample shape"),
+        (same.evolve(spec=replace(same.spec, data_range=(0.0, 1.0))), "another data range"),
     ):
         shutil.rmtree(tmp_path / "teacher")
-        if "sample_shape" in words:
-            other = other.evolve(spec=replace(other.spec, sample_shape=(1, 16, 16)))
         save_checkpoint(other, tmp_path / "teacher")
         with pytest.raises(InvalidInputError, match=words):
             load_teacher(student, settings)
+
+
+def test_outputs_of_different_prediction_types_are_not_compared(
+    student: Checkpoint, unet_with: Callable[..., Checkpoint], recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "teacher")
+    save_checkpoint(unet_with(classes=4, prediction="epsilon"), tmp_path / "teacher")
+    for kind in ("recover", "guidance", "score"):
+        settings = recipe(f"[{{distill: {{kind: {kind}, steps: 1, batch: 4}}}}]", "teacher=teacher")
+        with pytest.raises(InvalidInputError, match=f"{kind}.*: the teacher predicts epsilon, the student v"):
+            run_stages(student, settings, tmp_path / "out")
+    settings = recipe("[{distill: {kind: trajectory, steps: 1, trajectories: 4, batch: 4}}]", "teacher=teacher")
+    assert run_stages(student, settings, tmp_path / "out").spec.distilled == "trajectory"
+
+
+def test_a_student_without_a_block_of_the_teacher_is_recovered_by_its_outputs_alone(
+    unet_with: Callable[..., Checkpoint], recipe: Callable[..., Recipe], tmp_path: Path
+) -> None:
+    save_checkpoint(unet_with(classes=4), tmp_path / "teacher")
+    smaller = unet_with(
+        classes=4, block_out_channels=[16], down_block_types=["DownBlock2D"], up_block_types=["UpBlock2D"]
+    )
+    settings = "[{distill: {steps: 1, batch: 4%s}}]"
+    with pytest.raises(InvalidInputError, match=r"has no block .* set feature_weight: 0"):
+        run_stages(smaller, recipe(settings % "", "teacher=teacher"), tmp_path / "out")
+    without = recipe(settings % ", feature_weight: 0", "teacher=teacher")
+    assert run_stages(smaller, without, tmp_path / "out").history[-1].stage == "distill"
+
+
+def test_what_a_checkpoint_has_gone_through_limits_its_first_stage(
+    unet: Checkpoint, quantized: Checkpoint, recipe: Callable[..., Recipe]
+) -> None:
+    distilled = unet.evolve(spec=replace(unet.spec, distilled="trajectory"))
+    for checkpoint, stage, words in (
+        (quantized, "prune", "prune cannot come after quantize"),
+        (quantized, "quantize", "a model is quantized once"),
+        (distilled, "prune", r"prune cannot come after distill: \{kind: trajectory\}"),
+        (distilled, "schedule", "schedule cannot come after distill"),
+    ):
+        with pytest.raises(InvalidInputError, match=words):
+            check_start(checkpoint, recipe(f"[{stage}]"), "r.yaml")
+    check_start(distilled, recipe("[quantize]"), "r.yaml")
+    check_start(unet, recipe(), "r.yaml")

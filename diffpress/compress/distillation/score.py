@@ -29,7 +29,6 @@ from diffpress.compress.distillation.student import train_student
 from diffpress.compress.training.distributed import from_main
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors, forward, noise_levels_at
-from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import NoiseLevel
 from diffpress.runtime.parameterization import to_x0
@@ -57,17 +56,8 @@ class GeneratorCritic(nn.Module):
 
 
 def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoint:
-    """Train the checkpoint's model into a generator of `config.sample_steps` steps, and set that plan.
-
-    Raises:
-        InvalidInputError: The teacher and the student predict different quantities.
-    """
+    """Train the checkpoint's model into a generator of `config.sample_steps` steps, and set that plan."""
     spec = checkpoint.spec
-    if ctx.teacher.spec.prediction != spec.prediction:
-        raise InvalidInputError(
-            f"distill: {{kind: score}}: the teacher predicts {ctx.teacher.spec.prediction}, the student "
-            f"{spec.prediction}; place this stage before the one that changed the prediction"
-        )
     timesteps = few_timesteps(config.sample_steps, spec.schedule)
     levels = plan_levels(spec.schedule, timesteps)
     weight = ctx.notes["guidance"] = config.guidance or effective_guidance(spec)

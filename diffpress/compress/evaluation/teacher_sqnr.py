@@ -16,7 +16,7 @@ from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.training.losses import add_noise, forward
-from diffpress.compress.training.sample_data import SampleData
+from diffpress.compress.training.teacher_data import TeacherData
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP
 
 BATCH = 16
@@ -32,7 +32,7 @@ def teacher_sqnr_db(checkpoint: Checkpoint, teacher: Checkpoint, data: Data | No
     """
     spec, generator = teacher.spec, torch.Generator().manual_seed(0)
     batch = LARGE_BATCH if is_large(teacher.model) else BATCH
-    if isinstance(data, SampleData):
+    if data is not None and not isinstance(data, TeacherData):
         x0, conditions = data.batch(batch, generator)
     else:
         x0, inputs = torch.zeros(batch, *spec.sample_shape), dummy_inputs(spec, batch)

@@ -12,7 +12,7 @@ checkpoint's folder when it is needed and dropped afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -227,6 +227,13 @@ def encode_prompts(
     Raises:
         InvalidInputError: The checkpoint has no text encoders.
     """
+    return prompt_encoder(checkpoint, encoders)(prompts)
+
+
+def prompt_encoder(
+    checkpoint: Checkpoint, encoders: Mapping[str, Component] | None = None
+) -> Callable[[Sequence[str] | None], dict[str, np.ndarray]]:
+    """Open tokenizers and text encoders, and return `encode_prompts` as a function of the prompts alone."""
     conditioning = checkpoint.spec.conditioning
     if checkpoint.source.pipeline_folder is None or not conditioning.encoders:
         raise InvalidInputError(
@@ -237,47 +244,13 @@ def encode_prompts(
     given = dict(encoders or {})
     opened = {e.graph: given.get(e.graph) or load_component(checkpoint, e.graph) for e in conditioning.encoders}
     size = checkpoint.spec.image_size
-    if prompts is None:
-        return unconditional(None, 1, conditioning, opened, tokenizers, size)
-    return encode(prompts, conditioning, opened, tokenizers, size)
 
+    def encoded(prompts: Sequence[str] | None) -> dict[str, np.ndarray]:
+        if prompts is None:
+            return unconditional(None, 1, conditioning, opened, tokenizers, size)
+        return encode(prompts, conditioning, opened, tokenizers, size)
 
-def encode_images(checkpoint: Checkpoint, images: np.ndarray, batch: int) -> Iterator[np.ndarray]:
-    """Encode uint8 images [N, C, H, W] batch by batch into samples, float32 [B, ...], as the model denoises them.
-
-    Those of a model of latents are the means of its autoencoder's distribution; others are the scaled images.
-
-    Raises:
-        InvalidInputError: The pipeline has no autoencoder that can encode.
-    """
-    spec, (low, high) = checkpoint.spec, checkpoint.spec.data_range
-    encode_pixels = None if spec.is_pixel_space else _latent_encoder(checkpoint)
-    for start in range(0, len(images), batch):
-        pixels = images[start : start + batch].astype(np.float32) * ((high - low) / 255.0) + low
-        if encode_pixels is None:
-            yield pixels
-            continue
-        with torch.no_grad():
-            latents = encode_pixels(torch.from_numpy(pixels)).float().numpy()
-        yield (latents - np.float32(spec.latent_shift)) * np.float32(spec.latent_scale)
-
-
-def _latent_encoder(checkpoint: Checkpoint) -> Callable[[torch.Tensor], torch.Tensor]:
-    folder = checkpoint.source.pipeline_folder
-    layout = None if folder is None else read_layout(folder)
-    if layout is None or layout.decoder is None:
-        raise InvalidInputError("the model samples latents but came without its autoencoder; load the whole pipeline")
-    kind, where = layout.kind_of(layout.decoder), layout.folder / layout.decoder
-    module: Any = load_diffusers_model(where, kind, optional=ENCODER)
-    encoder = [parameter for name, parameter in module.named_parameters() if name.startswith(ENCODER)]
-    if not encoder or any(parameter.is_meta for parameter in encoder):
-        raise InvalidInputError(f"{where}: has no weights of the encoder, so it cannot encode images")
-
-    def encode_pixels(pixels: torch.Tensor) -> torch.Tensor:
-        found = module.encode(pixels)
-        return found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
-
-    return encode_pixels
+    return encoded
 
 
 def _encoder_outputs(spec: DenoiserSpec) -> list[tuple[str, ...]]:

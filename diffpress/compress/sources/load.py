@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 
-from diffpress.compress.builtin import built_in_path
+from diffpress.compress.builtin import CALIB_DATA, built_in_path
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.sources.custom_module import load_custom_module
 from diffpress.compress.sources.diffusers_folder import load_diffusers_folder
@@ -67,6 +67,8 @@ def load_checkpoint(
 
 def _folder_of(text: str, config: str | None) -> Path:
     path = Path(text) if Path(text).exists() else built_in_path(text)
+    if path != Path(text) and not path.exists():
+        raise InvalidInputError(f"{text}: not among the built-in data; it has {_built_in_checkpoints()}")
     if path.is_dir():
         return path
     if path.is_file() and path.suffix == ".safetensors":
@@ -76,6 +78,11 @@ def _folder_of(text: str, config: str | None) -> Path:
     if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
         return download_pipeline(text)
     raise InvalidInputError(f"{text}: no such checkpoint folder, and not a hub id of the form owner/name")
+
+
+def _built_in_checkpoints() -> str:
+    folders = sorted(file.parent.parent for file in CALIB_DATA.glob("**/unet/config.json"))
+    return ", ".join(f"{CALIB_DATA.name}/{folder.relative_to(CALIB_DATA).as_posix()}" for folder in folders)
 
 
 def _not_a_folder(path: Path) -> str:

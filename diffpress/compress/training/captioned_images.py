@@ -2,14 +2,15 @@
 
     x, caption      uint8 images [N, H, W, 3] of the model's image size, and the caption of each, str [N]
 
-Models of latents learn from the means of what the pipeline's own autoencoder encodes the images to. They are computed
-once and kept in the run's folder; a batch reads its rows from there. Captions are encoded batch by batch.
+The pipeline's own autoencoder encodes the images, once: the samples are kept in the run's folder, and a batch reads its
+rows from there. Captions are encoded batch by batch.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,17 +19,18 @@ import numpy as np
 import torch
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.models.components import Component, encode_images, encode_prompts, load_component
-from diffpress.compress.models.components import prompt_conditions as conditions_of
+from diffpress.compress.models.components import Component, load_component, prompt_conditions, prompt_encoder
+from diffpress.compress.models.latent_encoder import autoencoder_folder, encode_images
 from diffpress.compress.progress import progress
+from diffpress.compress.sources.weights import weight_files
 from diffpress.compress.training.sample_data import IMAGES, channels_first
+from diffpress.runtime.bundle import sha256
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.arrays import memory_map, read_npz
 from diffpress.runtime.io.files import atomic
 from diffpress.runtime.network_inputs import ConditioningInputs
 
 CAPTIONS = "caption"
-ENCODED_TOGETHER = 8
 
 Tensors = dict[str, torch.Tensor]
 
@@ -41,37 +43,37 @@ class CaptionedImages:
         teacher: The checkpoint whose autoencoder and text encoders encode them.
         images: uint8 [N, 3, H, W].
         prompts: The caption of each.
-        file_hash: Hash of their file.
+        hash: Hash of their file.
         folder: Folder of the encoded images.
     """
 
     teacher: Checkpoint
     images: np.ndarray
     prompts: tuple[str, ...]
-    file_hash: str
+    hash: str
     folder: Path
-
-    @property
-    def hash(self) -> str:
-        """Hash of the file; the teacher's weights enter a stage's key by themselves."""
-        return self.file_hash
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[torch.Tensor, Tensors]:
         """Draw random samples, float32 [B, ...], and their conditioning [B, ...] by name."""
         rows = torch.randint(0, len(self.images), (size,), generator=generator).numpy()
-        cond = encode_prompts(self.teacher, [self.prompts[row] for row in rows], self._text_encoders)
-        return torch.from_numpy(self._samples[rows]), {name: torch.from_numpy(array) for name, array in cond.items()}
+        return torch.from_numpy(self._samples[rows]), self._encoded([self.prompts[row] for row in rows])
 
     @cached_property
     def uncond(self) -> Tensors:
         """The unconditional inputs, [1, ...] by name."""
-        uncond = encode_prompts(self.teacher, None, self._text_encoders)
-        return {name: torch.from_numpy(array) for name, array in uncond.items()}
+        return self._encoded(None)
 
     def conditions(self, count: int) -> ConditioningInputs:
         """Return the conditioning of `count` samples: the captions in turn."""
         captions = [self.prompts[i % len(self.prompts)] for i in range(count)]
-        return conditions_of(self.teacher, captions, self._text_encoders)
+        return prompt_conditions(self.teacher, captions, self._text_encoders)
+
+    def _encoded(self, captions: Sequence[str] | None) -> Tensors:
+        return {name: torch.from_numpy(array) for name, array in self._encode(captions).items()}
+
+    @cached_property
+    def _encode(self) -> Callable[[Sequence[str] | None], dict[str, np.ndarray]]:
+        return prompt_encoder(self.teacher, self._text_encoders)
 
     @cached_property
     def _text_encoders(self) -> dict[str, Component]:
@@ -80,17 +82,22 @@ class CaptionedImages:
 
     @cached_property
     def _samples(self) -> np.ndarray:
-        """What the model learns to denoise, float32 [N, ...], memory-mapped."""
-        facts = json.dumps([self.file_hash, self.teacher.hash])
+        """The encoded images, float32 [N, ...], memory-mapped."""
+        weights = [sha256(file) for file in weight_files(autoencoder_folder(self.teacher))]
+        facts = json.dumps([self.hash, self.teacher.hash, weights])
         path = self.folder / f"images-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npy"
         if not path.is_file():
-            parts = []
-            with progress("encoding the images", len(self.images)) as advance:
-                for part in encode_images(self.teacher, self.images, ENCODED_TOGETHER):
-                    parts.append(part)
-                    advance(sum(map(len, parts)))
-            with atomic(path, "free disk space and run again") as temporary, temporary.open("wb") as file:
-                np.save(file, np.concatenate(parts), allow_pickle=False)
+            shape = (len(self.images), *self.teacher.spec.sample_shape)
+            with (
+                atomic(path, "free disk space and run again", shared=True) as temporary,
+                progress("encoding the images", len(self.images)) as advance,
+            ):
+                rows, done = np.lib.format.open_memmap(temporary, "w+", np.float32, shape), 0
+                for part in encode_images(self.teacher, self.images):
+                    rows[done : done + len(part)] = part
+                    done += len(part)
+                    advance(done)
+                rows.flush()
         return memory_map(path)
 
 
@@ -98,28 +105,31 @@ def load_captioned_images(path: Path, teacher: Checkpoint, folder: Path) -> Capt
     """Load captioned images for a text-to-image model.
 
     Raises:
-        InvalidInputError: The file is unreadable, or its images or captions do not fit the model.
+        InvalidInputError: The file is unreadable, its images or captions do not fit the model, or the model cannot
+            encode them.
     """
-    arrays, spec = read_npz(path), teacher.spec
+    if not teacher.spec.conditioning.encoders:
+        raise InvalidInputError(f"{path}: the model came without its text encoders; load the whole pipeline's folder")
+    autoencoder_folder(teacher)
+    arrays, size = read_npz(path), teacher.spec.image_size
     if IMAGES not in arrays:
         raise InvalidInputError(f"{path}: no array '{IMAGES}'; expected uint8 images [N, H, W, 3] and '{CAPTIONS}' [N]")
     images = channels_first(path, arrays[IMAGES])
-    expected = spec.sample_shape if spec.is_pixel_space else (3, *spec.image_size)
-    if images.shape[1:] != tuple(expected):
-        raise InvalidInputError(f"{path}: images are {list(images.shape[1:])}, the model expects {list(expected)}")
-    captions = read_captions(path, arrays)
+    if images.shape[1:] != (3, *size):
+        raise InvalidInputError(f"{path}: images are {list(images.shape[1:])}, the model expects {[3, *size]}")
+    captions = _captions(path, arrays)
     if len(captions) != len(images):
         raise InvalidInputError(f"{path}: {len(captions)} captions for {len(images)} images")
-    return CaptionedImages(teacher, images, captions, hashlib.sha256(path.read_bytes()).hexdigest(), folder)
+    return CaptionedImages(teacher, images, captions, sha256(path), folder)
 
 
-def read_captions(path: Path, arrays: dict[str, np.ndarray] | None = None) -> tuple[str, ...]:
-    """Return the captions in an npz file, whose arrays may have been read before.
+def read_captions(path: Path) -> tuple[str, ...]:
+    """Return the captions in an npz file; InvalidInputError if it has none."""
+    return _captions(path, read_npz(path, [CAPTIONS]))
 
-    Raises:
-        InvalidInputError: It has none.
-    """
-    captions = (read_npz(path) if arrays is None else arrays).get(CAPTIONS)
+
+def _captions(path: Path, arrays: dict[str, np.ndarray]) -> tuple[str, ...]:
+    captions = arrays.get(CAPTIONS)
     if captions is None or captions.dtype.kind != "U" or captions.ndim != 1 or len(captions) == 0:
         found = "missing" if captions is None else f"{captions.dtype} {list(captions.shape)}"
         raise InvalidInputError(f"{path}: '{CAPTIONS}' is {found}; expected the caption of each image, str [N]")

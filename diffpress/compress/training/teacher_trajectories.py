@@ -31,7 +31,8 @@ from diffpress.runtime.sampler import initial_std, noise_for, sample
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_levels
 
 ROWS_PER_FILE = 256
-BATCH, BATCH_VALUES = 64, 2**16  # samples together: as many as have this many values, up to BATCH, at least 4
+BATCH = 64  # samples together on a processor
+LATENT_VALUES = 2**16  # of the latents together: four of 4 x 64 x 64
 
 Tensors = dict[str, torch.Tensor]
 
@@ -100,7 +101,8 @@ class TeacherTrajectories:
         spec = self.teacher.spec.with_plan(self.plan)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         most = ROWS_PER_FILE if device == "cuda" else BATCH  # smaller batches are no faster on a GPU
-        batch, done = min(most, max(4, BATCH_VALUES // math.prod(spec.sample_shape))), 0
+        fitting = max(4, LATENT_VALUES // math.prod(spec.sample_shape))
+        batch, done = most if spec.is_pixel_space else min(most, fitting), 0
         with progress("samples of the teacher", sum(map(len, missing.values()))) as advance:
             network = TorchNetwork(self.teacher.model.to(device), spec)
             for path, span in missing.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -10,15 +11,15 @@ import numpy as np
 from diffpress.runtime.errors import InvalidInputError
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Read all arrays of an npz file by name; raises InvalidInputError if it is not readable or has objects."""
+def read_npz(path: Path, names: Collection[str] | None = None) -> dict[str, np.ndarray]:
+    """Read the arrays of an npz file, or those of them that are named; InvalidInputError if it cannot be read."""
     try:
         # numpy leaves a damaged archive open, so the file is opened here
         with path.open("rb") as opened:
             file = np.load(opened, allow_pickle=False)
             if isinstance(file, np.ndarray):
                 raise InvalidInputError(f"{path}: holds a single array; expected an npz file of named arrays")
-            return {name: file[name] for name in file.files}
+            return {name: file[name] for name in file.files if names is None or name in names}
     except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
         raise InvalidInputError(f"{path}: not readable as an npz file ({error})") from error
 
@@ -34,7 +35,7 @@ def read_npy(path: Path) -> np.ndarray:
 
 
 def memory_map(path: Path) -> np.ndarray:
-    """Memory-map the array of a npy file of this program, so that rows are read on access."""
+    """Memory-map the array of a npy file that can be generated again, so that rows are read on access."""
     try:
         rows: np.ndarray = np.load(path, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

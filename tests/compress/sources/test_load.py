@@ -471,4 +471,4 @@ def test_a_saved_custom_checkpoint_with_a_damaged_record_is_refused(
 def test_built_in_checkpoints_are_found_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_checkpoint("calib_data/teacher").source.kind == "UNet2DModel"
-    refused("calib_data/no-such-teacher", "calib_data/no-such-teacher")
+    refused("calib_data/no-such-teacher", "calib_data/no-such-teacher", "calib_data/icons/teacher")

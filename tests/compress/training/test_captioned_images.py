@@ -69,10 +69,10 @@ def test_images_are_encoded_once(data: CaptionedImages, monkeypatch: pytest.Monk
     samples, _ = data.batch(4, torch.Generator().manual_seed(0))
     (file,) = data.folder.glob("images-*.npy")
     monkeypatch.setattr("diffpress.compress.training.captioned_images.encode_images", lambda *_: pytest.fail("again"))
-    again = CaptionedImages(data.teacher, data.images, data.prompts, data.file_hash, data.folder)
+    again = CaptionedImages(data.teacher, data.images, data.prompts, data.hash, data.folder)
     assert torch.equal(again.batch(4, torch.Generator().manual_seed(0))[0], samples)
     file.write_bytes(b"damaged")
-    damaged = CaptionedImages(data.teacher, data.images, data.prompts, data.file_hash, data.folder)
+    damaged = CaptionedImages(data.teacher, data.images, data.prompts, data.hash, data.folder)
     with pytest.raises(InvalidInputError, match="delete it to generate it again"):
         damaged.batch(4, torch.Generator())
 
@@ -122,6 +122,25 @@ def test_an_autoencoder_without_its_encoder_is_refused(
     weights = folder / "vae" / "diffusion_pytorch_model.safetensors"
     kept = {k: v for k, v in load_file(weights).items() if not k.startswith(("encoder.", "quant_conv."))}
     save_file(kept, weights, metadata={"format": "pt"})
-    data = load_captioned_images(write(x=pixels, caption=CAPTIONS), load_checkpoint(folder), tmp_path)
+    file = write(x=pixels, caption=CAPTIONS)
     with pytest.raises(InvalidInputError, match="no weights of the encoder"):
-        data.batch(2, torch.Generator())
+        load_captioned_images(file, load_checkpoint(folder), tmp_path)
+    with pytest.raises(InvalidInputError, match="came without its text encoders"):
+        load_captioned_images(file, load_checkpoint(folder / "unet"), tmp_path)
+
+
+def test_another_autoencoder_encodes_again(
+    data: CaptionedImages,
+    pixels: np.ndarray,
+    write: Callable[..., Path],
+    tmp_path: Path,
+    tiny_folder: Callable[..., Path],
+) -> None:
+    before, _ = data.batch(4, torch.Generator().manual_seed(0))
+    shutil.copytree(tiny_folder("sd"), tmp_path / "sd")
+    weights = tmp_path / "sd" / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({k: 1.5 * v for k, v in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    images = data.images.transpose(0, 2, 3, 1)
+    other = load_captioned_images(write(x=images, caption=CAPTIONS), load_checkpoint(tmp_path / "sd"), tmp_path)
+    assert other.hash == data.hash and other.teacher.hash == data.teacher.hash
+    assert not torch.equal(other.batch(4, torch.Generator().manual_seed(0))[0], before)

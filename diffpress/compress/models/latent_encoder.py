@@ -1,0 +1,66 @@
+"""The encoder of a pipeline's autoencoder: images [B, C, H, W] to the samples [B, c, h, w] that its model denoises.
+
+    sample = latent_scale (latent - latent_shift)
+
+The latent of AutoencoderKL is the mean of the distribution that it encodes an image to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import safe_open
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.sources.layout import read_layout
+from diffpress.compress.sources.pretrained import load_diffusers_model
+from diffpress.compress.sources.weights import weight_files
+from diffpress.runtime.errors import InvalidInputError
+
+PIXELS_TOGETHER = 2**21  # of the images encoded together: eight of 512 x 512
+MOST_TOGETHER = 64
+
+
+def autoencoder_folder(checkpoint: Checkpoint) -> Path:
+    """Return the folder of the pipeline's autoencoder.
+
+    Raises:
+        InvalidInputError: The pipeline has none, or it has no weights of the encoder.
+    """
+    folder = checkpoint.source.pipeline_folder
+    layout = None if folder is None else read_layout(folder)
+    if layout is None or layout.decoder is None:
+        raise InvalidInputError(
+            "the model learns from latents, but it came without an autoencoder that encodes images; load the whole "
+            "pipeline's folder"
+        )
+    found = layout.folder / layout.decoder
+    for file in weight_files(found):
+        with safe_open(file, framework="pt") as tensors:
+            if any(name.startswith("encoder.") for name in tensors.keys()):
+                return found
+    raise InvalidInputError(f"{found}: has no weights of the encoder, so it cannot encode images")
+
+
+def encode_images(checkpoint: Checkpoint, images: np.ndarray) -> Iterator[np.ndarray]:
+    """Encode images, uint8 [N, C, H, W], batch by batch into samples, float32 [B, c, h, w].
+
+    Raises:
+        InvalidInputError: As in `autoencoder_folder`, or its weights cannot be read.
+    """
+    spec, (low, high) = checkpoint.spec, checkpoint.spec.data_range
+    folder = autoencoder_folder(checkpoint)
+    kind = read_layout(folder.parent).kind_of(folder.name)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module: Any = load_diffusers_model(folder, kind).to(device)
+    batch = min(MOST_TOGETHER, max(1, PIXELS_TOGETHER // (images.shape[2] * images.shape[3])))
+    for start in range(0, len(images), batch):
+        pixels = torch.from_numpy(images[start : start + batch]).to(device).float() * ((high - low) / 255.0) + low
+        with torch.no_grad():
+            found = module.encode(pixels)
+        latents = found.latent_dist.mode() if hasattr(found, "latent_dist") else found.latents
+        yield (latents.float().cpu().numpy() - np.float32(spec.latent_shift)) * np.float32(spec.latent_scale)
