@@ -7,6 +7,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from diffpress.compress.builtin import built_in_path
 from diffpress.runtime.bundle import find_bundle, load_bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
@@ -19,7 +20,8 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Raises InvalidInputError for a path that is neither.
     """
-    folder, bundle = Path(path), find_bundle(path)
+    folder = Path(path) if Path(path).exists() else built_in_path(path)
+    bundle = find_bundle(folder)
     if bundle is not None:
         return _describe_bundle(bundle)
     if folder.is_dir():

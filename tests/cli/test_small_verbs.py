@@ -78,12 +78,15 @@ def test_the_folder_of_a_compress_run_stands_for_its_bundle(capsys: pytest.Captu
     assert facts["kind"] == "bundle" and facts["path"] == str(tmp_path / "work" / "bundle")
 
 
-def test_info_describes_a_checkpoint_without_loading_its_weights(capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_describes_a_checkpoint_without_loading_its_weights(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("torch")
     facts = json.loads(output(capsys, "info", FORMAT_1 / "checkpoint", "--json"))
     assert facts["kind"] == "checkpoint" and facts["family"] == "UNet2DModel" and facts["precision"] == "w4a8"
     assert facts["parameters"] == 36453 and facts["history"] == ["prune", "distill", "quantize"]
-    text = output(capsys, "info", ROOT / "calib_data" / "teacher")
+    monkeypatch.chdir(tmp_path)
+    text = output(capsys, "info", "calib_data/teacher")  # built-in data is found in any folder
     assert "UNet2DModel" in text and "fp16" in text and "20 steps of dpmpp_2m" in text and "10 classes" in text
 
 
