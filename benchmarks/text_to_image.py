@@ -169,6 +169,9 @@ def main() -> int:
     data = args.data or CALIB_DATA / "icons"
     features = load_features(data / "features" / "model.onnx", spec_of_folder(data / "teacher"))
     reference = load_reference(data / "reference.npz", features, spec_of_folder(data / "teacher"))
+    expected = None if args.against is None else read_npz(args.against)["images"]
+    if expected is not None and len(expected) < args.seeds:
+        parser.error(f"--against {args.against}: has images of {len(expected)} seeds, not {args.seeds}")
     result: dict[str, Any] = {"subject": args.subject or "real images"}
     if args.real is not None:
         rows = [scores(real(args.real), data, features, reference, 0)[0]]
@@ -183,9 +186,8 @@ def main() -> int:
             rows, images = [], []
             for seed in range(args.seeds):
                 row, drawn = scores(sampled(subject), data, features, reference, seed)
-                if args.against is not None:
-                    expected = read_npz(args.against)["images"][seed]
-                    row["psnr_db"] = psnr_db(expected.astype(np.float64), drawn.astype(np.float64), 255.0)
+                if expected is not None:
+                    row["psnr_db"] = psnr_db(expected[seed].astype(np.float64), drawn.astype(np.float64), 255.0)
                 rows.append(row)
                 images.append(drawn)
                 print(json.dumps({"seed": seed} | row), flush=True)

@@ -24,6 +24,7 @@ COLUMNS, LATENT_COLUMNS, LARGE_COLUMNS = 10, 8, 4
 PAIRED_WITH = "teacher, same plan"
 CAPTIONED_WIDTH = 128  # pixels; narrower images are enlarged, so that prompts fit above them
 FONT_SIZE, LINE_HEIGHT, MAX_LINES = 12, 15, 4
+CAPTION_GAP = 6  # pixels between the captions of neighbouring columns
 
 
 @dataclass(frozen=True)
@@ -102,7 +103,7 @@ def _captions(prompts: Sequence[str], width: int, total_width: int) -> np.ndarra
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(FONT_SIZE)
-    wrapped = [_wrapped(prompt, lambda line: font.getlength(line) <= width) for prompt in prompts]
+    wrapped = [_wrapped(prompt, lambda line: font.getlength(line) <= width - CAPTION_GAP) for prompt in prompts]
     image = Image.new("RGB", (total_width, LINE_HEIGHT * max(map(len, wrapped)) + GRID_GAP), "white")
     draw = ImageDraw.Draw(image)
     for column, lines in enumerate(wrapped):

@@ -43,13 +43,6 @@ def test_the_loss_falls_to_zero_for_equal_embeddings_and_ignores_pairs_of_the_sa
     assert scripts.contrastive_loss(vectors, vectors, scale, pair).item() < 1e-3
 
 
-def test_an_image_is_to_be_nearest_to_its_own_name(scripts: ModuleType) -> None:
-    names, scale = torch.eye(4), torch.tensor(3.0)
-    own = torch.tensor([2, 0])
-    assert scripts.naming_loss(names[own], names, scale, own).item() < 1e-3
-    assert scripts.naming_loss(names[own], names, scale, torch.tensor([1, 3])).item() > 10
-
-
 def test_augmentation_changes_images_a_little_and_reproducibly(scripts: ModuleType) -> None:
     images = np.full((4, 3, 16, 16), 128, np.uint8)
     first, second = (scripts.augmented(images, np.random.default_rng(0)) for _ in range(2))

@@ -2,7 +2,8 @@
 
 Each component is calibrated on its inputs in deployment. Formats and scales are chosen as for a denoiser:
 
-    text encoders    the prompts of the run, and the empty prompt of guidance
+    text encoders    the prompts of the run, and the empty prompt of guidance; with SmoothQuant, since a few channels of
+                     the first token are far larger than all others
     vae_decoder      the samples at the end of the denoiser's trajectories; its first and last layer stay in float
 
 The error is the PSNR of the final image with and without quantization: of the decoder on these samples, of a text
@@ -31,9 +32,10 @@ from diffpress.compress.models.components import (
     text_inputs,
 )
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.quantization.algorithms.smoothquant import smoothing_vectors
 from diffpress.compress.quantization.calibration.calibrate import calibrate, check_calibration
 from diffpress.compress.quantization.calibration.observer import NonFiniteError, Observer, observe_layers
-from diffpress.compress.quantization.config import QuantizeConfig
+from diffpress.compress.quantization.config import QuantizeConfig, SmoothQuantConfig
 from diffpress.compress.quantization.layer_graph import layer_graph
 from diffpress.compress.quantization.layer_selection import FLOAT, choose_formats, quantized_outputs
 from diffpress.compress.quantization.quantizers import fake_quantized_module, quantizers_that_ran
@@ -176,10 +178,11 @@ def _scales(component: Component, kind: str, use: Use, config: QuantizeConfig) -
         return component.run_all(component.example_arrays)
 
     graph = layer_graph(component.module, evaluate)
-    of_denoiser_only = QuantizeConfig()
+    off = QuantizeConfig()
     settings = config.model_copy(
         update={
-            **{name: getattr(of_denoiser_only, name) for name in ("smoothquant", "split_concats", "svdquant")},
+            **{name: getattr(off, name) for name in ("split_concats", "svdquant")},
+            "smoothquant": None if component.name == DECODER else config.smoothquant or SmoothQuantConfig(),
             **{"format": kind, "keep_sensitive_layers": False, "ignored_layers": (), "format_overrides": {}},
         }
     )
@@ -197,14 +200,18 @@ def _scales(component: Component, kind: str, use: Use, config: QuantizeConfig) -
     outputs = [name for name in quantized_outputs(component.module, graph, formats, settings) if name in inner]
     try:
         data = ComponentData(component.module, lambda: use(component))
-        amax = calibrate(data, formats, outputs, {}, settings)
+        smooth = smoothing_vectors(data, graph, formats, settings)
+        amax = calibrate(data, formats, outputs, smooth, settings)
     except NonFiniteError as error:
         raise InvalidInputError(
             f"quantize: components: a value inside {component.name} is not finite in calibration; leave it out"
         ) from error
-    amax = unify_scales(graph, amax)
+    # a smoothed layer quantizes a scaled copy of what it reads, so its input scale is its own
+    amax |= unify_scales(graph, {key: a for key, a in amax.items() if key.removesuffix(".input") not in smooth})
     others = {name: form for name, form in formats.items() if form != kind}
-    scales = Quantization(kind, amax, others).without([name for name in formats if f"{name}.weight" not in amax])
+    scales = Quantization(kind, amax, others, smooth).without(
+        [name for name in formats if f"{name}.weight" not in amax]
+    )
     quantized = fake_quantized_component(component, scales)
     bypassed = set(scales.amax) - quantizers_that_ran(
         quantized.module, lambda: quantized.run_all(component.example_arrays)

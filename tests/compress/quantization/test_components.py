@@ -73,14 +73,19 @@ def test_the_linear_layers_of_a_text_encoder_and_the_inner_layers_of_a_decoder_a
     assert {"post_quant_conv", "decoder.conv_out"}.isdisjoint(decoder.layers) and "decoder.conv_in" in decoder.layers
 
 
-def test_an_input_scale_covers_the_activations_of_the_runs_prompts(quantized: Checkpoint, context: Context) -> None:
+def test_an_input_scale_covers_the_smoothed_activations_of_the_runs_prompts(
+    quantized: Checkpoint, context: Context
+) -> None:
     component = load_component(quantized, TEXT)
+    assert set(quantized.component_quantization[TEXT].smooth) == set(quantized.component_quantization[TEXT].layers)
+    assert not quantized.component_quantization[DECODER].smooth
     (name,) = [
         name for name in quantized.component_quantization[TEXT].layers if name.endswith("layers.0.self_attn.q_proj")
     ]
     seen: list[float] = []
     modules: dict[str, Any] = dict(component.module.named_modules())
-    modules[name].register_forward_pre_hook(lambda _, args: seen.append(args[0].abs().max().item()))
+    smooth = quantized.component_quantization[TEXT].smooth[name]
+    modules[name].register_forward_pre_hook(lambda _, args: seen.append((args[0] / smooth).abs().max().item()))
     encode_prompts(quantized, ["", *context.prompts], {TEXT: component})
     assert 0.5 * max(seen) <= quantized.component_quantization[TEXT].amax[f"{name}.input"].item() <= max(seen)
 

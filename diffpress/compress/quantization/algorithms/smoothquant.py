@@ -19,12 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpress.compress.quantization.calibration.observer import NonFiniteError
+from diffpress.compress.quantization.calibration.observer import CalibrationData, NonFiniteError
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.layer_graph import LayerGraph
 from diffpress.compress.quantization.layer_kinds import channel_axis
-from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
 
 SMOOTHED: tuple[type[nn.Module], ...] = (nn.Linear,)
 CONCAT_ALPHA = 0.5
@@ -34,7 +33,7 @@ Vectors = dict[str, torch.Tensor]
 
 
 def smoothing_vectors(
-    dataset: TrajectoryDataset, graph: LayerGraph, formats: Mapping[str, str], config: QuantizeConfig
+    dataset: CalibrationData, graph: LayerGraph, formats: Mapping[str, str], config: QuantizeConfig
 ) -> Vectors:
     """Return layer -> s, float32 [in], for the layers that `smoothquant` and `split_concats` apply to.
 

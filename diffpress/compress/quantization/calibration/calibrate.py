@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
 
 from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.calibration.clip_range import amax_of
-from diffpress.compress.quantization.calibration.observer import Observer
+from diffpress.compress.quantization.calibration.observer import CalibrationData, Observer
 from diffpress.compress.quantization.calibration.statistics import Statistics, empty_statistics, update_statistics_
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.config import QuantizeConfig
@@ -30,24 +30,6 @@ from diffpress.runtime.errors import InvalidInputError
 LEVELS, REDUCED_LEVELS = 127, 64
 
 Tensors = dict[str, torch.Tensor]
-
-
-class CalibrationData(Protocol):
-    """A model with the inputs that it is calibrated on (trajectory_dataset.py, components.py)."""
-
-    @property
-    def model(self) -> nn.Module:
-        """The float model."""
-        ...
-
-    @property
-    def evaluations_per_batch(self) -> int:
-        """Number of different evaluations, such as the timesteps of a sampling plan."""
-        ...
-
-    def observe(self, what: str, observers: Mapping[str, Observer], gathered: Tensors) -> None:
-        """Evaluate the model on all inputs with these observers; `what` names the run, `gathered` what it updates."""
-        ...
 
 
 def calibrate(

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -36,6 +36,24 @@ Arrays = dict[str, np.ndarray]
 
 class NonFiniteError(ValueError):
     """A tensor holds a value that is not finite."""
+
+
+class CalibrationData(Protocol):
+    """A model with the inputs that it is calibrated on (trajectory_dataset.py, ../components.py)."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The float model."""
+        ...
+
+    @property
+    def evaluations_per_batch(self) -> int:
+        """Number of different evaluations, such as the timesteps of a sampling plan."""
+        ...
+
+    def observe(self, what: str, observers: Mapping[str, Observer], gathered: Mapping[str, torch.Tensor]) -> None:
+        """Evaluate the model on all inputs with these observers; `what` names the run, `gathered` what it updates."""
+        ...
 
 
 @dataclass(frozen=True)
