@@ -101,7 +101,7 @@ def test_what_does_not_fit_is_refused_before_any_work(folder: Path, tmp_path: Pa
         dp.compress(folder, [dp.Quantize(), dp.Prune(method="magnitude")], out=tmp_path / "a")
     with pytest.raises(dp.InvalidInputError, match="is not a stage"):
         dp.compress(folder, ["prune"], out=tmp_path / "a")  # type: ignore[list-item]
-    with pytest.raises(dp.InvalidInputError, match="the recipe names data and seed itself"):
+    with pytest.raises(dp.InvalidInputError, match="the recipe names data, teacher and seed itself"):
         dp.compress(folder, "int8", seed=1, out=tmp_path / "a")
     with pytest.raises(dp.InvalidInputError, match=r"nowhere\.npz does not exist"):
         dp.compress(folder, [dp.Prune()], data="nowhere.npz", out=tmp_path / "a")
