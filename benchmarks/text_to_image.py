@@ -121,20 +121,20 @@ def scores(
     from diffpress.runtime.io.prompt_file import read_prompt_file
 
     assert features.embed_pixels is not None
-    found = {}
-    for file in (ALL_NAMES, HELD_OUT):
-        prompts = read_prompt_file(data / file)
-        images = draw(prompts, seed)
-        embedded = features.embed_pixels(images.transpose(0, 2, 3, 1))
-        if file == ALL_NAMES:
-            found["frechet"] = frechet_distance(*moments(embedded), *moments(reference.features))
-            found["kid"] = kernel_distance(embedded, reference.features, reference.kernel_within)
-            continue
-        adherence = prompt_adherence(prompts, features, data / "names.txt")
-        assert adherence is not None, f"{features.name} has no text encoder"
-        wanted = np.array([list(COLOURS).index(prompt.rpartition(" ")[2]) for prompt in prompts])
-        found["retrieval"], found["clip_score"] = adherence.retrieval(embedded), adherence.clip_score(embedded)
-        found["colour"] = float((background_colours(images) == wanted).mean())
+    every_name = features.embed_pixels(draw(read_prompt_file(data / ALL_NAMES), seed).transpose(0, 2, 3, 1))
+    prompts = read_prompt_file(data / HELD_OUT)
+    images = draw(prompts, seed)
+    embedded = features.embed_pixels(images.transpose(0, 2, 3, 1))
+    adherence = prompt_adherence(prompts, features, data / "names.txt")
+    assert adherence is not None, f"{features.name} has no text encoder"
+    wanted = np.array([list(COLOURS).index(prompt.rpartition(" ")[2]) for prompt in prompts])
+    found = {
+        "frechet": frechet_distance(*moments(every_name), *moments(reference.features)),
+        "kid": kernel_distance(every_name, reference.features, reference.kernel_within),
+        "retrieval": adherence.retrieval(embedded),
+        "clip_score": adherence.clip_score(embedded),
+        "colour": float((background_colours(images) == wanted).mean()),
+    }
     return found, images
 
 

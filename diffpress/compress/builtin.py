@@ -14,10 +14,10 @@ REFERENCE = CALIB_DATA / "reference.npz"
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 
-def built_in_path(path: str | Path) -> Path:
-    """Return the file that `calib_data/...` means in any folder; other paths are returned unchanged."""
-    path = Path(path)
-    return CALIB_DATA.joinpath(*path.parts[1:]) if path.parts[:1] == (CALIB_DATA.name,) else path
+def built_in_path(path: str | Path, folder: Path = Path()) -> Path:
+    """Return a path relative to `folder`; `calib_data/...` that is not there is in the built-in data."""
+    parts, own = Path(path).parts, folder / path
+    return CALIB_DATA.joinpath(*parts[1:]) if parts[:1] == (CALIB_DATA.name,) and not own.exists() else own
 
 
 def built_in_recipes() -> dict[str, Path]:

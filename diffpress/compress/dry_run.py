@@ -23,6 +23,7 @@ from diffpress.compress.recipe import Recipe
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.compress.stages import STAGES
+from diffpress.compress.training.captioned_images import has_captions
 
 
 class Estimate(NamedTuple):
@@ -59,7 +60,7 @@ def dry_run(checkpoint: Checkpoint, recipe: Recipe) -> dict[str, Any]:
 def _teacher_samples(checkpoint: Checkpoint, recipe: Recipe) -> int | None:
     """Return how many samples the teacher makes as training data; None if each stage has its own number."""
     spec = checkpoint.spec
-    if recipe.data is not None and (spec.conditioning.kind != "text" or recipe.data.suffix == ".npz"):
+    if recipe.data is not None and (spec.conditioning.kind != "text" or has_captions(recipe.data)):
         return 0
     return None if spec.is_pixel_space else recipe.teacher_samples
 

@@ -20,7 +20,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Raises InvalidInputError for a path that is neither.
     """
-    folder = Path(path) if Path(path).exists() else built_in_path(path)
+    folder = built_in_path(path)
     bundle = find_bundle(folder)
     if bundle is not None:
         return _describe_bundle(bundle)

@@ -24,7 +24,7 @@ from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.compress.stages import STAGES, Stage, check_order
 from diffpress.compress.training import distributed
-from diffpress.compress.training.captioned_images import load_captioned_images
+from diffpress.compress.training.captioned_images import has_captions, load_captioned_images
 from diffpress.compress.training.sample_data import load_samples
 from diffpress.compress.training.teacher_data import TeacherData, read_prompts
 from diffpress.compress.workspace import Workspace
@@ -119,7 +119,7 @@ def open_data(teacher: Checkpoint, recipe: Recipe, workspace: Workspace) -> Data
     """Return the recipe's samples; without any, samples of the teacher for models of latents or text."""
     spec, file = teacher.spec, recipe.data
     if spec.conditioning.kind == "text":
-        if file is not None and file.suffix == ".npz":
+        if file is not None and has_captions(file):
             return load_captioned_images(file, teacher, workspace.stages)
         return TeacherData(teacher, recipe.teacher_samples, workspace.stages, read_prompts(file))
     if file is not None:

@@ -174,16 +174,10 @@ def _resolve(raw: dict[str, Any], path: Path) -> Recipe:
 
 def _existing(file: Path, path: Path, where: str) -> Path:
     """Return a file or folder that the recipe at `path` names."""
-    found = _named(file, path).resolve()
+    found = built_in_path(file, path.parent).resolve()
     if not found.exists():
         raise InvalidInputError(f"{path}: {where}: {found} does not exist")
     return found
-
-
-def _named(file: Path, path: Path) -> Path:
-    """Return the path that a recipe means: relative to its folder, or else in the built-in data."""
-    own = path.parent / file
-    return own if own.exists() else path.parent / built_in_path(file)
 
 
 def _stage(entry: Any, index: int, path: Path) -> Stage:
@@ -217,7 +211,7 @@ def _config(kind: Any, settings: Any, path: Path, where: str) -> Any:
 def _data_path(value: Any, path: Path) -> Path | None:
     if value is None:
         return None
-    file = _named(Path(str(value)), path)
+    file = built_in_path(str(value), path.parent)
     if not file.is_file():
         raise InvalidInputError(f"{path}: data: {file} does not exist")
     return file
@@ -232,7 +226,7 @@ def _teacher(value: Any, path: Path) -> str | None:
     module, colon, weights = str(value).partition(".py:")
     if colon:
         return f"{path.parent.absolute() / module}.py:{path.parent.absolute() / weights}"
-    file = _named(Path(value), path)
+    file = built_in_path(value, path.parent)
     return _reference(file) if value and file.exists() else str(value)
 
 

@@ -49,9 +49,18 @@ def energy_distance(features: Mapping[str, torch.Tensor], references: Mapping[st
 
 @contextmanager
 def capture_features(model: nn.Module, blocks: Sequence[str]) -> Iterator[Features]:
-    """Collect the outputs of the named blocks in every forward pass inside the context."""
+    """Collect the outputs of the named blocks in every forward pass inside the context.
+
+    Raises:
+        InvalidInputError: The model lacks a block, so that it cannot be compared with another that has it.
+    """
     features: Features = {}
     modules = dict(getattr(model, "module", model).named_modules())  # DDP wraps the model
+    lacking = next((name for name in blocks if name not in modules), None)
+    if lacking is not None:
+        raise InvalidInputError(
+            f"distill: the student has no block '{lacking}' like the teacher; set feature_weight: 0"
+        )
     with ExitStack() as stack:
         for name in blocks:
             stack.callback(modules[name].register_forward_hook(_store_output(features, name)).remove)

@@ -5,8 +5,8 @@ blocks (block_features.py), the loss is
 
     L = w_out |o_s - o_t|^2  +  w_feat mean_b |e_s^b - e_t^b|^2 / |e_t^b|^2  +  w_task |o_s - target|^2
 
-(output + feature distillation of BK-SDM, Kim et al. 2023, eq. 2-4). The teacher is the recipe's, by
-default the checkpoint that the run started from.
+(output + feature distillation of BK-SDM, Kim et al. 2023, eq. 2-4). The teacher is the recipe's, by default
+the checkpoint that the run started from.
 """
 
 from __future__ import annotations
@@ -24,28 +24,17 @@ from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors, add_noise, forward, noise_levels_at
 from diffpress.compress.training.teacher_data import data_for
-from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.parameterization import to_output
 
 
 def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Checkpoint:
-    """Train the checkpoint's model against the teacher; return it with new weights and an unchanged plan.
-
-    Raises:
-        InvalidInputError: Block features are compared, and the student lacks a block of the teacher.
-    """
+    """Train the checkpoint's model against the teacher; return it with new weights and an unchanged plan."""
     data, spec = data_for(ctx, config.samples), checkpoint.spec
     teacher = ctx.teacher.model.eval()
     # a fixed plan visits few timesteps: `timesteps: plan` spends all of the training on them
     candidates = spec.plan.timesteps if config.timesteps == "plan" else range(len(spec.schedule))
     timesteps = torch.tensor(list(candidates)).round().long()
     blocks = adapter_for(teacher).blocks(teacher) if config.feature_weight else []
-    lacking = set(blocks) - {name for name, _ in checkpoint.model.named_modules()}
-    if lacking:
-        raise InvalidInputError(
-            f"distill: {{kind: recover}}: the student has no block '{min(lacking)}' to compare with the teacher's; set "
-            "feature_weight: 0"
-        )
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
         x0, cond = data.batch(config.batch, generator)

@@ -66,7 +66,7 @@ def load_checkpoint(
 
 
 def _folder_of(text: str, config: str | None) -> Path:
-    path = Path(text) if Path(text).exists() else built_in_path(text)
+    path = built_in_path(text)
     if path != Path(text) and not path.exists():
         raise InvalidInputError(f"{text}: not among the built-in data; it has {_built_in_checkpoints()}")
     if path.is_dir():

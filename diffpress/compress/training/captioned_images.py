@@ -101,6 +101,11 @@ class CaptionedImages:
         return memory_map(path)
 
 
+def has_captions(file: Path) -> bool:
+    """Return whether a text-to-image model's `data` is captioned images; any other file holds prompts."""
+    return file.suffix == ".npz"
+
+
 def load_captioned_images(path: Path, teacher: Checkpoint, folder: Path) -> CaptionedImages:
     """Load captioned images for a text-to-image model.
 

@@ -21,7 +21,7 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context, Data, random_conditioning
 from diffpress.compress.models.components import prompt_conditions
 from diffpress.compress.seeds import TEACHER_DATA_SEED
-from diffpress.compress.training.captioned_images import read_captions
+from diffpress.compress.training.captioned_images import has_captions, read_captions
 from diffpress.compress.training.teacher_trajectories import TeacherTrajectories
 from diffpress.runtime.io.prompt_file import read_prompt_file
 from diffpress.runtime.network_inputs import ConditioningInputs
@@ -101,6 +101,6 @@ def read_prompts(path: Path | None) -> tuple[str, ...]:
     Raises:
         InvalidInputError: The file is unreadable or contains no prompts.
     """
-    if path is not None and path.suffix == ".npz":
+    if path is not None and has_captions(path):
         return read_captions(path)
     return read_prompt_file(path or PROMPTS)
