@@ -33,7 +33,7 @@ if TYPE_CHECKING:
         ScoreConfig,
         TrajectoryConfig,
     )
-    from diffpress.compress.pruning.config import PruneConfig
+    from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig
     from diffpress.compress.quantization.config import QuantizeConfig
     from diffpress.compress.recipe import Recipe as Recipe
     from diffpress.compress.sampling_schedule.config import ScheduleConfig
@@ -58,6 +58,7 @@ if TYPE_CHECKING:
     Guidance = GuidanceConfig
     Progressive = ProgressiveConfig
     Prune = PruneConfig
+    PruneDepth = PruneDepthConfig
     Quantize = QuantizeConfig
     Recover = RecoverConfig
     Schedule = ScheduleConfig
@@ -81,6 +82,7 @@ _MODULES = {
     "Pipeline": "diffpress.runtime.pipeline",
     "Progressive": "diffpress.compress.distillation.config:ProgressiveConfig",
     "Prune": "diffpress.compress.pruning.config:PruneConfig",
+    "PruneDepth": "diffpress.compress.pruning.config:PruneDepthConfig",
     "Quantize": "diffpress.compress.quantization.config:QuantizeConfig",
     "Recipe": "diffpress.compress.recipe",
     "Recover": "diffpress.compress.distillation.config:RecoverConfig",

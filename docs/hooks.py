@@ -110,7 +110,7 @@ def settings_reference() -> str:
 def settings_table(config: type[Config]) -> str:
     """Return the table of one class: name, type, default and description of every setting.
 
-    A kind of distillation lists only what differs from the settings that all kinds share.
+    A kind of a stage lists only what differs from the settings that all kinds share.
     """
     inherited = _shared(config).model_fields
     rows = (
@@ -196,7 +196,8 @@ def configs() -> dict[str, type[Config]]:
     found: dict[str, type[Config]] = {}
     for name, stage in STAGES.items():
         if len(stage.configs) > 1:
-            found[f"{name}, all kinds"] = _shared(stage.configs[0])
+            found[f"{name}, all kinds"] = shared = _shared(stage.configs[0])
+            found |= _nested(name, shared)
             found |= {f"{name}, kind {kind.model_fields['kind'].default}": kind for kind in stage.configs}
         else:
             found[name] = stage.configs[0]

@@ -6,8 +6,8 @@ and its own caption is the highest of the batch, in both directions:
     pixel_values [B, 3, 64, 64] -> 32 x 32 x 32 -> 16 x 16 x 64 -> 8 x 8 x 128 -> mean, max -> image_embeds [B, 128]
     input_ids    [N, 16]        -> two transformer layers of width 128 -> last token -> text_embeds [N, 128]
 
-Half of the captions are complete, the others are the name alone, so that names can be retrieved. Pairs with the same
-name are not negatives.
+Each image is also compared with all names, so that names can be retrieved. The loss is the sum of both cross entropies;
+captions with the same name are not negatives.
 
 These encoders are used for *scoring* only: nothing is trained, selected or calibrated on them.
 
@@ -73,11 +73,11 @@ class IconFeatures(nn.Module):
 
     def __init__(self, vocabulary: int) -> None:
         super().__init__()
-        self.image, self.text = ImageEncoder(), TextEncoder(vocabulary)
+        self.image, self.text = ImageEncoder().to(memory_format=torch.channels_last), TextEncoder(vocabulary)
         self.log_scale = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
 
     def forward(self, pixel_values: Tensor, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        return self.image(pixel_values), self.text(input_ids)
+        return self.image(pixel_values.contiguous(memory_format=torch.channels_last)), self.text(input_ids)
 
 
 def augmented(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -101,6 +101,12 @@ def contrastive_loss(images: Tensor, texts: Tensor, log_scale: Tensor, same: Ten
     return (F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)) / 2
 
 
+def naming_loss(images: Tensor, names: Tensor, log_scale: Tensor, number: Tensor) -> Tensor:
+    """Return the cross entropy of embeddings [B, D] over those of all names [M, D]; `number` [B] is the right one."""
+    scale = log_scale.exp().clamp(max=MAX_SCALE)
+    return F.cross_entropy(scale * F.normalize(images, dim=1) @ F.normalize(names, dim=1).T, number)
+
+
 def retrieval(model: IconFeatures, icons: Icons, ids_of_names: Tensor, names: list[str]) -> float:
     """Return how often the name of a held-out combination is the nearest of all names."""
     held_out = icons.held_out()
@@ -115,7 +121,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train the encoders that score generated icons.")
     parser.add_argument("--icons", type=Path, required=True, help="npz with rgba, caption and style")
     parser.add_argument("--out", type=Path, required=True, help="folder of the ONNX file and its configs")
-    add_options(parser, steps=1000, batch=256, lr=1e-3, init=False)
+    add_options(parser, steps=2500, batch=256, lr=1e-3, init=False)
     args = parser.parse_args(argv)
     check_options(args)
     return args
@@ -142,13 +148,14 @@ def main(argv: list[str] | None = None) -> None:
         rng = np.random.default_rng([args.seed, step])
         picked = rng.choice(combinations, args.batch, replace=False)
         name = torch.from_numpy(number[picked // len(COLOURS)])
-        whole = torch.from_numpy(rng.random(args.batch) < 0.5)
-        ids = torch.where(whole[:, None], of_captions[picked], of_names[name])
+        ids = torch.cat([of_captions[picked], of_names]).to(device)
         same = (name[:, None] == name) & ~torch.eye(args.batch, dtype=torch.bool)
         pixels = torch.from_numpy(augmented(icons.images(picked), rng)).to(device)
         with autocast(device):
-            images, texts = model(pixels, ids.to(device))
-        return contrastive_loss(images.float(), texts.float(), model.log_scale, same.to(device))
+            images, texts = (found.float() for found in model(pixels, ids))
+        own, every_name = texts[: args.batch], texts[args.batch :]
+        contrast = contrastive_loss(images, own, model.log_scale, same.to(device))
+        return contrast + naming_loss(images, every_name, model.log_scale, name.to(device))
 
     def on_sample(model: nn.Module, path: Path) -> None:
         model.eval()

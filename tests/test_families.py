@@ -36,6 +36,7 @@ from diffpress.compress.checkpoint import save_checkpoint  # noqa: E402
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs  # noqa: E402
 from diffpress.compress.models.components import component_names, load_component  # noqa: E402
 from diffpress.compress.models.counts import count  # noqa: E402
+from diffpress.compress.models.removed_blocks import removed_blocks  # noqa: E402
 from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
 from diffpress.compress.pipeline import run_stages  # noqa: E402
 from diffpress.compress.quantization.quantizers import fake_quantized  # noqa: E402
@@ -126,6 +127,7 @@ def test_a_pixel_space_pipeline_reproduces_its_own_ddim_images(settings: dict[st
 RECIPE = """
 teacher_samples: 2
 stages:
+  - prune: {{kind: depth, blocks: 1, samples: 1}}
   - prune: {{method: {method}, ratio: 0.25, round_to: 4, batch: 2, timesteps: 2}}
   - distill: {{kind: recover, steps: 2, batch: 2}}
   - quantize: {{format: int8, samples: 2, batch: 2}}
@@ -157,7 +159,8 @@ def test_every_family_is_pruned_distilled_and_quantized(
     before, after = (count(one.model, one.spec) for one in (teacher, result))
     # only inner widths shrink and both heads remain; in tiny Flux most MACs are those of attention
     assert after.parameters < before.parameters and after.macs < 0.97 * before.macs
-    assert [record.stage for record in result.history] == ["prune", "distill", "quantize"]
+    assert [record.stage for record in result.history] == ["prune", "prune", "distill", "quantize"]
+    assert len(removed_blocks(result.model)) == 1
     assert result.quantization is not None and len(result.quantization.layers) > 5
     model = fake_quantized(result)
     with torch.no_grad():

@@ -7,8 +7,8 @@ On disk a checkpoint is the diffusers layout plus diffpress.json, which holds wh
     LICENSE, NOTICE, README.md, ...         the licence and model card it came with
     quantization.safetensors    quantization scales, if the checkpoint is quantized
     quantization.<component>.safetensors    quantization scales of another component, if it is quantized
-    diffpress.json              spec, per-layer widths, quantized layers, history. Its `pipeline`, written by hand, is a
-                                folder relative to this one whose other components are used
+    diffpress.json              spec, per-layer widths, removed blocks, quantized layers, history. Its `pipeline`,
+                                written by hand, is a folder relative to this one whose other components are used
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from diffpress.compress.models.removed_blocks import removed_blocks
 from diffpress.compress.models.widths import Widths, changed_widths
 from diffpress.compress.sources.layout import link_components
 from diffpress.compress.sources.terms import Terms, write_terms
@@ -190,6 +191,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _facts(self) -> dict[str, Any]:
+        removed = removed_blocks(self.model)
         return {
             "kind": self.source.kind,
             "config": self.source.config,
@@ -197,6 +199,7 @@ class Checkpoint:
             "spec": self.spec.to_json(),
             "quantization": self.quantization.facts() if self.quantization else None,
             **({"components": self._component_facts()} if self.component_quantization else {}),
+            **({"removed_blocks": removed} if removed else {}),
         }
 
     def _component_facts(self) -> dict[str, Any]:
@@ -267,6 +270,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         "kind": source.kind,
         "folder": source.folder,
         "widths": changed_widths(checkpoint.model, source.original),
+        "removed_blocks": removed_blocks(checkpoint.model),
         "quantization": checkpoint.quantization.facts() if checkpoint.quantization else None,
         "components": checkpoint._component_facts(),
         "hash": checkpoint.hash,

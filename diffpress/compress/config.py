@@ -8,9 +8,9 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
 from diffpress.runtime.errors import InvalidInputError, unknown_name
@@ -200,6 +200,16 @@ def unknown_key(key: Any, known: Sequence[str], where: str, renamed: dict[str, s
     hint = f"did you mean '{near[0]}'?" if near else f"known are {', '.join(known)}"
     file, colon, path = where.rpartition(": ")
     return InvalidInputError(f"{file}{colon}unknown key '{f'{path}.{key}'.lstrip('.')}'; {hint}")
+
+
+def union_by_kind(configs: Sequence[type[StageConfig]], default: str) -> Any:
+    """Return the union of the classes, discriminated by `kind`; settings without one are of the kind `default`."""
+
+    def with_kind(settings: Any) -> Any:
+        return {"kind": default, **settings} if isinstance(settings, dict) else settings
+
+    union: Any = Union[tuple(configs)]  # noqa: UP007 - the members are known at run time only
+    return Annotated[union, Field(discriminator="kind"), BeforeValidator(with_kind)]
 
 
 def config_classes(config: Any) -> tuple[type[Config], ...]:

@@ -49,13 +49,16 @@ class Data(Protocol):
 
 
 class EngineCosts(Protocol):
-    """Latency and size of a quantized checkpoint, measured in an engine (export/targets/engine_cost.py)."""
+    """Latency and size of a quantized or pruned checkpoint, measured in an engine (export/targets/engine_cost.py)."""
 
     def gains_ms(self, quantization: Quantization) -> dict[str, float]:
         """Return, per module with scales, its time in the float graph minus its time in the quantized graph, in ms."""
 
     def latency_ratio(self, quantization: Quantization) -> float:
         """Return the latency of one step of the quantized graph divided by that of the float graph."""
+
+    def relative_latency(self, pruned: Checkpoint) -> float:
+        """Return the latency of one step of another float checkpoint divided by that of this one's float graph."""
 
     def size_mib(self, quantization: Quantization) -> float:
         """Return the file size of the quantized graph in MiB."""

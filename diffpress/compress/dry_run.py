@@ -13,7 +13,7 @@ from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import DistillConfig
 from diffpress.compress.effort import estimated_bytes, estimated_seconds, measure_cost
 from diffpress.compress.models.counts import count
-from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.compress.quantization.components import component_formats
 from diffpress.compress.quantization.config import QuantizeConfig
@@ -83,14 +83,22 @@ def estimate_distill(estimate: Estimate, config: DistillConfig, seed: int) -> Es
     return estimate._replace(checkpoint=estimate.checkpoint.evolve(spec=spec.with_plan(plan)))
 
 
-def estimate_prune(estimate: Estimate, config: PruneConfig, seed: int) -> Estimate:
+def estimate_prune(estimate: Estimate, config: PruneConfig | PruneDepthConfig, seed: int) -> Estimate:
     """Return the sizes after pruning.
 
-    The model is pruned in any case, which refuses what the run will refuse and names the layers that it will skip.
+    The model is pruned, which refuses what the run will refuse and names the layers that it will skip. An ablation is
+    not run, and no latency is measured.
     """
+    ctx = Context(seed, Path(), estimate.checkpoint)
+    if isinstance(config, PruneDepthConfig):
+        if not (config.remove or config.preset):
+            return Estimate(estimate.checkpoint, None)
+        pruned = prune(estimate.checkpoint, config, ctx)
+        return Estimate(pruned, _sizes(pruned))
+    if config.target is not None and config.target.latency is not None:
+        return Estimate(estimate.checkpoint, None)
     # which layers can be pruned depends on the model alone, and this criterion needs no data
-    by_magnitude = config.model_copy(update={"method": "magnitude"})
-    pruned = prune(estimate.checkpoint, by_magnitude, Context(seed, Path(), estimate.checkpoint))
+    pruned = prune(estimate.checkpoint, config.model_copy(update={"method": "magnitude", "threshold": None}), ctx)
     return Estimate(pruned, None if config.scope == "global" else _sizes(pruned))
 
 

@@ -28,7 +28,8 @@ from diffpress.compress.distillation.config import (
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.components import DECODER
 from diffpress.compress.models.counts import is_large
-from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig
+from diffpress.compress.pruning.importance import needs_gradients
 from diffpress.compress.quantization.algorithms.output_correction import corrects_output
 from diffpress.compress.quantization.components import COMPARED_IMAGES, component_formats
 from diffpress.compress.quantization.config import QuantizeConfig
@@ -91,9 +92,14 @@ def estimated_bytes(work: Work, cost: NetworkCost, weights: int) -> int:
     return work.copies * weights + work.batch * active
 
 
-def work_of_prune(config: PruneConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
-    """Gradients at some timesteps for method taylor; the other methods read the weights only."""
-    if config.method != "taylor":
+def work_of_prune(
+    config: PruneConfig | PruneDepthConfig, checkpoint: Checkpoint, teacher_samples: int | None
+) -> Work | None:
+    """Gradients at some timesteps, or an ablation of blocks; other choices read the weights only."""
+    if isinstance(config, PruneDepthConfig):
+        # how often an ablation evaluates the network depends on what it finds
+        return Work() if config.remove or config.preset else None
+    if not needs_gradients(config):
         return Work()
     return Work(
         _teacher_data(checkpoint.spec, teacher_samples, config.batch),

@@ -9,7 +9,8 @@ from pydantic import TypeAdapter
 from pydantic.json_schema import GenerateJsonSchema, JsonSchemaValue
 from pydantic_core import core_schema
 
-from diffpress.compress.distillation.distill import DEFAULT_KIND
+from diffpress.compress.distillation import distill
+from diffpress.compress.pruning import prune
 from diffpress.compress.recipe import SECTIONS, TEACHER_SAMPLES
 from diffpress.compress.stages import STAGES
 from diffpress.runtime.sampler import MAX_SEED
@@ -67,7 +68,7 @@ class _Generator(GenerateJsonSchema):
         made["description"] = re.sub(r" \([\w/]+\.py\)", "", made["description"].partition("\n\n")[0])
         for name, key in made["properties"].items():
             key["description"] = re.sub(r"\bNone\b", "null", key["description"])
-            if name == "kind" and key["const"] != DEFAULT_KIND:
+            if name == "kind" and key["const"] not in (distill.DEFAULT_KIND, prune.DEFAULT_KIND):
                 made["required"] = ["kind"]
         return made
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from diffpress.compress.config import StageConfig, config_classes
 from diffpress.compress.distillation.distill import KINDS, AnyDistillConfig
 from diffpress.compress.lazy import lazy
-from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.pruning.prune import AnyPruneConfig
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.runtime.errors import InvalidInputError, unknown_name
@@ -130,7 +130,7 @@ STAGES: dict[str, StageDef] = {
         ),
         StageDef(
             "prune",
-            PruneConfig,
+            AnyPruneConfig,
             lazy("diffpress.compress.pruning.prune:prune"),
             ordering=(_after_quantize("scales are calibrated for one set of channels"), _after_few_steps()),
             estimate=lazy("diffpress.compress.dry_run:estimate_prune"),

@@ -23,7 +23,7 @@ from diffpress.compress.stages import STAGES, stages_of
 
 TRAINING: dict[str, Any] = {"steps": 10, "batch": 4, "samples": 16}
 STAGE_CONFIGS = [
-    dp.Prune(batch=4, timesteps=6, threshold=0.0),
+    dp.Prune(batch=4, timesteps=6),
     dp.Recover(**TRAINING),
     dp.Progressive(start_steps=8, sample_steps=2, **TRAINING),
     dp.Consistency(sample_steps=2, **TRAINING),

@@ -79,11 +79,19 @@ def test_every_key_of_a_recipe_is_in_the_tables(hooks: ModuleType) -> None:
 
 def test_a_table_has_one_row_per_setting_with_default_and_description(hooks: ModuleType) -> None:
     configs = hooks.configs()
-    assert {*SECTIONS, "prune", "quantize", "distill, all kinds", "quantize.qat", "export.tensorrt"} <= set(configs)
+    assert {
+        *SECTIONS,
+        "prune, all kinds",
+        "prune.target",
+        "quantize",
+        "distill, all kinds",
+        "quantize.qat",
+        "export.tensorrt",
+    } <= set(configs)
     rows = []
     for name, config in configs.items():
         rows += (found := hooks.settings_table(config).splitlines()[2:])
-        if ", kind" not in name:
+        if ", kind " not in name:
             assert len(found) == len([key for key in config.model_fields if key != "kind"])
     for row in rows:
         _, setting, kind, default, meaning, _ = row.replace("\\|", "").split("|")
@@ -99,8 +107,8 @@ def test_a_kind_of_distillation_repeats_no_setting_that_all_kinds_share(hooks: M
 
 def test_the_types_of_settings_are_in_words(hooks: ModuleType) -> None:
     fields = {**TensorRTConfig.model_fields, **PruneConfig.model_fields, **BoundsConfig.model_fields}
-    assert hooks.type_text(fields["ratio"]) == "number, > 0, < 1"
-    assert hooks.type_text(fields["method"]) == "`taylor`, `magnitude`, `random`"
+    assert hooks.type_text(fields["ratio"]) == "number, > 0, < 1, or null"
+    assert hooks.type_text(fields["method"]) == "`taylor`, `diff_pruning`, `magnitude`, `random`"
     assert hooks.type_text(fields["sizes"]) == "list of 2 lists of 2 integers, or null"
     assert hooks.type_text(fields["max_size_mib"]) == "number, > 0, or null"
     assert hooks.default_text(fields["batch"]) == "`32`"

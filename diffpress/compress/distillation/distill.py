@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Union
+from typing import TYPE_CHECKING, Any
 
-from pydantic import BeforeValidator, Field
-
+from diffpress.compress.config import union_by_kind
 from diffpress.compress.distillation.config import (
     ConsistencyConfig,
     DistillConfig,
@@ -53,17 +52,8 @@ KINDS: dict[str, DistillDef] = {
 }
 DEFAULT_KIND = "recover"
 
-
-def _with_kind(settings: Any) -> Any:
-    return {"kind": DEFAULT_KIND, **settings} if isinstance(settings, dict) else settings
-
-
-# settings of any kind, discriminated by `kind`
-AnyDistillConfig: Any = Annotated[
-    Union[tuple(entry.config for entry in KINDS.values())],  # noqa: UP007 - the members are known at run time only
-    Field(discriminator="kind"),
-    BeforeValidator(_with_kind),
-]
+# settings of any kind
+AnyDistillConfig: Any = union_by_kind([entry.config for entry in KINDS.values()], DEFAULT_KIND)
 
 
 def distill(checkpoint: Checkpoint, config: DistillConfig, ctx: Context) -> Checkpoint:

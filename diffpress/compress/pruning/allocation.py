@@ -14,6 +14,10 @@ from diffpress.runtime.errors import InvalidInputError
 MIN_KEPT = 0.25
 
 
+class TooMuchRemovedError(InvalidInputError):
+    """A ratio that leaves nothing of a layer, or less than `MIN_KEPT` of all."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """A prunable coupled group.
@@ -42,11 +46,11 @@ def keep_count(channels: int, ratio: float, unit: int) -> int:
     """Return the number of channels to keep: (1 - ratio) of them, rounded to a multiple of `unit`.
 
     Raises:
-        InvalidInputError: The result is zero.
+        TooMuchRemovedError: The result is zero.
     """
     keep = round(channels * (1.0 - ratio) / unit) * unit
     if keep == 0 and unit < channels:
-        raise InvalidInputError(
+        raise TooMuchRemovedError(
             f"prune: ratio {ratio:g} leaves nothing of a layer with {channels} channels, removed in units of {unit}; "
             f"at most {1 - unit / channels:.2f} can be removed"
         )
@@ -72,7 +76,7 @@ def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
     channels.
 
     Raises:
-        InvalidInputError: The ratio cannot be reached.
+        TooMuchRemovedError: The ratio cannot be reached.
     """
     channels = sum(candidate.channels for candidate in candidates)
     keeps = [candidate.channels for candidate in candidates]
@@ -83,7 +87,7 @@ def allocate(candidates: list[Candidate], ratio: float) -> list[int]:
     while removed < ratio * channels:
         if not offers:
             possible = removed / max(channels, 1)
-            raise InvalidInputError(
+            raise TooMuchRemovedError(
                 f"prune: ratio {ratio:g} leaves too little of some layer; at most {possible:.2f} can be removed"
             )
         _, best = heapq.heappop(offers)

@@ -10,7 +10,6 @@ every operation, what the original computes with the removed channels left out.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass
@@ -24,11 +23,8 @@ from torch.nn.modules.conv import _ConvNd
 from diffpress.compress.pruning.allocation import Candidate
 from diffpress.compress.pruning.channel_removal import Channels, TracedModel
 from diffpress.compress.pruning.channel_trace import OUTPUT, ChannelTrace, Slot, trace
-from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.importance import Importance
 from diffpress.runtime.errors import InvalidInputError
-
-logger = logging.getLogger(__name__)
 
 NORMS = (nn.LayerNorm, nn.RMSNorm)
 LAYERS = (_ConvNd, nn.Linear, nn.Embedding, nn.MultiheadAttention)
@@ -44,9 +40,9 @@ class _Group:
 
 
 def traced_groups(
-    model: nn.Module, inputs: dict[str, torch.Tensor], config: PruneConfig, importance: Importance
-) -> tuple[TracedModel, list[Candidate]]:
-    """Return the model's channels and the candidates for pruning; log a line that names the layers that are skipped.
+    model: nn.Module, inputs: dict[str, torch.Tensor], round_to: int, ratio: float, importance: Importance
+) -> tuple[TracedModel, list[Candidate], str]:
+    """Return the model's channels, the candidates for pruning, and the layers that are skipped with the reasons.
 
     Raises:
         InvalidInputError: No group can be pruned.
@@ -55,15 +51,13 @@ def traced_groups(
     _fix_unequal_shares(found)
     traced = TracedModel(model, inputs, found)
     reasons: dict[int, str] = {}
-    groups = _groups(traced, found, config.round_to)
-    groups = _runnable(traced, groups, [], config.ratio, reasons)
+    groups = _groups(traced, found, round_to)
+    groups = _runnable(traced, groups, [], ratio, reasons)
     skipped = _skipped(model, traced, found, reasons)
     if not groups:
         all_outputs = "all layers write the network's output"
         raise InvalidInputError(f"prune: no channels of this model can be removed: {skipped or all_outputs}")
-    if skipped:
-        logger.warning("prune: skipped: %s", skipped)
-    return traced, [_candidate(traced, found, group, importance) for group in groups]
+    return traced, [_candidate(traced, found, group, importance) for group in groups], skipped
 
 
 def _fix_unequal_shares(found: ChannelTrace) -> None:

@@ -108,6 +108,8 @@ def _spectral_norms(model: nn.Module) -> dict[Any, tuple[torch.Tensor, torch.Ten
 
 def _keep_spectral_norms_(model: nn.Module, before: dict[Any, tuple[torch.Tensor, torch.Tensor]]) -> None:
     """Scale u so that every u^T W v, by which a layer divides its weight, is what it was before rows were removed."""
-    for norm, (u, value) in _spectral_norms(model).items():
+    spectral, new = _spectral_norms(model), {}
+    for norm, (u, value) in spectral.items():
         if value != before[norm][1] and value != 0:
-            u.mul_(before[norm][1] / value)
+            new[id(u)] = u * (before[norm][1] / value)
+    replace_tensors_(model, new)

@@ -2,33 +2,137 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from diffpress.compress.config import StageConfig
+from diffpress.compress.config import Config, StageConfig
+
+Method = Literal["taylor", "diff_pruning", "magnitude", "random"]
+Preset = Literal["bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny"]
+DEFAULT_RATIO = 0.3
+WHAT = {"macs": "MACs", "params": "parameters", "latency": "latency of a step"}
 
 
-class PruneConfig(StageConfig):
+class PruneTarget(Config):
+    """What remains of the network, as a fraction of what it was before the stage."""
+
+    macs: float | None = Field(None, gt=0.0, lt=1.0, description="Fraction of the MACs that remains.")
+    params: float | None = Field(None, gt=0.0, lt=1.0, description="Fraction of the parameters that remains.")
+    latency: float | None = Field(
+        None, gt=0.0, lt=1.0, description="Fraction of the latency of a step that remains, measured in `engine`."
+    )
+    engine: Literal["onnxruntime", "openvino"] = Field("openvino", description="Engine in which latency is measured.")
+
+    @property
+    def name(self) -> str:
+        """The key that is set."""
+        return next(name for name in WHAT if getattr(self, name) is not None)
+
+    @property
+    def fraction(self) -> float:
+        """The fraction that remains."""
+        return float(getattr(self, self.name))
+
+    @property
+    def what(self) -> str:
+        """What the fraction is of, in words."""
+        return WHAT[self.name]
+
+    @model_validator(mode="after")
+    def _names_one(self) -> PruneTarget:
+        if sum(getattr(self, name) is not None for name in WHAT) != 1:
+            raise ValueError(f"a target is one of {', '.join(WHAT)}: the fraction that remains, such as {{macs: 0.56}}")
+        if "engine" in self.model_fields_set and self.engine != "openvino" and self.latency is None:
+            raise ValueError("engine belongs to a target of latency; set latency, or remove engine")
+        return self
+
+
+class PruneStageConfig(StageConfig):
+    """Settings that all kinds of pruning share."""
+
+    target: PruneTarget | None = Field(None, description="What remains of the network.")
+
+
+class PruneConfig(PruneStageConfig):
     """Remove channels and attention heads by importance.
 
     Examples:
         >>> import diffpress as dp
         >>> dp.Prune(ratio=0.3).method
         'taylor'
+        >>> dp.Prune(target={"macs": 0.56}).target.fraction
+        0.56
     """
 
-    method: Literal["taylor", "magnitude", "random"] = Field("taylor", description="Importance criterion of a channel.")
-    ratio: float = Field(0.3, gt=0.0, lt=1.0, description="Fraction of channels and attention heads removed.")
+    kind: Literal["width"] = Field("width", description="Kind of pruning.")
+    method: Method = Field("taylor", description="Importance criterion of a channel.")
+    ratio: float | None = Field(
+        None,
+        gt=0.0,
+        lt=1.0,
+        description=f"Fraction of channels and attention heads removed; {DEFAULT_RATIO} if there is no target.",
+    )
     scope: Literal["local", "global"] = Field(
         "local", description="local prunes every layer group by ratio; global distributes it over the network."
     )
     round_to: int = Field(8, ge=1, description="Kept widths are multiples of this many channels.")
-    batch: int = Field(32, ge=1, description="Images per batch for the gradients of method taylor.")
-    timesteps: int = Field(24, ge=1, description="Number of timesteps at which method taylor computes gradients.")
-    threshold: float = Field(
-        0.05,
+    batch: int = Field(32, ge=1, description="Images per batch for the gradients of taylor and diff_pruning.")
+    timesteps: int = Field(
+        24, ge=1, description="Number of timesteps at which taylor and diff_pruning compute gradients."
+    )
+    threshold: float | None = Field(
+        None,
         ge=0.0,
         le=1.0,
-        description="Method taylor stops at a loss below this fraction of the largest loss so far.",
+        description="Method diff_pruning stops at a loss below this fraction of the largest loss so far; None means "
+        "0.05.",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _ratio_or_target(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or settings.get("target") is not None or settings.get("ratio") is not None:
+            return settings
+        return settings | {"ratio": DEFAULT_RATIO}
+
+    @model_validator(mode="after")
+    def _agrees(self) -> PruneConfig:
+        if self.ratio is not None and self.target is not None:
+            raise ValueError(
+                "ratio and target exclude each other: ratio is the fraction of channels removed, target "
+                "what remains of the network; remove one"
+            )
+        if self.threshold is not None and self.method != "diff_pruning":
+            raise ValueError(
+                f"threshold belongs to method diff_pruning, not {self.method}; set it, or remove threshold"
+            )
+        return self
+
+
+class PruneDepthConfig(PruneStageConfig):
+    """Remove whole blocks: residual blocks and attentions of U-Nets, blocks of transformers.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.PruneDepth(blocks=2).kind
+        'depth'
+    """
+
+    kind: Literal["depth"] = Field("depth", description="Kind of pruning.")
+    remove: tuple[str, ...] = Field((), description="Names of the blocks to remove.")
+    preset: Preset | None = Field(
+        None, description="Removes the blocks that BK-SDM removes, from U-Nets like Stable Diffusion's."
+    )
+    blocks: int | None = Field(None, ge=1, description="Number of blocks to remove, chosen by ablation.")
+    samples: int = Field(8, ge=1, description="Trajectories on whose states ablation measures errors.")
+
+    @model_validator(mode="after")
+    def _chooses_one_way(self) -> PruneDepthConfig:
+        chosen = [name for name in ("remove", "preset", "blocks", "target") if getattr(self, name)]
+        if len(chosen) != 1:
+            raise ValueError(
+                "exactly one of remove, preset, blocks and target chooses the blocks, "
+                f"found {' and '.join(chosen) if chosen else 'none'}"
+            )
+        return self

@@ -1,9 +1,9 @@
 """Importance of the channels of a coupled group, summed over all weights of the channel.
 
-random      uniform noise
-magnitude   sum |w|
-taylor      sum |w * dL/dw|, gradients of the denoising loss accumulated over timesteps from low noise
-            upward until L_t < T * max L   (Fang et al. 2023, Diff-Pruning, eq. 5-6 and alg. 1)
+random          uniform noise
+magnitude       sum |w|
+taylor          sum |w * dL/dw|, gradients of the denoising loss accumulated over timesteps of the whole schedule
+diff_pruning    taylor from low noise upward, until L_t < T * max L     (Fang et al. 2023, eq. 5-6 and alg. 1)
 """
 
 from __future__ import annotations
@@ -23,9 +23,17 @@ from diffpress.compress.training.teacher_data import data_for
 
 Importance = Callable[[torch.Tensor], torch.Tensor]
 
+GRADIENT_METHODS = ("taylor", "diff_pruning")
+THRESHOLD = 0.05  # of diff_pruning, as in the paper
+
+
+def needs_gradients(config: PruneConfig) -> bool:
+    """Return whether the criterion reads gradients of the denoising loss."""
+    return config.method in GRADIENT_METHODS
+
 
 def importance_of(model: nn.Module, checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Importance:
-    """Return a function that maps a weight to the importance of its elements; taylor leaves gradients in `model`."""
+    """Return a function that maps a weight to the importance of its elements; gradients are left in `model`."""
     if config.method == "magnitude":
         return lambda weight: weight.detach().abs()
     if config.method == "random":
@@ -42,13 +50,14 @@ def _accumulate_gradients_(model: nn.Module, checkpoint: Checkpoint, config: Pru
     noise = torch.randn(x0.shape, generator=generator)
     top = len(checkpoint.spec.schedule)
     timesteps = torch.linspace(0, top - 1, config.timesteps).long()
+    threshold = 0.0 if config.method == "taylor" else THRESHOLD if config.threshold is None else config.threshold
     largest = 0.0
-    with progress("taylor importance", len(timesteps)) as advance:
+    with progress("importance of channels", len(timesteps)) as advance:
         for done, t in enumerate(timesteps.tolist()):
             step = torch.full((len(x0),), t, dtype=torch.long)
             loss = epsilon_loss(model, checkpoint.spec, x0, noise, step, conditions)
             largest = max(largest, loss.item())
-            if loss.item() < config.threshold * largest:
+            if loss.item() < threshold * largest:
                 break  # the remaining high-noise timesteps carry little information about content
             loss.backward()
             advance(done + 1, f"loss {loss.item():.4f}")

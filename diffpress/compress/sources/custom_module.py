@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
+from diffpress.compress.models.removed_blocks import restore_removed_blocks_
 from diffpress.compress.models.widths import apply_widths_, widths_of
 from diffpress.compress.sources.module_check import check_decoder, check_denoiser
 from diffpress.compress.sources.record import history_and_scales, read_record
@@ -56,6 +57,7 @@ def load_custom_module(file: Path, weights: Path) -> Checkpoint:
     if record is None:
         check_denoiser(module, spec, file)
     else:
+        restore_removed_blocks_(module, record.get("removed_blocks", {}), where)
         apply_widths_(module, record.get("widths", {}), where)
         load_weights_(module, [weights / "weights.safetensors"])
         spec = DenoiserSpec.from_json(record.get("spec"), f"{weights / RECORD}: spec")

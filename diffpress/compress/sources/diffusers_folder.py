@@ -14,6 +14,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
 from diffpress.compress.models.adapter import ADAPTERS, adapter_for
+from diffpress.compress.models.removed_blocks import restore_removed_blocks_
 from diffpress.compress.models.widths import apply_widths_, widths_of
 from diffpress.compress.sources.latent_space import read_latent_space
 from diffpress.compress.sources.layout import (
@@ -70,8 +71,9 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         spec = _apply_record(spec, record, str(folder / RECORD))
     if layout.ignored:
         logger.info(f"{folder}: {', '.join(layout.ignored)} not needed for sampling, left out")
-    if record is not None and record.get("widths"):
-        apply_widths_(model, record["widths"], str(folder / RECORD))
+    if record is not None and (record.get("widths") or record.get("removed_blocks")):
+        restore_removed_blocks_(model, record.get("removed_blocks", {}), str(folder / RECORD))
+        apply_widths_(model, record.get("widths", {}), str(folder / RECORD))
         adapter_for(model).refresh_(model)
     load_weights_(model, weight_files(layout.denoiser), dtype)
     return Checkpoint(model.eval(), spec, source, *history_and_scales(record, folder))

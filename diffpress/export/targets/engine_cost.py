@@ -1,4 +1,4 @@
-"""Cost and gain of quantizing a checkpoint in an engine: per layer from profiles, in total from timing.
+"""Cost and gain of quantizing or pruning a checkpoint in an engine: per layer from profiles, in total from timing.
 
     gain(layer) = its time in the float graph - its time in the quantized graph       medians over a few runs
 
@@ -21,6 +21,7 @@ import onnx
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import EngineCosts
+from diffpress.compress.models.counts import is_large
 from diffpress.compress.quantization.algorithms.sensitivity import quantized_layers
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.to_onnx import to_onnx
@@ -33,12 +34,12 @@ from diffpress.runtime.engines.precision_report import Kernel
 from diffpress.runtime.network_inputs import dummy_inputs
 
 PROFILED_RUNS = 9
-QUANTIZED, WITHOUT_SUMS = "quantized.onnx", "without_sums.onnx"
+QUANTIZED, WITHOUT_SUMS, PRUNED = "quantized.onnx", "without_sums.onnx", "pruned.onnx"
 
 
 @contextmanager
 def open_engine_costs(checkpoint: Checkpoint, engine: str) -> Iterator[EngineCosts]:
-    """Open the costs of quantizing the float `checkpoint` in `engine`.
+    """Open the costs of quantizing or pruning the float `checkpoint` in `engine`.
 
     Raises:
         MissingDependencyError: If the engine is not installed.
@@ -49,7 +50,8 @@ def open_engine_costs(checkpoint: Checkpoint, engine: str) -> Iterator[EngineCos
         exact = Path(folder) / "float.onnx"
         save_graph(graph, exact)
         with closing(load_engine(exact, engine)) as opened:
-            yield _Costs(graph, Path(folder), opened, dummy_inputs(opened, case.spec, BATCH))
+            batch = 1 if is_large(checkpoint.model) else BATCH
+            yield _Costs(graph, Path(folder), opened, dummy_inputs(opened, case.spec, batch))
 
 
 class _Costs:
@@ -83,6 +85,13 @@ class _Costs:
         with self._opened() as rounded:
             exact_ms, rounded_ms = alternating_latency_ms((self._exact, rounded), self._inputs)
         return rounded_ms / exact_ms
+
+    def relative_latency(self, pruned: Checkpoint) -> float:
+        """Return the time of another float checkpoint's graph divided by that of this one's."""
+        save_graph(to_onnx(pruned.model, pruned.spec), self._folder / PRUNED)
+        with self._opened(PRUNED) as smaller:
+            whole_ms, smaller_ms = alternating_latency_ms((self._exact, smaller), self._inputs)
+        return smaller_ms / whole_ms
 
     def size_mib(self, quantization: Quantization) -> float:
         """Return the size of the quantized graph with its weights in MiB."""

@@ -58,7 +58,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def halve_(model: nn.Module, spec: Any) -> tuple[TracedModel, dict[Any, Any]]:
     """Remove half of every group from `model`; return its channels and those it had."""
     ones = lambda weight: torch.ones_like(weight)  # noqa: E731
-    traced, candidates = traced_groups(model, dummy_inputs(spec, 2), PruneConfig(round_to=1), ones)
+    traced, candidates, _ = traced_groups(model, dummy_inputs(spec, 2), round_to=1, ratio=0.3, importance=ones)
     before = dict(traced.slots)
     for candidate in candidates:
         keep = keep_count(candidate.channels, 0.5, candidate.unit)

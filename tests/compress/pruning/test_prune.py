@@ -1,4 +1,4 @@
-"""compress/pruning/prune.py: the right channels are removed, shapes stay valid, and nothing else changes."""
+"""compress/pruning/width.py: the right channels are removed, shapes stay valid, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from diffpress.compress.pruning.prune import prune
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
-METHODS, SCOPES = ("random", "magnitude", "taylor"), ("local", "global")
+METHODS, SCOPES = ("random", "magnitude", "taylor", "diff_pruning"), ("local", "global")
 
 
 def config(method: str = "magnitude", ratio: float = 0.4, **settings: Any) -> PruneConfig:
@@ -224,7 +224,7 @@ def test_taylor_ranks_channels_by_weight_times_gradient(
 ) -> None:
     model = Chain()
     checkpoint, ctx = custom(model, "epsilon"), context(custom(model, "epsilon"), seed=5)
-    settings = config("taylor", ratio=0.5, threshold=0.0)
+    settings = config("taylor", ratio=0.5)
     small = prune(checkpoint, settings, ctx)
 
     # reference: one batch, one noise, gradients summed over the timesteps
@@ -248,7 +248,7 @@ def test_taylor_ranks_channels_by_weight_times_gradient(
         assert kept == sorted(score.argsort(descending=True)[:8].tolist())
 
 
-def test_taylor_stops_when_the_loss_falls_below_the_threshold(
+def test_diff_pruning_stops_when_the_loss_falls_below_the_threshold(
     custom: Callable[..., Checkpoint], context: Callable[..., Context], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses, seen = iter([1.0, 4.0, 0.3, 0.1, 2.0]), []
@@ -266,7 +266,7 @@ def test_taylor_stops_when_the_loss_falls_below_the_threshold(
 
     monkeypatch.setattr("diffpress.compress.pruning.importance.epsilon_loss", loss_at)
     checkpoint = custom(Chain())
-    prune(checkpoint, config("taylor", timesteps=5, threshold=0.05), context(checkpoint))
+    prune(checkpoint, config("diff_pruning", timesteps=5, threshold=0.05), context(checkpoint))
     assert seen == [0, 12, 24, 36]
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
+from diffpress.compress.context import Context
+from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.pruning.prune import prune
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.targets.engine_cost import layer_times, open_engine_costs
 from diffpress.runtime.engines import available, load_engine
@@ -60,3 +66,24 @@ def test_costs_are_those_of_the_given_quantization(wide: Checkpoint, scales: Cal
             assert isinstance(exact, OnnxRuntimeEngine) and isinstance(rounded, OnnxRuntimeEngine)
             inputs = dummy_inputs(exact, wide.spec, 2)
             assert exact.integer_mac_share(inputs) == 0.0 and rounded.integer_mac_share(inputs) > 0.9
+
+
+@pytest.mark.parametrize("engine", available())
+def test_a_pruned_network_is_timed_against_the_whole_one(
+    engine: str, wide: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    small = prune(wide, PruneConfig(method="magnitude", ratio=0.5), Context(0, tmp_path, wide))
+    outputs: list[np.ndarray] = []
+
+    def timed(engines: Sequence[Any], inputs: dict[str, np.ndarray]) -> list[float]:
+        outputs.extend(opened.run(inputs) for opened in engines)
+        outputs.extend(TorchNetwork(one.model, one.spec).run(inputs) for one in (wide, small))
+        return [4.0, 3.0]
+
+    monkeypatch.setattr("diffpress.export.targets.engine_cost.alternating_latency_ms", timed)
+    with open_engine_costs(wide, engine) as costs:
+        assert costs.relative_latency(small) == 0.75
+    # what was timed are the two networks
+    for found, expected in zip(outputs[:2], outputs[2:], strict=True):
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+    assert np.abs(outputs[0] - outputs[1]).max() > 0.01

@@ -18,6 +18,7 @@ from torch import nn
 
 from diffpress.compress.models.description import Description
 from diffpress.compress.models.diffusers_blocks import Coupled
+from diffpress.compress.models.removed_blocks import Removable
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.errors import InvalidInputError
 
@@ -83,6 +84,7 @@ class Adapter:
         coupled: Inner widths that pruning may shrink; None: they are found by a trace of the network's channels.
         fixed: Names of layers whose output widths are never pruned; a family that names some and whose `coupled`
             returns None is pruned over torch-pruning's dependency graph instead.
+        removable_blocks: Blocks that depth pruning may remove; None: members of lists of modules, found by running it.
         refresh_: Updates size attributes that modules store to the present layer widths.
         add_guidance_input_: Adds the guidance weight as an input of the network; returns the config entries that
             changed. None: this family does not support it.
@@ -97,5 +99,6 @@ class Adapter:
     attentions: Callable[[nn.Module], list[Coupled]] = _none
     coupled: Callable[[nn.Module], list[Coupled] | None] = _unknown
     fixed: Callable[[nn.Module], list[str]] = _last_layer
+    removable_blocks: Callable[[nn.Module], list[Removable]] | None = None
     refresh_: Callable[[nn.Module], None] = _do_nothing_
     add_guidance_input_: Callable[[nn.Module], dict[str, Any]] | None = None

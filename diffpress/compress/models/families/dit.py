@@ -10,6 +10,8 @@ from torch import nn
 from diffpress.compress.models import diffusers_blocks, transformer
 from diffpress.compress.models.description import Description, check_task, square, without_variance
 from diffpress.compress.models.families.contract import Adapter
+from diffpress.compress.models.removable_blocks import transformer_blocks
+from diffpress.compress.models.removed_blocks import Removable
 from diffpress.compress.models.transformer import layers_named
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning
@@ -40,6 +42,11 @@ def sensitive_layers(model: nn.Module) -> list[str]:
     return layers_named(model, outside=("pos_embed.", "proj_out_"), inside=("norm1.",))
 
 
+def removable_blocks(model: nn.Module) -> list[Removable]:
+    """Return all blocks but the first, whose timestep embedding the output layer reads as well."""
+    return transformer_blocks(model)[1:]
+
+
 ADAPTER = Adapter(
     describe=describe,
     forward=forward,
@@ -48,5 +55,6 @@ ADAPTER = Adapter(
     sensitive_layers=sensitive_layers,
     attentions=diffusers_blocks.attentions,
     coupled=diffusers_blocks.coupled,
+    removable_blocks=removable_blocks,
     refresh_=diffusers_blocks.refresh_,
 )

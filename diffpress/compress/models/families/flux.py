@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpress.compress.models import diffusers_blocks
+from diffpress.compress.models import diffusers_blocks, removable_blocks
 from diffpress.compress.models.description import Description, check_task, text, text_encoder
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.transformer import layers_named
@@ -101,5 +101,6 @@ ADAPTER = Adapter(
     sensitive_layers=sensitive_layers,
     attentions=diffusers_blocks.attentions,
     coupled=diffusers_blocks.coupled,
+    removable_blocks=removable_blocks.transformer_blocks,
     refresh_=diffusers_blocks.refresh_,
 )

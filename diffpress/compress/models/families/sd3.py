@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpress.compress.models import diffusers_blocks, transformer
+from diffpress.compress.models import diffusers_blocks, removable_blocks, transformer
 from diffpress.compress.models.description import (
     Description,
     check_task,
@@ -87,5 +87,6 @@ ADAPTER = Adapter(
     sensitive_layers=sensitive_layers,
     attentions=diffusers_blocks.attentions,
     coupled=diffusers_blocks.coupled,
+    removable_blocks=removable_blocks.transformer_blocks,
     refresh_=diffusers_blocks.refresh_,
 )

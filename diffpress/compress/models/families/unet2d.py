@@ -11,9 +11,10 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
 from torch import nn
 
-from diffpress.compress.models import diffusers_blocks
+from diffpress.compress.models import diffusers_blocks, removable_blocks
 from diffpress.compress.models.description import Description, check_entry, check_task, sample_size, square
 from diffpress.compress.models.families.contract import Adapter
+from diffpress.compress.models.removed_blocks import refresh_removed_
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning
 
@@ -76,6 +77,7 @@ def refresh_(model: nn.Module) -> None:
             module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
         elif isinstance(module, Attention):
             module.inner_dim = module.inner_kv_dim = module.to_q.out_features
+    refresh_removed_(model)
 
 
 ADAPTER = Adapter(
@@ -87,5 +89,6 @@ ADAPTER = Adapter(
     residual_outputs=diffusers_blocks.residual_outputs,
     attentions=diffusers_blocks.attentions,
     fixed=fixed,
+    removable_blocks=removable_blocks.unet_blocks,
     refresh_=refresh_,
 )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpress.compress.models import diffusers_blocks
+from diffpress.compress.models import diffusers_blocks, removable_blocks
 from diffpress.compress.models.description import (
     Description,
     check_entry,
@@ -138,6 +138,7 @@ ADAPTER = Adapter(
     residual_outputs=diffusers_blocks.residual_outputs,
     attentions=diffusers_blocks.attentions,
     coupled=diffusers_blocks.coupled,
+    removable_blocks=removable_blocks.unet_blocks,
     refresh_=diffusers_blocks.refresh_,
     add_guidance_input_=add_guidance_input_,
 )

@@ -1,0 +1,86 @@
+"""Targets of pruning: the fraction of the network's MACs, parameters or latency that remains.
+
+A target holds for the network before the stage. The fraction that remains falls with the fraction of channels removed,
+in steps that `round_to` makes, so the smallest ratio that reaches the target is found by bisection. Latency is measured
+in the engine, of every network that is tried: no count of operations predicts it.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.context import Context
+from diffpress.compress.models.counts import count
+from diffpress.compress.pruning.allocation import TooMuchRemovedError
+from diffpress.compress.pruning.config import PruneTarget
+from diffpress.compress.pruning.pruned import Pruned, parameter_count
+from diffpress.runtime.errors import InvalidInputError
+
+logger = logging.getLogger(__name__)
+
+BISECTIONS = 8  # ratios are found to 1/256
+
+Fraction = Callable[[nn.Module], float]
+
+
+@contextmanager
+def open_target(checkpoint: Checkpoint, target: PruneTarget, ctx: Context) -> Iterator[Fraction]:
+    """Yield a function of a smaller model: the fraction that remains of what the target names.
+
+    Raises:
+        InvalidInputError: The target is a latency, and no engine measures it here.
+    """
+    if target.params is not None:
+        before = parameter_count(checkpoint.model)
+        yield lambda model: parameter_count(model) / before
+    elif target.macs is not None:
+        macs = count(checkpoint.model, checkpoint.spec).macs
+        yield lambda model: count(model, checkpoint.spec).macs / macs
+    elif ctx.open_engine_costs is None:
+        raise InvalidInputError("prune: target latency is measured in an engine, and none is open here; set macs")
+    else:
+        with ctx.open_engine_costs(checkpoint, target.engine) as costs:
+            yield lambda model: costs.relative_latency(checkpoint.evolve(model=model))
+
+
+def reach_target(
+    checkpoint: Checkpoint, target: PruneTarget, ctx: Context, prune_by: Callable[[float], Pruned]
+) -> Pruned:
+    """Return the largest pruned model that reaches the target; `prune_by` prunes by a ratio.
+
+    Raises:
+        InvalidInputError: No ratio reaches the target; the message names the smallest fraction that one reaches.
+    """
+    low, high, smallest, best = 0.0, 1.0, 1.0, None
+    with open_target(checkpoint, target, ctx) as remaining:
+        for _ in range(BISECTIONS):
+            ratio = (low + high) / 2
+            try:
+                found = prune_by(ratio)
+            except TooMuchRemovedError:
+                high = ratio
+                continue
+            fraction = remaining(found.model)
+            smallest = min(smallest, fraction)
+            if fraction > target.fraction:
+                low = ratio
+            else:
+                high, best = ratio, found
+                note = f"ratio {ratio:.3f} leaves {fraction:.3f} of the {target.what}"
+    if best is None:
+        raise unreachable(target, smallest)
+    logger.info(f"prune: {note}")
+    return best
+
+
+def unreachable(target: PruneTarget, smallest: float) -> InvalidInputError:
+    """Return the error for a target that cannot be reached; `smallest` is the fraction that can."""
+    return InvalidInputError(
+        f"prune: target {target.name} {target.fraction:g} cannot be reached: at least {smallest:.3f} of the "
+        f"{target.what} remain; set target.{target.name} to {smallest:.3f} or more"
+    )

@@ -1,0 +1,141 @@
+"""`width`: remove channels and attention heads over coupled groups, in three steps.
+
+1. importance  I_c of channel c of a coupled group, summed over all its weights (importance.py)
+2. allocation  local: the least important `ratio` of each group; global: `ratio` of all channels, removed where the
+               loss of importance per saved cost is smallest. If a GroupNorm reads the group, equally many channels are
+               removed from each of its normalization groups, so that the kept widths stay divisible (allocation.py)
+3. removal     the channel is removed from every layer that writes or reads it (groups.py, channel_groups.py)
+
+The family's adapter lists the coupled groups (`coupled`), or leaves them to torch-pruning's dependency graph and names
+the layers that it must not change (`fixed`). The groups of any other module are found in a trace of its channels.
+Attention loses complete heads, chosen by the same importance summed over a head. With a target instead of a ratio, the
+smallest ratio that reaches it is searched (target.py).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+
+import torch
+from torch import nn
+
+from diffpress.compress.checkpoint import Checkpoint, shared_copy
+from diffpress.compress.context import Context
+from diffpress.compress.models.adapter import ANY_MODULE, adapter_for, dummy_inputs
+from diffpress.compress.models.diffusers_blocks import Coupled
+from diffpress.compress.models.families.contract import Adapter
+from diffpress.compress.pruning.allocation import allocate, choose_removed, keep_count
+from diffpress.compress.pruning.channel_groups import traced_groups
+from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.pruning.groups import adapter_groups, dependency_graph_groups, output_pixels, remove_indices_
+from diffpress.compress.pruning.importance import Importance, group_scores, importance_of, needs_gradients
+from diffpress.compress.pruning.pruned import Pruned, check_runs, keep_apart_, parameter_count
+from diffpress.compress.pruning.target import reach_target
+from diffpress.compress.sources.layout import first_line
+from diffpress.runtime.errors import InvalidInputError
+
+logger = logging.getLogger(__name__)
+
+
+def prune_width(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Checkpoint:
+    """Remove channels and heads up to `config.ratio` or `config.target`; return the smaller checkpoint.
+
+    Raises:
+        InvalidInputError: Nothing can be removed, the target cannot be reached, or the pruned model cannot be saved or
+            run.
+    """
+    source = checkpoint.clone_model() if needs_gradients(config) else checkpoint.shared_model()
+    importance = importance_of(source, checkpoint, config, ctx)
+
+    def prune_by(ratio: float) -> Pruned:
+        return _pruned(source, checkpoint, config, importance, ratio)
+
+    if config.target is None:
+        assert config.ratio is not None  # set where there is no target
+        found = prune_by(config.ratio)
+    else:
+        found = reach_target(checkpoint, config.target, ctx, prune_by)
+    if found.skipped:
+        logger.warning("prune: skipped: %s", found.skipped)
+    keep_apart_(found.model, checkpoint.model)
+    found.model.zero_grad(set_to_none=True)
+    if parameter_count(found.model) == parameter_count(checkpoint.model):
+        asked = "the target" if config.ratio is None else f"ratio {config.ratio:g}"
+        raise InvalidInputError(
+            f"prune: {asked} with round_to {config.round_to} removes nothing from this model; "
+            "remove more or decrease round_to"
+        )
+    return checkpoint.evolve(model=found.model)
+
+
+def _pruned(
+    source: nn.Module, checkpoint: Checkpoint, config: PruneConfig, importance: Importance, ratio: float
+) -> Pruned:
+    """Return a pruned copy of `source`; tensors that lose nothing are shared with it."""
+    by_trace = adapter_for(source).fixed is ANY_MODULE.fixed
+    try:
+        return _pruned_by(source, checkpoint, config, importance, ratio, by_trace)
+    except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if by_trace:
+            raise
+        # a variant of the family in which torch-pruning's graph couples the wrong channels
+        logger.warning(
+            f"prune: torch-pruning fails on this {checkpoint.source.kind} ({first_line(error)}); "
+            "its channels are traced instead"
+        )
+        return _pruned_by(source, checkpoint, config, importance, ratio, by_trace=True)
+
+
+def _pruned_by(
+    source: nn.Module,
+    checkpoint: Checkpoint,
+    config: PruneConfig,
+    importance: Importance,
+    ratio: float,
+    by_trace: bool,
+) -> Pruned:
+    adapter, model, inputs = adapter_for(source), shared_copy(source), dummy_inputs(checkpoint.spec, 2)
+    _prune_heads_(adapter.attentions(model), ratio, importance)
+    skipped = _prune_channels_(model, adapter, inputs, config, importance, ratio, by_trace)
+    adapter.refresh_(model)
+    check_runs(model, inputs)
+    return Pruned(model, skipped)
+
+
+def _prune_channels_(
+    model: nn.Module,
+    adapter: Adapter,
+    inputs: dict[str, torch.Tensor],
+    config: PruneConfig,
+    importance: Importance,
+    ratio: float,
+    by_trace: bool,
+) -> str:
+    """Remove channels; return the layers that are skipped, with the reasons."""
+    groups, traced, skipped = adapter.coupled(model), None, ""
+    if groups is not None:
+        candidates = adapter_groups(groups, config, importance, output_pixels(model, adapter, inputs))
+    elif by_trace:
+        traced, candidates, skipped = traced_groups(model, inputs, config.round_to, ratio, importance)
+    else:
+        candidates = dependency_graph_groups(model, adapter, inputs, config, importance)
+    if config.scope == "global":
+        keeps = allocate(candidates, ratio)
+    else:
+        keeps = [keep_count(c.channels, ratio, c.unit) for c in candidates]
+    for candidate, keep in zip(candidates, keeps, strict=True):
+        if keep < candidate.channels:
+            candidate.remove(choose_removed(candidate.scores, keep, candidate.norm_groups))
+    if traced is not None and (difference := traced.difference()) is not None:
+        raise InvalidInputError(f"prune: the pruned model differs from the original: {difference}")
+    return skipped
+
+
+def _prune_heads_(attentions: list[Coupled], ratio: float, importance: Importance) -> None:
+    """Remove heads of each attention."""
+    for group in attentions:
+        heads = group.channels
+        keep = max(1, math.ceil(heads * (1.0 - ratio) - 1e-9))  # round up: heads are large
+        if keep < heads:
+            remove_indices_(group, group_scores(group, importance).argsort(stable=True)[: heads - keep].tolist())
