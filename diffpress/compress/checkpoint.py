@@ -7,8 +7,9 @@ On disk a checkpoint is the diffusers layout plus diffpress.json, which holds wh
     LICENSE, NOTICE, README.md, ...         the licence and model card it came with
     quantization.safetensors    quantization scales, if the checkpoint is quantized
     quantization.<component>.safetensors    quantization scales of another component, if it is quantized
-    diffpress.json              spec, per-layer widths, removed blocks, quantized layers, history. Its `pipeline`,
-                                written by hand, is a folder relative to this one whose other components are used
+    diffpress.json              spec, per-layer widths, kept indices, removed blocks, quantized layers, history. Its
+                                `pipeline`, written by hand, is a folder relative to this one whose other components
+                                are used
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
+from diffpress.compress.models.kept_indices import KeptIndices, kept_to_json
 from diffpress.compress.models.removed_blocks import removed_blocks
 from diffpress.compress.models.widths import Widths, changed_widths
 from diffpress.compress.sources.layout import link_components
@@ -144,6 +146,7 @@ class Checkpoint:
         history: One record per stage.
         quantization: Formats and scales of the denoiser; None if it is not quantized.
         component_quantization: Formats and scales of other components of its pipeline, by the names of their graphs.
+        kept_indices: What its tensors keep of those of the unpruned model.
 
     Examples:
         >>> import diffpress as dp
@@ -158,6 +161,7 @@ class Checkpoint:
     history: tuple[Record, ...] = ()
     quantization: Quantization | None = None
     component_quantization: Mapping[str, Quantization] = field(default_factory=dict)
+    kept_indices: KeptIndices = field(default_factory=dict)
 
     def __repr__(self) -> str:
         plan, stages = self.spec.plan, [record.stage for record in self.history]
@@ -271,6 +275,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         "folder": source.folder,
         "widths": changed_widths(checkpoint.model, source.original),
         "removed_blocks": removed_blocks(checkpoint.model),
+        "kept_indices": kept_to_json(checkpoint.kept_indices),
         "quantization": checkpoint.quantization.facts() if checkpoint.quantization else None,
         "components": checkpoint._component_facts(),
         "hash": checkpoint.hash,

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
+from diffpress.compress.models.kept_indices import Removals
 from diffpress.compress.pruning.allocation import Candidate
 from diffpress.compress.pruning.channel_removal import Channels, TracedModel
 from diffpress.compress.pruning.channel_trace import OUTPUT, ChannelTrace, Slot, trace
@@ -40,7 +41,12 @@ class _Group:
 
 
 def traced_groups(
-    model: nn.Module, inputs: dict[str, torch.Tensor], round_to: int, ratio: float, importance: Importance
+    model: nn.Module,
+    inputs: dict[str, torch.Tensor],
+    round_to: int,
+    ratio: float,
+    importance: Importance,
+    removals: Removals,
 ) -> tuple[TracedModel, list[Candidate], str]:
     """Return the model's channels, the candidates for pruning, and the layers that are skipped with the reasons.
 
@@ -49,7 +55,7 @@ def traced_groups(
     """
     found = trace(model.eval(), inputs)
     _fix_unequal_shares(found)
-    traced = TracedModel(model, inputs, found)
+    traced = TracedModel(model, inputs, found, removals)
     reasons: dict[int, str] = {}
     groups = _groups(traced, found, round_to)
     groups = _runnable(traced, groups, [], ratio, reasons)

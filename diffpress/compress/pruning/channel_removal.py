@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.kept_indices import Removals
 from diffpress.compress.models.widths import refresh_sizes_, replace_tensors_
 from diffpress.compress.pruning.channel_ids import FREE, Ids
 from diffpress.compress.pruning.channel_trace import ChannelTrace, trace
@@ -21,19 +22,22 @@ Channels = list[int]  # roots of coupled ids
 
 
 class TracedModel:
-    """A model and its channels; removes channels from both."""
+    """A model and its channels; removes channels from both, and notes what the tensors keep."""
 
-    def __init__(self, model: nn.Module, inputs: dict[str, torch.Tensor], traced: ChannelTrace) -> None:
+    def __init__(
+        self, model: nn.Module, inputs: dict[str, torch.Tensor], traced: ChannelTrace, removals: Removals | None = None
+    ) -> None:
         self.model, self._inputs, self._traced = model, inputs, traced
         self.slots = {slot: traced.ids.roots(ids) for slot, ids in traced.slots.items()}
         self._ids = dict(traced.slots)
         self._removed: set[int] = set()
+        self._removals = removals or Removals(model)
 
     def copy(self) -> TracedModel:
         """Return a copy from which channels can be removed."""
         found = copy.copy(self)
         found.model, found.slots, found._ids = copy.deepcopy(self.model), dict(self.slots), dict(self._ids)
-        found._removed = set(self._removed)
+        found._removed, found._removals = set(self._removed), Removals(found.model)
         return found
 
     def remove_(self, channels: Channels) -> None:
@@ -50,6 +54,7 @@ class TracedModel:
             if name in tensors:
                 found = new.get(id(tensors[name]), tensors[name].detach())
                 new[id(tensors[name])] = found.index_select(dim, torch.from_numpy(keep).to(found.device))
+                self._removals.keep(name, dim, keep)
             else:
                 module: Any = self.model.get_submodule(owner)
                 sizes = getattr(module, attribute)

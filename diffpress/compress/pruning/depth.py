@@ -20,6 +20,7 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
+from diffpress.compress.models.kept_indices import without_removed
 from diffpress.compress.models.removable_blocks import any_blocks, without_block
 from diffpress.compress.models.removed_blocks import Removable, remove_blocks_
 from diffpress.compress.progress import progress
@@ -57,7 +58,7 @@ def prune_depth(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) 
     check_runs(model, inputs)
     keep_apart_(model, checkpoint.model)
     ctx.notes["removed_blocks"] = [block.name for block in chosen]
-    return checkpoint.evolve(model=model)
+    return checkpoint.evolve(model=model, kept_indices=without_removed(checkpoint.kept_indices, model))
 
 
 def _removable(checkpoint: Checkpoint, model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[Removable]:

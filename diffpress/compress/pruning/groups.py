@@ -13,6 +13,7 @@ from torch import nn
 
 from diffpress.compress.models.diffusers_blocks import Coupled, Member
 from diffpress.compress.models.families.contract import Adapter
+from diffpress.compress.models.kept_indices import Removals
 from diffpress.compress.pruning.allocation import Candidate
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.importance import Importance, group_scores
@@ -21,7 +22,12 @@ LAYERS = (nn.Conv2d, nn.Linear)
 
 
 def dependency_graph_groups(
-    model: nn.Module, adapter: Adapter, inputs: dict[str, torch.Tensor], config: PruneConfig, importance: Importance
+    model: nn.Module,
+    adapter: Adapter,
+    inputs: dict[str, torch.Tensor],
+    config: PruneConfig,
+    importance: Importance,
+    removals: Removals,
 ) -> list[Candidate]:
     """Return the coupled groups that torch-pruning's dependency graph finds, except in fixed layers and attentions."""
     modules = dict(model.named_modules())
@@ -32,7 +38,7 @@ def dependency_graph_groups(
         model, example_inputs=inputs, forward_fn=lambda m, x: adapter.forward(m, x), verbose=False
     )
     roots = list(_roots(graph, fixed))
-    return [_graph_candidate(graph, root, prune_out, config, importance, pixels) for root, prune_out in roots]
+    return [_graph_candidate(graph, root, prune_out, config, importance, pixels, removals) for root, prune_out in roots]
 
 
 def _roots(graph: Any, ignored: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, Any]]:
@@ -42,7 +48,13 @@ def _roots(graph: Any, ignored: Iterable[nn.Module]) -> Iterator[tuple[nn.Module
 
 
 def _graph_candidate(
-    graph: Any, root: nn.Module, prune_out: Any, config: PruneConfig, importance: Importance, pixels: dict[Any, int]
+    graph: Any,
+    root: nn.Module,
+    prune_out: Any,
+    config: PruneConfig,
+    importance: Importance,
+    pixels: dict[Any, int],
+    removals: Removals,
 ) -> Candidate:
     channels = graph.get_out_channels(root)
     group = graph.get_pruning_group(root, prune_out, idxs=list(range(channels)))
@@ -54,19 +66,30 @@ def _graph_candidate(
         if not isinstance(layer, LAYERS) or len(indices) != channels:
             continue
         # dependencies list the channels in the root's order, so scores add up element by element
-        incoming = dependency.handler.__name__ == "prune_in_channels"
+        incoming = _side(dependency) == "in"
         values = importance(layer.weight)
         scores += (values[:, indices].transpose(0, 1) if incoming else values[indices]).flatten(1).sum(1)
         affected.append((layer, layer.weight.numel() // layer.weight.shape[1 if incoming else 0]))
 
     def remove(chosen: list[int]) -> None:
-        graph.get_pruning_group(root, prune_out, idxs=chosen).prune()
+        coupled = graph.get_pruning_group(root, prune_out, idxs=chosen)
+        for dependency, indices in coupled:
+            removals.remove(dependency.target.module, _side(dependency), indices)
+        coupled.prune()
 
     return _candidate(scores, math.lcm(*norms), affected, config, pixels, remove)
 
 
+def _side(dependency: Any) -> str:
+    return "in" if dependency.handler.__name__ == "prune_in_channels" else "out"
+
+
 def adapter_groups(
-    groups: list[Coupled], config: PruneConfig, importance: Importance, pixels: dict[Any, int]
+    groups: list[Coupled],
+    config: PruneConfig,
+    importance: Importance,
+    pixels: dict[Any, int],
+    removals: Removals,
 ) -> list[Candidate]:
     """Return candidates for the coupled groups that the family's adapter lists."""
     return [
@@ -76,7 +99,7 @@ def adapter_groups(
             [(m.layer, _weights_per_channel(m)) for m in group.members if m.side in ("out", "in")],
             config,
             pixels,
-            partial(remove_indices_, group),
+            partial(remove_indices_, group, removals=removals),
         )
         for group in groups
     ]
@@ -125,8 +148,8 @@ def _weights_per_channel(member: Member) -> int:
     return weight.numel() // weight.shape[0 if member.side == "out" else 1] * member.width
 
 
-def remove_indices_(group: Coupled, indices: list[int]) -> None:
-    """Remove `indices` of a coupled group from all its layers."""
+def remove_indices_(group: Coupled, indices: list[int], removals: Removals) -> None:
+    """Remove `indices` of a coupled group from all its layers, and note what they keep."""
     positions: dict[tuple[Any, str], list[int]] = {}
     for m in group.members:
         removed = [m.offset + i * m.width + j for i in indices for j in range(m.width)]
@@ -135,7 +158,9 @@ def remove_indices_(group: Coupled, indices: list[int]) -> None:
     for (layer, side), removed in positions.items():
         if side == "heads":
             layer.heads -= len(removed)
-        elif side == "norm":
+            continue
+        removals.remove(layer, side, removed)
+        if side == "norm":
             tp.prune_groupnorm_out_channels(layer, removed)
         elif isinstance(layer, nn.Conv2d):
             (tp.prune_conv_out_channels if side == "out" else tp.prune_conv_in_channels)(layer, removed)

@@ -8,15 +8,23 @@ import torch
 from torch import nn
 
 from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.kept_indices import KeptIndices
 from diffpress.compress.models.widths import replace_tensors_
 from diffpress.runtime.errors import InvalidInputError
 
 
 class Pruned(NamedTuple):
-    """A pruned copy of a model, and the layers that could not be pruned with the reasons ('' if there are none)."""
+    """A pruned copy of a model.
+
+    Attributes:
+        model: The copy.
+        kept: What its tensors keep of those of the model.
+        skipped: The layers that could not be pruned, with the reasons; '' if there are none.
+    """
 
     model: nn.Module
-    skipped: str = ""
+    kept: KeptIndices
+    skipped: str
 
 
 def keep_apart_(model: nn.Module, original: nn.Module) -> None:

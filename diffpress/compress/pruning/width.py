@@ -24,8 +24,8 @@ from diffpress.compress.checkpoint import Checkpoint, shared_copy
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import ANY_MODULE, adapter_for, dummy_inputs
 from diffpress.compress.models.diffusers_blocks import Coupled
-from diffpress.compress.models.families.contract import Adapter
-from diffpress.compress.pruning.allocation import allocate, choose_removed, keep_count
+from diffpress.compress.models.kept_indices import Removals, kept_of_both
+from diffpress.compress.pruning.allocation import Candidate, allocate, choose_removed, keep_count
 from diffpress.compress.pruning.channel_groups import traced_groups
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.groups import adapter_groups, dependency_graph_groups, output_pixels, remove_indices_
@@ -66,7 +66,7 @@ def prune_width(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Ch
             f"prune: {asked} with round_to {config.round_to} removes nothing from this model; "
             "remove more or decrease round_to"
         )
-    return checkpoint.evolve(model=found.model)
+    return checkpoint.evolve(model=found.model, kept_indices=kept_of_both(checkpoint.kept_indices, found.kept))
 
 
 def _pruned(
@@ -96,30 +96,39 @@ def _pruned_by(
     by_trace: bool,
 ) -> Pruned:
     adapter, model, inputs = adapter_for(source), shared_copy(source), dummy_inputs(checkpoint.spec, 2)
-    _prune_heads_(adapter.attentions(model), ratio, importance)
-    skipped = _prune_channels_(model, adapter, inputs, config, importance, ratio, by_trace)
+    removals = Removals(model)
+    _prune_heads_(adapter.attentions(model), ratio, importance, removals)
+    groups, skipped = adapter.coupled(model), ""
+    if groups is not None:
+        pixels = output_pixels(model, adapter, inputs)
+        _remove_least_important_(adapter_groups(groups, config, importance, pixels, removals), config, ratio)
+    elif by_trace:
+        skipped = _prune_traced_(model, inputs, config, importance, ratio, removals)
+    else:
+        candidates = dependency_graph_groups(model, adapter, inputs, config, importance, removals)
+        _remove_least_important_(candidates, config, ratio)
     adapter.refresh_(model)
     check_runs(model, inputs)
-    return Pruned(model, skipped)
+    return Pruned(model, removals.kept, skipped)
 
 
-def _prune_channels_(
+def _prune_traced_(
     model: nn.Module,
-    adapter: Adapter,
     inputs: dict[str, torch.Tensor],
     config: PruneConfig,
     importance: Importance,
     ratio: float,
-    by_trace: bool,
+    removals: Removals,
 ) -> str:
-    """Remove channels; return the layers that are skipped, with the reasons."""
-    groups, traced, skipped = adapter.coupled(model), None, ""
-    if groups is not None:
-        candidates = adapter_groups(groups, config, importance, output_pixels(model, adapter, inputs))
-    elif by_trace:
-        traced, candidates, skipped = traced_groups(model, inputs, config.round_to, ratio, importance)
-    else:
-        candidates = dependency_graph_groups(model, adapter, inputs, config, importance)
+    """Remove channels that a trace finds; return the layers that are skipped, with the reasons."""
+    traced, candidates, skipped = traced_groups(model, inputs, config.round_to, ratio, importance, removals)
+    _remove_least_important_(candidates, config, ratio)
+    if (difference := traced.difference()) is not None:
+        raise InvalidInputError(f"prune: the pruned model differs from the original: {difference}")
+    return skipped
+
+
+def _remove_least_important_(candidates: list[Candidate], config: PruneConfig, ratio: float) -> None:
     if config.scope == "global":
         keeps = allocate(candidates, ratio)
     else:
@@ -127,15 +136,13 @@ def _prune_channels_(
     for candidate, keep in zip(candidates, keeps, strict=True):
         if keep < candidate.channels:
             candidate.remove(choose_removed(candidate.scores, keep, candidate.norm_groups))
-    if traced is not None and (difference := traced.difference()) is not None:
-        raise InvalidInputError(f"prune: the pruned model differs from the original: {difference}")
-    return skipped
 
 
-def _prune_heads_(attentions: list[Coupled], ratio: float, importance: Importance) -> None:
+def _prune_heads_(attentions: list[Coupled], ratio: float, importance: Importance, removals: Removals) -> None:
     """Remove heads of each attention."""
     for group in attentions:
         heads = group.channels
         keep = max(1, math.ceil(heads * (1.0 - ratio) - 1e-9))  # round up: heads are large
         if keep < heads:
-            remove_indices_(group, group_scores(group, importance).argsort(stable=True)[: heads - keep].tolist())
+            least = group_scores(group, importance).argsort(stable=True)[: heads - keep].tolist()
+            remove_indices_(group, least, removals)

@@ -14,6 +14,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
 from diffpress.compress.models.adapter import ADAPTERS, adapter_for
+from diffpress.compress.models.kept_indices import kept_from_json
 from diffpress.compress.models.removed_blocks import restore_removed_blocks_
 from diffpress.compress.models.widths import apply_widths_, widths_of
 from diffpress.compress.sources.latent_space import read_latent_space
@@ -76,7 +77,8 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         apply_widths_(model, record.get("widths", {}), str(folder / RECORD))
         adapter_for(model).refresh_(model)
     load_weights_(model, weight_files(layout.denoiser), dtype)
-    return Checkpoint(model.eval(), spec, source, *history_and_scales(record, folder))
+    kept = kept_from_json((record or {}).get("kept_indices", {}), model, str(folder / RECORD))
+    return Checkpoint(model.eval(), spec, source, *history_and_scales(record, folder), kept_indices=kept)
 
 
 def _shared_pipeline(folder: Path, record: dict[str, Any] | None) -> Path | None:

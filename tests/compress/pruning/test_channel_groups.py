@@ -18,6 +18,7 @@ from diffpress.compress.context import Context
 from diffpress.compress.dry_run import Estimate, estimate_prune
 from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.counts import count
+from diffpress.compress.models.kept_indices import Removals
 from diffpress.compress.models.widths import apply_widths_, changed_widths
 from diffpress.compress.pruning.allocation import choose_removed, keep_count
 from diffpress.compress.pruning.channel_groups import traced_groups
@@ -58,7 +59,7 @@ def outputs(model: nn.Module) -> torch.Tensor:
 def halve_(model: nn.Module, spec: Any) -> tuple[TracedModel, dict[Any, Any]]:
     """Remove half of every group from `model`; return its channels and those it had."""
     ones = lambda weight: torch.ones_like(weight)  # noqa: E731
-    traced, candidates, _ = traced_groups(model, dummy_inputs(spec, 2), round_to=1, ratio=0.3, importance=ones)
+    traced, candidates, _ = traced_groups(model, dummy_inputs(spec, 2), 1, 0.3, ones, Removals(model))
     before = dict(traced.slots)
     for candidate in candidates:
         keep = keep_count(candidate.channels, 0.5, candidate.unit)
