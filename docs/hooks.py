@@ -196,9 +196,11 @@ def configs() -> dict[str, type[Config]]:
     found: dict[str, type[Config]] = {}
     for name, stage in STAGES.items():
         if len(stage.configs) > 1:
-            found[f"{name}, all kinds"] = shared = _shared(stage.configs[0])
-            found |= _nested(name, shared)
+            shared = _shared(stage.configs[0])
+            found |= {f"{name}, all kinds": shared} if shared.model_fields else {}
             found |= {f"{name}, kind {kind.model_fields['kind'].default}": kind for kind in stage.configs}
+            for kind in stage.configs:
+                found |= _nested(name, kind)
         else:
             found[name] = stage.configs[0]
             found |= _nested(name, stage.configs[0])

@@ -147,6 +147,7 @@ class Checkpoint:
         quantization: Formats and scales of the denoiser; None if it is not quantized.
         component_quantization: Formats and scales of other components of its pipeline, by the names of their graphs.
         kept_indices: What its tensors keep of those of the unpruned model.
+        sparse_layers: Layers whose weights are 2:4 sparse; training keeps their zeros.
 
     Examples:
         >>> import diffpress as dp
@@ -162,6 +163,7 @@ class Checkpoint:
     quantization: Quantization | None = None
     component_quantization: Mapping[str, Quantization] = field(default_factory=dict)
     kept_indices: KeptIndices = field(default_factory=dict)
+    sparse_layers: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         plan, stages = self.spec.plan, [record.stage for record in self.history]
@@ -204,6 +206,7 @@ class Checkpoint:
             "quantization": self.quantization.facts() if self.quantization else None,
             **({"components": self._component_facts()} if self.component_quantization else {}),
             **({"removed_blocks": removed} if removed else {}),
+            **({"sparse_layers": self.sparse_layers} if self.sparse_layers else {}),
         }
 
     def _component_facts(self) -> dict[str, Any]:
@@ -276,6 +279,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         "widths": changed_widths(checkpoint.model, source.original),
         "removed_blocks": removed_blocks(checkpoint.model),
         "kept_indices": kept_to_json(checkpoint.kept_indices),
+        "sparse_layers": checkpoint.sparse_layers,
         "quantization": checkpoint.quantization.facts() if checkpoint.quantization else None,
         "components": checkpoint._component_facts(),
         "hash": checkpoint.hash,

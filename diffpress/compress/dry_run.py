@@ -13,8 +13,8 @@ from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import DistillConfig
 from diffpress.compress.effort import estimated_bytes, estimated_seconds, measure_cost
 from diffpress.compress.models.counts import count
-from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig
-from diffpress.compress.pruning.prune import prune
+from diffpress.compress.pruning.config import PruneDepthConfig, PruneSparsityConfig
+from diffpress.compress.pruning.prune import AnyPrune, prune
 from diffpress.compress.quantization.components import component_formats
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, stored_bytes
@@ -83,13 +83,17 @@ def estimate_distill(estimate: Estimate, config: DistillConfig, seed: int) -> Es
     return estimate._replace(checkpoint=estimate.checkpoint.evolve(spec=spec.with_plan(plan)))
 
 
-def estimate_prune(estimate: Estimate, config: PruneConfig | PruneDepthConfig, seed: int) -> Estimate:
+def estimate_prune(estimate: Estimate, config: AnyPrune, seed: int) -> Estimate:
     """Return the sizes after pruning.
 
     The model is pruned, which refuses what the run will refuse and names the layers that it will skip. An ablation is
     not run, and no latency is measured.
     """
     ctx = Context(seed, Path(), estimate.checkpoint)
+    if isinstance(config, PruneSparsityConfig):
+        return estimate._replace(
+            checkpoint=prune(estimate.checkpoint, config.model_copy(update={"method": "magnitude"}), ctx)
+        )
     if isinstance(config, PruneDepthConfig):
         if not (config.remove or config.preset):
             return Estimate(estimate.checkpoint, None)

@@ -28,8 +28,10 @@ from diffpress.compress.distillation.config import (
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.components import DECODER
 from diffpress.compress.models.counts import is_large
-from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig
+from diffpress.compress.pruning.config import PruneDepthConfig, PruneSparsityConfig
 from diffpress.compress.pruning.importance import needs_gradients
+from diffpress.compress.pruning.prune import AnyPrune
+from diffpress.compress.pruning.visited_states import STATES
 from diffpress.compress.quantization.algorithms.output_correction import corrects_output
 from diffpress.compress.quantization.components import COMPARED_IMAGES, component_formats
 from diffpress.compress.quantization.config import QuantizeConfig
@@ -92,13 +94,14 @@ def estimated_bytes(work: Work, cost: NetworkCost, weights: int) -> int:
     return work.copies * weights + work.batch * active
 
 
-def work_of_prune(
-    config: PruneConfig | PruneDepthConfig, checkpoint: Checkpoint, teacher_samples: int | None
-) -> Work | None:
+def work_of_prune(config: AnyPrune, checkpoint: Checkpoint, teacher_samples: int | None) -> Work | None:
     """Gradients at some timesteps, or an ablation of blocks; other choices read the weights only."""
     if isinstance(config, PruneDepthConfig):
         # how often an ablation evaluates the network depends on what it finds
         return Work() if config.remove or config.preset else None
+    if isinstance(config, PruneSparsityConfig):
+        sampled = config.samples * network_evaluations(checkpoint.spec)
+        return Work(sampled + STATES * config.samples if config.method == "sparsegpt" else 0.0)
     if not needs_gradients(config):
         return Work()
     return Work(

@@ -117,6 +117,7 @@ def _check_quantize(config: QuantizeConfig, spec: DenoiserSpec, has_engines: boo
 
 
 _RECOVER = "distill: {kind: recover}"
+_WIDTH, _SPARSITY = "prune: {kind: width}", "prune: {kind: sparsity}"
 STAGES: dict[str, StageDef] = {
     stage.name: stage
     for stage in (
@@ -132,7 +133,11 @@ STAGES: dict[str, StageDef] = {
             "prune",
             AnyPruneConfig,
             lazy("diffpress.compress.pruning.prune:prune"),
-            ordering=(_after_quantize("scales are calibrated for one set of channels"), _after_few_steps()),
+            ordering=(
+                _after_quantize("scales are calibrated for one set of channels"),
+                _after_few_steps(),
+                OrderRule((_SPARSITY,), ": removing channels breaks the groups of four", only=_WIDTH),
+            ),
             estimate=lazy("diffpress.compress.dry_run:estimate_prune"),
             work=lazy("diffpress.compress.effort:work_of_prune"),
         ),

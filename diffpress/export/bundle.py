@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -198,4 +199,6 @@ def _build_engines(
     graphs = {"denoiser": (folder / own.file, own.precision)}
     graphs |= {name: (folder / entry["file"], entry["precision"]) for name, entry in components.items()}
     capabilities, options = config.tensorrt.compute_capabilities, config.tensorrt.options
+    if denoiser.checkpoint.sparse_layers:
+        options = replace(options, sparse_weights=True)
     return build_engines(folder, graphs, capabilities, denoiser.checkpoint.spec, options, reuse)

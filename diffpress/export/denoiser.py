@@ -22,6 +22,7 @@ from diffpress.export.passes.half_precision import FLOAT, kept_modules
 from diffpress.export.targets.precision import precision_of
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
 from diffpress.export.verify.reference import ParityCase, parity_case_for
+from diffpress.export.verify.sparsity import check_sparsity
 from diffpress.runtime.pipeline import resized
 
 logger = logging.getLogger(__name__)
@@ -115,6 +116,8 @@ def lower_denoiser(checkpoint: Checkpoint, config: ExportConfig, traced: Graph |
         context = PassContext(quantization, config.precision, keep, name="denoiser for TensorRT")
         graph = lower(float_graph, "tensorrt", context)
         variants = (TargetGraph("denoiser.tensorrt.onnx", graph, quantization, config.precision, (TENSORRT,)),)
+    for one in (portable, *variants):
+        check_sparsity(one.graph, checkpoint.sparse_layers, one.file)
     case = parity_case_for(checkpoint.model, checkpoint.spec, fixed_size)
     return Denoiser(checkpoint, case, traced, float_graph, portable, variants)
 

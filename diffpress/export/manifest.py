@@ -81,6 +81,7 @@ def _denoiser_entry(denoiser: Denoiser, sizes: Mapping[str, int], verified: Veri
         **graph_entry(portable.file, portable.graph, portable.precision),
         "formats": dict(Counter(layer_formats(portable.quantization).values())),
         "quantized_layers": integer,
+        **({"sparse_layers": list(checkpoint.sparse_layers)} if checkpoint.sparse_layers else {}),
         "weight_only_layers": sorted(set(layers) - set(integer)),
         "parameters": parameter_count(checkpoint.model),
         "bytes_by_precision": bytes_by_precision(portable.graph),

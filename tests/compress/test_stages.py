@@ -113,4 +113,4 @@ def test_a_public_name_is_the_config_that_a_recipe_makes() -> None:
     kinds = {"schedule": dp.Schedule, "prune": dp.Prune, "distill": dp.Recover, "quantize": dp.Quantize}
     assert [type(stage.config) for stage in recipe.stages] == [kinds[stage.name] for stage in recipe.stages]
     assert Recipe.of([stage.config for stage in recipe.stages]).stages == recipe.stages
-    assert repr(dp.Prune(ratio=0.5)).startswith("Prune(target=None, kind='width', method='taylor', ratio=0.5, ")
+    assert repr(dp.Prune(ratio=0.5)).startswith("Prune(kind='width', method='taylor', ratio=0.5, ")

@@ -81,7 +81,7 @@ def test_a_table_has_one_row_per_setting_with_default_and_description(hooks: Mod
     configs = hooks.configs()
     assert {
         *SECTIONS,
-        "prune, all kinds",
+        "prune, kind width",
         "prune.target",
         "quantize",
         "distill, all kinds",

@@ -66,6 +66,7 @@ def train_student(
         tensorboard=config.tensorboard,
         preview_every=config.preview_every,
         preview=lambda model, file: draw_samples(getattr(model, "generator", model), checkpoint.spec, file),
+        sparse_layers=checkpoint.sparse_layers,
     )
     student = train(student, objective, run)
     if phase:

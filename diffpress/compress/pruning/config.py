@@ -48,13 +48,7 @@ class PruneTarget(Config):
         return self
 
 
-class PruneStageConfig(StageConfig):
-    """Settings that all kinds of pruning share."""
-
-    target: PruneTarget | None = Field(None, description="What remains of the network.")
-
-
-class PruneConfig(PruneStageConfig):
+class PruneConfig(StageConfig):
     """Remove channels and attention heads by importance.
 
     Examples:
@@ -73,6 +67,7 @@ class PruneConfig(PruneStageConfig):
         lt=1.0,
         description=f"Fraction of channels and attention heads removed; {DEFAULT_RATIO} if there is no target.",
     )
+    target: PruneTarget | None = Field(None, description="What remains of the network, in place of a ratio.")
     scope: Literal["local", "global"] = Field(
         "local", description="local prunes every layer group by ratio; global distributes it over the network."
     )
@@ -110,7 +105,7 @@ class PruneConfig(PruneStageConfig):
         return self
 
 
-class PruneDepthConfig(PruneStageConfig):
+class PruneDepthConfig(StageConfig):
     """Remove whole blocks: residual blocks and attentions of U-Nets, blocks of transformers.
 
     Examples:
@@ -125,6 +120,9 @@ class PruneDepthConfig(PruneStageConfig):
         None, description="Removes the blocks that BK-SDM removes, from U-Nets like Stable Diffusion's."
     )
     blocks: int | None = Field(None, ge=1, description="Number of blocks to remove, chosen by ablation.")
+    target: PruneTarget | None = Field(
+        None, description="What remains of the network; the blocks are chosen by ablation."
+    )
     samples: int = Field(8, ge=1, description="Trajectories on whose states ablation measures errors.")
 
     @model_validator(mode="after")
@@ -136,3 +134,20 @@ class PruneDepthConfig(PruneStageConfig):
                 f"found {' and '.join(chosen) if chosen else 'none'}"
             )
         return self
+
+
+class PruneSparsityConfig(StageConfig):
+    """Set two of every four consecutive inputs of the weights to zero (2:4), for GPUs with sparse tensor cores.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.PruneSparsity().method
+        'magnitude'
+    """
+
+    kind: Literal["sparsity"] = Field("sparsity", description="Kind of pruning.")
+    method: Literal["magnitude", "sparsegpt"] = Field(
+        "magnitude", description="magnitude keeps the two largest of four; sparsegpt those that the output needs most."
+    )
+    ignored_layers: tuple[str, ...] = Field((), description="Name prefixes of layers that stay dense.")
+    samples: int = Field(8, ge=1, description="Trajectories on whose states sparsegpt measures errors.")

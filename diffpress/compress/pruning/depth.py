@@ -11,7 +11,7 @@ are states that it visits while it samples under its own plan.
 
 from __future__ import annotations
 
-import json
+import logging
 from collections.abc import Callable, Sequence
 
 import torch
@@ -28,11 +28,11 @@ from diffpress.compress.pruning.block_presets import preset_blocks
 from diffpress.compress.pruning.config import PruneDepthConfig
 from diffpress.compress.pruning.pruned import check_runs, keep_apart_
 from diffpress.compress.pruning.target import open_target, unreachable
-from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
+from diffpress.compress.pruning.visited_states import visited_batches
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 
-STATES = 8  # per trajectory
-BATCH = 16
+logger = logging.getLogger(__name__)
+
 LEAST_SAVED = 1e-3  # of the cost: a block that saves nothing is the last to go
 
 Evaluate = Callable[[nn.Module], torch.Tensor]
@@ -57,8 +57,14 @@ def prune_depth(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) 
     remove_blocks_(model, chosen)
     check_runs(model, inputs)
     keep_apart_(model, checkpoint.model)
-    ctx.notes["removed_blocks"] = [block.name for block in chosen]
-    return checkpoint.evolve(model=model, kept_indices=without_removed(checkpoint.kept_indices, model))
+    names = ctx.notes["removed_blocks"] = [block.name for block in chosen]
+    logger.info(f"prune: removed {', '.join(names)}")
+    present = dict(model.named_modules())
+    return checkpoint.evolve(
+        model=model,
+        kept_indices=without_removed(checkpoint.kept_indices, model),
+        sparse_layers=tuple(name for name in checkpoint.sparse_layers if name in present),
+    )
 
 
 def _removable(checkpoint: Checkpoint, model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[Removable]:
@@ -151,24 +157,10 @@ def _ablation(
 
 def _evaluation(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) -> Evaluate:
     """Return a function that evaluates a network on states of the checkpoint's trajectories."""
-    facts = [checkpoint.hash, config.samples, ctx.data.hash if ctx.data else None]
-    dataset = TrajectoryDataset(
-        checkpoint.model,
-        checkpoint.spec,
-        ctx.conditions,
-        samples=config.samples,
-        trained_on=0,
-        batch=min(config.samples, BATCH),
-        work=ctx.work,
-        run=json.dumps(facts),
-    )
-    inputs = dataset.draw(STATES * config.samples, torch.Generator().manual_seed(ctx.seed)).inputs
-    rows = len(inputs["sample"])
+    batches = visited_batches(checkpoint, config.samples, ctx)
 
     def evaluate(model: nn.Module) -> torch.Tensor:
-        forward = adapter_for(model).forward
-        parts = [slice(start, start + BATCH) for start in range(0, rows, BATCH)]
         with torch.no_grad():
-            return torch.cat([forward(model, {name: t[part] for name, t in inputs.items()}) for part in parts])
+            return torch.cat([adapter_for(model).forward(model, inputs) for inputs in batches])
 
     return evaluate

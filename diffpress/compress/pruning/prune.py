@@ -1,4 +1,4 @@
-"""The `prune` stage: remove channels or whole blocks. One table of the kinds."""
+"""The `prune` stage: remove channels, blocks or single weights. One table of the kinds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from diffpress.compress.config import StageConfig, union_by_kind
 from diffpress.compress.lazy import lazy
-from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig
+from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneSparsityConfig
 
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
@@ -32,6 +32,7 @@ _HERE = "diffpress.compress.pruning"
 KINDS: dict[str, PruneDef] = {
     "width": PruneDef(PruneConfig, lazy(f"{_HERE}.width:prune_width")),
     "depth": PruneDef(PruneDepthConfig, lazy(f"{_HERE}.depth:prune_depth")),
+    "sparsity": PruneDef(PruneSparsityConfig, lazy(f"{_HERE}.sparsity:prune_sparsity")),
 }
 DEFAULT_KIND = "width"
 
@@ -39,6 +40,9 @@ DEFAULT_KIND = "width"
 AnyPruneConfig: Any = union_by_kind([entry.config for entry in KINDS.values()], DEFAULT_KIND)
 
 
-def prune(checkpoint: Checkpoint, config: PruneConfig | PruneDepthConfig, ctx: Context) -> Checkpoint:
-    """Return a smaller checkpoint, pruned by `config.kind`."""
+AnyPrune = PruneConfig | PruneDepthConfig | PruneSparsityConfig
+
+
+def prune(checkpoint: Checkpoint, config: AnyPrune, ctx: Context) -> Checkpoint:
+    """Return a smaller or sparser checkpoint, pruned by `config.kind`."""
     return KINDS[config.kind].run(checkpoint, config, ctx)

@@ -104,14 +104,18 @@ def matches(name: str, pattern: str) -> bool:
 
 
 def _check_patterns_match(
-    model: nn.Module, layers: Mapping[str, nn.Module], overrides: Mapping[str, str], ignored: Sequence[str]
+    model: nn.Module,
+    layers: Mapping[str, nn.Module],
+    overrides: Mapping[str, str],
+    ignored: Sequence[str],
+    stage: str = "quantize",
 ) -> None:
     """Raise InvalidInputError for a pattern without effect; layers that are float anyway may be kept in float."""
     modules = dict(model.named_modules())
     for pattern, kind in overrides.items():
         names = modules if kind == FLOAT else layers
         matched = [name for name in names if matches(name, pattern)]
-        where = f"quantize: {'ignored_layers' if pattern in ignored else 'format_overrides'}"
+        where = f"{stage}: {'ignored_layers' if pattern in ignored else 'format_overrides'}"
         if not matched:
             near = get_close_matches(pattern, [name for name in modules if name], n=3, cutoff=0.4)
             hint = f"; similar names: {', '.join(near)}" if near else ""
@@ -120,6 +124,11 @@ def _check_patterns_match(
         reasons = [unsupported(layers[name]) for name in matched] if kind != FLOAT else [""]
         if all(reasons):
             raise InvalidInputError(f"{where}: '{matched[0]}' cannot be in {kind}: {reasons[0]}; remove '{pattern}'")
+
+
+def check_ignored_layers(model: nn.Module, layers: Mapping[str, nn.Module], ignored: Sequence[str], stage: str) -> None:
+    """Raise InvalidInputError for a pattern that matches no module."""
+    _check_patterns_match(model, layers, dict.fromkeys(ignored, FLOAT), ignored, stage)
 
 
 def _supported_format(kind: str, layer: nn.Module) -> str:

@@ -59,6 +59,7 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
         check_bounds(config.bounds, spec, ctx.open_engine_costs is not None)
     formats = choose_formats(model, config)
     check_calibration(formats, config)
+    _check_keeps_sparsity(checkpoint, config)
     component_formats(checkpoint, config)
     graph = trace_layer_graph(model, small_spec(model, spec))
     formats = {name: kind for name, kind in formats.items() if name in graph.ranks}
@@ -82,6 +83,18 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     if corrects_output(config, model):
         return with_output_corrections(quantized, model, dataset.conditioning, config.samples, config.batch, ctx.notes)
     return quantized
+
+
+def _check_keeps_sparsity(checkpoint: Checkpoint, config: QuantizeConfig) -> None:
+    """Raise InvalidInputError for a method that would fill the zeros of 2:4 sparse layers."""
+    low_rank = config.qat is not None and config.qat.updates == "low_rank"
+    methods = {"gptq": config.gptq, "svdquant": config.svdquant, "qat.updates = low_rank": low_rank}
+    filling = next((name for name, used in methods.items() if used), None)
+    if checkpoint.sparse_layers and filling is not None:
+        raise InvalidInputError(
+            f"quantize: {filling} changes the weights that are zero in the {len(checkpoint.sparse_layers)} layers that "
+            "prune made 2:4 sparse; remove it, or the prune stage of kind sparsity"
+        )
 
 
 def _scales(

@@ -13,11 +13,10 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
-from diffpress.compress.models.kept_indices import kept_from_json
 from diffpress.compress.models.removed_blocks import restore_removed_blocks_
 from diffpress.compress.models.widths import apply_widths_, widths_of
 from diffpress.compress.sources.module_check import check_decoder, check_denoiser
-from diffpress.compress.sources.record import history_and_scales, read_record
+from diffpress.compress.sources.record import read_record, recorded_fields
 from diffpress.compress.sources.renamed_imports import refuse_old_imports
 from diffpress.compress.sources.terms import read_terms, stated_terms
 from diffpress.compress.sources.user_file import neighbours_importable, run_file, user_errors
@@ -62,8 +61,7 @@ def load_custom_module(file: Path, weights: Path) -> Checkpoint:
         apply_widths_(module, record.get("widths", {}), where)
         load_weights_(module, [weights / "weights.safetensors"])
         spec = DenoiserSpec.from_json(record.get("spec"), f"{weights / RECORD}: spec")
-    kept = kept_from_json((record or {}).get("kept_indices", {}), module, where)
-    return Checkpoint(module, spec, source, *history_and_scales(record, weights), kept_indices=kept)
+    return Checkpoint(module, spec, source, **recorded_fields(record, weights, module))
 
 
 class _Loaded(NamedTuple):

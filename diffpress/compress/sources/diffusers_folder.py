@@ -14,7 +14,6 @@ from torch import nn
 
 from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
 from diffpress.compress.models.adapter import ADAPTERS, adapter_for
-from diffpress.compress.models.kept_indices import kept_from_json
 from diffpress.compress.models.removed_blocks import restore_removed_blocks_
 from diffpress.compress.models.widths import apply_widths_, widths_of
 from diffpress.compress.sources.latent_space import read_latent_space
@@ -28,7 +27,7 @@ from diffpress.compress.sources.layout import (
 from diffpress.compress.sources.pipeline_settings import read_settings
 from diffpress.compress.sources.pipelines import PIXEL_PIPELINES
 from diffpress.compress.sources.pretrained import quiet_libraries
-from diffpress.compress.sources.record import history_and_scales, read_record
+from diffpress.compress.sources.record import read_record, recorded_fields
 from diffpress.compress.sources.scheduler_config import read_scheduler
 from diffpress.compress.sources.terms import read_terms
 from diffpress.compress.sources.weights import load_weights_, weight_files
@@ -77,8 +76,7 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         apply_widths_(model, record.get("widths", {}), str(folder / RECORD))
         adapter_for(model).refresh_(model)
     load_weights_(model, weight_files(layout.denoiser), dtype)
-    kept = kept_from_json((record or {}).get("kept_indices", {}), model, str(folder / RECORD))
-    return Checkpoint(model.eval(), spec, source, *history_and_scales(record, folder), kept_indices=kept)
+    return Checkpoint(model.eval(), spec, source, **recorded_fields(record, folder, model))
 
 
 def _shared_pipeline(folder: Path, record: dict[str, Any] | None) -> Path | None:

@@ -7,34 +7,54 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from diffpress.compress.checkpoint import FORMAT, RECORD, SCALES, TENSOR_KINDS, Quantization, Record
+from diffpress.compress.models.kept_indices import kept_from_json
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.format_1 import upgraded_spec, upgraded_tensor_name
 from diffpress.runtime.io.files import read_json
 
 
-def history_and_scales(
-    record: dict[str, Any] | None, folder: Path
-) -> tuple[tuple[Record, ...], Quantization | None, dict[str, Quantization]]:
-    """Return the history, the denoiser's scales and those of other components; (), None and {} without a record.
+def recorded_fields(record: dict[str, Any] | None, folder: Path, model: nn.Module) -> dict[str, Any]:
+    """Return the fields of a Checkpoint besides its model, spec and source; {} without a record.
+
+    Args:
+        record: Content of diffpress.json.
+        folder: The checkpoint's folder.
+        model: The model, with the recorded widths.
 
     Raises:
-        InvalidInputError: The history or a scale is invalid.
+        InvalidInputError: The history, a scale, or what belongs to a layer is invalid.
     """
     if record is None:
-        return (), None, {}
+        return {}
+    where = str(folder / RECORD)
     try:
         history = tuple(Record(**entry) for entry in record.get("history", []))
     except TypeError as error:
-        raise InvalidInputError(f"{folder / RECORD}: invalid history ({error})") from error
+        raise InvalidInputError(f"{where}: invalid history ({error})") from error
     upgrade = record.get("format") == 1
     facts, others = record.get("quantization"), record.get("components") or {}
-    own = _scales(facts, folder / f"{SCALES}.safetensors", upgrade) if facts else None
-    components = {
-        name: _scales(entry, folder / f"{SCALES}.{name}.safetensors", upgrade) for name, entry in others.items()
+    return {
+        "history": history,
+        "quantization": _scales(facts, folder / f"{SCALES}.safetensors", upgrade) if facts else None,
+        "component_quantization": {
+            name: _scales(entry, folder / f"{SCALES}.{name}.safetensors", upgrade) for name, entry in others.items()
+        },
+        "kept_indices": kept_from_json(record.get("kept_indices", {}), model, where),
+        "sparse_layers": _sparse_layers(record.get("sparse_layers", []), model, where),
     }
-    return history, own, components
+
+
+def _sparse_layers(names: Any, model: nn.Module, where: str) -> tuple[str, ...]:
+    modules = dict(model.named_modules())
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise InvalidInputError(f"{where}: sparse_layers must be a list of layers")
+    unknown = next((name for name in names if getattr(modules.get(name), "weight", None) is None), None)
+    if unknown is not None:
+        raise InvalidInputError(f"{where}: sparse_layers names '{unknown}', which is no layer of this model")
+    return tuple(names)
 
 
 def _scales(facts: dict[str, Any], file: Path, upgrade: bool) -> Quantization:

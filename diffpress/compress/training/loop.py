@@ -69,6 +69,7 @@ class Training:
         tensorboard: Log the loss for TensorBoard.
         preview_every: Steps between two previews; 0 for none.
         preview: `preview(model with the EMA weights, file)` writes a preview image.
+        sparse_layers: Layers of the model whose weights that are zero stay zero.
     """
 
     steps: int
@@ -86,6 +87,7 @@ class Training:
     tensorboard: bool = False
     preview_every: int = 0
     preview: Callable[[nn.Module, Path], None] | None = None
+    sparse_layers: tuple[str, ...] = ()
 
 
 class TrainingDivergedError(DiffpressError):
@@ -113,6 +115,7 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
         model, optimizer = accelerator.prepare(student.train(), optimizer)
     ema.to(accelerator.device)
     device = accelerator.device
+    zeros = _zeros(accelerator.unwrap_model(model), run.sparse_layers)
 
     def gradients_of(*drawn: Any) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
@@ -138,6 +141,8 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
                 )
             accelerator.clip_grad_norm_(model.parameters(), GRADIENT_CLIP)
             optimizer.step()
+            for weight, zero in zeros:
+                weight.detach().masked_fill_(zero, 0.0)
             ema.step(model.parameters())
             advance(step + 1, f"loss {value:.4f}")
             if run.tensorboard:
@@ -156,6 +161,13 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
     ema.to("cpu")
     ema.copy_to(student.parameters())
     return student.eval()
+
+
+def _zeros(model: nn.Module, layers: tuple[str, ...]) -> list[tuple[nn.Parameter, torch.Tensor]]:
+    """Return the trained weights of the named layers, of the model or of one inside it, and where they are zero."""
+    sparse = {f"{layer}.weight" for layer in layers}
+    ends = tuple(f".{name}" for name in sparse)
+    return [(p, p.detach() == 0) for name, p in model.named_parameters() if name in sparse or name.endswith(ends)]
 
 
 def _accelerator(run: Training) -> Accelerator:

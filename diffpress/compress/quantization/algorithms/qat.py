@@ -57,7 +57,15 @@ def qat(quantized: Checkpoint, dataset: TrajectoryDataset, config: QATConfig, ba
     checked = dataset.draw(CHECKED_STATES, torch.Generator().manual_seed(0), config.trajectories)
     before = _sqnr_db(student.to(device), checked)
     run = Training(
-        config.steps, config.learning_rate, config.warmup, config.ema, ctx.seed, config.save_every, ctx.work, "qat"
+        config.steps,
+        config.learning_rate,
+        config.warmup,
+        config.ema,
+        ctx.seed,
+        config.save_every,
+        ctx.work,
+        "qat",
+        sparse_layers=quantized.sparse_layers,
     )
     scaling = weight_scalings(student, scales)
     trainee: Full | LowRank = (
