@@ -9,6 +9,7 @@ diff_pruning    taylor from low noise upward, until L_t < T * max L     (Fang et
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -32,15 +33,28 @@ def needs_gradients(config: PruneConfig) -> bool:
     return config.method in GRADIENT_METHODS
 
 
-def importance_of(model: nn.Module, checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Importance:
-    """Return a function that maps a weight to the importance of its elements; gradients are left in `model`."""
-    if config.method == "magnitude":
-        return lambda weight: weight.detach().abs()
+def importance_of(
+    model: nn.Module, checkpoint: Checkpoint, config: PruneConfig, ctx: Context
+) -> Callable[[], Importance]:
+    """Return a factory of functions that map a weight to the importance of its elements.
+
+    Each function gives the same values if it is called for the same weights in the same order. Gradients are left in
+    `model`.
+    """
     if config.method == "random":
-        generator = torch.Generator().manual_seed(ctx.seed)
-        return lambda weight: torch.rand(weight.shape, generator=generator)
+        return lambda: partial(_random, torch.Generator().manual_seed(ctx.seed))
+    if config.method == "magnitude":
+        return lambda: lambda weight: weight.detach().abs()
     _accumulate_gradients_(model, checkpoint, config, ctx)
-    return lambda weight: (weight * weight.grad).detach().abs() if weight.grad is not None else torch.zeros_like(weight)
+    return lambda: _taylor
+
+
+def _random(generator: torch.Generator, weight: torch.Tensor) -> torch.Tensor:
+    return torch.rand(weight.shape, generator=generator)
+
+
+def _taylor(weight: torch.Tensor) -> torch.Tensor:
+    return (weight * weight.grad).detach().abs() if weight.grad is not None else torch.zeros_like(weight)
 
 
 def _accumulate_gradients_(model: nn.Module, checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> None:

@@ -56,26 +56,24 @@ def reach_target(
     Raises:
         InvalidInputError: No ratio reaches the target; the message names the smallest fraction that one reaches.
     """
-    low, high, smallest, best = 0.0, 1.0, 1.0, None
+    low, high, smallest, reached = 0.0, 1.0, 1.0, None
     with open_target(checkpoint, target, ctx) as remaining:
         for _ in range(BISECTIONS):
             ratio = (low + high) / 2
             try:
-                found = prune_by(ratio)
+                fraction = remaining(prune_by(ratio).model)  # not kept: memory holds one pruned model at a time
             except TooMuchRemovedError:
                 high = ratio
                 continue
-            fraction = remaining(found.model)
             smallest = min(smallest, fraction)
             if fraction > target.fraction:
                 low = ratio
             else:
-                high, best = ratio, found
-                note = f"ratio {ratio:.3f} leaves {fraction:.3f} of the {target.what}"
-    if best is None:
+                high, reached = ratio, fraction
+    if reached is None:
         raise unreachable(target, smallest)
-    logger.info(f"prune: {note}")
-    return best
+    logger.info(f"prune: ratio {high:.3f} leaves {reached:.3f} of the {target.what}")
+    return prune_by(high)
 
 
 def unreachable(target: PruneTarget, smallest: float) -> InvalidInputError:

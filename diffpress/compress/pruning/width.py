@@ -46,10 +46,10 @@ def prune_width(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Ch
             run.
     """
     source = checkpoint.clone_model() if needs_gradients(config) else checkpoint.shared_model()
-    importance = importance_of(source, checkpoint, config, ctx)
+    new_importance = importance_of(source, checkpoint, config, ctx)
 
     def prune_by(ratio: float) -> Pruned:
-        return _pruned(source, checkpoint, config, importance, ratio)
+        return _pruned(source, checkpoint, config, new_importance(), ratio)
 
     if config.target is None:
         assert config.ratio is not None  # set where there is no target
