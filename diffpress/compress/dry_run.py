@@ -14,11 +14,13 @@ from diffpress.compress.distillation.config import DistillConfig
 from diffpress.compress.effort import estimated_bytes, estimated_seconds, measure_cost
 from diffpress.compress.models.counts import count
 from diffpress.compress.pruning.config import PruneDepthConfig, PruneSparsityConfig
+from diffpress.compress.pruning.depth import removable_blocks
 from diffpress.compress.pruning.prune import AnyPrune, prune
 from diffpress.compress.quantization.components import component_formats
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.formats import FORMATS, stored_bytes
 from diffpress.compress.quantization.layer_selection import choose_formats
+from diffpress.compress.quantization.quantize import check_keeps_sparsity
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.schedule import schedule
@@ -96,20 +98,22 @@ def estimate_prune(estimate: Estimate, config: AnyPrune, seed: int) -> Estimate:
         )
     if isinstance(config, PruneDepthConfig):
         if not (config.remove or config.preset):
-            return Estimate(estimate.checkpoint, None)
+            removable_blocks(estimate.checkpoint, config)
+            return estimate._replace(sizes=None)
         pruned = prune(estimate.checkpoint, config, ctx)
-        return Estimate(pruned, _sizes(pruned))
+        return Estimate(pruned, estimate.sizes and _sizes(pruned))
     if config.target is not None and config.target.latency is not None:
-        return Estimate(estimate.checkpoint, None)
+        return estimate._replace(sizes=None)
     # which layers can be pruned depends on the model alone, and this criterion needs no data
     pruned = prune(estimate.checkpoint, config.model_copy(update={"method": "magnitude", "threshold": None}), ctx)
-    return Estimate(pruned, None if config.scope == "global" else _sizes(pruned))
+    return Estimate(pruned, None if config.scope == "global" else estimate.sizes and _sizes(pruned))
 
 
 def estimate_quantize(estimate: Estimate, config: QuantizeConfig, seed: int) -> Estimate:
     """Return the sizes with the weights of every quantized layer in its format."""
     model = estimate.checkpoint.model
     formats = choose_formats(model, config)
+    check_keeps_sparsity(estimate.checkpoint, config)
     component_formats(estimate.checkpoint, config)
     if estimate.sizes is None:
         return estimate

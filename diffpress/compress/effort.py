@@ -31,6 +31,7 @@ from diffpress.compress.models.counts import is_large
 from diffpress.compress.pruning.config import PruneDepthConfig, PruneSparsityConfig
 from diffpress.compress.pruning.importance import needs_gradients
 from diffpress.compress.pruning.prune import AnyPrune
+from diffpress.compress.pruning.target import BISECTIONS
 from diffpress.compress.pruning.visited_states import STATES
 from diffpress.compress.quantization.algorithms.output_correction import corrects_output
 from diffpress.compress.quantization.components import COMPARED_IMAGES, component_formats
@@ -42,6 +43,7 @@ from diffpress.runtime.spec import DenoiserSpec
 
 TRAINED = 3.0  # forward, and a backward pass of twice its products
 ACTIVE = 4  # tensors that are alive at the same time without gradients
+TRIAL = 5  # samples that a network pruned by one ratio is evaluated on
 BATCH, ROUNDS = 4, 3
 
 
@@ -102,10 +104,11 @@ def work_of_prune(config: AnyPrune, checkpoint: Checkpoint, teacher_samples: int
     if isinstance(config, PruneSparsityConfig):
         sampled = config.samples * network_evaluations(checkpoint.spec)
         return Work(sampled + STATES * config.samples if config.method == "sparsegpt" else 0.0)
+    trials = TRIAL * (1 if config.target is None else 1 + BISECTIONS)
     if not needs_gradients(config):
-        return Work()
+        return Work(trials)
     return Work(
-        _teacher_data(checkpoint.spec, teacher_samples, config.batch),
+        trials + _teacher_data(checkpoint.spec, teacher_samples, config.batch),
         config.batch * config.timesteps,
         config.batch,
         copies=3,

@@ -116,8 +116,14 @@ def _check_quantize(config: QuantizeConfig, spec: DenoiserSpec, has_engines: boo
         )
 
 
+def _check_prune(config: Any, spec: DenoiserSpec, has_engines: bool, where: str) -> None:
+    target = getattr(config, "target", None)
+    if target is not None and target.latency is not None and not has_engines:
+        raise InvalidInputError(f"{where}: prune: target latency is measured in an engine, and none is open; set macs")
+
+
 _RECOVER = "distill: {kind: recover}"
-_WIDTH, _SPARSITY = "prune: {kind: width}", "prune: {kind: sparsity}"
+_WIDTH, SPARSITY = "prune: {kind: width}", "prune: {kind: sparsity}"
 STAGES: dict[str, StageDef] = {
     stage.name: stage
     for stage in (
@@ -136,10 +142,11 @@ STAGES: dict[str, StageDef] = {
             ordering=(
                 _after_quantize("scales are calibrated for one set of channels"),
                 _after_few_steps(),
-                OrderRule((_SPARSITY,), ": removing channels breaks the groups of four", only=_WIDTH),
+                OrderRule((SPARSITY,), ": removing channels breaks the groups of four", only=_WIDTH),
             ),
             estimate=lazy("diffpress.compress.dry_run:estimate_prune"),
             work=lazy("diffpress.compress.effort:work_of_prune"),
+            check=_check_prune,
         ),
         StageDef(
             "distill",

@@ -11,10 +11,11 @@ from typing import Any
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.models.components import DECODER, Component, component_names, load_component
+from diffpress.compress.models.counts import parameter_count
 from diffpress.compress.quantization.components import fake_quantized_component
 from diffpress.export.graph.trace import trace
 from diffpress.export.lowering import PassContext, lower
-from diffpress.export.manifest import graph_entry, parameter_count
+from diffpress.export.manifest import graph_entry
 from diffpress.export.passes.half_precision import FLOAT, kept_modules
 from diffpress.export.targets.pipeline_folder import link_graph, write_graph
 from diffpress.export.targets.precision import precision_of

@@ -66,6 +66,7 @@ class Denoiser:
         float_graph: The same with timesteps folded, if that was chosen.
         portable: denoiser.onnx.
         variants: Graphs that some engines run instead.
+        sparse_layers: Layers whose weights in denoiser.onnx are 2:4 sparse.
     """
 
     checkpoint: Checkpoint
@@ -74,6 +75,7 @@ class Denoiser:
     float_graph: Graph
     portable: TargetGraph
     variants: tuple[TargetGraph, ...] = ()
+    sparse_layers: tuple[str, ...] = ()
 
     def reverted(self, engines: Sequence[str]) -> Denoiser:
         """Return the denoiser of which these engines run the float graph."""
@@ -116,10 +118,9 @@ def lower_denoiser(checkpoint: Checkpoint, config: ExportConfig, traced: Graph |
         context = PassContext(quantization, config.precision, keep, name="denoiser for TensorRT")
         graph = lower(float_graph, "tensorrt", context)
         variants = (TargetGraph("denoiser.tensorrt.onnx", graph, quantization, config.precision, (TENSORRT,)),)
-    for one in (portable, *variants):
-        check_sparsity(one.graph, checkpoint.sparse_layers, one.file)
+    sparse, *_ = (check_sparsity(one.graph, checkpoint.sparse_layers, one.file) for one in (portable, *variants))
     case = parity_case_for(checkpoint.model, checkpoint.spec, fixed_size)
-    return Denoiser(checkpoint, case, traced, float_graph, portable, variants)
+    return Denoiser(checkpoint, case, traced, float_graph, portable, variants, sparse)
 
 
 def _restricted(checkpoint: Checkpoint, folded: set[str]) -> Checkpoint:

@@ -14,8 +14,8 @@ from dataclasses import asdict
 from typing import Any
 
 import onnx
-from torch import nn
 
+from diffpress.compress.models.counts import parameter_count
 from diffpress.export.denoiser import Denoiser, TargetGraph
 from diffpress.export.graph.model import Graph
 from diffpress.export.graph.opsets import opset_of
@@ -81,7 +81,7 @@ def _denoiser_entry(denoiser: Denoiser, sizes: Mapping[str, int], verified: Veri
         **graph_entry(portable.file, portable.graph, portable.precision),
         "formats": dict(Counter(layer_formats(portable.quantization).values())),
         "quantized_layers": integer,
-        **({"sparse_layers": list(checkpoint.sparse_layers)} if checkpoint.sparse_layers else {}),
+        **({"sparse_layers": list(denoiser.sparse_layers)} if denoiser.sparse_layers else {}),
         "weight_only_layers": sorted(set(layers) - set(integer)),
         "parameters": parameter_count(checkpoint.model),
         "bytes_by_precision": bytes_by_precision(portable.graph),
@@ -115,11 +115,6 @@ def bytes_by_precision(graph: Graph) -> dict[str, int]:
         size = onnx.numpy_helper.to_array(tensor).nbytes if weight is None else weight.nbytes
         found[dtype] = found.get(dtype, 0) + size
     return dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
-
-
-def parameter_count(module: nn.Module) -> int:
-    """Return the number of parameters of a module."""
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _tensors(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Any]:

@@ -20,10 +20,15 @@ from diffpress.compress.dry_run import dry_run
 from diffpress.compress.effort import NetworkCost, Work, estimated_bytes, estimated_seconds
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.stages import STAGES, stages_of
+from diffpress.runtime.errors import InvalidInputError
 
 TRAINING: dict[str, Any] = {"steps": 10, "batch": 4, "samples": 16}
 STAGE_CONFIGS = [
     dp.Prune(batch=4, timesteps=6),
+    dp.Prune(method="magnitude", target={"params": 0.7}),
+    dp.PruneDepth(remove=("mid_block.resnets.0",)),
+    dp.PruneSparsity(),
+    dp.PruneSparsity(method="sparsegpt", samples=4),
     dp.Recover(**TRAINING),
     dp.Progressive(start_steps=8, sample_steps=2, **TRAINING),
     dp.Consistency(sample_steps=2, **TRAINING),
@@ -67,8 +72,9 @@ def test_the_estimated_evaluations_are_about_those_of_the_stage(
         STAGES[stage.name].run(checkpoint, stage.config, Context(0, tmp_path / "work", teacher, shared=tmp_path))
     work = STAGES[stage.name].work(stage.config, teacher, None)
     assert work is not None
-    assert found["trained"] == pytest.approx(work.trained, rel=0.2)
-    assert found["evaluations"] == pytest.approx(work.evaluations, rel=0.5)
+    # torch-pruning evaluates the network with gradients, though nothing is trained
+    assert found["trained"] == pytest.approx(work.trained, rel=0.2, abs=0 if work.trained else 20)
+    assert found["evaluations"] == pytest.approx(work.evaluations, rel=0.5, abs=2)
 
 
 def test_time_and_memory_follow_from_the_work() -> None:
@@ -87,6 +93,21 @@ def test_a_dry_run_counts_later_stages_under_the_plan_of_earlier_ones(unet: Chec
     one, two = (work(dp.Quantize(samples=8), unet.evolve(spec=unet.spec.with_plan(plan)), 0) for plan in _plans(unet))
     assert one is not None and two is not None and one.evaluations == 2 * two.evaluations
     assert many["stages"][0]["seconds"] > 0
+
+
+def test_sizes_that_an_ablation_decides_stay_unknown(unet: Checkpoint) -> None:
+    prunes = [dp.PruneDepth(blocks=2), dp.Prune(method="magnitude", ratio=0.3, round_to=4)]
+    assert [entry["after"] for entry in dry_run(unet, Recipe.of(prunes))["stages"]] == [None, None]
+    named = [dp.PruneDepth(remove=("mid_block.resnets.0",)), *prunes[1:]]
+    sizes = [entry["after"]["parameters"] for entry in dry_run(unet, Recipe.of(named))["stages"]]
+    assert sizes[0] > sizes[1]
+
+
+def test_a_dry_run_refuses_what_pruning_will_refuse(unet: Checkpoint) -> None:
+    with pytest.raises(InvalidInputError, match="blocks = 99, but only"):
+        dry_run(unet, Recipe.of([dp.PruneDepth(blocks=99)]))
+    with pytest.raises(InvalidInputError, match="gptq changes the weights that are zero"):
+        dry_run(unet, Recipe.of([dp.PruneSparsity(), dp.Quantize(gptq={"samples": 2})]))
 
 
 def _plans(checkpoint: Checkpoint) -> tuple[Any, Any]:

@@ -13,6 +13,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs
+from diffpress.compress.models.removed_blocks import removed_blocks
 from diffpress.runtime.errors import InvalidInputError
 
 Features = dict[str, torch.Tensor]
@@ -45,6 +48,29 @@ def energy_distance(features: Mapping[str, torch.Tensor], references: Mapping[st
         for name, reference in references.items()
     ]
     return torch.stack(distances).mean()
+
+
+def compared_blocks(teacher: nn.Module, checkpoint: Checkpoint) -> list[str]:
+    """Return the blocks of a teacher whose outputs those of the checkpoint's model can be compared with.
+
+    A block that was removed, or of which all is removed, only repeats the output of the one before. If blocks were
+    removed, what is left may work at another resolution.
+    """
+    student, names = checkpoint.model, blocks_left(teacher, checkpoint.model)
+    if not removed_blocks(student):
+        return names
+    inputs, forward = dummy_inputs(checkpoint.spec, 1), adapter_for(student).forward
+    with torch.no_grad(), capture_features(teacher, names) as theirs, capture_features(student, names) as ours:
+        forward(teacher.eval(), inputs)
+        forward(student.eval(), inputs)
+    return [name for name in names if energy_map(theirs[name]).shape == energy_map(ours[name]).shape]
+
+
+def blocks_left(teacher: nn.Module, student: nn.Module) -> list[str]:
+    """Return the blocks of a teacher without those of which the student has no weights any more."""
+    modules = dict(student.named_modules())
+    names = adapter_for(teacher).blocks(teacher)
+    return [name for name in names if name not in modules or any(True for _ in modules[name].parameters())]
 
 
 @contextmanager

@@ -16,12 +16,15 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.block_features import capture_features, energy_distance, energy_map
+from diffpress.compress.distillation.block_features import (
+    capture_features,
+    compared_blocks,
+    energy_distance,
+    energy_map,
+)
 from diffpress.compress.distillation.conditioning import drop_conditioning
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.student import train_student
-from diffpress.compress.models.adapter import adapter_for
-from diffpress.compress.models.removed_blocks import removed_blocks
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors, add_noise, forward, noise_levels_at
 from diffpress.compress.training.teacher_data import data_for
@@ -35,10 +38,7 @@ def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Chec
     # a fixed plan visits few timesteps: `timesteps: plan` spends all of the training on them
     candidates = spec.plan.timesteps if config.timesteps == "plan" else range(len(spec.schedule))
     timesteps = torch.tensor(list(candidates)).round().long()
-    # a removed block only repeats the output of the block before it
-    removed = removed_blocks(checkpoint.model)
-    blocks = [name for name in adapter_for(teacher).blocks(teacher) if name not in removed]
-    blocks = blocks if config.feature_weight else []
+    blocks = compared_blocks(teacher, checkpoint) if config.feature_weight else []
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:
         x0, cond = data.batch(config.batch, generator)

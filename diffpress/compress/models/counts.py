@@ -40,14 +40,19 @@ class Counts:
 LARGE = 100_000_000  # parameters
 
 
+def parameter_count(model: nn.Module) -> int:
+    """Return the number of parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 def is_large(model: nn.Module) -> bool:
     """Return whether the model has over 100 M parameters: one evaluation takes seconds on a CPU."""
-    return sum(p.numel() for p in model.parameters()) > LARGE
+    return parameter_count(model) > LARGE
 
 
 def count(model: nn.Module, spec: DenoiserSpec) -> Counts:
     """Count parameters, MACs and bytes of a denoiser."""
-    parameters, inputs = sum(p.numel() for p in model.parameters()), dummy_inputs(spec, 1)
+    parameters, inputs = parameter_count(model), dummy_inputs(spec, 1)
     if is_large(model):  # an evaluation would take many seconds; the meta device computes only shapes
         tensors = [*model.parameters(), *model.buffers()]
         model = copy.deepcopy(model, {id(tensor): _on_meta(tensor) for tensor in tensors})

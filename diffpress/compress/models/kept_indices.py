@@ -75,7 +75,7 @@ def kept_from_json(record: Any, model: nn.Module, where: str) -> KeptIndices:
     for name, dims in record.items():
         shape = tensors[name].shape if name in tensors else ()
         for dim, text in dims.items() if isinstance(dims, Mapping) else [("", "")]:
-            indices = _indices(text, shape[int(dim)]) if str(dim).isdigit() and int(dim) < len(shape) else None
+            indices = _indices(text, shape[int(dim)]) if str(dim).isdecimal() and int(dim) < len(shape) else None
             if indices is None:
                 raise InvalidInputError(f"{where}: kept_indices of '{name}' do not match this model's widths")
             found.setdefault(name, {})[int(dim)] = indices

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -13,8 +14,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxSingleTransformerBlock, FluxTransformerBlock
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from diffpress.compress.models.removed_blocks import Removable, Returned, refresh_removed_, remove_blocks_, up_blocks
+from diffpress.compress.models.removed_blocks import Removable, refresh_removed_, remove_blocks_, up_blocks
+
+NORMALIZATIONS = (nn.LayerNorm, nn.RMSNorm, nn.GroupNorm, _NormBase)
 
 
 def unet_blocks(model: nn.Module) -> list[Removable]:
@@ -50,7 +54,7 @@ def transformer_blocks(model: nn.Module) -> list[Removable]:
 
 
 def any_blocks(model: nn.Module, evaluate: Callable[[nn.Module], torch.Tensor]) -> list[Removable]:
-    """Return the members of lists of modules that return a tensor shaped like their first input.
+    """Return the outermost members of lists of modules that return a tensor shaped like their first input.
 
     A block may add its input itself or leave that to its caller: of the input and zeros, it is replaced by what changes
     the network's output less.
@@ -74,7 +78,7 @@ def any_blocks(model: nn.Module, evaluate: Callable[[nn.Module], torch.Tensor]) 
         for name, module in model.named_modules()
         if isinstance(module, (nn.ModuleList, nn.Sequential))
         for key, member in module.named_children()
-        if any(True for _ in member.parameters())
+        if any(True for _ in member.parameters()) and not isinstance(member, NORMALIZATIONS)
     ]
     handles = [member.register_forward_hook(hook(name), with_kwargs=True) for name, member in members]
     try:
@@ -83,16 +87,20 @@ def any_blocks(model: nn.Module, evaluate: Callable[[nn.Module], torch.Tensor]) 
         for handle in handles:
             handle.remove()
 
-    def error(name: str, returned: Returned) -> float:
-        with without_block(model, Removable(name, returned)):
-            return float((evaluate(model) - expected).square().mean())
+    def error(block: Removable) -> float:
+        with without_block(model, block):
+            try:
+                return float((evaluate(model) - expected).square().mean())
+            except Exception:  # user code may raise anything, such as for an attribute that the block had
+                return math.inf
 
-    alternatives: tuple[Returned, ...] = ("first", "zeros")
-    return [
-        Removable(name, min(alternatives, key=lambda returned: error(name, returned)))
-        for name, _ in members
-        if shapes.get(name)
-    ]
+    found: list[Removable] = []
+    for name, _ in members:  # parents come before their members
+        if shapes.get(name) and not any(name.startswith(f"{outer.name}.") for outer in found):
+            errors = {block: error(block) for block in (Removable(name, "first"), Removable(name, "zeros"))}
+            best = min(errors, key=errors.__getitem__)
+            found += [best] * math.isfinite(errors[best])
+    return found
 
 
 @contextmanager

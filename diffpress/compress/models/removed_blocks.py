@@ -78,13 +78,19 @@ def restore_removed_blocks_(model: nn.Module, record: Any, where: str) -> None:
         raise InvalidInputError(f"{where}: removed_blocks must be a JSON object with one entry per block")
     modules = dict(model.named_modules())
     for name, returned in record.items():
-        if not name or name not in modules or isinstance(modules[name], RemovedBlock):
+        inside = any(name.startswith(f"{outer}.") for outer in record)
+        if not name or name not in modules or inside:
             raise InvalidInputError(f"{where}: removed_blocks names '{name}', which this model does not have")
         if returned not in get_args(Returned):
             raise InvalidInputError(
                 f"{where}: removed_blocks: '{name}' is {returned!r}, not one of {', '.join(get_args(Returned))}"
             )
     remove_blocks_(model, [Removable(name, returned) for name, returned in record.items()])
+    for name, module in model.named_modules():
+        if isinstance(module, RemovedBlock) and module.returned == "hidden" and module.channels is None:
+            raise InvalidInputError(
+                f"{where}: removed_blocks: '{name}' reads no skip connection, so it is not 'hidden'"
+            )
 
 
 def refresh_removed_(model: nn.Module) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import nn
 
 from diffpress.compress.models.removable_blocks import unet_blocks
-from diffpress.compress.models.removed_blocks import Removable
+from diffpress.compress.models.removed_blocks import Removable, RemovedBlock
 from diffpress.compress.pruning.config import Preset
 from diffpress.runtime.errors import InvalidInputError
 
@@ -39,11 +39,16 @@ def preset_blocks(model: nn.Module, preset: Preset) -> list[Removable]:
     chosen = [f"{stage}.{member}" for stage in stages for member in SECOND]
     if preset in ("bk_sdm_small", "bk_sdm_tiny"):
         chosen += [name for name in removable if name.startswith("mid_block.")]
-    resamplers = []
+    resamplers: list[str] = []
     if preset == "bk_sdm_tiny":
         chosen += [name for name in removable if name.startswith((f"down_blocks.{STAGES - 1}.", "up_blocks.0."))]
         resamplers = [f"down_blocks.{STAGES - 2}.downsamplers.0", "up_blocks.0.upsamplers.0"]
-    blocks = [removable[name] for name in dict.fromkeys(chosen) if name in removable]
+    present = dict(model.named_modules())
+    chosen = [name for name in dict.fromkeys(chosen) if name in present]  # not all stages have attentions
+    missing = next((name for name in (*chosen, *resamplers) if isinstance(present[name], RemovedBlock)), None)
+    if missing is not None:
+        raise InvalidInputError(f"prune: preset {preset}: {missing} was removed before; prune the original network")
+    blocks = [removable[name] for name in chosen]
     return blocks + [Removable(name, "first") for name in resamplers]
 
 

@@ -11,7 +11,8 @@ from diffpress.compress.config import Config, StageConfig
 Method = Literal["taylor", "diff_pruning", "magnitude", "random"]
 Preset = Literal["bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny"]
 DEFAULT_RATIO = 0.3
-WHAT = {"macs": "MACs", "params": "parameters", "latency": "latency of a step"}
+DEFAULT_ENGINE = "openvino"
+QUANTITIES = {"macs": "MACs", "params": "parameters", "latency": "latency of a step"}
 
 
 class PruneTarget(Config):
@@ -22,12 +23,14 @@ class PruneTarget(Config):
     latency: float | None = Field(
         None, gt=0.0, lt=1.0, description="Fraction of the latency of a step that remains, measured in `engine`."
     )
-    engine: Literal["onnxruntime", "openvino"] = Field("openvino", description="Engine in which latency is measured.")
+    engine: Literal["onnxruntime", "openvino"] | None = Field(
+        None, description="Engine in which latency is measured; None means OpenVINO."
+    )
 
     @property
     def name(self) -> str:
         """The key that is set."""
-        return next(name for name in WHAT if getattr(self, name) is not None)
+        return next(name for name in QUANTITIES if getattr(self, name) is not None)
 
     @property
     def fraction(self) -> float:
@@ -35,15 +38,17 @@ class PruneTarget(Config):
         return float(getattr(self, self.name))
 
     @property
-    def what(self) -> str:
+    def quantity(self) -> str:
         """What the fraction is of, in words."""
-        return WHAT[self.name]
+        return QUANTITIES[self.name]
 
     @model_validator(mode="after")
     def _names_one(self) -> PruneTarget:
-        if sum(getattr(self, name) is not None for name in WHAT) != 1:
-            raise ValueError(f"a target is one of {', '.join(WHAT)}: the fraction that remains, such as {{macs: 0.56}}")
-        if "engine" in self.model_fields_set and self.engine != "openvino" and self.latency is None:
+        if sum(getattr(self, name) is not None for name in QUANTITIES) != 1:
+            raise ValueError(
+                f"a target is one of {', '.join(QUANTITIES)}: the fraction that remains, such as {{macs: 0.56}}"
+            )
+        if self.engine is not None and self.latency is None:
             raise ValueError("engine belongs to a target of latency; set latency, or remove engine")
         return self
 

@@ -15,9 +15,10 @@ import logging
 from collections.abc import Callable, Sequence
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 
-from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.checkpoint import Checkpoint, shared_copy
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.kept_indices import without_removed
@@ -26,16 +27,15 @@ from diffpress.compress.models.removed_blocks import Removable, remove_blocks_
 from diffpress.compress.progress import progress
 from diffpress.compress.pruning.block_presets import preset_blocks
 from diffpress.compress.pruning.config import PruneDepthConfig
-from diffpress.compress.pruning.pruned import check_runs, keep_apart_
+from diffpress.compress.pruning.pruned import check_runs, unshare_
 from diffpress.compress.pruning.target import open_target, unreachable
 from diffpress.compress.pruning.visited_states import visited_batches
+from diffpress.compress.quantization.trajectory_dataset import on_best_device
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 logger = logging.getLogger(__name__)
 
 LEAST_SAVED = 1e-3  # of the cost: a block that saves nothing is the last to go
-
-Evaluate = Callable[[nn.Module], torch.Tensor]
 
 
 def prune_depth(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) -> Checkpoint:
@@ -48,15 +48,14 @@ def prune_depth(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) 
     model, inputs = checkpoint.shared_model().eval(), dummy_inputs(checkpoint.spec, 2)
     if config.preset is not None:
         chosen = preset_blocks(model, config.preset)
+    elif config.remove:
+        removable = removable_blocks(checkpoint)
+        chosen = [_named(name, removable, model) for name in dict.fromkeys(config.remove)]
     else:
-        removable = _removable(checkpoint, model, inputs)
-        if config.remove:
-            chosen = [_named(name, removable) for name in config.remove]
-        else:
-            chosen = _by_ablation(checkpoint, model, removable, config, ctx)
+        chosen = _by_ablation(checkpoint, config, ctx)
     remove_blocks_(model, chosen)
     check_runs(model, inputs)
-    keep_apart_(model, checkpoint.model)
+    unshare_(model, checkpoint.model)
     names = ctx.notes["removed_blocks"] = [block.name for block in chosen]
     logger.info(f"prune: removed {', '.join(names)}")
     present = dict(model.named_modules())
@@ -67,52 +66,62 @@ def prune_depth(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) 
     )
 
 
-def _removable(checkpoint: Checkpoint, model: nn.Module, inputs: dict[str, torch.Tensor]) -> list[Removable]:
-    adapter = adapter_for(model)
-    listed = adapter.removable_blocks
-    with torch.no_grad():
-        found = any_blocks(model, lambda m: adapter.forward(m, inputs)) if listed is None else listed(model)
+def removable_blocks(checkpoint: Checkpoint, config: PruneDepthConfig | None = None) -> list[Removable]:
+    """Return the blocks that can be removed from the model.
+
+    Raises:
+        InvalidInputError: There are none, or fewer than `config` asks for.
+    """
+    model, adapter = checkpoint.shared_model().eval(), adapter_for(checkpoint.model)
+    if adapter.removable_blocks is not None:
+        found = adapter.removable_blocks(model)
+    else:
+        inputs = dummy_inputs(checkpoint.spec, 2)
+        with torch.no_grad():
+            found = any_blocks(model, lambda m: adapter.forward(m, inputs))
     if not found:
         raise InvalidInputError(
             f"prune: this {checkpoint.source.kind} has no block that can be removed: none returns what it reads in "
             "shape; use kind width"
         )
+    if config is not None and config.blocks is not None and config.blocks > len(found):
+        raise InvalidInputError(
+            f"prune: blocks = {config.blocks}, but only {len(found)} blocks of this model can be removed: "
+            f"{', '.join(block.name for block in found)}"
+        )
     return found
 
 
-def _named(name: str, removable: Sequence[Removable]) -> Removable:
+def _named(name: str, removable: Sequence[Removable], model: nn.Module) -> Removable:
     known = {block.name: block for block in removable}
-    if name not in known:
-        raise unknown_name("prune: remove", name, known)
-    return known[name]
-
-
-def _by_ablation(
-    checkpoint: Checkpoint, model: nn.Module, removable: list[Removable], config: PruneDepthConfig, ctx: Context
-) -> list[Removable]:
-    """Choose blocks one after the other."""
-    if config.blocks is not None and config.blocks > len(removable):
+    if name in known:
+        return known[name]
+    if name in dict(model.named_modules()):
         raise InvalidInputError(
-            f"prune: blocks = {config.blocks}, but only {len(removable)} blocks of this model can be removed: "
-            f"{', '.join(block.name for block in removable)}"
+            f"prune: remove: '{name}' cannot be removed, because what it reads has another shape or other layers read "
+            f"what it computes; these can: {', '.join(known)}"
         )
-    errors_without = _ablation(checkpoint, model, config, ctx)
+    raise unknown_name("prune: remove", name, known)
+
+
+def _by_ablation(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) -> list[Removable]:
+    """Choose blocks one after the other."""
+    removable = removable_blocks(checkpoint, config)
+    errors_without = _ablation(checkpoint, config, ctx)
     if config.target is None:
         return _chosen(errors_without, removable, lambda chosen: len(chosen) == config.blocks, lambda block: 1.0)
     with open_target(checkpoint, config.target, ctx) as fraction:
-        most, saved = config.target.fraction, {}
-        for block in removable:
-            with without_block(model, block):
-                saved[block] = max(1.0 - fraction(model), LEAST_SAVED)
+        most = config.target.fraction
 
         def remaining(blocks: Sequence[Removable]) -> float:
-            smaller = checkpoint.shared_model()
+            smaller = checkpoint.shared_model().eval()
             remove_blocks_(smaller, blocks)
-            return fraction(smaller)
+            return fraction(smaller) if blocks else 1.0
 
         smallest = remaining(removable)
         if smallest > most:
             raise unreachable(config.target, smallest)
+        saved = {block: max(1.0 - remaining([block]), LEAST_SAVED) for block in removable}
         chosen = _chosen(errors_without, removable, lambda blocks: remaining(blocks) <= most, saved.__getitem__)
         for block in chosen[-2::-1]:  # the last block may have saved more than was left to save
             fewer = [other for other in chosen if other is not block]
@@ -138,29 +147,24 @@ def _chosen(
 
 
 def _ablation(
-    checkpoint: Checkpoint, model: nn.Module, config: PruneDepthConfig, ctx: Context
+    checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context
 ) -> Callable[[Sequence[Removable], Sequence[Removable]], list[float]]:
     """Return a function (removed, candidates) -> the squared error of the output without each candidate as well."""
-    evaluate = _evaluation(checkpoint, config, ctx)
-    expected = evaluate(model)
+    batches = visited_batches(checkpoint, config.samples, ctx)
+    forward = adapter_for(checkpoint.model).forward
+
+    def evaluate(model: nn.Module) -> torch.Tensor:
+        device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+        with torch.no_grad():
+            return torch.cat([forward(model, send_to_device(inputs, device)) for inputs in batches])
 
     def errors(removed: Sequence[Removable], candidates: Sequence[Removable]) -> list[float]:
-        trial, found = checkpoint.shared_model().eval(), []
-        remove_blocks_(trial, removed)
-        for block in candidates:
-            with without_block(trial, block):
-                found.append(float((evaluate(trial) - expected).square().mean()))
+        with on_best_device(checkpoint.model.eval(), len(batches[0]["sample"])) as whole:
+            expected, trial, found = evaluate(whole), shared_copy(whole), []
+            remove_blocks_(trial, removed)
+            for block in candidates:
+                with without_block(trial, block):
+                    found.append(float((evaluate(trial) - expected).square().mean()))
         return found
 
     return errors
-
-
-def _evaluation(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) -> Evaluate:
-    """Return a function that evaluates a network on states of the checkpoint's trajectories."""
-    batches = visited_batches(checkpoint, config.samples, ctx)
-
-    def evaluate(model: nn.Module) -> torch.Tensor:
-        with torch.no_grad():
-            return torch.cat([adapter_for(model).forward(model, inputs) for inputs in batches])
-
-    return evaluate

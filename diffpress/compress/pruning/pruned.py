@@ -27,16 +27,11 @@ class Pruned(NamedTuple):
     skipped: str
 
 
-def keep_apart_(model: nn.Module, original: nn.Module) -> None:
+def unshare_(model: nn.Module, original: nn.Module) -> None:
     """Copy the tensors that `model` shares with `original`, so that training one leaves the other as it is."""
     shared = {id(tensor) for tensor in (*original.parameters(), *original.buffers())}
     own = [tensor for tensor in (*model.parameters(), *model.buffers()) if id(tensor) in shared]
     replace_tensors_(model, {id(tensor): tensor.detach().clone() for tensor in own})
-
-
-def parameter_count(model: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def check_runs(model: nn.Module, inputs: dict[str, torch.Tensor]) -> None:

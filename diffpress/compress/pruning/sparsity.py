@@ -25,14 +25,18 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.models.adapter import adapter_for
+from diffpress.compress.models.adapter import adapter_for, dummy_inputs, small_spec
+from diffpress.compress.models.fast_path import without_fast_path
+from diffpress.compress.models.widths import replace_tensors_
 from diffpress.compress.pruning.config import PruneSparsityConfig
 from diffpress.compress.pruning.visited_states import visited_batches
+from diffpress.compress.quantization.layer_kinds import NOT_CALLED, layer_input, unsupported
 from diffpress.compress.quantization.layer_selection import check_ignored_layers, described, matches
 from diffpress.runtime.errors import InvalidInputError
 
 logger = logging.getLogger(__name__)
 
+SPARSE = (nn.Linear, nn.Conv2d)
 OUT_MULTIPLE, IN_MULTIPLE = 8, 16  # widths that sparse kernels need, as in modelopt
 
 
@@ -43,12 +47,15 @@ def prune_sparsity(checkpoint: Checkpoint, config: PruneSparsityConfig, ctx: Con
         InvalidInputError: A pattern matches no layer, or no layer has widths that sparse kernels support.
     """
     model = checkpoint.clone_model().eval()
-    chosen, dense = _choose_layers(model, config)
+    ranks = _input_ranks(model, checkpoint)
+    chosen, dense = _choose_layers(model, ranks, config)
     if not chosen:
-        raise InvalidInputError(f"prune: no layer can be 2:4 sparse: {described(dense) or 'all are ignored'}")
+        why = described(dense) or "all are sensitive or ignored"
+        raise InvalidInputError(f"prune: no layer can be 2:4 sparse: {why}")
     if dense:
         logger.warning(f"prune: left dense: {described(dense)}")
-    by_error = {name for name in chosen if config.method == "sparsegpt" and _is_product(model.get_submodule(name))}
+    products = {name for name in chosen if _is_product(model.get_submodule(name), ranks[name])}
+    by_error = products if config.method == "sparsegpt" else set[str]()
 
     def evaluate() -> None:
         forward = adapter_for(model).forward
@@ -62,24 +69,45 @@ def prune_sparsity(checkpoint: Checkpoint, config: PruneSparsityConfig, ctx: Con
     return checkpoint.evolve(model=model, sparse_layers=tuple(sorted({*checkpoint.sparse_layers, *chosen})))
 
 
-def _choose_layers(model: nn.Module, config: PruneSparsityConfig) -> tuple[list[str], dict[str, str]]:
+def _input_ranks(model: nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the number of dimensions of the input of each linear layer and convolution that is called."""
+    found: dict[str, int] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda layer, args, kwargs: found.__setitem__(name, layer_input(args, kwargs).ndim)
+
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SPARSE)]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers]
+    with torch.no_grad(), without_fast_path():
+        adapter_for(model).forward(model, dummy_inputs(small_spec(model, checkpoint.spec), 1))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def _choose_layers(
+    model: nn.Module, ranks: dict[str, int], config: PruneSparsityConfig
+) -> tuple[list[str], dict[str, str]]:
     """Return the layers to sparsify, and why others that are not sensitive or ignored stay dense."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, (nn.Linear, nn.Conv2d))}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SPARSE)}
     check_ignored_layers(model, layers, config.ignored_layers, "prune")
     sensitive = set(adapter_for(model).sensitive_layers(model))
     chosen, dense = [], {}
     for name, layer in layers.items():
         if name in sensitive or any(matches(name, pattern) for pattern in config.ignored_layers):
             continue
-        if layer.weight.shape[0] % OUT_MULTIPLE or layer.weight.shape[1] % IN_MULTIPLE:
+        if reason := unsupported(layer) or (NOT_CALLED if name not in ranks else ""):
+            dense[name] = reason
+        elif layer.weight.shape[0] % OUT_MULTIPLE or layer.weight.shape[1] % IN_MULTIPLE:
             dense[name] = f"widths are not multiples of {OUT_MULTIPLE} out and {IN_MULTIPLE} in"
         else:
             chosen.append(name)
     return chosen, dense
 
 
-def _is_product(layer: Any) -> bool:
-    return isinstance(layer, nn.Linear) or layer.kernel_size == (1, 1)
+def _is_product(layer: Any, rank: int) -> bool:
+    """Return whether modelopt's sparsegpt reads the layer's input: up to [B, tokens, in], or of a 1 x 1 convolution."""
+    return rank <= 3 if isinstance(layer, nn.Linear) else layer.kernel_size == (1, 1) and layer.groups == 1
 
 
 def _sparsify_(model: nn.Module, names: list[str], mode: str, evaluate: Callable[[], None] = lambda: None) -> None:
@@ -87,6 +115,7 @@ def _sparsify_(model: nn.Module, names: list[str], mode: str, evaluate: Callable
     if not names:
         return
     layers = nn.ModuleList(model.get_submodule(name) for name in names)
+    replace_tensors_(model, {id(weight): weight.detach().contiguous() for weight in layers.parameters()})
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
         warnings.simplefilter("ignore")  # modelopt warns about optional plugins
         from modelopt.torch import sparsity

@@ -23,6 +23,7 @@ from torch import nn
 from diffpress.compress.checkpoint import Checkpoint, shared_copy
 from diffpress.compress.context import Context
 from diffpress.compress.models.adapter import ANY_MODULE, adapter_for, dummy_inputs
+from diffpress.compress.models.counts import parameter_count
 from diffpress.compress.models.diffusers_blocks import Coupled
 from diffpress.compress.models.kept_indices import Removals, kept_of_both
 from diffpress.compress.pruning.allocation import Candidate, allocate, choose_removed, keep_count
@@ -30,7 +31,7 @@ from diffpress.compress.pruning.channel_groups import traced_groups
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.groups import adapter_groups, dependency_graph_groups, output_pixels, remove_indices_
 from diffpress.compress.pruning.importance import Importance, group_scores, importance_of, needs_gradients
-from diffpress.compress.pruning.pruned import Pruned, check_runs, keep_apart_, parameter_count
+from diffpress.compress.pruning.pruned import Pruned, check_runs, unshare_
 from diffpress.compress.pruning.target import reach_target
 from diffpress.compress.sources.layout import first_line
 from diffpress.runtime.errors import InvalidInputError
@@ -58,12 +59,12 @@ def prune_width(checkpoint: Checkpoint, config: PruneConfig, ctx: Context) -> Ch
         found = reach_target(checkpoint, config.target, ctx, prune_by)
     if found.skipped:
         logger.warning("prune: skipped: %s", found.skipped)
-    keep_apart_(found.model, checkpoint.model)
+    unshare_(found.model, checkpoint.model)
     found.model.zero_grad(set_to_none=True)
     if parameter_count(found.model) == parameter_count(checkpoint.model):
-        asked = "the target" if config.ratio is None else f"ratio {config.ratio:g}"
+        amount = "the target" if config.ratio is None else f"ratio {config.ratio:g}"
         raise InvalidInputError(
-            f"prune: {asked} with round_to {config.round_to} removes nothing from this model; "
+            f"prune: {amount} with round_to {config.round_to} removes nothing from this model; "
             "remove more or decrease round_to"
         )
     return checkpoint.evolve(model=found.model, kept_indices=kept_of_both(checkpoint.kept_indices, found.kept))

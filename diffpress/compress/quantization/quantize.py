@@ -16,7 +16,8 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
-from diffpress.compress.models.adapter import adapter_for, small_spec
+from diffpress.compress.distillation.block_features import blocks_left
+from diffpress.compress.models.adapter import small_spec
 from diffpress.compress.models.components import DECODER
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.algorithms.awq import awq_vectors
@@ -59,7 +60,7 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
         check_bounds(config.bounds, spec, ctx.open_engine_costs is not None)
     formats = choose_formats(model, config)
     check_calibration(formats, config)
-    _check_keeps_sparsity(checkpoint, config)
+    check_keeps_sparsity(checkpoint, config)
     component_formats(checkpoint, config)
     graph = trace_layer_graph(model, small_spec(model, spec))
     formats = {name: kind for name, kind in formats.items() if name in graph.ranks}
@@ -85,7 +86,7 @@ def quantize(checkpoint: Checkpoint, config: QuantizeConfig, ctx: Context) -> Ch
     return quantized
 
 
-def _check_keeps_sparsity(checkpoint: Checkpoint, config: QuantizeConfig) -> None:
+def check_keeps_sparsity(checkpoint: Checkpoint, config: QuantizeConfig) -> None:
     """Raise InvalidInputError for a method that would fill the zeros of 2:4 sparse layers."""
     low_rank = config.qat is not None and config.qat.updates == "low_rank"
     methods = {"gptq": config.gptq, "svdquant": config.svdquant, "qat.updates = low_rank": low_rank}
@@ -171,5 +172,5 @@ def trajectories_of(
         run=json.dumps(facts),
         recorded=student is not None or any(map(bool, read_again)),
         keeps_final=student is None and DECODER in component_formats(checkpoint, config),
-        blocks=tuple(adapter_for(model).blocks(model)) if with_energies else (),
+        blocks=tuple(blocks_left(model, model)) if with_energies else (),
     )

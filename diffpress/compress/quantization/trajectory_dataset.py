@@ -236,7 +236,7 @@ def on_best_device(model: nn.Module, batch: int) -> Iterator[nn.Module]:
             yield copy.deepcopy(model).to("cuda")
     except torch.OutOfMemoryError as error:
         raise InvalidInputError(
-            f"quantize: out of GPU memory while sampling; lower batch (now {batch}), or sample on the CPU with "
+            f"out of GPU memory with a batch of {batch}; lower batch or samples, or use the CPU with "
             "CUDA_VISIBLE_DEVICES=''"
         ) from error
 

@@ -33,6 +33,7 @@ from diffpress.compress.training.resume import read_state, write_state
 from diffpress.runtime.errors import DiffpressError, MissingDependencyError
 
 GRADIENT_CLIP = 1.0
+STUDENT_PREFIXES = ("", "generator.", "base.")  # of its names in the module that is trained
 STATE = "training.safetensors"
 
 
@@ -164,10 +165,9 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
 
 
 def _zeros(model: nn.Module, layers: tuple[str, ...]) -> list[tuple[nn.Parameter, torch.Tensor]]:
-    """Return the trained weights of the named layers, of the model or of one inside it, and where they are zero."""
-    sparse = {f"{layer}.weight" for layer in layers}
-    ends = tuple(f".{name}" for name in sparse)
-    return [(p, p.detach() == 0) for name, p in model.named_parameters() if name in sparse or name.endswith(ends)]
+    """Return the trained weights of the named layers, of the model or of the one inside it, and where they are zero."""
+    sparse = {f"{prefix}{layer}.weight" for prefix in STUDENT_PREFIXES for layer in layers}
+    return [(weight, weight.detach() == 0) for name, weight in model.named_parameters() if name in sparse]
 
 
 def _accelerator(run: Training) -> Accelerator:

@@ -15,15 +15,15 @@ from diffpress.runtime.errors import InvalidInputError
 GROUP, NONZERO = 4, 2
 
 
-def check_sparsity(graph: Graph, layers: Iterable[str], what: str) -> int:
-    """Return how many of `layers` the graph stores with at most two numbers of four that are not zero.
+def check_sparsity(graph: Graph, layers: Iterable[str], what: str) -> tuple[str, ...]:
+    """Return those of `layers` of which the graph stores at most two numbers of four that are not zero.
 
-    Layers of which the graph stores no weight (folded into tables) or codes (nvfp4) are not counted.
+    Layers of which the graph stores no weight (folded into tables) or codes (nvfp4) are left out.
 
     Raises:
         InvalidInputError: A layer has lost the pattern.
     """
-    wanted, found = set(layers), set()
+    wanted, found = set(layers), set[str]()
     producers = {name: node for node in graph.proto.graph.node for name in node.output}
     for node in graph.proto.graph.node:
         layer = layer_of(node)
@@ -35,7 +35,7 @@ def check_sparsity(graph: Graph, layers: Iterable[str], what: str) -> int:
         if not _is_sparse(stored, channel_axis(node)):
             raise InvalidInputError(f"{what}: layer '{layer}' is no longer 2:4 sparse; please report this")
         found.add(layer)
-    return len(found)
+    return tuple(sorted(found))
 
 
 def _stored(graph: Graph, name: str, producers: Mapping[str, onnx.NodeProto]) -> np.ndarray | None:

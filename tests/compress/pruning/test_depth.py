@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,6 +17,9 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.context import Context
+from diffpress.compress.distillation.block_features import compared_blocks
+from diffpress.compress.distillation.config import RecoverConfig
+from diffpress.compress.distillation.recover import recover
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.counts import count
 from diffpress.compress.models.removable_blocks import transformer_blocks, unet_blocks
@@ -24,6 +28,7 @@ from diffpress.compress.pruning.block_presets import preset_blocks
 from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.compress.sources.load import load_checkpoint
+from diffpress.compress.training.teacher_data import TeacherData
 from diffpress.runtime.errors import InvalidInputError
 from tests.pipelines import fill_zeros_, unet
 
@@ -222,6 +227,36 @@ def test_a_module_without_removable_blocks_is_refused(
         prune(checkpoint, PruneDepthConfig(blocks=1), context(checkpoint, data=False))
 
 
+class Nested(nn.Module):
+    """Blocks that have lists of their own, and whose caller reads an attribute of the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
+        inner = [nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)) for _ in range(6)]
+        self.blocks = nn.ModuleList(nn.Sequential(*inner[i : i + 2]) for i in (0, 2, 4))
+        encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+        self.encoder = nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = self.first(sample)
+        for block in self.blocks:
+            x = x + 0.1 * block(x)
+        return self.last(self.encoder(x.flatten(2).transpose(1, 2)).transpose(1, 2).view_as(x))
+
+
+@pytest.mark.parametrize("settings", [{"blocks": 3}, {"target": {"params": 0.7}}, {"remove": ("blocks.1",)}])
+def test_blocks_inside_blocks_are_removed_with_them(
+    settings: dict[str, Any], custom: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
+    checkpoint = custom(Nested())
+    small = prune(checkpoint, PruneDepthConfig(samples=1, **settings), context(checkpoint, data=False))
+    # the caller of the encoder reads layers[0].self_attn, so only its second layer can go
+    assert set(removed_blocks(small.model)) <= {"blocks.0", "blocks.1", "blocks.2", "encoder.layers.1"}
+    assert removed_blocks(small.model)
+
+
 # --- choice ----------------------------------------------------------------------------------------------------
 
 
@@ -256,7 +291,7 @@ def test_a_target_removes_no_block_that_could_stay(unet: Checkpoint, context: Ca
 def test_an_unreachable_target_names_the_smallest_network(unet: Checkpoint, context: Callable[..., Context]) -> None:
     model = unet.clone_model()
     remove_blocks_(model, unet_blocks(model))
-    smallest = count(model, unet.spec).macs / count(unet.model, unet.spec).macs
+    smallest = math.ceil(1000 * count(model, unet.spec).macs / count(unet.model, unet.spec).macs) / 1000
     with pytest.raises(InvalidInputError, match=rf"target macs 0.01 cannot be reached: at least {smallest:.3f} of the"):
         prune(unet, PruneDepthConfig(target={"macs": 0.01}, samples=1), context(unet))
 
@@ -264,6 +299,8 @@ def test_an_unreachable_target_names_the_smallest_network(unet: Checkpoint, cont
 def test_unknown_and_too_many_blocks_are_refused(unet: Checkpoint, context: Callable[..., Context]) -> None:
     with pytest.raises(InvalidInputError, match=r"prune: remove.*mid_block.resnets.7.*did you mean"):
         prune(unet, PruneDepthConfig(remove=("mid_block.resnets.7",)), context(unet))
+    with pytest.raises(InvalidInputError, match=r"'conv_in' cannot be removed, because what it reads"):
+        prune(unet, PruneDepthConfig(remove=("conv_in",)), context(unet))
     with pytest.raises(InvalidInputError, match=r"blocks = 99, but only \d+ blocks of this model can be removed: "):
         prune(unet, PruneDepthConfig(blocks=99), context(unet))
 
@@ -283,6 +320,9 @@ FRESH = """
 import sys
 import torch
 import diffpress as dp
+from diffpress.compress.distillation.block_features import compared_blocks
+from diffpress.compress.distillation.config import RecoverConfig
+from diffpress.compress.distillation.recover import recover
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 checkpoint = dp.load(sys.argv[1])
 with torch.no_grad():
@@ -310,10 +350,35 @@ def test_depth_and_width_reload_in_a_fresh_process_to_the_same_outputs(
     assert load_checkpoint(tmp_path / "small").hash == small.hash != shallow.hash
 
 
-def test_an_adapter_of_the_unpruned_model_keeps_its_names(unet: Checkpoint, context: Callable[..., Context]) -> None:
+def test_other_layers_keep_their_names_and_weights(unet: Checkpoint, context: Callable[..., Context]) -> None:
     small = prune(unet, PruneDepthConfig(remove=("mid_block.resnets.0",)), context(unet))
     whole = unet.model.state_dict()
     assert all(torch.equal(value, whole[name]) for name, value in small.model.state_dict().items())
+
+
+@pytest.mark.parametrize("preset", PUBLISHED)
+def test_a_preset_recovers_with_the_features_that_can_be_compared(
+    preset: Any, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    loaded = load_checkpoint(tiny_folder("sd"))
+    teacher = loaded.evolve(model=stable_diffusion())
+    ctx = Context(0, tmp_path, teacher, TeacherData(teacher, 4, tmp_path, ("a cat",)))
+    small = prune(teacher, PruneDepthConfig(preset=preset), ctx)
+    names = compared_blocks(teacher.model, small)
+    assert {"down_blocks.0", "up_blocks.3"} <= set(names)
+    assert ("mid_block" in names) == (preset == "bk_sdm_base")
+    assert ("down_blocks.2" in names) == (preset != "bk_sdm_tiny")  # it no longer halves the resolution
+    trained = recover(small, RecoverConfig(steps=2, batch=2, samples=4), ctx)
+    assert removed_blocks(trained.model) == removed_blocks(small.model)
+
+
+def test_a_preset_is_not_applied_twice(tiny_folder: Callable[..., Path], tmp_path: Path) -> None:
+    loaded = load_checkpoint(tiny_folder("sd"))
+    teacher = loaded.evolve(model=stable_diffusion())
+    ctx = Context(0, tmp_path, teacher)
+    small = prune(teacher, PruneDepthConfig(preset="bk_sdm_base"), ctx)
+    with pytest.raises(InvalidInputError, match=r"down_blocks\.0\.resnets\.1 was removed before"):
+        prune(small, PruneDepthConfig(preset="bk_sdm_small"), ctx)
 
 
 def test_pruning_leaves_the_input_as_it_is(unet: Checkpoint, context: Callable[..., Context]) -> None:
@@ -332,6 +397,8 @@ def test_pruning_leaves_the_input_as_it_is(unet: Checkpoint, context: Callable[.
         ({"mid_block.resnets.9": "first"}, "removed_blocks names 'mid_block.resnets.9'"),
         ({"mid_block.resnets.0": "half"}, "'half', not one of"),
         (["mid_block"], "must be a JSON object"),
+        ({"mid_block": "first", "mid_block.resnets.0": "first"}, "removed_blocks names 'mid_block.resnets.0'"),
+        ({"mid_block.resnets.0": "hidden"}, "reads no skip connection"),
     ],
 )
 def test_a_damaged_record_is_refused(

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrizations
 
+import diffpress as dp
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.context import Context
-from diffpress.compress.distillation.config import RecoverConfig
+from diffpress.compress.distillation.config import RecoverConfig, ScoreConfig
 from diffpress.compress.distillation.recover import recover
+from diffpress.compress.distillation.score import score
 from diffpress.compress.pruning.config import PruneDepthConfig, PruneSparsityConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.compress.quantization.config import QuantizeConfig
@@ -109,6 +112,41 @@ def test_sparsegpt_keeps_what_the_output_needs(
     assert_pattern(by_error)
 
 
+def test_layers_that_do_not_run_as_torch_defines_them_stay_dense(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context], caplog: pytest.LogCaptureFixture
+) -> None:
+    class Standardized(nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x - x.mean())
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.plain = nn.Conv2d(1, 16, 1), nn.Conv2d(16, 16, 3, padding=1)
+            self.own, self.normed = Standardized(16, 16, 1), parametrizations.weight_norm(nn.Conv2d(16, 16, 1))
+            self.cells, self.grouped = nn.Linear(16, 16), nn.Conv2d(32, 16, 1, groups=2)
+            self.attention, self.last = nn.MultiheadAttention(16, 2, batch_first=True), nn.Conv2d(16, 1, 1)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            x = self.normed(self.own(self.plain(self.first(sample))))
+            x = self.grouped(torch.cat([x, self.cells(x.movedim(1, -1)).movedim(-1, 1)], 1))
+            tokens = x.flatten(2).transpose(1, 2)
+            return self.last((tokens + self.attention(tokens, tokens, tokens)[0]).transpose(1, 2).view_as(x))
+
+    torch.manual_seed(0)
+    mixed: Any = Mixed()
+    checkpoint = custom(mixed.to(memory_format=torch.channels_last))
+    small = prune(checkpoint, PruneSparsityConfig(method="sparsegpt", samples=1), context(checkpoint, data=False))
+    assert small.sparse_layers == ("cells", "grouped", "plain")
+    assert_pattern(small)
+    for name in small.sparse_layers:
+        assert (small.model.state_dict()[f"{name}.weight"] != 0).float().mean() == 0.5  # not more than the pattern
+    before, after = checkpoint.model.state_dict(), small.model.state_dict()
+    assert torch.equal(before["attention.out_proj.weight"], after["attention.out_proj.weight"])
+    for words in ("own (it does not use torch's forward)", "attention.out_proj (its forward is not called)"):
+        assert words in caplog.text
+
+
 def test_recovery_quantization_and_qat_keep_the_zeros(
     sparse: Checkpoint, unet: Checkpoint, context: Callable[..., Context]
 ) -> None:
@@ -126,7 +164,9 @@ def test_recovery_quantization_and_qat_keep_the_zeros(
     assert_pattern(rounded)
 
 
-@pytest.mark.parametrize("method", [{"gptq": {"samples": 2}}, {"svdquant": {"rank": 2}}])
+@pytest.mark.parametrize(
+    "method", [{"gptq": {"samples": 2}}, {"svdquant": {"rank": 2}}, {"qat": {"updates": "low_rank", "steps": 1}}]
+)
 def test_methods_that_fill_zeros_are_refused(
     method: dict[str, Any], sparse: Checkpoint, unet: Checkpoint, context: Callable[..., Context]
 ) -> None:
@@ -157,14 +197,37 @@ def test_width_cannot_be_pruned_after_sparsity(tmp_path: Path) -> None:
         Recipe.load(tmp_path / "r.yaml")
 
 
+def test_a_loaded_sparse_checkpoint_is_not_pruned_in_width(sparse: Checkpoint, tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match=r"prune cannot come after prune: \{kind: sparsity\}"):
+        dp.compress(sparse, [dp.Prune(method="magnitude", ratio=0.3)], out=tmp_path / "work")
+
+
+def test_a_few_step_student_keeps_the_zeros(
+    sparse: Checkpoint, unet: Checkpoint, context: Callable[..., Context]
+) -> None:
+    config = ScoreConfig(steps=4, batch=2, samples=4, learning_rate=1e-2, warmup=0, score_steps=1)
+    student = score(sparse, config, context(unet))
+    assert_pattern(student)
+    weight = "mid_block.resnets.0.conv1.weight"
+    assert not torch.equal(student.model.state_dict()[weight], sparse.model.state_dict()[weight])
+
+
 def test_patterns_and_models_without_effect_are_refused(
     unet: Checkpoint, custom: Callable[..., Checkpoint], context: Callable[..., Context]
 ) -> None:
     with pytest.raises(InvalidInputError, match=r"prune: ignored_layers: no layer name .* 'mid_blok'; similar"):
         prune(unet, PruneSparsityConfig(ignored_layers=("mid_blok",)), context(unet))
-    narrow = custom(nn.Sequential())
-    narrow.model.layers = nn.ModuleList([nn.Conv2d(1, 12, 1), nn.Conv2d(12, 12, 1), nn.Conv2d(12, 1, 1)])
-    with pytest.raises(InvalidInputError, match=r"no layer can be 2:4 sparse: layers\.1 \(widths are not multiples"):
+
+    class Narrow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.middle, self.last = nn.Conv2d(1, 12, 1), nn.Conv2d(12, 12, 1), nn.Conv2d(12, 1, 1)
+
+        def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+            return self.last(self.middle(self.first(sample)))
+
+    narrow = custom(Narrow())
+    with pytest.raises(InvalidInputError, match=r"no layer can be 2:4 sparse: middle \(widths are not multiples"):
         prune(narrow, PruneSparsityConfig(), context(narrow))
 
 
@@ -179,7 +242,7 @@ def test_the_exported_weights_keep_the_pattern(
         sparse if form is None else quantize(sparse, QuantizeConfig(format=form, samples=2, batch=2), context(unet))
     )
     graph = lower_denoiser(checkpoint, ExportConfig(targets=("onnx",))).portable.graph
-    assert check_sparsity(graph, sparse.sparse_layers, "denoiser.onnx") == len(sparse.sparse_layers)
+    assert check_sparsity(graph, sparse.sparse_layers, "denoiser.onnx") == sparse.sparse_layers
 
 
 def test_a_layer_that_lost_the_pattern_is_named(sparse: Checkpoint) -> None:
