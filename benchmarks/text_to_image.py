@@ -148,7 +148,7 @@ def main() -> int:
     parser.add_argument("--steps", type=int, help="denoising steps other than the sampling plan's")
     parser.add_argument("--solver", help="solver other than the sampling plan's")
     parser.add_argument("--guidance", type=float, help="guidance weight other than the sampling plan's")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=3, help="0 measures the time only")
     parser.add_argument("--data", type=Path, help="the icons folder (default: the built-in one)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     args = parser.parse_args()
@@ -191,10 +191,10 @@ def main() -> int:
                 rows.append(row)
                 images.append(drawn)
                 print(json.dumps({"seed": seed} | row), flush=True)
-        if args.save is not None:
+        if args.save is not None and images:
             np.savez_compressed(args.save, images=np.stack(images))
     result["seeds"] = len(rows)
-    for name in rows[0]:
+    for name in rows[0] if rows else ():
         values = [row[name] for row in rows]
         result[name] = {"mean": statistics.fmean(values), "sd": statistics.stdev(values) if len(values) > 1 else None}
     print(json.dumps(result))
