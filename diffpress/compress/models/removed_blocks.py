@@ -95,6 +95,8 @@ def restore_removed_blocks_(model: nn.Module, record: Any, where: str) -> None:
 
 def refresh_removed_(model: nn.Module) -> None:
     """Update the channels that removed blocks of a U-Net pass on: those that the block before them writes."""
+    if not any(isinstance(module, RemovedBlock) and module.returned == "hidden" for module in model.modules()):
+        return
     for block, channels in up_blocks(model):
         for resnet in block.resnets:
             if isinstance(resnet, RemovedBlock):

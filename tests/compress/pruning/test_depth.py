@@ -236,6 +236,7 @@ class Nested(nn.Module):
         self.first, self.last = nn.Conv2d(1, 8, 3, padding=1), nn.Conv2d(8, 1, 3, padding=1)
         inner = [nn.Sequential(nn.GroupNorm(2, 8), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)) for _ in range(6)]
         self.blocks = nn.ModuleList(nn.Sequential(*inner[i : i + 2]) for i in (0, 2, 4))
+        self.down_blocks = self.up_blocks = nn.ModuleList([nn.Identity()])  # not those of diffusers
         encoder = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
         self.encoder = nn.TransformerEncoder(encoder, 2, enable_nested_tensor=False)
 
