@@ -5,7 +5,7 @@
 Samples that are not pictures (points, sequences, video, images of 2 channels, latents without a decoder) are arrays.
 
 The engines of the other components are opened when they are needed, and stay open for the next images. A text encoder
-that is larger than the denoiser is closed directly after use.
+that is larger than the denoiser, and not small, is closed directly after use.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DECODER = "vae_decoder"
+SMALL_BYTES = 64 * 2**20  # an engine of that size opens in tenths of a second, and is no burden in memory
 
 
 class Pipeline:
@@ -349,7 +350,7 @@ class _TextEncoders:
 
 
 class _OnDemand:
-    """A network that is opened for its first run; one larger than the denoiser is closed after each."""
+    """A network that is opened for its first run; one larger than the denoiser and SMALL_BYTES is closed after each."""
 
     def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine], graph: str) -> None:
         self._open = partial(open_graph, graph)
@@ -358,7 +359,7 @@ class _OnDemand:
         self.inputs: Mapping[str, np.dtype] = {
             name: np.dtype(entry["dtype"]) for name, entry in graphs[graph]["inputs"].items()
         }
-        self._stays_open = graphs[graph]["bytes"] <= graphs["denoiser"]["bytes"]
+        self._stays_open = graphs[graph]["bytes"] <= max(graphs["denoiser"]["bytes"], SMALL_BYTES)
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not self._stays_open:

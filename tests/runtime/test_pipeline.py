@@ -19,7 +19,7 @@ from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import flow_schedule
-from diffpress.runtime.pipeline import Pipeline, has_fixed_size, resized
+from diffpress.runtime.pipeline import SMALL_BYTES, Pipeline, has_fixed_size, resized
 from diffpress.runtime.sampling_plan import SamplingPlan, make_plan
 from diffpress.runtime.spaced_timesteps import space
 from diffpress.runtime.spec import DenoiserSpec
@@ -189,7 +189,7 @@ def test_pixels_need_no_decoder(engines: FakeEngines) -> None:
 
 
 def test_images_come_batch_by_batch_and_large_text_encoders_are_closed(engines: FakeEngines, letters: None) -> None:
-    pipeline = Pipeline(make_bundle(make_spec(TEXT), text_encoder_bytes=11))
+    pipeline = Pipeline(make_bundle(make_spec(TEXT), text_encoder_bytes=SMALL_BYTES + 1))
     conditions = pipeline.conditions(3, prompts=["a", "b", "c"])
     assert engines.running == ["denoiser"] and set(engines.opened) == {"denoiser", "text_encoder"}
     found = [len(images) for images in pipeline.images([0, 1, 2], conditions, batch=2)]
@@ -202,8 +202,11 @@ def test_images_come_batch_by_batch_and_large_text_encoders_are_closed(engines: 
     assert engines.running == []
 
 
-def test_a_text_encoder_no_larger_than_the_denoiser_is_opened_once(engines: FakeEngines, letters: None) -> None:
-    pipeline = Pipeline(make_bundle(make_spec(TEXT)))
+@pytest.mark.parametrize("text_encoder_bytes", [1, SMALL_BYTES])
+def test_a_small_text_encoder_or_one_no_larger_than_the_denoiser_is_opened_once(
+    text_encoder_bytes: int, engines: FakeEngines, letters: None
+) -> None:
+    pipeline = Pipeline(make_bundle(make_spec(TEXT), text_encoder_bytes=text_encoder_bytes))
     first = pipeline.conditions(9, prompts=["a"] * 9)
     again = pipeline.conditions(9, prompts=["a"] * 9)
     np.testing.assert_array_equal(first.cond["states"], again.cond["states"])
