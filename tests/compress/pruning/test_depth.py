@@ -325,6 +325,7 @@ from diffpress.compress.distillation.block_features import compared_blocks
 from diffpress.compress.distillation.config import RecoverConfig
 from diffpress.compress.distillation.recover import recover
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
+torch.set_num_threads(1)  # as in the test: sums depend on it
 checkpoint = dp.load(sys.argv[1])
 with torch.no_grad():
     out = adapter_for(checkpoint.model).forward(checkpoint.model, dummy_inputs(checkpoint.spec, 2))
