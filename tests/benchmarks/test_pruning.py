@@ -16,7 +16,7 @@ import pruned_latency
 def test_the_stage_is_measured_in_time_memory_and_what_remains(tiny_folder: Callable[..., Path]) -> None:
     row = prune_stage.measured(tiny_folder("sd"), {"method": "magnitude", "ratio": 0.5})
     assert 0.3 < float(str(row["params_fraction"])) < 0.9
-    assert float(str(row["seconds"])) > 0 and float(str(row["peak"])) >= float(str(row["peak_loaded"]))
+    assert float(str(row["seconds"])) >= 0 and float(str(row["peak"])) >= float(str(row["peak_loaded"]))
 
 
 @pytest.mark.slow
