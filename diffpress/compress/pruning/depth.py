@@ -158,9 +158,13 @@ def _ablation(
         with torch.no_grad():
             return torch.cat([forward(model, send_to_device(inputs, device)) for inputs in batches])
 
+    original, batch = checkpoint.model.eval(), len(batches[0]["sample"])
+    with on_best_device(original, batch) as whole:
+        expected = evaluate(whole)
+
     def errors(removed: Sequence[Removable], candidates: Sequence[Removable]) -> list[float]:
-        with on_best_device(checkpoint.model.eval(), len(batches[0]["sample"])) as whole:
-            expected, trial, found = evaluate(whole), shared_copy(whole), []
+        with on_best_device(original, batch) as whole:
+            trial, found = shared_copy(whole), []
             remove_blocks_(trial, removed)
             for block in candidates:
                 with without_block(trial, block):
