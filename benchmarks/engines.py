@@ -164,7 +164,7 @@ def main() -> None:
     args = parser.parse_args()
     bundle = load_bundle(args.bundle)
     rows, refused = steps(bundle, args.batch, args.rounds)
-    result = {
+    result: dict[str, Any] = {
         "machine": machine(),
         "steps": rows,
         "refused": refused,

@@ -58,12 +58,12 @@ def plan_of(
     """Return the sampling plan of a row and, for searched timesteps, the record and duration of the search."""
     from diffpress.compress.sampling_schedule.config import ScheduleConfig
     from diffpress.compress.sampling_schedule.search import search
+    from diffpress.runtime.carried_settings import with_solver
     from diffpress.runtime.network_inputs import dummy_conditioning
-    from diffpress.runtime.solvers import with_solver
     from diffpress.runtime.timesteps import timesteps_for
 
     timesteps = timesteps_for(START if spacing == SEARCHED else spacing, steps, spec.schedule)
-    plan = replace(with_solver(spec.plan, solver), timesteps=timesteps)
+    plan = replace(with_solver(spec, solver), timesteps=timesteps)
     if spacing != SEARCHED:
         return plan, {}
     config = ScheduleConfig.model_validate({"solver": solver, "steps": steps, "refine": refine, **SEARCH})
@@ -88,8 +88,8 @@ def solvers(args: argparse.Namespace) -> None:
     folder, name = args.work / "teacher", args.engine or preferred()
     if name != "torch" and not (folder / "manifest.json").is_file():
         export_bundle(load_checkpoint(str(TEACHER)), folder)
-    options = EngineOptions(precision=args.precision)
-    subject = open_subject(str(TEACHER if name == "torch" else folder), name, args.threads, options)
+    options = EngineOptions(precision=args.precision, threads=args.threads)
+    subject = open_subject(str(TEACHER if name == "torch" else folder), name, options)
     engine, spec = subject.network, subject.spec
     features = load_features(FEATURES, spec, args.threads)
     reference = load_reference(REFERENCE, features, spec)

@@ -20,6 +20,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -75,11 +76,12 @@ def compare(kind: str, folder: Path, python: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     pipeline, bundle = tiny_pipeline(kind, folder / "pipeline"), folder / "bundle"
     expected, others = sampled_with_diffusers(pipeline, folder / "noise.npy")
-    export = [sys.executable, "-m", "diffpress", "export", pipeline, "--out", bundle]
+    export: list[str | Path] = [sys.executable, "-m", "diffpress", "export", pipeline, "--out", bundle]
     if subprocess.run(export, cwd=ROOT).returncode != 0:
         print(f"{kind}: diffpress export of {pipeline} failed")
         return False
-    read, offline = [python, "-W", "ignore", __file__, "--read", folder], os.environ | {"HF_HUB_OFFLINE": "1"}
+    read: list[str | Path] = [python, "-W", "ignore", __file__, "--read", folder]
+    offline = os.environ | {"HF_HUB_OFFLINE": "1"}
     if subprocess.run(read, env=offline).returncode != 0:
         print(f"{kind}: {CLASSES[kind]} failed to load or sample {bundle}")
         return False
@@ -112,7 +114,7 @@ def sampled_with_diffusers(pipeline: Path, noise_file: Path) -> tuple[np.ndarray
     np.save(noise_file, latents.numpy())
 
     def images(prompts: list[str]) -> np.ndarray:
-        options = {"steps": STEPS, "negative_prompt": NEGATIVES}
+        options: dict[str, Any] = {"steps": STEPS, "negative_prompt": NEGATIVES}
         rows = [sampled(pipe, latents, prompts, guidance_scale=guidance, **options) for guidance, _ in ROWS]
         return np.stack([row.permute(0, 2, 3, 1).numpy() for row in rows])
 
@@ -144,7 +146,11 @@ def environment(venv: Path) -> Path | None:
     if installed.is_file() and installed.read_text() == pins:
         return python
     print(f"creating {venv}")
-    for command in ([sys.executable, "-m", "venv", venv], [python, "-m", "pip", "install", "-q", *PINNED]):
+    commands: list[list[str | Path]] = [
+        [sys.executable, "-m", "venv", venv],
+        [python, "-m", "pip", "install", "-q", *PINNED],
+    ]
+    for command in commands:
         if subprocess.run(command).returncode != 0:
             print(f"{venv}: cannot be created; see the output of {command[0]} above", file=sys.stderr)
             return None

@@ -29,7 +29,7 @@ def rows(name: str, engines: list[str], work: Path) -> list[dict[str, Any]]:
 
     teacher = dp.load(name)
     width: dict[str, Any] = {"method": "magnitude", "scope": "global"}
-    stages = {
+    stages: dict[str, tuple[Any, list[str]]] = {
         f"width, macs {MACS}": (dp.Prune(target={"macs": MACS}, **width), engines),
         f"depth, macs {MACS}": (dp.PruneDepth(target={"macs": MACS}), engines),
     }

@@ -135,7 +135,7 @@ def make_files(name: str, checkpoint: Checkpoint, folder: Path) -> tuple[dict[st
     files = {FLOAT: folder / "fp32.onnx", OURS: folder / "int8.onnx", PEER: folder / "nncf.xml"}
     graph = to_onnx(checkpoint.model, checkpoint.spec)
     save_graph(graph, files[FLOAT])
-    samples = {} if name == "teacher" else {"samples": RANDOM_SAMPLES, "batch": RANDOM_SAMPLES}
+    samples: dict[str, Any] = {} if name == "teacher" else {"samples": RANDOM_SAMPLES, "batch": RANDOM_SAMPLES}
     config = QuantizeConfig(reduce_range=not has_dot_products(), **samples)
     context = Context(0, folder / "work", checkpoint)
     quantized = quantize(checkpoint, config, context)

@@ -79,7 +79,7 @@ def timings(pipeline: Pipeline, spec: DenoiserSpec, eager: Path | None) -> dict[
         conditions = pipeline.conditions(1, spec, prompts=[PROMPT])
         np.concatenate(list(pipeline.images([seed], conditions, spec, batch=1)))
 
-    subjects = {"ms_per_image": bundle_image}
+    subjects: dict[str, Callable[[int], object]] = {"ms_per_image": bundle_image}
     if eager is not None:
         subjects = {"eager_ms_per_image": _eager(eager), **subjects}
     milliseconds: dict[str, list[float]] = {name: [] for name in subjects}

@@ -34,7 +34,7 @@ class TorchFusedSampler:
     def __init__(self, checkpoint: Checkpoint, kind: str, device: str = "cuda") -> None:
         self._device, model = device, checkpoint.model.to(device).eval()
         self._bf16, self._forward = kind == "bf16", adapter_for(model).forward
-        self._model = torch.compile(model, mode="reduce-overhead") if kind == "compiled" else model
+        self._model: Any = torch.compile(model, mode="reduce-overhead") if kind == "compiled" else model
         self.inputs = TorchNetwork(model, checkpoint.spec).inputs
 
     def run(self, _: dict[str, np.ndarray]) -> np.ndarray:
@@ -43,9 +43,10 @@ class TorchFusedSampler:
     def run_fused(self, program: Program, static_inputs: Mapping[str, np.ndarray], start: np.ndarray) -> np.ndarray:
         rows = program.halves * len(start)
         feed = {name: torch.from_numpy(array).to(self._device) for name, array in static_inputs.items()}
-        times = [typed_timesteps([t] * rows, self.inputs["timestep"]) for t in program.timesteps]
-        times, offsets = (torch.from_numpy(np.stack(a)).to(self._device) for a in (times, program.offsets))
-        x, history = torch.from_numpy(start).to(self._device), []
+        levels = np.stack([typed_timesteps([t] * rows, self.inputs["timestep"]) for t in program.timesteps])
+        times, offsets = (torch.from_numpy(a).to(self._device) for a in (levels, program.offsets))
+        x = torch.from_numpy(start).to(self._device)
+        history: list[torch.Tensor] = []
         for step in range(program.steps):
             torch.compiler.cudagraph_mark_step_begin()
             with torch.no_grad(), torch.autocast(self._device, torch.bfloat16, enabled=self._bf16):
