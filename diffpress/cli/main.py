@@ -25,6 +25,7 @@ VERBS = {
     "bench": "measure a bundle against its baselines, in one run",
     "evaluate": "score a bundle's or checkpoint's samples",
     "report": "gather what a run measured into report.html and report.json",
+    "push": "upload a bundle to the Hugging Face hub",
     "info": "describe a checkpoint or bundle: family, precision, sizes, sampling plan, history",
     "recipes": "list the built-in recipes",
     "schema": "print the JSON schema of a recipe, for editors",

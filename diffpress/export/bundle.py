@@ -4,6 +4,7 @@
     denoiser.*.onnx           for engines that run these faster or run no other (export/denoiser.py)
     text_encoder*.onnx, vae_decoder.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
     engines/...               TensorRT engines built ahead of time
+    README.md                 the model card (export/model_card.py)
     manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
 
 The folder is written under a temporary name. Nothing in a bundle depends on the clock or on a path: exporting the same
@@ -22,12 +23,13 @@ from typing import Any
 from diffpress.compress.checkpoint import Checkpoint, write_folder
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.sources.layout import read_layout
-from diffpress.compress.sources.terms import write_terms
+from diffpress.compress.sources.terms import BASE_CARD, write_terms
 from diffpress.export.components import export_components
 from diffpress.export.denoiser import Denoiser, lower_denoiser
 from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
 from diffpress.export.manifest import manifest_content
+from diffpress.export.model_card import write_model_card
 from diffpress.export.passes.half_precision import FLOAT
 from diffpress.export.targets.capability import check_supported, emulation_note
 from diffpress.export.targets.pipeline_folder import write_graph, write_pipeline_files
@@ -91,7 +93,7 @@ def export_bundle(
     gate = ParityGate(config.targets, parity_sqnr_db)
 
     def fill(folder: Path) -> None:
-        write_terms(deployed.checkpoint.source.terms, folder)
+        write_terms(deployed.checkpoint.source.terms, folder, card=BASE_CARD)
         sizes = _write_graphs(deployed, folder)
         verified = verify_denoiser(deployed, folder, sizes, config, gate)
         components, component_failures = export_components(deployed.checkpoint, config, folder, gate, reuse)
@@ -103,6 +105,7 @@ def export_bundle(
 
     write_folder(out, fill)
     bundle = load_bundle(out)
+    write_model_card(bundle)
     if not keep_failed:
         raise_failed(bundle)
     return bundle

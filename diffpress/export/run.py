@@ -22,6 +22,7 @@ from diffpress.compress.training import distributed
 from diffpress.compress.workspace import Workspace
 from diffpress.export.bundle import check_components, check_export
 from diffpress.export.comparison import paired_scores, sample_pairs, write_comparison
+from diffpress.export.model_card import write_model_card
 from diffpress.export.run_bundles import baseline_bundle, result_bundle
 from diffpress.export.scores import check_evaluation, evaluate_bundles, evaluate_gates
 from diffpress.export.targets.engine_cost import open_engine_costs
@@ -94,6 +95,7 @@ def export_and_report(
         for file in (workspace.evaluation, workspace.comparison, workspace.comparison_arrays):
             file.unlink(missing_ok=True)  # of an earlier run
     scores = None if cannot_sample(bundle) else _compare(bundle, baseline, recipe, workspace)
+    write_model_card(bundle, scores, workspace.comparison)
     gates = evaluate_gates(recipe.gates, bundle, scores)
     write_json(workspace.gates, gates)
     show(summary(write_report(out)))

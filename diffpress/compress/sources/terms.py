@@ -13,6 +13,7 @@ from pathlib import Path
 from diffpress.runtime.errors import InvalidInputError
 
 CARD = "README.md"
+BASE_CARD = "BASE_README.md"  # its name in a bundle, which has a card of its own
 PATTERNS = tuple(  # of the hub, which distinguishes upper and lower case
     pattern
     for stem in ("LICENSE", "LICENCE", "COPYING", "NOTICE", "USE_POLICY", "USE-POLICY", "ACCEPTABLE_USE", "TERMS")
@@ -48,7 +49,7 @@ def stated_terms(metadata: Mapping[str, str]) -> Terms:
     return {"LICENSE.txt": f"Licence stated in the checkpoint's header: {stated[0]}\n".encode()} if stated else {}
 
 
-def write_terms(terms: Mapping[str, bytes], folder: Path) -> None:
-    """Write the files of `read_terms` into `folder`."""
+def write_terms(terms: Mapping[str, bytes], folder: Path, card: str = CARD) -> None:
+    """Write the files of `read_terms` into `folder`, the model card under the name `card`."""
     for name, content in terms.items():
-        (folder / name).write_bytes(content)
+        (folder / (card if name == CARD else name)).write_bytes(content)

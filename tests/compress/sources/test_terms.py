@@ -12,7 +12,7 @@ import pytest
 from diffpress.compress.checkpoint import save_checkpoint
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.compress.sources.terms import read_terms, stated_terms
+from diffpress.compress.sources.terms import BASE_CARD, CARD, read_terms, stated_terms
 from diffpress.export.bundle import export_bundle
 
 TERMS = {
@@ -39,8 +39,10 @@ def test_a_licence_is_kept_in_checkpoints_and_bundles(licensed: Path, tmp_path: 
     save_checkpoint(load_checkpoint(licensed), tmp_path / "stage")
     assert contents(tmp_path / "stage") == TERMS
     bundle = export_bundle(load_checkpoint(tmp_path / "stage"), tmp_path / "bundle", ExportConfig(targets=("onnx",)))
-    assert contents(bundle.path) == TERMS
-    assert TERMS.keys() <= json.loads((bundle.path / "manifest.json").read_text())["files"].keys()
+    kept = {BASE_CARD if name == CARD else name: content for name, content in TERMS.items()}
+    assert {name: (bundle.path / name).read_bytes() for name in kept} == kept
+    assert kept.keys() <= json.loads((bundle.path / "manifest.json").read_text())["files"].keys()
+    assert "license: creativeml-openrail-m" in (bundle.path / CARD).read_text()
 
 
 def test_only_licences_and_the_model_card_are_kept(tmp_path: Path) -> None:
