@@ -64,7 +64,7 @@ def _front_matter(bundle: Bundle) -> str:
     conditioning = bundle.spec.conditioning
     precision = bundle.manifest["graphs"]["denoiser"]["precision"]
     entries: dict[str, Any] = {"library_name": "diffpress", "tags": ["diffpress", "onnx", "diffusion", precision]}
-    if bundle.spec.image_size is not None and len(bundle.spec.sample_shape) == 3:
+    if bundle.spec.is_picture:
         is_text = conditioning.kind == "text"
         entries["pipeline_tag"] = "text-to-image" if is_text else "unconditional-image-generation"
     entries |= base_licence(bundle.path)
