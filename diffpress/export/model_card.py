@@ -14,6 +14,7 @@ from typing import Any
 import yaml
 
 from diffpress.compress.evaluation.summary import spread
+from diffpress.compress.models.components import DECODER
 from diffpress.compress.sources.terms import BASE_CARD, CARD
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.io.files import write_text
@@ -64,7 +65,7 @@ def _front_matter(bundle: Bundle) -> str:
     conditioning = bundle.spec.conditioning
     precision = bundle.manifest["graphs"]["denoiser"]["precision"]
     entries: dict[str, Any] = {"library_name": "diffpress", "tags": ["diffpress", "onnx", "diffusion", precision]}
-    if bundle.spec.is_picture:
+    if bundle.spec.is_picture or DECODER in bundle.manifest["graphs"]:
         is_text = conditioning.kind == "text"
         entries["pipeline_tag"] = "text-to-image" if is_text else "unconditional-image-generation"
     entries |= base_licence(bundle.path)
