@@ -13,10 +13,9 @@ import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
-from diffpress.compress.models.removed_blocks import restore_removed_blocks_
-from diffpress.compress.models.widths import apply_widths_, widths_of
+from diffpress.compress.models.widths import widths_of
 from diffpress.compress.sources.module_check import check_decoder, check_denoiser
-from diffpress.compress.sources.record import read_record, recorded_fields
+from diffpress.compress.sources.record import read_record, recorded_fields, resize_
 from diffpress.compress.sources.renamed_imports import refuse_old_imports
 from diffpress.compress.sources.terms import read_terms, stated_terms
 from diffpress.compress.sources.user_file import neighbours_importable, run_file, user_errors
@@ -44,7 +43,6 @@ def load_custom_module(file: Path, weights: Path) -> Checkpoint:
     record = read_record(weights) if saved else None
     original = next(iter(sorted(weights.glob("original*"))), weights) if saved else weights
     module, spec, decoder = _call_load(file, original)
-    where = str(weights)
     for part in (module, decoder):
         if part is not None:
             _check_weights(part, original)
@@ -57,8 +55,7 @@ def load_custom_module(file: Path, weights: Path) -> Checkpoint:
     if record is None:
         check_denoiser(module, spec, file)
     else:
-        restore_removed_blocks_(module, record.get("removed_blocks", {}), where)
-        apply_widths_(module, record.get("widths", {}), where)
+        resize_(module, record, weights)
         load_weights_(module, [weights / "weights.safetensors"])
         spec = DenoiserSpec.from_json(record.get("spec"), f"{weights / RECORD}: spec")
     return Checkpoint(module, spec, source, **recorded_fields(record, weights, module))

@@ -13,9 +13,8 @@ from accelerate import init_empty_weights
 from torch import nn
 
 from diffpress.compress.checkpoint import RECORD, Checkpoint, Source
-from diffpress.compress.models.adapter import ADAPTERS, adapter_for
-from diffpress.compress.models.removed_blocks import restore_removed_blocks_
-from diffpress.compress.models.widths import apply_widths_, widths_of
+from diffpress.compress.models.adapter import ADAPTERS
+from diffpress.compress.models.widths import widths_of
 from diffpress.compress.sources.latent_space import read_latent_space
 from diffpress.compress.sources.layout import (
     DENOISERS,
@@ -27,7 +26,7 @@ from diffpress.compress.sources.layout import (
 from diffpress.compress.sources.pipeline_settings import read_settings
 from diffpress.compress.sources.pipelines import PIXEL_PIPELINES
 from diffpress.compress.sources.pretrained import quiet_libraries
-from diffpress.compress.sources.record import read_record, recorded_fields
+from diffpress.compress.sources.record import read_record, recorded_fields, resize_
 from diffpress.compress.sources.scheduler_config import read_scheduler
 from diffpress.compress.sources.terms import read_terms
 from diffpress.compress.sources.weights import load_weights_, weight_files
@@ -71,10 +70,7 @@ def load_diffusers_folder(folder: Path, dtype: torch.dtype) -> Checkpoint:
         spec = _apply_record(spec, record, str(folder / RECORD))
     if layout.ignored:
         logger.info(f"{folder}: {', '.join(layout.ignored)} not needed for sampling, left out")
-    if record is not None and (record.get("widths") or record.get("removed_blocks")):
-        restore_removed_blocks_(model, record.get("removed_blocks", {}), str(folder / RECORD))
-        apply_widths_(model, record.get("widths", {}), str(folder / RECORD))
-        adapter_for(model).refresh_(model)
+    resize_(model, record, folder)
     load_weights_(model, weight_files(layout.denoiser), dtype)
     return Checkpoint(model.eval(), spec, source, **recorded_fields(record, folder, model))
 

@@ -1,4 +1,4 @@
-"""Read diffpress.json, and the history and quantization scales of a saved checkpoint."""
+"""Read diffpress.json: the shapes, the history and the quantization scales of a saved checkpoint."""
 
 from __future__ import annotations
 
@@ -10,10 +10,29 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from diffpress.compress.checkpoint import FORMAT, RECORD, SCALES, TENSOR_KINDS, Quantization, Record
+from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.kept_indices import kept_from_json
+from diffpress.compress.models.removed_blocks import restore_removed_blocks_
+from diffpress.compress.models.widths import apply_widths_
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.format_1 import upgraded_spec, upgraded_tensor_name
 from diffpress.runtime.io.files import read_json
+
+
+def resize_(model: nn.Module, record: dict[str, Any] | None, folder: Path) -> None:
+    """Give a freshly built, unpruned `model` the removed blocks and the widths that diffpress.json lists.
+
+    Resized parameters are new and uninitialized. Without a record, the model stays as it is.
+
+    Raises:
+        InvalidInputError: The record does not match the model.
+    """
+    if record is None:
+        return
+    where = str(folder / RECORD)
+    restore_removed_blocks_(model, record.get("removed_blocks", {}), where)
+    apply_widths_(model, record.get("widths", {}), where)
+    adapter_for(model).refresh_(model)
 
 
 def recorded_fields(record: dict[str, Any] | None, folder: Path, model: nn.Module) -> dict[str, Any]:
