@@ -17,7 +17,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -47,14 +47,15 @@ def prune_sparsity(checkpoint: Checkpoint, config: PruneSparsityConfig, ctx: Con
         InvalidInputError: A pattern matches no layer, or no layer has widths that sparse kernels support.
     """
     model = checkpoint.clone_model().eval()
-    ranks = _input_ranks(model, checkpoint)
-    chosen, dense = _choose_layers(model, ranks, config)
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, SPARSE)}
+    ranks = _input_ranks(layers, model, checkpoint)
+    chosen, dense = _choose_layers(layers, model, ranks, config)
     if not chosen:
         why = described(dense) or "all are sensitive or ignored"
         raise InvalidInputError(f"prune: no layer can be 2:4 sparse: {why}")
     if dense:
         logger.warning(f"prune: left dense: {described(dense)}")
-    products = {name for name in chosen if _is_product(model.get_submodule(name), ranks[name])}
+    products = {name for name in chosen if _is_product(layers[name], ranks[name])}
     by_error = products if config.method == "sparsegpt" else set[str]()
 
     def evaluate() -> None:
@@ -69,15 +70,14 @@ def prune_sparsity(checkpoint: Checkpoint, config: PruneSparsityConfig, ctx: Con
     return checkpoint.evolve(model=model, sparse_layers=tuple(sorted({*checkpoint.sparse_layers, *chosen})))
 
 
-def _input_ranks(model: nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the number of dimensions of the input of each linear layer and convolution that is called."""
+def _input_ranks(layers: Mapping[str, nn.Module], model: nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
+    """Return the number of dimensions of the input of each of the layers that is called."""
     found: dict[str, int] = {}
 
     def hook(name: str) -> Callable[..., None]:
         return lambda layer, args, kwargs: found.__setitem__(name, layer_input(args, kwargs).ndim)
 
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, SPARSE)]
-    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers]
+    handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     with torch.no_grad(), without_fast_path():
         adapter_for(model).forward(model, dummy_inputs(small_spec(model, checkpoint.spec), 1))
     for handle in handles:
@@ -86,10 +86,9 @@ def _input_ranks(model: nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
 
 
 def _choose_layers(
-    model: nn.Module, ranks: dict[str, int], config: PruneSparsityConfig
+    layers: Mapping[str, Any], model: nn.Module, ranks: dict[str, int], config: PruneSparsityConfig
 ) -> tuple[list[str], dict[str, str]]:
     """Return the layers to sparsify, and why others that are not sensitive or ignored stay dense."""
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, SPARSE)}
     check_ignored_layers(model, layers, config.ignored_layers, "prune")
     sensitive = set(adapter_for(model).sensitive_layers(model))
     chosen, dense = [], {}
