@@ -13,7 +13,7 @@ from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import DistillConfig
 from diffpress.compress.effort import estimated_bytes, estimated_seconds, measure_cost
 from diffpress.compress.models.counts import count
-from diffpress.compress.pruning.config import PruneDepthConfig, PruneSparsityConfig
+from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneSparsityConfig
 from diffpress.compress.pruning.depth import removable_blocks
 from diffpress.compress.pruning.prune import AnyPrune, prune
 from diffpress.compress.quantization.components import component_formats
@@ -85,28 +85,34 @@ def estimate_distill(estimate: Estimate, config: DistillConfig, seed: int) -> Es
     return estimate._replace(checkpoint=estimate.checkpoint.evolve(spec=spec.with_plan(plan)))
 
 
-def estimate_prune(estimate: Estimate, config: AnyPrune, seed: int) -> Estimate:
-    """Return the sizes after pruning.
+def estimate_width(estimate: Estimate, config: PruneConfig, seed: int) -> Estimate:
+    """Return the sizes after removing channels; no latency is measured.
 
-    The model is pruned, which refuses what the run will refuse and names the layers that it will skip. An ablation is
-    not run, and no latency is measured.
+    The model is pruned, which refuses what the run will refuse and names the layers that it will skip.
     """
-    ctx = Context(seed, Path(), estimate.checkpoint)
-    if isinstance(config, PruneSparsityConfig):
-        return estimate._replace(
-            checkpoint=prune(estimate.checkpoint, config.model_copy(update={"method": "magnitude"}), ctx)
-        )
-    if isinstance(config, PruneDepthConfig):
-        if not (config.remove or config.preset):
-            removable_blocks(estimate.checkpoint, config)
-            return estimate._replace(sizes=None)
-        pruned = prune(estimate.checkpoint, config, ctx)
-        return Estimate(pruned, estimate.sizes and _sizes(pruned))
     if config.target is not None and config.target.latency is not None:
         return estimate._replace(sizes=None)
     # which layers can be pruned depends on the model alone, and this criterion needs no data
-    pruned = prune(estimate.checkpoint, config.model_copy(update={"method": "magnitude", "threshold": None}), ctx)
+    pruned = _pruned(estimate, config.model_copy(update={"method": "magnitude", "threshold": None}), seed)
     return Estimate(pruned, None if config.scope == "global" else estimate.sizes and _sizes(pruned))
+
+
+def estimate_depth(estimate: Estimate, config: PruneDepthConfig, seed: int) -> Estimate:
+    """Return the sizes after removing blocks; an ablation is not run."""
+    if not (config.remove or config.preset):
+        removable_blocks(estimate.checkpoint, config)
+        return estimate._replace(sizes=None)
+    pruned = _pruned(estimate, config, seed)
+    return Estimate(pruned, estimate.sizes and _sizes(pruned))
+
+
+def estimate_sparsity(estimate: Estimate, config: PruneSparsityConfig, seed: int) -> Estimate:
+    """Return the same sizes with sparse layers."""
+    return estimate._replace(checkpoint=_pruned(estimate, config.model_copy(update={"method": "magnitude"}), seed))
+
+
+def _pruned(estimate: Estimate, config: AnyPrune, seed: int) -> Checkpoint:
+    return prune(estimate.checkpoint, config, Context(seed, Path(), estimate.checkpoint))
 
 
 def estimate_quantize(estimate: Estimate, config: QuantizeConfig, seed: int) -> Estimate:

@@ -28,9 +28,8 @@ from diffpress.compress.distillation.config import (
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.components import DECODER
 from diffpress.compress.models.counts import is_large
-from diffpress.compress.pruning.config import PruneDepthConfig, PruneSparsityConfig
+from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneSparsityConfig
 from diffpress.compress.pruning.importance import needs_gradients
-from diffpress.compress.pruning.prune import AnyPrune
 from diffpress.compress.pruning.target import BISECTIONS
 from diffpress.compress.pruning.visited_states import STATES
 from diffpress.compress.quantization.algorithms.output_correction import corrects_output
@@ -96,14 +95,8 @@ def estimated_bytes(work: Work, cost: NetworkCost, weights: int) -> int:
     return work.copies * weights + work.batch * active
 
 
-def work_of_prune(config: AnyPrune, checkpoint: Checkpoint, teacher_samples: int | None) -> Work | None:
-    """Gradients at some timesteps, or an ablation of blocks; other choices read the weights only."""
-    if isinstance(config, PruneDepthConfig):
-        # how often an ablation evaluates the network depends on what it finds
-        return Work() if config.remove or config.preset else None
-    if isinstance(config, PruneSparsityConfig):
-        sampled = config.samples * network_evaluations(checkpoint.spec)
-        return Work(sampled + STATES * config.samples if config.method == "sparsegpt" else 0.0)
+def work_of_width(config: PruneConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
+    """Trials of the pruned network, and gradients at some timesteps for the criteria that need them."""
     trials = TRIAL * (1 if config.target is None else 1 + BISECTIONS)
     if not needs_gradients(config):
         return Work(trials)
@@ -113,6 +106,17 @@ def work_of_prune(config: AnyPrune, checkpoint: Checkpoint, teacher_samples: int
         config.batch,
         copies=3,
     )
+
+
+def work_of_depth(config: PruneDepthConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work | None:
+    """None of an ablation: how often it evaluates the network depends on what it finds."""
+    return Work() if config.remove or config.preset else None
+
+
+def work_of_sparsity(config: PruneSparsityConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
+    """The trajectories of sparsegpt and its evaluations of their states; magnitude reads the weights only."""
+    sampled = config.samples * network_evaluations(checkpoint.spec)
+    return Work(sampled + STATES * config.samples if config.method == "sparsegpt" else 0.0)
 
 
 def work_of_distill(config: DistillConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:

@@ -144,8 +144,8 @@ STAGES: dict[str, StageDef] = {
                 _after_few_steps(),
                 OrderRule((SPARSITY,), ": removing channels breaks the groups of four", only=_WIDTH),
             ),
-            estimate=lazy("diffpress.compress.dry_run:estimate_prune"),
-            work=lazy("diffpress.compress.effort:work_of_prune"),
+            estimate=lazy("diffpress.compress.pruning.prune:estimate_prune"),
+            work=lazy("diffpress.compress.pruning.prune:work_of_prune"),
             check=_check_prune,
         ),
         StageDef(

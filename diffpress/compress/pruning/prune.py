@@ -13,6 +13,8 @@ from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, Pru
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
     from diffpress.compress.context import Context
+    from diffpress.compress.dry_run import Estimate
+    from diffpress.compress.effort import Work
 
 
 @dataclass(frozen=True)
@@ -22,17 +24,36 @@ class PruneDef:
     Attributes:
         config: Its settings; the field `kind` has the kind's name as its default.
         run: (checkpoint, config, context) -> smaller checkpoint.
+        estimate: As that of a stage (compress/stages.py).
+        work: As that of a stage.
     """
 
     config: type[StageConfig]
     run: Callable[[Checkpoint, Any, Context], Checkpoint]
+    estimate: Callable[[Estimate, Any, int], Estimate]
+    work: Callable[[Any, Checkpoint, int | None], Work | None]
 
 
 _HERE = "diffpress.compress.pruning"
 KINDS: dict[str, PruneDef] = {
-    "width": PruneDef(PruneConfig, lazy(f"{_HERE}.width:prune_width")),
-    "depth": PruneDef(PruneDepthConfig, lazy(f"{_HERE}.depth:prune_depth")),
-    "sparsity": PruneDef(PruneSparsityConfig, lazy(f"{_HERE}.sparsity:prune_sparsity")),
+    "width": PruneDef(
+        PruneConfig,
+        lazy(f"{_HERE}.width:prune_width"),
+        lazy("diffpress.compress.dry_run:estimate_width"),
+        lazy("diffpress.compress.effort:work_of_width"),
+    ),
+    "depth": PruneDef(
+        PruneDepthConfig,
+        lazy(f"{_HERE}.depth:prune_depth"),
+        lazy("diffpress.compress.dry_run:estimate_depth"),
+        lazy("diffpress.compress.effort:work_of_depth"),
+    ),
+    "sparsity": PruneDef(
+        PruneSparsityConfig,
+        lazy(f"{_HERE}.sparsity:prune_sparsity"),
+        lazy("diffpress.compress.dry_run:estimate_sparsity"),
+        lazy("diffpress.compress.effort:work_of_sparsity"),
+    ),
 }
 DEFAULT_KIND = "width"
 
@@ -46,3 +67,13 @@ AnyPrune = PruneConfig | PruneDepthConfig | PruneSparsityConfig
 def prune(checkpoint: Checkpoint, config: AnyPrune, ctx: Context) -> Checkpoint:
     """Return a smaller or sparser checkpoint, pruned by `config.kind`."""
     return KINDS[config.kind].run(checkpoint, config, ctx)
+
+
+def estimate_prune(estimate: Estimate, config: AnyPrune, seed: int) -> Estimate:
+    """Return the sizes after pruning by `config.kind`."""
+    return KINDS[config.kind].estimate(estimate, config, seed)
+
+
+def work_of_prune(config: AnyPrune, checkpoint: Checkpoint, teacher_samples: int | None) -> Work | None:
+    """Return the network evaluations of pruning by `config.kind`."""
+    return KINDS[config.kind].work(config, checkpoint, teacher_samples)

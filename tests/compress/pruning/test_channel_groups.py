@@ -15,7 +15,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.dry_run import Estimate, estimate_prune
+from diffpress.compress.dry_run import Estimate, estimate_width
 from diffpress.compress.models.adapter import dummy_inputs
 from diffpress.compress.models.counts import count
 from diffpress.compress.models.kept_indices import Removals
@@ -267,14 +267,14 @@ def test_a_dry_run_names_what_is_skipped_and_refuses_what_the_run_refuses(
     scope: Any, custom: Callable[..., Checkpoint], caplog: pytest.LogCaptureFixture
 ) -> None:
     config = PruneConfig(method="taylor", ratio=0.5, scope=scope, round_to=4)
-    estimate = estimate_prune(Estimate(custom(built(UNETS["annotated"])), {}), config, 0)
+    estimate = estimate_width(Estimate(custom(built(UNETS["annotated"])), {}), config, 0)
     assert (estimate.sizes is None) == (scope == "global")
     assert caplog.messages == [
         "prune: skipped: attention.projection: is summed in a product of activations, as in attention"
     ]
     nothing = custom(Apply(lambda m, x, t: m.only(x), only=nn.Conv2d(1, 1, 3, padding=1)))
     with pytest.raises(InvalidInputError, match="no channels of this model can be removed"):
-        estimate_prune(Estimate(nothing, {}), config, 0)
+        estimate_width(Estimate(nothing, {}), config, 0)
 
 
 def test_taylor_without_data_uses_samples_of_the_teacher(
