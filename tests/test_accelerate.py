@@ -21,7 +21,7 @@ from safetensors.torch import load_file  # noqa: E402
 from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
 from diffpress.compress.training.loop import step_generator, train  # noqa: E402
 from diffpress.runtime.bundle import load_bundle  # noqa: E402
-from tests.together import SEED, TwoLayers, chosen_layer, drawing_late, loss_on, run_in, together  # noqa: E402
+from tests.together import ACCUMULATE, SEED, TwoLayers, drawing_late, loss_on, run_in, together  # noqa: E402
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -61,23 +61,36 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return uninterrupted, killed
 
 
-def test_gradients_are_averaged_over_processes(trained: tuple[Path, Path], tmp_path: Path) -> None:
-    one, other = weights_of(trained[0])
+def trained_on_the_mean_of(batches: int, folder: Path) -> dict[str, Tensor]:
+    """Return the weights after a training in one process whose steps have the mean loss of several batches."""
     steps = itertools.count()
 
-    def both_batches(model: Module, generator: Generator, share: float) -> Tensor:
-        step = next(steps)
-        first, second = (step_generator(SEED, 2 * step + i) for i in range(2))
-        which = chosen_layer(first)
-        chosen_layer(second)
-        return 0.5 * (loss_on(model, which, first) + loss_on(model, which, second))
+    def mean_loss(model: Module, which: int, generator: Generator, share: float) -> Tensor:
+        first = batches * next(steps)
+        losses = [loss_on(model, which, step_generator(SEED, first + i)) for i in range(batches)]
+        return torch.stack(losses).mean()
 
-    expected = train(TwoLayers(), drawing_late(both_batches), run_in(tmp_path / "both")).state_dict()
+    return train(TwoLayers(), drawing_late(mean_loss), run_in(folder)).state_dict()
+
+
+def test_gradients_are_averaged_over_processes(trained: tuple[Path, Path], tmp_path: Path) -> None:
+    one, other = weights_of(trained[0])
+    expected = trained_on_the_mean_of(2, tmp_path / "both")
     alone = train(TwoLayers(), drawing_late(together), run_in(tmp_path / "alone")).state_dict()
     for name in expected:
         assert torch.equal(one[name], other[name])
         torch.testing.assert_close(one[name], expected[name], atol=1e-6, rtol=1e-5)
     assert not torch.allclose(one["a.weight"], alone["a.weight"], atol=1e-3)
+
+
+def test_gradients_are_averaged_over_the_batches_of_a_step_and_over_processes(tmp_path: Path) -> None:
+    done = launched("tests.together", "try", "accumulate", tmp_path)
+    assert done.returncode == 0, done.stderr
+    one, other = weights_of(tmp_path)
+    expected = trained_on_the_mean_of(2 * ACCUMULATE, tmp_path / "all")
+    for name in expected:
+        assert torch.equal(one[name], other[name])
+        torch.testing.assert_close(one[name], expected[name], atol=1e-6, rtol=1e-5)
 
 
 def test_a_killed_training_ends_like_an_uninterrupted_one(trained: tuple[Path, Path]) -> None:

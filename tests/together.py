@@ -1,6 +1,7 @@
 """The verb that the processes of tests/test_accelerate.py run: a tiny training, or a failure.
 
     accelerate launch ... -m tests.together try train FOLDER ...             train in each folder
+    accelerate launch ... -m tests.together try accumulate FOLDER            train with several batches per step
     accelerate launch ... -m tests.together try kill FOLDER                  train, killed before the end
     accelerate launch ... -m tests.together try stages CHECKPOINT RECIPE OUT [KEY=VALUE ...]     run a recipe's stages
     accelerate launch ... -m tests.together try refuse PROCESS [GRACE_S]     fail with invalid input in one process
@@ -34,6 +35,7 @@ logger = logging.getLogger("diffpress.tests.together")
 
 STEPS, SEED = 12, 3
 KILLED_AT = 8
+ACCUMULATE = 3
 
 
 class TwoLayers(nn.Module):
@@ -50,14 +52,14 @@ class TwoLayers(nn.Module):
         return out
 
 
-def run_in(folder: Path) -> Training:
+def run_in(folder: Path, accumulate: int = 1) -> Training:
     from diffpress.compress.training.loop import Training
 
-    return Training(STEPS, 0.05, 2, 0.8, SEED, 3, folder / "work", "distill test", partial=True)
+    return Training(STEPS, 0.05, 2, 0.8, SEED, 3, folder / "work", "distill test", accumulate=accumulate, partial=True)
 
 
-def chosen_layer(generator: torch.Generator) -> int:
-    return int(torch.randint(0, 2, (), generator=generator))
+def choose_layer(generator: torch.Generator) -> tuple[int]:
+    return (int(torch.randint(0, 2, (), generator=generator)),)
 
 
 def loss_on(model: nn.Module, which: int, generator: torch.Generator) -> torch.Tensor:
@@ -65,15 +67,15 @@ def loss_on(model: nn.Module, which: int, generator: torch.Generator) -> torch.T
     return torch.mean((model("ab"[which], x) - x.flip(1)) ** 2)
 
 
-def together(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
-    return loss_on(model, distributed.from_main(chosen_layer(generator)), generator)
+def together(model: nn.Module, which: int, generator: torch.Generator, share: float) -> torch.Tensor:
+    return loss_on(model, which, generator)
 
 
-def drawing_late(loss_of: Callable[[nn.Module, torch.Generator, float], torch.Tensor]) -> Objective:
+def drawing_late(loss_of: Callable[[nn.Module, int, torch.Generator, float], torch.Tensor]) -> Objective:
     """Return an objective whose loss draws its own random numbers, which works on the CPU only."""
     from diffpress.compress.training.loop import Objective
 
-    return Objective(lambda generator, share: (generator, share), loss_of)
+    return Objective(lambda generator, share: (generator, share), loss_of, choose_layer)
 
 
 def run(words: list[str]) -> int:
@@ -105,13 +107,14 @@ def _run_stages(checkpoint: str, recipe: str, out: str, *settings: str) -> None:
 def _train(action: str, folder: Path) -> None:
     from diffpress.compress.training.loop import train
 
-    def loss_of(model: nn.Module, generator: torch.Generator, share: float) -> torch.Tensor:
+    def loss_of(model: nn.Module, which: int, generator: torch.Generator, share: float) -> torch.Tensor:
         if action == "kill" and round(share * STEPS) == KILLED_AT and distributed.index() == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         bad = action == "diverge" and share > 0.5 and distributed.index() == 1
-        return together(model, generator, share) * (float("nan") if bad else 1.0)
+        return together(model, which, generator, share) * (float("nan") if bad else 1.0)
 
-    found = train(TwoLayers(), drawing_late(loss_of), run_in(folder))
+    run = run_in(folder, ACCUMULATE if action == "accumulate" else 1)
+    found = train(TwoLayers(), drawing_late(loss_of), run)
     save_file(found.state_dict(), folder / f"process-{distributed.index()}.safetensors")
 
 

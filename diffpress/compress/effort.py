@@ -122,7 +122,7 @@ def work_of_sparsity(config: PruneSparsityConfig, checkpoint: Checkpoint, teache
 def work_of_distill(config: DistillConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
     """The student's training, the teacher's targets, and the samples it learns from."""
     spec = checkpoint.spec
-    each, guided = config.steps * config.batch, evaluations_per_step(spec)
+    each, guided = config.steps * config.accumulate * config.batch, evaluations_per_step(spec)
     trained, evaluations = each, each + _teacher_data(spec, teacher_samples, config.samples)
     if isinstance(config, GuidanceConfig):
         evaluations += each
@@ -153,7 +153,8 @@ def work_of_quantize(config: QuantizeConfig, checkpoint: Checkpoint, teacher_sam
         corrected = 5 * one if corrects_output(config, checkpoint.model) else 0  # fitted, and compared on other noise
         return Work(one * (1 + again) + corrected + sampled, 0.0, config.batch)
     recorded = config.qat.trajectories * (network_evaluations(spec) + spec.plan.steps)
-    return Work(one * again + recorded + sampled, config.qat.steps * config.batch, config.batch, copies=6)
+    trained = config.qat.steps * config.qat.accumulate * config.batch
+    return Work(one * again + recorded + sampled, trained, config.batch, copies=6)
 
 
 def _teacher_data(spec: DenoiserSpec, teacher_samples: int | None, own: int) -> float:

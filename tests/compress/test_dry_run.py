@@ -30,12 +30,14 @@ STAGE_CONFIGS = [
     dp.PruneSparsity(),
     dp.PruneSparsity(method="sparsegpt", samples=4),
     dp.Recover(**TRAINING),
+    dp.Recover(accumulate=3, **TRAINING),
     dp.Progressive(start_steps=8, sample_steps=2, **TRAINING),
     dp.Consistency(sample_steps=2, **TRAINING),
     dp.Schedule(solver="ddim", steps=4, search="gits", samples=8, fine=12),
     dp.Quantize(samples=8, batch=4, output_correction=False),
     dp.Quantize(samples=8, batch=4, smoothquant=True),
     dp.Quantize(samples=8, batch=4, qat={"steps": 10, "trajectories": 16}),
+    dp.Quantize(samples=8, batch=4, qat={"steps": 5, "accumulate": 2, "trajectories": 16}),
 ]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -16,11 +16,19 @@ class DistillConfig(StageConfig):
 
     kind: str = Field(description="Kind of distillation.")
     steps: int = Field(1000, ge=1, description="Number of optimizer steps of each training phase.")
-    batch: int = Field(32, ge=1, description="Samples per step in each process.")
+    batch: int = Field(32, ge=1, description="Samples of one batch in each process.")
+    accumulate: int = Field(
+        1,
+        ge=1,
+        description="Batches per step in each process, whose gradients are averaged: a larger batch in its memory.",
+    )
     learning_rate: float = Field(5e-4, gt=0.0, description="Peak learning rate of AdamW.")
     warmup: int = Field(20, ge=0, description="Steps of linear learning-rate warm-up.")
     ema: float = Field(
-        0.99, ge=0.0, lt=1.0, description="Final decay of the exponential moving average of the weights."
+        0.99,
+        ge=0.0,
+        lt=1.0,
+        description="Final decay of the exponential moving average of the weights, which every training starts anew.",
     )
     save_every: int = Field(100, ge=1, description="Steps between two saves of the training state, for resuming.")
     precision: Literal["fp32", "bf16"] = Field(
@@ -41,6 +49,14 @@ class DistillConfig(StageConfig):
         description="Number of teacher samples to train on if the recipe has no data; generated once, "
         "and only for kinds that learn from images.",
     )
+
+    @model_validator(mode="after")
+    def _graphs_hold_one_batch(self) -> Self:
+        if self.cuda_graphs and self.accumulate > 1:
+            raise ValueError(
+                f"cuda_graphs replays steps of one batch and excludes accumulate = {self.accumulate}; remove one"
+            )
+        return self
 
 
 class RecoverConfig(DistillConfig):

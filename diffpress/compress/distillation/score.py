@@ -26,7 +26,6 @@ from diffpress.compress.distillation.conditioning import effective_guidance, gui
 from diffpress.compress.distillation.config import ScoreConfig
 from diffpress.compress.distillation.few_steps import expand_level, few_timesteps, student_spec
 from diffpress.compress.distillation.student import train_student
-from diffpress.compress.training.distributed import from_main
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors, forward, noise_levels_at
 from diffpress.runtime.network_inputs import ConditioningInputs
@@ -65,21 +64,22 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
     teacher, cond_pool = ctx.teacher.model.eval(), ctx.conditions(POOL_SIZE)
     first, last = (round(share * (len(spec.schedule) - 1)) for share in TIMESTEP_RANGE)
 
+    def choose(generator: torch.Generator) -> tuple[bool]:
+        return (int(torch.randint(0, config.score_steps + 1, (), generator=generator)) == 0,)
+
     def draw(generator: torch.Generator, share: float) -> tuple[Any, ...]:
         conditions, uncond = draw_conditioning(cond_pool, config.batch, generator)
-        # all processes must update the same network, since their gradients are averaged
-        update_generator = from_main(int(torch.randint(0, config.score_steps + 1, (), generator=generator))) == 0
         last_step = int(torch.randint(0, len(levels) - 1, (), generator=generator))
         t = torch.randint(first, last + 1, (config.batch,), generator=generator)
         # initial noise, fresh noise before each further step, and noise that is added to the generated image
         noise = [torch.randn((config.batch, *spec.sample_shape), generator=generator) for _ in range(last_step + 2)]
-        return conditions, uncond, update_generator, t, noise
+        return conditions, uncond, t, noise
 
     def loss(
         pair: nn.Module,
+        update_generator: bool,
         conditions: Tensors,
         uncond: Tensors,
-        update_generator: bool,
         t: torch.Tensor,
         noise: list[torch.Tensor],
     ) -> torch.Tensor:
@@ -100,7 +100,8 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
         return 0.5 * torch.mean((x - target) ** 2)
 
     pair = GeneratorCritic(checkpoint.clone_model(), ctx.teacher.clone_model(), spec)
-    pair = train_student(checkpoint.evolve(spec=spec), Objective(draw, loss), config, ctx, student=pair, partial=True)
+    objective = Objective(draw, loss, choose)
+    pair = train_student(checkpoint.evolve(spec=spec), objective, config, ctx, student=pair, partial=True)
     return checkpoint.evolve(model=pair.generator, spec=spec)
 
 

@@ -60,6 +60,7 @@ def train_student(
         folder,
         " ".join(filter(None, ("distill", config.kind, phase))),
         precision=config.precision,
+        accumulate=config.accumulate,
         cuda_graphs=config.cuda_graphs,
         partial=partial,
         logs=None if ctx.logs is None else ctx.logs / phase.replace(" ", "-"),

@@ -62,6 +62,7 @@ class QATConfig(Config):
     """Train the weights through the quantizers after calibration (algorithms/qat.py)."""
 
     steps: int = Field(200, ge=1, description="Training steps.")
+    accumulate: int = Field(1, ge=1, description="Batches per step in each process, whose gradients are averaged.")
     updates: Literal["full", "low_rank"] = Field(
         "full", description="What is trained: all parameters, or low-rank factors of the quantized weights."
     )
@@ -112,7 +113,7 @@ MOVED = {
     "smooth": "smoothquant.alpha",
     "svdquant_rank": "svdquant.rank",
     "target": "bounds.engine",
-    **{name: f"qat.{name}" for name in QATConfig.model_fields},
+    **{name: f"qat.{name}" for name in QATConfig.model_fields if name != "accumulate"},  # a newer key
 }
 
 
@@ -172,7 +173,7 @@ class QuantizeConfig(StageConfig):
         "format alone is that of all of them.",
     )
     samples: int = Field(32, ge=1, description="Number of trajectories sampled for calibration and for other methods.")
-    batch: int = Field(16, ge=1, description="Samples per evaluation; states per training step of qat.")
+    batch: int = Field(16, ge=1, description="Samples per evaluation; states per training batch of qat.")
     calibration: Annotated[
         CalibrationConfig, BeforeValidator(_named, json_schema_input_type=Method | CalibrationConfig)
     ] = Field(CalibrationConfig(), description="How the clip range of an activation is chosen.")

@@ -19,7 +19,7 @@ from typing import NoReturn
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, get_int_from_env, parse_flag_from_env
+from accelerate.utils import get_int_from_env, parse_flag_from_env
 
 from diffpress.runtime.errors import DiffpressError, InvalidInputError
 
@@ -79,12 +79,6 @@ def main_first() -> Iterator[None]:
     yield
     if is_main():
         wait()
-
-
-def from_main(value: int) -> int:
-    """Return the main process's `value` in all processes."""
-    state = _state()
-    return value if state is None else int(broadcast(torch.tensor(value, device=state.device)))
 
 
 @contextmanager

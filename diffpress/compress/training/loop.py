@@ -1,10 +1,14 @@
 """The training loop shared by all training stages.
 
-    for step in steps:   loss(student, *draw(generator of this step, step / steps))   ->  AdamW  ->  EMA
+    for step in steps:   loss(student, *draw(generator of this batch, step / steps))   ->  AdamW  ->  EMA
 
 `accelerate` places the model and averages gradients over processes, so `accelerate launch` runs the loop unchanged.
-Batch k = step * processes + process is drawn from a generator seeded by (seed, k): a killed run resumes from its last
-save and ends bit-identical to an uninterrupted run with the same number of processes. The result is the EMA weights.
+The gradients of a step are averaged over `accumulate` batches of each process. Batch
+k = (step * accumulate + i) * processes + process is drawn from a generator seeded by (seed, k): a killed run resumes
+from its last save and ends bit-identical to an uninterrupted run with the same number of processes.
+
+The result is the EMA weights. Every training starts a new average, whose decay 1 - (1 + step)^(-3/4) grows from 0 to
+`ema`: the weights that the training started from, as those of a network just pruned, do not remain in it.
 
 Random numbers are drawn on the CPU and moved to the device by the loop. A step computes on the device only and does not
 synchronize with it, so that its loss and gradients can be replayed as one CUDA graph (cuda_graph.py).
@@ -17,13 +21,14 @@ import json
 import math
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
-from accelerate.utils import send_to_device
+from accelerate.utils import GradientAccumulationPlugin, send_to_device
 from diffusers.training_utils import EMAModel
 from torch import nn
 
@@ -41,13 +46,16 @@ class Objective(NamedTuple):
     """What a training minimizes.
 
     Attributes:
-        draw: `draw(generator, completed fraction of the training)` returns all random values and data of a step:
+        draw: `draw(generator, completed fraction of the training)` returns all random values and data of a batch:
             tensors and lists and dicts of tensors, which the loop moves to the device, and plain values.
-        loss: `loss(model, *drawn)` returns a scalar tensor, computed on the device of its arguments.
+        loss: `loss(model, *chosen, *drawn)` returns a scalar tensor, computed on the device of its arguments.
+        choose: `choose(generator)` returns what all batches of a step in all processes have in common, as which of
+            several networks is trained.
     """
 
     draw: Callable[[torch.Generator, float], tuple[Any, ...]]
     loss: Callable[..., torch.Tensor]
+    choose: Callable[[torch.Generator], tuple[Any, ...]] = lambda generator: ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +72,8 @@ class Training:
         work: Folder of the training state.
         what: Name of the training in progress and error messages.
         precision: fp32, or bf16 to compute the loss under autocast.
-        cuda_graphs: Replay steps as CUDA graphs on a GPU.
+        accumulate: Batches per optimizer step in each process.
+        cuda_graphs: Replay steps as CUDA graphs on a GPU; a graph holds one batch, so `accumulate` must be 1.
         partial: Allow steps that leave some parameters without a gradient.
         logs: Folder of TensorBoard logs and previews.
         tensorboard: Log the loss for TensorBoard.
@@ -82,6 +91,7 @@ class Training:
     work: Path
     what: str
     precision: str = "fp32"
+    accumulate: int = 1
     cuda_graphs: bool = False
     partial: bool = False
     logs: Path | None = None
@@ -129,11 +139,18 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
         for step in range(start, run.steps):
             for group in optimizer.param_groups:
                 group["lr"] = run.learning_rate * learning_rate_factor(step, run.steps, run.warmup)
-            batch = step * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(batch)  # makes dropout repeat when a run resumes
-            drawn = objective.draw(step_generator(run.seed, batch), step / run.steps)
+            # indices below 0 are those of no batch
+            chosen = objective.choose(step_generator(run.seed, -1 - step))
             optimizer.zero_grad()
-            loss = step_of(*send_to_device(drawn, device))
+            losses = []
+            for i in range(run.accumulate):
+                batch = (step * run.accumulate + i) * accelerator.num_processes + accelerator.process_index
+                torch.manual_seed(batch)  # makes dropout repeat when a run resumes
+                drawn = objective.draw(step_generator(run.seed, batch), step / run.steps)
+                # the processes average their gradients once a step
+                with accelerator.no_sync(model) if i + 1 < run.accumulate else nullcontext():
+                    losses.append(step_of(*send_to_device((*chosen, *drawn), device)))
+            loss = torch.stack(losses).mean()
             value = accelerator.reduce(loss, reduction="mean").item()  # a NaN in one process stops all
             if not math.isfinite(value):
                 raise TrainingDivergedError(
@@ -174,8 +191,10 @@ def _accelerator(run: Training) -> Accelerator:
     """Return the accelerator that places the model, with a TensorBoard tracker if `run` asks for one."""
     # buffers are constant tables; broadcasting them in every forward pass would break a second pass before backward
     handlers = [DistributedDataParallelKwargs(find_unused_parameters=run.partial, broadcast_buffers=False)]
-    # the recipe sets the precision, not the launcher
+    # the recipe sets the precision and the accumulation, not the launcher
+    accumulation = GradientAccumulationPlugin(num_steps=run.accumulate)  # by which `backward` divides the loss
     settings: dict[str, Any] = {"kwargs_handlers": handlers, "mixed_precision": "no"}
+    settings["gradient_accumulation_plugin"] = accumulation
     if not run.tensorboard:
         return Accelerator(**settings)
     if importlib.util.find_spec("tensorboard") is None:
@@ -202,7 +221,7 @@ def learning_rate_factor(step: int, steps: int, warmup: int) -> float:
 
 
 def step_generator(seed: int, index: int) -> torch.Generator:
-    """Return the random generator of batch `index`."""
+    """Return the random generator of batch `index`, or of step -1 - `index` if it is negative."""
     return torch.Generator().manual_seed((seed * 1_000_003 + index) % 2**63)
 
 
@@ -238,4 +257,5 @@ def _restore_(model: nn.Module, optimizer: Any, ema: EMAModel, run: Training) ->
 
 
 def _fingerprint(run: Training) -> str:
-    return json.dumps([run.steps, run.learning_rate, run.warmup, run.ema, run.seed, run.precision])
+    settings = [run.steps, run.learning_rate, run.warmup, run.ema, run.seed, run.precision]
+    return json.dumps(settings + [run.accumulate] * (run.accumulate > 1))

@@ -6,6 +6,7 @@ import copy
 import errno
 import itertools
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -153,6 +154,65 @@ def test_the_result_matches_adamw_with_a_hand_computed_average(run: Training) ->
         average = [decay * a + (1.0 - decay) * p.detach() for a, p in zip(average, model.parameters(), strict=True)]
     for parameter, expected in zip(found.parameters(), average, strict=True):
         torch.testing.assert_close(parameter.detach(), expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3])
+def test_accumulated_batches_train_like_one_large_batch(accumulate: int, run: Training, tmp_path: Path) -> None:
+    def draw_all(generator: torch.Generator, share: float) -> tuple[torch.Tensor]:
+        step = round(share * run.steps)
+        batches = [draw(step_generator(run.seed, step * accumulate + i)) for i in range(accumulate)]
+        return (torch.cat([x for (x,) in batches]),)
+
+    large = train(student().double(), in_float64(draw_all), replace(run, work=tmp_path / "large"))
+    small = train(student().double(), in_float64(draw), replace(run, accumulate=accumulate))
+    for name, expected in large.state_dict().items():
+        torch.testing.assert_close(small.state_dict()[name], expected, atol=1e-12, rtol=1e-10)
+    assert not states_equal(train(student().double(), in_float64(draw), replace(run, work=tmp_path / "one")), small)
+
+
+def in_float64(draw_of: Callable[[torch.Generator, float], tuple[torch.Tensor]]) -> Objective:
+    return Objective(draw_of, lambda model, x: loss_of(model, x.double()))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 11, 19])
+def test_a_run_killed_between_accumulated_batches_ends_bit_identical(batch: int, run: Training, tmp_path: Path) -> None:
+    run = replace(run, accumulate=2)
+    uninterrupted = train(student(), OBJECTIVE, replace(run, work=tmp_path / "other"))
+    with pytest.raises(KilledError):
+        train(student(), killed_at(batch), run)
+    done: list[int] = []
+    assert states_equal(train(student(), counting(done), run), uninterrupted)
+    assert len(done) == 2 * (10 - batch // 2 // 3 * 3)
+
+
+def test_the_state_of_a_run_with_other_accumulation_is_ignored(run: Training) -> None:
+    with pytest.raises(KilledError):
+        train(student(), killed_at(8), run)
+    done: list[int] = []
+    train(student(), counting(done), replace(run, accumulate=2))
+    assert len(done) == 2 * 10
+
+
+def test_all_batches_of_a_step_have_what_was_chosen_for_it(run: Training) -> None:
+    seen: list[int] = []
+
+    def choose(generator: torch.Generator) -> tuple[int]:
+        return (int(torch.randint(0, 2**31, (), generator=generator)),)
+
+    def loss(model: nn.Module, chosen: int, x: torch.Tensor) -> torch.Tensor:
+        seen.append(chosen)
+        return loss_of(model, x)
+
+    train(student(), Objective(draw, loss, choose), replace(run, accumulate=3))
+    assert seen[::3] == seen[1::3] == seen[2::3] and len(set(seen)) == run.steps
+
+
+def test_the_launcher_does_not_set_the_accumulation(
+    run: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = train(student(), OBJECTIVE, replace(run, work=tmp_path / "other"))
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    assert states_equal(train(student(), OBJECTIVE, run), expected)
 
 
 def test_a_trained_model_is_placed_again_by_the_next_training(

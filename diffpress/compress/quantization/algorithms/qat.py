@@ -47,7 +47,7 @@ def qat(quantized: Checkpoint, dataset: TrajectoryDataset, config: QATConfig, ba
         quantized: The checkpoint, with scales from post-training quantization.
         dataset: Trajectories of its float model, with outputs and energy maps.
         config: Settings of the training.
-        batch: States per step in each process.
+        batch: States per batch in each process.
         ctx: Seed and folder of the stage.
     """
     scales = quantized.quantization
@@ -65,6 +65,7 @@ def qat(quantized: Checkpoint, dataset: TrajectoryDataset, config: QATConfig, ba
         config.save_every,
         ctx.work,
         "qat",
+        accumulate=config.accumulate,
         sparse_layers=quantized.sparse_layers,
     )
     scaling = weight_scalings(student, scales)
