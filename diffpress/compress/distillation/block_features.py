@@ -1,7 +1,8 @@
 """Outputs of a network's blocks, and the distance between those of two networks.
 
 Widths differ after pruning, so the output f of a block is compared through its energy map e = mean over channels of
-f^2, as in attention transfer (Zagoruyko & Komodakis 2017). This needs no learned projection between the two widths.
+f^2, as in attention transfer (Zagoruyko & Komodakis 2017). This needs no learned projection between the two widths
+(projected_student.py).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.removed_blocks import removed_blocks
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.spec import DenoiserSpec
 
 Features = dict[str, torch.Tensor]
 
@@ -26,7 +28,27 @@ CHANNELS_FIRST = (nn.Conv1d, nn.ConvTranspose1d, nn.BatchNorm1d, nn.GroupNorm, n
 
 def energy_map(feature: torch.Tensor) -> torch.Tensor:
     """Return the energy map [B, H, W] of [B, C, H, W], [B, T, H, W] of [B, C, T, H, W] or [B, ...] of [B, ..., C]."""
-    return feature.square().mean(1 if feature.dim() >= 4 else -1)
+    return feature.square().mean(channel_axis(feature))
+
+
+def channel_axis(feature: torch.Tensor) -> int:
+    """Return the axis of the channels: 1 in [B, C, H, W] and [B, C, T, H, W], else the last."""
+    return 1 if feature.dim() >= 4 else -1
+
+
+def relative_distance(values: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Return |value - reference|^2 / |reference|^2, averaged over the blocks of `values`.
+
+    Raises:
+        InvalidInputError: There are no blocks.
+    """
+    if not values:
+        raise InvalidInputError("distill: no block of the model returns a tensor to compare; set feature_weight: 0")
+    distances = [
+        torch.mean((value - references[name]) ** 2) / torch.mean(references[name] ** 2).clamp_min(1e-12)
+        for name, value in values.items()
+    ]
+    return torch.stack(distances).mean()
 
 
 def energy_distance(features: Mapping[str, torch.Tensor], references: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -37,17 +59,19 @@ def energy_distance(features: Mapping[str, torch.Tensor], references: Mapping[st
     Raises:
         InvalidInputError: The energy maps of a block have different shapes, so they cannot be compared.
     """
+    energies = {name: energy_map(features[name]) for name in references}
     for name, reference in references.items():
-        if (shape := energy_map(features[name]).shape) != reference.shape:
-            raise InvalidInputError(
-                f"distill: the output of block '{name}' has energy maps {list(shape)}, the teacher's are "
-                f"{list(reference.shape)}; set feature_weight: 0"
-            )
-    distances = [
-        torch.mean((energy_map(features[name]) - reference) ** 2) / torch.mean(reference**2).clamp_min(1e-12)
-        for name, reference in references.items()
-    ]
-    return torch.stack(distances).mean()
+        check_comparable(name, energies[name], reference)
+    return relative_distance(energies, references)
+
+
+def check_comparable(name: str, energies: torch.Tensor, reference: torch.Tensor) -> None:
+    """Raise InvalidInputError if the energy maps of block `name` have another shape than the teacher's."""
+    if energies.shape != reference.shape:
+        raise InvalidInputError(
+            f"distill: the output of block '{name}' has energy maps {list(energies.shape)}, the teacher's are "
+            f"{list(reference.shape)}; set feature_weight: 0"
+        )
 
 
 def compared_blocks(teacher: nn.Module, checkpoint: Checkpoint) -> list[str]:
@@ -59,11 +83,15 @@ def compared_blocks(teacher: nn.Module, checkpoint: Checkpoint) -> list[str]:
     student, names = checkpoint.model, blocks_left(teacher, checkpoint.model)
     if not removed_blocks(student):
         return names
-    inputs, forward = dummy_inputs(checkpoint.spec, 1), adapter_for(student).forward
-    with torch.no_grad(), capture_features(teacher, names) as theirs, capture_features(student, names) as ours:
-        forward(teacher.eval(), inputs)
-        forward(student.eval(), inputs)
+    theirs, ours = (dummy_features(model, checkpoint.spec, names) for model in (teacher, student))
     return [name for name in names if energy_map(theirs[name]).shape == energy_map(ours[name]).shape]
+
+
+def dummy_features(model: nn.Module, spec: DenoiserSpec, blocks: Sequence[str]) -> Features:
+    """Return the outputs [1, ...] of the named blocks on random inputs."""
+    with torch.no_grad(), capture_features(model, blocks) as features:
+        adapter_for(model).forward(model.eval(), dummy_inputs(spec, 1))
+    return features
 
 
 def blocks_left(teacher: nn.Module, student: nn.Module) -> list[str]:

@@ -71,10 +71,29 @@ class RecoverConfig(DistillConfig):
     kind: Literal["recover"] = Field("recover", description="Kind of distillation.")
     output_weight: float = Field(1.0, ge=0.0, description="Weight of the output loss against the teacher.")
     feature_weight: float = Field(0.1, ge=0.0, description="Weight of the block feature loss against the teacher.")
+    features: Literal["energy", "projection"] = Field(
+        "energy",
+        description="How the outputs of blocks are compared: by their energy over the channels, or channel by channel, "
+        "through a learned linear projection where the widths differ.",
+    )
     task_weight: float = Field(0.0, ge=0.0, description="Weight of the denoising loss on the training images.")
     timesteps: Literal["all", "plan"] = Field(
         "all", description="Timesteps to train on: all of the noise schedule, or those of the sampling plan."
     )
+    min_snr_gamma: float | None = Field(
+        None,
+        gt=0.0,
+        description="Weights output and denoising losses of each sample so that they are min(SNR, gamma) times the "
+        "squared error of the image; 5 in the paper. None: all timesteps weigh the same.",
+    )
+
+    @model_validator(mode="after")
+    def _terms_have_weights(self) -> Self:
+        if self.features == "projection" and not self.feature_weight:
+            raise ValueError("features: projection has no effect with feature_weight: 0; remove one")
+        if self.min_snr_gamma is not None and not (self.output_weight or self.task_weight):
+            raise ValueError("min_snr_gamma weights the output and denoising losses, but both have weight 0; remove it")
+        return self
 
 
 class GuidanceConfig(DistillConfig):

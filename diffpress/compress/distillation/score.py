@@ -100,8 +100,15 @@ def score(checkpoint: Checkpoint, config: ScoreConfig, ctx: Context) -> Checkpoi
         return 0.5 * torch.mean((x - target) ** 2)
 
     pair = GeneratorCritic(checkpoint.clone_model(), ctx.teacher.clone_model(), spec)
-    objective = Objective(draw, loss, choose)
-    pair = train_student(checkpoint.evolve(spec=spec), objective, config, ctx, student=pair, partial=True)
+    pair = train_student(
+        checkpoint.evolve(spec=spec),
+        Objective(draw, loss, choose),
+        config,
+        ctx,
+        student=pair,
+        part="generator",
+        partial=True,
+    )
     return checkpoint.evolve(model=pair.generator, spec=spec)
 
 

@@ -28,9 +28,10 @@ def train_student(
     ctx: Context,
     phase: str = "",
     student: nn.Module | None = None,
+    part: str = "",
     partial: bool = False,
 ) -> Any:
-    """Train a student and return it with the EMA weights, in eval mode on the CPU.
+    """Train a student, or the module that it is a part of; return that with the EMA weights, in eval mode on the CPU.
 
     Args:
         checkpoint: Its model is copied for the student, and its spec's plan samples the previews.
@@ -40,6 +41,7 @@ def train_student(
         phase: Name of this training among several of one stage; a phase that was completed before is loaded, not
             trained again. Empty if the stage has a single training.
         student: Module to train instead of a copy of the checkpoint's model.
+        part: Name of the student in that module; empty if it is the student.
         partial: Allow steps that leave some parameters without a gradient.
     """
     student = checkpoint.clone_model() if student is None else student
@@ -66,7 +68,7 @@ def train_student(
         logs=None if ctx.logs is None else ctx.logs / phase.replace(" ", "-"),
         tensorboard=config.tensorboard,
         preview_every=config.preview_every,
-        preview=lambda model, file: draw_samples(getattr(model, "generator", model), checkpoint.spec, file),
+        preview=lambda model, file: draw_samples(model.get_submodule(part), checkpoint.spec, file),
         sparse_layers=checkpoint.sparse_layers,
     )
     student = train(student, objective, run)

@@ -1,4 +1,4 @@
-"""Noised batches x_t = alpha_t x_0 + sigma_t eps, and a network's evaluation and loss on them.
+"""Noised batches x_t = alpha_t x_0 + sigma_t eps, and a network's evaluation, loss and weights on them.
 
 Each sample has its own timestep. Targets and x_0 follow from runtime/parameterization.py.
 """
@@ -71,3 +71,29 @@ def epsilon_loss(
     x_t = add_noise(spec, x0, noise, t)
     eps = to_epsilon(spec.prediction, x_t, forward(model, spec, x_t, t, cond), noise_levels_at(spec, t))
     return torch.mean((eps - noise) ** 2)
+
+
+def min_snr_weights(spec: DenoiserSpec, t: torch.Tensor, gamma: float) -> torch.Tensor:
+    """Return the factors of a squared error of outputs at timesteps `t` [B] that make it min(SNR, gamma) |x_0 error|^2.
+
+    Min-SNR weighting (Hang et al. 2023, arXiv:2303.09556). With SNR = alpha^2 / sigma^2 an error of the output changes
+    x_0 by (parameterization.py)
+
+        prediction   d x_0 / d out              factor
+        sample       1                          min(SNR, gamma)
+        epsilon      -sigma / alpha             min(SNR, gamma) / SNR
+        v            -sigma                     min(SNR, gamma) / (SNR + 1)
+        flow         -sigma / (alpha + sigma)   min(SNR, gamma) / (sqrt(SNR) + 1)^2
+
+    The factors are finite at SNR = 0, where that of epsilon is 1 and those of the others are 0, and without noise.
+
+    Returns:
+        Factors [B, 1, ...].
+    """
+    _, alpha, sigma = noise_levels_at(spec, t)
+    if spec.prediction == "sample":
+        return ((alpha / sigma) ** 2).clamp_max(gamma)
+    if spec.prediction == "epsilon":
+        return (gamma * (sigma / alpha) ** 2).clamp_max(1.0)
+    norm = alpha**2 + sigma**2 if spec.prediction == "v" else (alpha + sigma) ** 2
+    return torch.minimum(alpha**2, gamma * sigma**2) / norm

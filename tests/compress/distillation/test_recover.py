@@ -22,8 +22,10 @@ from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.widths import widths_of
 from diffpress.compress.pruning.config import PruneConfig
 from diffpress.compress.pruning.prune import prune
+from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import forward
 from diffpress.compress.training.sample_data import SampleData
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -95,6 +97,40 @@ def test_training_visits_the_configured_timesteps(
     distill(pruned, config(steps=6, batch=16, feature_weight=0.0, timesteps=setting), context(unet))
     assert len(seen) > len(visited) * 0.5 and seen <= visited
     assert setting == "all" or {round(t) for t in unet.spec.plan.timesteps} == visited
+
+
+@pytest.mark.parametrize("gamma", [None, 5.0])
+def test_min_snr_weights_each_sample_of_the_output_and_denoising_losses(
+    gamma: float | None,
+    unet: Checkpoint,
+    pruned: Checkpoint,
+    context: Callable[..., Context],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    objectives: list[Objective] = []
+
+    def observe(checkpoint: Checkpoint, objective: Objective, *rest: object) -> nn.Module:
+        objectives.append(objective)
+        return checkpoint.clone_model()
+
+    monkeypatch.setattr("diffpress.compress.distillation.recover.train_student", observe)
+    distill(pruned, config(task_weight=0.5, output_weight=2.0, feature_weight=0.0, min_snr_gamma=gamma), context(unet))
+    x0, noise, t, cond = objectives[0].draw(torch.Generator().manual_seed(3), 0.0)
+    alpha, sigma = (torch.tensor(table)[t].float() for table in (unet.spec.schedule.alphas, unet.spec.schedule.sigmas))
+    snr, (a, s) = (alpha / sigma) ** 2, (level.view(-1, 1, 1, 1) for level in (alpha, sigma))
+    with torch.no_grad():
+        found = objectives[0].loss(pruned.model, x0, noise, t, cond)
+        ours, theirs = (forward(one.model, unet.spec, a * x0 + s * noise, t, cond) for one in (pruned, unet))
+    v = a * noise - s * x0
+    losses = (2.0 * (ours - theirs) ** 2 + 0.5 * (ours - v) ** 2).mean((1, 2, 3))
+    weights = torch.ones(4) if gamma is None else snr.clamp(max=gamma) / (snr + 1.0)
+    torch.testing.assert_close(found, (weights * losses).mean(), rtol=1e-4, atol=0.0)
+    assert gamma is None or not torch.allclose(weights, weights.mean().expand(4), rtol=0.1)
+
+
+def test_min_snr_without_a_loss_to_weight_is_refused() -> None:
+    with pytest.raises(InvalidInputError, match="min_snr_gamma weights the output and denoising losses"):
+        config(min_snr_gamma=5.0, output_weight=0.0)
 
 
 def test_recovering_without_images_learns_from_samples_of_the_teacher(

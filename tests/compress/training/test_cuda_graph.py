@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from diffpress.compress.distillation.config import DistillConfig, RecoverConfig, ScoreConfig
+from diffpress.compress.distillation.config import RecoverConfig, ScoreConfig
 from diffpress.compress.training import cuda_graph, distributed
 from diffpress.compress.training.cuda_graph import CapturedStep, refuse_cuda_graph
 from diffpress.compress.training.loop import Objective, Training, train
@@ -105,7 +105,7 @@ def test_dropout_and_several_processes_are_refused(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("config", [RecoverConfig, ScoreConfig])
-def test_accumulation_is_refused_with_the_recipe(config: type[DistillConfig]) -> None:
+def test_accumulation_is_refused_with_the_recipe(config: type[RecoverConfig | ScoreConfig]) -> None:
     with pytest.raises(InvalidInputError, match="cuda_graphs replays steps of one batch and excludes accumulate = 2"):
         config(cuda_graphs=True, accumulate=2)
     assert config(accumulate=2).accumulate == 2
