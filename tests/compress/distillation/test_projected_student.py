@@ -103,6 +103,17 @@ def test_projections_start_as_the_channels_that_pruning_kept(
         assert int(kept.sum()) == ours.shape[1] and not projected[:, ~kept].any()
 
 
+def test_projections_start_as_the_channels_of_the_last_layer(
+    custom: Callable[..., Checkpoint], context: Callable[..., Context]
+) -> None:
+    teacher = custom(Stem(nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 1), nn.Tanh())))
+    small = pruned_half(teacher, context)
+    first, last = (small.kept_indices[f"first.{layer}.weight"][0] for layer in (0, 2))
+    assert len(first) == len(last) and list(first) != list(last)
+    (found,) = projected_student(small, teacher, ["first"], 0).projections
+    assert torch.equal(found, torch.eye(8)[:, last])
+
+
 def test_projections_of_unrecorded_channels_start_orthogonal(
     custom: Callable[..., Checkpoint], context: Callable[..., Context]
 ) -> None:
