@@ -78,7 +78,7 @@ class Stem(nn.Module):
         return out
 
 
-STEMS = {
+STEMS: dict[str, Callable[[], nn.Module]] = {
     "convolution": lambda: nn.Conv2d(1, 8, 3, padding=1),
     "convolution without bias": lambda: nn.Conv2d(1, 8, 3, padding=1, bias=False),
     "transposed without bias": lambda: nn.ConvTranspose2d(1, 8, 3, padding=1, bias=False),
