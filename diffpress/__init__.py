@@ -33,7 +33,12 @@ if TYPE_CHECKING:
         ScoreConfig,
         TrajectoryConfig,
     )
-    from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneSparsityConfig
+    from diffpress.compress.pruning.config import (
+        PruneConfig,
+        PruneDepthConfig,
+        PruneLowRankConfig,
+        PruneSparsityConfig,
+    )
     from diffpress.compress.quantization.config import QuantizeConfig
     from diffpress.compress.recipe import Recipe as Recipe
     from diffpress.compress.sampling_schedule.config import ScheduleConfig
@@ -59,6 +64,7 @@ if TYPE_CHECKING:
     Progressive = ProgressiveConfig
     Prune = PruneConfig
     PruneDepth = PruneDepthConfig
+    PruneLowRank = PruneLowRankConfig
     PruneSparsity = PruneSparsityConfig
     Quantize = QuantizeConfig
     Recover = RecoverConfig
@@ -84,6 +90,7 @@ _MODULES = {
     "Progressive": "diffpress.compress.distillation.config:ProgressiveConfig",
     "Prune": "diffpress.compress.pruning.config:PruneConfig",
     "PruneDepth": "diffpress.compress.pruning.config:PruneDepthConfig",
+    "PruneLowRank": "diffpress.compress.pruning.config:PruneLowRankConfig",
     "PruneSparsity": "diffpress.compress.pruning.config:PruneSparsityConfig",
     "Quantize": "diffpress.compress.quantization.config:QuantizeConfig",
     "Recipe": "diffpress.compress.recipe",

@@ -62,5 +62,5 @@ def _duration(seconds: float) -> str:
 
 def _describe_sizes(sizes: dict[str, int] | None) -> str:
     if sizes is None:
-        return "sizes depend on the importance, which is measured in the run"
+        return "sizes depend on what is measured in the run"
     return f"{sizes['parameters']:,} parameters, {sizes['macs']:,} MACs, {sizes['bytes'] / 2**20:.2f} MiB of weights"

@@ -7,8 +7,8 @@ On disk a checkpoint is the diffusers layout plus diffpress.json, which holds wh
     LICENSE, NOTICE, README.md, ...         the licence and model card it came with
     quantization.safetensors    quantization scales, if the checkpoint is quantized
     quantization.<component>.safetensors    quantization scales of another component, if it is quantized
-    diffpress.json              spec, per-layer widths, kept indices, removed blocks, quantized layers, history. Its
-                                `pipeline`, written by hand, is a folder relative to this one whose other components
+    diffpress.json              spec, per-layer widths, kept indices, removed blocks, ranks, quantized layers, history.
+                                Its `pipeline`, written by hand, is a folder relative to this one whose other components
                                 are used
 """
 
@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from diffpress.compress.models.kept_indices import KeptIndices, kept_to_json
+from diffpress.compress.models.low_rank_layers import low_rank_layers
 from diffpress.compress.models.removed_blocks import removed_blocks
 from diffpress.compress.models.widths import Widths, changed_widths
 from diffpress.compress.sources.layout import link_components
@@ -278,6 +279,7 @@ def _write(checkpoint: Checkpoint, folder: Path) -> None:
         "folder": source.folder,
         "widths": changed_widths(checkpoint.model, source.original),
         "removed_blocks": removed_blocks(checkpoint.model),
+        "low_rank_layers": low_rank_layers(checkpoint.model),
         "kept_indices": kept_to_json(checkpoint.kept_indices),
         "sparse_layers": checkpoint.sparse_layers,
         "quantization": checkpoint.quantization.facts() if checkpoint.quantization else None,

@@ -60,6 +60,9 @@ class EngineCosts(Protocol):
     def relative_latency(self, pruned: Checkpoint) -> float:
         """Return the latency of one step of another float checkpoint divided by that of this one's float graph."""
 
+    def layer_times_ms(self, pruned: Checkpoint) -> tuple[dict[str, float], dict[str, float]]:
+        """Return layer -> ms of one step in the float graph, and the same in that of another float checkpoint."""
+
     def size_mib(self, quantization: Quantization) -> float:
         """Return the file size of the quantized graph in MiB."""
 

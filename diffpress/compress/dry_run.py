@@ -13,8 +13,9 @@ from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import DistillConfig
 from diffpress.compress.effort import estimated_bytes, estimated_seconds, measure_cost
 from diffpress.compress.models.counts import count
-from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneSparsityConfig
+from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneLowRankConfig, PruneSparsityConfig
 from diffpress.compress.pruning.depth import removable_blocks
+from diffpress.compress.pruning.low_rank import factored_layers, with_layers
 from diffpress.compress.pruning.prune import AnyPrune, prune
 from diffpress.compress.quantization.components import component_formats
 from diffpress.compress.quantization.config import QuantizeConfig
@@ -31,7 +32,7 @@ from diffpress.compress.training.captioned_images import has_captions
 class Estimate(NamedTuple):
     """A checkpoint of the shapes and the plan that the run will have there, and its sizes.
 
-    The sizes are None if the widths depend on the importance, which is measured in the run.
+    The sizes are None if they depend on what the run measures: the importance of widths, or the time of layers.
     """
 
     checkpoint: Checkpoint
@@ -109,6 +110,12 @@ def estimate_depth(estimate: Estimate, config: PruneDepthConfig, seed: int) -> E
 def estimate_sparsity(estimate: Estimate, config: PruneSparsityConfig, seed: int) -> Estimate:
     """Return the same sizes with sparse layers."""
     return estimate._replace(checkpoint=_pruned(estimate, config.model_copy(update={"method": "magnitude"}), seed))
+
+
+def estimate_low_rank(estimate: Estimate, config: PruneLowRankConfig, seed: int) -> Estimate:
+    """Return the layers that the run chooses from; which of them are faster is measured there."""
+    layers = factored_layers(estimate.checkpoint, config).layers
+    return Estimate(with_layers(estimate.checkpoint, layers), None)
 
 
 def _pruned(estimate: Estimate, config: AnyPrune, seed: int) -> Checkpoint:

@@ -28,7 +28,7 @@ from diffpress.compress.distillation.config import (
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.components import DECODER
 from diffpress.compress.models.counts import is_large
-from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneSparsityConfig
+from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneLowRankConfig, PruneSparsityConfig
 from diffpress.compress.pruning.importance import needs_gradients
 from diffpress.compress.pruning.target import BISECTIONS
 from diffpress.compress.pruning.visited_states import STATES
@@ -117,6 +117,11 @@ def work_of_sparsity(config: PruneSparsityConfig, checkpoint: Checkpoint, teache
     """The trajectories of sparsegpt and its evaluations of their states; magnitude reads the weights only."""
     sampled = config.samples * network_evaluations(checkpoint.spec)
     return Work(sampled + STATES * config.samples if config.method == "sparsegpt" else 0.0)
+
+
+def work_of_low_rank(config: PruneLowRankConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
+    """No evaluation in torch: those of the engine are few."""
+    return Work()
 
 
 def work_of_distill(config: DistillConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:

@@ -20,9 +20,10 @@ from diffpress.compress.context import Context, Data, EngineCostsFactory
 from diffpress.compress.evaluation.teacher_sqnr import teacher_sqnr_db
 from diffpress.compress.models.components import component_names
 from diffpress.compress.models.counts import count
+from diffpress.compress.models.low_rank_layers import low_rank_layers
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.sources.load import load_checkpoint
-from diffpress.compress.stages import SPARSITY, STAGES, Stage, check_order
+from diffpress.compress.stages import LOW_RANK, SPARSITY, STAGES, Stage, check_order
 from diffpress.compress.training import distributed
 from diffpress.compress.training.captioned_images import has_captions, load_captioned_images
 from diffpress.compress.training.sample_data import load_samples
@@ -69,7 +70,7 @@ def check_start(checkpoint: Checkpoint, recipe: Recipe, where: str) -> None:
     """Raise InvalidInputError if a stage cannot come after what the checkpoint has gone through before the run."""
     distilled, is_quantized = checkpoint.spec.distilled, checkpoint.quantization is not None
     before = [f"distill: {{kind: {distilled}}}"] * bool(distilled) + ["quantize"] * is_quantized
-    before += [SPARSITY] * bool(checkpoint.sparse_layers)
+    before += [SPARSITY] * bool(checkpoint.sparse_layers) + [LOW_RANK] * bool(low_rank_layers(checkpoint.model))
     check_order(recipe.stages, where, is_student=True, before=before)
 
 

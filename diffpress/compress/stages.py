@@ -120,10 +120,14 @@ def _check_prune(config: Any, spec: DenoiserSpec, has_engines: bool, where: str)
     target = getattr(config, "target", None)
     if target is not None and target.latency is not None and not has_engines:
         raise InvalidInputError(f"{where}: prune: target latency is measured in an engine, and none is open; set macs")
+    if config.kind == "low_rank" and config.engine is not None and not has_engines:
+        raise InvalidInputError(
+            f"{where}: prune: engine = '{config.engine}' is where layers are timed, and none is open; remove engine"
+        )
 
 
 _RECOVER = "distill: {kind: recover}"
-_WIDTH, SPARSITY = "prune: {kind: width}", "prune: {kind: sparsity}"
+_WIDTH, SPARSITY, LOW_RANK = "prune: {kind: width}", "prune: {kind: sparsity}", "prune: {kind: low_rank}"
 STAGES: dict[str, StageDef] = {
     stage.name: stage
     for stage in (
@@ -143,6 +147,8 @@ STAGES: dict[str, StageDef] = {
                 _after_quantize("scales are calibrated for one set of channels"),
                 _after_few_steps(),
                 OrderRule((SPARSITY,), ": removing channels breaks the groups of four", only=_WIDTH),
+                OrderRule((LOW_RANK,), ": its groups of channels are those of whole layers", only=_WIDTH),
+                OrderRule((SPARSITY,), ": the factors of sparse weights are dense", only=LOW_RANK),
             ),
             estimate=lazy("diffpress.compress.pruning.prune:estimate_prune"),
             work=lazy("diffpress.compress.pruning.prune:work_of_prune"),

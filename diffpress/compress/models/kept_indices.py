@@ -3,7 +3,8 @@
     pruned[name] = unpruned[name][indices of dimension 0][:, indices of dimension 1]...
 
 What was made for the unpruned layout, as a LoRA, is cut to the pruned one by the same indices. In JSON the indices of a
-dimension are ranges: {"conv1.weight": {"0": "0-3 5 8-15"}}. Tensors and dimensions that lost nothing are not listed.
+dimension are ranges: {"conv1.weight": {"0": "0-3 5 8-15"}}. Tensors and dimensions that lost nothing are not listed. The
+weight of a low-rank layer is the product of its factors.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from diffpress.compress.models.low_rank_layers import whole_shapes
 from diffpress.runtime.errors import InvalidInputError
 
 Indices = np.ndarray  # int64 [K], increasing
@@ -53,8 +55,8 @@ def kept_of_both(first: KeptIndices, second: KeptIndices) -> KeptIndices:
 
 def without_removed(kept: KeptIndices, model: nn.Module) -> KeptIndices:
     """Return the entries of the tensors that `model` has: none of blocks that were removed since."""
-    names = {*dict(model.named_parameters()), *dict(model.named_buffers())}
-    return {name: dims for name, dims in kept.items() if name in names}
+    shapes = whole_shapes(model)
+    return {name: dims for name, dims in kept.items() if name in shapes}
 
 
 def kept_to_json(kept: KeptIndices) -> dict[str, dict[str, str]]:
@@ -70,10 +72,10 @@ def kept_from_json(record: Any, model: nn.Module, where: str) -> KeptIndices:
     """
     if not isinstance(record, Mapping):
         raise InvalidInputError(f"{where}: kept_indices must be a JSON object with one entry per tensor")
-    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    shapes = whole_shapes(model)
     found: KeptIndices = {}
     for name, dims in record.items():
-        shape = tensors[name].shape if name in tensors else ()
+        shape = shapes.get(name, ())
         for dim, text in dims.items() if isinstance(dims, Mapping) else [("", "")]:
             indices = _indices(text, shape[int(dim)]) if str(dim).isdecimal() and int(dim) < len(shape) else None
             if indices is None:

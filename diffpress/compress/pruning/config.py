@@ -9,6 +9,7 @@ from pydantic import Field, model_validator
 from diffpress.compress.config import Config, StageConfig
 
 Method = Literal["taylor", "diff_pruning", "magnitude", "random"]
+Engine = Literal["openvino", "onnxruntime"]  # in order of preference
 Preset = Literal["bk_sdm_base", "bk_sdm_small", "bk_sdm_tiny"]
 DEFAULT_RATIO = 0.3
 DEFAULT_ENGINE = "openvino"
@@ -23,9 +24,7 @@ class PruneTarget(Config):
     latency: float | None = Field(
         None, gt=0.0, lt=1.0, description="Fraction of the latency of a step that remains, measured in `engine`."
     )
-    engine: Literal["onnxruntime", "openvino"] | None = Field(
-        None, description="Engine in which latency is measured; None means OpenVINO."
-    )
+    engine: Engine | None = Field(None, description="Engine in which latency is measured; None means OpenVINO.")
 
     @property
     def name(self) -> str:
@@ -156,3 +155,33 @@ class PruneSparsityConfig(StageConfig):
     )
     ignored_layers: tuple[str, ...] = Field((), description="Name prefixes of layers that stay dense.")
     samples: int = Field(8, ge=1, description="Trajectories on whose states sparsegpt measures errors.")
+
+
+class PruneLowRankConfig(StageConfig):
+    """Replace linear layers and convolutions by two of low rank, where an engine computes these faster.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.PruneLowRank(energy=0.95).round_to
+        8
+    """
+
+    kind: Literal["low_rank"] = Field("low_rank", description="Kind of pruning.")
+    energy: float | None = Field(
+        None, gt=0.0, lt=1.0, description="Fraction of the sum of squared singular values that each layer keeps."
+    )
+    ratio: float | None = Field(None, gt=0.0, lt=1.0, description="Fraction of the full rank removed from each layer.")
+    round_to: int = Field(8, ge=1, description="Ranks are multiples of this number, rounded up.")
+    ignored_layers: tuple[str, ...] = Field((), description="Name prefixes of layers that stay whole.")
+    engine: Engine | None = Field(
+        None, description="Engine in which layers are timed; None means OpenVINO, or ONNX Runtime without it."
+    )
+
+    @model_validator(mode="after")
+    def _chooses_one_way(self) -> PruneLowRankConfig:
+        if (self.energy is None) == (self.ratio is None):
+            raise ValueError(
+                "exactly one of energy (the fraction of the squared singular values kept) and ratio (the fraction of "
+                f"the rank removed) chooses the ranks, found {'none' if self.energy is None else 'both'}"
+            )
+        return self

@@ -1,4 +1,4 @@
-"""The `prune` stage: remove channels, blocks or single weights. One table of the kinds."""
+"""The `prune` stage: remove channels, blocks, single weights or ranks. One table of the kinds."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from diffpress.compress.config import StageConfig, union_by_kind
 from diffpress.compress.lazy import lazy
-from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneSparsityConfig
+from diffpress.compress.pruning.config import (
+    PruneConfig,
+    PruneDepthConfig,
+    PruneLowRankConfig,
+    PruneSparsityConfig,
+)
 
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
@@ -54,6 +59,12 @@ KINDS: dict[str, PruneDef] = {
         lazy("diffpress.compress.dry_run:estimate_sparsity"),
         lazy("diffpress.compress.effort:work_of_sparsity"),
     ),
+    "low_rank": PruneDef(
+        PruneLowRankConfig,
+        lazy(f"{_HERE}.low_rank:prune_low_rank"),
+        lazy("diffpress.compress.dry_run:estimate_low_rank"),
+        lazy("diffpress.compress.effort:work_of_low_rank"),
+    ),
 }
 DEFAULT_KIND = "width"
 
@@ -61,7 +72,7 @@ DEFAULT_KIND = "width"
 AnyPruneConfig: Any = union_by_kind([entry.config for entry in KINDS.values()], DEFAULT_KIND)
 
 
-AnyPrune = PruneConfig | PruneDepthConfig | PruneSparsityConfig
+AnyPrune = PruneConfig | PruneDepthConfig | PruneSparsityConfig | PruneLowRankConfig
 
 
 def prune(checkpoint: Checkpoint, config: AnyPrune, ctx: Context) -> Checkpoint:

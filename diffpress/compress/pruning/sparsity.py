@@ -48,7 +48,7 @@ def prune_sparsity(checkpoint: Checkpoint, config: PruneSparsityConfig, ctx: Con
     """
     model = checkpoint.clone_model().eval()
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SPARSE)}
-    ranks = _input_ranks(layers, model, checkpoint)
+    ranks = {name: len(shape) for name, shape in input_shapes(layers, model, checkpoint).items()}
     chosen, dense = _choose_layers(layers, model, ranks, config)
     if not chosen:
         why = described(dense) or "all are sensitive or ignored"
@@ -70,12 +70,12 @@ def prune_sparsity(checkpoint: Checkpoint, config: PruneSparsityConfig, ctx: Con
     return checkpoint.evolve(model=model, sparse_layers=tuple(sorted({*checkpoint.sparse_layers, *chosen})))
 
 
-def _input_ranks(layers: Mapping[str, nn.Module], model: nn.Module, checkpoint: Checkpoint) -> dict[str, int]:
-    """Return the number of dimensions of the input of each of the layers that is called."""
-    found: dict[str, int] = {}
+def input_shapes(layers: Mapping[str, nn.Module], model: nn.Module, checkpoint: Checkpoint) -> dict[str, torch.Size]:
+    """Return the shape of the input, at a small size, of each of the layers that is called."""
+    found: dict[str, torch.Size] = {}
 
     def hook(name: str) -> Callable[..., None]:
-        return lambda layer, args, kwargs: found.__setitem__(name, layer_input(args, kwargs).ndim)
+        return lambda layer, args, kwargs: found.__setitem__(name, layer_input(args, kwargs).shape)
 
     handles = [layer.register_forward_pre_hook(hook(name), with_kwargs=True) for name, layer in layers.items()]
     with torch.no_grad(), without_fast_path():

@@ -11,6 +11,7 @@ difference. Gains are therefore good for ranking layers; bounds are checked with
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from pathlib import Path
@@ -34,6 +35,7 @@ from diffpress.runtime.engines.precision_report import Kernel
 from diffpress.runtime.network_inputs import dummy_inputs
 
 PROFILED_RUNS = 9
+PROFILES = 3  # of each graph, in alternation
 QUANTIZED, WITHOUT_SUMS, PRUNED = "quantized.onnx", "without_sums.onnx", "pruned.onnx"
 
 
@@ -92,6 +94,22 @@ class _Costs:
         with self._opened(PRUNED) as smaller:
             whole_ms, smaller_ms = alternating_latency_ms((self._exact, smaller), self._inputs)
         return smaller_ms / whole_ms
+
+    def layer_times_ms(self, pruned: Checkpoint) -> tuple[dict[str, float], dict[str, float]]:
+        """Return layer -> ms in the float graph and in that of another float checkpoint, profiled in alternation."""
+        graph = to_onnx(pruned.model, pruned.spec)
+        save_graph(graph, self._folder / PRUNED)
+        with self._opened(PRUNED) as smaller:
+            pairs = ((self._exact, self._graph), (smaller, graph))
+            profiles = [
+                [layer_times(engine.kernel_times(self._inputs, PROFILED_RUNS), own) for engine, own in pairs]
+                for _ in range(PROFILES)
+            ]
+        before, after = (
+            {layer: statistics.median(profile.get(layer, 0.0) for profile in found) for layer in found[0]}
+            for found in zip(*profiles, strict=True)
+        )
+        return before, after
 
     def size_mib(self, quantization: Quantization) -> float:
         """Return the size of the quantized graph with its weights in MiB."""

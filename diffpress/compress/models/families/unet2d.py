@@ -14,6 +14,7 @@ from torch import nn
 from diffpress.compress.models import diffusers_blocks, removable_blocks
 from diffpress.compress.models.description import Description, check_entry, check_task, sample_size, square
 from diffpress.compress.models.families.contract import Adapter
+from diffpress.compress.models.low_rank_layers import LowRankLayer
 from diffpress.compress.models.removed_blocks import refresh_removed_
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import Conditioning
@@ -71,7 +72,7 @@ def fixed(model: nn.Module) -> list[str]:
 def refresh_(model: nn.Module) -> None:
     """Update the widths that resamplers, resnets and attentions store; resamplers check their input against them."""
     for module in model.modules():
-        if isinstance(module, (Upsample2D, Downsample2D)) and isinstance(module.conv, nn.Conv2d):
+        if isinstance(module, (Upsample2D, Downsample2D)) and isinstance(module.conv, (nn.Conv2d, LowRankLayer)):
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
         elif isinstance(module, ResnetBlock2D):
             module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
