@@ -33,15 +33,21 @@ from PIL import Image  # noqa: E402
 
 from diffpress.cli.main import main  # noqa: E402
 from diffpress.compress.checkpoint import save_checkpoint  # noqa: E402
+from diffpress.compress.config import ExportConfig  # noqa: E402
+from diffpress.compress.context import Context  # noqa: E402
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs  # noqa: E402
 from diffpress.compress.models.components import component_names, load_component  # noqa: E402
 from diffpress.compress.models.counts import count  # noqa: E402
+from diffpress.compress.models.low_rank_layers import low_rank_layers  # noqa: E402
 from diffpress.compress.models.removed_blocks import removed_blocks  # noqa: E402
 from diffpress.compress.models.torch_network import TorchNetwork  # noqa: E402
 from diffpress.compress.pipeline import run_stages  # noqa: E402
+from diffpress.compress.pruning.config import PruneLowRankConfig  # noqa: E402
+from diffpress.compress.pruning.prune import prune  # noqa: E402
 from diffpress.compress.quantization.quantizers import fake_quantized  # noqa: E402
 from diffpress.compress.recipe import Recipe  # noqa: E402
 from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
+from diffpress.export.bundle import export_bundle  # noqa: E402
 from diffpress.runtime.pipeline import resized  # noqa: E402
 from diffpress.runtime.sampler import generate, noise_for  # noqa: E402
 from tests.against_diffusers import (  # noqa: E402
@@ -175,6 +181,51 @@ def test_every_family_is_pruned_distilled_and_quantized(
         component = load_component(saved[-1], name)
         found = component.run_all({k: v.numpy() for k, v in component.examples.items()})
         assert list(found) == component.outputs and all(np.isfinite(array).all() for array in found.values())
+
+
+LOW_RANK = """
+teacher_samples: 2
+stages:
+  - prune: {method: magnitude, ratio: 0.25, round_to: 4}
+  - prune: {kind: low_rank, ratio: 0.7, round_to: 1}
+  - prune: {kind: depth, blocks: 1, samples: 1}
+  - distill: {kind: recover, steps: 2, batch: 2}
+  - quantize: {format: int8, samples: 2, batch: 2, qat: {steps: 1, trajectories: 2}}
+"""
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_every_family_of_low_rank_is_pruned_distilled_and_quantized(
+    kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=2)
+    (tmp_path / "recipe.yaml").write_text(LOW_RANK)
+    # without an engine all layers are replaced that save MACs
+    result = run_stages(teacher, Recipe.load(tmp_path / "recipe.yaml"), tmp_path / "run")
+    ranks, scales = low_rank_layers(result.model), result.quantization
+    assert len(ranks) > 4 and scales is not None
+    assert any(f"{name}.{factor}" in scales.layers for name in ranks for factor in ("down", "up"))
+    stages = sorted((tmp_path / "run" / "stages").glob("0*"))
+    assert [load_checkpoint(stage).hash for stage in stages] == [record.after for record in result.history]
+    assert count(result.model, result.spec).macs < count(teacher.model, teacher.spec).macs
+
+
+@pytest.mark.parametrize("kind", ["sd", "dit"])
+def test_a_bundle_of_low_rank_agrees_with_torch_in_both_engines(
+    kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=3)
+    small = prune(teacher, PruneLowRankConfig(ratio=0.7, round_to=1), Context(0, tmp_path, teacher))
+    assert len(low_rank_layers(small.model)) > 8
+    bundle = export_bundle(small, tmp_path / "bundle", ExportConfig(targets=("onnx", "openvino"), threads=1))
+    assert set(bundle.manifest["parity"]) == {"onnxruntime", "openvino"}
+    expected = sampled_in_torch(small)
+    assert psnr_db(expected, sampled_in_torch(teacher)) < 40  # the removed rank has an effect
+    words = ("--prompt", PROMPTS[0]) if kind == "sd" else ("--label", LABELS[0])
+    for engine in ("onnxruntime", "openvino"):
+        file = tmp_path / f"{engine}.png"
+        assert run("sample", bundle.folder, "-n", 1, "--out", file, "--threads", 1, "--engine", engine, *words) == 0
+        assert psnr_db(picture(file), expected[:1]) >= 40
 
 
 # --- through the command line ----------------------------------------------------------------------------------

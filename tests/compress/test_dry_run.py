@@ -29,6 +29,7 @@ STAGE_CONFIGS = [
     dp.PruneDepth(remove=("mid_block.resnets.0",)),
     dp.PruneSparsity(),
     dp.PruneSparsity(method="sparsegpt", samples=4),
+    dp.PruneLowRank(ratio=0.7),
     dp.Recover(**TRAINING),
     dp.Recover(accumulate=3, **TRAINING),
     dp.Progressive(start_steps=8, sample_steps=2, **TRAINING),
@@ -97,9 +98,15 @@ def test_a_dry_run_counts_later_stages_under_the_plan_of_earlier_ones(unet: Chec
     assert many["stages"][0]["seconds"] > 0
 
 
-def test_sizes_that_an_ablation_decides_stay_unknown(unet: Checkpoint) -> None:
+def test_sizes_that_an_ablation_or_an_engine_decides_stay_unknown(unet: Checkpoint) -> None:
     prunes = [dp.PruneDepth(blocks=2), dp.Prune(method="magnitude", ratio=0.3, round_to=4)]
     assert [entry["after"] for entry in dry_run(unet, Recipe.of(prunes))["stages"]] == [None, None]
+    ranks = [
+        dp.PruneLowRank(ratio=0.7, engine="openvino"),
+        dp.PruneDepth(remove=("mid_block.resnets.0",)),
+        dp.Quantize(),
+    ]
+    assert [entry["after"] for entry in dry_run(unet, Recipe.of(ranks))["stages"]] == [None, None, None]
     named = [dp.PruneDepth(remove=("mid_block.resnets.0",)), *prunes[1:]]
     sizes = [entry["after"]["parameters"] for entry in dry_run(unet, Recipe.of(named))["stages"]]
     assert sizes[0] > sizes[1]
@@ -108,6 +115,8 @@ def test_sizes_that_an_ablation_decides_stay_unknown(unet: Checkpoint) -> None:
 def test_a_dry_run_refuses_what_pruning_will_refuse(unet: Checkpoint) -> None:
     with pytest.raises(InvalidInputError, match="blocks = 99, but only"):
         dry_run(unet, Recipe.of([dp.PruneDepth(blocks=99)]))
+    with pytest.raises(InvalidInputError, match="prune: no layer has fewer MACs with low rank"):
+        dry_run(unet, Recipe.of([dp.PruneLowRank(ratio=0.01)]))
     with pytest.raises(InvalidInputError, match="gptq changes the weights that are zero"):
         dry_run(unet, Recipe.of([dp.PruneSparsity(), dp.Quantize(gptq={"samples": 2})]))
 

@@ -3,8 +3,8 @@
     pruned[name] = unpruned[name][indices of dimension 0][:, indices of dimension 1]...
 
 What was made for the unpruned layout, as a LoRA, is cut to the pruned one by the same indices. In JSON the indices of a
-dimension are ranges: {"conv1.weight": {"0": "0-3 5 8-15"}}. Tensors and dimensions that lost nothing are not listed. The
-weight of a low-rank layer is the product of its factors.
+dimension are ranges: {"conv1.weight": {"0": "0-3 5 8-15"}}. Tensors and dimensions that lost nothing are not listed.
+Of a layer of low rank the weight is listed, which is the product of its factors.
 """
 
 from __future__ import annotations

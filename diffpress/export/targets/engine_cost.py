@@ -35,6 +35,7 @@ from diffpress.runtime.engines.precision_report import Kernel
 from diffpress.runtime.network_inputs import dummy_inputs
 
 PROFILED_RUNS = 9
+ACTIVATIONS = ("Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh")  # that ONNX Runtime fuses
 PROFILES = 3  # of each graph, in alternation
 QUANTIZED, WITHOUT_SUMS, PRUNED = "quantized.onnx", "without_sums.onnx", "pruned.onnx"
 
@@ -134,15 +135,21 @@ class _Costs:
 
 
 def _owners(graph: onnx.GraphProto) -> dict[str, str]:
-    """Return node or tensor name -> layer; engines name a kernel by node, output tensor or bias addition."""
+    """Return node or tensor name -> layer; engines name a kernel by node, output tensor or bias addition.
+
+    ONNX Runtime names a convolution that it fused with an activation after the tensor that the activation writes.
+    """
     stored = {tensor.name for tensor in graph.initializer}
     owners: dict[str, str] = {}
+    layers_of_convolutions = {node.output[0]: layer_of(node) for node in graph.node if node.op_type == "Conv"}
     for node in graph.node:
         layer = layer_of(node)
         if node.op_type == "Add" and stored.intersection(node.input):
             layer = next((owners[name] for name in node.input if name in owners), "")
         if layer:
             owners |= dict.fromkeys((node.name, *node.output), layer)
+        elif node.op_type in ACTIVATIONS and layers_of_convolutions.get(node.input[0]):
+            owners[node.output[0]] = layers_of_convolutions[node.input[0]]
     return owners
 
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.pruning.config import PruneConfig
+from diffpress.compress.pruning.config import PruneConfig, PruneLowRankConfig
 from diffpress.compress.pruning.prune import prune
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.targets.engine_cost import layer_times, open_engine_costs
@@ -87,3 +89,38 @@ def test_a_pruned_network_is_timed_against_the_whole_one(
     for found, expected in zip(outputs[:2], outputs[2:], strict=True):
         np.testing.assert_allclose(found, expected, atol=1e-4)
     assert np.abs(outputs[0] - outputs[1]).max() > 0.01
+
+
+class Activated(nn.Module):
+    """Convolutions and a linear layer, each with an activation that an engine may fuse with it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.inner, self.relu = (nn.Conv2d(a, 64, 3, padding=1) for a in (1, 64, 64))
+        self.dense, self.last = nn.Linear(64, 64), nn.Conv2d(64, 1, 1)
+
+    def forward(self, sample: torch.Tensor, timestep: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.relu(torch.tanh(self.inner(torch.tanh(self.first(sample))))))
+        return self.last(torch.tanh(self.dense(x.movedim(1, -1))).movedim(-1, 1))
+
+
+@pytest.mark.parametrize("engine", available())
+def test_the_layers_of_two_networks_are_profiled_in_alternation(
+    engine: str, wide: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = wide.evolve(model=Activated().eval())
+    config = PruneLowRankConfig(ratio=0.75)
+    small = prune(whole, config, Context(0, tmp_path, whole))
+    order: list[int] = []
+    found = OnnxRuntimeEngine.kernel_times
+    monkeypatch.setattr(OnnxRuntimeEngine, "kernel_times", lambda *args: order.append(id(args[0])) or found(*args))
+    with open_engine_costs(whole, engine) as costs:
+        before, after = costs.layer_times_ms(small)
+    assert set(before) == {"first", "inner", "relu", "dense", "last"}
+    factors = {f"{name}.{factor}" for name in ("inner", "relu", "dense") for factor in ("down", "up")}
+    assert set(after) == {"first", *factors, "last"}
+    assert all(ms > 0 for ms in (*before.values(), *after.values()))
+    if engine == "onnxruntime":
+        assert len(order) == 6 and order[::2] == [order[0]] * 3 and order[1::2] == [order[1]] * 3
+        assert order[0] != order[1]
