@@ -120,8 +120,8 @@ def work_of_sparsity(config: PruneSparsityConfig, checkpoint: Checkpoint, teache
 
 
 def work_of_low_rank(config: PruneLowRankConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
-    """No evaluation in torch: those of the engine are few."""
-    return Work()
+    """The network with all layers replaced, which an engine times."""
+    return Work(TRIAL)
 
 
 def work_of_distill(config: DistillConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:

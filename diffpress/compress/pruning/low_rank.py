@@ -192,7 +192,7 @@ def _choose_layers(
     """Return the layers to decompose, and why others that are not sensitive or ignored stay whole."""
     layers = {name: module for name, module in model.named_modules() if isinstance(module, WHOLE)}
     check_ignored_layers(model, layers, config.ignored_layers, "prune")
-    sensitive, called = set(adapter_for(model).sensitive_layers(model)), input_shapes(model, checkpoint)
+    sensitive, called = set(adapter_for(model).sensitive_layers(model)), input_shapes(layers, model, checkpoint)
     factors, uses = tuple(f"{name}." for name in low_rank_layers(model)), _uses(model)
     chosen, whole = {}, {}
     for name, layer in layers.items():
@@ -248,7 +248,8 @@ def _faster(
         InvalidInputError: None does; the message names the best.
     """
     before, after = costs.layer_times_ms(with_layers(checkpoint, layers))
-    inputs = input_shapes(checkpoint.shared_model().eval(), checkpoint)
+    model = checkpoint.shared_model().eval()
+    inputs = input_shapes({name: model.get_submodule(name) for name in layers}, model, checkpoint)
     groups: dict[tuple[Any, ...], list[str]] = {}
     for name, layer in layers.items():
         shape = (type(layer.down), *layer.down.weight.shape, len(layer.up.weight), layer.down.__dict__.get("stride"))

@@ -21,7 +21,7 @@ from diffpress.runtime.io.files import read_json
 
 
 def resize_(model: nn.Module, record: dict[str, Any] | None, folder: Path) -> None:
-    """Give a freshly built, unpruned `model` the removed blocks and the widths that diffpress.json lists.
+    """Give a freshly built, unpruned `model` the removed blocks, ranks and widths that diffpress.json lists.
 
     Resized parameters are new and uninitialized. Without a record, the model stays as it is.
 
