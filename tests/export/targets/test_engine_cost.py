@@ -114,7 +114,12 @@ def test_the_layers_of_two_networks_are_profiled_in_alternation(
     small = prune(whole, config, Context(0, tmp_path, whole))
     order: list[int] = []
     found = OnnxRuntimeEngine.kernel_times
-    monkeypatch.setattr(OnnxRuntimeEngine, "kernel_times", lambda *args: order.append(id(args[0])) or found(*args))
+
+    def noted(opened: OnnxRuntimeEngine, *args: Any) -> list[Kernel]:
+        order.append(id(opened))
+        return found(opened, *args)
+
+    monkeypatch.setattr(OnnxRuntimeEngine, "kernel_times", noted)
     with open_engine_costs(whole, engine) as costs:
         before, after = costs.layer_times_ms(small)
     assert set(before) == {"first", "inner", "relu", "dense", "last"}
