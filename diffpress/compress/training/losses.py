@@ -54,14 +54,19 @@ def add_noise(spec: DenoiserSpec, x0: torch.Tensor, noise: torch.Tensor, t: torc
 
 
 def forward(model: nn.Module, spec: DenoiserSpec, x_t: torch.Tensor, t: torch.Tensor, cond: Tensors) -> torch.Tensor:
-    """Evaluate the network at integer timesteps `t` [B], passed in the dtype that sampling uses.
+    """Evaluate the network at integer timesteps `t` [B]."""
+    return adapter_for(model).forward(model, inputs_at(spec, x_t, t, cond))
+
+
+def inputs_at(spec: DenoiserSpec, x_t: torch.Tensor, t: torch.Tensor, cond: Tensors) -> Tensors:
+    """Return the network's inputs at integer timesteps `t` [B], which are passed in the dtype that sampling uses.
 
     If the guidance weight is an input and `cond` does not contain it, the plan's weight is used.
     """
     inputs = {SAMPLE: x_t, TIMESTEP: t.to(timestep_dtype(spec)), **cond}
     if spec.conditioning.guidance_input and GUIDANCE not in inputs:
         inputs[GUIDANCE] = torch.full((len(x_t),), spec.plan.guidance, device=x_t.device)
-    return adapter_for(model).forward(model, inputs)
+    return inputs
 
 
 def epsilon_loss(

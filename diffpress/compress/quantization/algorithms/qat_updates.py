@@ -1,11 +1,8 @@
 """What QAT trains: every parameter, or low-rank factors beside frozen weights.
 
     full        W, and all other parameters
-    low_rank    W = W_0 + B A,   A [rank, K], B [out, rank]       EfficientDM (He et al. 2023), LoRA (Hu et al. 2022)
+    low_rank    W = W_0 + B A, of each quantized layer      EfficientDM (He et al. 2023); training/low_rank.py
 
-for each quantized layer's weight [out, K] (K includes the kernel). B is initialized to 0 and A to N(0, 1 / rank), so
-that a first step of size e changes a weight by about e, as in full. Only A and B have gradients, optimizer moments and
-an average: at rank 16, a 3x3 convolution of 128 channels trains 14 % of its parameters, one of 1280 channels 1.6 %.
 After training the factors are merged into W.
 
 Before each forward pass the quantizers follow the weights: an amax is the largest magnitude of its channel or block,
@@ -20,7 +17,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.func import functional_call
 
 from diffpress.compress.checkpoint import Quantization
 from diffpress.compress.models.adapter import adapter_for
@@ -28,6 +24,7 @@ from diffpress.compress.quantization.algorithms.smoothquant import along
 from diffpress.compress.quantization.calibration.weight_scales import weight_amax
 from diffpress.compress.quantization.formats import FORMATS, Format
 from diffpress.compress.quantization.quantizers import quantizer_amax
+from diffpress.compress.training.low_rank import LowRankUpdates, evaluate_with
 
 Tensors = dict[str, torch.Tensor]
 
@@ -75,32 +72,23 @@ class Full(nn.Module):
         return self.base
 
 
-class LowRank(nn.Module):
+class LowRank(LowRankUpdates):
     """Low-rank training: only the factors are parameters; the frozen quantized `base` runs with the updated weights."""
 
     def __init__(self, base: nn.Module, scaling: Mapping[str, Scaling], rank: int, generator: torch.Generator) -> None:
-        super().__init__()
-        self._scaling, self._forward_module = (
-            scaling,
-            [_ForwardModule(base.requires_grad_(False))],
-        )  # a list hides the submodule
-        self.down, self.up = nn.ParameterList(), nn.ParameterList()
-        for weight in weights_of(base, scaling).values():
-            k = weight[0].numel()
-            r = min(rank, k, len(weight))
-            self.down.append(nn.Parameter(torch.randn(r, k, generator=generator) / r**0.5))
-            self.up.append(nn.Parameter(torch.zeros(len(weight), r)))
+        super().__init__(weights_of(base, scaling), rank, generator)
+        self._scaling, self._base = scaling, [base.requires_grad_(False)]  # a list hides the submodule
 
     @property
     def base(self) -> nn.Module:
         """The frozen quantized model."""
-        return self._forward_module[0].base
+        return self._base[0]
 
     def forward(self, inputs: Tensors) -> torch.Tensor:
         """Return the output for inputs by name."""
         weights = self._weights()
         follow_(self.base, self._scaling, weights)
-        return cast(torch.Tensor, functional_call(self._forward_module[0], _by_parameter(weights), (inputs,)))
+        return evaluate_with(self.base, {f"{name}.weight": weight for name, weight in weights.items()}, inputs)
 
     def merged(self) -> nn.Module:
         """Merge the factors into the weights of the base model, update its quantizers, and return it."""
@@ -112,24 +100,7 @@ class LowRank(nn.Module):
         return self.base
 
     def _weights(self) -> Tensors:
-        old = weights_of(self.base, self._scaling)
-        factors = zip(old.items(), self.down, self.up, strict=True)
-        return {name: weight + (up @ down).view_as(weight) for (name, weight), down, up in factors}
-
-
-class _ForwardModule(nn.Module):
-    """The adapter's forward as a module, because `functional_call` requires a module."""
-
-    def __init__(self, base: nn.Module) -> None:
-        super().__init__()
-        self.base = base
-
-    def forward(self, inputs: Tensors) -> torch.Tensor:
-        return adapter_for(self.base).forward(self.base, inputs)
-
-
-def _by_parameter(weights: Tensors) -> Tensors:
-    return {f"base.{name}.weight": weight for name, weight in weights.items()}
+        return self.updated(weights_of(self.base, self._scaling))
 
 
 def weights_of(model: nn.Module, layers: Mapping[str, Scaling]) -> Tensors:
