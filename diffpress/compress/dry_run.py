@@ -99,7 +99,7 @@ def estimate_width(estimate: Estimate, config: PruneConfig, seed: int) -> Estima
 
 
 def estimate_depth(estimate: Estimate, config: PruneDepthConfig, seed: int) -> Estimate:
-    """Return the sizes after removing blocks; an ablation is not run."""
+    """Return the sizes after removing blocks, which neither ablation nor recoverability chooses here."""
     if not (config.remove or config.preset):
         removable_blocks(estimate.checkpoint, config)
         return estimate._replace(sizes=None)

@@ -30,6 +30,7 @@ from diffpress.compress.models.components import DECODER
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneLowRankConfig, PruneSparsityConfig
 from diffpress.compress.pruning.importance import needs_gradients
+from diffpress.compress.pruning.recoverability import NETWORKS
 from diffpress.compress.pruning.target import BISECTIONS
 from diffpress.compress.pruning.visited_states import STATES
 from diffpress.compress.quantization.algorithms.output_correction import corrects_output
@@ -109,7 +110,12 @@ def work_of_width(config: PruneConfig, checkpoint: Checkpoint, teacher_samples: 
 
 
 def work_of_depth(config: PruneDepthConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work | None:
-    """None of an ablation: how often it evaluates the network depends on what it finds."""
+    """The training of recoverability; None of an ablation: how often it evaluates depends on what it finds."""
+    if config.search is not None:
+        images = config.search.steps * config.search.batch
+        evaluations = images + _teacher_data(checkpoint.spec, teacher_samples, config.search.samples)
+        # the weights, the updated ones, their gradients, and a copy on the device
+        return Work(evaluations, NETWORKS * images, NETWORKS * config.search.batch, copies=4)
     return Work() if config.remove or config.preset else None
 
 

@@ -124,6 +124,18 @@ def _check_prune(config: Any, spec: DenoiserSpec, has_engines: bool, where: str)
         raise InvalidInputError(
             f"{where}: prune: engine = '{config.engine}' is where layers are timed, and none is open; remove engine"
         )
+    if target is not None and target.latency is not None and _searches_blocks(config):
+        from diffpress.compress.training import distributed
+
+        if distributed.count() > 1:
+            raise InvalidInputError(
+                f"{where}: prune: method recoverability with a target of latency depends on latencies that differ "
+                "between processes; run it with one process, or set target.macs"
+            )
+
+
+def _searches_blocks(config: Any) -> bool:
+    return getattr(config, "search", None) is not None
 
 
 _RECOVER = "distill: {kind: recover}"
@@ -150,6 +162,7 @@ STAGES: dict[str, StageDef] = {
                 OrderRule((LOW_RANK,), ": its groups of channels are those of whole layers", only=_WIDTH),
                 OrderRule((SPARSITY,), ": the factors of sparse weights are dense", only=LOW_RANK),
             ),
+            trains=_searches_blocks,
             estimate=lazy("diffpress.compress.pruning.prune:estimate_prune"),
             work=lazy("diffpress.compress.pruning.prune:work_of_prune"),
             check=_check_prune,

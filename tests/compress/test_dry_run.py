@@ -27,6 +27,7 @@ STAGE_CONFIGS = [
     dp.Prune(batch=4, timesteps=6),
     dp.Prune(method="magnitude", target={"params": 0.7}),
     dp.PruneDepth(remove=("mid_block.resnets.0",)),
+    dp.PruneDepth(blocks=1, method="recoverability", search={"steps": 10, "batch": 4, "samples": 16}),
     dp.PruneSparsity(),
     dp.PruneSparsity(method="sparsegpt", samples=4),
     dp.PruneLowRank(ratio=0.7),
@@ -98,8 +99,9 @@ def test_a_dry_run_counts_later_stages_under_the_plan_of_earlier_ones(unet: Chec
     assert many["stages"][0]["seconds"] > 0
 
 
-def test_sizes_that_an_ablation_or_an_engine_decides_stay_unknown(unet: Checkpoint) -> None:
-    prunes = [dp.PruneDepth(blocks=2), dp.Prune(method="magnitude", ratio=0.3, round_to=4)]
+@pytest.mark.parametrize("method", ["ablation", "recoverability"])
+def test_sizes_that_a_choice_of_blocks_or_an_engine_decides_stay_unknown(method: Any, unet: Checkpoint) -> None:
+    prunes = [dp.PruneDepth(blocks=2, method=method), dp.Prune(method="magnitude", ratio=0.3, round_to=4)]
     assert [entry["after"] for entry in dry_run(unet, Recipe.of(prunes))["stages"]] == [None, None]
     ranks = [
         dp.PruneLowRank(ratio=0.7, engine="openvino"),

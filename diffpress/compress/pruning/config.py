@@ -109,6 +109,22 @@ class PruneConfig(StageConfig):
         return self
 
 
+class RecoverabilityConfig(Config):
+    """Search for the blocks without which the network recovers best (pruning/recoverability.py)."""
+
+    steps: int = Field(300, ge=1, description="Training steps.")
+    batch: int = Field(8, ge=1, description="Samples per step in each process; four networks are trained on each.")
+    learning_rate: float = Field(1e-3, gt=0.0, description="Peak learning rate of the low-rank updates.")
+    rank: int = Field(8, ge=1, description="Rank of the updates that simulate the later training.")
+    samples: int = Field(
+        256, ge=1, description="Number of teacher samples to train on if the recipe has no data; generated once."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Compute precision; bf16 runs under autocast, the updates stay float32."
+    )
+    save_every: int = Field(50, ge=1, description="Steps between two saves of the training state, for resuming.")
+
+
 class PruneDepthConfig(StageConfig):
     """Remove whole blocks: residual blocks and attentions of U-Nets, blocks of transformers.
 
@@ -123,11 +139,26 @@ class PruneDepthConfig(StageConfig):
     preset: Preset | None = Field(
         None, description="Removes the blocks that BK-SDM removes, from U-Nets like Stable Diffusion's."
     )
-    blocks: int | None = Field(None, ge=1, description="Number of blocks to remove, chosen by ablation.")
+    blocks: int | None = Field(None, ge=1, description="Number of blocks to remove, chosen by `method`.")
     target: PruneTarget | None = Field(
-        None, description="What remains of the network; the blocks are chosen by ablation."
+        None, description="What remains of the network; the blocks are chosen by `method`."
+    )
+    method: Literal["ablation", "recoverability"] = Field(
+        "ablation",
+        description="ablation removes the blocks that the output needs least now, recoverability those that it needs "
+        "least after training.",
     )
     samples: int = Field(8, ge=1, description="Trajectories on whose states ablation measures errors.")
+    search: RecoverabilityConfig | None = Field(
+        None, description="Settings of method recoverability; None means its defaults."
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _has_search(cls, settings: Any) -> Any:
+        if not isinstance(settings, dict) or settings.get("method") != "recoverability":
+            return settings
+        return settings if settings.get("search") is not None else settings | {"search": RecoverabilityConfig()}
 
     @model_validator(mode="after")
     def _chooses_one_way(self) -> PruneDepthConfig:
@@ -137,6 +168,16 @@ class PruneDepthConfig(StageConfig):
                 "exactly one of remove, preset, blocks and target chooses the blocks, "
                 f"found {' and '.join(chosen) if chosen else 'none'}"
             )
+        if self.method == "ablation":
+            if self.search is not None:
+                raise ValueError("search belongs to method recoverability, not ablation; set it, or remove search")
+            return self
+        if chosen[0] in ("remove", "preset"):
+            raise ValueError(
+                f"method recoverability chooses the blocks, but {chosen[0]} already names them; remove one"
+            )
+        if self.samples != type(self).model_fields["samples"].default:
+            raise ValueError("samples belongs to method ablation, not recoverability; set search.samples instead")
         return self
 
 

@@ -1,7 +1,7 @@
 """`depth`: remove whole blocks, whose input then stands for their output (models/removed_blocks.py).
 
-The blocks are named, taken from a preset (block_presets.py), or chosen by ablation: of the blocks that are still there,
-remove the one with the smallest
+The blocks are named, taken from a preset (block_presets.py), or chosen by a method: recoverability (recoverability.py),
+or ablation, which of the blocks that are still there removes the one with the smallest
 
     |f(x) - f_without(x)|^2 / (fraction of the cost that is saved by removing the block alone)
 
@@ -25,17 +25,16 @@ from diffpress.compress.models.kept_indices import without_removed
 from diffpress.compress.models.removable_blocks import any_blocks, without_block
 from diffpress.compress.models.removed_blocks import Removable, remove_blocks_
 from diffpress.compress.progress import progress
+from diffpress.compress.pruning.block_goal import Goal, open_goal, without_surplus
 from diffpress.compress.pruning.block_presets import preset_blocks
 from diffpress.compress.pruning.config import PruneDepthConfig
 from diffpress.compress.pruning.pruned import check_runs, unshare_
-from diffpress.compress.pruning.target import open_target, unreachable
+from diffpress.compress.pruning.recoverability import by_recoverability
 from diffpress.compress.pruning.visited_states import visited_batches
 from diffpress.compress.quantization.trajectory_dataset import on_best_device
 from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 logger = logging.getLogger(__name__)
-
-LEAST_SAVED = 1e-3  # of the cost: a block that saves nothing is the last to go
 
 
 def prune_depth(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) -> Checkpoint:
@@ -52,7 +51,10 @@ def prune_depth(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) 
         removable = removable_blocks(checkpoint)
         chosen = [_named(name, removable, model) for name in dict.fromkeys(config.remove)]
     else:
-        chosen = _by_ablation(checkpoint, config, ctx)
+        removable = removable_blocks(checkpoint, config)
+        with open_goal(checkpoint, config, removable, ctx) as goal:
+            chosen = METHODS[config.method](checkpoint, config, removable, goal, ctx)
+            chosen = without_surplus(chosen, goal.is_enough)
     remove_blocks_(model, chosen)
     check_runs(model, inputs)
     unshare_(model, checkpoint.model)
@@ -104,43 +106,16 @@ def _named(name: str, removable: Sequence[Removable], model: nn.Module) -> Remov
     raise unknown_name("prune: remove", name, known)
 
 
-def _by_ablation(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) -> list[Removable]:
-    """Choose blocks one after the other."""
-    removable = removable_blocks(checkpoint, config)
-    errors_without = _ablation(checkpoint, config, ctx)
-    if config.target is None:
-        return _chosen(errors_without, removable, lambda chosen: len(chosen) == config.blocks, lambda block: 1.0)
-    with open_target(checkpoint, config.target, ctx) as fraction:
-        most = config.target.fraction
-
-        def remaining(blocks: Sequence[Removable]) -> float:
-            smaller = checkpoint.shared_model().eval()
-            remove_blocks_(smaller, blocks)
-            return fraction(smaller) if blocks else 1.0
-
-        smallest = remaining(removable)
-        if smallest > most:
-            raise unreachable(config.target, smallest)
-        saved = {block: max(1.0 - remaining([block]), LEAST_SAVED) for block in removable}
-        chosen = _chosen(errors_without, removable, lambda blocks: remaining(blocks) <= most, saved.__getitem__)
-        for block in chosen[-2::-1]:  # the last block may have saved more than was left to save
-            fewer = [other for other in chosen if other is not block]
-            chosen = fewer if remaining(fewer) <= most else chosen
-    return chosen
-
-
-def _chosen(
-    errors_without: Callable[[Sequence[Removable], Sequence[Removable]], list[float]],
-    removable: Sequence[Removable],
-    is_enough: Callable[[Sequence[Removable]], bool],
-    saved: Callable[[Removable], float],
+def _by_ablation(
+    checkpoint: Checkpoint, config: PruneDepthConfig, removable: Sequence[Removable], goal: Goal, ctx: Context
 ) -> list[Removable]:
     """Return the blocks that are removed until it is enough, that with the smallest error per saved cost first."""
+    errors_without = _ablation(checkpoint, config, ctx)
     left, chosen = list(removable), list[Removable]()
     with progress("ablation of blocks", len(removable)) as advance:
-        while left and not is_enough(chosen):
+        while left and not goal.is_enough(chosen):
             errors = errors_without(chosen, left)
-            scores = [error / saved(block) for error, block in zip(errors, left, strict=True)]
+            scores = [error / goal.saved[block] for error, block in zip(errors, left, strict=True)]
             chosen.append(left.pop(scores.index(min(scores))))
             advance(len(chosen), chosen[-1].name)
     return chosen
@@ -172,3 +147,6 @@ def _ablation(
         return found
 
     return errors
+
+
+METHODS = {"ablation": _by_ablation, "recoverability": by_recoverability}

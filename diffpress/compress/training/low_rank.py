@@ -1,4 +1,6 @@
-"""Low-rank updates of frozen weights: W = W_0 + B A,   A [rank, K], B [out, rank]      (LoRA, Hu et al. 2022)
+"""Low-rank updates of frozen weights (LoRA, Hu et al. 2022).
+
+    W = W_0 + B A,   A [rank, K], B [out, rank]
 
 for weights [out, ...] of which one row has K elements (K includes the kernel). B is initialized to 0 and A to
 N(0, 1 / rank), so that a first step of size e changes a weight by about e, as if it were trained itself. Only A and B
