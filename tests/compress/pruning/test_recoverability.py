@@ -272,7 +272,7 @@ def test_transformers_search_on_samples_of_their_own(
 
 def probabilities(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) -> dict[str, float]:
     prune(checkpoint, config, ctx)
-    return ctx.notes["keep_probabilities"]  # type: ignore[no-any-return]
+    return ctx.notes["keep_probabilities"]
 
 
 def test_a_search_repeats_bit_for_bit_and_depends_on_the_seed(
