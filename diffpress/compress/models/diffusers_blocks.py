@@ -1,7 +1,8 @@
 """Prunable widths inside the blocks of diffusers' denoisers; shared by the family adapters.
 
-The width of the residual stream is never pruned: it is tied to layer norms, adaptive-norm chunks, positional embeddings
-and skip connections. Only widths inside one branch shrink, between the layers that write and read them:
+These are widths inside one branch of the residual stream, between the layers that write and read them. The width of
+the stream itself is tied to layer norms, adaptive-norm chunks, position embeddings and skip connections; it is found by
+a trace (pruning/channel_groups.py).
 
     FeedForward                net[0].proj out (GEGLU: both halves [2 * C], same index in each) -> net[2] in
     ResnetBlock2D              conv1 out, time_emb_proj out (scale_shift: both halves), norm2 -> conv2 in

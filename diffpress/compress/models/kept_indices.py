@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from diffpress.compress.models.low_rank_layers import whole_shapes
@@ -21,6 +22,7 @@ from diffpress.runtime.errors import InvalidInputError
 
 Indices = np.ndarray  # int64 [K], increasing
 KeptIndices = dict[str, dict[int, Indices]]
+MAX_INDICES = 10_000_000  # of a dimension; a longer range in a file is a mistake
 
 
 class Removals:
@@ -77,11 +79,26 @@ def kept_from_json(record: Any, model: nn.Module, where: str) -> KeptIndices:
     for name, dims in record.items():
         shape = shapes.get(name, ())
         for dim, text in dims.items() if isinstance(dims, Mapping) else [("", "")]:
-            indices = _indices(text, shape[int(dim)]) if str(dim).isdecimal() and int(dim) < len(shape) else None
-            if indices is None:
+            indices = _indices(text) if str(dim).isdecimal() and int(dim) < len(shape) else None
+            if indices is None or len(indices) != shape[int(dim)]:
                 raise InvalidInputError(f"{where}: kept_indices of '{name}' do not match this model's widths")
             found.setdefault(name, {})[int(dim)] = indices
     return found
+
+
+def cut_buffers_(model: nn.Module, record: Any) -> None:
+    """Cut the buffers that no checkpoint saves, such as position tables, at the indices of `kept_to_json`'s object.
+
+    A freshly built model computes them for its unpruned widths. What does not match is left to `kept_from_json`.
+    """
+    for path, module in model.named_modules():
+        for name in module._non_persistent_buffers_set if isinstance(record, Mapping) else ():
+            dims = record.get(f"{path}.{name}" if path else name)
+            for dim, text in dims.items() if isinstance(dims, Mapping) else ():
+                table = module._buffers[name]
+                indices = _indices(text) if table is not None and str(dim).isdecimal() else None
+                if indices is not None and int(dim) < table.ndim and indices[-1] < table.shape[int(dim)]:
+                    module._buffers[name] = table.index_select(int(dim), torch.from_numpy(indices).to(table.device))
 
 
 def _ranges(indices: Indices) -> str:
@@ -89,12 +106,12 @@ def _ranges(indices: Indices) -> str:
     return " ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _indices(text: Any, count: int) -> Indices | None:
-    """Read ranges of `count` increasing indices; None if they are something else."""
+def _indices(text: Any) -> Indices | None:
+    """Read ranges of increasing indices; None if they are something else."""
     if not isinstance(text, str) or not re.fullmatch(r"\d{1,9}(-\d{1,9})?( \d{1,9}(-\d{1,9})?)*", text):
         return None
     ends = [(int(run.split("-")[0]), int(run.split("-")[-1])) for run in text.split()]
-    if sum(last - first + 1 for first, last in ends) != count:
+    if sum(last - first + 1 for first, last in ends) > MAX_INDICES:
         return None
     indices = np.concatenate([np.arange(first, last + 1) for first, last in ends])
     return indices if (np.diff(indices) > 0).all() else None

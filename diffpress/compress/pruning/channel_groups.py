@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch.nn.modules.conv import _ConvNd
 from diffpress.compress.models.kept_indices import Removals
 from diffpress.compress.pruning.allocation import Candidate
 from diffpress.compress.pruning.channel_removal import Channels, TracedModel
-from diffpress.compress.pruning.channel_trace import OUTPUT, ChannelTrace, Slot, trace
+from diffpress.compress.pruning.channel_trace import HEADS, OUTPUT, ChannelTrace, Slot, trace
 from diffpress.compress.pruning.importance import Importance
 from diffpress.runtime.errors import InvalidInputError
 
@@ -47,13 +48,21 @@ def traced_groups(
     ratio: float,
     importance: Importance,
     removals: Removals,
+    pixels: Mapping[Any, int] | None = None,
 ) -> tuple[TracedModel, list[Candidate], str]:
     """Return the model's channels, the candidates for pruning, and the layers that are skipped with the reasons.
+
+    Costs are those of the inputs, or of `pixels`: the output positions per sample of layers in an evaluation of another
+    size.
 
     Raises:
         InvalidInputError: No group can be pruned.
     """
     found = trace(model.eval(), inputs)
+    names = {module: name for name, module in model.named_modules()}
+    found.positions |= {
+        f"{names[layer]}.weight": count * len(inputs["sample"]) for layer, count in (pixels or {}).items()
+    }
     _fix_unequal_shares(found)
     traced = TracedModel(model, inputs, found, removals)
     reasons: dict[int, str] = {}
@@ -186,6 +195,6 @@ def _skipped(model: nn.Module, traced: TracedModel, found: ChannelTrace, reasons
         dim = 1 if isinstance(owner, nn.Embedding) or getattr(owner, "transposed", False) else 0
         roots = traced.slots.get((name, dim), np.zeros(0, dtype=int)).tolist()
         why = [reason for root in roots if (reason := found.ids.reason(root) or reasons.get(root))]
-        if why and why[0] != OUTPUT:
+        if why and why[0] not in (HEADS, OUTPUT):
             layers[why[0]].append(layer)
     return "; ".join(f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in layers.items())

@@ -12,6 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from diffpress.compress.checkpoint import shared_copy
 from diffpress.compress.models.adapter import adapter_for
 from diffpress.compress.models.kept_indices import Removals
 from diffpress.compress.models.widths import refresh_sizes_, replace_tensors_
@@ -34,9 +35,9 @@ class TracedModel:
         self._removals = removals or Removals(model)
 
     def copy(self) -> TracedModel:
-        """Return a copy from which channels can be removed."""
+        """Return a copy from which channels can be removed; it shares the tensors that lose none."""
         found = copy.copy(self)
-        found.model, found.slots, found._ids = copy.deepcopy(self.model), dict(self.slots), dict(self._ids)
+        found.model, found.slots, found._ids = shared_copy(self.model), dict(self.slots), dict(self._ids)
         found._removed, found._removals = set(self._removed), Removals(found.model)
         return found
 
@@ -89,7 +90,7 @@ class TracedModel:
             return isinstance(pruned, int) and original == pruned
         if (original == FREE).all():
             return not isinstance(pruned, int) and bool((pruned == FREE).all())
-        kept = original[~np.isin(self._traced.ids.roots(original), list(self._removed))]
+        kept = original[[root not in self._removed for root in self._traced.ids.roots(original).tolist()]]
         # a single remaining channel cannot be distinguished from a dimension of size 1
         return pruned == len(kept) == 1 if isinstance(pruned, int) else np.array_equal(kept, pruned)
 

@@ -64,7 +64,19 @@ class ChannelTrace(TorchDispatchMode):
             own = {d: self.slots[name, d] for d in range(tensor.ndim) if (name, d) in self.slots}
             self._labels[tensor] = Labels(own, weights=frozenset([name]))
         self._first = slots is None
+        if self._first:
+            self._follow_adapter(model)
         self._spectral = _spectral_vectors(model)
+
+    def _follow_adapter(self, model: nn.Module) -> None:
+        """Fix the heads of attentions, which are pruned apart, and couple outputs that the family's adapter ties."""
+        adapter, names = adapter_for(model), {module: name for name, module in model.named_modules()}
+        for member in (member for heads in adapter.attentions(model) for member in heads.members):
+            for tensor in ("weight", "bias") if member.side == "out" else ():
+                self.ids.fix(self.slots.get((f"{names[member.layer]}.{tensor}", 0)), HEADS)
+        for first, *others in adapter.tied_outputs(model):
+            for other in others:
+                self.ids.couple(self.slots[f"{first}.weight", 0], self.slots[f"{other}.weight", 0], HEADS)
 
     def labels(self, tensor: torch.Tensor) -> Labels:
         """Return the labels of a tensor."""
@@ -148,6 +160,7 @@ def trace(model: nn.Module, inputs: dict[str, torch.Tensor], slots: Mapping[Slot
 
 
 OUTPUT = "is an output of the network"
+HEADS = "belongs to the heads of an attention"
 
 
 @contextmanager
@@ -167,10 +180,9 @@ def _observed_norms(model: nn.Module, found: ChannelTrace) -> Iterator[None]:
 
 
 def _state_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Return the parameters and saved buffers by name; a tensor with several names is listed once."""
-    saved = model.state_dict(keep_vars=True)
+    """Return the parameters and buffers by name; a tensor with several names is listed once."""
     named = [*model.named_parameters(), *model.named_buffers()]
-    return {name: tensor for name, tensor in named if name in saved and tensor.is_floating_point()}
+    return {name: tensor for name, tensor in named if tensor.is_floating_point()}
 
 
 def _spectral_vectors(model: nn.Module) -> frozenset[str]:

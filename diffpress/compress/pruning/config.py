@@ -75,6 +75,11 @@ class PruneConfig(StageConfig):
     scope: Literal["local", "global"] = Field(
         "local", description="local prunes every layer group by ratio; global distributes it over the network."
     )
+    residual: bool | None = Field(
+        None,
+        description="Whether the width of the residual stream shrinks, not only the inner widths of its branches; None "
+        "means true for UNet2DModel and custom modules, and false for other families.",
+    )
     round_to: int = Field(8, ge=1, description="Kept widths are multiples of this many channels.")
     batch: int = Field(32, ge=1, description="Images per batch for the gradients of taylor and diff_pruning.")
     timesteps: int = Field(

@@ -6,8 +6,9 @@
                removed from each of its normalization groups, so that the kept widths stay divisible (allocation.py)
 3. removal     the channel is removed from every layer that writes or reads it (groups.py, channel_groups.py)
 
-The family's adapter lists the coupled groups (`coupled`), or leaves them to torch-pruning's dependency graph and names
-the layers that it must not change (`fixed`). The groups of any other module are found in a trace of its channels.
+The family's adapter lists the inner widths of the blocks (`coupled`). If the residual stream is pruned as well, the
+groups of the whole network are found in a trace of its channels, or in torch-pruning's dependency graph where the
+family names the layers that this must not change (`fixed`). Of any other module nothing is known but its trace.
 Attention loses complete heads, chosen by the same importance summed over a head. With a target instead of a ratio, the
 smallest ratio that reaches it is searched (target.py).
 """
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 import logging
 import math
+from typing import Literal
 
-import torch
 from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint, shared_copy
 from diffpress.compress.context import Context
-from diffpress.compress.models.adapter import ANY_MODULE, adapter_for, dummy_inputs
+from diffpress.compress.models.adapter import ANY_MODULE, adapter_for, dummy_inputs, small_spec
 from diffpress.compress.models.counts import parameter_count
 from diffpress.compress.models.diffusers_blocks import Coupled
 from diffpress.compress.models.kept_indices import Removals, kept_of_both
@@ -35,6 +36,9 @@ from diffpress.compress.pruning.pruned import Pruned, check_runs, unshare_
 from diffpress.compress.pruning.target import reach_target
 from diffpress.compress.sources.layout import first_line
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.spec import DenoiserSpec
+
+GroupsFrom = Literal["blocks", "graph", "trace"]
 
 logger = logging.getLogger(__name__)
 
@@ -74,18 +78,37 @@ def _pruned(
     source: nn.Module, checkpoint: Checkpoint, config: PruneConfig, importance: Importance, ratio: float
 ) -> Pruned:
     """Return a pruned copy of `source`; tensors that lose nothing are shared with it."""
-    by_trace = adapter_for(source).fixed is ANY_MODULE.fixed
+    groups_from = _groups_from(source, config)
     try:
-        return _pruned_by(source, checkpoint, config, importance, ratio, by_trace)
+        return _pruned_by(source, checkpoint, config, importance, ratio, groups_from)
     except (AssertionError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        if by_trace:
+        if groups_from != "graph":
             raise
         # a variant of the family in which torch-pruning's graph couples the wrong channels
         logger.warning(
             f"prune: torch-pruning fails on this {checkpoint.source.kind} ({first_line(error)}); "
             "its channels are traced instead"
         )
-        return _pruned_by(source, checkpoint, config, importance, ratio, by_trace=True)
+        return _pruned_by(source, checkpoint, config, importance, ratio, "trace")
+
+
+def _groups_from(model: nn.Module, config: PruneConfig) -> GroupsFrom:
+    """Return how the groups of a model are found.
+
+    Raises:
+        InvalidInputError: The residual stream must keep its width, and the blocks of the model are not known.
+    """
+    adapter = adapter_for(model)
+    if adapter.coupled is ANY_MODULE.coupled:
+        if config.residual is False:
+            raise InvalidInputError(
+                "prune: residual = false needs a family whose blocks are known, and a trace finds all widths of this "
+                "model; remove residual"
+            )
+        return "trace"
+    if not (adapter.residual if config.residual is None else config.residual):
+        return "blocks"
+    return "trace" if adapter.fixed is ANY_MODULE.fixed else "graph"
 
 
 def _pruned_by(
@@ -94,20 +117,21 @@ def _pruned_by(
     config: PruneConfig,
     importance: Importance,
     ratio: float,
-    by_trace: bool,
+    groups_from: GroupsFrom,
 ) -> Pruned:
     adapter, model, inputs = adapter_for(source), shared_copy(source), dummy_inputs(checkpoint.spec, 2)
     removals = Removals(model)
     _prune_heads_(adapter.attentions(model), ratio, importance, removals)
-    groups, skipped = adapter.coupled(model), ""
-    if groups is not None:
-        pixels = output_pixels(model, adapter, inputs)
-        _remove_least_important_(adapter_groups(groups, config, importance, pixels, removals), config, ratio)
-    elif by_trace:
-        skipped = _prune_traced_(model, inputs, config, importance, ratio, removals)
-    else:
+    skipped = ""
+    if groups_from == "trace":
+        skipped = _prune_traced_(model, checkpoint.spec, config, importance, ratio, removals)
+    elif groups_from == "graph":
         candidates = dependency_graph_groups(model, adapter, inputs, config, importance, removals)
         _remove_least_important_(candidates, config, ratio)
+    else:
+        pixels = output_pixels(model, adapter, inputs)
+        groups = adapter.coupled(model) or []
+        _remove_least_important_(adapter_groups(groups, config, importance, pixels, removals), config, ratio)
     adapter.refresh_(model)
     check_runs(model, inputs)
     return Pruned(model, removals.kept, skipped)
@@ -115,14 +139,17 @@ def _pruned_by(
 
 def _prune_traced_(
     model: nn.Module,
-    inputs: dict[str, torch.Tensor],
+    spec: DenoiserSpec,
     config: PruneConfig,
     importance: Importance,
     ratio: float,
     removals: Removals,
 ) -> str:
     """Remove channels that a trace finds; return the layers that are skipped, with the reasons."""
-    traced, candidates, skipped = traced_groups(model, inputs, config.round_to, ratio, importance, removals)
+    small = small_spec(model, spec)  # which channels are coupled does not depend on the size of the sample
+    pixels = None if small == spec else output_pixels(model, adapter_for(model), dummy_inputs(spec, 2))
+    inputs = dummy_inputs(small, 2)
+    traced, candidates, skipped = traced_groups(model, inputs, config.round_to, ratio, importance, removals, pixels)
     _remove_least_important_(candidates, config, ratio)
     if (difference := traced.difference()) is not None:
         raise InvalidInputError(f"prune: the pruned model differs from the original: {difference}")

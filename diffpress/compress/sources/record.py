@@ -11,7 +11,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import FORMAT, RECORD, SCALES, TENSOR_KINDS, Quantization, Record
 from diffpress.compress.models.adapter import adapter_for
-from diffpress.compress.models.kept_indices import kept_from_json
+from diffpress.compress.models.kept_indices import cut_buffers_, kept_from_json
 from diffpress.compress.models.low_rank_layers import restore_low_rank_layers_
 from diffpress.compress.models.removed_blocks import restore_removed_blocks_
 from diffpress.compress.models.widths import apply_widths_
@@ -34,6 +34,7 @@ def resize_(model: nn.Module, record: dict[str, Any] | None, folder: Path) -> No
     restore_removed_blocks_(model, record.get("removed_blocks", {}), where)
     restore_low_rank_layers_(model, record.get("low_rank_layers", {}), where)
     apply_widths_(model, record.get("widths", {}), where)
+    cut_buffers_(model, record.get("kept_indices"))
     adapter_for(model).refresh_(model)
 
 

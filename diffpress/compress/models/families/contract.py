@@ -81,9 +81,11 @@ class Adapter:
         sensitive_layers: Names of the layers that stay in high precision by default.
         residual_outputs: Names of the modules that write the residual stream and its skip connections.
         attentions: Heads of each attention; pruning removes complete heads.
-        coupled: Inner widths that pruning may shrink; None: they are found by a trace of the network's channels.
-        fixed: Names of layers whose output widths are never pruned; a family that names some and whose `coupled`
-            returns None is pruned over torch-pruning's dependency graph instead.
+        coupled: Inner widths that pruning may shrink; None: all widths are found by a trace of the network's channels.
+        residual: Whether the width of the residual stream shrinks as well if a recipe does not say.
+        tied_outputs: Lists of layers that must write the same channels, although no operation of the network shows it.
+        fixed: Names of layers whose output widths are never pruned. A family that names some prunes the residual stream
+            over torch-pruning's dependency graph, the others by a trace of the network's channels.
         removable_blocks: Blocks that depth pruning may remove; None: members of lists of modules, found by running it.
         refresh_: Updates size attributes that modules store to the present layer widths.
         add_guidance_input_: Adds the guidance weight as an input of the network; returns the config entries that
@@ -98,6 +100,8 @@ class Adapter:
     residual_outputs: Callable[[nn.Module], list[str]] = _none
     attentions: Callable[[nn.Module], list[Coupled]] = _none
     coupled: Callable[[nn.Module], list[Coupled] | None] = _unknown
+    residual: bool = False
+    tied_outputs: Callable[[nn.Module], list[list[str]]] = _none
     fixed: Callable[[nn.Module], list[str]] = _last_layer
     removable_blocks: Callable[[nn.Module], list[Removable]] | None = None
     refresh_: Callable[[nn.Module], None] = _do_nothing_

@@ -66,6 +66,11 @@ def sensitive_layers(model: nn.Module) -> list[str]:
     return layers_named(model, outside=("pos_embed.", "adaln_single.", "caption_projection.", "proj_out"))
 
 
+def tied_outputs(model: Any) -> list[list[str]]:
+    """Return the layers whose widths the network takes from each other: it views the caption in that of the image."""
+    return [["pos_embed.proj", "caption_projection.linear_2"]]
+
+
 def _is_size_conditioned(config: dict[str, Any]) -> bool:
     # same rule as PixArtTransformer2DModel
     setting = config.get("use_additional_conditions")
@@ -80,6 +85,7 @@ ADAPTER = Adapter(
     sensitive_layers=sensitive_layers,
     attentions=diffusers_blocks.attentions,
     coupled=diffusers_blocks.coupled,
+    tied_outputs=tied_outputs,
     removable_blocks=removable_blocks.transformer_blocks,
     refresh_=diffusers_blocks.refresh_,
 )

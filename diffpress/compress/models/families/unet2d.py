@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers.models.attention_processor import Attention
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.upsampling import Upsample2D
@@ -71,13 +70,15 @@ def fixed(model: nn.Module) -> list[str]:
 
 def refresh_(model: nn.Module) -> None:
     """Update the widths that resamplers, resnets and attentions store; resamplers check their input against them."""
+    diffusers_blocks.refresh_(model)
     for module in model.modules():
         if isinstance(module, (Upsample2D, Downsample2D)) and isinstance(module.conv, (nn.Conv2d, LowRankLayer)):
             module.channels, module.out_channels = module.conv.in_channels, module.conv.out_channels
         elif isinstance(module, ResnetBlock2D):
             module.in_channels, module.out_channels = module.conv1.in_channels, module.conv2.out_channels
-        elif isinstance(module, Attention):
-            module.inner_dim = module.inner_kv_dim = module.to_q.out_features
+            for resampler in (module.upsample, module.downsample):
+                if isinstance(resampler, (Upsample2D, Downsample2D)):  # without a convolution of its own
+                    resampler.channels = resampler.out_channels = module.in_channels
     refresh_removed_(model)
 
 
@@ -89,6 +90,8 @@ ADAPTER = Adapter(
     sensitive_layers=sensitive_layers,
     residual_outputs=diffusers_blocks.residual_outputs,
     attentions=diffusers_blocks.attentions,
+    coupled=diffusers_blocks.coupled,
+    residual=True,
     fixed=fixed,
     removable_blocks=removable_blocks.unet_blocks,
     refresh_=refresh_,

@@ -139,6 +139,6 @@ ADAPTER = Adapter(
     attentions=diffusers_blocks.attentions,
     coupled=diffusers_blocks.coupled,
     removable_blocks=removable_blocks.unet_blocks,
-    refresh_=diffusers_blocks.refresh_,
+    refresh_=unet2d.refresh_,
     add_guidance_input_=add_guidance_input_,
 )
