@@ -152,6 +152,7 @@ def recipe(tmp_path: Path) -> Callable[[str], Path]:
 # sdxl and lcm have sd's network, and pixart is built from dit's blocks
 FAMILIES = {"ldm": "magnitude", "sd": "taylor", "sdxl": "magnitude", "lcm": "magnitude", "dit": "taylor"}
 FAMILIES |= dict.fromkeys(("pixart-alpha", "sd3", "flux"), "magnitude")
+STREAM_KINDS = ("dit", "pixart-alpha", "sd3", "flux", "sd", "sdxl")
 BOTH = [pytest.param(kind, "magnitude", marks=pytest.mark.slow) for kind in ("sd", "dit")]
 
 
@@ -429,6 +430,36 @@ def test_prompts_that_a_model_does_not_accept_are_refused(sd_bundle: Path, refus
 
 
 # --- complete pipeline, every kind -----------------------------------------------------------------------------
+
+
+STREAM = """
+teacher_samples: 2
+stages:
+  - prune: {method: magnitude, ratio: 0.5, round_to: 4, residual: true}
+  - distill: {kind: recover, steps: 1, batch: 2}
+  - quantize: {format: int8, samples: 2, batch: 2}
+gates: {parity_sqnr_db: 30}
+"""
+STREAMS = [pytest.param(kind, marks=() if kind == "dit" else pytest.mark.slow) for kind in STREAM_KINDS]
+
+
+@pytest.mark.parametrize("kind", STREAMS)
+def test_a_network_with_a_narrower_residual_stream_is_exported_and_sampled(
+    kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder, out, image = tmp_path / "teacher", tmp_path / "out", tmp_path / "image.png"
+    teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=2)
+    save_checkpoint(teacher, folder)
+    (tmp_path / "recipe.yaml").write_text(STREAM)
+    assert run("compress", folder, "--recipe", tmp_path / "recipe.yaml", "--out", out) == 0  # the gate is met
+    small = load_checkpoint(out / "checkpoint")
+    before, after = (count(one.model, one.spec) for one in (teacher, small))
+    # without the stream, half of the inner widths and heads leave about half of the parameters
+    assert after.parameters < 0.45 * before.parameters
+    conditioning = {"text": ("--prompt", PROMPTS[0]), "class": ("--label", LABELS[0])}
+    sample = ("-n", 1, "--out", image, "--engine", "onnxruntime", *conditioning[teacher.spec.conditioning.kind])
+    assert run("sample", out / "bundle", *sample) == 0
+    assert picture(image).std() > 0.02
 
 
 @pytest.mark.slow

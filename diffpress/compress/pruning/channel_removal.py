@@ -48,7 +48,7 @@ class TracedModel:
         tensors: dict[str, Any] = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         new: dict[int, torch.Tensor] = {}
         for (name, dim), roots in self.slots.items():
-            keep = np.flatnonzero(~np.isin(roots, removed))
+            keep = np.flatnonzero(~np.isin(roots, removed, kind="table"))
             if len(keep) == len(roots):
                 continue
             owner, _, attribute = name.rpartition(".")

@@ -37,13 +37,13 @@ def assert_cut_from(small: Checkpoint, whole: Checkpoint) -> None:
     assert small.kept_indices and set(small.kept_indices) <= set(tensors)
 
 
-@pytest.mark.parametrize("scope", ["local", "global"])
+@pytest.mark.parametrize(("scope", "residual"), [("local", None), ("global", None), ("global", True)])
 @pytest.mark.parametrize("kind", ["ldm", "sd", "dit", "pixart-alpha", "sd3", "flux"])
 def test_the_weights_of_every_family_are_cut_at_the_kept_indices(
-    kind: str, scope: Any, tiny_folder: Callable[..., Path], tmp_path: Path
+    kind: str, scope: Any, residual: bool | None, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     whole = load_checkpoint(tiny_folder(kind))
-    small = prune(whole, config(scope=scope, ratio=0.5), Context(0, tmp_path, whole))
+    small = prune(whole, config(scope=scope, ratio=0.5, residual=residual), Context(0, tmp_path, whole))
     assert_cut_from(small, whole)
 
 
