@@ -29,7 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 
-from diffpress.compress.models.kept_indices import KeptIndices, kept_to_json
+from diffpress.compress.models.kept_indices import KeptIndices, kept_of_unsaved, kept_to_json
 from diffpress.compress.models.low_rank_layers import low_rank_layers
 from diffpress.compress.models.removed_blocks import removed_blocks
 from diffpress.compress.models.widths import Widths, changed_widths
@@ -198,7 +198,7 @@ class Checkpoint:
         return digest.hexdigest()
 
     def _facts(self) -> dict[str, Any]:
-        removed = removed_blocks(self.model)
+        removed, tables = removed_blocks(self.model), kept_of_unsaved(self.kept_indices, self.model)
         return {
             "kind": self.source.kind,
             "config": self.source.config,
@@ -207,6 +207,7 @@ class Checkpoint:
             "quantization": self.quantization.facts() if self.quantization else None,
             **({"components": self._component_facts()} if self.component_quantization else {}),
             **({"removed_blocks": removed} if removed else {}),
+            **({"kept_of_unsaved": tables} if tables else {}),
             **({"sparse_layers": self.sparse_layers} if self.sparse_layers else {}),
         }
 

@@ -91,14 +91,29 @@ def cut_buffers_(model: nn.Module, record: Any) -> None:
 
     A freshly built model computes them for its unpruned widths. What does not match is left to `kept_from_json`.
     """
-    for path, module in model.named_modules():
-        for name in module._non_persistent_buffers_set if isinstance(record, Mapping) else ():
-            dims = record.get(f"{path}.{name}" if path else name)
-            for dim, text in dims.items() if isinstance(dims, Mapping) else ():
-                table = module._buffers[name]
-                indices = _indices(text) if table is not None and str(dim).isdecimal() else None
-                if indices is not None and int(dim) < table.ndim and indices[-1] < table.shape[int(dim)]:
-                    module._buffers[name] = table.index_select(int(dim), torch.from_numpy(indices).to(table.device))
+    for name, module, own in _unsaved_buffers(model):
+        dims = record.get(name) if isinstance(record, Mapping) else None
+        for dim, text in dims.items() if isinstance(dims, Mapping) else ():
+            table = module.get_buffer(own)
+            indices = _indices(text) if str(dim).isdecimal() and int(dim) < table.ndim else None
+            if indices is not None and indices[-1] < table.shape[int(dim)]:
+                module._buffers[own] = table.index_select(int(dim), torch.from_numpy(indices).to(table.device))
+
+
+def kept_of_unsaved(kept: KeptIndices, model: nn.Module) -> dict[str, dict[str, str]]:
+    """Return the ranges of the buffers that no checkpoint saves."""
+    names = {name for name, _, _ in _unsaved_buffers(model)}
+    return kept_to_json({name: dims for name, dims in kept.items() if name in names})
+
+
+def _unsaved_buffers(model: nn.Module) -> list[tuple[str, nn.Module, str]]:
+    """Return the buffers that no checkpoint saves: the full name, the module and the name in the module."""
+    return [
+        (f"{path}.{own}" if path else own, module, own)
+        for path, module in model.named_modules()
+        for own in sorted(module._non_persistent_buffers_set)
+        if module._buffers.get(own) is not None
+    ]
 
 
 def _ranges(indices: Indices) -> str:

@@ -237,6 +237,53 @@ def test_an_operation_that_is_not_followed_keeps_its_layers_and_is_named(
     assert caplog.messages == ["prune: skipped: first: is read by an operation that pruning does not follow (sort)"]
 
 
+def beside(layer: nn.Module, run: Callable[[nn.Module, torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Add `layer`, which is run on [B, 16, 8, 8], to the hidden states of a network with a prunable middle."""
+    layers = {"first": first(), "layer": layer, "second": nn.Conv2d(16, 16, 3, padding=1), "last": last()}
+    return Apply(lambda m, x, t: m.last(torch.tanh(m.second(torch.tanh(run(m.layer, m.first(x)))))), **layers)
+
+
+def in_rows(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    found = layer(x.flatten(2).transpose(1, 2))
+    return (found[0] if isinstance(found, tuple) else found).transpose(1, 2).reshape(x.shape)
+
+
+@pytest.mark.parametrize(
+    ("layer", "run", "reason"),
+    [
+        (
+            lambda: nn.ConvTranspose2d(16, 16, 3, padding=1, groups=4),
+            lambda layer, x: layer(x),
+            "is in a grouped transposed convolution",
+        ),
+        (lambda: nn.LSTM(16, 16, batch_first=True), in_rows, "is read by an operation that pruning does not follow"),
+        (lambda: nn.GRU(16, 16, batch_first=True), in_rows, "the code does not run with fewer channels"),
+        (
+            lambda: nn.Bilinear(16, 16, 16),
+            lambda layer, x: layer(x.movedim(1, -1), x.movedim(1, -1)).movedim(-1, 1),
+            "is read by an operation that pruning does not follow (_trilinear)",
+        ),
+    ],
+    ids=["grouped transposed convolution", "LSTM", "GRU", "Bilinear"],
+)
+def test_a_layer_that_cannot_be_pruned_is_left_alone_and_named(
+    layer: Build,
+    run: Any,
+    reason: str,
+    custom: Callable[..., Checkpoint],
+    pruned_by: Prune,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = beside(built(layer), run)
+    with caplog.at_level(logging.WARNING):
+        small: Any = pruned_by(custom(model)).model
+    assert (small.first.out_channels, small.second.out_channels) == (16, 8)
+    shapes = [[tuple(p.shape) for p in one.layer.parameters()] for one in (model, small)]  # type: ignore[union-attr]
+    assert shapes[0] == shapes[1]
+    assert len(caplog.messages) == 1 and caplog.messages[0].startswith("prune: skipped: ")
+    assert "first" in caplog.messages[0] and reason in caplog.messages[0]
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
