@@ -437,8 +437,7 @@ teacher_samples: 2
 stages:
   - prune: {method: magnitude, ratio: 0.5, round_to: 4, residual: true}
   - distill: {kind: recover, steps: 1, batch: 2}
-  - quantize: {format: int8, samples: 2, batch: 2}
-gates: {parity_sqnr_db: 30}
+gates: {parity_sqnr_db: 60}  # in float: int8 would measure its own rounding
 """
 STREAMS = [pytest.param(kind, marks=() if kind == "dit" else pytest.mark.slow) for kind in STREAM_KINDS]
 
