@@ -116,6 +116,7 @@ def export(
     precision: str = "fp32",
     size: tuple[int, int] | None = None,
     fixed_timesteps: bool = False,
+    image_inputs: bool = False,
     revert_slower: bool = False,
     compute_capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
@@ -131,6 +132,7 @@ def export(
         precision: "fp32", "fp16" or "bf16", of the float graphs; norms, softmax and decoders stay fp32.
         size: Height and width of the image in pixels, to fix them in the graphs.
         fixed_timesteps: Fold the timestep embedding for the plan's own timesteps into constants.
+        image_inputs: Export the encoder of the autoencoder, so that the bundle can start from images.
         revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
         compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
         build: How TensorRT engines are built.
@@ -164,6 +166,7 @@ def export(
         "precision": precision,
         "size": size,
         "fixed_timesteps": fixed_timesteps,
+        "image_inputs": image_inputs,
         "revert_slower": revert_slower,
         "threads": threads,
         "tensorrt": {"compute_capabilities": compute_capabilities, **(build or BuildOptions()).to_json()},

@@ -48,7 +48,7 @@ from diffpress.compress.quantization.quantizers import fake_quantized  # noqa: E
 from diffpress.compress.recipe import Recipe  # noqa: E402
 from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
 from diffpress.export.bundle import export_bundle  # noqa: E402
-from diffpress.runtime.pipeline import resized  # noqa: E402
+from diffpress.runtime.image_size import resized  # noqa: E402
 from diffpress.runtime.sampler import generate, noise_for  # noqa: E402
 from tests.against_diffusers import (  # noqa: E402
     LABELS,

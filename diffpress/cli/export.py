@@ -38,6 +38,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what the graphs store and compute in; norms, softmax and decoders stay fp32 (fp32)",
     )
     parser.add_argument("--size", metavar="HxW", help="fix height and width of the image, in pixels")
+    parser.add_argument(
+        "--image-inputs",
+        action="store_true",
+        help="export the encoder of the autoencoder, so that the bundle can start from images",
+    )
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
         "--parity-sqnr-db",
@@ -75,6 +80,7 @@ def run(args: argparse.Namespace) -> int:
         precision=args.precision,
         size=None if args.size is None else parsed_size(args.size),
         fixed_timesteps=args.fixed_timesteps,
+        image_inputs=args.image_inputs,
         revert_slower=args.revert_slower,
         compute_capabilities=args.compute_capability,
         build=build,

@@ -18,6 +18,7 @@ from diffpress.runtime.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from diffpress.runtime.bundle import Bundle
+    from diffpress.runtime.image_inputs.request import ImageRequest
     from diffpress.runtime.sample_request import SampleRequest
     from diffpress.runtime.spec import DenoiserSpec
 
@@ -72,6 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--negative", type=utf8_text, metavar="TEXT", help="what no image should show; needs guidance above 1"
     )
+    add_image_arguments(parser)
     parser.add_argument("--size", metavar="HxW", help="height and width in pixels, for models that allow other sizes")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--solver", metavar="S", help=", ".join(SOLVERS))
@@ -90,28 +92,44 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_image_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of sampling from an image."""
+    parser.add_argument("--image", type=Path, metavar="FILE", help="image to start from; the result has its size")
+    parser.add_argument("--mask", type=Path, metavar="FILE", help="image of the same size: what is white is repainted")
+    parser.add_argument(
+        "--strength",
+        type=float,
+        metavar="S",
+        help="share of the steps that is run from the image, above 0 and at most 1 (0.8; with a mask 1)",
+    )
+    parser.add_argument("--overlay", action="store_true", help="keep the unmasked pixels of the image exactly")
+
+
 def run(args: argparse.Namespace) -> int:
     """Sample, write the output, and print where it is and the time per image; raises DiffpressError."""
     from diffpress.runtime.bundle import load_bundle
     from diffpress.runtime.engines import engine_label
+    from diffpress.runtime.image_inputs.request import read_image_request
     from diffpress.runtime.io.sample_files import check_output
     from diffpress.runtime.pipeline import Pipeline
     from diffpress.runtime.requested_plan import plan_description
-    from diffpress.runtime.sample_run import SampleRun, check_samples
+    from diffpress.runtime.sample_run import RunImages, SampleRun, check_samples
 
     check_output(args.out)
     for flag, value in (("-n", args.number), ("--batch", args.batch)):
         if value is not None and value < 1:
             raise InvalidInputError(f"{flag} {value}: must be at least 1")
     options = engine_options(args, None if args.no_cache else Cache(cache_folder()))
+    image = read_image_request(args.image, args.mask, args.strength, args.overlay, prefix="--")
     bundle = load_bundle(args.bundle)
-    spec = _requested_spec(bundle, args)
+    spec, first = _requested_spec(bundle, args, image)
     request = _request(args, spec)
     with closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
         spec = bundle.spec_for(pipeline.denoiser.name, spec)
         _warn_of_lost_corrections(pipeline.spec, spec)
         check_samples(pipeline, spec, request, args.out)
-        work = SampleRun(pipeline, spec, request, args.out, args.batch, options)
+        images = None if image is None else RunImages(image, pipeline.image_start(image, spec, first, len(request)))
+        work = SampleRun(pipeline, spec, request, args.out, args.batch, options, images)
         with progress_bar(len(work), "images") as advance:
             seconds = work.sample(advance, shows_steps=is_shown())
         what = "image" if pipeline.makes_pictures else "sample"
@@ -122,7 +140,7 @@ def run(args: argparse.Namespace) -> int:
         print(f"{args.out}: nothing to do, {_count(finished, what)}{each} finished before")
         return 0
     print(
-        f"{args.out}: {_count(made, what)}{each}, {plan_description(spec)} in {engine}, "
+        f"{args.out}: {_count(made, what)}{each}, {plan_description(spec, first)} in {engine}, "
         f"{seconds * 1e3 / made:.1f} ms per {what}" + (f"; {finished} finished before" if finished else "")
     )
     return 0
@@ -140,14 +158,15 @@ def _warn_of_lost_corrections(own: DenoiserSpec, requested: DenoiserSpec) -> Non
         )
 
 
-def _requested_spec(bundle: Bundle, args: argparse.Namespace) -> DenoiserSpec:
-    from diffpress.runtime.pipeline import has_fixed_size, resized
+def _requested_spec(bundle: Bundle, args: argparse.Namespace, image: ImageRequest | None) -> tuple[DenoiserSpec, int]:
+    """Return the spec with the requested plan and size, and the first step that is run."""
+    from diffpress.runtime.image_inputs.strength import with_strength
+    from diffpress.runtime.image_size import sized
     from diffpress.runtime.requested_plan import requested_spec
 
-    spec = bundle.spec
-    if args.size is not None:
-        spec = resized(spec, parsed_size(args.size), has_fixed_size(bundle))
-    return requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance)
+    spec = sized(bundle, None if args.size is None else parsed_size(args.size), image)
+    spec = requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance)
+    return (spec, 0) if image is None else with_strength(spec, image.strength, "--strength")
 
 
 def _request(args: argparse.Namespace, spec: DenoiserSpec) -> SampleRequest:

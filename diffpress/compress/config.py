@@ -111,6 +111,9 @@ class ExportConfig(Config):
         None,
         description="Height and width of the image in pixels, to fix them in the graphs; None leaves them as traced.",
     )
+    image_inputs: bool = Field(
+        False, description="Export the encoder of the autoencoder, so that the bundle can start from images."
+    )
     threads: int | None = Field(
         None, description="Processor threads of the engines that are verified and timed; None means all."
     )

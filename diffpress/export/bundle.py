@@ -2,7 +2,7 @@
 
     denoiser.onnx (+ .data)   float, half precision, or with Q/DQ if the checkpoint has scales
     denoiser.*.onnx           for engines that run these faster or run no other (export/denoiser.py)
-    text_encoder*.onnx, vae_decoder.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
+    text_encoder*.onnx, vae_*.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
     engines/...               TensorRT engines built ahead of time
     README.md                 the model card (export/model_card.py)
     manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
@@ -24,7 +24,7 @@ from diffpress.compress.checkpoint import Checkpoint, write_folder
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.sources.layout import read_layout
 from diffpress.compress.sources.terms import BASE_CARD, write_terms
-from diffpress.export.components import export_components
+from diffpress.export.components import check_image_inputs, export_components
 from diffpress.export.denoiser import Denoiser, lower_denoiser
 from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
@@ -85,6 +85,7 @@ def export_bundle(
     check_output_folder(out)
     check_export(config, checkpoint.quantization is not None, layer_formats(checkpoint.quantization).values())
     check_components(config, bool(checkpoint.component_quantization))
+    check_image_inputs(checkpoint, config)
     denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)

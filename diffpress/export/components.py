@@ -1,4 +1,4 @@
-"""A pipeline's other components: text encoders and the latent decoder, each lowered, written and verified.
+"""A pipeline's other components: text encoders, decoder and encoder of latents, each lowered, written and verified.
 
 One component is in memory at a time. Those of the uncompressed model's bundle are reused if they are not quantized.
 """
@@ -12,6 +12,7 @@ from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.models.components import DECODER, Component, component_names, load_component
 from diffpress.compress.models.counts import parameter_count
+from diffpress.compress.models.latent_encoder import autoencoder_folder, load_encoder
 from diffpress.compress.quantization.components import fake_quantized_component
 from diffpress.export.graph.trace import trace
 from diffpress.export.lowering import PassContext, lower
@@ -22,6 +23,10 @@ from diffpress.export.targets.precision import precision_of
 from diffpress.export.verify.gate import ParityFailure, ParityGate, failures_of
 from diffpress.export.verify.parity import check_component
 from diffpress.runtime.bundle import Bundle
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.image_inputs.encode import ENCODER
+
+AUTOENCODER = (DECODER, ENCODER)
 
 
 def export_components(
@@ -29,7 +34,7 @@ def export_components(
 ) -> tuple[dict[str, dict[str, Any]], tuple[ParityFailure, ...]]:
     """Write the components of the checkpoint's pipeline into a bundle's folder.
 
-    The decoder stays fp32: it overflows fp16. The float layers of a quantized component stay fp32 as well.
+    The autoencoder stays fp32: it overflows fp16. The float layers of a quantized component stay fp32 as well.
 
     Returns:
         Their manifest entries, and what failed parity.
@@ -37,18 +42,35 @@ def export_components(
     entries = {}
     failures: list[ParityFailure] = []
     made_before = reuse.manifest["graphs"] if reuse else {}
-    for name in component_names(checkpoint):
+    for name in [*component_names(checkpoint), *([ENCODER] if config.image_inputs else [])]:
         scales = checkpoint.component_quantization.get(name)
-        precision = FLOAT if name == DECODER or scales is not None else config.precision
+        precision = FLOAT if name in AUTOENCODER or scales is not None else config.precision
         if scales is None and reuse is not None and made_before[name]["precision"] == precision:
             link_graph(reuse.path, folder, name)
             entries[name] = made_before[name]
             failures += [failure for failure in failures_of(reuse) if failure.graph == made_before[name]["file"]]
         else:
-            component = load_component(checkpoint, name)
+            component = load_encoder(checkpoint) if name == ENCODER else load_component(checkpoint, name)
             entries[name], failed = _export_component(component, scales, precision, folder, config.threads, gate)
             failures += failed
     return entries, tuple(failures)
+
+
+def check_image_inputs(checkpoint: Checkpoint, config: ExportConfig) -> None:
+    """Check that an encoder can be exported, before any work.
+
+    Raises:
+        InvalidInputError: The model has no autoencoder, or its file has no encoder.
+    """
+    if not config.image_inputs:
+        return
+    if DECODER not in component_names(checkpoint) or checkpoint.source.pipeline_folder is None:
+        if checkpoint.spec.is_picture:
+            raise InvalidInputError("image_inputs: the model's samples are pixels, which need no encoder; leave it out")
+        raise InvalidInputError(
+            "image_inputs: the model came without an autoencoder that encodes images; export the pipeline's folder"
+        )
+    autoencoder_folder(checkpoint)
 
 
 def _export_component(

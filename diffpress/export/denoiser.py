@@ -23,7 +23,7 @@ from diffpress.export.targets.precision import precision_of
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
 from diffpress.export.verify.reference import ParityCase, parity_case_for
 from diffpress.export.verify.sparsity import check_sparsity
-from diffpress.runtime.pipeline import resized
+from diffpress.runtime.image_size import resized
 
 logger = logging.getLogger(__name__)
 

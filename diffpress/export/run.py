@@ -22,6 +22,7 @@ from diffpress.compress.training import distributed
 from diffpress.compress.workspace import Workspace
 from diffpress.export.bundle import check_components, check_export
 from diffpress.export.comparison import paired_scores, sample_pairs, write_comparison
+from diffpress.export.components import check_image_inputs
 from diffpress.export.model_card import write_model_card
 from diffpress.export.run_bundles import baseline_bundle, result_bundle
 from diffpress.export.scores import check_evaluation, evaluate_bundles, evaluate_gates
@@ -29,8 +30,9 @@ from diffpress.export.targets.engine_cost import open_engine_costs
 from diffpress.export.verify.gate import cannot_sample
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import GateFailedError
+from diffpress.runtime.image_size import resized
 from diffpress.runtime.io.files import write_json
-from diffpress.runtime.pipeline import Pipeline, resized
+from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.spec import DenoiserSpec
 
 logger = logging.getLogger(__name__)
@@ -75,6 +77,7 @@ def check_recipe(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
     for number, stage in enumerate(recipe.stages):
         STAGES[stage.name].check(stage.config, checkpoint.spec, True, f"{where}: stages[{number}]")
     check_export(recipe.export, quantized=any(STAGES[stage.name].quantizes for stage in recipe.stages))
+    check_image_inputs(checkpoint, recipe.export)
     check_components(recipe.export, any(getattr(stage.config, "components", None) for stage in recipe.stages))
 
 

@@ -69,6 +69,11 @@ class Bundle:
         return f"Bundle({str(self.path)!r}, {self.spec.plan.steps} steps of {self.spec.plan.solver})"
 
     @property
+    def is_latent(self) -> bool:
+        """Whether the denoiser's samples are latents of an autoencoder."""
+        return self.spec.latent_factor > 1 or "decoder" in self.manifest.get("requires", ())
+
+    @property
     def denoiser(self) -> Path:
         """The denoiser's ONNX file."""
         return self.graph("denoiser")

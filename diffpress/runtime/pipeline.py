@@ -1,19 +1,18 @@
 """An open bundle: prompts, labels or tensors in, images or other samples out, without torch.
 
     prompt -> text encoders -> conditioning;   noise -> denoiser, step by step -> latent;   latent -> decoder -> image
+    image -> encoder -> latent, noised to the level where sampling starts, if one is given (runtime/image_inputs)
 
 Samples that are not pictures (points, sequences, video, images of 2 channels, latents without a decoder) are arrays.
 
-The engines of the other components are opened when they are needed, and stay open for the next images. A text encoder
-that is larger than the denoiser, and not small, is closed directly after use.
+The engines of the other components are opened when they are needed, and stay open for the next images, except large
+text encoders.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -25,19 +24,23 @@ from diffpress.runtime.engines import Engine, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
+from diffpress.runtime.image_inputs.encode import ENCODER, image_start
+from diffpress.runtime.image_inputs.request import ImageRequest, read_image_request
+from diffpress.runtime.image_inputs.start import ImageStart
+from diffpress.runtime.image_inputs.strength import with_strength
+from diffpress.runtime.image_size import sized
 from diffpress.runtime.io.images import to_pil
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning, tensor_conditioning
-from diffpress.runtime.prompts import encode, open_tokenizer, unconditional
+from diffpress.runtime.prompts import encode, unconditional
 from diffpress.runtime.requested_plan import requested_spec
 from diffpress.runtime.sampler import Step, cycled_labels, generate, generate_batches
-from diffpress.runtime.spaced_timesteps import reshifted
 from diffpress.runtime.spec import DenoiserSpec, is_picture
+from diffpress.runtime.text_encoders import TextEncoders
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DECODER = "vae_decoder"
-SMALL_BYTES = 64 * 2**20  # an engine of that size opens in tenths of a second, and is no burden in memory
 
 
 class Pipeline:
@@ -79,8 +82,8 @@ class Pipeline:
         self._options = (options or EngineOptions()).with_threads(threads)
         self.denoiser = open_engine(self.bundle, engine, options=self._options)
         self.spec = self.bundle.spec_for(self.denoiser.name)
-        self._decoder: Engine | None = None
-        self._text: _TextEncoders | None = None
+        self._autoencoder: dict[str, Engine] = {}
+        self._text: TextEncoders | None = None
         self._closed = False
 
     def __repr__(self) -> str:
@@ -107,6 +110,10 @@ class Pipeline:
         batch: int = 8,
         callback: Callable[[Step], None] | None = None,
         conditioning: Mapping[str, Any] | None = None,
+        image: Any = None,
+        mask: Any = None,
+        strength: float | None = None,
+        overlay: bool = False,
     ) -> list[Image.Image] | np.ndarray:
         """Sample one image per seed; whatever is left out follows the bundle's own sampling plan.
 
@@ -126,6 +133,11 @@ class Pipeline:
             callback: Called after every step with its `Step`: index, timestep t, and x and x0 float32 [N, ...].
                 Sampling then runs step by step, without fused sampling.
             conditioning: Arrays by name, for models conditioned on tensors: [N, ...], or [...] for all images.
+            image: What to start from instead of noise: a file, a PIL image or uint8 [H, W, C], or a list with one for
+                each seed. Its size is that of the result. Latent models need a bundle with an encoder.
+            mask: What is repainted of the image: white. A file, a PIL image, or bool or uint8 [H, W], or a list.
+            strength: Share of the steps that is run, above 0 and at most 1; None takes 0.8, with a mask 1.
+            overlay: Keep the unmasked pixels of the image exactly.
 
         Returns:
             PIL images, in the order of the seeds. Samples that are not pictures are one array, float32 [N, ...].
@@ -138,11 +150,11 @@ class Pipeline:
         if size is not None and not (isinstance(size, Sequence) and len(size) == 2):
             raise InvalidInputError(f"size {size!r}: give height and width in pixels, as in (512, 768)")
         tensors = None if conditioning is None else {name: np.asarray(value) for name, value in conditioning.items()}
+        request = read_image_request(image, mask, strength, overlay)
         chosen = chosen_seeds(seeds, prompt, labels, tensor_rows(self.spec, tensors))
-        spec = self.bundle.spec
-        if size is not None:
-            spec = resized(spec, size, has_fixed_size(self.bundle))
-        spec = self.bundle.spec_for(self.denoiser.name, requested_spec(spec, steps, solver, spacing, guidance))
+        spec = requested_spec(sized(self.bundle, size, request), steps, solver, spacing, guidance)
+        spec, first = (spec, 0) if request is None else with_strength(spec, request.strength)
+        spec = self.bundle.spec_for(self.denoiser.name, spec)
         given = {"prompt": prompt, "negative_prompt": negative_prompt, "labels": labels, "conditioning": conditioning}
         check_request(spec.conditioning, given)
         conditions = self.conditions(
@@ -153,7 +165,8 @@ class Pipeline:
             negatives=per_image(negative_prompt, len(chosen), "negative prompts"),
             tensors=tensors,
         )
-        batches = self.images(chosen, conditions, spec, batch, on_step=callback)
+        start = None if request is None else self.image_start(request, spec, first, len(chosen))
+        batches = self.images(chosen, conditions, spec, batch, on_step=callback, start=start)
         if not self.makes_pictures:
             return np.concatenate(list(batches))
         return [image for images in batches for image in to_pil(images, spec.data_range)]
@@ -174,9 +187,7 @@ class Pipeline:
 
     @property
     def _decodes(self) -> bool:
-        manifest = self.bundle.manifest
-        is_latent = self.spec.latent_factor > 1 or "decoder" in manifest.get("requires", ())
-        return is_latent and DECODER in manifest["graphs"]
+        return self.bundle.is_latent and DECODER in self.bundle.manifest["graphs"]
 
     def images(
         self,
@@ -186,18 +197,23 @@ class Pipeline:
         batch: int = 8,
         *,
         on_step: Callable[[Step], None] | None = None,
+        start: ImageStart | None = None,
     ) -> Iterator[np.ndarray]:
         """Images float32 [B, C, H, W] in the data range, or other samples [B, ...], batch by batch, one for each seed.
 
         `spec` is the bundle's own or one with another plan or size (`resized`). `on_step` is called after every step.
+        `start` is where sampling from images starts (`image_start`); None starts from noise.
         """
-        spec = spec or self.spec
+        spec, done = spec or self.spec, 0
         if on_step is not None:
-            batches = generate_batches(self.denoiser, spec, seeds, batch=batch, conditions=conditions, on_step=on_step)
+            batches = generate_batches(
+                self.denoiser, spec, seeds, batch=batch, conditions=conditions, on_step=on_step, image=start
+            )
         else:
-            batches = in_streams(self.denoiser, spec, seeds, conditions, batch, self._options.streams)
+            batches = in_streams(self.denoiser, spec, seeds, conditions, batch, self._options.streams, start)
         for samples in batches:
-            yield self.decode(samples, spec)
+            images, done = self.decode(samples, spec), done + len(samples)
+            yield images if start is None else start.part(slice(done - len(samples), done)).overlaid(images)
 
     def conditions(
         self,
@@ -237,7 +253,7 @@ class Pipeline:
         if negatives is not None and not guided:
             raise InvalidInputError("a negative prompt needs guidance above 1, which this model or plan does without")
         if self._text is None:
-            self._text = _TextEncoders(self.bundle, self._open)
+            self._text = TextEncoders(self.bundle, self._open)
         text, conditioning, size = self._text, spec.conditioning, spec.image_size
         cond = encode(prompts, conditioning, text.encoders, text.tokenizers, size)
         if not guided:
@@ -253,10 +269,21 @@ class Pipeline:
         spec = spec or self.spec
         if not self._decodes:
             return samples
-        if self._decoder is None:
-            self._decoder = self._open(DECODER)
-        decoder, (name,) = self._decoder, self._decoder.inputs
-        return decoded(lambda latent: decoder.run({name: latent.astype(decoder.inputs[name])}), samples, spec)
+        return decoded(self._half(DECODER), samples, spec)
+
+    def image_start(self, request: ImageRequest, spec: DenoiserSpec, first: int, count: int) -> ImageStart:
+        """Return where `count` samples start that are made from images, under the spec's plan from step `first` on.
+
+        Raises:
+            InvalidInputError: The bundle has no encoder, or there are neither one nor `count` images.
+        """
+        return image_start(request, spec, first, count, self._half(ENCODER) if self.bundle.is_latent else None)
+
+    def _half(self, graph: str) -> Callable[[np.ndarray], np.ndarray]:
+        """Return the decoder or the encoder of the autoencoder as a function, opened if it is not open yet."""
+        engine = self._autoencoder.get(graph) or self._autoencoder.setdefault(graph, self._open(graph))
+        (name,) = engine.inputs
+        return lambda array: engine.run({name: array.astype(engine.inputs[name])})
 
     def _open(self, graph: str) -> Engine:
         """Open another graph in the denoiser's engine; it runs one batch at a time."""
@@ -266,8 +293,8 @@ class Pipeline:
         """Release the engines."""
         self._closed = True
         self.denoiser.close()
-        if self._decoder is not None:
-            self._decoder.close()
+        for engine in self._autoencoder.values():
+            engine.close()
         if self._text is not None:
             self._text.close()
 
@@ -286,94 +313,19 @@ def in_streams(
     conditions: ConditioningInputs,
     batch: int,
     streams: int = 1,
+    image: ImageStart | None = None,
 ) -> Iterator[np.ndarray]:
     """Generate batches as `generate_batches` does, `streams` of them at the same time, in the order of the seeds."""
     if streams == 1:
-        yield from generate_batches(network, spec, seeds, batch=batch, conditions=conditions)
+        yield from generate_batches(network, spec, seeds, batch=batch, conditions=conditions, image=image)
         return
     from concurrent.futures import ThreadPoolExecutor  # an import of 20 ms that most callers do not need
 
     seeds, parts = np.asarray(seeds), [slice(start, start + batch) for start in range(0, len(seeds), batch)]
 
     def sampled(part: slice) -> np.ndarray:
-        return generate(network, spec, seeds[part], batch=batch, conditions=conditions.part(part))
+        own = None if image is None else image.part(part)
+        return generate(network, spec, seeds[part], batch=batch, conditions=conditions.part(part), image=own)
 
     with ThreadPoolExecutor(streams) as pool:
         yield from pool.map(sampled, parts)
-
-
-def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> DenoiserSpec:
-    """Return the spec for images of `size` (height, width) in pixels, with its plan shifted for that size.
-
-    `fixed` means that the graph was made for one size. Raises InvalidInputError for a size the model cannot make.
-    """
-    factor, unit = spec.latent_factor, spec.latent_factor * spec.size_multiple
-    if size == spec.image_size:
-        return spec
-    if fixed:
-        raise InvalidInputError(f"size {_by(size)}: this bundle's graph makes {_by(spec.image_size)} images only")
-    if min(size) < unit or size[0] % unit or size[1] % unit:
-        near = _by(tuple(max(unit, round(side / unit) * unit) for side in size))
-        raise InvalidInputError(
-            f"size {_by(size)}: sides must be multiples of {unit} for this model; the nearest is {near}"
-        )
-    shape = (spec.sample_shape[0], size[0] // factor, size[1] // factor)
-    own, *others = (
-        reshifted(timesteps, spec.spacing, spec.tokens(spec.sample_shape), spec.tokens(shape), spec.schedule)
-        for timesteps in (spec.plan.timesteps, *spec.distilled_timesteps)
-    )
-    return replace(spec, sample_shape=shape, plan=spec.plan.over(own), distilled_timesteps=tuple(others))
-
-
-def has_fixed_size(bundle: Bundle) -> bool:
-    """Return whether the denoiser's graph was made for one height and width, or does not say for which."""
-    sample = bundle.manifest["graphs"]["denoiser"].get("inputs", {}).get("sample", {})
-    return all(isinstance(side, int) for side in sample.get("shape", ())[2:])
-
-
-class _TextEncoders:
-    """A bundle's text encoders and tokenizers by name, opened when they are needed."""
-
-    def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine]) -> None:
-        encoders = bundle.spec.conditioning.encoders
-        if not encoders:
-            raise InvalidInputError(
-                f"{bundle.path}: the model is conditioned on text and its bundle has no text encoder; "
-                "export the whole pipeline's folder, not its denoiser alone"
-            )
-        self.tokenizers = {e.tokenizer: open_tokenizer(bundle.path / e.tokenizer / "tokenizer.json") for e in encoders}
-        self.encoders = {e.graph: _OnDemand(bundle, open_graph, e.graph) for e in encoders}
-
-    def close(self) -> None:
-        for encoder in self.encoders.values():
-            encoder.close()
-
-
-class _OnDemand:
-    """A network that is opened for its first run; one larger than the denoiser and SMALL_BYTES is closed after each."""
-
-    def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine], graph: str) -> None:
-        self._open = partial(open_graph, graph)
-        self._engine: Engine | None = None
-        graphs = bundle.manifest["graphs"]
-        self.inputs: Mapping[str, np.dtype] = {
-            name: np.dtype(entry["dtype"]) for name, entry in graphs[graph]["inputs"].items()
-        }
-        self._stays_open = graphs[graph]["bytes"] <= max(graphs["denoiser"]["bytes"], SMALL_BYTES)
-
-    def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        if not self._stays_open:
-            with closing(self._open()) as engine:
-                return engine.run_all(inputs)
-        if self._engine is None:
-            self._engine = self._open()
-        return self._engine.run_all(inputs)
-
-    def close(self) -> None:
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-
-
-def _by(size: tuple[int, ...]) -> str:
-    return "x".join(str(side) for side in size)

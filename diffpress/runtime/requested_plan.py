@@ -75,9 +75,10 @@ def requested_plan(
     return replace(plan, output_corrections=_interpolated_corrections(spec, plan))
 
 
-def plan_description(spec: DenoiserSpec) -> str:
-    """Return the number of steps and the solver in words, such as '4 steps of euler'."""
-    return f"{spec.plan.steps} {'step' if spec.plan.steps == 1 else 'steps'} of {spec.plan.solver}"
+def plan_description(spec: DenoiserSpec, first: int = 0) -> str:
+    """Return the number of steps, from `first` on, and the solver in words, such as '4 steps of euler'."""
+    run = f"{spec.plan.steps - first} of " if first else ""
+    return f"{run}{spec.plan.steps} {'step' if spec.plan.steps == 1 else 'steps'} of {spec.plan.solver}"
 
 
 def _spaced(spec: DenoiserSpec, plan: SamplingPlan, steps: int, spacing: str | None) -> SamplingPlan:

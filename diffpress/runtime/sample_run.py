@@ -6,12 +6,16 @@ import hashlib
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from diffpress.runtime.engines import engine_label
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.fused import step_by_step
+from diffpress.runtime.image_inputs.request import ImageRequest
+from diffpress.runtime.image_inputs.start import ImageStart
 from diffpress.runtime.io.image_records import is_finished
 from diffpress.runtime.io.sample_files import check_pictures, check_writable, is_array, is_folder, open_output
 from diffpress.runtime.pipeline import Pipeline
@@ -41,6 +45,13 @@ def check_samples(pipeline: Pipeline, spec: DenoiserSpec, request: SampleRequest
     check_writable(out)
 
 
+class RunImages(NamedTuple):
+    """What the samples of a run start from: the request for their records, and the start of every sample."""
+
+    request: ImageRequest
+    start: ImageStart
+
+
 class SampleRun:
     """Samples of a request that are still to be made: all of them, or those that are not in the output folder.
 
@@ -51,6 +62,7 @@ class SampleRun:
         out: Where it is written, see `diffpress.runtime.io.sample_files`.
         batch: Samples that are made together.
         options: Options of the engine.
+        images: What the samples start from; None for noise.
 
     Raises:
         InvalidInputError: A file in the output folder was made with other settings.
@@ -64,9 +76,11 @@ class SampleRun:
         out: str,
         batch: int,
         options: EngineOptions,
+        images: RunImages | None = None,
     ) -> None:
         self._pipeline, self._spec, self._request, self._out = pipeline, spec, request, out
         self._batch, self._streams = batch, options.streams
+        self._start = None if images is None else images.start
         self._facts = {
             "negative_prompt": request.negative,
             "conditioning": _hash(request) if request.tensors else None,
@@ -78,6 +92,7 @@ class SampleRun:
             "engine": engine_label(pipeline.denoiser),
             "precision": options.precision,
             "bundle": pipeline.bundle.hash,
+            **({} if images is None else images.request.facts()),
         }
         every = range(len(request))
         if is_folder(out):
@@ -112,7 +127,8 @@ class SampleRun:
             return 0.0
         pipeline, spec, request, batch = self._pipeline, self._spec, self._request, self._batch
         # compiling for this batch size is part of loading, not of the time per image
-        warm_up(pipeline.denoiser, spec, min(batch, len(self)))
+        network = pipeline.denoiser if self._start is None else step_by_step(pipeline.denoiser)
+        warm_up(network, spec, min(batch, len(self)))
         done, seconds = 0, 0.0
         records = (self.record(int(i)) for i in self._indices)
         try:
@@ -120,8 +136,9 @@ class SampleRun:
                 for group, conditions in conditioned(pipeline, spec, request, self._indices, batch * self._streams):
                     on_step = self._on_step(advance, done) if shows_steps else None
                     start = time.perf_counter()
+                    own = None if self._start is None else self._start.part(group)
                     seeds = request.seed + group
-                    for samples in pipeline.images(seeds, conditions, spec, batch, on_step=on_step):
+                    for samples in pipeline.images(seeds, conditions, spec, batch, on_step=on_step, start=own):
                         seconds += time.perf_counter() - start
                         write(samples)
                         done += len(samples)
@@ -140,7 +157,8 @@ class SampleRun:
         small = self._pipeline.bundle.manifest["graphs"]["denoiser"].get("bytes", 0) < LARGE_BYTES
         if small or self._streams > 1 or self._pipeline.denoiser.name == "tensorrt":
             return None
-        return lambda step: advance(done + len(step.x) * (step.index + 1) / self._spec.plan.steps)
+        first = 0 if self._start is None else self._start.first
+        return lambda step: advance(done + len(step.x) * (step.index + 1 - first) / (self._spec.plan.steps - first))
 
 
 def _hash(request: SampleRequest) -> str:

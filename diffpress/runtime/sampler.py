@@ -24,6 +24,7 @@ from diffpress.runtime.denoiser import Denoise, plan_denoiser
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.fused import RunFused, run_fused_of
 from diffpress.runtime.guidance import evaluations_at
+from diffpress.runtime.image_inputs.start import ImageStart
 from diffpress.runtime.network_inputs import (
     ConditioningInputs,
     Network,
@@ -73,6 +74,7 @@ def sample(
     schedule: NoiseSchedule,
     plan: SamplingPlan,
     fresh_noise: Callable[[int], np.ndarray] = _no_noise,
+    image: ImageStart | None = None,
 ) -> Iterator[Step]:
     """Sample with a plan and yield every step; the x of the last step is the result.
 
@@ -83,15 +85,20 @@ def sample(
         plan: Sampling plan.
         fresh_noise: Returns unit noise shaped like x for step k = 1, 2, ..., and for k + N if a step needs a second
             one. Required by stochastic solvers and if plan.eta > 0.
+        image: Start from these images, with the steps of the plan from `image.first` on.
 
     Raises:
         InvalidInputError: Unknown solver, or `fresh_noise` is missing.
     """
     solver = get_solver(plan.solver)
     levels = plan_steps(schedule, plan)
-    x = _started(noise, levels[0][0], plan)
+    first = 0 if image is None else image.first
+    if image is None or image.from_noise:
+        x = _started(noise, levels[first][0], plan)
+    else:
+        x = image.noised(noise, levels[first][0])
     history: deque[PreviousStep] = deque(maxlen=MAX_HISTORY)
-    for index, (now, after) in enumerate(levels):
+    for index, (now, after) in enumerate(levels[first:], first):
         x0 = denoise(x, now)
 
         def fresh(k: int, stream: int = index + 1) -> np.ndarray:
@@ -102,6 +109,8 @@ def sample(
             step = step._replace(x=solver.correct(step))
         x = solver.move(step)
         history.append(PreviousStep(now, step.x, x0))
+        if image is not None:
+            x = image.repainted(x, noise, None if step.is_last else levels[index + 1][0])
         yield Step(index, now.t, x, x0)
 
 
@@ -170,6 +179,7 @@ def generate(
     plan: SamplingPlan | None = None,
     batch: int = 8,
     conditions: ConditioningInputs | None = None,
+    image: ImageStart | None = None,
 ) -> np.ndarray:
     """Return samples float32 [N, ...], one per seed: images or other data in the data range, or latents.
 
@@ -183,11 +193,12 @@ def generate(
         plan: Sampling plan; defaults to the spec's.
         batch: Batch size; the last batch may be smaller.
         conditions: Conditioning of the N samples instead of labels, for models conditioned on text or tensors.
+        image: Images that the N samples start from.
 
     Raises:
         InvalidInputError: The arguments do not fit the model or each other.
     """
-    return np.concatenate(list(generate_batches(network, spec, seeds, labels, plan, batch, conditions)))
+    return np.concatenate(list(generate_batches(network, spec, seeds, labels, plan, batch, conditions, image=image)))
 
 
 def generate_batches(
@@ -199,10 +210,11 @@ def generate_batches(
     batch: int = 8,
     conditions: ConditioningInputs | None = None,
     on_step: Callable[[Step], None] | None = None,
+    image: ImageStart | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield the samples of `generate` batch by batch.
 
-    `on_step` is called with every finished step of every batch, which disables fused sampling.
+    `on_step` is called with every finished step of every batch. It disables fused sampling, as an image does.
     """
     if plan is not None:
         spec = spec.with_plan(plan)
@@ -218,11 +230,12 @@ def generate_batches(
     counts = {len(array) for array in (*conditions.cond.values(), *(conditions.uncond or {}).values())}
     if not counts <= {len(seeds)}:
         raise InvalidInputError(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one per seed")
-    # fused sampling does not return its steps, so a callback needs the loop
-    run_fused = run_fused_of(network, spec) if on_step is None else None
+    # fused sampling does not return its steps, and runs the whole plan from noise
+    run_fused = run_fused_of(network, spec) if on_step is None and image is None else None
     for start in range(0, len(seeds), batch):
         members = slice(start, start + batch)
-        samples = _one_batch(network, spec, seeds[members], conditions.part(members), run_fused, on_step)
+        part = None if image is None else image.part(members)
+        samples = _one_batch(network, spec, seeds[members], conditions.part(members), run_fused, on_step, part)
         yield np.clip(samples, *spec.data_range) if spec.plan.clip else samples
 
 
@@ -249,17 +262,22 @@ def _one_batch(
     conditions: ConditioningInputs,
     run_fused: RunFused | None,
     on_step: Callable[[Step], None] | None = None,
+    image: ImageStart | None = None,
 ) -> np.ndarray:
     plan = spec.plan
     denoise = plan_denoiser(network, spec, conditions)
     noise = noise_for(seeds, spec.sample_shape)
+
+    def stream(k: int) -> np.ndarray:
+        return noise_for(seeds, spec.sample_shape, stream=k)
+
     if run_fused is not None:
         started = _started(noise, plan_steps(spec.schedule, plan)[0][0], plan)
         fused = run_fused(static_inputs(network, spec, conditions, len(seeds)), started)
         if fused is not None:
             return fused
-    steps = sample(denoise, noise, spec.schedule, plan, lambda k: noise_for(seeds, spec.sample_shape, stream=k))
-    for step in steps:
+    image = None if image is None else image.drawn(stream)
+    for step in sample(denoise, noise, spec.schedule, plan, stream, image):
         if on_step is not None:
             on_step(step)
     return step.x

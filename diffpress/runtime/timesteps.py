@@ -227,14 +227,20 @@ def _flow_linspace(steps: int, schedule: NoiseSchedule) -> np.ndarray:
     return np.linspace(len(schedule) - 1, 1, steps)
 
 
-def lcm_timesteps(steps: int, schedule: NoiseSchedule, count: int | None = None) -> np.ndarray:
-    """Return the timesteps of a latent consistency model that was trained on `count` of them (default 50)."""
+def lcm_timesteps(steps: int, schedule: NoiseSchedule, count: int | None = None, strength: float = 1.0) -> np.ndarray:
+    """Return the timesteps of a latent consistency model that was trained on `count` of them (default 50).
+
+    They are spaced over the lowest `strength` of those.
+    """
     trained = min(count or LCM_TIMESTEPS, len(schedule))
-    if steps > trained:
+    used = int(trained * strength)
+    if steps > used:
+        lowest = "" if strength == 1.0 else f", of which strength {strength:g} leaves {used}"
         raise InvalidInputError(
-            f"{steps} steps: a latent consistency model is trained on {trained} timesteps, use at most as many steps"
+            f"{steps} steps: a latent consistency model is trained on {trained} timesteps{lowest}, use at most as many "
+            "steps"
         )
-    positions = trained - np.floor(np.linspace(0, trained, steps, endpoint=False))
+    positions = used - np.floor(np.linspace(0, used, steps, endpoint=False))
     return positions * (len(schedule) // trained) - 1
 
 

@@ -13,16 +13,19 @@ import numpy as np
 import pytest
 
 import diffpress.runtime.pipeline
+import diffpress.runtime.text_encoders
 from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.image_size import has_fixed_size, resized
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import flow_schedule
-from diffpress.runtime.pipeline import SMALL_BYTES, Pipeline, has_fixed_size, resized
+from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.sampling_plan import SamplingPlan, make_plan
 from diffpress.runtime.spaced_timesteps import space
 from diffpress.runtime.spec import DenoiserSpec
+from diffpress.runtime.text_encoders import SMALL_BYTES
 from diffpress.runtime.timesteps import TimestepSpacing
 
 FLOAT32, INT64 = np.dtype(np.float32), np.dtype(np.int64)
@@ -119,7 +122,7 @@ class Letters:
 
 @pytest.fixture
 def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffpress.runtime.pipeline, "open_tokenizer", Letters)
+    monkeypatch.setattr(diffpress.runtime.text_encoders, "open_tokenizer", Letters)
 
 
 # --- sizes -----------------------------------------------------------------------------------------------------

@@ -2,7 +2,10 @@
 
     sample = latent_scale (latent - latent_shift)
 
-The latent of AutoencoderKL is the mean of the distribution that it encodes an image to.
+    vae_encoder    sample f32 [B, C, H, W]  ->  latent_parameters f32 [B, 2 c, h, w], mean and log variance, or
+                                                [B, c, h, w] of an autoencoder without a distribution, as VQModel
+
+The latent that training uses is the mean of the distribution. Names of the graph are those of optimum.
 """
 
 from __future__ import annotations
@@ -16,10 +19,12 @@ import torch
 from safetensors import safe_open
 
 from diffpress.compress.checkpoint import Checkpoint
+from diffpress.compress.models.components import Component, Tensors
 from diffpress.compress.sources.layout import read_layout
 from diffpress.compress.sources.pretrained import load_diffusers_model
 from diffpress.compress.sources.weights import weight_files
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.image_inputs.encode import ENCODER
 
 PIXELS_TOGETHER = 2**21  # of the images encoded together: eight of 512 x 512
 MOST_TOGETHER = 64
@@ -44,6 +49,24 @@ def autoencoder_folder(checkpoint: Checkpoint) -> Path:
             if any(name.startswith("encoder.") for name in tensors.keys()):
                 return found
     raise InvalidInputError(f"{found}: has no weights of the encoder, so it cannot encode images")
+
+
+def load_encoder(checkpoint: Checkpoint) -> Component:
+    """Load the encoder to run or to export; raises InvalidInputError as in `autoencoder_folder`."""
+    folder = autoencoder_folder(checkpoint)
+    layout = read_layout(folder.parent)
+    module: Any = load_diffusers_model(folder, layout.kind_of(folder.name))
+    del module.decoder  # not needed for encoding
+    size = checkpoint.spec.image_size
+    images = torch.rand(2, module.config.in_channels, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    axes = {"sample": {0: "batch", 2: "image_height", 3: "image_width"}}
+    config, examples = layout.configs[folder.name], {"sample": images}
+    return Component(ENCODER, folder.name, config, module, _encode, examples, ["latent_parameters"], axes)
+
+
+def _encode(module: Any, inputs: Tensors) -> tuple[torch.Tensor, ...]:
+    (found,) = module.encode(inputs["sample"], return_dict=False)
+    return (found if isinstance(found, torch.Tensor) else found.parameters,)
 
 
 def encode_images(checkpoint: Checkpoint, images: np.ndarray) -> Iterator[np.ndarray]:

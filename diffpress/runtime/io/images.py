@@ -18,6 +18,7 @@ from diffpress.runtime.io.files import atomic
 if TYPE_CHECKING:
     from PIL import Image
 
+IMAGE_MODES = {"L": 1, "RGB": 3, "RGBA": 4}  # Pillow's mode -> channels
 GRID_GAP = 2  # white pixels between neighbouring images
 
 

@@ -40,7 +40,7 @@ def ipndm(step: StepState) -> np.ndarray:
 
 def plms(prediction: str, step: StepState) -> np.ndarray:
     """Adams-Bashforth up to fourth order on the output of a network with this prediction type."""
-    if step.index == 0 and not step.is_last:
+    if not step.history and not step.is_last:
         return improved_euler(prediction, step)
     history = [before for before in reversed(step.history) if not is_pure_noise(before.level)]
     if not history or step.now.sigma == 0.0:

@@ -77,7 +77,7 @@ def dpm_2m(step: StepState) -> np.ndarray:
 def dpmpp_2s(step: StepState) -> np.ndarray:
     """DPM-Solver++(2S) over pairs of steps: the first of each pair, and the last step, are first-order."""
     plain = transfer(step.x, step.x0, step.now, step.next)
-    if step.index % 2 == 0 or step.is_last:
+    if step.index % 2 == 0 or step.is_last or not step.history:
         return plain
     start = step.history[-1]
     h, h_0 = (half_log_snr(level) - half_log_snr(start.level) for level in (step.next, step.now))

@@ -23,7 +23,7 @@ def pndm(prediction: str, step: StepState) -> np.ndarray:
     """Take a Runge-Kutta step at the start, and a multistep after it."""
     if step.steps <= RUNGE_KUTTA_STEPS:
         raise InvalidInputError(f"{step.steps} steps: solver pndm starts with three Runge-Kutta steps, use at least 4")
-    if step.index >= RUNGE_KUTTA_STEPS:
+    if len(step.history) >= RUNGE_KUTTA_STEPS:
         return plms(prediction, step)
     start, half = PreviousStep(step.now, step.x, step.x0), int(step.now.t - step.next.t) // 2
     middle = noise_level_at(step.schedule, step.next.t + half)

@@ -21,8 +21,8 @@ from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.families.unet2d_condition import guidance_embedding
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.image_size import resized
 from diffpress.runtime.network_inputs import dummy_conditioning
-from diffpress.runtime.pipeline import resized
 
 KINDS = ["ldm", "sd", "sdxl", "lcm", "dit", "pixart-alpha", "sd3.5", "flux", "flux-schnell"]
 

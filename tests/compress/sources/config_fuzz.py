@@ -40,7 +40,7 @@ from diffusers import DDIMPipeline, DDIMScheduler, DiffusionPipeline, PixArtSigm
 
 from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.pipeline import resized
+from diffpress.runtime.image_size import resized
 from diffpress.runtime.sampler import noise_for
 from tests.against_diffusers import LABELS, PROMPTS, SEEDS, psnr_db, sampled_in_torch, with_short_plan
 from tests.compress.sources.config_values import values_for

@@ -1,8 +1,9 @@
 """Optimization profile of an engine: smallest, usual and largest shape of every input, from the graph and the spec.
 
-    batch, steps                     from the build options; always 1 in a latent decoder
+    batch, steps                     from the build options; always 1 in an autoencoder
     height, width                    of the sample: the spec's, or from the smallest to the largest requested size
     latent_height, latent_width      the same, in a decoder
+    image_height, image_width        the same in pixels, in an encoder
     sequence                         padded length of the spec's text inputs and encoders
 
 These are the names of the graph's dynamic dimensions; all other dimensions must be fixed.
@@ -21,6 +22,8 @@ Shapes = dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 Dimensions = Mapping[str, Sequence[int | str]]
 
 HEIGHT, WIDTH = ("height", "latent_height"), ("width", "latent_width")
+IMAGE = ("image_height", "image_width")
+AUTOENCODER = ("vae_decoder", "vae_encoder")
 
 
 def profile_shapes(inputs: Dimensions, spec: DenoiserSpec, options: BuildOptions, graph: str = "denoiser") -> Shapes:
@@ -52,12 +55,15 @@ def _range(dim: int | str, name: str, spec: DenoiserSpec, options: BuildOptions,
     if isinstance(dim, int):
         return dim, dim, dim
     if dim in ("batch", "steps"):
-        # the pipeline decodes latents one at a time, since a decoder's memory grows with the batch
-        return (1, 1, 1) if graph == "vae_decoder" else options.batch
+        # the pipeline encodes and decodes one sample at a time, since an autoencoder's memory grows with the batch
+        return (1, 1, 1) if graph in AUTOENCODER else options.batch
     if dim in HEIGHT:
         return _side(0, spec, options)
     if dim in WIDTH:
         return _side(1, spec, options)
+    if dim in IMAGE:
+        low, usual, high = (side * spec.latent_factor for side in _side(IMAGE.index(dim), spec, options))
+        return low, usual, high
     if dim == "sequence":
         length = _length(name, spec, graph)
         return length, length, length

@@ -1,0 +1,1 @@
+"""Image inputs: image to image and inpainting."""
