@@ -27,16 +27,19 @@ from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.image_inputs.encode import image_start
 from diffpress.runtime.image_inputs.request import ImageRequest
-from diffpress.runtime.image_inputs.start import ENCODER_STREAM
+from diffpress.runtime.image_inputs.start import ENCODER_STREAM, MASKED_STREAM
 from diffpress.runtime.image_inputs.strength import with_strength
 from diffpress.runtime.network_inputs import ConditioningInputs, class_conditioning
 from diffpress.runtime.pipeline import DECODER, decoded
 from diffpress.runtime.sampler import generate, noise_for
 from tests.against_diffusers import LABELS, PROMPTS, SEEDS, T5_LENGTHS
+from tests.pipelines import flux_fill, sd_inpaint, sdxl_inpaint
 
 SD, SDXL, SD3, FLUX = "StableDiffusion", "StableDiffusionXL", "StableDiffusion3", "Flux"
 PREFIXES = {"sd": SD, "sd2-v": SD, "sdxl": SDXL, "sd3": SD3, "sd3.5": SD3, "flux": FLUX, "flux-schnell": FLUX}
 PREFIXES["lcm"] = "LatentConsistencyModel"
+# networks that read the masked image
+INPAINTING = {"sd-inpaint": (SD, sd_inpaint), "sdxl-inpaint": (SDXL, sdxl_inpaint), "flux-fill": (FLUX, flux_fill)}
 
 
 def pictures(size: tuple[int, int], channels: int = 3) -> np.ndarray:
@@ -87,23 +90,24 @@ def sampled_by_diffusers(
     folder: Path, checkpoint: Checkpoint, images: ImageRequest, *, number: int = 2, **options: Any
 ) -> np.ndarray:
     """Sample images [N, 3, H, W] in [0, 1] with diffusers' pipeline for image to image or inpainting."""
-    spec, prefix = checkpoint.spec, PREFIXES[folder.name]
-    task = "Img2Img" if images.masks is None else "Inpaint"
+    spec, prefix = checkpoint.spec, {**PREFIXES, **{k: v[0] for k, v in INPAINTING.items()}}[folder.name]
+    task = "Fill" if folder.name == "flux-fill" else "Img2Img" if images.masks is None else "Inpaint"
     kind = getattr(diffusers, f"{prefix}{task}Pipeline")
     components = dict((options.pop("pipe", None) or DiffusionPipeline.from_pretrained(folder)).components)
     components |= {"requires_safety_checker": False} if prefix == SD else {}
-    pipe = kind(**components)
+    pipe: Any = kind(**components)
     pipe.set_progress_bar_config(disable=True)
     options |= {"image": [Image.fromarray(pixels) for pixels in images.pixels[:number]], "strength": images.strength}
     if images.masks is not None:
         options["mask_image"] = [Image.fromarray(mask) for mask in images.masks[:number]]
     if images.masks is not None or prefix in (SD3, FLUX):
         options |= dict(zip(("height", "width"), images.size, strict=True))
-    if folder.name in T5_LENGTHS:
-        options["max_sequence_length"] = T5_LENGTHS[folder.name]
+    if prefix in (SD3, FLUX):
+        options["max_sequence_length"] = T5_LENGTHS[{SD3: "sd3", FLUX: "flux"}[prefix]]
     options = {"num_inference_steps": spec.plan.steps, "guidance_scale": spec.plan.guidance, **options}
     first = with_strength(spec, images.strength)[1]
-    with seeded(pipe, spec.sample_shape, number, first), torch.no_grad():
+    skipped = spec.conditioning.inpainting == "mask" and images.strength == 1.0
+    with seeded(pipe, spec.sample_shape, number, first, skipped), torch.no_grad():
         if kind is not diffusers.StableDiffusion3InpaintPipeline:
             return np.asarray(pipe(prompt=PROMPTS[:number], output_type="pt", **options).images)
         # diffusers 0.42 forgets the shift when it decodes here, unlike its other pipelines of Stable Diffusion 3
@@ -138,16 +142,19 @@ def sampled_by_scheduler(pipe: Any, checkpoint: Checkpoint, images: ImageRequest
 
 
 @contextlib.contextmanager
-def seeded(pipe: Any, shape: tuple[int, ...], number: int, first: int) -> Iterator[None]:
-    """Replace every noise that a pipeline draws with that of the runtime for the seeds, from step `first` on."""
-    streams = itertools.count(first + 1)
+def seeded(pipe: Any, shape: tuple[int, ...], number: int, first: int, skipped: bool = False) -> Iterator[None]:
+    """Replace every noise that a pipeline draws with that of the runtime for the seeds, from step `first` on.
+
+    `skipped` means that the pipeline encodes the masked image alone.
+    """
+    streams, encoded = itertools.count(first + 1), iter((ENCODER_STREAM, MASKED_STREAM)[skipped:])
 
     def noise(stream: int) -> torch.Tensor:
         return torch.from_numpy(noise_for(SEEDS[:number], shape, stream))
 
     drawn = {
         sys.modules[type(pipe).__module__]: lambda *_, **__: noise(0),
-        sys.modules["diffusers.models.autoencoders.vae"]: lambda *_, **__: noise(ENCODER_STREAM),
+        sys.modules["diffusers.models.autoencoders.vae"]: lambda *_, **__: noise(next(encoded)),
         sys.modules[type(pipe.scheduler).__module__]: lambda *_, **__: noise(next(streams)),
     }
     with contextlib.ExitStack() as stack:

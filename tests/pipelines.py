@@ -27,6 +27,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxFillPipeline,
     FluxPipeline,
     FluxTransformer2DModel,
     LatentConsistencyModelPipeline,
@@ -37,7 +38,9 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    StableDiffusionInpaintPipeline,
     StableDiffusionPipeline,
+    StableDiffusionXLInpaintPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet2DModel,
@@ -333,7 +336,26 @@ def _sd2_v() -> StableDiffusionPipeline:
     return _stable_diffusion(model, pad="!", prediction_type="v_prediction")
 
 
-def _sdxl() -> StableDiffusionXLPipeline:
+def sd_inpaint() -> StableDiffusionInpaintPipeline:
+    """Build Stable Diffusion with a U-Net of 9 channels, which reads the mask and the masked image."""
+    parts = {**_stable_diffusion(unet(in_channels=9, out_channels=4)).components, "requires_safety_checker": False}
+    return StableDiffusionInpaintPipeline(**parts)
+
+
+def sdxl_inpaint() -> StableDiffusionXLInpaintPipeline:
+    """Build SDXL with a U-Net of 9 channels."""
+    return StableDiffusionXLInpaintPipeline(**_sdxl(in_channels=9, out_channels=4).components)
+
+
+def flux_fill() -> FluxFillPipeline:
+    """Build FLUX.1 Fill: tokens of 4 x 16 latents, and of the masked image 4 x 16 and a mask of 4 x 2 x 2."""
+    parts = _flux(True, 4 * (16 + 16 + 4), shift=3.0, use_dynamic_shifting=True).components
+    return FluxFillPipeline(
+        **{name: parts[name] for name in parts if name not in ("image_encoder", "feature_extractor")}
+    )
+
+
+def _sdxl(**config: Any) -> StableDiffusionXLPipeline:
     first, second = clip_tokenizer(), clip_tokenizer(pad="!")
     model = unet(
         cross_attention_dim=32 + 48,
@@ -345,6 +367,7 @@ def _sdxl() -> StableDiffusionXLPipeline:
         addition_embed_type="text_time",
         addition_time_embed_dim=8,
         projection_class_embeddings_input_dim=40 + 6 * 8,
+        **config,
     )
     return StableDiffusionXLPipeline(
         vae=vae(scaling_factor=0.13025),
@@ -427,10 +450,11 @@ def _sd3(**transformer: Any) -> StableDiffusion3Pipeline:
     )
 
 
-def _flux(guided: bool, **schedule: Any) -> FluxPipeline:
+def _flux(guided: bool, channels: int = 4 * 16, **schedule: Any) -> FluxPipeline:
     first, second = clip_tokenizer(), t5_tokenizer()
     model = FluxTransformer2DModel(
-        in_channels=4 * 16,
+        in_channels=channels,
+        out_channels=4 * 16,
         num_layers=1,
         num_single_layers=1,
         attention_head_dim=16,

@@ -42,7 +42,10 @@ def export_components(
     entries = {}
     failures: list[ParityFailure] = []
     made_before = reuse.manifest["graphs"] if reuse else {}
-    for name in [*component_names(checkpoint), *([ENCODER] if config.image_inputs else [])]:
+    names = component_names(checkpoint)
+    if config.image_inputs or (checkpoint.spec.conditioning.inpainting and DECODER in names):
+        names.append(ENCODER)  # a network for inpainting cannot do without
+    for name in names:
         scales = checkpoint.component_quantization.get(name)
         precision = FLOAT if name in AUTOENCODER or scales is not None else config.precision
         if scales is None and reuse is not None and made_before[name]["precision"] == precision:

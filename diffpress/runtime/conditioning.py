@@ -5,6 +5,12 @@ none
 class     class_labels               one label per sample, or the null label
 text      those named in `inputs`    prompts encoded by the bundle's text encoders (runtime/prompts.py)
 tensors   those named in `tensors`   arrays of the caller: observations, a low-resolution image, an embedding
+
+A network that is trained for inpainting reads `masked_image` as well, whatever its text inputs:
+
+inpainting    channels of `masked_image`                                          of
+mask          mask of the latent cells, latents of the masked image               Stable Diffusion, SDXL
+pixel_mask    latents of the masked image, mask of the pixels of each cell        FLUX.1 Fill
 """
 
 from __future__ import annotations
@@ -21,6 +27,8 @@ from diffpress.runtime.io.json_fields import LARGEST, boolean, check_fields, con
 
 CONDITIONINGS = ("none", "class", "text", "tensors")
 TENSOR_DTYPES = ("float32", "int64")
+MASKED_IMAGE = "masked_image"
+INPAINTINGS = ("", "mask", "pixel_mask")
 RESERVED_NAMES = ("sample", "timestep", "class_labels", "guidance")
 
 
@@ -133,6 +141,7 @@ class Conditioning:
         zero_negative: Without a negative prompt, use zeros instead of the encoded empty prompt (SDXL).
         guidance_input: The guidance weight is an input of the network, so that one evaluation suffices (LCM, Flux).
         tensors: Tensor inputs of the denoiser by name; the module is called with them as keyword arguments.
+        inpainting: What a network for inpainting reads besides, one of INPAINTINGS; '' for other networks.
 
     Examples:
         >>> import diffpress as dp
@@ -148,6 +157,7 @@ class Conditioning:
     zero_negative: bool = False
     guidance_input: bool = False
     tensors: Mapping[str, TensorInput] = field(default_factory=dict)
+    inpainting: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in CONDITIONINGS:
@@ -161,6 +171,11 @@ class Conditioning:
                 f"conditioning kind '{self.kind}' with {len(self.tensors)} tensors; kind 'tensors' needs at least one, "
                 "as in Conditioning('tensors', tensors={'name': TensorInput(shape)}), and no other kind has any"
             )
+        if self.inpainting not in INPAINTINGS or (self.inpainting and self.kind != "text"):
+            raise InvalidInputError(
+                f"conditioning: inpainting '{self.inpainting}' with kind '{self.kind}'; supported are "
+                f"{', '.join(INPAINTINGS[1:])}, with kind 'text'"
+            )
         for name in self.tensors:
             if not name.isidentifier() or name in RESERVED_NAMES:
                 raise InvalidInputError(
@@ -171,7 +186,9 @@ class Conditioning:
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the conditioning inputs of the network, without the guidance weight."""
-        return ("class_labels",) if self.kind == "class" else (*self.inputs, *self.tensors)
+        if self.kind == "class":
+            return ("class_labels",)
+        return (*self.inputs, *self.tensors, *([MASKED_IMAGE] if self.inpainting else []))
 
     @property
     def has_null(self) -> bool:
@@ -197,6 +214,7 @@ def conditioning_from_json(data: Any, where: str = "conditioning") -> Conditioni
             zero_negative=boolean(raw.get("zero_negative", False)),
             guidance_input=boolean(raw.get("guidance_input", False)),
             tensors={str(name): _tensor_input(entry, where) for name, entry in raw.get("tensors", {}).items()},
+            inpainting=str(raw.get("inpainting", "")),
         )
 
 

@@ -41,8 +41,7 @@ def sized(bundle: Bundle, size: tuple[int, int] | None, image: ImageRequest | No
     Raises:
         InvalidInputError: The model cannot make the size, or it cannot start from the image.
     """
-    if image is not None:
-        check_image(image, bundle)
+    check_image(image, bundle)
     if image is not None and size is not None and tuple(size) != image.size:
         raise InvalidInputError(
             f"{image.prefix}image: is {_by(image.size)}, but size is {_by(size)} (height x width); resize the image"

@@ -5,6 +5,7 @@
     class_labels    [B]             class-conditional models
     guidance        [B]             models that take the guidance weight as an input
     text inputs, tensors            [B, ...], as named in the spec's conditioning
+    masked_image    [B, c, h, w]    models for inpainting; without an image, everything is repainted
 
 B is N for N samples; under guidance it is 2 N, the cond half followed by the uncond half.
 """
@@ -18,7 +19,7 @@ from typing import Protocol
 
 import numpy as np
 
-from diffpress.runtime.conditioning import TensorInput
+from diffpress.runtime.conditioning import MASKED_IMAGE, TensorInput
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import evaluations_per_step, is_guided
 from diffpress.runtime.io.arrays import read_npz
@@ -49,6 +50,19 @@ class ConditioningInputs:
         """Return the conditioning of these samples alone."""
         uncond = None if self.uncond is None else {name: array[members] for name, array in self.uncond.items()}
         return ConditioningInputs({name: array[members] for name, array in self.cond.items()}, uncond)
+
+    def with_masked_image(self, array: np.ndarray) -> ConditioningInputs:
+        """Return the conditioning with the input `masked_image`, which both halves share."""
+        uncond = None if self.uncond is None else {**self.uncond, MASKED_IMAGE: array}
+        return ConditioningInputs({**self.cond, MASKED_IMAGE: array}, uncond)
+
+
+def whole_mask(spec: DenoiserSpec, count: int) -> np.ndarray:
+    """Return the input `masked_image` of `count` samples that repaints everything: a mask of ones, latents of zeros."""
+    array = np.zeros((count, *spec.masked_image_shape), np.float32)
+    mask = array[:, :1] if spec.conditioning.inpainting == "mask" else array[:, spec.sample_shape[0] :]
+    mask[...] = 1.0
+    return array
 
 
 def class_conditioning(spec: DenoiserSpec, labels: np.ndarray | None) -> ConditioningInputs:
@@ -214,6 +228,8 @@ def typed_timesteps(timesteps: Sequence[float], dtype: np.dtype) -> np.ndarray:
 def network_conditioning(spec: DenoiserSpec, conditions: ConditioningInputs, guided: bool) -> dict[str, np.ndarray]:
     """The conditioning of one evaluation: the cond half, followed by the uncond half under guidance."""
     conditioning = spec.conditioning
+    if conditioning.inpainting and MASKED_IMAGE not in conditions.cond:
+        conditions = conditions.with_masked_image(whole_mask(spec, len(next(iter(conditions.cond.values()), ()))))
     expected = set(conditioning.names)
     if set(conditions.cond) != expected:
         if conditioning.kind == "class":

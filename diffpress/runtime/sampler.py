@@ -265,18 +265,19 @@ def _one_batch(
     image: ImageStart | None = None,
 ) -> np.ndarray:
     plan = spec.plan
-    denoise = plan_denoiser(network, spec, conditions)
-    noise = noise_for(seeds, spec.sample_shape)
 
     def stream(k: int) -> np.ndarray:
         return noise_for(seeds, spec.sample_shape, stream=k)
 
+    if image is not None:
+        image, conditions = image.drawn(stream), image.conditioned(conditions, stream)
+    denoise = plan_denoiser(network, spec, conditions)
+    noise = stream(0)
     if run_fused is not None:
         started = _started(noise, plan_steps(spec.schedule, plan)[0][0], plan)
         fused = run_fused(static_inputs(network, spec, conditions, len(seeds)), started)
         if fused is not None:
             return fused
-    image = None if image is None else image.drawn(stream)
     for step in sample(denoise, noise, spec.schedule, plan, stream, image):
         if on_step is not None:
             on_step(step)

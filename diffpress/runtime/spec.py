@@ -146,6 +146,12 @@ class DenoiserSpec:
         return math.prod(side // self.size_multiple for side in shape[1:])
 
     @property
+    def masked_image_shape(self) -> tuple[int, ...]:
+        """Shape of the masked image that a network for inpainting reads: its channels at the sample's size."""
+        cell = {"": 0, "mask": 1, "pixel_mask": self.latent_factor**2}[self.conditioning.inpainting]
+        return (self.sample_shape[0] + cell, *self.sample_shape[1:])
+
+    @property
     def takes_integers(self) -> bool:
         """Whether the network takes integer timesteps: discrete-time models without text conditioning do."""
         return self.prediction != "flow" and self.conditioning.kind != "text" and self.spacing.integer
@@ -155,13 +161,15 @@ class DenoiserSpec:
         return replace(self, plan=plan)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as JSON-serializable data; `baked_in_guidance` and `tensors` are entries only if in use."""
+        """Return the spec as JSON-serializable data, without entries of later versions that are not in use."""
         data = asdict(self)
         # keeps the hashes of checkpoints that were saved before these entries existed
         if self.baked_in_guidance == 1.0:
             del data["baked_in_guidance"]
         if not self.conditioning.tensors:
             del data["conditioning"]["tensors"]
+        if not self.conditioning.inpainting:
+            del data["conditioning"]["inpainting"]
         data |= {"plan": self.plan.to_json(), "spacing": self.spacing.to_json()}
         data["solver_settings"] = [settings.to_json() for settings in self.solver_settings]
         if not self.solver_settings:

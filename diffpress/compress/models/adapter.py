@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffpress.compress.models.families import dit, flux, pixart, sd3, unet2d, unet2d_condition
 from diffpress.compress.models.families.contract import Adapter
+from diffpress.runtime.conditioning import MASKED_IMAGE
 from diffpress.runtime.spec import DenoiserSpec
 
 ADAPTERS: dict[str, Adapter] = {
@@ -44,8 +45,8 @@ def dummy_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, tor
     """Return random inputs with the names, shapes and dtypes that the model expects.
 
     sample float32 [B, ...], timestep int64 or float32 [B], and depending on the conditioning: class_labels int64 [B],
-    text inputs float32 [B, ...], tensors float32 or int64 [B, ...], guidance float32 [B]. Integer tensors are zeros:
-    their valid range is not known.
+    text inputs and masked_image float32 [B, ...], tensors float32 or int64 [B, ...], guidance float32 [B]. Integer
+    tensors are zeros: their valid range is not known.
     """
     generator = torch.Generator().manual_seed(seed)
     conditioning = spec.conditioning
@@ -62,6 +63,8 @@ def dummy_inputs(spec: DenoiserSpec, batch: int, seed: int = 0) -> dict[str, tor
         shape = (batch, *tensor.shape)
         is_integer = tensor.dtype == "int64"
         inputs[name] = torch.zeros(shape, dtype=torch.int64) if is_integer else torch.randn(shape, generator=generator)
+    if conditioning.inpainting:
+        inputs[MASKED_IMAGE] = torch.randn(batch, *spec.masked_image_shape, generator=generator)
     if conditioning.guidance_input:
         inputs["guidance"] = torch.full((batch,), spec.plan.guidance)
     return inputs
@@ -87,6 +90,8 @@ def dynamic_axes(model: nn.Module, spec: DenoiserSpec, fixed_size: bool = False)
         axes["timestep"] = {0: "steps"}
     if adapter_for(model).resizable and not fixed_size:
         axes["sample"] |= {2: "height", 3: "width"}
+        if MASKED_IMAGE in axes:
+            axes[MASKED_IMAGE] |= {2: "height", 3: "width"}
     for name, entry in spec.conditioning.inputs.items():
         if len(entry.shape) == 2 or name.endswith("_mask"):
             axes[name] |= {1: "sequence"}

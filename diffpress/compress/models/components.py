@@ -41,7 +41,12 @@ from diffpress.runtime.spec import DenoiserSpec
 DECODER = "vae_decoder"
 EXAMPLE_PROMPTS = ("a photo of a lighthouse in the fog", "")
 # pipelines that pass the attention mask to a text encoder whose config has `use_attention_mask`
-MASKED_PIPELINES = ("", "StableDiffusionPipeline", "LatentConsistencyModelPipeline")
+MASKED_PIPELINES = (
+    "",
+    "StableDiffusionPipeline",
+    "StableDiffusionInpaintPipeline",
+    "LatentConsistencyModelPipeline",
+)
 
 Tensors = dict[str, torch.Tensor]
 

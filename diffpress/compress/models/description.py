@@ -128,10 +128,16 @@ def text(
     inputs: dict[str, TextInput],
     zero_negative: bool = False,
     guidance_input: bool = False,
+    inpainting: str = "",
 ) -> Conditioning:
     """Build the text conditioning; without text encoders only the shapes of the inputs are kept."""
     if not encoders:
         inputs = {name: TextInput(entry.shape, ()) for name, entry in inputs.items()}
     return Conditioning(
-        "text", encoders=tuple(encoders), inputs=inputs, zero_negative=zero_negative, guidance_input=guidance_input
+        "text",
+        encoders=tuple(encoders),
+        inputs=inputs,
+        zero_negative=zero_negative,
+        guidance_input=guidance_input,
+        inpainting=inpainting,
     )

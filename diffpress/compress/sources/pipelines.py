@@ -55,13 +55,17 @@ PIPELINES: dict[str, PipelineDef] = {
     "LDMPipeline": PipelineDef("UNet2DModel", scales_late=False),
     "StableDiffusionPipeline": PipelineDef("UNet2DConditionModel"),
     "StableDiffusionXLPipeline": PipelineDef("UNet2DConditionModel", decoding=NORMALIZED),
+    "StableDiffusionInpaintPipeline": PipelineDef("UNet2DConditionModel"),
+    "StableDiffusionXLInpaintPipeline": PipelineDef("UNet2DConditionModel", decoding=NORMALIZED),
     "LatentConsistencyModelPipeline": PipelineDef("UNet2DConditionModel", schedulers=("LCMScheduler",)),
     "DiTPipeline": PipelineDef("DiTTransformer2DModel", scales_samples=False),
     "PixArtAlphaPipeline": PipelineDef("PixArtTransformer2DModel"),
     "PixArtSigmaPipeline": PipelineDef("PixArtTransformer2DModel"),
     "StableDiffusion3Pipeline": PipelineDef("SD3Transformer2DModel", decoding=SHIFTED, scales_samples=False),
     "FluxPipeline": PipelineDef("FluxTransformer2DModel", decoding=SHIFTED, scales_samples=False),
+    "FluxFillPipeline": PipelineDef("FluxTransformer2DModel", decoding=SHIFTED, scales_samples=False),
 }
+INPAINTING_CHANNELS = 9  # of a U-Net: latents, mask, and latents of the masked image
 PIXEL_PIPELINES = ("DDPMPipeline", "DDIMPipeline")
 
 
@@ -69,10 +73,13 @@ def usual_pipeline(layout: Layout) -> str:
     """Return the pipeline that a denoiser without model_index.json is used in."""
     if layout.kind == "UNet2DModel":
         return "DDPMPipeline" if layout.decoder is None else "LDMPipeline"
+    inpaints = "Inpaint" if layout.config.get("in_channels") == INPAINTING_CHANNELS else ""
     if layout.config.get("addition_embed_type") == "text_time":
-        return "StableDiffusionXLPipeline"
+        return f"StableDiffusionXL{inpaints}Pipeline"
     if layout.config.get("time_cond_proj_dim") is not None:
         return "LatentConsistencyModelPipeline"
+    if layout.kind == "UNet2DConditionModel":
+        return f"StableDiffusion{inpaints}Pipeline"
     return next(name for name, definition in PIPELINES.items() if definition.denoiser == layout.kind)
 
 

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from diffpress.compress.models.adapter import adapter_for, timestep_dtype
-from diffpress.runtime.network_inputs import GUIDANCE, SAMPLE, TIMESTEP
+from diffpress.runtime.conditioning import MASKED_IMAGE
+from diffpress.runtime.network_inputs import GUIDANCE, SAMPLE, TIMESTEP, whole_mask
 from diffpress.runtime.noise_schedule import NoiseSchedule
 from diffpress.runtime.parameterization import to_epsilon
 from diffpress.runtime.spec import DenoiserSpec
@@ -61,11 +62,14 @@ def forward(model: nn.Module, spec: DenoiserSpec, x_t: torch.Tensor, t: torch.Te
 def inputs_at(spec: DenoiserSpec, x_t: torch.Tensor, t: torch.Tensor, cond: Tensors) -> Tensors:
     """Return the network's inputs at integer timesteps `t` [B], which are passed in the dtype that sampling uses.
 
-    If the guidance weight is an input and `cond` does not contain it, the plan's weight is used.
+    If the guidance weight is an input and `cond` does not contain it, the plan's weight is used. A network for
+    inpainting repaints everything if `cond` has no masked image.
     """
     inputs = {SAMPLE: x_t, TIMESTEP: t.to(timestep_dtype(spec)), **cond}
     if spec.conditioning.guidance_input and GUIDANCE not in inputs:
         inputs[GUIDANCE] = torch.full((len(x_t),), spec.plan.guidance, device=x_t.device)
+    if spec.conditioning.inpainting and MASKED_IMAGE not in inputs:
+        inputs[MASKED_IMAGE] = torch.from_numpy(whole_mask(spec, len(x_t))).to(x_t.device)
     return inputs
 
 

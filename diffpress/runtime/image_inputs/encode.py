@@ -15,7 +15,7 @@ import numpy as np
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.image_inputs.request import ImageRequest
-from diffpress.runtime.image_inputs.start import ImageStart
+from diffpress.runtime.image_inputs.start import ImageStart, MaskedImage
 from diffpress.runtime.io.images import IMAGE_MODES
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -42,21 +42,48 @@ def image_start(request: ImageRequest, spec: DenoiserSpec, first: int, count: in
     scale = np.float32((high - low) / 255.0)
     pixels = request.pixels.astype(np.float32).transpose(0, 3, 1, 2) * scale + np.float32(low)
     clean, std = (pixels, None) if encode is None else encoded(encode, pixels, spec)
-    mask, keep, kept_pixels = None, None, None
+    mask, keep, kept_pixels, masked = None, None, None, None
     if request.masks is not None:
-        factor = spec.latent_factor
-        mask = request.masks[:, None, ::factor, ::factor].astype(np.float32)
         if request.overlay:
             keep, kept_pixels = ~request.masks[:, None], pixels
+        if encode is not None and spec.conditioning.inpainting:
+            masked = _masked_image(request.masks, pixels, spec, encode, count, request.prefix)
+        else:
+            mask = _cells(request.masks, spec)
     return ImageStart(
         clean=_for_each(clean, count, f"{request.prefix}image"),
         std=None if std is None else _for_each(std, count, f"{request.prefix}image"),
         first=first,
         mask=None if mask is None else _for_each(mask, count, f"{request.prefix}mask"),
-        from_noise=mask is not None and request.strength == 1.0,
+        from_noise=request.masks is not None and request.strength == 1.0,
         pixels=None if kept_pixels is None else _for_each(kept_pixels, count, f"{request.prefix}image"),
         keep=None if keep is None else _for_each(keep, count, f"{request.prefix}mask"),
+        masked=masked,
     )
+
+
+def _masked_image(
+    masks: np.ndarray, pixels: np.ndarray, spec: DenoiserSpec, encode: Encode, count: int, prefix: str
+) -> MaskedImage:
+    """Return what a network for inpainting reads: the image is 0 in the data range where it is repainted."""
+    clean, std = encoded(encode, pixels * ~masks[:, None], spec)
+    if spec.conditioning.inpainting == "mask":
+        mask = _cells(masks, spec)
+    else:
+        factor, (height, width) = spec.latent_factor, spec.sample_shape[1:]
+        mask = masks.reshape(-1, height, factor, width, factor).transpose(0, 2, 4, 1, 3)
+        mask = mask.reshape(-1, factor**2, height, width).astype(np.float32)
+    return MaskedImage(
+        clean=_for_each(clean, count, f"{prefix}image"),
+        std=None if std is None else _for_each(std, count, f"{prefix}image"),
+        mask=_for_each(mask, count, f"{prefix}mask"),
+    )
+
+
+def _cells(masks: np.ndarray, spec: DenoiserSpec) -> np.ndarray:
+    """Return masks of latent cells, float32 [M, 1, h, w]: the nearest pixel, as torch interpolates."""
+    factor = spec.latent_factor
+    return masks[:, None, ::factor, ::factor].astype(np.float32)
 
 
 def encoded(encode: Encode, pixels: np.ndarray, spec: DenoiserSpec) -> tuple[np.ndarray, np.ndarray | None]:
@@ -72,13 +99,20 @@ def encoded(encode: Encode, pixels: np.ndarray, spec: DenoiserSpec) -> tuple[np.
     return mean, scale * np.exp(np.float32(0.5) * np.clip(found[:, channels:], *LOG_VARIANCE))
 
 
-def check_image(request: ImageRequest, bundle: Bundle) -> None:
-    """Check that a bundle can start from the images of a request.
+def check_image(request: ImageRequest | None, bundle: Bundle) -> None:
+    """Check that a bundle can start from the images of a request, or from none.
 
     Raises:
-        InvalidInputError: It has no encoder, its samples are no pictures, or they have other channels.
+        InvalidInputError: The model needs an image and a mask, the bundle has no encoder, or its samples are no
+            pictures or have other channels.
     """
-    name, spec = f"{request.prefix}image", bundle.spec
+    spec = bundle.spec
+    if spec.conditioning.inpainting and (request is None or request.masks is None):
+        what = "image and mask" if request is None else f"{request.prefix}mask"
+        raise InvalidInputError(f"{what}: the model is trained for inpainting and needs an image and a mask; give both")
+    if request is None:
+        return
+    name = f"{request.prefix}image"
     if not bundle.is_latent and not spec.is_picture:
         raise InvalidInputError(f"{name}: the model samples {_by(spec.sample_shape)} arrays, no pictures; leave it out")
     channels = spec.sample_shape[0]

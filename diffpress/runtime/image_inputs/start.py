@@ -14,9 +14,41 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import CLEAN, NoiseLevel
 
-ENCODER_STREAM = 2**64 - 1  # stream of the encoder's noise; those of the sampler count up from 0
+# streams of the encoder's noise, for the image and for the masked image; those of the sampler count up from 0
+ENCODER_STREAM, MASKED_STREAM = 2**64 - 1, 2**64 - 2
+
+NoiseOf = Callable[[int], np.ndarray]  # stream -> unit noise, float32 [N, ...]
+
+
+def _rows(array: np.ndarray | None, members: slice | np.ndarray) -> np.ndarray | None:
+    return None if array is None else array[members]
+
+
+@dataclass(frozen=True)
+class MaskedImage:
+    """Input `masked_image` of a network for inpainting, for N samples (see runtime/conditioning.py).
+
+    Attributes:
+        clean: Latents of the image whose repainted pixels are grey, float32 [N, c, h, w]; see ImageStart.
+        std: Their standard deviation, or None.
+        mask: 1 where the image is repainted, of the cells [N, 1, h, w] or of the pixels of each cell [N, f f, h, w].
+    """
+
+    clean: np.ndarray
+    std: np.ndarray | None
+    mask: np.ndarray
+
+    def part(self, members: slice | np.ndarray) -> MaskedImage:
+        """Return the input of these samples alone."""
+        return MaskedImage(self.clean[members], _rows(self.std, members), self.mask[members])
+
+    def network_input(self, noise_of: NoiseOf) -> np.ndarray:
+        """Return the array that the network reads, float32 [N, channels, h, w]."""
+        latents = self.clean if self.std is None else self.clean + self.std * noise_of(MASKED_STREAM)
+        return np.concatenate([self.mask, latents] if self.mask.shape[1] == 1 else [latents, self.mask], axis=1)
 
 
 @dataclass(frozen=True)
@@ -31,6 +63,7 @@ class ImageStart:
         from_noise: Start from noise alone: a mask with strength 1.
         pixels: Pixels that replace the finished images where `keep` is true, float32 [N, C, H, W]; None replaces none.
         keep: bool [N, 1, H, W].
+        masked: What a network for inpainting reads; its `mask` above is None, because it keeps the image itself.
     """
 
     clean: np.ndarray
@@ -40,17 +73,29 @@ class ImageStart:
     from_noise: bool = False
     pixels: np.ndarray | None = None
     keep: np.ndarray | None = None
+    masked: MaskedImage | None = None
 
     def __len__(self) -> int:
         return len(self.clean)
 
     def part(self, members: slice | np.ndarray) -> ImageStart:
         """Return the start of these samples alone."""
-        arrays = {name: getattr(self, name) for name in ("clean", "std", "mask", "pixels", "keep")}
-        return replace(self, **{name: None if array is None else array[members] for name, array in arrays.items()})
+        return replace(
+            self,
+            clean=self.clean[members],
+            std=_rows(self.std, members),
+            mask=_rows(self.mask, members),
+            pixels=_rows(self.pixels, members),
+            keep=_rows(self.keep, members),
+            masked=None if self.masked is None else self.masked.part(members),
+        )
 
-    def drawn(self, noise_of: Callable[[int], np.ndarray]) -> ImageStart:
-        """Return the start with `clean` drawn from its distribution; noise_of(stream) is unit noise [N, ...]."""
+    def conditioned(self, conditions: ConditioningInputs, noise_of: NoiseOf) -> ConditioningInputs:
+        """Return the conditioning with what a network for inpainting reads."""
+        return conditions if self.masked is None else conditions.with_masked_image(self.masked.network_input(noise_of))
+
+    def drawn(self, noise_of: NoiseOf) -> ImageStart:
+        """Return the start with `clean` drawn from its distribution."""
         if self.std is None:
             return self
         return replace(self, clean=self.clean + self.std * noise_of(ENCODER_STREAM), std=None)

@@ -1,4 +1,4 @@
-"""Adapter of diffusers' `FluxTransformer2DModel`: FLUX.1 (Black Forest Labs 2024).
+"""Adapter of diffusers' `FluxTransformer2DModel`: FLUX.1 and FLUX.1 Fill (Black Forest Labs 2024).
 
 The network works on tokens of 2 x 2 latent cells. Packing, unpacking and position ids are part of the graph, so that
 the sample is [B, C, H, W] as for every other model.
@@ -16,10 +16,11 @@ from diffpress.compress.models.description import Description, check_task, text,
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.transformer import layers_named
 from diffpress.compress.sources.layout import Layout
-from diffpress.runtime.conditioning import TextInput
+from diffpress.runtime.conditioning import MASKED_IMAGE, TextInput
 
 PACK = 2
 T5_LENGTH = 512
+FILL = "FluxFillPipeline"
 TASKS = {128: "control by an image (depth, edges)", 384: "inpainting (Fill)"}
 CELLS = 128  # default latent height and width: the config has none
 
@@ -27,7 +28,10 @@ CELLS = 128  # default latent height and width: the config has none
 def describe(layout: Layout) -> Description:
     """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
-    check_task(layout, config["in_channels"], config["out_channels"] or config["in_channels"], TASKS)
+    channels = config["out_channels"] or config["in_channels"]
+    fills = layout.pipeline == FILL and config["in_channels"] > channels
+    if not fills:
+        check_task(layout, config["in_channels"], channels, TASKS)
     clip = [text_encoder(layout, name) for name, _ in layout.encoders if name == "text_encoder"]
     t5 = [text_encoder(layout, name, T5_LENGTH) for name, _ in layout.encoders if name == "text_encoder_2"]
     inputs = {
@@ -37,10 +41,10 @@ def describe(layout: Layout) -> Description:
         "pooled_projections": TextInput((int(config["pooled_projection_dim"]),), (("text_encoder.pooler_output",),)),
     }
     guided = bool(config["guidance_embeds"])
-    conditioning = text(layout, clip + t5, inputs, guidance_input=guided)
-    shape = (int(config["in_channels"]) // PACK**2, CELLS, CELLS)
+    conditioning = text(layout, clip + t5, inputs, guidance_input=guided, inpainting="pixel_mask" if fills else "")
+    shape = (int(channels) // PACK**2, CELLS, CELLS)
     # the variant without a guidance input is distilled to few steps (schnell)
-    defaults = (28, 3.5) if guided else (4, 1.0)
+    defaults = (50, 30.0) if fills else (28, 3.5) if guided else (4, 1.0)
     return Description(shape, conditioning, PACK, *defaults, pipeline_sigmas=True)
 
 
@@ -48,8 +52,9 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     """Evaluate the network on [B, C, H, W]."""
     sample, text_states = inputs["sample"], inputs["encoder_hidden_states"]
     rows, columns = sample.shape[2] // PACK, sample.shape[3] // PACK
+    read = torch.cat([sample, inputs[MASKED_IMAGE]], dim=1) if MASKED_IMAGE in inputs else sample
     out: torch.Tensor = model(
-        pack(sample),
+        pack(read),
         encoder_hidden_states=text_states,
         pooled_projections=inputs["pooled_projections"],
         timestep=inputs["timestep"] / 1000,

@@ -1,4 +1,7 @@
-"""Adapter of diffusers' `UNet2DConditionModel`: Stable Diffusion 1 and 2, SDXL, and latent consistency models."""
+"""Adapter of diffusers' `UNet2DConditionModel`: Stable Diffusion 1 and 2, SDXL, and latent consistency models.
+
+A network for inpainting of 9 channels reads the sample, a mask and the latents of the masked image.
+"""
 
 from __future__ import annotations
 
@@ -22,13 +25,16 @@ from diffpress.compress.models.description import (
 from diffpress.compress.models.families import unet2d
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.sources.layout import Layout
-from diffpress.runtime.conditioning import TextInput
+from diffpress.runtime.conditioning import MASKED_IMAGE, TextInput
 
 TIME_IDS = 6  # original size, crop corner, target size
 GUIDANCE_WIDTH = 256  # as in published latent consistency models
 CLIP_LENGTH = 77  # if the denoiser is loaded without its text encoder
 SDXL, LCM = "StableDiffusionXLPipeline", "LatentConsistencyModelPipeline"
-DEFAULTS = {"StableDiffusionPipeline": (50, 7.5), SDXL: (50, 5.0), LCM: (4, 8.5)}  # steps, guidance
+INPAINT, SDXL_INPAINT = "StableDiffusionInpaintPipeline", "StableDiffusionXLInpaintPipeline"
+# steps, guidance
+DEFAULTS = {"StableDiffusionPipeline": (50, 7.5), SDXL: (50, 5.0), LCM: (4, 8.5)}
+DEFAULTS |= {INPAINT: (50, 7.5), SDXL_INPAINT: (50, 7.5)}
 TASKS = {
     5: "generation from a depth map",
     7: "upscaling",
@@ -45,15 +51,18 @@ def describe(layout: Layout) -> Description:
     """
     config = layout.config
     _check_inputs(layout)
-    shape = square(config["in_channels"], sample_size(layout))
+    shape = square(config["out_channels"], sample_size(layout))
+    inpainting = "mask" if config["in_channels"] != config["out_channels"] else ""
     multiple = 2 ** (len(config["block_out_channels"]) - 1)
     encoders = [text_encoder(layout, name) for name, _ in layout.encoders]
     length, width = encoders[0].length if encoders else CLIP_LENGTH, _context_width(config)
     guided = config["time_cond_proj_dim"] is not None
     defaults = DEFAULTS[layout.pipeline]
-    if layout.pipeline != SDXL:
+    if layout.pipeline not in (SDXL, SDXL_INPAINT):
         inputs = {"encoder_hidden_states": TextInput((length, width), (("text_encoder.last_hidden_state",),))}
-        return Description(shape, text(layout, encoders, inputs, guidance_input=guided), multiple, *defaults)
+        return Description(
+            shape, text(layout, encoders, inputs, guidance_input=guided, inpainting=inpainting), multiple, *defaults
+        )
     pooled = config["projection_class_embeddings_input_dim"] - TIME_IDS * config["addition_time_embed_dim"]
     hidden = tuple(penultimate(layout, encoder.graph) for encoder in encoders)
     inputs = {
@@ -62,18 +71,19 @@ def describe(layout: Layout) -> Description:
         "time_ids": TextInput((TIME_IDS,), (("size", "corner", "size"),)),
     }
     zero = bool(layout.index["force_zeros_for_empty_prompt"])
-    conditioning = text(layout, encoders, inputs, zero_negative=zero, guidance_input=guided)
+    conditioning = text(layout, encoders, inputs, zero_negative=zero, guidance_input=guided, inpainting=inpainting)
     return Description(shape, conditioning, multiple, *defaults)
 
 
 def _check_inputs(layout: Layout) -> None:
     """Check that the pipeline passes every input that the network needs."""
     config, pipeline = layout.config, layout.pipeline
-    check_task(layout, config["in_channels"], config["out_channels"], TASKS)
+    if pipeline not in (INPAINT, SDXL_INPAINT) or config["in_channels"] != 2 * config["out_channels"] + 1:
+        check_task(layout, config["in_channels"], config["out_channels"], TASKS)
     for entry in ("class_embed_type", "num_class_embeds"):
         check_entry(layout, entry, (None,), "which passes no class labels")
     check_entry(layout, "encoder_hid_dim_type", (None, "text_proj"), "which passes no image embedding")
-    added = ("text_time",) if pipeline == SDXL else (None, "text")
+    added = ("text_time",) if pipeline in (SDXL, SDXL_INPAINT) else (None, "text")
     check_entry(layout, "addition_embed_type", added, "which passes no other embedding")
     if pipeline == LCM and config["time_cond_proj_dim"] is None:
         check_entry(layout, "time_cond_proj_dim", ("a number",), "which passes the guidance weight")
@@ -86,8 +96,11 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     if "guidance" in inputs:
         config = getattr(model, "module", model).config  # under DDP the model is wrapped
         embedding = guidance_embedding(inputs["guidance"] - 1.0, config.time_cond_proj_dim)
+    sample = inputs["sample"]
+    if MASKED_IMAGE in inputs:
+        sample = torch.cat([sample, inputs[MASKED_IMAGE]], dim=1)
     out: torch.Tensor = model(
-        inputs["sample"],
+        sample,
         inputs["timestep"],
         inputs["encoder_hidden_states"],
         timestep_cond=embedding,
