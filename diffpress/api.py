@@ -117,6 +117,7 @@ def export(
     size: tuple[int, int] | None = None,
     fixed_timesteps: bool = False,
     image_inputs: bool = False,
+    decoder: str | Path | None = None,
     revert_slower: bool = False,
     compute_capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
@@ -133,6 +134,8 @@ def export(
         size: Height and width of the image in pixels, to fix them in the graphs.
         fixed_timesteps: Fold the timestep embedding for the plan's own timesteps into constants.
         image_inputs: Export the encoder of the autoencoder, so that the bundle can start from images.
+        decoder: Folder of an autoencoder of diffusers that is exported in place of the pipeline's, such as a tiny one
+            (TAESD, `AutoencoderTiny`); with `image_inputs` its encoder is exported as well.
         revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
         compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
         build: How TensorRT engines are built.
@@ -153,6 +156,7 @@ def export(
 
     from diffpress.compress.checkpoint import Checkpoint
     from diffpress.compress.config import ExportConfig, ExportPrecision, Target, input_error
+    from diffpress.compress.sources.autoencoder import with_decoder
     from diffpress.export.bundle import check_output_folder, export_bundle
     from diffpress.runtime.engines.tensorrt.options import BuildOptions
 
@@ -176,6 +180,8 @@ def export(
     except ValidationError as error:
         raise input_error(error, ExportConfig, "export") from error
     checkpoint = checkpoint if isinstance(checkpoint, Checkpoint) else load(checkpoint)
+    if decoder is not None:
+        checkpoint = with_decoder(checkpoint, Path(decoder))
     return export_bundle(checkpoint, Path(out), config, parity_sqnr_db=parity_sqnr_db)
 
 

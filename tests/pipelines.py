@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMPipeline,
     DDIMScheduler,
     DiTPipeline,
@@ -174,6 +175,13 @@ VAE: dict[str, Any] = {
 
 def vae(latent_channels: int = 4, **config: Any) -> AutoencoderKL:
     return AutoencoderKL(**VAE, latent_channels=latent_channels, **config)
+
+
+def tiny_vae(latent_channels: int = 4, **config: Any) -> AutoencoderTiny:
+    """Build an autoencoder of TAESD's class: 2 pixels per cell, and its own scale of latents."""
+    widths = {f"{half}_block_out_channels": (16, 16) for half in ("encoder", "decoder")}
+    blocks = {f"num_{half}_blocks": (1, 1) for half in ("encoder", "decoder")}
+    return AutoencoderTiny(**{**widths, **blocks, **config}, latent_channels=latent_channels)
 
 
 def vq() -> VQModel:

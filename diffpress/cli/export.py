@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--size", metavar="HxW", help="fix height and width of the image, in pixels")
     parser.add_argument(
+        "--decoder",
+        type=Path,
+        metavar="FOLDER",
+        help="autoencoder in place of the pipeline's, such as a tiny one (TAESD)",
+    )
+    parser.add_argument(
         "--image-inputs",
         action="store_true",
         help="export the encoder of the autoencoder, so that the bundle can start from images",
@@ -81,6 +87,7 @@ def run(args: argparse.Namespace) -> int:
         size=None if args.size is None else parsed_size(args.size),
         fixed_timesteps=args.fixed_timesteps,
         image_inputs=args.image_inputs,
+        decoder=args.decoder,
         revert_slower=args.revert_slower,
         compute_capabilities=args.compute_capability,
         build=build,

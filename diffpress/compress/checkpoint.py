@@ -121,7 +121,8 @@ class Source:
     """How to rebuild the unpruned module: a diffusers class and config, or a user's file and weights.
 
     `pipeline_folder` holds the other components of the pipeline: text encoders, tokenizers, decoder. `original` holds
-    the widths of the unpruned module. `decoder` is that of a user's file. `terms` are the files of its licence.
+    the widths of the unpruned module. `decoder` is that of a user's file. `autoencoder` is a folder in place of the
+    pipeline's autoencoder. `terms` are the files of its licence.
     """
 
     kind: str
@@ -133,6 +134,7 @@ class Source:
     pipeline_folder: Path | None = None
     original: Widths = field(default_factory=dict)
     decoder: nn.Module | None = None
+    autoencoder: Path | None = None
     terms: Terms = field(default_factory=dict)
 
 

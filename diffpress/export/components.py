@@ -12,7 +12,7 @@ from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.models.components import DECODER, Component, component_names, load_component
 from diffpress.compress.models.counts import parameter_count
-from diffpress.compress.models.latent_encoder import autoencoder_folder, load_encoder
+from diffpress.compress.models.latent_encoder import encoding_autoencoder, load_encoder
 from diffpress.compress.quantization.components import fake_quantized_component
 from diffpress.export.graph.trace import trace
 from diffpress.export.lowering import PassContext, lower
@@ -73,7 +73,7 @@ def check_image_inputs(checkpoint: Checkpoint, config: ExportConfig) -> None:
         raise InvalidInputError(
             "image_inputs: the model came without an autoencoder that encodes images; export the pipeline's folder"
         )
-    autoencoder_folder(checkpoint)
+    encoding_autoencoder(checkpoint)
 
 
 def _export_component(

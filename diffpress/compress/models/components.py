@@ -23,6 +23,7 @@ from torch import nn
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.fast_path import without_fast_path
+from diffpress.compress.sources.autoencoder import Autoencoder, autoencoder_of
 from diffpress.compress.sources.layout import TEXT_ENCODERS, Layout, read_layout
 from diffpress.compress.sources.pretrained import (
     DECODER_MODELS,
@@ -113,11 +114,11 @@ def load_component(checkpoint: Checkpoint, name: str) -> Component:
     if checkpoint.source.decoder is not None:
         return _custom_decoder(checkpoint.source.decoder, checkpoint.spec)
     assert checkpoint.source.pipeline_folder is not None  # else component_names is empty
-    layout = read_layout(checkpoint.source.pipeline_folder)
     if name in TEXT_ENCODERS:
-        return _text_encoder(layout, name, checkpoint.spec)
-    assert layout.decoder is not None
-    return _decoder(layout, layout.decoder, checkpoint.spec)
+        return _text_encoder(read_layout(checkpoint.source.pipeline_folder), name, checkpoint.spec)
+    autoencoder = autoencoder_of(checkpoint)
+    assert autoencoder is not None
+    return _decoder(autoencoder, checkpoint.spec)
 
 
 def _text_encoder(layout: Layout, name: str, spec: DenoiserSpec) -> Component:
@@ -163,14 +164,14 @@ def _outputs_of(names: list[str]) -> Callable[[nn.Module, Tensors], tuple[torch.
     return forward
 
 
-def _decoder(layout: Layout, name: str, spec: DenoiserSpec) -> Component:
-    config, kind, folder = layout.configs[name], layout.kind_of(name), layout.folder / name
-    _check_supported(folder, kind, DECODER_MODELS)
-    module: Any = load_diffusers_model(folder, kind, optional=ENCODER)
+def _decoder(autoencoder: Autoencoder, spec: DenoiserSpec) -> Component:
+    _check_supported(autoencoder.folder, autoencoder.kind, DECODER_MODELS)
+    module: Any = load_diffusers_model(autoencoder.folder, autoencoder.kind, optional=ENCODER)
     for part, child in list(module.named_children()):
         if part == "encoder" or any(parameter.is_meta for parameter in child.parameters()):
             delattr(module, part)  # not needed for decoding, and some files lack it
     axes = {"latent_sample": {0: "batch", 2: "latent_height", 3: "latent_width"}}
+    name, config = autoencoder.component, autoencoder.config
     return Component(DECODER, name, config, module, _decode, _example_latents(spec), ["sample"], axes)
 
 

@@ -11,7 +11,6 @@ The latent that training uses is the mean of the distribution. Names of the grap
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,7 @@ from safetensors import safe_open
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.components import Component, Tensors
-from diffpress.compress.sources.layout import read_layout
+from diffpress.compress.sources.autoencoder import Autoencoder, autoencoder_of
 from diffpress.compress.sources.pretrained import load_diffusers_model
 from diffpress.compress.sources.weights import weight_files
 from diffpress.runtime.errors import InvalidInputError
@@ -30,38 +29,35 @@ PIXELS_TOGETHER = 2**21  # of the images encoded together: eight of 512 x 512
 MOST_TOGETHER = 64
 
 
-def autoencoder_folder(checkpoint: Checkpoint) -> Path:
-    """Return the folder of the pipeline's autoencoder.
+def encoding_autoencoder(checkpoint: Checkpoint) -> Autoencoder:
+    """Return the pipeline's autoencoder, whose encoder is needed.
 
     Raises:
         InvalidInputError: The pipeline has none, or it has no weights of the encoder.
     """
-    folder = checkpoint.source.pipeline_folder
-    layout = None if folder is None else read_layout(folder)
-    if layout is None or layout.decoder is None:
+    found = autoencoder_of(checkpoint)
+    if found is None:
         raise InvalidInputError(
             "the model learns from latents, but it came without an autoencoder that encodes images; load the whole "
             "pipeline's folder"
         )
-    found = layout.folder / layout.decoder
-    for file in weight_files(found):
+    for file in weight_files(found.folder):
         with safe_open(file, framework="pt") as tensors:
             if any(name.startswith("encoder.") for name in tensors.keys()):
                 return found
-    raise InvalidInputError(f"{found}: has no weights of the encoder, so it cannot encode images")
+    raise InvalidInputError(f"{found.folder}: has no weights of the encoder, so it cannot encode images")
 
 
 def load_encoder(checkpoint: Checkpoint) -> Component:
-    """Load the encoder to run or to export; raises InvalidInputError as in `autoencoder_folder`."""
-    folder = autoencoder_folder(checkpoint)
-    layout = read_layout(folder.parent)
-    module: Any = load_diffusers_model(folder, layout.kind_of(folder.name))
+    """Load the encoder to run or to export; raises InvalidInputError as in `encoding_autoencoder`."""
+    found = encoding_autoencoder(checkpoint)
+    module: Any = load_diffusers_model(found.folder, found.kind)
     del module.decoder  # not needed for encoding
     size = checkpoint.spec.image_size
     images = torch.rand(2, module.config.in_channels, *size, generator=torch.Generator().manual_seed(0)) * 2 - 1
     axes = {"sample": {0: "batch", 2: "image_height", 3: "image_width"}}
-    config, examples = layout.configs[folder.name], {"sample": images}
-    return Component(ENCODER, folder.name, config, module, _encode, examples, ["latent_parameters"], axes)
+    examples, outputs = {"sample": images}, ["latent_parameters"]
+    return Component(ENCODER, found.component, found.config, module, _encode, examples, outputs, axes)
 
 
 def _encode(module: Any, inputs: Tensors) -> tuple[torch.Tensor, ...]:
@@ -73,13 +69,12 @@ def encode_images(checkpoint: Checkpoint, images: np.ndarray) -> Iterator[np.nda
     """Encode images, uint8 [N, C, H, W], batch by batch into samples, float32 [B, c, h, w].
 
     Raises:
-        InvalidInputError: As in `autoencoder_folder`, or its weights cannot be read.
+        InvalidInputError: As in `encoding_autoencoder`, or its weights cannot be read.
     """
     spec, (low, high) = checkpoint.spec, checkpoint.spec.data_range
-    folder = autoencoder_folder(checkpoint)
-    kind = read_layout(folder.parent).kind_of(folder.name)
+    autoencoder = encoding_autoencoder(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    module: Any = load_diffusers_model(folder, kind).to(device)
+    module: Any = load_diffusers_model(autoencoder.folder, autoencoder.kind).to(device)
     batch = min(MOST_TOGETHER, max(1, PIXELS_TOGETHER // (images.shape[2] * images.shape[3])))
     for start in range(0, len(images), batch):
         pixels = torch.from_numpy(images[start : start + batch]).to(device).float() * ((high - low) / 255.0) + low

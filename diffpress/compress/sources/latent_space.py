@@ -29,12 +29,27 @@ def read_latent_space(settings: PipelineSettings, channels: int) -> dict[str, An
     component = layout.decoder
     if component is None:
         return {}
-    config, where = layout.configs[component], layout.folder / component / "config.json"
+    where = layout.folder / component / "config.json"
+    return latent_space(layout.configs[component], where, decoding, channels)
+
+
+def latent_space(config: dict[str, Any], where: Path, decoding: tuple[str, ...], channels: int) -> dict[str, Any]:
+    """Return scale, shift and factor of the latent space of an autoencoder.
+
+    Args:
+        config: The autoencoder's complete config.
+        where: The file that it is from.
+        decoding: Entries that the pipeline applies, as in PipelineDef.
+        channels: Channels of the denoiser's sample.
+
+    Raises:
+        InvalidInputError: As in `read_latent_space`.
+    """
     # a VQ model quantizes, and so decodes, vectors of its own width
     entry = "vq_embed_dim" if config.get("vq_embed_dim") else "latent_channels"
     if config.get(entry) != channels:
         raise InvalidInputError(
-            f"{where}: {entry}: the denoiser has {channels} latent channels, but {component} decodes "
+            f"{where}: {entry}: the denoiser has {channels} latent channels, but {where.parent.name} decodes "
             f"{config.get(entry)}; they come from different models"
         )
     scale, shift = _number(config, "scaling_factor", where), 0.0

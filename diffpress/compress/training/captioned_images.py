@@ -20,7 +20,7 @@ import torch
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.components import Component, load_component, prompt_conditions, prompt_encoder
-from diffpress.compress.models.latent_encoder import autoencoder_folder, encode_images
+from diffpress.compress.models.latent_encoder import encode_images, encoding_autoencoder
 from diffpress.compress.progress import progress
 from diffpress.compress.sources.weights import weight_files
 from diffpress.compress.training.sample_data import IMAGES, channels_first
@@ -83,7 +83,7 @@ class CaptionedImages:
     @cached_property
     def _samples(self) -> np.ndarray:
         """The encoded images, float32 [N, ...], memory-mapped."""
-        weights = [sha256(file) for file in weight_files(autoencoder_folder(self.teacher))]
+        weights = [sha256(file) for file in weight_files(encoding_autoencoder(self.teacher).folder)]
         facts = json.dumps([self.hash, self.teacher.hash, weights])
         path = self.folder / f"images-{hashlib.sha256(facts.encode()).hexdigest()[:16]}.npy"
         if not path.is_file():
@@ -115,7 +115,7 @@ def load_captioned_images(path: Path, teacher: Checkpoint, folder: Path) -> Capt
     """
     if not teacher.spec.conditioning.encoders:
         raise InvalidInputError(f"{path}: the model came without its text encoders; load the whole pipeline's folder")
-    autoencoder_folder(teacher)
+    encoding_autoencoder(teacher)
     arrays, size = read_npz(path), teacher.spec.image_size
     if IMAGES not in arrays:
         raise InvalidInputError(f"{path}: no array '{IMAGES}'; expected uint8 images [N, H, W, 3] and '{CAPTIONS}' [N]")
