@@ -4,22 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """Folder of a tiny pipeline (tests/pipelines.py), created once per kind; do not modify. Skips without torch."""
+    """Folder of a tiny pipeline (tests/pipelines.py), created once per kind; do not modify. Skips without torch.
+
+    A function that builds a pipeline is given with the name of its folder.
+    """
     pytest.importorskip("torch")
     made: dict[str, Path] = {}
 
-    def folder(kind: str) -> Path:
+    def folder(kind: str | Callable[[], Any], name: str | None = None) -> Path:
         from tests.pipelines import tiny_pipeline
 
-        if kind not in made:
-            made[kind] = tiny_pipeline(kind, tmp_path_factory.mktemp(kind) / kind)
-        return made[kind]
+        key = name or str(kind)
+        if key not in made:
+            made[key] = tiny_pipeline(kind, tmp_path_factory.mktemp(key) / key)
+        return made[key]
 
     return folder
 

@@ -25,9 +25,11 @@ import diffpress as dp  # noqa: E402
 from diffpress.cli.main import main  # noqa: E402
 from diffpress.compress.sources.load import load_checkpoint  # noqa: E402
 from diffpress.runtime.engines import available  # noqa: E402
+from diffpress.runtime.errors import InvalidInputError  # noqa: E402
 from diffpress.runtime.image_size import resized  # noqa: E402
 from tests.against_diffusers import PROMPTS, psnr_db, with_short_plan  # noqa: E402
 from tests.image_inputs import (  # noqa: E402
+    INPAINTING,
     PREFIXES,
     masks,
     pictures,
@@ -138,6 +140,48 @@ def test_every_solver_starts_in_the_middle_of_its_plan_as_its_scheduler_does(
         assert psnr_db(sampled_in_torch(checkpoint, images), theirs) >= 90
 
 
+# --- networks that are trained for inpainting --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("steps", "strength"), [(5, 0.5), (3, 1.0)])
+@pytest.mark.parametrize("kind", INPAINTING)
+def test_a_network_that_reads_the_masked_image_reproduces_diffusers(
+    kind: str, steps: int, strength: float, tiny_folder: Callable[..., Path]
+) -> None:
+    checkpoint = with_short_plan(load_checkpoint(built(kind, tiny_folder)), steps)
+    images = request(checkpoint.spec.image_size, strength, masked=True)
+    theirs = sampled_by_diffusers(built(kind, tiny_folder), checkpoint, images)
+    assert psnr_db(sampled_in_torch(checkpoint, images), theirs) >= 90
+
+
+STAGES = [
+    dp.Prune(method="magnitude", ratio=0.25, round_to=4),
+    dp.Recover(steps=1, batch=2),
+    dp.Quantize("int8", samples=2, batch=2),
+]
+
+
+@pytest.mark.parametrize("kind", ["sd-inpaint", pytest.param("flux-fill", marks=pytest.mark.slow)])
+def test_a_network_that_reads_the_masked_image_is_compressed_saved_and_exported(
+    kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    teacher = with_short_plan(load_checkpoint(built(kind, tiny_folder)), 2)
+    small = dp.compress(teacher, STAGES, out=tmp_path / "work")
+    assert small.quantization is not None and small.spec.conditioning.inpainting
+    last = sorted((tmp_path / "work" / "stages").iterdir())[-1]
+    assert load_checkpoint(last).hash == small.hash and load_checkpoint(last).spec == small.spec
+    bundle = dp.export(small, tmp_path / "bundle", threads=1)
+    assert bundle.manifest["requires"] == ["inpainting"] and "vae_encoder" in bundle.manifest["graphs"]
+    with dp.Pipeline(bundle, engine="onnxruntime", threads=1) as pipe:
+        size = teacher.spec.image_size
+        found: Any = pipe(PROMPTS, image=pictures(size), mask=list(masks(size)), overlay=True)
+        for image, picture, mask in zip(found, pictures(size), masks(size), strict=True):
+            assert np.array_equal(np.asarray(image)[~mask], picture[~mask])
+        for given in ({}, {"image": pictures(size)}):
+            with pytest.raises(InvalidInputError, match="inpainting and needs an image and a mask"):
+                pipe(PROMPTS, **given)
+
+
 # --- in engines ------------------------------------------------------------------------------------------------
 
 
@@ -150,29 +194,37 @@ def exported(tiny_folder: Callable[..., Path], tmp_path_factory: pytest.TempPath
         if kind not in made:
             out = tmp_path_factory.mktemp(kind) / "bundle"
             targets = ["onnx", *(["openvino"] if "openvino" in ENGINES else [])]
-            made[kind] = dp.export(tiny_folder(kind), out, targets=targets, threads=1, image_inputs=True).path
+            made[kind] = dp.export(built(kind, tiny_folder), out, targets=targets, threads=1, image_inputs=True).path
         return made[kind]
 
     return bundle
 
 
-LESS = [pytest.param(kind, marks=() if kind in ("sd", "flux") else pytest.mark.slow) for kind in PREFIXES]
+def built(kind: str, tiny_folder: Callable[..., Path]) -> Path:
+    """Return the folder of a tiny pipeline, of KINDS or for inpainting."""
+    return tiny_folder(kind) if kind in PREFIXES else tiny_folder(INPAINTING[kind][1], kind)
 
 
-@pytest.mark.parametrize("kind", LESS)
+EVERY = [pytest.param(kind, marks=() if kind == "sd" else pytest.mark.slow) for kind in (*PREFIXES, *INPAINTING)]
+
+
+@pytest.mark.parametrize("kind", EVERY)
 def test_one_bundle_starts_from_images_of_several_sizes_in_every_engine(
     kind: str, exported: Callable[[str], Path], tiny_folder: Callable[..., Path]
 ) -> None:
-    whole = with_short_plan(load_checkpoint(tiny_folder(kind)), 4)
-    for size in ((16, 16), (32, 32), (24, 32)):
-        checkpoint = whole.evolve(spec=resized(whole.spec, size))
-        for masked in (False, True)[: 1 if kind == "lcm" else 2]:
-            images = request(size, 0.6, masked)
-            theirs = sampled_by_diffusers(tiny_folder(kind), checkpoint, images)
-            given = {"image": pictures(size), "mask": list(masks(size)) if masked else None, "strength": 0.6}
-            for engine in ENGINES:
-                with dp.Pipeline(exported(kind), engine=engine, threads=1) as pipe:
-                    found: Any = pipe(PROMPTS, seeds=[0, 1], steps=4, **given)
+    whole = with_short_plan(load_checkpoint(built(kind, tiny_folder)), 4)
+    cases = [((16, 16), kind in INPAINTING), ((32, 32), kind != "lcm"), ((24, 32), kind in INPAINTING)]
+    expected = [
+        sampled_by_diffusers(
+            built(kind, tiny_folder), whole.evolve(spec=resized(whole.spec, size)), request(size, 0.6, masked)
+        )
+        for size, masked in cases
+    ]
+    for engine in ENGINES:
+        with dp.Pipeline(exported(kind), engine=engine, threads=1) as pipe:
+            for (size, masked), theirs in zip(cases, expected, strict=True):
+                given = {"image": pictures(size), "mask": list(masks(size)) if masked else None, "strength": 0.6}
+                found: Any = pipe(PROMPTS, seeds=[0, 1], steps=4, **given)
                 ours = np.stack([np.asarray(image) for image in found]).transpose(0, 3, 1, 2) / 255
                 assert psnr_db(ours, theirs) >= 40, (size, masked, engine)
 

@@ -112,8 +112,8 @@ def check_task(layout: Layout, channels: Any, out_channels: Any, tasks: Mapping[
         task = tasks.get(channels, "a task with another input besides the noise, or a learned variance")
         raise InvalidInputError(
             f"{layout.denoiser / 'config.json'}: in_channels {channels} with out_channels {out_channels} is a network "
-            f"for {task}, which is not supported; use a text-to-image or unconditional model, or load it as a custom "
-            "module, file.py:weights"
+            f"for {task}, which is not supported in a {layout.pipeline}; use a text-to-image or unconditional model, "
+            "or load it as a custom module, file.py:weights"
         )
 
 

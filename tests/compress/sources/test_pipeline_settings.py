@@ -223,7 +223,7 @@ def test_reading_settings_prints_nothing_but_does_not_change_the_files(
         "StableDiffusionPAGPipeline",
         "StableDiffusionControlNetPipeline",
         "StableDiffusionImg2ImgPipeline",
-        "StableDiffusionInpaintPipeline",
+        "StableDiffusionInstructPix2PixPipeline",
         "StableDiffusionUpscalePipeline",
         "AnimateDiffPipeline",
         "MyOwnPipeline",

@@ -29,7 +29,7 @@ def describe(layout: Layout) -> Description:
     """Read sample shape, conditioning and defaults from the pipeline's configs."""
     config = layout.config
     channels = config["out_channels"] or config["in_channels"]
-    fills = layout.pipeline == FILL and config["in_channels"] > channels
+    fills = layout.pipeline == FILL and config["in_channels"] == 2 * channels + PACK**2 * _pixels_per_cell(layout)
     if not fills:
         check_task(layout, config["in_channels"], channels, TASKS)
     clip = [text_encoder(layout, name) for name, _ in layout.encoders if name == "text_encoder"]
@@ -46,6 +46,12 @@ def describe(layout: Layout) -> Description:
     # the variant without a guidance input is distilled to few steps (schnell)
     defaults = (50, 30.0) if fills else (28, 3.5) if guided else (4, 1.0)
     return Description(shape, conditioning, PACK, *defaults, pipeline_sigmas=True)
+
+
+def _pixels_per_cell(layout: Layout) -> int:
+    """Return the pixels of a latent cell, each of which has a channel of the mask."""
+    levels = 0 if layout.decoder is None else len(layout.configs[layout.decoder]["block_out_channels"])
+    return 4 ** max(levels - 1, 0)
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
