@@ -352,12 +352,14 @@ def sd_inpaint() -> StableDiffusionInpaintPipeline:
 
 def sdxl_inpaint() -> StableDiffusionXLInpaintPipeline:
     """Build SDXL with a U-Net of 9 channels."""
-    return StableDiffusionXLInpaintPipeline(**_sdxl(in_channels=9, out_channels=4).components)
+    pipe: Any = _sdxl(in_channels=9, out_channels=4)
+    return StableDiffusionXLInpaintPipeline(**pipe.components)
 
 
 def flux_fill() -> FluxFillPipeline:
     """Build FLUX.1 Fill: tokens of 4 x 16 latents, and of the masked image 4 x 16 and a mask of 4 x 2 x 2."""
-    parts = _flux(True, 4 * (16 + 16 + 4), shift=3.0, use_dynamic_shifting=True).components
+    pipe: Any = _flux(True, 4 * (16 + 16 + 4), shift=3.0, use_dynamic_shifting=True)
+    parts = pipe.components
     return FluxFillPipeline(
         **{name: parts[name] for name in parts if name not in ("image_encoder", "feature_extractor")}
     )

@@ -177,7 +177,8 @@ def test_a_network_that_reads_the_masked_image_is_compressed_saved_and_exported(
         found: Any = pipe(PROMPTS, image=pictures(size), mask=list(masks(size)), overlay=True)
         for image, picture, mask in zip(found, pictures(size), masks(size), strict=True):
             assert np.array_equal(np.asarray(image)[~mask], picture[~mask])
-        for given in ({}, {"image": pictures(size)}):
+        incomplete: tuple[dict[str, Any], ...] = ({}, {"image": pictures(size)})
+        for given in incomplete:
             with pytest.raises(InvalidInputError, match="inpainting and needs an image and a mask"):
                 pipe(PROMPTS, **given)
 
@@ -223,8 +224,8 @@ def test_one_bundle_starts_from_images_of_several_sizes_in_every_engine(
     for engine in ENGINES:
         with dp.Pipeline(exported(kind), engine=engine, threads=1) as pipe:
             for (size, masked), theirs in zip(cases, expected, strict=True):
-                given = {"image": pictures(size), "mask": list(masks(size)) if masked else None, "strength": 0.6}
-                found: Any = pipe(PROMPTS, seeds=[0, 1], steps=4, **given)
+                mask = list(masks(size)) if masked else None
+                found: Any = pipe(PROMPTS, seeds=[0, 1], steps=4, image=pictures(size), mask=mask, strength=0.6)
                 ours = np.stack([np.asarray(image) for image in found]).transpose(0, 3, 1, 2) / 255
                 assert psnr_db(ours, theirs) >= 40, (size, masked, engine)
 
@@ -241,7 +242,12 @@ def test_the_command_line_makes_the_images_of_python(exported: Callable[[str], P
 
     assert run("--out", f"{out}/", *files) == 0
     with dp.Pipeline(bundle, engine="onnxruntime", threads=1) as pipe:
-        given = {"image": tmp_path / "in.png", "mask": masks((16, 24))[0], "strength": 0.6, "overlay": True}
+        given: dict[str, Any] = {
+            "image": tmp_path / "in.png",
+            "mask": masks((16, 24))[0],
+            "strength": 0.6,
+            "overlay": True,
+        }
         expected: Any = pipe(PROMPTS[0], seeds=[0, 1], steps=5, **given)
         plain: Any = pipe(PROMPTS[0], seeds=[0, 1], steps=5, **given | {"overlay": False})
     for seed in (0, 1):

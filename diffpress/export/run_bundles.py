@@ -106,8 +106,8 @@ def _settings(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
     """Return what every bundle of the run depends on; settings that are None are not stored."""
     tensorrt = {"tensorrt": config.tensorrt.model_dump(mode="json")} if "tensorrt" in config.targets else {}
     size = None if config.size is None else list(config.size)
-    facts = {"checkpoint": checkpoint.hash, "targets": list(config.targets), **tensorrt, "size": size}
-    facts |= {"image_inputs": True} if config.image_inputs else {"image_inputs": None}
+    facts: dict[str, Any] = {"checkpoint": checkpoint.hash, "targets": list(config.targets), **tensorrt, "size": size}
+    facts["image_inputs"] = True if config.image_inputs else None
     terms = checkpoint.source.terms
     return facts | (
         {"terms": {name: hashlib.sha256(text).hexdigest() for name, text in terms.items()}} if terms else {}

@@ -166,7 +166,11 @@ def dummy_conditioning(spec: DenoiserSpec, count: int) -> ConditioningInputs:
     uncond = {
         name: array if spec.conditioning.inputs[name].is_plain else np.zeros_like(array) for name, array in cond.items()
     }
-    return ConditioningInputs(cond, uncond)
+    conditions = ConditioningInputs(cond, uncond)
+    if not spec.conditioning.inpainting:
+        return conditions
+    masked_image = noise.standard_normal((count, *spec.masked_image_shape), dtype=np.float32)
+    return conditions.with_masked_image(masked_image)
 
 
 def _dummy(entry: TensorInput, count: int, noise: np.random.Generator) -> np.ndarray:

@@ -55,7 +55,8 @@ def ours_and_network(
     plan = plan_of(schedule)
     network = fake_network(prediction, schedule)
     spec = DenoiserSpec(prediction, schedule, (1, 4, 4), plan)
-    steps = sample(make_denoiser(network, spec, clip=plan.clip), noise, schedule, plan, *([fresh] if fresh else []))
+    denoise = make_denoiser(network, spec, clip=plan.clip)
+    steps = sample(denoise, noise, schedule, plan, fresh) if fresh else sample(denoise, noise, schedule, plan)
     return [step.x for step in steps], plan, network
 
 

@@ -115,7 +115,7 @@ def test_what_cannot_replace_the_autoencoder_is_refused_in_one_line(
 ) -> None:
     checkpoint = load_checkpoint(tiny_folder("sd"))
     unet = saved(UNet2DConditionModel.from_pretrained(tiny_folder("sd") / "unet"), tmp_path / "unet")
-    coarse = {f"{half}_block_out_channels": (16, 16, 16) for half in ("encoder", "decoder")}
+    coarse: dict[str, Any] = {f"{half}_block_out_channels": (16, 16, 16) for half in ("encoder", "decoder")}
     coarse |= {f"num_{half}_blocks": (1, 1, 1) for half in ("encoder", "decoder")}
     cases = [
         (checkpoint, tmp_path / "nowhere", ("nowhere", "config.json")),

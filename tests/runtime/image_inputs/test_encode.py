@@ -63,7 +63,8 @@ def test_a_mask_is_sampled_at_the_cells_as_torch_interpolates_it() -> None:
         ImageRequest(IMAGES, MASKS, 1.0), LATENTS, 0, 2, lambda images: images.repeat(2, 1)[..., :4, :4]
     )
     expected = torch.nn.functional.interpolate(torch.from_numpy(MASKS[:, None]).float(), size=(4, 4))
-    assert np.array_equal(start.mask, expected.numpy()) and start.from_noise and start.pixels is None
+    assert start.mask is not None and np.array_equal(start.mask, expected.numpy())
+    assert start.from_noise and start.pixels is None
 
 
 def test_a_number_of_images_or_masks_that_does_not_match_is_refused() -> None:

@@ -42,11 +42,13 @@ def test_a_photo_is_turned_upright(tmp_path: Path) -> None:
 
 def test_white_is_repainted_in_a_mask_of_any_mode() -> None:
     expected = HALF[None] >= 128
-    for mask in (HALF, HALF > 0, Image.fromarray(HALF), Image.fromarray(HALF).convert("1"), [HALF]):
-        assert np.array_equal(read(RED, mask).masks, expected)
-    assert np.array_equal(read(RED, Image.fromarray(HALF).convert("RGB")).masks, expected)
-    grey = np.array([[127, 128]], np.uint8)
-    assert np.array_equal(read(RED[:1, :2], grey).masks, [[[False, True]]])
+    picture = Image.fromarray(HALF)
+    given: tuple[Any, ...] = (HALF, HALF > 0, picture, picture.convert("1"), picture.convert("RGB"), [HALF])
+    for mask in given:
+        found = read(RED, mask).masks
+        assert found is not None and np.array_equal(found, expected)
+    grey = read(RED[:1, :2], np.array([[127, 128]], np.uint8)).masks
+    assert grey is not None and grey.tolist() == [[[False, True]]]
 
 
 def test_the_default_strength_depends_on_the_mask() -> None:
