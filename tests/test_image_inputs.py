@@ -263,3 +263,10 @@ def test_the_command_line_makes_the_images_of_python(exported: Callable[[str], P
     assert run("--out", f"{out}/", *files) == 0
     assert (out / "000000.png").stat().st_mtime_ns == before
     assert run("--out", f"{out}/", *files[:4], "--strength", 0.8) == 2
+
+
+def test_a_list_of_images_gives_one_result_for_each(exported: Callable[[str], Path]) -> None:
+    with dp.Pipeline(exported("sd"), engine="onnxruntime", threads=1) as pipe:
+        both: Any = pipe(PROMPTS[0], image=list(pictures((16, 16))), strength=0.5, steps=2)
+        second: Any = pipe(PROMPTS[0], image=pictures((16, 16))[1], strength=0.5, steps=2, seeds=1)
+    assert len(both) == 2 and np.array_equal(np.asarray(both[1]), np.asarray(second[0]))

@@ -122,8 +122,8 @@ class Pipeline:
             negative_prompt: What the images should not show; needs guidance.
             labels: The class of all images, or one class per image; None takes the classes in turn.
             seeds: One seed per image, or a single seed. None takes 0, 1, ... for as many images as there are prompts,
-                labels or rows of `conditioning` (one if none is a list). An image depends on its seed, conditioning
-                and plan alone.
+                labels, rows of `conditioning` or images to start from (one if none is a list). An image depends on
+                its seed, conditioning, start and plan alone.
             steps: Denoising steps.
             solver: Name of a solver, such as "dpmpp_2m".
             spacing: Timestep spacing, such as "trailing" or "karras".
@@ -151,7 +151,8 @@ class Pipeline:
             raise InvalidInputError(f"size {size!r}: give height and width in pixels, as in (512, 768)")
         tensors = None if conditioning is None else {name: np.asarray(value) for name, value in conditioning.items()}
         request = read_image_request(image, mask, strength, overlay)
-        chosen = chosen_seeds(seeds, prompt, labels, tensor_rows(self.spec, tensors))
+        images = [] if request is None or len(request.pixels) == 1 else [len(request.pixels)]
+        chosen = chosen_seeds(seeds, prompt, labels, [*tensor_rows(self.spec, tensors), *images])
         spec = requested_spec(sized(self.bundle, size, request), steps, solver, spacing, guidance)
         spec, first = (spec, 0) if request is None else with_strength(spec, request.strength)
         spec = self.bundle.spec_for(self.denoiser.name, spec)

@@ -23,8 +23,8 @@ STRENGTH, MASKED_STRENGTH = 0.8, 1.0  # defaults: diffusers' for Stable Diffusio
 
 def check_strength(strength: float, name: str) -> None:
     """Raise InvalidInputError if a strength is outside (0, 1]; `name` is what the user calls it."""
-    if not 0.0 < strength <= 1.0:  # false for NaN as well
-        raise InvalidInputError(f"{name} {strength:g}: must lie above 0 and not above 1; 1 runs every step")
+    if not (isinstance(strength, int | float) and 0.0 < strength <= 1.0):  # false for NaN as well
+        raise InvalidInputError(f"{name} {strength}: must be a number above 0 and not above 1; 1 runs every step")
 
 
 def with_strength(spec: DenoiserSpec, strength: float, name: str = "strength") -> tuple[DenoiserSpec, int]:

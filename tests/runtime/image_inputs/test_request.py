@@ -71,6 +71,7 @@ REFUSED: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "overlay without a mask": ({"image": RED, "overlay": True}, ("--overlay", "--mask")),
     "strength 0": ({"image": RED, "strength": 0.0}, ("--strength 0", "above 0")),
     "strength above 1": ({"image": RED, "strength": 1.5}, ("--strength 1.5", "not above 1")),
+    "strength in words": ({"image": RED, "strength": "half"}, ("--strength half", "number")),
     "strength NaN": ({"image": RED, "strength": float("nan")}, ("--strength nan",)),
     "missing file": ({"image": "nowhere.png"}, ("--image nowhere.png", "cannot be read")),
     "no image file": ({"image": __file__}, (__file__, "cannot be read")),

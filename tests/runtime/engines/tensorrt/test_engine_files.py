@@ -292,6 +292,9 @@ def test_text_and_latents_have_their_own_ranges(bundle: Bundle) -> None:
     latents: dict[str, list[int | str]] = {"latent_sample": ["batch", 4, "latent_height", "latent_width"]}
     decoder = profile_shapes(latents, spec, options, "vae_decoder")
     assert decoder["latent_sample"] == ((1, 4, 4, 8), (1, 4, 8, 8), (1, 4, 16, 12))
+    images: dict[str, list[int | str]] = {"sample": ["batch", 3, "image_height", "image_width"]}
+    image_encoder = profile_shapes(images, spec, options, "vae_encoder")
+    assert image_encoder["sample"] == ((1, 3, 32, 64), (1, 3, 64, 64), (1, 3, 128, 96))
     with pytest.raises(InvalidInputError, match="sizes: 36 and 128 must be multiples of 8"):
         profile_shapes(inputs, spec, BuildOptions(sizes=((36, 64), (128, 96))))
 
