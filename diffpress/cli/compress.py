@@ -24,5 +24,8 @@ def run(args: argparse.Namespace) -> int:
     recipe = Recipe.load(args.recipe, args.set)  # a mistake in it is reported before torch is imported
     from diffpress.export.run import run_recipe
 
-    run_recipe(lambda: loaded(args), recipe, args.out, update=args.update, where=str(args.recipe), show=print)
+    command = ("diffpress", *args.words)
+    run_recipe(
+        lambda: loaded(args), recipe, args.out, update=args.update, where=str(args.recipe), command=command, show=print
+    )
     return 0

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PACKAGE = "diffpress"
-ASCII = {"±": "+-"}
+ASCII = {"±": "+-", "×": "x", "é": "e", "–": "-"}
 
 
 class _Console(logging.Handler):

@@ -83,7 +83,7 @@ def _run(words: list[str]) -> int:
     example = getattr(module, "EXAMPLE", None)
     parser = _Parser(f"diffpress {verb}", description=VERBS[verb], epilog=example and f"example: {example}")
     module.add_arguments(parser)
-    return int(module.run(parser.parse_args(words[1:])))
+    return int(module.run(parser.parse_args(words[1:], argparse.Namespace(words=words))))
 
 
 def _flushed(run: Callable[[], int]) -> int:

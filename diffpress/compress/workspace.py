@@ -1,7 +1,8 @@
 """Paths of all files and folders that a run writes (`diffpress compress --out DIR`).
 
     recipe.json  inputs.json  stages/NN-NAME-KEY/  checkpoint/  float/  baseline/  bundle/  logs/NN-NAME-KEY/
-    evaluation.json  gates.json  latency.json  report.json  report.html  comparison.png (or .npz)
+    run.json  evaluation.json  gates.json  latency.json  report.json  report.html  report.csv
+    comparison.png and pairs.npz (or comparison.npz)
 
 Other modules take their paths from a `Workspace`.
 """
@@ -27,6 +28,11 @@ class Workspace:
     def inputs(self) -> Path:
         """Hashes of the checkpoint and of the data that the run started from."""
         return self.root / "inputs.json"
+
+    @property
+    def invocation(self) -> Path:
+        """The last command that ran here, with its machine and the versions of what it used."""
+        return self.root / "run.json"
 
     @property
     def stages(self) -> Path:
@@ -95,6 +101,11 @@ class Workspace:
         """The same for samples that are not pictures: arrays `teacher` and `bundle`, float32 [N, ...]."""
         return self.root / "comparison.npz"
 
+    @property
+    def pairs(self) -> Path:
+        """The single pictures of `comparison`: `teacher` and `bundle`, uint8 [N, H, W, C], and `prompts`, str [N]."""
+        return self.root / "pairs.npz"
+
     def compared(self) -> Path | None:
         """Return the comparison image or arrays; None if the run could not sample."""
         return next((file for file in (self.comparison, self.comparison_arrays) if file.is_file()), None)
@@ -108,3 +119,8 @@ class Workspace:
     def report_page(self) -> Path:
         """The same as a web page."""
         return self.root / "report.html"
+
+    @property
+    def report_table(self) -> Path:
+        """The figures of the report as CSV."""
+        return self.root / "report.csv"

@@ -71,13 +71,16 @@ def sample_pairs(ours: Pipeline, theirs: Pipeline, prompts: Path | None = None) 
 def write_comparison(pairs: Pairs, workspace: Workspace) -> None:
     """Write the teacher's images above and the bundle's below, each under its own sampling plan; others as arrays.
 
-    Prompts are written above their pair.
+    Prompts are written above their pair. The single pictures are stored as well, for the report.
     """
     if not pairs.pictures:
         with atomic(workspace.comparison_arrays) as temporary, temporary.open("wb") as file:
             np.savez(file, teacher=pairs.teacher, bundle=pairs.bundle)
         return
-    pixels = np.concatenate([to_uint8(images, pairs.data_range) for images in (pairs.teacher, pairs.bundle)])
+    teacher, bundle = (to_uint8(images, pairs.data_range) for images in (pairs.teacher, pairs.bundle))
+    with atomic(workspace.pairs) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, teacher=teacher, bundle=bundle, prompts=np.array(pairs.prompts, dtype=str))
+    pixels = np.concatenate([teacher, bundle])
     if not pairs.prompts:
         write_image(image_grid(pixels, columns=pairs.columns), workspace.comparison)
         return

@@ -6,17 +6,20 @@ command that needs both is here.)
 
 from __future__ import annotations
 
+import importlib.metadata
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+from diffpress import __version__
 from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.config import EvaluateConfig
 from diffpress.compress.pipeline import check_start, claim_folder, load_teacher, run_stages
 from diffpress.compress.recipe import Recipe
-from diffpress.compress.report import summary, write_report
+from diffpress.compress.report.summary import summary
+from diffpress.compress.report.write import write_report
 from diffpress.compress.stages import STAGES
 from diffpress.compress.training import distributed
 from diffpress.compress.workspace import Workspace
@@ -28,6 +31,7 @@ from diffpress.export.run_bundles import baseline_bundle, result_bundle
 from diffpress.export.scores import check_evaluation, evaluate_bundles, evaluate_gates
 from diffpress.export.targets.engine_cost import open_engine_costs
 from diffpress.export.verify.gate import cannot_sample
+from diffpress.runtime.benchmarking.bench import machine
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import GateFailedError
 from diffpress.runtime.image_size import resized
@@ -37,6 +41,8 @@ from diffpress.runtime.spec import DenoiserSpec
 
 logger = logging.getLogger(__name__)
 
+PACKAGES = ("torch", "diffusers", "transformers", "onnx")  # besides the engines, which `machine` names
+
 
 def run_recipe(
     open_checkpoint: Callable[[], Checkpoint],
@@ -45,11 +51,13 @@ def run_recipe(
     *,
     update: bool = False,
     where: str = "recipe",
+    command: Sequence[str] = (),
     show: Callable[[str], None] = logger.info,
 ) -> None:
     """Run the recipe's stages, export, measure, report and check gates in `out`; resumes an unfinished run.
 
-    `where` names the recipe in error messages; `show` receives the summary.
+    `where` names the recipe in error messages; `command` are the words of the command line, if there is one, which the
+    report repeats; `show` receives the summary.
 
     Raises:
         GateFailedError: If a gate failed, after everything is written.
@@ -61,9 +69,15 @@ def run_recipe(
             check_recipe(recipe, checkpoint, where)
             if distributed.is_main():
                 claim_folder(out, checkpoint, recipe, update, teacher)
+                facts = {"command": list(command), "machine": machine(), "versions": _versions()}
+                write_json(Workspace(out).invocation, facts)
         checkpoint = run_stages(checkpoint, recipe, out, open_engine_costs, teacher)
     if distributed.is_main():
         export_and_report(checkpoint, teacher, recipe, out, show)
+
+
+def _versions() -> dict[str, str]:
+    return {"diffpress": __version__, **{package: importlib.metadata.version(package) for package in PACKAGES}}
 
 
 def check_recipe(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
@@ -95,7 +109,7 @@ def export_and_report(
     baseline = baseline_bundle(teacher, recipe.export, workspace)
     bundle = result_bundle(checkpoint, teacher, recipe.export, workspace, baseline, recipe.gates.parity_sqnr_db)
     if cannot_sample(bundle):
-        for file in (workspace.evaluation, workspace.comparison, workspace.comparison_arrays):
+        for file in (workspace.evaluation, workspace.comparison, workspace.pairs, workspace.comparison_arrays):
             file.unlink(missing_ok=True)  # of an earlier run
     scores = None if cannot_sample(bundle) else _compare(bundle, baseline, recipe, workspace)
     write_model_card(bundle, scores, workspace.comparison)

@@ -34,6 +34,7 @@ from torch import nn
 
 from diffpress.compress.progress import progress
 from diffpress.compress.training.cuda_graph import CapturedStep, refuse_cuda_graph
+from diffpress.compress.training.loss_log import LossLog
 from diffpress.compress.training.resume import read_state, write_state
 from diffpress.runtime.errors import DiffpressError, MissingDependencyError
 
@@ -75,7 +76,7 @@ class Training:
         accumulate: Batches per optimizer step in each process.
         cuda_graphs: Replay steps as CUDA graphs on a GPU; a graph holds one batch, so `accumulate` must be 1.
         partial: Allow steps that leave some parameters without a gradient.
-        logs: Folder of TensorBoard logs and previews.
+        logs: Folder of the losses, TensorBoard logs and previews.
         tensorboard: Log the loss for TensorBoard.
         preview_every: Steps between two previews; 0 for none.
         preview: `preview(model with the EMA weights, file)` writes a preview image.
@@ -127,6 +128,7 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
     ema.to(accelerator.device)
     device = accelerator.device
     zeros = _zeros(accelerator.unwrap_model(model), run.sparse_layers)
+    losses = LossLog(run.logs if accelerator.is_main_process else None, start)
 
     def gradients_of(*drawn: Any) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
@@ -163,6 +165,7 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
                 weight.detach().masked_fill_(zero, 0.0)
             ema.step(model.parameters())
             advance(step + 1, f"loss {value:.4f}")
+            losses.add(step + 1, value)
             if run.tensorboard:
                 accelerator.log({"loss": value}, step=step + 1)
             if not accelerator.is_main_process:
@@ -170,7 +173,9 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
             if run.preview_every and (step + 1) % run.preview_every == 0:
                 _preview(accelerator.unwrap_model(model), ema, step + 1, run)
             if (step + 1) % run.save_every == 0 and step + 1 < run.steps:
+                losses.write()
                 _save(accelerator.unwrap_model(model), optimizer, ema, step + 1, run)
+    losses.write()
     for tracker in accelerator.trackers:
         tracker.finish()
     student = accelerator.unwrap_model(model).to("cpu")
