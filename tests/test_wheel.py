@@ -58,6 +58,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert "diffpress" in tops and all(top == "diffpress" or top.endswith(".dist-info") for top in tops)
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "diffpress").rglob("*.py")}
     assert code <= set(names) and "diffpress/py.typed" in names
+    templates = (ROOT / "diffpress" / "compress" / "report" / "templates").iterdir()
+    assert {path.relative_to(ROOT).as_posix() for path in templates} <= set(names)
 
 
 def test_recipes_and_data_are_inside_it(installed: Path) -> None:

@@ -43,5 +43,9 @@ def test_training_without_data_writes_shared_samples_and_previews_into_the_works
     samples = [path.name for path in run.stages.iterdir() if path.is_file()]
     assert len(samples) == 1 and samples[0].startswith("paths-")
     (stage,) = run.stages.glob("01-distill-*")
-    assert [path.name for path in sorted(run.logs(stage).iterdir())] == ["step-000001.png", "step-000002.png"]
+    assert [path.name for path in sorted(run.logs(stage).iterdir())] == [
+        "losses.csv",
+        "step-000001.png",
+        "step-000002.png",
+    ]
     assert not run.work(stage).exists()

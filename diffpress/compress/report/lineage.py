@@ -44,7 +44,7 @@ def lineage_of(history: list[dict[str, Any]], bundle_hash: str, inputs: dict[str
 
 
 def changed_settings(stage: str, config: dict[str, Any]) -> dict[str, Any]:
-    """Return a stage's settings that differ from the defaults, by dotted names; all if this version does not know them."""
+    """Return a stage's settings that differ from the defaults, by dotted names; all if they are unknown here."""
     try:
         made = TypeAdapter(STAGES[stage].config).validate_python(config)
     except (KeyError, ValidationError, InvalidInputError):

@@ -43,7 +43,7 @@ def pairs_of(run: Workspace) -> list[Pair]:
     teacher, bundle = (arrays.get(name, np.zeros(0)) for name in ("teacher", "bundle"))
     if teacher.dtype != np.uint8 or teacher.shape != bundle.shape or teacher.dtype != bundle.dtype or teacher.ndim != 4:
         raise InvalidInputError(
-            f"{run.pairs}: expected arrays 'teacher' and 'bundle', uint8 [N, H, W, C]; delete it and compress again"
+            f"{run.pairs}: expected arrays 'teacher' and 'bundle', uint8 [N, H, W, C]; delete it and rerun compress"
         )
     prompts = [str(prompt) for prompt in arrays.get("prompts", ())]
     found: list[Pair] = []
@@ -68,7 +68,7 @@ def arrays_of(run: Workspace) -> tuple[np.ndarray, np.ndarray] | None:
     arrays = read_npz(run.comparison_arrays, ("teacher", "bundle"))
     if arrays.keys() != {"teacher", "bundle"} or arrays["teacher"].shape != arrays["bundle"].shape:
         raise InvalidInputError(
-            f"{run.comparison_arrays}: expected arrays 'teacher' and 'bundle' of one shape; delete it and compress again"
+            f"{run.comparison_arrays}: two arrays of one shape expected; delete it and compress again"
         )
     return arrays["teacher"], arrays["bundle"]
 

@@ -246,7 +246,8 @@ def _inline(svg: str, name: str) -> Markup:
     svg = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", svg)
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*" height="[^"]*"', rf'\1 role="img" aria-label="{name}"', svg, count=1)
     svg = re.sub(r'(\sid="|url\(#|href="#)', rf"\g<1>{name}-", svg).replace("xlink:href", "href")
-    svg = re.sub(r"font: (?:bold )?(?:\d+ )?([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r"font: [^;\"]*?([\d.]+px)[^;\"]*", r"font-size: \1", svg)
+    svg = re.sub(r" ?font-family: [^;\"]*;?", "", svg)
     for role, color in COLORS.items():
         svg = svg.replace(color, f"var(--{role})")
     return Markup(svg)
