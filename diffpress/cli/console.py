@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 PACKAGE = "diffpress"
-ASCII = {"±": "+-", "×": "x", "é": "e", "–": "-"}
+ASCII = {"±": "+-", "×": "x", "–": "-"}
 
 
 class _Console(logging.Handler):

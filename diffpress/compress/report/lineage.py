@@ -22,14 +22,18 @@ SELECTORS = ("kind", "method")  # settings that name what is done, shown even if
 def lineage_of(history: list[dict[str, Any]], bundle_hash: str, inputs: dict[str, Any]) -> dict[str, Any]:
     """Return the hashes from the checkpoint to the bundle, with each stage's effect and changed settings."""
     stages = []
+    given = inputs.get("checkpoint", inputs.get("teacher"))
+    is_earlier = any(record["before"] == given for record in history)  # what the checkpoint went through before the run
     for number, record in enumerate(history, 1):
         changed = record["changed"]
+        is_earlier = is_earlier and record["before"] != given
         # the second name is that of diffpress 0.1
         sqnr_db = changed.get("teacher_sqnr_db", changed.get("sqnr_db_to_teacher"))
         stages.append(
             {
                 "number": number,
                 "stage": record["stage"],
+                "earlier": is_earlier,
                 "settings": changed_settings(record["stage"], record["config"]),
                 "before": record["before"],
                 "after": record["after"],
@@ -39,7 +43,7 @@ def lineage_of(history: list[dict[str, Any]], bundle_hash: str, inputs: dict[str
                 "teacher_sqnr_db": sqnr_db,
             }
         )
-    start = history[0]["before"] if history else inputs.get("checkpoint", inputs.get("teacher"))
+    start = history[0]["before"] if history else given
     return {"checkpoint": start, "teacher": inputs.get("teacher"), "stages": stages, "bundle": bundle_hash}
 
 

@@ -30,7 +30,7 @@ def report_page(facts: dict[str, Any], run: Workspace) -> str:
     tradeoff = tradeoff_of(facts)
     arrays = pictures.arrays_of(run)
     return _render(
-        "report.html",
+        "run.html",
         facts=facts,
         figures=[figure.cells for figure in figures_of(facts)],
         gates=[_gate(gate) for gate in facts["gates"] or []],
@@ -39,6 +39,7 @@ def report_page(facts: dict[str, Any], run: Workspace) -> str:
         image_grid=pictures.grid_of(run),
         signals=[] if arrays is None else plots.signals(*arrays),
         tradeoff=tradeoff,
+        has_unscored=tradeoff is not None and any(point.quality is None for point in tradeoff.points),
         quality_plot=plots.quality_against_latency(tradeoff),
         stages_plot=plots.stages(facts["lineage"]),
         plan_plot=plots.sampling_plan(facts),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,8 +76,7 @@ def quality_against_latency(tradeoff: Tradeoff | None) -> Markup | None:
         axes.axhline(tradeoff.floor, color=COLORS["muted"], linestyle=":", linewidth=1, label="real images")
         axes.set_xlabel(f"ms per image, batch {tradeoff.batch}")
         axes.set_ylabel("Fréchet distance")
-        axes.margins(0.08)
-        axes.set_ylim(bottom=0)
+        _from_zero(axes, [tradeoff])
         _scale(axes.set_xscale, axes.xaxis, [point.ms for point in tradeoff.points])
         _legend(axes)
     return finished[0]
@@ -120,7 +119,7 @@ def stages(lineage: dict[str, Any]) -> Markup | None:
         above.plot(numbers, values, color=COLORS["bundle"], marker="o", markersize=6, linewidth=1.4)
         above.set_ylabel("SQNR, dB")
         above.set_ylim(bottom=min(0.0, *values), top=IDENTICAL_DB * 1.08)
-        above.set_yticks([0, 20, 40, IDENTICAL_DB], ["0", "20", "40", f"≥ {IDENTICAL_DB:.0f}"])
+        above.set_yticks([0, 20, 40, IDENTICAL_DB], ["0", "20", "40", f"{IDENTICAL_DB:.0f}+"])
         below.bar(numbers, macs, color=COLORS["baseline"], width=0.6)
         below.set_ylabel("10⁹ MACs")
         below.set_xlabel("stage")
@@ -194,11 +193,19 @@ def compared(runs: Mapping[int, Tradeoff]) -> Markup | None:
                 axes.plot([], [], color=COLORS[color], marker=marker, linestyle="none", label=label)
         axes.set_xlabel(f"ms per image, batch {', '.join(map(str, batches))}")
         axes.set_ylabel("Fréchet distance")
-        axes.set_ylim(bottom=0)
-        axes.margins(x=0.1)
+        _from_zero(axes, runs.values())
         _scale(axes.set_xscale, axes.xaxis, [point.ms for run in runs.values() for point in run.points])
         _legend(axes)
     return finished[0]
+
+
+def _from_zero(axes: Axes, shown: Collection[Tradeoff]) -> None:
+    """Let the distances begin at zero and end above the largest, with its error bar and with that of real images."""
+    ends = [one.floor for one in shown] + [
+        (point.quality or 0.0) + (point.sd or 0.0) for one in shown for point in one.points
+    ]
+    axes.margins(x=0.1)
+    axes.set_ylim(bottom=0, top=1.12 * max(ends))
 
 
 def _numbered(axes: Axes, x: float, y: float, number: int) -> None:
@@ -216,7 +223,7 @@ def _scale(set_scale: Callable[[str], None], axis: Any, values: Sequence[float])
         return
     set_scale("log")
     axis.set_major_formatter("{x:g}")
-    if max(values) / min(values) < 50:  # few powers of ten: label 2 and 5 as well
+    if max(values) / min(values) < 200:  # few powers of ten: label 2 and 5 as well
         axis.set_minor_locator(mpl.ticker.LogLocator(subs=(2.0, 5.0)))
         axis.set_minor_formatter("{x:g}")
 

@@ -21,7 +21,7 @@ def summary(facts: dict[str, Any]) -> str:
     table = _table([("", "teacher", "bundle", "change"), *(figure.cells for figure in shown)])
     if len(shown) < len(every):
         table.append(f"({len(every) - len(shown)} more figures in the report)")
-    return "\n".join([*above, *table])
+    return "\n".join([*above, *table]).replace("Fréchet", "Frechet")  # as in the logs: a terminal may be ASCII
 
 
 def _fitting(figures: Sequence[Figure], lines: int) -> list[Figure]:

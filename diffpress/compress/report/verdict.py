@@ -81,9 +81,13 @@ def _quality(facts: dict[str, Any]) -> Number:
     scores = facts["evaluation"]
     if scores and scores["bundle"]["frechet"]:
         ours, theirs = scores["bundle"]["frechet"], scores["baseline"]["frechet"]
-        ratio = ours["mean"] / theirs["mean"]
+        ratio, real = ours["mean"] / theirs["mean"], theirs["floor"]
         against = f"{spread(ours)} against the teacher's {spread(theirs)}"
-        floor = f"real images: {theirs['floor']:.3f}"
+        if max(ours["mean"], theirs["mean"]) <= real:  # a ratio would compare noise with noise
+            detail = f"{against}: neither is above that of real images, {real:.3f}"
+            phrase = f"has a Fréchet distance of {spread(ours)}, not above that of real images ({real:.3f})"
+            return _number("quality", 1.0, "1.00×", detail, phrase, FRECHET)
+        floor = f"real images: {real:.3f}"
         if abs(ours["mean"] - theirs["mean"]) <= (ours["sd"] or 0.0) + (theirs["sd"] or 0.0):
             against += ", within the spread of the seeds"
         phrase = f"has a Fréchet distance of {against}"

@@ -92,6 +92,13 @@ def test_the_lineage_runs_from_the_checkpoint_to_the_bundle(tmp_path: Path) -> N
     hashes = [lineage["checkpoint"], *(stage["after"] for stage in lineage["stages"])]
     assert hashes == [f"{i:064x}" for i in range(5)] and lineage["bundle"] == facts["bundle"]["hash"]
     assert [stage["stage"] for stage in lineage["stages"]] == ["schedule", "prune", "distill", "quantize"]
+    assert not any(stage["earlier"] for stage in lineage["stages"])
+
+
+def test_stages_before_the_run_are_marked(tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run", 4)
+    Workspace(root).inputs.write_text(json.dumps({"teacher": "f" * 64, "checkpoint": f"{2:064x}"}))
+    assert [stage["earlier"] for stage in collect(root)["lineage"]["stages"]] == [True, True, False, False]
 
 
 def test_losses_are_those_of_the_stages_of_the_bundle_and_few_points(tmp_path: Path) -> None:

@@ -57,8 +57,8 @@ def test_prompt_adherence_is_shown_for_both_and_absent_from_older_runs() -> None
 
 def test_distances_below_that_of_real_images_have_no_ratio() -> None:
     found = summary(facts(evaluation={"baseline": score(0.09), "bundle": score(0.08)}))
-    assert "both below real images" in line(found, "Fréchet distance (3 x 64)")
-    assert line(summary(facts(evaluation={"baseline": score(0.8), "bundle": score(1.0)})), "Fréchet").endswith("1.250")
+    assert "both below real images" in line(found, "Frechet distance (3 x 64)")
+    assert line(summary(facts(evaluation={"baseline": score(0.8), "bundle": score(1.0)})), "Frechet").endswith("1.250")
 
 
 @pytest.mark.parametrize(("ms", "change"), [(20.0, "5.0x faster"), (250.0, "2.5x slower")])

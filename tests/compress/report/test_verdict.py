@@ -74,3 +74,8 @@ def test_without_features_the_quality_is_the_psnr_to_the_teacher(tmp_path: Path)
     scores = {"baseline": score(0.8) | {"frechet": None}, "bundle": score(0.8, paired=True) | {"frechet": None}}
     sentence, numbers, _ = verdict(tmp_path, evaluation=scores)
     assert numbers["quality"]["text"] == "26.5 dB" and "reaches 26.5 dB PSNR" in sentence
+
+
+def test_distances_not_above_that_of_real_images_are_not_compared(tmp_path: Path) -> None:
+    sentence, numbers, _ = verdict(tmp_path, evaluation={"baseline": score(0.05), "bundle": score(0.09)})
+    assert numbers["quality"]["value"] == 1.0 and "not above that of real images (0.100)" in sentence
