@@ -122,7 +122,7 @@ def test_the_sampling_plans_have_the_signal_to_noise_ratio_of_each_evaluation(tm
     for name, steps in (("baseline", TEACHER_STEPS), ("bundle", BUNDLE_STEPS)):
         plan = facts[name]["plan"]
         assert plan["evaluations"] == len(plan["levels"]) == len(plan["timesteps"]) == steps
-    curve = dict(map(tuple, facts["schedule"]))  # type: ignore[arg-type]
+    curve = dict(map(tuple, facts["schedule"]))
     assert all(abs(curve[t] - ratio) < 0.01 for t, ratio in facts["bundle"]["plan"]["levels"])
     assert all(abs(ratio) <= MAX_DB for ratio in curve.values())
 

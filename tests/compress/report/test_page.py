@@ -50,7 +50,7 @@ def check(text: str) -> None:
     assert len(text.encode()) < MAX_BYTES
     assert "://" not in text and "@import" not in text
     assert parsed.query("script, link, iframe, object, embed, base, form") == []
-    attributes = [(name, value) for node in parsed.query("*") for name, value in node.attrs.items()]
+    attributes = [(name, value) for node in parsed.query("*") for name, value in (node.attrs or {}).items()]
     assert all((value or "").startswith("data:image/") for name, value in attributes if name == "src")
     assert all((value or "").startswith("#") for name, value in attributes if name == "href")
     assert not [name for name, _ in attributes if name.startswith("on")]
@@ -88,7 +88,7 @@ def test_a_section_without_data_is_left_out(missing: dict[str, Any], gone: set[s
 
 
 def test_a_bare_run_still_has_a_page(tmp_path: Path) -> None:
-    parts = {"pictures": False, "checkpoint": False, "losses": False, "invocation": False}
+    parts: dict[str, Any] = {"pictures": False, "checkpoint": False, "losses": False, "invocation": False}
     text = page(make_run(tmp_path / "run", evaluation=None, bench=None, gates=None, **parts))
     assert sections(text) == ALWAYS and "not measured" in text
     assert "diffpress compress CHECKPOINT --recipe recipe.json --out DIR" in text

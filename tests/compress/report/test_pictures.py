@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,12 +58,13 @@ def test_pictures_that_cannot_be_read_are_named(broken: str, tmp_path: Path) -> 
     if broken == "bytes":
         run.pairs.write_bytes(b"no archive")
     else:
-        other = {
+        other: np.ndarray | None = {
             "pickle": np.array([{}, {}], dtype=object),
             "shape": pixels[:1],
             "dtype": pixels.astype(np.float32),
             "missing": None,
         }[broken]
-        np.savez(run.pairs, teacher=pixels, **({} if other is None else {"bundle": other}))
+        arrays: dict[str, Any] = {"teacher": pixels, "bundle": other}
+        np.savez(run.pairs, **{name: array for name, array in arrays.items() if array is not None})
     with pytest.raises(InvalidInputError, match=r"pairs\.npz"):
         pairs_of(run)

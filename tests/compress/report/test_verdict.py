@@ -10,13 +10,6 @@ import pytest
 from diffpress.compress.report.facts import collect
 from tests.compress.report.made_run import bench, make_run, score
 
-LATENCY = {
-    "batch": 8,
-    "engines": [
-        {"engine": "openvino", "precision": "int8", "float_ms": 10.0, "quantized_ms": 4.0, "latency_ratio": 0.4}
-    ],
-}
-
 
 def verdict(folder: Path, **parts: Any) -> tuple[str, dict[str, dict[str, Any]], bool | None]:
     found = collect(make_run(folder / "run", **parts))["verdict"]
@@ -58,7 +51,8 @@ def test_a_difference_within_the_spread_of_the_seeds_is_called_so(tmp_path: Path
 
 
 def test_without_a_benchmark_the_speed_is_that_of_one_step(tmp_path: Path) -> None:
-    latency = {**LATENCY, "engines": [{**LATENCY["engines"][0], "slower": False}]}  # type: ignore[dict-item,index]
+    row = {"engine": "openvino", "precision": "int8", "float_ms": 10.0, "quantized_ms": 4.0, "latency_ratio": 0.4}
+    latency = {"batch": 8, "engines": [row | {"slower": False}]}
     _, numbers, _ = verdict(tmp_path, bench=None, latency=latency)
     assert numbers["faster"]["text"] == "2.5×" and numbers["faster"]["detail"].startswith("one step, int8 against")
 

@@ -41,3 +41,12 @@ def test_a_damaged_log_is_no_log_and_stops_nothing(text: str, tmp_path: Path) ->
     log.add(1, 0.5)
     log.write()
     assert read_losses(tmp_path / LOSSES) == [(1, 0.5)]
+
+
+def test_losses_after_the_step_that_a_training_resumes_from_are_dropped(tmp_path: Path) -> None:
+    for start, steps in ((0, range(1, 7)), (3, range(4, 6))):  # killed after its log was written, and before its state
+        log = LossLog(tmp_path, start)
+        for step in steps:
+            log.add(step, float(step))
+        log.write()
+    assert [step for step, _ in read_losses(tmp_path / LOSSES)] == [1, 2, 3, 4, 5]
