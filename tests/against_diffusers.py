@@ -23,7 +23,7 @@ from diffpress.compress.models.components import component_names, encode_prompts
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.runtime.image_size import resized
 from diffpress.runtime.network_inputs import ConditioningInputs, class_conditioning
-from diffpress.runtime.pipeline import DECODER
+from diffpress.runtime.outputs import DECODER
 from diffpress.runtime.requested_plan import requested_plan
 from diffpress.runtime.sampler import generate, noise_for
 from tests.pipelines import sampled

@@ -19,6 +19,7 @@ VERBS_OF = {
     "openvino": "sample and bench in OpenVINO",
     "tensorrt": "build and run TensorRT engines",
     "text": "prompts, for models of text",
+    "serve": "serve",
 }
 
 

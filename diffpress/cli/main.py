@@ -22,6 +22,7 @@ VERBS = {
     "compress": "run a recipe's stages on a checkpoint, then export the bundle",
     "export": "turn a checkpoint into a bundle",
     "sample": "make images with a bundle, without torch",
+    "serve": "answer requests for images over HTTP, without torch",
     "bench": "measure a bundle against its baselines, in one run",
     "evaluate": "score a bundle's or checkpoint's samples",
     "report": "gather what a run measured into report.html and report.json",

@@ -10,6 +10,7 @@ import numpy as np
 
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -64,6 +65,12 @@ def check_request(
         for label in np.ravel(np.asarray(value)).tolist() if kind == "class" else ():
             if label not in range(conditioning.classes):
                 raise InvalidInputError(f"{name} {label!r}: the model has the classes 0..{conditioning.classes - 1}")
+
+
+def check_negative_prompt(spec: DenoiserSpec) -> None:
+    """Raise InvalidInputError if the spec's plan has no use for a negative prompt."""
+    if not is_guided(spec, spec.plan.guidance):
+        raise InvalidInputError("a negative prompt needs guidance above 1, which this model or plan does without")
 
 
 def missing_condition(conditioning: Conditioning, arguments: RequestArguments = PYTHON) -> str:

@@ -103,6 +103,7 @@ EXTRAS = {
     "openvino": ("openvino",),
     "tensorrt": ("tensorrt_rtx", "tensorrt", "cuda"),
     "text": ("tokenizers",),
+    "serve": ("starlette", "uvicorn", "prometheus_client"),
 }
 
 

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from diffpress.runtime.bundle import Bundle, load_bundle
-from diffpress.runtime.call_arguments import check_request, chosen_seeds, missing_condition, per_image, tensor_rows
+from diffpress.runtime.call_arguments import (
+    check_negative_prompt,
+    check_request,
+    chosen_seeds,
+    missing_condition,
+    per_image,
+    tensor_rows,
+)
 from diffpress.runtime.engines import Engine, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
@@ -31,6 +38,7 @@ from diffpress.runtime.image_inputs.strength import with_strength
 from diffpress.runtime.image_size import sized
 from diffpress.runtime.io.images import to_pil
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning, tensor_conditioning
+from diffpress.runtime.outputs import DECODER, has_decoder, makes_pictures, output_shape
 from diffpress.runtime.prompts import encode, unconditional
 from diffpress.runtime.requested_plan import requested_spec
 from diffpress.runtime.sampler import Step, cycled_labels, generate, generate_batches
@@ -39,8 +47,6 @@ from diffpress.runtime.text_encoders import TextEncoders
 
 if TYPE_CHECKING:
     from PIL import Image
-
-DECODER = "vae_decoder"
 
 
 class Pipeline:
@@ -175,20 +181,11 @@ class Pipeline:
     @property
     def makes_pictures(self) -> bool:
         """Whether the samples can be shown as pictures: [C, H, W] with 1, 3 or 4 channels, and no undecoded latents."""
-        return is_picture(self.output_shape()) and (self._decodes or self.spec.is_pixel_space)
+        return makes_pictures(self.bundle)
 
     def output_shape(self, spec: DenoiserSpec | None = None) -> tuple[int, ...]:
         """Return the shape of one sample after decoding, [C, H, W] for images; `spec` is as in `images`."""
-        spec = spec or self.spec
-        if not self._decodes:
-            return spec.sample_shape
-        outputs = self.bundle.manifest["graphs"][DECODER].get("outputs", {})
-        shape = next((tuple(output["shape"][1:]) for output in outputs.values()), (3, "height", "width"))
-        return shape if all(isinstance(side, int) for side in shape) else (shape[0], *spec.image_size)
-
-    @property
-    def _decodes(self) -> bool:
-        return self.bundle.is_latent and DECODER in self.bundle.manifest["graphs"]
+        return output_shape(self.bundle, spec)
 
     def images(
         self,
@@ -251,8 +248,8 @@ class Pipeline:
         if prompts is None:
             raise InvalidInputError(missing_condition(spec.conditioning))
         guided = is_guided(spec, spec.plan.guidance)
-        if negatives is not None and not guided:
-            raise InvalidInputError("a negative prompt needs guidance above 1, which this model or plan does without")
+        if negatives is not None:
+            check_negative_prompt(spec)
         if self._text is None:
             self._text = TextEncoders(self.bundle, self._open)
         text, conditioning, size = self._text, spec.conditioning, spec.image_size
@@ -268,7 +265,7 @@ class Pipeline:
         Samples are returned as they are if the bundle has no decoder. Pictures are clipped to the data range.
         """
         spec = spec or self.spec
-        if not self._decodes:
+        if not has_decoder(self.bundle):
             return samples
         return decoded(self._half(DECODER), samples, spec)
 

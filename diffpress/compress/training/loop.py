@@ -128,7 +128,7 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
     ema.to(accelerator.device)
     device = accelerator.device
     zeros = _zeros(accelerator.unwrap_model(model), run.sparse_layers)
-    losses = LossLog(run.logs if accelerator.is_main_process else None, start)
+    loss_log = LossLog(run.logs if accelerator.is_main_process else None, start)
 
     def gradients_of(*drawn: Any) -> torch.Tensor:
         with torch.autocast(device.type, torch.bfloat16, enabled=run.precision == "bf16"):
@@ -165,7 +165,7 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
                 weight.detach().masked_fill_(zero, 0.0)
             ema.step(model.parameters())
             advance(step + 1, f"loss {value:.4f}")
-            losses.add(step + 1, value)
+            loss_log.add(step + 1, value)
             if run.tensorboard:
                 accelerator.log({"loss": value}, step=step + 1)
             if not accelerator.is_main_process:
@@ -173,9 +173,9 @@ def train(student: nn.Module, objective: Objective, run: Training) -> nn.Module:
             if run.preview_every and (step + 1) % run.preview_every == 0:
                 _preview(accelerator.unwrap_model(model), ema, step + 1, run)
             if (step + 1) % run.save_every == 0 and step + 1 < run.steps:
-                losses.write()
+                loss_log.write()
                 _save(accelerator.unwrap_model(model), optimizer, ema, step + 1, run)
-    losses.write()
+    loss_log.write()
     for tracker in accelerator.trackers:
         tracker.finish()
     student = accelerator.unwrap_model(model).to("cpu")

@@ -1,0 +1,1 @@
+"""Bodies of requests, checked against a model, and samples as bytes."""

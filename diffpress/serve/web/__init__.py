@@ -1,0 +1,1 @@
+"""Routes, and what happens around a request: access, logs, metrics and the web page."""
