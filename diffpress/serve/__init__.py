@@ -2,5 +2,6 @@
 
     body --requests/--> ImageRequest --batching--> batches of one plan --sampling--> images --web/--> response
 
-It imports diffpress.runtime and nothing else of ours. Starlette, uvicorn and prometheus-client are in the extra `serve`.
+It imports diffpress.runtime and nothing else of ours. Starlette, uvicorn and prometheus-client are in the extra
+`serve`.
 """

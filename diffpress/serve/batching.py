@@ -35,7 +35,7 @@ SMOOTHING = 0.3  # weight of the last batch in the time per image
 class Finished(NamedTuple):
     """A finished image of a request: its index, and the sample, float32 in the data range."""
 
-    index: int
+    image: int
     sample: np.ndarray
 
 
@@ -75,7 +75,7 @@ class Job:
 
     async def images(self) -> list[np.ndarray]:
         """Return all images in order; raises RequestError if they cannot be made."""
-        found = {event.index: event.sample async for event in self.events() if isinstance(event, Finished)}
+        found = {event.image: event.sample async for event in self.events() if isinstance(event, Finished)}
         return [found[index] for index in range(len(self.request))]
 
     def tell(self, event: Finished | StepReport | RequestError) -> None:
@@ -196,7 +196,7 @@ class Batcher:
         for (job, part), image in zip(batch, images, strict=True):
             job.ended = ended
             job.batches.append(len(batch))
-            job.tell(Finished(part.index, image))
+            job.tell(Finished(part.image, image))
 
     def _observe(self, size: int, seconds: float) -> None:
         self._metrics.batch(self.model.name, size, seconds)

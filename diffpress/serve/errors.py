@@ -1,6 +1,8 @@
 """Errors that a request is answered with: a status, and JSON in the shape that OpenAI's clients read.
 
-{"error": {"message": "...", "type": "invalid_request_error", "param": null, "code": "queue_full"}}
+    {"error": {"message": "...", "type": "invalid_request_error", "param": null, "code": "queue_full"}}
+
+`type` is one of few, `code` says which refusal it is.
 """
 
 from __future__ import annotations

@@ -201,6 +201,10 @@ class ModelStore:
         """Models that are open or being opened."""
         return [model for model in self.models.values() if model.pipeline is not None or model.users]
 
+    @property
+    def _open_bytes(self) -> int:
+        return sum(model.graph_bytes for model in self.open_models)
+
     @asynccontextmanager
     async def using(self, model: Model) -> AsyncIterator[Pipeline]:
         """Keep a model open, after closing others that the budget has no room for, the least recently used first.
@@ -233,9 +237,7 @@ class ModelStore:
 
     async def _make_room(self, model: Model) -> None:
         """Close models until `model` fits; wait for those that are in use."""
-        while (
-            self._budget is not None and sum(m.graph_bytes for m in self.open_models) + model.graph_bytes > self._budget
-        ):
+        while self._budget is not None and self._open_bytes + model.graph_bytes > self._budget:
             idle = [other for other in self.open_models if not other.users]
             if idle:
                 await self._close(min(idle, key=lambda other: other.last_used))

@@ -21,24 +21,24 @@ from diffpress.serve.requests.image_request import ImageRequest
 
 
 class Part(NamedTuple):
-    """One image of a request."""
+    """One image of a request, by its index."""
 
     request: ImageRequest
-    index: int
+    image: int
 
 
 class StepReport(NamedTuple):
     """A finished step of one image.
 
     Attributes:
-        index: The image's index in its request.
+        image: The image's index in its request.
         step: Steps that are done.
         steps: Steps of the plan.
         t: Timestep of the step.
         preview: The predicted image, float32 in the data range, or None.
     """
 
-    index: int
+    image: int
     step: int
     steps: int
     t: float
@@ -73,7 +73,7 @@ def sampled(
     """
     first = parts[0].request
     spec = pipeline.bundle.spec_for(pipeline.denoiser.name, first.spec)
-    tensors = {name: np.stack([part.request.tensors[name][part.index] for part in parts]) for name in first.tensors}
+    tensors = {name: np.stack([part.request.tensors[name][part.image] for part in parts]) for name in first.tensors}
     conditions = pipeline.conditions(
         len(parts),
         spec,
@@ -102,7 +102,7 @@ def sampled(
 
 def _column(parts: Sequence[Part], name: str) -> list[Any]:
     """Return each image's own value of what its request has for all of its images."""
-    return [getattr(part.request, name)[part.index] for part in parts]
+    return [getattr(part.request, name)[part.image] for part in parts]
 
 
 def _report_step(
@@ -113,10 +113,10 @@ def _report_step(
     step: Step,
     report: Callable[[int, StepReport], None],
 ) -> None:
-    for row, (request, index) in enumerate(parts):
+    for row, (request, image) in enumerate(parts):
         shown = request.previews > 0 and (step.index + 1) % request.previews == 0
         preview = pipeline.decode(step.x0[row : row + 1], spec)[0] if shown else None
-        report(first + row, StepReport(index, step.index + 1, spec.plan.steps, step.t, preview))
+        report(first + row, StepReport(image, step.index + 1, spec.plan.steps, step.t, preview))
 
 
 def _has_single_steps(pipeline: Pipeline, spec: DenoiserSpec, options: EngineOptions) -> bool:

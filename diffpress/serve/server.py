@@ -1,7 +1,7 @@
 """The server process: listening, readiness, and a shutdown that finishes what it accepted.
 
-SIGTERM or SIGINT: new requests get 503, those in progress are finished, then the process ends with exit code 0. A second
-signal, or `drain_seconds`, ends it without waiting.
+SIGTERM or SIGINT: new requests get 503, those in progress are finished, then the process ends with exit code 0. A
+second signal, or `drain_seconds`, ends it without waiting.
 """
 
 from __future__ import annotations

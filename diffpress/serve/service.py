@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from diffpress.serve.batching import Batcher
 from diffpress.serve.errors import RequestError, after
@@ -29,9 +29,9 @@ class Settings:
         log_prompts: Whether prompts are logged.
     """
 
-    limits: Limits = Limits()
-    batching: Batching = Batching()
-    access: Access = Access()
+    limits: Limits = field(default_factory=Limits)
+    batching: Batching = field(default_factory=Batching)
+    access: Access = field(default_factory=Access)
     budget_bytes: int | None = None
     log_prompts: bool = False
 

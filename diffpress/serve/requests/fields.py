@@ -14,6 +14,15 @@ from diffpress.runtime.errors import InvalidInputError, unknown_name
 
 Body = Mapping[str, Any]
 
+KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
 
 def parsed(body: bytes) -> dict[str, Any]:
     """Parse a body; InvalidInputError if it is no JSON object with finite numbers."""
@@ -139,15 +148,7 @@ def _check_length(values: list[Any], name: str, most: int) -> None:
 
 
 def _kind(value: object) -> str:
-    kinds = {
-        bool: "true or false",
-        int: "an integer",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "an object",
-    }
-    return kinds.get(type(value), "null")
+    return KINDS.get(type(value), "null")
 
 
 def _brief(value: object) -> str:

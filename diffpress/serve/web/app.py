@@ -1,11 +1,13 @@
 """The ASGI application: its routes, and what happens around every request (access, counting, logs, errors).
 
-GET  /                          the web page
-GET  /healthz  /readyz          whether the process runs; whether it accepts requests
-GET  /metrics                   metrics for Prometheus
-GET  /v1/models  /v1/models/ID  the bundles
-POST /v1/sample                 images, or a stream of steps and images
-POST /v1/images/generations     images, in OpenAI's API
+    GET  /                          the web page
+    GET  /healthz  /readyz          whether the process runs; whether it accepts requests
+    GET  /metrics                   metrics for Prometheus
+    GET  /v1/models  /v1/models/ID  the bundles
+    POST /v1/sample                 images, or a stream of steps and images
+    POST /v1/images/generations     images, in OpenAI's API
+
+Bodies and responses are described in docs/serving.md.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
 """The two routes that make images: body -> request -> queue -> images -> JSON, or server-sent events.
 
-event: step     {"index": 0, "step": 3, "steps": 8, "t": 612.0, "preview": "..."}
-event: image    {"index": 0, "seed": 7, "format": "png", "data": "..."}
-event: done     {"model": "icons", "plan": {...}, "timing": {...}, "warnings": []}
-event: error    {"error": {...}}, instead of what is missing
+    event: step     {"index": 0, "step": 3, "steps": 8, "t": 612.0, "preview": "..."}
+    event: image    {"index": 0, "seed": 7, "format": "png", "data": "..."}
+    event: done     {"model": "icons", "plan": {...}, "timing": {...}, "warnings": []}
+    event: error    {"error": {...}}, instead of what is missing
+
+The event loop only waits: bodies are checked and images encoded in threads, and sampled in their model's thread.
 """
 
 from __future__ import annotations
@@ -118,11 +120,14 @@ async def _chunk(request: ImageRequest, event: Finished | StepReport) -> bytes:
     """Return a step or an image as a server-sent event."""
     if isinstance(event, Finished):
         data = await asyncio.to_thread(_in_base64, request, event.sample)
-        return _event("image", {"index": event.index, **_image_json(request, event.index, data)})
+        return _event("image", {"index": event.image, **_image_json(request, event.image, data)})
     preview = None
     if event.preview is not None:
         preview = await asyncio.to_thread(in_base64, event.preview, PREVIEW_FORMAT, request.spec.data_range)
-    return _event("step", {**event._asdict(), "preview": preview})
+    return _event(
+        "step",
+        {"index": event.image, "step": event.step, "steps": event.steps, "t": event.t, "preview": preview},
+    )
 
 
 def _event(name: str, data: dict[str, Any]) -> bytes:

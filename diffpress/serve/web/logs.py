@@ -38,7 +38,7 @@ class JsonHandler(logging.Handler):
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
-            **({"event": OWN_EVENT, "message": record.getMessage()} if not facts else facts),
+            **(facts or {"event": OWN_EVENT, "message": record.getMessage()}),
         }
         if record.exc_info:
             line["traceback"] = logging.Formatter().formatException(record.exc_info)

@@ -1,7 +1,7 @@
 """Checks before any route: the Host header, the API key, the type and size of the body; and headers of every response.
 
-A browser sends a JSON body to another origin only after a CORS preflight, which is refused unless an origin was allowed:
-no page of another site can use the server, nor, by the Host check, one that rebinds its own name to this address.
+A browser sends a JSON body to another origin only after a CORS preflight, which is refused unless the origin was
+allowed: no page of another site can use the server, nor, by the Host check, one that rebinds its name to this address.
 """
 
 from __future__ import annotations
