@@ -28,7 +28,7 @@ from diffpress.serve.web.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
-PENDING_PREVIEWS = 2  # of an image; a client that reads slower misses some
+PENDING_PREVIEW_BYTES = 2**24  # of a request; a client that reads slower misses some
 SMOOTHING = 0.3  # weight of the last batch in the time per image
 
 
@@ -58,7 +58,7 @@ class Job:
         self.batches: list[int] = []
         self.is_cancelled = False
         self._events: asyncio.Queue[Finished | StepReport | RequestError] = asyncio.Queue()
-        self._previews = 0
+        self._preview_bytes = 0
 
     async def events(self) -> AsyncIterator[Finished | StepReport]:
         """Yield what happens until all images are finished; raises RequestError if they cannot be made."""
@@ -70,7 +70,7 @@ class Job:
             if isinstance(event, Finished):
                 left -= 1
             elif event.preview is not None:
-                self._previews -= 1
+                self._preview_bytes -= event.preview.nbytes
             yield event
 
     async def images(self) -> list[np.ndarray]:
@@ -83,10 +83,10 @@ class Job:
         if self.is_cancelled:
             return
         if isinstance(event, StepReport) and event.preview is not None:
-            if self._previews >= PENDING_PREVIEWS * len(self.request):
+            if self._preview_bytes > PENDING_PREVIEW_BYTES:
                 event = event._replace(preview=None)
             else:
-                self._previews += 1
+                self._preview_bytes += event.preview.nbytes
         self._events.put_nowait(event)
 
 
@@ -161,7 +161,8 @@ class Batcher:
                 return group[:size]
             self._arrived.clear()
             try:
-                await asyncio.wait_for(self._arrived.wait(), wait)
+                async with asyncio.timeout(wait):
+                    await self._arrived.wait()
             except TimeoutError:
                 self._arrived.set()
         return []

@@ -108,7 +108,8 @@ def _drain_on_signal(service: Service, server: uvicorn.Server, drain_seconds: fl
     async def drain() -> None:
         log_event("draining", requests=service.in_progress)
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(service.idle.wait(), drain_seconds)
+            async with asyncio.timeout(drain_seconds):
+                await service.idle.wait()
         server.should_exit = True
 
     def stop() -> None:

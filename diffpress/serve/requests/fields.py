@@ -23,6 +23,26 @@ KINDS: Mapping[type, str] = {
     dict: "an object",
 }
 
+KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
+BRIEF = 60  # characters of a value in a message
+
+KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    int: "an integer",
+    float: "a number",
+    str: "text",
+    list: "a list",
+    dict: "an object",
+}
+
 
 def parsed(body: bytes) -> dict[str, Any]:
     """Parse a body; InvalidInputError if it is no JSON object with finite numbers."""
@@ -42,7 +62,7 @@ def check_names(data: Body, known: Iterable[str]) -> None:
     names = list(known)
     for name in data:
         if name not in names:
-            raise unknown_name("field", _brief(name), names)
+            raise unknown_name("field", repr(name)[1:-1][:BRIEF], names)
 
 
 def integer(data: Body, name: str, low: int, high: int) -> int | None:
@@ -153,4 +173,4 @@ def _kind(value: object) -> str:
 
 def _brief(value: object) -> str:
     line = repr(value) if not isinstance(value, int) or abs(value) < 10**30 else "(a large integer)"
-    return line if len(line) <= 60 else f"{line[:60]}..."
+    return line if len(line) <= BRIEF else f"{line[:BRIEF]}..."

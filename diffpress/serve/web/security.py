@@ -51,7 +51,8 @@ def check_access(method: str, path: str, headers: list[tuple[bytes, bytes]], acc
 def without_port(host: str) -> str:
     """Return a Host header's value without its port; the brackets of an IPv6 address stay."""
     if host.startswith("["):
-        return host.partition("]")[0] + "]"
+        address, bracket, _ = host.partition("]")
+        return address + bracket
     return host.partition(":")[0]
 
 
