@@ -82,6 +82,7 @@ async def _answered(service: Service, app: App, scope: Scope, receive: Receive, 
         if message["type"] == "http.response.start":
             status = message["status"]
             own = [*HEADERS, (b"x-request-id", exchange.id.encode("ascii"))]
+            own += [(b"connection", b"close")] if service.is_draining else []
             message = {**message, "headers": [*message.get("headers", []), *own]}
         await send(message)
 
