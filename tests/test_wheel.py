@@ -57,7 +57,7 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     tops = {name.partition("/")[0] for name in names}
     assert "diffpress" in tops and all(top == "diffpress" or top.endswith(".dist-info") for top in tops)
     code = {path.relative_to(ROOT).as_posix() for path in (ROOT / "diffpress").rglob("*.py")}
-    assert code <= set(names) and "diffpress/py.typed" in names
+    assert code <= set(names) and {"diffpress/py.typed", "diffpress/serve/web/page.html"} <= set(names)
     templates = (ROOT / "diffpress" / "compress" / "report" / "templates").iterdir()
     assert {path.relative_to(ROOT).as_posix() for path in templates} <= set(names)
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass, field, field, field
+from dataclasses import dataclass, field
 
 from diffpress.serve.batching import Batcher
 from diffpress.serve.errors import RequestError, after

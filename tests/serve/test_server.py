@@ -168,12 +168,14 @@ def test_clients_that_vanish_free_their_place(tiny: Path, serve: Callable[..., S
     server = serve(tiny, "--max-batch", 8, "--max-wait-ms", 60_000, "--max-queue", 9)
     host, port = server.url.removeprefix("http://").rstrip("/").split(":")
     body = b'{"n": 3, "stream": true}'
-    head = f"POST /v1/sample HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    head = (
+        f"POST /v1/sample HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    )
     for _ in range(3):  # nine places are full of clients that wait
         sockets = [socket.create_connection((host, int(port))) for _ in range(3)]
         for connection in sockets[:2]:
-            connection.sendall(f"{head}\r\n\r\n".encode() + body)
-        sockets[2].sendall(f"{head}\r\n\r\n".encode() + body[:5])  # in the middle of its body
+            connection.sendall(start + body)
+        sockets[2].sendall(start + body[:5])  # in the middle of its body
         _until(lambda: metrics(server)['diffpress_waiting_images{model="tiny_bundle"}'] == 6)
         for connection in sockets:
             connection.close()
@@ -198,7 +200,9 @@ def test_torch_is_not_imported(tiny: Path) -> None:
         assert f"'{name}'" not in done.stdout
 
 
-def test_a_missing_extra_is_named(tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_extra_is_named(
+    tiny: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in [name for name in sys.modules if name.startswith("diffpress.serve.")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "uvicorn", None)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from diffpress.runtime.bundle import seal
+from diffpress.runtime.bundle import load_bundle, seal
 from diffpress.runtime.conditioning import Conditioning, TensorInput
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
@@ -19,9 +19,9 @@ from diffpress.runtime.sampler import MAX_SEED
 from diffpress.serve.models import Model, Source
 from diffpress.serve.requests.image_request import RANDOM_SEEDS, ImageRequest, image_request
 from diffpress.serve.settings import Limits
-from tests.runtime.make_tiny_bundle import spec as tiny_spec
 
 Request = Callable[..., ImageRequest]
+TINY_SPEC = load_bundle(Path(__file__).parents[2] / "runtime" / "tiny_bundle").spec
 
 
 @pytest.fixture
@@ -32,7 +32,7 @@ def request_of(tiny: Path) -> Request:
 
 def test_what_is_left_out_follows_the_bundle(request_of: Request) -> None:
     found = request_of()
-    assert found.model == "tiny_bundle" and found.spec == tiny_spec() and found.labels == (0,)
+    assert found.model == "tiny_bundle" and found.spec == TINY_SPEC and found.labels == (0,)
     assert len(found) == 1 and 0 <= found.seeds[0] < RANDOM_SEEDS and found.format == "png" and not found.stream
     assert request_of().seeds != found.seeds  # random
 
@@ -47,7 +47,7 @@ def test_image_i_starts_from_seed_plus_i_and_takes_the_classes_in_turn(request_o
 
 def test_the_plan_is_the_one_that_the_runtime_makes(request_of: Request) -> None:
     found = request_of(steps=5, solver="unipc_2", spacing="karras", guidance=2.5).spec
-    assert found == requested_spec(tiny_spec(), 5, "unipc_2", "karras", 2.5)
+    assert found == requested_spec(TINY_SPEC, 5, "unipc_2", "karras", 2.5)
 
 
 def test_further_entries_of_the_plan_are_followed(request_of: Request) -> None:
@@ -146,7 +146,7 @@ def changed_tiny(tiny: Path, folder: Path, conditioning: Conditioning) -> Model:
     bundle = folder / "changed"
     bundle.mkdir()
     (bundle / "denoiser.onnx").write_bytes((tiny / "denoiser.onnx").read_bytes())
-    spec = replace(tiny_spec(), conditioning=conditioning)
+    spec = replace(TINY_SPEC, conditioning=conditioning)
     content = {"spec": spec.to_json(), "graphs": {"denoiser": {"file": "denoiser.onnx"}}, "engines": []}
     seal(bundle, content | {"requires": ["tensor_conditioning"] if conditioning.tensors else []})
     return Model(Source(bundle), EngineOptions(), 8)

@@ -132,7 +132,11 @@ def test_other_origins_are_not_allowed_unless_they_were_named(
     client: TestClient, tiny: Path, client_of: Callable[..., TestClient]
 ) -> None:
     origin = "https://example.org"
-    asked = {"origin": origin, "access-control-request-method": "POST", "access-control-request-headers": "content-type"}
+    asked = {
+        "origin": origin,
+        "access-control-request-method": "POST",
+        "access-control-request-headers": "content-type",
+    }
     assert client.options("/v1/sample", headers=asked).status_code == 405
     response = client.post("/v1/sample", json={}, headers={"origin": origin})
     assert not [name for name in response.headers if name.startswith("access-control")]
