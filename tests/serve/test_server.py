@@ -168,9 +168,8 @@ def test_clients_that_vanish_free_their_place(tiny: Path, serve: Callable[..., S
     server = serve(tiny, "--max-batch", 8, "--max-wait-ms", 60_000, "--max-queue", 9)
     host, port = server.url.removeprefix("http://").rstrip("/").split(":")
     body = b'{"n": 3, "stream": true}'
-    head = (
-        f"POST /v1/sample HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
-    )
+    head = "POST /v1/sample HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json"
+    start = f"{head}\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     for _ in range(3):  # nine places are full of clients that wait
         sockets = [socket.create_connection((host, int(port))) for _ in range(3)]
         for connection in sockets[:2]:
