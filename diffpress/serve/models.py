@@ -205,14 +205,6 @@ class ModelStore:
     def _open_bytes(self) -> int:
         return sum(model.graph_bytes for model in self.open_models)
 
-    @property
-    def _open_bytes(self) -> int:
-        return sum(model.graph_bytes for model in self.open_models)
-
-    @property
-    def _open_bytes(self) -> int:
-        return sum(model.graph_bytes for model in self.open_models)
-
     @asynccontextmanager
     async def using(self, model: Model) -> AsyncIterator[Pipeline]:
         """Keep a model open, after closing others that the budget has no room for, the least recently used first.

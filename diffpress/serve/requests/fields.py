@@ -23,25 +23,7 @@ KINDS: Mapping[type, str] = {
     dict: "an object",
 }
 
-KINDS: Mapping[type, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-}
-
 BRIEF = 60  # characters of a value in a message
-
-KINDS: Mapping[type, str] = {
-    bool: "true or false",
-    int: "an integer",
-    float: "a number",
-    str: "text",
-    list: "a list",
-    dict: "an object",
-}
 
 
 def parsed(body: bytes) -> dict[str, Any]:
