@@ -69,7 +69,7 @@ class Job:
                 raise event
             if isinstance(event, Finished):
                 left -= 1
-            elif event.preview is not None:
+            elif isinstance(event, StepReport) and event.preview is not None:
                 self._preview_bytes -= event.preview.nbytes
             yield event
 
@@ -82,11 +82,10 @@ class Job:
         """Add an event; called in the event loop."""
         if self.is_cancelled:
             return
+        if isinstance(event, StepReport) and self._preview_bytes > PENDING_PREVIEW_BYTES:
+            event = event._replace(preview=None)
         if isinstance(event, StepReport) and event.preview is not None:
-            if self._preview_bytes > PENDING_PREVIEW_BYTES:
-                event = event._replace(preview=None)
-            else:
-                self._preview_bytes += event.preview.nbytes
+            self._preview_bytes += event.preview.nbytes
         self._events.put_nowait(event)
 
 

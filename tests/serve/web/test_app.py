@@ -108,7 +108,7 @@ def test_a_key_is_required_where_there_is_one(tiny: Path, client_of: Callable[..
     for path in ("/", "/healthz", "/readyz"):
         assert client.get(path).status_code != 401
     for value in (None, KEY, f"Basic {KEY}", "Bearer", f"Bearer {KEY[:-1]}", f"Bearer {KEY}x", "Bearer \xe4"):
-        headers = {} if value is None else {"authorization": value.encode("latin-1")}
+        headers = {} if value is None else {b"authorization": value.encode("latin-1")}
         for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/sample"), ("GET", "/nowhere")):
             response = client.request(method, path, headers=headers)
             assert response.status_code == 401 and response.json()["error"]["type"] == "authentication_error"

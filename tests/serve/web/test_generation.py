@@ -44,12 +44,14 @@ def test_images_do_not_depend_on_what_they_are_batched_with(
     tiny: Path, client_of: Callable[..., TestClient], tiny_pipeline: Pipeline
 ) -> None:
     client = client_of(make_service(tiny, batching=Batching(8, 50.0, 64)))
-    bodies = [{"seed": seed, "labels": seed % 3, "n": 1 + seed % 2, "format": "npy"} for seed in range(20)]
+    bodies: list[dict[str, Any]] = [
+        {"seed": seed, "labels": seed % 3, "n": 1 + seed % 2, "format": "npy"} for seed in range(20)
+    ]
     with ThreadPoolExecutor(len(bodies)) as pool:
         responses = list(pool.map(lambda body: sample(client, **body), bodies))
     for body, response in zip(bodies, responses, strict=True):
-        seeds = range(int(body["seed"]), int(body["seed"]) + int(body["n"]))
-        conditions = tiny_pipeline.conditions(len(seeds), labels=[int(body["labels"])] * len(seeds))
+        seeds = range(body["seed"], body["seed"] + body["n"])
+        conditions = tiny_pipeline.conditions(len(seeds), labels=[body["labels"]] * len(seeds))
         (expected,) = tiny_pipeline.images(seeds, conditions)
         np.testing.assert_array_equal(np.stack(arrays(response)), expected)  # elementwise graph: bit-equal
     batches = [size for response in responses for size in response.json()["timing"]["batches"]]
