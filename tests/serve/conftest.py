@@ -25,6 +25,7 @@ from tests.runtime.conftest import temporary_cache, tiny  # noqa: F401
 
 ENGINE, OPTIONS = "onnxruntime", EngineOptions(threads=1)
 LOCAL = "http://localhost"
+POST_SECONDS = 30.0
 
 
 def make_service(*bundles: Path | Source, **settings: Any) -> Service:
@@ -118,7 +119,8 @@ async def post(app: Any, path: str, body: dict[str, Any], gone: asyncio.Event | 
     async def send(message: dict[str, Any]) -> None:
         sent.append(message)
 
-    await app(scope_of(path), receive, send)
+    async with asyncio.timeout(POST_SECONDS):
+        await app(scope_of(path), receive, send)
     return sent
 
 

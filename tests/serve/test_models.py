@@ -105,7 +105,7 @@ def test_an_open_model_goes_on_while_another_one_is_opened(tiny: Path, monkeypat
 
             def held() -> object:
                 loop.call_soon_threadsafe(opening.set)
-                asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(60)
+                asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(40)
                 return open_slow()
 
             monkeypatch.setattr(slow, "open", held)

@@ -33,7 +33,7 @@ from diffpress.serve.web.generation import generations, sample
 from diffpress.serve.web.logs import access_logger, log_event
 from diffpress.serve.web.metrics import CONTENT_TYPE
 from diffpress.serve.web.page import page
-from diffpress.serve.web.security import HEADERS, Message, Receive, Send, check_access, client_gone
+from diffpress.serve.web.security import HEADERS, Message, Receive, Send, check_access, client_gone, discard_body
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
@@ -42,6 +42,7 @@ GENERATING = ("/v1/sample", "/v1/images/generations")
 NEEDS_IMAGES = ("/v1/images/edits", "/v1/images/variations")
 PATHS = ("/", "/healthz", "/readyz", "/metrics", "/v1/models", *GENERATING, *NEEDS_IMAGES)
 ONE_MODEL = "/v1/models/"
+WITHOUT_BODY = ("GET", "HEAD", "OPTIONS")
 
 
 def create_app(service: Service) -> App:
@@ -76,10 +77,19 @@ async def _answered(service: Service, app: App, scope: Scope, receive: Receive, 
     started, exchange = time.monotonic(), Exchange(uuid.uuid4().hex)
     scope[EXCHANGE] = exchange
     method, path, status = scope["method"], scope["path"], client_gone().status
+    is_read = method in WITHOUT_BODY
+
+    async def watched_receive() -> Message:
+        nonlocal is_read
+        message = await receive()
+        is_read = is_read or not message.get("more_body", False)
+        return message
 
     async def watched_send(message: Message) -> None:
         nonlocal status
         if message["type"] == "http.response.start":
+            if not is_read:
+                await discard_body(watched_receive)
             status = message["status"]
             own = [*HEADERS, (b"x-request-id", exchange.id.encode("ascii"))]
             own += [(b"connection", b"close")] if service.is_draining else []
@@ -89,9 +99,9 @@ async def _answered(service: Service, app: App, scope: Scope, receive: Receive, 
     try:
         check_access(method, path, scope["headers"], service.settings.access)
         with service.request() if path in GENERATING and method == "POST" else contextlib.nullcontext():
-            await app(scope, receive, watched_send)
+            await app(scope, watched_receive, watched_send)
     except DiffpressError as error:
-        await error_response(request_error(error))(scope, receive, watched_send)
+        await error_response(request_error(error))(scope, watched_receive, watched_send)
     except Exception as error:  # it was answered already
         access_logger.error(f"request {exchange.id}: {type(error).__name__}: {error}", exc_info=error)
     finally:

@@ -7,6 +7,7 @@ allowed: no page of another site can use the server, nor, by the Host check, one
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hmac
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
@@ -22,6 +23,7 @@ OPEN_PATHS = ("/", "/healthz", "/readyz")  # without a key
 PROBES = ("/healthz", "/readyz")  # with any Host: they tell nothing, and probes use addresses
 BEARER = b"bearer "
 BODY_SECONDS = 30.0  # to receive a body
+DISCARD_SECONDS, DISCARD_BYTES = 2.0, 2**24  # of a body that is refused; then the connection is closed
 HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
@@ -84,6 +86,18 @@ async def read_body(headers: dict[str, str], receive: Receive, limit: int) -> by
     except TimeoutError as error:
         raise RequestError(408, "body_too_slow", f"the body took more than {BODY_SECONDS:g} s") from error
     return bytes(body)
+
+
+async def discard_body(receive: Receive) -> None:
+    """Receive the rest of a refused body: a connection that is closed before it loses the response as well."""
+    size = 0
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while size <= DISCARD_BYTES:
+                message = await receive()
+                size += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def client_gone() -> RequestError:
