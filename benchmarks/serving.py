@@ -203,6 +203,9 @@ def faults(args: argparse.Namespace, kind: str) -> None:
                 answer = post(connection, kinds[name](seed))
         except ConnectionRefusedError:
             answer = "refused: the server has ended"
+        except ConnectionResetError:
+            # a connection that the kernel made in the instant in which the server closed its listening socket
+            answer = "reset: the server ended" if started > args.requests * 3 // 4 else "LOST (reset)"
         except (OSError, http.client.HTTPException) as error:
             answer = f"LOST ({type(error).__name__})"
         connection.close()

@@ -23,7 +23,7 @@ from diffpress.serve.web.logs import log_event
 MAX_CONNECTIONS = 1000  # further ones are refused with 503
 BACKLOG = 512
 KEEP_ALIVE_SECONDS = 15
-LINGER_SECONDS = 0.5  # in which connections that were just accepted still get an answer
+LINGER_SECONDS = 1.0  # in which connections that were just accepted still get an answer
 CLOSING_SECONDS = 5  # for connections, after all requests were answered
 POLL_SECONDS = 0.01
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -96,7 +96,7 @@ async def _serve(service: Service, listener: socket.socket, drain_seconds: float
         await asyncio.sleep(POLL_SECONDS)
     host, port = listener.getsockname()[:2]
     log_event("listening", url=f"http://{f'[{host}]' if ':' in host else host}:{port}/", models=[*service.store.models])
-    draining = _drain_on_signal(service, server, drain_seconds)
+    draining = _drain_on_signal(service, server, listener, drain_seconds)
     try:
         await service.preload()
         log_event("ready")
@@ -109,7 +109,9 @@ async def _serve(service: Service, listener: socket.socket, drain_seconds: float
         task.cancel()
 
 
-def _drain_on_signal(service: Service, server: uvicorn.Server, drain_seconds: float) -> list[asyncio.Task[None]]:
+def _drain_on_signal(
+    service: Service, server: uvicorn.Server, listener: socket.socket, drain_seconds: float
+) -> list[asyncio.Task[None]]:
     """Install handlers of the signals that end the server; return the list that will have the task of the first."""
     loop, tasks = asyncio.get_running_loop(), list[asyncio.Task[None]]()
 
@@ -118,8 +120,7 @@ def _drain_on_signal(service: Service, server: uvicorn.Server, drain_seconds: fl
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_seconds):
                 await service.idle.wait()
-        for listening in server.servers:
-            listening.close()
+        await _stop_listening(server, listener)
         await asyncio.sleep(LINGER_SECONDS)
         server.should_exit = True
 
@@ -134,3 +135,23 @@ def _drain_on_signal(service: Service, server: uvicorn.Server, drain_seconds: fl
         for name in STOP_SIGNALS:
             loop.add_signal_handler(name, stop)
     return tasks
+
+
+async def _stop_listening(server: uvicorn.Server, listener: socket.socket) -> None:
+    """Close the listening socket; connections that the kernel has made, but nobody accepted, would be reset."""
+    accepted = []
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            accepted.append(listener.accept()[0])
+    with contextlib.suppress(OSError):  # not on every system, and the next line does it as well, if later
+        listener.shutdown(socket.SHUT_RDWR)
+    for listening in server.servers:
+        listening.close()
+
+    def protocol() -> asyncio.Protocol:
+        config, state = server.config, server.server_state
+        return config.http_protocol_class(config=config, server_state=state, app_state=server.lifespan.state)
+
+    for connection in accepted:
+        connection.setblocking(False)
+        await asyncio.get_running_loop().connect_accepted_socket(protocol, connection)

@@ -274,5 +274,5 @@ def test_a_refusal_arrives_although_the_body_comes_after_it(tiny: Path, serve: C
             for _ in range(30):
                 time.sleep(0.005)
                 connection.sendall(b"x" * 10_000)
-            answer = b"".join(iter(lambda: connection.recv(65536), b""))  # noqa: B023
+            answer = b"".join(iter(lambda: connection.recv(65536), b""))
         assert answer.startswith(f"HTTP/1.1 {status} ".encode()) and b'"error"' in answer
