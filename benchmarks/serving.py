@@ -165,10 +165,17 @@ def memory(args: argparse.Namespace, kind: str) -> None:
         points.append((points[-1][0] + part, server.resident_mib()))
     server.stop()
     x, y = np.array(points).T
-    (slope, _), covariance = np.polyfit(x, y, 1, cov=True)
-    error = float(np.sqrt(covariance[0, 0]))
-    print("| requests | MiB at first | MiB at last | MiB per 1000 requests |\n|---|---|---|---|")
-    print(f"| {points[-1][0]} | {y[0]:.1f} | {y[-1]:.1f} | {slope * 1e3:+.3f} ± {error * 1e3:.3f} |")
+    print(
+        "| requests | MiB at first | MiB at last | MiB per 1000 requests | in the second half |\n|---|---|---|---|---|"
+    )
+    slopes = " | ".join(slope_text(x[half:], y[half:]) for half in (0, len(x) // 2))
+    print(f"| {points[-1][0]} | {y[0]:.1f} | {y[-1]:.1f} | {slopes} |")
+
+
+def slope_text(requests: np.ndarray, mib: np.ndarray) -> str:
+    """Return the slope of a line through the points, per 1000 requests, with its standard error."""
+    (slope, _), covariance = np.polyfit(requests / 1e3, mib, 1, cov=True)
+    return f"{slope:+.3f} ± {float(np.sqrt(covariance[0, 0])):.3f}"
 
 
 def faults(args: argparse.Namespace, kind: str) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import uvicorn
@@ -148,9 +149,10 @@ async def _stop_listening(server: uvicorn.Server, listener: socket.socket) -> No
     for listening in server.servers:
         listening.close()
 
+    make: Callable[..., asyncio.Protocol] = server.config.http_protocol_class
+
     def protocol() -> asyncio.Protocol:
-        config, state = server.config, server.server_state
-        return config.http_protocol_class(config=config, server_state=state, app_state=server.lifespan.state)
+        return make(config=server.config, server_state=server.server_state, app_state=server.lifespan.state)
 
     for connection in accepted:
         connection.setblocking(False)
