@@ -100,7 +100,8 @@ async def _serve(service: Service, listener: socket.socket, drain_seconds: float
     draining = _drain_on_signal(service, server, listener, drain_seconds)
     try:
         await service.preload()
-        log_event("ready")
+        if not service.is_draining:
+            log_event("ready")
     except DiffpressError:
         server.should_exit = True
         await running

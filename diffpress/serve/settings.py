@@ -70,7 +70,7 @@ class Access:
     """Who may connect.
 
     Attributes:
-        hosts: Accepted values of the Host header, without port; '*' accepts any.
+        hosts: Accepted values of the Host header, in lower case and without port; '*' accepts any.
         api_key: Key that requests for images, models and metrics must have; None for none.
         origins: Web origins that may read responses (CORS).
     """
@@ -96,7 +96,8 @@ def access_for(host: str, hosts: tuple[str, ...], origins: tuple[str, ...], key_
             "give --api-key-file FILE"
         )
     own = () if host in ("0.0.0.0", "::") else (f"[{host}]" if ":" in host else host,)
-    return Access(tuple(dict.fromkeys((*LOOPBACK_HOSTS, *own, *hosts))), api_key, origins)
+    accepted = (name.lower() for name in (*LOOPBACK_HOSTS, *own, *hosts))
+    return Access(tuple(dict.fromkeys(accepted)), api_key, origins)
 
 
 def is_loopback(host: str) -> bool:

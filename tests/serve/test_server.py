@@ -249,7 +249,7 @@ def test_the_key_is_read_from_a_file_or_the_environment(tmp_path: Path, monkeypa
     monkeypatch.setenv(API_KEY_VARIABLE, "x" * 16)
     assert access_for("0.0.0.0", (), (), None).api_key == "x" * 16
     (tmp_path / "key").write_text(f"{KEY}\n")
-    access = access_for("192.0.2.1", ("example.org",), (), tmp_path / "key")
+    access = access_for("192.0.2.1", ("Example.org",), (), tmp_path / "key")
     assert access.api_key == KEY and {"192.0.2.1", "example.org", "localhost"} <= set(access.hosts)
     assert KEY not in repr(access)
     for text in ("short", "", "a key with \t a tab in it", "ä" * 20):

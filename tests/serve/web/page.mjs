@@ -46,7 +46,7 @@ try {
   await page.keyboard.press("Enter");
   await page.waitForFunction(
     () => document.getElementById("status").textContent.startsWith("Finished") || document.getElementById("error").textContent);
-  await page.screenshot({ path: screenshot });
+  await page.screenshot({ path: screenshot, fullPage: true });
   const found = await page.evaluate(() => ({
     status: document.getElementById("status").textContent,
     error: document.getElementById("error").textContent,
