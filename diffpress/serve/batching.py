@@ -20,10 +20,11 @@ import numpy as np
 from diffpress.runtime.errors import EngineUnavailableError
 from diffpress.runtime.pipeline import Pipeline
 from diffpress.serve.errors import RequestError, after
-from diffpress.serve.models import Model, ModelStore, batch_sizes
+from diffpress.serve.models import Model, batch_sizes
 from diffpress.serve.requests.image_request import ImageRequest
 from diffpress.serve.sampling import AbandonedError, Part, StepReport, sampled
 from diffpress.serve.settings import Batching
+from diffpress.serve.store import ModelStore
 from diffpress.serve.web.metrics import Metrics
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 
 from diffpress.serve.batching import Batcher
 from diffpress.serve.errors import RequestError, after
-from diffpress.serve.models import Model, ModelStore
+from diffpress.serve.models import Model
 from diffpress.serve.settings import Access, Batching, Limits
+from diffpress.serve.store import ModelStore
 from diffpress.serve.web.metrics import Metrics
 
 RESTART_SECONDS = 5  # after which a client of a server that shuts down may try again
