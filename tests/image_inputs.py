@@ -30,7 +30,8 @@ from diffpress.runtime.image_inputs.request import ImageRequest
 from diffpress.runtime.image_inputs.start import ENCODER_STREAM, MASKED_STREAM
 from diffpress.runtime.image_inputs.strength import with_strength
 from diffpress.runtime.network_inputs import ConditioningInputs, class_conditioning
-from diffpress.runtime.pipeline import DECODER, decoded
+from diffpress.runtime.outputs import DECODER
+from diffpress.runtime.pipeline import decoded
 from diffpress.runtime.sampler import generate, noise_for
 from tests.against_diffusers import LABELS, PROMPTS, SEEDS, T5_LENGTHS
 from tests.pipelines import flux_fill, sd_inpaint, sdxl_inpaint

@@ -17,9 +17,9 @@ import numpy as np
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
+from diffpress.runtime.image_size import has_fixed_size, resized
 from diffpress.runtime.io.json_fields import convert_errors, floats
 from diffpress.runtime.network_inputs import dummy_conditioning, network_conditioning
-from diffpress.runtime.pipeline import has_fixed_size, resized
 from diffpress.runtime.requested_plan import requested_spec
 from diffpress.runtime.sampler import evaluated_levels
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_from_json
