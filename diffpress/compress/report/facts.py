@@ -14,6 +14,7 @@ from diffpress.compress.report.layers import layers_of
 from diffpress.compress.report.lineage import lineage_of, training_curves
 from diffpress.compress.report.verdict import verdict_of
 from diffpress.compress.workspace import Workspace
+from diffpress.runtime.benchmarking.bench import COLUMNS
 from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, read_json_value
@@ -50,7 +51,7 @@ def collect(folder: Path) -> dict[str, Any]:
         "evaluation": _read(run.evaluation),
         "gates": _read(run.gates),
         "latency": _read(run.latency),
-        "bench": _read(run.bench),
+        "bench": _bench(run.bench),
         "schedule": _schedule(bundle.spec),
         "layers": layers_of(run.checkpoint, bundle.manifest, history),
         "training": training_curves(run, history),
@@ -107,6 +108,17 @@ def _components(bundle: Bundle, baseline: Bundle) -> dict[str, dict[str, Any]]:
         for name, entry in bundle.manifest["graphs"].items()
         if name != "denoiser"
     }
+
+
+def _bench(path: Path) -> dict[str, Any] | None:
+    """Return the benchmark that the user wrote into the folder; InvalidInputError if it is something else."""
+    if not path.is_file():
+        return None
+    found = read_json(path)
+    rows, keys = found.get("rows"), {key for key, _ in COLUMNS.values()}
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and keys <= row.keys() for row in rows):
+        raise InvalidInputError(f"{path}: not the result of 'diffpress bench --json'; write that here, or remove it")
+    return found | {"machine": found.get("machine", {})}
 
 
 def _read(path: Path) -> Any:

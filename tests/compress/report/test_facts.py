@@ -130,3 +130,11 @@ def test_the_sampling_plans_have_the_signal_to_noise_ratio_of_each_evaluation(tm
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="not the folder of a compress run"):
         collect(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", '{"rows": [1]}', '{"rows": [{"name": "a"}]}', "no JSON"])
+def test_a_file_that_is_no_benchmark_is_refused_by_its_name(text: str, tmp_path: Path) -> None:
+    root = make_run(tmp_path / "run")
+    Workspace(root).bench.write_text(text)
+    with pytest.raises(InvalidInputError, match=r"bench\.json: "):
+        collect(root)
