@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from diffpress.compress.sampling_schedule.config import ScheduleConfig
     from diffpress.runtime.bundle import Bundle as Bundle
     from diffpress.runtime.bundle import load_bundle as load_bundle
+    from diffpress.runtime.caching.step_cache import StepCache as StepCache
     from diffpress.runtime.conditioning import Conditioning as Conditioning
     from diffpress.runtime.conditioning import TensorInput as TensorInput
     from diffpress.runtime.errors import DiffpressError as DiffpressError
@@ -99,6 +100,7 @@ _MODULES = {
     "Schedule": "diffpress.compress.sampling_schedule.config:ScheduleConfig",
     "Score": "diffpress.compress.distillation.config:ScoreConfig",
     "Step": "diffpress.runtime.sampler",
+    "StepCache": "diffpress.runtime.caching.step_cache",
     "TensorInput": "diffpress.runtime.conditioning",
     "Trajectory": "diffpress.compress.distillation.config:TrajectoryConfig",
     "bench": "diffpress.api",

@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure, print the table, and write JSON if asked."""
     from diffpress.compress.evaluation.bench import bench
     from diffpress.runtime.benchmarking.bench import Overhead, table
+    from diffpress.runtime.benchmarking.step_kinds import step_cache_text
     from diffpress.runtime.io.files import write_json
 
     # `load_ms` is that of a first load, so nothing is cached but TensorRT engines built with --rebuild
@@ -52,6 +53,8 @@ def run(args: argparse.Namespace) -> int:
     print(table(result["rows"]))
     for name, overhead in result["sampler_overhead"].items():
         print(f"sampler overhead outside {name}: {Overhead(**overhead)}, batch {min(args.batch)}")
+    for name, facts in result.get("step_cache", {}).items():
+        print(f"step cache in {name}: {step_cache_text(facts)}, batch {min(args.batch)}")
     if args.json:
         write_json(args.json, result)
         print(f"written to {args.json}")

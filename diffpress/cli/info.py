@@ -31,6 +31,9 @@ def run(args: argparse.Namespace) -> int:
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     plan = facts["plan"]
     guidance = "" if plan["guidance"] == 1 else f", guidance {plan['guidance']:g}"
+    cache = plan["step_cache"] or {}
+    kinds = ", ".join(f"{count} {kind}" for kind, count in cache.items() if kind != "order")
+    cached = f", step cache: {kinds} (order {cache['order']})" if cache else ""
     corrected = ", output corrections" if plan["output_corrections"] else ""
     pixels = "" if facts["image_size"] is None else "{}x{} pixels, ".format(*facts["image_size"])
     engines = [
@@ -46,7 +49,7 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         ("size", f"{facts['size_mib']:.2f} MiB"),
         ("image", f"{pixels}samples {facts['sample_shape']}, {facts['prediction']} prediction"),
         ("conditioning", facts["conditioning"]),
-        ("plan", f"{plan['steps']} steps of {plan['solver']}{guidance}{corrected}"),
+        ("plan", f"{plan['steps']} steps of {plan['solver']}{guidance}{corrected}{cached}"),
         ("history", " -> ".join(facts["history"]) or "none"),
     ]
     if facts["distilled"]:

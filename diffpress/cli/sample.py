@@ -82,6 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--grid", dest="spacing", help=argparse.SUPPRESS)  # its name in diffpress 0.1
     parser.add_argument("--guidance", type=float, metavar="W", help="classifier-free guidance weight; 1 is off")
+    parser.add_argument(
+        "--no-step-cache", action="store_true", help="evaluate the whole network in every step, whatever the plan says"
+    )
     parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="images sampled together (8)")
     add_engine_arguments(parser)
@@ -165,7 +168,8 @@ def _requested_spec(bundle: Bundle, args: argparse.Namespace, image: ImageReques
     from diffpress.runtime.requested_plan import requested_spec
 
     spec = sized(bundle, None if args.size is None else parsed_size(args.size), image)
-    spec = requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance)
+    cached = not args.no_step_cache
+    spec = requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance, step_cache=cached)
     return (spec, 0) if image is None else with_strength(spec, image.strength, "--strength")
 
 

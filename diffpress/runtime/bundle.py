@@ -30,7 +30,7 @@ FORMAT = 2
 MANIFEST = "manifest.json"
 
 # features beyond format 2 that this runtime supports; a bundle lists those it needs under `requires`
-FEATURES = frozenset({"sample_rank", "tensor_conditioning", "decoder", "inpainting"})
+FEATURES = frozenset({"sample_rank", "tensor_conditioning", "decoder", "inpainting", "step_cache"})
 
 
 def required_features(spec: DenoiserSpec, graphs: Collection[str]) -> list[str]:
@@ -40,6 +40,7 @@ def required_features(spec: DenoiserSpec, graphs: Collection[str]) -> list[str]:
         "tensor_conditioning": bool(spec.conditioning.tensors),
         "inpainting": bool(spec.conditioning.inpainting),
         "decoder": "vae_decoder" in graphs and spec.latent_factor == 1,  # format 2 alone would not run it
+        "step_cache": spec.plan.cache is not None,
     }
     return sorted(name for name, is_needed in needed.items() if is_needed)
 

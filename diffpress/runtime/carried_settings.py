@@ -79,8 +79,8 @@ def settings_of(spec: DenoiserSpec, solver: str) -> SolverSettings:
 def with_solver(spec: DenoiserSpec, name: str) -> SamplingPlan:
     """Return the spec's plan with another solver and the plan's timesteps.
 
-    `start` and `end` become the solver's, and the output corrections are dropped, because they were measured with the
-    plan's own solver. Either the plan or its solver clips x_0, never both.
+    `start` and `end` become the solver's. The output corrections and the step cache are dropped, because they were
+    measured with the plan's own solver. Either the plan or its solver clips x_0, never both.
 
     Raises:
         InvalidInputError: As in `settings_of`.
@@ -98,4 +98,5 @@ def with_solver(spec: DenoiserSpec, name: str) -> SamplingPlan:
         clip=clip and settings.runs != CLIPPING,
         threshold=plan.threshold if settings.clip is None else settings.threshold,
         output_corrections=(),
+        cache=None,
     )

@@ -1,6 +1,7 @@
 """The denoiser contract of every solver: denoise(x, level) -> x_0, made of a network and a spec.
 
 predict   the network's output; under guidance the cond and uncond halves share one batch (guidance.py)
+forecast  in its place, in steps that a step cache leaves out (caching/forecast.py)
 correct   (out - bias[channel]) / (1 + slope), per timestep (sampling_plan.OutputCorrection)
 x_0       from the output, by the prediction type (parameterization.py)
 bound     clip to the data range, or dynamic thresholding (sampling_plan.Threshold)
@@ -12,6 +13,8 @@ from collections.abc import Callable, Mapping
 
 import numpy as np
 
+from diffpress.runtime.caching.forecast import Forecasting
+from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import Interval, guidance_applies, is_guided, rescaled
 from diffpress.runtime.network_inputs import (
@@ -23,7 +26,7 @@ from diffpress.runtime.network_inputs import (
 )
 from diffpress.runtime.noise_schedule import NoiseLevel
 from diffpress.runtime.parameterization import to_x0
-from diffpress.runtime.sampling_plan import OutputCorrection, Threshold
+from diffpress.runtime.sampling_plan import OutputCorrection, Threshold, plan_steps
 from diffpress.runtime.spec import DenoiserSpec
 
 Denoise = Callable[[np.ndarray, NoiseLevel], np.ndarray]
@@ -66,19 +69,46 @@ def make_denoiser(
 
 
 def plan_denoiser(network: Network, spec: DenoiserSpec, conditions: ConditioningInputs | None = None) -> Denoise:
-    """Return `make_denoiser` with all options taken from the spec's plan."""
+    """Return `make_denoiser` with all options taken from the spec's plan, including its step cache."""
     plan = spec.plan
-    return make_denoiser(
+    predict = make_predictor(
         network,
         spec,
         conditions=conditions,
         guidance=plan.guidance,
-        clip=plan.clip,
-        output_corrections=dict(zip(plan.timesteps, plan.output_corrections, strict=False)),  # one each, or none
-        threshold=plan.threshold,
         interval=plan.guidance_interval,
         rescale=plan.guidance_rescale,
     )
+    return denoiser_from_predictor(
+        following_cache(predict, spec),
+        spec,
+        clip=plan.clip,
+        output_corrections=dict(zip(plan.timesteps, plan.output_corrections, strict=False)),  # one each, or none
+        threshold=plan.threshold,
+    )
+
+
+def following_cache(predict: Predict, spec: DenoiserSpec) -> Predict:
+    """Return the predictor with the step cache of the spec's plan; it then belongs to one batch at a time."""
+    cache = spec.plan.cache
+    if cache is None:
+        return predict
+    return Forecasting(predict, cache, [level for level, _ in plan_steps(spec.schedule, spec.plan)])
+
+
+class CachedDenoiser:
+    """A denoiser (x, level) -> x_0 that follows a step cache.
+
+    Attributes:
+        cache: The step cache.
+    """
+
+    def __init__(self, denoise: Denoise, cache: StepCache) -> None:
+        self._denoise, self.cache = denoise, cache
+
+    def __call__(self, x: np.ndarray, level: NoiseLevel) -> np.ndarray:
+        """Return x_0 [N, ...] at a level of the plan."""
+        return self._denoise(x, level)
 
 
 def make_predictor(
@@ -134,7 +164,7 @@ def denoiser_from_predictor(
             return thresholded(x0, threshold, spec.data_range)
         return np.clip(x0, low, high) if clip else x0
 
-    return denoise
+    return CachedDenoiser(denoise, predict.cache) if isinstance(predict, Forecasting) else denoise
 
 
 def thresholded(x0: np.ndarray, threshold: Threshold, data_range: tuple[float, float]) -> np.ndarray:

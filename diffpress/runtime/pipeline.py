@@ -120,6 +120,7 @@ class Pipeline:
         mask: Any = None,
         strength: float | None = None,
         overlay: bool = False,
+        step_cache: bool = True,
     ) -> list[Image.Image] | np.ndarray:
         """Sample one image per seed; whatever is left out follows the bundle's own sampling plan.
 
@@ -144,6 +145,7 @@ class Pipeline:
             mask: What is repainted of the image: white. A file, a PIL image, or bool or uint8 [H, W], or a list.
             strength: Share of the steps that is run, above 0 and at most 1; None takes 0.8, with a mask 1.
             overlay: Keep the unmasked pixels of the image exactly.
+            step_cache: Follow the plan's step cache, if it has one; False evaluates the whole network in every step.
 
         Returns:
             PIL images, in the order of the seeds. Samples that are not pictures are one array, float32 [N, ...].
@@ -159,7 +161,9 @@ class Pipeline:
         request = read_image_request(image, mask, strength, overlay)
         images = [] if request is None or len(request.pixels) == 1 else [len(request.pixels)]
         chosen = chosen_seeds(seeds, prompt, labels, [*tensor_rows(self.spec, tensors), *images])
-        spec = requested_spec(sized(self.bundle, size, request), steps, solver, spacing, guidance)
+        spec = requested_spec(
+            sized(self.bundle, size, request), steps, solver, spacing, guidance, step_cache=step_cache
+        )
         spec, first = (spec, 0) if request is None else with_strength(spec, request.strength)
         spec = self.bundle.spec_for(self.denoiser.name, spec)
         given = {"prompt": prompt, "negative_prompt": negative_prompt, "labels": labels, "conditioning": conditioning}

@@ -26,13 +26,21 @@ def requested_spec(
     solver: str | None = None,
     spacing: str | None = None,
     guidance: float | None = None,
+    *,
+    step_cache: bool = True,
 ) -> DenoiserSpec:
-    """Return the spec with the requested plan; warn if a distilled network was not trained for it.
+    """Return the spec with the requested plan.
+
+    Warns if a distilled network was not trained for it, or if the step cache does not fit it and is dropped. With
+    `step_cache` False, every step evaluates the whole network.
 
     Raises:
         InvalidInputError: As in `requested_plan`.
     """
+    if not step_cache:
+        spec = spec.with_plan(spec.plan.without_cache)
     plan = requested_plan(spec, steps, solver, spacing, guidance)
+    warn_of_lost_cache(spec, plan)
     if spec.distilled and not _is_trained_for(spec, plan):
         logger.warning(
             f"this network was distilled for {_trained_plans(spec)}; other plans may reduce the image quality"
@@ -48,6 +56,7 @@ def requested_plan(
     New timesteps follow the model's spacing as the solver carries it over, or, for a distilled network, the plan with
     that number of steps that it was trained for. Another solver takes new timesteps, unless the plan's were chosen by
     hand or by a search. Output corrections are interpolated to other timesteps; another solver or guidance drops them.
+    The step cache is kept with another guidance, and dropped with other timesteps or another solver.
 
     Raises:
         InvalidInputError: Unknown solver or spacing, an impossible number of steps, or a solver that a distilled
@@ -69,10 +78,19 @@ def requested_plan(
     if plan == own:
         return spec.plan
     if not spec.plan.output_corrections or plan != replace(
-        own, timesteps=plan.timesteps, ratios=plan.ratios, stride=plan.stride
+        own, timesteps=plan.timesteps, ratios=plan.ratios, stride=plan.stride, cache=plan.cache
     ):
         return plan
     return replace(plan, output_corrections=_interpolated_corrections(spec, plan))
+
+
+def warn_of_lost_cache(spec: DenoiserSpec, plan: SamplingPlan) -> None:
+    """Warn if the spec's plan has a step cache, which this plan in its place has not."""
+    if spec.plan.cache is not None and plan.cache is None:
+        logger.warning(
+            f"the step cache was measured for {plan_description(spec)} over its own timesteps; it does not fit the "
+            "requested plan and is left out, so that every step evaluates the whole network"
+        )
 
 
 def plan_description(spec: DenoiserSpec, first: int = 0) -> str:

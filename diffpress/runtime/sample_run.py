@@ -88,6 +88,7 @@ class SampleRun:
             "steps": spec.plan.steps,
             "timesteps": " ".join(f"{t:g}" for t in spec.plan.timesteps),
             "guidance": f"{spec.plan.guidance:g}",
+            "step_cache": _cache_text(spec),
             "size": "x".join(map(str, spec.image_size)) if pipeline.makes_pictures else None,
             "engine": engine_label(pipeline.denoiser),
             "precision": options.precision,
@@ -159,6 +160,12 @@ class SampleRun:
             return None
         first = 0 if self._start is None else self._start.first
         return lambda step: advance(done + len(step.x) * (step.index + 1 - first) / (self._spec.plan.steps - first))
+
+
+def _cache_text(spec: DenoiserSpec) -> str | None:
+    """Return what every step evaluates, by initials, and the order of the forecast; None without a step cache."""
+    cache = spec.plan.cache
+    return None if cache is None else f"{''.join(step[0] for step in cache.steps)} order {cache.order}"
 
 
 def _hash(request: SampleRequest) -> str:

@@ -16,11 +16,14 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 
-from diffpress.runtime.denoiser import Denoise, plan_denoiser
+from diffpress.runtime.caching.cacheable import check_cacheable
+from diffpress.runtime.caching.step_cache import FORECAST, FULL, StepCache
+from diffpress.runtime.denoiser import CachedDenoiser, Denoise, plan_denoiser
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.fused import RunFused, run_fused_of
 from diffpress.runtime.guidance import evaluations_at
@@ -79,7 +82,8 @@ def sample(
     """Sample with a plan and yield every step; the x of the last step is the result.
 
     Args:
-        denoise: The model, (x, level) -> x_0, including guidance and clipping.
+        denoise: The model, (x, level) -> x_0, including guidance and clipping. For a plan with a step cache it is made
+            by `plan_denoiser`.
         noise: Unit noise to start from, float32 [N, ...].
         schedule: Noise schedule.
         plan: Sampling plan.
@@ -88,9 +92,16 @@ def sample(
         image: Start from these images, with the steps of the plan from `image.first` on.
 
     Raises:
-        InvalidInputError: Unknown solver, or `fresh_noise` is missing.
+        InvalidInputError: Unknown solver, `fresh_noise` is missing, or `denoise` does not follow the plan's cache.
     """
     solver = get_solver(plan.solver)
+    if plan.cache is not None:
+        check_cacheable(plan.solver, plan.eta, "plan: cache")
+    if plan.cache is not None and not (isinstance(denoise, CachedDenoiser) and denoise.cache == plan.cache):
+        raise InvalidInputError(
+            "the plan has a step cache, which this denoiser does not follow: make it with plan_denoiser, or sample "
+            "plan.without_cache"
+        )
     levels = plan_steps(schedule, plan)
     first = 0 if image is None else image.first
     if image is None or image.from_noise:
@@ -130,7 +141,14 @@ def network_evaluations(spec: DenoiserSpec) -> int:
 
 
 def evaluated_levels(spec: DenoiserSpec) -> list[NoiseLevel]:
-    """Return the noise levels at which the spec's plan evaluates the denoiser, in order, by sampling an empty batch."""
+    """Return the noise levels at which the spec's plan evaluates the denoiser, in order, by sampling an empty batch.
+
+    Raises:
+        InvalidInputError: The plan's solver cannot have its step cache.
+    """
+    cache = spec.plan.cache
+    if cache is not None:
+        check_cacheable(spec.plan.solver, spec.plan.eta, "plan: cache")
     levels: list[NoiseLevel] = []
     empty = np.zeros((0, *spec.sample_shape), np.float32)
 
@@ -138,8 +156,10 @@ def evaluated_levels(spec: DenoiserSpec) -> list[NoiseLevel]:
         levels.append(level)
         return x
 
-    deque(sample(denoise, empty, spec.schedule, spec.plan, lambda k: empty), maxlen=0)
-    return levels
+    deque(sample(denoise, empty, spec.schedule, spec.plan.without_cache, lambda k: empty), maxlen=0)
+    if cache is None:
+        return levels
+    return [level for level, step in zip(levels, cache.steps, strict=True) if step != FORECAST]
 
 
 def noise_for(seeds: Sequence[int] | np.ndarray, shape: tuple[int, ...], stream: int = 0) -> np.ndarray:
@@ -244,8 +264,10 @@ def warm_up(network: Network, spec: DenoiserSpec, batch: int) -> None:
     if run_fused_of(network, spec) is None:
         network.run(dummy_inputs(network, spec, batch))
         return
-    first = spec.with_plan(spec.plan.over(spec.plan.timesteps[:1]))
-    generate(network, first, range(batch), batch=batch, conditions=dummy_conditioning(spec, batch))
+    plan = spec.plan.over(spec.plan.timesteps[:1])
+    if spec.plan.cache is not None and not spec.plan.cache.is_idle:  # such plans may run another compiled graph
+        plan = replace(spec.plan.over(spec.plan.timesteps[:2]), cache=StepCache("forecast", (FULL, FORECAST)))
+    generate(network, spec.with_plan(plan), range(batch), batch=batch, conditions=dummy_conditioning(spec, batch))
 
 
 def cycled_labels(spec: DenoiserSpec, count: int) -> np.ndarray | None:

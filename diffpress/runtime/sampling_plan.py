@@ -1,4 +1,4 @@
-"""The sampling plan: solver, timesteps, guidance and corrections that a model is sampled with.
+"""The sampling plan: solver, timesteps, guidance, corrections and step cache that a model is sampled with.
 
 The levels of a plan are those at its descending timesteps, followed by the end: clean data, alpha = 1 and sigma = 0
 (diffusers' `set_alpha_to_one`, `final_sigmas_type="zero"`), or the noise level of the timestep `end`. Some schedulers
@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from diffpress.runtime.caching.step_cache import StepCache, step_cache_from_json
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.json_fields import boolean, check_fields, convert_errors, floats, without_defaults
 from diffpress.runtime.noise_schedule import CLEAN, NoiseLevel, NoiseSchedule, noise_level_at, noise_level_of_ratio
@@ -78,6 +79,7 @@ class SamplingPlan:
         ratios: sigma / alpha at each timestep, strictly descending, if it is not that of the noise schedule.
         stride: Each step ends at the noise level this many timesteps lower, whatever the next timestep, and below 0 at
             the plan's end (diffusers' DDIM); 0 for steps that end where the next one starts.
+        cache: What each step evaluates, if not always the whole network.
 
     Examples:
         >>> import diffpress as dp
@@ -98,6 +100,7 @@ class SamplingPlan:
     guidance_rescale: float = 0.0
     ratios: tuple[float, ...] = ()
     stride: int = 0
+    cache: StepCache | None = None
 
     def __post_init__(self) -> None:
         if not (_is_falling(self.timesteps, strictly=not self.ratios) and self.timesteps):
@@ -134,6 +137,10 @@ class SamplingPlan:
                 f"plan: {len(self.output_corrections)} output corrections for {self.steps} timesteps; use one each or "
                 "none"
             )
+        if self.cache is not None and len(self.cache.steps) != self.steps:
+            raise InvalidInputError(
+                f"plan: cache: {len(self.cache.steps)} entries for {self.steps} timesteps; give one each"
+            )
 
     @property
     def steps(self) -> int:
@@ -145,8 +152,13 @@ class SamplingPlan:
         """The plan without output corrections, for any network but the one they were measured on."""
         return replace(self, output_corrections=())
 
+    @property
+    def without_cache(self) -> SamplingPlan:
+        """The plan that evaluates the whole network in every step."""
+        return replace(self, cache=None)
+
     def over(self, timesteps: tuple[float, ...]) -> SamplingPlan:
-        """Return the plan with these timesteps; output corrections are dropped if the timesteps change.
+        """Return the plan with these timesteps; output corrections and step cache are dropped if they change.
 
         Timesteps of the plan keep their ratios. With any other timestep all ratios are those of the noise schedule.
         """
@@ -154,19 +166,20 @@ class SamplingPlan:
             return self
         known = dict(zip(self.timesteps, self.ratios, strict=False))
         ratios = tuple(known[t] for t in timesteps) if set(timesteps) <= set(known) else ()
-        return replace(self, timesteps=timesteps, ratios=ratios, stride=0, output_corrections=())
+        return replace(self, timesteps=timesteps, ratios=ratios, stride=0, output_corrections=(), cache=None)
 
     def spaced(
         self, spacing: TimestepSpacing, steps: int, schedule: NoiseSchedule, tokens: int | None = None
     ) -> SamplingPlan:
         """Return the plan over `steps` timesteps of this spacing, see `diffpress.runtime.spaced_timesteps.space`."""
         found = space(spacing, steps, schedule, tokens)
-        plan = replace(self, timesteps=found.timesteps, ratios=found.ratios, stride=found.stride, output_corrections=())
-        return self if plan == replace(self, output_corrections=()) else plan
+        plain = replace(self, output_corrections=(), cache=None)
+        plan = replace(plain, timesteps=found.timesteps, ratios=found.ratios, stride=found.stride)
+        return self if plan == plain else plan
 
     def to_json(self) -> dict[str, Any]:
-        """Return the plan as JSON-serializable data; `ratios` and `stride` are entries only if in use."""
-        return without_defaults(self, ("ratios", "stride"))
+        """Return the plan as JSON-serializable data; `ratios`, `stride` and `cache` are entries only if in use."""
+        return without_defaults(self, ("ratios", "stride", "cache"))
 
 
 def _is_falling(values: tuple[float, ...], strictly: bool = True) -> bool:
@@ -198,6 +211,7 @@ def plan_from_json(data: Any, where: str = "plan") -> SamplingPlan:
             guidance_rescale=float(raw.get("guidance_rescale", 0.0)),
             ratios=floats(raw.get("ratios", ())),
             stride=int(raw.get("stride", 0)),
+            cache=None if raw.get("cache") is None else step_cache_from_json(raw["cache"], f"{where}.cache"),
         )
 
 

@@ -102,6 +102,11 @@ class DenoiserSpec:
                 f"plan: timestep {foreign[0]:g} is not one of the {len(self.fixed_timesteps)} that this network was "
                 "exported for; keep the bundle's own steps, or export again without --fixed-timesteps"
             )
+        if self.distilled and self.plan.cache is not None:
+            raise InvalidInputError(
+                f"plan: cache: this network was distilled ({self.distilled}) for few steps, between which too much "
+                "changes to reuse anything; remove the cache"
+            )
         if any(len(correction.bias) != self.sample_shape[0] for correction in self.plan.output_corrections):
             raise InvalidInputError(
                 f"plan: each output correction needs a bias for each of {self.sample_shape[0]} channels"

@@ -17,6 +17,7 @@ from diffpress.cli.console import console
 from diffpress.cli.sample import add_arguments
 from diffpress.cli.sample import run as sample_command
 from diffpress.runtime.bundle import MANIFEST, load_bundle, manifest_hash
+from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.carried_settings import with_solver
 from diffpress.runtime.engines import available, open_engine
 from diffpress.runtime.errors import DiffpressError, MissingDependencyError
@@ -435,3 +436,23 @@ def test_many_long_prompts_give_one_warning(tmp_path: Path, capsys: pytest.Captu
     (tmp_path / "p.txt").write_text("\n".join(["abcdef", "bcdefa", "ab", "cdefab"]))
     run("there", "--prompt-file", tmp_path / "p.txt", "--out", f"{tmp_path}/x/")
     assert capsys.readouterr().err.count("too long for") == 1
+
+
+def test_the_step_cache_is_followed_and_can_be_switched_off(tiny: Path, tmp_path: Path) -> None:
+    spec = load_bundle(tiny).spec
+    cache = StepCache("forecast", ("full", "forecast") * 4)
+    cached = with_spec(tiny, spec.with_plan(replace(spec.plan, cache=cache)), tmp_path / "cached")
+    usual = ("-n", 3, "--engine", "onnxruntime", "--out")
+    for bundle, flags, name in ((tiny, (), "own"), (cached, (), "cached"), (cached, ("--no-step-cache",), "off")):
+        assert run(bundle, *usual, tmp_path / f"{name}.npy", *flags) == 0
+    own, found, off = (np.load(tmp_path / f"{name}.npy") for name in ("own", "cached", "off"))
+    assert np.array_equal(own, off) and np.abs(own - found).max() > 1e-3
+
+
+def test_finished_images_of_another_step_cache_are_not_taken_for_those_of_this_run(tiny: Path, tmp_path: Path) -> None:
+    spec = load_bundle(tiny).spec
+    cached = spec.with_plan(replace(spec.plan, cache=StepCache("forecast", ("full", "forecast") * 4)))
+    bundle, out = with_spec(tiny, cached, tmp_path / "cached"), f"{tmp_path / 'images'}/"
+    run(bundle, "-n", 2, "--engine", "onnxruntime", "--out", out)
+    with pytest.raises(DiffpressError, match="step_cache"):
+        run(bundle, "-n", 2, "--engine", "onnxruntime", "--out", out, "--no-step-cache")

@@ -69,6 +69,7 @@ def test_info_describes_a_bundle(capsys: pytest.CaptureFixture[str]) -> None:
         "steps": 8,
         "guidance": 1.0,
         "output_corrections": False,
+        "step_cache": None,
     }
 
 

@@ -108,7 +108,7 @@ def refine_plan(
         inner = {round(float(t)) for t in np.interp(ramp, ratios, np.arange(len(schedule)))}
         kept.append(len(found))
         found += [float(t) for t in sorted(inner | {round(start)}, reverse=True) if stop < t <= start]
-    return replace(plan.over(tuple(found)).without_corrections, eta=0.0), tuple(kept)
+    return replace(plan.over(tuple(found)).without_corrections, eta=0.0, cache=None), tuple(kept)
 
 
 def log_ratios(schedule: NoiseSchedule) -> np.ndarray:

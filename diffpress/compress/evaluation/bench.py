@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from diffpress.runtime.benchmarking.bench import Subject, bundle_subject, measure, sampler_overhead
+from diffpress.runtime.benchmarking.step_kinds import step_cache_facts
 from diffpress.runtime.bundle import Bundle, find_bundle, load_bundle
 from diffpress.runtime.engines import Engine, engine_label, installed, open_engine
 from diffpress.runtime.engines.options import EngineOptions
@@ -44,7 +45,7 @@ def bench(
     left_out: dict[str, str] = {}
     with ExitStack() as stack:
         subjects: list[Subject] = []
-        overheads = {}
+        overheads, cached = {}, {}
 
         def add(of: Bundle, name: str | None) -> Engine | None:
             try:
@@ -69,6 +70,10 @@ def bench(
         for name in names:
             engine = add(opened, name)
             if engine is not None:
-                overheads[engine_label(engine)] = sampler_overhead(engine, opened.spec, min(batch), repeats)._asdict()
+                label, spec = engine_label(engine), opened.spec_for(engine.name)
+                overheads[label] = sampler_overhead(engine, opened.spec, min(batch), repeats)._asdict()
+                if (facts := step_cache_facts(engine, spec, min(batch), repeats)) is not None:
+                    cached[label] = facts
         result: dict[str, Any] = measure(subjects, batch, repeats)
-    return result | {"sampler_overhead": overheads, "left_out": left_out}
+    steps = {"step_cache": cached} if cached else {}
+    return result | {"sampler_overhead": overheads, "left_out": left_out} | steps

@@ -40,8 +40,7 @@ from diffpress.compress.training import distributed
 from diffpress.compress.training.resume import read_state, write_state
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
-from diffpress.runtime.sampler import generate_batches
-from diffpress.runtime.solvers import solver_evaluations
+from diffpress.runtime.sampler import evaluated_levels, generate_batches
 from diffpress.runtime.spec import DenoiserSpec
 
 FINAL = "final samples"
@@ -96,7 +95,7 @@ class TrajectoryDataset:
     @property
     def evaluations_per_batch(self) -> int:
         """Evaluations in which one batch is sampled; each holds both cond and uncond."""
-        return solver_evaluations(self.spec.plan.solver, self.spec.plan.steps)
+        return len(evaluated_levels(self.spec))
 
     @cached_property
     def conditioning(self) -> ConditioningInputs:

@@ -54,7 +54,7 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
 
 def _with_options(spec: DenoiserSpec, config: ScheduleConfig) -> SamplingPlan:
     """Return the spec's plan with the solver and options of the config, and the old timesteps."""
-    plan = replace(with_solver(spec, config.solver).without_corrections, eta=config.eta)
+    plan = replace(with_solver(spec, config.solver).without_corrections.without_cache, eta=config.eta)
     if config.guidance is not None:
         plan = replace(plan, guidance=config.guidance)
     if config.guidance_interval is not None:

@@ -78,8 +78,11 @@ def run_fused(
     """Run all steps of a program on the GPU; see diffpress.runtime.fused.FusedSampler.
 
     Batches above the engine's maximum are split. Returns None if NVRTC is missing, if the graph's sample or output is
-    not float32, or if one sample with its guidance halves exceeds the engine's maximum batch.
+    not float32, if one sample with its guidance halves exceeds the engine's maximum batch, or for a program with
+    forecasts, whose outputs are not kept on the device.
     """
+    if not program.evaluates_all:
+        return None
     each, out = engine.largest_batch // program.halves, next(iter(engine.outputs.values()))
     if each < 1 or {engine.inputs[SAMPLE], out} != {np.dtype(np.float32)} or (kernels := _kernels()) is None:
         return None

@@ -6,6 +6,9 @@ One inference is one step of a Program (diffpress.runtime.fused.program); the pr
 so one graph runs all programs. x and the MAX_HISTORY previous (kept, x_0) pairs are stored in ring buffers of
 MAX_HISTORY + 1 slots. There is one inference request per slot, bound so that its outputs are the inputs of the next.
 
+A step whose output is a forecast (caching/forecast.py) runs no inference: numpy computes it in the same slots, from
+outputs that a second form of the graph also returns.
+
 A numpy solver step takes 20 us by itself, but 155 us between two network evaluations, since the CPU caches are cold; as
 part of the graph it is a few small kernels.
 """
@@ -15,17 +18,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from functools import partial
-from itertools import cycle
 from typing import Any
 
 import numpy as np
 
+from diffpress.runtime.caching.forecast import weighted_outputs
 from diffpress.runtime.engines.openvino.engine import OpenVinoEngine, Variant
 from diffpress.runtime.fused.program import COLUMNS, TERMS, Program
 from diffpress.runtime.network_inputs import SAMPLE, TIMESTEP, typed_timesteps
 from diffpress.runtime.solvers.contract import MAX_HISTORY
 
-FORM = 2  # version of the fused graph, part of the cache key: increment it with every change of the graph
+FORM = 3  # version of the fused graph, part of the cache key: increment it with every change of the graph
 SLOTS = MAX_HISTORY + 1
 # above it, fused sampling saves little per step, while its compiled model doubles the memory
 MAX_GRAPH_BYTES = 2**26
@@ -33,7 +36,7 @@ MAX_GRAPH_BYTES = 2**26
 # added inputs and outputs of the graph; the dot avoids collisions with the network's names
 X, WEIGHTS, OFFSETS, BOUNDS = "fused.x", "fused.weights", "fused.offsets", "fused.bounds"
 HISTORY_KEPT, HISTORY_X0 = (tuple(f"fused.{what}.{back + 1}" for back in range(MAX_HISTORY)) for what in ("kept", "x0"))
-NEXT, KEPT, X0 = "fused.next", "fused.kept", "fused.x0"
+NEXT, KEPT, X0, OUT = "fused.next", "fused.kept", "fused.x0", "fused.out"
 BATCH_AXIS = 0
 
 
@@ -50,12 +53,14 @@ def run_fused(
     rows, halves = program.halves * len(start), program.halves
     shapes = {name: array.shape for name, array in static_inputs.items()}
     shapes |= {SAMPLE: (rows, *start.shape[1:]), TIMESTEP: (rows,)}
-    variant = Variant((FORM, halves), partial(fused_model, halves=halves), FusedSampling)
+    returns_out = not program.evaluates_all
+    change = partial(fused_model, halves=halves, returns_out=returns_out)
+    variant = Variant((FORM, halves, int(returns_out)), change, FusedSampling)
     with engine.reserved(tuple(shapes.items()), variant) as sampling:
         return sampling.run(program, static_inputs, start)
 
 
-def fused_model(model: Any, halves: int) -> Any:
+def fused_model(model: Any, halves: int, returns_out: bool = False) -> Any:
     """Return a copy of a network that is wrapped in one solver step.
 
     Instead of `sample` the new model has these inputs: x, float32 [N, C, ...]; kept and x_0 of the previous steps, of
@@ -66,6 +71,7 @@ def fused_model(model: Any, halves: int) -> Any:
     Args:
         model: openvino.Model with fixed shapes and float32 samples.
         halves: 2 under guidance, else 1.
+        returns_out: Also return the network's output, after guidance.
     """
     import openvino
     from openvino import opset13 as op
@@ -106,7 +112,10 @@ def fused_model(model: Any, halves: int) -> Any:
     x0 = op.minimum(op.maximum(op.add(weighted([x, out], [a, b]), offset), low), high)
     terms = [x, x0, op.clamp(x0, -1.0, 1.0), *history]
     kept, moved = weighted(terms, sums[:TERMS]), weighted(terms, sums[TERMS:])
-    return openvino.Model([result(NEXT, moved), result(KEPT, kept), result(X0, x0)], parameters, "fused")
+    results = [result(NEXT, moved), result(KEPT, kept), result(X0, x0)]
+    if returns_out:
+        results.append(result(OUT, op.multiply(out, np.float32(1.0))))  # the network may name its output itself
+    return openvino.Model(results, parameters, "fused")
 
 
 class FusedSampling:
@@ -126,6 +135,8 @@ class FusedSampling:
         arrays = [np.zeros(tuple(port.shape), port.element_type.to_dtype()) for port in fixed_ports]
         self._arrays = {name: array for port, array in zip(fixed_ports, arrays, strict=True) for name in port.names}
         tensors = [shared(array) for array in arrays]
+        self._out = np.zeros(shape, np.float32)
+        self._returns_out = any(OUT in port.names for port in compiled.outputs)
         self._requests = [compiled.create_infer_request() for _ in range(SLOTS)]
         for slot, request in enumerate(self._requests):
             for port, tensor in zip(fixed_ports, tensors, strict=True):
@@ -133,6 +144,8 @@ class FusedSampling:
             bound = {X: x[slot], KEPT: kept[slot], X0: x0[slot], NEXT: x[(slot + 1) % SLOTS]}
             for back, names in enumerate(zip(HISTORY_KEPT, HISTORY_X0, strict=True), 1):
                 bound |= dict(zip(names, (kept[slot - back], x0[slot - back]), strict=True))
+            if self._returns_out:
+                bound[OUT] = shared(self._out)
             for name, tensor in bound.items():
                 request.set_tensor(name, tensor)
 
@@ -143,8 +156,27 @@ class FusedSampling:
             self._arrays[name][...] = array
         self._x[0], self._past[...] = start, 0.0
         timestep, weights, offsets = (self._arrays[name] for name in (TIMESTEP, WEIGHTS, OFFSETS))
-        rows = zip(typed_timesteps(program.timesteps, timestep.dtype), program.table, program.offsets, strict=True)
-        for request, (timestep[...], weights[...], offsets[...]) in zip(cycle(self._requests), rows, strict=False):
-            request.infer(share_outputs=True)
+        outputs: dict[int, np.ndarray] = {}
+        for index, time in enumerate(typed_timesteps(program.timesteps, timestep.dtype)):
+            if program.forecasts[index]:
+                self._forecast(program, index, outputs)
+                continue
+            timestep[...], weights[...], offsets[...] = time, program.table[index], program.offsets[index]
+            self._requests[index % SLOTS].infer(share_outputs=True)
+            if self._returns_out:
+                outputs[index] = self._out.copy()
         last: np.ndarray = self._x[program.steps % SLOTS].copy()  # the next run overwrites it
         return last
+
+    def _forecast(self, program: Program, index: int, outputs: Mapping[int, np.ndarray]) -> None:
+        """Compute the step `index` from the outputs of earlier steps, into the slots that an inference would fill."""
+        sources, forecast = zip(*program.forecasts[index], strict=True)
+        x, (kept, x0) = self._x[index % SLOTS], self._past[:, index % SLOTS]
+        (a, b), low_high = program.reads[index], program.bounds or (-math.inf, math.inf)
+        offset = program.offsets[index].reshape(-1, *[1] * (x.ndim - 2))
+        np.clip(a * x + b * weighted_outputs([outputs[k] for k in sources], forecast) + offset, *low_high, out=x0)
+        history = [self._past[which, (index - back) % SLOTS] for back in range(1, MAX_HISTORY + 1) for which in (0, 1)]
+        terms = [x, x0, np.clip(x0, -1.0, 1.0), *history]
+        for target, row in ((kept, program.kept[index]), (self._x[(index + 1) % SLOTS], program.moved[index])):
+            used = np.flatnonzero(row)
+            target[...] = weighted_outputs([terms[k] for k in used], row[used])

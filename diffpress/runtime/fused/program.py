@@ -1,6 +1,7 @@
 """Fused sampling program: each step of a deterministic solver as a weighted sum of arrays.
 
-    x_0   = a x + b out + offset[channel], clipped     out = uncond + w (cond - uncond) under guidance
+    x_0   = a x + b out + offset[channel], clipped     out = uncond + w (cond - uncond) under guidance, or a forecast:
+                                                       the weighted sum of earlier outputs
     kept  = sum_j kept_j term_j                        the current sample after the solver's corrector
     x'    = sum_j moved_j term_j                       the next sample
 
@@ -19,6 +20,8 @@ from typing import NoReturn
 
 import numpy as np
 
+from diffpress.runtime.caching.forecast import forecast_time, forecast_weights, sources_of
+from diffpress.runtime.caching.step_cache import FULL
 from diffpress.runtime.denoiser import corrected
 from diffpress.runtime.guidance import is_guided
 from diffpress.runtime.noise_schedule import NoiseLevel, NoiseSchedule
@@ -51,6 +54,8 @@ class Program:
         offsets: float32 [steps, channels].
         kept: Weights of the corrected sample, float32 [steps, TERMS].
         moved: Weights of the next sample, float32 [steps, TERMS].
+        forecasts: For each step (index of an earlier step, weight of its output) pairs; empty where the network is
+            evaluated.
     """
 
     timesteps: tuple[float, ...]
@@ -61,6 +66,12 @@ class Program:
     offsets: np.ndarray
     kept: np.ndarray
     moved: np.ndarray
+    forecasts: tuple[tuple[tuple[int, float], ...], ...]
+
+    @property
+    def evaluates_all(self) -> bool:
+        """Whether every step evaluates the network."""
+        return not any(self.forecasts)
 
     @property
     def steps(self) -> int:
@@ -115,7 +126,17 @@ def _program(
         offsets=np.array([offset for _, _, offset in reads], np.float32),
         kept=np.array([kept for kept, _ in step_weights], np.float32),
         moved=np.array([moved for _, moved in step_weights], np.float32),
+        forecasts=tuple(_forecast(plan, levels, index) for index in range(plan.steps)),
     )
+
+
+def _forecast(plan: SamplingPlan, levels: Levels, index: int) -> tuple[tuple[int, float], ...]:
+    """Return the earlier steps whose outputs replace that of this step, with their weights; empty if it is full."""
+    if plan.cache is None or plan.cache.steps[index] == FULL:
+        return ()
+    sources = sources_of(plan.cache, index)
+    times = [forecast_time(levels[k][0]) for k in sources]
+    return tuple(zip(sources, forecast_weights(times, forecast_time(levels[index][0])), strict=True))
 
 
 def _x0_coefficients(

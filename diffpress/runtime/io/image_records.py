@@ -28,6 +28,7 @@ KEYS = (
     "steps",
     "timesteps",
     "guidance",
+    "step_cache",
     "size",
     "engine",
     "precision",

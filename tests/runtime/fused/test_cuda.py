@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 import numpy as np
 import pytest
 
+from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.conditioning import Conditioning
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.tensorrt import library as libraries
@@ -259,3 +260,10 @@ def test_another_plan_changes_the_table_but_not_the_number_of_evaluations(
         assert program is not None and program.steps == 7
         found, expected = (generate(one, spec, range(2), batch=2) for one in (device, network))
         np.testing.assert_allclose(found, expected, atol=2e-4)
+
+
+def test_programs_with_forecasts_are_run_by_the_loop() -> None:
+    spec = DenoiserSpec("v", SCHEDULE, SHAPE, make_plan("ddim", 2, SCHEDULE))
+    program = fused_program(spec.with_plan(replace(spec.plan, cache=StepCache("forecast", ("full", "forecast")))))
+    engine: Any = None  # it is not even looked at
+    assert program is not None and run_fused(engine, program, {}, np.zeros((1, *SHAPE), np.float32)) is None

@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 from diffpress.runtime.bundle import load_bundle
+from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.engines import Engine, load_engine, open_engine
 from diffpress.runtime.engines.cache import Cache
 from diffpress.runtime.engines.openvino.engine import OpenVinoEngine
@@ -201,3 +204,64 @@ def test_shapes_the_graph_cannot_take_raise_a_one_line_error(engine: OpenVinoEng
     with pytest.raises(InvalidInputError, match="OpenVINO cannot compile it") as caught:
         run_fused(engine, program, {"class_labels": np.arange(2)}, np.zeros((2, 3, 3, 4), np.float32))
     assert "\n" not in str(caught.value)
+
+
+FORECASTS = ("full", "full", "forecast", "forecast", "full", "forecast", "full", "forecast", "forecast")
+
+
+@pytest.mark.parametrize(
+    ("solver", "order", "guidance"),
+    [*((solver, 1, 3.0) for solver in ONE_EVALUATION), ("unipc_3", 0, 1.0), ("unipc_3", 2, 1.0)],
+)
+def test_fused_sampling_with_forecasts_equals_the_loop(
+    engine: OpenVinoEngine, solver: str, order: int, guidance: float
+) -> None:
+    spec = classes_spec(solver, guidance=guidance, cache=StepCache("forecast", FORECASTS, order))
+    expected, found = both(engine, spec)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    uncached = generate(step_by_step(engine), spec, range(3), plan=spec.plan.without_cache)
+    assert np.abs(found - uncached).max() > 1e-3
+
+
+def test_output_corrections_apply_to_forecasts(engine: OpenVinoEngine) -> None:
+    output_corrections = tuple(OutputCorrection(0.01 * i - 0.03, (0.02 * i, -0.1)) for i in range(9))
+    cache = StepCache("forecast", FORECASTS, 1)
+    expected, found = both(engine, classes_spec("unipc_3", output_corrections=output_corrections, cache=cache))
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+
+
+def test_a_cache_of_full_steps_runs_the_same_graph_and_gives_the_same_bits(
+    engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = classes_spec("dpmpp_2m")
+    expected = generate(fused_only(engine), spec, range(3))
+    full = replace(spec.plan, cache=StepCache("forecast", ("full",) * 9, order=2))
+    monkeypatch.setattr(engine, "_compile", None)
+    assert np.array_equal(generate(fused_only(engine), spec, range(3), plan=full), expected)
+
+
+def test_a_forecast_runs_no_inference(engine: OpenVinoEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = classes_spec("ddim", cache=StepCache("forecast", FORECASTS, 1))
+    generate(fused_only(engine), spec, range(3))
+    ran = []
+    with engine.reserved(*_fused_key(engine)) as sampling:
+        real = sampling._requests
+        wrapped = [SimpleNamespace(infer=lambda request=r, **k: ran.append(request.infer(**k))) for r in real]
+        monkeypatch.setattr(sampling, "_requests", wrapped)
+    generate(fused_only(engine), spec, range(3))
+    assert len(ran) == FORECASTS.count("full")
+
+
+def _fused_key(engine: OpenVinoEngine) -> tuple[Any, Any]:
+    """The shapes and variant of the graph that was compiled last."""
+    shapes, key = list(engine._compiled)[-1]
+    return shapes, SimpleNamespace(key=key)
+
+
+def test_warm_up_compiles_what_a_cached_plan_runs(graph: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = classes_spec("ddim", cache=StepCache("forecast", FORECASTS, 1))
+    with closing(load_engine(graph, "openvino", threads=1)) as engine:
+        assert isinstance(engine, OpenVinoEngine)
+        warm_up(engine, spec, 3)
+        monkeypatch.setattr(engine, "_compile", None)
+        generate(fused_only(engine), spec, range(3))

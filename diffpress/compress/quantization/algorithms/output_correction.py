@@ -41,7 +41,7 @@ from diffpress.compress.progress import progress
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.seeds import OUTPUT_CORRECTION_SEED
-from diffpress.runtime.denoiser import Predict, denoiser_from_predictor, make_predictor
+from diffpress.runtime.denoiser import Predict, denoiser_from_predictor, following_cache, make_predictor
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs, Network
 from diffpress.runtime.noise_schedule import NoiseLevel
@@ -131,9 +131,10 @@ def measure_corrections(
     Raises:
         InvalidInputError: The outputs do not correlate or are not finite; the message names the timestep.
     """
-    plan, seeds = spec.plan, range(OUTPUT_CORRECTION_SEED, OUTPUT_CORRECTION_SEED + count)
+    plan = spec.plan.without_cache  # the predictors follow the cache: a forecast is corrected like an output
+    seeds = range(OUTPUT_CORRECTION_SEED, OUTPUT_CORRECTION_SEED + count)
     predictor, reference_predictor = (
-        _batched_predictor(n, spec, count, batch, conditions) for n in (network, reference)
+        following_cache(_batched_predictor(n, spec, count, batch, conditions), spec) for n in (network, reference)
     )
     sums: dict[float, np.ndarray] = {}
     fits: dict[float, OutputCorrection] = {}

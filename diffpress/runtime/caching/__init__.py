@@ -1,0 +1,1 @@
+"""Step caching: steps of a sampling plan that reuse what earlier steps computed."""

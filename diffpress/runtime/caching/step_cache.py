@@ -1,0 +1,77 @@
+"""The step cache of a sampling plan: what each step evaluates, as data that any engine replays.
+
+    full        the whole network
+    forecast    nothing: the network's output is predicted from those of earlier full steps (caching/forecast.py)
+
+The first step is full. A plan whose steps are all full gives the images of the plan without a cache, bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.json_fields import check_fields, convert_errors
+
+FULL, FORECAST = "full", "forecast"
+KINDS = {"forecast": (FULL, FORECAST)}  # kind -> what its steps may evaluate
+MAX_ORDER = 2
+
+
+@dataclass(frozen=True)
+class StepCache:
+    """What each step of a plan evaluates.
+
+    Attributes:
+        kind: One of KINDS.
+        steps: One entry for each step of the plan.
+        order: Order of the forecast: 0 repeats the last output, 1 and 2 extrapolate from the last two or three.
+
+    Examples:
+        >>> import diffpress as dp
+        >>> dp.StepCache("forecast", ("full", "full", "forecast", "full"), order=1).counts
+        {'full': 3, 'forecast': 1}
+    """
+
+    kind: str
+    steps: tuple[str, ...]
+    order: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise InvalidInputError(f"plan: cache: kind '{self.kind}' is not one of {', '.join(KINDS)}")
+        allowed = KINDS[self.kind]
+        unknown = next((step for step in self.steps if step not in allowed), None)
+        if unknown is not None:
+            raise InvalidInputError(
+                f"plan: cache: step '{unknown}' is not one of {', '.join(allowed)}, which kind '{self.kind}' has"
+            )
+        if self.steps[:1] != (FULL,):
+            raise InvalidInputError("plan: cache: the first step must be 'full', since nothing was computed before it")
+        if not 0 <= self.order <= MAX_ORDER:
+            raise InvalidInputError(f"plan: cache: order {self.order} is not one of 0, 1, 2")
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Return what steps evaluate -> number of those steps."""
+        return dict(Counter(self.steps))
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether every step evaluates the whole network."""
+        return set(self.steps) == {FULL}
+
+
+def step_cache_from_json(data: Any, where: str) -> StepCache:
+    """Read a step cache from its JSON form.
+
+    Raises:
+        InvalidInputError: An entry is missing, unknown or of the wrong type; the message starts with `where`.
+    """
+    raw = check_fields(StepCache, data, where)
+    with convert_errors(where):
+        if not isinstance(raw["steps"], list | tuple):
+            raise InvalidInputError(f"{where}: steps must be a list, found {type(raw['steps']).__name__}")
+        return StepCache(str(raw["kind"]), tuple(map(str, raw["steps"])), int(raw.get("order", 0)))
