@@ -69,8 +69,8 @@ def _teacher_samples(checkpoint: Checkpoint, recipe: Recipe) -> int | None:
 
 
 def estimate_schedule(estimate: Estimate, config: ScheduleConfig, seed: int) -> Estimate:
-    """Return the same sizes with the stage's plan; a search changes its timesteps, not their number."""
-    unsearched = config.model_copy(update={"search": None})
+    """Return the same sizes with the stage's plan; what is searched or measured does not change the steps."""
+    unsearched = config.model_copy(update={"search": None, "cache": None})
     planned = schedule(estimate.checkpoint, unsearched, Context(seed, Path(), estimate.checkpoint))
     return estimate._replace(checkpoint=planned)
 

@@ -44,6 +44,7 @@ from diffpress.runtime.spec import DenoiserSpec
 TRAINED = 3.0  # forward, and a backward pass of twice its products
 ACTIVE = 4  # tensors that are alive at the same time without gradients
 TRIAL = 5  # samples that a network pruned by one ratio is evaluated on
+CACHE_CANDIDATES = 14  # plans that a step cache compares before it is refined, at most
 BATCH, ROUNDS = 4, 3
 
 
@@ -146,11 +147,16 @@ def work_of_distill(config: DistillConfig, checkpoint: Checkpoint, teacher_sampl
 
 
 def work_of_schedule(config: ScheduleConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:
-    """The fine trajectories of a search, and the jumps between their states."""
-    if config.search is None:
-        return Work(copies=1)
-    evaluations = config.samples * config.fine * (1 + evaluations_per_step(checkpoint.spec))
-    return Work(evaluations, 0.0, config.batch, copies=1)
+    """The fine trajectories of a search and the jumps between their states; the patterns that a step cache compares."""
+    each, evaluations, batch = evaluations_per_step(checkpoint.spec), 0, 1
+    steps = config.steps if config.timesteps is None else len(config.timesteps)
+    if config.search is not None:
+        evaluations, batch = config.samples * config.fine * (1 + each), config.batch
+    if config.cache is not None:
+        compared = CACHE_CANDIDATES + config.cache.refine * steps
+        evaluations += config.cache.samples * steps * each * compared
+        batch = max(batch, config.cache.batch)
+    return Work(evaluations, 0.0, batch, copies=1)
 
 
 def work_of_quantize(config: QuantizeConfig, checkpoint: Checkpoint, teacher_samples: int | None) -> Work:

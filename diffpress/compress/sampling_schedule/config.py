@@ -6,16 +6,46 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from diffpress.compress.config import StageConfig
+from diffpress.compress.config import Config, StageConfig
+from diffpress.runtime.caching.cacheable import check_cacheable
+from diffpress.runtime.caching.step_cache import KINDS
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.solvers import SOLVERS
 from diffpress.runtime.timesteps import SPACINGS
+
+
+class StepCacheConfig(Config):
+    """Leave evaluations out of the plan: which ones is measured (compress/sampling_schedule/step_cache.py)."""
+
+    kind: Literal[tuple(KINDS)] = Field(  # type: ignore[valid-type]
+        "forecast", description="What replaces an evaluation; forecast predicts the network's output."
+    )
+    speedup: float | None = Field(
+        None, gt=1.0, description="How many times fewer evaluations; give this or max_error_db."
+    )
+    max_error_db: float | None = Field(
+        None,
+        lt=0.0,
+        description="Largest error of the samples against those without a cache, in dB: -20 is a hundredth of their "
+        "power. The fewest evaluations within it are taken.",
+    )
+    order: Literal[0, 1, 2] | None = Field(None, description="Order of the forecast; None chooses it.")
+    samples: int = Field(32, ge=2, description="Number of trajectories the search uses.")
+    batch: int = Field(32, ge=1, description="Samples per batch of the search.")
+    refine: int = Field(1, ge=0, description="Rounds of moving single evaluations to a neighboring step.")
+
+    @model_validator(mode="after")
+    def _one_target_is_given(self) -> StepCacheConfig:
+        if (self.speedup is None) == (self.max_error_db is None):
+            raise ValueError("give speedup or max_error_db, one of them")
+        return self
 
 
 class ScheduleConfig(StageConfig):
     """Choose the sampling plan that all later stages and the bundle use; the weights are unchanged.
 
     Spacing and guidance settings left at None keep the model's own. `search` optimizes the timesteps
-    (compress/sampling_schedule/search.py).
+    (compress/sampling_schedule/search.py), `cache` leaves evaluations out.
 
     Examples:
         >>> import diffpress as dp
@@ -50,6 +80,17 @@ class ScheduleConfig(StageConfig):
     samples: int = Field(64, ge=2, description="Number of trajectories the search uses.")
     fine: int = Field(60, ge=4, description="Steps of the fine reference trajectories of the search.")
     batch: int = Field(32, ge=1, description="Samples per batch of the search.")
+
+    cache: StepCacheConfig | None = Field(None, description="Step cache; None evaluates the network in every step.")
+
+    @model_validator(mode="after")
+    def _solver_can_be_cached(self) -> ScheduleConfig:
+        if self.cache is not None:
+            try:
+                check_cacheable(self.solver, self.eta, "cache")
+            except InvalidInputError as error:
+                raise ValueError(str(error)) from error
+        return self
 
     @model_validator(mode="after")
     def _timesteps_have_one_source(self) -> ScheduleConfig:

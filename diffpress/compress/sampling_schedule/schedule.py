@@ -1,15 +1,18 @@
-"""The `schedule` stage: choose the model's solver and timesteps; the weights do not change."""
+"""The `schedule` stage: choose the model's solver, timesteps and step cache; the weights do not change."""
 
 from __future__ import annotations
 
 import logging
 from dataclasses import replace
+from typing import Any
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.search import search
+from diffpress.compress.sampling_schedule.step_cache import choose_step_cache
+from diffpress.runtime.caching.step_cache import FULL
 from diffpress.runtime.carried_settings import settings_of, with_solver
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampling_plan import SamplingPlan, Threshold
@@ -29,27 +32,42 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
     """
     spec, old = checkpoint.spec, checkpoint.spec.plan
     if spec.distilled:
+        few = ", and between its few steps too much changes for a step cache" if config.cache is not None else ""
         raise InvalidInputError(
             f"schedule: this network was distilled ({spec.distilled}) for {old.steps} steps of {old.solver} and cannot "
-            "use another plan; remove the stage"
+            f"use another plan{few}; remove the stage"
         )
-    plan, spacing = _with_options(spec, config), spec.spacing
+    options = _with_options(spec, config)
     if config.spacing is not None:
-        spacing = with_kind(spacing, config.spacing)
-    if config.timesteps is not None:
-        plan = plan.over(config.timesteps)
-    else:
-        spaced = settings_of(spec, config.solver).spacing if config.spacing is None else spacing
-        plan = plan.spaced(spaced, config.steps, spec.schedule, spec.tokens(spec.sample_shape))
-    result = checkpoint.evolve(spec=replace(spec, plan=plan, spacing=spacing))
-    how = "explicit" if config.timesteps else spacing.kind
-    if config.search is not None:
-        network = TorchNetwork(checkpoint.model, spec)
-        found, ctx.notes["search"] = search(network, result.spec, config, ctx.conditions(config.samples))
-        result, how = result.evolve(spec=result.spec.with_plan(plan.over(found))), f"searched from {spacing.kind}"
-    plan = result.spec.plan
-    logger.info(f"plan {old.solver} {old.steps} steps -> {plan.solver} {plan.steps} steps ({how})")
-    return result
+        spec = replace(spec, spacing=with_kind(spec.spacing, config.spacing))
+    network, kind = TorchNetwork(checkpoint.model, spec), spec.spacing.kind
+
+    def over(steps: int) -> SamplingPlan:
+        spacing = settings_of(spec, config.solver).spacing if config.spacing is None else spec.spacing
+        return options.spaced(spacing, steps, spec.schedule, spec.tokens(spec.sample_shape))
+
+    def searched(start: SamplingPlan, notes: dict[str, Any]) -> SamplingPlan:
+        """Return the plan over the searched timesteps, of as many steps; `start` itself without a search."""
+        if config.search is None:
+            return start
+        found, notes["search"] = search(network, spec.with_plan(start), config, ctx.conditions(config.samples))
+        return start.over(found)
+
+    how = "explicit" if config.timesteps else kind if config.search is None else f"searched from {kind}"
+    plan = options.over(config.timesteps) if config.timesteps is not None else over(config.steps)
+    plan = searched(plan, ctx.notes)
+    if config.cache is not None:
+        cache, ctx.notes["cache"] = choose_step_cache(
+            network,
+            spec.with_plan(plan),
+            config.cache,
+            ctx.conditions(config.cache.samples),
+            lambda steps: searched(over(steps), {}),
+        )
+        plan = replace(plan, cache=cache)
+    cached = "" if plan.cache is None else f", {plan.cache.counts[FULL]} of them evaluated"
+    logger.info(f"plan {old.solver} {old.steps} steps -> {plan.solver} {plan.steps} steps ({how}){cached}")
+    return checkpoint.evolve(spec=spec.with_plan(plan))
 
 
 def _with_options(spec: DenoiserSpec, config: ScheduleConfig) -> SamplingPlan:

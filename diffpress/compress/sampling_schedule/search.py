@@ -122,7 +122,7 @@ def jump_costs(
     plan = replace(with_solver(spec, FINE_SOLVER).over(fine), start=own.start, end=own.end)
     levels = plan_levels(spec.schedule, fine, plan.end)
     total, ends = np.zeros((len(levels), len(levels))), []
-    for part in _batches(count, batch, "search: fine timesteps"):
+    for part in batches(count, batch, "search: fine timesteps"):
         network_denoise = plan_denoiser(network, spec.with_plan(plan), conditions.part(part))
         visited: list[tuple[np.ndarray, np.ndarray]] = []
 
@@ -132,7 +132,7 @@ def jump_costs(
             visited.append((x, network_denoise(x, level)))
             return visited[-1][1]
 
-        end = _final_samples(denoise, spec, plan, part)
+        end = final_samples(denoise, spec, plan, part)
         states = [*(x for x, _ in visited), end]
         for i, (x, x0) in enumerate(visited):
             for j in range(i + 1, len(levels)):
@@ -171,9 +171,9 @@ def loss(
 ) -> float:
     """Return the mean RMS distance from `ends` [N, C, H, W] of the samples over these timesteps."""
     plan, total = spec.plan.over(timesteps), 0.0
-    for part in _batches(len(ends), batch):
+    for part in batches(len(ends), batch):
         denoise = plan_denoiser(network, spec.with_plan(plan), conditions.part(part))
-        total += float(_sample_rms(_final_samples(denoise, spec, plan, part) - ends[part]).sum())
+        total += float(_sample_rms(final_samples(denoise, spec, plan, part) - ends[part]).sum())
     value = total / len(ends)
     return value if np.isfinite(value) else np.inf
 
@@ -226,14 +226,15 @@ def refine_timesteps(
     return tuple(best), value
 
 
-def _final_samples(denoise: Denoise, spec: DenoiserSpec, plan: SamplingPlan, part: slice) -> np.ndarray:
+def final_samples(denoise: Denoise, spec: DenoiserSpec, plan: SamplingPlan, part: slice) -> np.ndarray:
     """Return the final samples of one batch of the search's seeds under the plan."""
     seeds = range(SEARCH_SEED, SEARCH_SEED + part.stop)[part]
     (*_, last) = sample(denoise, noise_for(seeds, spec.sample_shape), spec.schedule, plan)
     return last.x
 
 
-def _batches(count: int, batch: int, what: str | None = None) -> Iterator[slice]:
+def batches(count: int, batch: int, what: str | None = None) -> Iterator[slice]:
+    """Yield the samples of each batch, with progress if `what` names the work."""
     slices = [slice(start, min(start + batch, count)) for start in range(0, count, batch)]
     with progress(what, len(slices)) if what else nullcontext() as advance:
         for done, part in enumerate(slices, 1):
