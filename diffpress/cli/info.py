@@ -31,9 +31,9 @@ def run(args: argparse.Namespace) -> int:
 def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
     plan = facts["plan"]
     guidance = "" if plan["guidance"] == 1 else f", guidance {plan['guidance']:g}"
-    cache = plan["step_cache"] or {}
-    kinds = ", ".join(f"{count} {kind}" for kind, count in cache.items() if kind != "order")
-    cached = f", step cache: {kinds} (order {cache['order']})" if cache else ""
+    cache = plan["step_cache"]
+    kinds = ", ".join(f"{count} {kind}" for kind, count in cache["steps"].items()) if cache else ""
+    cached = f", step cache: {kinds} ({cache['cut'] or 'order {order}'.format(**cache)})" if cache else ""
     corrected = ", output corrections" if plan["output_corrections"] else ""
     pixels = "" if facts["image_size"] is None else "{}x{} pixels, ".format(*facts["image_size"])
     engines = [

@@ -63,6 +63,9 @@ class EngineCosts(Protocol):
     def layer_times_ms(self, pruned: Checkpoint) -> tuple[dict[str, float], dict[str, float]]:
         """Return layer -> ms of one step in the float graph, and the same in that of another float checkpoint."""
 
+    def cached_latency_ratio(self) -> float:
+        """Return the latency of a cached evaluation divided by that of a full one; the plan has cached steps."""
+
     def size_mib(self, quantization: Quantization) -> float:
         """Return the file size of the quantized graph in MiB."""
 

@@ -37,6 +37,7 @@ from diffpress.compress.quantization.algorithms.output_correction import correct
 from diffpress.compress.quantization.components import COMPARED_IMAGES, component_formats
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
+from diffpress.compress.sampling_schedule.step_patterns import MAX_GAP
 from diffpress.runtime.guidance import evaluations_per_step
 from diffpress.runtime.sampler import network_evaluations
 from diffpress.runtime.spec import DenoiserSpec
@@ -154,6 +155,7 @@ def work_of_schedule(config: ScheduleConfig, checkpoint: Checkpoint, teacher_sam
         evaluations, batch = config.samples * config.fine * (1 + each), config.batch
     if config.cache is not None:
         compared = CACHE_CANDIDATES + config.cache.refine * steps
+        compared += MAX_GAP if config.cache.kind != "forecast" else 0
         evaluations += config.cache.samples * steps * each * compared
         batch = max(batch, config.cache.batch)
     return Work(evaluations, 0.0, batch, copies=1)

@@ -118,7 +118,14 @@ def _describe_sampling(spec: DenoiserSpec) -> dict[str, Any]:
             "steps": plan.steps,
             "guidance": plan.guidance,
             "output_corrections": bool(plan.output_corrections),
-            "step_cache": None if plan.cache is None else {"order": plan.cache.order, **plan.cache.counts},
+            "step_cache": None
+            if plan.cache is None
+            else {
+                "kind": plan.cache.kind,
+                "order": plan.cache.order,
+                "cut": plan.cache.cut,
+                "steps": plan.cache.counts,
+            },
         },
         "distilled": spec.distilled or None,
     }

@@ -68,7 +68,11 @@ class _Generator(GenerateJsonSchema):
         made["description"] = re.sub(r" \([\w/]+\.py\)", "", made["description"].partition("\n\n")[0])
         for name, key in made["properties"].items():
             key["description"] = re.sub(r"\bNone\b", "null", key["description"])
-            if name == "kind" and key["const"] not in (distill.DEFAULT_KIND, prune.DEFAULT_KIND):
+            # the kind of a stage is a constant, that of a step cache a choice with a default
+            if name == "kind" and key.get("const", prune.DEFAULT_KIND) not in (
+                distill.DEFAULT_KIND,
+                prune.DEFAULT_KIND,
+            ):
                 made["required"] = ["kind"]
         return made
 

@@ -1,6 +1,7 @@
 """Checkpoint -> bundle: lower the graphs, verify them in engines, package everything in one folder.
 
     denoiser.onnx (+ .data)   float, half precision, or with Q/DQ if the checkpoint has scales
+    denoiser*.cached.onnx     the outer layers, for a plan with cached steps (export/passes/cut_graph.py)
     denoiser.*.onnx           for engines that run these faster or run no other (export/denoiser.py)
     text_encoder*.onnx, vae_*.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
     engines/...               TensorRT engines built ahead of time
@@ -30,6 +31,7 @@ from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
 from diffpress.export.manifest import manifest_content
 from diffpress.export.model_card import write_model_card
+from diffpress.export.passes.cut_graph import cached_file, write_cached_graph
 from diffpress.export.passes.half_precision import FLOAT
 from diffpress.export.targets.capability import check_supported, emulation_note
 from diffpress.export.targets.pipeline_folder import write_graph, write_pipeline_files
@@ -96,12 +98,13 @@ def export_bundle(
     def fill(folder: Path) -> None:
         write_terms(deployed.checkpoint.source.terms, folder, card=BASE_CARD)
         sizes = _write_graphs(deployed, folder)
+        cached = _write_cached_graphs(deployed, folder)
         verified = verify_denoiser(deployed, folder, sizes, config, gate)
         components, component_failures = export_components(deployed.checkpoint, config, folder, gate, reuse)
         failures = (*verified.failures, *component_failures)
         failed = any(failure.target for failure in failures)
         built = [] if failed else _build_engines(deployed, components, config, folder, reuse)
-        seal(folder, manifest_content(deployed, sizes, verified, components, built, name, metrics, failures))
+        seal(folder, manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures))
         log_failures(failures)
 
     write_folder(out, fill)
@@ -185,12 +188,26 @@ def _log_expected_speed(latencies: Sequence[Latency], denoiser: Denoiser) -> Non
 def _write_graphs(denoiser: Denoiser, folder: Path) -> dict[str, int]:
     """Write all graphs of the denoiser; return file -> bytes of graph and weights."""
     source, portable = denoiser.checkpoint.source, denoiser.portable
+    shared = bool(denoiser.features)  # the cached graph refers to the same data file
     if source.pipeline_folder is None:
-        size = save_graph(portable.graph, folder / portable.file)
+        size = save_graph(portable.graph, folder / portable.file, data=f"{portable.file}.data" if shared else None)
     else:
         write_pipeline_files(read_layout(source.pipeline_folder), folder)
         size = write_graph(portable.graph, folder, Path(portable.file).stem, source.folder, source.config)
-    return {portable.file: size} | {one.file: save_graph(one.graph, folder / one.file) for one in denoiser.variants}
+    return {portable.file: size} | {
+        one.file: save_graph(one.graph, folder / one.file, data=f"{one.file}.data" if shared else None)
+        for one in denoiser.variants
+    }
+
+
+def _write_cached_graphs(denoiser: Denoiser, folder: Path) -> dict[str, dict[str, Any]]:
+    """Write the cached graph of each graph of the denoiser; return the graph's file -> the manifest entry of it."""
+    entries = {}
+    for one in (denoiser.portable, *denoiser.variants) if denoiser.features else ():
+        file = cached_file(one.file)
+        size = write_cached_graph(folder / one.file, folder / file, denoiser.features)
+        entries[one.file] = {"file": file, "features": list(denoiser.features), "bytes": size}
+    return entries
 
 
 def _build_engines(

@@ -23,7 +23,9 @@ from diffpress.export.targets.precision import precision_of
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
 from diffpress.export.verify.reference import ParityCase, parity_case_for
 from diffpress.export.verify.sparsity import check_sparsity
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.image_size import resized
+from diffpress.runtime.spec import DenoiserSpec
 
 logger = logging.getLogger(__name__)
 
@@ -77,6 +79,11 @@ class Denoiser:
     variants: tuple[TargetGraph, ...] = ()
     sparse_layers: tuple[str, ...] = ()
 
+    @property
+    def features(self) -> list[str]:
+        """Names of the features that the graphs return besides the output, for a plan with cached steps."""
+        return [value.name for value in self.traced.proto.graph.output][1:]
+
     def reverted(self, engines: Sequence[str]) -> Denoiser:
         """Return the denoiser of which these engines run the float graph."""
         if not engines:
@@ -96,6 +103,7 @@ def lower_denoiser(checkpoint: Checkpoint, config: ExportConfig, traced: Graph |
     Raises:
         InvalidInputError: If the model cannot be traced or rewritten with these settings.
     """
+    check_cached_steps(checkpoint.spec, config)
     fixed_size = config.size is not None
     if config.size is not None:
         checkpoint = checkpoint.evolve(spec=resized(checkpoint.spec, config.size))
@@ -121,6 +129,24 @@ def lower_denoiser(checkpoint: Checkpoint, config: ExportConfig, traced: Graph |
     sparse, *_ = (check_sparsity(one.graph, checkpoint.sparse_layers, one.file) for one in (portable, *variants))
     case = parity_case_for(checkpoint.model, checkpoint.spec, fixed_size)
     return Denoiser(checkpoint, case, traced, float_graph, portable, variants, sparse)
+
+
+def check_cached_steps(spec: DenoiserSpec, config: ExportConfig) -> None:
+    """Raise InvalidInputError for export settings that do not go with cached steps."""
+    cache = spec.plan.cache
+    if cache is None or cache.kind != "features":
+        return
+    refused = {
+        "target tensorrt": TENSORRT in config.targets,
+        "fixed_timesteps": config.fixed_timesteps,
+        f"precision {config.precision}": config.precision != FLOAT,
+    }
+    for what, is_set in refused.items():
+        if is_set:
+            raise InvalidInputError(
+                f"{what} does not go with a step cache of kind 'features', whose graphs run in fp32 and int8 in "
+                "onnxruntime and openvino; remove one of them, or use kind 'forecast'"
+            )
 
 
 def _restricted(checkpoint: Checkpoint, folded: set[str]) -> Checkpoint:

@@ -39,6 +39,7 @@ def graph_entry(file: str, graph: Graph, precision: str) -> dict[str, Any]:
 def manifest_content(
     denoiser: Denoiser,
     sizes: Mapping[str, int],
+    cached: Mapping[str, dict[str, Any]],
     verified: Verified,
     components: dict[str, dict[str, Any]],
     built: list[dict[str, Any]],
@@ -51,6 +52,7 @@ def manifest_content(
     Args:
         denoiser: The denoiser.
         sizes: File -> bytes of graph and weights.
+        cached: File -> entry of the cached graph that was cut from it.
         verified: What was measured of the denoiser's graphs.
         components: Entries of the other graphs.
         built: Entries of engines that were built.
@@ -64,7 +66,7 @@ def manifest_content(
         "name": name or type(checkpoint.model).__name__,
         "family": checkpoint.source.kind,
         "spec": checkpoint.spec.to_json(),
-        "graphs": {"denoiser": _denoiser_entry(denoiser, sizes, verified), **components},
+        "graphs": {"denoiser": _denoiser_entry(denoiser, sizes, cached, verified), **components},
         "engines": [*verified.engines, *built],
         "history": [_timeless(asdict(record)) for record in checkpoint.history],
         "metrics": metrics or {},
@@ -73,7 +75,9 @@ def manifest_content(
     }
 
 
-def _denoiser_entry(denoiser: Denoiser, sizes: Mapping[str, int], verified: Verified) -> dict[str, Any]:
+def _denoiser_entry(
+    denoiser: Denoiser, sizes: Mapping[str, int], cached: Mapping[str, dict[str, Any]], verified: Verified
+) -> dict[str, Any]:
     portable, checkpoint = denoiser.portable, denoiser.checkpoint
     layers = portable.quantization.layers if portable.quantization else []
     integer, timesteps = computing_layers(portable.quantization), checkpoint.spec.fixed_timesteps
@@ -87,12 +91,18 @@ def _denoiser_entry(denoiser: Denoiser, sizes: Mapping[str, int], verified: Veri
         "bytes_by_precision": bytes_by_precision(portable.graph),
         **({"timesteps": list(timesteps)} if timesteps else {}),
         "bytes": sizes[portable.file],
+        **_cached_entry(cached, portable.file),
         "variants": {
             engine: _variant_entry(variant, sizes[variant.file], verified.variants[variant.file].get(engine))
+            | _cached_entry(cached, variant.file)
             for variant in denoiser.variants
             for engine in variant.engines
         },
     }
+
+
+def _cached_entry(cached: Mapping[str, dict[str, Any]], file: str) -> dict[str, Any]:
+    return {"cached": cached[file]} if file in cached else {}
 
 
 def _variant_entry(variant: TargetGraph, size: int, parity: dict[str, float] | None) -> dict[str, Any]:

@@ -98,6 +98,21 @@ class Bundle:
         entry = graphs[name]
         return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
 
+    def cached_graph(self, engine: str) -> tuple[Path, tuple[str, ...]]:
+        """Return the ONNX file of the cached graph that belongs to this engine's graph, and its features' names.
+
+        Raises:
+            InvalidInputError: The bundle has none.
+        """
+        graph = self.manifest["graphs"]["denoiser"]
+        entry = graph.get("variants", {}).get(engine, graph).get("cached")
+        if entry is None:
+            raise InvalidInputError(
+                f"{self.path}: the plan's step cache needs a cached graph, and the bundle has none for {engine}; use "
+                "another engine, or export it again"
+            )
+        return self.path / str(entry["file"]), tuple(map(str, entry["features"]))
+
     def prebuilt_engines(self, graph: str, engine: str) -> tuple[PrebuiltEngine, ...]:
         """Return the files built ahead of time for this engine from the variant of the graph that it uses."""
         source = self.graph(graph, engine).relative_to(self.path).as_posix()
@@ -214,6 +229,7 @@ def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
     for name, graph in graphs.items():
         variants = graph.get("variants", {}) if isinstance(graph, dict) else None
         entries = [graph, *variants.values()] if isinstance(variants, dict) else [None]
+        entries += [entry["cached"] for entry in entries if isinstance(entry, dict) and "cached" in entry]
         if not all(isinstance(entry, dict) and str(entry.get("file")) in listed for entry in entries):
             raise InvalidInputError(
                 f"{folder / MANIFEST}: the {name}'s file is not among the listed files; export the bundle again"

@@ -10,9 +10,11 @@ bound     clip to the data range, or dynamic thresholding (sampling_plan.Thresho
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import cast
 
 import numpy as np
 
+from diffpress.runtime.caching.features import FeatureReuse, Reusing, SplitNetwork, check_split
 from diffpress.runtime.caching.forecast import Forecasting
 from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.errors import InvalidInputError
@@ -71,6 +73,33 @@ def make_denoiser(
 def plan_denoiser(network: Network, spec: DenoiserSpec, conditions: ConditioningInputs | None = None) -> Denoise:
     """Return `make_denoiser` with all options taken from the spec's plan, including its step cache."""
     plan = spec.plan
+    return denoiser_from_predictor(
+        plan_predictor(network, spec, conditions),
+        spec,
+        clip=plan.clip,
+        output_corrections=dict(zip(plan.timesteps, plan.output_corrections, strict=False)),  # one each, or none
+        threshold=plan.threshold,
+    )
+
+
+def plan_predictor(network: Network, spec: DenoiserSpec, conditions: ConditioningInputs | None = None) -> Predict:
+    """Return the function (x, level) -> network output with the guidance and the step cache of the spec's plan.
+
+    With a step cache it belongs to one batch at a time.
+
+    Raises:
+        InvalidInputError: As in `make_denoiser`, or the network cannot follow the step cache.
+    """
+    plan, cache = spec.plan, spec.plan.cache
+    reuse = None
+    if cache is not None and not cache.is_idle and cache.kind == "features":
+        check_split(network)
+        if plan.guidance_interval is not None:
+            raise InvalidInputError(
+                "plan: cache: kind 'features' needs the same rows in every step, and guidance_interval changes them; "
+                "use kind 'forecast', or remove the interval"
+            )
+        network = reuse = FeatureReuse(cast(SplitNetwork, network))
     predict = make_predictor(
         network,
         spec,
@@ -79,21 +108,10 @@ def plan_denoiser(network: Network, spec: DenoiserSpec, conditions: Conditioning
         interval=plan.guidance_interval,
         rescale=plan.guidance_rescale,
     )
-    return denoiser_from_predictor(
-        following_cache(predict, spec),
-        spec,
-        clip=plan.clip,
-        output_corrections=dict(zip(plan.timesteps, plan.output_corrections, strict=False)),  # one each, or none
-        threshold=plan.threshold,
-    )
-
-
-def following_cache(predict: Predict, spec: DenoiserSpec) -> Predict:
-    """Return the predictor with the step cache of the spec's plan; it then belongs to one batch at a time."""
-    cache = spec.plan.cache
     if cache is None:
         return predict
-    return Forecasting(predict, cache, [level for level, _ in plan_steps(spec.schedule, spec.plan)])
+    levels = [level for level, _ in plan_steps(spec.schedule, plan)]
+    return Forecasting(predict, cache, levels) if reuse is None else Reusing(reuse, predict, cache, levels)
 
 
 class CachedDenoiser:
@@ -164,7 +182,7 @@ def denoiser_from_predictor(
             return thresholded(x0, threshold, spec.data_range)
         return np.clip(x0, low, high) if clip else x0
 
-    return CachedDenoiser(denoise, predict.cache) if isinstance(predict, Forecasting) else denoise
+    return CachedDenoiser(denoise, predict.cache) if isinstance(predict, Forecasting | Reusing) else denoise
 
 
 def thresholded(x0: np.ndarray, threshold: Threshold, data_range: tuple[float, float]) -> np.ndarray:

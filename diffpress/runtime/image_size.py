@@ -8,6 +8,7 @@ from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.image_inputs.encode import check_image
 from diffpress.runtime.image_inputs.request import ImageRequest
+from diffpress.runtime.requested_plan import warn_of_lost_cache
 from diffpress.runtime.spaced_timesteps import reshifted
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -32,7 +33,9 @@ def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> D
         reshifted(timesteps, spec.spacing, spec.tokens(spec.sample_shape), spec.tokens(shape), spec.schedule)
         for timesteps in (spec.plan.timesteps, *spec.distilled_timesteps)
     )
-    return replace(spec, sample_shape=shape, plan=spec.plan.over(own), distilled_timesteps=tuple(others))
+    plan = spec.plan.over(own)
+    warn_of_lost_cache(spec, plan)
+    return replace(spec, sample_shape=shape, plan=plan, distilled_timesteps=tuple(others))
 
 
 def sized(bundle: Bundle, size: tuple[int, int] | None, image: ImageRequest | None = None) -> DenoiserSpec:

@@ -17,11 +17,12 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import numpy as np
 
 from diffpress.runtime.caching.cacheable import check_cacheable
+from diffpress.runtime.caching.features import SplitNetwork, check_split
 from diffpress.runtime.caching.step_cache import FORECAST, FULL, StepCache
 from diffpress.runtime.denoiser import CachedDenoiser, Denoise, plan_denoiser
 from diffpress.runtime.errors import InvalidInputError
@@ -261,11 +262,17 @@ def generate_batches(
 
 def warm_up(network: Network, spec: DenoiserSpec, batch: int) -> None:
     """Run one step with a batch of this size, for engines that compile on the first run."""
+    cache = spec.plan.cache
     if run_fused_of(network, spec) is None:
-        network.run(dummy_inputs(network, spec, batch))
+        inputs = dummy_inputs(network, spec, batch)
+        network.run(inputs)
+        if cache is not None and cache.kind == "features":
+            check_split(network)
+            split = cast(SplitNetwork, network)
+            split.run_cached(inputs, split.run_full(inputs)[1])
         return
     plan = spec.plan.over(spec.plan.timesteps[:1])
-    if spec.plan.cache is not None and not spec.plan.cache.is_idle:  # such plans may run another compiled graph
+    if cache is not None and not cache.is_idle:  # such plans may run another compiled graph
         plan = replace(spec.plan.over(spec.plan.timesteps[:2]), cache=StepCache("forecast", (FULL, FORECAST)))
     generate(network, spec.with_plan(plan), range(batch), batch=batch, conditions=dummy_conditioning(spec, batch))
 

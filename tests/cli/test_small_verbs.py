@@ -12,6 +12,7 @@ import pytest
 
 from diffpress import __version__
 from diffpress.cli.main import VERBS, main
+from diffpress.runtime.bundle import MANIFEST, manifest_hash
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "runtime" / "tiny_bundle"
@@ -71,6 +72,17 @@ def test_info_describes_a_bundle(capsys: pytest.CaptureFixture[str]) -> None:
         "output_corrections": False,
         "step_cache": None,
     }
+
+
+def test_info_shows_what_the_steps_of_a_plan_evaluate(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    shutil.copytree(TINY, tmp_path / "cached")
+    manifest = json.loads((TINY / MANIFEST).read_text())
+    cache = {"kind": "forecast", "steps": ["full", "forecast"] * 4, "order": 1, "cut": ""}
+    manifest["spec"]["plan"]["cache"] = cache
+    (tmp_path / "cached" / MANIFEST).write_text(json.dumps(manifest | {"hash": manifest_hash(manifest)}))
+    assert "8 steps of dpmpp_2m, step cache: 4 full, 4 forecast (order 1)" in output(
+        capsys, "info", tmp_path / "cached"
+    )
 
 
 def test_the_folder_of_a_compress_run_stands_for_its_bundle(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

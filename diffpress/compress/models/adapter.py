@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from diffpress.compress.models.families import dit, flux, pixart, sd3, unet2d, unet2d_condition
 from diffpress.compress.models.families.contract import Adapter
+from diffpress.compress.models.feature_cuts import Cut, check_cut
 from diffpress.runtime.conditioning import MASKED_IMAGE
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -34,6 +35,22 @@ def adapter_for(model: nn.Module) -> Adapter:
     if not type(bare).__module__.startswith("diffusers."):
         return ANY_MODULE
     return ADAPTERS.get(type(bare).__name__, ANY_MODULE)
+
+
+def cut_of(model: nn.Module, name: str = "") -> Cut:
+    """Return the model's cut of that name for a step cache, see `cut_name`."""
+    return adapter_for(model).cache_cuts(model)[cut_name(model, name)]
+
+
+def cut_name(model: nn.Module, name: str = "") -> str:
+    """Return the name if it is a cut of the model; the first one it has for ''.
+
+    Raises:
+        InvalidInputError: The family has no such cut; the message lists those it has.
+    """
+    cuts = adapter_for(model).cache_cuts(model)
+    able = [family for family, adapter in ADAPTERS.items() if adapter.cache_cuts is not ANY_MODULE.cache_cuts]
+    return check_cut(list(cuts), name, type(model).__name__, able)
 
 
 def timestep_dtype(spec: DenoiserSpec) -> torch.dtype:

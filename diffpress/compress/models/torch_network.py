@@ -6,15 +6,16 @@ the network alone.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import nn
 
-from diffpress.compress.models.adapter import adapter_for, dummy_inputs
+from diffpress.compress.models.adapter import adapter_for, cut_of, dummy_inputs
 from diffpress.compress.models.fast_path import without_fast_path
+from diffpress.compress.models.feature_cuts import split_forward
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -23,12 +24,13 @@ class TorchNetwork:
 
     Each run restores the previous mode, so that a model can be sampled during training. Weights in bfloat16 or float16
     are converted to float32 for the computation: the result is the reference for float32 engines. `fast_path` permits
-    torch's fused attention (compress/models/fast_path.py), which bypasses quantizers and hooks.
+    torch's fused attention (compress/models/fast_path.py), which bypasses quantizers and hooks. `cut` names where
+    `run_full` splits the network; None for the cut of the spec's plan.
     """
 
     name = "torch"
 
-    def __init__(self, model: nn.Module, spec: DenoiserSpec, fast_path: bool = False) -> None:
+    def __init__(self, model: nn.Module, spec: DenoiserSpec, fast_path: bool = False, cut: str | None = None) -> None:
         self._model, self._forward = model, adapter_for(model).forward
         self._attention = nullcontext if fast_path else without_fast_path
         # a custom module may have no parameters
@@ -37,18 +39,38 @@ class TorchNetwork:
             name: tensor.numpy().dtype for name, tensor in dummy_inputs(spec, 1).items()
         }
 
+        cache = spec.plan.cache
+        self._cut = (cache.cut if cache is not None else "") if cut is None else cut
+
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Evaluate the network on inputs by name; returns float32 [B, ...]."""
+        return self._evaluate(inputs, lambda feed: (self._forward(self._model, feed),))[0]
+
+    def run_full(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Evaluate the network; returns its output and its features (compress/models/feature_cuts.py)."""
+        cut = cut_of(self._model, self._cut)
+        out, *features = self._evaluate(inputs, lambda feed: split_forward(self._model, self._forward, cut, feed))
+        return out, features
+
+    def run_cached(self, inputs: dict[str, np.ndarray], features: list[np.ndarray]) -> np.ndarray:
+        """Evaluate the network with features of an earlier evaluation; returns its output."""
+        cut = cut_of(self._model, self._cut)
+        held = [torch.from_numpy(array).to(self._device) for array in features]
+        return self._evaluate(inputs, lambda feed: split_forward(self._model, self._forward, cut, feed, held))[0]
+
+    def _evaluate(
+        self, inputs: dict[str, np.ndarray], evaluate: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]
+    ) -> list[np.ndarray]:
+        """Return the tensors of `evaluate` for inputs by name, float32."""
         feed = {name: torch.from_numpy(np.ascontiguousarray(array)).to(self._device) for name, array in inputs.items()}
         training = self._model.training
         self._model.eval()
         try:
             with torch.no_grad(), self._attention(), _in_float32(self._model):
-                out = self._forward(self._model, feed)
+                tensors = evaluate(feed)
         finally:
             self._model.train(training)
-        result: np.ndarray = out.float().cpu().numpy()
-        return result
+        return [tensor.float().cpu().numpy() for tensor in tensors]
 
     def close(self) -> None:
         """Do nothing; part of the engine interface."""

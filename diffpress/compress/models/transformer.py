@@ -6,10 +6,23 @@ from typing import Any
 
 from torch import nn
 
+from diffpress.compress.models.feature_cuts import Cut
+
 
 def blocks(model: Any) -> list[str]:
     """Return the names of the transformer blocks."""
     return [f"transformer_blocks.{i}" for i in range(len(model.transformer_blocks))]
+
+
+def outer_cuts(names: list[str], arguments: tuple[str, ...] = ("hidden_states",)) -> dict[str, Cut]:
+    """Return the cuts of a sequence of blocks: 'outer_1' evaluates the first and the last block, 'outer_2' two each."""
+    count = len(names)
+    return {f"outer_{k}": Cut(names[count - k], names[k], arguments) for k in range(1, (count - 1) // 2 + 1)}
+
+
+def cache_cuts(model: Any) -> dict[str, Cut]:
+    """Return the cuts of a transformer of one stream, see `outer_cuts`."""
+    return outer_cuts(blocks(model))
 
 
 def layers_named(model: nn.Module, *, outside: tuple[str, ...], inside: tuple[str, ...] = ()) -> list[str]:

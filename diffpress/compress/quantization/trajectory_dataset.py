@@ -29,6 +29,7 @@ from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.progress import progress
 from diffpress.compress.quantization.calibration.observer import (
     ENERGY,
+    HELD,
     OUTPUT,
     Arrays,
     ObservedNetwork,
@@ -270,7 +271,8 @@ def _write(path: Path, run: str, visited: list[Arrays], returned: list[Arrays]) 
     evaluations = []
     for index, (inputs, results) in enumerate(zip(visited, returned, strict=True)):
         names = {}
-        for name, array in {**inputs, **results}.items():
+        recorded = {name: array for name, array in results.items() if not name.startswith(HELD)}
+        for name, array in {**inputs, **recorded}.items():
             if id(array) not in stored:
                 stored[id(array)] = f"{index}.{name}"
                 tensors[f"{index}.{name}"] = torch.from_numpy(np.ascontiguousarray(array))

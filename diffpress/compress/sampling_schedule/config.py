@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from diffpress.compress.config import Config, StageConfig
 from diffpress.runtime.caching.cacheable import check_cacheable
-from diffpress.runtime.caching.step_cache import KINDS
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.solvers import SOLVERS
 from diffpress.runtime.timesteps import SPACINGS
@@ -17,11 +16,13 @@ from diffpress.runtime.timesteps import SPACINGS
 class StepCacheConfig(Config):
     """Leave evaluations out of the plan: which ones is measured (compress/sampling_schedule/step_cache.py)."""
 
-    kind: Literal[tuple(KINDS)] = Field(  # type: ignore[valid-type]
-        "forecast", description="What replaces an evaluation; forecast predicts the network's output."
+    kind: Literal["forecast", "features", "auto"] = Field(
+        "forecast",
+        description="What replaces an evaluation: forecast predicts the network's output, features evaluates its outer "
+        "layers, auto takes the better one.",
     )
     speedup: float | None = Field(
-        None, gt=1.0, description="How many times fewer evaluations; give this or max_error_db."
+        None, gt=1.0, description="How many times less time the steps take; give this or max_error_db."
     )
     max_error_db: float | None = Field(
         None,
@@ -30,6 +31,10 @@ class StepCacheConfig(Config):
         "power. The fewest evaluations within it are taken.",
     )
     order: Literal[0, 1, 2] | None = Field(None, description="Order of the forecast; None chooses it.")
+    cut: str | None = Field(
+        None, description="Where kind features splits the network, a name of its family; None takes the outermost one."
+    )
+    engine: str = Field("onnxruntime", description="Engine that kind features is timed in.")
     samples: int = Field(32, ge=2, description="Number of trajectories the search uses.")
     batch: int = Field(32, ge=1, description="Samples per batch of the search.")
     refine: int = Field(1, ge=0, description="Rounds of moving single evaluations to a neighboring step.")
@@ -38,6 +43,10 @@ class StepCacheConfig(Config):
     def _one_target_is_given(self) -> StepCacheConfig:
         if (self.speedup is None) == (self.max_error_db is None):
             raise ValueError("give speedup or max_error_db, one of them")
+        if self.kind == "forecast" and self.cut is not None:
+            raise ValueError("cut: only used by kind features; leave it out")
+        if self.kind == "features" and self.order is not None:
+            raise ValueError("order: only used by kind forecast; leave it out")
         return self
 
 

@@ -8,11 +8,12 @@ from typing import Any
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
+from diffpress.compress.models.adapter import cut_name
 from diffpress.compress.models.torch_network import TorchNetwork
-from diffpress.compress.sampling_schedule.config import ScheduleConfig
+from diffpress.compress.sampling_schedule.config import ScheduleConfig, StepCacheConfig
 from diffpress.compress.sampling_schedule.search import search
 from diffpress.compress.sampling_schedule.step_cache import choose_step_cache
-from diffpress.runtime.caching.step_cache import FULL
+from diffpress.runtime.caching.step_cache import FULL, StepCache
 from diffpress.runtime.carried_settings import settings_of, with_solver
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.sampling_plan import SamplingPlan, Threshold
@@ -57,17 +58,42 @@ def schedule(checkpoint: Checkpoint, config: ScheduleConfig, ctx: Context) -> Ch
     plan = options.over(config.timesteps) if config.timesteps is not None else over(config.steps)
     plan = searched(plan, ctx.notes)
     if config.cache is not None:
+        cut, cost = _cut_and_cost(checkpoint, plan, config.cache, ctx)
         cache, ctx.notes["cache"] = choose_step_cache(
-            network,
+            TorchNetwork(checkpoint.model, spec, cut=cut),
             spec.with_plan(plan),
             config.cache,
             ctx.conditions(config.cache.samples),
             lambda steps: searched(over(steps), {}),
+            cut=cut,
+            cached_cost=cost,
         )
         plan = replace(plan, cache=cache)
     cached = "" if plan.cache is None else f", {plan.cache.counts[FULL]} of them evaluated"
     logger.info(f"plan {old.solver} {old.steps} steps -> {plan.solver} {plan.steps} steps ({how}){cached}")
     return checkpoint.evolve(spec=spec.with_plan(plan))
+
+
+def _cut_and_cost(
+    checkpoint: Checkpoint, plan: SamplingPlan, config: StepCacheConfig, ctx: Context
+) -> tuple[str, float]:
+    """Return the cut of kind features and the time of a cached evaluation in full ones; ('', 1) for forecasts.
+
+    Raises:
+        InvalidInputError: The model's family has no such cut, or no engine is open to measure the time.
+    """
+    if config.kind == "forecast":
+        return "", 1.0
+    name = cut_name(checkpoint.model, config.cut or "")
+    if ctx.open_engine_costs is None:
+        raise InvalidInputError(
+            f"schedule: cache: kind {config.kind} measures its time in an engine, and none is open here; use kind "
+            "forecast"
+        )
+    steps = ("full",) * plan.steps
+    split = replace(plan, cache=StepCache("features", steps, cut=name))
+    with ctx.open_engine_costs(checkpoint.evolve(spec=checkpoint.spec.with_plan(split)), config.engine) as costs:
+        return name, costs.cached_latency_ratio()
 
 
 def _with_options(spec: DenoiserSpec, config: ScheduleConfig) -> SamplingPlan:

@@ -12,8 +12,9 @@ difference. Gains are therefore good for ranking layers; bounds are checked with
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -27,17 +28,21 @@ from diffpress.compress.quantization.algorithms.sensitivity import quantized_lay
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.lowering import PassContext, lower
+from diffpress.export.passes.cut_graph import write_cached_graph
 from diffpress.export.passes.quantize_weights import layer_of
-from diffpress.export.verify.latency import BATCH, alternating_latency_ms
+from diffpress.export.verify.latency import BATCH, ENOUGH_MS, MAX_ROUNDS, ROUNDS, alternating_latency_ms
 from diffpress.export.verify.reference import parity_case_for
+from diffpress.runtime.benchmarking.timer import alternating_times_ms
 from diffpress.runtime.engines import Engine, load_engine
 from diffpress.runtime.engines.precision_report import Kernel
+from diffpress.runtime.engines.split import SplitEngine
 from diffpress.runtime.network_inputs import dummy_inputs
 
 PROFILED_RUNS = 9
 ACTIVATIONS = ("Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh")  # that ONNX Runtime fuses
 PROFILES = 3  # of each graph, in alternation
 QUANTIZED, WITHOUT_SUMS, PRUNED = "quantized.onnx", "without_sums.onnx", "pruned.onnx"
+CACHED = "float.cached.onnx"
 
 
 @contextmanager
@@ -111,6 +116,22 @@ class _Costs:
             for found in zip(*profiles, strict=True)
         )
         return before, after
+
+    def cached_latency_ratio(self) -> float:
+        """Return the time of the cached graph divided by that of the whole graph with its features."""
+        whole, features = self._folder / "float.onnx", [value.name for value in self._graph.proto.graph.output][1:]
+        write_cached_graph(whole, self._folder / CACHED, features)
+        with self._opened(CACHED) as cached:
+            split = SplitEngine(self._exact, cached, tuple(features))
+            _, held = split.run_full(self._inputs)
+            works: list[Callable[[], object]] = [
+                partial(split.run_full, self._inputs),
+                partial(split.run_cached, self._inputs, held),
+            ]
+            works[1]()
+            times = alternating_times_ms(works, ROUNDS, max_rounds=MAX_ROUNDS, enough_ms=ENOUGH_MS)
+        full_ms, cached_ms = map(statistics.median, times)
+        return cached_ms / full_ms
 
     def size_mib(self, quantization: Quantization) -> float:
         """Return the size of the quantized graph with its weights in MiB."""

@@ -21,12 +21,14 @@ import onnx
 
 from diffpress.compress.evaluation.metrics import mean_sqnr_db, sqnr_db
 from diffpress.compress.models.components import Component
+from diffpress.export.passes.cut_graph import cached_file
 from diffpress.export.verify.float16_range import Probed, write_probed
 from diffpress.export.verify.gate import ParityFailure, ParityGate
 from diffpress.export.verify.reference import ParityCase, Reference, first_not_finite, samples_of
 from diffpress.runtime.engines import Engine, available, load_engine
 from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
 from diffpress.runtime.engines.options import EngineOptions
+from diffpress.runtime.engines.split import SplitEngine
 from diffpress.runtime.errors import GateFailedError, InvalidInputError
 
 logger = logging.getLogger(__name__)
@@ -218,9 +220,20 @@ def _finite_samples(
 
 
 @contextmanager
-def _opened(graph: Path, name: str, threads: int | None, lean: bool, precision: str) -> Iterator[Engine | Probed]:
+def _opened(
+    graph: Path, name: str, threads: int | None, lean: bool, precision: str
+) -> Iterator[Engine | Probed | SplitEngine]:
     """Open the engine; in fp16, ONNX Runtime also checks the float16 range at the end (GateFailedError)."""
     options = EngineOptions(lean=lean)
+    cached = graph.with_name(cached_file(graph.name))
+    if cached.is_file():
+        features = tuple(value.name for value in onnx.load(graph, load_external_data=False).graph.output)[1:]
+        with (
+            closing(load_engine(graph, name, threads, options=options)) as full,
+            closing(load_engine(cached, name, threads, options=options)) as outer,
+        ):
+            yield SplitEngine(full, outer, features)
+        return
     if precision != "fp16" or name != onnxruntime_engine.NAME:
         with closing(load_engine(graph, name, threads, options=options)) as engine:
             yield engine

@@ -198,6 +198,8 @@ def sampler_overhead(engine: Network, spec: DenoiserSpec, batch: int = 8, repeat
     Each round times a sampling run and its network evaluations alone. Solver steps that the engine runs in its graph
     (diffpress.runtime.fused) count as overhead. Timing noise may make the share negative.
     """
+    if spec.plan.cache is not None and spec.plan.cache.kind == "features":
+        spec = spec.with_plan(spec.plan.without_cache)  # what is recorded are evaluations of the whole network
     recording = RecordingNetwork(engine)
     sample_once(recording, spec, batch)
     warm_up(engine, spec, batch)

@@ -2,6 +2,7 @@
 
     full        the whole network
     forecast    nothing: the network's output is predicted from those of earlier full steps (caching/forecast.py)
+    cached      the outer layers, with features of the last full step in the place of the others (caching/features.py)
 
 The first step is full. A plan whose steps are all full gives the images of the plan without a cache, bit for bit.
 """
@@ -15,8 +16,8 @@ from typing import Any
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.json_fields import check_fields, convert_errors
 
-FULL, FORECAST = "full", "forecast"
-KINDS = {"forecast": (FULL, FORECAST)}  # kind -> what its steps may evaluate
+FULL, FORECAST, CACHED = "full", "forecast", "cached"
+KINDS = {"forecast": (FULL, FORECAST), "features": (FULL, CACHED)}  # kind -> what its steps may evaluate
 MAX_ORDER = 2
 
 
@@ -28,6 +29,7 @@ class StepCache:
         kind: One of KINDS.
         steps: One entry for each step of the plan.
         order: Order of the forecast: 0 repeats the last output, 1 and 2 extrapolate from the last two or three.
+        cut: Which layers are the outer ones, a name that the network's family has; empty for forecasts.
 
     Examples:
         >>> import diffpress as dp
@@ -38,6 +40,7 @@ class StepCache:
     kind: str
     steps: tuple[str, ...]
     order: int = 0
+    cut: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -52,6 +55,8 @@ class StepCache:
             raise InvalidInputError("plan: cache: the first step must be 'full', since nothing was computed before it")
         if not 0 <= self.order <= MAX_ORDER:
             raise InvalidInputError(f"plan: cache: order {self.order} is not one of 0, 1, 2")
+        if bool(self.cut) != (self.kind == "features"):
+            raise InvalidInputError(f"plan: cache: cut '{self.cut}': kind 'features' needs a cut, and no other has one")
 
     @property
     def counts(self) -> dict[str, int]:
@@ -74,4 +79,6 @@ def step_cache_from_json(data: Any, where: str) -> StepCache:
     with convert_errors(where):
         if not isinstance(raw["steps"], list | tuple):
             raise InvalidInputError(f"{where}: steps must be a list, found {type(raw['steps']).__name__}")
-        return StepCache(str(raw["kind"]), tuple(map(str, raw["steps"])), int(raw.get("order", 0)))
+        return StepCache(
+            str(raw["kind"]), tuple(map(str, raw["steps"])), int(raw.get("order", 0)), str(raw.get("cut", ""))
+        )

@@ -31,8 +31,9 @@ from diffpress.runtime.engines.onnxruntime.providers import CPU
 from diffpress.runtime.engines.openvino import engine as openvino_engine
 from diffpress.runtime.engines.options import EngineOptions, check_options
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport
+from diffpress.runtime.engines.split import SplitEngine
 from diffpress.runtime.engines.tensorrt import engine as tensorrt_engine
-from diffpress.runtime.errors import EngineUnavailableError, MissingDependencyError, unknown_name
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError, MissingDependencyError, unknown_name
 
 logger = logging.getLogger(__name__)
 
@@ -158,6 +159,8 @@ def open_engine(
                 options=replace(options, cache=cache),
                 built=bundle.prebuilt_engines(graph, candidate),
             )
+            if graph == "denoiser":
+                engine = _with_cached_graph(bundle, engine, threads, options)
         except EngineUnavailableError as error:
             if candidate == names[-1]:
                 raise
@@ -167,6 +170,31 @@ def open_engine(
             _warn_of_failed_parity(bundle, candidate)
         return engine
     raise AssertionError("unreachable: there is at least one name")
+
+
+def _with_cached_graph(bundle: Bundle, engine: Engine, threads: int | None, options: EngineOptions) -> Engine:
+    """Return the engine with the cached graph, if the bundle's plan needs it.
+
+    Raises:
+        InvalidInputError: The bundle has none, or it does not match.
+        EngineUnavailableError: The engine cannot keep features.
+    """
+    step_cache = bundle.spec.plan.cache
+    if step_cache is None or step_cache.kind != "features":
+        return engine
+    if not hasattr(engine, "run_keeping"):
+        engine.close()
+        raise EngineUnavailableError(f"engine '{engine.name}' does not run the cached graph of the plan's step cache")
+    path, features = bundle.cached_graph(engine.name)
+    if options.cache is not None:
+        options = replace(options, cache=options.cache.of(f"{bundle.hash} {path.name}"))
+    try:
+        cached = load_engine(without_links(bundle, path), engine.name, threads, options=options)
+        split: Engine = SplitEngine(engine, cached, features)
+    except InvalidInputError as error:
+        engine.close()
+        raise InvalidInputError(f"{path}: {error}") from error
+    return split
 
 
 def _passed_first(bundle: Bundle, names: list[str]) -> list[str]:

@@ -111,6 +111,8 @@ def _program(
 ) -> Program | None:
     if plan.threshold is not None or plan.guidance_rescale > 0 or plan.guidance_interval is not None:
         return None
+    if plan.cache is not None and plan.cache.kind == "features" and not plan.cache.is_idle:
+        return None
     solver, levels = get_solver(plan.solver), plan_steps(schedule, plan)
     try:
         step_weights = [_weights_of_step(solver, schedule, plan, levels, index) for index in range(plan.steps)]

@@ -3,7 +3,8 @@
     steps that remain of N          variance preserving  floor(N strength)        flow  ceil(N strength)
 
 The solver starts there with an empty history; steps are counted as in the whole plan. diffusers' pipeline of latent
-consistency models takes N new steps from the lowest `strength` of the trained timesteps instead.
+consistency models takes N new steps from the lowest `strength` of the trained timesteps instead. A step cache is left
+out: it was measured from noise on, and a forecast knows nothing of a mask.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.json_fields import floats
 from diffpress.runtime.noise_schedule import is_flow
+from diffpress.runtime.requested_plan import warn_of_lost_cache
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.timesteps import lcm_timesteps
 
@@ -28,12 +30,14 @@ def check_strength(strength: float, name: str) -> None:
 
 
 def with_strength(spec: DenoiserSpec, strength: float, name: str = "strength") -> tuple[DenoiserSpec, int]:
-    """Return the spec, with the timesteps for this strength, and the index of the first step that is run.
+    """Return the spec, with the plan for this strength, and the index of the first step that is run.
 
     Raises:
         InvalidInputError: No step remains, or a network with fixed timesteps does not support the new ones.
     """
-    plan, steps = spec.plan, spec.plan.steps
+    plan, steps = spec.plan.without_cache, spec.plan.steps
+    warn_of_lost_cache(spec, plan)
+    spec = spec.with_plan(plan)
     if _is_lcm(spec):
         return spec.with_plan(plan.over(floats(lcm_timesteps(steps, spec.schedule, spec.spacing.count, strength)))), 0
     if is_flow(spec.schedule):

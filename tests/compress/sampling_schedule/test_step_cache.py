@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,12 @@ import torch
 
 from diffpress.compress.checkpoint import Checkpoint, Source
 from diffpress.compress.context import Context
-from diffpress.compress.sampling_schedule import step_cache
+from diffpress.compress.sampling_schedule import step_cache, step_patterns
 from diffpress.compress.sampling_schedule.config import ScheduleConfig, StepCacheConfig
 from diffpress.compress.sampling_schedule.schedule import schedule
-from diffpress.compress.sampling_schedule.step_cache import (
-    Pattern,
-    best_patterns,
-    cache_of,
-    choose_step_cache,
-    sampled_trajectories,
-)
+from diffpress.compress.sampling_schedule.step_cache import Method, choose_step_cache
+from diffpress.compress.sampling_schedule.step_errors import sampled_trajectories
+from diffpress.compress.sampling_schedule.step_patterns import Pattern, best_patterns
 from diffpress.runtime.caching.forecast import Forecasting
 from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.errors import InvalidInputError
@@ -56,7 +52,7 @@ def chosen(
 def test_the_pattern_is_the_best_of_all_patterns(
     monkeypatch: pytest.MonkeyPatch, order: int, gamma: float, max_gap: int
 ) -> None:
-    monkeypatch.setattr(step_cache, "MAX_GAP", max_gap)
+    monkeypatch.setattr(step_patterns, "MAX_GAP", max_gap)
     random, steps, table = np.random.default_rng(order), 8, dict[tuple[Pattern, int], float]()
 
     def error(sources: Pattern, index: int) -> float:
@@ -89,7 +85,8 @@ def test_errors_are_those_of_forecasts_on_the_trajectory(order: int) -> None:
     outputs = np.random.default_rng(0).standard_normal((10, 6, 5))
     known = replace(found, products=np.einsum("ind,jnd->nij", outputs, outputs) / 5)
     sources = (0, 2, 5)[-(order + 1) :]
-    cache = cache_of(sources if sources[0] == 0 else (0, *sources), 10, order)
+    method = Method("forecast", 0.0, known.forecast_error, (order,))
+    cache = method.cache_of(sources if sources[0] == 0 else (0, *sources), 10, order)
 
     def predict(x: np.ndarray, level: NoiseLevel) -> np.ndarray:
         return outputs[levels.index(level)].astype(np.float32)
@@ -97,7 +94,7 @@ def test_errors_are_those_of_forecasts_on_the_trajectory(order: int) -> None:
     forecasting = Forecasting(predict, cache, levels)
     made = [forecasting(np.zeros(0), level) for level in levels]
     rms = np.sqrt(np.square(made[7] - outputs[7]).mean(axis=1)).mean()
-    assert known.error(sources, 7) == pytest.approx(found.gains[7] * rms, rel=1e-4)
+    assert known.forecast_error(sources, 7) == pytest.approx(found.gains[7] * rms, rel=1e-4)
 
 
 def test_a_step_of_first_order_moves_by_its_gain() -> None:
@@ -144,14 +141,19 @@ def test_an_error_takes_the_fewest_evaluations_within_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("steps", "config"), [(2, {"speedup": 1.2}), (3, {"max_error_db": -90.0}), (1, {"speedup": 2.0})]
+    ("steps", "config", "reason"),
+    [
+        (2, {"speedup": 1.2}, "with a plan of 1 steps, which takes the same time"),
+        (3, {"max_error_db": -90.0}, "the error is -"),
+        (1, {"speedup": 2.0}, "a plan of one step has no earlier one"),
+    ],
 )
 def test_a_plan_of_few_steps_stays_as_it_is_and_the_figure_is_given(
-    steps: int, config: dict[str, Any], caplog: pytest.LogCaptureFixture
+    steps: int, config: dict[str, Any], reason: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     found, notes = chosen(spec_of(steps=steps), **config)
-    assert found is None and not notes["kept"] and "loss_db" in notes
-    assert "step cache: nothing is gained" in caplog.text and " dB" in caplog.text
+    assert found is None and not notes["kept"]
+    assert "step cache: nothing is gained" in caplog.text and reason in caplog.text
 
 
 def test_nothing_is_gained_over_a_rival_that_is_exact(caplog: pytest.LogCaptureFixture) -> None:
@@ -168,6 +170,74 @@ def test_samples_that_are_not_finite_are_refused() -> None:
 
     with pytest.raises(InvalidInputError, match="NaN or infinite values"):
         chosen(spec_of(), Broken(), speedup=2.0)
+
+
+@dataclass
+class Halves(TwoModes):
+    """The two modes as outer layers, with their gain as the inner layers whose value is reused; it counts both."""
+
+    full: int = 0
+    cached: int = 0
+
+    def run_full(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        self.full += 1
+        out = self.run(inputs)
+        return out, 0.5 * out
+
+    def run_cached(self, inputs: dict[str, np.ndarray], features: np.ndarray) -> np.ndarray:
+        self.cached += 1
+        return 0.5 * self.run(inputs) + features
+
+
+def test_errors_of_cached_steps_are_measured_with_the_features_of_the_steps_before() -> None:
+    spec, network = spec_of(steps=5), Halves()
+    found = sampled_trajectories(
+        network, spec, StepCacheConfig(kind="features", speedup=1.5, samples=4, batch=4), UNCONDITIONAL, reuses=True
+    )
+    assert (network.full, network.cached) == (5, 4 + 3 + 2 + 1)
+    # a cached output is the mean of that of this step and that of the full one, so half their difference is wrong
+    products = found.products
+    squares = [[products[:, i, i] + products[:, j, j] - 2 * products[:, i, j] for j in range(5)] for i in range(5)]
+    expected = 0.5 * np.sqrt(np.maximum(squares, 0.0)).mean(axis=2)
+    np.testing.assert_allclose(found.reused, np.triu(expected, 1), rtol=1e-3, atol=1e-6)
+    assert found.reuse_error((0, 2), 4) == pytest.approx(found.gains[4] * found.reused[2, 4])
+
+
+def test_cached_steps_take_part_of_the_time_of_full_ones() -> None:
+    spec = spec_of(steps=12)
+    settings = StepCacheConfig(kind="features", speedup=1.5, samples=4, refine=0)
+
+    def rival(steps: int) -> SamplingPlan:
+        asked.append(steps)
+        return rival_of(spec, steps)
+
+    asked: list[int] = []
+    found, notes = choose_step_cache(Halves(), spec, settings, UNCONDITIONAL, rival, cut="up_blocks.1", cached_cost=0.4)
+    # full + 0.4 (12 - full) <= 12 / 1.5
+    assert found is not None and found.counts == {"full": 5, "cached": 7} and found.cut == "up_blocks.1"
+    assert asked == [7] and notes["cached_cost"] == 0.4 and notes["loss_db"] < notes["rival_loss_db"]
+
+
+def test_auto_takes_the_kind_of_smaller_error_at_equal_time() -> None:
+    spec = spec_of(steps=12)
+    settings = StepCacheConfig(kind="auto", speedup=1.5, samples=4, refine=0)
+    for cost, kind in ((0.01, "features"), (0.6, "forecast")):
+        found, notes = choose_step_cache(
+            Halves(), spec, settings, UNCONDITIONAL, lambda n: rival_of(spec, n), cut="up_blocks.1", cached_cost=cost
+        )
+        assert found is not None and found.kind == kind
+        assert notes["compared"][kind] == min(notes["compared"].values()) and len(notes["compared"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("cost", "message"), [(0.7, "is more than cut up_blocks.1 can give"), (1.2, "takes 1.20 of a full one")]
+)
+def test_a_cut_that_saves_too_little_gains_nothing(cost: float, message: str, caplog: pytest.LogCaptureFixture) -> None:
+    settings, spec = StepCacheConfig(kind="features", speedup=2.0, samples=4), spec_of()
+    found, _ = choose_step_cache(
+        Halves(), spec, settings, UNCONDITIONAL, lambda n: rival_of(spec, n), cut="up_blocks.1", cached_cost=cost
+    )
+    assert found is None and message in caplog.text
 
 
 class Modes(torch.nn.Module):
@@ -207,6 +277,9 @@ def test_searched_timesteps_are_searched_first(tmp_path: Path) -> None:
         ({"cache": {"speedup": 2.0, "max_error_db": -20.0}}, "give speedup or max_error_db, one of them"),
         ({"cache": {"speedup": 1.0}}, "cache.speedup"),
         ({"cache": {"max_error_db": 3.0}}, "cache.max_error_db"),
+        ({"cache": {"cut": "up_blocks.1", "speedup": 2.0}}, "cut: only used by kind features"),
+        ({"cache": {"kind": "features", "order": 1, "speedup": 2.0}}, "order: only used by kind forecast"),
+        ({"cache": {"kind": "features", "speedup": 2.0}}, "this Modes has no cut; use kind 'forecast'"),
         ({"cache": {"kind": "teacache", "speedup": 2.0}}, "cache.kind"),
         ({"cache": {"speedup": 2.0, "every": 2}}, "unknown key"),
         ({"solver": "heun", "cache": {"speedup": 2.0}}, "'heun' evaluates the network more than once in a step"),

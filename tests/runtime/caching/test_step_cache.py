@@ -53,7 +53,7 @@ def test_every_deterministic_solver_of_one_evaluation_may_have_a_cache_and_no_ot
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"kind": "features", "steps": ["full"]}, "kind 'features' is not one of forecast"),
+        ({"kind": "teacache", "steps": ["full"]}, "kind 'teacache' is not one of forecast, features"),
         ({"kind": "forecast", "steps": ["full", "half"]}, "step 'half' is not one of full, forecast"),
         ({"kind": "forecast", "steps": ["forecast", "full"]}, "the first step must be 'full'"),
         ({"kind": "forecast", "steps": []}, "the first step must be 'full'"),

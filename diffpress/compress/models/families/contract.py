@@ -18,6 +18,7 @@ from torch import nn
 
 from diffpress.compress.models.description import Description
 from diffpress.compress.models.diffusers_blocks import Coupled
+from diffpress.compress.models.feature_cuts import Cut
 from diffpress.compress.models.removed_blocks import Removable
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.errors import InvalidInputError
@@ -60,6 +61,10 @@ def _none(model: nn.Module) -> list[Any]:
     return []
 
 
+def _no_cuts(model: nn.Module) -> dict[str, Cut]:
+    return {}
+
+
 def _unknown(model: nn.Module) -> None:
     return None
 
@@ -88,6 +93,8 @@ class Adapter:
             over torch-pruning's dependency graph, the others by a trace of the network's channels.
         removable_blocks: Blocks that depth pruning may remove; None: members of lists of modules, found by running it.
         refresh_: Updates size attributes that modules store to the present layer widths.
+        cache_cuts: Where the network may be split for a step cache, by name, the cheapest cached evaluation first;
+            empty where it cannot be.
         add_guidance_input_: Adds the guidance weight as an input of the network; returns the config entries that
             changed. None: this family does not support it.
     """
@@ -105,4 +112,5 @@ class Adapter:
     fixed: Callable[[nn.Module], list[str]] = _last_layer
     removable_blocks: Callable[[nn.Module], list[Removable]] | None = None
     refresh_: Callable[[nn.Module], None] = _do_nothing_
+    cache_cuts: Callable[[nn.Module], dict[str, Cut]] = _no_cuts
     add_guidance_input_: Callable[[nn.Module], dict[str, Any]] | None = None

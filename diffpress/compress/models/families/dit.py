@@ -57,4 +57,5 @@ ADAPTER = Adapter(
     coupled=diffusers_blocks.coupled,
     removable_blocks=removable_blocks,
     refresh_=diffusers_blocks.refresh_,
+    cache_cuts=transformer.cache_cuts,
 )

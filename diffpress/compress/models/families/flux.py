@@ -14,7 +14,8 @@ from torch import nn
 from diffpress.compress.models import diffusers_blocks, removable_blocks
 from diffpress.compress.models.description import Description, check_task, text, text_encoder
 from diffpress.compress.models.families.contract import Adapter
-from diffpress.compress.models.transformer import layers_named
+from diffpress.compress.models.feature_cuts import STREAMS, Cut
+from diffpress.compress.models.transformer import layers_named, outer_cuts
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import MASKED_IMAGE, TextInput
 
@@ -98,6 +99,11 @@ def blocks(model: Any) -> list[str]:
     return double + [f"single_transformer_blocks.{i}" for i in range(len(model.single_transformer_blocks))]
 
 
+def cache_cuts(model: Any) -> dict[str, Cut]:
+    """Return the cuts of both streams, see `outer_cuts`."""
+    return outer_cuts(blocks(model), STREAMS)
+
+
 def sensitive_layers(model: nn.Module) -> list[str]:
     """Return the embedding, modulation and output layers."""
     outer = ("x_embedder", "context_embedder", "time_text_embed.", "norm_out.", "proj_out")
@@ -114,4 +120,5 @@ ADAPTER = Adapter(
     coupled=diffusers_blocks.coupled,
     removable_blocks=removable_blocks.transformer_blocks,
     refresh_=diffusers_blocks.refresh_,
+    cache_cuts=cache_cuts,
 )

@@ -88,4 +88,5 @@ ADAPTER = Adapter(
     tied_outputs=tied_outputs,
     removable_blocks=removable_blocks.transformer_blocks,
     refresh_=diffusers_blocks.refresh_,
+    cache_cuts=transformer.cache_cuts,
 )

@@ -18,7 +18,8 @@ from diffpress.compress.models.description import (
     token_limit,
 )
 from diffpress.compress.models.families.contract import Adapter
-from diffpress.compress.models.transformer import layers_named
+from diffpress.compress.models.feature_cuts import STREAMS, Cut
+from diffpress.compress.models.transformer import layers_named, outer_cuts
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import TextInput
 from diffpress.runtime.errors import InvalidInputError
@@ -73,6 +74,11 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return out
 
 
+def cache_cuts(model: Any) -> dict[str, Cut]:
+    """Return the cuts of both streams, see `outer_cuts`."""
+    return outer_cuts(transformer.blocks(model), STREAMS)
+
+
 def sensitive_layers(model: nn.Module) -> list[str]:
     """Return the embedding, modulation and output layers."""
     outer = ("pos_embed.", "time_text_embed.", "context_embedder", "norm_out.", "proj_out")
@@ -89,4 +95,5 @@ ADAPTER = Adapter(
     coupled=diffusers_blocks.coupled,
     removable_blocks=removable_blocks.transformer_blocks,
     refresh_=diffusers_blocks.refresh_,
+    cache_cuts=cache_cuts,
 )

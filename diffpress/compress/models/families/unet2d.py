@@ -13,6 +13,7 @@ from torch import nn
 from diffpress.compress.models import diffusers_blocks, removable_blocks
 from diffpress.compress.models.description import Description, check_entry, check_task, sample_size, square
 from diffpress.compress.models.families.contract import Adapter
+from diffpress.compress.models.feature_cuts import Cut
 from diffpress.compress.models.low_rank_layers import LowRankLayer
 from diffpress.compress.models.removed_blocks import refresh_removed_
 from diffpress.compress.sources.layout import Layout
@@ -48,6 +49,12 @@ def blocks(model: Any) -> list[str]:
     levels += ["mid_block"] if model.mid_block is not None else []
     levels += [f"up_blocks.{i}" for i in range(len(model.up_blocks))]
     return levels
+
+
+def cache_cuts(model: Any) -> dict[str, Cut]:
+    """Return the up blocks but the first, from the last one on: a cached evaluation starts with their input."""
+    names = [f"up_blocks.{i}" for i in range(len(model.up_blocks))]
+    return {name: Cut(name) for name in reversed(names[1:])}
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:
@@ -95,4 +102,5 @@ ADAPTER = Adapter(
     fixed=fixed,
     removable_blocks=removable_blocks.unet_blocks,
     refresh_=refresh_,
+    cache_cuts=cache_cuts,
 )

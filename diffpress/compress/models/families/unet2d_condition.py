@@ -153,5 +153,6 @@ ADAPTER = Adapter(
     coupled=diffusers_blocks.coupled,
     removable_blocks=removable_blocks.unet_blocks,
     refresh_=unet2d.refresh_,
+    cache_cuts=unet2d.cache_cuts,
     add_guidance_input_=add_guidance_input_,
 )

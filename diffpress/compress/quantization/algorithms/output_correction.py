@@ -41,7 +41,7 @@ from diffpress.compress.progress import progress
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.seeds import OUTPUT_CORRECTION_SEED
-from diffpress.runtime.denoiser import Predict, denoiser_from_predictor, following_cache, make_predictor
+from diffpress.runtime.denoiser import Predict, denoiser_from_predictor, plan_predictor
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs, Network
 from diffpress.runtime.noise_schedule import NoiseLevel
@@ -134,7 +134,7 @@ def measure_corrections(
     plan = spec.plan.without_cache  # the predictors follow the cache: a forecast is corrected like an output
     seeds = range(OUTPUT_CORRECTION_SEED, OUTPUT_CORRECTION_SEED + count)
     predictor, reference_predictor = (
-        following_cache(_batched_predictor(n, spec, count, batch, conditions), spec) for n in (network, reference)
+        _batched_predictor(n, spec, count, batch, conditions) for n in (network, reference)
     )
     sums: dict[float, np.ndarray] = {}
     fits: dict[float, OutputCorrection] = {}
@@ -187,18 +187,7 @@ def _batched_predictor(
 ) -> Predict:
     """Return a predictor of the network's guided output for all samples, evaluating `batch` at a time."""
     parts = [slice(start, start + batch) for start in range(0, count, batch)]
-    plan = spec.plan
-    predictors = [
-        make_predictor(
-            network,
-            spec,
-            conditions=conditions.part(part),
-            guidance=plan.guidance,
-            interval=plan.guidance_interval,
-            rescale=plan.guidance_rescale,
-        )
-        for part in parts
-    ]
+    predictors = [plan_predictor(network, spec, conditions.part(part)) for part in parts]
     return lambda x, level: np.concatenate(
         [predictor(x[part], level) for predictor, part in zip(predictors, parts, strict=True)]
     )

@@ -27,7 +27,7 @@ from diffpress.runtime.errors import InvalidInputError
 
 SAVE_EVERY = 8  # evaluations
 WHAT = "state of calibration"
-OUTPUT, ENERGY = "output", "energy."
+OUTPUT, ENERGY, HELD = "output", "energy.", "held."
 
 # (tensor, index of the evaluation within its batch, samples in the evaluation); raises NonFiniteError
 Observer = Callable[[torch.Tensor, int, int], None]
@@ -126,14 +126,32 @@ class ObservedNetwork:
 
     def run(self, inputs: Arrays) -> np.ndarray:
         """Return the network's output [B, C, H, W]."""
+        return self._known(inputs, lambda: {OUTPUT: self.network.run(inputs)})[OUTPUT]
+
+    def run_full(self, inputs: Arrays) -> tuple[np.ndarray, list[np.ndarray]]:
+        """Return the network's output, and the features that cached steps reuse."""
+
+        def evaluate() -> Arrays:
+            out, features = self.network.run_full(inputs)
+            return {OUTPUT: out} | {f"{HELD}{index}": feature for index, feature in enumerate(features)}
+
+        known = self._known(inputs, evaluate)
+        return known[OUTPUT], [known[name] for name in sorted(name for name in known if name.startswith(HELD))]
+
+    def run_cached(self, inputs: Arrays, features: list[np.ndarray]) -> np.ndarray:
+        """Return the network's output with features of an earlier evaluation; all layers are observed."""
+        return self._known(inputs, lambda: {OUTPUT: self.network.run_cached(inputs, features)})[OUTPUT]
+
+    def _known(self, inputs: Arrays, evaluate: Callable[[], Arrays]) -> Arrays:
+        """Return what the next evaluation of the batch returns: as it was saved, or of `evaluate`."""
         self.visited.append(inputs)
         if len(self.visited) > len(self.returned):
-            self.returned.append(self._evaluate(inputs))
+            self.returned.append(self._evaluated(evaluate))
             self.done += 1
             self.advance(self.done)
             if self.saved and (self.done % SAVE_EVERY == 0 or self.done == self.total > SAVE_EVERY):
                 self.saved.save(self.done, self.returned)
-        return self.returned[len(self.visited) - 1][OUTPUT]
+        return self.returned[len(self.visited) - 1]
 
     def next_batch(self) -> None:
         """Forget the evaluations of the finished batch."""
@@ -157,12 +175,12 @@ class ObservedNetwork:
                 f"{float(inputs['timestep'][0]):g} of calibration; sample the unquantized checkpoint to find the cause"
             ) from error
 
-    def _evaluate(self, inputs: Arrays) -> Arrays:
+    def _evaluated(self, evaluate: Callable[[], Arrays]) -> Arrays:
         with capture_features(self.model, self.blocks) as features:
-            out = self.network.run(inputs)
-        if not np.isfinite(out).all():
+            found = evaluate()
+        if not np.isfinite(found[OUTPUT]).all():
             raise NonFiniteError
-        return {OUTPUT: out} | {f"{ENERGY}{name}": energy_map(x).cpu().numpy() for name, x in features.items()}
+        return found | {f"{ENERGY}{name}": energy_map(x).cpu().numpy() for name, x in features.items()}
 
     def _position(self, seen: torch.Tensor) -> tuple[int, int]:
         return len(self.visited) - 1, len(self.visited[-1]["sample"])

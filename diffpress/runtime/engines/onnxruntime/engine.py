@@ -1,7 +1,8 @@
 """ONNX Runtime engine: loads denoiser.onnx with all graph optimizations and runs any batch size.
 
 It uses the first execution provider that works (see providers.py), which is the CPU in the default package. I/O binding
-is not used: on the CPU it is no faster (alternating medians, batch 1 and 8), and on other devices it was not measured.
+keeps the features of a step cache on the device; elsewhere it is not used: on the CPU it is no faster (alternating
+medians, batch 1 and 8), and on other devices it was not measured.
 
 The executed kernels are read from a profile of one run, not from the file: ONNX Runtime fuses Q/DQ pairs into
 QLinearConv, QGemm etc. only if it has such a kernel, and runs the rest in float.
@@ -17,8 +18,9 @@ import os
 import re
 import statistics
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -91,16 +93,38 @@ class OnnxRuntimeEngine:
         session_options = _lean(self._threads) if options.lean else _options(self._threads)
         self._session, self.device = _first_session(path, session_options, options.providers)
         self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
-        self._outputs = [node.name for node in self._session.get_outputs()]
+        self.outputs = [node.name for node in self._session.get_outputs()]
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Return the first output for one batch."""
-        return next(iter(self.run_all(inputs).values()))
+        return next(iter(self._run(self.outputs[:1], inputs).values()))
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return all outputs by name; raises InvalidInputError if ONNX Runtime fails."""
+        return self._run(self.outputs, inputs)
+
+    def _run(self, outputs: list[str], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return dict(zip(self._outputs, self._session.run(None, inputs), strict=True))
+            return dict(zip(outputs, self._session.run(outputs, inputs), strict=True))
+        except Exception as error:
+            raise _error(self._path, "run", error) from error
+
+    def run_keeping(
+        self, inputs: dict[str, np.ndarray], kept: Sequence[str] = (), held: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the first output, and those of `kept` as OrtValues on the device; `held` are inputs of that form."""
+        try:
+            binding = self._session.io_binding()
+            for name, array in inputs.items():
+                binding.bind_cpu_input(name, np.ascontiguousarray(array))
+            for name, value in held.items():
+                binding.bind_ortvalue_input(name, value)
+            binding.bind_output(self.outputs[0])
+            for name in kept:
+                binding.bind_output(name, "cuda" if self.device == "cuda" else "cpu")
+            self._session.run_with_iobinding(binding)
+            first, *others = binding.get_outputs()
+            return first.numpy(), dict(zip(kept, others, strict=True))
         except Exception as error:
             raise _error(self._path, "run", error) from error
 

@@ -17,11 +17,12 @@ import importlib.util
 import io
 import json
 import statistics
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Lock
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,19 +108,40 @@ class OpenVinoEngine:
         self._compiling = Lock()
         tensors = self._tensors()
         self.inputs = {name: np.dtype(kind) for name, kind in tensors["inputs"].items()}
-        self._outputs: list[str] = tensors["outputs"]
+        self.outputs: list[str] = tensors["outputs"]
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Return the first output for one batch."""
-        return next(iter(self.run_all(inputs).values()))
+        return self.run_keeping(inputs)[0]
+
+    def run_keeping(
+        self, inputs: dict[str, np.ndarray], kept: Sequence[str] = (), held: Mapping[str, Any] = MappingProxyType({})
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Return the first output, and those of `kept` as OpenVINO's tensors; `held` are inputs of that form."""
+        import openvino
+
+        shapes = (*tensor_shapes(inputs), *((name, tuple(tensor.shape)) for name, tensor in held.items()))
+        with self.reserved(shapes) as request:
+            ports = {name: self.outputs.index(name) for name in kept}
+            own = {name: request.get_output_tensor(port) for name, port in ports.items()}
+            found = {name: openvino.Tensor(own[name].element_type, own[name].shape) for name in kept}
+            try:
+                for name, port in ports.items():  # in memory of its own: the next inference overwrites the request's
+                    request.set_output_tensor(port, found[name])
+                outputs = request.infer({**inputs, **held}, share_inputs=True, share_outputs=True)
+                first: np.ndarray = outputs.to_tuple()[0].copy()
+            finally:
+                for name, port in ports.items():
+                    request.set_output_tensor(port, own[name])
+            return first, found
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Return all outputs by name; raises InvalidInputError if OpenVINO fails."""
         with self.reserved(tensor_shapes(inputs)) as request:
             # copies: with `share_outputs` the next inference would overwrite them
             outputs = request.infer(inputs, share_inputs=True).to_tuple()
-            own = outputs[: len(self._outputs)]  # timestep_embedding.py appends others
-            return dict(zip(self._outputs, own, strict=True))
+            own = outputs[: len(self.outputs)]  # timestep_embedding.py appends others
+            return dict(zip(self.outputs, own, strict=True))
 
     @contextmanager
     def reserved(self, shapes: Shapes, variant: Variant = UNCHANGED) -> Iterator[Any]:
