@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,6 +23,8 @@ from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.compress.sampling_schedule.config import ScheduleConfig
+from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.export.bundle import export_bundle
 from diffpress.export.denoiser import check_cached_steps
 from diffpress.export.targets.engine_cost import open_engine_costs
@@ -157,3 +161,35 @@ def test_export_settings_that_do_not_go_with_cached_steps_are_refused(config: di
 def test_a_cached_evaluation_is_timed_in_an_engine() -> None:
     with open_engine_costs(checkpoint(), "onnxruntime") as costs:
         assert 0.0 < costs.cached_latency_ratio() < 1.5
+
+
+@pytest.mark.parametrize("kind", ["features", "auto"])
+def test_the_stage_chooses_cached_steps_by_their_time_in_an_engine(kind: str, tmp_path: Path) -> None:
+    made, opened = checkpoint(), []
+
+    @contextmanager
+    def costs(timed: Checkpoint, engine: str) -> Iterator[Any]:
+        opened.append((timed.spec.plan.cache, engine))
+        yield SimpleNamespace(cached_latency_ratio=lambda: 0.3)
+
+    context = Context(0, tmp_path, made, open_engine_costs=costs)
+    settings = {"kind": kind, "speedup": 1.3, "samples": 4, "refine": 0, "engine": "openvino"}
+    result = schedule(made, ScheduleConfig(solver="ddim", steps=8, spacing="trailing", cache=settings), context)
+    ((cut, engine),) = [(cache.cut, engine) for cache, engine in opened]
+    assert (cut, engine) == ("up_blocks.1", "openvino") and context.notes["cache"]["cached_cost"] == 0.3
+    found = result.spec.plan.cache
+    assert found is not None and context.notes["cache"]["kept"]
+    if kind == "features":  # full + 0.3 (8 - full) <= 8 / 1.3
+        assert found.counts == {"full": 5, "cached": 3} and found.cut == "up_blocks.1"
+
+
+def test_without_an_engine_the_time_of_cached_steps_is_not_guessed(tmp_path: Path) -> None:
+    config = ScheduleConfig(solver="ddim", steps=8, cache={"kind": "auto", "speedup": 1.3})
+    with pytest.raises(InvalidInputError, match="measures its time in an engine, and none is open here"):
+        schedule(checkpoint(), config, Context(0, tmp_path, checkpoint()))
+
+
+def test_a_cut_that_the_model_does_not_have_is_refused_by_the_stage(tmp_path: Path) -> None:
+    config = ScheduleConfig(solver="ddim", steps=8, cache={"kind": "features", "speedup": 1.3, "cut": "outer_1"})
+    with pytest.raises(InvalidInputError, match=r"cut 'outer_1' is not one of up_blocks\.1"):
+        schedule(checkpoint(), config, Context(0, tmp_path, checkpoint()))
