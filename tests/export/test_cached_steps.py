@@ -31,7 +31,8 @@ from diffpress.export.targets.engine_cost import open_engine_costs
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle, manifest_hash
 from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.engines import available, open_engine
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.engines.onnxruntime.engine import OnnxRuntimeEngine
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 from diffpress.runtime.network_inputs import dummy_inputs
 from diffpress.runtime.noise_schedule import betas_schedule
 from diffpress.runtime.pipeline import Pipeline
@@ -161,6 +162,12 @@ def test_export_settings_that_do_not_go_with_cached_steps_are_refused(config: di
 def test_a_cached_evaluation_is_timed_in_an_engine() -> None:
     with open_engine_costs(checkpoint(), "onnxruntime") as costs:
         assert 0.0 < costs.cached_latency_ratio() < 1.5
+
+
+def test_an_engine_that_keeps_no_features_is_unavailable(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(OnnxRuntimeEngine, "run_keeping")
+    with pytest.raises(EngineUnavailableError, match="'onnxruntime' does not run the cached graph"):
+        open_engine(bundle, "onnxruntime")
 
 
 @pytest.mark.parametrize("kind", ["features", "auto"])

@@ -6,6 +6,9 @@ Trajectories are sampled once. Observers see the activations of every layer mean
 states later evaluates the recorded inputs again, or draws some of them. This needs no images, and only contains
 timesteps that sampling visits. Each batch is a file of which single rows are read, so memory does not grow with the
 number of trajectories. If nothing will read the states, none are recorded.
+
+A plan with a step cache is sampled with it: its states are those of the steps that are evaluated. Recorded states of
+cached steps are evaluated again in full.
 """
 
 from __future__ import annotations

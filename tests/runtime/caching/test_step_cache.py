@@ -103,6 +103,11 @@ def test_another_plan_drops_the_cache_and_says_so(changes: dict[str, Any], caplo
     assert "the step cache was measured for 6 steps of dpmpp_2m" in caplog.text
 
 
+def test_as_many_other_timesteps_drop_the_cache() -> None:
+    plan = cached_spec().plan
+    assert plan.over(tuple(t - 1.0 for t in plan.timesteps)).cache is None and plan.over(plan.timesteps) == plan
+
+
 def test_the_same_plan_and_another_guidance_keep_the_cache(caplog: pytest.LogCaptureFixture) -> None:
     assert requested_spec(cached_spec(), None).plan.cache == CACHE
     assert requested_spec(cached_spec(), 6, "dpmpp_2m", guidance=3.0).plan.cache == CACHE
