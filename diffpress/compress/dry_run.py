@@ -12,6 +12,7 @@ from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
 from diffpress.compress.distillation.config import DistillConfig
 from diffpress.compress.effort import estimated_bytes, estimated_seconds, measure_cost
+from diffpress.compress.models.adapter import cut_name
 from diffpress.compress.models.counts import count
 from diffpress.compress.pruning.config import PruneConfig, PruneDepthConfig, PruneLowRankConfig, PruneSparsityConfig
 from diffpress.compress.pruning.depth import removable_blocks
@@ -70,6 +71,8 @@ def _teacher_samples(checkpoint: Checkpoint, recipe: Recipe) -> int | None:
 
 def estimate_schedule(estimate: Estimate, config: ScheduleConfig, seed: int) -> Estimate:
     """Return the same sizes with the stage's plan; what is searched or measured does not change the steps."""
+    if config.cache is not None and config.cache.kind != "forecast":
+        cut_name(estimate.checkpoint.model, config.cache.cut or "")
     unsearched = config.model_copy(update={"search": None, "cache": None})
     planned = schedule(estimate.checkpoint, unsearched, Context(seed, Path(), estimate.checkpoint))
     return estimate._replace(checkpoint=planned)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +16,7 @@ import diffpress.runtime.benchmarking.bench
 from diffpress.cli.bench import add_arguments
 from diffpress.cli.bench import run as run_bench
 from diffpress.runtime.benchmarking.probe import Probe
+from diffpress.runtime.bundle import MANIFEST, manifest_hash
 from diffpress.runtime.engines import ENGINES, available, installed
 from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 
@@ -75,3 +78,19 @@ def test_options_are_passed_to_the_engines_and_the_probe_processes(
     assert (engine, batch, options.threads, options.streams, options.cache) == ("onnxruntime", 2, 1, 2, None)
     with pytest.raises(InvalidInputError, match="engine 'onnxruntime' has no option 'precision'"):
         run("--engine", "onnxruntime", "--precision", "bf16")
+
+
+def test_the_steps_of_a_cached_plan_are_timed_by_kind(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(TINY, tmp_path / "cached")
+    manifest = json.loads((TINY / MANIFEST).read_text())
+    manifest["spec"]["plan"]["cache"] = {"kind": "forecast", "steps": ["full", "forecast"] * 4, "order": 1, "cut": ""}
+    (tmp_path / "cached" / MANIFEST).write_text(json.dumps(manifest | {"hash": manifest_hash(manifest)}))
+    parser, out = argparse.ArgumentParser(), tmp_path / "bench.json"
+    add_arguments(parser)
+    words = (tmp_path / "cached", "--engine", "onnxruntime", "--batch", 1, "--json", out)
+    assert run_bench(parser.parse_args([str(word) for word in words])) == 0
+    line = r"step cache in onnxruntime: 4 full of [0-9.]+ ms, 4 forecast of [0-9.]+ ms, batch 1"
+    assert re.search(line, capsys.readouterr().out)
+    result = json.loads(out.read_text())
+    assert result["step_cache"]["onnxruntime"]["counts"] == {"full": 4, "forecast": 4}
+    assert result["rows"][0]["nfe"] == 4

@@ -16,7 +16,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import diffpress as dp
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.context import Context
-from diffpress.compress.dry_run import dry_run
+from diffpress.compress.dry_run import Estimate, dry_run
 from diffpress.compress.effort import NetworkCost, Work, estimated_bytes, estimated_seconds
 from diffpress.compress.recipe import Recipe
 from diffpress.compress.stages import STAGES, stages_of
@@ -57,6 +57,13 @@ def counted_samples() -> Iterator[dict[str, int]]:
         yield found
     finally:
         hook.remove()
+
+
+def test_a_cut_that_the_model_does_not_have_is_refused_before_the_run(unet: Checkpoint) -> None:
+    cache = {"kind": "features", "speedup": 1.5, "cut": "outer_1"}
+    (stage,) = stages_of([dp.Schedule(solver="ddim", steps=8, cache=cache)])
+    with pytest.raises(InvalidInputError, match="cut 'outer_1' is not one of up_blocks"):
+        STAGES[stage.name].estimate(Estimate(unet, None), stage.config, 0)
 
 
 @pytest.mark.parametrize("guided", [False, True])
