@@ -128,7 +128,8 @@ def measured(args: argparse.Namespace) -> Row:
     cut = "" if args.kind == "forecast" else cut_name(planned(args.plan).model, args.cut or "")
     folder = bundle_of(args.plan, args.precision, args.work, args.engine, cut)
     with closing(open_subject(str(folder), args.engine, EngineOptions(threads=args.threads))) as subject:
-        engine, spec = subject.network, subject.spec.with_plan(subject.spec.plan.without_cache)
+        engine: Any = subject.network  # of a bundle: an engine
+        spec = subject.spec.with_plan(subject.spec.plan.without_cache)
         config = StepCacheConfig(
             kind=args.kind, speedup=args.speedup, samples=args.search_samples, refine=args.search_rounds
         )

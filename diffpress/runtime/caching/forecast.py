@@ -10,13 +10,10 @@ alone, not that of every block). TaylorSeer counts steps; here
 
     tau = log((alpha + SOFTENING) / (sigma + SOFTENING))
 
-half the log-SNR, softened because it is infinite at pure noise and at clean data. On the built-in teacher (v, DDIM-50
-with 18 full steps, order 1) the samples were within 0.026 of those without a cache, with step numbers for tau within
-0.035, and with 18 steps of DDIM within 0.068.
+half the log-SNR, softened because it is infinite at pure noise and at clean data.
 
 What is predicted is the output after guidance, before its correction and before x_0: one forecast replaces both
-guidance halves, the solver sees an x_0 that belongs to its x, and clipping applies as usual. A forecast of x_0 instead
-was worse in every comparison (order 0: 0.051, order 1: 0.033).
+guidance halves, the solver sees an x_0 that belongs to its x, and clipping applies as usual.
 """
 
 from __future__ import annotations
