@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options
@@ -134,6 +135,6 @@ def _access(args: argparse.Namespace) -> Access:
 
 
 def _budget_bytes(mib: float | None) -> int | None:
-    if mib is not None and not mib > 0:
-        raise InvalidInputError(f"--memory-budget-mib {mib:g}: must be above 0")
+    if mib is not None and not 0 < mib < math.inf:
+        raise InvalidInputError(f"--memory-budget-mib {mib:g}: must be a number above 0")
     return None if mib is None else int(mib * 2**20)

@@ -15,7 +15,8 @@ from diffpress.compress.lazy import lazy
 from diffpress.compress.pruning.prune import AnyPruneConfig
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
-from diffpress.runtime.errors import InvalidInputError, unknown_name
+from diffpress.runtime.engines import available
+from diffpress.runtime.errors import InvalidInputError, MissingDependencyError, unknown_name
 
 if TYPE_CHECKING:
     from diffpress.compress.checkpoint import Checkpoint
@@ -120,10 +121,13 @@ def _check_prune(config: Any, spec: DenoiserSpec, has_engines: bool, where: str)
     target = getattr(config, "target", None)
     if target is not None and target.latency is not None and not has_engines:
         raise InvalidInputError(f"{where}: prune: target latency is measured in an engine, and none is open; set macs")
-    if config.kind == "low_rank" and config.engine is not None and not has_engines:
-        raise InvalidInputError(
-            f"{where}: prune: engine = '{config.engine}' is where layers are timed, and none is open; remove engine"
-        )
+    if config.kind == "low_rank" and config.engine is not None:
+        if not has_engines:
+            raise InvalidInputError(
+                f"{where}: prune: engine = '{config.engine}' is where layers are timed, and none is open; remove engine"
+            )
+        if config.engine not in available():
+            raise MissingDependencyError(config.engine, config.engine, f"{where}: prune: engine")
     if target is not None and target.latency is not None and _searches_blocks(config):
         from diffpress.compress.training import distributed
 
@@ -215,7 +219,8 @@ def check_order(stages: Sequence[Stage], source: str, *, is_student: bool = Fals
                     f"{source}: stages[{i}]: {stage.labels[-1]} must come after {' or '.join(rule.earlier)}{rule.why}"
                 )
             if found is not None and not rule.required:
-                raise InvalidInputError(f"{source}: stages[{i}]: {stage.name} cannot come after {found}{rule.why}")
+                name = stage.name if rule.only is None else rule.only
+                raise InvalidInputError(f"{source}: stages[{i}]: {name} cannot come after {found}{rule.why}")
 
 
 def stages_of(configs: Iterable[object]) -> tuple[Stage, ...]:

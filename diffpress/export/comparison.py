@@ -59,7 +59,7 @@ def sample_pairs(ours: Pipeline, theirs: Pipeline, prompts: Path | None = None) 
     large = theirs.bundle.manifest["graphs"]["denoiser"]["parameters"] > LARGE
     columns = COLUMNS if pixels else LARGE_COLUMNS if large else LATENT_COLUMNS
     count = 2 * columns if pixels else columns
-    plan = ours.spec.plan.without_corrections
+    plan = ours.spec.plan.without_corrections.without_cache  # both belong to our network alone
     spec = theirs.spec
     is_prompted = spec.conditioning.kind == "text" and spec.conditioning.encoders and not spec.conditioning.tensors
     texts = tuple(itertools.islice(itertools.cycle(read_prompts(prompts)), count)) if is_prompted else ()

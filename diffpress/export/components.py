@@ -43,8 +43,8 @@ def export_components(
     failures: list[ParityFailure] = []
     made_before = reuse.manifest["graphs"] if reuse else {}
     names = component_names(checkpoint)
-    if config.image_inputs or (checkpoint.spec.conditioning.inpainting and DECODER in names):
-        names.append(ENCODER)  # a network for inpainting cannot do without
+    if exports_encoder(checkpoint, config):
+        names.append(ENCODER)
     for name in names:
         scales = checkpoint.component_quantization.get(name)
         precision = FLOAT if name in AUTOENCODER or scales is not None else config.precision
@@ -59,13 +59,19 @@ def export_components(
     return entries, tuple(failures)
 
 
+def exports_encoder(checkpoint: Checkpoint, config: ExportConfig) -> bool:
+    """Return whether the bundle has an encoder: it is asked for, or a network for inpainting needs it."""
+    needed = bool(checkpoint.spec.conditioning.inpainting) and DECODER in component_names(checkpoint)
+    return config.image_inputs or needed
+
+
 def check_image_inputs(checkpoint: Checkpoint, config: ExportConfig) -> None:
     """Check that an encoder can be exported, before any work.
 
     Raises:
         InvalidInputError: The model has no autoencoder, or its file has no encoder.
     """
-    if not config.image_inputs:
+    if not exports_encoder(checkpoint, config):
         return
     if DECODER not in component_names(checkpoint) or checkpoint.source.pipeline_folder is None:
         if checkpoint.spec.is_picture:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.config import ExportConfig
+from diffpress.compress.models.kept_indices import kept_of_unsaved
 from diffpress.export.graph.model import Graph
 from diffpress.export.graph.to_onnx import to_onnx
 from diffpress.export.lowering import PassContext, lower
@@ -25,7 +26,6 @@ from diffpress.export.verify.reference import ParityCase, parity_case_for
 from diffpress.export.verify.sparsity import check_sparsity
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.image_size import resized
-from diffpress.runtime.spec import DenoiserSpec
 
 logger = logging.getLogger(__name__)
 
@@ -103,9 +103,11 @@ def lower_denoiser(checkpoint: Checkpoint, config: ExportConfig, traced: Graph |
     Raises:
         InvalidInputError: If the model cannot be traced or rewritten with these settings.
     """
-    check_cached_steps(checkpoint.spec, config)
+    cache = checkpoint.spec.plan.cache
+    check_cached_steps(None if cache is None else cache.kind, config)
     fixed_size = config.size is not None
     if config.size is not None:
+        check_size(checkpoint, config.size)
         checkpoint = checkpoint.evolve(spec=resized(checkpoint.spec, config.size))
     timesteps = foldable_timesteps(checkpoint.spec) if config.fixed_timesteps else ()
     traced = to_onnx(checkpoint.model, checkpoint.spec, fixed_size) if traced is None else traced
@@ -131,10 +133,18 @@ def lower_denoiser(checkpoint: Checkpoint, config: ExportConfig, traced: Graph |
     return Denoiser(checkpoint, case, traced, float_graph, portable, variants, sparse)
 
 
-def check_cached_steps(spec: DenoiserSpec, config: ExportConfig) -> None:
-    """Raise InvalidInputError for export settings that do not go with cached steps."""
-    cache = spec.plan.cache
-    if cache is None or cache.kind != "features":
+def check_size(checkpoint: Checkpoint, size: tuple[int, int]) -> None:
+    """Raise InvalidInputError if another size makes the network compute the position table that was pruned anew."""
+    if size != checkpoint.spec.image_size and kept_of_unsaved(checkpoint.kept_indices, checkpoint.model):
+        raise InvalidInputError(
+            "size: the residual stream was pruned, and with it a position table that holds for the model's own size "
+            "alone; leave size out"
+        )
+
+
+def check_cached_steps(kind: str | None, config: ExportConfig) -> None:
+    """Raise InvalidInputError for export settings that do not go with a step cache of this kind; None for none."""
+    if kind != "features":
         return
     refused = {
         "target tensorrt": TENSORRT in config.targets,

@@ -16,11 +16,12 @@ import yaml
 from diffpress.compress.evaluation.summary import spread
 from diffpress.compress.models.components import DECODER
 from diffpress.compress.sources.terms import BASE_CARD, CARD
+from diffpress.export.verify.gate import failures_of
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.io.files import write_text
 from diffpress.runtime.requested_plan import plan_description
 
-PICTURE = "comparison.png"
+PICTURE = "samples.png"
 LICENCE_ENTRIES = ("license", "license_name", "license_link")  # as the hub spells them
 MARK = "---"  # around the block of YAML
 
@@ -52,6 +53,9 @@ def write_model_card(bundle: Bundle, scores: Mapping[str, Any] | None = None, pi
         sections.append(
             f"![samples]({PICTURE})\n\nTop: the uncompressed model. Bottom: this bundle, from the same noise."
         )
+    failed = [failure.message for failure in failures_of(bundle) if failure.target]
+    if failed:
+        sections.append("**Parity failed:** " + "; ".join(map(_plain, failed)) + ". Do not deploy this bundle.")
     sections += ["## Use", _use(bundle), "## Facts", _table(("", ""), _facts(bundle))]
     if scores is not None and (rows := _quality(scores)):
         sections += ["## Quality", _table(("", "uncompressed", "this bundle"), rows)]
@@ -68,6 +72,8 @@ def _front_matter(bundle: Bundle) -> str:
     if bundle.spec.is_picture or DECODER in bundle.manifest["graphs"]:
         is_text = conditioning.kind == "text"
         entries["pipeline_tag"] = "text-to-image" if is_text else "unconditional-image-generation"
+    if conditioning.inpainting:
+        entries["pipeline_tag"] = "image-to-image"
     entries |= base_licence(bundle.path)
     return f"{MARK}\n{yaml.safe_dump(entries, sort_keys=False)}{MARK}"
 
@@ -88,8 +94,13 @@ def base_licence(folder: Path) -> dict[str, str]:
 def _use(bundle: Bundle) -> str:
     conditioning = bundle.spec.conditioning
     argument = {"text": '"a lighthouse in the fog", ', "class": "labels=0, "}.get(conditioning.kind, "")
+    if conditioning.tensors:
+        argument += f"conditioning={{{', '.join(f'{name!r}: ...' for name in conditioning.tensors)}}}, "
+    if conditioning.inpainting:
+        argument += 'image="image.png", mask="mask.png", '
+    extras = "openvino,text" if conditioning.encoders else "openvino"
     return (
-        "```sh\npip install 'diffpress[openvino]'\n```\n\n"
+        f"```sh\npip install 'diffpress[{extras}]'\n```\n\n"
         "```python\nimport diffpress as dp\n\n"
         'with dp.Pipeline("FOLDER") as pipe:  # the folder with this file\n'
         f"    images = pipe({argument}seeds=range(4))\n```"
@@ -105,6 +116,9 @@ def _facts(bundle: Bundle) -> list[Row]:
         ("parameters of the denoiser", f"{denoiser['parameters']:,}"),
         ("sampling plan", plan_description(spec) + guidance),
     ]
+    if spec.plan.cache is not None:
+        counts = ", ".join(f"{count} {kind}" for kind, count in spec.plan.cache.counts.items())
+        rows.append(("steps evaluate", counts))
     if spec.distilled:
         rows.append(("distilled", spec.distilled))
     rows += [(f"{name}, MiB", f"{entry['bytes'] / 2**20:.2f}") for name, entry in manifest["graphs"].items()]

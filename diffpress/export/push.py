@@ -8,6 +8,7 @@ from pathlib import Path
 from diffpress.compress.sources.layout import first_line
 from diffpress.compress.sources.terms import CARD
 from diffpress.export.model_card import PICTURE
+from diffpress.export.verify.gate import failures_of
 from diffpress.runtime.bundle import MANIFEST, load_bundle
 from diffpress.runtime.errors import InvalidInputError
 
@@ -32,6 +33,11 @@ def push_bundle(path: str | Path, repo: str, *, private: bool = False, message: 
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
     bundle = load_bundle(path)
+    failed = [failure.message for failure in failures_of(bundle) if failure.target]
+    if failed:
+        raise InvalidInputError(
+            f"{bundle.path}: failed parity ({'; '.join(failed)}); export it again before sharing it"
+        )
     documents = [name for name in (CARD, PICTURE) if (bundle.path / name).is_file()]
     files = sorted({MANIFEST, *documents, *bundle.manifest["files"]})
     api = HfApi(library_name="diffpress")

@@ -26,6 +26,7 @@ from diffpress.compress.workspace import Workspace
 from diffpress.export.bundle import check_components, check_export
 from diffpress.export.comparison import paired_scores, sample_pairs, write_comparison
 from diffpress.export.components import check_image_inputs
+from diffpress.export.denoiser import check_cached_steps
 from diffpress.export.model_card import write_model_card
 from diffpress.export.run_bundles import baseline_bundle, result_bundle
 from diffpress.export.scores import check_evaluation, evaluate_bundles, evaluate_gates
@@ -90,6 +91,9 @@ def check_recipe(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
     check_start(checkpoint, recipe, where)
     for number, stage in enumerate(recipe.stages):
         STAGES[stage.name].check(stage.config, checkpoint.spec, True, f"{where}: stages[{number}]")
+    for stage in recipe.stages:
+        cache = getattr(stage.config, "cache", None)
+        check_cached_steps(None if cache is None else cache.kind, recipe.export)
     check_export(recipe.export, quantized=any(STAGES[stage.name].quantizes for stage in recipe.stages))
     check_image_inputs(checkpoint, recipe.export)
     check_components(recipe.export, any(getattr(stage.config, "components", None) for stage in recipe.stages))

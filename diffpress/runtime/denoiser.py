@@ -94,11 +94,6 @@ def plan_predictor(network: Network, spec: DenoiserSpec, conditions: Conditionin
     reuse = None
     if cache is not None and not cache.is_idle and cache.kind == "features":
         check_split(network)
-        if plan.guidance_interval is not None:
-            raise InvalidInputError(
-                "plan: cache: kind 'features' needs the same rows in every step, and guidance_interval changes them; "
-                "use kind 'forecast', or remove the interval"
-            )
         network = reuse = FeatureReuse(cast(SplitNetwork, network))
     predict = make_predictor(
         network,

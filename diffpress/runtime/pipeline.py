@@ -57,6 +57,7 @@ class Pipeline:
         engine: "openvino", "onnxruntime" or "tensorrt"; None for the first one that can run here.
         threads: Processor threads; None for all.
         options: Further options of the engine, such as its precision and streams.
+        keep_open: Keep text encoders open that are larger than the denoiser; otherwise they are closed after use.
 
     Raises:
         InvalidInputError: If the folder is no bundle, is damaged, or lacks a component that sampling needs.
@@ -78,6 +79,7 @@ class Pipeline:
         threads: int | None = None,
         *,
         options: EngineOptions | None = None,
+        keep_open: bool = False,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         spec = self.bundle.spec
@@ -90,6 +92,7 @@ class Pipeline:
         self.spec = self.bundle.spec_for(self.denoiser.name)
         self._autoencoder: dict[str, Engine] = {}
         self._text: TextEncoders | None = None
+        self._keep_open = keep_open
         self._closed = False
 
     def __repr__(self) -> str:
@@ -255,7 +258,7 @@ class Pipeline:
         if negatives is not None:
             check_negative_prompt(spec)
         if self._text is None:
-            self._text = TextEncoders(self.bundle, self._open)
+            self._text = TextEncoders(self.bundle, self._open, self._keep_open)
         text, conditioning, size = self._text, spec.conditioning, spec.image_size
         cond = encode(prompts, conditioning, text.encoders, text.tokenizers, size)
         if not guided:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from diffpress.runtime.caching.step_cache import LETTERS
 from diffpress.runtime.engines import engine_label
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
@@ -163,9 +164,11 @@ class SampleRun:
 
 
 def _cache_text(spec: DenoiserSpec) -> str | None:
-    """Return what every step evaluates, by initials, and the order of the forecast; None without a step cache."""
+    """Return what every step evaluates, one letter each, with order and cut; None without a step cache."""
     cache = spec.plan.cache
-    return None if cache is None else f"{''.join(step[0] for step in cache.steps)} order {cache.order}"
+    if cache is None:
+        return None
+    return f"{''.join(LETTERS[step] for step in cache.steps)} order {cache.order} {cache.cut}".rstrip()
 
 
 def _hash(request: SampleRequest) -> str:

@@ -141,6 +141,11 @@ class SamplingPlan:
             raise InvalidInputError(
                 f"plan: cache: {len(self.cache.steps)} entries for {self.steps} timesteps; give one each"
             )
+        if self.cache is not None and self.cache.kind == "features" and self.guidance_interval is not None:
+            raise InvalidInputError(
+                "plan: cache: kind 'features' needs the same rows in every step, and guidance_interval changes them; "
+                "use kind 'forecast', or remove the interval"
+            )
 
     @property
     def steps(self) -> int:
@@ -154,8 +159,10 @@ class SamplingPlan:
 
     @property
     def without_cache(self) -> SamplingPlan:
-        """The plan that evaluates the whole network in every step."""
-        return replace(self, cache=None)
+        """The plan that evaluates the whole network in every step, for which no correction of a cached one holds."""
+        if self.cache is None or self.cache.is_idle:
+            return replace(self, cache=None)
+        return replace(self, cache=None, output_corrections=())
 
     def over(self, timesteps: tuple[float, ...]) -> SamplingPlan:
         """Return the plan with these timesteps; output corrections and step cache are dropped if they change.

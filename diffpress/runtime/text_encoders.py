@@ -22,7 +22,8 @@ SMALL_BYTES = 64 * 2**20  # an engine of that size opens in tenths of a second, 
 class TextEncoders:
     """A bundle's text encoders and tokenizers by name, opened when they are needed."""
 
-    def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine]) -> None:
+    def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine], keep_open: bool = False) -> None:
+        """Read the tokenizers; `keep_open` closes no encoder after use."""
         encoders = bundle.spec.conditioning.encoders
         if not encoders:
             raise InvalidInputError(
@@ -30,7 +31,7 @@ class TextEncoders:
                 "export the whole pipeline's folder, not its denoiser alone"
             )
         self.tokenizers = {e.tokenizer: open_tokenizer(bundle.path / e.tokenizer / "tokenizer.json") for e in encoders}
-        self.encoders = {e.graph: _OnDemand(bundle, open_graph, e.graph) for e in encoders}
+        self.encoders = {e.graph: _OnDemand(bundle, open_graph, e.graph, keep_open) for e in encoders}
 
     def close(self) -> None:
         """Release the engines."""
@@ -41,14 +42,14 @@ class TextEncoders:
 class _OnDemand:
     """A network that is opened for its first run; one larger than the denoiser and SMALL_BYTES is closed after each."""
 
-    def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine], graph: str) -> None:
+    def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine], graph: str, keep_open: bool) -> None:
         self._open = partial(open_graph, graph)
         self._engine: Engine | None = None
         graphs = bundle.manifest["graphs"]
         self.inputs: Mapping[str, np.dtype] = {
             name: np.dtype(entry["dtype"]) for name, entry in graphs[graph]["inputs"].items()
         }
-        self._stays_open = graphs[graph]["bytes"] <= max(graphs["denoiser"]["bytes"], SMALL_BYTES)
+        self._stays_open = keep_open or graphs[graph]["bytes"] <= max(graphs["denoiser"]["bytes"], SMALL_BYTES)
 
     def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not self._stays_open:

@@ -19,6 +19,7 @@ from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
 from diffpress.runtime.engines import ENGINES
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.image_inputs.encode import ENCODER
 from diffpress.runtime.outputs import output_shape
 from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.prompts import open_tokenizer, tokenize
@@ -39,7 +40,7 @@ class Source(NamedTuple):
 
 def parsed_source(text: str) -> Source:
     """Parse [NAME=]PATH[@ENGINE]; what follows the @ is a part of the path if it names no engine."""
-    name, equals, rest = text.partition("=")
+    name, equals, rest = ("", "", text) if Path(text).exists() else text.partition("=")
     if not equals:
         name, rest = "", text
     path, at, engine = rest.rpartition("@")
@@ -81,7 +82,9 @@ class Model:
         self.engine, self.options, self.batch = source.engine, options, batch
         self.created = int((self.bundle.path / MANIFEST).stat().st_mtime)
         self.graph_bytes = sum(
-            _graph_bytes(self.bundle, graph, source.engine) for graph in self.bundle.manifest["graphs"]
+            _graph_bytes(self.bundle, graph, source.engine)
+            for graph in self.bundle.manifest["graphs"]
+            if graph != ENCODER  # a server takes no images to start from
         )
         self.planned = lru_cache(KEPT_PLANS)(partial(planned, self.bundle))
         encoders = self.bundle.spec.conditioning.encoders
@@ -112,7 +115,7 @@ class Model:
         Raises:
             InvalidInputError: As in `Pipeline`.
         """
-        pipeline = Pipeline(self.bundle, self.engine, options=self.options)
+        pipeline = Pipeline(self.bundle, self.engine, options=self.options, keep_open=True)
         spec = pipeline.spec
         try:
             for size in batch_sizes(self.batch):
@@ -164,4 +167,5 @@ def _graph_bytes(bundle: Bundle, graph: str, engine: str | None) -> int:
     """Return the size of a graph with its weights, in the variant for this engine."""
     entry = bundle.manifest["graphs"][graph]
     entry = entry.get("variants", {}).get(engine, entry)
-    return int(entry.get("bytes") or bundle.manifest["files"][entry["file"]]["bytes"])
+    size = int(entry.get("bytes") or bundle.manifest["files"][entry["file"]]["bytes"])
+    return 2 * size if "cached" in entry else size  # the cached graph has a copy of its weights in memory

@@ -16,18 +16,24 @@ import pytest
 import torch
 
 from diffpress.compress.checkpoint import Checkpoint, Source
-from diffpress.compress.config import ExportConfig
+from diffpress.compress.config import EvaluateConfig, ExportConfig
 from diffpress.compress.context import Context
+from diffpress.compress.evaluation.evaluate import paired
 from diffpress.compress.evaluation.metrics import sqnr_db
+from diffpress.compress.evaluation.subject import pipeline_subject
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.compress.pruning.config import PruneDepthConfig
+from diffpress.compress.pruning.prune import prune
 from diffpress.compress.quantization.config import QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.export.bundle import export_bundle
+from diffpress.export.comparison import sample_pairs
 from diffpress.export.denoiser import check_cached_steps
 from diffpress.export.targets.engine_cost import open_engine_costs
+from diffpress.export.verify.reference import parity_case_for
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle, manifest_hash
 from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.engines import available, open_engine
@@ -116,6 +122,36 @@ def test_a_pipeline_follows_the_cache_and_can_switch_it_off(bundle: Bundle) -> N
     assert np.abs(cached - plain).max() > 1e-3
 
 
+def test_a_teacher_without_the_cached_graph_is_compared_under_the_plan_without_cache(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    made = checkpoint()
+    plain = made.evolve(spec=made.spec.with_plan(made.spec.plan.without_cache))
+    teacher = export_bundle(plain, tmp_path / "teacher", ExportConfig(targets=("onnx",), threads=1))
+    with closing(Pipeline(bundle, "onnxruntime")) as ours, closing(Pipeline(teacher, "onnxruntime")) as theirs:
+        pairs = sample_pairs(ours, theirs)
+        config = EvaluateConfig(samples=8, seeds=1, batch=4)
+        scores = paired(pipeline_subject(ours), pipeline_subject(theirs), config, "teacher")
+    assert np.array_equal(pairs.teacher, pairs.same_plan) and not np.array_equal(pairs.teacher, pairs.bundle)
+    assert np.isfinite(scores["psnr_db"])
+
+
+def test_fewer_steps_of_a_parity_check_have_cached_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = checkpoint()
+    monkeypatch.setattr("diffpress.export.verify.reference.is_large", lambda model: True)
+    case = parity_case_for(made.model, made.spec)
+    assert case.spec.plan.cache is not None and set(case.spec.plan.cache.steps) == {"full", "cached"}
+    assert case.spec.plan.cache.cut == CACHE.cut and case.spec.plan.steps < made.spec.plan.steps
+
+
+def test_removing_blocks_drops_the_cache_that_was_measured_with_them(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = checkpoint()
+    smaller = prune(made, PruneDepthConfig(remove=("mid_block.resnets.0",)), Context(0, tmp_path, made))
+    assert smaller.spec.plan == made.spec.plan.without_cache and "step cache" in caplog.text
+
+
 def changed(bundle: Bundle, folder: Path, change: Any) -> Path:
     shutil.copytree(bundle.path, folder)
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -156,7 +192,7 @@ def test_a_cached_graph_that_does_not_match_is_refused(bundle: Bundle, tmp_path:
 )
 def test_export_settings_that_do_not_go_with_cached_steps_are_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidInputError, match=message):
-        check_cached_steps(checkpoint().spec, ExportConfig(**config))
+        check_cached_steps("features", ExportConfig(**config))
 
 
 def test_a_cached_evaluation_is_timed_in_an_engine() -> None:

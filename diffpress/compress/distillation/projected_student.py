@@ -29,6 +29,7 @@ from diffpress.compress.distillation.block_features import (
     dummy_features,
     energy_map,
 )
+from diffpress.compress.models.low_rank_layers import LowRankLayer
 from diffpress.compress.training.losses import Tensors, forward
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -98,16 +99,20 @@ def projected_student(
 def kept_channels(block: str, narrow: int, wide: int, checkpoint: Checkpoint, teacher: Checkpoint) -> np.ndarray | None:
     """Return which of the teacher's `wide` channels a block of the checkpoint writes; None if that is not recorded.
 
-    They are those of the last tensor in the block that has one entry per channel of the output: what its last layer
-    writes is its output, or is added to it.
+    A layer inside the block may write as many other channels, so those of all layers with one entry per channel of the
+    output must agree.
     """
-    modules = dict(checkpoint.model.named_modules())
-    for name, _ in reversed(list(modules[block].named_parameters(prefix=block))):
+    modules, found = dict(checkpoint.model.named_modules()), list[np.ndarray]()
+    for name, _ in modules[block].named_parameters(prefix=block):
         layer, _, own = name.rpartition(".")
         dim = 1 if isinstance(modules[layer], _ConvTransposeNd) and own == "weight" else 0
+        if isinstance(modules[layer.rpartition(".")[0]], LowRankLayer):  # recorded as the whole layer
+            name = f"{layer.rpartition('.')[0]}.{own}"
         kept, kept_by_teacher = (one.kept_indices.get(name, {}).get(dim) for one in (checkpoint, teacher))
         if kept is None or len(kept) != narrow:
             continue
         known = np.arange(wide) if kept_by_teacher is None else kept_by_teacher
-        return np.searchsorted(known, kept) if len(known) == wide and np.isin(kept, known).all() else None
-    return None
+        if len(known) != wide or not np.isin(kept, known).all():
+            return None
+        found.append(np.searchsorted(known, kept))
+    return found[0] if found and all(np.array_equal(found[0], other) for other in found) else None

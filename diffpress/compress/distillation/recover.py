@@ -32,6 +32,7 @@ from diffpress.compress.distillation.student import train_student
 from diffpress.compress.training.loop import Objective
 from diffpress.compress.training.losses import Tensors, add_noise, forward, min_snr_weights, noise_levels_at
 from diffpress.compress.training.teacher_data import data_for
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.parameterization import to_output
 
 
@@ -44,7 +45,9 @@ def recover(checkpoint: Checkpoint, config: RecoverConfig, ctx: Context) -> Chec
     timesteps = torch.tensor(list(candidates)).round().long()
     blocks = compared_blocks(teacher, checkpoint) if config.feature_weight else []
     projected = None
-    if blocks and config.features == "projection":
+    if config.features == "projection":
+        if not blocks:
+            raise InvalidInputError("distill: no block can be compared with the teacher's; set features: energy")
         projected = projected_student(checkpoint, ctx.teacher, blocks, ctx.seed)
 
     def draw(generator: torch.Generator, share: float) -> tuple[torch.Tensor | Tensors, ...]:

@@ -189,10 +189,10 @@ def paired(
 ) -> dict[str, Any]:
     """Return PSNR and SSIM between the images of two subjects from the same noise and conditioning.
 
-    Both are sampled under `subject`'s plan, whose output corrections belong to its network alone.
+    Both are sampled under `subject`'s plan, whose output corrections and step cache belong to its network alone.
     """
     spec, seeds = subject.spec, np.arange(config.samples)
-    plain = other.with_spec(other.spec.with_plan(spec.plan.without_corrections))
+    plain = other.with_spec(other.spec.with_plan(spec.plan.without_corrections.without_cache))
     ours, theirs = (
         np.concatenate(list(_images(one, seeds, one.conditions(config.samples), config.batch)))
         for one in (subject, plain)

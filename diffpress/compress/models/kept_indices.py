@@ -91,13 +91,18 @@ def cut_buffers_(model: nn.Module, record: Any) -> None:
 
     A freshly built model computes them for its unpruned widths. What does not match is left to `kept_from_json`.
     """
-    for name, module, own in _unsaved_buffers(model):
+    tables = _unsaved_buffers(model)
+    cut: dict[int, torch.Tensor] = {}  # several modules may hold one table, which is recorded under one name
+    for name, module, own in tables:
         dims = record.get(name) if isinstance(record, Mapping) else None
+        table = module.get_buffer(own)
         for dim, text in dims.items() if isinstance(dims, Mapping) else ():
-            table = module.get_buffer(own)
-            indices = _indices(text) if str(dim).isdecimal() and int(dim) < table.ndim else None
-            if indices is not None and indices[-1] < table.shape[int(dim)]:
-                module._buffers[own] = table.index_select(int(dim), torch.from_numpy(indices).to(table.device))
+            now = cut.get(id(table), table)
+            indices = _indices(text) if str(dim).isdecimal() and int(dim) < now.ndim else None
+            if indices is not None and indices[-1] < now.shape[int(dim)]:
+                cut[id(table)] = now.index_select(int(dim), torch.from_numpy(indices).to(now.device))
+    for _, module, own in tables:
+        module._buffers[own] = cut.get(id(module._buffers[own]), module._buffers[own])
 
 
 def kept_of_unsaved(kept: KeptIndices, model: nn.Module) -> dict[str, dict[str, str]]:

@@ -15,7 +15,8 @@ from torch import nn
 
 from diffpress.compress.models.adapter import adapter_for, cut_of, dummy_inputs
 from diffpress.compress.models.fast_path import without_fast_path
-from diffpress.compress.models.feature_cuts import split_forward
+from diffpress.compress.models.feature_cuts import Cut, split_forward
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
 
 
@@ -40,7 +41,7 @@ class TorchNetwork:
         }
 
         cache = spec.plan.cache
-        self._cut = (cache.cut if cache is not None else "") if cut is None else cut
+        self._cut = cache.cut if cut is None and cache is not None else cut
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Evaluate the network on inputs by name; returns float32 [B, ...]."""
@@ -48,15 +49,21 @@ class TorchNetwork:
 
     def run_full(self, inputs: dict[str, np.ndarray]) -> tuple[np.ndarray, list[np.ndarray]]:
         """Evaluate the network; returns its output and its features (compress/models/feature_cuts.py)."""
-        cut = cut_of(self._model, self._cut)
+        cut = self._split_at()
         out, *features = self._evaluate(inputs, lambda feed: split_forward(self._model, self._forward, cut, feed))
         return out, features
 
     def run_cached(self, inputs: dict[str, np.ndarray], features: list[np.ndarray]) -> np.ndarray:
         """Evaluate the network with features of an earlier evaluation; returns its output."""
-        cut = cut_of(self._model, self._cut)
+        cut = self._split_at()
         held = [torch.from_numpy(array).to(self._device) for array in features]
         return self._evaluate(inputs, lambda feed: split_forward(self._model, self._forward, cut, feed, held))[0]
+
+    def _split_at(self) -> Cut:
+        """Return the cut; InvalidInputError if neither the plan nor the caller named one."""
+        if self._cut is None:
+            raise InvalidInputError("the network was opened for a plan without features; sample without the cache")
+        return cut_of(self._model, self._cut)
 
     def _evaluate(
         self, inputs: dict[str, np.ndarray], evaluate: Callable[[dict[str, torch.Tensor]], tuple[torch.Tensor, ...]]

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from diffpress.compress.models.feature_cuts import Cut
+from diffpress.compress.models.removed_blocks import RemovedBlock
 
 
 def blocks(model: Any) -> list[str]:
@@ -22,7 +23,12 @@ def outer_cuts(names: list[str], arguments: tuple[str, ...] = ("hidden_states",)
 
 def cache_cuts(model: Any) -> dict[str, Cut]:
     """Return the cuts of a transformer of one stream, see `outer_cuts`."""
-    return outer_cuts(blocks(model))
+    return outer_cuts(present_blocks(model, blocks(model)))
+
+
+def present_blocks(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the blocks that were not removed."""
+    return [name for name in names if not isinstance(model.get_submodule(name), RemovedBlock)]
 
 
 def layers_named(model: nn.Module, *, outside: tuple[str, ...], inside: tuple[str, ...] = ()) -> list[str]:

@@ -117,7 +117,7 @@ class PruneConfig(StageConfig):
 class RecoverabilityConfig(Config):
     """Search for the blocks without which the network recovers best (pruning/recoverability.py)."""
 
-    steps: int = Field(300, ge=1, description="Training steps.")
+    steps: int = Field(300, ge=3, description="Training steps; the blocks are learned in the last two thirds.")
     batch: int = Field(8, ge=1, description="Samples per step in each process; four networks are trained on each.")
     learning_rate: float = Field(1e-3, gt=0.0, description="Peak learning rate of the low-rank updates.")
     rank: int = Field(8, ge=1, description="Rank of the updates that simulate the later training.")

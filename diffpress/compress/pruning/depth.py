@@ -61,8 +61,16 @@ def prune_depth(checkpoint: Checkpoint, config: PruneDepthConfig, ctx: Context) 
     names = ctx.notes["removed_blocks"] = [block.name for block in chosen]
     logger.info(f"prune: removed {', '.join(names)}")
     present = dict(model.named_modules())
+    plan = checkpoint.spec.plan
+    if plan.cache is not None and plan.cache.kind == "features":
+        logger.warning(
+            "prune: the step cache was measured with the blocks that are removed now, and is left out; schedule it "
+            "after pruning"
+        )
+        plan = plan.without_cache
     return checkpoint.evolve(
         model=model,
+        spec=checkpoint.spec.with_plan(plan),
         kept_indices=without_removed(checkpoint.kept_indices, model),
         sparse_layers=tuple(name for name in checkpoint.sparse_layers if name in present),
     )

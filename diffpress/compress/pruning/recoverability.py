@@ -152,6 +152,7 @@ def _search(
         ctx.work,
         "search for blocks",
         precision=search.precision,
+        logs=ctx.logs,
         partial=True,  # a layer that this network does not use has no gradient
     )
     searched: Any = train(_Searched(model, removable, goal, search, ctx.seed), Objective(draw, loss), run)

@@ -106,7 +106,7 @@ def _components(bundle: Bundle, baseline: Bundle) -> dict[str, dict[str, Any]]:
             **{key: value for key, value in notes.get(name, {}).items() if key.endswith("_db")},
         }
         for name, entry in bundle.manifest["graphs"].items()
-        if name != "denoiser"
+        if name != "denoiser" and name in before  # an encoder may be in one of them alone
     }
 
 

@@ -34,7 +34,9 @@ class StepCacheConfig(Config):
     cut: str | None = Field(
         None, description="Where kind features splits the network, a name of its family; None takes the outermost one."
     )
-    engine: str = Field("onnxruntime", description="Engine that kind features is timed in.")
+    engine: Literal["onnxruntime", "openvino"] = Field(
+        "onnxruntime", description="Engine that kind features is timed in."
+    )
     samples: int = Field(32, ge=2, description="Number of trajectories the search uses.")
     batch: int = Field(32, ge=1, description="Samples per batch of the search.")
     refine: int = Field(1, ge=0, description="Rounds of moving single evaluations to a neighboring step.")

@@ -11,9 +11,6 @@ A cached step takes a fraction of a full one, which is measured in an engine; a 
 a cache is the same solver with as many steps as take the same time. If its samples are as near to those of the whole
 plan, nothing is gained, and the plan stays without a cache.
 
-On the built-in teacher (dpmpp_2m, 20 steps, 8 trajectories) 11 full steps of order 2 gave -33.1 dB, 11 steps without a
-cache -20.4 dB.
-
 If the timesteps are searched as well, they are searched first, for the whole number of steps, and the pattern on them:
 the patterns of every other set of timesteps would need trajectories of their own.
 """
@@ -122,7 +119,7 @@ def choose_step_cache(
     best = min(found, key=lambda one: one.loss_db if config.speedup is not None else one.time)
     chosen = best.plan.cache
     assert chosen is not None
-    rival_steps = max(1, math.floor(best.time + 1e-9))
+    rival_steps = max(1, math.ceil(best.time - 1e-9))  # never less time than the cache has
     other = loss_db(rival(rival_steps))
     notes |= {"loss_db": round(best.loss_db, 2), "rival_loss_db": round(other, 2), **chosen.counts, "kind": chosen.kind}
     notes |= {"order": chosen.order, "cut": chosen.cut, "compared": _losses(found)}

@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from pathlib import Path
 
+from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import write_text
+
+logger = logging.getLogger(__name__)
 
 LOSSES = "losses.csv"
 COLUMNS = ("step", "loss")
@@ -36,7 +40,10 @@ class LossLog:
         csv.writer(text, lineterminator="\n").writerows(
             [COLUMNS, *((step, f"{loss:.6g}") for step, loss in self._rows)]
         )
-        write_text(self._file, text.getvalue())
+        try:
+            write_text(self._file, text.getvalue())
+        except InvalidInputError as error:  # a lost log is no reason to stop a training
+            logger.warning(f"the losses are not logged: {error}")
 
 
 def read_losses(file: Path) -> list[tuple[int, float]]:

@@ -104,5 +104,6 @@ def min_snr_weights(spec: DenoiserSpec, t: torch.Tensor, gamma: float) -> torch.
         return ((alpha / sigma) ** 2).clamp_max(gamma)
     if spec.prediction == "epsilon":
         return (gamma * (sigma / alpha) ** 2).clamp_max(1.0)
-    norm = alpha**2 + sigma**2 if spec.prediction == "v" else (alpha + sigma) ** 2
-    return torch.minimum(alpha**2, gamma * sigma**2) / norm
+    # x_0 = (alpha x - sigma out) / (alpha^2 + sigma^2) of v, and (x - sigma out) / (alpha + sigma) of flow
+    norm = alpha**2 + sigma**2 if spec.prediction == "v" else alpha + sigma
+    return torch.minimum(alpha**2, gamma * sigma**2) / norm**2

@@ -18,6 +18,7 @@ from diffpress.compress.models.adapter import small_spec
 from diffpress.compress.models.counts import is_large
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.compress.quantization.quantizers import fake_quantized
+from diffpress.runtime.caching.step_cache import CACHED, FULL
 from diffpress.runtime.network_inputs import Network, dummy_conditioning
 from diffpress.runtime.sampler import Step, generate, generate_batches
 from diffpress.runtime.spec import DenoiserSpec
@@ -73,7 +74,10 @@ def parity_case_for(model: nn.Module, spec: DenoiserSpec, fixed_size: bool = Fal
     if not fixed_size:
         spec = small_spec(model, spec)
     stride = -(-spec.plan.steps // LATENT_STEPS)
-    plan = spec.plan.over(spec.plan.timesteps[::stride])
+    plan, cache = spec.plan.over(spec.plan.timesteps[::stride]), spec.plan.cache
+    if cache is not None and cache.kind == "features" and plan.cache is None:
+        # the graph of the cached steps is run as well
+        plan = replace(plan, cache=replace(cache, steps=((FULL, CACHED) * plan.steps)[: plan.steps]))
     return ParityCase(spec.with_plan(plan), LATENT_SAMPLES, LATENT_WITHIN_DB)
 
 

@@ -18,6 +18,7 @@ from diffpress.runtime.io.json_fields import check_fields, convert_errors
 
 FULL, FORECAST, CACHED = "full", "forecast", "cached"
 KINDS = {"forecast": (FULL, FORECAST), "features": (FULL, CACHED)}  # kind -> what its steps may evaluate
+LETTERS = {FULL: "F", FORECAST: "-", CACHED: "c"}  # of records
 MAX_ORDER = 2
 
 

@@ -33,7 +33,13 @@ from diffpress.runtime.engines.options import EngineOptions, check_options
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport
 from diffpress.runtime.engines.split import SplitEngine
 from diffpress.runtime.engines.tensorrt import engine as tensorrt_engine
-from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError, MissingDependencyError, unknown_name
+from diffpress.runtime.errors import (
+    DiffpressError,
+    EngineUnavailableError,
+    InvalidInputError,
+    MissingDependencyError,
+    unknown_name,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -191,9 +197,11 @@ def _with_cached_graph(bundle: Bundle, engine: Engine, threads: int | None, opti
     try:
         cached = load_engine(without_links(bundle, path), engine.name, threads, options=options)
         split: Engine = SplitEngine(engine, cached, features)
-    except InvalidInputError as error:
+    except DiffpressError as error:
         engine.close()
-        raise InvalidInputError(f"{path}: {error}") from error
+        if isinstance(error, InvalidInputError):
+            raise InvalidInputError(f"{path}: {error}") from error
+        raise
     return split
 
 

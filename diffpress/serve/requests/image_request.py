@@ -32,7 +32,7 @@ FIELDS = (
     MODEL,
     *("prompt", "negative_prompt", "labels", "conditioning"),
     *("n", "seed", "seeds"),
-    *("steps", "solver", "spacing", "guidance", "plan", "height", "width"),
+    *("steps", "solver", "spacing", "guidance", "plan", "step_cache", "height", "width"),
     *("format", "stream", "previews", "deadline_ms"),
 )
 RANDOM_SEEDS = 2**32  # of requests without a seed: numbers that every JSON reader keeps exactly
@@ -154,6 +154,7 @@ def _planned(body: fields.Body, model: Model, limits: Limits) -> tuple[DenoiserS
         fields.number(body, "guidance", -limits.guidance, limits.guidance),
         None if height is None or width is None else (height, width),
         json.dumps(entries, sort_keys=True) if entries else "",
+        body.get("step_cache") is None or fields.flag(body, "step_cache"),
     )
 
 

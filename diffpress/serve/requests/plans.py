@@ -17,10 +17,10 @@ import numpy as np
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
-from diffpress.runtime.image_size import has_fixed_size, resized
+from diffpress.runtime.image_size import sized
 from diffpress.runtime.io.json_fields import convert_errors, floats
 from diffpress.runtime.network_inputs import dummy_conditioning, network_conditioning
-from diffpress.runtime.requested_plan import requested_spec
+from diffpress.runtime.requested_plan import requested_spec, warn_of_lost_cache
 from diffpress.runtime.sampler import evaluated_levels
 from diffpress.runtime.sampling_plan import SamplingPlan, plan_from_json
 from diffpress.runtime.solvers import get_solver
@@ -64,6 +64,7 @@ def planned(
     guidance: float | None,
     size: tuple[int, int] | None,
     plan: str,
+    step_cache: bool = True,
 ) -> Planned:
     """Return the bundle's spec with the requested size and plan.
 
@@ -75,17 +76,15 @@ def planned(
         guidance: See `steps`.
         size: Height and width in pixels.
         plan: Other entries of the plan as a JSON object (`PLAN_ENTRIES`), '' for none.
+        step_cache: As in `Pipeline`.
 
     Raises:
         InvalidInputError: The model cannot be sampled like this.
     """
-    spec = bundle.spec
-    if size is not None:
-        spec = resized(spec, size, has_fixed_size(bundle))
     with _collected_warnings() as warnings:
-        spec = requested_spec(spec, steps, solver, spacing, guidance)
-    if plan:
-        spec = _with_entries(spec, json.loads(plan), steps is not None or spacing is not None)
+        spec = requested_spec(sized(bundle, size), steps, solver, spacing, guidance, step_cache=step_cache)
+        if plan:
+            spec = _with_entries(spec, json.loads(plan), steps is not None or spacing is not None)
     if bundle.spec.plan.output_corrections and not spec.plan.output_corrections:
         warnings.append("the bundle's output corrections do not fit this plan and are left out")
     _check(spec)
@@ -105,6 +104,7 @@ def _with_entries(spec: DenoiserSpec, entries: dict[str, Any], is_spaced: bool) 
     with convert_errors("plan"):
         if "timesteps" in entries:
             base = base.over(floats(entries["timesteps"]))
+            warn_of_lost_cache(spec, base)
             if spec.takes_integers and any(t % 1.0 for t in base.timesteps):
                 raise InvalidInputError("plan.timesteps: this network takes integer timesteps")
     plan: SamplingPlan = plan_from_json({**base.to_json(), **entries})

@@ -143,7 +143,7 @@ def _routes(service: Service) -> list[Route]:
         return HTMLResponse(html, headers={"content-security-policy": policy})
 
     async def needs_images(request: Request) -> Response:
-        raise RequestError(404, "not_supported", "bundles take no input images; use POST /v1/images/generations")
+        raise RequestError(404, "not_supported", "this server takes no input images; use 'diffpress sample --image'")
 
     async def sampling(request: Request) -> Response:
         return await sample(service, request)

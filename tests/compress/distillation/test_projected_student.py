@@ -285,7 +285,7 @@ def test_previews_are_samples_of_the_student(
     unet: Checkpoint, pruned: Checkpoint, context: Callable[..., Context], tmp_path: Path
 ) -> None:
     distill(pruned, config(steps=2, preview_every=1), replace(context(unet), logs=tmp_path / "logs"))
-    assert sorted(path.name for path in (tmp_path / "logs").iterdir()) == ["step-000001.png", "step-000002.png"]
+    assert sorted(path.name for path in (tmp_path / "logs").glob("*.png")) == ["step-000001.png", "step-000002.png"]
 
 
 def test_a_projection_without_weight_is_refused() -> None:

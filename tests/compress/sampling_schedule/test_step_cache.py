@@ -215,7 +215,8 @@ def test_cached_steps_take_part_of_the_time_of_full_ones() -> None:
     found, notes = choose_step_cache(Halves(), spec, settings, UNCONDITIONAL, rival, cut="up_blocks.1", cached_cost=0.4)
     # full + 0.4 (12 - full) <= 12 / 1.5
     assert found is not None and found.counts == {"full": 5, "cached": 7} and found.cut == "up_blocks.1"
-    assert asked == [7] and notes["cached_cost"] == 0.4 and notes["loss_db"] < notes["rival_loss_db"]
+    # 5 + 7 x 0.4 = 7.8 evaluations
+    assert asked == [8] and notes["cached_cost"] == 0.4 and notes["loss_db"] < notes["rival_loss_db"]
 
 
 def test_auto_takes_the_kind_of_smaller_error_at_equal_time() -> None:

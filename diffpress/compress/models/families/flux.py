@@ -15,7 +15,7 @@ from diffpress.compress.models import diffusers_blocks, removable_blocks
 from diffpress.compress.models.description import Description, check_task, text, text_encoder
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.models.feature_cuts import STREAMS, Cut
-from diffpress.compress.models.transformer import layers_named, outer_cuts
+from diffpress.compress.models.transformer import layers_named, outer_cuts, present_blocks
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import MASKED_IMAGE, TextInput
 
@@ -101,7 +101,7 @@ def blocks(model: Any) -> list[str]:
 
 def cache_cuts(model: Any) -> dict[str, Cut]:
     """Return the cuts of both streams, see `outer_cuts`."""
-    return outer_cuts(blocks(model), STREAMS)
+    return outer_cuts(present_blocks(model, blocks(model)), STREAMS)
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:

@@ -76,7 +76,7 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def cache_cuts(model: Any) -> dict[str, Cut]:
     """Return the cuts of both streams, see `outer_cuts`."""
-    return outer_cuts(transformer.blocks(model), STREAMS)
+    return outer_cuts(transformer.present_blocks(model, transformer.blocks(model)), STREAMS)
 
 
 def sensitive_layers(model: nn.Module) -> list[str]:

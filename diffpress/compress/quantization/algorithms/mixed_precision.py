@@ -219,7 +219,8 @@ def _frechet(
     """Return a function: scales -> Fréchet distance as a ratio to the float model's, from the same noise."""
     if bounds.max_frechet_ratio is None:
         return None
-    spec = checkpoint.spec
+    # an engine here has no cached graph, and the ratio compares two networks under one plan
+    spec = checkpoint.spec.with_plan(checkpoint.spec.plan.without_cache)
     features = load_features(FEATURES, spec)
     reference = load_reference(REFERENCE, features, spec)
 

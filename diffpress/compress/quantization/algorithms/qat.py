@@ -66,6 +66,7 @@ def qat(quantized: Checkpoint, dataset: TrajectoryDataset, config: QATConfig, ba
         ctx.work,
         "qat",
         accumulate=config.accumulate,
+        logs=ctx.logs,
         sparse_layers=quantized.sparse_layers,
     )
     scaling = weight_scalings(student, scales)
