@@ -81,7 +81,7 @@ def test_only_few_step_kinds_fix_the_network_and_its_plan(kind: str) -> None:
     for stage in later:
         if KINDS[kind].few_step:
             with pytest.raises(
-                InvalidInputError, match=rf"{stage.name} cannot come after distill: {{kind: {kind}}}, wh"
+                InvalidInputError, match=rf"{stage.name}.* cannot come after distill: {{kind: {kind}}}, wh"
             ):
                 check_order([*distilled, stage], "r")
         else:
@@ -94,7 +94,7 @@ def test_a_rule_can_be_for_one_kind_only(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setitem(stages.STAGES, "distill", replace(STAGES["distill"], ordering=(rule,)))
     before = Stage("schedule", dp.Schedule())
     check_order([before, Stage("distill", dp.Consistency())], "r")
-    with pytest.raises(InvalidInputError, match="distill cannot come after schedule: it needs its own plan"):
+    with pytest.raises(InvalidInputError, match=r"score\} cannot come after schedule: it needs its own plan"):
         check_order([before, Stage("distill", dp.Score())], "r")
 
 

@@ -122,7 +122,7 @@ def test_the_official_client_gets_images(tiny: Path, serve: Callable[..., Server
             np.testing.assert_array_equal(np.asarray(shown), np.asarray(pil))
         with pytest.raises(openai.BadRequestError, match="images are not stored here"):
             client.images.generate(prompt="", response_format="url")
-        with pytest.raises(openai.NotFoundError, match="take no input images"):
+        with pytest.raises(openai.NotFoundError, match="takes no input images"):
             client.images.edit(image=b"x", prompt="")
         with pytest.raises(openai.NotFoundError, match="did you mean 'small'"):
             client.images.generate(model="smal", prompt="")
@@ -221,7 +221,7 @@ def test_a_missing_extra_is_named(
         (["TINY", "--max-batch", "0"], "must be at least 1"),
         (["TINY", "--max-wait-ms", "nan"], "must be at least 1, the time 0 to 60000"),
         (["TINY", "--max-steps", "0"], "limit of steps 0: must be above 0"),
-        (["TINY", "--memory-budget-mib", "-1"], "--memory-budget-mib -1: must be above 0"),
+        (["TINY", "--memory-budget-mib", "-1"], "--memory-budget-mib -1: must be a number above 0"),
         (["TINY", "--memory-budget-mib", "0.001"], "more than the memory budget"),
         (["TINY", "--drain-seconds", "-1"], "--drain-seconds -1.0: must not be negative"),
         (["TINY", "--api-key-file", "nowhere"], "--api-key-file nowhere: not readable"),

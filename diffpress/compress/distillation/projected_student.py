@@ -33,6 +33,8 @@ from diffpress.compress.models.low_rank_layers import LowRankLayer
 from diffpress.compress.training.losses import Tensors, forward
 from diffpress.runtime.spec import DenoiserSpec
 
+CHECKED_CHANNELS = 2
+
 
 class ProjectedStudent(nn.Module):
     """A student, and the projections of the blocks whose widths differ from the teacher's.
@@ -86,7 +88,7 @@ def projected_student(
     for name in (name for name in blocks if name in ours and name in theirs):
         check_comparable(name, energy_map(ours[name]), energy_map(theirs[name]))
         narrow, wide = (features[name].shape[channel_axis(features[name])] for features in (ours, theirs))
-        kept = None if narrow == wide else kept_channels(name, narrow, wide, checkpoint, teacher)
+        kept = None if narrow == wide else kept_channels(name, ours[name], wide, checkpoint, teacher)
         if narrow == wide:
             projections[name] = None
         elif kept is None:
@@ -96,23 +98,40 @@ def projected_student(
     return ProjectedStudent(checkpoint.clone_model(), checkpoint.spec, projections)
 
 
-def kept_channels(block: str, narrow: int, wide: int, checkpoint: Checkpoint, teacher: Checkpoint) -> np.ndarray | None:
-    """Return which of the teacher's `wide` channels a block of the checkpoint writes; None if that is not recorded.
+def kept_channels(
+    block: str, feature: torch.Tensor, wide: int, checkpoint: Checkpoint, teacher: Checkpoint
+) -> np.ndarray | None:
+    """Return which of the teacher's `wide` channels the `feature` of a block has; None if that is not recorded.
 
-    A layer inside the block may write as many other channels, so those of all layers with one entry per channel of the
-    output must agree.
+    They are those of a layer that writes the output, or adds to it: its entry for a channel changes this channel of the
+    output and no other. `feature` is that of `dummy_features`.
     """
-    modules, found = dict(checkpoint.model.named_modules()), list[np.ndarray]()
-    for name, _ in modules[block].named_parameters(prefix=block):
+    modules, narrow = dict(checkpoint.model.named_modules()), feature.shape[channel_axis(feature)]
+    for name, parameter in reversed(list(modules[block].named_parameters(prefix=block))):
         layer, _, own = name.rpartition(".")
         dim = 1 if isinstance(modules[layer], _ConvTransposeNd) and own == "weight" else 0
-        if isinstance(modules[layer.rpartition(".")[0]], LowRankLayer):  # recorded as the whole layer
-            name = f"{layer.rpartition('.')[0]}.{own}"
-        kept, kept_by_teacher = (one.kept_indices.get(name, {}).get(dim) for one in (checkpoint, teacher))
-        if kept is None or len(kept) != narrow:
+        outer = layer.rpartition(".")[0]
+        recorded = f"{outer}.{own}" if isinstance(modules.get(outer), LowRankLayer) else name  # as the whole layer
+        kept, kept_by_teacher = (one.kept_indices.get(recorded, {}).get(dim) for one in (checkpoint, teacher))
+        if kept is None or len(kept) != narrow or not _writes(parameter, dim, block, feature, checkpoint):
             continue
         known = np.arange(wide) if kept_by_teacher is None else kept_by_teacher
-        if len(known) != wide or not np.isin(kept, known).all():
-            return None
-        found.append(np.searchsorted(known, kept))
-    return found[0] if found and all(np.array_equal(found[0], other) for other in found) else None
+        return np.searchsorted(known, kept) if len(known) == wide and np.isin(kept, known).all() else None
+    return None
+
+
+def _writes(parameter: nn.Parameter, dim: int, block: str, feature: torch.Tensor, checkpoint: Checkpoint) -> bool:
+    """Return whether the first entries of a parameter along `dim` change their channel of the block's output alone."""
+    axis, changes = channel_axis(feature), False
+    for channel in range(min(CHECKED_CHANNELS, feature.shape[axis])):
+        entry = parameter.data.select(dim, channel)
+        before = entry.clone()
+        entry.mul_(1.5).add_(0.1)
+        after = dummy_features(checkpoint.model, checkpoint.spec, [block])[block]
+        entry.copy_(before)
+        changed = (after != feature).movedim(axis, 0).flatten(1).any(1)
+        changes |= bool(changed[channel])
+        changed[channel] = False
+        if changed.any():
+            return False
+    return changes

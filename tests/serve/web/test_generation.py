@@ -185,4 +185,4 @@ def points_bundle(folder: Path) -> Path:
 @pytest.mark.parametrize("path", ["/v1/images/edits", "/v1/images/variations"])
 def test_routes_that_need_an_image_are_refused_with_the_reason(client: TestClient, path: str) -> None:
     response = client.post(path, files={"image": b"x"})
-    assert response.status_code == 404 and "take no input images" in response.json()["error"]["message"]
+    assert response.status_code == 404 and "takes no input images" in response.json()["error"]["message"]
