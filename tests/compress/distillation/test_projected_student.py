@@ -209,7 +209,9 @@ def test_a_family_is_trained_with_features_of_all_its_channels(
     kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), steps=2)
-    small = prune(teacher, PruneConfig(method="magnitude", ratio=0.25, round_to=4), Context(0, tmp_path, teacher))
+    narrower = PruneConfig(method="magnitude", ratio=0.25, round_to=4, residual=True)
+    small = prune(teacher, narrower, Context(0, tmp_path, teacher))
+    assert projected_student(small, teacher, blocks_of(small), 0).projections  # the streams differ in width
     settings = config(steps=1, warmup=1, batch=2, samples=2)
     trained = distill(small, settings, Context(0, tmp_path / "work", teacher, shared=tmp_path))
     states = (trained.model.state_dict(), small.model.state_dict())
