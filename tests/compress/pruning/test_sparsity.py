@@ -193,12 +193,12 @@ def test_a_sparse_checkpoint_reloads_and_loses_the_layers_of_a_removed_block(
 
 def test_width_cannot_be_pruned_after_sparsity(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("stages:\n  - prune: {kind: sparsity}\n  - prune: {ratio: 0.3}\n")
-    with pytest.raises(InvalidInputError, match=r"prune cannot come after prune: \{kind: sparsity\}: removing"):
+    with pytest.raises(InvalidInputError, match=r"cannot come after prune: \{kind: sparsity\}: removing"):
         Recipe.load(tmp_path / "r.yaml")
 
 
 def test_a_loaded_sparse_checkpoint_is_not_pruned_in_width(sparse: Checkpoint, tmp_path: Path) -> None:
-    with pytest.raises(InvalidInputError, match=r"prune cannot come after prune: \{kind: sparsity\}"):
+    with pytest.raises(InvalidInputError, match=r"cannot come after prune: \{kind: sparsity\}"):
         dp.compress(sparse, [dp.Prune(method="magnitude", ratio=0.3)], out=tmp_path / "work")
 
 
