@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any
 
 from diffpress.compress.builtin import TEACHER, built_in_recipes, recipe_file
-from diffpress.runtime.engines.cache import Cache
+from diffpress.runtime.engines.cache import Cache, cache_folder
 from diffpress.runtime.engines.onnxruntime.providers import PROVIDERS
 from diffpress.runtime.engines.options import PRECISIONS, EngineOptions
 from diffpress.runtime.errors import InvalidInputError
@@ -116,3 +116,17 @@ def parsed_size(text: str) -> tuple[int, int]:
     if match is None:
         raise InvalidInputError(f"--size {text}: give height and width in pixels, as in 512x768")
     return int(match[1]), int(match[2])
+
+
+def add_cache_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --no-cache."""
+    parser.add_argument(
+        "--no-cache",
+        action="store_true",
+        help=f"do not cache compiled graphs (default: in {cache_folder()}, or in DIFFPRESS_CACHE)",
+    )
+
+
+def compiled_cache(args: argparse.Namespace) -> Cache | None:
+    """Return where compiled graphs are cached; None with --no-cache."""
+    return None if args.no_cache else Cache(cache_folder())

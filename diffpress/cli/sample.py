@@ -8,11 +8,18 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options, parsed_size, utf8_text
+from diffpress.cli.arguments import (
+    add_cache_argument,
+    add_engine_arguments,
+    chosen_engine,
+    compiled_cache,
+    engine_options,
+    parsed_size,
+    utf8_text,
+)
 from diffpress.cli.progress_bar import is_shown, progress_bar
 from diffpress.runtime.call_arguments import RequestArguments, check_request
 from diffpress.runtime.engines import ENGINES
-from diffpress.runtime.engines.cache import Cache, cache_folder
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.solvers import SOLVERS
 
@@ -88,11 +95,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="images sampled together (8)")
     add_engine_arguments(parser)
-    parser.add_argument(
-        "--no-cache",
-        action="store_true",
-        help=f"do not cache compiled graphs (default: in {cache_folder()}, or in DIFFPRESS_CACHE)",
-    )
+    add_cache_argument(parser)
 
 
 def add_image_arguments(parser: argparse.ArgumentParser) -> None:
@@ -122,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     for flag, value in (("-n", args.number), ("--batch", args.batch)):
         if value is not None and value < 1:
             raise InvalidInputError(f"{flag} {value}: must be at least 1")
-    options = engine_options(args, None if args.no_cache else Cache(cache_folder()))
+    options = engine_options(args, compiled_cache(args))
     image = read_image_request(args.image, args.mask, args.strength, args.overlay, prefix="--")
     bundle = load_bundle(args.bundle)
     spec, first = _requested_spec(bundle, args, image)

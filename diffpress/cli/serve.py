@@ -6,9 +6,14 @@ import argparse
 import math
 from pathlib import Path
 
-from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options
+from diffpress.cli.arguments import (
+    add_cache_argument,
+    add_engine_arguments,
+    chosen_engine,
+    compiled_cache,
+    engine_options,
+)
 from diffpress.runtime.engines import ENGINES
-from diffpress.runtime.engines.cache import Cache, cache_folder
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.serve.settings import API_KEY_VARIABLE, Access, Batching, Limits, access_for
 
@@ -98,11 +103,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-prompts", action="store_true", help="log prompts; they are not logged otherwise")
     parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
     add_engine_arguments(parser)
-    parser.add_argument(
-        "--no-cache",
-        action="store_true",
-        help=f"do not cache compiled graphs (default: in {cache_folder()}, or in DIFFPRESS_CACHE)",
-    )
+    add_cache_argument(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
     if not args.drain_seconds >= 0:
         raise InvalidInputError(f"--drain-seconds {args.drain_seconds}: must not be negative")
     sources = [parsed_source(text) for text in args.bundles]
-    options = engine_options(args, None if args.no_cache else Cache(cache_folder()))
+    options = engine_options(args, compiled_cache(args))
     engine = chosen_engine(args)
     models = [Model(source._replace(engine=source.engine or engine), options, args.max_batch) for source in sources]
     with json_logs(args.log_prompts):

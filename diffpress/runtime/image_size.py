@@ -7,7 +7,7 @@ from dataclasses import replace
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.image_inputs.encode import check_image
-from diffpress.runtime.image_inputs.request import ImageRequest
+from diffpress.runtime.image_inputs.request import ImageRequest, size_text
 from diffpress.runtime.requested_plan import warn_of_lost_cache
 from diffpress.runtime.spaced_timesteps import reshifted
 from diffpress.runtime.spec import DenoiserSpec
@@ -22,11 +22,13 @@ def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> D
     if size == spec.image_size:
         return spec
     if fixed:
-        raise InvalidInputError(f"size {_by(size)}: this bundle's graph makes {_by(spec.image_size)} images only")
-    if min(size) < unit or size[0] % unit or size[1] % unit:
-        near = _by(tuple(max(unit, round(side / unit) * unit) for side in size))
         raise InvalidInputError(
-            f"size {_by(size)}: sides must be multiples of {unit} for this model; the nearest is {near}"
+            f"size {size_text(size)}: this bundle's graph makes {size_text(spec.image_size)} images only"
+        )
+    if min(size) < unit or size[0] % unit or size[1] % unit:
+        near = size_text(tuple(max(unit, round(side / unit) * unit) for side in size))
+        raise InvalidInputError(
+            f"size {size_text(size)}: sides must be multiples of {unit} for this model; the nearest is {near}"
         )
     shape = (spec.sample_shape[0], size[0] // factor, size[1] // factor)
     own, *others = (
@@ -47,7 +49,8 @@ def sized(bundle: Bundle, size: tuple[int, int] | None, image: ImageRequest | No
     check_image(image, bundle)
     if image is not None and size is not None and tuple(size) != image.size:
         raise InvalidInputError(
-            f"{image.prefix}image: is {_by(image.size)}, but size is {_by(size)} (height x width); resize the image"
+            f"{image.prefix}image: is {size_text(image.size)}, but size is {size_text(size)} (height x width); "
+            "resize the image"
         )
     wanted = size if image is None else image.size
     if wanted is None:
@@ -64,7 +67,3 @@ def has_fixed_size(bundle: Bundle) -> bool:
     """Return whether the denoiser's graph was made for one height and width, or does not say for which."""
     sample = bundle.manifest["graphs"]["denoiser"].get("inputs", {}).get("sample", {})
     return all(isinstance(side, int) for side in sample.get("shape", ())[2:])
-
-
-def _by(size: tuple[int, ...]) -> str:
-    return "x".join(str(side) for side in size)

@@ -17,6 +17,7 @@ from diffpress.compress.report import plots
 from diffpress.compress.report.facts import collect
 from diffpress.compress.report.figures import bundle_rows
 from diffpress.compress.report.page import comparison_page
+from diffpress.compress.report.summary import aligned
 from diffpress.compress.report.tradeoff import tradeoff_of
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import write_json, write_text
@@ -67,13 +68,7 @@ def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     keys = ("run", "mib", "image_ms", "faster", "frechet", "integer", "gates")
     titles = {key: title for title, key in COLUMNS.items()}
     lines = [[titles[key] for key in keys], *([str(row[key]) for key in keys] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join(
-        "  ".join(
-            c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
+    return "\n".join(row.rstrip() for row in aligned(lines))
 
 
 def _row(number: int, name: str, facts: dict[str, Any]) -> dict[str, Any]:

@@ -33,11 +33,16 @@ def _fitting(figures: Sequence[Figure], lines: int) -> list[Figure]:
     return [figure for i, figure in enumerate(figures) if i in kept]
 
 
-def _table(lines: Sequence[tuple[str, ...]]) -> list[str]:
-    """Align the first column left and the others right, with a rule below the head."""
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
-    rows = [
+def _table(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Return the aligned rows with a rule below the head."""
+    head, *rows = aligned(lines)
+    return [head, "-" * len(head), *(row.rstrip() for row in rows)]
+
+
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Align the first column left and the others right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
         "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True)))
         for line in lines
     ]
-    return [rows[0], "-" * len(rows[0]), *(row.rstrip() for row in rows[1:])]

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.image_inputs.request import ImageRequest
+from diffpress.runtime.image_inputs.request import ImageRequest, size_text
 from diffpress.runtime.image_inputs.start import ImageStart, MaskedImage
 from diffpress.runtime.io.images import IMAGE_MODES
 from diffpress.runtime.spec import DenoiserSpec
@@ -114,7 +114,9 @@ def check_image(request: ImageRequest | None, bundle: Bundle) -> None:
         return
     name = f"{request.prefix}image"
     if not bundle.is_latent and not spec.is_picture:
-        raise InvalidInputError(f"{name}: the model samples {_by(spec.sample_shape)} arrays, no pictures; leave it out")
+        raise InvalidInputError(
+            f"{name}: the model samples {size_text(spec.sample_shape)} arrays, no pictures; leave it out"
+        )
     channels = spec.sample_shape[0]
     if bundle.is_latent:
         if ENCODER not in bundle.manifest["graphs"]:
@@ -138,7 +140,3 @@ def _for_each(array: np.ndarray, count: int, name: str) -> np.ndarray:
     if len(array) not in (1, count):
         raise InvalidInputError(f"{name}: {len(array)} given for {count} samples; give one for each, or one for all")
     return np.broadcast_to(array, (count, *array.shape[1:]))
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return "x".join(str(side) for side in shape)

@@ -81,8 +81,8 @@ def read_image_request(
         masks = _stacked([_mask(one, f"{prefix}mask") for one in _listed(mask)], f"{prefix}mask")
         if masks.shape[1:] != pixels.shape[1:3]:
             raise InvalidInputError(
-                f"{prefix}mask: is {_by(masks.shape[1:])}, the image is {_by(pixels.shape[1:3])} (height x width); "
-                "give a mask of the image's size"
+                f"{prefix}mask: is {size_text(masks.shape[1:])}, the image is {size_text(pixels.shape[1:3])} "
+                "(height x width); give a mask of the image's size"
             )
     return ImageRequest(pixels, masks, chosen, overlay, prefix)
 
@@ -97,7 +97,7 @@ def _listed(value: Any) -> list[Any]:
 def _stacked(arrays: list[np.ndarray], name: str) -> np.ndarray:
     shapes = sorted({array.shape for array in arrays})
     if len(shapes) != 1:
-        found = " and ".join(_by(shape) for shape in shapes) if shapes else "none"
+        found = " and ".join(size_text(shape) for shape in shapes) if shapes else "none"
         raise InvalidInputError(f"{name}: give images of one size and mode, found {found}")
     return np.stack(arrays)
 
@@ -147,5 +147,6 @@ def _opened(value: Any, name: str) -> tuple[Any, str]:
         raise InvalidInputError(f"{name}: cannot be read as an image ({error})") from error
 
 
-def _by(shape: tuple[int, ...]) -> str:
+def size_text(shape: tuple[int, ...]) -> str:
+    """Return a size in words: '512x768'."""
     return "x".join(str(side) for side in shape)

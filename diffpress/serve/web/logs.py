@@ -33,7 +33,7 @@ class JsonHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         """Write one record."""
         if record.name == PROMPT_LOGGER and not self._log_prompts:
-            return  # the client is told
+            return  # the response has it as a warning
         facts: dict[str, Any] = getattr(record, FACTS, {})
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
