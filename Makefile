@@ -16,7 +16,7 @@ install: $(VENV)/.done
 
 $(VENV)/.done: pyproject.toml constraints.txt
 	python3 -m venv $(VENV)
-	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[compress,openvino,text,serve,dev]'
+	$(BIN)/pip install --disable-pip-version-check -q -c constraints.txt -e '.[compress,openvino,search,serve,sign,text,dev]'
 	touch $@
 
 demo: install

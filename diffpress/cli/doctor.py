@@ -20,6 +20,8 @@ VERBS_OF = {
     "tensorrt": "build and run TensorRT engines",
     "text": "prompts, for models of text",
     "serve": "serve",
+    "search": "search",
+    "sign": "sign, --require-signature",
 }
 
 

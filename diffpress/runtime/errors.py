@@ -104,6 +104,8 @@ EXTRAS = {
     "tensorrt": ("tensorrt_rtx", "tensorrt", "cuda"),
     "text": ("tokenizers",),
     "serve": ("starlette", "uvicorn", "prometheus_client"),
+    "search": ("optuna",),
+    "sign": ("cryptography",),
 }
 
 

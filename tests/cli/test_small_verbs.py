@@ -13,6 +13,7 @@ import pytest
 from diffpress import __version__
 from diffpress.cli.main import VERBS, main
 from diffpress.runtime.bundle import MANIFEST, manifest_hash
+from diffpress.runtime.errors import EXTRAS
 
 ROOT = Path(__file__).parents[2]
 TINY = ROOT / "tests" / "runtime" / "tiny_bundle"
@@ -109,7 +110,7 @@ def test_info_refuses_what_is_neither(capsys: pytest.CaptureFixture[str], tmp_pa
 
 def test_doctor_names_every_extra_and_engine(capsys: pytest.CaptureFixture[str]) -> None:
     text = output(capsys, "doctor")
-    for name in ("compress", "openvino", "tensorrt", "text", "serve", "onnxruntime"):
+    for name in ("compress", "openvino", "tensorrt", "text", "serve", "search", "sign", "onnxruntime"):
         assert re.search(rf"^(extra|engine) +{name} ", text, re.M), text
     assert __version__ in text and "onnxruntime runs here" in text
 
@@ -117,7 +118,7 @@ def test_doctor_names_every_extra_and_engine(capsys: pytest.CaptureFixture[str])
 def test_doctor_says_what_to_install(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     text = output(capsys, "doctor")
-    assert "missing tokenizers: pip install 'diffpress[text]'" in text and text.count("pip install") == 5
+    assert "missing tokenizers: pip install 'diffpress[text]'" in text and text.count("pip install") == len(EXTRAS)
 
 
 def test_version_is_that_of_the_package(capsys: pytest.CaptureFixture[str]) -> None:
