@@ -86,9 +86,9 @@ def compress(
     from diffpress.compress.checkpoint import Checkpoint
     from diffpress.compress.config import StageConfig
     from diffpress.compress.pipeline import check_start, claim_folder, load_teacher, run_stages
+    from diffpress.compress.recipe import Recipe
     from diffpress.compress.training import distributed
     from diffpress.compress.workspace import reserved
-    from diffpress.compress.recipe import Recipe
     from diffpress.export.targets.engine_cost import open_engine_costs
 
     if isinstance(stages, str | Path):

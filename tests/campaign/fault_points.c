@@ -4,7 +4,8 @@
    Native code (safetensors, OpenVINO, libstdc++) calls the same functions, so its writes are points too.
 
    faults_arm(mode, at): COUNT counts, with deletions if `at` is 0; KILL_BEFORE and KILL_AFTER send SIGKILL at point `at` (a write is then cut in
-   half); FULL_DISK fails with ENOSPC from point `at` on; ENOSPC_ONCE at point `at` only. */
+   half); FULL_DISK fails with ENOSPC from point `at` on; ENOSPC_ONCE at point `at` only; SNAPSHOT copies a folder
+   before every point (faults_snapshots): the states that a SIGKILL at any of them would leave. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -16,12 +17,15 @@
 #include <sys/sendfile.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
-enum { OFF, COUNT, KILL_BEFORE, KILL_AFTER, FULL_DISK, ENOSPC_ONCE };
+enum { OFF, COUNT, KILL_BEFORE, KILL_AFTER, FULL_DISK, ENOSPC_ONCE, SNAPSHOT };
 static volatile long mode = OFF, at = 0, points = 0;
 
 void faults_arm(long new_mode, long new_at) { points = 0; at = new_at; mode = new_mode; }
+static char source[4096], target[4096];
+void faults_snapshots(const char *from, const char *to) { strcpy(source, from); strcpy(target, to); }
 long faults_count(void) { return points; }
 
 static int regular(int fd) {
@@ -31,11 +35,20 @@ static int regular(int fd) {
 
 static void die(void) { kill(getpid(), SIGKILL); for (;;) pause(); }
 
+static void snapshot(long number) {
+    char copy[4200];
+    snprintf(copy, sizeof copy, "%s/%06ld", target, number);
+    pid_t child = fork();
+    if (child == 0) { execl("/bin/cp", "cp", "-a", source, copy, (char *)NULL); _exit(1); }
+    waitpid(child, NULL, 0);
+}
+
 /* 1 if this call must fail, 2 if it must be killed after its effect */
 static int point(void) {
     if (mode == OFF) return 0;
     long number = __sync_add_and_fetch(&points, 1);
     if (mode == FULL_DISK && number >= at) return 1;
+    if (mode == SNAPSHOT) snapshot(number);
     if (number != at) return 0;
     if (mode == KILL_BEFORE) die();
     return mode == KILL_AFTER ? 2 : mode == ENOSPC_ONCE;
@@ -79,7 +92,7 @@ int link(const char *from, const char *to) { REAL(link); FAIL_IF(1, -1) RETURN(r
 int symlink(const char *from, const char *to) { REAL(symlink); FAIL_IF(1, -1) RETURN(real(from, to)); }
 
 /* A full disk can still delete: only killed here. */
-#define DELETES ((mode == COUNT && at == 0) || mode == KILL_BEFORE || mode == KILL_AFTER)
+#define DELETES ((mode == COUNT && at == 0) || mode == KILL_BEFORE || mode == KILL_AFTER || mode == SNAPSHOT)
 int unlink(const char *path) { REAL(unlink); FAIL_IF(DELETES, -1) RETURN(real(path)); }
 int unlinkat(int folder, const char *path, int flags) { REAL(unlinkat); FAIL_IF(DELETES, -1) RETURN(real(folder, path, flags)); }
 int rmdir(const char *path) { REAL(rmdir); FAIL_IF(DELETES, -1) RETURN(real(path)); }

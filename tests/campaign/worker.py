@@ -30,7 +30,7 @@ from typing import Any, Self
 
 ROOT = Path(__file__).parents[2]
 SOURCE = Path(__file__).with_name("fault_points.c")
-FAULTS = ("off", "count", "kill_before", "kill_after", "full_disk", "enospc_once")  # as in fault_points.c
+FAULTS = ("off", "count", "kill_before", "kill_after", "full_disk", "enospc_once", "snapshot")  # as in fault_points.c
 LIMITS = {"memory": resource.RLIMIT_AS, "file_size": resource.RLIMIT_FSIZE, "files": resource.RLIMIT_NOFILE}
 
 
@@ -111,17 +111,31 @@ class Worker:
         fault: str = "count",
         at: int = 0,
         kill_after: float | None = None,
+        snapshots: tuple[Path, Path] | None = None,
         limits: Mapping[str, int] | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
         timeout: float = 300.0,
     ) -> Ended:
-        """Run one command line; `kill_after` sends SIGKILL after so many seconds."""
+        """Run one command line.
+
+        Args:
+            argv: The words after `diffpress`.
+            fault: One of FAULTS, which happens at point `at` of the file changes (fault_points.c).
+            at: Number of the point, from 1.
+            kill_after: Send SIGKILL after so many seconds.
+            snapshots: For fault `snapshot`: the folder to copy before every point, and where to.
+            limits: Resource limits in bytes or descriptors, by the names of LIMITS.
+            env: Environment variables to add.
+            cwd: Working folder.
+            timeout: Seconds after which the command counts as hung.
+        """
         order = {
             "argv": [str(word) for word in argv],
             "fault": FAULTS.index(fault),
             "at": at,
             "kill_after": kill_after,
+            "snapshots": [str(path) for path in snapshots or ()],
             "limits": dict(limits or {}),
             "env": dict(env or {}),
             "cwd": str(cwd or ROOT),
@@ -195,7 +209,7 @@ def _command(order: dict[str, Any], faults: ctypes.CDLL, ends: dict[str, int]) -
         for descriptor, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(ends[name], descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: PTH123, SIM115
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
         os.chdir(order["cwd"])
         os.environ.update(order["env"])
         tempfile.tempdir = None  # TMPDIR may be another one now
@@ -203,6 +217,8 @@ def _command(order: dict[str, Any], faults: ctypes.CDLL, ends: dict[str, int]) -
             resource.setrlimit(LIMITS[name], (limit, limit))
         from diffpress.cli.main import main
 
+        if order["snapshots"]:
+            faults.faults_snapshots(*(os.fsencode(path) for path in order["snapshots"]))
         faults.faults_arm(order["fault"], order["at"])
         code = main(order["argv"])
     except SystemExit as error:

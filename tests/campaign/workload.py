@@ -28,6 +28,15 @@ stages:
 export: {targets: [onnx, openvino], revert_slower: true, threads: 1}
 evaluate: {samples: 8, seeds: 1, batch: 8, features: FEATURES}
 """
+# A short recipe, for what is repeated hundreds of times
+LIGHT = """seed: 3
+data: images.npz
+stages:
+  - prune: {method: magnitude, ratio: 0.3, round_to: 4}
+  - distill: {kind: recover, steps: 2, batch: 4, save_every: 1}
+  - quantize: {format: int8, samples: 4, batch: 4}
+export: {targets: [onnx], threads: 1}
+"""
 MODULES = (
     "diffpress.cli.compress",
     "diffpress.export.run",
@@ -46,7 +55,7 @@ MODULES = (
 
 
 def make_project(folder: Path) -> Path:
-    """Write the checkpoint `teacher`, `images.npz` and one recipe per few-step kind; return the folder."""
+    """Write the checkpoint `teacher`, `images.npz`, a recipe per few-step kind and `light`; return the folder."""
     from diffpress.compress.checkpoint import save_checkpoint
     from tests.compress.conftest import make_unet
 
@@ -54,6 +63,7 @@ def make_project(folder: Path) -> Path:
     rng = np.random.default_rng(0)
     np.savez(folder / "images.npz", x=rng.integers(0, 256, (16, 8, 8), np.uint8), y=np.arange(16) % 3)
     _write_features(folder / "features.onnx")
+    (folder / "light.yaml").write_text(LIGHT)
     for kind, settings in FEW_STEPS.items():
         text = RECIPE.replace("KIND, SETTINGS", f"{kind}, {settings.strip('{}')}").replace("FEATURES", "features.onnx")
         (folder / f"{kind}.yaml").write_text(text)

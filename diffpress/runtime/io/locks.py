@@ -1,6 +1,6 @@
 """Locks of files and folders that only one process may write at a time: released when the process ends, even if killed.
 
-The lock is on an open file (flock), so that no stale lock remains; the file itself is removed when the lock is released.
+The lock is on an open file (flock), so that no stale lock remains. The file is removed when the lock is released.
 """
 
 from __future__ import annotations

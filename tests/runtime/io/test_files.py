@@ -161,7 +161,7 @@ def test_content_is_on_the_disk_before_it_gets_its_name(
     sync, replace = os.fsync, Path.replace
 
     def synced(descriptor: int) -> None:
-        calls.append(f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name.partition('.partial')[0][:7]}")
+        calls.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name.partition('.partial')[0][:7]}")
         sync(descriptor)
 
     def replaced(path: Path, target: Path) -> Path:
