@@ -24,7 +24,7 @@ from typing import Any
 from tests.campaign.result import Result
 from tests.campaign.states import half_written, is_temporary, lasting_state
 from tests.campaign.worker import Worker
-from tests.campaign.workload import FEW_STEPS, MODULES, compress_words, make_project, result_of
+from tests.campaign.workload import FEW_STEPS, compress_words, make_project, result_of
 
 RECORDED = ("recipe.json", "inputs.json", "latency.json")
 
@@ -32,7 +32,7 @@ RECORDED = ("recipe.json", "inputs.json", "latency.json")
 def run(minutes: float, seed: int) -> Result:
     """Run the three parts, each for a third of the time, which the undisturbed runs are not counted in."""
     result, rng = Result(), random.Random(seed)
-    with tempfile.TemporaryDirectory(prefix="kill-") as name, Worker(MODULES) as worker:
+    with tempfile.TemporaryDirectory(prefix="kill-") as name, Worker() as worker:
         trials = Trials(worker, make_project(Path(name)), result, rng)
         kinds = list(FEW_STEPS)
         rng.shuffle(kinds)

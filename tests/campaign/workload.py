@@ -37,21 +37,6 @@ stages:
   - quantize: {format: int8, samples: 4, batch: 4}
 export: {targets: [onnx], threads: 1}
 """
-MODULES = (
-    "diffpress.cli.compress",
-    "diffpress.export.run",
-    "diffpress.compress.recipe",
-    "openvino",
-    "onnxruntime",
-    "onnxscript",
-    "torch._dynamo",
-    "torch.onnx",
-    "diffusers.models.unets.unet_2d",
-    "modelopt.torch.quantization",
-    "matplotlib.pyplot",
-    "jinja2",
-    "PIL.Image",
-)  # what a run imports
 
 
 def make_project(folder: Path) -> Path:
