@@ -1,10 +1,10 @@
 """SIGKILL: a run that is killed and started again ends with the bundle of an undisturbed run.
 
-1. Every write: one run whose folder is copied before each change of a file (fault_points.c), which are all states that
+1. Every write: one run of the short recipe, whose folder is copied before each change of a file (fault_points.c), which are all states that
    a SIGKILL can leave. In each, every file that has its final name is whole. Of the states that differ in such files,
    as many as the time allows are resumed.
 2. Torn writes: SIGKILL in the middle of a write, at points drawn at random, then resumed.
-3. Random moments: a run is killed again and again until it gets to its end.
+3. Random moments: runs of the recipes that have every kind of stage are killed again and again until they end.
 
 A measured latency decides which graph an engine runs. Each run therefore starts with the latency.json of the
 undisturbed one.
@@ -36,8 +36,8 @@ def run(minutes: float, seed: int) -> Result:
         trials = Trials(worker, make_project(Path(name)), result, rng)
         kinds = list(FEW_STEPS)
         rng.shuffle(kinds)
-        trials.every_write(kinds[0], minutes * 60 / 3)
-        trials.torn_writes(kinds[0], minutes * 60 / 3)
+        trials.every_write("light", minutes * 60 / 3)
+        trials.torn_writes("light", minutes * 60 / 3)
         trials.random_moments(kinds, minutes * 60 / 3)
     return result
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -120,6 +121,7 @@ class Worker:
         limits: Mapping[str, int] | None = None,
         env: Mapping[str, str] | None = None,
         cwd: Path | None = None,
+        user: int | None = None,
         timeout: float = 1800.0,
     ) -> Ended:
         """Run one command line.
@@ -133,6 +135,7 @@ class Worker:
             limits: Resource limits in bytes or descriptors, by the names of LIMITS.
             env: Environment variables to add.
             cwd: Working folder.
+            user: Id of the user and group to run as.
             timeout: Seconds after which the command counts as hung.
         """
         order = {
@@ -144,6 +147,7 @@ class Worker:
             "limits": dict(limits or {}),
             "env": dict(env or {}),
             "cwd": str(cwd or ROOT),
+            "user": user,
             "timeout": timeout,
         }
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -161,6 +165,7 @@ def serve(library: str) -> None:
     faults.faults_count.restype = ctypes.c_long
     __import__("diffpress.cli.main")
     for line in sys.stdin:
+        gc.freeze()  # or a collection in the fork would copy all pages
         ended = _forked(json.loads(line), faults)
         sys.stdout.write(json.dumps(ended) + "\n")
         sys.stdout.flush()
@@ -230,6 +235,10 @@ def _command(order: dict[str, Any], faults: ctypes.CDLL, ends: dict[str, int]) -
         tempfile.tempdir = None  # TMPDIR may be another one now
         for name, limit in order["limits"].items():
             resource.setrlimit(LIMITS[name], (limit, limit))
+        if order["user"] is not None:
+            os.setgroups([])
+            os.setgid(order["user"])
+            os.setuid(order["user"])
         from diffpress.cli.main import main
 
         if order["snapshots"]:
