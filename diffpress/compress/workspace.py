@@ -28,7 +28,7 @@ class Workspace:
     @property
     def lock(self) -> Path:
         """Lock file of the process that is running here; it exists only while one does."""
-        return self.root / ".lock"
+        return self.root / ".running"
 
     @property
     def recipe(self) -> Path:

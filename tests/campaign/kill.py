@@ -1,8 +1,8 @@
 """SIGKILL: a run that is killed and started again ends with the bundle of an undisturbed run.
 
-1. Every write: one run of the short recipe, whose folder is copied before each change of a file (fault_points.c), which are all states that
-   a SIGKILL can leave. In each, every file that has its final name is whole. Of the states that differ in such files,
-   as many as the time allows are resumed.
+1. Every write: one run of the short recipe, whose folder is copied before each change of a file (fault_points.c),
+   which are all states that a SIGKILL can leave. In each, every file that has its final name is whole. Of the states
+   that differ in such files, as many as the time allows are resumed.
 2. Torn writes: SIGKILL in the middle of a write, at points drawn at random, then resumed.
 3. Random moments: runs of the recipes that have every kind of stage are killed again and again until they end.
 

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
+from diffpress.compress.workspace import Workspace
 from diffpress.runtime.bundle import MANIFEST, load_bundle
 from diffpress.runtime.errors import DiffpressError
 from diffpress.runtime.io.files import LOCK, OUTGOING, PARTIAL
 
-TEMPORARY = (PARTIAL, OUTGOING, LOCK)
+TEMPORARY = (PARTIAL, OUTGOING, LOCK, Workspace(Path()).lock.name)
 
 
 def is_temporary(path: Path) -> bool:

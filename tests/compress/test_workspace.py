@@ -5,10 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import pytest
+
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.pipeline import run_stages
 from diffpress.compress.recipe import Recipe
-from diffpress.compress.workspace import Workspace
+from diffpress.compress.workspace import Workspace, reserved
+from diffpress.runtime.errors import InvalidInputError
 
 ROOT = Path(__file__).parents[2]
 CODE = {file: file.read_text() for file in (ROOT / "diffpress").rglob("*.py") if file.name != "workspace.py"}
@@ -49,3 +52,26 @@ def test_training_without_data_writes_shared_samples_and_previews_into_the_works
         "step-000002.png",
     ]
     assert not run.work(stage).exists()
+
+
+def test_a_folder_is_reserved_for_one_process_at_a_time_and_cleaned_of_what_a_killed_run_left(tmp_path: Path) -> None:
+    run = Workspace(tmp_path / "out")
+    with reserved(run.root):
+        assert run.lock.is_file()
+        with pytest.raises(InvalidInputError, match="out: another command is writing here"):
+            reserved(run.root).__enter__()
+        run.recipe.write_text("{}")
+    (run.root / ".bundle.partial").mkdir()
+    run.work(run.stage(0, "prune", "abc")).mkdir(parents=True)
+    with reserved(run.root):
+        assert not (run.root / ".bundle.partial").exists() and run.work(run.stage(0, "prune", "abc")).is_dir()
+    assert not run.lock.exists()
+
+
+def test_the_files_of_a_folder_that_is_no_run_are_left_alone(tmp_path: Path) -> None:
+    (tmp_path / ".mine.partial").touch()
+    with reserved(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [".mine.partial"]
+    with pytest.raises(InvalidInputError, match="exists and is not a folder of diffpress; choose another --out"):
+        reserved(tmp_path / ".mine.partial").__enter__()
