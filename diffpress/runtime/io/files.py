@@ -13,6 +13,9 @@ from typing import Any
 
 from diffpress.runtime.errors import InvalidInputError
 
+MAX_JSON_BYTES = 2**28  # the index of the largest published model has a few MiB, a tokenizer 20
+MAX_JSON_DEPTH = 64
+
 
 @contextmanager
 def atomic(
@@ -91,12 +94,44 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
+def read_limited(path: Path, hint: str) -> bytes:
+    """Read a JSON file of at most MAX_JSON_BYTES; raises InvalidInputError, with `hint`, if it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            content = file.read(MAX_JSON_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
+    if len(content) > MAX_JSON_BYTES:
+        raise InvalidInputError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, too large for JSON")
+    return content
+
+
+def parsed_json(content: bytes, path: Path, hint: str) -> Any:
+    """Parse the content of a JSON file; raises InvalidInputError, with `hint`, if it is malformed or nested deeply."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
+    if _is_deep(value):  # what walks through it later would exceed Python's recursion limit
+        raise InvalidInputError(f"{path}: JSON nested deeper than {MAX_JSON_DEPTH} levels{hint and f'; {hint}'}")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
 def read_json_value(path: Path, hint: str = "rerun the command that wrote it") -> Any:
     """Read any JSON value; raises InvalidInputError, with `hint`, if the file is missing or malformed."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
+    return parsed_json(read_limited(path, hint), path, hint)
 
 
 def read_json(path: Path, hint: str = "rerun the command that wrote it") -> dict[str, Any]:
