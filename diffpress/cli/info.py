@@ -7,6 +7,7 @@ import json
 from typing import Any
 
 from diffpress.cli.arguments import add_signature_argument
+from diffpress.cli.console import printable
 
 EXAMPLE = "diffpress info work/bundle"
 
@@ -27,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(facts, indent=1))
         return 0
     for name, text in _lines(facts):
-        print(f"{name:<13} {text}")
+        print(f"{name:<13} {printable(text)}")
     return 0
 
 

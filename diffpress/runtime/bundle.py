@@ -27,7 +27,7 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.format_1 import upgraded_spec
 from diffpress.runtime.io.files import parsed_json, read_limited
 from diffpress.runtime.spec import DenoiserSpec
-from diffpress.runtime.trust.manifest_check import check_files, check_tokenizers
+from diffpress.runtime.trust.manifest_check import check_files, check_records, check_tokenizers
 from diffpress.runtime.trust.manifest_check import sha256 as sha256
 from diffpress.runtime.trust.signature import SIGNATURE, check_signature
 
@@ -210,6 +210,7 @@ def load_bundle(path: str | Path, public_key: str | Path | None = None) -> Bundl
             f"{file}: does not match its own hash, so it was changed after export; export the bundle again"
         )
     check_files(manifest, file)
+    check_records(manifest, file)
     _check_requires(manifest, file)
     if manifest["format"] == 1:
         manifest = {**manifest, "spec": upgraded_spec(manifest.get("spec"))}

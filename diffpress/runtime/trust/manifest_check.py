@@ -12,6 +12,13 @@ from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.trust.graph_files import check_graph_files
 
 TOKENIZER = "tokenizer.json"
+# lists of the manifest and what each of their entries has
+RECORDS: dict[str, dict[str, type]] = {
+    "history": {"stage": str},
+    "parity_failures": {"engine": str, "target": bool, "message": str},
+}
+# entries of a graph that may be left out, each with a value of its type
+GRAPH_ENTRIES: dict[str, Any] = {"precision": "", "bytes": 0, "inputs": {}, "outputs": {}, "features": []}
 
 
 def sha256(path: Path) -> str:
@@ -48,6 +55,26 @@ def check_files(manifest: dict[str, Any], file: Path) -> None:
         check_graph_files(file.parent / name, file.parent, listed)
 
 
+def check_records(manifest: dict[str, Any], file: Path) -> None:
+    """Check the entries of the manifest that describe the bundle; raises InvalidInputError for one of a wrong type."""
+    for name, fields in RECORDS.items():
+        entries = manifest.get(name, [])
+        if not isinstance(entries, list) or not all(_has(entry, fields) for entry in entries):
+            raise InvalidInputError(
+                f"{file}: an entry of {name!r} has none of {', '.join(fields)}, or of a wrong type; export it again"
+            )
+    for name, graph in manifest["graphs"].items():
+        for entry in _entries(graph):
+            if not all(isinstance(entry.get(key, default), type(default)) for key, default in GRAPH_ENTRIES.items()):
+                raise InvalidInputError(
+                    f"{file}: an entry of the graph {name!r} has a wrong type; export the bundle again"
+                )
+
+
+def _has(entry: Any, fields: dict[str, type]) -> bool:
+    return isinstance(entry, dict) and all(isinstance(entry.get(name), kind) for name, kind in fields.items())
+
+
 def check_tokenizers(spec: DenoiserSpec, manifest: dict[str, Any], file: Path) -> None:
     """Check that the tokenizers that the spec names are among the listed files; raises InvalidInputError otherwise."""
     for encoder in spec.conditioning.encoders:
@@ -78,9 +105,14 @@ def _check_file(file: Path, name: str, entry: Any) -> None:
         raise InvalidInputError(f"{file}: '{name}' points outside the bundle")
     if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
         raise InvalidInputError(f"{file}: '{name}' has no size and sha256; export the bundle again")
-    if not path.is_file():
+    try:
+        there = path.is_file()
+        intact = there and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        raise InvalidInputError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or error})") from error
+    if not there:
         raise InvalidInputError(f"{path}: listed in the manifest but missing; copy the bundle again")
-    if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
+    if not intact:
         raise InvalidInputError(
             f"{path}: does not match its sha256 in the manifest, so it is damaged; copy the bundle again"
         )
