@@ -99,15 +99,12 @@ def _in_format(component: str, precision: str | None) -> str:
 
 
 def _parameters_by_dtype(files: list[Path]) -> Counter[str]:
-    from safetensors import safe_open
+    from diffpress.compress.sources.weights import tensor_types
 
     counts: Counter[str] = Counter()
     for file in files:
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():
-                part = tensors.get_slice(name)
-                dtype = part.get_dtype()
-                counts[DTYPE_NAMES.get(dtype, dtype)] += prod(part.get_shape())
+        for dtype, shape in tensor_types(file).values():
+            counts[DTYPE_NAMES.get(dtype, dtype)] += prod(shape)
     return counts
 
 

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.format_1 import upgraded_spec
-from diffpress.runtime.io.files import parsed_json, read_limited
+from diffpress.runtime.io.files import parsed_json, read_json_bytes
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.trust.manifest_check import check_files, check_records, check_tokenizers
 from diffpress.runtime.trust.manifest_check import sha256 as sha256
@@ -195,7 +195,7 @@ def load_bundle(path: str | Path, public_key: str | Path | None = None) -> Bundl
             f"{path}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'diffpress compress')"
         )
     file = folder / MANIFEST
-    content = read_limited(file, hint="export the bundle again")
+    content = read_json_bytes(file, hint="export the bundle again")
     if public_key is not None:
         check_signature(file, content, public_key)  # before anything of the bundle is parsed
     manifest = parsed_json(content, file, hint="export the bundle again")

@@ -26,10 +26,11 @@ ACCEPTED, REFUSED, GATE_FAILED = 0, 2, 1
 # what a Rust library prints when it panics, whatever Python does with the exception
 PANIC = re.compile(rb"\nthread '.*' .*panicked at (?:.*\n)+?note: .*\n(?=diffpress: |\Z)")
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+VERBS = ("bench", "compress", "evaluate", "export", "info", "plan", "sample", "serve")
 IMPORTS = (
     "diffpress.api",
     "diffpress.cli.main",
-    *(f"diffpress.cli.{verb}" for verb in ("bench", "compress", "evaluate", "export", "info", "plan", "sample", "serve")),
+    *(f"diffpress.cli.{verb}" for verb in VERBS),
     "diffpress.compress.pipeline",
     "diffpress.compress.sources.load",
     "diffpress.export.bundle",
@@ -39,7 +40,7 @@ IMPORTS = (
     "openvino",
     "tokenizers",
     "transformers.models.clip.modeling_clip",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
-"""Hostile ONNX graphs for the denoiser of a bundle: each function changes an intact model, and may return
-bytes to append to its file.
+"""Hostile ONNX graphs for the denoiser of a bundle: each function changes an intact model.
 
+It may return bytes to append to the file.
 Files that a graph could leak are called SECRET; the campaign puts one beside the bundle.
 """
 

@@ -1,10 +1,10 @@
 """Intact inputs of every kind, which the campaigns change: made once, in a folder of their own.
 
-    bundle/        pixel model without conditioning (tests/runtime/tiny_bundle)
-    text_bundle/   Stable Diffusion with tokenizer, text encoder and decoder
-    pipeline/      folder of a diffusers pipeline, from which text_bundle was exported
-    checkpoint/    a pruned and quantized checkpoint of an earlier format, with diffpress.json
-    lora.safetensors, data.npz, image.png, recipe.yaml
+bundle/        pixel model without conditioning (tests/runtime/tiny_bundle)
+text_bundle/   Stable Diffusion with tokenizer, text encoder and decoder
+pipeline/      folder of a diffusers pipeline, from which text_bundle was exported
+checkpoint/    a pruned and quantized checkpoint of an earlier format, with diffpress.json
+lora.safetensors, data.npz, image.png, recipe.yaml
 """
 
 from __future__ import annotations

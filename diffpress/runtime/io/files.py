@@ -94,16 +94,28 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_limited(path: Path, hint: str) -> bytes:
+def read_limited(path: Path, most: int, what: str) -> bytes:
+    """Read a file that is at most `most` bytes long.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: No file can have this name.
+        InvalidInputError: It is larger; `what` names the kind of file that it should be.
+    """
+    with path.open("rb") as file:
+        too_large = os.fstat(file.fileno()).st_size > most
+        content = b"" if too_large else file.read(most + 1)
+        if too_large or len(content) > most:  # a device has no size
+            raise InvalidInputError(f"{path}: larger than {most >> 20} MiB, which is too large for {what}")
+    return content
+
+
+def read_json_bytes(path: Path, hint: str) -> bytes:
     """Read a JSON file of at most MAX_JSON_BYTES; raises InvalidInputError, with `hint`, if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            content = file.read(MAX_JSON_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        return read_limited(path, MAX_JSON_BYTES, "JSON")
+    except (OSError, ValueError) as error:
         raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
-    if len(content) > MAX_JSON_BYTES:
-        raise InvalidInputError(f"{path}: larger than {MAX_JSON_BYTES >> 20} MiB, too large for JSON")
-    return content
 
 
 def parsed_json(content: bytes, path: Path, hint: str) -> Any:
@@ -131,7 +143,7 @@ def _is_deep(value: Any) -> bool:
 
 def read_json_value(path: Path, hint: str = "rerun the command that wrote it") -> Any:
     """Read any JSON value; raises InvalidInputError, with `hint`, if the file is missing or malformed."""
-    return parsed_json(read_limited(path, hint), path, hint)
+    return parsed_json(read_json_bytes(path, hint), path, hint)
 
 
 def read_json(path: Path, hint: str = "rerun the command that wrote it") -> dict[str, Any]:
