@@ -6,7 +6,7 @@ Heavy packages are imported inside the functions, so that each needs only what i
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -87,6 +87,8 @@ def compress(
     from diffpress.compress.config import StageConfig
     from diffpress.compress.pipeline import check_start, claim_folder, load_teacher, run_stages
     from diffpress.compress.recipe import Recipe
+    from diffpress.compress.training import distributed
+    from diffpress.compress.workspace import reserved
     from diffpress.export.targets.engine_cost import open_engine_costs
 
     if isinstance(stages, str | Path):
@@ -104,8 +106,9 @@ def compress(
     checkpoint = model if isinstance(model, Checkpoint) else load(model)
     loaded_teacher = load_teacher(checkpoint, recipe)
     check_start(checkpoint, recipe, "compress")
-    claim_folder(Path(out), checkpoint, recipe, update, loaded_teacher)
-    return run_stages(checkpoint, recipe, Path(out), open_engine_costs, loaded_teacher)
+    with reserved(Path(out)) if distributed.is_main() else nullcontext():
+        claim_folder(Path(out), checkpoint, recipe, update, loaded_teacher)
+        return run_stages(checkpoint, recipe, Path(out), open_engine_costs, loaded_teacher)
 
 
 def export(

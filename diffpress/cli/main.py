@@ -12,6 +12,7 @@ from typing import NoReturn
 
 from diffpress import __version__
 from diffpress.cli.console import console, show_every_character
+from diffpress.cli.system_errors import system_error
 from diffpress.runtime.errors import DiffpressError, InvalidInputError, extra_for, unknown_name
 
 logger = logging.getLogger(__name__)
@@ -60,8 +61,22 @@ def reported(run: Callable[[], int], command: str) -> int:
         except KeyboardInterrupt as interrupt:
             return _failed(f"interrupted; {str(interrupt) or 'run the same command again to resume'}", 130)
         except BrokenPipeError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has gone
+            _discard_output()  # the reader of the pipe has gone
             return 0
+        except (OSError, MemoryError, RuntimeError) as error:
+            failure = system_error(error)
+            if failure is None:
+                raise
+            try:
+                sys.stdout.flush()
+            except OSError:
+                _discard_output()
+            return _failed(str(failure), failure.exit_code)
+
+
+def _discard_output() -> None:
+    """Send what is left of stdout to nowhere, so that Python can exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class _Parser(argparse.ArgumentParser):

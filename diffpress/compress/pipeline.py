@@ -28,7 +28,7 @@ from diffpress.compress.training import distributed
 from diffpress.compress.training.captioned_images import has_captions, load_captioned_images
 from diffpress.compress.training.sample_data import load_samples
 from diffpress.compress.training.teacher_data import TeacherData, read_prompts
-from diffpress.compress.workspace import Workspace
+from diffpress.compress.workspace import Workspace, not_a_run
 from diffpress.runtime.bundle import sha256
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, write_json
@@ -201,8 +201,8 @@ def claim_folder(
                 f"{out}: was made by another recipe ({difference}); choose another --out, "
                 "or pass --update to redo here only what changed"
             )
-    elif not file.is_file() and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InvalidInputError(f"{out}: exists and is not a folder of diffpress; choose another --out")
+    elif not file.is_file() and out.exists() and (not out.is_dir() or set(out.iterdir()) - {Workspace(out).lock}):
+        raise not_a_run(out)
     write_json(file, {key: value for key, value in resolved.items() if value is not None})
     write_json(inputs_file, inputs)
 

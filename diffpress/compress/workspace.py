@@ -9,8 +9,14 @@ Other modules take their paths from a `Workspace`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.files import remove_leftovers
+from diffpress.runtime.io.locks import exclusive
 
 
 @dataclass(frozen=True)
@@ -18,6 +24,11 @@ class Workspace:
     """Paths below the folder `root` of a run."""
 
     root: Path
+
+    @property
+    def lock(self) -> Path:
+        """Lock file of the process that is running here; it exists only while one does."""
+        return self.root / ".lock"
 
     @property
     def recipe(self) -> Path:
@@ -124,3 +135,30 @@ class Workspace:
     def report_table(self) -> Path:
         """The figures of the report as CSV."""
         return self.root / "report.csv"
+
+
+@contextmanager
+def reserved(folder: Path) -> Iterator[None]:
+    """Reserve the folder of a run for this process, and remove what a killed run left there.
+
+    The folder is created if it does not exist.
+
+    Raises:
+        InvalidInputError: The folder cannot be written, or another run is using it.
+    """
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(exclusive(Workspace(folder).lock, folder))
+        except FileExistsError as error:
+            raise not_a_run(folder) from error
+        except OSError as error:
+            raise InvalidInputError(f"{folder}: cannot be written ({error.strerror}); choose another --out") from error
+        if Workspace(folder).recipe.is_file():
+            remove_leftovers(folder)
+        yield
+
+
+def not_a_run(folder: Path) -> InvalidInputError:
+    """Return the error for an output path that holds something else than a run."""
+    return InvalidInputError(f"{folder}: exists and is not a folder of diffpress; choose another --out")

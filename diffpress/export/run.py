@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from diffpress.compress.report.summary import summary
 from diffpress.compress.report.write import write_report
 from diffpress.compress.stages import STAGES
 from diffpress.compress.training import distributed
-from diffpress.compress.workspace import Workspace
+from diffpress.compress.workspace import Workspace, reserved
 from diffpress.export.bundle import check_components, check_export
 from diffpress.export.comparison import paired_scores, sample_pairs, write_comparison
 from diffpress.export.components import check_image_inputs
@@ -63,18 +63,20 @@ def run_recipe(
     Raises:
         GateFailedError: If a gate failed, after everything is written.
     """
-    with distributed.together():
-        with distributed.main_first():
-            checkpoint = open_checkpoint()
-            teacher = load_teacher(checkpoint, recipe)
-            check_recipe(recipe, checkpoint, where)
-            if distributed.is_main():
-                claim_folder(out, checkpoint, recipe, update, teacher)
-                facts = {"command": list(command), "machine": machine(), "versions": _versions()}
-                write_json(Workspace(out).invocation, facts)
-        checkpoint = run_stages(checkpoint, recipe, out, open_engine_costs, teacher)
-    if distributed.is_main():
-        export_and_report(checkpoint, teacher, recipe, out, show)
+    with ExitStack() as held:
+        with distributed.together():
+            with distributed.main_first():
+                checkpoint = open_checkpoint()
+                teacher = load_teacher(checkpoint, recipe)
+                check_recipe(recipe, checkpoint, where)
+                if distributed.is_main():
+                    held.enter_context(reserved(out))
+                    claim_folder(out, checkpoint, recipe, update, teacher)
+                    facts = {"command": list(command), "machine": machine(), "versions": _versions()}
+                    write_json(Workspace(out).invocation, facts)
+            checkpoint = run_stages(checkpoint, recipe, out, open_engine_costs, teacher)
+        if distributed.is_main():
+            export_and_report(checkpoint, teacher, recipe, out, show)
 
 
 def _versions() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -23,6 +24,7 @@ class Result:
         self.survived += not found
         if found:
             self.failures.append(f"{name}: {found}")
+            sys.stderr.write(f"FAILED {name}: {found}\n")  # while a long campaign goes on
         return not found
 
     def to_json(self) -> dict[str, Any]:

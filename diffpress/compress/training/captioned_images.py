@@ -89,15 +89,18 @@ class CaptionedImages:
         if not path.is_file():
             shape = (len(self.images), *self.teacher.spec.sample_shape)
             with (
-                atomic(path, "free disk space and run again", shared=True) as temporary,
+                atomic(path, "free disk space and run again") as temporary,
+                temporary.open("wb") as file,
                 progress("encoding the images", len(self.images)) as advance,
             ):
-                rows, done = np.lib.format.open_memmap(temporary, "w+", np.float32, shape), 0
+                # not through a memory map, where a full disk ends the process
+                header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(file, header)
+                done = 0
                 for part in encode_images(self.teacher, self.images):
-                    rows[done : done + len(part)] = part
+                    file.write(np.ascontiguousarray(part, "<f4").tobytes())
                     done += len(part)
                     advance(done)
-                rows.flush()
         return memory_map(path)
 
 

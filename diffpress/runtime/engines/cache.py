@@ -90,7 +90,7 @@ class Cache:
             return
         with contextlib.suppress(OSError, InvalidInputError):
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with atomic(self._path(key), shared=True) as temporary, temporary.open("wb") as file:
+            with atomic(self._path(key), durable=False) as temporary, temporary.open("wb") as file:
                 file.writelines((self._digest(key, data), data))
             self._evict()
 

@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import itertools
 import json
 import os
+import platform
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.locks import exclusive
+
+PARTIAL, OUTGOING, LOCK = ".partial", ".outgoing", ".lock"  # suffixes of temporary names
+
+# a part of temporary names, which several machines may make in one folder
+_HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
+_NUMBERS = itertools.count()
 
 MAX_JSON_BYTES = 2**28  # the index of the largest published model has a few MiB, a tokenizer 20
 MAX_JSON_DEPTH = 64
@@ -24,27 +36,34 @@ def atomic(
     *,
     problem: str = "cannot be written",
     errors: type[Exception] = OSError,
-    shared: bool = False,
+    durable: bool = True,
 ) -> Iterator[Path]:
     """Yield the path of a temporary file in the same folder, and rename it to `path` if the block succeeds.
 
-    Missing parent folders are created. What a killed process left under the temporary name is overwritten.
+    Missing parent folders are created. Each call has a temporary name of its own, so that several threads and processes
+    may write one file: it is always what one of them wrote. What killed processes left is removed.
 
     Args:
         path: File to write.
         hint: What to do if it cannot be written, for the error message.
         problem: What failed, for the error message.
         errors: Exception of the block that means a failed write, besides OSError.
-        shared: Whether several processes may write this file; the temporary name then contains the process id.
+        durable: Write the content to the disk before the rename, so that a power loss leaves the old file or the new
+            one. Not needed for files that are verified when they are read, and made again.
 
     Raises:
         InvalidInputError: The file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial" if shared else f".{path.name}.partial")
+    temporary = path.with_name(f".{path.name}.{_HOST}-{os.getpid()}-{next(_NUMBERS)}{PARTIAL}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(path)
         yield temporary
+        if durable:
+            _sync(temporary)
         temporary.replace(path)
+        if durable:
+            _sync(path.parent)
     except (OSError, errors) as error:
         raise _failed(path, problem, error, hint) from error
     finally:
@@ -56,26 +75,90 @@ def atomic(
 def atomic_folder(folder: Path, hint: str, *, errors: type[Exception] = OSError) -> Iterator[Path]:
     """Yield a new temporary sibling folder, and rename it to `folder` if the block succeeds; see `atomic`.
 
-    What a killed process left under the temporary name is removed.
+    What a killed process left under the temporary name is removed. If `folder` was being replaced at that moment, its
+    old content is restored first.
 
     Raises:
-        InvalidInputError: The folder cannot be written.
+        InvalidInputError: The folder cannot be written, or another process is writing it.
     """
-    temporary = folder.with_name(f".{folder.name}.partial")
-    outgoing = folder.with_name(f".{folder.name}.outgoing")
+    temporary = folder.with_name(f".{folder.name}{PARTIAL}")
+    outgoing = folder.with_name(f".{folder.name}{OUTGOING}")
     try:
-        for leftover in (temporary, outgoing):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            folder.replace(outgoing)
-        temporary.replace(folder)
-        shutil.rmtree(outgoing, ignore_errors=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with exclusive(folder.with_name(f".{folder.name}{LOCK}"), folder):
+            _restore(outgoing, folder)
+            shutil.rmtree(temporary, ignore_errors=True)
+            try:
+                temporary.mkdir()
+                yield temporary
+                for path in (*temporary.rglob("*"), temporary):
+                    _sync(path)
+                if folder.exists():
+                    folder.replace(outgoing)
+                temporary.replace(folder)
+                _sync(folder.parent)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+                _restore(outgoing, folder)
     except (OSError, errors) as error:
         raise _failed(folder, "cannot be written", error, hint) from error
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what killed processes left anywhere below a folder that no other process is writing; see `atomic`."""
+    for path in [*folder.rglob(f".*{OUTGOING}"), *folder.rglob(f".*{PARTIAL}"), *folder.rglob(f".*{LOCK}")]:
+        if path.name.endswith(OUTGOING):
+            _restore(path, path.with_name(path.name[1 : -len(OUTGOING)]))
+        elif path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _restore(outgoing: Path, folder: Path) -> None:
+    """Move a replaced folder back if nothing took its place; otherwise remove it."""
+    with contextlib.suppress(OSError):
+        if outgoing.exists() and not folder.exists():
+            outgoing.replace(folder)
+    shutil.rmtree(outgoing, ignore_errors=True)
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove temporary files for `path` that were left by processes of this machine that no longer run."""
+    start = f".{path.name}.{_HOST}-"
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(path.parent):
+            if entry.name.startswith(start) and entry.name.endswith(PARTIAL):
+                writer = entry.name[len(start) :].partition("-")[0]
+                if writer.isdecimal() and not _is_running(int(writer)):
+                    Path(entry).unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    if sys.platform == "win32":
+        return True  # there, signal 0 would end the process
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Write a file's content, or a folder's entries, to the disk; some file systems have no such operation."""
+    if path.is_dir() and sys.platform == "win32":
+        return
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:

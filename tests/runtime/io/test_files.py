@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +13,15 @@ from pathlib import Path
 import pytest
 
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.io.files import atomic, atomic_folder, read_json, write_bytes, write_json, write_text
+from diffpress.runtime.io.files import (
+    atomic,
+    atomic_folder,
+    read_json,
+    remove_leftovers,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 ROOT = Path(__file__).parents[3]
 Writing = Callable[[Path], AbstractContextManager[Path]]
@@ -84,28 +93,141 @@ def test_a_folder_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
     assert files_in(tmp_path) == ["target/inside"]
 
 
-def test_a_file_left_by_a_killed_process_is_replaced(tmp_path: Path) -> None:
-    (tmp_path / ".target.partial").write_text("half")
+def test_a_folder_whose_replacement_was_killed_keeps_its_old_content(tmp_path: Path) -> None:
+    (tmp_path / ".target.outgoing").mkdir()
+    (tmp_path / ".target.outgoing" / "inside").write_text("old")
+
+    def fail() -> None:
+        with folder(tmp_path / "target"):
+            assert (tmp_path / "target" / "inside").read_text() == "old"
+            raise OSError(28, "No space left on device")
+
+    with pytest.raises(InvalidInputError, match="No space left"):
+        fail()
+    assert files_in(tmp_path) == ["target/inside"]
+
+
+def test_a_folder_that_cannot_be_moved_into_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with folder(tmp_path / "target") as temporary:
+        (temporary / "inside").write_text("old")
+    replace = Path.replace
+
+    def full(path: Path, target: Path) -> Path:
+        if path.name.endswith(".partial"):
+            raise OSError(28, "No space left on device")
+        return replace(path, target)
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(InvalidInputError, match="No space left"), folder(tmp_path / "target") as temporary:
+        (temporary / "inside").write_text("new")
+    assert files_in(tmp_path) == ["target/inside"] and (tmp_path / "target" / "inside").read_text() == "old"
+
+
+def killed_while_writing(path: Path) -> None:
+    """Start to write `path` in a process that is killed in the middle."""
+    program = (
+        "import os, sys; from pathlib import Path; from diffpress.runtime.io.files import atomic\n"
+        "with atomic(Path(sys.argv[1])) as temporary:\n"
+        "    temporary.write_text('half'); os.kill(os.getpid(), 9)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", program, path], cwd=ROOT, check=False).returncode == -9
+
+
+def test_a_file_left_by_a_killed_process_is_removed_by_the_next_write(tmp_path: Path) -> None:
+    killed_while_writing(tmp_path / "target")
+    assert len(files_in(tmp_path)) == 1
     write_text(tmp_path / "target", "new")
     assert files_in(tmp_path) == ["target"] and (tmp_path / "target").read_text() == "new"
 
 
-def test_processes_that_write_a_shared_file_do_not_collide(tmp_path: Path) -> None:
+def test_leftovers_of_killed_processes_are_removed_below_a_folder_and_old_folders_restored(tmp_path: Path) -> None:
+    killed_while_writing(tmp_path / "a" / "target")
+    for name in (".b.partial", ".c.outgoing", ".d.outgoing", "d"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "inside").write_text("")
+    (tmp_path / ".b.lock").touch()
+    (tmp_path / ".hidden").touch()
+    remove_leftovers(tmp_path)
+    assert files_in(tmp_path) == [".hidden", "c/inside", "d/inside"]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_content_is_on_the_disk_before_it_gets_its_name(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    sync, replace = os.fsync, Path.replace
+
+    def synced(descriptor: int) -> None:
+        calls.append(f"sync {Path(f'/proc/self/fd/{descriptor}').readlink().name.partition('.partial')[0][:7]}")
+        sync(descriptor)
+
+    def replaced(path: Path, target: Path) -> Path:
+        calls.append(f"rename to {target.name}")
+        return replace(path, target)
+
+    if not Path("/proc/self/fd").is_dir():
+        pytest.skip("needs /proc to name what is written to the disk")
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(Path, "replace", replaced)
+    place = tmp_path / "place"
+    if kind == "file":
+        write_text(place / "target", "new")
+        assert calls == ["sync .target", "rename to target", "sync place"]
+    else:
+        with folder(place / "target") as temporary:
+            (temporary / "inside").write_text("new")
+        assert calls == ["sync inside", "sync .target", "rename to target", "sync place"]
+    calls.clear()
+    with atomic(place / "cached", durable=False) as temporary:
+        temporary.touch()
+    assert calls == ["rename to cached"]
+
+
+def writing_elsewhere(writer: str, target: Path) -> subprocess.Popen[str]:
+    """Start a process that is in the middle of writing `target`, until a line is sent to it."""
     program = (
-        "import sys; from pathlib import Path; from diffpress.runtime.io.files import atomic\n"
-        "with atomic(Path(sys.argv[1]), shared=True) as temporary:\n"
-        "    temporary.write_text('other'); print('ready', flush=True)\n    sys.stdin.readline()\n"
+        "import sys; from pathlib import Path; from diffpress.runtime.io.files import atomic, atomic_folder\n"
+        f"with {writer} as temporary:\n"
+        "    path = temporary / 'inside' if temporary.is_dir() else temporary\n"
+        "    path.write_text('other'); print('ready', flush=True)\n    sys.stdin.readline()\n"
     )
-    target = tmp_path / "target"
     other = subprocess.Popen(
         [sys.executable, "-c", program, target], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
     assert other.stdout is not None and other.stdout.readline() == "ready\n"
-    with atomic(target, shared=True) as temporary:
+    return other
+
+
+def test_processes_that_write_one_file_do_not_collide(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    other = writing_elsewhere("atomic(Path(sys.argv[1]))", target)
+    with atomic(target) as temporary:
         temporary.write_bytes(b"ours")
     assert target.read_text() == "ours"
     other.communicate("\n", timeout=30)
     assert other.returncode == 0 and target.read_text() == "other" and files_in(tmp_path) == ["target"]
+
+
+def test_threads_that_write_one_file_do_not_collide(tmp_path: Path) -> None:
+    with atomic(tmp_path / "target") as one, atomic(tmp_path / "target") as two:
+        one.write_text("one")
+        two.write_text("two")
+    assert files_in(tmp_path) == ["target"] and (tmp_path / "target").read_text() == "one"
+
+
+def test_a_folder_that_another_process_writes_is_refused_and_left_alone(tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    other = writing_elsewhere("atomic_folder(Path(sys.argv[1]), '')", target)
+    with pytest.raises(InvalidInputError, match="target: another command is writing here; wait until it has ended"):
+        folder(target).__enter__()
+    other.communicate("\n", timeout=30)
+    assert other.returncode == 0 and files_in(tmp_path) == ["target/inside"]
+    with folder(target) as temporary:
+        (temporary / "inside").write_text("ours")
+    assert (target / "inside").read_text() == "ours"
 
 
 def test_files_get_the_usual_permissions(tmp_path: Path) -> None:

@@ -211,9 +211,11 @@ class OpenVinoEngine:
             raise
         except Exception as error:
             raise _error(self._path, "compile", error) from error
-        self._compiled[shapes, variant.key] = compiled = _Compiled(model, SimpleQueue())
+        compiled = _Compiled(model, SimpleQueue())
         for _ in range(self._streams):
             compiled.requests.put(variant.request(model))
+        # only now, since a thread that finds a model without requests waits for ever
+        self._compiled[shapes, variant.key] = compiled
         return compiled
 
     def _compile_model(self, model: Any, options: dict[str, Any]) -> Any:
