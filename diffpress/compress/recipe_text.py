@@ -15,7 +15,7 @@ import yaml
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_limited
 
-MAX_BYTES = 2**22
+MAX_BYTES = 2**17  # PyYAML needs seconds for more
 MAX_VALUES = 100_000  # of a YAML document with its aliases expanded
 
 
@@ -27,10 +27,12 @@ def read_recipe_text(file: Path) -> Any:
     """
     is_json = file.suffix == ".json"
     try:
-        text = read_limited(file, MAX_BYTES, "a recipe").decode("utf-8")
-        return json.loads(text, object_pairs_hook=_object) if is_json else yaml_value(text)
+        content = read_limited(file, MAX_BYTES, "a recipe")
     except OSError as error:
         raise InvalidInputError(f"{file}: the recipe cannot be read ({error.strerror})") from error
+    try:
+        text = content.decode("utf-8")
+        return json.loads(text, object_pairs_hook=_object) if is_json else yaml_value(text)
     except InvalidInputError as error:
         raise InvalidInputError(f"{file}: {error}") from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -46,7 +46,9 @@ def run(minutes: float, seed: int) -> Result:
     return result
 
 
-def one(prepare: Callable[[Path, Path, random.Random], Trial], intact: Path, folder: Path, seed: str) -> tuple[Outcome, list[str]]:
+def one(
+    prepare: Callable[[Path, Path, random.Random], Trial], intact: Path, folder: Path, seed: str
+) -> tuple[Outcome, list[str]]:
     """Run one trial; return its outcome and what is wrong with it."""
     trial = prepare(intact, folder, random.Random(seed))
     outcome = run_forked(trial.action, folder)

@@ -189,8 +189,12 @@ def read_limited(path: Path, most: int, what: str) -> bytes:
         too_large = os.fstat(file.fileno()).st_size > most
         content = b"" if too_large else file.read(most + 1)
         if too_large or len(content) > most:  # a device has no size
-            raise InvalidInputError(f"{path}: larger than {most >> 20} MiB, which is too large for {what}")
+            raise InvalidInputError(f"{path}: larger than {_size(most)}, which is too large for {what}")
     return content
+
+
+def _size(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= 2**20 else f"{count >> 10} KiB"
 
 
 def read_json_bytes(path: Path, hint: str) -> bytes:
