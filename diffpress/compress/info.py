@@ -45,7 +45,7 @@ def _describe_bundle(folder: Path, public_key: str | Path | None) -> dict[str, A
         "parameters": denoiser.get("parameters"),
         "size_mib": round(sum(entry["bytes"] for entry in manifest["files"].values()) / 2**20, 2),
         "components": [
-            _in_format(name, entry["precision"]) for name, entry in manifest["graphs"].items() if name != "denoiser"
+            _in_format(name, entry.get("precision")) for name, entry in manifest["graphs"].items() if name != "denoiser"
         ],
         **_describe_sampling(bundle.spec),
         "history": [record["stage"] for record in manifest.get("history", [])],

@@ -209,6 +209,8 @@ def parsed_json(content: bytes, path: Path, hint: str) -> Any:
     """Parse the content of a JSON file; raises InvalidInputError, with `hint`, if it is malformed or nested deeply."""
     try:
         value = json.loads(content.decode("utf-8"))
+        if b"\\ud" in content.lower():  # half of a surrogate pair, which no file name or text can have
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
     if _is_deep(value):  # what walks through it later would exceed Python's recursion limit
