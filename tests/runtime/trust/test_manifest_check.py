@@ -66,7 +66,9 @@ def test_an_entry_of_a_wrong_type_is_refused_when_the_bundle_is_opened(
     refused(edited(*path, value=value), "wrong type")
 
 
-@pytest.mark.parametrize(("name", "reason"), [("x" * 10_000, "cannot be read"), ("a\0b", "missing"), ("\ud800", "surrogates")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("x" * 10_000, "cannot be read"), ("a\0b", "missing"), ("\ud800", "surrogates")]
+)
 def test_a_name_that_no_file_can_have_is_refused(edited: Edited, name: str, reason: str) -> None:
     refused(edited("files", name, value={"bytes": 1, "sha256": ""}), reason)
 
