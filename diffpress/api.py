@@ -196,6 +196,7 @@ def bench(
     engines: Sequence[str | None] = (None,),
     repeats: int = 3,
     options: EngineOptions | None = None,
+    public_key: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle against its baselines in one run; returns what `diffpress bench --json` writes.
 
@@ -206,6 +207,7 @@ def bench(
         engines: Names of engines; None for the preferred one, `["all"]` for all that are installed.
         repeats: Alternating rounds, of which medians are taken.
         options: Threads, precision and so on, for every engine.
+        public_key: PEM file of the Ed25519 key that every bundle has to be signed with.
 
     Examples:
         >>> import diffpress as dp
@@ -216,7 +218,9 @@ def bench(
     from diffpress.compress.evaluation.bench import bench as measure_bundle
 
     baselines = [baselines] if isinstance(baselines, str | Path) else baselines
-    return measure_bundle(bundle, baselines, batch=batch, engines=engines, repeats=repeats, options=options)
+    return measure_bundle(
+        bundle, baselines, batch=batch, engines=engines, repeats=repeats, options=options, public_key=public_key
+    )
 
 
 def evaluate(
@@ -234,6 +238,7 @@ def evaluate(
     engine: str | None = None,
     threads: int | None = None,
     options: EngineOptions | None = None,
+    public_key: str | Path | None = None,
 ) -> dict[str, Any]:
     """Score samples of a bundle or checkpoint; returns what `diffpress evaluate --json` writes.
 
@@ -255,6 +260,7 @@ def evaluate(
         engine: Engine of a bundle; None for the first one that can run here.
         threads: Processor threads; overrides those of `options`. None for all.
         options: Precision and so on, of the engine of a bundle.
+        public_key: PEM file of the Ed25519 key that the bundles have to be signed with.
 
     Raises:
         InvalidInputError: If the feature network does not fit the model's images, too few samples are asked for, or an
@@ -281,9 +287,10 @@ def evaluate(
     subjects = [str(one) for one in (subject, against) if one is not None]
     check_engine_options(subjects, engine, options)
     texts = read_prompts(None if prompts is None else Path(prompts))
+    opening: dict[str, Any] = {"engine": engine, "options": options, "texts": texts, "public_key": public_key}
     with ExitStack() as stack:
         stack.enter_context(torch_threads(options.threads))
-        ours = stack.enter_context(closing(open_subject(str(subject), engine, options=options, texts=texts)))
+        ours = stack.enter_context(closing(open_subject(str(subject), **opening)))
         if prompts is not None and ours.encode is None:
             raise InvalidInputError(f"{prompts}: {subject} encodes no prompts; leave them out")
         ours = ours.with_spec(requested_spec(ours.spec, steps))
@@ -299,7 +306,7 @@ def evaluate(
         feature_network = open_features(config, ours.spec, options.threads)
         other = None
         if against is not None:
-            other = stack.enter_context(closing(open_subject(str(against), engine, options=options, texts=texts)))
+            other = stack.enter_context(closing(open_subject(str(against), **opening)))
         elif feature_network is None:
             raise InvalidInputError(
                 f"{subject}: no built-in features fit its images; name an ONNX image encoder with --features, or a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffpress.compress.builtin import TEACHER, built_in_recipes, recipe_file
@@ -116,6 +117,17 @@ def parsed_size(text: str) -> tuple[int, int]:
     if match is None:
         raise InvalidInputError(f"--size {text}: give height and width in pixels, as in 512x768")
     return int(match[1]), int(match[2])
+
+
+def add_signature_argument(parser: argparse.ArgumentParser) -> None:
+    """Add --require-signature, for the verbs that open bundles."""
+    parser.add_argument(
+        "--require-signature",
+        dest="public_key",
+        type=Path,
+        metavar="PUBKEY",
+        help="open only bundles signed with this key, a PEM file (see 'diffpress sign')",
+    )
 
 
 def add_cache_argument(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options
+from diffpress.cli.arguments import add_engine_arguments, add_signature_argument, chosen_engine, engine_options
 from diffpress.runtime.engines.cache import Cache, cache_folder
 
 EXAMPLE = "diffpress bench work/bundle --baseline work/baseline --batch 1 8 --json bench.json"
@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="alternating rounds (3)")
     add_engine_arguments(parser)
+    add_signature_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON")
 
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         engines=args.engine or [chosen_engine(args)],
         repeats=args.repeats,
         options=options,
+        public_key=args.public_key,
     )
     for what, reason in result["left_out"].items():
         print(f"left out: {what}: {reason}")

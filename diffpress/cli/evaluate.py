@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from diffpress.cli.arguments import add_engine_arguments, chosen_engine, engine_options
+from diffpress.cli.arguments import add_engine_arguments, add_signature_argument, chosen_engine, engine_options
 from diffpress.runtime.engines import ENGINES
 from diffpress.runtime.engines.cache import Cache, cache_folder
 
@@ -48,6 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--engine", metavar="E", help=f"of a bundle: {', '.join(ENGINES)} (the first of these that can run here)"
     )
     add_engine_arguments(parser)
+    add_signature_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the scores as JSON")
 
 
@@ -70,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         candidates=args.candidates,
         engine=chosen_engine(args),
         options=engine_options(args, Cache(cache_folder()) if args.rebuild else None),
+        public_key=args.public_key,
     )
     log_evaluation(Path(args.subject).name, result)
     if args.json:

@@ -6,12 +6,16 @@ import argparse
 import json
 from typing import Any
 
+from diffpress.cli.arguments import add_signature_argument
+from diffpress.cli.console import printable
+
 EXAMPLE = "diffpress info work/bundle"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `diffpress info`."""
     parser.add_argument("path", metavar="CHECKPOINT_OR_BUNDLE", help="folder of a checkpoint or bundle")
+    add_signature_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -19,12 +23,12 @@ def run(args: argparse.Namespace) -> int:
     """Print the description, one fact per line."""
     from diffpress.compress.info import describe
 
-    facts = describe(args.path)
+    facts = describe(args.path, args.public_key)
     if args.json:
         print(json.dumps(facts, indent=1))
         return 0
     for name, text in _lines(facts):
-        print(f"{name:<13} {text}")
+        print(f"{name:<13} {printable(text)}")
     return 0
 
 
@@ -56,6 +60,9 @@ def _lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
         lines.append(("distilled", facts["distilled"]))
     if facts["components"]:
         lines.append(("components", ", ".join(facts["components"])))
+    if facts["signature"]:
+        checked = "checked" if facts["signature"]["checked"] else "not checked, see --require-signature"
+        lines.append(("signature", f"key {facts['signature']['key'][:16]} ({checked})"))
     if engines:
         lines.append(("engines", "; ".join(engines)))
     return lines

@@ -27,6 +27,7 @@ VERBS = {
     "bench": "measure a bundle against its baselines, in one run",
     "evaluate": "score a bundle's or checkpoint's samples",
     "report": "gather what a run measured into report.html and report.json",
+    "sign": "sign a bundle, so that a deployment can require its owner's key",
     "push": "upload a bundle to the Hugging Face hub",
     "info": "describe a checkpoint or bundle: family, precision, sizes, sampling plan, history",
     "recipes": "list the built-in recipes",

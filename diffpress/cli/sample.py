@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from diffpress.cli.arguments import (
     add_cache_argument,
     add_engine_arguments,
+    add_signature_argument,
     chosen_engine,
     compiled_cache,
     engine_options,
@@ -95,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
     parser.add_argument("--batch", type=int, default=8, metavar="B", help="images sampled together (8)")
     add_engine_arguments(parser)
+    add_signature_argument(parser)
     add_cache_argument(parser)
 
 
@@ -127,7 +129,7 @@ def run(args: argparse.Namespace) -> int:
             raise InvalidInputError(f"{flag} {value}: must be at least 1")
     options = engine_options(args, compiled_cache(args))
     image = read_image_request(args.image, args.mask, args.strength, args.overlay, prefix="--")
-    bundle = load_bundle(args.bundle)
+    bundle = load_bundle(args.bundle, args.public_key)
     spec, first = _requested_spec(bundle, args, image)
     request = _request(args, spec)
     with closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:

@@ -9,6 +9,7 @@ from pathlib import Path
 from diffpress.cli.arguments import (
     add_cache_argument,
     add_engine_arguments,
+    add_signature_argument,
     chosen_engine,
     compiled_cache,
     engine_options,
@@ -103,6 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--log-prompts", action="store_true", help="log prompts; they are not logged otherwise")
     parser.add_argument("--engine", metavar="E", help=f"{', '.join(ENGINES)} (the first of these that can run here)")
     add_engine_arguments(parser)
+    add_signature_argument(parser)
     add_cache_argument(parser)
 
 
@@ -125,7 +127,10 @@ def run(args: argparse.Namespace) -> int:
     sources = [parsed_source(text) for text in args.bundles]
     options = engine_options(args, compiled_cache(args))
     engine = chosen_engine(args)
-    models = [Model(source._replace(engine=source.engine or engine), options, args.max_batch) for source in sources]
+    models = [
+        Model(source._replace(engine=source.engine or engine), options, args.max_batch, args.public_key)
+        for source in sources
+    ]
     with json_logs(args.log_prompts):
         serve(Service(models, settings), Address(args.host, args.port), args.drain_seconds)
     return 0

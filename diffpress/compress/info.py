@@ -11,26 +11,29 @@ from diffpress.compress.builtin import built_in_path
 from diffpress.runtime.bundle import find_bundle, load_bundle
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.spec import DenoiserSpec
+from diffpress.runtime.trust.signature import refuse_unsigned, signer
 
 DTYPE_NAMES = {"F32": "fp32", "F16": "fp16", "BF16": "bf16"}  # safetensors' names
 
 
-def describe(path: str | Path) -> dict[str, Any]:
+def describe(path: str | Path, public_key: str | Path | None = None) -> dict[str, Any]:
     """Return family, precision, sizes, sampling plan, history and engines of a checkpoint folder or bundle.
 
-    Raises InvalidInputError for a path that is neither.
+    Raises InvalidInputError for a path that is neither, or no bundle that was signed with the key, if one is required.
     """
     folder = built_in_path(path)
     bundle = find_bundle(folder)
     if bundle is not None:
-        return _describe_bundle(bundle)
+        return _describe_bundle(bundle, public_key)
+    refuse_unsigned(str(folder), public_key)
     if folder.is_dir():
         return _describe_checkpoint(folder)
     raise InvalidInputError(f"{folder}: no such folder; give a bundle or a checkpoint in diffusers' layout")
 
 
-def _describe_bundle(folder: Path) -> dict[str, Any]:
-    bundle = load_bundle(folder)
+def _describe_bundle(folder: Path, public_key: str | Path | None) -> dict[str, Any]:
+    bundle = load_bundle(folder, public_key)
+    key = signer(folder)
     manifest, denoiser = bundle.manifest, bundle.manifest["graphs"]["denoiser"]
     return {
         "kind": "bundle",
@@ -42,7 +45,7 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
         "parameters": denoiser.get("parameters"),
         "size_mib": round(sum(entry["bytes"] for entry in manifest["files"].values()) / 2**20, 2),
         "components": [
-            _in_format(name, entry["precision"]) for name, entry in manifest["graphs"].items() if name != "denoiser"
+            _in_format(name, entry.get("precision")) for name, entry in manifest["graphs"].items() if name != "denoiser"
         ],
         **_describe_sampling(bundle.spec),
         "history": [record["stage"] for record in manifest.get("history", [])],
@@ -50,6 +53,7 @@ def _describe_bundle(folder: Path) -> dict[str, Any]:
             {key: entry.get(key) for key in ("engine", "version", "integer_mac_share") if key in entry}
             for entry in manifest["engines"]
         ],
+        "signature": key and {"key": key, "checked": public_key is not None},
     }
 
 
@@ -85,6 +89,7 @@ def _describe_checkpoint(folder: Path) -> dict[str, Any]:
         **_describe_sampling(spec),
         "history": [entry["stage"] for entry in record.get("history", [])],
         "engines": [],
+        "signature": None,
     }
 
 
@@ -94,15 +99,12 @@ def _in_format(component: str, precision: str | None) -> str:
 
 
 def _parameters_by_dtype(files: list[Path]) -> Counter[str]:
-    from safetensors import safe_open
+    from diffpress.compress.sources.weights import tensor_types
 
     counts: Counter[str] = Counter()
     for file in files:
-        with safe_open(file, framework="numpy") as tensors:
-            for name in tensors.keys():
-                part = tensors.get_slice(name)
-                dtype = part.get_dtype()
-                counts[DTYPE_NAMES.get(dtype, dtype)] += prod(part.get_shape())
+        for dtype, shape in tensor_types(file).values():
+            counts[DTYPE_NAMES.get(dtype, dtype)] += prod(shape)
     return counts
 
 

@@ -1,4 +1,4 @@
-"""Upload a bundle to the Hugging Face hub: the files that its manifest lists, the manifest and the model card."""
+"""Upload a bundle to the Hugging Face hub: the files that its manifest lists, the manifest, its signature, the card."""
 
 from __future__ import annotations
 
@@ -11,11 +11,19 @@ from diffpress.export.model_card import PICTURE
 from diffpress.export.verify.gate import failures_of
 from diffpress.runtime.bundle import MANIFEST, load_bundle
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.trust.signature import SIGNATURE
 
 SPECIAL = "[*?"  # characters of a pattern
 
 
-def push_bundle(path: str | Path, repo: str, *, private: bool = False, message: str | None = None) -> str:
+def push_bundle(
+    path: str | Path,
+    repo: str,
+    *,
+    private: bool = False,
+    message: str | None = None,
+    public_key: str | Path | None = None,
+) -> str:
     """Upload the bundle at `path` and return the address of the commit.
 
     The token is that of `hf auth login`, or of the environment variable HF_TOKEN.
@@ -25,6 +33,7 @@ def push_bundle(path: str | Path, repo: str, *, private: bool = False, message: 
         repo: Name on the hub, OWNER/NAME; it is created if it does not exist.
         private: Create it as a private one; otherwise as the owner's default says.
         message: Commit message; by default it names the bundle's hash.
+        public_key: PEM file of the key that the bundle has to be signed with, if any.
 
     Raises:
         InvalidInputError: There is no such bundle, it is damaged, the name is not one of the hub's, or the hub refuses.
@@ -32,13 +41,13 @@ def push_bundle(path: str | Path, repo: str, *, private: bool = False, message: 
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, LocalTokenNotFoundError
 
-    bundle = load_bundle(path)
+    bundle = load_bundle(path, public_key)
     failed = [failure.message for failure in failures_of(bundle) if failure.target]
     if failed:
         raise InvalidInputError(
             f"{bundle.path}: failed parity ({'; '.join(failed)}); export it again before sharing it"
         )
-    documents = [name for name in (CARD, PICTURE) if (bundle.path / name).is_file()]
+    documents = [name for name in (CARD, PICTURE, SIGNATURE) if (bundle.path / name).is_file()]
     files = sorted({MANIFEST, *documents, *bundle.manifest["files"]})
     api = HfApi(library_name="diffpress")
     try:

@@ -2,6 +2,7 @@
 
     manifest.json                       format, requires, name, spec (with the sampling plan), graphs, engines, history,
                                         metrics, and the size and sha256 of every file
+    manifest.sig                        signature of the manifest, if its owner signed it (trust/signature.py)
     denoiser.onnx                       the portable graph
     denoiser.*.onnx                     variants of that network for single engines; the manifest maps engines to them
     text_encoder*.onnx, tokenizer*/, vae_decoder.onnx       if the model has them
@@ -19,12 +20,16 @@ import hashlib
 import json
 from collections.abc import Collection
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.format_1 import upgraded_spec
+from diffpress.runtime.io.files import parsed_json, read_json_bytes
 from diffpress.runtime.spec import DenoiserSpec
+from diffpress.runtime.trust.manifest_check import check_files, check_records, check_tokenizers
+from diffpress.runtime.trust.manifest_check import sha256 as sha256
+from diffpress.runtime.trust.signature import SIGNATURE, check_signature
 
 FORMAT = 2
 MANIFEST = "manifest.json"
@@ -139,12 +144,6 @@ class Bundle:
         return str(self.manifest["hash"])
 
 
-def sha256(path: Path) -> str:
-    """Return the sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def manifest_hash(manifest: dict[str, Any]) -> str:
     """Return the sha256 of the canonical manifest without its `hash` entry."""
     content = {key: value for key, value in manifest.items() if key != "hash"}
@@ -159,7 +158,7 @@ def seal(folder: Path, content: dict[str, Any]) -> dict[str, Any]:
     files = {
         path.relative_to(folder).as_posix(): {"sha256": sha256(path), "bytes": path.stat().st_size}
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, SIGNATURE)
     }
     manifest = {"format": FORMAT, "requires": [], **content, "files": files}
     manifest["hash"] = manifest_hash(manifest)
@@ -173,11 +172,17 @@ def find_bundle(path: str | Path) -> Path | None:
     return next((place for place in (folder, folder / "bundle") if (place / MANIFEST).is_file()), None)
 
 
-def load_bundle(path: str | Path) -> Bundle:
+def load_bundle(path: str | Path, public_key: str | Path | None = None) -> Bundle:
     """Open a bundle, or that of a compress run, and verify every file against its manifest.
 
+    Args:
+        path: The bundle's folder, or that of a compress run.
+        public_key: PEM file of the Ed25519 key that the bundle has to be signed with; None requires no signature.
+
     Raises:
-        InvalidInputError: The folder is no bundle, its format is unknown, or a file is missing, damaged or changed.
+        InvalidInputError: The folder is no bundle, its format is unknown, a file is missing, damaged or changed, or
+            the required signature is missing or of another key.
+        MissingDependencyError: A signature is required, and `cryptography` is not installed.
 
     Examples:
         >>> import diffpress as dp
@@ -190,10 +195,10 @@ def load_bundle(path: str | Path) -> Bundle:
             f"{path}: not a bundle, it has no {MANIFEST} (make one with 'diffpress export' or 'diffpress compress')"
         )
     file = folder / MANIFEST
-    try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # a UnicodeDecodeError is a ValueError
-        raise InvalidInputError(f"{file}: not readable as JSON ({error}); export the bundle again") from error
+    content = read_json_bytes(file, hint="export the bundle again")
+    if public_key is not None:
+        check_signature(file, content, public_key)  # before anything of the bundle is parsed
+    manifest = parsed_json(content, file, hint="export the bundle again")
     if not isinstance(manifest, dict) or manifest.get("format") not in (1, FORMAT):
         found = manifest.get("format") if isinstance(manifest, dict) else type(manifest).__name__
         raise InvalidInputError(
@@ -204,11 +209,13 @@ def load_bundle(path: str | Path) -> Bundle:
         raise InvalidInputError(
             f"{file}: does not match its own hash, so it was changed after export; export the bundle again"
         )
-    _verify_files(folder, manifest)
+    check_files(manifest, file)
+    check_records(manifest, file)
     _check_requires(manifest, file)
     if manifest["format"] == 1:
         manifest = {**manifest, "spec": upgraded_spec(manifest.get("spec"))}
     spec = DenoiserSpec.from_json(manifest.get("spec"), f"{file}: spec")
+    check_tokenizers(spec, manifest, file)
     return Bundle(folder, spec, manifest)
 
 
@@ -219,47 +226,4 @@ def _check_requires(manifest: dict[str, Any], file: Path) -> None:
     if unknown:
         raise InvalidInputError(
             f"{file}: requires {', '.join(unknown)}, which this diffpress does not support; install a newer diffpress"
-        )
-
-
-def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
-    listed, graphs = manifest.get("files"), manifest.get("graphs")
-    if not isinstance(listed, dict) or not isinstance(graphs, dict) or not isinstance(graphs.get("denoiser"), dict):
-        raise InvalidInputError(f"{folder / MANIFEST}: no list of files or no denoiser graph; export the bundle again")
-    for name, graph in graphs.items():
-        variants = graph.get("variants", {}) if isinstance(graph, dict) else None
-        entries = [graph, *variants.values()] if isinstance(variants, dict) else [None]
-        entries += [entry["cached"] for entry in entries if isinstance(entry, dict) and "cached" in entry]
-        if not all(isinstance(entry, dict) and str(entry.get("file")) in listed for entry in entries):
-            raise InvalidInputError(
-                f"{folder / MANIFEST}: the {name}'s file is not among the listed files; export the bundle again"
-            )
-    engines = manifest.get("engines")
-    if not isinstance(engines, list) or not all(_is_engine(entry, listed) for entry in engines):
-        raise InvalidInputError(
-            f"{folder / MANIFEST}: an entry of 'engines' has no engine, no graph or a file that is not listed; "
-            "export the bundle again"
-        )
-    for name, entry in listed.items():
-        _verify_file(folder, name, entry)
-
-
-def _is_engine(entry: Any, listed: dict[str, Any]) -> bool:
-    if not isinstance(entry, dict) or not all(isinstance(entry.get(key), str) for key in ("engine", "graph")):
-        return False
-    return "file" not in entry or str(entry["file"]) in listed
-
-
-def _verify_file(folder: Path, name: str, entry: Any) -> None:
-    path = folder / name
-    # by its name: in a hub cache the files are links to blobs outside the folder
-    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-        raise InvalidInputError(f"{folder / MANIFEST}: '{name}' points outside the bundle")
-    if not isinstance(entry, dict) or not {"bytes", "sha256"} <= entry.keys():
-        raise InvalidInputError(f"{folder / MANIFEST}: '{name}' has no size and sha256; export the bundle again")
-    if not path.is_file():
-        raise InvalidInputError(f"{path}: listed in the manifest but missing; copy the bundle again")
-    if path.stat().st_size != entry["bytes"] or sha256(path) != entry["sha256"]:
-        raise InvalidInputError(
-            f"{path}: does not match its sha256 in the manifest, so it is damaged; copy the bundle again"
         )

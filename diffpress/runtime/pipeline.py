@@ -58,9 +58,11 @@ class Pipeline:
         threads: Processor threads; None for all.
         options: Further options of the engine, such as its precision and streams.
         keep_open: Keep text encoders open that are larger than the denoiser; otherwise they are closed after use.
+        public_key: PEM file of the Ed25519 key that the bundle has to be signed with; None requires no signature.
 
     Raises:
-        InvalidInputError: If the folder is no bundle, is damaged, or lacks a component that sampling needs.
+        InvalidInputError: If the folder is no bundle, is damaged, lacks a component that sampling needs, or has no
+            signature of the required key.
         EngineUnavailableError: If the engine cannot run the bundle on this machine.
         MissingDependencyError: If the engine's package is not installed.
 
@@ -80,8 +82,12 @@ class Pipeline:
         *,
         options: EngineOptions | None = None,
         keep_open: bool = False,
+        public_key: str | Path | None = None,
     ) -> None:
-        self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
+        opened = isinstance(bundle, Bundle) and public_key is None
+        self.bundle = (
+            bundle if opened else load_bundle(bundle.path if isinstance(bundle, Bundle) else bundle, public_key)
+        )
         spec = self.bundle.spec
         for graph in (e.graph for e in spec.conditioning.encoders):
             self.bundle.graph(graph)  # a missing component is reported before any work

@@ -30,7 +30,7 @@ from diffpress.runtime.errors import InvalidInputError, MissingDependencyError, 
 logger = logging.getLogger(__name__)
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import Encoding, Tokenizer
 
 IDS, MASK = "input_ids", "attention_mask"
 SIZE, CORNER = "size", "corner"
@@ -71,8 +71,23 @@ def open_tokenizer(file: str | Path) -> Tokenizer:
         raise InvalidInputError(f"{file}: no such file")
     try:
         return Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises no narrower class
+    except BaseException as error:  # the library raises no narrower class, and a panic in its Rust code is none
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise InvalidInputError(f"{file}: not a tokenizer.json of the tokenizers library ({error})") from error
+
+
+def _encoded(tokenizer: Tokenizer, text: str, encoder: TextEncoder) -> Encoding:
+    """Encode one text; raises InvalidInputError if the tokenizer's rules fail on it."""
+    try:
+        return tokenizer.encode(text)
+    except BaseException as error:  # a panic in the library's Rust code is no Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = (str(error).splitlines() or ["no reason given"])[0][:200]
+        raise InvalidInputError(
+            f"{encoder.graph}: its tokenizer fails on a prompt of {len(text)} characters ({reason})"
+        ) from error
 
 
 def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], encoder: TextEncoder) -> Tokens:
@@ -97,7 +112,7 @@ def tokenize(tokenizer: Tokenizer, prompts: Sequence[str], encoder: TextEncoder)
     unread = []
     for row, prompt in enumerate(prompts):
         text = with_all_vectors(tokenizer, prompt.lower().strip() if encoder.lower else prompt)
-        encoding = tokenizer.encode(text)
+        encoding = _encoded(tokenizer, text, encoder)
         ids[row, : len(encoding.ids)] = encoding.ids
         mask[row, : len(encoding.ids)] = 1
         # the overflow contains special tokens, which have no position in the text

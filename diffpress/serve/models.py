@@ -60,6 +60,7 @@ class Model:
         source: Where it is, and what it is called.
         options: Options of its engine.
         batch: Images that are sampled together at most.
+        public_key: PEM file of the key that the bundle has to be signed with, if any.
 
     Attributes:
         name: Its name in requests.
@@ -72,12 +73,12 @@ class Model:
         last_used: When the last of them started, in seconds of the monotonic clock.
 
     Raises:
-        InvalidInputError: It is no bundle.
+        InvalidInputError: It is no bundle, or not signed with the key.
         MissingDependencyError: It is conditioned on text, and `tokenizers` is not installed.
     """
 
-    def __init__(self, source: Source, options: EngineOptions, batch: int) -> None:
-        self.bundle: Bundle = load_bundle(source.path)
+    def __init__(self, source: Source, options: EngineOptions, batch: int, public_key: Path | None = None) -> None:
+        self.bundle: Bundle = load_bundle(source.path, public_key)
         self.name = source.name or _folder_name(self.bundle.path)
         self.engine, self.options, self.batch = source.engine, options, batch
         self.created = int((self.bundle.path / MANIFEST).stat().st_mtime)

@@ -8,7 +8,7 @@ import logging
 
 import pytest
 
-from diffpress.cli.console import console, show_every_character
+from diffpress.cli.console import MAX_LINE, console, printable, show_every_character
 
 logger = logging.getLogger("diffpress.somewhere")
 Captured = pytest.CaptureFixture[str]
@@ -80,3 +80,22 @@ def test_characters_that_the_encoding_lacks_are_written_in_ascii(monkeypatch: py
     terminal.write("1.0 ± 0.1, café, 漢, \udcc3")
     terminal.flush()
     assert terminal.buffer.getvalue() == b"1.0 +- 0.1, caf\\xe9, \\u6f22, \\udcc3"
+
+
+def test_control_characters_of_a_name_cannot_change_the_terminal(capsys: Captured) -> None:
+    name = "\x1b]0;owned\x07\x1b[2J\r\nfake: \u202etxt\u2028\x9b"
+    with console():
+        for log in (logger.info, logger.warning, logger.error):
+            log(f"{name}: é漢🦊 unknown")
+    out, err = capsys.readouterr()
+    safe = r"\x1b]0;owned\x07\x1b[2J\r" + "{}fake: " + r"\u202etxt\u2028\x9b: " + "é漢🦊 unknown"
+    assert out == "  " + safe.format("\n  ") + "\n"  # information may have several lines
+    assert err == f"warning: {safe.format(chr(92) + 'n')}\ndiffpress: {safe.format(chr(92) + 'n')}\n"
+    assert printable("plain text\tand") == r"plain text\tand" and printable("a\tb\n", lines=True) == "a\tb\n"
+
+
+def test_an_error_of_a_million_characters_is_shortened_to_its_start_and_its_end(capsys: Captured) -> None:
+    with console():
+        logger.error("start" + "x" * 1_000_000 + "; choose another")
+    line = capsys.readouterr().err
+    assert len(line) < MAX_LINE + 20 and line.startswith("diffpress: start") and line.endswith("; choose another\n")

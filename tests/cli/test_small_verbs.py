@@ -175,3 +175,26 @@ def test_cache_refuses_a_limit_that_is_no_number(
 ) -> None:
     monkeypatch.setenv("DIFFPRESS_CACHE_GIB", "plenty")
     assert "DIFFPRESS_CACHE_GIB=plenty: give a number of GiB" in output(capsys, "cache", "info", code=2)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x05pickle", b"\xff" * 8 + b"{}", b"\x02" + bytes(7) + b"[]"])
+def test_info_refuses_weights_that_are_not_safetensors_in_one_line(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: bytes
+) -> None:
+    pytest.importorskip("torch")
+    folder = Path(shutil.copytree(FORMAT_1 / "checkpoint", tmp_path / "checkpoint"))
+    next((folder / "unet").glob("*.safetensors")).write_bytes(content)
+    said = output(capsys, "info", folder, code=2)
+    assert "not readable as safetensors" in said and said.count("\n") == 1
+
+
+def test_info_shows_hostile_names_as_escapes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(TINY, tmp_path / "bundle"))
+    manifest = json.loads((folder / MANIFEST).read_text()) | {
+        "family": "\x1b[2J\r\nfake",
+        "history": [{"stage": "\x07"}],
+    }
+    manifest["hash"] = manifest_hash(manifest)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    said = output(capsys, "info", folder)
+    assert r"\x1b[2J\r\nfake" in said and r"\x07" in said and "\x1b" not in said

@@ -454,3 +454,16 @@ def test_many_truncated_prompts_give_one_warning(pair: Any, caplog: pytest.LogCa
         "the prompt 'bcdefg' and 1 more are too long for text_encoder, text_encoder_2 (4 tokens): "
         "left out 'efg' and so on"
     )
+
+
+def test_a_tokenizer_whose_rules_fail_on_a_prompt_is_refused_in_one_line(tmp_path: Path) -> None:
+    """The library gives up a regular expression that backtracks without end, with a panic of its Rust code."""
+    tokenizers = pytest.importorskip("tokenizers")
+    hostile = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "u": 1}, unk_token="u"))
+    hostile.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(a+)+$"), "isolated")
+    hostile.save(str(tmp_path / "tokenizer.json"))
+    tokenizer, encoder = open_tokenizer(tmp_path / "tokenizer.json"), TextEncoder("text_encoder", "tokenizer", 8)
+    assert tokenize(tokenizer, ["a"], encoder).ids[0, 0] == 0
+    with pytest.raises(InvalidInputError, match=r"text_encoder: its tokenizer fails on a prompt of 41 characters") as e:
+        tokenize(tokenizer, ["a" * 40 + "!"], encoder)
+    assert "\n" not in str(e.value)

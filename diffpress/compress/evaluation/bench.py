@@ -17,6 +17,7 @@ from diffpress.runtime.bundle import Bundle, find_bundle, load_bundle
 from diffpress.runtime.engines import Engine, engine_label, installed, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import DiffpressError
+from diffpress.runtime.trust.signature import refuse_unsigned
 
 
 def bench(
@@ -27,6 +28,7 @@ def bench(
     engines: Sequence[str | None] = (None,),
     repeats: int = 3,
     options: EngineOptions | None = None,
+    public_key: str | Path | None = None,
 ) -> dict[str, Any]:
     """Measure a bundle against its baselines in one run; the result has the shape of `bench --json`.
 
@@ -37,9 +39,11 @@ def bench(
         engines: Names of engines; None for the preferred one, `["all"]` for all installed engines.
         repeats: Number of alternating rounds; the medians are reported.
         options: Threads, precision and other options of every engine.
+        public_key: PEM file of the key that every bundle has to be signed with; baselines that are checkpoints are
+            then refused.
     """
     options = options or EngineOptions()
-    opened = load_bundle(bundle)
+    opened = load_bundle(bundle, public_key)
     every = list(engines) == ["all"]
     names: list[str | None] = [*(installed() if every else engines)]
     left_out: dict[str, str] = {}
@@ -60,12 +64,13 @@ def bench(
 
         for baseline in baselines:
             if find_bundle(baseline) is not None:
-                other = load_bundle(baseline)
+                other = load_bundle(baseline, public_key)
                 for name in names:
                     add(other, name)
             else:
                 from diffpress.compress.evaluation.torch_baseline import torch_subject
 
+                refuse_unsigned(str(baseline), public_key)
                 subjects.append(torch_subject(str(baseline), options.threads))
         for name in names:
             engine = add(opened, name)

@@ -225,7 +225,7 @@ def _of_folder(folder: Path, network: FeatureNetwork) -> Reference:
     """Compute the features of a folder's pictures, which may differ in size."""
     import hashlib
 
-    from PIL import Image
+    from diffpress.runtime.io.open_image import IMAGE_ERRORS, open_image
 
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
     if not files or network.embed_pixels is None:
@@ -234,9 +234,9 @@ def _of_folder(folder: Path, network: FeatureNetwork) -> Reference:
     digest, found = hashlib.sha256(), []
     for file in files:
         try:
-            with Image.open(file) as opened:
+            with open_image(file) as opened:
                 pixels = np.asarray(opened.convert("RGB"))
-        except OSError as error:
+        except IMAGE_ERRORS as error:
             raise InvalidInputError(f"{file}: not readable as a picture ({error})") from error
         digest.update(pixels.tobytes())
         found.append(network.embed_pixels(pixels[None]))

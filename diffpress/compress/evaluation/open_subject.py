@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.spec import DenoiserSpec
+from diffpress.runtime.trust.signature import refuse_unsigned
 
 
 def open_subject(
@@ -34,13 +36,16 @@ def open_subject(
     engine: str | None = None,
     options: EngineOptions | None = None,
     texts: Sequence[str] = (),
+    public_key: str | Path | None = None,
 ) -> EvaluationSubject:
     """Open a bundle in an engine, or a checkpoint in torch (fake-quantized if quantized).
 
-    Engine and options are those of a bundle; a checkpoint takes none of them.
+    Engine and options are those of a bundle; a checkpoint takes none of them. A `public_key` is the PEM file of the key
+    that the bundle has to be signed with; a checkpoint is then refused.
     """
     if find_bundle(reference) is not None:
-        return pipeline_subject(Pipeline(load_bundle(reference), engine, options=options), texts)
+        return pipeline_subject(Pipeline(load_bundle(reference, public_key), engine, options=options), texts)
+    refuse_unsigned(reference, public_key)
     checkpoint = load_checkpoint(reference)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = TorchNetwork(fake_quantized(checkpoint).to(device), checkpoint.spec)

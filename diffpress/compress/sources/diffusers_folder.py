@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -120,11 +121,20 @@ def _build_empty(layout: Layout) -> nn.Module:
             "load it as a custom module, file.py:weights"
         )
     try:
-        with init_empty_weights(include_buffers=False):
+        with quiet_libraries(), init_empty_weights(include_buffers=False):
             module: nn.Module = getattr(diffusers, layout.kind).from_config(layout.config)
     except Exception as error:  # torch and diffusers raise many types for invalid settings
         raise InvalidInputError(f"{where}: {layout.kind} cannot be built from it ({first_line(error)})") from error
+    _warn_of_unknown_entries(type(module), layout.config, where)
     return module
+
+
+def _warn_of_unknown_entries(kind: type[nn.Module], config: dict[str, Any], where: Path) -> None:
+    """Warn of entries that diffusers ignores, of which it prints a paragraph itself."""
+    known = set(inspect.signature(kind).parameters)
+    unknown = [name for name in config if name not in known and not name.startswith("_")]
+    if unknown:
+        logger.warning(f"{where}: {kind.__name__} has no {', '.join(map(repr, unknown))}; ignored, as diffusers does")
 
 
 def _chooses_plan(record: dict[str, Any] | None) -> bool:

@@ -31,6 +31,7 @@ RENAMED = {
 }
 # complete models that published folders name in the config of the encoder that diffusers loads from them
 ENCODER_OF = {"T5ForConditionalGeneration": "T5EncoderModel", "T5Model": "T5EncoderModel", "CLIPModel": "CLIPTextModel"}
+MAX_LAYERS = 1000  # ten times as many as the largest published model has
 # settings of a tokenizer that tokenizer.json does not store, and the value that the runtime follows
 TOKENIZER_SETTINGS = {"padding_side": "right", "truncation_side": "right", "split_special_tokens": False}
 VOCABULARIES = (
@@ -184,7 +185,16 @@ def _read_config(component: Path) -> dict[str, Any]:
             f"{file}: quantization_config: the weights are already quantized ({method}); start from the checkpoint in "
             "float32, float16 or bfloat16"
         )
+    _check_layers(config, file)
     return config
+
+
+def _check_layers(config: dict[str, Any], file: Path) -> None:
+    """Refuse a config with so many layers that building the module would not end."""
+    for key, value in config.items():
+        counts = [value] if isinstance(value, int) else value if isinstance(value, list) else []
+        if "layers" in key and any(isinstance(count, int) and count > MAX_LAYERS for count in counts):
+            raise InvalidInputError(f"{file}: {key} = {value!r}: more than {MAX_LAYERS} layers are not supported")
 
 
 def _denoiser_folder(folder: Path, index: dict[str, Any]) -> Path:

@@ -64,6 +64,8 @@ def _shards(index: Path) -> list[Path]:
         raise InvalidInputError(f"{index}: has no weight_map from tensor names to files; copy it again")
     files = [index.parent / file for file in sorted(set(names.values()))]
     for file in files:
+        if file.parent != index.parent or file.name == "..":
+            raise InvalidInputError(f"{index}: names {str(file)!r}, which is not beside it; copy the checkpoint again")
         if not file.is_file():
             raise InvalidInputError(f"{file}: is listed in {index.name} but missing; copy it again")
     return files
@@ -77,10 +79,16 @@ def variant_of(component: Path) -> str | None:
     return next((match[1] for match in found if match), None)
 
 
+def tensor_types(file: Path) -> dict[str, tuple[str, list[int]]]:
+    """Return safetensors' dtype and the shape of every tensor of a file; only the header is read."""
+    with _opened(file) as tensors:
+        parts = {name: tensors.get_slice(name) for name in tensors.keys()}
+        return {name: (part.get_dtype(), part.get_shape()) for name, part in parts.items()}
+
+
 def tensor_shapes(file: Path) -> dict[str, list[int]]:
     """Return the shape of every tensor of a safetensors file; only the header is read."""
-    with _opened(file) as tensors:
-        return {name: tensors.get_slice(name).get_shape() for name in tensors.keys()}
+    return {name: shape for name, (_, shape) in tensor_types(file).items()}
 
 
 def header_metadata(file: Path) -> dict[str, str]:
@@ -91,11 +99,9 @@ def header_metadata(file: Path) -> dict[str, str]:
 
 def refuse_quantized(file: Path) -> None:
     """Raise InvalidInputError if the file holds weights that are already quantized, judged by its header."""
-    with _opened(file) as tensors:
-        for name in tensors.keys():
-            dtype = tensors.get_slice(name).get_dtype()
-            if QUANTIZED.search(name) or (name.endswith("weight") and dtype in INTEGERS):
-                raise InvalidInputError(_is_quantized(file, name))
+    for name, (dtype, _) in tensor_types(file).items():
+        if QUANTIZED.search(name) or (name.endswith("weight") and dtype in INTEGERS):
+            raise InvalidInputError(_is_quantized(file, name))
 
 
 def load_weights_(

@@ -135,15 +135,17 @@ def _opened(value: Any, name: str) -> tuple[Any, str]:
     """Return a PIL image, upright and complete, and what it is called in messages."""
     from PIL import Image, ImageOps
 
+    from diffpress.runtime.io.open_image import IMAGE_ERRORS, open_image
+
     if isinstance(value, Image.Image):
         return value, name
     if not isinstance(value, str | Path):
         raise InvalidInputError(f"{name}: is a {type(value).__name__}; give a file, a PIL image or a uint8 array")
     name = f"{name} {value}"
     try:
-        with Image.open(value) as file:
+        with open_image(value) as file:
             return ImageOps.exif_transpose(file), name
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except IMAGE_ERRORS as error:
         raise InvalidInputError(f"{name}: cannot be read as an image ({error})") from error
 
 

@@ -25,6 +25,9 @@ PARTIAL, OUTGOING, LOCK = ".partial", ".outgoing", ".lock"  # suffixes of tempor
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:4]
 _NUMBERS = itertools.count()
 
+MAX_JSON_BYTES = 2**28  # the index of the largest published model has a few MiB, a tokenizer 20
+MAX_JSON_DEPTH = 64
+
 
 @contextmanager
 def atomic(
@@ -174,12 +177,62 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def read_json_value(path: Path, hint: str = "rerun the command that wrote it") -> Any:
-    """Read any JSON value; raises InvalidInputError, with `hint`, if the file is missing or malformed."""
+def read_limited(path: Path, most: int, what: str) -> bytes:
+    """Read a file that is at most `most` bytes long.
+
+    Raises:
+        OSError: It cannot be read.
+        ValueError: No file can have this name.
+        InvalidInputError: It is larger; `what` names the kind of file that it should be.
+    """
+    with path.open("rb") as file:
+        too_large = os.fstat(file.fileno()).st_size > most
+        content = b"" if too_large else file.read(most + 1)
+        if too_large or len(content) > most:  # a device has no size
+            raise InvalidInputError(f"{path}: larger than {_size(most)}, which is too large for {what}")
+    return content
+
+
+def _size(count: int) -> str:
+    return f"{count >> 20} MiB" if count >= 2**20 else f"{count >> 10} KiB"
+
+
+def read_json_bytes(path: Path, hint: str) -> bytes:
+    """Read a JSON file of at most MAX_JSON_BYTES; raises InvalidInputError, with `hint`, if it cannot be read."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_limited(path, MAX_JSON_BYTES, "JSON")
     except (OSError, ValueError) as error:
         raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
+
+
+def parsed_json(content: bytes, path: Path, hint: str) -> Any:
+    """Parse the content of a JSON file; raises InvalidInputError, with `hint`, if it is malformed or nested deeply."""
+    try:
+        value = json.loads(content.decode("utf-8"))
+        if b"\\ud" in content.lower():  # half of a surrogate pair, which no file name or text can have
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
+    if _is_deep(value):  # what walks through it later would exceed Python's recursion limit
+        raise InvalidInputError(f"{path}: JSON nested deeper than {MAX_JSON_DEPTH} levels{hint and f'; {hint}'}")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MAX_JSON_DEPTH):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+    return bool(level)
+
+
+def read_json_value(path: Path, hint: str = "rerun the command that wrote it") -> Any:
+    """Read any JSON value; raises InvalidInputError, with `hint`, if the file is missing or malformed."""
+    return parsed_json(read_json_bytes(path, hint), path, hint)
 
 
 def read_json(path: Path, hint: str = "rerun the command that wrote it") -> dict[str, Any]:

@@ -47,15 +47,15 @@ def is_finished(folder: Path, record: Record) -> bool:
     Raises:
         InvalidInputError: The file of that name was made otherwise.
     """
-    from PIL import Image
+    from diffpress.runtime.io.open_image import IMAGE_ERRORS, open_image
 
     file = image_path(folder, record)
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             found = image.info
     except FileNotFoundError:
         return False
-    except (OSError, ValueError) as error:
+    except IMAGE_ERRORS as error:
         raise InvalidInputError(f"{file}: exists and is no image of diffpress; choose another --out") from error
     other = next((key for key in KEYS if record.get(key) != found.get(key)), None)
     if other is not None:

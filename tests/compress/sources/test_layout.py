@@ -162,3 +162,12 @@ def test_a_component_whose_config_says_quantized_is_refused(
     refused(lambda: load_checkpoint(folder), str(folder / component / "config.json"), "quantization_config", method)
     edit(folder / component / "config.json", quantization_config=None)
     load_checkpoint(folder)
+
+
+@pytest.mark.parametrize(("name", "value"), [("layers_per_block", 10**6), ("transformer_layers_per_block", [1, 10**6])])
+def test_a_config_of_a_million_layers_is_refused_before_anything_is_built(
+    name: str, value: Any, copied: Callable[[str], Path]
+) -> None:
+    folder = copied("sd")
+    edit(folder / "unet" / "config.json", **{name: value})
+    refused(lambda: read_layout(folder), name, "more than 1000 layers")

@@ -226,3 +226,18 @@ def test_the_header_alone_gives_the_shapes(stored: Callable[..., Path]) -> None:
     assert tensor_shapes(file) == {"weight": [3, 2], "bias": [3]}
     file.write_bytes(b"nothing")
     refused(lambda: tensor_shapes(file), str(file), "truncated")
+
+
+@pytest.mark.parametrize("where", ["..", "../..", "/tmp", "."])
+def test_shards_are_read_only_from_the_folder_of_their_index(tmp_path: Path, where: str) -> None:
+    folder = tmp_path / "unet"
+    folder.mkdir()
+    save_file({"a": torch.zeros(2)}, tmp_path / "outside.safetensors")
+    save_file({"a": torch.zeros(2)}, folder / "outside.safetensors")
+    index = {"weight_map": {"a": f"{where}/outside.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    if where == ".":
+        assert weight_files(folder) == [folder / "outside.safetensors"]
+        return
+    with pytest.raises(InvalidInputError, match="which is not beside it"):
+        weight_files(folder)

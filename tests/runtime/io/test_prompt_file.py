@@ -24,3 +24,10 @@ def test_a_file_without_readable_prompts_is_refused(content: bytes | None, probl
         (tmp_path / "p.txt").write_bytes(content)
     with pytest.raises(InvalidInputError, match=f"p.txt: {problem}"):
         read_prompt_file(tmp_path / "p.txt")
+
+
+def test_a_file_of_a_terabyte_is_refused_without_reading_it(tmp_path: Path) -> None:
+    with (tmp_path / "p.txt").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(InvalidInputError, match="larger than 256 MiB"):
+        read_prompt_file(tmp_path / "p.txt")

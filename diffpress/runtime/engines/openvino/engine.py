@@ -262,6 +262,7 @@ class OpenVinoEngine:
 
     def _read(self) -> Any:
         if self._model is None:
+            _check_format(self._path)
             try:
                 model = self._core.read_model(self._path)
                 use_signed_integers_(model)
@@ -299,6 +300,14 @@ def _properties(core: Any, options: EngineOptions) -> dict[str, Any]:
     if options.threads is not None:
         properties["INFERENCE_NUM_THREADS"] = options.threads
     return properties
+
+
+def _check_format(path: Path) -> None:
+    """Refuse an ONNX file that is none: OpenVINO would try to read it in the formats of other frameworks."""
+    from openvino.frontend import FrontEndManager
+
+    if path.suffix == ".onnx" and not FrontEndManager().load_by_framework("onnx").supported(str(path)):
+        raise InvalidInputError(f"{path}: OpenVINO cannot load it (not an ONNX model); export it again")
 
 
 def _size(path: Path) -> int:
