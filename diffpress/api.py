@@ -129,7 +129,8 @@ def export(
     Args:
         checkpoint: From `load` or `compress`, or what `load` takes.
         out: The bundle's folder. One that holds anything but a bundle is refused.
-        targets: Of "onnx", "openvino" and "tensorrt": the engines to build or check the bundle for.
+        targets: Of "onnx", "openvino" and "tensorrt": the engines to build or check the bundle for; "sampler" for a
+            whole sampling run in one ONNX file, and "triton" for that as a model repository of Triton.
         precision: "fp32", "fp16" or "bf16", of the float graphs; norms, softmax and decoders stay fp32.
         size: Height and width of the image in pixels, to fix them in the graphs.
         fixed_timesteps: Fold the timestep embedding for the plan's own timesteps into constants.

@@ -10,7 +10,7 @@ from diffpress.cli.arguments import add_checkpoint_arguments, loaded, parsed_siz
 from diffpress.runtime.engines.tensorrt.options import HARDWARE, SWITCHES, BuildOptions
 from diffpress.runtime.errors import InvalidInputError
 
-TARGETS = ("onnx", "openvino", "tensorrt")
+TARGETS = ("onnx", "openvino", "tensorrt", "sampler", "triton")
 PRECISIONS = ("fp32", "fp16", "bf16")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch
 DEFAULTS = BuildOptions()
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=TARGETS,
         default=["onnx"],
-        help="engines to build or check the bundle for (onnx)",
+        help="engines to build or check the bundle for, and a sampler in one file: sampler, triton (onnx)",
     )
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="fp32", help="how weights are held while exporting (fp32)"

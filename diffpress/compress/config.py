@@ -86,7 +86,7 @@ class TensorRTConfig(Config):
         return self
 
 
-Target = Literal["onnx", "openvino", "tensorrt"]
+Target = Literal["onnx", "openvino", "tensorrt", "sampler", "triton"]
 ExportPrecision = Literal["fp32", "fp16", "bf16"]
 
 

@@ -23,6 +23,12 @@ def summary(bundle: Bundle) -> list[str]:
     for engine, row in manifest["parity"].items():
         size = f"{row['samples']} samples, {row['steps']} steps"
         lines.append(f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB")
+    if row := manifest.get("sampler", {}).get("parity"):
+        size = f"{row['samples']} samples, {row['steps']} steps"
+        lines.append(
+            f"  {manifest['sampler']['file']} against the runtime: {size}, largest difference {row['max_abs']:g}, "
+            f"SQNR {row['sqnr_db']:.1f} dB"
+        )
     for failure in failures_of(bundle):
         lines.append(f"  parity FAILED{'' if failure.target else ' (not a target)'}: {failure.message}")
     for engine, entry in denoiser["variants"].items():
