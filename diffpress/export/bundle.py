@@ -6,6 +6,7 @@
     text_encoder*.onnx, vae_*.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
     engines/...               TensorRT engines built ahead of time
     sampler.onnx, triton/     a whole sampling run as one graph (export/targets/sampler/)
+    web/                      a page that runs it in a browser (export/targets/web/)
     README.md                 the model card (export/model_card.py)
     manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
 
@@ -40,6 +41,7 @@ from diffpress.export.targets.precision import layer_formats
 from diffpress.export.targets.sampler.target import check_sampler, sampler_content
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
 from diffpress.export.targets.tensorrt import build_engines, check_build
+from diffpress.export.targets.web.target import check_web, web_content
 from diffpress.export.verify.denoiser_check import checked_engines, verify_denoiser
 from diffpress.export.verify.gate import ParityGate, log_failures, raise_failed
 from diffpress.export.verify.latency import Latency, measure_latency, slower_engines
@@ -91,6 +93,7 @@ def export_bundle(
     check_components(config, bool(checkpoint.component_quantization))
     check_image_inputs(checkpoint, config)
     check_sampler(checkpoint.spec, config)
+    check_web(checkpoint, config)
     denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)
@@ -110,7 +113,7 @@ def export_bundle(
         content = manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures)
         if not failed:
             unsealed = Bundle(folder, deployed.checkpoint.spec, {**content, "files": {}})
-            content |= sampler_content(unsealed, config)
+            content |= sampler_content(unsealed, config) | web_content(unsealed, config)
         seal(folder, content)
         log_failures(failures)
 

@@ -23,7 +23,7 @@ from diffpress.runtime.io.files import write_json
 from diffpress.runtime.spec import DenoiserSpec
 
 SAMPLER, DESCRIPTION = "sampler.onnx", "sampler.json"
-TARGETS = ("sampler", "triton")  # targets that have a sampler
+TARGETS = ("sampler", "triton", "web")  # targets that have a sampler
 
 
 def check_sampler(spec: DenoiserSpec, config: ExportConfig) -> None:
