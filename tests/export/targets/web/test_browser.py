@@ -30,6 +30,20 @@ pytestmark = pytest.mark.slow
 MAX_ABS, SQNR_DB = 1e-3, 40.0
 WEBGPU = ("--enable-unsafe-webgpu", "--use-webgpu-adapter=swiftshader", "--enable-features=Vulkan")
 
+# a request and noise in base64 -> pixels in base64, and their shape
+SAMPLE = """async (request, noise) => {
+    const { openSampler } = await import("./sampler.js");
+    const engine = new URLSearchParams(location.search).get("engine") ?? undefined;
+    globalThis.sampler ??= await openSampler({ engine });
+    const bytes = Uint8Array.from(atob(noise), (letter) => letter.charCodeAt(0));
+    if (noise) request.noise = new Float32Array(bytes.buffer);
+    const { pixels, height, width, channels } = await sampler.sample(request);
+    const text = Array.from(new Uint8Array(pixels.buffer), (byte) => String.fromCharCode(byte)).join("");
+    return { data: btoa(text), shape: [height, width, channels] };
+}"""
+UNNAMED = """[...document.querySelectorAll("input, textarea, button")]
+    .filter((field) => !field.labels?.length && !field.textContent.trim()).length"""
+
 
 @pytest.fixture(scope="session")
 def web_runtime(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -63,18 +77,7 @@ def sampled(browser: Browser, **request: Any) -> np.ndarray:
     """Return the image of a request to sampler.js, float32 [H, W, C]; `noise` is an array."""
     noise = request.pop("noise", None)
     given = "" if noise is None else base64.b64encode(np.ascontiguousarray(noise, np.float32)).decode("ascii")
-    found = browser.evaluate(
-        f"""(async () => {{
-            const {{ openSampler }} = await import("./sampler.js");
-            globalThis.opened ??= await openSampler({{ engine: new URLSearchParams(location.search).get("engine") ?? undefined }});
-            const request = {json.dumps(request)}, given = {json.dumps(given)};
-            if (given) request.noise = new Float32Array(Uint8Array.from(atob(given), (c) => c.charCodeAt(0)).buffer);
-            const {{ pixels, height, width, channels }} = await opened.sample(request);
-            let text = "";
-            for (const byte of new Uint8Array(pixels.buffer)) text += String.fromCharCode(byte);
-            return {{ data: btoa(text), shape: [height, width, channels] }};
-        }})()"""
-    )
+    found = browser.evaluate(f"({SAMPLE})({json.dumps(request)}, {json.dumps(given)})")
     return np.frombuffer(base64.b64decode(found["data"]), np.float32).reshape(found["shape"])
 
 
@@ -125,8 +128,7 @@ def test_the_form_samples_what_python_samples_from_the_same_seeds(bundle: Bundle
         found, problems = shown(browser), browser.problems()
         assert browser.evaluate("document.getElementById('status').textContent").startswith("Finished, ")
         names = browser.evaluate("[...document.querySelectorAll('#images img')].map((image) => image.alt)")
-        unnamed = "[...document.querySelectorAll('input, textarea, button')].filter((e) => !(e.labels?.length || e.textContent.trim()))"
-        assert browser.evaluate(f"{unnamed}.length") == 0
+        assert browser.evaluate(UNNAMED) == 0
     with Pipeline(bundle, "onnxruntime", threads=1) as pipe:
         images = [np.asarray(image.convert("RGB")) for image in pipe(seeds=[7, 8, 9])]
     assert names == ["Class 0, seed 7", "Class 1, seed 8", "Class 2, seed 9"] and problems == []

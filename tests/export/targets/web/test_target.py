@@ -11,6 +11,7 @@ import pytest
 
 from diffpress.cli.main import main
 from diffpress.compress.checkpoint import Checkpoint
+from diffpress.export.graph.model import Graph
 from diffpress.export.summary import summary
 from diffpress.export.targets.web.onnxruntime_web import FILES, INSTALL, VERSION, find_web_runtime
 from diffpress.export.targets.web.tokenizer_check import check_tokenizer
@@ -34,7 +35,9 @@ def package(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_folder_has_the_page_the_sampler_and_the_runtime(plain: Checkpoint, package: Path, tmp_path: Path) -> None:
+def test_the_folder_has_the_page_the_sampler_and_the_runtime(
+    unet: Checkpoint, unet_graph: Graph, package: Path, tmp_path: Path
+) -> None:
     bundle = exported(unet, tmp_path / "bundle", ["web"], float_graph=unet_graph, web_runtime=str(package), threads=1)
     web = bundle.path / "web"
     found = {path.relative_to(web).as_posix() for path in web.rglob("*") if path.is_file()}
