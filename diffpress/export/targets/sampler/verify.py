@@ -1,7 +1,9 @@
 """Verification of a sampler graph: its images are those of the runtime, which samples step by step, from equal noise.
 
 float32    max |sampler - runtime| <= MAX_ABS for images in 0..1
-others     SQNR of the images >= SQNR_DB: rounding to few bits amplifies the last bit of a sum
+others     SQNR of the images >= SQNR_DB
+
+Rounding to few bits amplifies differences in the last bit of a sum, so that only float32 has a bound for each pixel.
 """
 
 from __future__ import annotations
