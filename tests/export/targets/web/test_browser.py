@@ -136,6 +136,17 @@ def test_the_form_samples_what_python_samples_from_the_same_seeds(bundle: Bundle
         assert np.abs(pixels[..., :3].astype(int) - image).max() <= 1 and (pixels[..., 3] == 255).all()
 
 
+def test_stop_ends_sampling_and_the_page_is_ready_again(bundle: Bundle, tmp_path: Path) -> None:
+    with opened(bundle, tmp_path) as browser:
+        browser.evaluate("document.forms[0].elements.n.value = 64, document.querySelector('button').click()")
+        browser.until("document.querySelectorAll('#images img').length > 0")
+        browser.evaluate("document.getElementById('stop').click()")
+        browser.until("document.getElementById('status').textContent === 'Ready'")
+        assert 0 < len(shown(browser)) < 64 and browser.problems() == []
+        submit(browser, n=1, seed=3, label=1)
+        assert len(shown(browser)) == 1
+
+
 def test_a_cross_origin_isolated_page_uses_threads(bundle: Bundle, tmp_path: Path) -> None:
     with opened(bundle, tmp_path, **ISOLATED) as browser:
         assert browser.evaluate("self.crossOriginIsolated")
