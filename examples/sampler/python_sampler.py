@@ -28,7 +28,7 @@ def seeded_noise(seed: int, count: int, shape: list[int]) -> np.ndarray:
 
 def token_ids(bundle: Path, entry: dict[str, Any], text: str) -> tuple[list[int], list[int]]:
     """Ids and mask of a text, both of the entry's length."""
-    from tokenizers import Tokenizer
+    from tokenizers import Tokenizer  # for prompts alone
 
     tokenizer = Tokenizer.from_file(str(bundle / entry["tokenizer"] / "tokenizer.json"))
     tokenizer.no_padding()
@@ -60,8 +60,28 @@ def conditioning(bundle: Path, inputs: dict[str, Any], args: argparse.Namespace)
     return {name: np.asarray(value, inputs[name]["dtype"]) for name, value in feed.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Draw images with sampler.onnx.")
+def starting_noise(inputs: dict[str, Any], args: argparse.Namespace) -> np.ndarray:
+    """Noise float32 [count, C, H, W], from --noise or --seed."""
+    shape = inputs["noise"]["shape"][1:]
+    if args.noise is not None:
+        return np.fromfile(args.noise, "<f4").reshape(args.count, *shape)
+    noise = seeded_noise(args.seed, args.count, shape)
+    if args.save_noise is not None:
+        noise.astype("<f4").tofile(args.save_noise)
+    return noise
+
+
+def write_images(images: np.ndarray, args: argparse.Namespace) -> None:
+    """Write images float32 [count, height, width, C] in 0..1 as --raw and --out ask."""
+    if args.raw is not None:
+        images.astype("<f4").tofile(args.raw)
+    if args.out is not None:
+        pixels = np.round(np.concatenate(list(images), axis=1) * 255).astype(np.uint8)
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(args.out)
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--label", type=int, default=0)
     parser.add_argument("--prompt")
@@ -74,23 +94,15 @@ def main() -> None:
     parser.add_argument("--save-noise", type=Path, help="write the noise, to draw the same image elsewhere")
     parser.add_argument("--raw", type=Path, help="write the pixels as raw float32 [count, height, width, C]")
     parser.add_argument("--out", type=Path, help="write the images side by side")
-    args = parser.parse_args()
+    return parser
 
+
+def main() -> None:
+    args = arguments("Draw images with sampler.onnx.").parse_args()
     inputs = json.loads((args.bundle / "sampler.json").read_text(encoding="utf-8"))["inputs"]
-    shape = inputs["noise"]["shape"][1:]
-    if args.noise is None:
-        noise = seeded_noise(args.seed, args.count, shape)
-    else:
-        noise = np.fromfile(args.noise, "<f4").reshape(args.count, *shape)
-    if args.save_noise is not None:
-        noise.astype("<f4").tofile(args.save_noise)
+    feed = {"noise": starting_noise(inputs, args), **conditioning(args.bundle, inputs, args)}
     session = onnxruntime.InferenceSession(args.bundle / "sampler.onnx", providers=["CPUExecutionProvider"])
-    (images,) = session.run(["images"], {"noise": noise, **conditioning(args.bundle, inputs, args)})
-    if args.raw is not None:
-        images.astype("<f4").tofile(args.raw)
-    if args.out is not None:
-        pixels = np.round(np.concatenate(list(images), axis=1) * 255).astype(np.uint8)
-        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(args.out)
+    write_images(session.run(["images"], feed)[0], args)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx.external_data_helper import ExternalDataInfo, uses_external_data
 
 from diffpress.export.graph.model import Graph, Weight, stub
 
@@ -29,7 +29,10 @@ def read_graph(path: Path) -> Graph:
 
 
 def _stored_array(stored: TensorProto, folder: Path) -> np.ndarray:
-    tensor = TensorProto()
-    tensor.CopyFrom(stored)  # loading fills it, and it would stay in memory
-    load_external_data_for_tensor(tensor, str(folder))
+    """Read a tensor's bytes here: onnx's own function refuses files with several links, which a bundle may have."""
+    where = ExternalDataInfo(stored)
+    with (folder / where.location).open("rb") as file:
+        file.seek(where.offset or 0)
+        raw = file.read(where.length or -1)
+    tensor = TensorProto(data_type=stored.data_type, dims=stored.dims, raw_data=raw)
     return numpy_helper.to_array(tensor)

@@ -1,7 +1,7 @@
 """Blocks of an ONNX graph under construction: operators in order, with the initializers of the whole graph.
 
 A Loop's body and the branches of an If are blocks of their own. They read tensors of the enclosing blocks by name, and
-all initializers are stored once, in the main graph.
+all initializers are in the main graph until it is written (placement.py), each once.
 """
 
 from __future__ import annotations

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from typing import Any
 
 from diffpress.compress.config import ExportConfig
-from diffpress.export.graph.model import save_graph
 from diffpress.export.graph.opsets import opset_of
 from diffpress.export.targets.sampler.build import ENGINE, build_sampler
 from diffpress.export.targets.sampler.description import describe_sampler
+from diffpress.export.targets.sampler.placement import save_sampler
 from diffpress.export.targets.sampler.supported import checked_program
 from diffpress.export.targets.sampler.verify import verify_sampler
+from diffpress.export.targets.triton import write_repository
 from diffpress.export.verify.gate import failures_of
 from diffpress.export.verify.parity import runs
 from diffpress.runtime.bundle import Bundle
@@ -54,7 +55,8 @@ def sampler_content(bundle: Bundle, config: ExportConfig) -> dict[str, Any]:
         config: Settings of the export.
 
     Returns:
-        What the manifest gets: `sampler` {file, description, opset, bytes, parity}, and the failures with its own.
+        What the manifest gets: `sampler` {file, description, opset, bytes, parity, triton}, and the failures with its
+        own.
 
     Raises:
         InvalidInputError: The plan, the conditioning or the samples cannot be expressed in one graph.
@@ -62,10 +64,13 @@ def sampler_content(bundle: Bundle, config: ExportConfig) -> dict[str, Any]:
     if not wants_sampler(config):
         return {}
     graph = build_sampler(bundle)
-    size = save_graph(graph, bundle.path / SAMPLER)
-    write_json(bundle.path / DESCRIPTION, describe_sampler(bundle, bundle.spec_for(ENGINE), graph, SAMPLER))
+    size = save_sampler(graph, bundle.path / SAMPLER)
+    description = describe_sampler(bundle, bundle.spec_for(ENGINE), graph, SAMPLER)
+    write_json(bundle.path / DESCRIPTION, description)
     parity, failures = verify_sampler(bundle, SAMPLER, config.threads)
     entry = {"file": SAMPLER, "description": DESCRIPTION, "opset": opset_of(graph), "bytes": size, "parity": parity}
+    if "triton" in config.targets:
+        entry["triton"] = write_repository(bundle.path, SAMPLER, description)
     if not failures:
         return {"sampler": entry}
     return {"sampler": entry, "parity_failures": [asdict(one) for one in (*failures_of(bundle), *failures)]}

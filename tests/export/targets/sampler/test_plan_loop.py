@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 
 from diffpress.export.targets.sampler.build import build_sampler
+from diffpress.export.targets.sampler.supported import checked_program
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.conditioning import Conditioning, TensorInput
@@ -22,7 +23,14 @@ from diffpress.runtime.network_inputs import tensor_conditioning
 from diffpress.runtime.sampler import generate, noise_for
 from diffpress.runtime.sampling_plan import OutputCorrection, Threshold
 from diffpress.runtime.spec import DenoiserSpec
-from tests.export.targets.sampler.unsealed import SHAPE, nonlinear_graph, stored_bytes, unsealed_bundle, written_sampler
+from tests.export.targets.sampler.unsealed import (
+    SHAPE,
+    nonlinear_graph,
+    stored_arrays,
+    stored_bytes,
+    unsealed_bundle,
+    written_sampler,
+)
 from tests.runtime.fused_specs import CLASSES, ONE_EVALUATION, OTHERS, spec_of
 
 SEEDS = range(3)
@@ -140,6 +148,16 @@ def test_the_file_does_not_grow_with_the_steps_except_for_their_coefficients(bun
     assert weights[1] - weights[0] < 45 * 64  # bytes of coefficients in 45 steps
 
 
+def test_weights_are_in_the_subgraph_that_reads_them(bundle: Bundle) -> None:
+    """ONNX Runtime does not convert the layout of other weights."""
+    steps = ("full", "forecast") * 4 + ("full",)
+    for cache, owner in ((None, "step"), (StepCache("forecast", steps), "evaluate")):
+        spec = class_spec("ddim", guidance=2.0, cache=cache)
+        arrays = stored_arrays(written_sampler(replace(bundle, spec=spec)))
+        (found,) = (name for name, stored in arrays.items() if any(array.shape == (3, 3, 3, 3) for array in stored))
+        assert found == owner
+
+
 def test_large_weights_are_stored_once_in_a_data_file(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("diffpress.export.graph.model.MAX_INLINE_BYTES", 100)
     monkeypatch.setattr("diffpress.export.graph.model.SMALL_BYTES", 64)
@@ -172,6 +190,18 @@ def test_settings_that_one_graph_cannot_express_are_refused_by_name(
 ) -> None:
     with pytest.raises(InvalidInputError, match=f"target sampler: .*{named}.* cannot be part of one graph"):
         build_sampler(replace(bundle, spec=class_spec("ddim", **setting)))
+
+
+@pytest.mark.parametrize("solver", ["lcm", "consistency", "euler_ancestral"])
+def test_a_solver_that_adds_noise_between_steps_is_accepted_for_one_step(bundle: Bundle, solver: str) -> None:
+    spec = class_spec(solver, steps=1)
+    np.testing.assert_allclose(sampler_images(bundle, spec), loop_images(bundle, spec), rtol=0, atol=EXACT)
+
+
+def test_a_network_for_inpainting_is_refused(bundle: Bundle) -> None:
+    spec = replace(class_spec("ddim"), conditioning=Conditioning("text", inpainting="mask"))
+    with pytest.raises(InvalidInputError, match="target sampler: a network for inpainting reads an image"):
+        checked_program(spec)
 
 
 def test_samples_that_are_no_pictures_are_refused(bundle: Bundle) -> None:

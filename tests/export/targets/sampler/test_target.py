@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import onnx
 import pytest
 
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.workspace import Workspace
+from diffpress.export import run_bundles
 from diffpress.export.graph.model import Graph
 from diffpress.export.run_bundles import baseline_bundle
 from diffpress.export.summary import summary
@@ -22,7 +22,7 @@ from diffpress.runtime.bundle import Bundle, load_bundle, sha256
 from diffpress.runtime.errors import GateFailedError, InvalidInputError
 from diffpress.runtime.sampling_plan import OutputCorrection, make_plan
 from tests.export.oracle import exported
-from tests.export.targets.sampler.unsealed import stored_bytes, written_sampler
+from tests.export.targets.sampler.unsealed import stored_arrays, stored_bytes, written_sampler
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +52,9 @@ def test_an_int8_bundle_has_a_verified_sampler(bundle: Bundle) -> None:
 def test_integer_weights_are_stored_once_and_no_path_is_stored(bundle: Bundle) -> None:
     stored, denoiser = (stored_bytes(bundle.path / file) for file in ("sampler.onnx", "denoiser.onnx"))
     assert denoiser <= stored < denoiser + 2000
-    kinds = {tensor.data_type for tensor in onnx.load(bundle.path / "sampler.onnx").graph.initializer}
-    assert onnx.TensorProto.INT8 in kinds
+    arrays = stored_arrays(bundle.path / "sampler.onnx")
+    assert {array.dtype.name for array in arrays["step"]} >= {"int8", "float32"}
+    assert sum(array.nbytes for array in arrays["sampler"]) < 100
     assert str(bundle.path).encode() not in (bundle.path / "sampler.onnx").read_bytes()
 
 
@@ -104,8 +105,18 @@ def test_a_precision_that_onnxruntime_cannot_run_is_refused(unet: Checkpoint, tm
         exported(unet, tmp_path / "b", ["sampler"], precision="bf16")
 
 
-def test_the_baseline_of_a_run_has_no_sampler(unet: Checkpoint, tmp_path: Path) -> None:
+def test_the_baseline_of_a_run_has_no_sampler(
+    unet: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A teacher's plan may be one that a sampler cannot express, and its sampler is not deployed."""
-    noisy = unet.evolve(spec=unet.spec.with_plan(replace(unet.spec.plan, eta=0.5)))
-    config = ExportConfig.model_validate({"targets": ["onnx", "triton"], "threads": 1})
-    assert "sampler" not in baseline_bundle(noisy, config, Workspace(tmp_path)).manifest
+    given: list[ExportConfig] = []
+
+    def exported_with(checkpoint: Checkpoint, out: Path, config: ExportConfig, **_: object) -> Bundle:
+        given.append(config)
+        raise InvalidInputError("stop here")
+
+    monkeypatch.setattr(run_bundles, "export_bundle", exported_with)
+    config = ExportConfig.model_validate({"targets": ["onnx", "sampler", "triton"]})
+    with pytest.raises(InvalidInputError, match="stop here"):
+        baseline_bundle(unet, config, Workspace(tmp_path))
+    assert given[0].targets == ("onnx",)

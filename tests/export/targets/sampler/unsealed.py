@@ -11,6 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from diffpress.export.graph.model import Graph, save_graph
 from diffpress.export.manifest import graph_entry
 from diffpress.export.targets.sampler.build import build_sampler
+from diffpress.export.targets.sampler.placement import save_sampler
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.spec import DenoiserSpec
 
@@ -22,12 +23,12 @@ def unsealed_bundle(folder: Path, graph: Graph, spec: DenoiserSpec, precision: s
     folder.mkdir(exist_ok=True)
     save_graph(graph, folder / "denoiser.onnx")
     entry = graph_entry("denoiser.onnx", graph, precision)
-    return Bundle(folder, spec, {"graphs": {"denoiser": entry}, "files": {}})
+    return Bundle(folder, spec, {"graphs": {"denoiser": entry}, "engines": [], "files": {}})
 
 
 def written_sampler(bundle: Bundle, file: str = "sampler.onnx") -> Path:
     """Write the bundle's sampler and return its path."""
-    save_graph(build_sampler(bundle), bundle.path / file)
+    save_sampler(build_sampler(bundle), bundle.path / file)
     return bundle.path / file
 
 
@@ -72,12 +73,19 @@ def nonlinear_graph(dtype: type = np.float32, condition: str = "class_labels") -
     return Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
 
 
-def stored_bytes(path: Path) -> int:
-    """Return the bytes of all initializers of a file, in subgraphs as well."""
+def stored_arrays(path: Path) -> dict[str, list[np.ndarray]]:
+    """Return name of each graph of a file, the main graph and its subgraphs -> its initializers."""
 
-    def in_graph(graph: onnx.GraphProto) -> int:
-        own = sum(numpy_helper.to_array(tensor).nbytes for tensor in graph.initializer)
-        bodies = [attribute.g for node in graph.node for attribute in node.attribute if attribute.HasField("g")]
-        return own + sum(map(in_graph, bodies))
+    def in_graph(graph: onnx.GraphProto) -> dict[str, list[np.ndarray]]:
+        found = {graph.name: [numpy_helper.to_array(tensor) for tensor in graph.initializer]}
+        for node in graph.node:
+            for attribute in node.attribute:
+                found |= in_graph(attribute.g) if attribute.HasField("g") else {}
+        return found
 
     return in_graph(onnx.load(path).graph)
+
+
+def stored_bytes(path: Path) -> int:
+    """Return the bytes of all initializers of a file."""
+    return sum(array.nbytes for arrays in stored_arrays(path).values() for array in arrays)
