@@ -75,11 +75,15 @@ def test_the_package_is_found_in_node_modules_above(package: Path, monkeypatch: 
     assert find_web_runtime() == (package, VERSION)
 
 
+@pytest.mark.parametrize(
+    "words", [["export", "--targets", "web"], ["compress", "--recipe", "quick", "--set", "export.targets=[web]"]]
+)
 def test_a_missing_package_is_refused_with_the_command_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(["export", str(TEACHER), "--targets", "web", "--out", str(tmp_path / "out")]) == 2
+    verb, *options = words
+    assert main([verb, str(TEACHER), *options, "--out", str(tmp_path / "out")]) == 2
     error = capsys.readouterr().err
     assert f"run '{INSTALL}', or give its folder with --web-runtime" in error and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
