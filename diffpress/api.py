@@ -124,6 +124,7 @@ def export(
     revert_slower: bool = False,
     compute_capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
+    web_runtime: str | Path | None = None,
     threads: int | None = None,
     parity_sqnr_db: float | None = None,
 ) -> Bundle:
@@ -132,7 +133,9 @@ def export(
     Args:
         checkpoint: From `load` or `compress`, or what `load` takes.
         out: The bundle's folder. One that holds anything but a bundle is refused.
-        targets: Of "onnx", "openvino" and "tensorrt": the engines to build or check the bundle for.
+        targets: Of "onnx", "openvino" and "tensorrt": the engines to build or check the bundle for; "sampler" for a
+            whole sampling run in one ONNX file, "triton" for that as a model repository of Triton, and "web" for a page
+            that samples in a browser.
         precision: "fp32", "fp16" or "bf16", of the float graphs; norms, softmax and decoders stay fp32.
         size: Height and width of the image in pixels, to fix them in the graphs.
         fixed_timesteps: Fold the timestep embedding for the plan's own timesteps into constants.
@@ -142,6 +145,7 @@ def export(
         revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
         compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
         build: How TensorRT engines are built.
+        web_runtime: Folder of the npm package onnxruntime-web, for target "web"; None takes that in node_modules.
         threads: Processor threads of the parity check; None for all.
         parity_sqnr_db: SQNR to torch in dB that the denoiser's graphs must reach; None for the built-in bounds.
 
@@ -175,6 +179,7 @@ def export(
         "fixed_timesteps": fixed_timesteps,
         "image_inputs": image_inputs,
         "revert_slower": revert_slower,
+        "web_runtime": None if web_runtime is None else str(web_runtime),
         "threads": threads,
         "tensorrt": {"compute_capabilities": compute_capabilities, **(build or BuildOptions()).to_json()},
     }

@@ -60,6 +60,8 @@ def test_the_wheel_holds_the_package_and_nothing_else(wheel: Path) -> None:
     assert code <= set(names) and {"diffpress/py.typed", "diffpress/serve/web/page.html"} <= set(names)
     templates = (ROOT / "diffpress" / "compress" / "report" / "templates").iterdir()
     assert {path.relative_to(ROOT).as_posix() for path in templates} <= set(names)
+    page = (ROOT / "diffpress" / "export" / "targets" / "web" / "page").iterdir()
+    assert {path.relative_to(ROOT).as_posix() for path in page} <= set(names)
 
 
 def test_recipes_and_data_are_inside_it(installed: Path) -> None:

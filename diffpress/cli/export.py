@@ -10,7 +10,7 @@ from diffpress.cli.arguments import add_checkpoint_arguments, loaded, parsed_siz
 from diffpress.runtime.engines.tensorrt.options import HARDWARE, SWITCHES, BuildOptions
 from diffpress.runtime.errors import InvalidInputError
 
-TARGETS = ("onnx", "openvino", "tensorrt")
+TARGETS = ("onnx", "openvino", "tensorrt", "sampler", "triton", "web")
 PRECISIONS = ("fp32", "fp16", "bf16")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch
 DEFAULTS = BuildOptions()
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         choices=TARGETS,
         default=["onnx"],
-        help="engines to build or check the bundle for (onnx)",
+        help="engines to build or check the bundle for, and a sampler in one file: sampler, triton, web (onnx)",
     )
     parser.add_argument(
         "--dtype", choices=tuple(DTYPES), default="fp32", help="how weights are held while exporting (fp32)"
@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-inputs",
         action="store_true",
         help="export the encoder of the autoencoder, so that the bundle can start from images",
+    )
+    parser.add_argument(
+        "--web-runtime",
+        metavar="FOLDER",
+        help="target web: the npm package onnxruntime-web (default: that in node_modules)",
     )
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
@@ -91,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
         revert_slower=args.revert_slower,
         compute_capabilities=args.compute_capability,
         build=build,
+        web_runtime=args.web_runtime,
         threads=args.threads,
         parity_sqnr_db=args.parity_sqnr_db,
     )

@@ -86,7 +86,7 @@ class TensorRTConfig(Config):
         return self
 
 
-Target = Literal["onnx", "openvino", "tensorrt"]
+Target = Literal["onnx", "openvino", "tensorrt", "sampler", "triton", "web"]
 ExportPrecision = Literal["fp32", "fp16", "bf16"]
 
 
@@ -116,6 +116,10 @@ class ExportConfig(Config):
     )
     threads: int | None = Field(
         None, description="Processor threads of the engines that are verified and timed; None means all."
+    )
+    web_runtime: str | None = Field(
+        None,
+        description="Folder of the npm package onnxruntime-web, for target web; None takes that in node_modules.",
     )
     tensorrt: TensorRTConfig = Field(TensorRTConfig(), description="Settings of target tensorrt.")
 

@@ -5,6 +5,8 @@
     denoiser.*.onnx           for engines that run these faster or run no other (export/denoiser.py)
     text_encoder*.onnx, vae_*.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
     engines/...               TensorRT engines built ahead of time
+    sampler.onnx, triton/     a whole sampling run as one graph (export/targets/sampler/)
+    web/                      a page that runs it in a browser (export/targets/web/)
     README.md                 the model card (export/model_card.py)
     manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
 
@@ -36,8 +38,10 @@ from diffpress.export.passes.half_precision import FLOAT
 from diffpress.export.targets.capability import check_supported, emulation_note
 from diffpress.export.targets.pipeline_folder import write_graph, write_pipeline_files
 from diffpress.export.targets.precision import layer_formats
+from diffpress.export.targets.sampler.target import check_sampler, sampler_content
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
 from diffpress.export.targets.tensorrt import build_engines, check_build
+from diffpress.export.targets.web.target import check_web, web_content
 from diffpress.export.verify.denoiser_check import checked_engines, verify_denoiser
 from diffpress.export.verify.gate import ParityGate, log_failures, raise_failed
 from diffpress.export.verify.latency import Latency, measure_latency, slower_engines
@@ -88,6 +92,8 @@ def export_bundle(
     check_export(config, checkpoint.quantization is not None, layer_formats(checkpoint.quantization).values())
     check_components(config, bool(checkpoint.component_quantization))
     check_image_inputs(checkpoint, config)
+    check_sampler(checkpoint.spec, config)
+    check_web(checkpoint, config)
     denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)
@@ -104,7 +110,11 @@ def export_bundle(
         failures = (*verified.failures, *component_failures)
         failed = any(failure.target for failure in failures)
         built = [] if failed else _build_engines(deployed, components, config, folder, reuse)
-        seal(folder, manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures))
+        content = manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures)
+        if not failed:
+            unsealed = Bundle(folder, deployed.checkpoint.spec, {**content, "files": {}})
+            content |= sampler_content(unsealed, config) | web_content(unsealed, config)
+        seal(folder, content)
         log_failures(failures)
 
     write_folder(out, fill)

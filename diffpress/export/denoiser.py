@@ -147,7 +147,7 @@ def check_cached_steps(kind: str | None, config: ExportConfig) -> None:
     if kind != "features":
         return
     refused = {
-        "target tensorrt": TENSORRT in config.targets,
+        **{f"target {name}": name in config.targets for name in (TENSORRT, "sampler", "triton", "web")},
         "fixed_timesteps": config.fixed_timesteps,
         f"precision {config.precision}": config.precision != FLOAT,
     }

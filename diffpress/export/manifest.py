@@ -29,8 +29,8 @@ def graph_entry(file: str, graph: Graph, precision: str) -> dict[str, Any]:
     """Return what the entry of every graph begins with."""
     return {
         "file": file,
-        "inputs": _tensors(graph.proto.graph.input),
-        "outputs": _tensors(graph.proto.graph.output),
+        "inputs": tensors_of(graph.proto.graph.input),
+        "outputs": tensors_of(graph.proto.graph.output),
         "opset": opset_of(graph),
         "precision": precision,
     }
@@ -127,7 +127,7 @@ def bytes_by_precision(graph: Graph) -> dict[str, int]:
     return dict(sorted(found.items(), key=lambda entry: (-entry[1], entry[0])))
 
 
-def _tensors(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Any]:
+def tensors_of(values: Sequence[onnx.ValueInfoProto]) -> dict[str, Any]:
     """Return name -> {numpy dtype name, shape with names for dynamic dimensions}."""
     found = {}
     for value in values:

@@ -21,6 +21,7 @@ from diffpress.export.denoiser import PORTABLE, lower_denoiser
 from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
 from diffpress.export.scores import running_parity
+from diffpress.export.targets.sampler.target import TARGETS as SAMPLER_TARGETS
 from diffpress.export.verify.gate import failures_of
 from diffpress.export.verify.latency import Latency, read_latencies, slower_engines, write_latencies
 from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
@@ -33,7 +34,8 @@ def baseline_bundle(teacher: Checkpoint, config: ExportConfig, workspace: Worksp
     metrics = _settings(teacher, config)
     found = _made_before(workspace.baseline, metrics)
     if found is None:
-        plain = config.model_copy(update={"precision": "fp32", "fixed_timesteps": False})
+        targets = tuple(target for target in config.targets if target not in SAMPLER_TARGETS)  # of the result alone
+        plain = config.model_copy(update={"precision": "fp32", "fixed_timesteps": False, "targets": targets})
         found = export_bundle(
             teacher,
             workspace.baseline,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffpress.export.targets.tensorrt import tensorrt_line
+from diffpress.export.targets.web.target import web_line
 from diffpress.export.verify.engine_check import engine_check_line
 from diffpress.export.verify.gate import failures_of
 from diffpress.runtime.bundle import Bundle
@@ -23,6 +24,14 @@ def summary(bundle: Bundle) -> list[str]:
     for engine, row in manifest["parity"].items():
         size = f"{row['samples']} samples, {row['steps']} steps"
         lines.append(f"  parity {engine}: {size}, largest difference {row['max_abs']:g}, SQNR {row['sqnr_db']:.1f} dB")
+    if row := manifest.get("sampler", {}).get("parity"):
+        size = f"{row['samples']} samples, {row['steps']} steps"
+        lines.append(
+            f"  {manifest['sampler']['file']} against the runtime: {size}, largest difference {row['max_abs']:g}, "
+            f"SQNR {row['sqnr_db']:.1f} dB"
+        )
+    if entry := manifest.get("web"):
+        lines.append("  " + web_line(entry))
     for failure in failures_of(bundle):
         lines.append(f"  parity FAILED{'' if failure.target else ' (not a target)'}: {failure.message}")
     for engine, entry in denoiser["variants"].items():

@@ -201,7 +201,7 @@ def unconditional(
         raise InvalidInputError(f"{len(negatives)} negative prompts for {count} samples: give one per sample")
     if negatives is not None or not conditioning.zero_negative:
         return encode([""] * count if negatives is None else negatives, conditioning, encoders, tokenizers, size)
-    plain = {name: entry for name, entry in conditioning.inputs.items() if not _reads_text(entry)}
+    plain = {name: entry for name, entry in conditioning.inputs.items() if not reads_text(entry)}
     result = assemble(replace(conditioning, inputs=plain), {}, count, size)
     return {
         name: result[name] if name in plain else np.zeros((count, *entry.shape), np.float32)
@@ -276,7 +276,8 @@ def _run(graph: str, network: TextNetwork, ids: np.ndarray, mask: np.ndarray) ->
     return {f"{graph}.{name}": array for name, array in {MASK: mask, **outputs}.items()}
 
 
-def _reads_text(entry: TextInput) -> bool:
+def reads_text(entry: TextInput) -> bool:
+    """Return whether a text input contains an encoder's output or mask, and not only sizes."""
     return any(piece not in (SIZE, CORNER) for row in entry.rows if not isinstance(row, int) for piece in row)
 
 

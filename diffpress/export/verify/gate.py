@@ -28,7 +28,9 @@ FLOAT_SQNR_DB = {"fp32": 60.0, "fp16": 40.0, "bf16": 22.0}
 ROUNDING_SQNR_DB = {"fp16": 55.0, "bf16": 37.0}
 
 # target -> the engine on the CPU that is tested for it; TensorRT engines are built later
-TARGET_ENGINES = {"onnx": "onnxruntime", "openvino": "openvino"}
+TARGET_ENGINES = {"onnx": "onnxruntime", "openvino": "openvino"} | dict.fromkeys(
+    ("sampler", "triton", "web"), "onnxruntime"
+)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Target sampler: a whole sampling run as one ONNX graph, from noise and conditioning to images."""
