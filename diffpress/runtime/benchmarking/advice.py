@@ -107,7 +107,7 @@ def _slow(rows: Sequence[Row], total: float) -> Iterator[Finding]:
         if row["of_peak"] < SLOW * best["of_peak"]:
             text = (
                 f"{row['name']}: {row['ms']:.2f} ms at {percent(row['of_peak'])} of its peak in {row['precision']} "
-                f"({row['gmacs']:.0f} GMAC/s, {row['intensity']:.0f} FLOP per byte), where {best['name']} reaches "
+                f"({row['gmacs']:.3g} GMAC/s, {row['intensity']:.3g} FLOP per byte), where {best['name']} reaches "
                 f"{percent(best['of_peak'])}"
             )
             found.append(Finding(row["ms"] - row["bound_ms"] / best["of_peak"], text))

@@ -62,8 +62,8 @@ def _graph(
         *_rounded("out"),
         (Node("Relu", "last", ("out/float",), ("y",)), {}),
     ]
-    constants = {"scale": np.array(SCALE), "zero": np.array(ZERO), "none": np.array(0, np.int8)}
-    return model_bytes(nodes, {"w": integers, **constants}, {"x": shape}, {"y": out}), shape
+    constants: dict[str, np.ndarray] = {"scale": np.array(SCALE), "zero": np.array(ZERO), "none": np.array(0, np.int8)}
+    return model_bytes(nodes, {"w": integers} | constants, {"x": shape}, {"y": out}), shape
 
 
 def _rounded(name: str) -> list[tuple[Node, Mapping[str, Attribute]]]:

@@ -29,7 +29,7 @@ class ExecutedLayer(NamedTuple):
         name: Name of the torch layer, the ONNX node or the engine's own kernel.
         operation: One of OPERATIONS.
         kernel: The engine's name for the kind of kernel.
-        precision: What it computes in: 'fp32', 'bf16', 'int8', ...
+        precision: What it computes in: 'fp32', 'bf16', 'int8', ..., or 'mixed' if the engine does not report it.
         macs: Its multiply-accumulates; those of convolutions, matrix products and attention only.
         bytes: What it reads and writes: its inputs with weights, and its outputs.
     """

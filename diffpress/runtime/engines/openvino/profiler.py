@@ -40,6 +40,7 @@ IN_SUBGRAPHS = {
     kinds.NORMALIZATION: {"MVN", "GroupNormalization", "NormalizeL2", "ReduceMean"},
 }
 ROUNDINGS = {"FakeQuantize", "Convert"}
+MIXED = "mixed"
 
 
 class OpenVinoProfiler:
@@ -127,12 +128,10 @@ def _unknown(name: str) -> ExecutedLayer:
 
 
 def _precision(layer: Any, multiplies: bool) -> str:
-    """Return what a layer computes in; products inside a subgraph run in float, whatever it reads."""
-    listed = [layer_info(layer, key).split(",")[0] for key in ("runtimePrecision", "outputPrecisions")]
-    names = [kinds.PRECISIONS.get(kind, kind) for kind in listed]
-    if not multiplies or is_integer(layer):
-        return names[0]
-    return next((name for name in names if name != kinds.INT8), "fp32")
+    """Return what a layer computes in; for products inside a subgraph that reads integers that is not reported."""
+    name = layer_info(layer, "runtimePrecision")
+    precision = kinds.PRECISIONS.get(name, name)
+    return MIXED if multiplies and precision == kinds.INT8 and not is_integer(layer) else precision
 
 
 def _operation(layer: Any, covered: list[Any]) -> str:
