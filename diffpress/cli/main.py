@@ -25,6 +25,7 @@ VERBS = {
     "sample": "make images with a bundle, without torch",
     "serve": "answer requests for images over HTTP, without torch",
     "bench": "measure a bundle against its baselines, in one run",
+    "profile": "show where the time of one evaluation goes, by layer and operation, and what is worth doing",
     "evaluate": "score a bundle's or checkpoint's samples",
     "report": "gather what a run measured into report.html and report.json",
     "sign": "sign a bundle, so that a deployment can require its owner's key",

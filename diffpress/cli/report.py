@@ -29,11 +29,14 @@ def run(args: argparse.Namespace) -> int:
         return _compare(args.folder, args.out)
     if args.out is not None:
         raise InvalidInputError(f"--out {args.out}: the report of one run is written into its folder; leave it out")
+    from diffpress.compress.report.profiles import measure_profiles
     from diffpress.compress.report.summary import summary
     from diffpress.compress.report.write import write_report
     from diffpress.compress.workspace import Workspace
 
     workspace = Workspace(args.folder[0])
+    if workspace.recipe.is_file():  # a folder that is none of a run is refused below
+        measure_profiles(workspace)
     print(summary(write_report(workspace.root)))
     compared = workspace.compared()
     if compared is not None:

@@ -1,7 +1,7 @@
 """Paths of all files and folders that a run writes (`diffpress compress --out DIR`).
 
     recipe.json  inputs.json  stages/NN-NAME-KEY/  checkpoint/  float/  baseline/  bundle/  logs/NN-NAME-KEY/
-    run.json  evaluation.json  gates.json  latency.json  report.json  report.html  report.csv
+    run.json  evaluation.json  gates.json  latency.json  profile.json  report.json  report.html  report.csv
     comparison.png and pairs.npz (or comparison.npz)
 
 Other modules take their paths from a `Workspace`.
@@ -96,6 +96,11 @@ class Workspace:
     def latency(self) -> Path:
         """Measured latency of the quantized graph relative to the float graph, per engine."""
         return self.root / "latency.json"
+
+    @property
+    def profile(self) -> Path:
+        """Profiles of one evaluation of the teacher's graph and of the result's (compress/report/profiles.py)."""
+        return self.root / "profile.json"
 
     @property
     def bench(self) -> Path:

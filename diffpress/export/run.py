@@ -18,6 +18,7 @@ from diffpress.compress.checkpoint import Checkpoint, save_checkpoint
 from diffpress.compress.config import EvaluateConfig
 from diffpress.compress.pipeline import check_start, claim_folder, load_teacher, run_stages
 from diffpress.compress.recipe import Recipe
+from diffpress.compress.report.profiles import measure_profiles
 from diffpress.compress.report.summary import summary
 from diffpress.compress.report.write import write_report
 from diffpress.compress.stages import STAGES
@@ -123,6 +124,9 @@ def export_and_report(
     write_model_card(bundle, scores, workspace.comparison)
     gates = evaluate_gates(recipe.gates, bundle, scores)
     write_json(workspace.gates, gates)
+    unmeasured = measure_profiles(workspace)
+    if unmeasured is not None:
+        logger.info(f"where the time goes was not measured: {unmeasured}")
     show(summary(write_report(out)))
     show(f"bundle  {workspace.bundle}\nreport  {workspace.report_page}")
     compared = workspace.compared()

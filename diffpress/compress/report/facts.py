@@ -12,10 +12,12 @@ import numpy as np
 
 from diffpress.compress.report.layers import layers_of
 from diffpress.compress.report.lineage import lineage_of, training_curves
+from diffpress.compress.report.profiles import profiles_of, with_profile
 from diffpress.compress.report.verdict import verdict_of
 from diffpress.compress.workspace import Workspace
 from diffpress.runtime.benchmarking.bench import COLUMNS
 from diffpress.runtime.bundle import Bundle, load_bundle
+from diffpress.runtime.caching.step_cache import StepCache
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.files import read_json, read_json_value
 from diffpress.runtime.sampler import evaluated_levels, network_evaluations
@@ -37,6 +39,7 @@ def collect(folder: Path) -> dict[str, Any]:
     bundle, baseline = load_bundle(run.bundle), load_bundle(run.baseline)
     onnx_mib, baseline_mib = (b.manifest["graphs"]["denoiser"]["bytes"] / 2**20 for b in (bundle, baseline))
     history = bundle.manifest["history"]
+    profiles = profiles_of(run, {"baseline": baseline, "bundle": bundle})
     facts: dict[str, Any] = {
         "name": folder.resolve().name,
         "bundle": {"hash": bundle.hash, "denoiser_mib": onnx_mib, "size_ratio": onnx_mib / baseline_mib}
@@ -53,7 +56,8 @@ def collect(folder: Path) -> dict[str, Any]:
         "latency": _read(run.latency),
         "bench": _bench(run.bench),
         "schedule": _schedule(bundle.spec),
-        "layers": layers_of(run.checkpoint, bundle.manifest, history),
+        "profile": profiles,
+        "layers": with_profile(layers_of(run.checkpoint, bundle.manifest, history), profiles),
         "training": training_curves(run, history),
         "lineage": lineage_of(history, bundle.hash, _read(run.inputs) or {}),
         "run": _read(run.invocation),
@@ -73,11 +77,18 @@ def _described(bundle: Bundle) -> dict[str, Any]:
             "guidance": plan.guidance,
             "evaluations": network_evaluations(spec),
             "corrected": bool(plan.output_corrections),
+            "step_cache": None if plan.cache is None else _step_cache(plan.cache),
             "fixed_timesteps": bool(spec.fixed_timesteps),
             "distilled": spec.distilled,
             "levels": [[level.t, _snr_db(level.alpha, level.sigma)] for level in evaluated_levels(spec)],
         },
     }
+
+
+def _step_cache(cache: StepCache) -> str:
+    """Return what the steps of a plan with a cache evaluate, in words."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in cache.counts.items())
+    return f"{counts} ({cache.cut or f'order {cache.order}'})"
 
 
 def _schedule(spec: DenoiserSpec) -> list[list[float]]:

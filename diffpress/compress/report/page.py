@@ -13,15 +13,19 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from diffpress.compress.report import pictures, plots
+from diffpress.compress.report import pictures, plots, profile_plots
 from diffpress.compress.report.figures import figures_of
 from diffpress.compress.report.layers import FLOAT
 from diffpress.compress.report.tradeoff import tradeoff_of
 from diffpress.compress.workspace import Workspace
+from diffpress.runtime.benchmarking.advice import percent
 from diffpress.runtime.benchmarking.bench import COLUMNS
+from diffpress.runtime.benchmarking.profile_text import peaks_text, times_text
+from diffpress.runtime.engines.executed_layers import OPERATIONS
 
 TEMPLATES = Path(__file__).parent / "templates"
 SENSITIVE_SHOWN = 10
+LONGEST_SHOWN = 10
 FORMAT_COLORS = ("int8", "w4a8", "int4", "int8_weight_only", "fp8", "nvfp4", FLOAT)  # .c-NAME in style.css
 
 
@@ -46,6 +50,7 @@ def report_page(facts: dict[str, Any], run: Workspace) -> str:
         training=[(curve, plots.training_curve(curve, i)) for i, curve in enumerate(facts["training"])],
         precision=_precision_map(facts["layers"]),
         bench=_bench(facts["bench"]),
+        time=_time(facts["profile"]),
         machine=_machine(facts),
         command=_command(facts["run"]),
     )
@@ -73,7 +78,12 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "short": lambda text: str(text)[:12], "setting": _setting}
+    environment.filters |= {
+        "number": _number,
+        "short": lambda text: str(text)[:12],
+        "setting": _setting,
+        "percent": _percent,
+    }
     return environment
 
 
@@ -90,7 +100,12 @@ def _precision_map(layers: list[dict[str, Any]]) -> dict[str, Any]:
         weights[layer["format"]] += layer["weights"] or 0
     counts = Counter(layer["format"] for layer in layers)
     formats = [
-        {"name": name, "layers": count, "share": weights[name] / total if total else None}
+        {
+            "name": name,
+            "layers": count,
+            "share": weights[name] / total if total else None,
+            "mac_share": sum(layer["mac_share"] or 0.0 for layer in layers if layer["format"] == name),
+        }
         for name, count in counts.most_common()
     ]
     engines = sorted({engine for layer in layers for engine in layer["executed"]})
@@ -101,6 +116,7 @@ def _precision_map(layers: list[dict[str, Any]]) -> dict[str, Any]:
         "engines": engines,
         "has_sqnr": bool(measured),
         "has_weights": bool(total),
+        "has_macs": any(layer["mac_share"] is not None for layer in layers),
         "sensitive": measured[:SENSITIVE_SHOWN],
     }
 
@@ -111,6 +127,40 @@ def _fell_back(layer: dict[str, Any]) -> bool:
 
 def _color(form: str) -> str:
     return form if form in FORMAT_COLORS else "other"
+
+
+def _time(profiles: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Return what the section of the profiles shows: plots, a row of each operation, and what is worth doing."""
+    if profiles is None:
+        return None
+    before, after = ({row["operation"]: row for row in profiles[name]["operations"]} for name in ("baseline", "bundle"))
+    shown = [operation for operation in OPERATIONS if operation in before or operation in after]
+    return {
+        "plot": profile_plots.time_by_operation(profiles),
+        "roofline": profile_plots.roofline(profiles["bundle"]),
+        "rows": [_operation(name, before.get(name), after.get(name)) for name in shown],
+        "findings": profiles["bundle"]["findings"],
+        "peaks": peaks_text(profiles["bundle"]["peaks"]),
+        "bundle": profiles["bundle"],
+        "times": {name: _times(profiles[name]) for name in ("baseline", "bundle")},
+        "disturbed": profiles["baseline"]["disturbed"] or profiles["bundle"]["disturbed"],
+        "longest": profiles["bundle"]["layers"][:LONGEST_SHOWN],
+    }
+
+
+def _operation(name: str, before: dict[str, Any] | None, after: dict[str, Any] | None) -> list[str]:
+    """Return a row: operation, ms and share before and after, time of integer products, and the share of the peak."""
+    cells = [name]
+    for row in (before, after):
+        cells += ["–", "–"] if row is None else [f"{row['ms']:.2f}", percent(row["share"])]
+    has_products = after is not None and after["macs"] and after["ms"]
+    cells.append(percent(after["integer_ms"] / after["ms"]) if after is not None and has_products else "–")
+    cells.append("–" if after is None or after["of_peak"] is None else percent(after["of_peak"]))
+    return cells
+
+
+def _times(profile: dict[str, Any]) -> str:
+    return times_text(profile, sum(row["kernels"] for row in profile["layers"]))
 
 
 def _bench(bench: dict[str, Any] | None) -> dict[str, Any] | None:
@@ -149,6 +199,10 @@ def _number(value: float | None) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         return "∞"
     return f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
+
+
+def _percent(ratio: float | None) -> str:
+    return "–" if ratio is None else percent(ratio)
 
 
 def _setting(value: object) -> str:

@@ -70,7 +70,7 @@ def quality_against_latency(tradeoff: Tradeoff | None) -> Markup | None:
     """Plot Fréchet distance over milliseconds per image, with error bars; what was only timed is a vertical line."""
     if tradeoff is None or not any(point.quality is not None for point in tradeoff.points):
         return None
-    with _plot("quality-latency") as (axes, finished):
+    with plot("quality-latency") as (axes, finished):
         for point in tradeoff.points:
             _draw_point(axes, point)
         axes.axhline(tradeoff.floor, color=COLORS["muted"], linestyle=":", linewidth=1, label="real images")
@@ -78,7 +78,7 @@ def quality_against_latency(tradeoff: Tradeoff | None) -> Markup | None:
         axes.set_ylabel("Fréchet distance")
         _from_zero(axes, [tradeoff])
         _scale(axes.set_xscale, axes.xaxis, [point.ms for point in tradeoff.points])
-        _legend(axes)
+        legend(axes)
     return finished[0]
 
 
@@ -114,7 +114,7 @@ def stages(lineage: dict[str, Any]) -> Markup | None:
     values = [IDENTICAL_DB, *(min(stage["teacher_sqnr_db"], IDENTICAL_DB) for stage in made)]
     costs = [(made[0]["macs"][0], made[0]["plan"][0]), *((stage["macs"][1], stage["plan"][1]) for stage in made)]
     macs = [count * _steps(plan) / 1e9 for count, plan in costs]
-    with _plot("stages", rows=2) as (above, finished):
+    with plot("stages", rows=2) as (above, finished):
         below = above.figure.axes[1]
         above.plot(numbers, values, color=COLORS["bundle"], marker="o", markersize=6, linewidth=1.4)
         above.set_ylabel("SQNR, dB")
@@ -130,7 +130,7 @@ def stages(lineage: dict[str, Any]) -> Markup | None:
 def sampling_plan(facts: dict[str, Any]) -> Markup:
     """Plot the noise schedule with the evaluations of the teacher's and the bundle's sampling plan on it."""
     timesteps, ratios = zip(*facts["schedule"], strict=True)
-    with _plot("sampling-plan") as (axes, finished):
+    with plot("sampling-plan") as (axes, finished):
         axes.plot(timesteps, ratios, color=COLORS["muted"], linewidth=1)
         for name, label, marker, size in (("baseline", "teacher", "|", 11), ("bundle", "bundle", "o", 7)):
             plan = facts[name]["plan"]
@@ -141,14 +141,14 @@ def sampling_plan(facts: dict[str, Any]) -> Markup:
         axes.invert_xaxis()  # sampling runs from noise to data
         axes.set_xlabel("timestep")
         axes.set_ylabel("signal to noise, dB")
-        _legend(axes)
+        legend(axes)
     return finished[0]
 
 
 def training_curve(curve: dict[str, Any], number: int) -> Markup:
     """Plot the loss of one training over its steps; the band is the range of neighbouring steps."""
     steps, mean, low, high = (np.array(column) for column in zip(*curve["points"], strict=True))
-    with _plot(f"training-{number}") as (axes, finished):
+    with plot(f"training-{number}") as (axes, finished):
         axes.fill_between(steps, low, high, color=COLORS["bundle"], alpha=0.2, linewidth=0)
         axes.plot(steps, mean, color=COLORS["bundle"], linewidth=1.4)
         axes.set_xlabel("step")
@@ -162,11 +162,11 @@ def signals(teacher: np.ndarray, bundle: np.ndarray) -> list[Markup]:
     """Plot samples [N, ...] that are no pictures: the first values of each pair, one plot per pair."""
     found = []
     for number, (ours, theirs) in enumerate(zip(bundle[:SHOWN_SIGNALS], teacher[:SHOWN_SIGNALS], strict=True)):
-        with _plot(f"signal-{number}", HEIGHT / 1.5) as (axes, finished):
+        with plot(f"signal-{number}", HEIGHT / 1.5) as (axes, finished):
             axes.plot(theirs.reshape(-1)[:SIGNAL_POINTS], color=COLORS["teacher"], linewidth=1.2, label="teacher")
             axes.plot(ours.reshape(-1)[:SIGNAL_POINTS], color=COLORS["bundle"], linewidth=1.2, label="bundle")
             axes.set_xlabel(f"value of sample {number}")
-            _legend(axes)
+            legend(axes)
         found.append(finished[0])
     return found
 
@@ -176,7 +176,7 @@ def compared(runs: Mapping[int, Tradeoff]) -> Markup | None:
     batches = sorted({run.batch for run in runs.values()})
     if not batches:
         return None
-    with _plot("compared", HEIGHT * 1.2) as (axes, finished):
+    with plot("compared", HEIGHT * 1.2) as (axes, finished):
         for number, run in runs.items():
             for point in run.points:
                 _draw_point(axes, point, number)
@@ -195,7 +195,7 @@ def compared(runs: Mapping[int, Tradeoff]) -> Markup | None:
         axes.set_ylabel("Fréchet distance")
         _from_zero(axes, runs.values())
         _scale(axes.set_xscale, axes.xaxis, [point.ms for run in runs.values() for point in run.points])
-        _legend(axes)
+        legend(axes)
     return finished[0]
 
 
@@ -228,12 +228,13 @@ def _scale(set_scale: Callable[[str], None], axis: Any, values: Sequence[float])
         axis.set_minor_formatter("{x:g}")
 
 
-def _legend(axes: Axes) -> None:
+def legend(axes: Axes) -> None:
+    """Put the legend above the axes."""
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 1.0), borderaxespad=0.0, labelcolor=COLORS["ink"])
 
 
 @contextmanager
-def _plot(name: str, height: float = HEIGHT, rows: int = 1) -> Iterator[tuple[Axes, list[Markup]]]:
+def plot(name: str, height: float = HEIGHT, rows: int = 1) -> Iterator[tuple[Axes, list[Markup]]]:
     """Yield the first of `rows` empty axes above each other, and a list that holds the SVG after the block."""
     finished: list[Markup] = []
     with mpl.rc_context(STYLE), warnings.catch_warnings():

@@ -55,7 +55,8 @@ def _faster(facts: dict[str, Any]) -> Number:
     if rows:
         row = min(rows, key=lambda row: (row["batch"], row["image_ms"]))
         same, torch = row["speedup_vs_same_engine"], row["speedup_vs_torch"]
-        where = f"{row['image_ms']:.3g} ms per image in {row['engine']}, batch {row['batch']}"
+        ms = row["image_ms"]
+        where = f"{ms:{'.3g' if ms < 1000 else '.0f'}} ms per image in {row['engine']}, batch {row['batch']}"
         if same is not None:
             also = "" if torch is None else f"; {torch:.1f}× PyTorch eager"
             against = f"the teacher in {row['engine']}"

@@ -25,6 +25,7 @@ from typing import Protocol
 import numpy as np
 
 from diffpress.runtime.bundle import Bundle, PrebuiltEngine
+from diffpress.runtime.engines.executed_layers import Profiler
 from diffpress.runtime.engines.linked_files import without_links
 from diffpress.runtime.engines.onnxruntime import engine as onnxruntime_engine
 from diffpress.runtime.engines.onnxruntime.providers import CPU
@@ -77,6 +78,13 @@ class Engine(Protocol):
 
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
         """Time each executed kernel for inputs of these shapes: median of `runs` runs after one warm-up run."""
+
+    def profiler(self, example_inputs: dict[str, np.ndarray]) -> Profiler:
+        """Return a profiler of a second instance of the graph, for inputs of these shapes.
+
+        Raises:
+            EngineUnavailableError: The engine does not report what its layers are.
+        """
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float | None:
         """Return the integer MAC share of `precision_report`; None if the engine cannot report precision."""

@@ -12,12 +12,9 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import json
 import logging
 import os
-import re
 import statistics
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -26,11 +23,22 @@ from typing import Any
 import numpy as np
 
 from diffpress.runtime.bundle import PrebuiltEngine
-from diffpress.runtime.engines import macs
+from diffpress.runtime.engines.onnxruntime.kernels import (
+    CONVOLUTIONS,
+    INTEGER,
+    KERNEL,
+    REWRITTEN,
+    TRANSPOSED,
+    Event,
+    kernel_macs,
+    kernel_name,
+)
+from diffpress.runtime.engines.onnxruntime.profiler import OnnxRuntimeProfiler, Recorder, tensor_owners
 from diffpress.runtime.engines.onnxruntime.providers import CPU, PROVIDERS, provider_order
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import UNMATCHED, Kernel, PrecisionReport, Product, precision_report_of
-from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
+from diffpress.runtime.io.onnx_wire import read_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -45,28 +53,6 @@ TYPES = {
     "tensor(int32)": np.int32,
     "tensor(int64)": np.int64,
 }
-
-CONVOLUTIONS = {"Conv", "FusedConv", "NhwcFusedConv", "NhwcConv", "QLinearConv", "ConvInteger"}
-TRANSPOSED = {"ConvTranspose"}
-PRODUCTS = {
-    "MatMul",
-    "Gemm",
-    "FusedMatMul",
-    "FusedGemm",
-    "MatMulNBits",
-    "QGemm",
-    "QLinearMatMul",
-    "MatMulInteger",
-}
-PRODUCTS |= {"MatMulIntegerToFloat", "DynamicQuantizeMatMul"}
-ATTENTIONS = {"Attention", "MultiHeadAttention"}
-INTEGER = {"QLinearConv", "ConvInteger", "QGemm", "QLinearMatMul", "MatMulInteger", "MatMulIntegerToFloat"}
-INTEGER |= {"DynamicQuantizeMatMul"}
-
-KERNEL = "_kernel_time"
-# suffixes that graph optimizations append to the names of replaced nodes: 'conv_token_31', 'proj/MatMulAddFusion'
-BLOCKED = "_nchwc"
-REWRITTEN = re.compile(r"(_token_\d+|/\w+Fusion/?)+$")
 
 
 def missing() -> str | None:
@@ -89,11 +75,13 @@ class OnnxRuntimeEngine:
     name = NAME
 
     def __init__(self, path: Path, options: EngineOptions) -> None:
-        self._path, self._threads = path, _threads(options)
-        session_options = _lean(self._threads) if options.lean else _options(self._threads)
-        self._session, self.device = _first_session(path, session_options, options.providers)
+        self._path, self._threads, self._lean = path, _threads(options), options.lean
+        self._session, self.device = _first_session(path, self._own_options(), options.providers)
         self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
         self.outputs = [node.name for node in self._session.get_outputs()]
+
+    def _own_options(self) -> Any:
+        return _lean(self._threads) if self._lean else _options(self._threads)
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
         """Return the first output for one batch."""
@@ -132,36 +120,53 @@ class OnnxRuntimeEngine:
         self, example_inputs: dict[str, np.ndarray], quantized_layers: Collection[str] = ()
     ) -> PrecisionReport:
         """Report precision from one profiled run in a second session, which selects the same integer kernels."""
-        options = _options(self._threads)
-        # prepacked weights are missing from the profile's shapes; kernel selection does not depend on prepacking
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        # the NCHWc transform drops node names; it runs after integer kernels are selected
-        events = self._profiled(options, example_inputs, runs=1, without=["NchwcTransformer"])
-        nodes = {event["name"].removesuffix(KERNEL): event["args"] for event in events}
+        nodes = {event["name"].removesuffix(KERNEL): event["args"] for event in self._inspected(example_inputs)}
         return precision_report_of([_product(name, node, nodes) for name, node in nodes.items()], quantized_layers)
 
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
         """Time kernels in a profiled second session; NCHWc convolutions are named after their output tensor."""
         times: dict[str, list[float]] = {}
-        for event in self._profiled(_options(self._threads), example_inputs, runs + 1):
-            times.setdefault(event["name"].removesuffix(KERNEL), []).append(event["dur"] / 1e3)
-        return [
-            Kernel((REWRITTEN.sub("", name).removesuffix(BLOCKED),), statistics.median(found[1:]))
-            for name, found in times.items()
-        ]
+        for event in self._recorded(_options(self._threads), example_inputs, runs + 1):
+            times.setdefault(event["name"], []).append(event["dur"] / 1e3)
+        return [Kernel((kernel_name(name),), statistics.median(found[1:])) for name, found in times.items()]
 
-    def _profiled(
+    def profiler(self, example_inputs: dict[str, np.ndarray]) -> OnnxRuntimeProfiler:
+        """Return a profiler of a second session.
+
+        Raises:
+            EngineUnavailableError: The kernels run on another device, where the profile times their launch only.
+        """
+        if self.device != CPU:
+            raise EngineUnavailableError(
+                f"{self._path}: on {self.device} ONNX Runtime's profiler times the launch of kernels, not the kernels; "
+                "use --providers cpu"
+            )
+        return OnnxRuntimeProfiler(
+            self._recorder(self._own_options()),
+            example_inputs,
+            self._inspected(example_inputs),
+            tensor_owners(read_nodes(self._path)),
+        )
+
+    def _inspected(self, inputs: dict[str, np.ndarray]) -> list[Event]:
+        """Return the kernel events of one run in a session that shows the shapes of all weights."""
+        options = _options(self._threads)
+        # prepacked weights are missing from the profile's shapes; kernel selection does not depend on prepacking
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        # the NCHWc transform drops node names; it runs after integer kernels are selected
+        return self._recorded(options, inputs, 1, without=["NchwcTransformer"])
+
+    def _recorded(
         self, options: Any, inputs: dict[str, np.ndarray], runs: int, without: list[str] | None = None
-    ) -> list[dict[str, Any]]:
-        """Return the kernel events of a profiled temporary session, in execution order."""
-        with tempfile.TemporaryDirectory() as folder:
-            options.enable_profiling = True
-            options.profile_file_prefix = str(Path(folder) / "profile")
-            session = _session(self._path, options, self.device, without)
-            for _ in range(runs):
-                session.run(None, inputs)
-            events = json.loads(Path(session.end_profiling()).read_text())
-        return [event for event in events if "op_name" in event["args"]]
+    ) -> list[Event]:
+        """Return the kernel events of a temporary session, in the order of execution."""
+        recorder = self._recorder(options, without)
+        for _ in range(runs):
+            recorder.run(inputs)
+        return recorder.events()
+
+    def _recorder(self, options: Any, without: list[str] | None = None) -> Recorder:
+        return Recorder(lambda recording: _session(self._path, recording, self.device, without), options)
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
         """Return the integer MAC share of `precision_report`."""
@@ -250,21 +255,4 @@ def _product(name: str, node: dict[str, Any], nodes: Collection[str]) -> Product
         reason = "no integer kernel for transposed convolutions"
     elif kind in CONVOLUTIONS and f"{name}.output/Q" not in nodes:
         reason = "no integer convolution with a float result"
-    return Product(REWRITTEN.sub("", name), _macs(node), kind in INTEGER, reason)
-
-
-def _macs(node: dict[str, Any]) -> int:
-    """MACs of one executed kernel; 0 for kernels that are not convolutions, products or attention."""
-    kind = node["op_name"]
-    shapes = [shape for entry in node["input_type_shape"] for shape in entry.values()]
-    out: list[int] = next((shape for entry in node["output_type_shape"] for shape in entry.values()), [])
-    tensors = [shape for shape in shapes if len(shape) > 1]  # excludes scales, zero points and biases
-    if kind in CONVOLUTIONS:
-        return macs.convolution(out, tensors[1])
-    if kind in TRANSPOSED:
-        return macs.transposed_convolution(tensors[0], tensors[1])
-    if kind in PRODUCTS:
-        return macs.product(tensors[0], out)
-    if kind in ATTENTIONS:
-        return macs.attention(*tensors[:3])
-    return 0
+    return Product(REWRITTEN.sub("", name), kernel_macs(node), kind in INTEGER, reason)

@@ -16,7 +16,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import json
-import statistics
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +28,7 @@ import numpy as np
 
 from diffpress.runtime.bundle import PrebuiltEngine
 from diffpress.runtime.engines.openvino.layers import layer_names, products
+from diffpress.runtime.engines.openvino.profiler import OpenVinoProfiler
 from diffpress.runtime.engines.openvino.residual_sums import keep_residual_sums_float_
 from diffpress.runtime.engines.openvino.signed_integers import use_signed_integers_
 from diffpress.runtime.engines.openvino.timestep_embedding import keep_timestep_embedding_float_
@@ -168,18 +168,17 @@ class OpenVinoEngine:
                 list(products(self._reshaped(tensor_shapes(example_inputs)), compiled)), quantized_layers
             )
 
+    def profiler(self, example_inputs: dict[str, np.ndarray]) -> OpenVinoProfiler:
+        """Return a profiler of a second compiled model with performance counters."""
+        return OpenVinoProfiler(*self._counted(example_inputs), example_inputs)
+
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
-        """Time kernels with the performance counters of a second compiled model."""
-        with self._compiling:
-            model = self._reshaped(tensor_shapes(example_inputs))
-            compiled = self._compile_model(model, self._options | {"PERF_COUNT": True})
-        names = layer_names(compiled)
-        request, times = compiled.create_infer_request(), dict[str, list[float]]()
+        """Time kernels with performance counters; they only report averages, so this is the mean of the runs."""
+        model, compiled = self._counted(example_inputs)
+        names, profiler = layer_names(compiled), OpenVinoProfiler(model, compiled, example_inputs)
         for _ in range(runs + 1):
-            request.infer(example_inputs, share_inputs=True)
-            for entry in request.profiling_info:
-                times.setdefault(entry.node_name, []).append(entry.real_time.total_seconds() * 1e3)
-        return [Kernel(names.get(name, (name,)), statistics.median(found[1:])) for name, found in times.items()]
+            profiler.run()
+        return [Kernel(names.get(name, (name,)), ms) for name, ms in profiler.kernel_ms().items()]
 
     def integer_mac_share(self, example_inputs: dict[str, np.ndarray]) -> float:
         """Return the integer MAC share of `precision_report`."""
@@ -217,6 +216,12 @@ class OpenVinoEngine:
         # only now, since a thread that finds a model without requests waits for ever
         self._compiled[shapes, variant.key] = compiled
         return compiled
+
+    def _counted(self, inputs: dict[str, np.ndarray]) -> tuple[Any, Any]:
+        """Return the model at the shapes of these inputs, and compiled with performance counters."""
+        with self._compiling:  # the model is reshaped in place for each compilation
+            model = self._reshaped(tensor_shapes(inputs)).clone()
+        return model, self._compile_model(model, self._options | {"PERF_COUNT": True})
 
     def _compile_model(self, model: Any, options: dict[str, Any]) -> Any:
         if self.precision == "bf16":

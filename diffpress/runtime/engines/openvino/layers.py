@@ -29,25 +29,25 @@ def products(model: Any, compiled: Any) -> Iterator[Product]:
     """Yield every operation of the original model at its current shapes; products inside a subgraph run in float."""
     ran: dict[str, tuple[bool, str]] = {}  # operation -> (on integers, reason if not)
     layers = compiled.get_runtime_model().get_ops()
-    for layer in sorted(layers, key=_is_integer):  # if an operation is in several layers, the integer one wins
-        reason = "fused into a float subgraph" if _info(layer, "layerType") == SUBGRAPH else UNMATCHED
-        for name in _original_names(layer):
-            ran[name.removesuffix(RESCALED)] = _is_integer(layer), reason
+    for layer in sorted(layers, key=is_integer):  # if an operation is in several layers, the integer one wins
+        reason = "fused into a float subgraph" if layer_info(layer, "layerType") == SUBGRAPH else UNMATCHED
+        for name in original_names(layer):
+            ran[name.removesuffix(RESCALED)] = is_integer(layer), reason
     for operation in model.get_ops():
         integer, reason = ran.get(operation.get_friendly_name(), (False, UNMATCHED))
-        yield Product(_node_name(operation), _operation_macs(operation), integer, reason)
+        yield Product(node_name(operation), operation_macs(operation), integer, reason)
 
 
 def layer_names(compiled: Any) -> dict[str, tuple[str, ...]]:
     """Map each layer of the compiled model to its own name and those of its operations, without suffixes."""
     return {
-        layer.get_friendly_name(): _without_suffixes([layer.get_friendly_name(), *_original_names(layer)])
+        layer.get_friendly_name(): _without_suffixes([layer.get_friendly_name(), *original_names(layer)])
         for layer in compiled.get_runtime_model().get_ops()
     }
 
 
-def _operation_macs(operation: Any) -> int:
-    """MACs of one operation of the original model, at its current shapes."""
+def operation_macs(operation: Any) -> int:
+    """Return the MACs of one operation of the original model, at its current shapes."""
     kind = operation.get_type_name()
     if kind in CONVOLUTIONS:
         return macs.convolution(_out(operation), _in(operation, 1))
@@ -60,11 +60,12 @@ def _operation_macs(operation: Any) -> int:
     return 0
 
 
-def _is_integer(layer: Any) -> bool:
-    return _info(layer, "layerType") in KERNELS and _info(layer, "runtimePrecision") in INTEGERS
+def is_integer(layer: Any) -> bool:
+    """Return whether a layer of the compiled model multiplies integers."""
+    return layer_info(layer, "layerType") in KERNELS and layer_info(layer, "runtimePrecision") in INTEGERS
 
 
-def _node_name(operation: Any) -> str:
+def node_name(operation: Any) -> str:
     """Return the name of the operation's ONNX node.
 
     OpenVINO may give that name to the bias addition and a numbered name to the product; then the addition's name is
@@ -77,8 +78,9 @@ def _node_name(operation: Any) -> str:
     return next((str(node.get_friendly_name()) for node in consumers if node.get_type_name() == "Add"), name)
 
 
-def _original_names(layer: Any) -> list[str]:
-    return _info(layer, "originalLayersNames").split(",")
+def original_names(layer: Any) -> list[str]:
+    """Return the names of the original operations that a layer of the compiled model covers."""
+    return layer_info(layer, "originalLayersNames").split(",")
 
 
 def _without_suffixes(names: list[str]) -> tuple[str, ...]:
@@ -86,7 +88,8 @@ def _without_suffixes(names: list[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name.removesuffix(RESCALED).removesuffix(WITHOUT_BIAS) for name in names if name))
 
 
-def _info(layer: Any, key: str) -> str:
+def layer_info(layer: Any, key: str) -> str:
+    """Return what the compiled model records of a layer under `key`, or ''."""
     info = layer.get_rt_info()
     return str(info[key].astype(str)) if key in info else ""
 

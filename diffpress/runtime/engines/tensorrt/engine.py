@@ -12,7 +12,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -145,6 +145,13 @@ class TensorRtEngine:
         finally:
             binding.close()
         return [Kernel((name,), statistics.median(found[1:])) for name, found in times.items()]
+
+    def profiler(self, example_inputs: Inputs) -> NoReturn:
+        """Raise EngineUnavailableError: TensorRT times its layers, and does not report what they compute."""
+        raise EngineUnavailableError(
+            f"{self._path}: TensorRT times its layers, but an engine does not report their products, bytes and "
+            "precision; profile it in another engine"
+        )
 
     def close(self) -> None:
         """Release bindings, stream and engine."""
