@@ -71,7 +71,9 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInputError(f"--trials {args.trials}: give at least 1")
     trials = args.trials if args.trials is not None or seconds is not None else DEFAULT_TRIALS
     given = _settings(args)
-    make_settings(**given, train_steps=args.train_steps or 1)  # a mistake is reported before torch is imported
+    make_settings(
+        **given, train_steps=1 if args.train_steps is None else args.train_steps
+    )  # a mistake is reported before torch is imported
     import optuna  # noqa: F401 - a missing extra is reported before the model is loaded
 
     from diffpress.export.search.run import recorded_training_steps, search, training_steps
@@ -86,13 +88,17 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _settings(args: argparse.Namespace) -> dict[str, Any]:
+def preferred_engine(named: str | None) -> str:
+    """Return the engine that was named, else the first of ENGINES that can run here."""
     from diffpress.runtime.engines import available
 
-    engine = args.engine or next((name for name in ENGINES if name in available()), ENGINES[-1])
+    return named or next((name for name in ENGINES if name in available()), ENGINES[-1])
+
+
+def _settings(args: argparse.Namespace) -> dict[str, Any]:
     names = ("max_latency_ratio", "max_frechet_ratio", "max_size_mib", "seed", "threads", "data", "samples", "prompts")
     names += ("select_features", "select_reference", "features", "reference")
-    found = {name: getattr(args, name) for name in names} | {"engine": engine}
+    found = {name: getattr(args, name) for name in names} | {"engine": preferred_engine(args.engine)}
     for name in ("data", "prompts", "select_features", "select_reference", "features", "reference"):
         if found[name] is not None and not found[name].exists():
             raise InvalidInputError(f"--{name.replace('_', '-')} {found[name]}: does not exist")

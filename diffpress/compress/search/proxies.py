@@ -2,9 +2,9 @@
 
     error_db = -10 log10 (sum |x_teacher|^2 / sum |x_trial - x_teacher|^2)     same noise, each under its own plan
 
-The error is lower for better trials. It needs no features, no export and few samples, but compares only trials of the same kind of
-distillation: a few-step student may give another image from the same noise that is just as good. From trials whose
-Frechet distance was measured, `estimated_ratio` reads the distance of one whose error alone is known.
+The error is lower for better trials. It needs no features, no export and few samples, but compares only trials of the
+same kind of distillation: a few-step student may give another image from the same noise that is just as good. From
+trials whose Frechet distance was measured, `estimated_ratio` reads the distance of one whose error alone is known.
 """
 
 from __future__ import annotations

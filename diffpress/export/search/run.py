@@ -14,7 +14,7 @@ from typing import Any
 
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.config import EvaluateConfig, GatesConfig
-from diffpress.compress.effort import measure_cost
+from diffpress.compress.effort import PASSES, measure_cost
 from diffpress.compress.pipeline import first_difference
 from diffpress.compress.search.proxies import LatencyTable, compared_samples
 from diffpress.compress.search.run import Searcher, run_search, run_trial
@@ -43,7 +43,6 @@ FILES = ("features", "reference", "select_features", "select_reference", "data",
 SEARCH, STUDY, LATENCIES, PROMPTS = "search.json", "study.journal", "latencies.json", "prompts.txt"
 SEARCH_SHARE = 0.8  # of the time; the rest exports and scores the front
 TRAINING_SHARE = 0.05  # of the time that one training stage at its full budget may take
-PASSES = 4.0  # network passes of a training step: the teacher's, and forward and backward of the student
 STEPS_BATCH = 16
 REPORTED_SEEDS = 3
 LEAST_STEPS, DEFAULT_STEPS, MOST_STEPS = 30, 200, 3000
