@@ -71,9 +71,8 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidInputError(f"--trials {args.trials}: give at least 1")
     trials = args.trials if args.trials is not None or seconds is not None else DEFAULT_TRIALS
     given = _settings(args)
-    make_settings(
-        **given, train_steps=1 if args.train_steps is None else args.train_steps
-    )  # a mistake is reported before torch is imported
+    # a mistake is reported before torch is imported
+    make_settings(**given, train_steps=1 if args.train_steps is None else args.train_steps)
     import optuna  # noqa: F401 - a missing extra is reported before the model is loaded
 
     from diffpress.export.search.run import recorded_training_steps, search, training_steps

@@ -81,9 +81,14 @@ def compared_samples(checkpoint: Checkpoint, texts: Sequence[str] = ()) -> np.nd
     """Return samples [N, ...] under the checkpoint's plan, from the noise that a search compares, in torch."""
     network = TorchNetwork(fake_quantized(checkpoint), checkpoint.spec)
     subject = checkpoint_subject(checkpoint, network, texts)
-    count = COMPARED_LARGE if is_large(checkpoint.model) else COMPARED
+    count = compared_count(checkpoint)
     seeds, conditions = np.arange(count) + SELECTION_SEED, subject.conditions(count)
     return np.concatenate(list(generate_batches(network, subject.spec, seeds, batch=BATCH, conditions=conditions)))
+
+
+def compared_count(checkpoint: Checkpoint) -> int:
+    """Return the number of samples that are compared."""
+    return COMPARED_LARGE if is_large(checkpoint.model) else COMPARED
 
 
 def error_db(teacher: np.ndarray, found: np.ndarray) -> float:

@@ -18,17 +18,19 @@ from typing import Any
 import yaml
 
 from diffpress.compress.checkpoint import Checkpoint
-from diffpress.compress.context import Context, Data
+from diffpress.compress.context import Context
 from diffpress.compress.effort import PASSES, measure_cost
 from diffpress.compress.models.counts import count, is_large
+from diffpress.compress.pipeline import open_data
 from diffpress.compress.quantization.config import BoundsConfig, QuantizeConfig
 from diffpress.compress.quantization.quantize import quantize
-from diffpress.compress.recipe import file_reference
+from diffpress.compress.recipe import Recipe, file_reference
 from diffpress.compress.sampling_schedule.config import ScheduleConfig
 from diffpress.compress.sampling_schedule.schedule import schedule
 from diffpress.compress.search.profile import KINDS, mac_shares
-from diffpress.compress.search.proxies import Cost, compared_samples, error_db
-from diffpress.compress.training.sample_data import load_samples
+from diffpress.compress.search.proxies import Cost, compared_count, compared_samples, error_db
+from diffpress.compress.training.teacher_data import read_prompts
+from diffpress.compress.workspace import Workspace
 from diffpress.export.search.trial_engine import EngineOfTrials, open_trial_engine
 from diffpress.runtime.engines import available
 from diffpress.runtime.errors import GateFailedError, InvalidInputError, MissingDependencyError
@@ -45,6 +47,7 @@ PRUNABLE = 0.5  # share of MACs in layers that lose channels
 KEPT_MACS = 0.8
 RECOVERY_BATCH, RECOVERY_STEPS = 16, (100, 1000)
 RECOVERY_MINUTES = 30.0
+COMPARING_MINUTES = 10.0  # of sampling plans of fewer steps
 SAMPLES = 16
 
 
@@ -89,21 +92,22 @@ def recommend(checkpoint: Checkpoint, engine: str, *, data: Path | None, threads
         raise InvalidInputError("recommend: the checkpoint is quantized already; name the one that it was made from")
     if engine not in available():
         raise MissingDependencyError(engine, engine, f"--engine {engine}")
-    spec = checkpoint.spec
-    samples = None if data is None or spec.conditioning.kind == "text" else load_samples(data, spec)
     targets = ["onnx"] if engine == "onnxruntime" else ["onnx", engine]
     found = Recommendation(export={"targets": targets}, data=data)
-    seconds, shares = measure_cost(checkpoint).seconds, mac_shares(checkpoint)
-    found.measured.append("MACs: " + ", ".join(f"{share:.0%} {kind}" for kind, share in shares.items()))
-    found.measured.append(f"one evaluation of one sample takes {1e3 * seconds:.1f} ms in torch")
-    _choose_steps(checkpoint, found)
-    _choose_pruning(shares, seconds, found)
-    _choose_distillation(checkpoint, found)
-    _choose_format(checkpoint, engine, samples, threads, found)
+    with TemporaryDirectory() as folder:
+        samples = open_data(checkpoint, Recipe.of((), data=data), Workspace(Path(folder)))
+        context = Context(0, Path(folder) / "quantize", checkpoint, samples)
+        seconds, shares = measure_cost(checkpoint).seconds, mac_shares(checkpoint)
+        found.measured.append("MACs: " + ", ".join(f"{share:.0%} {kind}" for kind, share in shares.items()))
+        found.measured.append(f"one evaluation of one sample takes {1e3 * seconds:.1f} ms in torch")
+        _choose_steps(checkpoint, seconds, found)
+        _choose_pruning(shares, seconds, found)
+        _choose_distillation(checkpoint, found)
+        _choose_format(checkpoint, engine, context, threads, found)
     return found
 
 
-def _choose_steps(checkpoint: Checkpoint, found: Recommendation) -> None:
+def _choose_steps(checkpoint: Checkpoint, seconds: float, found: Recommendation) -> None:
     spec, tried = checkpoint.spec, dict[int, float]()
     if spec.distilled:
         found.left_out.append(f"schedule: the model was distilled for its {spec.plan.steps} steps")
@@ -112,11 +116,17 @@ def _choose_steps(checkpoint: Checkpoint, found: Recommendation) -> None:
     if not counts:
         found.left_out.append(f"schedule: the model's plan has {spec.plan.steps} steps already")
         return
-    exact = compared_samples(checkpoint)
+    evaluations = evaluations_per_step(spec) * (spec.plan.steps + sum(counts))
+    minutes = compared_count(checkpoint) * evaluations * seconds / 60.0
+    if minutes > COMPARING_MINUTES:
+        found.left_out.append(f"schedule: comparing plans of fewer steps would take about {minutes:.0f} min here")
+        return
+    texts = read_prompts(None) if spec.conditioning.encoders else ()
+    exact = compared_samples(checkpoint, texts)
     for steps in counts:
         config = ScheduleConfig(solver=SOLVER, steps=steps)
         planned = schedule(checkpoint, config, Context(0, Path(), checkpoint))
-        tried[steps] = error_db(exact, compared_samples(planned))
+        tried[steps] = error_db(exact, compared_samples(planned, texts))
         if tried[steps] <= MAX_ERROR_DB:
             break
     shown = ", ".join(f"{steps} steps {error:.1f} dB" for steps, error in tried.items())
@@ -165,18 +175,16 @@ def _choose_distillation(checkpoint: Checkpoint, found: Recommendation) -> None:
 
 
 def _choose_format(
-    checkpoint: Checkpoint, engine: str, data: Data | None, threads: int | None, found: Recommendation
+    checkpoint: Checkpoint, engine: str, context: Context, threads: int | None, found: Recommendation
 ) -> None:
     if is_large(checkpoint.model):
         settings = {"format": "int8", "samples": 8, "batch": 1}
         reason = "int8 is the smallest format that engines run as integers; a model of this size was not timed"
         found.stages.append(({"quantize": settings}, reason))
         return
-    with TemporaryDirectory() as folder:
-        context = Context(0, Path(folder), checkpoint, data)
-        quantized, sensitivity = _quantized(checkpoint, context)
-        with open_trial_engine(checkpoint, engine, threads, ()) as opened:
-            costs = _costs(checkpoint, quantized, opened)
+    quantized, sensitivity = _quantized(checkpoint, context)
+    with open_trial_engine(checkpoint, engine, threads, ()) as opened:
+        costs = _costs(checkpoint, quantized, opened)
     parameters_mib = count(checkpoint.model, checkpoint.spec).fp32_bytes / 2**20
     shown = ", ".join(f"{name} {cost.step_ratio:.2f}x time, {cost.size_mib:.2f} MiB" for name, cost in costs.items())
     found.measured.append(f"{engine}, relative to fp32 with {parameters_mib:.2f} MiB of weights: {shown}")

@@ -124,7 +124,7 @@ def _reporting_config(settings: SearchSettings, prompts: Path | None) -> Evaluat
 def _claim(out: Path, checkpoint: Checkpoint, settings: SearchSettings) -> None:
     """Make `out` this search's folder; InvalidInputError if it belongs to another one or holds something else."""
     file = out / SEARCH
-    values = settings.model_dump(mode="json")
+    values = settings.model_dump(mode="json", exclude=set(FILES))  # files are compared by content
     hashes = {name: sha256(path) for name in FILES if (path := getattr(settings, name)) is not None and path.is_file()}
     facts = {"checkpoint": checkpoint.hash, "settings": values, "files": hashes}
     if not file.is_file():
