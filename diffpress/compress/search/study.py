@@ -23,6 +23,7 @@ from diffpress.compress.search.space import Params, Space, draw, starting_points
 NAME = "diffpress search"
 OBJECTIVES = ("latency_ratio", "size_mib", "quality")  # all minimized
 MAX_ATTEMPTS = 16  # proposals that repeat an earlier trial, before one is accepted
+GREEDY_ATTEMPTS = 3  # of them by TPE, which often proposes its optimum again; the others are random
 STARTUP_TRIALS = 10  # drawn at random before the sampler learns
 
 
@@ -103,9 +104,12 @@ class Study:
 
     def _sampled(self, stored: Sequence[FrozenTrial], number: int, attempt: int) -> Params:
         seed = int(np.random.SeedSequence([self._seed, number, attempt]).generate_state(1)[0])
-        sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, multivariate=False, seed=seed)
-        copied = optuna.create_study(directions=["minimize"] * len(OBJECTIVES), sampler=sampler)
-        copied.add_trials(stored)
+        copied = optuna.create_study(directions=["minimize"] * len(OBJECTIVES))
+        if attempt < GREEDY_ATTEMPTS:
+            copied.sampler = optuna.samplers.TPESampler(n_startup_trials=STARTUP_TRIALS, multivariate=False, seed=seed)
+            copied.add_trials(stored)
+        else:
+            copied.sampler = optuna.samplers.RandomSampler(seed=seed)
         return draw(copied.ask(), self._space)
 
     def add(self, params: Params, result: Result) -> Trial:
