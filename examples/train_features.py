@@ -7,9 +7,12 @@ layer before the logits of a classifier, here a residual network:
                                                                  features -> linear -> logits [B, 10]
 
 The features are the spatial mean of the last ReLU's output. The network is used for *scoring* only: no student may be
-trained, selected or calibrated on it, because an optimised score no longer measures quality.
+trained, selected or calibrated on it, because an optimised score no longer measures quality. What selects students (a
+search, the bounds of quantization) uses a second network, of other widths and another seed:
 
     python examples/train_features.py --images TRAIN.npz --test TEST.npz --out features.onnx
+    python examples/train_features.py --images SOME.npz --test OTHERS.npz --out selection_features.onnx \
+        --widths 16 16 40 --epochs 60 --seed 1
 """
 
 import argparse
@@ -27,6 +30,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 OPSET = 18
 CLASSES = 10
+WIDTHS = (32, 32, 64)  # channels at 28 x 28, 14 x 14 and 7 x 7 pixels
 PAD = 2  # maximum shift of the crop augmentation in pixels, about 7 % of the side
 
 
@@ -64,16 +68,17 @@ class Residual(nn.Module):
 
 
 class FeatureNet(nn.Module):
-    """Classifier from sample [B, 1, 28, 28] to (features [B, 64], logits [B, 10])."""
+    """Classifier from sample [B, 1, 28, 28] to (features [B, D], logits [B, 10]); D is the last of the widths."""
 
-    def __init__(self) -> None:
+    def __init__(self, widths: tuple[int, int, int] = WIDTHS) -> None:
         super().__init__()
+        first, second, third = widths
         self.body = nn.Sequential(
-            ConvNorm(1, 32), nn.ReLU(),
-            ConvNorm(32, 32, stride=2), nn.ReLU(), Residual(32),
-            ConvNorm(32, 64, stride=2), nn.ReLU(), Residual(64),
+            ConvNorm(1, first), nn.ReLU(),
+            ConvNorm(first, second, stride=2), nn.ReLU(), Residual(second),
+            ConvNorm(second, third, stride=2), nn.ReLU(), Residual(third),
         )  # fmt: skip
-        self.head = nn.Linear(64, CLASSES)
+        self.head = nn.Linear(third, CLASSES)
 
     def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
         features = self.body(sample).mean(dim=(2, 3))
@@ -92,11 +97,13 @@ def augment(x: Tensor, rng: torch.Generator) -> Tensor:
     return picked.permute(0, 3, 1, 2)  # advanced indexing moves the channel to the end
 
 
-def train(x: Tensor, y: Tensor, epochs: int, batch: int, lr: float, seed: int) -> FeatureNet:
+def train(
+    x: Tensor, y: Tensor, epochs: int, batch: int, lr: float, seed: int, widths: tuple[int, int, int] = WIDTHS
+) -> FeatureNet:
     """Train with SGD, Nesterov momentum and a one-cycle schedule; print one line per epoch."""
     torch.manual_seed(seed)
     rng = torch.Generator().manual_seed(seed)
-    net = FeatureNet().to(memory_format=torch.channels_last)
+    net = FeatureNet(widths).to(memory_format=torch.channels_last)
     steps = len(x) // batch
     optimizer = torch.optim.SGD(net.parameters(), lr=lr, momentum=0.9, nesterov=True, weight_decay=5e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=epochs * steps, pct_start=0.2)
@@ -162,6 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--lr", type=float, default=0.1, help="peak learning rate")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--widths", type=int, nargs=3, default=WIDTHS, help="channels at 28, 14 and 7 pixels")
     args = parser.parse_args(argv)
     x, y = load_grey(args.images)
     test_x, test_y = load_grey(args.test)
@@ -170,7 +178,9 @@ def main(argv: list[str] | None = None) -> None:
     if not args.out.parent.is_dir():
         raise SystemExit(f"--out {args.out}: the folder {args.out.parent} does not exist")
 
-    net = train(torch.from_numpy(x), torch.from_numpy(y), args.epochs, args.batch, args.lr, args.seed)
+    net = train(
+        torch.from_numpy(x), torch.from_numpy(y), args.epochs, args.batch, args.lr, args.seed, tuple(args.widths)
+    )
     model = exported(net, {"sample": torch.zeros(2, 1, 28, 28)}, ("features", "logits"))
     args.out.write_bytes(model.SerializeToString(deterministic=True))
     print(f"wrote {args.out} ({args.out.stat().st_size:,} bytes)")

@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 # verb -> what it does; diffpress/cli/<verb>.py has `EXAMPLE`, `add_arguments(parser)` and `run(args) -> exit code`
 VERBS = {
     "plan": "show what a recipe would do to a checkpoint, without doing it",
+    "recommend": "propose a recipe to start with, from measurements and without training",
+    "search": "find recipes that keep bounds on latency, quality and size",
     "compress": "run a recipe's stages on a checkpoint, then export the bundle",
     "export": "turn a checkpoint into a bundle",
     "sample": "make images with a bundle, without torch",

@@ -11,6 +11,9 @@ TEACHER = CALIB_DATA / "teacher"
 FEATURES = CALIB_DATA / "features.onnx"
 PROMPTS = CALIB_DATA / "prompts.txt"
 REFERENCE = CALIB_DATA / "reference.npz"
+# what selects must not be what reports
+SELECTION_FEATURES = CALIB_DATA / "selection_features.onnx"
+SELECTION_REFERENCE = CALIB_DATA / "calibration.npz"
 RECIPES = Path(__file__).resolve().parent / "recipes"
 
 

@@ -43,6 +43,7 @@ from diffpress.runtime.sampler import network_evaluations
 from diffpress.runtime.spec import DenoiserSpec
 
 TRAINED = 3.0  # forward, and a backward pass of twice its products
+PASSES = TRAINED + 1.0  # of a step that distills: the teacher's evaluation as well
 ACTIVE = 4  # tensors that are alive at the same time without gradients
 TRIAL = 5  # samples that a network pruned by one ratio is evaluated on
 CACHE_CANDIDATES = 14  # plans that a step cache compares before it is refined, at most

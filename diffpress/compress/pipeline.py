@@ -49,7 +49,7 @@ def load_teacher(checkpoint: Checkpoint, recipe: Recipe) -> Checkpoint:
     ours, theirs = _interface(checkpoint), _interface(teacher)
     for name, value in ours.items():
         if theirs[name] != value:
-            difference = _first_difference(value, theirs[name]).replace(" there, ", " in the checkpoint, ")
+            difference = first_difference(value, theirs[name]).replace(" there, ", " in the checkpoint, ")
             raise InvalidInputError(
                 f"teacher: {recipe.teacher}: has another {name} than the checkpoint "
                 f"({difference.removesuffix(' here')} in the teacher)"
@@ -195,7 +195,7 @@ def claim_folder(
     if file.is_file() and not update:
         # without inputs.json, recipe.json holds the hashes itself
         before = read_json(file) | (read_json(inputs_file) if inputs_file.is_file() else {})
-        difference = _first_difference(before, resolved | inputs)
+        difference = first_difference(before, resolved | inputs)
         if difference:
             raise InvalidInputError(
                 f"{out}: was made by another recipe ({difference}); choose another --out, "
@@ -207,7 +207,7 @@ def claim_folder(
     write_json(inputs_file, inputs)
 
 
-def _first_difference(old: Any, new: Any, path: str = "") -> str:
+def first_difference(old: Any, new: Any, path: str = "") -> str:
     """Describe where two JSON values first differ; '' if they are equal."""
     if isinstance(old, dict) and isinstance(new, dict):
         pairs = [(old.get(key), new.get(key), f"{path}.{key}".lstrip(".")) for key in sorted({*old, *new})]
@@ -215,7 +215,7 @@ def _first_difference(old: Any, new: Any, path: str = "") -> str:
         pairs = [(a, b, f"{path}[{i}]") for i, (a, b) in enumerate(zip(old, new, strict=True))]
     else:
         return "" if old == new else f"{path}: {_short(old)} there, {_short(new)} here"
-    return next(filter(None, (_first_difference(*pair) for pair in pairs)), "")
+    return next(filter(None, (first_difference(*pair) for pair in pairs)), "")
 
 
 def _short(value: Any) -> str:

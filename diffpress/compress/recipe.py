@@ -126,7 +126,7 @@ class Recipe:
         """Return the resolved recipe as JSON, every default written out; it can be read from any folder."""
         return {
             "seed": self.seed,
-            "data": _reference(self.data) if self.data else None,
+            "data": file_reference(self.data) if self.data else None,
             "teacher": self.teacher,
             "teacher_samples": self.teacher_samples,
             "stages": [{stage.name: stage.config.model_dump(mode="json")} for stage in self.stages],
@@ -227,10 +227,10 @@ def _teacher(value: Any, path: Path) -> str | None:
     if colon:
         return f"{path.parent.absolute() / module}.py:{path.parent.absolute() / weights}"
     file = built_in_path(value, path.parent)
-    return _reference(file) if value and file.exists() else str(value)
+    return file_reference(file) if value and file.exists() else str(value)
 
 
-def _reference(file: Path) -> str:
+def file_reference(file: Path) -> str:
     """Return how a recipe in any folder names this file."""
     found, built_in = file.resolve(), CALIB_DATA.resolve()
     return f"calib_data/{found.relative_to(built_in)}" if found.is_relative_to(built_in) else str(found)
@@ -238,7 +238,7 @@ def _reference(file: Path) -> str:
 
 def _evaluate_json(config: EvaluateConfig) -> dict[str, Any]:
     files = {name: file for name in EVALUATE_FILES if (file := getattr(config, name)) is not None}
-    return config.model_dump(mode="json") | {name: _reference(file) for name, file in files.items()}
+    return config.model_dump(mode="json") | {name: file_reference(file) for name, file in files.items()}
 
 
 def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:

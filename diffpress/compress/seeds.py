@@ -11,4 +11,6 @@ TEACHER_DATA_SEED = 2_000_000  # samples of the teacher that replace training im
 DISTILLATION_SEED = 4_000_000  # trajectories of the teacher that a student is distilled from
 OUTPUT_CORRECTION_SEED = 5_000_000  # samples that the mean quantization error is measured on
 SEARCH_SEED = 7_000_000  # samples that a schedule search compares
+SELECTION_SEED = 8_000_000  # samples that the trials of a recipe search are compared by
 EVALUATION_SEED = 10_000_000  # times 1, 2, ... for the draws of an evaluation
+SELECTION_DRAW = 999  # of an evaluation that selects; those that report are 0, 1, ...

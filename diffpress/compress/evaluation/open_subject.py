@@ -25,7 +25,7 @@ from diffpress.compress.sources.load import load_checkpoint
 from diffpress.runtime.bundle import find_bundle, load_bundle
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
-from diffpress.runtime.network_inputs import ConditioningInputs
+from diffpress.runtime.network_inputs import ConditioningInputs, Network
 from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.spec import DenoiserSpec
 from diffpress.runtime.trust.signature import refuse_unsigned
@@ -49,6 +49,11 @@ def open_subject(
     checkpoint = load_checkpoint(reference)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     network = TorchNetwork(fake_quantized(checkpoint).to(device), checkpoint.spec)
+    return checkpoint_subject(checkpoint, network, texts)
+
+
+def checkpoint_subject(checkpoint: Checkpoint, network: Network, texts: Sequence[str] = ()) -> EvaluationSubject:
+    """Return a subject whose denoiser is `network` and whose other components are the checkpoint's, in torch."""
     quantized = quantized_components(checkpoint)
     decode = _decoder(checkpoint, quantized) if DECODER in component_names(checkpoint) else unchanged
     encode = _encoder(checkpoint, quantized) if checkpoint.spec.conditioning.encoders else None

@@ -27,12 +27,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from diffpress.compress.builtin import FEATURES, REFERENCE
+from diffpress.compress.builtin import SELECTION_FEATURES, SELECTION_REFERENCE
 from diffpress.compress.checkpoint import Checkpoint, Quantization
 from diffpress.compress.config import EvaluateConfig
 from diffpress.compress.context import Context, EngineCosts
-from diffpress.compress.evaluation.evaluate import evaluate
+from diffpress.compress.evaluation.evaluate import sampled_features
 from diffpress.compress.evaluation.features import load_features, load_reference
+from diffpress.compress.evaluation.metrics import frechet_distance, moments
 from diffpress.compress.evaluation.subject import EvaluationSubject
 from diffpress.compress.models.adapter import adapter_for, dummy_inputs
 from diffpress.compress.models.counts import is_large
@@ -47,6 +48,7 @@ from diffpress.compress.quantization.config import BoundsConfig
 from diffpress.compress.quantization.formats import FORMATS
 from diffpress.compress.quantization.quantizers import fake_quantized
 from diffpress.compress.quantization.trajectory_dataset import TrajectoryDataset
+from diffpress.compress.seeds import SELECTION_DRAW
 from diffpress.runtime.engines import available
 from diffpress.runtime.errors import GateFailedError, InvalidInputError, MissingDependencyError
 from diffpress.runtime.network_inputs import Network
@@ -70,7 +72,7 @@ def check_bounds(bounds: BoundsConfig, spec: DenoiserSpec, has_engines: bool) ->
         MissingDependencyError: The target engine is not installed.
     """
     if bounds.max_frechet_ratio is not None:
-        load_features(FEATURES, spec)
+        load_features(SELECTION_FEATURES, spec)
     if has_engines and bounds.engine not in available():
         raise MissingDependencyError(bounds.engine, bounds.engine, f"quantize: bounds: engine {bounds.engine}")
     if not has_engines:
@@ -216,13 +218,16 @@ def _costs(checkpoint: Checkpoint, bounds: BoundsConfig, ctx: Context) -> Iterat
 def _frechet(
     checkpoint: Checkpoint, bounds: BoundsConfig, costs: EngineCosts | None
 ) -> Callable[[Quantization], float] | None:
-    """Return a function: scales -> Fréchet distance as a ratio to the float model's, from the same noise."""
+    """Return a function: scales -> Fréchet distance as a ratio to the float model's, from the same noise.
+
+    It selects, so network, real images and noise are not those that a run is scored with.
+    """
     if bounds.max_frechet_ratio is None:
         return None
     # an engine here has no cached graph, and the ratio compares two networks under one plan
     spec = checkpoint.spec.with_plan(checkpoint.spec.plan.without_cache)
-    features = load_features(FEATURES, spec)
-    reference = load_reference(REFERENCE, features, spec)
+    features = load_features(SELECTION_FEATURES, spec)
+    real = moments(load_reference(SELECTION_REFERENCE, features, spec).features)
 
     @contextmanager
     def opened(quantization: Quantization | None) -> Iterator[Network]:
@@ -234,10 +239,9 @@ def _frechet(
 
     def distance(quantization: Quantization | None) -> float:
         with opened(quantization) as network:
-            found = evaluate(
-                EvaluationSubject(network, spec), FRECHET, features, reference, what="sampling for max_frechet_ratio"
-            )
-        return float(found["frechet"]["mean"])
+            subject, what = EvaluationSubject(network, spec), "sampling for max_frechet_ratio"
+            ((found, _),) = sampled_features(subject, FRECHET, features, what, [SELECTION_DRAW])
+        return frechet_distance(*moments(found), *real)
 
     exact = distance(None)
     return lambda quantization: distance(quantization) / exact
