@@ -10,7 +10,7 @@ from diffpress.cli.arguments import add_checkpoint_arguments, loaded, parsed_siz
 from diffpress.runtime.engines.tensorrt.options import HARDWARE, SWITCHES, BuildOptions
 from diffpress.runtime.errors import InvalidInputError
 
-TARGETS = ("onnx", "openvino", "tensorrt")
+TARGETS = ("onnx", "openvino", "tensorrt", "genai")
 PRECISIONS = ("fp32", "fp16", "bf16")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch
 DEFAULTS = BuildOptions()
@@ -48,6 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-inputs",
         action="store_true",
         help="export the encoder of the autoencoder, so that the bundle can start from images",
+    )
+    parser.add_argument(
+        "--nearest-plan",
+        action="store_true",
+        help="for target genai: the nearest plan that OpenVINO GenAI can follow, if it cannot follow the model's own",
     )
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
@@ -88,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         fixed_timesteps=args.fixed_timesteps,
         image_inputs=args.image_inputs,
         decoder=args.decoder,
+        nearest_plan=args.nearest_plan,
         revert_slower=args.revert_slower,
         compute_capabilities=args.compute_capability,
         build=build,

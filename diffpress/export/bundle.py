@@ -5,6 +5,7 @@
     denoiser.*.onnx           for engines that run these faster or run no other (export/denoiser.py)
     text_encoder*.onnx, vae_*.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
     engines/...               TensorRT engines built ahead of time
+    genai/                    the pipeline as OpenVINO GenAI reads it (export/targets/genai)
     README.md                 the model card (export/model_card.py)
     manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
 
@@ -34,6 +35,9 @@ from diffpress.export.model_card import write_model_card
 from diffpress.export.passes.cut_graph import cached_file, write_cached_graph
 from diffpress.export.passes.half_precision import FLOAT
 from diffpress.export.targets.capability import check_supported, emulation_note
+from diffpress.export.targets.genai.folder import TARGET as GENAI
+from diffpress.export.targets.genai.folder import check_genai, write_genai_folder
+from diffpress.export.targets.genai.schedulers import GenaiPlan
 from diffpress.export.targets.pipeline_folder import write_graph, write_pipeline_files
 from diffpress.export.targets.precision import layer_formats
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
@@ -88,6 +92,7 @@ def export_bundle(
     check_export(config, checkpoint.quantization is not None, layer_formats(checkpoint.quantization).values())
     check_components(config, bool(checkpoint.component_quantization))
     check_image_inputs(checkpoint, config)
+    genai = check_genai(checkpoint, config.nearest_plan) if GENAI in config.targets else None
     denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)
@@ -104,7 +109,9 @@ def export_bundle(
         failures = (*verified.failures, *component_failures)
         failed = any(failure.target for failure in failures)
         built = [] if failed else _build_engines(deployed, components, config, folder, reuse)
-        seal(folder, manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures))
+        other = {} if genai is None else {GENAI: _write_genai(deployed, genai, components, folder)}
+        content = manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures)
+        seal(folder, content | other)
         log_failures(failures)
 
     write_folder(out, fill)
@@ -223,3 +230,17 @@ def _build_engines(
     if denoiser.checkpoint.sparse_layers:
         options = replace(options, sparse_weights=True)
     return build_engines(folder, graphs, capabilities, denoiser.checkpoint.spec, options, reuse)
+
+
+def _write_genai(
+    denoiser: Denoiser, plan: GenaiPlan, components: dict[str, dict[str, Any]], folder: Path
+) -> dict[str, Any]:
+    """Write the folder for OpenVINO GenAI and return its manifest entry."""
+    if plan.changes:
+        logger.warning(
+            f"target {GENAI}: OpenVINO GenAI cannot follow the plan's {', '.join(plan.changes)}; its folder samples with "
+            f"{plan.plan.steps} steps of {plan.plan.solver}"
+        )
+    graphs = {"denoiser": folder / denoiser.graph_for("openvino").file}
+    graphs |= {name: folder / entry["file"] for name, entry in components.items()}
+    return write_genai_folder(denoiser.checkpoint, plan, graphs, folder)
