@@ -121,6 +121,7 @@ def export(
     fixed_timesteps: bool = False,
     image_inputs: bool = False,
     decoder: str | Path | None = None,
+    nearest_plan: bool = False,
     revert_slower: bool = False,
     compute_capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
@@ -134,14 +135,16 @@ def export(
         checkpoint: From `load` or `compress`, or what `load` takes.
         out: The bundle's folder. One that holds anything but a bundle is refused.
         targets: Of "onnx", "openvino" and "tensorrt": the engines to build or check the bundle for; "sampler" for a
-            whole sampling run in one ONNX file, "triton" for that as a model repository of Triton, and "web" for a page
-            that samples in a browser.
+            whole sampling run in one ONNX file, "triton" for that as a model repository of Triton, "web" for a page
+            that samples in a browser, and "genai" for the folder that OpenVINO GenAI opens.
         precision: "fp32", "fp16" or "bf16", of the float graphs; norms, softmax and decoders stay fp32.
         size: Height and width of the image in pixels, to fix them in the graphs.
         fixed_timesteps: Fold the timestep embedding for the plan's own timesteps into constants.
         image_inputs: Export the encoder of the autoencoder, so that the bundle can start from images.
         decoder: Folder of an autoencoder of diffusers that is exported in place of the pipeline's, such as a tiny one
             (TAESD, `AutoencoderTiny`); with `image_inputs` its encoder is exported as well.
+        nearest_plan: For target "genai": export the nearest plan that OpenVINO GenAI can follow, if it cannot follow
+            the model's own.
         revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
         compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
         build: How TensorRT engines are built.
@@ -178,6 +181,7 @@ def export(
         "size": size,
         "fixed_timesteps": fixed_timesteps,
         "image_inputs": image_inputs,
+        "nearest_plan": nearest_plan,
         "revert_slower": revert_slower,
         "web_runtime": None if web_runtime is None else str(web_runtime),
         "threads": threads,

@@ -22,6 +22,7 @@ VERBS_OF = {
     "serve": "serve",
     "search": "search",
     "sign": "sign, --require-signature",
+    "genai": "target genai",
 }
 
 

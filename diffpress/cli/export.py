@@ -10,7 +10,7 @@ from diffpress.cli.arguments import add_checkpoint_arguments, loaded, parsed_siz
 from diffpress.runtime.engines.tensorrt.options import HARDWARE, SWITCHES, BuildOptions
 from diffpress.runtime.errors import InvalidInputError
 
-TARGETS = ("onnx", "openvino", "tensorrt", "sampler", "triton", "web")
+TARGETS = ("onnx", "openvino", "tensorrt", "sampler", "triton", "web", "genai")
 PRECISIONS = ("fp32", "fp16", "bf16")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch
 DEFAULTS = BuildOptions()
@@ -54,6 +54,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="target web: the npm package onnxruntime-web (default: that in node_modules)",
     )
+    parser.add_argument(
+        "--nearest-plan",
+        action="store_true",
+        help="for target genai: the nearest plan that OpenVINO GenAI can follow, if it cannot follow the model's own",
+    )
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
         "--parity-sqnr-db",
@@ -93,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
         fixed_timesteps=args.fixed_timesteps,
         image_inputs=args.image_inputs,
         decoder=args.decoder,
+        nearest_plan=args.nearest_plan,
         revert_slower=args.revert_slower,
         compute_capabilities=args.compute_capability,
         build=build,

@@ -86,7 +86,7 @@ class TensorRTConfig(Config):
         return self
 
 
-Target = Literal["onnx", "openvino", "tensorrt", "sampler", "triton", "web"]
+Target = Literal["onnx", "openvino", "tensorrt", "sampler", "triton", "web", "genai"]
 ExportPrecision = Literal["fp32", "fp16", "bf16"]
 
 
@@ -113,6 +113,11 @@ class ExportConfig(Config):
     )
     image_inputs: bool = Field(
         False, description="Export the encoder of the autoencoder, so that the bundle can start from images."
+    )
+    nearest_plan: bool = Field(
+        False,
+        description="For target genai: export the nearest sampling plan that OpenVINO GenAI can follow, if it cannot "
+        "follow the model's own.",
     )
     threads: int | None = Field(
         None, description="Processor threads of the engines that are verified and timed; None means all."

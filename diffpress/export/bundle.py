@@ -7,6 +7,7 @@
     engines/...               TensorRT engines built ahead of time
     sampler.onnx, triton/     a whole sampling run as one graph (export/targets/sampler/)
     web/                      a page that runs it in a browser (export/targets/web/)
+    genai/                    the pipeline as OpenVINO GenAI reads it (export/targets/genai)
     README.md                 the model card (export/model_card.py)
     manifest.json             spec, graphs, engines, history, metrics, parity, and the sha256 of every file
 
@@ -36,6 +37,7 @@ from diffpress.export.model_card import write_model_card
 from diffpress.export.passes.cut_graph import cached_file, write_cached_graph
 from diffpress.export.passes.half_precision import FLOAT
 from diffpress.export.targets.capability import check_supported, emulation_note
+from diffpress.export.targets.genai.target import check_genai, check_genai_plan, genai_content
 from diffpress.export.targets.pipeline_folder import write_graph, write_pipeline_files
 from diffpress.export.targets.precision import layer_formats
 from diffpress.export.targets.sampler.target import check_sampler, sampler_content
@@ -94,6 +96,8 @@ def export_bundle(
     check_image_inputs(checkpoint, config)
     check_sampler(checkpoint.spec, config)
     check_web(checkpoint, config)
+    check_genai(checkpoint, config)
+    check_genai_plan(checkpoint, config)
     denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)
@@ -114,6 +118,7 @@ def export_bundle(
         if not failed:
             unsealed = Bundle(folder, deployed.checkpoint.spec, {**content, "files": {}})
             content |= sampler_content(unsealed, config) | web_content(unsealed, config)
+            content |= genai_content(deployed, components, config, folder)
         seal(folder, content)
         log_failures(failures)
 

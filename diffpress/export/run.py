@@ -32,6 +32,7 @@ from diffpress.export.model_card import write_model_card
 from diffpress.export.run_bundles import baseline_bundle, result_bundle
 from diffpress.export.scores import check_evaluation, evaluate_bundles, evaluate_gates
 from diffpress.export.targets.engine_cost import open_engine_costs
+from diffpress.export.targets.genai.target import check_genai
 from diffpress.export.targets.web.target import check_web
 from diffpress.export.verify.gate import cannot_sample
 from diffpress.runtime.benchmarking.bench import machine
@@ -101,6 +102,7 @@ def check_recipe(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
     check_export(recipe.export, quantized=any(STAGES[stage.name].quantizes for stage in recipe.stages))
     check_image_inputs(checkpoint, recipe.export)
     check_web(checkpoint, recipe.export)
+    check_genai(checkpoint, recipe.export)
     check_components(recipe.export, any(getattr(stage.config, "components", None) for stage in recipe.stages))
 
 

@@ -21,6 +21,7 @@ from diffpress.export.denoiser import PORTABLE, lower_denoiser
 from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
 from diffpress.export.scores import running_parity
+from diffpress.export.targets.genai.target import TARGET as GENAI
 from diffpress.export.targets.sampler.target import TARGETS as SAMPLER_TARGETS
 from diffpress.export.verify.gate import failures_of
 from diffpress.export.verify.latency import Latency, read_latencies, slower_engines, write_latencies
@@ -28,14 +29,17 @@ from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
 
 logger = logging.getLogger(__name__)
 
+RESULT_ONLY = (*SAMPLER_TARGETS, GENAI)  # targets that the baseline is not exported for
+
 
 def baseline_bundle(teacher: Checkpoint, config: ExportConfig, workspace: Workspace) -> Bundle:
     """Return the bundle of the uncompressed model, in fp32 and for any timesteps."""
     metrics = _settings(teacher, config)
     found = _made_before(workspace.baseline, metrics)
     if found is None:
-        targets = tuple(target for target in config.targets if target not in SAMPLER_TARGETS)  # of the result alone
-        plain = config.model_copy(update={"precision": "fp32", "fixed_timesteps": False, "targets": targets})
+        targets = tuple(target for target in config.targets if target not in RESULT_ONLY)
+        changed = {"precision": "fp32", "fixed_timesteps": False, "targets": targets, "nearest_plan": False}
+        plain = config.model_copy(update=changed)
         found = export_bundle(
             teacher,
             workspace.baseline,
@@ -110,6 +114,7 @@ def _settings(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
     size = None if config.size is None else list(config.size)
     facts: dict[str, Any] = {"checkpoint": checkpoint.hash, "targets": list(config.targets), **tensorrt, "size": size}
     facts["image_inputs"] = True if config.image_inputs else None
+    facts["nearest_plan"] = True if config.nearest_plan else None
     terms = checkpoint.source.terms
     return facts | (
         {"terms": {name: hashlib.sha256(text).hexdigest() for name, text in terms.items()}} if terms else {}

@@ -106,6 +106,7 @@ EXTRAS = {
     "serve": ("starlette", "uvicorn", "prometheus_client"),
     "search": ("optuna",),
     "sign": ("cryptography",),
+    "genai": ("openvino_tokenizers",),
 }
 
 
