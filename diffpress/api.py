@@ -118,6 +118,7 @@ def export(
     fixed_timesteps: bool = False,
     image_inputs: bool = False,
     decoder: str | Path | None = None,
+    controlnet: Sequence[str | Path] = (),
     revert_slower: bool = False,
     compute_capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
@@ -136,6 +137,7 @@ def export(
         image_inputs: Export the encoder of the autoencoder, so that the bundle can start from images.
         decoder: Folder of an autoencoder of diffusers that is exported in place of the pipeline's, such as a tiny one
             (TAESD, `AutoencoderTiny`); with `image_inputs` its encoder is exported as well.
+        controlnet: ControlNets to export with the U-Net, folders or hub ids, in the order of their images.
         revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
         compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
         build: How TensorRT engines are built.
@@ -171,6 +173,7 @@ def export(
         "size": size,
         "fixed_timesteps": fixed_timesteps,
         "image_inputs": image_inputs,
+        "controlnet": [str(one) for one in controlnet],
         "revert_slower": revert_slower,
         "threads": threads,
         "tensorrt": {"compute_capabilities": compute_capabilities, **(build or BuildOptions()).to_json()},

@@ -49,6 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="export the encoder of the autoencoder, so that the bundle can start from images",
     )
+    parser.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="ControlNet to export with the U-Net, a folder or hub id; repeat it for several, in the order of their "
+        "images",
+    )
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
         "--parity-sqnr-db",
@@ -87,6 +95,7 @@ def run(args: argparse.Namespace) -> int:
         size=None if args.size is None else parsed_size(args.size),
         fixed_timesteps=args.fixed_timesteps,
         image_inputs=args.image_inputs,
+        controlnet=args.controlnet,
         decoder=args.decoder,
         revert_slower=args.revert_slower,
         compute_capabilities=args.compute_capability,

@@ -114,6 +114,9 @@ class ExportConfig(Config):
     image_inputs: bool = Field(
         False, description="Export the encoder of the autoencoder, so that the bundle can start from images."
     )
+    controlnet: tuple[str, ...] = Field(
+        (), description="ControlNets to export with the result, folders or hub ids, in the order of their images."
+    )
     threads: int | None = Field(
         None, description="Processor threads of the engines that are verified and timed; None means all."
     )

@@ -28,6 +28,7 @@ from diffpress.runtime.spec import DenoiserSpec
 
 FORMAT = 2
 MANIFEST = "manifest.json"
+DERIVED = ("cached", "controlled")  # graphs that are listed in the entry of the graph that they were made from
 
 # features beyond format 2 that this runtime supports; a bundle lists those it needs under `requires`
 FEATURES = frozenset({"sample_rank", "tensor_conditioning", "decoder", "inpainting", "step_cache"})
@@ -113,9 +114,33 @@ class Bundle:
             )
         return self.path / str(entry["file"]), tuple(map(str, entry["features"]))
 
+    @property
+    def control_networks(self) -> tuple[str, ...]:
+        """Names of the graphs of ControlNets, in the order of their images."""
+        return tuple(self.manifest["graphs"]["denoiser"].get("control_networks", ()))
+
+    def controlled_graph(self, engine: str) -> Path:
+        """Return the ONNX file of this engine's denoiser with residuals of control networks as inputs.
+
+        Raises:
+            InvalidInputError: The bundle has none.
+        """
+        graph = self.manifest["graphs"]["denoiser"]
+        entry = graph.get("variants", {}).get(engine, graph).get("controlled")
+        if entry is None:
+            raise InvalidInputError(
+                f"{self.path}: has no graph for control images in {engine}; use another engine, or export it again "
+                "with --controlnet"
+            )
+        return self.path / str(entry["file"])
+
     def prebuilt_engines(self, graph: str, engine: str) -> tuple[PrebuiltEngine, ...]:
         """Return the files built ahead of time for this engine from the variant of the graph that it uses."""
-        source = self.graph(graph, engine).relative_to(self.path).as_posix()
+        return self.engines_of(self.graph(graph, engine), engine)
+
+    def engines_of(self, file: Path, engine: str) -> tuple[PrebuiltEngine, ...]:
+        """Return the files built ahead of time for this engine from one of the bundle's ONNX files."""
+        source = file.relative_to(self.path).as_posix()
         return tuple(
             PrebuiltEngine(self.path / entry["file"], entry)
             for entry in self.manifest["engines"]
@@ -229,7 +254,7 @@ def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
     for name, graph in graphs.items():
         variants = graph.get("variants", {}) if isinstance(graph, dict) else None
         entries = [graph, *variants.values()] if isinstance(variants, dict) else [None]
-        entries += [entry["cached"] for entry in entries if isinstance(entry, dict) and "cached" in entry]
+        entries += [entry[key] for entry in entries if isinstance(entry, dict) for key in DERIVED if key in entry]
         if not all(isinstance(entry, dict) and str(entry.get("file")) in listed for entry in entries):
             raise InvalidInputError(
                 f"{folder / MANIFEST}: the {name}'s file is not among the listed files; export the bundle again"
