@@ -75,7 +75,11 @@ def manifest_content(
         "name": name or type(checkpoint.model).__name__,
         "family": checkpoint.source.kind,
         "spec": checkpoint.spec.to_json(),
-        "graphs": {"denoiser": _denoiser_entry(denoiser, sizes, derived, verified) | named, **components, **controls.networks},
+        "graphs": {
+            "denoiser": _denoiser_entry(denoiser, sizes, derived, verified) | named,
+            **components,
+            **controls.networks,
+        },
         "engines": [*verified.engines, *built],
         "history": [_timeless(asdict(record)) for record in checkpoint.history],
         "metrics": metrics or {},

@@ -79,12 +79,12 @@ def _written_by(unet: Any) -> Iterator[str]:
     """Yield the weight of the last layer that writes each skip connection, and then that of the middle's output."""
     last = "conv_in.weight"
     yield last
-    for block_index, block in enumerate(unet.down_blocks):
+    for number, block in enumerate(unet.down_blocks):
         for index, resnet in enumerate(block.resnets):
-            last = last if isinstance(resnet, RemovedBlock) else f"down_blocks.{block_index}.resnets.{index}.conv2.weight"
+            last = last if isinstance(resnet, RemovedBlock) else f"down_blocks.{number}.resnets.{index}.conv2.weight"
             yield last
         for index, _ in enumerate(block.downsamplers or ()):
-            last = f"down_blocks.{block_index}.downsamplers.{index}.conv.weight"
+            last = f"down_blocks.{number}.downsamplers.{index}.conv.weight"
             yield last
     for index, resnet in enumerate(getattr(unet.mid_block, "resnets", ())):
         last = last if isinstance(resnet, RemovedBlock) else f"mid_block.resnets.{index}.conv2.weight"

@@ -23,8 +23,14 @@ from diffpress.runtime.io.files import read_json
 
 UNET, CONTROLNET, UNION = "UNet2DConditionModel", "ControlNetModel", "ControlNetUnionModel"
 # entries that have to be those of the U-Net
-SHARED = ("block_out_channels", "addition_embed_type", "addition_time_embed_dim")
-SHARED += ("projection_class_embeddings_input_dim", "encoder_hid_dim", "encoder_hid_dim_type")
+SHARED = (
+    "block_out_channels",
+    "addition_embed_type",
+    "addition_time_embed_dim",
+    "projection_class_embeddings_input_dim",
+    "encoder_hid_dim",
+    "encoder_hid_dim_type",
+)
 
 
 @dataclass(frozen=True)

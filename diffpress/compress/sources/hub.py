@@ -14,8 +14,12 @@ logger = logging.getLogger(__name__)
 
 
 HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")  # owner/name
-MODEL_FILES = ("config.json", "diffusion_pytorch_model.safetensors", "diffusion_pytorch_model-*.safetensors")
-MODEL_FILES += ("diffusion_pytorch_model.safetensors.index.json",)
+MODEL_FILES = (
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-*.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
 
 
 def download_model(hub_id: str, what: str) -> Path:

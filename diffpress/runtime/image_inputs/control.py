@@ -213,4 +213,3 @@ def control_pixels(image: ControlImage, channels: int, count: int, name: str) ->
     if unit.shape[1] != channels:
         unit = np.repeat(unit, channels, axis=1)
     return np.broadcast_to(unit, (count, *unit.shape[1:]))
-
