@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 
 def baseline_bundle(teacher: Checkpoint, config: ExportConfig, workspace: Workspace) -> Bundle:
-    """Return the bundle of the uncompressed model, in fp32 and for any timesteps."""
-    metrics = _settings(teacher, config)
+    """Return the bundle of the uncompressed model, in fp32, for any timesteps and without control networks."""
+    plain = config.model_copy(update={"precision": "fp32", "fixed_timesteps": False, "controlnet": ()})
+    metrics = _settings(teacher, plain)
     found = _made_before(workspace.baseline, metrics)
     if found is None:
-        plain = config.model_copy(update={"precision": "fp32", "fixed_timesteps": False, "controlnet": ()})
         found = export_bundle(
             teacher,
             workspace.baseline,

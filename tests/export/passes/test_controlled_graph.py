@@ -25,14 +25,16 @@ X = np.random.default_rng(0).normal(size=(B, C, SIDE, SIDE)).astype(np.float32)
 VALUES = {name: X * np.float32(k + 1) / 2 for k, name in enumerate(RESIDUALS)}
 
 
-def graph(rounded: bool = False) -> onnx.ModelProto:
+def graph(rounded: bool = False, half: bool = False) -> onnx.ModelProto:
     """Return a network that concatenates its input with itself, and then hidden states with two skip connections.
 
     skip_0 = x + x', skip_1 = 2 skip_0, hidden = -skip_1, out = [-[hidden, skip_1], skip_0]; the first concatenation is
-    rounded, and read by a negation and by a convolution that is added up.
+    rounded, and read by a negation and by a convolution that is added up. `half` computes in float16.
     """
+    kind = TensorProto.FLOAT16 if half else TensorProto.FLOAT
     nodes = [
-        helper.make_node("Concat", ["sample", "sample"], ["twice"], "inputs", axis=1),
+        helper.make_node("Cast", ["sample"], ["x"], to=kind),
+        helper.make_node("Concat", ["x", "x"], ["twice"], "inputs", axis=1),
         helper.make_node("Split", ["twice"], ["left", "right"], axis=1, num_outputs=2),
         helper.make_node("Add", ["left", "right"], ["skip_0"]),
         helper.make_node("Add", ["skip_0", "skip_0"], ["skip_1"]),
@@ -42,16 +44,17 @@ def graph(rounded: bool = False) -> onnx.ModelProto:
         helper.make_node("Conv", ["cat_1", "weight"], ["convolved"]),
         helper.make_node("Concat", ["negative", "skip_0"], ["cat_0"], "cat_0", axis=1),
         helper.make_node("Concat", ["shape", "shape"], ["shapes"], "shapes", axis=0),
-        helper.make_node("Concat", ["cat_0", "convolved", "convolved"], ["out"], "all", axis=1),
+        helper.make_node("Concat", ["cat_0", "convolved", "convolved"], ["all"], "all", axis=1),
+        helper.make_node("Cast", ["all"], ["out"], to=TensorProto.FLOAT),
     ]
     if rounded:
         pair = [
             helper.make_node("QuantizeLinear", ["cat_1.float", "scale", "zero"], ["cat_1.integer"]),
             helper.make_node("DequantizeLinear", ["cat_1.integer", "scale", "zero"], ["cat_1"]),
         ]
-        nodes[6:6] = pair
+        nodes[7:7] = pair
     stored = {
-        "weight": np.ones((1, 2 * C, 1, 1), np.float32),
+        "weight": np.ones((1, 2 * C, 1, 1), np.float16 if half else np.float32),
         "shape": np.zeros(1, np.int64),
         "scale": SCALE,
         "zero": np.int8(0),
@@ -63,7 +66,7 @@ def graph(rounded: bool = False) -> onnx.ModelProto:
         [helper.make_tensor_value_info("sample", TensorProto.FLOAT, dims)],
         [
             helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", 3 * C + 2, "height", "width"]),
-            helper.make_tensor_value_info("skip_1", TensorProto.FLOAT, dims),  # a feature of a step cache
+            helper.make_tensor_value_info("skip_1", kind, dims),  # a feature of a step cache
         ],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in stored.items()],
     )
@@ -94,6 +97,12 @@ def test_residuals_are_added_to_skip_connections_and_the_middle(rounded: bool, t
     expected = np.concatenate([-cat_1, 2 * X + down_0, layer, layer], axis=1)
     assert np.allclose(found, expected, atol=1e-4)
     assert np.abs(cat_1).max() > 4, "nothing would be clipped"
+
+
+def test_residuals_are_added_in_half_precision(tmp_path: Path) -> None:
+    made, wide = controlled_graph(graph(half=True), RESIDUALS), controlled_graph(graph(), RESIDUALS)
+    found, expected = (run(one, tmp_path / f"{k}.onnx", **VALUES) for k, one in enumerate((made, wide)))
+    assert 0 < np.abs(found - expected).max() < 0.1
 
 
 def test_residuals_of_zero_change_no_bit(tmp_path: Path) -> None:

@@ -176,7 +176,12 @@ def test_residuals_are_scaled_and_summed_and_plain_evaluations_are_those_without
     for _ in range(4):
         assert network.run({"sample": x}) is x
     assert [len(one.seen) for one in (plain, controlled, *networks)] == [1, 3, 3, 1]  # nothing in the last evaluation
-    assert list(controlled.seen[0]) == ["sample", "down_block_residual_0", "down_block_residual_1", "mid_block_residual"]
+    assert list(controlled.seen[0]) == [
+        "sample",
+        "down_block_residual_0",
+        "down_block_residual_1",
+        "mid_block_residual",
+    ]
     first, _, third = (seen["mid_block_residual"].ravel() for seen in controlled.seen)
     assert np.allclose(first, [0.5, 0.0, 0.5, 0.0])
     assert np.allclose(third, [0.5 + 2 * 10 * 0.2, 2 * 10 * 0.2] * 2)
