@@ -85,7 +85,7 @@ def test_what_does_not_fit_is_refused_in_one_line(name: str, sd: Checkpoint, wri
 def test_a_folder_that_does_not_exist_is_refused(sd: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InvalidInputError, match="controlnet nowhere: no such folder, and not a hub id"):
         control_sources(sd, ["nowhere"])
-    with pytest.raises(InvalidInputError, match="config.json"):
+    with pytest.raises(InvalidInputError, match=r"config\.json"):
         control_sources(sd, [str(tmp_path)])
 
 

@@ -118,7 +118,7 @@ def test_images_without_a_network_are_refused() -> None:
     check_control(None, bundle())
     check_control(read(POSE, POSE), bundle(controlnet=3, controlnet_2=3))
     check_control(read(POSE[:, :, :1]), bundle(controlnet=3))  # grey
-    with pytest.raises(InvalidInputError, match="--control-image: bundle has no control network; .*--controlnet"):
+    with pytest.raises(InvalidInputError, match=r"--control-image: bundle has no control network; .*--controlnet"):
         check_control(read(POSE), bundle())
     with pytest.raises(InvalidInputError, match=r"2 images for 1 control networks \(controlnet\)"):
         check_control(read(POSE, POSE), bundle(controlnet=3))
