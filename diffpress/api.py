@@ -122,6 +122,7 @@ def export(
     image_inputs: bool = False,
     decoder: str | Path | None = None,
     nearest_plan: bool = False,
+    controlnet: Sequence[str | Path] = (),
     revert_slower: bool = False,
     compute_capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
@@ -145,6 +146,7 @@ def export(
             (TAESD, `AutoencoderTiny`); with `image_inputs` its encoder is exported as well.
         nearest_plan: For target "genai": export the nearest plan that OpenVINO GenAI can follow, if it cannot follow
             the model's own.
+        controlnet: ControlNets to export with the U-Net, folders or hub ids, in the order of their images.
         revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
         compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
         build: How TensorRT engines are built.
@@ -182,6 +184,7 @@ def export(
         "fixed_timesteps": fixed_timesteps,
         "image_inputs": image_inputs,
         "nearest_plan": nearest_plan,
+        "controlnet": [str(one) for one in controlnet],
         "revert_slower": revert_slower,
         "web_runtime": None if web_runtime is None else str(web_runtime),
         "threads": threads,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from unittest import mock
@@ -21,6 +22,7 @@ from diffusers import DiffusionPipeline
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.models.components import component_names, encode_prompts, load_component
 from diffpress.compress.models.torch_network import TorchNetwork
+from diffpress.runtime.image_inputs.control_networks import Control
 from diffpress.runtime.image_size import resized
 from diffpress.runtime.network_inputs import ConditioningInputs, class_conditioning
 from diffpress.runtime.outputs import DECODER
@@ -45,7 +47,9 @@ def with_short_plan(checkpoint: Checkpoint, steps: int, guidance: float | None =
     return checkpoint.evolve(spec=spec.with_plan(requested_plan(spec, steps, None, None, guidance)))
 
 
-def sampled_in_torch(checkpoint: Checkpoint, negatives: Sequence[str] | None = None) -> np.ndarray:
+def sampled_in_torch(
+    checkpoint: Checkpoint, negatives: Sequence[str] | None = None, control: Control | None = None
+) -> np.ndarray:
     """Sample images [N, 3, H, W] in [0, 1] with the runtime's sampler and torch networks."""
     spec, conditioning = checkpoint.spec, ConditioningInputs()
     if spec.conditioning.kind == "text":
@@ -54,6 +58,7 @@ def sampled_in_torch(checkpoint: Checkpoint, negatives: Sequence[str] | None = N
         conditioning = ConditioningInputs(encode_prompts(checkpoint, PROMPTS), uncond)
     elif spec.conditioning.kind == "class":
         conditioning = class_conditioning(spec, np.array(LABELS))
+    conditioning = replace(conditioning, control=control)
     images = latents = generate(TorchNetwork(checkpoint.model, spec), spec, SEEDS, conditions=conditioning)
     if DECODER in component_names(checkpoint):
         latents = latents / np.float32(spec.latent_scale) + np.float32(spec.latent_shift)

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,6 +26,7 @@ from diffpress.compress.models.components import encode_prompts, load_component
 from diffpress.compress.models.latent_encoder import load_encoder
 from diffpress.compress.models.torch_network import TorchNetwork
 from diffpress.runtime.guidance import is_guided
+from diffpress.runtime.image_inputs.control_networks import Control
 from diffpress.runtime.image_inputs.encode import image_start
 from diffpress.runtime.image_inputs.request import ImageRequest
 from diffpress.runtime.image_inputs.start import ENCODER_STREAM, MASKED_STREAM
@@ -65,7 +67,7 @@ def request(size: tuple[int, int], strength: float, masked: bool = False, overla
     return ImageRequest(pictures(size), masks(size) if masked else None, strength, overlay)
 
 
-def sampled_in_torch(checkpoint: Checkpoint, images: ImageRequest) -> np.ndarray:
+def sampled_in_torch(checkpoint: Checkpoint, images: ImageRequest, control: Control | None = None) -> np.ndarray:
     """Sample images [N, 3, H, W] in [0, 1] with the runtime's sampler and torch networks."""
     spec, first = with_strength(checkpoint.spec, images.strength)
     conditions = ConditioningInputs()
@@ -76,6 +78,7 @@ def sampled_in_torch(checkpoint: Checkpoint, images: ImageRequest) -> np.ndarray
         conditions = ConditioningInputs(encode_prompts(checkpoint, PROMPTS), uncond)
     elif spec.conditioning.kind == "class":
         conditions = class_conditioning(spec, np.array(LABELS))
+    conditions = replace(conditions, control=control)
     network = TorchNetwork(checkpoint.model, spec)
     if spec.is_picture:
         start = image_start(images, spec, first, len(SEEDS), None)
@@ -94,9 +97,10 @@ def sampled_by_diffusers(
     spec, prefix = checkpoint.spec, {**PREFIXES, **{k: v[0] for k, v in INPAINTING.items()}}[folder.name]
     task = "Fill" if folder.name == "flux-fill" else "Img2Img" if images.masks is None else "Inpaint"
     kind = getattr(diffusers, f"{prefix}{task}Pipeline")
-    components = dict((options.pop("pipe", None) or DiffusionPipeline.from_pretrained(folder)).components)
+    given: Any = options.pop("pipe", None)
+    components = dict((given or DiffusionPipeline.from_pretrained(folder)).components)
     components |= {"requires_safety_checker": False} if prefix == SD else {}
-    pipe: Any = kind(**components)
+    pipe: Any = given if "controlnet" in components else kind(**components)
     pipe.set_progress_bar_config(disable=True)
     options |= {"image": [Image.fromarray(pixels) for pixels in images.pixels[:number]], "strength": images.strength}
     if images.masks is not None:

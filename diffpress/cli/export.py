@@ -59,6 +59,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="for target genai: the nearest plan that OpenVINO GenAI can follow, if it cannot follow the model's own",
     )
+    parser.add_argument(
+        "--controlnet",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="ControlNet to export with the U-Net, a folder or hub id; repeat it for several, in the order of their "
+        "images",
+    )
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
         "--parity-sqnr-db",
@@ -97,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
         size=None if args.size is None else parsed_size(args.size),
         fixed_timesteps=args.fixed_timesteps,
         image_inputs=args.image_inputs,
+        controlnet=args.controlnet,
         decoder=args.decoder,
         nearest_plan=args.nearest_plan,
         revert_slower=args.revert_slower,

@@ -26,6 +26,7 @@ from diffpress.runtime.solvers import SOLVERS
 
 if TYPE_CHECKING:
     from diffpress.runtime.bundle import Bundle
+    from diffpress.runtime.image_inputs.control import ControlRequest
     from diffpress.runtime.image_inputs.request import ImageRequest
     from diffpress.runtime.sample_request import SampleRequest
     from diffpress.runtime.spec import DenoiserSpec
@@ -82,6 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--negative", type=utf8_text, metavar="TEXT", help="what no image should show; needs guidance above 1"
     )
     add_image_arguments(parser)
+    add_control_arguments(parser)
     parser.add_argument("--size", metavar="HxW", help="height and width in pixels, for models that allow other sizes")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--solver", metavar="S", help=", ".join(SOLVERS))
@@ -113,10 +115,25 @@ def add_image_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overlay", action="store_true", help="keep the unmasked pixels of the image exactly")
 
 
+def add_control_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of control images; each may be repeated, in the order of the bundle's control networks."""
+    group = parser.add_argument_group("control images (repeat each for several control networks, in their order)")
+    group.add_argument(
+        "--control-image", type=Path, action="append", default=[], metavar="FILE", help="image of the result's size"
+    )
+    for name, metavar, text in (
+        ("--control-scale", "S", "weight of the control; 0 leaves it out (1)"),
+        ("--control-start", "F", "share of the steps after which control begins (0)"),
+        ("--control-end", "F", "share of the steps after which it stops (1)"),
+    ):
+        group.add_argument(name, type=float, action="append", metavar=metavar, help=text)
+
+
 def run(args: argparse.Namespace) -> int:
     """Sample, write the output, and print where it is and the time per image; raises DiffpressError."""
     from diffpress.runtime.bundle import load_bundle
     from diffpress.runtime.engines import engine_label
+    from diffpress.runtime.image_inputs.control import read_control_request
     from diffpress.runtime.image_inputs.request import read_image_request
     from diffpress.runtime.io.sample_files import check_output
     from diffpress.runtime.pipeline import Pipeline
@@ -129,15 +146,18 @@ def run(args: argparse.Namespace) -> int:
             raise InvalidInputError(f"{flag} {value}: must be at least 1")
     options = engine_options(args, compiled_cache(args))
     image = read_image_request(args.image, args.mask, args.strength, args.overlay, prefix="--")
+    windows = args.control_scale, args.control_start, args.control_end
+    control = read_control_request(args.control_image, *windows, prefix="--")
     bundle = load_bundle(args.bundle, args.public_key)
-    spec, first = _requested_spec(bundle, args, image)
+    spec, first = _requested_spec(bundle, args, image, control)
     request = _request(args, spec)
     with closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
         spec = bundle.spec_for(pipeline.denoiser.name, spec)
         _warn_of_lost_corrections(pipeline.spec, spec)
         check_samples(pipeline, spec, request, args.out)
         images = None if image is None else RunImages(image, pipeline.image_start(image, spec, first, len(request)))
-        work = SampleRun(pipeline, spec, request, args.out, args.batch, options, images)
+        controlled = None if control is None else pipeline.control(control, len(request))
+        work = SampleRun(pipeline, spec, request, args.out, args.batch, options, images, controlled)
         with progress_bar(len(work), "images") as advance:
             seconds = work.sample(advance, shows_steps=is_shown())
         what = "image" if pipeline.makes_pictures else "sample"
@@ -166,15 +186,19 @@ def _warn_of_lost_corrections(own: DenoiserSpec, requested: DenoiserSpec) -> Non
         )
 
 
-def _requested_spec(bundle: Bundle, args: argparse.Namespace, image: ImageRequest | None) -> tuple[DenoiserSpec, int]:
+def _requested_spec(
+    bundle: Bundle, args: argparse.Namespace, image: ImageRequest | None, control: ControlRequest | None
+) -> tuple[DenoiserSpec, int]:
     """Return the spec with the requested plan and size, and the first step that is run."""
+    from diffpress.runtime.image_inputs.control import controlled_spec
     from diffpress.runtime.image_inputs.strength import with_strength
     from diffpress.runtime.image_size import sized
     from diffpress.runtime.requested_plan import requested_spec
 
-    spec = sized(bundle, None if args.size is None else parsed_size(args.size), image)
+    spec = sized(bundle, None if args.size is None else parsed_size(args.size), image, control)
     cached = not args.no_step_cache
     spec = requested_spec(spec, args.steps, args.solver, args.spacing, args.guidance, step_cache=cached)
+    spec = spec if control is None else controlled_spec(spec)
     return (spec, 0) if image is None else with_strength(spec, image.strength, "--strength")
 
 

@@ -119,6 +119,9 @@ class ExportConfig(Config):
         description="For target genai: export the nearest sampling plan that OpenVINO GenAI can follow, if it cannot "
         "follow the model's own.",
     )
+    controlnet: tuple[str, ...] = Field(
+        (), description="ControlNets to export with the result, folders or hub ids, in the order of their images."
+    )
     threads: int | None = Field(
         None, description="Processor threads of the engines that are verified and timed; None means all."
     )

@@ -2,6 +2,7 @@
 
     denoiser.onnx (+ .data)   float, half precision, or with Q/DQ if the checkpoint has scales
     denoiser*.cached.onnx     the outer layers, for a plan with cached steps (export/passes/cut_graph.py)
+    denoiser*.control.onnx, controlnet*.onnx                 for control images (export/controls.py)
     denoiser.*.onnx           for engines that run these faster or run no other (export/denoiser.py)
     text_encoder*.onnx, vae_*.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
     engines/...               TensorRT engines built ahead of time
@@ -29,6 +30,7 @@ from diffpress.compress.config import ExportConfig
 from diffpress.compress.sources.layout import read_layout
 from diffpress.compress.sources.terms import BASE_CARD, write_terms
 from diffpress.export.components import check_image_inputs, export_components
+from diffpress.export.controls import ExportedControls, check_controls, export_controls
 from diffpress.export.denoiser import Denoiser, lower_denoiser
 from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
@@ -98,6 +100,7 @@ def export_bundle(
     check_web(checkpoint, config)
     check_genai(checkpoint, config)
     check_genai_plan(checkpoint, config)
+    check_controls(checkpoint, config)
     denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)
@@ -107,14 +110,17 @@ def export_bundle(
 
     def fill(folder: Path) -> None:
         write_terms(deployed.checkpoint.source.terms, folder, card=BASE_CARD)
-        sizes = _write_graphs(deployed, folder)
+        sizes = _write_graphs(deployed, folder, shared=bool(deployed.features or config.controlnet))
         cached = _write_cached_graphs(deployed, folder)
         verified = verify_denoiser(deployed, folder, sizes, config, gate)
         components, component_failures = export_components(deployed.checkpoint, config, folder, gate, reuse)
-        failures = (*verified.failures, *component_failures)
+        controls = export_controls(deployed, config, folder, gate)
+        failures = (*verified.failures, *component_failures, *controls.failures)
         failed = any(failure.target for failure in failures)
-        built = [] if failed else _build_engines(deployed, components, config, folder, reuse)
-        content = manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures)
+        built = [] if failed else _build_engines(deployed, components, controls, config, folder, reuse)
+        content = manifest_content(
+            deployed, sizes, cached, verified, components, controls, built, name, metrics, failures
+        )
         if not failed:
             unsealed = Bundle(folder, deployed.checkpoint.spec, {**content, "files": {}})
             content |= sampler_content(unsealed, config) | web_content(unsealed, config)
@@ -200,10 +206,12 @@ def _log_expected_speed(latencies: Sequence[Latency], denoiser: Denoiser) -> Non
         logger.info(note)
 
 
-def _write_graphs(denoiser: Denoiser, folder: Path) -> dict[str, int]:
-    """Write all graphs of the denoiser; return file -> bytes of graph and weights."""
+def _write_graphs(denoiser: Denoiser, folder: Path, shared: bool) -> dict[str, int]:
+    """Write all graphs of the denoiser; return file -> bytes of graph and weights.
+
+    `shared` means that another graph will refer to the same data file.
+    """
     source, portable = denoiser.checkpoint.source, denoiser.portable
-    shared = bool(denoiser.features)  # the cached graph refers to the same data file
     if source.pipeline_folder is None:
         size = save_graph(portable.graph, folder / portable.file, data=f"{portable.file}.data" if shared else None)
     else:
@@ -226,14 +234,22 @@ def _write_cached_graphs(denoiser: Denoiser, folder: Path) -> dict[str, dict[str
 
 
 def _build_engines(
-    denoiser: Denoiser, components: dict[str, dict[str, Any]], config: ExportConfig, folder: Path, reuse: Bundle | None
+    denoiser: Denoiser,
+    components: dict[str, dict[str, Any]],
+    controls: ExportedControls,
+    config: ExportConfig,
+    folder: Path,
+    reuse: Bundle | None,
 ) -> list[dict[str, Any]]:
     """Build TensorRT engines of all graphs if it is a target; return their manifest entries."""
     if TENSORRT not in config.targets:
         return []
     own = denoiser.graph_for(TENSORRT)
     graphs = {"denoiser": (folder / own.file, own.precision)}
-    graphs |= {name: (folder / entry["file"], entry["precision"]) for name, entry in components.items()}
+    others = {**components, **controls.networks}.items()
+    graphs |= {name: (folder / entry["file"], entry["precision"]) for name, entry in others}
+    if own.file in controls.controlled:
+        graphs["denoiser_control"] = (folder / controls.controlled[own.file]["file"], own.precision)
     capabilities, options = config.tensorrt.compute_capabilities, config.tensorrt.options
     if denoiser.checkpoint.sparse_layers:
         options = replace(options, sparse_weights=True)

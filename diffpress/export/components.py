@@ -54,7 +54,7 @@ def export_components(
             failures += [failure for failure in failures_of(reuse) if failure.graph == made_before[name]["file"]]
         else:
             component = load_encoder(checkpoint) if name == ENCODER else load_component(checkpoint, name)
-            entries[name], failed = _export_component(component, scales, precision, folder, config.threads, gate)
+            entries[name], failed = export_component(component, scales, precision, folder, config.threads, gate)
             failures += failed
     return entries, tuple(failures)
 
@@ -82,7 +82,7 @@ def check_image_inputs(checkpoint: Checkpoint, config: ExportConfig) -> None:
     encoding_autoencoder(checkpoint)
 
 
-def _export_component(
+def export_component(
     component: Component,
     scales: Quantization | None,
     precision: str,
@@ -90,6 +90,7 @@ def _export_component(
     threads: int | None,
     gate: ParityGate,
 ) -> tuple[dict[str, Any], tuple[ParityFailure, ...]]:
+    """Trace, lower, write and verify one component; return its manifest entry, and what failed parity."""
     module = component.module
     traced = trace(module, component.forward, component.examples, component.outputs, component.axes)
     context = PassContext(scales, precision, keep=kept_modules(module, precision), name=component.name)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import onnx
 
@@ -23,6 +23,9 @@ from diffpress.export.targets.precision import computing_layers, layer_formats
 from diffpress.export.verify.denoiser_check import Verified
 from diffpress.export.verify.gate import ParityFailure
 from diffpress.runtime.bundle import required_features
+
+if TYPE_CHECKING:
+    from diffpress.export.controls import ExportedControls
 
 
 def graph_entry(file: str, graph: Graph, precision: str) -> dict[str, Any]:
@@ -42,6 +45,7 @@ def manifest_content(
     cached: Mapping[str, dict[str, Any]],
     verified: Verified,
     components: dict[str, dict[str, Any]],
+    controls: ExportedControls,
     built: list[dict[str, Any]],
     name: str | None,
     metrics: dict[str, Any] | None,
@@ -55,18 +59,27 @@ def manifest_content(
         cached: File -> entry of the cached graph that was cut from it.
         verified: What was measured of the denoiser's graphs.
         components: Entries of the other graphs.
+        controls: Entries of control networks and controlled graphs.
         built: Entries of engines that were built.
         name: Name of the bundle; None for the class of the network.
         metrics: Metrics, if there are any.
         failures: What failed parity, in any engine.
     """
     checkpoint = denoiser.checkpoint
+    derived: dict[str, dict[str, Any]] = {file: {"cached": entry} for file, entry in cached.items()}
+    for file, entry in controls.controlled.items():
+        derived[file] = derived.get(file, {}) | {"controlled": entry}
+    named = {"control_networks": list(controls.networks)} if controls.networks else {}
     return {
         "requires": required_features(checkpoint.spec, components),
         "name": name or type(checkpoint.model).__name__,
         "family": checkpoint.source.kind,
         "spec": checkpoint.spec.to_json(),
-        "graphs": {"denoiser": _denoiser_entry(denoiser, sizes, cached, verified), **components},
+        "graphs": {
+            "denoiser": _denoiser_entry(denoiser, sizes, derived, verified) | named,
+            **components,
+            **controls.networks,
+        },
         "engines": [*verified.engines, *built],
         "history": [_timeless(asdict(record)) for record in checkpoint.history],
         "metrics": metrics or {},
@@ -76,7 +89,7 @@ def manifest_content(
 
 
 def _denoiser_entry(
-    denoiser: Denoiser, sizes: Mapping[str, int], cached: Mapping[str, dict[str, Any]], verified: Verified
+    denoiser: Denoiser, sizes: Mapping[str, int], derived: Mapping[str, dict[str, Any]], verified: Verified
 ) -> dict[str, Any]:
     portable, checkpoint = denoiser.portable, denoiser.checkpoint
     layers = portable.quantization.layers if portable.quantization else []
@@ -91,18 +104,14 @@ def _denoiser_entry(
         "bytes_by_precision": bytes_by_precision(portable.graph),
         **({"timesteps": list(timesteps)} if timesteps else {}),
         "bytes": sizes[portable.file],
-        **_cached_entry(cached, portable.file),
+        **derived.get(portable.file, {}),
         "variants": {
             engine: _variant_entry(variant, sizes[variant.file], verified.variants[variant.file].get(engine))
-            | _cached_entry(cached, variant.file)
+            | derived.get(variant.file, {})
             for variant in denoiser.variants
             for engine in variant.engines
         },
     }
-
-
-def _cached_entry(cached: Mapping[str, dict[str, Any]], file: str) -> dict[str, Any]:
-    return {"cached": cached[file]} if file in cached else {}
 
 
 def _variant_entry(variant: TargetGraph, size: int, parity: dict[str, float] | None) -> dict[str, Any]:

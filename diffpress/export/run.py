@@ -27,6 +27,7 @@ from diffpress.compress.workspace import Workspace, reserved
 from diffpress.export.bundle import check_components, check_export
 from diffpress.export.comparison import paired_scores, sample_pairs, write_comparison
 from diffpress.export.components import check_image_inputs
+from diffpress.export.controls import check_controls
 from diffpress.export.denoiser import check_cached_steps
 from diffpress.export.model_card import write_model_card
 from diffpress.export.run_bundles import baseline_bundle, result_bundle
@@ -103,6 +104,7 @@ def check_recipe(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
     check_image_inputs(checkpoint, recipe.export)
     check_web(checkpoint, recipe.export)
     check_genai(checkpoint, recipe.export)
+    check_controls(checkpoint, recipe.export)
     check_components(recipe.export, any(getattr(stage.config, "components", None) for stage in recipe.stages))
 
 

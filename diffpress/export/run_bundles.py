@@ -15,6 +15,8 @@ from typing import Any
 from diffpress.compress.checkpoint import Checkpoint, write_folder
 from diffpress.compress.config import ExportConfig
 from diffpress.compress.models.counts import count
+from diffpress.compress.sources.controlnet import ControlSource, control_sources
+from diffpress.compress.sources.weights import weight_files
 from diffpress.compress.workspace import Workspace
 from diffpress.export.bundle import export_bundle, measure_latencies
 from diffpress.export.denoiser import PORTABLE, lower_denoiser
@@ -25,7 +27,7 @@ from diffpress.export.targets.genai.target import TARGET as GENAI
 from diffpress.export.targets.sampler.target import TARGETS as SAMPLER_TARGETS
 from diffpress.export.verify.gate import failures_of
 from diffpress.export.verify.latency import Latency, read_latencies, slower_engines, write_latencies
-from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle
+from diffpress.runtime.bundle import MANIFEST, Bundle, load_bundle, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -33,13 +35,13 @@ RESULT_ONLY = (*SAMPLER_TARGETS, GENAI)  # targets that the baseline is not expo
 
 
 def baseline_bundle(teacher: Checkpoint, config: ExportConfig, workspace: Workspace) -> Bundle:
-    """Return the bundle of the uncompressed model, in fp32 and for any timesteps."""
-    metrics = _settings(teacher, config)
+    """Return the bundle of the uncompressed model, in fp32, for any timesteps and without control networks."""
+    changed = {"precision": "fp32", "fixed_timesteps": False, "controlnet": (), "nearest_plan": False}
+    targets = tuple(target for target in config.targets if target not in RESULT_ONLY)
+    plain = config.model_copy(update=changed | {"targets": targets})
+    metrics = _settings(teacher, plain)
     found = _made_before(workspace.baseline, metrics)
     if found is None:
-        targets = tuple(target for target in config.targets if target not in RESULT_ONLY)
-        changed = {"precision": "fp32", "fixed_timesteps": False, "targets": targets, "nearest_plan": False}
-        plain = config.model_copy(update=changed)
         found = export_bundle(
             teacher,
             workspace.baseline,
@@ -115,10 +117,17 @@ def _settings(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
     facts: dict[str, Any] = {"checkpoint": checkpoint.hash, "targets": list(config.targets), **tensorrt, "size": size}
     facts["image_inputs"] = True if config.image_inputs else None
     facts["nearest_plan"] = True if config.nearest_plan else None
+    facts["controlnet"] = [_digest(source) for source in control_sources(checkpoint, config.controlnet)] or None
     terms = checkpoint.source.terms
     return facts | (
         {"terms": {name: hashlib.sha256(text).hexdigest() for name, text in terms.items()}} if terms else {}
     )
+
+
+def _digest(source: ControlSource) -> str:
+    """Return the sha256 of a ControlNet's config and weights."""
+    files = (source.folder / "config.json", *weight_files(source.folder))
+    return hashlib.sha256(" ".join(sha256(file) for file in files).encode()).hexdigest()
 
 
 def _set(settings: dict[str, Any]) -> dict[str, Any]:

@@ -118,9 +118,33 @@ class Bundle:
             )
         return self.path / str(entry["file"]), tuple(map(str, entry["features"]))
 
+    @property
+    def control_networks(self) -> tuple[str, ...]:
+        """Names of the graphs of ControlNets, in the order of their images."""
+        return tuple(self.manifest["graphs"]["denoiser"].get("control_networks", ()))
+
+    def controlled_graph(self, engine: str) -> Path:
+        """Return the ONNX file of this engine's denoiser with residuals of control networks as inputs.
+
+        Raises:
+            InvalidInputError: The bundle has none.
+        """
+        graph = self.manifest["graphs"]["denoiser"]
+        entry = graph.get("variants", {}).get(engine, graph).get("controlled")
+        if entry is None:
+            raise InvalidInputError(
+                f"{self.path}: has no graph for control images in {engine}; use another engine, or export it again "
+                "with --controlnet"
+            )
+        return self.path / str(entry["file"])
+
     def prebuilt_engines(self, graph: str, engine: str) -> tuple[PrebuiltEngine, ...]:
         """Return the files built ahead of time for this engine from the variant of the graph that it uses."""
-        source = self.graph(graph, engine).relative_to(self.path).as_posix()
+        return self.engines_of(self.graph(graph, engine), engine)
+
+    def engines_of(self, file: Path, engine: str) -> tuple[PrebuiltEngine, ...]:
+        """Return the files built ahead of time for this engine from one of the bundle's ONNX files."""
+        source = file.relative_to(self.path).as_posix()
         return tuple(
             PrebuiltEngine(self.path / entry["file"], entry)
             for entry in self.manifest["engines"]

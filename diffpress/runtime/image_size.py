@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from diffpress.runtime.bundle import Bundle
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.image_inputs.control import CONTROL_IMAGE, ControlRequest, check_control, check_control_size
 from diffpress.runtime.image_inputs.encode import check_image
 from diffpress.runtime.image_inputs.request import ImageRequest, size_text
 from diffpress.runtime.requested_plan import warn_of_lost_cache
@@ -40,27 +41,44 @@ def resized(spec: DenoiserSpec, size: tuple[int, int], fixed: bool = False) -> D
     return replace(spec, sample_shape=shape, plan=plan, distilled_timesteps=tuple(others))
 
 
-def sized(bundle: Bundle, size: tuple[int, int] | None, image: ImageRequest | None = None) -> DenoiserSpec:
-    """Return the bundle's spec for a size, or for that of an image to start from.
+def sized(
+    bundle: Bundle,
+    size: tuple[int, int] | None,
+    image: ImageRequest | None = None,
+    control: ControlRequest | None = None,
+) -> DenoiserSpec:
+    """Return the bundle's spec for a size, or else for that of an image to start from, or of control images.
 
     Raises:
-        InvalidInputError: The model cannot make the size, or it cannot start from the image.
+        InvalidInputError: The model cannot make the size, or it cannot use the images.
     """
     check_image(image, bundle)
+    check_control(control, bundle)
+    spec = _sized(bundle, size, image, control)
+    if control is not None:
+        check_control_size(control, spec)
+    return spec
+
+
+def _sized(
+    bundle: Bundle, size: tuple[int, int] | None, image: ImageRequest | None, control: ControlRequest | None
+) -> DenoiserSpec:
     if image is not None and size is not None and tuple(size) != image.size:
         raise InvalidInputError(
             f"{image.prefix}image: is {size_text(image.size)}, but size is {size_text(size)} (height x width); "
             "resize the image"
         )
-    wanted = size if image is None else image.size
+    wanted, named = (size, "") if image is None else (image.size, f"{image.prefix}image")
+    if wanted is None and control is not None:
+        wanted, named = control.size, control.option(CONTROL_IMAGE)
     if wanted is None:
         return bundle.spec
     try:
         return resized(bundle.spec, wanted, has_fixed_size(bundle))
     except InvalidInputError as error:
-        if image is None:
+        if not named:
             raise
-        raise InvalidInputError(f"{image.prefix}image: {error}; resize the image") from error
+        raise InvalidInputError(f"{named}: {error}; resize the image") from error
 
 
 def has_fixed_size(bundle: Bundle) -> bool:

@@ -13,9 +13,9 @@ B is N for N samples; under guidance it is 2 N, the cond half followed by the un
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -24,6 +24,9 @@ from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import evaluations_per_step, is_guided
 from diffpress.runtime.io.arrays import read_npz
 from diffpress.runtime.spec import DenoiserSpec
+
+if TYPE_CHECKING:
+    from diffpress.runtime.image_inputs.control_networks import Control
 
 SAMPLE, TIMESTEP, LABELS, GUIDANCE = "sample", "timestep", "class_labels", "guidance"
 
@@ -41,20 +44,25 @@ class Network(Protocol):
 
 @dataclass(frozen=True)
 class ConditioningInputs:
-    """Conditioning of N samples: graph inputs [N, ...] by name, with their unconditional counterparts for guidance."""
+    """Conditioning of N samples: graph inputs [N, ...] by name, with their unconditional counterparts for guidance.
+
+    `control` are the images of control networks; None if there are none.
+    """
 
     cond: Mapping[str, np.ndarray] = field(default_factory=dict)
     uncond: Mapping[str, np.ndarray] | None = None
+    control: Control | None = None
 
     def part(self, members: slice | np.ndarray) -> ConditioningInputs:
         """Return the conditioning of these samples alone."""
         uncond = None if self.uncond is None else {name: array[members] for name, array in self.uncond.items()}
-        return ConditioningInputs({name: array[members] for name, array in self.cond.items()}, uncond)
+        cond = {name: array[members] for name, array in self.cond.items()}
+        return ConditioningInputs(cond, uncond, None if self.control is None else self.control.part(members))
 
     def with_masked_image(self, array: np.ndarray) -> ConditioningInputs:
         """Return the conditioning with the input `masked_image`, which both halves share."""
         uncond = None if self.uncond is None else {**self.uncond, MASKED_IMAGE: array}
-        return ConditioningInputs({**self.cond, MASKED_IMAGE: array}, uncond)
+        return replace(self, cond={**self.cond, MASKED_IMAGE: array}, uncond=uncond)
 
 
 def whole_mask(spec: DenoiserSpec, count: int) -> np.ndarray:

@@ -2,6 +2,7 @@
 
     prompt -> text encoders -> conditioning;   noise -> denoiser, step by step -> latent;   latent -> decoder -> image
     image -> encoder -> latent, noised to the level where sampling starts, if one is given (runtime/image_inputs)
+    control image -> control network, step by step -> residuals of the denoiser, if one is given
 
 Samples that are not pictures (points, sequences, video, images of 2 channels, latents without a decoder) are arrays.
 
@@ -31,6 +32,14 @@ from diffpress.runtime.engines import Engine, open_engine
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.guidance import is_guided
+from diffpress.runtime.image_inputs.control import (
+    ControlRequest,
+    by_network,
+    controlled_spec,
+    read_control_request,
+)
+from diffpress.runtime.image_inputs.control_engines import ControlEngines
+from diffpress.runtime.image_inputs.control_networks import Control
 from diffpress.runtime.image_inputs.encode import ENCODER, image_start
 from diffpress.runtime.image_inputs.request import ImageRequest, read_image_request
 from diffpress.runtime.image_inputs.start import ImageStart
@@ -97,6 +106,7 @@ class Pipeline:
         self.denoiser = open_engine(self.bundle, engine, options=self._options)
         self.spec = self.bundle.spec_for(self.denoiser.name)
         self._autoencoder: dict[str, Engine] = {}
+        self._control: ControlEngines | None = None
         self._text: TextEncoders | None = None
         self._keep_open = keep_open
         self._closed = False
@@ -129,6 +139,10 @@ class Pipeline:
         mask: Any = None,
         strength: float | None = None,
         overlay: bool = False,
+        control_image: Any = None,
+        control_scale: float | Sequence[float] | None = None,
+        control_start: float | Sequence[float] | None = None,
+        control_end: float | Sequence[float] | None = None,
         step_cache: bool = True,
     ) -> list[Image.Image] | np.ndarray:
         """Sample one image per seed; whatever is left out follows the bundle's own sampling plan.
@@ -154,6 +168,12 @@ class Pipeline:
             mask: What is repainted of the image: white. A file, a PIL image, or bool or uint8 [H, W], or a list.
             strength: Share of the steps that is run, above 0 and at most 1; None takes 0.8, with a mask 1.
             overlay: Keep the unmasked pixels of the image exactly.
+            control_image: Image for the bundle's control network, given as `image`, and of the size of the result; for
+                several networks a list with one for each, or None to leave a network out.
+            control_scale: Weight of the control, for all networks or one each; None is 1, and 0 gives exactly the
+                result without control.
+            control_start: Share of the evaluations after which control begins; None is 0.
+            control_end: Share of the evaluations after which it stops; None is 1.
             step_cache: Follow the plan's step cache, if it has one; False evaluates the whole network in every step.
 
         Returns:
@@ -168,11 +188,15 @@ class Pipeline:
             raise InvalidInputError(f"size {size!r}: give height and width in pixels, as in (512, 768)")
         tensors = None if conditioning is None else {name: np.asarray(value) for name, value in conditioning.items()}
         request = read_image_request(image, mask, strength, overlay)
+        control_images = by_network(control_image, len(self.bundle.control_networks))
+        control = read_control_request(control_images, control_scale, control_start, control_end)
         images = [] if request is None or len(request.pixels) == 1 else [len(request.pixels)]
+        images += [] if control is None else control.rows
         chosen = chosen_seeds(seeds, prompt, labels, [*tensor_rows(self.spec, tensors), *images])
         spec = requested_spec(
-            sized(self.bundle, size, request), steps, solver, spacing, guidance, step_cache=step_cache
+            sized(self.bundle, size, request, control), steps, solver, spacing, guidance, step_cache=step_cache
         )
+        spec = spec if control is None else controlled_spec(spec)
         spec, first = (spec, 0) if request is None else with_strength(spec, request.strength)
         spec = self.bundle.spec_for(self.denoiser.name, spec)
         given = {"prompt": prompt, "negative_prompt": negative_prompt, "labels": labels, "conditioning": conditioning}
@@ -185,6 +209,8 @@ class Pipeline:
             negatives=per_image(negative_prompt, len(chosen), "negative prompts"),
             tensors=tensors,
         )
+        if control is not None:
+            conditions = replace(conditions, control=self.control(control, len(chosen)))
         start = None if request is None else self.image_start(request, spec, first, len(chosen))
         batches = self.images(chosen, conditions, spec, batch, on_step=callback, start=start)
         if not self.makes_pictures:
@@ -290,6 +316,12 @@ class Pipeline:
         """
         return image_start(request, spec, first, count, self._half(ENCODER) if self.bundle.is_latent else None)
 
+    def control(self, request: ControlRequest, count: int) -> Control:
+        """Return the control of `count` samples by the images of a request; errors are those of `ControlEngines`."""
+        if self._control is None:
+            self._control = ControlEngines(self.bundle, self.denoiser.name, self._options)
+        return self._control.control(request, count)
+
     def _half(self, graph: str) -> Callable[[np.ndarray], np.ndarray]:
         """Return the decoder or the encoder of the autoencoder as a function, opened if it is not open yet."""
         engine = self._autoencoder.get(graph) or self._autoencoder.setdefault(graph, self._open(graph))
@@ -304,10 +336,9 @@ class Pipeline:
         """Release the engines."""
         self._closed = True
         self.denoiser.close()
-        for engine in self._autoencoder.values():
-            engine.close()
-        if self._text is not None:
-            self._text.close()
+        for opened in (*self._autoencoder.values(), self._control, self._text):
+            if opened is not None:
+                opened.close()
 
 
 def decoded(decode: Callable[[np.ndarray], np.ndarray], samples: np.ndarray, spec: DenoiserSpec) -> np.ndarray:

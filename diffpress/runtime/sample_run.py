@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from diffpress.runtime.engines import engine_label
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.fused import step_by_step
+from diffpress.runtime.image_inputs.control_networks import Control
 from diffpress.runtime.image_inputs.request import ImageRequest
 from diffpress.runtime.image_inputs.start import ImageStart
 from diffpress.runtime.io.image_records import is_finished
@@ -64,6 +66,7 @@ class SampleRun:
         batch: Samples that are made together.
         options: Options of the engine.
         images: What the samples start from; None for noise.
+        control: Images of control networks; None for none.
 
     Raises:
         InvalidInputError: A file in the output folder was made with other settings.
@@ -78,10 +81,11 @@ class SampleRun:
         batch: int,
         options: EngineOptions,
         images: RunImages | None = None,
+        control: Control | None = None,
     ) -> None:
         self._pipeline, self._spec, self._request, self._out = pipeline, spec, request, out
         self._batch, self._streams = batch, options.streams
-        self._start = None if images is None else images.start
+        self._start, self._control = None if images is None else images.start, control
         self._facts = {
             "negative_prompt": request.negative,
             "conditioning": _hash(request) if request.tensors else None,
@@ -95,6 +99,7 @@ class SampleRun:
             "precision": options.precision,
             "bundle": pipeline.bundle.hash,
             **({} if images is None else images.request.facts()),
+            **({} if control is None else control.request.facts()),
         }
         every = range(len(request))
         if is_folder(out):
@@ -130,6 +135,8 @@ class SampleRun:
         pipeline, spec, request, batch = self._pipeline, self._spec, self._request, self._batch
         # compiling for this batch size is part of loading, not of the time per image
         network = pipeline.denoiser if self._start is None else step_by_step(pipeline.denoiser)
+        if self._control is not None:
+            network = self._control.part(slice(min(batch, len(self)))).attached(pipeline.denoiser, 1)
         warm_up(network, spec, min(batch, len(self)))
         done, seconds = 0, 0.0
         records = (self.record(int(i)) for i in self._indices)
@@ -139,6 +146,8 @@ class SampleRun:
                     on_step = self._on_step(advance, done) if shows_steps else None
                     start = time.perf_counter()
                     own = None if self._start is None else self._start.part(group)
+                    if self._control is not None:
+                        conditions = replace(conditions, control=self._control.part(group))
                     seeds = request.seed + group
                     for samples in pipeline.images(seeds, conditions, spec, batch, on_step=on_step, start=own):
                         seconds += time.perf_counter() - start

@@ -141,8 +141,10 @@ def network_evaluations(spec: DenoiserSpec) -> int:
     return sum(evaluations_at(spec, level) for level in evaluated_levels(spec))
 
 
-def evaluated_levels(spec: DenoiserSpec) -> list[NoiseLevel]:
+def evaluated_levels(spec: DenoiserSpec, first: int = 0) -> list[NoiseLevel]:
     """Return the noise levels at which the spec's plan evaluates the denoiser, in order, by sampling an empty batch.
+
+    `first` is the first step that is run.
 
     Raises:
         InvalidInputError: The plan's solver cannot have its step cache.
@@ -157,7 +159,8 @@ def evaluated_levels(spec: DenoiserSpec) -> list[NoiseLevel]:
         levels.append(level)
         return x
 
-    deque(sample(denoise, empty, spec.schedule, spec.plan.without_cache, lambda k: empty), maxlen=0)
+    start = ImageStart(empty, None, first)
+    deque(sample(denoise, empty, spec.schedule, spec.plan.without_cache, lambda k: empty, start), maxlen=0)
     if cache is None:
         return levels
     return [level for level, step in zip(levels, cache.steps, strict=True) if step != FORECAST]
@@ -235,7 +238,7 @@ def generate_batches(
 ) -> Iterator[np.ndarray]:
     """Yield the samples of `generate` batch by batch.
 
-    `on_step` is called with every finished step of every batch. It disables fused sampling, as an image does.
+    `on_step` is called with every finished step of every batch. It disables fused sampling, as images do.
     """
     if plan is not None:
         spec = spec.with_plan(plan)
@@ -252,7 +255,8 @@ def generate_batches(
     if not counts <= {len(seeds)}:
         raise InvalidInputError(f"conditions of {min(counts)} samples for {len(seeds)} seeds: give one per seed")
     # fused sampling does not return its steps, and runs the whole plan from noise
-    run_fused = run_fused_of(network, spec) if on_step is None and image is None else None
+    fuses = on_step is None and image is None and conditions.control is None
+    run_fused = run_fused_of(network, spec) if fuses else None
     for start in range(0, len(seeds), batch):
         members = slice(start, start + batch)
         part = None if image is None else image.part(members)
@@ -300,6 +304,9 @@ def _one_batch(
 
     if image is not None:
         image, conditions = image.drawn(stream), image.conditioned(conditions, stream)
+    if conditions.control is not None:
+        evaluations = len(evaluated_levels(spec, 0 if image is None else image.first))
+        network = conditions.control.attached(network, evaluations)
     denoise = plan_denoiser(network, spec, conditions)
     noise = stream(0)
     if run_fused is not None:

@@ -1,8 +1,9 @@
-"""Download a pipeline from the Hugging Face hub through diffusers, with its licence."""
+"""Download a pipeline, or a single model, from the Hugging Face hub, with its licence."""
 
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 
 from diffpress.compress.sources.layout import first_line
@@ -10,6 +11,32 @@ from diffpress.compress.sources.terms import CARD, PATTERNS
 from diffpress.runtime.errors import InvalidInputError
 
 logger = logging.getLogger(__name__)
+
+
+HUB_ID = re.compile(r"(?!\.)[\w.-]+/[\w.-]+")  # owner/name
+MODEL_FILES = (
+    "config.json",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model-*.safetensors",
+    "diffusion_pytorch_model.safetensors.index.json",
+)
+
+
+def download_model(hub_id: str, what: str) -> Path:
+    """Download a single model (safetensors only) with its licence, and return its folder in the local cache.
+
+    `what` names it in messages.
+    """
+    from huggingface_hub import snapshot_download
+
+    if not HUB_ID.fullmatch(hub_id):
+        raise InvalidInputError(f"{what} {hub_id}: no such folder, and not a hub id of the form owner/name")
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=[*MODEL_FILES, *PATTERNS, CARD]))
+    except Exception as error:  # the hub client raises dozens of unrelated types
+        raise InvalidInputError(
+            f"{what} {hub_id}: no such local folder, and the download from the hub failed ({first_line(error)})"
+        ) from error
 
 
 def download_pipeline(hub_id: str) -> Path:

@@ -28,7 +28,7 @@ from diffpress.compress.builtin import CALIB_DATA, built_in_path
 from diffpress.compress.checkpoint import Checkpoint
 from diffpress.compress.sources.custom_module import load_custom_module
 from diffpress.compress.sources.diffusers_folder import load_diffusers_folder
-from diffpress.compress.sources.hub import download_pipeline
+from diffpress.compress.sources.hub import HUB_ID, download_pipeline
 from diffpress.compress.sources.lora import fuse_loras
 from diffpress.compress.sources.single_file import from_single_file
 from diffpress.compress.sources.weights import PICKLES
@@ -75,7 +75,7 @@ def _folder_of(text: str, config: str | None) -> Path:
         return from_single_file(path, _temporary_folder(), config)
     if path.exists():
         raise InvalidInputError(_not_a_folder(path))
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith("."):
+    if HUB_ID.fullmatch(text):
         return download_pipeline(text)
     raise InvalidInputError(f"{text}: no such checkpoint folder, and not a hub id of the form owner/name")
 

@@ -53,7 +53,7 @@ def verify_denoiser(
     found = check_parity(
         folder / portable.file,
         reference,
-        engines=_portable_engines(denoiser),
+        engines=portable_engines(denoiser),
         threads=threads,
         precision=portable.float_precision,
         gate=gate,
@@ -80,7 +80,7 @@ def checked_engines(quantized: bool, targets: Sequence[str]) -> list[str]:
     return [*engines, "onnxruntime"] if quantized else engines
 
 
-def _portable_engines(denoiser: Denoiser) -> list[str] | None:
+def portable_engines(denoiser: Denoiser) -> list[str] | None:
     """Return the installed engines that can run denoiser.onnx, if one of them cannot; None for the default."""
     cannot = {
         engine

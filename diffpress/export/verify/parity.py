@@ -15,12 +15,12 @@ from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import onnx
 
 from diffpress.compress.evaluation.metrics import mean_sqnr_db, sqnr_db
-from diffpress.compress.models.components import Component
 from diffpress.export.passes.cut_graph import cached_file
 from diffpress.export.verify.float16_range import Probed, write_probed
 from diffpress.export.verify.gate import ParityFailure, ParityGate
@@ -119,21 +119,34 @@ def runs(precision: str) -> list[str]:
     return [name for name in available() if name not in (*CANNOT_RUN.get(precision, ()), "tensorrt")]
 
 
+class TorchGraph(Protocol):
+    """What a graph is compared with: a component, or another network in torch."""
+
+    @property
+    def example_arrays(self) -> dict[str, np.ndarray]:
+        """Example inputs."""
+
+    def run_all(self, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Return the outputs for one batch by name."""
+
+
 def check_component(
-    component: Component,
+    component: TorchGraph,
     graph: Path,
-    quantized: Component | None = None,
+    quantized: TorchGraph | None = None,
     *,
+    engines: Sequence[str] | None = None,
     threads: int | None = None,
     precision: str = "fp32",
     gate: ParityGate = BUILT_IN,
 ) -> tuple[dict[str, float], tuple[ParityFailure, ...]]:
-    """Compare a component's graph with torch in all installed engines that support `precision`.
+    """Compare a component's graph with torch.
 
     Args:
         component: The float component.
         graph: The graph's file.
         quantized: The fake-quantized component, if the graph is quantized.
+        engines: Engines to test; by default all installed ones that support `precision`.
         threads: Processor threads of the engines.
         precision: Precision of the float layers.
         gate: The parity gate.
@@ -143,7 +156,8 @@ def check_component(
         quantized graph, the SQNR of torch's fake quantization minus COMPONENT_WITHIN_DB, if that is lower.
     """
     inputs = component.example_arrays
-    expected, names, required_db = component.run_all(inputs), runs(precision), COMPONENT_SQNR_DB[precision]
+    names = runs(precision) if engines is None else engines
+    expected, required_db = component.run_all(inputs), COMPONENT_SQNR_DB[precision]
     if quantized is not None:
         fake_quant_db = _lowest_db(expected, quantized.run_all(inputs))
         if not np.isfinite(fake_quant_db):

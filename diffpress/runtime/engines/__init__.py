@@ -213,6 +213,14 @@ def _with_cached_graph(bundle: Bundle, engine: Engine, threads: int | None, opti
     return split
 
 
+def open_controlled(bundle: Bundle, name: str, options: EngineOptions) -> Engine:
+    """Load the denoiser with residuals of control networks as inputs; errors are those of `load_engine`."""
+    path = bundle.controlled_graph(name)
+    cache = options.cache and options.cache.of(f"{bundle.hash} {path.name}")
+    options = replace(options, cache=cache)
+    return load_engine(without_links(bundle, path), name, options=options, built=bundle.engines_of(path, name))
+
+
 def _passed_first(bundle: Bundle, names: list[str]) -> list[str]:
     """Return the engines with those last in which the bundle failed parity with torch when it was exported."""
     failed = {failure["engine"] for failure in bundle.manifest.get("parity_failures", [])}

@@ -75,7 +75,7 @@ def read_image_request(
         raise InvalidInputError(f"{prefix}overlay: needs a mask, whose black pixels it keeps; give {prefix}mask")
     chosen = (STRENGTH if mask is None else MASKED_STRENGTH) if strength is None else strength
     check_strength(chosen, f"{prefix}strength")
-    pixels = _stacked([_image(one, f"{prefix}image") for one in _listed(image)], f"{prefix}image")
+    pixels = read_images(image, f"{prefix}image")
     masks = None
     if mask is not None:
         masks = _stacked([_mask(one, f"{prefix}mask") for one in _listed(mask)], f"{prefix}mask")
@@ -85,6 +85,15 @@ def read_image_request(
                 "(height x width); give a mask of the image's size"
             )
     return ImageRequest(pixels, masks, chosen, overlay, prefix)
+
+
+def read_images(value: Any, name: str) -> np.ndarray:
+    """Return one image or a list of images as uint8 [M, H, W, C]; `name` is what the user calls them.
+
+    Raises:
+        InvalidInputError: One cannot be read, or they differ in size or mode.
+    """
+    return _stacked([_image(one, name) for one in _listed(value)], name)
 
 
 def _listed(value: Any) -> list[Any]:

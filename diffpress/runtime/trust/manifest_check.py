@@ -17,6 +17,7 @@ RECORDS: dict[str, dict[str, type]] = {
     "history": {"stage": str},
     "parity_failures": {"engine": str, "target": bool, "message": str},
 }
+DERIVED = ("cached", "controlled")  # graphs that are listed in the entry of the graph that they were made from
 # entries of a graph that may be left out, each with a value of its type
 GRAPH_ENTRIES: dict[str, Any] = {"precision": "", "bytes": 0, "inputs": {}, "outputs": {}, "features": []}
 
@@ -84,12 +85,12 @@ def check_tokenizers(spec: DenoiserSpec, manifest: dict[str, Any], file: Path) -
 
 
 def _entries(graph: Any) -> Iterator[Any]:
-    """Yield the entries with a `file` of a graph: its own, those of its variants and of their cached graphs."""
+    """Yield the entries with a `file` of a graph: its own, those of its variants and of the graphs made from them."""
     variants = graph.get("variants", {}) if isinstance(graph, dict) else None
     for entry in (graph, *variants.values()) if isinstance(variants, dict) else (None,):
         yield entry
-        if isinstance(entry, dict) and "cached" in entry:
-            yield entry["cached"]
+        if isinstance(entry, dict):
+            yield from (entry[name] for name in DERIVED if name in entry)
 
 
 def _is_engine(entry: Any, listed: dict[str, Any]) -> bool:

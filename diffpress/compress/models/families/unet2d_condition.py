@@ -26,6 +26,7 @@ from diffpress.compress.models.families import unet2d
 from diffpress.compress.models.families.contract import Adapter
 from diffpress.compress.sources.layout import Layout
 from diffpress.runtime.conditioning import MASKED_IMAGE, TextInput
+from diffpress.runtime.image_inputs.control import MID_RESIDUAL, residual_names
 
 TIME_IDS = 6  # original size, crop corner, target size
 GUIDANCE_WIDTH = 256  # as in published latent consistency models
@@ -90,7 +91,10 @@ def _check_inputs(layout: Layout) -> None:
 
 
 def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Evaluate the network; guidance inputs w are embedded as w - 1 (latent consistency models)."""
+    """Evaluate the network; guidance inputs w are embedded as w - 1 (latent consistency models).
+
+    Residuals of a ControlNet, if there are any, are added to the skip connections and to the output of the middle.
+    """
     added = {name: inputs[name] for name in ("text_embeds", "time_ids") if name in inputs}
     embedding = None
     if "guidance" in inputs:
@@ -99,12 +103,15 @@ def forward(model: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     sample = inputs["sample"]
     if MASKED_IMAGE in inputs:
         sample = torch.cat([sample, inputs[MASKED_IMAGE]], dim=1)
+    skips = [inputs[name] for name in residual_names(len(inputs))[:-1] if name in inputs]
     out: torch.Tensor = model(
         sample,
         inputs["timestep"],
         inputs["encoder_hidden_states"],
         timestep_cond=embedding,
         added_cond_kwargs=added or None,
+        down_block_additional_residuals=skips or None,
+        mid_block_additional_residual=inputs.get(MID_RESIDUAL),
         return_dict=False,
     )[0]
     return out

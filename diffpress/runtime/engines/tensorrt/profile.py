@@ -4,6 +4,7 @@
     height, width                    of the sample: the spec's, or from the smallest to the largest requested size
     latent_height, latent_width      the same, in a decoder
     image_height, image_width        the same in pixels, in an encoder
+    height // 2, width // 8 ...      a part of the sample's: residuals of a control network
     sequence                         padded length of the spec's text inputs and encoders
 
 These are the names of the graph's dynamic dimensions; all other dimensions must be fixed.
@@ -11,6 +12,7 @@ These are the names of the graph's dynamic dimensions; all other dimensions must
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from diffpress.runtime.engines.tensorrt.options import BuildOptions
@@ -63,6 +65,10 @@ def _range(dim: int | str, name: str, spec: DenoiserSpec, options: BuildOptions,
         return _side(1, spec, options)
     if dim in IMAGE:
         low, usual, high = (side * spec.latent_factor for side in _side(IMAGE.index(dim), spec, options))
+        return low, usual, high
+    part = re.fullmatch(r"(height|width) // (\d+)", dim)
+    if part is not None:
+        low, usual, high = (side // int(part[2]) for side in _range(part[1], name, spec, options, graph))
         return low, usual, high
     if dim == "sequence":
         length = _length(name, spec, graph)

@@ -295,6 +295,9 @@ def test_text_and_latents_have_their_own_ranges(bundle: Bundle) -> None:
     images: dict[str, list[int | str]] = {"sample": ["batch", 3, "image_height", "image_width"]}
     image_encoder = profile_shapes(images, spec, options, "vae_encoder")
     assert image_encoder["sample"] == ((1, 3, 32, 64), (1, 3, 64, 64), (1, 3, 128, 96))
+    residuals: dict[str, list[int | str]] = {"down_block_residual_3": ["batch", 32, "height // 2", "width // 4"]}
+    controlled = profile_shapes(residuals, spec, options, "denoiser_control")
+    assert controlled["down_block_residual_3"] == ((1, 32, 2, 2), (2, 32, 4, 2), (4, 32, 8, 3))
     with pytest.raises(InvalidInputError, match="sizes: 36 and 128 must be multiples of 8"):
         profile_shapes(inputs, spec, BuildOptions(sizes=((36, 64), (128, 96))))
 
