@@ -12,6 +12,7 @@ of the outputs included.
 from __future__ import annotations
 
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from diffpress.runtime.io.files import write_json
 FOLDER = "genai"
 MODEL, TOKENIZER = "openvino_model.xml", "openvino_tokenizer.xml"
 ARGUMENTS = "generate.json"
+COUNTED = re.compile(r"[A-Z]\w*_\d+(\.\d+)?")  # a name that OpenVINO makes of a kind and a number
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def write_genai_folder(
         config = json.loads((folder / component / "config.json").read_text(encoding="utf-8"))
         write_json(target / "config.json", config)
         model = ov.Core().read_model(graph)
-        ov.save_model(_with_inputs(model, inputs) if name == "denoiser" else model, target / MODEL, False)
+        _save(_with_inputs(model, inputs) if name == "denoiser" else model, target / MODEL)
     for _, component in layout.encoders:
         (home / component).mkdir()
         _write_tokenizer(layout, component, home / component)
@@ -125,10 +127,24 @@ def _embed_guidance_outside_(model: Any) -> None:
 
 def _write_tokenizer(layout: Layout, component: str, target: Path) -> None:
     """Convert a tokenizer; GenAI pads its ids to the length of the text encoder."""
-    import openvino as ov
     import openvino_tokenizers
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of transformers, about slow tokenizers
         tokenizer = openvino_tokenizers.convert_tokenizer(layout.tokenizer(component), with_detokenizer=False)
-    ov.save_model(tokenizer, target / TOKENIZER, False)
+    _save(tokenizer, target / TOKENIZER)
+
+
+def _save(model: Any, file: Path) -> None:
+    """Write a model in float32; the names that OpenVINO counts over a process are made those of the position."""
+    import openvino as ov
+
+    for index, node in enumerate(model.get_ordered_ops()):
+        name, kind = node.get_friendly_name(), node.get_type_name()
+        if not COUNTED.fullmatch(name):
+            continue
+        node.set_friendly_name(f"{kind}_{index}")
+        for output in node.outputs():
+            if name in output.get_names():
+                output.get_tensor().set_names({f"{kind}_{index}"})
+    ov.save_model(model, file, compress_to_fp16=False)
