@@ -94,7 +94,7 @@ class OnnxRuntimeProfiler:
 
     def _layer(self, event: Event) -> ExecutedLayer:
         key = self._key(event)
-        node = self._shapes.get(key, event["args"])
+        node: Event = self._shapes.get(key) or event["args"]
         return ExecutedLayer(
             name=key[0].partition(CALL)[0],
             operation=kernel_operation(node),
