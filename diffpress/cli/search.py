@@ -10,7 +10,7 @@ from diffpress.cli.arguments import add_checkpoint_arguments, loaded
 from diffpress.compress.builtin import SELECTION_REFERENCE, TEACHER
 from diffpress.runtime.errors import InvalidInputError
 
-EXAMPLE = "diffpress search my-pipeline --max-latency-ratio 0.1 --max-frechet-ratio 1.1 --time 60m --out search"
+EXAMPLE = "diffpress search my-pipeline --max-size-mib 4 --time 1h --out search"
 ENGINES = ("openvino", "onnxruntime")
 
 
