@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -59,7 +60,7 @@ if TYPE_CHECKING:
 
 
 class Pipeline:
-    """An open bundle: call it to sample images.
+    """An open bundle: call it to sample images. Several threads may call it at the same time.
 
     Args:
         bundle: The bundle's folder, or a loaded `Bundle`.
@@ -110,6 +111,7 @@ class Pipeline:
         self._text: TextEncoders | None = None
         self._keep_open = keep_open
         self._closed = False
+        self._opening = Lock()  # threads may share a pipeline
 
     def __repr__(self) -> str:
         return f"Pipeline({str(self.bundle.path)!r}, engine={self.denoiser.name!r})"
@@ -289,8 +291,9 @@ class Pipeline:
         guided = is_guided(spec, spec.plan.guidance)
         if negatives is not None:
             check_negative_prompt(spec)
-        if self._text is None:
-            self._text = TextEncoders(self.bundle, self._open, self._keep_open)
+        with self._opening:
+            if self._text is None:
+                self._text = TextEncoders(self.bundle, self._open, self._keep_open)
         text, conditioning, size = self._text, spec.conditioning, spec.image_size
         cond = encode(prompts, conditioning, text.encoders, text.tokenizers, size)
         if not guided:
@@ -324,7 +327,8 @@ class Pipeline:
 
     def _half(self, graph: str) -> Callable[[np.ndarray], np.ndarray]:
         """Return the decoder or the encoder of the autoencoder as a function, opened if it is not open yet."""
-        engine = self._autoencoder.get(graph) or self._autoencoder.setdefault(graph, self._open(graph))
+        with self._opening:
+            engine = self._autoencoder.get(graph) or self._autoencoder.setdefault(graph, self._open(graph))
         (name,) = engine.inputs
         return lambda array: engine.run({name: array.astype(engine.inputs[name])})
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import closing
 from functools import partial
+from threading import Lock
 
 import numpy as np
 
@@ -45,6 +46,7 @@ class _OnDemand:
     def __init__(self, bundle: Bundle, open_graph: Callable[[str], Engine], graph: str, keep_open: bool) -> None:
         self._open = partial(open_graph, graph)
         self._engine: Engine | None = None
+        self._opening = Lock()  # threads may share a pipeline
         graphs = bundle.manifest["graphs"]
         self.inputs: Mapping[str, np.dtype] = {
             name: np.dtype(entry["dtype"]) for name, entry in graphs[graph]["inputs"].items()
@@ -55,9 +57,11 @@ class _OnDemand:
         if not self._stays_open:
             with closing(self._open()) as engine:
                 return engine.run_all(inputs)
-        if self._engine is None:
-            self._engine = self._open()
-        return self._engine.run_all(inputs)
+        with self._opening:
+            if self._engine is None:
+                self._engine = self._open()
+            engine = self._engine
+        return engine.run_all(inputs)
 
     def close(self) -> None:
         if self._engine is not None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -292,3 +294,21 @@ def test_without_labels_the_classes_are_taken_in_turn(engines: FakeEngines) -> N
     assert pipeline.conditions(3).cond["class_labels"].tolist() == [0, 1, 0]
     assert pipeline.conditions(2, labels=[1, 1]).cond["class_labels"].tolist() == [1, 1]
     assert_refused(engines, make_spec(), {"labels": [1]}, "not class-conditional")
+
+
+# --- threads ---------------------------------------------------------------------------------------------------
+
+
+def test_threads_that_share_a_pipeline_open_each_component_once(
+    engines: FakeEngines, letters: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(*arguments: Any, **settings: Any) -> Any:
+        time.sleep(0.05)  # so that the others arrive before the engine is open
+        return engines.open(*arguments, **settings)
+
+    monkeypatch.setattr(diffpress.runtime.pipeline, "open_engine", slowly)
+    with closing(Pipeline(make_bundle(make_spec(TEXT)))) as pipe, ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda seed: pipe("abc", seeds=seed)[0].tobytes(), range(4)))
+        assert found == [pipe("abc", seeds=seed)[0].tobytes() for seed in range(4)]
+    assert sorted(engines.opened) == ["denoiser", "text_encoder", "vae_decoder"]
+    assert engines.running == []

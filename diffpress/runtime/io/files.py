@@ -151,7 +151,7 @@ def _sync(path: Path) -> None:
     """Write a file's content, or a folder's entries, to the disk; some file systems have no such operation."""
     if path.is_dir() and sys.platform == "win32":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if sys.platform == "win32" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
