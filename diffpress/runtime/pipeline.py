@@ -94,10 +94,11 @@ class Pipeline:
         keep_open: bool = False,
         public_key: str | Path | None = None,
     ) -> None:
-        opened = isinstance(bundle, Bundle) and public_key is None
-        self.bundle = (
-            bundle if opened else load_bundle(bundle.path if isinstance(bundle, Bundle) else bundle, public_key)
-        )
+        if not isinstance(bundle, Bundle):
+            bundle = load_bundle(bundle, public_key)
+        elif public_key is not None:
+            bundle = load_bundle(bundle.path, public_key)
+        self.bundle = bundle
         spec = self.bundle.spec
         for graph in (e.graph for e in spec.conditioning.encoders):
             self.bundle.graph(graph)  # a missing component is reported before any work

@@ -115,10 +115,8 @@ def _checkpoint(intact: Path, folder: Path, change: Callable[[Path], object]) ->
 
 def _recipe(intact: Path, folder: Path, write: Callable[[Path], object]) -> list[tuple[str, Action]]:
     write(folder / "recipe.yaml")
-    return [
-        (verb, command([verb, intact / "checkpoint", "--recipe", folder / "recipe.yaml", *rest]))
-        for verb, rest in (("plan", []), ("compress", ["--out", folder / "out"]))
-    ]
+    words = [intact / "checkpoint", "--recipe", folder / "recipe.yaml"]
+    return [("plan", command(["plan", *words])), ("compress", command(["compress", *words, "--out", folder / "out"]))]
 
 
 def _array(intact: Path, folder: Path, write: Callable[[Path], object]) -> list[tuple[str, Action]]:

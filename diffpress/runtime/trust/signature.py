@@ -111,9 +111,9 @@ def write_key_pair(key: Path) -> tuple[Path, str]:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
     public = key.with_name(f"{key.name}.pub")
-    for file in (key, public):
-        if file.exists():
-            raise InvalidInputError(f"{file}: exists; a key is never replaced, choose another name")
+    for path in (key, public):
+        if path.exists():
+            raise InvalidInputError(f"{path}: exists; a key is never replaced, choose another name")
     private = Ed25519PrivateKey.generate()
     pem = private.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()

@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "bundle"))
 
 
-def seal_graph(folder: Path, model: onnx.ModelProto, name: str = "denoiser.onnx", **others: bytes) -> None:
+def seal_graph(folder: Path, model: Any, name: str = "denoiser.onnx", **others: bytes) -> None:
     """Write a graph and other files, and a manifest that fits all of them."""
     (folder / name).write_bytes(model.SerializeToString())
     manifest = json.loads((folder / MANIFEST).read_text())
@@ -35,7 +36,7 @@ def seal_graph(folder: Path, model: onnx.ModelProto, name: str = "denoiser.onnx"
     (folder / MANIFEST).write_text(json.dumps(manifest))
 
 
-def external(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
+def external(tensor: Any, location: str) -> Any:
     tensor.ClearField("raw_data")
     tensor.data_location = onnx.TensorProto.EXTERNAL
     tensor.external_data.add(key="location", value=location)
@@ -43,11 +44,11 @@ def external(tensor: onnx.TensorProto, location: str) -> onnx.TensorProto:
     return tensor
 
 
-def weight() -> onnx.TensorProto:
+def weight() -> Any:
     return onnx.numpy_helper.from_array(np.zeros(4, np.float32), "w")
 
 
-def model_with_everything() -> onnx.ModelProto:
+def model_with_everything() -> Any:
     """A model with external data wherever ONNX allows a tensor."""
     helper = onnx.helper
     node = helper.make_node("Constant", [], ["c"], value=external(weight(), "in_a_node"))
