@@ -76,7 +76,7 @@ def opened(bundle: Bundle, folder: Path, query: str = "", *flags: str, **headers
 def sampled(browser: Browser, **request: Any) -> np.ndarray:
     """Return the image of a request to sampler.js, float32 [H, W, C]; `noise` is an array."""
     noise = request.pop("noise", None)
-    given = "" if noise is None else base64.b64encode(np.ascontiguousarray(noise, np.float32)).decode("ascii")
+    given = "" if noise is None else base64.b64encode(np.asarray(noise, np.float32).tobytes()).decode("ascii")
     found = browser.evaluate(f"({SAMPLE})({json.dumps(request)}, {json.dumps(given)})")
     return np.frombuffer(base64.b64decode(found["data"]), np.float32).reshape(found["shape"])
 
