@@ -16,11 +16,8 @@ from diffpress.runtime.errors import InvalidInputError
 
 B, C, SIDE = 2, 3, 4
 SCALE = np.float32(1 / 64)  # int8 reaches from -2 to 2
-RESIDUALS = {
-    "down_block_residual_0": ["batch", C, "height", "width"],
-    "down_block_residual_1": ["batch", C, "height", "width"],
-    "mid_block_residual": ["batch", C, "height", "width"],
-}
+DIMS: list[int | str] = ["batch", C, "height", "width"]
+RESIDUALS = dict.fromkeys(("down_block_residual_0", "down_block_residual_1", "mid_block_residual"), DIMS)
 X = np.random.default_rng(0).normal(size=(B, C, SIDE, SIDE)).astype(np.float32)
 VALUES = {name: X * np.float32(k + 1) / 2 for k, name in enumerate(RESIDUALS)}
 
@@ -59,14 +56,13 @@ def graph(rounded: bool = False, half: bool = False) -> onnx.ModelProto:
         "scale": SCALE,
         "zero": np.int8(0),
     }
-    dims = ["batch", C, "height", "width"]
     inner = helper.make_graph(
         nodes,
         "network",
-        [helper.make_tensor_value_info("sample", TensorProto.FLOAT, dims)],
+        [helper.make_tensor_value_info("sample", TensorProto.FLOAT, DIMS)],
         [
             helper.make_tensor_value_info("out", TensorProto.FLOAT, ["batch", 3 * C + 2, "height", "width"]),
-            helper.make_tensor_value_info("skip_1", kind, dims),  # a feature of a step cache
+            helper.make_tensor_value_info("skip_1", kind, DIMS),  # a feature of a step cache
         ],
         [numpy_helper.from_array(np.asarray(array), name) for name, array in stored.items()],
     )
@@ -112,7 +108,7 @@ def test_residuals_of_zero_change_no_bit(tmp_path: Path) -> None:
 
 
 def test_a_graph_with_too_few_skip_connections_is_refused() -> None:
-    more = {f"down_block_residual_{k}": ["batch", C, "height", "width"] for k in range(9)}
+    more = {f"down_block_residual_{k}": DIMS for k in range(9)}
     with pytest.raises(InvalidInputError, match="3 skip connections for 9 residuals"):
         controlled_graph(graph(), more)
 
