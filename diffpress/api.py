@@ -118,6 +118,9 @@ def export(
     fixed_timesteps: bool = False,
     image_inputs: bool = False,
     decoder: str | Path | None = None,
+    lora_slots: int = 0,
+    lora_rank: int = 32,
+    lora_layers: str = "linear",
     revert_slower: bool = False,
     compute_capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
@@ -136,6 +139,9 @@ def export(
         image_inputs: Export the encoder of the autoencoder, so that the bundle can start from images.
         decoder: Folder of an autoencoder of diffusers that is exported in place of the pipeline's, such as a tiny one
             (TAESD, `AutoencoderTiny`); with `image_inputs` its encoder is exported as well.
+        lora_slots: LoRAs that can be set in the bundle at the same time (`Pipeline.set_loras`).
+        lora_rank: Largest rank of a LoRA that a slot takes.
+        lora_layers: Layers with slots: "linear" layers and convolutions of 1 x 1, or "all", larger ones as well.
         revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
         compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
         build: How TensorRT engines are built.
@@ -171,6 +177,9 @@ def export(
         "size": size,
         "fixed_timesteps": fixed_timesteps,
         "image_inputs": image_inputs,
+        "lora_slots": lora_slots,
+        "lora_rank": lora_rank,
+        "lora_layers": lora_layers,
         "revert_slower": revert_slower,
         "threads": threads,
         "tensorrt": {"compute_capabilities": compute_capabilities, **(build or BuildOptions()).to_json()},

@@ -12,6 +12,7 @@ from diffpress.runtime.errors import InvalidInputError
 
 TARGETS = ("onnx", "openvino", "tensorrt")
 PRECISIONS = ("fp32", "fp16", "bf16")
+LORA_LAYERS = ("linear", "all")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch
 DEFAULTS = BuildOptions()
 EXAMPLE = "diffpress export work/checkpoint --out bundle --targets onnx openvino"
@@ -48,6 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--image-inputs",
         action="store_true",
         help="export the encoder of the autoencoder, so that the bundle can start from images",
+    )
+    parser.add_argument(
+        "--lora-slots", type=int, default=0, metavar="N", help="LoRAs that can be set in the bundle at the same time (0)"
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, default=32, metavar="R", help="largest rank of a LoRA that a slot takes (32)"
+    )
+    parser.add_argument(
+        "--lora-layers",
+        choices=LORA_LAYERS,
+        default="linear",
+        help="layers with slots: linear layers and convolutions of 1 x 1, or larger convolutions as well (linear)",
     )
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
@@ -88,6 +101,9 @@ def run(args: argparse.Namespace) -> int:
         fixed_timesteps=args.fixed_timesteps,
         image_inputs=args.image_inputs,
         decoder=args.decoder,
+        lora_slots=args.lora_slots,
+        lora_rank=args.lora_rank,
+        lora_layers=args.lora_layers,
         revert_slower=args.revert_slower,
         compute_capabilities=args.compute_capability,
         build=build,

@@ -88,6 +88,7 @@ class TensorRTConfig(Config):
 
 Target = Literal["onnx", "openvino", "tensorrt"]
 ExportPrecision = Literal["fp32", "fp16", "bf16"]
+LoraLayers = Literal["linear", "all"]
 
 
 class ExportConfig(Config):
@@ -113,6 +114,14 @@ class ExportConfig(Config):
     )
     image_inputs: bool = Field(
         False, description="Export the encoder of the autoencoder, so that the bundle can start from images."
+    )
+    lora_slots: int = Field(
+        0, ge=0, le=64, description="LoRAs that can be set in the bundle at the same time; 0 leaves the slots out."
+    )
+    lora_rank: int = Field(32, ge=1, le=1024, description="Largest rank of a LoRA that a slot takes.")
+    lora_layers: LoraLayers = Field(
+        "linear",
+        description="Layers with slots: `linear` layers and convolutions of 1 x 1, or `all`, larger convolutions as well.",
     )
     threads: int | None = Field(
         None, description="Processor threads of the engines that are verified and timed; None means all."

@@ -2,6 +2,7 @@
 
     denoiser.onnx (+ .data)   float, half precision, or with Q/DQ if the checkpoint has scales
     denoiser*.cached.onnx     the outer layers, for a plan with cached steps (export/passes/cut_graph.py)
+    *.lora.onnx               forms of the graphs with slots for LoRAs (export/lora_graphs.py)
     denoiser.*.onnx           for engines that run these faster or run no other (export/denoiser.py)
     text_encoder*.onnx, vae_*.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
     engines/...               TensorRT engines built ahead of time
@@ -29,6 +30,7 @@ from diffpress.export.components import check_image_inputs, export_components
 from diffpress.export.denoiser import Denoiser, lower_denoiser
 from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
+from diffpress.export.lora_graphs import check_lora_slots, write_denoiser_slots
 from diffpress.export.manifest import manifest_content
 from diffpress.export.model_card import write_model_card
 from diffpress.export.passes.cut_graph import cached_file, write_cached_graph
@@ -88,6 +90,7 @@ def export_bundle(
     check_export(config, checkpoint.quantization is not None, layer_formats(checkpoint.quantization).values())
     check_components(config, bool(checkpoint.component_quantization))
     check_image_inputs(checkpoint, config)
+    check_lora_slots(config)
     denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)
@@ -97,14 +100,15 @@ def export_bundle(
 
     def fill(folder: Path) -> None:
         write_terms(deployed.checkpoint.source.terms, folder, card=BASE_CARD)
-        sizes = _write_graphs(deployed, folder)
+        sizes = _write_graphs(deployed, folder, config)
         cached = _write_cached_graphs(deployed, folder)
-        verified = verify_denoiser(deployed, folder, sizes, config, gate)
+        slots = write_denoiser_slots(deployed, config, folder)
+        verified = verify_denoiser(deployed, folder, sizes, config, gate, slots)
         components, component_failures = export_components(deployed.checkpoint, config, folder, gate, reuse)
         failures = (*verified.failures, *component_failures)
         failed = any(failure.target for failure in failures)
         built = [] if failed else _build_engines(deployed, components, config, folder, reuse)
-        seal(folder, manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures))
+        seal(folder, manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures, slots))
         log_failures(failures)
 
     write_folder(out, fill)
@@ -185,10 +189,10 @@ def _log_expected_speed(latencies: Sequence[Latency], denoiser: Denoiser) -> Non
         logger.info(note)
 
 
-def _write_graphs(denoiser: Denoiser, folder: Path) -> dict[str, int]:
+def _write_graphs(denoiser: Denoiser, folder: Path, config: ExportConfig) -> dict[str, int]:
     """Write all graphs of the denoiser; return file -> bytes of graph and weights."""
     source, portable = denoiser.checkpoint.source, denoiser.portable
-    shared = bool(denoiser.features)  # the cached graph refers to the same data file
+    shared = bool(denoiser.features) or config.lora_slots > 0  # other graphs refer to the same data file
     if source.pipeline_folder is None:
         size = save_graph(portable.graph, folder / portable.file, data=f"{portable.file}.data" if shared else None)
     else:

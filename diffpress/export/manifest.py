@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import Any
 
 import onnx
@@ -46,6 +47,7 @@ def manifest_content(
     name: str | None,
     metrics: dict[str, Any] | None,
     failures: Sequence[ParityFailure] = (),
+    slots: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return the manifest of a bundle without its files.
 
@@ -59,14 +61,17 @@ def manifest_content(
         name: Name of the bundle; None for the class of the network.
         metrics: Metrics, if there are any.
         failures: What failed parity, in any engine.
+        slots: File -> entry of its form with slots for LoRAs.
     """
+    checked = {file: entry | {"parity": verified.slots[entry["file"]]} for file, entry in slots.items()}
+    forms = {file: _set(cached=cached.get(file), lora=checked.get(file)) for file in sizes}
     checkpoint = denoiser.checkpoint
     return {
         "requires": required_features(checkpoint.spec, components),
         "name": name or type(checkpoint.model).__name__,
         "family": checkpoint.source.kind,
         "spec": checkpoint.spec.to_json(),
-        "graphs": {"denoiser": _denoiser_entry(denoiser, sizes, cached, verified), **components},
+        "graphs": {"denoiser": _denoiser_entry(denoiser, sizes, forms, verified), **components},
         "engines": [*verified.engines, *built],
         "history": [_timeless(asdict(record)) for record in checkpoint.history],
         "metrics": metrics or {},
@@ -76,7 +81,7 @@ def manifest_content(
 
 
 def _denoiser_entry(
-    denoiser: Denoiser, sizes: Mapping[str, int], cached: Mapping[str, dict[str, Any]], verified: Verified
+    denoiser: Denoiser, sizes: Mapping[str, int], forms: Mapping[str, dict[str, Any]], verified: Verified
 ) -> dict[str, Any]:
     portable, checkpoint = denoiser.portable, denoiser.checkpoint
     layers = portable.quantization.layers if portable.quantization else []
@@ -91,18 +96,18 @@ def _denoiser_entry(
         "bytes_by_precision": bytes_by_precision(portable.graph),
         **({"timesteps": list(timesteps)} if timesteps else {}),
         "bytes": sizes[portable.file],
-        **_cached_entry(cached, portable.file),
+        **forms[portable.file],
         "variants": {
             engine: _variant_entry(variant, sizes[variant.file], verified.variants[variant.file].get(engine))
-            | _cached_entry(cached, variant.file)
+            | forms[variant.file]
             for variant in denoiser.variants
             for engine in variant.engines
         },
     }
 
 
-def _cached_entry(cached: Mapping[str, dict[str, Any]], file: str) -> dict[str, Any]:
-    return {"cached": cached[file]} if file in cached else {}
+def _set(**entries: dict[str, Any] | None) -> dict[str, Any]:
+    return {name: entry for name, entry in entries.items() if entry is not None}
 
 
 def _variant_entry(variant: TargetGraph, size: int, parity: dict[str, float] | None) -> dict[str, Any]:

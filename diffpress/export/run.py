@@ -27,6 +27,7 @@ from diffpress.export.bundle import check_components, check_export
 from diffpress.export.comparison import paired_scores, sample_pairs, write_comparison
 from diffpress.export.components import check_image_inputs
 from diffpress.export.denoiser import check_cached_steps
+from diffpress.export.lora_graphs import check_lora_slots
 from diffpress.export.model_card import write_model_card
 from diffpress.export.run_bundles import baseline_bundle, result_bundle
 from diffpress.export.scores import check_evaluation, evaluate_bundles, evaluate_gates
@@ -96,6 +97,7 @@ def check_recipe(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
         check_cached_steps(None if cache is None else cache.kind, recipe.export)
     check_export(recipe.export, quantized=any(STAGES[stage.name].quantizes for stage in recipe.stages))
     check_image_inputs(checkpoint, recipe.export)
+    check_lora_slots(recipe.export)
     check_components(recipe.export, any(getattr(stage.config, "components", None) for stage in recipe.stages))
 
 

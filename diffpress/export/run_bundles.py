@@ -33,7 +33,7 @@ def baseline_bundle(teacher: Checkpoint, config: ExportConfig, workspace: Worksp
     metrics = _settings(teacher, config)
     found = _made_before(workspace.baseline, metrics)
     if found is None:
-        plain = config.model_copy(update={"precision": "fp32", "fixed_timesteps": False})
+        plain = config.model_copy(update={"precision": "fp32", "fixed_timesteps": False, "lora_slots": 0})
         found = export_bundle(
             teacher,
             workspace.baseline,
@@ -62,7 +62,7 @@ def result_bundle(
     key = _settings(checkpoint, config) | {"fixed_timesteps": config.fixed_timesteps, "precision": config.precision}
     old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
     ratios = {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
-    gate = {"parity_sqnr_db": parity_sqnr_db}
+    gate = {"parity_sqnr_db": parity_sqnr_db, "lora": _slots(config)}
     if checkpoint.quantization is None:
         workspace.latency.unlink(missing_ok=True)
     latencies = read_latencies(workspace.latency, key) if checkpoint.quantization else []
@@ -112,6 +112,10 @@ def _settings(checkpoint: Checkpoint, config: ExportConfig) -> dict[str, Any]:
     return facts | (
         {"terms": {name: hashlib.sha256(text).hexdigest() for name, text in terms.items()}} if terms else {}
     )
+
+
+def _slots(config: ExportConfig) -> list[Any] | None:
+    return [config.lora_slots, config.lora_rank, config.lora_layers] if config.lora_slots else None
 
 
 def _set(settings: dict[str, Any]) -> dict[str, Any]:

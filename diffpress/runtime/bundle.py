@@ -4,6 +4,7 @@
                                         metrics, and the size and sha256 of every file
     denoiser.onnx                       the portable graph
     denoiser.*.onnx                     variants of that network for single engines; the manifest maps engines to them
+    *.lora.onnx                         forms of these graphs with slots for LoRAs (runtime/lora/slots.py)
     text_encoder*.onnx, tokenizer*/, vae_decoder.onnx       if the model has them
     engines/...                         files built ahead of time for one engine and device
     unet/, ..., model_index.json        the same graphs in the layout that optimum's ONNX pipelines read
@@ -98,14 +99,36 @@ class Bundle:
         entry = graphs[name]
         return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
 
-    def cached_graph(self, engine: str) -> tuple[Path, tuple[str, ...]]:
+    def slots(self, name: str = "denoiser", engine: str | None = None) -> dict[str, Any] | None:
+        """Return the manifest's entry of a graph's form with slots for LoRAs, or None if it has none."""
+        graph = self.manifest["graphs"].get(name, {})
+        entry: dict[str, Any] | None = graph.get("variants", {}).get(engine, graph).get("lora")
+        return entry
+
+    def lora_graph(self, name: str, engine: str | None = None) -> Path:
+        """Return the ONNX file of a graph in its form with slots for LoRAs; the arguments are those of `graph`.
+
+        Raises:
+            InvalidInputError: The bundle has no slots.
+        """
+        entry = self.slots(name, engine)
+        if entry is None:
+            raise InvalidInputError(
+                f"{self.path}: its {name} has no slots for LoRAs; export the bundle again with --lora-slots 1 or more"
+            )
+        return self.path / str(entry["file"])
+
+    def cached_graph(self, engine: str, lora: bool = False) -> tuple[Path, tuple[str, ...]]:
         """Return the ONNX file of the cached graph that belongs to this engine's graph, and its features' names.
+
+        `lora` returns that of the graph with slots for LoRAs.
 
         Raises:
             InvalidInputError: The bundle has none.
         """
         graph = self.manifest["graphs"]["denoiser"]
-        entry = graph.get("variants", {}).get(engine, graph).get("cached")
+        graph = graph.get("variants", {}).get(engine, graph)
+        entry = (graph.get("lora", {}) if lora else graph).get("cached")
         if entry is None:
             raise InvalidInputError(
                 f"{self.path}: the plan's step cache needs a cached graph, and the bundle has none for {engine}; use "
@@ -229,7 +252,8 @@ def _verify_files(folder: Path, manifest: dict[str, Any]) -> None:
     for name, graph in graphs.items():
         variants = graph.get("variants", {}) if isinstance(graph, dict) else None
         entries = [graph, *variants.values()] if isinstance(variants, dict) else [None]
-        entries += [entry["cached"] for entry in entries if isinstance(entry, dict) and "cached" in entry]
+        for form in ("lora", "cached"):  # a graph with slots may have a cached graph as well
+            entries += [entry[form] for entry in entries if isinstance(entry, dict) and form in entry]
         if not all(isinstance(entry, dict) and str(entry.get("file")) in listed for entry in entries):
             raise InvalidInputError(
                 f"{folder / MANIFEST}: the {name}'s file is not among the listed files; export the bundle again"

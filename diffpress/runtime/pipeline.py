@@ -37,6 +37,9 @@ from diffpress.runtime.image_inputs.start import ImageStart
 from diffpress.runtime.image_inputs.strength import with_strength
 from diffpress.runtime.image_size import sized
 from diffpress.runtime.io.images import to_pil
+from diffpress.runtime.lora.engines import LoraEngines, fill_slots_
+from diffpress.runtime.lora.read import read_loras
+from diffpress.runtime.lora.scales import DENOISER
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning, tensor_conditioning
 from diffpress.runtime.outputs import DECODER, has_decoder, makes_pictures, output_shape
 from diffpress.runtime.prompts import encode, unconditional
@@ -57,10 +60,13 @@ class Pipeline:
         engine: "openvino", "onnxruntime" or "tensorrt"; None for the first one that can run here.
         threads: Processor threads; None for all.
         options: Further options of the engine, such as its precision and streams.
-        keep_open: Keep text encoders open that are larger than the denoiser; otherwise they are closed after use.
+        keep_open: Keep text encoders open that are larger than the denoiser; otherwise they are closed after use. Also
+            keep the denoiser's graph without slots for LoRAs open while LoRAs are set, and the other way round.
+        loras: LoRAs to set, as in `set_loras`.
 
     Raises:
-        InvalidInputError: If the folder is no bundle, is damaged, or lacks a component that sampling needs.
+        InvalidInputError: If the folder is no bundle, is damaged, or lacks a component that sampling needs, or a LoRA
+            does not fit.
         EngineUnavailableError: If the engine cannot run the bundle on this machine.
         MissingDependencyError: If the engine's package is not installed.
 
@@ -80,6 +86,7 @@ class Pipeline:
         *,
         options: EngineOptions | None = None,
         keep_open: bool = False,
+        loras: Mapping[str | Path, float] | None = None,
     ) -> None:
         self.bundle = bundle if isinstance(bundle, Bundle) else load_bundle(bundle)
         spec = self.bundle.spec
@@ -88,11 +95,13 @@ class Pipeline:
         if spec.latent_factor > 1 and spec.conditioning.encoders:
             self.bundle.graph(DECODER)  # a whole pipeline has one
         self._options = (options or EngineOptions()).with_threads(threads)
-        self.denoiser = open_engine(self.bundle, engine, options=self._options)
+        self._keep_open = keep_open
+        self._loras = read_loras(self.bundle, loras or {})
+        self._denoisers = LoraEngines(self.bundle, engine, self._options, keep_open)
+        self.denoiser = self._denoisers.with_loras(self._loras.get(DENOISER, []))
         self.spec = self.bundle.spec_for(self.denoiser.name)
         self._autoencoder: dict[str, Engine] = {}
         self._text: TextEncoders | None = None
-        self._keep_open = keep_open
         self._closed = False
 
     def __repr__(self) -> str:
@@ -184,6 +193,27 @@ class Pipeline:
         if not self.makes_pictures:
             return np.concatenate(list(batches))
         return [image for images in batches for image in to_pil(images, spec.data_range)]
+
+    def set_loras(self, loras: Mapping[str | Path, float] | None) -> None:
+        """Set the LoRAs of the following images, in place of those that are set; none or an empty mapping removes all.
+
+        Only the first LoRAs open a graph: other files and scales change its inputs alone. Nothing changes if one is
+        refused.
+
+        Args:
+            loras: LoRA -> scale. A LoRA is a .safetensors file in kohya's, PEFT's or diffusers' layout, or its folder.
+
+        Raises:
+            InvalidInputError: The bundle has no slots or too few, or a LoRA does not fit it completely.
+        """
+        if self._closed:
+            raise InvalidInputError(f"{self.bundle.path}: the pipeline is closed; open another one")
+        chosen = read_loras(self.bundle, loras or {})
+        self.denoiser = self._denoisers.with_loras(chosen.get(DENOISER, []))
+        self._loras = chosen
+        if self._text is not None:
+            self._text.close()
+            self._text = None
 
     @property
     def makes_pictures(self) -> bool:
@@ -291,13 +321,17 @@ class Pipeline:
         return lambda array: engine.run({name: array.astype(engine.inputs[name])})
 
     def _open(self, graph: str) -> Engine:
-        """Open another graph in the denoiser's engine; it runs one batch at a time."""
-        return open_engine(self.bundle, self.denoiser.name, graph=graph, options=replace(self._options, streams=1))
+        """Open another graph in the denoiser's engine, with its LoRAs; it runs one batch at a time."""
+        options, loras = replace(self._options, streams=1), self._loras.get(graph, [])
+        engine = open_engine(self.bundle, self.denoiser.name, graph=graph, options=options, lora=bool(loras))
+        if loras:
+            fill_slots_(self.bundle, engine, loras, graph)
+        return engine
 
     def close(self) -> None:
         """Release the engines."""
         self._closed = True
-        self.denoiser.close()
+        self._denoisers.close()
         for engine in self._autoencoder.values():
             engine.close()
         if self._text is not None:

@@ -31,6 +31,7 @@ from diffpress.runtime.engines.onnxruntime.providers import CPU, PROVIDERS, prov
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import UNMATCHED, Kernel, PrecisionReport, Product, precision_report_of
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.lora.slots import lora_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +93,9 @@ class OnnxRuntimeEngine:
         self._path, self._threads = path, _threads(options)
         session_options = _lean(self._threads) if options.lean else _options(self._threads)
         self._session, self.device = _first_session(path, session_options, options.providers)
-        self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
+        nodes = {node.name: node for node in self._session.get_inputs()}
+        self.lora = lora_arrays({name: node.shape for name, node in nodes.items()})
+        self.inputs = {name: _numpy_type(node.type, path) for name, node in nodes.items() if name not in self.lora}
         self.outputs = [node.name for node in self._session.get_outputs()]
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -105,7 +108,7 @@ class OnnxRuntimeEngine:
 
     def _run(self, outputs: list[str], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return dict(zip(outputs, self._session.run(outputs, inputs), strict=True))
+            return dict(zip(outputs, self._session.run(outputs, {**inputs, **self.lora}), strict=True))
         except Exception as error:
             raise _error(self._path, "run", error) from error
 
@@ -115,7 +118,7 @@ class OnnxRuntimeEngine:
         """Return the first output, and those of `kept` as OrtValues on the device; `held` are inputs of that form."""
         try:
             binding = self._session.io_binding()
-            for name, array in inputs.items():
+            for name, array in {**inputs, **self.lora}.items():
                 binding.bind_cpu_input(name, np.ascontiguousarray(array))
             for name, value in held.items():
                 binding.bind_ortvalue_input(name, value)
@@ -159,7 +162,7 @@ class OnnxRuntimeEngine:
             options.profile_file_prefix = str(Path(folder) / "profile")
             session = _session(self._path, options, self.device, without)
             for _ in range(runs):
-                session.run(None, inputs)
+                session.run(None, {**inputs, **self.lora})
             events = json.loads(Path(session.end_profiling()).read_text())
         return [event for event in events if "op_name" in event["args"]]
 

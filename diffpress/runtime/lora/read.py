@@ -1,0 +1,181 @@
+"""LoRA files -> factors of the layers of a bundle that have slots. Every tensor is used, or the file is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from diffpress.runtime.bundle import Bundle
+from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.lora.names import ALPHA, DOWN, UP, Layer, split_name, stems
+from diffpress.runtime.lora.safetensors_file import read_safetensors
+from diffpress.runtime.lora.scales import DENOISER, PEFT_FILE, factor, read_configs
+from diffpress.runtime.lora.slots import Factors, Slots
+
+FOLDER_FILES = ("pytorch_lora_weights.safetensors", PEFT_FILE)  # of diffusers and PEFT
+PICKLES = (".bin", ".pt", ".pth", ".ckpt")
+
+Loras = dict[str, list[dict[str, Factors]]]  # graph -> layer -> factors, of each LoRA that changes it
+
+
+@dataclass(frozen=True)
+class _Target:
+    """What LoRAs are read for.
+
+    Attributes:
+        bundle: The bundle.
+        component: Folder of the denoiser in its pipeline.
+        slots: Slots by graph.
+        stems: Names of the layers with slots in LoRA files.
+        without: The same of layers that have no slots.
+    """
+
+    bundle: Bundle
+    component: str
+    slots: Mapping[str, Slots]
+    stems: Mapping[str, Layer]
+    without: Mapping[str, Layer] = field(default_factory=dict)
+
+
+def read_loras(bundle: Bundle, loras: Mapping[str | Path, float]) -> Loras:
+    """Return the factors of LoRA files (file or folder -> scale), for the graphs of a bundle that they change.
+
+    Raises:
+        InvalidInputError: The bundle has no slots or too few, or a file does not fit it completely.
+    """
+    if not loras:
+        return {}
+    bundle.lora_graph(DENOISER)  # raises without slots
+    target = _target(bundle)
+    slots = target.slots[DENOISER].slots
+    if len(loras) > slots:
+        raise InvalidInputError(
+            f"{len(loras)} LoRAs are more than the {slots} slot{'s' if slots > 1 else ''} of {bundle.path}; export it "
+            f"with --lora-slots {len(loras)}"
+        )
+    found: Loras = {}
+    for path, scale in loras.items():
+        for graph, layers in _read(lora_file(path), checked_scale(path, scale), target).items():
+            found.setdefault(graph, []).append(layers)
+    return found
+
+
+def lora_file(path: str | Path) -> Path:
+    """Return the safetensors file of a LoRA that is named by it or by its folder."""
+    path = Path(path)
+    if path.suffix in PICKLES:
+        raise InvalidInputError(f"{path}: pickles can run arbitrary code and are not loaded; save it as safetensors")
+    if path.is_dir():
+        files = [path / name for name in FOLDER_FILES if (path / name).is_file()]
+        if len(files) != 1:
+            raise InvalidInputError(f"{path}: has not one of {' and '.join(FOLDER_FILES)}; name the LoRA's file")
+        return files[0]
+    if not path.is_file():
+        raise InvalidInputError(f"{path}: no such file (a LoRA is a .safetensors file or its folder)")
+    return path
+
+
+def checked_scale(path: str | Path, scale: float) -> float:
+    """Return the scale of a LoRA; raises InvalidInputError if it is not a finite number."""
+    if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
+        raise InvalidInputError(f"{path}: the scale {scale!r} is not a finite number")
+    return float(scale)
+
+
+def _target(bundle: Bundle) -> _Target:
+    entries = {name: entry for name in bundle.manifest["graphs"] if (entry := bundle.slots(name))}
+    component = str(entries[DENOISER]["component"])
+
+    def named(layers: Mapping[str, Sequence[str]]) -> dict[str, Layer]:
+        return stems(component, layers[DENOISER], {name: layers[name] for name in layers if name != DENOISER})
+
+    every = named({name: [*entry["layers"], *entry["without"]] for name, entry in entries.items()})
+    has_slot = {(name, layer) for name, entry in entries.items() for layer in entry["layers"]}
+    return _Target(
+        bundle,
+        component,
+        {name: Slots.of(entry) for name, entry in entries.items()},
+        {stem: layer for stem, layer in every.items() if layer in has_slot},
+        {stem: layer for stem, layer in every.items() if layer not in has_slot},
+    )
+
+
+def _read(file: Path, scale: float, target: _Target) -> dict[str, dict[str, Factors]]:
+    """Return graph -> layer -> factors of one file, times `scale`."""
+    tensors, metadata = read_safetensors(file)
+    parts: dict[Layer, dict[str, tuple[str, np.ndarray]]] = {}
+    for name, tensor in tensors.items():
+        layer, kind = _place(file, name, target)
+        if kind in parts.setdefault(layer, {}):
+            raise InvalidInputError(f"{file}: '{parts[layer][kind][0]}' and '{name}' are of the same layer; keep one")
+        parts[layer][kind] = name, tensor
+    if not parts:
+        raise InvalidInputError(f"{file}: contains no tensors; is it another kind of file?")
+    configs = read_configs(file, metadata, target.component)
+    found: dict[str, dict[str, Factors]] = {}
+    for (graph, layer), own in parts.items():
+        lacking = next((kind for kind in (DOWN, UP) if kind not in own), None)
+        if lacking is not None:
+            name = next(iter(own.values()))[0]
+            raise InvalidInputError(f"{file}: the '{lacking}' factor that belongs to '{name}' is missing; copy it again")
+        (name, down), (_, up) = own[DOWN], own[UP]
+        fitted = _fitted(file, name, down, up, target.slots[graph], layer)
+        rank = len(fitted.down)
+        if ALPHA in own:
+            by = _alpha(file, *own[ALPHA]) / rank
+        else:
+            by = factor(file, configs.get(graph, {}), layer, rank)
+        scaled = Factors(fitted.down.astype(np.float32), fitted.up.astype(np.float32) * np.float32(scale * by))
+        for kind, array in ((DOWN, scaled.down), (UP, scaled.up)):
+            if not np.isfinite(array).all():
+                raise InvalidInputError(
+                    f"{file}: tensor '{own[kind][0]}' contains NaN or infinite values; the LoRA is broken"
+                )
+        found.setdefault(graph, {})[layer] = scaled
+    return found
+
+
+def _place(file: Path, name: str, target: _Target) -> tuple[Layer, str]:
+    """Return the layer that a tensor belongs to, and whether it is its down, up or alpha."""
+    found = split_name(name)
+    if found is None:
+        raise InvalidInputError(f"{file}: tensor '{name}' is not part of a LoRA of two factors; fuse it before the export")
+    stem, kind = found
+    if stem in target.stems:
+        return target.stems[stem], kind
+    if stem in target.without:
+        raise InvalidInputError(
+            f"{file}: tensor '{name}' changes layer '{target.without[stem][1]}', which has no slot in "
+            f"{target.bundle.path}; export it with --lora-layers all"
+        )
+    raise InvalidInputError(
+        f"{file}: tensor '{name}' fits no layer of {target.bundle.path}; is it a LoRA of another model?"
+    )
+
+
+def _fitted(file: Path, name: str, down: np.ndarray, up: np.ndarray, slots: Slots, layer: str) -> Factors:
+    own = slots.layers[layer]
+    if any(array.dtype.kind != "f" or array.ndim not in (2, 4) for array in (down, up)) or up.shape[2:] not in ((), (1, 1)):
+        raise InvalidInputError(f"{file}: tensor '{name}' and its pair are no float factors; copy the file again")
+    fitted = own.fitted(Factors(down, up.reshape(up.shape[:2])))
+    if fitted is None:
+        raise InvalidInputError(
+            f"{file}: tensor '{name}' {list(down.shape)} and its pair {list(up.shape)} do not fit the layer's weight "
+            f"{list(own.shape)}; is it a LoRA of another model?"
+        )
+    if not 1 <= len(fitted.down) <= slots.rank:
+        raise InvalidInputError(
+            f"{file}: tensor '{name}' has rank {len(fitted.down)}, the slots have {slots.rank}; export the bundle with "
+            f"--lora-rank {max(1, len(fitted.down))}"
+        )
+    return fitted
+
+
+def _alpha(file: Path, name: str, array: np.ndarray) -> float:
+    if array.size != 1 or not np.isfinite(array).all():
+        raise InvalidInputError(f"{file}: tensor '{name}' is not one finite number; copy the file again")
+    return float(array.reshape(()))
