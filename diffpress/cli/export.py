@@ -51,7 +51,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="export the encoder of the autoencoder, so that the bundle can start from images",
     )
     parser.add_argument(
-        "--lora-slots", type=int, default=0, metavar="N", help="LoRAs that can be set in the bundle at the same time (0)"
+        "--lora-slots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="LoRAs that can be set in the bundle at the same time (0)",
     )
     parser.add_argument(
         "--lora-rank", type=int, default=32, metavar="R", help="largest rank of a LoRA that a slot takes (32)"

@@ -108,7 +108,10 @@ def export_bundle(
         failures = (*verified.failures, *component_failures)
         failed = any(failure.target for failure in failures)
         built = [] if failed else _build_engines(deployed, components, config, folder, reuse)
-        seal(folder, manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures, slots))
+        seal(
+            folder,
+            manifest_content(deployed, sizes, cached, verified, components, built, name, metrics, failures, slots),
+        )
         log_failures(failures)
 
     write_folder(out, fill)

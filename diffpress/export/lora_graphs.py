@@ -1,7 +1,7 @@
 """The forms of a bundle's graphs with slots for LoRAs, written beside them over the same weights.
 
-    denoiser.onnx           what runs while no LoRA is set: it costs nothing
-    denoiser.lora.onnx      the same with branches of low rank (export/passes/lora_slots.py), and only its own weights
+denoiser.onnx           what runs while no LoRA is set: it costs nothing
+denoiser.lora.onnx      the same with branches of low rank (export/passes/lora_slots.py), and only its own weights
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from diffpress.export.passes.half_precision import kept_modules
 from diffpress.export.passes.lora_slots import slot_layers, with_lora_slots
 from diffpress.export.targets.tensorrt import ENGINE as TENSORRT
 from diffpress.runtime.errors import InvalidInputError
+
 
 def check_lora_slots(config: ExportConfig) -> None:
     """Raise InvalidInputError if slots for LoRAs do not go with the other settings."""

@@ -96,7 +96,7 @@ class Pipeline:
             self.bundle.graph(DECODER)  # a whole pipeline has one
         self._options = (options or EngineOptions()).with_threads(threads)
         self._keep_open = keep_open
-        self._loras = read_loras(self.bundle, loras or {})
+        self._loras, self._chosen = read_loras(self.bundle, loras or {}), dict(loras or {})
         self._denoisers = LoraEngines(self.bundle, engine, self._options, keep_open)
         self.denoiser = self._denoisers.with_loras(self._loras.get(DENOISER, []))
         self.spec = self.bundle.spec_for(self.denoiser.name)
@@ -210,10 +210,14 @@ class Pipeline:
             raise InvalidInputError(f"{self.bundle.path}: the pipeline is closed; open another one")
         chosen = read_loras(self.bundle, loras or {})
         self.denoiser = self._denoisers.with_loras(chosen.get(DENOISER, []))
-        self._loras = chosen
+        self._loras, self._chosen = chosen, dict(loras or {})
         if self._text is not None:
-            self._text.close()
-            self._text = None
+            self._text.close_unless(self._follows_loras)
+
+    @property
+    def loras(self) -> dict[str | Path, float]:
+        """The LoRAs that are set -> their scales."""
+        return dict(self._chosen)
 
     @property
     def makes_pictures(self) -> bool:
@@ -327,6 +331,15 @@ class Pipeline:
         if loras:
             fill_slots_(self.bundle, engine, loras, graph)
         return engine
+
+    def _follows_loras(self, graph: str, engine: Engine) -> bool:
+        """Write the LoRAs into another open graph; return False if it is not in the form that they need."""
+        loras = self._loras.get(graph, [])
+        if bool(loras) != bool(getattr(engine, "lora", {})):
+            return False
+        if loras:
+            fill_slots_(self.bundle, engine, loras, graph)
+        return True
 
     def close(self) -> None:
         """Release the engines."""

@@ -64,9 +64,7 @@ def verify_denoiser(
 
     def parity_of(file: str) -> ParityResult:
         engines, precision = _portable_engines(denoiser), portable.float_precision
-        return check_parity(
-            folder / file, reference, engines=engines, threads=threads, precision=precision, gate=gate
-        )
+        return check_parity(folder / file, reference, engines=engines, threads=threads, precision=precision, gate=gate)
 
     found = parity_of(portable.file)
     with_slots = {

@@ -1,7 +1,7 @@
 """The engine of a denoiser without LoRAs, and the engine of its graph with slots, opened when they are needed.
 
-    no LoRA     denoiser.onnx: the branches of the slots are not computed
-    LoRAs       denoiser.lora.onnx: another LoRA or another scale changes its inputs, and nothing is opened or compiled
+no LoRA     denoiser.onnx: the branches of the slots are not computed
+LoRAs       denoiser.lora.onnx: another LoRA or another scale changes its inputs, and nothing is opened or compiled
 """
 
 from __future__ import annotations

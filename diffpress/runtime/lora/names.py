@@ -69,7 +69,9 @@ def stems(component: str, layers: Iterable[str], encoders: Mapping[str, Iterable
             bare = layer.removeprefix(TEXT)
             for name in (bare, f"{TEXT}{bare}"):
                 found[f"{graph}.{name}"] = (graph, layer)
-                found |= dict.fromkeys((f"{prefix}{name.replace('.', '_')}" for prefix in flat_prefixes), (graph, layer))
+                found |= dict.fromkeys(
+                    (f"{prefix}{name.replace('.', '_')}" for prefix in flat_prefixes), (graph, layer)
+                )
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from diffpress.runtime.bundle import Bundle
+from diffpress.runtime.bundle import Bundle, sha256
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.lora.names import ALPHA, DOWN, UP, Layer, split_name, stems
 from diffpress.runtime.lora.safetensors_file import read_safetensors
@@ -79,6 +79,36 @@ def lora_file(path: str | Path) -> Path:
     return path
 
 
+def split_scale(text: str) -> tuple[Path, float]:
+    """Split 'PATH' or 'PATH:SCALE' into the path and the scale (default 1); PATH may contain colons."""
+    head, _, tail = text.rpartition(":")
+    try:
+        return (Path(head), float(tail)) if head and not Path(text).exists() else (Path(text), 1.0)
+    except ValueError:
+        return Path(text), 1.0
+
+
+def parsed_loras(texts: Sequence[str]) -> dict[str | Path, float]:
+    """Return LoRAs that are named as 'PATH' or 'PATH:SCALE' -> their scales.
+
+    Raises:
+        InvalidInputError: One is named twice.
+    """
+    found: dict[str | Path, float] = {}
+    for text in texts:
+        path, scale = split_scale(text)
+        if path in found:
+            raise InvalidInputError(f"--lora {text}: it is named twice; give each LoRA one scale")
+        found[path] = scale
+    return found
+
+
+def lora_facts(loras: Mapping[str | Path, float]) -> str | None:
+    """Return files, hashes and scales of LoRAs for the record of an image; None without any."""
+    files = [(lora_file(path), scale) for path, scale in loras.items()]
+    return ", ".join(f"{file.name}:{scale:g} sha256 {sha256(file)[:16]}" for file, scale in files) or None
+
+
 def checked_scale(path: str | Path, scale: float) -> float:
     """Return the scale of a LoRA; raises InvalidInputError if it is not a finite number."""
     if isinstance(scale, bool) or not isinstance(scale, int | float | np.number) or not math.isfinite(scale):
@@ -121,7 +151,9 @@ def _read(file: Path, scale: float, target: _Target) -> dict[str, dict[str, Fact
         lacking = next((kind for kind in (DOWN, UP) if kind not in own), None)
         if lacking is not None:
             name = next(iter(own.values()))[0]
-            raise InvalidInputError(f"{file}: the '{lacking}' factor that belongs to '{name}' is missing; copy it again")
+            raise InvalidInputError(
+                f"{file}: the '{lacking}' factor that belongs to '{name}' is missing; copy it again"
+            )
         (name, down), (_, up) = own[DOWN], own[UP]
         fitted = _fitted(file, name, down, up, target.slots[graph], layer)
         rank = len(fitted.down)
@@ -143,7 +175,9 @@ def _place(file: Path, name: str, target: _Target) -> tuple[Layer, str]:
     """Return the layer that a tensor belongs to, and whether it is its down, up or alpha."""
     found = split_name(name)
     if found is None:
-        raise InvalidInputError(f"{file}: tensor '{name}' is not part of a LoRA of two factors; fuse it before the export")
+        raise InvalidInputError(
+            f"{file}: tensor '{name}' is not part of a LoRA of two factors; fuse it before the export"
+        )
     stem, kind = found
     if stem in target.stems:
         return target.stems[stem], kind
@@ -159,7 +193,10 @@ def _place(file: Path, name: str, target: _Target) -> tuple[Layer, str]:
 
 def _fitted(file: Path, name: str, down: np.ndarray, up: np.ndarray, slots: Slots, layer: str) -> Factors:
     own = slots.layers[layer]
-    if any(array.dtype.kind != "f" or array.ndim not in (2, 4) for array in (down, up)) or up.shape[2:] not in ((), (1, 1)):
+    if any(array.dtype.kind != "f" or array.ndim not in (2, 4) for array in (down, up)) or up.shape[2:] not in (
+        (),
+        (1, 1),
+    ):
         raise InvalidInputError(f"{file}: tensor '{name}' and its pair are no float factors; copy the file again")
     fitted = own.fitted(Factors(down, up.reshape(up.shape[:2])))
     if fitted is None:

@@ -64,7 +64,9 @@ def _header(path: Path, text: bytes) -> dict[str, Any]:
     try:
         header = json.loads(text, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise InvalidInputError(f"{path}: not a safetensors file, its header is no valid JSON; copy it again") from error
+        raise InvalidInputError(
+            f"{path}: not a safetensors file, its header is no valid JSON; copy it again"
+        ) from error
     if not isinstance(header, dict):
         raise InvalidInputError(f"{path}: not a safetensors file, its header is no object; copy it again")
     return header

@@ -80,4 +80,6 @@ def _check(file: Path, config: Mapping[str, Any]) -> None:
             )
     patterns = config.get("alpha_pattern") or {}
     if not isinstance(patterns, dict) or not all(re.fullmatch(r"[\w.]+", str(key)) for key in patterns):
-        raise InvalidInputError(f"{file}: its alpha_pattern is not a map from names of layers; fuse it before the export")
+        raise InvalidInputError(
+            f"{file}: its alpha_pattern is not a map from names of layers; fuse it before the export"
+        )
