@@ -121,7 +121,7 @@ class ExportConfig(Config):
     lora_rank: int = Field(32, ge=1, le=1024, description="Largest rank of a LoRA that a slot takes.")
     lora_layers: LoraLayers = Field(
         "linear",
-        description="Layers with slots: `linear` layers and convolutions of 1 x 1, or `all`, larger convolutions as well.",
+        description="Layers with slots: `linear` layers and convolutions of 1 x 1, or `all`, also larger convolutions.",
     )
     threads: int | None = Field(
         None, description="Processor threads of the engines that are verified and timed; None means all."

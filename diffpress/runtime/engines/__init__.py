@@ -10,8 +10,8 @@
                                 library version or graph is not supported (another engine may work), and
                                 InvalidInputError for a file that cannot be read or run; both messages are one line.
 
-An engine whose graphs may have slots for LoRAs is one of LORA_ENGINES and has an attribute `lora`, {input: float32 array}:
-inputs that it does not list among `inputs`, and reads from these arrays in every run. They are changed in place.
+An engine whose graphs may have slots for LoRAs is one of LORA_ENGINES and has an attribute `lora`, {input: float32
+array}: inputs that it does not list among `inputs`, and reads from these arrays, which change in place, in every run.
 
 Backends import their package inside functions, so listing them is cheap. The sampler only sees an `Engine`.
 """

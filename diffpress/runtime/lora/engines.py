@@ -24,7 +24,7 @@ class LoraEngines:
         self._engines: dict[bool, Engine] = {}
 
     def with_loras(self, loras: Sequence[Mapping[str, Factors]]) -> Engine:
-        """Return the open engine that computes with these LoRAs, layer -> factors; errors are those of `open_engine`."""
+        """Return the open engine that computes with these LoRAs (layer -> factors); errors as in `open_engine`."""
         wanted = bool(loras)
         if wanted not in self._engines:
             opened = open_engine(self._bundle, self._name, options=self._options, lora=wanted)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from diffpress.runtime.lora.slots import Factors, Slots
 FOLDER_FILES = ("pytorch_lora_weights.safetensors", PEFT_FILE)  # of diffusers and PEFT
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
+Parts = dict[str, tuple[str, np.ndarray]]  # DOWN, UP, ALPHA -> name and tensor, of one layer
 Loras = dict[str, list[dict[str, Factors]]]  # graph -> layer -> factors, of each LoRA that changes it
 
 
@@ -137,7 +139,7 @@ def _target(bundle: Bundle) -> _Target:
 def _read(file: Path, scale: float, target: _Target) -> dict[str, dict[str, Factors]]:
     """Return graph -> layer -> factors of one file, times `scale`."""
     tensors, metadata = read_safetensors(file)
-    parts: dict[Layer, dict[str, tuple[str, np.ndarray]]] = {}
+    parts: dict[Layer, Parts] = {}
     for name, tensor in tensors.items():
         layer, kind = _place(file, name, target)
         if kind in parts.setdefault(layer, {}):
@@ -148,26 +150,26 @@ def _read(file: Path, scale: float, target: _Target) -> dict[str, dict[str, Fact
     configs = read_configs(file, metadata, target.component)
     found: dict[str, dict[str, Factors]] = {}
     for (graph, layer), own in parts.items():
-        lacking = next((kind for kind in (DOWN, UP) if kind not in own), None)
-        if lacking is not None:
-            name = next(iter(own.values()))[0]
-            raise InvalidInputError(
-                f"{file}: the '{lacking}' factor that belongs to '{name}' is missing; copy it again"
-            )
-        (name, down), (_, up) = own[DOWN], own[UP]
-        fitted = _fitted(file, name, down, up, target.slots[graph], layer)
-        rank = len(fitted.down)
-        if ALPHA in own:
-            by = _alpha(file, *own[ALPHA]) / rank
-        else:
-            by = factor(file, configs.get(graph, {}), layer, rank)
-        scaled = Factors(fitted.down.astype(np.float32), fitted.up.astype(np.float32) * np.float32(scale * by))
-        for kind, array in ((DOWN, scaled.down), (UP, scaled.up)):
-            if not np.isfinite(array).all():
-                raise InvalidInputError(
-                    f"{file}: tensor '{own[kind][0]}' contains NaN or infinite values; the LoRA is broken"
-                )
-        found.setdefault(graph, {})[layer] = scaled
+        found.setdefault(graph, {})[layer] = _factors(
+            file, own, target.slots[graph], layer, configs.get(graph, {}), scale
+        )
+    return found
+
+
+def _factors(file: Path, parts: Parts, slots: Slots, layer: str, config: Mapping[str, Any], scale: float) -> Factors:
+    """Return the factors of one layer in its own widths, with every scale in `up`."""
+    lacking = next((kind for kind in (DOWN, UP) if kind not in parts), None)
+    if lacking is not None:
+        name = next(iter(parts.values()))[0]
+        raise InvalidInputError(f"{file}: the '{lacking}' factor that belongs to '{name}' is missing; copy it again")
+    fitted = _fitted(file, parts[DOWN][0], parts[DOWN][1], parts[UP][1], slots, layer)
+    rank = len(fitted.down)
+    scale *= _alpha(file, *parts[ALPHA]) / rank if ALPHA in parts else factor(file, config, layer, rank)
+    with np.errstate(over="ignore"):
+        found = Factors(fitted.down.astype(np.float32), fitted.up.astype(np.float32) * np.float32(scale))
+    for kind, array in ((DOWN, found.down), (UP, found.up)):
+        if not np.isfinite(array).all():
+            raise InvalidInputError(f"{file}: tensor '{parts[kind][0]}' contains NaN or infinite values; it is broken")
     return found
 
 

@@ -38,7 +38,7 @@ def read_safetensors(path: Path) -> TensorFile:
     """Read a safetensors file.
 
     Raises:
-        InvalidInputError: It does not exist, is damaged or something else, or has a tensor of another dtype than DTYPES.
+        InvalidInputError: It does not exist, is damaged, is something else, or has a tensor of a dtype not in DTYPES.
     """
     try:
         size = path.stat().st_size
