@@ -121,9 +121,9 @@ def test_a_scale_that_is_no_finite_number_is_refused(scale: Any, bundle: Bundle,
 
 def test_too_many_loras_and_a_bundle_without_slots_name_the_flag(bundle: Bundle, tiny: Path, tmp_path: Path) -> None:
     files: dict[str | Path, float] = {write(tmp_path / f"{n}.safetensors", pair()): 1.0 for n in range(3)}
-    with pytest.raises(InvalidInputError, match="3 LoRAs are more than the 2 slots .* --lora-slots 3"):
+    with pytest.raises(InvalidInputError, match=r"3 LoRAs are more than the 2 slots .* --lora-slots 3"):
         read_loras(bundle, files)
-    with pytest.raises(InvalidInputError, match="no slots for LoRAs; .* --lora-slots"):
+    with pytest.raises(InvalidInputError, match=r"no slots for LoRAs; .* --lora-slots"):
         read_loras(load_bundle(tiny), files)
 
 
