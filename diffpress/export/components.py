@@ -103,7 +103,7 @@ def _export_component(
     quantized = None if scales is None else fake_quantized_component(component, scales)
     check = partial(check_component, component, threads=config.threads, precision=precision, gate=gate)
     parity, failures = check(folder / file, quantized)
-    slots = {}
+    slots: dict[str, Any] = {}
     if config.lora_slots and component.name in TEXT_ENCODERS:
         slots["lora"] = write_slots(traced, context, config, folder / file)
         slots["lora"]["parity"], failed = check(folder / slots["lora"]["file"], quantized)

@@ -68,7 +68,7 @@ def _branch_(rewrite: Rewrite, end: onnx.NodeProto, layer_node: onnx.NodeProto) 
     narrow, wide, out = f"lora/{name}/narrow", f"lora/{name}/wide", end.output[0]
     end.output[0] = f"lora/{name}/without"
     kind, shared = ("MatMul", {}) if layer_node.op_type in LINEAR else ("Conv", _kernel(layer_node))
-    up = {} if kind == "MatMul" else {"kernel_shape": [1, 1]}
+    up: dict[str, object] = {} if kind == "MatMul" else {"kernel_shape": [1, 1]}
     rewrite.nodes += [
         helper.make_node(kind, [layer_node.input[0], f"{DOWN}{layer}"], [narrow], f"lora/{name}/down", **shared),
         helper.make_node(kind, [narrow, f"{UP}{layer}"], [wide], f"lora/{name}/up", **up),
