@@ -141,10 +141,10 @@ def _read(file: Path, scale: float, target: _Target) -> dict[str, dict[str, Fact
     tensors, metadata = read_safetensors(file)
     parts: dict[Layer, Parts] = {}
     for name, tensor in tensors.items():
-        layer, kind = _place(file, name, target)
-        if kind in parts.setdefault(layer, {}):
-            raise InvalidInputError(f"{file}: '{parts[layer][kind][0]}' and '{name}' are of the same layer; keep one")
-        parts[layer][kind] = name, tensor
+        place, kind = _place(file, name, target)
+        if kind in parts.setdefault(place, {}):
+            raise InvalidInputError(f"{file}: '{parts[place][kind][0]}' and '{name}' are of the same layer; keep one")
+        parts[place][kind] = name, tensor
     if not parts:
         raise InvalidInputError(f"{file}: contains no tensors; is it another kind of file?")
     configs = read_configs(file, metadata, target.component)

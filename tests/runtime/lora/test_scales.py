@@ -31,17 +31,9 @@ def test_the_factor_of_a_layer_is_that_of_peft(settings: dict[str, Any]) -> None
     torch = pytest.importorskip("torch")
     peft = pytest.importorskip("peft")
 
-    class Attention(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.to_q, self.to_k = torch.nn.Linear(8, 8), torch.nn.Linear(8, 8)
-
-    class Block(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.attn, self.ff = Attention(), torch.nn.Linear(8, 8)
-
-    model = torch.nn.ModuleDict({"block": Block()})
+    attention = torch.nn.ModuleDict({"to_q": torch.nn.Linear(8, 8), "to_k": torch.nn.Linear(8, 8)})
+    block = torch.nn.ModuleDict({"attn": attention, "ff": torch.nn.Linear(8, 8)})
+    model = torch.nn.ModuleDict({"block": block})
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["to_q", "to_k", "ff"], **settings), model)
     (config,) = read_configs(FILE, of_diffusers(**settings), "unet").values()
     for layer in LAYERS:
