@@ -123,6 +123,9 @@ def export(
     decoder: str | Path | None = None,
     nearest_plan: bool = False,
     controlnet: Sequence[str | Path] = (),
+    lora_slots: int = 0,
+    lora_rank: int = 32,
+    lora_layers: str = "linear",
     revert_slower: bool = False,
     compute_capabilities: Sequence[str] = (),
     build: BuildOptions | None = None,
@@ -147,6 +150,9 @@ def export(
         nearest_plan: For target "genai": export the nearest plan that OpenVINO GenAI can follow, if it cannot follow
             the model's own.
         controlnet: ControlNets to export with the U-Net, folders or hub ids, in the order of their images.
+        lora_slots: LoRAs that can be set in the bundle at the same time (`Pipeline.set_loras`).
+        lora_rank: Largest rank of a LoRA that a slot takes.
+        lora_layers: Layers with slots: "linear" layers and convolutions of 1 x 1, or "all", larger ones as well.
         revert_slower: Give the float graph to engines that the quantized graph slows down on this machine.
         compute_capabilities: GPUs to build TensorRT engines for, as "8.9"; none means that of this machine.
         build: How TensorRT engines are built.
@@ -185,6 +191,9 @@ def export(
         "image_inputs": image_inputs,
         "nearest_plan": nearest_plan,
         "controlnet": [str(one) for one in controlnet],
+        "lora_slots": lora_slots,
+        "lora_rank": lora_rank,
+        "lora_layers": lora_layers,
         "revert_slower": revert_slower,
         "web_runtime": None if web_runtime is None else str(web_runtime),
         "threads": threads,

@@ -12,6 +12,7 @@ from diffpress.runtime.errors import InvalidInputError
 
 TARGETS = ("onnx", "openvino", "tensorrt", "sampler", "triton", "web", "genai")
 PRECISIONS = ("fp32", "fp16", "bf16")
+LORA_LAYERS = ("linear", "all")
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # of torch
 DEFAULTS = BuildOptions()
 EXAMPLE = "diffpress export work/checkpoint --out bundle --targets onnx openvino"
@@ -67,6 +68,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="ControlNet to export with the U-Net, a folder or hub id; repeat it for several, in the order of their "
         "images",
     )
+    parser.add_argument(
+        "--lora-slots",
+        type=int,
+        default=0,
+        metavar="N",
+        help="LoRAs that can be set in the bundle at the same time (0)",
+    )
+    parser.add_argument(
+        "--lora-rank", type=int, default=32, metavar="R", help="largest rank of a LoRA that a slot takes (32)"
+    )
+    parser.add_argument(
+        "--lora-layers",
+        choices=LORA_LAYERS,
+        default="linear",
+        help="layers with slots: linear layers and convolutions of 1 x 1, or larger convolutions as well (linear)",
+    )
     parser.add_argument("--threads", type=int, metavar="T", help="processor threads of the parity check (all)")
     parser.add_argument(
         "--parity-sqnr-db",
@@ -108,6 +125,9 @@ def run(args: argparse.Namespace) -> int:
         controlnet=args.controlnet,
         decoder=args.decoder,
         nearest_plan=args.nearest_plan,
+        lora_slots=args.lora_slots,
+        lora_rank=args.lora_rank,
+        lora_layers=args.lora_layers,
         revert_slower=args.revert_slower,
         compute_capabilities=args.compute_capability,
         build=build,

@@ -84,6 +84,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_image_arguments(parser)
     add_control_arguments(parser)
+    parser.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="PATH[:SCALE]",
+        help="LoRA to set, for a bundle with slots; may be repeated",
+    )
     parser.add_argument("--size", metavar="HxW", help="height and width in pixels, for models that allow other sizes")
     parser.add_argument("--steps", type=int, metavar="N", help="denoising steps")
     parser.add_argument("--solver", metavar="S", help=", ".join(SOLVERS))
@@ -136,6 +143,7 @@ def run(args: argparse.Namespace) -> int:
     from diffpress.runtime.image_inputs.control import read_control_request
     from diffpress.runtime.image_inputs.request import read_image_request
     from diffpress.runtime.io.sample_files import check_output
+    from diffpress.runtime.lora.read import parsed_loras
     from diffpress.runtime.pipeline import Pipeline
     from diffpress.runtime.requested_plan import plan_description
     from diffpress.runtime.sample_run import RunImages, SampleRun, check_samples
@@ -151,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     bundle = load_bundle(args.bundle, args.public_key)
     spec, first = _requested_spec(bundle, args, image, control)
     request = _request(args, spec)
-    with closing(Pipeline(bundle, chosen_engine(args), options=options)) as pipeline:
+    with closing(Pipeline(bundle, chosen_engine(args), options=options, loras=parsed_loras(args.lora))) as pipeline:
         spec = bundle.spec_for(pipeline.denoiser.name, spec)
         _warn_of_lost_corrections(pipeline.spec, spec)
         check_samples(pipeline, spec, request, args.out)

@@ -88,6 +88,7 @@ class TensorRTConfig(Config):
 
 Target = Literal["onnx", "openvino", "tensorrt", "sampler", "triton", "web", "genai"]
 ExportPrecision = Literal["fp32", "fp16", "bf16"]
+LoraLayers = Literal["linear", "all"]
 
 
 class ExportConfig(Config):
@@ -121,6 +122,14 @@ class ExportConfig(Config):
     )
     controlnet: tuple[str, ...] = Field(
         (), description="ControlNets to export with the result, folders or hub ids, in the order of their images."
+    )
+    lora_slots: int = Field(
+        0, ge=0, le=64, description="LoRAs that can be set in the bundle at the same time; 0 leaves the slots out."
+    )
+    lora_rank: int = Field(32, ge=1, le=1024, description="Largest rank of a LoRA that a slot takes.")
+    lora_layers: LoraLayers = Field(
+        "linear",
+        description="Layers with slots: `linear` layers and convolutions of 1 x 1, or `all`, also larger convolutions.",
     )
     threads: int | None = Field(
         None, description="Processor threads of the engines that are verified and timed; None means all."

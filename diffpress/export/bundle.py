@@ -3,6 +3,7 @@
     denoiser.onnx (+ .data)   float, half precision, or with Q/DQ if the checkpoint has scales
     denoiser*.cached.onnx     the outer layers, for a plan with cached steps (export/passes/cut_graph.py)
     denoiser*.control.onnx, controlnet*.onnx                 for control images (export/controls.py)
+    *.lora.onnx               forms of the graphs with slots for LoRAs (export/lora_graphs.py)
     denoiser.*.onnx           for engines that run these faster or run no other (export/denoiser.py)
     text_encoder*.onnx, vae_*.onnx, tokenizer*/ and more     of a pipeline (export/targets/pipeline_folder.py)
     engines/...               TensorRT engines built ahead of time
@@ -34,6 +35,7 @@ from diffpress.export.controls import ExportedControls, check_controls, export_c
 from diffpress.export.denoiser import Denoiser, lower_denoiser
 from diffpress.export.engine_variants import with_engine_variants
 from diffpress.export.graph.model import save_graph
+from diffpress.export.lora_graphs import check_lora_slots, write_denoiser_slots
 from diffpress.export.manifest import manifest_content
 from diffpress.export.model_card import write_model_card
 from diffpress.export.passes.cut_graph import cached_file, write_cached_graph
@@ -101,6 +103,7 @@ def export_bundle(
     check_genai(checkpoint, config)
     check_genai_plan(checkpoint, config)
     check_controls(checkpoint, config)
+    check_lora_slots(config)
     denoiser = denoiser or with_engine_variants(lower_denoiser(checkpoint, config), config.threads)
     latencies = measure_latencies(denoiser, config) if latencies is None else latencies
     _log_expected_speed(latencies, denoiser)
@@ -110,16 +113,17 @@ def export_bundle(
 
     def fill(folder: Path) -> None:
         write_terms(deployed.checkpoint.source.terms, folder, card=BASE_CARD)
-        sizes = _write_graphs(deployed, folder, shared=bool(deployed.features or config.controlnet))
+        sizes = _write_graphs(deployed, folder, config)
         cached = _write_cached_graphs(deployed, folder)
-        verified = verify_denoiser(deployed, folder, sizes, config, gate)
+        slots = write_denoiser_slots(deployed, config, folder)
+        verified = verify_denoiser(deployed, folder, sizes, config, gate, slots)
         components, component_failures = export_components(deployed.checkpoint, config, folder, gate, reuse)
         controls = export_controls(deployed, config, folder, gate)
         failures = (*verified.failures, *component_failures, *controls.failures)
         failed = any(failure.target for failure in failures)
         built = [] if failed else _build_engines(deployed, components, controls, config, folder, reuse)
         content = manifest_content(
-            deployed, sizes, cached, verified, components, controls, built, name, metrics, failures
+            deployed, sizes, cached, verified, components, controls, built, name, metrics, failures, slots
         )
         if not failed:
             unsealed = Bundle(folder, deployed.checkpoint.spec, {**content, "files": {}})
@@ -206,12 +210,11 @@ def _log_expected_speed(latencies: Sequence[Latency], denoiser: Denoiser) -> Non
         logger.info(note)
 
 
-def _write_graphs(denoiser: Denoiser, folder: Path, shared: bool) -> dict[str, int]:
-    """Write all graphs of the denoiser; return file -> bytes of graph and weights.
-
-    `shared` means that another graph will refer to the same data file.
-    """
+def _write_graphs(denoiser: Denoiser, folder: Path, config: ExportConfig) -> dict[str, int]:
+    """Write all graphs of the denoiser; return file -> bytes of graph and weights."""
     source, portable = denoiser.checkpoint.source, denoiser.portable
+    # other graphs refer to the same data file
+    shared = bool(denoiser.features or config.controlnet or config.lora_slots)
     if source.pipeline_folder is None:
         size = save_graph(portable.graph, folder / portable.file, data=f"{portable.file}.data" if shared else None)
     else:

@@ -5,6 +5,7 @@ One component is in memory at a time. Those of the uncompressed model's bundle a
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from diffpress.compress.models.components import DECODER, Component, component_n
 from diffpress.compress.models.counts import parameter_count
 from diffpress.compress.models.latent_encoder import encoding_autoencoder, load_encoder
 from diffpress.compress.quantization.components import fake_quantized_component
+from diffpress.compress.sources.layout import TEXT_ENCODERS
 from diffpress.export.graph.trace import trace
+from diffpress.export.lora_graphs import write_slots
 from diffpress.export.lowering import PassContext, lower
 from diffpress.export.manifest import graph_entry
 from diffpress.export.passes.half_precision import FLOAT, kept_modules
@@ -48,13 +51,14 @@ def export_components(
     for name in names:
         scales = checkpoint.component_quantization.get(name)
         precision = FLOAT if name in AUTOENCODER or scales is not None else config.precision
-        if scales is None and reuse is not None and made_before[name]["precision"] == precision:
+        slots = config.lora_slots > 0 and name in TEXT_ENCODERS
+        if scales is None and reuse is not None and made_before[name]["precision"] == precision and not slots:
             link_graph(reuse.path, folder, name)
             entries[name] = made_before[name]
             failures += [failure for failure in failures_of(reuse) if failure.graph == made_before[name]["file"]]
         else:
             component = load_encoder(checkpoint) if name == ENCODER else load_component(checkpoint, name)
-            entries[name], failed = export_component(component, scales, precision, folder, config.threads, gate)
+            entries[name], failed = export_component(component, scales, precision, folder, config, gate)
             failures += failed
     return entries, tuple(failures)
 
@@ -87,7 +91,7 @@ def export_component(
     scales: Quantization | None,
     precision: str,
     folder: Path,
-    threads: int | None,
+    config: ExportConfig,
     gate: ParityGate,
 ) -> tuple[dict[str, Any], tuple[ParityFailure, ...]]:
     """Trace, lower, write and verify one component; return its manifest entry, and what failed parity."""
@@ -98,13 +102,18 @@ def export_component(
     size = write_graph(graph, folder, component.name, component.name, component.config)
     file = f"{component.name}.onnx"
     quantized = None if scales is None else fake_quantized_component(component, scales)
-    parity, failures = check_component(
-        component, folder / file, quantized, threads=threads, precision=precision, gate=gate
-    )
+    check = partial(check_component, component, threads=config.threads, precision=precision, gate=gate)
+    parity, failures = check(folder / file, quantized)
+    slots: dict[str, Any] = {}
+    if config.lora_slots and component.name in TEXT_ENCODERS:
+        slots["lora"] = write_slots(traced, context, config, folder / file)
+        slots["lora"]["parity"], failed = check(folder / slots["lora"]["file"], quantized)
+        failures += failed
     entry = {
         **graph_entry(file, graph, precision_of(scales, precision)),
         "bytes": size,
         "parameters": parameter_count(module),
         "parity": parity,
+        **slots,
     }
     return entry, failures

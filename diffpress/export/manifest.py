@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import onnx
@@ -50,6 +51,7 @@ def manifest_content(
     name: str | None,
     metrics: dict[str, Any] | None,
     failures: Sequence[ParityFailure] = (),
+    slots: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """Return the manifest of a bundle without its files.
 
@@ -64,11 +66,14 @@ def manifest_content(
         name: Name of the bundle; None for the class of the network.
         metrics: Metrics, if there are any.
         failures: What failed parity, in any engine.
+        slots: File -> entry of its form with slots for LoRAs.
     """
     checkpoint = denoiser.checkpoint
-    derived: dict[str, dict[str, Any]] = {file: {"cached": entry} for file, entry in cached.items()}
-    for file, entry in controls.controlled.items():
-        derived[file] = derived.get(file, {}) | {"controlled": entry}
+    with_slots = {file: entry | {"parity": verified.slots[entry["file"]]} for file, entry in slots.items()}
+    derived: dict[str, dict[str, Any]] = {}
+    for kind, entries in (("cached", cached), ("controlled", controls.controlled), ("lora", with_slots)):
+        for file, entry in entries.items():
+            derived[file] = derived.get(file, {}) | {kind: entry}
     named = {"control_networks": list(controls.networks)} if controls.networks else {}
     return {
         "requires": required_features(checkpoint.spec, components),

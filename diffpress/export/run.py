@@ -29,6 +29,7 @@ from diffpress.export.comparison import paired_scores, sample_pairs, write_compa
 from diffpress.export.components import check_image_inputs
 from diffpress.export.controls import check_controls
 from diffpress.export.denoiser import check_cached_steps
+from diffpress.export.lora_graphs import check_lora_slots
 from diffpress.export.model_card import write_model_card
 from diffpress.export.run_bundles import baseline_bundle, result_bundle
 from diffpress.export.scores import check_evaluation, evaluate_bundles, evaluate_gates
@@ -105,6 +106,7 @@ def check_recipe(recipe: Recipe, checkpoint: Checkpoint, where: str) -> None:
     check_web(checkpoint, recipe.export)
     check_genai(checkpoint, recipe.export)
     check_controls(checkpoint, recipe.export)
+    check_lora_slots(recipe.export)
     check_components(recipe.export, any(getattr(stage.config, "components", None) for stage in recipe.stages))
 
 

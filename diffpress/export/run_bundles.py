@@ -36,7 +36,7 @@ RESULT_ONLY = (*SAMPLER_TARGETS, GENAI)  # targets that the baseline is not expo
 
 def baseline_bundle(teacher: Checkpoint, config: ExportConfig, workspace: Workspace) -> Bundle:
     """Return the bundle of the uncompressed model, in fp32, for any timesteps and without control networks."""
-    changed = {"precision": "fp32", "fixed_timesteps": False, "controlnet": (), "nearest_plan": False}
+    changed = {"precision": "fp32", "fixed_timesteps": False, "controlnet": (), "nearest_plan": False, "lora_slots": 0}
     targets = tuple(target for target in config.targets if target not in RESULT_ONLY)
     plain = config.model_copy(update=changed | {"targets": targets})
     metrics = _settings(teacher, plain)
@@ -70,7 +70,7 @@ def result_bundle(
     key = _settings(checkpoint, config) | {"fixed_timesteps": config.fixed_timesteps, "precision": config.precision}
     old, new = count(teacher.model, teacher.spec), count(checkpoint.model, checkpoint.spec)
     ratios = {"parameters_ratio": new.parameters / old.parameters, "macs_ratio": new.macs / old.macs}
-    gate = {"parity_sqnr_db": parity_sqnr_db}
+    gate = {"parity_sqnr_db": parity_sqnr_db, "lora": _slots(config)}
     if checkpoint.quantization is None:
         workspace.latency.unlink(missing_ok=True)
     latencies = read_latencies(workspace.latency, key) if checkpoint.quantization else []
@@ -128,6 +128,10 @@ def _digest(source: ControlSource) -> str:
     """Return the sha256 of a ControlNet's config and weights."""
     files = (source.folder / "config.json", *weight_files(source.folder))
     return hashlib.sha256(" ".join(sha256(file) for file in files).encode()).hexdigest()
+
+
+def _slots(config: ExportConfig) -> list[Any] | None:
+    return [config.lora_slots, config.lora_rank, config.lora_layers] if config.lora_slots else None
 
 
 def _set(settings: dict[str, Any]) -> dict[str, Any]:

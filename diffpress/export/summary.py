@@ -19,6 +19,9 @@ def summary(bundle: Bundle) -> list[str]:
         lines.append("  layers: " + ", ".join(f"{count} in {kind}" for kind, count in denoiser["formats"].items()))
     weights = ", ".join(f"{dtype} {size / 2**20:.2f} MiB" for dtype, size in denoiser["bytes_by_precision"].items())
     lines.append(f"  weights: {weights}")
+    if slots := bundle.slots():
+        layers = sum(len((bundle.slots(name) or {"layers": ()})["layers"]) for name in manifest["graphs"])
+        lines.append(f"  LoRA slots: {slots['slots']} of rank {slots['rank']} beside {layers} layers")
     for entry in manifest["engines"]:
         lines.append("  " + (engine_check_line(entry) if "integer_mac_share" in entry else tensorrt_line(entry)))
     for engine, row in manifest["parity"].items():

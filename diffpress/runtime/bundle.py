@@ -5,6 +5,7 @@
     manifest.sig                        signature of the manifest, if its owner signed it (trust/signature.py)
     denoiser.onnx                       the portable graph
     denoiser.*.onnx                     variants of that network for single engines; the manifest maps engines to them
+    *.lora.onnx                         forms of these graphs with slots for LoRAs (runtime/lora/slots.py)
     text_encoder*.onnx, tokenizer*/, vae_decoder.onnx       if the model has them
     engines/...                         files built ahead of time for one engine and device
     unet/, ..., model_index.json        the same graphs in the layout that optimum's ONNX pipelines read
@@ -103,14 +104,36 @@ class Bundle:
         entry = graphs[name]
         return self.path / str(entry.get("variants", {}).get(engine, entry)["file"])
 
-    def cached_graph(self, engine: str) -> tuple[Path, tuple[str, ...]]:
+    def slots(self, name: str = "denoiser", engine: str | None = None) -> dict[str, Any] | None:
+        """Return the manifest's entry of a graph's form with slots for LoRAs, or None if it has none."""
+        graph = self.manifest["graphs"].get(name, {})
+        entry: dict[str, Any] | None = graph.get("variants", {}).get(engine, graph).get("lora")
+        return entry
+
+    def lora_graph(self, name: str, engine: str | None = None) -> Path:
+        """Return the ONNX file of a graph in its form with slots for LoRAs; the arguments are those of `graph`.
+
+        Raises:
+            InvalidInputError: The bundle has no slots.
+        """
+        entry = self.slots(name, engine)
+        if entry is None:
+            raise InvalidInputError(
+                f"{self.path}: its {name} has no slots for LoRAs; export the bundle again with --lora-slots 1 or more"
+            )
+        return self.path / str(entry["file"])
+
+    def cached_graph(self, engine: str, lora: bool = False) -> tuple[Path, tuple[str, ...]]:
         """Return the ONNX file of the cached graph that belongs to this engine's graph, and its features' names.
+
+        `lora` returns that of the graph with slots for LoRAs.
 
         Raises:
             InvalidInputError: The bundle has none.
         """
         graph = self.manifest["graphs"]["denoiser"]
-        entry = graph.get("variants", {}).get(engine, graph).get("cached")
+        graph = graph.get("variants", {}).get(engine, graph)
+        entry = (graph.get("lora", {}) if lora else graph).get("cached")
         if entry is None:
             raise InvalidInputError(
                 f"{self.path}: the plan's step cache needs a cached graph, and the bundle has none for {engine}; use "

@@ -47,6 +47,9 @@ from diffpress.runtime.image_inputs.start import ImageStart
 from diffpress.runtime.image_inputs.strength import with_strength
 from diffpress.runtime.image_size import sized
 from diffpress.runtime.io.images import to_pil
+from diffpress.runtime.lora.engines import LoraEngines, fill_slots_
+from diffpress.runtime.lora.read import read_loras
+from diffpress.runtime.lora.scales import DENOISER
 from diffpress.runtime.network_inputs import ConditioningInputs, Network, class_conditioning, tensor_conditioning
 from diffpress.runtime.outputs import DECODER, has_decoder, makes_pictures, output_shape
 from diffpress.runtime.prompts import encode, unconditional
@@ -67,12 +70,14 @@ class Pipeline:
         engine: "openvino", "onnxruntime" or "tensorrt"; None for the first one that can run here.
         threads: Processor threads; None for all.
         options: Further options of the engine, such as its precision and streams.
-        keep_open: Keep text encoders open that are larger than the denoiser; otherwise they are closed after use.
+        keep_open: Keep text encoders open that are larger than the denoiser; otherwise they are closed after use. Also
+            keep the denoiser's graph without slots for LoRAs open while LoRAs are set, and the other way round.
         public_key: PEM file of the Ed25519 key that the bundle has to be signed with; None requires no signature.
+        loras: LoRAs to set, as in `set_loras`.
 
     Raises:
         InvalidInputError: If the folder is no bundle, is damaged, lacks a component that sampling needs, or has no
-            signature of the required key.
+            signature of the required key, or a LoRA does not fit.
         EngineUnavailableError: If the engine cannot run the bundle on this machine.
         MissingDependencyError: If the engine's package is not installed.
 
@@ -93,6 +98,7 @@ class Pipeline:
         options: EngineOptions | None = None,
         keep_open: bool = False,
         public_key: str | Path | None = None,
+        loras: Mapping[str | Path, float] | None = None,
     ) -> None:
         if not isinstance(bundle, Bundle):
             bundle = load_bundle(bundle, public_key)
@@ -105,12 +111,14 @@ class Pipeline:
         if spec.latent_factor > 1 and spec.conditioning.encoders:
             self.bundle.graph(DECODER)  # a whole pipeline has one
         self._options = (options or EngineOptions()).with_threads(threads)
-        self.denoiser = open_engine(self.bundle, engine, options=self._options)
+        self._keep_open = keep_open
+        self._loras, self._chosen = read_loras(self.bundle, loras or {}), dict(loras or {})
+        self._denoisers = LoraEngines(self.bundle, engine, self._options, keep_open)
+        self.denoiser = self._denoisers.with_loras(self._loras.get(DENOISER, []))
         self.spec = self.bundle.spec_for(self.denoiser.name)
         self._autoencoder: dict[str, Engine] = {}
         self._control: ControlEngines | None = None
         self._text: TextEncoders | None = None
-        self._keep_open = keep_open
         self._closed = False
         self._opening = Lock()  # threads may share a pipeline
 
@@ -220,6 +228,31 @@ class Pipeline:
             return np.concatenate(list(batches))
         return [image for images in batches for image in to_pil(images, spec.data_range)]
 
+    def set_loras(self, loras: Mapping[str | Path, float] | None) -> None:
+        """Set the LoRAs of the following images, in place of those that are set; none or an empty mapping removes all.
+
+        Only the first LoRAs open a graph: other files and scales change its inputs alone. Nothing changes if one is
+        refused.
+
+        Args:
+            loras: LoRA -> scale. A LoRA is a .safetensors file in kohya's, PEFT's or diffusers' layout, or its folder.
+
+        Raises:
+            InvalidInputError: The bundle has no slots or too few, or a LoRA does not fit it completely.
+        """
+        if self._closed:
+            raise InvalidInputError(f"{self.bundle.path}: the pipeline is closed; open another one")
+        chosen = read_loras(self.bundle, loras or {})
+        self.denoiser = self._denoisers.with_loras(chosen.get(DENOISER, []))
+        self._loras, self._chosen = chosen, dict(loras or {})
+        if self._text is not None:
+            self._text.close_unless(self._follows_loras)
+
+    @property
+    def loras(self) -> dict[str | Path, float]:
+        """The LoRAs that are set -> their scales."""
+        return dict(self._chosen)
+
     @property
     def makes_pictures(self) -> bool:
         """Whether the samples can be shown as pictures: [C, H, W] with 1, 3 or 4 channels, and no undecoded latents."""
@@ -321,7 +354,16 @@ class Pipeline:
         return image_start(request, spec, first, count, self._half(ENCODER) if self.bundle.is_latent else None)
 
     def control(self, request: ControlRequest, count: int) -> Control:
-        """Return the control of `count` samples by the images of a request; errors are those of `ControlEngines`."""
+        """Return the control of `count` samples by the images of a request.
+
+        Raises:
+            InvalidInputError: LoRAs of the denoiser are set, or as in `ControlEngines`.
+        """
+        if self._loras.get(DENOISER):
+            raise InvalidInputError(
+                "control images and LoRAs of the denoiser at the same time are not supported: the graph for control "
+                "images has no slots; leave one of them out"
+            )
         if self._control is None:
             self._control = ControlEngines(self.bundle, self.denoiser.name, self._options)
         return self._control.control(request, count)
@@ -334,13 +376,26 @@ class Pipeline:
         return lambda array: engine.run({name: array.astype(engine.inputs[name])})
 
     def _open(self, graph: str) -> Engine:
-        """Open another graph in the denoiser's engine; it runs one batch at a time."""
-        return open_engine(self.bundle, self.denoiser.name, graph=graph, options=replace(self._options, streams=1))
+        """Open another graph in the denoiser's engine, with its LoRAs; it runs one batch at a time."""
+        options, loras = replace(self._options, streams=1), self._loras.get(graph, [])
+        engine = open_engine(self.bundle, self.denoiser.name, graph=graph, options=options, lora=bool(loras))
+        if loras:
+            fill_slots_(self.bundle, engine, loras, graph)
+        return engine
+
+    def _follows_loras(self, graph: str, engine: Engine) -> bool:
+        """Write the LoRAs into another open graph; return False if it is not in the form that they need."""
+        loras = self._loras.get(graph, [])
+        if bool(loras) != bool(getattr(engine, "lora", {})):
+            return False
+        if loras:
+            fill_slots_(self.bundle, engine, loras, graph)
+        return True
 
     def close(self) -> None:
         """Release the engines."""
         self._closed = True
-        self.denoiser.close()
+        self._denoisers.close()
         for opened in (*self._autoencoder.values(), self._control, self._text):
             if opened is not None:
                 opened.close()

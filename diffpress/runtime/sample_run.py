@@ -21,6 +21,7 @@ from diffpress.runtime.image_inputs.request import ImageRequest
 from diffpress.runtime.image_inputs.start import ImageStart
 from diffpress.runtime.io.image_records import is_finished
 from diffpress.runtime.io.sample_files import check_pictures, check_writable, is_array, is_folder, open_output
+from diffpress.runtime.lora.read import lora_facts
 from diffpress.runtime.pipeline import Pipeline
 from diffpress.runtime.sample_request import SampleRequest, conditioned
 from diffpress.runtime.sampler import Step, warm_up
@@ -98,6 +99,7 @@ class SampleRun:
             "engine": engine_label(pipeline.denoiser),
             "precision": options.precision,
             "bundle": pipeline.bundle.hash,
+            "loras": lora_facts(pipeline.loras),
             **({} if images is None else images.request.facts()),
             **({} if control is None else control.request.facts()),
         }

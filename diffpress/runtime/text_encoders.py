@@ -34,6 +34,11 @@ class TextEncoders:
         self.tokenizers = {e.tokenizer: open_tokenizer(bundle.path / e.tokenizer / "tokenizer.json") for e in encoders}
         self.encoders = {e.graph: _OnDemand(bundle, open_graph, e.graph, keep_open) for e in encoders}
 
+    def close_unless(self, is_current: Callable[[str, Engine], bool]) -> None:
+        """Close the open engines for which `is_current`(graph, engine) is False; they are opened again when needed."""
+        for graph, encoder in self.encoders.items():
+            encoder.close_unless(partial(is_current, graph))
+
     def close(self) -> None:
         """Release the engines."""
         for encoder in self.encoders.values():
@@ -62,6 +67,10 @@ class _OnDemand:
                 self._engine = self._open()
             engine = self._engine
         return engine.run_all(inputs)
+
+    def close_unless(self, is_current: Callable[[Engine], bool]) -> None:
+        if self._engine is not None and not is_current(self._engine):
+            self.close()
 
     def close(self) -> None:
         if self._engine is not None:

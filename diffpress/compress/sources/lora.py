@@ -37,6 +37,7 @@ from diffpress.compress.sources.weights import (
 )
 from diffpress.runtime.errors import InvalidInputError, MissingDependencyError
 from diffpress.runtime.io.files import read_json
+from diffpress.runtime.lora.read import split_scale
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 # The first of each pair of low-rank factors, as diffusers, peft, kohya and XLabs name it.
@@ -96,11 +97,7 @@ def fuse_loras(folder: Path, loras: Sequence[str], into: Path) -> Path:
 
 def parse_lora(text: str) -> tuple[Path, float]:
     """Parse 'PATH' or 'PATH:SCALE' into the safetensors file and its scale (default 1); PATH may contain colons."""
-    head, _, tail = text.rpartition(":")
-    try:
-        path, scale = (Path(head), float(tail)) if head and not Path(text).exists() else (Path(text), 1.0)
-    except ValueError:
-        path, scale = Path(text), 1.0
+    path, scale = split_scale(text)
     if not math.isfinite(scale):
         raise InvalidInputError(f"--lora {text}: the scale is not finite")
     if path.suffix in PICKLES:

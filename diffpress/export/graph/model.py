@@ -96,7 +96,7 @@ def load_all(graph: Graph) -> onnx.ModelProto:
     return proto
 
 
-def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> int:
+def save_graph(graph: Graph, path: Path, *, data: str | None = None, beside: Path | None = None) -> int:
     """Check the graph and write it to `path`, reading one weight at a time.
 
     The same graph always gives the same bytes.
@@ -106,6 +106,8 @@ def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> int:
         path: The ONNX file.
         data: File for the weights, relative to the folder of `path` ('unet/model.onnx_data'). By default they are
             stored in `path` itself, or in `path`.data if the graph exceeds the protobuf size limit.
+        beside: A written graph in the same folder. Weights that its data file holds under the same name, with the same
+            bytes, are not stored again; the others are stored in `data`.
 
     Returns:
         The number of bytes written.
@@ -114,13 +116,13 @@ def save_graph(graph: Graph, path: Path, *, data: str | None = None) -> int:
         onnx.checker.ValidationError: If the graph is invalid.
     """
     check_graph(graph)
-    if data is None and _inline_bytes(graph) <= MAX_INLINE_BYTES:
+    if data is None and beside is None and _inline_bytes(graph) <= MAX_INLINE_BYTES:
         with path.open("wb") as file:
             _write_inline(graph, file)
         return path.stat().st_size
     data = data or f"{path.name}.data"
-    _write_external(graph, path, data)
-    return path.stat().st_size + (path.parent / data).stat().st_size
+    _write_external(graph, path, data, {} if beside is None else _external(beside))
+    return path.stat().st_size + ((path.parent / data).stat().st_size if (path.parent / data).is_file() else 0)
 
 
 def write_linked_graph(path: Path, view: Path) -> None:
@@ -197,7 +199,8 @@ def _tag(number: int, length: int) -> bytes:
     return bytes(out)
 
 
-def _write_external(graph: Graph, path: Path, data: str) -> None:
+def _write_external(graph: Graph, path: Path, data: str, stored: Mapping[str, TensorProto]) -> None:
+    """Write the graph with weights in `data`, except those in the data file that `stored` tensors refer to."""
     proto = _copied(graph.proto)
     (path.parent / data).parent.mkdir(parents=True, exist_ok=True)
     with (path.parent / data).open("wb") as file:
@@ -206,12 +209,36 @@ def _write_external(graph: Graph, path: Path, data: str) -> None:
             if weight.nbytes <= SMALL_BYTES:
                 _fill_(tensor, weight)
                 continue
+            content, held = _bytes(tensor.name, weight), stored.get(tensor.name)
+            if held is not None and _is_stored(held, weight, content, path.parent):
+                tensor.CopyFrom(held)
+                continue
             tensor.CopyFrom(stub(tensor.name, weight))
             file.write(bytes(-file.tell() % PAGE))
             for key, value in (("location", data), ("offset", file.tell()), ("length", weight.nbytes)):
                 tensor.external_data.add(key=key, value=str(value))
-            file.write(_bytes(tensor.name, weight))
+            file.write(content)
+        is_empty = bool(stored) and file.tell() == 0
+    if is_empty:
+        (path.parent / data).unlink()
     path.write_bytes(proto.SerializeToString(deterministic=True))
+
+
+def _external(path: Path) -> dict[str, TensorProto]:
+    """Return the initializers of a written graph that are in a data file, by name."""
+    tensors = onnx.load(path, load_external_data=False).graph.initializer
+    return {tensor.name: tensor for tensor in tensors if tensor.external_data}
+
+
+def _is_stored(held: TensorProto, weight: Weight, content: memoryview, folder: Path) -> bool:
+    """Return whether a tensor of a written graph is this weight, byte for byte."""
+    where = {entry.key: entry.value for entry in held.external_data}
+    kind = helper.np_dtype_to_tensor_dtype(weight.dtype)
+    if held.data_type != kind or tuple(held.dims) != weight.shape or int(where["length"]) != len(content):
+        return False
+    with (folder / where["location"]).open("rb") as file:
+        file.seek(int(where["offset"]))
+        return file.read(len(content)) == content
 
 
 def _fill_(tensor: TensorProto, weight: Weight) -> None:

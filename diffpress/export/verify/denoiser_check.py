@@ -8,8 +8,9 @@ precision is verified on the CPU (bfloat16 as its float32 equivalent, at the ops
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from diffpress.compress.config import ExportConfig
@@ -35,31 +36,53 @@ class Verified:
         parity: Parity of denoiser.onnx.
         variants: File -> parity of each other graph; empty if it was not run.
         engines: Manifest entries of the engines that were checked.
+        slots: File of a graph with slots for LoRAs -> its parity, with no LoRA in them.
         failures: What failed, in any engine.
     """
 
     parity: Parity
     variants: dict[str, Parity]
     engines: list[dict[str, Any]]
+    slots: dict[str, Parity] = field(default_factory=dict)
     failures: tuple[ParityFailure, ...] = ()
 
 
 def verify_denoiser(
-    denoiser: Denoiser, folder: Path, sizes: Mapping[str, int], config: ExportConfig, gate: ParityGate
+    denoiser: Denoiser,
+    folder: Path,
+    sizes: Mapping[str, int],
+    config: ExportConfig,
+    gate: ParityGate,
+    slots: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> Verified:
-    """Verify the denoiser's graphs, which were written to `folder`; `sizes` are the bytes of each file."""
+    """Verify the denoiser's graphs, which were written to `folder`.
+
+    `sizes` are the bytes of each file, and `slots` the manifest entries of their forms with slots for LoRAs.
+    """
     portable, threads = denoiser.portable, config.threads
     reference = torch_reference(denoiser.checkpoint, denoiser.case)
-    found = check_parity(
-        folder / portable.file,
-        reference,
-        engines=portable_engines(denoiser),
-        threads=threads,
-        precision=portable.float_precision,
-        gate=gate,
-    )
+
+    def parity_of(file: str) -> ParityResult:
+        engines, precision = portable_engines(denoiser), portable.float_precision
+        return check_parity(folder / file, reference, engines=engines, threads=threads, precision=precision, gate=gate)
+
+    found = parity_of(portable.file)
+    with_slots = {
+        entry["file"]: parity_of(entry["file"])
+        if file == portable.file
+        else _variant_parity(
+            replace(next(one for one in denoiser.variants if one.file == file), file=entry["file"]),
+            denoiser,
+            folder,
+            reference,
+            threads,
+            gate,
+        )
+        for file, entry in slots.items()
+    }
     checked = {one.file: _variant_parity(one, denoiser, folder, reference, threads, gate) for one in denoiser.variants}
-    failures = (*found.failures, *(failure for result in checked.values() for failure in result.failures))
+    others = [*checked.values(), *with_slots.values()]
+    failures = (*found.failures, *(failure for result in others for failure in result.failures))
     cannot_run = {(failure.graph, failure.engine) for failure in failures if failure.sqnr_db is None}
     reports = []
     for engine in checked_engines(portable.quantization is not None, config.targets):
@@ -70,7 +93,8 @@ def verify_denoiser(
         report = check_engine(engine, folder / run.file, denoiser.case.spec, sizes[run.file], integer_layers)
         reports.append(report | {"emulated": emulated(layer_formats(run.quantization).values())})
     variants = {file: result.rows for file, result in checked.items()}
-    return Verified(found.rows, variants, reports, failures)
+    slot_rows = {file: result.rows for file, result in with_slots.items()}
+    return Verified(found.rows, variants, reports, slot_rows, failures)
 
 
 def checked_engines(quantized: bool, targets: Sequence[str]) -> list[str]:

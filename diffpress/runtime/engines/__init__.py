@@ -10,6 +10,9 @@
                                 library version or graph is not supported (another engine may work), and
                                 InvalidInputError for a file that cannot be read or run; both messages are one line.
 
+An engine whose graphs may have slots for LoRAs is one of LORA_ENGINES and has an attribute `lora`, {input: float32
+array}: inputs that it does not list among `inputs`, and reads from these arrays, which change in place, in every run.
+
 Backends import their package inside functions, so listing them is cheap. The sampler only sees an `Engine`.
 """
 
@@ -50,6 +53,8 @@ ENGINES: dict[str, ModuleType] = {
     "openvino": openvino_engine,
     "onnxruntime": onnxruntime_engine,
 }
+
+LORA_ENGINES = ("openvino", "onnxruntime")
 
 
 class Engine(Protocol):
@@ -153,28 +158,31 @@ def open_engine(
     graph: str = "denoiser",
     *,
     options: EngineOptions | None = None,
+    lora: bool = False,
 ) -> Engine:
     """Load the denoiser of a bundle, or another of its graphs, in the variant exported for this engine.
 
     If no engine is named and the preferred one is unavailable, the next one is tried, with a warning that states the
-    reason. Arguments and errors are those of `load_engine`.
+    reason. Arguments and errors are those of `load_engine`. `lora` loads the form of the graph with slots for LoRAs.
     """
     names = [name] if name is not None else _passed_first(bundle, available() or [preferred()])
     options = options or EngineOptions()
     for candidate in names:
-        path = bundle.graph(graph, candidate)
+        path = bundle.lora_graph(graph, candidate) if lora else bundle.graph(graph, candidate)
         # the bundle's hash covers all of its files
         cache = options.cache and options.cache.of(f"{bundle.hash} {path.relative_to(bundle.path).as_posix()}")
         try:
+            if lora and candidate not in LORA_ENGINES:
+                raise EngineUnavailableError(f"engine '{candidate}' runs no LoRAs; use {' or '.join(LORA_ENGINES)}")
             engine = load_engine(
                 without_links(bundle, path),
                 candidate,
                 threads,
                 options=replace(options, cache=cache),
-                built=bundle.prebuilt_engines(graph, candidate),
+                built=() if lora else bundle.prebuilt_engines(graph, candidate),
             )
             if graph == "denoiser":
-                engine = _with_cached_graph(bundle, engine, threads, options)
+                engine = _with_cached_graph(bundle, engine, threads, options, lora)
         except EngineUnavailableError as error:
             if candidate == names[-1]:
                 raise
@@ -186,7 +194,9 @@ def open_engine(
     raise AssertionError("unreachable: there is at least one name")
 
 
-def _with_cached_graph(bundle: Bundle, engine: Engine, threads: int | None, options: EngineOptions) -> Engine:
+def _with_cached_graph(
+    bundle: Bundle, engine: Engine, threads: int | None, options: EngineOptions, lora: bool
+) -> Engine:
     """Return the engine with the cached graph, if the bundle's plan needs it.
 
     Raises:
@@ -199,7 +209,7 @@ def _with_cached_graph(bundle: Bundle, engine: Engine, threads: int | None, opti
     if not hasattr(engine, "run_keeping"):
         engine.close()
         raise EngineUnavailableError(f"engine '{engine.name}' does not run the cached graph of the plan's step cache")
-    path, features = bundle.cached_graph(engine.name)
+    path, features = bundle.cached_graph(engine.name, lora)
     if options.cache is not None:
         options = replace(options, cache=options.cache.of(f"{bundle.hash} {path.name}"))
     try:

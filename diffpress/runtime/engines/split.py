@@ -32,6 +32,10 @@ class SplitEngine:
     def __init__(self, full: Any, cached: Any, features: tuple[str, ...]) -> None:
         self._full, self.cached, self._features = full, cached, features
         self.inputs: Mapping[str, np.dtype] = full.inputs
+        # the slots of the outer layers are inputs of both graphs, which read the same arrays
+        self.lora: Mapping[str, np.ndarray] = getattr(full, "lora", {})
+        if self.lora:
+            cached.lora.update({name: self.lora[name] for name in cached.lora})
         taken = set(cached.inputs) - set(full.inputs)
         if not features or taken != set(features) or not set(features) <= set(full.outputs):
             raise InvalidInputError(

@@ -51,6 +51,7 @@ def run_fused(
     if engine.precision == "fp16" or engine.inputs[SAMPLE] != np.float32 or engine.graph_bytes > MAX_GRAPH_BYTES:
         return None
     rows, halves = program.halves * len(start), program.halves
+    static_inputs = {**static_inputs, **engine.lora}
     shapes = {name: array.shape for name, array in static_inputs.items()}
     shapes |= {SAMPLE: (rows, *start.shape[1:]), TIMESTEP: (rows,)}
     returns_out = not program.evaluates_all

@@ -23,6 +23,7 @@ KEYS = (
     "mask",
     "strength",
     "overlay",
+    "loras",
     SEED,
     "solver",
     "steps",

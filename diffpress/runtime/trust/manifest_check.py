@@ -17,7 +17,7 @@ RECORDS: dict[str, dict[str, type]] = {
     "history": {"stage": str},
     "parity_failures": {"engine": str, "target": bool, "message": str},
 }
-DERIVED = ("cached", "controlled")  # graphs that are listed in the entry of the graph that they were made from
+DERIVED = ("cached", "controlled", "lora")  # graphs that are listed in the entry of the graph that they were made from
 # entries of a graph that may be left out, each with a value of its type
 GRAPH_ENTRIES: dict[str, Any] = {"precision": "", "bytes": 0, "inputs": {}, "outputs": {}, "features": []}
 
@@ -88,9 +88,16 @@ def _entries(graph: Any) -> Iterator[Any]:
     """Yield the entries with a `file` of a graph: its own, those of its variants and of the graphs made from them."""
     variants = graph.get("variants", {}) if isinstance(graph, dict) else None
     for entry in (graph, *variants.values()) if isinstance(variants, dict) else (None,):
-        yield entry
-        if isinstance(entry, dict):
-            yield from (entry[name] for name in DERIVED if name in entry)
+        yield from _with_derived(entry)
+
+
+def _with_derived(entry: Any) -> Iterator[Any]:
+    """Yield an entry and those of the graphs made from its own: that with slots may have a cached graph."""
+    yield entry
+    if isinstance(entry, dict):
+        for name in DERIVED:
+            if name in entry:
+                yield from _with_derived(entry[name])
 
 
 def _is_engine(entry: Any, listed: dict[str, Any]) -> bool:

@@ -166,3 +166,20 @@ def test_any_initializer_is_found_by_name(everything_graph: Graph) -> None:
     assert "first.bias" not in everything_graph.weights and bias.read().shape == bias.shape == (8,)
     with pytest.raises(KeyError):
         weight_of(everything_graph, "nowhere")
+
+
+def test_weights_that_another_graph_stores_are_not_stored_again(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0)
+    same, ours, theirs = (noise.standard_normal((40, 50), np.float32) for _ in range(3))
+    save_graph(graph_of({"same": same, "other": theirs}), tmp_path / "a.onnx", data="unet/a.data")
+    written = save_graph(
+        graph_of({"same": same, "other": ours, "new": ours}), tmp_path / "b.onnx", beside=tmp_path / "a.onnx"
+    )
+    files = [tmp_path / name for name in ("b.onnx", "b.onnx.data")]
+    assert written == sum(file.stat().st_size for file in files)
+    assert files[1].stat().st_size == PAGE * (-(-ours.nbytes // PAGE)) + ours.nbytes
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in onnx.load(files[0]).graph.initializer}
+    for name, array in {"same": same, "other": ours, "new": ours}.items():
+        np.testing.assert_array_equal(found[name], array)
+    save_graph(graph_of({"same": same}), tmp_path / "c.onnx", beside=tmp_path / "a.onnx")
+    assert not (tmp_path / "c.onnx.data").exists()

@@ -39,6 +39,7 @@ from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import UNMATCHED, Kernel, PrecisionReport, Product, precision_report_of
 from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
 from diffpress.runtime.io.onnx_wire import read_nodes
+from diffpress.runtime.lora.slots import lora_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +78,9 @@ class OnnxRuntimeEngine:
     def __init__(self, path: Path, options: EngineOptions) -> None:
         self._path, self._threads, self._lean = path, _threads(options), options.lean
         self._session, self.device = _first_session(path, self._own_options(), options.providers)
-        self.inputs = {node.name: _numpy_type(node.type, path) for node in self._session.get_inputs()}
+        nodes = {node.name: node for node in self._session.get_inputs()}
+        self.lora = lora_arrays({name: node.shape for name, node in nodes.items()})
+        self.inputs = {name: _numpy_type(node.type, path) for name, node in nodes.items() if name not in self.lora}
         self.outputs = [node.name for node in self._session.get_outputs()]
 
     def _own_options(self) -> Any:
@@ -93,7 +96,7 @@ class OnnxRuntimeEngine:
 
     def _run(self, outputs: list[str], inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         try:
-            return dict(zip(outputs, self._session.run(outputs, inputs), strict=True))
+            return dict(zip(outputs, self._session.run(outputs, {**inputs, **self.lora}), strict=True))
         except Exception as error:
             raise _error(self._path, "run", error) from error
 
@@ -103,7 +106,7 @@ class OnnxRuntimeEngine:
         """Return the first output, and those of `kept` as OrtValues on the device; `held` are inputs of that form."""
         try:
             binding = self._session.io_binding()
-            for name, array in inputs.items():
+            for name, array in {**inputs, **self.lora}.items():
                 binding.bind_cpu_input(name, np.ascontiguousarray(array))
             for name, value in held.items():
                 binding.bind_ortvalue_input(name, value)
@@ -143,7 +146,7 @@ class OnnxRuntimeEngine:
             )
         return OnnxRuntimeProfiler(
             self._recorder(self._own_options()),
-            example_inputs,
+            {**example_inputs, **self.lora},
             self._inspected(example_inputs),
             tensor_owners(read_nodes(self._path)),
         )
@@ -162,7 +165,7 @@ class OnnxRuntimeEngine:
         """Return the kernel events of a temporary session, in the order of execution."""
         recorder = self._recorder(options, without)
         for _ in range(runs):
-            recorder.run(inputs)
+            recorder.run({**inputs, **self.lora})
         return recorder.events()
 
     def _recorder(self, options: Any, without: list[str] | None = None) -> Recorder:

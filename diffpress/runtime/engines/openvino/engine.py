@@ -35,6 +35,7 @@ from diffpress.runtime.engines.openvino.timestep_embedding import keep_timestep_
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.engines.precision_report import Kernel, PrecisionReport, precision_report_of
 from diffpress.runtime.errors import EngineUnavailableError, InvalidInputError
+from diffpress.runtime.lora.slots import lora_arrays
 
 EXTRA = "openvino"
 OPTIONS = {"threads", "precision", "streams"}
@@ -89,6 +90,7 @@ class OpenVinoEngine:
 
     Attributes:
         inputs: Inputs of the graph: name -> dtype.
+        lora: Inputs of the graph's slots for LoRAs, which requests read in place.
         precision: The precision it was opened with: fp32, bf16 or fp16.
         graph_bytes: Size of the graph, including its weights.
     """
@@ -107,7 +109,8 @@ class OpenVinoEngine:
         self._compiled: dict[tuple[Shapes, tuple[int, ...]], _Compiled] = {}
         self._compiling = Lock()
         tensors = self._tensors()
-        self.inputs = {name: np.dtype(kind) for name, kind in tensors["inputs"].items()}
+        self.lora = lora_arrays(tensors.get("shapes", {}))
+        self.inputs = {name: np.dtype(kind) for name, kind in tensors["inputs"].items() if name not in self.lora}
         self.outputs: list[str] = tensors["outputs"]
 
     def run(self, inputs: dict[str, np.ndarray]) -> np.ndarray:
@@ -170,12 +173,15 @@ class OpenVinoEngine:
 
     def profiler(self, example_inputs: dict[str, np.ndarray]) -> OpenVinoProfiler:
         """Return a profiler of a second compiled model with performance counters."""
-        return OpenVinoProfiler(*self._counted(example_inputs), example_inputs)
+        return self._profiler_of(*self._counted(example_inputs), example_inputs)
+
+    def _profiler_of(self, model: Any, compiled: Any, inputs: dict[str, np.ndarray]) -> OpenVinoProfiler:
+        return OpenVinoProfiler(model, compiled, {**inputs, **self.lora})
 
     def kernel_times(self, example_inputs: dict[str, np.ndarray], runs: int = 3) -> list[Kernel]:
         """Time kernels with performance counters; they only report averages, so this is the mean of the runs."""
         model, compiled = self._counted(example_inputs)
-        names, profiler = layer_names(compiled), OpenVinoProfiler(model, compiled, example_inputs)
+        names, profiler = layer_names(compiled), self._profiler_of(model, compiled, example_inputs)
         for _ in range(runs + 1):
             profiler.run()
         return [Kernel(names.get(name, (name,)), ms) for name, ms in profiler.kernel_ms().items()]
@@ -212,7 +218,10 @@ class OpenVinoEngine:
             raise _error(self._path, "compile", error) from error
         compiled = _Compiled(model, SimpleQueue())
         for _ in range(self._streams):
-            compiled.requests.put(variant.request(model))
+            request = variant.request(model)
+            if variant is UNCHANGED:
+                self._bind_lora_(request)
+            compiled.requests.put(request)
         # only now, since a thread that finds a model without requests waits for ever
         self._compiled[shapes, variant.key] = compiled
         return compiled
@@ -222,6 +231,13 @@ class OpenVinoEngine:
         with self._compiling:  # the model is reshaped in place for each compilation
             model = self._reshaped(tensor_shapes(inputs)).clone()
         return model, self._compile_model(model, self._options | {"PERF_COUNT": True})
+
+    def _bind_lora_(self, request: Any) -> None:
+        """Let an inference request read the arrays of the LoRA slots, which may change between its runs."""
+        import openvino
+
+        for name, array in self.lora.items():
+            request.set_tensor(name, openvino.Tensor(array, shared_memory=True))
 
     def _compile_model(self, model: Any, options: dict[str, Any]) -> Any:
         if self.precision == "bf16":
@@ -252,6 +268,9 @@ class OpenVinoEngine:
         try:
             kinds = {node.get_any_name(): np.dtype(node.get_element_type().to_dtype()).name for node in model.inputs}
             tensors = {"inputs": kinds, "outputs": [node.get_any_name() for node in model.outputs]}
+            shapes = {node.get_any_name(): node.get_partial_shape() for node in model.inputs}
+            # dynamic shapes are not those of slots
+            tensors["shapes"] = {name: list(shape.to_shape()) for name, shape in shapes.items() if shape.is_static}
         except Exception as error:  # an unnamed tensor, or a type without a numpy equivalent
             raise _error(self._path, "load", error) from error
         if self._cache is not None:
