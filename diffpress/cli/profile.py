@@ -8,6 +8,7 @@ from pathlib import Path
 from diffpress.cli.arguments import (
     add_cache_argument,
     add_engine_arguments,
+    add_signature_argument,
     chosen_engine,
     compiled_cache,
     engine_options,
@@ -34,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top", type=int, default=5, metavar="N", help="layers to show, longest first (5)")
     add_engine_arguments(parser)
     add_cache_argument(parser)
+    add_signature_argument(parser)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the profile as JSON, with every layer")
 
 
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     if args.top < 1:
         raise InvalidInputError(f"--top {args.top}: must be at least 1")
     profile = profile_bundle(
-        load_bundle(args.bundle),
+        load_bundle(args.bundle, args.public_key),
         chosen_engine(args),
         component=args.component,
         batch=args.batch,

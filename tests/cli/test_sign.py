@@ -54,8 +54,8 @@ def test_every_verb_that_opens_a_bundle_refuses_one_without_the_signature(
 
     monkeypatch.setattr("diffpress.runtime.engines.load_engine", never)
     rest = ("--require-signature", tmp_path / "owner.pem.pub")
-    serve, pushed = ("serve", bundle, "--port", 0), ("push", bundle, "owner/name")
-    for words in (("sample", bundle), ("bench", bundle), ("evaluate", bundle), ("info", bundle), serve, pushed):
+    opened = (("sample", bundle), ("bench", bundle), ("evaluate", bundle), ("info", bundle), ("profile", bundle))
+    for words in (*opened, ("serve", bundle, "--port", 0), ("push", bundle, "owner/name")):
         assert "has no manifest.sig" in run(capsys, *words, *rest, code=2)
     (bundle / SIGNATURE).write_text("{}")
     assert "manifest.sig: format None" in run(capsys, "sample", bundle, *rest, code=2)
