@@ -105,9 +105,7 @@ class Worker:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
     ) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
+        self._process.communicate()  # closes its stdin, which ends it
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def run(
