@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -74,7 +75,7 @@ def cycle_of_its_own(model: onnx.ModelProto, _: Path) -> None:
     model.graph.node.append(helper.make_node("Add", ["inner", "a"], [output]))
 
 
-def operator(kind: str, domain: str = "", **attributes: object) -> Change:
+def operator(kind: str, domain: str = "", **attributes: Any) -> Change:
     """Send the output through another operator."""
 
     def change(model: onnx.ModelProto, _: Path) -> None:
@@ -127,7 +128,7 @@ def nested(depth: int) -> Change:
 
     def change(model: onnx.ModelProto, _: Path) -> bytes:
         graph = b""
-        for _ in range(depth):
+        for _level in range(depth):
             attribute = field(1, b"then_branch") + field(6, graph) + bytes([20 << 3 & 0xFF | 0x80, 1, 5])
             graph = field(1, field(1, b"c") + field(2, b"o") + field(4, b"If") + field(5, attribute))
         return field(7, graph)  # protobuf merges it into the graph before it

@@ -23,13 +23,13 @@ def copy(tiny: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny, tmp_path / "bundle"))
 
 
-def seal_graph(folder: Path, model: Any, name: str = "denoiser.onnx", **others: bytes) -> None:
-    """Write a graph and other files, and a manifest that fits all of them."""
+def seal_graph(folder: Path, model: Any, name: str = "denoiser.onnx", weights: bytes = b"") -> None:
+    """Write a graph and weights.bin, and a manifest that fits all of them."""
     (folder / name).write_bytes(model.SerializeToString())
     manifest = json.loads((folder / MANIFEST).read_text())
-    for other, content in others.items():
-        (folder / other).write_bytes(content)
-    for path in [name, *others]:
+    if weights:
+        (folder / "weights.bin").write_bytes(weights)
+    for path in [name, *(["weights.bin"] if weights else [])]:
         manifest["files"][path] = {"bytes": (folder / path).stat().st_size, "sha256": sha256(folder / path)}
     manifest["graphs"]["denoiser"]["file"] = name
     manifest["hash"] = manifest_hash(manifest)
@@ -81,7 +81,7 @@ def test_external_data_is_found_wherever_onnx_has_a_tensor(tmp_path: Path) -> No
 def test_a_file_that_the_manifest_lists_is_allowed(copy: Path) -> None:
     model = onnx.load(copy / "denoiser.onnx")
     external(model.graph.initializer[0], "weights.bin")
-    seal_graph(copy, model, **{"weights.bin": bytes(4096)})
+    seal_graph(copy, model, weights=bytes(4096))
     assert load_bundle(copy).denoiser == copy / "denoiser.onnx"
 
 
