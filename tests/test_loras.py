@@ -76,7 +76,7 @@ def drawn(pipe: Any, components: Mapping[str, tuple[str, ...]], rank: int, seed:
 
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2")
-COMPONENTS = {
+COMPONENTS: dict[str, dict[str, tuple[str, ...]]] = {
     "sd": {
         "unet": (*ATTENTION, "proj_in", "proj_out", "conv1", "conv2", "conv_shortcut", "time_emb_proj"),
         "text_encoder": ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
@@ -93,7 +93,7 @@ COMPONENTS = {
 
 
 def peft_layout(factors: Mapping[str, Tensors]) -> Tensors:
-    state = {}
+    state: Tensors = {}
     for key, own in factors.items():
         component, layer = key.split(" ")
         prefix = f"{component}.text_model." if component.startswith("text") else f"{component}."
@@ -103,7 +103,7 @@ def peft_layout(factors: Mapping[str, Tensors]) -> Tensors:
 
 def kohya_layout(factors: Mapping[str, Tensors], original: bool = False) -> Tensors:
     """Name the tensors as kohya's scripts do, those of SDXL (`original`) after the published network."""
-    state = {}
+    state: Tensors = {}
     names = {key: key.split(" ")[1] for key in factors}
     of_unet = [layer for key, layer in names.items() if key.startswith("unet ")]
     published = stability_names(of_unet) if original else {}
@@ -254,9 +254,10 @@ def test_sample_sets_loras_and_records_them(
     slotted: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_folder: Callable[..., Path]
 ) -> None:
     pipe = DiffusionPipeline.from_pretrained(tiny_folder("sd"), local_files_only=True)
-    file, words = tmp_path / "a.safetensors", ("sample", slotted("sd"), "--prompt", "cat", "--steps", 2)
+    file = tmp_path / "a.safetensors"
     save_file(peft_layout(drawn(pipe, {"unet": ATTENTION}, 2, 0)), file)
-    words = (*words, "--engine", "onnxruntime", "--threads", 1, "--out", f"{tmp_path}/out/", "--no-cache")
+    words = ["sample", slotted("sd"), "--prompt", "cat", "--steps", 2, "--engine", "onnxruntime"]
+    words += ["--threads", 1, "--out", f"{tmp_path}/out/", "--no-cache"]
     assert run(*words, "--lora", f"{file}:0.5") == 0
     assert run(*words, "--lora", f"{file}:0.5") == 0 and "nothing to do" in capsys.readouterr().out
     assert run(*words, "--lora", f"{file}:0.6") == 2 and "other settings (loras: " in capsys.readouterr().err

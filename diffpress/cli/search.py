@@ -95,7 +95,7 @@ def preferred_engine(named: str | None) -> str:
 
 
 def _settings(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("max_latency_ratio", "max_frechet_ratio", "max_size_mib", "seed", "threads", "data", "samples", "prompts")
+    names = ["max_latency_ratio", "max_frechet_ratio", "max_size_mib", "seed", "threads", "data", "samples", "prompts"]
     names += ("select_features", "select_reference", "features", "reference")
     found = {name: getattr(args, name) for name in names} | {"engine": preferred_engine(args.engine)}
     for name in ("data", "prompts", "select_features", "select_reference", "features", "reference"):

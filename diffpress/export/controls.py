@@ -70,9 +70,7 @@ def export_controls(denoiser: Denoiser, config: ExportConfig, folder: Path, gate
         component = load_controlnet(checkpoint, source, fixed_size)
         shapes = {name: array.shape for name, array in component.run_all(component.example_arrays).items()}
         dims = _dims(component, shapes, fixed_size)
-        networks[source.name], failed = export_component(
-            component, None, config.precision, folder, config.threads, gate
-        )
+        networks[source.name], failed = export_component(component, None, config.precision, folder, config, gate)
         failures += failed
     controlled = {}
     for one in (denoiser.portable, *denoiser.variants) if networks else ():

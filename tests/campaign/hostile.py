@@ -12,6 +12,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import onnx
@@ -66,21 +67,20 @@ def problems(outcome: Outcome, must_refuse: bool, folder: Path) -> Iterator[str]
 def all_trials(intact: Path) -> Iterator[Trial]:
     """Yield (name, what makes the input in a folder and returns the commands that read it, whether all must refuse)."""
     for name, (change_graph, must_refuse) in GRAPHS.items():
-        yield name, lambda folder, change=change_graph: _graph(intact, folder, change), must_refuse
-    for name, (change, must_refuse) in MANIFESTS.items():
-        yield name, lambda folder, change=change: _manifest(intact, folder, change), must_refuse
-    for name, (change, must_refuse) in CHECKPOINTS.items():
-        yield name, lambda folder, change=change: _checkpoint(intact, folder, change), must_refuse
-    for name, write in RECIPES.items():
-        yield name, lambda folder, write=write: _recipe(intact, folder, write), True
-    for name, write in ARRAYS.items():
-        yield name, lambda folder, write=write: _array(intact, folder, write), True
-    for name, write in PICTURES.items():
-        yield name, lambda folder, write=write: _picture(intact, folder, write), True
-    for name, write in PROMPTS.items():
-        yield name, lambda folder, write=write: _prompts(intact, folder, write), True
-    for name, write in LORAS.items():
-        yield name, lambda folder, write=write: _lora(intact, folder, write), True
+        yield name, partial(_graph, intact, change=change_graph), must_refuse
+    for name, (change_manifest, must_refuse) in MANIFESTS.items():
+        yield name, partial(_manifest, intact, change=change_manifest), must_refuse
+    for name, (change_checkpoint, must_refuse) in CHECKPOINTS.items():
+        yield name, partial(_checkpoint, intact, change=change_checkpoint), must_refuse
+    for kind, inputs in (
+        (_recipe, RECIPES),
+        (_array, ARRAYS),
+        (_picture, PICTURES),
+        (_prompts, PROMPTS),
+        (_lora, LORAS),
+    ):
+        for name, write in inputs.items():
+            yield name, partial(kind, intact, write=write), True
 
 
 def _graph(intact: Path, folder: Path, change: Callable[[onnx.ModelProto, Path], object]) -> list[tuple[str, Action]]:

@@ -10,6 +10,7 @@ pass of LOWERING that comes after finds the layers as they were traced: a layer 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import onnx
 from onnx import TensorProto, helper
@@ -68,7 +69,7 @@ def _branch_(rewrite: Rewrite, end: onnx.NodeProto, layer_node: onnx.NodeProto) 
     narrow, wide, out = f"lora/{name}/narrow", f"lora/{name}/wide", end.output[0]
     end.output[0] = f"lora/{name}/without"
     kind, shared = ("MatMul", {}) if layer_node.op_type in LINEAR else ("Conv", _kernel(layer_node))
-    up: dict[str, object] = {} if kind == "MatMul" else {"kernel_shape": [1, 1]}
+    up: dict[str, Any] = {} if kind == "MatMul" else {"kernel_shape": [1, 1]}
     rewrite.nodes += [
         helper.make_node(kind, [layer_node.input[0], f"{DOWN}{layer}"], [narrow], f"lora/{name}/down", **shared),
         helper.make_node(kind, [narrow, f"{UP}{layer}"], [wide], f"lora/{name}/up", **up),
@@ -76,7 +77,7 @@ def _branch_(rewrite: Rewrite, end: onnx.NodeProto, layer_node: onnx.NodeProto) 
     ]
 
 
-def _kernel(node: onnx.NodeProto) -> dict[str, object]:
+def _kernel(node: onnx.NodeProto) -> dict[str, Any]:
     return {entry.name: helper.get_attribute_value(entry) for entry in node.attribute if entry.name in KERNEL}
 
 

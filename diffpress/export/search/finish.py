@@ -69,7 +69,7 @@ def finish(
     bounds = searcher.settings.bounds
     kept = [member for member in members if member["meets_bounds"]]
     best = min(kept, key=lambda member: member["latency_ratio"], default=None)
-    facts = {
+    facts: dict[str, Any] = {
         "bounds": bounds.model_dump(),
         "engine": searcher.settings.engine,
         "chosen": None if best is None else best["name"],

@@ -84,14 +84,14 @@ def test_selection_samples_from_other_noise_than_an_evaluation(
     spec: DenoiserSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[int] = []
-    generate = evaluate.generate_batches
+    generate = evaluate.generate_batches  # type: ignore[attr-defined]
 
     def recorded(network: Network, spec: DenoiserSpec, seeds: np.ndarray, **settings: object) -> object:
         seen.extend(map(int, seeds))
         return generate(network, spec, seeds, **settings)  # type: ignore[arg-type]
 
     monkeypatch.setattr(evaluate, "generate_batches", recorded)
-    subject = EvaluationSubject(Flat(), spec)
+    subject = EvaluationSubject(Flat(), spec)  # type: ignore[arg-type]
     selection = open_selection(SETTINGS, spec, subject)
     assert selection is not None and selection.ratio(subject) == 1.0
     assert selection.features.name == SELECTION_FEATURES.name

@@ -147,4 +147,5 @@ def test_the_kernels_compute_the_products_that_they_are_counted_as(kind: str) ->
     expected = x @ weight
     if kind == "int8":  # rounded to uint8 around 128, then relu
         expected = np.maximum(np.clip(np.rint(expected / 0.02), -128, 127) * 0.02, 0.0)
-    np.testing.assert_allclose(ReferenceEvaluator(model).run(None, {"x": x})[0], expected, atol=0.0201)
+    found: Any = ReferenceEvaluator(model).run(None, {"x": x})
+    np.testing.assert_allclose(found[0], expected, atol=0.0201)

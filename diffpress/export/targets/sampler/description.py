@@ -38,7 +38,7 @@ def describe_sampler(bundle: Bundle, spec: DenoiserSpec, graph: Graph, file: str
 
 def token_inputs(spec: DenoiserSpec) -> dict[str, tuple[TextEncoder, str]]:
     """Return name of every possible input of tokens -> its text encoder, and whether it holds ids or a mask."""
-    found = {}
+    found: dict[str, tuple[TextEncoder, str]] = {}
     for number, encoder in enumerate(spec.conditioning.encoders, 1):
         for kind in (IDS, MASK):
             name = kind if number == 1 else f"{kind}_{number}"

@@ -35,7 +35,8 @@ def add_loop(main: Block, denoiser: Denoiser, program: Program, start: str, samp
         start: The initial sample, float32 [N, C, ...].
         sample_shape: Shape of one sample.
     """
-    body, shape = main.inner(), [BATCH, *sample_shape]
+    body = main.inner()
+    shape: list[int | str] = [BATCH, *sample_shape]
     history = [f"step/{name}_{back + 1}" for back in range(_depth(program)) for name in ("kept", "x0")]
     outputs = [f"step/out_{back + 1}" for back in range(max(map(len, program.forecasts)))]
     carried = ["step/x", *history, *outputs]

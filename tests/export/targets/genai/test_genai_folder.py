@@ -22,7 +22,7 @@ genai = pytest.importorskip("openvino_genai", reason="openvino-genai is not inst
 PROMPT, SEED = "a photo of a cat", 3
 
 
-class SameNoise(genai.Generator):  # type: ignore[misc]
+class SameNoise(genai.Generator):  # type: ignore[misc, name-defined]
     """Generator of GenAI that returns the noise of our runtime: the k-th draw is stream k of the seed."""
 
     def __init__(self) -> None:

@@ -52,11 +52,11 @@ def test_plans_of_ddim_are_followed_in_every_spacing(spacing: str, to_one: bool,
 
 def test_other_noise_schedules_are_passed_as_betas() -> None:
     cosine = {"beta_schedule": "squaredcos_cap_v2"}
-    scheduler = diffusers.DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing", **cosine)
+    scheduler: Any = diffusers.DDIMScheduler(num_train_timesteps=1000, timestep_spacing="trailing", **cosine)
     scheduler.set_timesteps(5)
     plan = SamplingPlan("ddim", tuple(map(float, scheduler.timesteps)), clip=False)
     config = genai_plan(spec_with(plan, cosine), cosine, nearest=False).config
-    rebuilt = diffusers.DDIMScheduler.from_config(config)
+    rebuilt: Any = diffusers.DDIMScheduler.from_config(config)
     assert config["beta_schedule"] == "linear"  # GenAI knows no cosine
     np.testing.assert_allclose(rebuilt.alphas_cumprod, scheduler.alphas_cumprod, rtol=1e-3, atol=1e-7)
 

@@ -68,7 +68,7 @@ def nonlinear_graph(dtype: type = np.float32, condition: str = "class_labels") -
         "nonlinear",
         inputs,
         [value("out_sample", kind, ["batch", *SHAPE])],
-        [numpy_helper.from_array(array, name) for name, array in constants.items()],
+        [numpy_helper.from_array(np.asarray(array), name) for name, array in constants.items()],
     )
     return Graph(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10))
 
