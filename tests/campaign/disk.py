@@ -105,8 +105,12 @@ class Trials:
     def every_write(self, rng: random.Random, end: float) -> None:
         """Let each change of a file fail, and in other trials all from it on."""
         counts = {command: self._clean(command).points for command in self.commands}
-        faults = ("full_disk", "enospc_once")
-        points = [(command, at, fault) for command, n in counts.items() for at in range(1, n + 1) for fault in faults]
+        points = [
+            (command, point, fault)
+            for command, count in counts.items()
+            for point in range(1, count + 1)
+            for fault in ("full_disk", "enospc_once")
+        ]
         rng.shuffle(points)
         points.sort(key=lambda one: one[0].name in ("compress", "export"))  # the short commands completely
         tried = 0
