@@ -67,23 +67,18 @@ def problems(outcome: Outcome, must_refuse: bool, folder: Path) -> Iterator[str]
 def all_trials(intact: Path) -> Iterator[Trial]:
     """Yield (name, what makes the input in a folder and returns the commands that read it, whether all must refuse)."""
     for name, (change_graph, must_refuse) in GRAPHS.items():
-        yield name, partial(_graph, intact, change=change_graph), must_refuse
-    for name, (change_manifest, must_refuse) in MANIFESTS.items():
-        yield name, partial(_manifest, intact, change=change_manifest), must_refuse
-    for name, (change_checkpoint, must_refuse) in CHECKPOINTS.items():
-        yield name, partial(_checkpoint, intact, change=change_checkpoint), must_refuse
-    for kind, inputs in (
-        (_recipe, RECIPES),
-        (_array, ARRAYS),
-        (_picture, PICTURES),
-        (_prompts, PROMPTS),
-        (_lora, LORAS),
-    ):
-        for name, write in inputs.items():
-            yield name, partial(kind, intact, write=write), True
+        yield name, partial(_graph, intact, change_graph), must_refuse
+    for name, (change, must_refuse) in MANIFESTS.items():
+        yield name, partial(_manifest, intact, change), must_refuse
+    for name, (change, must_refuse) in CHECKPOINTS.items():
+        yield name, partial(_checkpoint, intact, change), must_refuse
+    tables = ((_recipe, RECIPES), (_array, ARRAYS), (_picture, PICTURES), (_prompts, PROMPTS), (_lora, LORAS))
+    for prepare, writers in tables:
+        for name, write in writers.items():
+            yield name, partial(prepare, intact, write), True
 
 
-def _graph(intact: Path, folder: Path, change: Callable[[onnx.ModelProto, Path], object]) -> list[tuple[str, Action]]:
+def _graph(intact: Path, change: Callable[[onnx.ModelProto, Path], object], folder: Path) -> list[tuple[str, Action]]:
     from diffpress.runtime.bundle import sha256
 
     (folder / SECRET).write_bytes(bytes(range(256)) * 4096)
@@ -97,7 +92,7 @@ def _graph(intact: Path, folder: Path, change: Callable[[onnx.ModelProto, Path],
     return [(f"sample in {engine}", sample(bundle, engine)) for engine in ENGINES]
 
 
-def _manifest(intact: Path, folder: Path, change: Callable[[Path], object]) -> list[tuple[str, Action]]:
+def _manifest(intact: Path, change: Callable[[Path], object], folder: Path) -> list[tuple[str, Action]]:
     bundle = Path(shutil.copytree(intact / "bundle", folder / "bundle", symlinks=True))
     change(bundle)
     return [
@@ -107,19 +102,19 @@ def _manifest(intact: Path, folder: Path, change: Callable[[Path], object]) -> l
     ]
 
 
-def _checkpoint(intact: Path, folder: Path, change: Callable[[Path], object]) -> list[tuple[str, Action]]:
+def _checkpoint(intact: Path, change: Callable[[Path], object], folder: Path) -> list[tuple[str, Action]]:
     pipeline = Path(shutil.copytree(intact / "pipeline", folder / "pipeline"))
     change(pipeline)
     return [(INFO, command(["info", pipeline])), ("load", loaded(pipeline))]
 
 
-def _recipe(intact: Path, folder: Path, write: Callable[[Path], object]) -> list[tuple[str, Action]]:
+def _recipe(intact: Path, write: Callable[[Path], object], folder: Path) -> list[tuple[str, Action]]:
     write(folder / "recipe.yaml")
     words = [intact / "checkpoint", "--recipe", folder / "recipe.yaml"]
     return [("plan", command(["plan", *words])), ("compress", command(["compress", *words, "--out", folder / "out"]))]
 
 
-def _array(intact: Path, folder: Path, write: Callable[[Path], object]) -> list[tuple[str, Action]]:
+def _array(intact: Path, write: Callable[[Path], object], folder: Path) -> list[tuple[str, Action]]:
     write(folder / "data.npz")
     recipe = folder / "recipe.yaml"
     recipe.write_text("data: data.npz\nstages: [{distill: {kind: recover, steps: 1}}]\n")
@@ -127,19 +122,19 @@ def _array(intact: Path, folder: Path, write: Callable[[Path], object]) -> list[
     return [("compress", command(words)), ("read", read_arrays(folder / "data.npz"))]
 
 
-def _picture(intact: Path, folder: Path, write: Callable[[Path], object]) -> list[tuple[str, Action]]:
+def _picture(intact: Path, write: Callable[[Path], object], folder: Path) -> list[tuple[str, Action]]:
     write(folder / "image.png")
     words = ["sample", intact / "bundle", "--engine", "onnxruntime", "--image", folder / "image.png"]
     return [("sample --image", command(words)), ("sample --mask", command([*words, "--mask", folder / "image.png"]))]
 
 
-def _prompts(intact: Path, folder: Path, write: Callable[[Path], object]) -> list[tuple[str, Action]]:
+def _prompts(intact: Path, write: Callable[[Path], object], folder: Path) -> list[tuple[str, Action]]:
     write(folder / "prompts.txt")
     words = ["sample", intact / "text_bundle", "--engine", "onnxruntime", "--prompt-file", folder / "prompts.txt"]
     return [("sample --prompt-file", command(words))]
 
 
-def _lora(intact: Path, folder: Path, write: Callable[[Path], object]) -> list[tuple[str, Action]]:
+def _lora(intact: Path, write: Callable[[Path], object], folder: Path) -> list[tuple[str, Action]]:
     write(folder / "lora.safetensors")
     return [("load --lora", loaded(intact / "pipeline", [str(folder / "lora.safetensors")]))]
 
