@@ -26,6 +26,7 @@ from diffpress.runtime.bundle import sha256
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.io.arrays import read_npz
 from diffpress.runtime.io.images import to_uint8
+from diffpress.runtime.io.open_image import IMAGE_ERRORS, open_image
 from diffpress.runtime.spec import DenoiserSpec, is_picture
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -224,8 +225,6 @@ def _features_of(path: Path, network: FeatureNetwork, spec: DenoiserSpec) -> Ite
 def _of_folder(folder: Path, network: FeatureNetwork) -> Reference:
     """Compute the features of a folder's pictures, which may differ in size."""
     import hashlib
-
-    from diffpress.runtime.io.open_image import IMAGE_ERRORS, open_image
 
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in PICTURES)
     if not files or network.embed_pixels is None:

@@ -17,6 +17,7 @@ import numpy as np
 from diffpress.runtime.errors import InvalidInputError
 from diffpress.runtime.image_inputs.strength import MASKED_STRENGTH, STRENGTH, check_strength
 from diffpress.runtime.io.images import IMAGE_MODES
+from diffpress.runtime.io.open_image import IMAGE_ERRORS, open_image
 
 MASK_MODES = ("1", "L", "RGB")
 WHITE = 128  # the lowest value that is repainted, as in diffusers
@@ -143,8 +144,6 @@ def _mask(value: Any, name: str) -> np.ndarray:
 def _opened(value: Any, name: str) -> tuple[Any, str]:
     """Return a PIL image, upright and complete, and what it is called in messages."""
     from PIL import Image, ImageOps
-
-    from diffpress.runtime.io.open_image import IMAGE_ERRORS, open_image
 
     if isinstance(value, Image.Image):
         return value, name

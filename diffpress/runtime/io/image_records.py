@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.io.open_image import IMAGE_ERRORS, open_image
 
 Record = Mapping[str, str]
 
@@ -48,8 +49,6 @@ def is_finished(folder: Path, record: Record) -> bool:
     Raises:
         InvalidInputError: The file of that name was made otherwise.
     """
-    from diffpress.runtime.io.open_image import IMAGE_ERRORS, open_image
-
     file = image_path(folder, record)
     try:
         with open_image(file) as image:

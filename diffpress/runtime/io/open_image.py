@@ -1,7 +1,6 @@
 """Picture files of strangers: only the usual formats, and no more pixels than a model could use.
 
-Pillow opens dozens of formats, some through programs such as Ghostscript, and a small file may claim any size. Import
-this module where a picture is read: it needs Pillow.
+Pillow opens dozens of formats, some through programs such as Ghostscript, and a small file may claim any size.
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from PIL import Image
+if TYPE_CHECKING:
+    from PIL import Image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 2**26  # 8192 x 8192
@@ -29,7 +30,6 @@ IMAGE_ERRORS = (
     MemoryError,
     struct.error,
     zlib.error,
-    Image.DecompressionBombError,
 )
 
 
@@ -41,6 +41,8 @@ def open_image(file: str | Path) -> Iterator[Image.Image]:
         ValueError: It has more than MAX_PIXELS pixels.
         OSError: It is none of FORMATS, or damaged; the block may raise any of IMAGE_ERRORS.
     """
+    from PIL import Image
+
     limit = Image.MAX_IMAGE_PIXELS
     Image.MAX_IMAGE_PIXELS = None  # Pillow only warns above its limit, and refuses above twice of it
     try:
@@ -50,4 +52,7 @@ def open_image(file: str | Path) -> Iterator[Image.Image]:
     with opened as image:
         if image.width * image.height > MAX_PIXELS:
             raise ValueError(f"{image.width} x {image.height} pixels, more than {MAX_PIXELS}")
-        yield image
+        try:
+            yield image
+        except Image.DecompressionBombError as error:
+            raise ValueError(str(error)) from error
