@@ -383,7 +383,7 @@ def text_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
 
     fake = make_bundle(make_spec(TEXT))
     fake = replace(fake, manifest=fake.manifest | {"hash": "0123"})
-    monkeypatch.setattr("diffpress.runtime.bundle.load_bundle", lambda path: fake)
+    monkeypatch.setattr("diffpress.runtime.bundle.load_bundle", lambda path, public_key: fake)
     monkeypatch.setattr("diffpress.runtime.pipeline.open_engine", FakeEngines().open)
     monkeypatch.setattr("diffpress.runtime.text_encoders.open_tokenizer", Letters)
     monkeypatch.setattr("diffpress.runtime.engines.engine_label", lambda engine: "fake")
