@@ -27,7 +27,8 @@ FIELDS |= {"bundle", "findings"}
 
 def measure_profiles(run: Workspace) -> str | None:
     """Write the profiles of a run's bundles, unless they are there; return what prevents it, if something does."""
-    bundles = {"baseline": load_bundle(run.baseline), "bundle": load_bundle(run.bundle)}
+    bundle, baseline = load_bundle(run.bundle), load_bundle(run.baseline)  # the first is missing in a run killed early
+    bundles = {"baseline": baseline, "bundle": bundle}
     if profiles_of(run, bundles) is not None:
         return None
     engine = next((name for name in ENGINES if name in available()), None)
