@@ -379,12 +379,12 @@ def test_the_folder_of_a_compress_run_stands_for_its_bundle(tiny: Path, tmp_path
 @pytest.fixture
 def text_bundle(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text model with engines known in closed form (tests/runtime/test_pipeline.py), in place of any bundle."""
-    from tests.runtime.test_pipeline import TEXT, FakeEngines, Letters, make_bundle, make_spec
+    from tests.runtime.test_pipeline import TEXT, FakeEngines, Letters, make_bundle, make_spec, replace_engines
 
     fake = make_bundle(make_spec(TEXT))
     fake = replace(fake, manifest=fake.manifest | {"hash": "0123"})
     monkeypatch.setattr("diffpress.runtime.bundle.load_bundle", lambda path, public_key: fake)
-    monkeypatch.setattr("diffpress.runtime.pipeline.open_engine", FakeEngines().open)
+    replace_engines(monkeypatch, FakeEngines().open)
     monkeypatch.setattr("diffpress.runtime.text_encoders.open_tokenizer", Letters)
     monkeypatch.setattr("diffpress.runtime.engines.engine_label", lambda engine: "fake")
     monkeypatch.setattr("diffpress.runtime.sample_run.engine_label", lambda engine: "fake")

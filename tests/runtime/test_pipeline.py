@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-import diffpress.runtime.pipeline
 import diffpress.runtime.text_encoders
 from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
@@ -68,7 +68,9 @@ class FakeEngines:
     running: list[str] = field(default_factory=list)
     batches: list[tuple[str, int]] = field(default_factory=list)
 
-    def open(self, bundle: Bundle, name: str | None, graph: str = "denoiser", options: Any = None) -> Any:
+    def open(
+        self, bundle: Bundle, name: str | None, graph: str = "denoiser", options: Any = None, lora: bool = False
+    ) -> Any:
         self.opened.append(graph)
         self.running.append(graph)
         conditions = dict.fromkeys(bundle.spec.conditioning.inputs, FLOAT32)
@@ -94,8 +96,14 @@ class FakeEngines:
 @pytest.fixture
 def engines(monkeypatch: pytest.MonkeyPatch) -> FakeEngines:
     fake = FakeEngines()
-    monkeypatch.setattr(diffpress.runtime.pipeline, "open_engine", fake.open)
+    replace_engines(monkeypatch, fake.open)
     return fake
+
+
+def replace_engines(monkeypatch: pytest.MonkeyPatch, opener: Callable[..., Any]) -> None:
+    """Let a pipeline open its graphs with `opener`."""
+    for module in ("pipeline", "lora.engines"):
+        monkeypatch.setattr(f"diffpress.runtime.{module}.open_engine", opener)
 
 
 class Letters:
@@ -306,7 +314,7 @@ def test_threads_that_share_a_pipeline_open_each_component_once(
         time.sleep(0.05)  # so that the others arrive before the engine is open
         return engines.open(*arguments, **settings)
 
-    monkeypatch.setattr(diffpress.runtime.pipeline, "open_engine", slowly)
+    replace_engines(monkeypatch, slowly)
     with closing(Pipeline(make_bundle(make_spec(TEXT)))) as pipe, ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda seed: pipe("abc", seeds=seed)[0].tobytes(), range(4)))
         assert found == [pipe("abc", seeds=seed)[0].tobytes() for seed in range(4)]
