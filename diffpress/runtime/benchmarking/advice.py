@@ -63,7 +63,7 @@ def findings(profile: dict[str, Any], quantized_layers: Collection[str] = ()) ->
 def _moving(rows: Sequence[Row], operations: Sequence[Row], total: float) -> Iterator[Finding]:
     """Find operations whose time is that of moving bytes."""
     for row in operations:
-        if row["operation"] not in MOVING:
+        if row["operation"] not in MOVING or row["of_peak"] is None:  # that of a kernel too short for the clock
             continue
         longest = next(one for one in rows if one["operation"] == row["operation"])
         yield Finding(

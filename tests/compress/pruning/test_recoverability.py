@@ -254,7 +254,7 @@ def test_a_text_model_searches_on_samples_of_its_teacher_in_bf16(
 ) -> None:
     teacher = with_short_plan(load_checkpoint(tiny_folder("sd")), 2)
     ctx = Context(0, tmp_path, teacher, TeacherData(teacher, 2, tmp_path, ("a cat",)))
-    small = prune(teacher, searched(steps=2, batch=2, precision="bf16"), ctx)
+    small = prune(teacher, searched(steps=3, batch=2, precision="bf16"), ctx)
     assert len(removed_blocks(small.model)) == 1
 
 
@@ -263,7 +263,7 @@ def test_transformers_search_on_samples_of_their_own(
     kind: str, tiny_folder: Callable[..., Path], tmp_path: Path
 ) -> None:
     teacher = with_short_plan(load_checkpoint(tiny_folder(kind)), 2)
-    small = prune(teacher, searched(steps=2, batch=2, samples=2), Context(0, tmp_path, teacher))
+    small = prune(teacher, searched(steps=3, batch=2, samples=2), Context(0, tmp_path, teacher))
     assert len(removed_blocks(small.model)) == 1
 
 
@@ -316,7 +316,7 @@ def test_a_block_that_changes_its_input_in_place_is_refused(
     inner = [nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 1)) for _ in range(2)]
     checkpoint = custom(Blocks(*inner))
     with pytest.raises(InvalidInputError, match=r"'blocks\.0' changes its input in place .*use method ablation"):
-        prune(checkpoint, searched(steps=2), context(checkpoint))
+        prune(checkpoint, searched(steps=3), context(checkpoint))
 
 
 def test_impossible_goals_are_refused_before_the_search(unet: Checkpoint, context: Contexts) -> None:
