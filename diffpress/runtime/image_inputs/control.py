@@ -76,12 +76,12 @@ class ControlRequest:
 
     def facts(self) -> dict[str, str | None]:
         """Return what identifies the request, for the record of a sample."""
-        found: dict[str, str | None] = {}
+        found = []
         for index, image in enumerate(self.images):
             if image is not None:
                 digest = hashlib.sha256(image.pixels.tobytes()).hexdigest()
-                found[f"control_{index}"] = f"{digest} scale {image.scale:g} from {image.start:g} to {image.end:g}"
-        return found
+                found.append(f"{index}: {digest} scale {image.scale:g} from {image.start:g} to {image.end:g}")
+        return {"control": ", ".join(found)}
 
     def option(self, name: str) -> str:
         """Return what an option is called in messages: 'control_image', '--control-image'."""

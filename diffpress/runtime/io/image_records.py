@@ -24,6 +24,7 @@ KEYS = (
     "mask",
     "strength",
     "overlay",
+    "control",
     "loras",
     SEED,
     "solver",
