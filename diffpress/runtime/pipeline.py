@@ -364,9 +364,10 @@ class Pipeline:
                 "control images and LoRAs of the denoiser at the same time are not supported: the graph for control "
                 "images has no slots; leave one of them out"
             )
-        if self._control is None:
-            self._control = ControlEngines(self.bundle, self.denoiser.name, self._options)
-        return self._control.control(request, count)
+        with self._opening:
+            if self._control is None:
+                self._control = ControlEngines(self.bundle, self.denoiser.name, self._options)
+            return self._control.control(request, count)
 
     def _half(self, graph: str) -> Callable[[np.ndarray], np.ndarray]:
         """Return the decoder or the encoder of the autoencoder as a function, opened if it is not open yet."""

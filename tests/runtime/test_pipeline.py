@@ -20,6 +20,7 @@ from diffpress.runtime.bundle import Bundle, load_bundle
 from diffpress.runtime.conditioning import Conditioning, TextEncoder, TextInput
 from diffpress.runtime.engines.options import EngineOptions
 from diffpress.runtime.errors import InvalidInputError
+from diffpress.runtime.image_inputs.control import ControlRequest
 from diffpress.runtime.image_size import has_fixed_size, resized
 from diffpress.runtime.network_inputs import ConditioningInputs
 from diffpress.runtime.noise_schedule import flow_schedule
@@ -320,3 +321,26 @@ def test_threads_that_share_a_pipeline_open_each_component_once(
         assert found == [pipe("abc", seeds=seed)[0].tobytes() for seed in range(4)]
     assert sorted(engines.opened) == ["denoiser", "text_encoder", "vae_decoder"]
     assert engines.running == []
+
+
+def test_threads_that_share_a_pipeline_open_its_control_networks_once(
+    engines: FakeEngines, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+
+    class Slow:
+        def __init__(self, bundle: Bundle, engine: str, options: EngineOptions) -> None:
+            time.sleep(0.05)  # so that the others arrive before it is open
+            opened.append(engine)
+
+        def control(self, request: Any, count: int) -> int:
+            return count
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr("diffpress.runtime.pipeline.ControlEngines", Slow)
+    with closing(Pipeline(make_bundle(make_spec()))) as pipe, ThreadPoolExecutor(4) as pool:
+        found: list[Any] = list(pool.map(lambda count: pipe.control(ControlRequest(()), count), range(4)))
+    assert found == [0, 1, 2, 3]
+    assert opened == ["fake"]

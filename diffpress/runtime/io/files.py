@@ -213,7 +213,7 @@ def parsed_json(content: bytes, path: Path, hint: str) -> Any:
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except (ValueError, RecursionError) as error:
         raise InvalidInputError(f"{path}: not readable as JSON ({error}){hint and f'; {hint}'}") from error
-    if _is_deep(value):  # what walks through it later would exceed Python's recursion limit
+    if _is_deep(value):  # what visits it later would exceed Python's recursion limit
         raise InvalidInputError(f"{path}: JSON nested deeper than {MAX_JSON_DEPTH} levels{hint and f'; {hint}'}")
     return value
 

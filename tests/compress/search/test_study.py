@@ -19,7 +19,7 @@ TRIALS = 14  # more than the sampler's random ones
 
 
 def objective(params: Params, done: object = ()) -> Result:
-    """A stand-in for a trial: fewer steps and MACs are faster and worse; one combination cannot be run."""
+    """A fake of a trial: fewer steps and MACs are faster and worse; one combination cannot be run."""
     if params["prune"] == "magnitude" and params["format"] == "w4a8":
         return Result(failure="cannot be run")
     steps, macs = params.get("steps", 2), params.get("macs", 1.0)
