@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 
 from diffpress.compress.report.plots import COLORS, HEIGHT, legend, plot
 from diffpress.runtime.engines.executed_layers import INT8, OPERATIONS
@@ -27,15 +28,7 @@ def time_by_operation(profiles: dict[str, Any] | None) -> Markup | None:
             values = [ms[name].get(operation, 0.0) for operation in shown]
             axes.barh(places + offset, values, 0.36, color=COLORS[name], label=f"{label}, {sum(values):.2f} ms")
             for place, value in zip(places + offset, values, strict=True):
-                axes.annotate(
-                    f"{value:.2f}",
-                    (value, place),
-                    xytext=(3, 0),
-                    textcoords="offset points",
-                    va="center",
-                    fontsize=9,
-                    color=COLORS["muted"],
-                )
+                _note(axes, f"{value:.2f}", (value, place), (3, 0), va="center")
         axes.set_yticks(places, shown)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
@@ -62,15 +55,7 @@ def roofline(profile: dict[str, Any] | None) -> Markup | None:
         axes.set_yscale("log")
         for kind, rate in peaks.items():
             axes.plot([low, high], [rate, rate], color=COLORS["muted"], linewidth=1)
-            axes.annotate(
-                f"{kind} {rate:.0f}",
-                (high, rate),
-                xytext=(0, 2),
-                textcoords="offset points",
-                ha="right",
-                fontsize=9,
-                color=COLORS["muted"],
-            )
+            _note(axes, f"{kind} {rate:.0f}", (high, rate), (0, 2), ha="right")
         top = max([*peaks.values(), *(2.0 * row["gmacs"] for row in rows)])
         for (mib, rate), style in zip((bandwidths[0], bandwidths[-1]), (":", "--"), strict=True):
             end = min(high, top / rate)
@@ -99,3 +84,9 @@ def roofline(profile: dict[str, Any] | None) -> Markup | None:
         axes.minorticks_off()
         legend(axes)
     return finished[0]
+
+
+def _note(axes: Axes, text: str, at: tuple[float, float], shift: tuple[int, int], **alignment: Any) -> None:
+    """Write a small text beside a point; `shift` is in points."""
+    style: dict[str, Any] = {"fontsize": 9, "color": COLORS["muted"], **alignment}
+    axes.annotate(text, at, xytext=shift, textcoords="offset points", **style)
